@@ -93,7 +93,7 @@ def run(out: Path, steps: int, say: Say, watch: ProgressBar) -> dict[str, Any]:
 
 
 def _make_empty(out: Path) -> None:
-    files.check_parent("out", out)
+    files.check_parent(out)
     is_empty = out.is_dir() and not any(out.iterdir())
     if out.exists() and not is_empty:
         raise OutputExistsError(out, "already exists, and is no empty folder", "name another one")

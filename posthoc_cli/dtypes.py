@@ -71,12 +71,11 @@ _NAMES = {f"torch.{dtype.torch_name}": name for name, dtype in DTYPES.items()}
 def stored_name(dtype: torch.dtype, tensor: str = "") -> str:
     """Return the safetensors name of a dtype; raise InvalidValueError, naming the `tensor`, if it
     has none."""
-    if str(dtype) not in _NAMES:
-        where = f"tensor {tensor!r}" if tensor else "tensor"
-        raise InvalidValueError(
-            where, f"dtype {dtype} cannot be stored; one of {', '.join(_NAMES)} can"
-        )
-    return _NAMES[str(dtype)]
+    name = _NAMES.get(str(dtype))
+    if name is None:
+        reason = f"dtype {dtype} cannot be stored; one of {', '.join(_NAMES)} can"
+        raise InvalidValueError(f"tensor {tensor!r}", reason)
+    return name
 
 
 @lru_cache

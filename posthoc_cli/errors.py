@@ -239,7 +239,7 @@ def show_unhandled(_: str, text: str) -> None:
             sys.stderr.write(f"posthoc_cli: {text}\n")
 
 
-class Log:
+class Log(logging.LoggerAdapter):  # type: ignore[type-arg]  # generic from Python 3.11 on
     """The log of a module, which keeps the messages of a tracker's threads for `log_kept_messages`.
 
     Those threads must take no lock of Python's logging: the code that a signal handler has
@@ -247,29 +247,17 @@ class Log:
     """
 
     def __init__(self, module: str) -> None:
-        self._logger = logging.getLogger(module)
+        super().__init__(logging.getLogger(module), {})
 
-    def debug(self, text: str, *arguments: object) -> None:
-        self._log(logging.DEBUG, text, *arguments)
-
-    def info(self, text: str, *arguments: object) -> None:
-        self._log(logging.INFO, text, *arguments)
-
-    def warning(self, text: str, *arguments: object) -> None:
-        self._log(logging.WARNING, text, *arguments)
-
-    def error(self, text: str, *arguments: object) -> None:
-        self._log(logging.ERROR, text, *arguments)
-
-    def _log(self, level: int, text: str, *arguments: object) -> None:
+    def log(self, level: int, msg: object, *args: object, **_: Any) -> None:
         if hasattr(_thread, "keeps_messages"):
-            kept_messages.append((self._logger, level, text, arguments))
+            kept_messages.append((self.logger, level, msg, args))
         else:
-            self._logger.log(level, text, *arguments, stacklevel=3)
+            self.logger.log(level, msg, *args, stacklevel=3)
 
 
 _thread = threading.local()
-kept_messages: deque[tuple[logging.Logger, int, str, tuple[object, ...]]] = deque()
+kept_messages: deque[tuple[logging.Logger, int, object, tuple[object, ...]]] = deque()
 """Messages of threads that keep them, in their order."""
 
 
@@ -308,10 +296,10 @@ def check_number(
 def check_count(name: str, value: object, least: int = 1) -> int:
     """Return `value` as an int; raise InvalidValueError unless it is a whole number of at least
     `least`."""
-    try:
-        count = least - 1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        count = least - 1
+    count = least - 1
+    if not isinstance(value, bool):
+        with suppress(TypeError):
+            count = operator.index(value)  # type: ignore[arg-type]
     if count < least:
         raise InvalidValueError(
             name, f"must be a whole number, at least {least}", value=shown(value)

@@ -23,7 +23,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -62,6 +62,7 @@ class FileSystem:
     rename = staticmethod(os.replace)
     link = staticmethod(os.link)
     remove_directory = staticmethod(os.rmdir)
+    unlink = staticmethod(os.unlink)
 
     def open_new(self, path: Path) -> int:
         """Create a file that does not exist yet and return a descriptor for reading and writing."""
@@ -107,9 +108,6 @@ class FileSystem:
         finally:
             os.close(descriptor)
 
-    def unlink(self, path: Path) -> None:
-        path.unlink()
-
     def make_directory(self, path: Path) -> None:
         """Create a directory in an existing parent; do nothing if it exists."""
         path.mkdir(exist_ok=True)
@@ -134,13 +132,13 @@ def is_url(path: str | Path) -> bool:
 
 
 def given_path(name: str, path: str | Path) -> Path:
-    """Return an argument as a path; raise InvalidValueError, naming the argument, for an empty or
-    invalid one."""
+    """Return an argument as a path, expanded; raise InvalidValueError, naming the argument, for an
+    empty or invalid one."""
     is_empty = path == ""  # which `Path` would take for the working directory
     if is_empty or not isinstance(path, str | os.PathLike) or "\0" in str(path):
         reason = "is empty; for the working directory give '.'" if is_empty else "must be a path"
         raise InvalidValueError(name, reason, value="" if is_empty else shown(path))
-    return as_path(path)
+    return expanded(path)
 
 
 def expanded(path: str | Path) -> Path:
@@ -166,46 +164,39 @@ def as_path(path: str | Path) -> Path:
 
 
 def local_path(name: str, path: str | Path) -> Path:
-    """Return an argument as a path like `given_path`; raise InvalidValueError also for a URL."""
+    """Return an argument as a path of this machine as `given_path` does; raise InvalidValueError
+    also for a URL."""
     local = given_path(name, path)
     if is_url(local):
         reason = "is a URL; must be a path on a file system of this machine"
-        raise InvalidValueError(name, reason, value=local)
+        hint = "copy it from or to the store by `rclone copy` or `aws s3 cp`"
+        raise InvalidValueError(name, reason, hint, value=local)
     return local
 
 
-def output_path(name: str, path: str | Path) -> Path:
-    """Return the argument of an output as a path, with a leading ~ replaced by the home directory.
-
-    Raises InvalidValueError for a URL: outputs are written to this machine.
-    """
-    given = given_path(name, path)
-    if is_url(given):
-        reason = "is a URL; must be a path on a file system of this machine"
-        hint = "copy it to the store afterwards, by `rclone copy` or `aws s3 cp`"
-        raise InvalidValueError(name, reason, hint, value=given)
-    return expanded(given)
-
-
-def check_parent(name: str, path: Path) -> None:
-    """Raise InvalidValueError, naming the argument `name`, if the folder of the output `path` does
-    not exist."""
+def check_parent(path: Path) -> None:
+    """Raise InvalidValueError if the folder of the output `path` does not exist."""
     if not path.parent.is_dir():
-        raise InvalidValueError(name, "its folder does not exist", value=path)
+        raise InvalidValueError("out", "its folder does not exist", value=path)
 
 
 def new_file(out: str | Path, endings: Sequence[str], overwrite: bool) -> Path:
     """Return the path of an output after checking its ending, that its folder exists, and that it
     may be written."""
-    path = output_path("out", out)
+    path = local_path("out", out)
     if path.suffix not in endings:
         raise InvalidValueError("out", f"must end in {', '.join(endings)}", value=path)
-    check_parent("out", path)
+    check_parent(path)
     if path.is_dir():
         raise InvalidValueError("out", "is a folder; name a file", value=path)
     if path.exists() and not overwrite:
         raise _taken(path)
     return path
+
+
+def is_own_folder(path: Path) -> bool:
+    """Return whether a path is a folder; a link may lead elsewhere."""
+    return path.is_dir() and not path.is_symlink()
 
 
 def is_absent(path: Path) -> bool:
@@ -272,7 +263,7 @@ def unlink_if_exists(path: Path) -> None:
 
 def _remove(path: Path) -> None:
     """Remove a file, a link or a complete folder, if it exists."""
-    if path.is_dir() and not path.is_symlink():
+    if is_own_folder(path):
         for entry in system.list(path):
             _remove(entry)
         system.remove_directory(path)
@@ -285,15 +276,12 @@ _unfinished: dict[Path, int] = {}
 process that made it. Threads and the end of the process may remove an entry at the same time."""
 
 
-def discard(paths: Collection[Path]) -> None:
-    """Remove temporary files and folders; those that the system refuses to remove are tried again
-    at the exit."""
-    for path in paths:
-        _unfinished[path] = os.getpid()
-    for path in paths:
-        with suppress(OSError):
-            _remove(path)
-            _unfinished.pop(path, None)
+def _discard(path: Path) -> None:
+    """Remove a temporary file or folder, at the exit if the system refuses it now."""
+    _unfinished[path] = os.getpid()
+    with suppress(OSError):
+        _remove(path)
+        _unfinished.pop(path, None)
 
 
 @atexit.register
@@ -361,7 +349,7 @@ class _Pending:
     def discard(self) -> None:
         """Remove what is there. The next call completes one that a signal interrupted."""
         if self.temporary in _unfinished:
-            discard([self.temporary])
+            _discard(self.temporary)
 
     def __enter__(self: _P) -> _P:
         return self
@@ -404,6 +392,14 @@ class PendingFile(_Pending):
                 written = system.write(self.descriptor, view, offset)
                 view = view[written:]
                 offset = offset + written
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fill `view` with what was written from an offset on."""
+        with reported_as_write_error(self.path):
+            while view:
+                count = system.read(self.descriptor, view, offset)
+                view = view[count:]
+                offset = offset + count
 
     def publish(self) -> None:
         """Make the content durable and give the file its name; remove a new name if a later step
@@ -513,7 +509,7 @@ class PendingFolder(_Pending):
                 raise
             _unfinished.pop(self.temporary, None)
         if replaced:
-            discard([replaced])
+            _discard(replaced)
 
 
 def _taken(path: Path) -> OutputExistsError:

@@ -168,7 +168,7 @@ class Run:
     """
 
     def __init__(self, directory: str | Path) -> None:
-        self.directory = files.expanded(files.given_path("directory", directory))
+        self.directory = files.given_path("directory", directory)
         self._checked: Sequence[Source] = ()
         self._identities: list[str] = []  # of the sources that were checked
 

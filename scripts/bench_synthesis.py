@@ -41,7 +41,7 @@ from xxhash import xxh3_64_hexdigest
 from posthoc_cli import PostHocEMA, disk_sources
 from posthoc_cli.export.writing import OutputOptions, write_synthesis
 from posthoc_cli.snapshots.snapshot import decode_snapshot
-from posthoc_cli.snapshots.tensorfile import BLOCK, Entry, encode_header, lay_out, read_file
+from posthoc_cli.snapshots.tensorfile import BLOCK, Entry, encode_header, lay_out, read_file, seal
 from posthoc_cli.synthesis.engine import check_device, synthesize
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 
@@ -162,7 +162,8 @@ def write_sparse_snapshots(folder: Path, parameters: int, tensors: int, times: i
         payload += entry.nbytes
     for path in folder.glob("*.safetensors"):
         snapshot = decode_snapshot(read_file(path))
-        header = encode_header(entries, snapshot.encoded(), {}, checksums)
+        header = encode_header(entries, {"sums": checksums, **snapshot.encoded()}, {})
+        seal(header)
         path.write_bytes(header)
         os.truncate(path, len(header) + payload)
 

@@ -21,14 +21,15 @@ from posthoc_cli.dtypes import stored_name
 from posthoc_cli.profiles import PowerFunction, Profile
 from posthoc_cli.reconstruction import Measurements, Problem, Sketch
 from posthoc_cli.snapshots.directory import find_snapshots, snapshot_path
-from posthoc_cli.snapshots.path import decode_path, encode_path
 from posthoc_cli.snapshots.snapshot import (
     OutputInfo,
     Snapshot,
     TrackingSchedule,
     Used,
     decode,
+    decode_path,
     decode_snapshot,
+    encode_path,
 )
 from posthoc_cli.snapshots.sources import Source, TrackedTensor
 from posthoc_cli.snapshots.tensorfile import Chunk, Entry, TensorFileWriter, read_file, tensor_bytes
@@ -158,8 +159,8 @@ def write_tensors(
     for_dcp = info.for_dcp if isinstance(info, Snapshot) else {}
     with TensorFileWriter(path, entries, info.encoded(), for_dcp, overwrite) as writer:
         for name, value in values.items():
-            writer.write(name, tensor_bytes(value))
-        writer.commit()
+            writer.write(name, [tensor_bytes(value)])
+        writer.publish()
 
 
 def write_snapshot(

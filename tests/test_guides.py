@@ -369,7 +369,7 @@ def test_the_development_guide_names_the_files_that_a_synthesis_enters(tmp_path:
     way, _, _ = text.partition("**A foreign file**")
     names = {Path(name).name for name in re.findall(r"`([\w/]+\.py)`", way)}
     assert {Path(path).name for path in entered - GROUND} <= names
-    assert len(entered) <= 19
+    assert len(entered) <= 18
 
 
 def test_every_test_and_experiment_that_the_durability_guide_names_exists() -> None:

@@ -101,10 +101,10 @@ def import_checkpoints(
         OutputExistsError: `out` exists, and holds something else. WriteError: the system refused.
     """
     given = ImportSettings(**settings)
-    origin = files.expanded(files.given_path("directory", directory))
+    origin = files.given_path("directory", directory)
     target = None
     if out is not None:
-        target = files.output_path("out", out)
+        target = files.local_path("out", out)
     elif not dry_run:
         raise InvalidValueError("out", "is missing; only a dry run needs no output")
     if is_import(origin) or (origin.is_dir() and inspect_directory(origin).snapshots):
@@ -116,7 +116,7 @@ def import_checkpoints(
     found = checked_run([one.with_settings(given) for one in found])
     written = False
     if target is not None and not dry_run:
-        files.check_parent("out", target)
+        files.check_parent(target)
         written = write_manifest(target, origin, given, found, overwrite)
     return Import(tuple(found), target, place.says, tuple(checks), written)
 

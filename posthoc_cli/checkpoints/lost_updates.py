@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from posthoc_cli.dtypes import DTYPES
 from posthoc_cli.profiles import FloatArray
-from posthoc_cli.snapshots.path import spacing
+from posthoc_cli.snapshots.sources import spacing
 
 MOST_LOST = 0.01
 """The largest `lost_share` of an average that is usable. On the motions of

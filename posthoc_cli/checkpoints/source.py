@@ -44,8 +44,6 @@ class Checkpoint(Source):
     here."""
 
     word = "checkpoint"
-    sketch = ""
-    sample = ""
     measurements = None
     left_out = ()
     path: Path
@@ -86,20 +84,20 @@ class Checkpoint(Source):
         """Whether `step` is known to count updates of the weights, or what they take in."""
         return self.is_stated and self.t_unit != "epochs"
 
-    def average(self, profile: StoredProfile | None = None) -> StoredAverage:
-        """Return the input of a reconstruction, with its own or another profile.
+    def average(self) -> StoredAverage:
+        """Return the input of a reconstruction.
 
         Where steps are known, the weights change at every step and between none; the decay of an
         average is one of steps. Otherwise motion is continuous: files whose numbers follow each
         other may be an epoch apart.
         """
-        used: Any = profile or self.profile
+        profile: Any = self.profile
         dtypes = {self.tensors[name].dtype for name in self.averages}
         eps = EPS["F64" if dtypes == {"F64"} else "F32"]
         steps = None
-        if self.has_step_unit or not isinstance(used, Point):
+        if self.has_step_unit or not isinstance(profile, Point):
             steps = Steps(Clock([self.step], [self.t]), 1)
-        return StoredAverage(used, self.step, eps, None, steps, t_first=self.t_first)
+        return StoredAverage(profile, self.step, eps, None, steps, t_first=self.t_first)
 
     @property
     def holds(self) -> str:

@@ -278,7 +278,7 @@ def sweep(
     check_alone(sigma_rel=sigma_rel, target=target)
     widths = options.optional(Axis.parse, sigma_rel, "--sigma-rel", "sigma_rel")
     axis = options.optional(Axis.parse, target, "--target") or widths
-    out = files.output_path("--out", out)
+    out = files.local_path("--out", out)
     run = options.open_run(directory)
     output.warn_of_statistics(run.sources[-1].copies)
     show = output.print_note if as_json else output.print_line
@@ -419,7 +419,7 @@ def export(
     source = options.existing(file, name="FILE")
     report = export_file(
         source,
-        files.output_path("--out", out),
+        files.local_path("--out", out),
         layout,
         dtype,
         options.optional(options.existing, base),
@@ -725,7 +725,7 @@ def demo(
 
     count = options.parse_count(steps, "--steps", "6000, 6e3 or 6K")
     say = output.print_note if as_json else output.print_line
-    folder = free_folder() if out is None else files.output_path("--out", out)
+    folder = free_folder() if out is None else files.local_path("--out", out)
     progress = output.progress_bar(unit="steps")
     output.show(run(folder, count, say, progress), as_json, _print_demo)
 

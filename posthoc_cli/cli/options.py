@@ -169,7 +169,7 @@ def optional(parse: Callable[..., _T], text: str | None, *arguments: str) -> _T 
 def existing(place: str | Path, directory: bool = False, name: str = "DIR") -> Path:
     """Return the path of an existing input, with ~ expanded; an error without one, or a `directory`
     that is none."""
-    path = files.expanded(files.given_path(name, place))
+    path = files.given_path(name, place)
     try:
         mode = path.stat().st_mode
         reason = "is not a directory" if directory and not stat.S_ISDIR(mode) else ""
@@ -208,7 +208,7 @@ def open_run(place: str, directory: bool = True) -> Run:
 
     from posthoc_cli.run import Run
 
-    path = files.expanded(files.given_path("DIR", place))
+    path = files.given_path("DIR", place)
     if files.is_glob(path):
         return Run(path)
     path = existing(path, directory)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -111,17 +111,17 @@ def export_file(
         like=like,
     )
     options.check_like(dtype)
-    source = files.expanded(files.given_path("source", source))
-    out = files.output_path("out", out)
+    source = files.given_path("source", source)
+    out = files.local_path("out", out)
     options.layout_of(out)
-    files.check_parent("out", out)
+    files.check_parent(out)
     model = _read_source(source, weights, average) if like is None else _read_source(source)
     plan = _combination(model, wanted, prefix, strip_prefix)
     _check_names(plan)
     copied = None
     parts = [plan]
     if base is not None:
-        full = files.expanded(files.given_path("base", base))
+        full = files.given_path("base", base)
         parts.append(_completing(plan, full, wanted))
     elif like is not None:
         plan, copied = Like.find(like, plan.entries, weights, average).fitted(plan)
@@ -140,17 +140,33 @@ def export_file(
     )
 
 
-@dataclass(frozen=True)
 class Model(StoredTensors):
-    """A model in one file or several."""
+    """A model in one file or several; the tensors of another program, which has no `info`, are
+    copies, which may hold infinity."""
 
-    path: Path
-    files: tuple[TensorFile, ...]
-    entries: Mapping[str, Entry]
-    tensors: dict[str, TrackedTensor]
-    aliases: dict[str, str]
-    info: OutputInfo | None  # None if another program wrote it
-    t: float = 0.0
+    t = 0.0
+
+    def __init__(self, path: Path, opened: Sequence[TensorFile], info: OutputInfo | None) -> None:
+        self.path = path
+        self.files = tuple(opened)
+        self.info = info
+        self.aliases = {}
+        self.tensors = {}
+        self.entries = entries = dict[str, Entry]()
+        places = dict[str, Path]()
+        for file in opened:
+            roles = dict.fromkeys(file.entries, "copy")
+            if info is not None:
+                roles = dict.fromkeys(file.entries, "average")
+                roles |= dict.fromkeys(running_statistics(file.entries), "statistic")
+                roles |= dict.fromkeys(info.copies, "copy")
+            for name, entry in file.entries.items():
+                if name in places:
+                    reason = f"tensor {shown(name)} is in {places[name]} too"
+                    raise FileFormatError(file.path, reason)
+                places[name] = file.path
+                entries[name] = entry
+                self.tensors[name] = TrackedTensor(roles[name], entry.dtype)
 
 
 def _combination(
@@ -272,24 +288,4 @@ def _read_model(path: Path) -> StoredTensors:
             hint = "export the folder of all its parts"
             raise UnsuitableError(path, "is a part of a snapshot", hint)
         return snapshot
-    return _model_of(path, opened, info)
-
-
-def _model_of(path: Path, opened: Sequence[TensorFile], info: OutputInfo | None) -> Model:
-    """Return the model in these files; the tensors of another program are copies, which may hold
-    infinity."""
-    entries = {}
-    tensors = {}
-    places = dict[str, Path]()
-    for file in opened:
-        roles = dict.fromkeys(file.entries, "copy")
-        if info is not None:
-            roles = dict.fromkeys(file.entries, "average")
-            roles |= dict.fromkeys(running_statistics(file.entries), "statistic")
-            roles |= dict.fromkeys(info.copies, "copy")
-        for name, entry in file.entries.items():
-            if places.setdefault(name, file.path) != file.path:
-                raise FileFormatError(file.path, f"tensor {shown(name)} is in {places[name]} too")
-            entries[name] = entry
-            tensors[name] = TrackedTensor(roles[name], entry.dtype)
-    return Model(path, tuple(opened), entries, tensors, {}, info)
+    return Model(path, opened, info)

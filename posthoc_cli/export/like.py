@@ -19,15 +19,13 @@ from __future__ import annotations
 import io
 import os
 import re
-import shutil
 import struct
 import threading
 import zipfile
 import zlib
 from bisect import bisect_right
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +34,6 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from numpy.lib.stride_tricks import as_strided
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints.content import INDEX_ENDING
@@ -51,12 +48,9 @@ from posthoc_cli.snapshots.tensorfile import (
     Box,
     Entry,
     OpenedFile,
-    boxes_of_range,
-    items,
+    TensorFile,
     read_file,
-    row_major,
 )
-from posthoc_cli.synthesis.engine import Tile
 from posthoc_cli.synthesis.plan import Combination
 
 P = TypeVar("P", bound=Combination)
@@ -101,7 +95,7 @@ class Like:
         Raises InvalidValueError if nothing is there, for something in a folder that is neither a
         file nor a link to a file in it, or for a file of this package; and FileFormatError.
         """
-        path = files.local_path("like", files.expanded(like))
+        path = files.local_path("like", like)
         if path.name.endswith(INDEX_ENDING):
             path = path.parent
         if not path.exists():
@@ -136,38 +130,31 @@ class Like:
     # --- files
 
     @cached_property
-    def files(self) -> dict[Path, str]:
-        """The files of the model, with their paths in the folder."""
-        if not self.is_folder:
-            return {self.path: ""}
-        names = {}
-        for file in self.source.files:
-            name = file.path.relative_to(self.path)
-            names[file.path] = str(name)
-        return names
+    def files(self) -> dict[Path, TensorFile]:
+        """The files of the model."""
+        return {file.path: file for file in self.source.files}
 
     @cached_property
-    def beside(self) -> tuple[dict[str, Path], list[str]]:
-        """The other files of a folder to copy, by their paths in it, and what is left out."""
-        copied = {}
+    def beside(self) -> tuple[list[Path], list[str]]:
+        """The other files of a folder to copy, and the names in it of what is left out."""
+        copied = []
         left_out = []
         folders = []
         if self.is_folder:
             folders.append(self.path)
         while folders:
             for entry in sorted(folders.pop().iterdir()):
-                name = str(entry.relative_to(self.path))
                 if self._is_left_out(entry):
-                    left_out.append(name)
-                elif _is_folder(entry):
+                    left_out.append(str(entry.relative_to(self.path)))
+                elif files.is_own_folder(entry):
                     if not entry.name.startswith("."):
                         folders.append(entry)
                 elif entry not in self.files:
-                    copied[name] = entry
+                    copied.append(entry)
         return copied, left_out
 
     def _is_left_out(self, entry: Path) -> bool:
-        if _is_folder(entry):
+        if files.is_own_folder(entry):
             if entry == self.place or entry in self.place.parents:
                 return False
             return _OTHER_FOLDERS.fullmatch(entry.name) is not None
@@ -177,15 +164,14 @@ class Like:
 
     def _is_stale(self, name: str) -> bool:
         """Return whether a file holds the model's weights, too, in another format."""
-        names = [path.name for path in self.files]
-        names = list(filter(_MODEL.fullmatch, names))
+        names = [path.name for path in self.files if _MODEL.fullmatch(path.name)]
         if not names or not _MODEL.fullmatch(name):
             return False
         indices = [Path(each).suffix + INDEX_ENDING for each in names]
         return not name.endswith(tuple(indices))
 
     def _check_files(self) -> None:
-        for path in {file.path for file in self.source.files}:
+        for path in self.files:
             if not path.is_relative_to(self.path):
                 reason = f"the tensors to replace are in {path}: name that file"
                 raise InvalidValueError("like", reason, value=self.path)
@@ -194,7 +180,7 @@ class Like:
                 hint = "name a file that the training or its library wrote"
                 raise InvalidValueError("like", reason, hint, value=self.path)
         beside, _ = self.beside
-        for path in (*beside.values(), *self.files):
+        for path in (*beside, *self.files):
             if self.is_folder and not _is_own(path, self.path):
                 name = path.relative_to(self.path)
                 reason = f"{name} is not a file of this folder, or leads out of it"
@@ -252,10 +238,9 @@ class Like:
     def _check_quantized(self, averages: Iterable[set[str]]) -> None:
         config = self.place / "config.json"
         is_quantized = config.is_file() and b'"quantization_config"' in config.read_bytes()
-        for names in averages:
-            for name in names & self.source.entries.keys():
-                is_quantized |= self.source.entries[name].dtype not in EPS
-        if is_quantized:
+        known = self.source.entries
+        dtypes = {known[name].dtype for name in set().union(*averages) & known.keys()}
+        if is_quantized or not dtypes <= EPS.keys():
             reason = "its weights are quantized, as its quantization_config or their dtype says"
             hint = "take a folder that the trained model itself was saved to"
             raise MismatchError(self.place, reason, hint)
@@ -330,16 +315,7 @@ def _beginnings_of(end: str, names: Iterable[str]) -> set[str]:
 
 def _renamed(names: Iterable[str], old: str, new: str) -> set[str]:
     """Return names with another beginning."""
-    renamed = set()
-    for name in names:
-        if name.startswith(old):
-            name = new + name.removeprefix(old)
-        renamed.add(name)
-    return renamed
-
-
-def _is_folder(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()
+    return {new + name.removeprefix(old) if name.startswith(old) else name for name in names}
 
 
 def _component(path: Path, tensors: set[str]) -> Path:
@@ -367,15 +343,11 @@ def check_shape(path: Path, name: str, found: Sequence[int], average: Sequence[i
 
 def _own_chunks(average: Source, stored: Stored) -> dict[str, list[Chunk]]:
     """Return the chunks of an average that are not also the weights', which complete it."""
-    places = set()
+    places = set[tuple[Path, Entry]]()
     with suppress(FileFormatError):  # which of its tensors are the weights is unclear
-        for chunks in chunks_of(stored.weights).values():
-            places.add(chunks[0].place)
-    own = {}
-    for name, chunks in chunks_of(average).items():
-        if chunks[0].place not in places:
-            own[name] = chunks
-    return own
+        places = {chunks[0].place for chunks in chunks_of(stored.weights).values()}
+    own = chunks_of(average)
+    return {name: own[name] for name in own if own[name][0].place not in places}
 
 
 def _is_own(path: Path, folder: Path) -> bool:
@@ -403,7 +375,6 @@ class Chunk(NamedTuple):
     """A box of a tensor in a file, by its name there."""
 
     path: Path
-    stamp: tuple[int, int | str]  # the file's
     name: str
     entry: Entry
     box: Box
@@ -421,13 +392,6 @@ class Chunk(NamedTuple):
         """The place in the file after the last byte."""
         return self.begin + self.entry.reach * ITEM_BYTES[self.entry.dtype]
 
-    def view(self, data: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Return the view [*shape, bytes of an element] of the bytes from `begin` on."""
-        item = ITEM_BYTES[self.entry.dtype]
-        strides = self.entry.strides or row_major(self.entry.shape)
-        steps = [item * stride for stride in strides]
-        return as_strided(data, (*self.entry.shape, item), (*steps, 1))
-
 
 class Replaced(NamedTuple):
     """The dtype and shape of a tensor of a checkpoint, and its chunks."""
@@ -442,12 +406,9 @@ def chunks_of(source: StoredTensors) -> dict[str, list[Chunk]]:
     for file in source.files:
         for name, entry in file.entries.items():
             box = file.boxes.get(name) or Box.full(entry.shape)
-            chunk = Chunk(file.path, file.stamp, name, entry, box)
+            chunk = Chunk(file.path, name, entry, box)
             chunks.setdefault(name, []).append(chunk)
     return chunks
-
-
-# --- the output
 
 
 @dataclass(frozen=True)
@@ -463,8 +424,7 @@ class Replacement:
     @property
     def nbytes(self) -> int:
         beside, _ = self.like.beside
-        paths = [*self.like.files, *beside.values()]
-        return sum(path.stat().st_size for path in paths)
+        return sum(path.stat().st_size for path in (*self.like.files, *beside))
 
     def to_dict(self) -> dict[str, Any]:
         _, left_out = self.like.beside
@@ -475,78 +435,6 @@ class Replacement:
             "shared": self.shared,
             "left_out": left_out,
         }
-
-
-class Copy:
-    """An output that is a copy of a file, or of a folder."""
-
-    def __init__(
-        self,
-        stack: ExitStack,
-        replacement: Replacement,
-        path: Path,
-        overwrite: bool,
-        folder: files.PendingFolder | None,
-    ) -> None:
-        self._replacement = replacement
-        self._folder = folder
-        self._files = dict[Path, CopiedFile]()
-        chunks = defaultdict[Path, list[Chunk]](list)
-        for replaced in replacement.tensors.values():
-            for chunk in replaced.chunks:
-                chunks[chunk.path].append(chunk)
-        for file, name in replacement.like.files.items():
-            place = path if folder is None else folder.temporary / name
-            files.make_directory(place.parent)
-            pending = stack.enter_context(files.PendingFile(place, overwrite))
-            self._files[file] = CopiedFile(file, chunks[file], pending)
-
-    def write(self, tile: Tile, values: torch.Tensor) -> None:
-        for name, data, begin in tile.pieces(values):
-            if name in self._replacement.tensors:
-                self._put(*self._replacement.tensors[name], data, begin)
-
-    def _put(self, entry: Entry, chunks: Iterable[Chunk], data: memoryview, begin: int) -> None:
-        """Write bytes of a tensor, from byte `begin` on, to its chunks."""
-        whole = Box.full(entry.shape)
-        item = ITEM_BYTES[entry.dtype]
-        first = begin // item
-        values = np.frombuffer(data, items(entry.dtype))
-        steps = [item * step for step in row_major(entry.shape)]
-        for chunk in chunks:
-            file = self._files[chunk.path]
-            if chunk.box == whole:
-                file.write(chunk, data, begin)
-                continue
-            for piece in boxes_of_range(whole, first, first + values.size):
-                part = chunk.box.intersection(piece)
-                if part.size:
-                    start, _ = whole.span(part)
-                    view = as_strided(values[start - first :], part.shape, steps)
-                    at, _ = chunk.box.span(part)  # in a row: `piece` has all of its last axes
-                    content = memoryview(view.tobytes())
-                    file.write(chunk, content, at * item)
-
-    def complete(self) -> None:
-        for file in self._files.values():
-            file.complete()
-        if self._folder is None:
-            return
-        for file in self._files.values():
-            file.publish()
-        beside, _ = self._replacement.like.beside
-        for name, other in beside.items():
-            place = self._folder.temporary / name
-            files.make_directory(place.parent)
-            with files.reported_as_write_error(other, "copied"):
-                shutil.copyfile(other, place)
-
-    def publish(self) -> None:
-        if self._folder is not None:
-            self._folder.publish()
-            return
-        for file in self._files.values():
-            file.publish()
 
 
 # --- a file
@@ -560,17 +448,16 @@ class CopiedFile:
     chunks overlap.
     """
 
-    def __init__(self, path: Path, chunks: Iterable[Chunk], out: files.PendingFile) -> None:
-        self._path = path
+    def __init__(self, like: TensorFile, chunks: Iterable[Chunk], out: files.PendingFile) -> None:
         filled = [chunk for chunk in chunks if chunk.entry.size]
         self._chunks = sorted(filled, key=lambda chunk: chunk.begin)
         self._members = set[Member]()
-        self._collected = dict[Chunk, _Collected]()
+        # of each chunk in another order: its bytes in row-major order, and how many are missing
+        self._collected = dict[Chunk, tuple[npt.NDArray[np.uint8], int]]()
         self._lock = threading.Lock()
         self._file = out
         _check_apart(self._chunks)
-        with OpenedFile(path) as source:
-            self._check(source, "replaced while it was being used")
+        with like.opened() as source:
             for begin, end in self._gaps(source.size):
                 for at in range(begin, end, _BLOCK):
                     block = source.read_at(min(_BLOCK, end - at), at)
@@ -578,11 +465,6 @@ class CopiedFile:
             if is_archive(source):
                 places = [chunk.begin for chunk in self._chunks]
                 self._members = members_at(source, places)
-            self._check(source, "changed while it was being read")
-
-    def _check(self, source: OpenedFile, problem: str) -> None:
-        if any(chunk.stamp != source.stamp for chunk in self._chunks):
-            raise FileFormatError(self._path, f"was {problem}", "run again")
 
     def _gaps(self, size: int) -> Iterator[tuple[int, int]]:
         """Yield the ranges to copy; those of tensors stored in another order are among them."""
@@ -600,24 +482,18 @@ class CopiedFile:
             return
         with self._lock:  # the bytes between those of a chunk are read and written back
             if chunk not in self._collected:
-                self._collected[chunk] = _Collected(chunk.entry.nbytes)
-            collected = self._collected[chunk]
-            collected.add(data, begin)
-            if not collected.left:
-                stored = np.empty(chunk.end - chunk.begin, np.uint8)
-                self._read(stored.data, chunk.begin)
-                view = chunk.view(stored)
-                view[...] = collected.data.reshape(view.shape)
-                self._file.write_at(stored.data, chunk.begin)
-                del self._collected[chunk]
-
-    def _read(self, view: memoryview, offset: int) -> None:
-        """Read what was written."""
-        with files.reported_as_write_error(self._file.path):
-            while view:
-                count = files.system.read(self._file.descriptor, view, offset)
-                view = view[count:]
-                offset += count
+                size = chunk.entry.nbytes
+                self._collected[chunk] = np.empty(size, np.uint8), size
+            collected, left = self._collected.pop(chunk)
+            collected[begin : begin + len(data)] = data
+            if left > len(data):
+                self._collected[chunk] = collected, left - len(data)
+                return
+            stored = np.empty(chunk.end - chunk.begin, np.uint8)
+            self._file.read_into(stored.data, chunk.begin)
+            view = chunk.entry.view(stored)
+            view[...] = collected.view(view.dtype).reshape(view.shape)
+            self._file.write_at(stored.data, chunk.begin)
 
     def complete(self) -> None:
         """Set the checksums of changed members of an archive."""
@@ -626,25 +502,13 @@ class CopiedFile:
             checksum = 0
             for at in range(begin, end, _BLOCK):
                 view = room[: end - at]
-                self._read(view, at)
+                self._file.read_into(view, at)
                 checksum = zlib.crc32(view, checksum)
             for place in places:
                 self._file.write_at(checksum.to_bytes(4, "little"), place)
 
     def publish(self) -> None:
         self._file.publish()
-
-
-class _Collected:
-    """The bytes of a chunk in row-major order."""
-
-    def __init__(self, nbytes: int) -> None:
-        self.data = np.empty(nbytes, np.uint8)
-        self.left = nbytes
-
-    def add(self, data: memoryview, begin: int) -> None:
-        self.data[begin : begin + len(data)] = data
-        self.left -= len(data)
 
 
 def _check_apart(chunks: Sequence[Chunk]) -> None:
@@ -666,10 +530,10 @@ def _check_cluster(chunks: Sequence[Chunk]) -> None:
         return
     begin = chunks[0].begin
     end = max(chunk.end for chunk in chunks)
-    used = np.zeros(end - begin, bool)
+    used = np.zeros(end - begin, np.uint8)
     for chunk in chunks:
-        view = chunk.view(used[chunk.begin - begin :])
-        view[...] = True
+        view = chunk.entry.view(used[chunk.begin - begin :])
+        view[...] = np.iinfo(view.dtype).max
     total = sum(chunk.entry.nbytes for chunk in chunks)
     if np.count_nonzero(used) < total:
         names = " and ".join(shown(chunk.name) for chunk in chunks[:2])
@@ -682,9 +546,9 @@ def _check_cluster(chunks: Sequence[Chunk]) -> None:
 _LOCAL_CRC = 14
 _DESCRIPTOR_CRC = 4
 _ENTRY_CRC = 16
-_ENTRY_BYTES = 46  # of an entry of the central directory, without name, extra field and comment
+_ENTRY_SIZES = 28  # of the name, the extra field and the comment that follow an entry
+_ENTRY_BYTES = 46
 _HAS_DESCRIPTOR = 8
-_IS_UTF8 = 0x800
 
 
 class Member(NamedTuple):
@@ -703,7 +567,7 @@ def members_at(file: OpenedFile, places: Iterable[int]) -> set[Member]:
     try:
         while left:
             stream = io.BufferedReader(FileRange(file, 0, end))
-            entries = _entries(zipfile.ZipFile(stream))
+            entries = _entries(file, zipfile.ZipFile(stream))
             headers = sorted(entries)
             end = headers[0]
             while left and left[-1] >= end:
@@ -716,16 +580,14 @@ def members_at(file: OpenedFile, places: Iterable[int]) -> set[Member]:
     return members
 
 
-def _entries(archive: zipfile.ZipFile) -> dict[int, tuple[zipfile.ZipInfo, int]]:
+def _entries(file: OpenedFile, archive: zipfile.ZipFile) -> dict[int, tuple[zipfile.ZipInfo, int]]:
     """Return members, and the places of their entries, by the places of their local headers."""
     entries = {}
     at = archive.start_dir
     for info in archive.infolist():
         entries[info.header_offset] = info, at
-        encoding = "utf-8" if info.flag_bits & _IS_UTF8 else "cp437"
-        name = info.orig_filename.encode(encoding)
-        at += _ENTRY_BYTES
-        at += len(name) + len(info.extra) + len(info.comment)
+        sizes = file.read_at(6, at + _ENTRY_SIZES)
+        at += _ENTRY_BYTES + sum(struct.unpack("<3H", sizes))
     return entries
 
 

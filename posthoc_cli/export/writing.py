@@ -19,7 +19,8 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -29,13 +30,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from posthoc_cli import files, resources
 from posthoc_cli.checkpoints.content import INDEX_ENDING
-from posthoc_cli.dtypes import parse_dtype
+from posthoc_cli.dtypes import ITEM_BYTES, parse_dtype
 from posthoc_cli.errors import (
     FileFormatError,
     InvalidValueError,
@@ -46,12 +48,20 @@ from posthoc_cli.errors import (
     check_alone,
     check_word,
 )
-from posthoc_cli.export.like import Copy, Like, Replacement
+from posthoc_cli.export.like import Chunk, CopiedFile, Like, Replacement
 from posthoc_cli.resources import ProgressBar, no_bar, worker_count
 from posthoc_cli.snapshots.outputs import INDEX_NAME
 from posthoc_cli.snapshots.sources import counted
-from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, TensorFileWriter, read_file
-from posthoc_cli.synthesis.engine import InMemory, Tile, check_device, cut_tiles, make_tiles
+from posthoc_cli.snapshots.tensorfile import (
+    SUFFIX,
+    Box,
+    Entry,
+    TensorFileWriter,
+    boxes_of_range,
+    items,
+    read_file,
+)
+from posthoc_cli.synthesis.engine import InMemory, Output, Tile, check_device, cut_tiles, make_tiles
 from posthoc_cli.synthesis.plan import Combination, Plan, nbytes
 from posthoc_cli.targets import Target
 
@@ -103,8 +113,8 @@ class OutputOptions:
     def makes_folders(self) -> bool:
         """Whether every output is a folder."""
         if self.like is None:
-            return self.distributed or self.layout in ("sharded", "dcp")
-        like = files.local_path("like", files.expanded(self.like))
+            return self.distributed or self.layout in FOLDERS
+        like = files.local_path("like", self.like)
         return like.is_dir() or like.name.endswith(INDEX_ENDING)
 
     @property
@@ -133,8 +143,6 @@ class OutputOptions:
         if not (fits or path.is_dir()):
             hint = "name a .safetensors or .pt file, or a folder for shards; or give `layout`"
             reason = f"its ending does not fit the layout {layout}"
-            if given is None:
-                reason = f"the ending {path.suffix} says no layout"
             raise InvalidValueError(path, reason, hint)
         if self.max_shard_size is not None and layout != "sharded":
             reason = f"is for a sharded output, and this layout is {layout}"
@@ -172,13 +180,13 @@ def output_paths(
         if not options.dry_run:
             raise InvalidValueError("out", "is missing; only a dry run needs no output")
         return []
-    path = files.output_path("out", out)
+    path = files.local_path("out", out)
     is_file = path.suffix in (*LAYOUTS["safetensors"], *LAYOUTS["pt"])
     if options.distributed and (is_file or options.layout not in (None, "sharded")):
         reason = "a job of several processes makes a folder of shards; name a folder"
         raise InvalidValueError("out", reason, "an export makes one file of it", value=out)
     if not options.dry_run:
-        files.check_parent("out", path)
+        files.check_parent(path)
     is_folder = path.is_dir() or path.suffix == "" or str(out).endswith("/")
     if len(targets) == 1 and (options.makes_folders or not is_folder):
         options.layout_of(path)
@@ -292,8 +300,9 @@ class SynthesisReport:
         for index, target in enumerate(report["targets"]):
             target["output"] = str(self.outputs[index]) if self.outputs else None
             target["seconds"] = self.seconds
-            target["bytes"] = self.plan.nbytes
-        left_out = [name for name in self.plan.newest.left_out if not name.endswith("_extra_state")]
+            target["bytes"] = nbytes(self.plan.entries)
+        newest = self.plan.sources[-1]
+        left_out = [name for name in newest.left_out if not name.endswith("_extra_state")]
         sources = counted(self.plan.sources)
         if self.plan.last != self.plan.t:
             sources += f" (the newest is of {self.plan.last:,.12g})"
@@ -458,14 +467,16 @@ class Writing:
         header = self.headers[path]
         if self.layout == "safetensors":
             writer = TensorFileWriter(path, self.entries, header, {}, overwrite)
-            return SafetensorsFile(stack.enter_context(writer))
+            return TensorFiles([stack.enter_context(writer)], writer)
         shards, index = self.shards
+        if folder is not None and index:
+            files.write_atomically(place / INDEX_NAME, index)
         writers = []
         for name in [*shards][self.ranks.rank :: self.ranks.world]:
             entries = {tensor: self.entries[tensor] for tensor in shards[name]}
             writer = TensorFileWriter(place / name, entries, header, {})
             writers.append(stack.enter_context(writer))
-        return Shards(writers, index, folder)
+        return TensorFiles(writers, folder, writers)
 
     def _own(self, plan: Combination) -> Combination:
         """Return what this rank makes."""
@@ -479,13 +490,11 @@ class Writing:
 
 
 def _check_no_snapshot(path: Path) -> None:
-    kind = None
     if path.suffix == SUFFIX and path.is_file():
         with suppress(FileFormatError):
-            kind = read_file(path).kind
-    if kind == "snapshot":
-        reason = "is a snapshot of a run and is not replaced"
-        raise OutputExistsError(path, reason, "choose another name")
+            if read_file(path).kind == "snapshot":
+                reason = "is a snapshot of a run and is not replaced"
+                raise OutputExistsError(path, reason, "choose another name")
 
 
 # --- one output, a class for each layout
@@ -502,45 +511,39 @@ FOLDERS = {
 a folder that holds no others."""
 
 
-class FileOutput(Protocol):
-    """An output on disk."""
+class Pending(Protocol):
+    """A file or folder that has a temporary name until it is published."""
 
-    def write(self, tile: Tile, values: torch.Tensor) -> None: ...
-
-    def complete(self) -> None: ...
-
-    def publish(self) -> None: ...
+    def publish(self) -> object: ...
 
 
-class SafetensorsFile:
-    """One safetensors file with checksums."""
+class FileOutput(Output):
+    """An output on disk: a file, or a folder with files in it, which are complete before the folder
+    is."""
 
-    def __init__(self, writer: TensorFileWriter) -> None:
-        self._writer = writer
-
-    def write(self, tile: Tile, values: torch.Tensor) -> None:
-        for name, data, begin in tile.pieces(values):
-            self._writer.write(name, data, begin)
+    def __init__(self, whole: Pending | None, inside: Iterable[Pending] = ()) -> None:
+        self._whole = whole  # None of a folder that another process publishes
+        self._inside = inside
 
     def complete(self) -> None:
-        pass
+        for file in self._inside:
+            file.publish()
 
     def publish(self) -> None:
-        self._writer.commit()
+        if self._whole is not None:
+            self._whole.publish()
 
 
-class Shards:
-    """A folder of safetensors files with their index; in a job, this rank's share of the files."""
+class TensorFiles(FileOutput):
+    """Safetensors files with checksums: one, or those of a folder; in a job, this rank's share."""
 
     def __init__(
         self,
         writers: Sequence[TensorFileWriter],
-        index: bytes,
-        folder: files.PendingFolder | None,
+        whole: Pending | None,
+        inside: Iterable[Pending] = (),
     ) -> None:
-        self._files = writers
-        self._index = index
-        self._folder = folder  # in the first rank
+        super().__init__(whole, inside)
         self._writers = dict[str, TensorFileWriter]()
         for writer in writers:
             self._writers |= dict.fromkeys(writer.entries, writer)
@@ -548,17 +551,7 @@ class Shards:
     def write(self, tile: Tile, values: torch.Tensor) -> None:
         for name, data, begin in tile.pieces(values):
             if name in self._writers:
-                self._writers[name].write(name, data, begin)
-
-    def complete(self) -> None:
-        for file in self._files:
-            file.commit()
-        if self._folder and self._index:
-            files.write_atomically(self._folder.temporary / INDEX_NAME, self._index)
-
-    def publish(self) -> None:
-        assert self._folder is not None, "the first rank publishes"
-        self._folder.publish()
+                self._writers[name].write(name, [data], begin)
 
 
 def cut_shards(
@@ -586,11 +579,12 @@ def cut_shards(
     return split.filename_to_tensors, text.encode()
 
 
-class Collected(InMemory):
+class Collected(InMemory, FileOutput):
     """Tensors that are collected in memory, since their library writes them in one call."""
 
-    def __init__(self, parts: Sequence[Combination]) -> None:
-        super().__init__(torch.device("cpu"))
+    def __init__(self, parts: Sequence[Combination], whole: Pending) -> None:
+        InMemory.__init__(self, CPU)
+        FileOutput.__init__(self, whole)
         self._parts = parts
         for plan in parts:
             self.make_room(plan, plan.tensors)
@@ -608,10 +602,8 @@ class Collected(InMemory):
 class PickledFile(Collected):
     """A .pt file, which torch.load(weights_only=True) takes."""
 
-    def __init__(self, parts: Sequence[Combination], file: files.PendingFile) -> None:
-        super().__init__(parts)
-        self._file = file
-        self._end = 0
+    _whole: files.PendingFile
+    _end = 0
 
     def complete(self) -> None:
         stream = SimpleNamespace(write=self._append, flush=lambda: None)
@@ -622,27 +614,22 @@ class PickledFile(Collected):
             raise error.__context__ or error from None
 
     def _append(self, data: Any) -> int:
-        self._file.write_at(data, self._end)
+        self._whole.write_at(data, self._end)
         size = memoryview(data).nbytes
         self._end += size
         return size
-
-    def publish(self) -> None:
-        self._file.publish()
 
 
 class DistributedFolder(Collected):
     """A folder of torch.distributed.checkpoint."""
 
-    def __init__(self, parts: Sequence[Combination], folder: files.PendingFolder) -> None:
-        super().__init__(parts)
-        self._folder = folder
+    _whole: files.PendingFolder
 
     def complete(self) -> None:
         from torch.distributed.checkpoint.api import CheckpointException  # slow to import
 
-        place = str(self._folder.temporary)
-        with files.reported_as_write_error(self._folder.path), warnings.catch_warnings():
+        place = str(self._whole.temporary)
+        with files.reported_as_write_error(self._whole.path), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns that there is only one process
             try:
                 _save_alone(self.state, place)
@@ -652,9 +639,6 @@ class DistributedFolder(Collected):
                     raise failure from error
                 # torch's own replaces that of a write
                 raise failure.__context__ or failure from error
-
-    def publish(self) -> None:
-        self._folder.publish()
 
 
 def _save_alone(state: dict[str, torch.Tensor], folder: str) -> None:
@@ -668,3 +652,68 @@ def _save_alone(state: dict[str, torch.Tensor], folder: str) -> None:
 
     # deprecated, but the only function of torch 2.4 to 2.6 that leaves the group alone
     state_dict_saver.save_state_dict(state, FileSystemWriter(folder), no_dist=True)
+
+
+class Copy(FileOutput):
+    """A copy of a file, or of a folder."""
+
+    def __init__(
+        self,
+        stack: ExitStack,
+        replacement: Replacement,
+        path: Path,
+        overwrite: bool,
+        folder: files.PendingFolder | None,
+    ) -> None:
+        self._tensors = replacement.tensors
+        self._files = dict[Path, CopiedFile]()
+        chunks = defaultdict[Path, list[Chunk]](list)
+        for replaced in replacement.tensors.values():
+            for chunk in replaced.chunks:
+                chunks[chunk.path].append(chunk)
+        like = replacement.like
+
+        def place(copied: Path) -> Path:
+            if folder is None:
+                return path
+            inside = folder.temporary / copied.relative_to(like.path)
+            files.make_directory(inside.parent)
+            return inside
+
+        for copied, file in like.files.items():
+            pending = stack.enter_context(files.PendingFile(place(copied), overwrite))
+            self._files[copied] = CopiedFile(file, chunks[copied], pending)
+        beside, _ = like.beside
+        for other in beside:
+            with files.reported_as_write_error(other, "copied"):
+                shutil.copyfile(other, place(other))
+        copies = [*self._files.values()]
+        super().__init__(folder or copies[0], copies if folder else ())
+
+    def write(self, tile: Tile, values: torch.Tensor) -> None:
+        for name, data, begin in tile.pieces(values):
+            if name in self._tensors:
+                self._put(*self._tensors[name], data, begin)
+
+    def _put(self, entry: Entry, chunks: Iterable[Chunk], data: memoryview, begin: int) -> None:
+        """Write bytes of a tensor, from byte `begin` on, to its chunks."""
+        whole = Box.full(entry.shape)
+        item = ITEM_BYTES[entry.dtype]
+        first = begin // item
+        values = np.frombuffer(data, items(entry.dtype))
+        for chunk in chunks:
+            file = self._files[chunk.path]
+            if chunk.box == whole:
+                file.write(chunk, data, begin)
+                continue
+            for piece in boxes_of_range(whole, first, first + values.size):
+                part = chunk.box.intersection(piece)
+                if part.size:
+                    content = whole.view(values, part, first).tobytes()
+                    at, _ = chunk.box.span(part)  # in a row: `piece` has all of its last axes
+                    file.write(chunk, memoryview(content), at * item)
+
+    def complete(self) -> None:
+        for file in self._files.values():
+            file.complete()
+        super().complete()

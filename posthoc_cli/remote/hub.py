@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, HfFileSystem
-from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.constants import HF_HUB_CACHE, REPO_TYPES_URL_PREFIXES
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from posthoc_cli.errors import RemoteError
 
-_PREFIXES = {"model": "", "dataset": "datasets/", "space": "spaces/"}
 _api: Any = HfApi()
 _files: Any = HfFileSystem(skip_instance_cache=True)
 
@@ -28,25 +27,30 @@ def _commit(kind: str, repository: str, revision: str) -> str:
     return str(info.sha)
 
 
+def _resolved(key: str) -> Any:
+    """Return the repository, the revision's commit and the file that a key names."""
+    path = _files.resolve_path(key)
+    path.revision = _commit(path.repo_type, path.repo_id, path.revision)
+    return path
+
+
 def _pinned(key: str) -> str:
     """Return the key with the commit in place of the revision."""
-    path = _files.resolve_path(key)
-    commit = _commit(path.repo_type, path.repo_id, path.revision)
-    prefix = _PREFIXES[path.repo_type]
-    pinned = f"{prefix}{path.repo_id}@{commit}/{path.path_in_repo}"
+    path = _resolved(key)
+    prefix = REPO_TYPES_URL_PREFIXES.get(path.repo_type, "")
+    pinned = f"{prefix}{path.repo_id}@{path.revision}/{path.path_in_repo}"
     return pinned.rstrip("/")
 
 
 def download(key: str) -> Path:
     """Return the path of a file in the cache, after downloading it if it is not there."""
-    path = _files.resolve_path(key)
-    commit = _commit(path.repo_type, path.repo_id, path.revision)
+    path = _resolved(key)
     try:
         copy = _api.hf_hub_download(
             path.repo_id,
             path.path_in_repo,
             repo_type=path.repo_type,
-            revision=commit,
+            revision=path.revision,
         )
     except LocalEntryNotFoundError as error:  # the request has failed, for the reason in its cause
         raise error.__cause__ or ConnectionError from error
@@ -59,20 +63,18 @@ def download(key: str) -> Path:
     return Path(copy)
 
 
-def head(key: str) -> dict[str, Any]:
+def head(key: str) -> Any:
     """Return the facts about a file; raise a FileNotFoundError if there is none."""
     pinned = _pinned(key)
     folder, _, _ = pinned.rpartition("/")
-    if "@" not in folder:
-        raise FileNotFoundError
-    for entry in _files.ls(folder, detail=True):
-        is_file = entry["type"] == "file"
-        if is_file and entry["name"] == pinned:
-            return _facts(entry)
+    if "@" in folder:
+        for facts in list_with_delimiter(folder)["objects"]:
+            if facts["path"] == pinned:
+                return facts
     raise FileNotFoundError
 
 
-def list_with_delimiter(key: str) -> dict[str, Any]:
+def list_with_delimiter(key: str) -> dict[str, list[Any]]:
     """Return the folders and files directly in a folder."""
     pinned = _pinned(key)
     folders = []
@@ -83,7 +85,8 @@ def list_with_delimiter(key: str) -> dict[str, Any]:
         if entry["type"] == "directory":
             folders.append(entry["name"])
         elif entry["type"] == "file":
-            objects.append(_facts(entry))
+            facts = {"path": entry["name"], "size": entry["size"], "e_tag": entry.get("blob_id")}
+            objects.append(facts)
     return {"common_prefixes": folders, "objects": objects}
 
 
@@ -93,7 +96,3 @@ def revisions(key: str) -> list[str]:
     refs = _api.list_repo_refs(path.repo_id, repo_type=path.repo_type)
     named = [*refs.branches, *refs.tags]
     return [ref.name for ref in named]
-
-
-def _facts(entry: dict[str, Any]) -> dict[str, Any]:
-    return {"path": entry["name"], "size": entry["size"], "e_tag": entry.get("blob_id")}

@@ -43,6 +43,10 @@ class ObjectInfo(NamedTuple):
     tag: str = ""
 
 
+FOLDER = ObjectInfo(0)
+"""What stands for the facts about a folder."""
+
+
 def _place(url: str) -> tuple[Any, str]:
     """Return the store of a URL and the key in it."""
     scheme, _, rest = url.partition("://")
@@ -66,10 +70,9 @@ def open_bucket(bucket: str, endpoint: str) -> Any:
         raise MissingDependencyError(
             "obstore", reason, 'pip install "posthoc-cli[remote]"'
         ) from None
-    allowed = (
-        {"allow_http": True} if bucket.startswith("s3:") and endpoint.startswith("http:") else {}
-    )
-    options: Any = {"client_options": CLIENT | allowed, "retry_config": RETRIES}
+    is_plain = bucket.startswith("s3:") and endpoint.startswith("http:")
+    client: Any = CLIENT | {"allow_http": is_plain}
+    options: Any = {"client_options": client, "retry_config": RETRIES}
     return from_url(bucket, **options)
 
 
@@ -86,8 +89,7 @@ class RemotePath(PosixPath):
     working directory.
     """
 
-    # the facts about an object, or "folder", if the store has reported them
-    _known: ObjectInfo | str | None = None
+    _known: ObjectInfo | None = None  # None if the store has not reported them
 
     def __str__(self) -> str:
         """Return the URL, of which a Path keeps one of two slashes; of a path relative to another,
@@ -106,9 +108,9 @@ class RemotePath(PosixPath):
         """Return False: a store has no links."""
         return False
 
-    def _ask(self) -> ObjectInfo | None:
-        """Return the facts about an object, None for a folder; raise a FileNotFoundError if the
-        path is neither."""
+    def _ask(self) -> ObjectInfo:
+        """Return the facts about an object, or FOLDER; raise a FileNotFoundError if the path is
+        neither."""
         if self._known is None:
             try:
                 self._known = head(str(self))
@@ -116,16 +118,16 @@ class RemotePath(PosixPath):
                 if error.errno not in _NONE:
                     raise
                 with suppress(RemoteError) if error.errno == errno.EACCES else nullcontext():
-                    self._known = "folder" if listed(str(self)) else None
+                    self._known = FOLDER if listed(str(self)) else None
                 if self._known is None:
                     raise
-        return self._known if isinstance(self._known, ObjectInfo) else None
+        return self._known
 
     def is_file(self, **_: Any) -> bool:
         """Return whether it is an object that may be read: an optional file is often one without
         permission."""
         try:
-            return self._ask() is not None
+            return self._ask() is not FOLDER
         except OSError as error:
             if error.errno not in _NONE:
                 raise
@@ -133,7 +135,7 @@ class RemotePath(PosixPath):
 
     def is_dir(self, **_: Any) -> bool:
         with suppress(FileNotFoundError):
-            return self._ask() is None
+            return self._ask() is FOLDER
         return False
 
     def exists(self, **_: Any) -> bool:
@@ -144,20 +146,19 @@ class RemotePath(PosixPath):
         them now."""
         self._known = None
         info = self._ask()
-        mode = stat.S_IFREG if info else stat.S_IFDIR
-        size = info.size if info else 0
-        return os.stat_result((mode | 0o666, 0, 0, 1, 0, 0, size, 0, 0, 0))
+        mode = stat.S_IFDIR if info is FOLDER else stat.S_IFREG
+        return os.stat_result((mode | 0o666, 0, 0, 1, 0, 0, info.size, 0, 0, 0))
 
     lstat = stat
 
     def iterdir(self) -> Generator[RemotePath, None, None]:
         """Yield the paths in the folder; raise a FileNotFoundError without one, a
         NotADirectoryError for an object."""
-        if self._ask() is not None:
+        if self._ask() is not FOLDER:
             raise _system_error(errno.ENOTDIR, str(self))
         for name, info in listed(str(self)).items():
             child = self / name
-            child._known = info or "folder"
+            child._known = info
             yield child
 
     def glob(self, pattern: str, **_: Any) -> Iterator[RemotePath]:  # type: ignore[override]
@@ -251,9 +252,9 @@ def download(url: str) -> Path:
 _LISTINGS = 4  # attempts at a complete answer, which the library does not make itself
 
 
-def listed(url: str) -> dict[str, ObjectInfo | None]:
-    """Return the objects and the folders (None) directly in a folder, by name; none where it does
-    not exist."""
+def listed(url: str) -> dict[str, ObjectInfo]:
+    """Return the objects and the folders directly in a folder, by name; none where it does not
+    exist."""
     store, key = _place(url)
     for left in reversed(range(_LISTINGS)):
         try:
@@ -263,7 +264,7 @@ def listed(url: str) -> dict[str, ObjectInfo | None]:
         except RemoteError as error:
             if error.errno != errno.EAGAIN or not left:
                 raise
-    entries = dict[str, ObjectInfo | None].fromkeys(answer["common_prefixes"])
+    entries = dict.fromkeys(answer["common_prefixes"], FOLDER)
     for entry in answer["objects"]:
         if entry["path"] != key:
             entries[entry["path"]] = _info(entry)
@@ -300,13 +301,12 @@ class RemoteBytes:
     meanwhile is an error.
 
     It holds a few pieces of the object, which small reads share. Size and `tag`, which may be
-    empty, are its `stamp`, which differs for other content; every request checks it.
+    empty, differ for other content; every request checks them.
     """
 
     def __init__(self, path: Path) -> None:
         self._url = str(path)
         self._start, info = get(self._url, 0, _START)
-        self.stamp = info.size, info.tag
         self.size = info.size
         self.tag = info.tag
         # As many as tensors that may be read in turns.

@@ -18,7 +18,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal
 from itertools import count
 from pathlib import Path
@@ -37,8 +37,12 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.planning import SPARED_TIMES, USEFUL_RANGE, snapshots_to_drop, spared_times
 from posthoc_cli.reconstruction import Measurements, measured_prior
-from posthoc_cli.snapshots.path import decode_path, joined_paths, joined_sample
-from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot
+from posthoc_cli.snapshots.snapshot import (
+    Snapshot,
+    decode_snapshot,
+    joined_paths,
+    joined_sample,
+)
 from posthoc_cli.snapshots.sources import TrackedTensor, averages_of, by_time, model_difference
 from posthoc_cli.snapshots.tensorfile import (
     SUFFIX,
@@ -158,7 +162,7 @@ def listed(directory: Path) -> Directory:
     for path in entries:
         if is_tensor_file(path):
             candidates[path] = [path]
-        elif is_snapshot_name(path) and path.suffix != SUFFIX and _is_own_folder(path):
+        elif is_snapshot_name(path) and path.suffix != SUFFIX and files.is_own_folder(path):
             inside = [path]  # if it cannot be listed, the attempt to read it will say why
             with suppress(DirectoryError):
                 inside = [*list_directory(path)]
@@ -166,11 +170,6 @@ def listed(directory: Path) -> Directory:
             everything += inside
     leftovers = [path for path in everything if files.is_temporary(path.name)]
     return Directory(directory, entries, candidates, leftovers)
-
-
-def _is_own_folder(path: Path) -> bool:
-    """Return whether a path is a folder; a link may lead elsewhere."""
-    return path.is_dir() and not path.is_symlink()
 
 
 def _read(path: Path) -> Snapshot | FileFormatError | None:
@@ -333,6 +332,7 @@ def _sets(parts: Sequence[Snapshot]) -> dict[tuple[int, int, bool], list[Snapsho
     """Return the parts of each snapshot, by their number and the session of the training; one off
     the schedule may be in the course of being replaced, part by part, by the same one on it."""
     sets = defaultdict[tuple[int, int, bool], list[Snapshot]](list)
+    shared = [each.name for each in fields(Snapshot) if each.name not in _OWN]
     for part in sorted(parts, key=lambda part: part.part or (0, 0)):
         if part.part is None:
             reason = "is in a folder of parts but is not a part of a snapshot"
@@ -341,16 +341,11 @@ def _sets(parts: Sequence[Snapshot]) -> dict[tuple[int, int, bool], list[Snapsho
         for before in of_set[-1:]:
             reason = "are both part {} of {}".format(*part.part)
             if part.part != before.part:
-                reason = _difference(_of_all_parts(before), _of_all_parts(part))
+                reason = _difference(before, part, shared)
             if reason:
                 raise _apart(before, part, reason)
         of_set.append(part)
     return sets
-
-
-def _of_all_parts(part: Snapshot) -> dict[str, object]:
-    """Return the fields of a part without its own."""
-    return vars(part) | dict.fromkeys(_OWN)
 
 
 def _apart(first: Snapshot, other: Snapshot, reason: str, hint: str = "") -> MismatchError:
@@ -444,7 +439,7 @@ def contradictions(snapshots: Sequence[Snapshot]) -> list[MismatchError]:
     seen = dict[tuple[float, float], Snapshot]()
     for snapshot in snapshots:
         first = snapshots[0]
-        reason = _difference(_run_of(first), _run_of(snapshot))
+        reason = _difference(first, snapshot, ("run_id", "t_unit"))
         reason = reason or model_difference(first, snapshot)
         if reason:
             errors.append(_apart(first, snapshot, reason, "keep one run a directory"))
@@ -455,20 +450,14 @@ def contradictions(snapshots: Sequence[Snapshot]) -> list[MismatchError]:
     return errors
 
 
-def _run_of(snapshot: Snapshot) -> dict[str, object]:
-    return {"run_id": snapshot.run_id, "t_unit": snapshot.t_unit}
-
-
-def _difference(one: Mapping[str, object], other: Mapping[str, object]) -> str:
-    """Return the first difference between what two headers say, to follow their names; empty if
+def _difference(one: Snapshot, other: Snapshot, names: Iterable[str]) -> str:
+    """Return the first difference between fields of two headers, to follow their names; empty if
     there is none."""
-    if one == other:
-        return ""
-    for key in {**one, **other}:
-        first = one.get(key, "missing")
-        second = other.get(key, "missing")
+    for name in names:
+        first = getattr(one, name)
+        second = getattr(other, name)
         if first != second:
-            return f"differ in {shown(key)}: {shown(first)} and {shown(second)}"
+            return f"differ in {shown(name)}: {shown(first)} and {shown(second)}"
     return ""
 
 
@@ -619,7 +608,7 @@ def remove_snapshot(path: Path) -> None:
     that is being read.
     """
     with files.reported_as_write_error(path, "removed"), suppress(FileNotFoundError):
-        if path.is_symlink() or not path.is_dir():
+        if not files.is_own_folder(path):
             files.system.unlink(path)
             return
         for file in sorted(files.system.list(path)):
@@ -650,8 +639,7 @@ def set_aside(stored: Sequence[Snapshot]) -> list[Path]:
         return []
     directory = stored[0].path.parent
     folder = directory / SUPERSEDED
-    is_other = folder.exists() and not folder.is_dir()
-    if is_other or folder.is_symlink():
+    if not (files.is_absent(folder) or files.is_own_folder(folder)):
         reason = "is a link or no directory; snapshots are set aside in a directory of that name"
         raise DirectoryError(folder, reason, "move it away")
     files.make_directory(folder)
@@ -724,9 +712,8 @@ def _least_needed(
     sigma_range: tuple[float, float],
 ) -> set[float]:
     """Return the times that reconstruction needs least, so that `keep` are left."""
-    text = snapshots[-1].sketch
-    sketch = decode_path(text).sketch if text else None
-    prior = measured_prior(averages_of(snapshots), sketch)
+    path = snapshots[-1].path_sketch
+    prior = measured_prior(averages_of(snapshots), path and path.sketch)
     profiles = [snapshot.profile for snapshot in snapshots]
     dropped = snapshots_to_drop(profiles, prior, keep, sigma_range, spared_times(keep))
     return {snapshots[index].t for index in dropped}

@@ -178,18 +178,16 @@ def describe(path: Path) -> dict[str, Any]:
     if path.is_dir() and not is_parts_folder(path):
         content = inspect_directory(path)
         if content.snapshots or content.problems or content.incomplete:
+            run = _of_run(content.snapshots) if content.snapshots else {}
             return {
                 "kind": "directory",
                 "path": str(path),
-                **(_of_run(content.snapshots) if content.snapshots else {}),
+                **run,
                 "superseded": content.superseded,
                 "leftovers": [
                     leftover.name for leftover in (*content.leftovers, *content.incomplete)
                 ],
-                "notes": [
-                    *content.notes,
-                    *(_notes(content.snapshots[-1].copies) if content.snapshots else ()),
-                ],
+                "notes": [*content.notes, *run.get("notes", ())],
                 "problems": [str(problem) for problem in content.problems],
             }
         if (models := models_at(path)) != [path]:
@@ -246,16 +244,14 @@ def _of_run(snapshots: Sequence[Snapshot]) -> dict[str, Any]:
         **_fields(newest, "t_unit t step"),
         **_of_settings(newest),
         **describe_tensors(newest),
-        "snapshots": [_listed(snapshot) for snapshot in snapshots],
+        "snapshots": [
+            {"file": snapshot.path.name, **_fields(snapshot, "t step sigma_rel")}
+            for snapshot in snapshots
+        ],
         "measured": sum(snapshot.measurements is not None for snapshot in snapshots),
         "bytes": file_bytes(snapshots),
         "profiles": profiles,
     }
-
-
-def _listed(snapshot: Snapshot) -> dict[str, Any]:
-    fields = _fields(snapshot, "t step sigma_rel")
-    return {"file": snapshot.path.name, **fields}
 
 
 def _of_snapshot(snapshot: Snapshot) -> dict[str, Any]:
@@ -280,17 +276,16 @@ def _of_settings(snapshot: Snapshot) -> dict[str, Any]:
     """Return the settings of `PostHocEMA.from_model`, and of parts which one it is, or how many,
     and the mesh."""
     dtype = snapshot.schedule.checkpoint_dtype
-    parts = dict[str, Any]()
     schedule = vars(snapshot.schedule) | {"checkpoint_dtype": dtype and DTYPES[dtype].torch_name}
     del schedule["sigma_range"]  # which follows from the widths
-    if snapshot.part or snapshot.path.suffix != SUFFIX:
-        parts = (
-            {"part": "{}/{}".format(*snapshot.part)}
-            if snapshot.part
-            else {"parts": len(snapshot.files)}
-        )
-        parts |= {"mesh": snapshot.mesh} if snapshot.mesh else {}
-    return {"schedule": schedule, **parts}
+    settings = dict[str, Any](schedule=schedule)
+    if snapshot.part:
+        settings["part"] = "{}/{}".format(*snapshot.part)
+    elif snapshot.path.suffix != SUFFIX:
+        settings["parts"] = len(snapshot.files)
+    if snapshot.mesh:
+        settings["mesh"] = snapshot.mesh
+    return settings
 
 
 def describe_tensors(source: Source) -> dict[str, Any]:
@@ -327,8 +322,9 @@ def _relative_rounding(snapshot: Snapshot) -> float | None:
 
 def _counts(files: Collection[Mapping[str, Entry]]) -> dict[str, Any]:
     dtypes: Counter[str] = Counter()
-    for entry in (entry for tensors in files for entry in tensors.values()):
-        dtypes[entry.dtype] += entry.size
+    for tensors in files:
+        for entry in tensors.values():
+            dtypes[entry.dtype] += entry.size
     return {
         **({"shards": len(files)} if len(files) > 1 else {}),
         "tensors": sum(map(len, files)),

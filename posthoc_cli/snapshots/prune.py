@@ -135,10 +135,11 @@ def plan_pruning(
     better = choice.exchanged(order)
     if choice.without(better).worst <= bound:
         order = better
-    kept, deleted = choice.divided(order)
+    gone = [*choice.unused, *order]
+    times = {time.t for time in gone}
     return Pruning(
-        kept=tuple(snapshots[index] for index in kept),
-        to_delete=tuple(snapshots[index] for index in deleted),
+        kept=tuple(snapshot for snapshot in snapshots if snapshot.t not in times),
+        to_delete=tuple(snapshots[index] for time in gone for index in time.indices),
         before=choice.before,
         after=choice.without(order),
         source=choice.prior.source,
@@ -160,8 +161,8 @@ class _Choice:
         self.prior = source_prior(snapshots)
         times = times_of(self._profiles)
         self._needed = _needed(self._profiles, times)
-        self._unused = unused_times(self._profiles, self._needed, keep)
-        self._used = [time for time in times if time not in self._unused]
+        self.unused = unused_times(self._profiles, self._needed, keep)
+        self._used = [time for time in times if time not in self.unused]
         self.before = self._curve(self._used)
 
     def least_needed(self) -> list[SameTime]:
@@ -192,12 +193,6 @@ class _Choice:
         larger = np.maximum(curve.predicted_error, self.before.predicted_error)
         return replace(curve, predicted_error=larger)
 
-    def divided(self, order: Sequence[SameTime]) -> tuple[list[int], list[int]]:
-        """Return the indices of the snapshots to keep, and of those to delete, in order."""
-        deleted = [index for time in (*self._unused, *order) for index in time.indices]
-        kept = {*range(len(self._profiles))} - {*deleted}
-        return sorted(kept), deleted
-
     def check(self, max_error: float) -> None:
         if self.before.worst > max_error:
             low, high = self._sigma_range
@@ -220,23 +215,25 @@ def prune(
     """
     with DirectoryLock(directory):
         remove_leftovers(directory)
-        planned = {
-            snapshot.path: snapshot.identity for snapshot in (*pruning.kept, *pruning.to_delete)
-        }
-        if {snapshot.path: snapshot.identity for snapshot in read_directory(directory)} != planned:
+        planned = _identities([*pruning.kept, *pruning.to_delete])
+        if _identities(read_directory(directory)) != planned:
             raise MismatchError(
                 directory,
                 "has changed since it was read; nothing was deleted",
                 "run again",
             )
-        for file in (file for snapshot in pruning.kept for file in snapshot.files):
-            progress(file.nbytes - sum(entry.nbytes for entry in file.entries.values()))
-            file.verify(progress)
+        for snapshot in pruning.kept:
+            for file in snapshot.files:
+                file.verify(progress)
         for snapshot in pruning.to_delete:
             remove_snapshot(snapshot.path)
         with files.reported_as_write_error(directory):
             files.system.fsync_directory(directory)
     return replace(pruning, deleted=True)
+
+
+def _identities(snapshots: Sequence[Snapshot]) -> dict[Path, str]:
+    return {snapshot.path: snapshot.identity for snapshot in snapshots}
 
 
 def _needed(profiles: Sequence[PowerFunction], times: Sequence[SameTime]) -> list[SameTime]:

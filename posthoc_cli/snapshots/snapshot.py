@@ -1,12 +1,20 @@
 """The headers of our files. A snapshot is one average of one run at one time: the dataclass
 `Snapshot` is its header, and specifies its content; `OutputInfo` that of an output.
 
+Two texts of a header show the path of the weights: a sketch by random projections, and a sample.
+This holds, for some 512 elements, the network's weights at the snapshot's time and the values of
+the average. Names and shapes alone determine which elements these are. A model stands at a time of
+the run if its values equal the recorded ones, exactly or after rounding these to float16 or
+bfloat16, as a checkpoint in half precision has them.
+
 One small function, `converted`, decodes the JSON of a header by the annotations of the dataclass
 that holds it.
 """
 
 from __future__ import annotations
 
+import base64
+import math
 import re
 import sys
 from collections import defaultdict
@@ -14,10 +22,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from posthoc_cli.dtypes import EPS
@@ -25,16 +35,249 @@ from posthoc_cli.errors import FileFormatError, InvalidValueError, check_word, s
 from posthoc_cli.planning import USEFUL_RANGE
 from posthoc_cli.profiles import (
     Clock,
-    Discrete,
-    Point,
+    FloatArray,
     PowerFunction,
-    StoredProfile,
     gamma_from_sigma_rel,
 )
-from posthoc_cli.reconstruction import Measurements, Steps, StoredAverage
-from posthoc_cli.snapshots.path import Floats, decode_path, decode_sample, places
-from posthoc_cli.snapshots.sources import Dtype, Rule, Source, TrackedTensor
-from posthoc_cli.snapshots.tensorfile import FORMAT, Chunk, Entry, TensorFile, compact
+from posthoc_cli.reconstruction import Measurements, Sketch, Steps, StoredAverage
+from posthoc_cli.snapshots.sources import Dtype, PathSketch, Rule, Source, TrackedTensor
+from posthoc_cli.snapshots.tensorfile import FORMAT, Box, Chunk, Entry, TensorFile, compact
+
+# --- the sample
+
+Floats = npt.NDArray[np.float32]
+
+PLACES = 512  # elements in a sample; small models have fewer
+
+
+def encode_sample(weights: npt.ArrayLike, average: npt.ArrayLike) -> str:
+    """Return a sample as stored in headers: float32 values of the network, then of the average, in
+    base64."""
+    values = np.concatenate([weights, average])
+    data = values.astype("<f4").tobytes()
+    return base64.b64encode(data).decode()
+
+
+def decode_sample(text: str) -> tuple[Floats, Floats]:
+    """Return the values of the network and of the average in a sample; raise ValueError if it is
+    invalid."""
+    data = base64.b64decode(text, validate=True)
+    pairs, rest = divmod(len(data), 8)
+    if rest or pairs > PLACES:
+        raise ValueError(f"must be two equal numbers of at most {PLACES} float32 values")
+    values = np.frombuffer(data, "<f4").astype(np.float32)
+    weights, average = values.reshape(2, -1)
+    return weights, average
+
+
+def places(shapes: Mapping[str, Sequence[int]]) -> list[tuple[str, int]]:
+    """Return the sampled elements of tensors with these names and shapes: name and row-major index,
+    sorted.
+
+    All tensors have about equally many; of more than `PLACES` tensors, `PLACES` spread evenly by
+    name have one each.
+    """
+    sizes = {name: math.prod(shapes[name]) for name in sorted(shapes)}
+    names = [name for name, size in sizes.items() if size]
+    chosen = set[tuple[str, int]]()
+    if not names:
+        return []
+    for number in range(PLACES):
+        name = names[number * len(names) // PLACES]
+        text = f"{number}/{name}"
+        drawn = xxhash.xxh3_64_intdigest(text.encode(errors="replace"))
+        chosen.add((name, drawn % sizes[name]))
+    return sorted(chosen)
+
+
+def index_within(box: Box, shape: Sequence[int], index: int) -> int | None:
+    """Convert a row-major index in a tensor to the index in a box of it; return None if the element
+    is outside."""
+    found = np.unravel_index(index, tuple(shape))
+    offset = tuple(map(int, found))
+    element = Box(offset, (1,) * len(shape))
+    if not box.intersection(element).size:
+        return None
+    begin, _ = box.span(element)
+    return begin
+
+
+def joined_sample(
+    samples: Sequence[str],
+    boxes: Sequence[Mapping[str, Box]],
+    shapes: Mapping[str, Sequence[int]],
+) -> str:
+    """Join the samples of parts, which hold these boxes of complete tensors; return "" if one lacks
+    values."""
+    left = []
+    for sample in samples:
+        of_network, of_average = decode_sample(sample)
+        left.append(zip(of_network, of_average, strict=True))
+    pairs = list[tuple[float, float]]()
+    elements = places(shapes)
+    for name, index in elements:
+        for of_part, own in zip(left, boxes, strict=True):
+            box = own.get(name)
+            if box is not None and index_within(box, shapes[name], index) is not None:
+                pairs += islice(of_part, 1)
+                break
+    if not elements or len(pairs) < len(elements):
+        return ""
+    weights, average = zip(*pairs, strict=True)
+    return encode_sample(weights, average)
+
+
+def are_equal(model: Floats, recorded: Floats) -> bool:
+    """Return whether a model's values are the recorded ones, exactly or rounded to float16 or
+    bfloat16."""
+    import torch  # already loaded: the caller has a model
+
+    if np.array_equal(model, recorded):
+        return True
+    values = torch.from_numpy(model)
+    exact = torch.from_numpy(recorded)
+    for dtype in (torch.float16, torch.bfloat16):
+        rounded = exact.to(dtype).float()
+        if torch.equal(values, rounded):
+            return True
+    return False
+
+
+# --- the sketch of the path
+
+MOST_WINDOWS = 4_096
+MOST_NUMBERS = 1_024
+# the largest difference after scaling to float16: differences down to 2**-28 of it keep all bits
+_LARGEST = 2.0**14
+_MOST = 1e60  # the bound on usable numbers: products of larger ones overflow
+_COUNTS_BYTES = 32  # windows, numbers of each, bytes of a number, projection
+_LIMITS = f"must be 1 to {MOST_WINDOWS:,} windows of 1 to {MOST_NUMBERS:,} numbers, of size 2 or 4"
+_AND = "|"  # the separator between the sketches of parts; used in memory only
+
+
+def encode_path(path: PathSketch | None, exact: bool = False) -> str:
+    """Return a sketch as stored in headers, or in states if `exact`; empty for None or unusable
+    numbers."""
+    if path is None:
+        return ""
+    sketch = path.sketch
+    means = sketch.means.astype("<f4")
+    if not (np.isfinite(means).all() and np.all(sketch.spread < _MOST)):
+        return ""
+    windows, numbers = means.shape
+    whole = windows if exact else 1
+    steps = np.diff(means.astype(np.float64), axis=0)
+    factor = float(np.abs(steps).max(initial=0.0)) / _LARGEST or 1.0
+    moves = _moves(means[: windows - whole + 1] / factor)
+    clock = _own_clock(path)
+    parts = sketch.edges, sketch.folds, sketch.spread, factor, means[:whole], moves, clock
+    counts = np.array([windows, numbers, 4 if exact else 2, path.projection], "<i8")
+    stored = np.array(parts, _layout(windows, numbers, whole, len(clock)))
+    return base64.b64encode(counts.tobytes() + stored.tobytes()).decode()
+
+
+def _own_clock(path: PathSketch) -> FloatArray:
+    """Return the steps of windows; none if times are just their numbers, as far as they are
+    known."""
+    known = np.isfinite(path.steps)
+    is_usual = np.array_equal(path.steps[known], path.sketch.edges[1:][known])
+    return path.steps[:0] if is_usual else path.steps
+
+
+def _moves(places: FloatArray) -> npt.NDArray[np.float16]:
+    """Return the moves between places, each from the rounded place before, so that errors do not
+    add up."""
+    moves = np.zeros(places[1:].shape, "<f2")
+    reached = places[0]
+    for move, place in zip(moves, places[1:], strict=True):
+        move[:] = place - reached
+        reached = reached + move
+    return moves
+
+
+def _layout(windows: int, numbers: int, whole: int, clock: int) -> np.dtype[Any]:
+    """Return the layout of a sketch after its counts: whole means, and the moves from each to the
+    next, in units of `factor`; and so many steps."""
+    fields: list[Any] = [
+        ("edges", "<f8", (windows + 1,)),
+        ("folds", "<f8", (windows,)),
+        ("spread", "<f8", (windows,)),
+        ("factor", "<f8"),
+        ("means", "<f4", (whole, numbers)),
+        ("moves", "<f2", (windows - whole, numbers)),
+        ("steps", "<f8", (clock,)),
+    ]
+    return np.dtype(fields)
+
+
+def decode_path(text: str) -> PathSketch:
+    """Return the path that a sketch encodes, adding up the parts of `joined_paths`; ValueError if
+    it is invalid."""
+    first, *others = map(_decoded, text.split(_AND))
+    total = first.sketch
+    for other in others:
+        means = total.means + other.sketch.means
+        spread = total.spread + other.sketch.spread
+        total = replace(total, means=means, spread=spread)
+    return first._replace(sketch=total)
+
+
+def path_of_part(text: str, part: tuple[int, int] | None) -> PathSketch | None:
+    """Return the path of a part (its number, counted from 1, and the count) or a complete model;
+    None if unknown."""
+    number, count = part or (1, 1)
+    texts = text.split(_AND)
+    if not text or len(texts) != count:
+        return None
+    return decode_path(texts[number - 1])
+
+
+def joined_paths(texts: Sequence[str]) -> str:
+    """Join the sketches of a model's parts; return an empty text unless all have a sketch of the
+    same windows."""
+    if not all(texts):
+        return ""
+    windows = set()
+    for text in texts:
+        sketch = _decoded(text).sketch
+        edges = sketch.edges.tobytes()
+        folds = sketch.folds.tobytes()
+        windows.add((sketch.means.shape, edges, folds))
+    if len(windows) != 1:
+        return ""
+    return _AND.join(texts)
+
+
+def _decoded(text: str) -> PathSketch:
+    """Return the path that the sketch of one part encodes; raise ValueError if it is invalid."""
+    data = base64.b64decode(text, validate=True)
+    windows, projection, layout = _checked_layout(data)
+    stored = np.frombuffer(data, layout, offset=_COUNTS_BYTES)[0]
+    edges, folds, spread, factor, means, moves, steps = (
+        stored[name].astype(np.float64) for name in layout.names or ()
+    )
+    later = means[:1] + np.cumsum(moves * factor, axis=0)
+    sketch = Sketch(edges, folds, np.concatenate((means, later)), spread)
+    unknown = np.full(windows, np.nan)
+    return PathSketch(projection, sketch, steps if steps.size else unknown)
+
+
+def _checked_layout(data: bytes) -> tuple[int, int, np.dtype[Any]]:
+    """Return the number of windows, the projection and the layout of a sketch; raise ValueError if
+    it has another length."""
+    if len(data) >= _COUNTS_BYTES:
+        windows, numbers, size, projection = np.frombuffer(data[:_COUNTS_BYTES], "<i8").tolist()
+        are_few = 0 < windows <= MOST_WINDOWS and 0 < numbers <= MOST_NUMBERS
+        if are_few and size in (2, 4):
+            whole = windows if size == 4 else 1
+            for clock in (0, windows):
+                layout = _layout(windows, numbers, whole, clock)
+                if len(data) == _COUNTS_BYTES + layout.itemsize:
+                    return windows, projection, layout
+    raise ValueError(_LIMITS)
+
+
+# --- values
 
 # the range of training times; products of times outside it overflow
 EARLIEST = 1e-100
@@ -48,7 +291,7 @@ def is_number(value: object) -> bool:
 
 
 # of numbers that may be negative; all others must not be
-ANY_SIGN = Rule("a finite number", is_number)
+ANY_SIGN = "of any sign"
 Time = Annotated[float, Rule("a time of training", lambda t: EARLIEST <= t <= LATEST)]
 Count = Annotated[int, Rule("a whole number above 0", lambda count: count > 0)]
 RunId = Annotated[
@@ -104,17 +347,16 @@ class Selection:
     def copies(self, name: str) -> bool:
         return _matches(name, self.copy_only)
 
-    def resumed(self, roles: Mapping[str, str]) -> Selection:
-        """Return the selection for resuming a run whose tensors have these roles: running
-        statistics keep theirs."""
-        if self.buffers == "copy" and "statistic" in roles.values():
-            return replace(self, buffers="statistics").resumed(roles)
-        copies = [name for name, role in roles.items() if role == "copy"]
-        statistics = sorted(running_statistics(copies))
+    def resumed(self, run: Source) -> Selection:
+        """Return the selection for resuming a run: running statistics keep their role."""
+        buffers = self.buffers
+        if buffers == "copy" and any(each.role == "statistic" for each in run.tensors.values()):
+            buffers = "statistics"
+        if buffers != "statistics":
+            return self
+        statistics = sorted(running_statistics(run.copies))
         kept = [name for name in statistics if not self.copies(name)]
-        if self.buffers == "statistics":
-            return replace(self, copy_only=(*self.copy_only, *kept))
-        return self
+        return replace(self, buffers=buffers, copy_only=(*self.copy_only, *kept))
 
 
 def _matches(name: str, globs: Iterable[str]) -> bool:
@@ -129,19 +371,20 @@ def make_selection(
     """Return a selection from a user's arguments; raise InvalidValueError, naming the argument, if
     one is invalid."""
     check_word("buffers", buffers, BUFFERS)
-    chosen = list[tuple[str, ...]]()
-    arguments = {"include": include, "exclude": exclude}
-    for argument, given in arguments.items():
-        listed: tuple[Any, ...] = (given,)
-        if isinstance(given, Iterable) and not isinstance(given, str):
-            listed = tuple(given)
-        globs = [glob for glob in listed if isinstance(glob, str) and glob]
-        if len(globs) < len(listed) and given is not None:
-            reason = "must be a glob on names, such as 'decoder.*', or a list"
-            raise InvalidValueError(argument, reason, value=repr(given))
-        chosen.append(tuple(globs))
-    included, excluded = chosen
-    return Selection(not included, included, excluded, buffers)
+    included = _globs("include", include)
+    return Selection(not included, included, _globs("exclude", exclude), buffers)
+
+
+def _globs(argument: str, given: str | Iterable[str] | None) -> tuple[str, ...]:
+    globs: tuple[Any, ...] = ()
+    if isinstance(given, Iterable) and not isinstance(given, str):
+        globs = tuple(given)
+    elif given is not None:
+        globs = (given,)
+    if not all(isinstance(glob, str) and glob for glob in globs):
+        reason = "must be a glob on names, such as 'decoder.*', or a list"
+        raise InvalidValueError(argument, reason, value=repr(given))
+    return globs
 
 
 def check_globs(selection: Selection, names: Iterable[str]) -> None:
@@ -177,11 +420,10 @@ def statistics_notice(copies: Iterable[str]) -> str | None:
     layers = len(running_statistics(copies)) // 2
     if not layers:
         return None
-    counted = "1 BatchNorm layer" if layers == 1 else f"{layers:,} BatchNorm layers"
     return (
-        f"the running statistics of {counted} are copies, which belong to the raw weights: "
-        f"recompute them with "
-        "torch.optim.swa_utils.update_bn(loader, model) before you measure or use an average"
+        f"the running statistics of BatchNorm (layers: {layers:,}) are copies, which belong to the "
+        "raw weights: recompute them with torch.optim.swa_utils.update_bn(loader, model) before "
+        "you measure or use an average"
     )
 
 
@@ -242,11 +484,11 @@ class Snapshot(Source):
     # a large model estimated from a sample: of the squares of the exact average, and of (stored -
     # exact).
     measurements: Measurements | None = None
-    # Base64 of little-endian float32 values: for the elements that `path.places` names the
+    # Base64 of little-endian float32 values: for the elements that `places` names the
     # network's values at the last update, then as many of the exact average. A part has those in
     # its chunks.
     sample: SampleText = ""
-    # base64 of random projections of the network's path up to `t`, see `path`
+    # base64 of random projections of the network's path up to `t`, see `encode_path`
     sketch: SketchText = ""
     part: Part | None = None  # (3, 8) in the third of eight parts
     # of a part: each tensor's complete shape, and its place
@@ -278,9 +520,12 @@ class Snapshot(Source):
     def profile(self) -> PowerFunction:  # type: ignore[override]  # in a frozen class no field can be assigned either
         return PowerFunction(self.gamma, self.t)
 
-    def average(self, profile: StoredProfile | None = None) -> StoredAverage:
-        """Return the average as reconstruction uses it; a `profile` of points in time replaces the
-        power function."""
+    @property
+    def path_sketch(self) -> PathSketch | None:  # type: ignore[override]
+        return decode_path(self.sketch) if self.sketch else None
+
+    def average(self) -> StoredAverage:
+        """Return the average as reconstruction uses it."""
         # Averages of float64 tensors are accumulated in float64, all others in float32.
         dtypes = {self.tensors[name].dtype for name in self.averages}
         eps = EPS["F64"]
@@ -288,11 +533,9 @@ class Snapshot(Source):
         if dtypes != {"F64"}:
             eps = EPS["F32"]
             gammas = tuple(map(gamma_from_sigma_rel, self.sigma_rels))
-        if not isinstance(profile, Point | Discrete):
-            profile = self.profile
         clock = Clock([self.step], [self.t])
         return StoredAverage(
-            profile=profile,
+            profile=self.profile,
             updates=self.updates,
             eps=eps,
             measurements=self.measurements,
@@ -308,7 +551,7 @@ class Snapshot(Source):
             if each.name in OUTSIDE_HEADER:
                 continue
             value = getattr(self, each.name)
-            if value or _has_no_default(each):
+            if value or not _is_optional(each):
                 values[each.name] = value
         names = defaultdict(list)
         for name, tensor in self.tensors.items():
@@ -409,13 +652,11 @@ def recorded_weights(snapshots: Sequence[Snapshot]) -> dict[int, Floats]:
     newest = snapshots[-1]
     shapes = {name: newest.entries[name].shape for name in newest.averages}
     count = len(places(shapes))
-    samples = {}
-    for snapshot in snapshots:
-        samples[snapshot.step], _ = decode_sample(snapshot.sample)
     complete = {}
-    for step, weights in samples.items():
+    for snapshot in snapshots:
+        weights, _ = decode_sample(snapshot.sample)
         if len(weights) == count and np.isfinite(weights).all():
-            complete[step] = weights
+            complete[snapshot.step] = weights
     return complete
 
 
@@ -512,26 +753,24 @@ def converted(value: Any, kind: Any) -> Any:
 def _converted_by_rule(value: Any, kind: Any, rule: Rule | Callable[[Any], Any]) -> Any:
     if not isinstance(rule, Rule):
         return rule(value)
-    result = value if rule is ANY_SIGN else converted(value, kind)
+    result = converted(value, kind)
     _check(bool(rule.accepts(result)), rule.words, value)
     return result
 
 
 def _converted_list(value: Any, kinds: tuple[Any, ...]) -> tuple[Any, ...]:
+    words = f"a list of {len(kinds)}"
     is_list = isinstance(value, list | tuple)
     if kinds[-1] is ...:
-        _check(is_list, "a list", value)
-        kinds = kinds[:1] * len(value)
-    else:
-        is_right = is_list and len(value) == len(kinds)
-        _check(is_right, f"a list of {len(kinds)}", value)
+        words = "a list"
+        kinds = kinds[:1] * len(value) if is_list else kinds
+    _check(is_list and len(value) == len(kinds), words, value)
     return tuple(map(converted, value, kinds))
 
 
 def _converted_object(value: Mapping[str, Any], form: Any) -> Any:
     for each in fields(form):
-        is_optional = each.default_factory is not MISSING or not each.default
-        if each.name not in value and not is_optional:
+        if each.name not in value and not _is_optional(each):
             raise ValueError(f"{each.name}: is missing")
     members = {}
     for name, kind in kinds_of(form).items():
@@ -547,8 +786,9 @@ def _member(name: str, value: Any, kind: Any) -> Any:
         raise ValueError(f"{shown(name)[1:-1]}: {error}") from error
 
 
-def _has_no_default(each: Field[Any]) -> bool:
-    return each.default is MISSING and each.default_factory is MISSING
+def _is_optional(each: Field[Any]) -> bool:
+    """Return whether a header may lack a field: one that is empty by default."""
+    return each.default_factory is not MISSING or not each.default
 
 
 def _check(is_right: bool, words: str, value: Any) -> None:
@@ -559,6 +799,7 @@ def _check(is_right: bool, words: str, value: Any) -> None:
 # The plain types of JSON values, each with a test and its description.
 _PLAIN: dict[Any, tuple[Callable[[Any], bool], str]] = {
     Any: (lambda _: True, ""),
+    Annotated[float, ANY_SIGN]: (is_number, "a finite number"),
     bool: (lambda value: isinstance(value, bool), "true or false"),
     str: (lambda value: isinstance(value, str), "a string"),
     int: (lambda value: type(value) is int and 0 <= value < 2**63, "a whole number, at least 0"),

@@ -8,7 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from numpy.lib.stride_tricks import as_strided
 
 from posthoc_cli.dtypes import DTYPES, ITEM_BYTES
 from posthoc_cli.errors import MismatchError, NonFiniteError, shown
@@ -29,11 +28,11 @@ from posthoc_cli.reconstruction import (
     Distance,
     Measurements,
     Prior,
+    Sketch,
     StoredAverage,
     measured_prior,
     thinned_subset,
 )
-from posthoc_cli.snapshots.path import PathSketch, decode_path, spacing
 from posthoc_cli.snapshots.tensorfile import (
     Box,
     Entry,
@@ -41,7 +40,6 @@ from posthoc_cli.snapshots.tensorfile import (
     boxes_of_range,
     decode_values,
     items,
-    row_major,
     tensor_from_bytes,
 )
 
@@ -109,10 +107,9 @@ class StoredTensors:
         return [name for name, tensor in self.tensors.items() if tensor.role == role]
 
     def cells(self, name: str) -> int:
-        """Return the number of chunks that each row of a tensor is spread over; 0 for a tensor in
-        one file."""
+        """Return the number of chunks that each row of a tensor is spread over."""
         if len(self.files) == 1:
-            return 0
+            return 1
         boxes = list[Box]()
         for file in self.files:
             box = file.box(name)
@@ -145,45 +142,29 @@ class StoredTensors:
         verified by default."""
         dtype = self.entries[name].dtype
         for file in self.files:
-            if file.holds(name, box) and file.entries[name].dtype == dtype:
+            if file.box(name) == box and file.entries[name].dtype == dtype:
                 offset = begin * ITEM_BYTES[dtype]
                 file.read(name, offset, out, verify)
                 return
         flat = np.frombuffer(out, items(dtype))
-        last = begin + flat.size
-        pieces = list(boxes_of_range(box, begin, last))
-        steps = [flat.itemsize * step for step in row_major(box.shape)]
+        pieces = list(boxes_of_range(box, begin, begin + flat.size))
         for file in self.files:
             chunk = file.box(name)
             if chunk is None:
                 continue
-            common = [chunk.intersection(piece) for piece in pieces]
-            for part, values in self._parts(file, name, common, verify):
-                first, end = box.span(part)
-                elements = flat[first - begin : end - begin]
-                target = as_strided(elements, part.shape, steps)
-                target[...] = values
-
-    def _parts(
-        self,
-        file: TensorFile,
-        name: str,
-        boxes: Iterable[Box],
-        verify: bool,
-    ) -> Iterator[tuple[Box, npt.NDArray[Any]]]:
-        """Yield the boxes that have elements, with these, which are read at once from a chunk."""
-        parts = [box for box in boxes if box.size]
-        if not parts:
-            return
-        chunk = file.boxes.get(name) or Box.full(file.entries[name].shape)
-        spans = [chunk.span(part) for part in parts]
-        first = min(begin for begin, _ in spans)
-        last = max(end for _, end in spans)
-        values = self._read(file, name, first, last, verify)
-        steps = [values.itemsize * step for step in row_major(chunk.shape)]
-        for part, (begin, _) in zip(parts, spans, strict=True):
-            following = values[begin - first :]
-            yield part, as_strided(following, part.shape, steps)
+            parts = []
+            for piece in pieces:
+                part = chunk.intersection(piece)
+                if part.size:
+                    parts.append(part)
+            if parts:
+                spans = [chunk.span(part) for part in parts]
+                first, _ = min(spans)
+                last = max(end for _, end in spans)
+                values = self._read(file, name, first, last, verify)
+                for part in parts:
+                    target = box.view(flat, part, begin)
+                    target[...] = chunk.view(values, part, first)
 
     def _read(
         self,
@@ -239,6 +220,15 @@ class StoredTensors:
         return decode_values(data, entry.dtype)
 
 
+class PathSketch(NamedTuple):
+    """A sketch, the identifier of its projection, which depends on the tensors and the random
+    signs, and the step at the end of each window, nan if unknown: [K]."""
+
+    projection: int
+    sketch: Sketch
+    steps: FloatArray
+
+
 class Source(StoredTensors, ABC):
     """A stored average: a snapshot, a checkpoint of another program, or a live average."""
 
@@ -246,7 +236,6 @@ class Source(StoredTensors, ABC):
     # a power function, one checkpoint (`Point`), or known times (`Discrete`)
     profile: StoredProfile
     run_id: str  # 32 hexadecimal digits, the same for all sources of a run
-    t: float
     t_unit: str
     step: int
     sigma_rel: float  # the width that the average was tracked for; 0 for other averages
@@ -254,9 +243,7 @@ class Source(StoredTensors, ABC):
     t_first: float
     left_out: tuple[str, ...]  # names in the model's state that were not tracked
     measurements: Measurements | None  # None if they must be estimated
-    sketch: str  # the path of the weights up to `t`, see `path.encode_path`; empty if unknown
-    # elements of the weights and of the average at `t`, see `path.encode_sample`; empty if unknown
-    sample: str
+    path_sketch: PathSketch | None = None  # of the weights up to `t`; None if unknown
 
     def __repr__(self) -> str:
         return (
@@ -273,13 +260,8 @@ class Source(StoredTensors, ABC):
         """16 hexadecimal digits that identify its content."""
 
     @abstractmethod
-    def average(self, profile: StoredProfile | None = None) -> StoredAverage:
-        """Return the average as reconstruction uses it; `profile` replaces a profile that is no
-        power function."""
-
-    @property
-    def roles(self) -> dict[str, str]:
-        return {name: tensor.role for name, tensor in self.tensors.items()}
+    def average(self) -> StoredAverage:
+        """Return the average as reconstruction uses it."""
 
 
 # --- several sources
@@ -428,16 +410,16 @@ def _newest_path(sources: Sequence[Source]) -> PathSketch | None:
     """Return the sketched path at the newest time, of a file if one has it: earlier ones show a
     part of it."""
     last = max((source.t for source in sources), default=0.0)
-    newest = [source for source in sources if source.t == last and source.sketch]
-    newest.sort(key=lambda source: not source.files)
-    if not newest:
-        return None
-    return decode_path(newest[0].sketch)
+    newest = [source for source in sources if source.t == last]
+    for source in sorted(newest, key=lambda source: not source.files):
+        if path := source.path_sketch:
+            return path
+    return None
 
 
 def averages_of(sources: Sequence[Source]) -> list[StoredAverage]:
     """Return the averages of one run as reconstruction uses them, with the clock of all of them."""
-    averages = [source.average(source.profile) for source in sources]
+    averages = [source.average() for source in sources]
     if all(source.t == source.step for source in sources):
         return averages
     clock = run_clock(sources)
@@ -510,37 +492,6 @@ _STILL = 1e-12
 equal values moves by roundings."""
 
 
-class _Norms:
-    """The squared norms of samples of one run, without the tensors that are constant in all of
-    them."""
-
-    def __init__(self) -> None:
-        self._first: FloatArray | None = None
-        self._squares: dict[int, FloatArray] = {}  # of each source's tensors
-        self._moved: FloatArray | float = 0.0
-
-    def add(self, sample: _Sample) -> None:
-        if self._first is None:
-            self._first = sample.values
-        squares = np.add.reduceat(sample.values**2, sample.starts)
-        moves = sample.values - self._first
-        moves *= moves  # in place: of a million elements each copy takes 8 MB
-        distances = np.add.reduceat(moves, sample.starts)
-        has_moved = distances > _STILL * squares
-        self._squares[id(sample.source)] = squares * sample.scale
-        self._moved = np.maximum(self._moved, has_moved)
-
-    def of_moving(self) -> dict[int, float]:
-        """Return the squared norm of each source, by its id; of all tensors if none moves."""
-        moving = np.asarray(self._moved, dtype=bool)
-        if not moving.any():
-            moving = ~moving
-        norms = {}
-        for key, squares in self._squares.items():
-            norms[key] = float(squares[moving].sum())
-        return norms
-
-
 @np.errstate(over="ignore", invalid="ignore")
 def sample_measurements(sources: Sequence[Source]) -> list[Measurements | None]:
     """Estimate the measurements of the sources of one run, in their order, from the stored
@@ -566,20 +517,24 @@ class _Sampling:
     """The measurements of a run's sources, taken in one time after another."""
 
     def __init__(self) -> None:
-        self._norms = _Norms()
-        self._measured: dict[int, Measurements] = {}  # by the id of the source
+        self._first: FloatArray | None = None
+        # the tensors that are not constant in all sources so far
+        self._moved: npt.NDArray[np.bool_] | bool = False
+        # by the id of the source: the squared norm of each tensor, the rounding, and the distances
+        self._measured: dict[int, tuple[FloatArray, float, list[Distance]]] = {}
         # of each kind the averages of the two newest times
-        self._newest: dict[tuple[float, bool], list[list[_Sample]]] = defaultdict(list)
+        self._newest: dict[tuple[float, bool], list[_Sample]] = defaultdict(list)
         self._steps: dict[tuple[float, bool], list[_Step]] = defaultdict(list)
 
     def add(self, samples: Sequence[_Sample]) -> None:
         """Measure the samples of one time, later than all before."""
         recent = []
+        earlier = []
         for sample in samples:
-            before = self._newest[_kind(sample.source)]
-            recent.append(_recent_motion(sample, before))
+            recent.append(_recent_motion(sample, self._newest[_kind(sample.source)]))
+        for kind in sorted(self._newest):
+            earlier += self._newest[kind]
         is_clear = any(motion.squared > _CLEAR * motion.rounding for motion in recent if motion)
-        earlier = self._earlier()
         for sample, motion in zip(samples, recent, strict=True):
             distances = []
             if motion:
@@ -587,38 +542,41 @@ class _Sampling:
             if not (motion and is_clear):
                 beside = [other for other in samples if other is not sample]
                 distances += map(sample.distance, beside + earlier)
-            self._norms.add(sample)
-            measurements = Measurements(0.0, sample.rounding, tuple(distances))
-            self._measured[id(sample.source)] = measurements
-        for kind, of_kind in groupby(samples, key=lambda sample: _kind(sample.source)):
-            at_time = list(of_kind)
-            last_two = [of_time[0] for of_time in self._newest[kind]]
-            self._steps[kind] += _steps_to(at_time[0], last_two)
-            self._newest[kind] = [*self._newest[kind], at_time][-2:]
+            squares = self._squares(sample)
+            self._measured[id(sample.source)] = squares, sample.rounding, distances
+        for sample in samples:
+            kind = _kind(sample.source)
+            before = self._newest[kind]
+            if before:
+                self._steps[kind].append(_step(sample, before))
+            self._newest[kind] = [*before, sample][-2:]
 
-    def _earlier(self) -> list[_Sample]:
-        samples = []
-        for kind in sorted(self._newest):
-            for at_time in self._newest[kind]:
-                samples += at_time
-        return samples
+    def _squares(self, sample: _Sample) -> FloatArray:
+        """Return the squared norm of each tensor, and note which have moved."""
+        if self._first is None:
+            self._first = sample.values
+        squares = np.add.reduceat(sample.values**2, sample.starts)
+        moves = sample.values - self._first
+        moves *= moves  # in place: of a million elements each copy takes 8 MB
+        self._moved |= np.add.reduceat(moves, sample.starts) > _STILL * squares
+        return squares * sample.scale
 
     def measurements_of(self, sources: Sequence[Source]) -> list[Measurements | None]:
         """Return the measurements of the sources; all None if values are too large to be
         squared."""
         for steps in self._steps.values():
             _warn_of_two_trainings(steps)
-        norms = self._norms.of_moving()
-        sums = list(norms.values())
-        for measurements in self._measured.values():
-            sums += [distance.squared for distance in measurements.distances]
+        moving = self._moved if np.any(self._moved) else ...  # all if none moves
+        found = list[Measurements | None]()
+        sums = list[float]()
+        for source in sources:
+            squares, rounding, distances = self._measured[id(source)]
+            norm = float(squares[moving].sum())
+            found.append(Measurements(norm, rounding, tuple(distances)))
+            sums.append(norm)
+            sums += [distance.squared for distance in distances]
         if not np.isfinite(sums).all():
             return [None] * len(sources)
-        found = list[Measurements | None]()
-        for source in sources:
-            norm = norms[id(source)]
-            measured = self._measured[id(source)]
-            found.append(replace(measured, norm=norm))
         return found
 
 
@@ -652,17 +610,15 @@ class _Step:
         return self.after.t - self.before.t
 
 
-def _steps_to(sample: _Sample, before: Sequence[_Sample]) -> Iterator[_Step]:
-    """Yield the step to a sample from the last one of at most two before."""
-    if not before:
-        return
+def _step(sample: _Sample, before: Sequence[_Sample]) -> _Step:
+    """Return the step to a sample from the last one of one or two before."""
     last = before[-1]
     squared = sample.squared_distance(last)
     rounding = sample.rounding + last.rounding
     over_two = math.inf
     if len(before) > 1:
         over_two = sample.squared_distance(before[0])
-    yield _Step(last.source, sample.source, squared, rounding, over_two)
+    return _Step(last.source, sample.source, squared, rounding, over_two)
 
 
 def _warn_of_two_trainings(steps: Sequence[_Step]) -> None:
@@ -690,6 +646,18 @@ def _warn_of_two_trainings(steps: Sequence[_Step]) -> None:
 def _warn_of_files(step: _Step, reason: str) -> None:
     hint = "name the files of one training by a glob"
     log.warning("%s: %s: %s", step.after.path.parent, reason, hint)
+
+
+def spacing(
+    values: FloatArray,
+    mantissa_bits: npt.ArrayLike,
+    lowest_exponent: npt.ArrayLike,
+) -> FloatArray:
+    """Return the distance from each value to the next one of its dtype, see `dtypes.Dtype`."""
+    _, above = np.frexp(values)
+    exponent = np.maximum(above - 1, lowest_exponent)
+    spacings = np.ldexp(1.0, exponent - mantissa_bits)
+    return np.asarray(spacings)
 
 
 def expected_roundings(values: FloatArray, stored: str, own: str) -> FloatArray:
@@ -720,55 +688,49 @@ def _sampled_ranges(source: Source) -> list[ElementRange]:
     names = list(sizes)
     ends = list(accumulate(sizes.values()))
     total = sum(sizes.values())
-    if total <= MOST_ELEMENTS:
-        return [ElementRange(name, 0, count) for name, count in sizes.items() if count]
-    chosen = _drawn_runs(source.run_id, total)
-    edges = set(ends)
-    for run in chosen:
-        begin = run * RUN_ELEMENTS
-        edges.add(begin)
-        edges.add(min(begin + RUN_ELEMENTS, total))
+    runs = [(0, total)]
+    if total > MOST_ELEMENTS:
+        generator = np.random.default_rng(int(source.run_id, 16))
+        count = -(-total // RUN_ELEMENTS)
+        drawn = generator.choice(count, MOST_ELEMENTS // RUN_ELEMENTS, replace=False)
+        begins = [RUN_ELEMENTS * run for run in sorted(drawn.tolist())]
+        runs = [(begin, min(begin + RUN_ELEMENTS, total)) for begin in begins]
     ranges = []
-    for begin, end in pairwise(sorted(edges)):
-        if begin // RUN_ELEMENTS in chosen:
-            index = bisect_right(ends, begin)
+    for begin, last in runs:
+        index = bisect_right(ends, begin)
+        while begin < last:
             name = names[index]
             start = ends[index] - sizes[name]
-            ranges.append(ElementRange(name, begin - start, end - start))
+            end = min(ends[index], last)
+            if end > begin:
+                ranges.append(ElementRange(name, begin - start, end - start))
+            begin = end
+            index += 1
     return ranges
 
 
-def _drawn_runs(run_id: str, total: int) -> set[int]:
-    """Return the numbers of the runs to read of so many elements."""
-    runs = -(-total // RUN_ELEMENTS)
-    generator = np.random.default_rng(int(run_id, 16))
-    drawn = generator.choice(runs, MOST_ELEMENTS // RUN_ELEMENTS, replace=False)
-    return set(drawn.tolist())
-
-
 def _read(source: Source, ranges: Sequence[ElementRange]) -> _Sample:
-    parts = [np.empty(0)]
-    sizes: dict[str, int] = {}
-    roundings = [np.empty(0)]
+    values = np.empty(sum(end - begin for _, begin, end in ranges))
+    roundings = np.zeros(values.shape)  # takes no memory until it is written to
+    starts: dict[str, int] = {}
+    at = 0
     with source:
         for name, begin, end in ranges:
-            count = end - begin
-            sizes[name] = sizes.get(name, 0) + count
-            values = source.values(name, begin, end)
-            if not np.isfinite(values).all():
+            starts.setdefault(name, at)
+            part = source.values(name, begin, end)
+            if not np.isfinite(part).all():
                 source.tensor(name)  # raises if the file is damaged, for example by a flipped bit
                 raise NonFiniteError(source.path, f"tensor {name!r}: holds nan or infinity")
-            parts.append(values)
+            place = slice(at, at + part.size)
+            values[place] = part
             stored = source.entries[name].dtype
-            roundings.append(expected_roundings(values, stored, source.tensors[name].dtype))
-    values = np.concatenate(parts)
-    starts = np.cumsum([0, *sizes.values()])[:-1]
+            expected = expected_roundings(part, stored, source.tensors[name].dtype)
+            if expected.any():
+                roundings[place] = expected
+            at += part.size
     total = sum(source.entries[name].size for name in source.averages)
     scale = total / max(values.size, 1)
-    of_values = np.broadcast_to(0.0, values.shape)  # takes no memory
-    if any(part.any() for part in roundings):
-        of_values = np.concatenate(roundings)
-    return _Sample(source, values, starts, scale, of_values)
+    return _Sample(source, values, np.array([*starts.values()], np.intp), scale, roundings)
 
 
 # the largest difference between the tails of two averages up to a time if one continues the other
@@ -777,7 +739,7 @@ _NONE = 1e-9  # shares of mass below this count as 0
 _CLEAR = 2.0  # a squared distance must be this many times its expected rounding to show motion
 
 
-def _recent_motion(sample: _Sample, before: Sequence[Sequence[_Sample]]) -> Distance | None:
+def _recent_motion(sample: _Sample, before: Sequence[_Sample]) -> Distance | None:
     """Return an average's distance from what it would be if the weights had not moved between its
     last two intervals.
 
@@ -793,8 +755,7 @@ def _recent_motion(sample: _Sample, before: Sequence[Sequence[_Sample]]) -> Dist
     """
     if len(before) < 2:
         return None
-    sample_a = before[0][0]
-    sample_b = before[1][0]
+    sample_a, sample_b = before
     a = sample_a.source.profile
     b = sample_b.source.profile
     c = sample.source.profile

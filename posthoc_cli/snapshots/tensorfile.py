@@ -138,6 +138,14 @@ class Entry:
             reach += (length - 1) * step
         return reach
 
+    def view(self, data: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+        """Return the elements in the bytes of the file from `begin` on."""
+        dtype = items(self.dtype)
+        stored = data[: self.reach * dtype.itemsize].view(dtype)
+        strides = self.strides or row_major(self.shape)
+        steps = [dtype.itemsize * step for step in strides]
+        return as_strided(stored, self.shape, steps)
+
 
 # --- boxes
 #
@@ -185,6 +193,12 @@ class Box:
             first += (inner.offset[axis] - self.offset[axis]) * step
             reach += (inner.shape[axis] - 1) * step
         return first, first + reach
+
+    def view(self, elements: npt.NDArray[Any], inner: Box, first: int) -> npt.NDArray[Any]:
+        """Return those of `inner`, of this box's row-major elements from `first` on."""
+        begin, _ = self.span(inner)
+        steps = [elements.itemsize * step for step in row_major(self.shape)]
+        return as_strided(elements[begin - first :], inner.shape, steps)
 
 
 @dataclass(frozen=True)
@@ -316,7 +330,7 @@ class OpenedFile:
     def stamp(self) -> tuple[int, int | str]:
         """A value that changes when the file is written to."""
         if self.remote:
-            return self.remote.stamp
+            return self.size, self.tag
         status = os.fstat(self._descriptor)
         return status.st_size, status.st_mtime_ns
 
@@ -391,13 +405,13 @@ def sampled_identity(file: OpenedFile) -> str:
     return digest.hexdigest()
 
 
-def in_turn(work: Callable[[S], T], things: Sequence[S], remote: bool) -> Iterator[T]:
-    """Yield the result of `work` for each thing, in order; several at a time if they are in a
-    store."""
-    if not remote:
+def in_turn(work: Callable[[S], T], things: Sequence[S], at_once: bool) -> Iterator[T]:
+    """Yield the result of `work` for each thing, in order; of several `at_once`, as requests to a
+    store wait more than they compute."""
+    if not at_once:
         yield from map(work, things)
         return
-    with ThreadPoolExecutor(THREADS, "ema-remote") as pool:
+    with ThreadPoolExecutor(THREADS, "ema-in-turn") as pool:
         yield from pool.map(work, things)
 
 
@@ -454,12 +468,6 @@ class TensorFile:
             return None
         return Box.full(self.entries[name].shape)
 
-    def holds(self, name: str, box: Box) -> bool:
-        """Return whether the file has a tensor's elements in a box, and no others of it."""
-        if self.boxes:
-            return self.boxes.get(name) == box
-        return name in self.entries and self.entries[name].shape == box.shape
-
     def __enter__(self) -> TensorFile:
         handle = self.handle
         with handle.lock:
@@ -468,19 +476,24 @@ class TensorFile:
             handle.users += 1
         return self
 
+    @contextmanager
+    def opened(self) -> Iterator[OpenedFile]:
+        """Open the file as `with` does, to read any of its bytes."""
+        with self:
+            assert self.handle.file is not None, "it is open"
+            yield self.handle.file
+
     def _opened(self) -> OpenedFile:
         """Open the file; raise FileFormatError if it is not the one whose header was read."""
         with ExitStack() as stack:
             file = stack.enter_context(OpenedFile(self.path))
-            # The header identifies a file whose blocks are verified, also if it was copied over
-            # itself.
-            is_same = False
-            if self.sums:
+            if file.stamp != self.stamp:
+                # The header identifies a file whose blocks are verified, also if it was copied over
+                # itself.
                 start = file.read_at(_DIGITS.stop, 0)
-                is_same = start[_DIGITS] == self.checksum.encode()
-            if not is_same and file.stamp != self.stamp:
-                reason = "was replaced while it was being used"
-                raise FileFormatError(self.path, reason, "run again")
+                if not self.sums or start[_DIGITS] != self.checksum.encode():
+                    reason = "was replaced while it was being used"
+                    raise FileFormatError(self.path, reason, "run again")
             stack.pop_all()
         return file
 
@@ -530,33 +543,24 @@ class TensorFile:
     def read_many(self, names: Sequence[str], view: memoryview) -> None:
         """Fill `view` with complete tensors, end to end, verified; neighbours in the file are read
         together."""
-        runs: list[tuple[int, int, int]] = []  # the place in the file, begin and end in `view`
+        # the place in the file less that in `view`, begin and end in `view`
+        runs: list[list[int]] = []
         sizes = [self.entries[name].nbytes for name in names]
         spans = [*pairwise(accumulate(sizes, initial=0))]
         with self:
             for name, (begin, end) in zip(names, spans, strict=True):
                 entry = self.entries[name]
+                offset = entry.begin - begin
                 if entry.strides:
                     self.read(name, 0, view[begin:end])
-                    continue
-                run = (entry.begin, begin, end)
-                if runs:
-                    place, first, last = runs[-1]
-                    if last == begin and place + begin - first == entry.begin:
-                        del runs[-1]
-                        run = (place, first, end)
-                runs.append(run)
-            for place, begin, end in runs:
-                self._fill(place, view[begin:end])
+                elif runs and runs[-1][::2] == [offset, begin]:
+                    runs[-1][2] = end
+                else:
+                    runs.append([offset, begin, end])
+            for offset, begin, end in runs:
+                self._fill(offset + begin, view[begin:end])
         for name, (begin, end) in zip(names, spans, strict=True):
             self._check(name, 0, view[begin:end])
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """Return a tensor, verified, in its stored dtype."""
-        entry = self.entries[name]
-        data = np.empty(entry.nbytes, np.uint8)
-        self.read(name, 0, data.data)
-        return tensor_from_bytes(data, entry.dtype, entry.shape)
 
     def _check(self, name: str, begin: int, view: memoryview) -> None:
         """Raise FileFormatError unless the complete blocks of a tensor from `begin` on match their
@@ -585,12 +589,9 @@ class TensorFile:
         handle = self.handle
         with handle.lock:
             if handle.reordered is None or handle.reordered[0] != entry:
-                dtype = items(entry.dtype)
-                stored = np.empty(entry.reach, dtype)
-                self._fill(entry.begin, stored.view(np.uint8).data)
-                steps = [dtype.itemsize * step for step in entry.strides]
-                strided = as_strided(stored, entry.shape, steps)
-                values = np.ascontiguousarray(strided).reshape(-1)
+                stored = np.empty(entry.reach * ITEM_BYTES[entry.dtype], np.uint8)
+                self._fill(entry.begin, stored.data)
+                values = np.ascontiguousarray(entry.view(stored)).reshape(-1)
                 handle.reordered = entry, values.view(np.uint8)
             return handle.reordered[1]
 
@@ -598,24 +599,23 @@ class TensorFile:
         """Read every byte, on several threads; raise the FileFormatError of the first damaged
         tensor."""
         blocks = []
-        in_order = sorted(self.entries, key=lambda name: self.entries[name].begin)
-        for name in in_order:
-            entry = self.entries[name]
-            most = entry.block_bytes
-            for begin in range(0, entry.nbytes, most):
-                size = min(most, entry.nbytes - begin)
-                blocks.append((name, begin, size))
+        in_order = sorted(self.entries.items(), key=lambda item: item[1].begin)
+        for name, entry in in_order:
+            for begin in range(0, entry.nbytes, entry.block_bytes):
+                blocks.append((name, begin))
 
-        def read(block: tuple[str, int, int]) -> int:
-            name, begin, size = block
+        def read(block: tuple[str, int]) -> int:
+            name, begin = block
+            entry = self.entries[name]
+            size = min(entry.block_bytes, entry.nbytes - begin)
             self.read(name, begin, np.empty(size, np.uint8).data)
             return size
 
-        with self, ThreadPoolExecutor(THREADS, "ema-verify") as pool:
-            sizes: Any = pool.map(read, blocks)
-            with closing(sizes):  # which cancels the blocks that were not begun
-                for size in sizes:
-                    progress(size)
+        progress(self.nbytes - sum(entry.nbytes for entry in self.entries.values()))
+        sizes: Any = in_turn(read, blocks, at_once=True)
+        with self, closing(sizes):  # which cancels the blocks that were not begun
+            for size in sizes:
+                progress(size)
 
 
 # --- headers
@@ -635,13 +635,11 @@ def decode_file(file: OpenedFile) -> TensorFile:
     if start.startswith(_START, 8):
         checksum = start[_DIGITS].decode(errors="replace")
     try:
-        _require(not checksum or checksum == _checksum(start), _DAMAGED)
+        _require(not checksum or checksum == seal(bytearray(start)), _DAMAGED)
         _require_few(start.count(b'"dtype"'))  # before all of them are parsed
         raw = parse_object(file.path, start[8:], "header")
         metadata = raw.pop("__metadata__", {})
         _require(_are_strings(metadata), "__metadata__ must map names to strings")
-        old = f"is of an earlier release: its format is none that this one reads, {FORMAT}"
-        _require("ema.version" not in metadata, old)
         own = metadata.pop("ema", "")
         mark = metadata.pop("ema.checksum", "")
         _require(bool(checksum) or not (mark or own.startswith('{"')), _DAMAGED)
@@ -657,9 +655,7 @@ def decode_file(file: OpenedFile) -> TensorFile:
 
 
 def _are_strings(metadata: Any) -> bool:
-    if not isinstance(metadata, dict):
-        return False
-    return all(isinstance(value, str) for value in metadata.values())
+    return isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values())
 
 
 _DAMAGED = "damaged header: its checksum does not match"
@@ -697,12 +693,12 @@ def _read_start(file: OpenedFile) -> bytes:
     raise FileFormatError(file.path, f"damaged, truncated or not safetensors: {taken}")
 
 
-def _checksum(start: bytes) -> str:
-    return xxhash.xxh3_64_hexdigest(_with_checksum(start, "0" * 16))
-
-
-def _with_checksum(start: bytes, digits: str) -> bytes:
-    return start[: _DIGITS.start] + digits.encode() + start[_DIGITS.stop :]
+def seal(header: bytearray) -> str:
+    """Put the checksum of a header into it, and return it."""
+    header[_DIGITS] = b"0" * 16
+    checksum = xxhash.xxh3_64_hexdigest(header)
+    header[_DIGITS] = checksum.encode()
+    return checksum
 
 
 def _decode_entries(raw: dict[str, Any], start: int, nbytes: int) -> dict[str, Entry]:
@@ -711,13 +707,12 @@ def _decode_entries(raw: dict[str, Any], start: int, nbytes: int) -> dict[str, E
     _require_few(len(raw))  # escaped keys were not counted before
     found = {name: _decode_entry(name, value, start) for name, value in raw.items()}
 
-    def place(item: tuple[str, Entry]) -> tuple[int, int, str]:
-        name, entry = item
-        return entry.begin, entry.nbytes, name
+    def place(name: str) -> tuple[int, int, str]:
+        return found[name].begin, found[name].nbytes, name
 
-    in_order = sorted(found.items(), key=place)
+    in_order = {name: found[name] for name in sorted(found, key=place)}
     position = start
-    for name, entry in in_order:
+    for name, entry in in_order.items():
         if entry.begin != position:
             places = f"{entry.begin - start:,}, not at {position - start:,}"
             raise ValueError(f"tensor {shown(name)}: begins at {places}")
@@ -725,7 +720,7 @@ def _decode_entries(raw: dict[str, Any], start: int, nbytes: int) -> dict[str, E
     state = "truncated" if nbytes < position else "too long"
     problem = f"{state}: has {nbytes:,} bytes, its header says {position:,}"
     _require(position == nbytes, problem)
-    return dict(in_order)
+    return in_order
 
 
 def _decode_entry(name: str, value: Any, start: int) -> Entry:
@@ -842,7 +837,7 @@ def compact(value: object) -> str:
 
 
 class TensorFileWriter:
-    """A writer of one file, which is absent or complete, see `files.PendingFile`. Call `commit` at
+    """A writer of one file, which is absent or complete, see `files.PendingFile`. Call `publish` at
     the end.
 
     Every byte of every tensor is written once, in any order and by any number of threads. The
@@ -864,23 +859,16 @@ class TensorFileWriter:
     ) -> None:
         self.path = path
         self.entries = dict[str, Entry]()
-        self._content = content
-        self._metadata = metadata
         laid_out = lay_out(entries)
-        self._header = bytearray(encode_header(laid_out, content, metadata))
-        self._sums_at = dict[str, int]()
-        at = _SUMS_AT
+        self._header = encode_header(laid_out, content, metadata)
+        self._sums = dict[str, bytearray]()
         for name, entry in laid_out.items():
             place = len(self._header) + entry.begin
             self.entries[name] = replace(entry, begin=place)
-            self._sums_at[name] = at
-            at += 16 * entry.blocks
+            self._sums[name] = bytearray(16 * entry.blocks)
         self._file = files.PendingFile(path, overwrite)
 
-    def write(self, name: str, data: memoryview, begin: int = 0) -> None:
-        self.write_parts(name, [data], begin)
-
-    def write_parts(self, name: str, parts: Iterable[memoryview], begin: int = 0) -> None:
+    def write(self, name: str, parts: Iterable[memoryview], begin: int = 0) -> None:
         """Write complete blocks of a tensor, from byte `begin` on, in consecutive parts of any
         size."""
         entry = self.entries[name]
@@ -896,38 +884,27 @@ class TensorFileWriter:
                 view = view[len(taken) :]
                 at = at + len(taken)
                 if at % block == 0 or at == entry.nbytes:
-                    place = self._sums_at[name] + 16 * ((at - 1) // block)
-                    self._header[place : place + 16] = digest.hexdigest().encode()
+                    place = 16 * ((at - 1) // block)
+                    self._sums[name][place : place + 16] = digest.hexdigest().encode()
                     digest.reset()
 
-    def commit(self) -> TensorFile:
+    def publish(self) -> TensorFile:
         """Fill in the header, make the file durable and give it its name; return the file."""
-        checksum = _checksum(bytes(self._header))
-        self._header[_DIGITS] = checksum.encode()
+        sums = b"".join(self._sums.values())
+        self._header[_SUMS_AT : _SUMS_AT + len(sums)] = sums
+        checksum = seal(self._header)
         self._file.write_at(memoryview(self._header), 0)
         status = os.fstat(self._file.descriptor)
         self._file.publish()
-        sums = {}
-        for name, begin in self._sums_at.items():
-            end = begin + 16 * self.entries[name].blocks
-            sums[name] = self._header[begin:end].decode()
+        texts = {name: of_tensor.decode() for name, of_tensor in self._sums.items()}
         stamp = status.st_size, status.st_mtime_ns
-        return TensorFile(
-            self.path,
-            self.entries,
-            stamp,
-            sums,
-            {},
-            self._metadata,
-            self._content,
-            checksum,
-        )
+        return TensorFile(self.path, self.entries, stamp, texts, checksum=checksum)
 
     def __enter__(self) -> TensorFileWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Remove what was written; do nothing after `commit`."""
+        """Remove what was written; do nothing after `publish`."""
         self._file.discard()
 
 
@@ -935,43 +912,32 @@ def encode_header(
     entries: Mapping[str, Entry],
     content: Mapping[str, Any],
     metadata: Mapping[str, str],
-    sums: str = "",
-) -> bytes:
-    """Return a file's bytes up to the payload, for tensors in its order; without `sums` with zeros
-    in their place.
+) -> bytearray:
+    """Return a file's bytes up to the payload, for tensors in its order, with zeros for all
+    checksums.
 
     Raises InvalidValueError for a header that readers would refuse.
     """
-    if "__metadata__" in entries:
-        reason = "the name '__metadata__' is no tensor's in a safetensors file"
-        raise InvalidValueError("header", reason)
     blocks = sum(entry.blocks for entry in entries.values())
-    zeros = "0" * (16 * blocks)
-    own = compact({"sums": sums or zeros, **content})
+    own = compact({"sums": "0" * (16 * blocks), **content})
     strings = {"ema.checksum": "0" * 16, "ema": own, "format": "pt", **metadata}
     header: dict[str, Any] = {"__metadata__": strings}
-    for name, entry in entries.items():
-        offsets = [entry.begin, entry.begin + entry.nbytes]
-        header[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": offsets}
     try:
-        text = _checked_text(header)
+        _require_few(len(entries))
+        for name, entry in entries.items():
+            problem = "the name '__metadata__' is no tensor's in a safetensors file"
+            _require(name not in header, problem)
+            offsets = [entry.begin, entry.begin + entry.nbytes]
+            header[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": offsets}
+        written = compact(header)
+        check_text(written)
+        text = written.encode()
+        text += b" " * (-len(text) % 8)
+        problem = f"would take {len(text):,} bytes; at most {MAX_HEADER_BYTES:,} are allowed"
+        _require(len(text) <= MAX_HEADER_BYTES, problem)
     except ValueError as error:
         raise InvalidValueError("header", str(error)) from None
-    start = len(text).to_bytes(8, "little") + text
-    return _with_checksum(start, _checksum(start))
-
-
-def _checked_text(header: Mapping[str, Any]) -> bytes:
-    """Return the text of a header, padded to a multiple of 8 bytes; raise ValueError if readers
-    would refuse it."""
-    _require_few(len(header) - 1)
-    written = compact(header)
-    check_text(written)
-    text = written.encode()
-    text += b" " * (-len(text) % 8)
-    problem = f"would take {len(text):,} bytes; at most {MAX_HEADER_BYTES:,} are allowed"
-    _require(len(text) <= MAX_HEADER_BYTES, problem)
-    return text
+    return bytearray(len(text).to_bytes(8, "little") + text)
 
 
 def lay_out(entries: Mapping[str, Entry]) -> dict[str, Entry]:
@@ -982,13 +948,13 @@ def lay_out(entries: Mapping[str, Entry]) -> dict[str, Entry]:
     them at a time.
     """
 
-    def place(item: tuple[str, Entry]) -> tuple[int, bool]:
-        _, entry = item
-        return -ITEM_BYTES[entry.dtype], entry.size <= BLOCK
+    def place(name: str) -> tuple[int, bool]:
+        return -ITEM_BYTES[entries[name].dtype], entries[name].size <= BLOCK
 
     placed: dict[str, Entry] = {}
     begin = 0
-    for name, entry in sorted(entries.items(), key=place):
+    for name in sorted(entries, key=place):
+        entry = entries[name]
         placed[name] = Entry(entry.dtype, entry.shape, begin)
         begin += entry.nbytes
     return placed

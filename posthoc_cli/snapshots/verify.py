@@ -15,7 +15,6 @@ from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueErro
 from posthoc_cli.resources import ProgressBar, no_bar
 from posthoc_cli.snapshots.directory import (
     PICKLES,
-    SUPERSEDED,
     Directory,
     inspected,
     is_parts_folder,
@@ -174,11 +173,8 @@ def verify(path: Path, progress: ProgressBar = no_bar) -> Verification:
 
 def _note_of_pickles(listing: Directory) -> list[str]:
     count = sum(entry.suffix in PICKLES for entry in listing.entries)
-    if count == 0:
-        return []
-    if count == 1:
-        return ["1 pickled file (.pt or the like) has no checksums and was not read"]
-    return [f"{count:,} pickled files (.pt and the like) have no checksums and were not read"]
+    note = f"pickled files (.pt and the like) have no checksums and were not read: {count:,}"
+    return [note] if count else []
 
 
 def _reports(paths: Sequence[Path], progress: ProgressBar) -> dict[Path, FileReport]:
@@ -234,7 +230,7 @@ def _indexes_in(listing: Directory) -> list[Path]:
     """Return the indexes of sharded models in a directory and in the folders in it."""
     indexes = list[Path]()
     for folder in (listing.path, *listing.entries):
-        if folder.suffix == SUFFIX or folder.name == SUPERSEDED:
+        if folder.suffix == SUFFIX:
             continue
         index = folder / INDEX_NAME
         with suppress(OSError):  # no permission, or a name too long
@@ -277,7 +273,6 @@ def _report(path: Path, progress: Callable[[int], object]) -> FileReport | None:
             nbytes=file.nbytes,
             header=header,
         )
-        progress(file.nbytes - sum(entry.nbytes for entry in file.entries.values()))
         file.verify(progress)
         return report
     except FileFormatError as error:

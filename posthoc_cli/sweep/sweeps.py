@@ -184,7 +184,7 @@ class Sweep:
     def _locked_folder(self) -> Iterator[None]:
         """Make and lock the folder of the sweep; remove averages that a killed sweep has left, and
         at the end ours."""
-        files.check_parent("out", self.out)
+        files.check_parent(self.out)
         if self.out.exists() and not self.out.is_dir():
             raise InvalidValueError("out", "is a file", "name a folder", value=self.out)
         names = set[str]()

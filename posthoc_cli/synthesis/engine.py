@@ -242,10 +242,10 @@ def _kind_of(
     is_statistic = tensor.role == "statistic" or name in statistics
     if is_statistic and name.endswith("running_var"):
         role = "variance"
-    wide = "F32"
-    if tensor.dtype == "F64" or name not in plan.coarse:
-        wide = "F64"
-    if device.type == "mps":
+    # Else large coefficients of both signs would cost a sum too many digits.
+    is_coarse = any(ITEM_BYTES[each] < 4 for each in stored)
+    wide = "F64"
+    if device.type == "mps" or (is_coarse and tensor.dtype != "F64"):
         wide = "F32"
     return Kind(role, dtype, wide, stored)
 
@@ -254,8 +254,7 @@ def _cut(plan: Combination, kind: Kind, name: str, size: int) -> Iterator[Tile]:
     """Yield the tiles of a tensor, of at most `size` elements unless chunks make them longer."""
     count = plan.box(name).size
     cells = max(source.cells(name) for source in plan.sources)
-    parted = size * max(1, cells)
-    step = min(parted, max(size, MOST_PARTED))
+    step = min(size * max(1, cells), max(size, MOST_PARTED))
     for begin in range(0, max(count, 1), step):
         end = min(begin + step, count)
         bounds = (0, end - begin)
@@ -298,16 +297,14 @@ class InMemory:
 
     def write(self, tile: Tile, values: torch.Tensor) -> None:
         flat = []
-        for name in tile.names:
+        sizes = []
+        for name, begin, end in tile.spans:
             key = tile.plan.names[name][0]
             flat.append(self.tensors[key].view(-1))
+            sizes.append(end - begin)
         if len(flat) == 1:
-            part = flat[0][tile.begin : tile.begin + tile.size]
-            part.copy_(values)
-            return
-        sizes = [end - begin for _, begin, end in tile.spans]
-        parts = torch.split(values, sizes)
-        torch._foreach_copy_(flat, parts)
+            flat = [flat[0][tile.begin : tile.begin + tile.size]]
+        torch._foreach_copy_(flat, torch.split(values, sizes))
 
 
 def synthesize(
@@ -408,25 +405,25 @@ class _Threads:
         count: int,
         remote: bool,
     ) -> None:
-        self._outputs = outputs
-        self._device = device
-        self._size = tile_size(len(outputs))
+        self.outputs = outputs
+        self.device = device
+        self.size = tile_size(len(outputs))
         self._local = threading.local()
         # the first error of a thread comes first; any stops all threads
-        self._errors = list[BaseException]()
-        self._readers = None
+        self.errors = list[BaseException]()
+        self.readers = None
         if remote:
-            requests = REQUESTS * ONE_TARGET // self._size
-            self._readers = ThreadPoolExecutor(requests, "ema-requests")
+            requests = REQUESTS * ONE_TARGET // self.size
+            self.readers = ThreadPoolExecutor(requests, "ema-requests")
         self._torch_threads = torch.get_num_threads()
         # Within a worker torch uses one thread: the tiles run in parallel instead.
         self._pool = ThreadPoolExecutor(count, "ema-synthesis", torch.set_num_threads, (1,))
 
     def begin(self, tile: Tile) -> Future[Tile]:
         ready: Any = None
-        if self._device.type == "cuda":
+        if self.device.type == "cuda":
             # after all work so far in the calling thread's stream
-            stream = torch.cuda.current_stream(self._device)
+            stream = torch.cuda.current_stream(self.device)
             ready = stream.record_event()
         return self._pool.submit(self._make, tile, ready)
 
@@ -434,15 +431,15 @@ class _Threads:
         try:
             return future.result()
         except CancelledError:
-            raise self._errors[0] from None
+            raise self.errors[0] from None
 
     def _make(self, tile: Tile, ready: Any) -> Tile:
         with torch.inference_mode(False), torch.no_grad():
             try:
                 maker = self._maker(tile.plan)
-                maker.make(tile, self._outputs, ready)
+                maker.make(tile, ready)
             except BaseException as error:
-                self._errors.append(error)
+                self.errors.append(error)
                 raise
         return tile
 
@@ -450,21 +447,20 @@ class _Threads:
         """Return the maker of this thread for a plan."""
         maker: Maker | None = getattr(self._local, "maker", None)
         if maker is None or maker.plan is not plan:
-            maker = Maker(plan, self._device, self._size, self._errors, self._readers)
-            self._local.maker = maker
+            maker = self._local.maker = Maker(plan, self)
         return maker
 
     def __enter__(self) -> _Threads:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._errors.append(CancelledError())
-        if self._readers:
-            self._readers.shutdown(wait=False, cancel_futures=True)
+        self.errors.append(CancelledError())
+        if self.readers:
+            self.readers.shutdown(wait=False, cancel_futures=True)
         self._pool.shutdown(wait=True, cancel_futures=True)
-        if self._readers:
-            self._readers.shutdown()
-        self._errors.clear()  # their tracebacks hold the memory of tiles
+        if self.readers:
+            self.readers.shutdown()
+        self.errors.clear()  # their tracebacks hold the memory of tiles
         # the workers' setting is also that of threads that begin later
         torch.set_num_threads(self._torch_threads)
 
@@ -525,41 +521,29 @@ class StoredBytes:
         return views
 
 
-class _Reading(NamedTuple):
-    """A tile's values of a source, which a request may still read into their buffer."""
-
-    request: Future[None] | None
-    buffer: StoredBytes
-    values: torch.Tensor
+Reading = tuple[Future[None] | None, StoredBytes, torch.Tensor]
+"""A tile's values of a source, with the buffer that a request may still read them into."""
 
 
 class Maker:
     """One thread's maker of tiles, with the buffers of that thread."""
 
-    def __init__(
-        self,
-        plan: Combination,
-        device: torch.device,
-        size: int,
-        errors: Sequence[BaseException],
-        readers: ThreadPoolExecutor | None,
-    ) -> None:
+    def __init__(self, plan: Combination, threads: _Threads) -> None:
         self.plan = plan
-        self._device = device
-        self._size = size
-        self._errors = errors
-        self._readers = readers
-        self._is_cuda = device.type == "cuda"
+        self._threads = threads
+        self._device = threads.device
+        self._size = threads.size
+        self._is_cuda = self._device.type == "cuda"
         # With CUDA the next bytes are read into one of two buffers while the other is copied.
-        self._ahead = AHEAD * BLOCK if readers else 0  # in elements
-        buffers = self._ahead // size + 1 + self._is_cuda
+        self._ahead = AHEAD * BLOCK if threads.readers else 0  # in elements
+        buffers = self._ahead // self._size + 1 + self._is_cuda
         self._stored = [StoredBytes(self._is_cuda) for _ in range(buffers)]
         self._sums: dict[str, Sums] = {}
         self._buffers: dict[str, torch.Tensor] = {}
         cuda: Any = torch.cuda
-        self._stream = cuda.Stream(device) if self._is_cuda else None
+        self._stream = cuda.Stream(self._device) if self._is_cuda else None
 
-    def make(self, tile: Tile, outputs: Sequence[Output], opened: Any) -> None:
+    def make(self, tile: Tile, opened: Any) -> None:
         """Make a tile of all targets and write it to their outputs; raise CancelledError after
         errors.
 
@@ -572,6 +556,7 @@ class Maker:
                 # also after an error, since the caller then frees the results
                 stack.callback(self._stream.synchronize)
             kind = tile.kind
+            outputs = self._threads.outputs
             if kind.role in ("copy", "stored"):
                 results = [self._copy(tile)] * len(outputs)
             else:
@@ -649,7 +634,7 @@ class Maker:
         ahead = self._ahead // max(tile.size, self._size)
         used = ahead + 1 + self._is_cuda
         buffers = cycle(self._stored[:used])
-        begun = deque[_Reading]()
+        begun = deque[Reading]()
         for source in sources:
             begun.append(self._begin(source, tile, next(buffers)))
             if len(begun) > ahead:
@@ -657,32 +642,32 @@ class Maker:
         while begun:
             yield self._finished(begun.popleft())
 
-    def _begin(self, source: StoredTensors, tile: Tile, buffer: StoredBytes) -> _Reading:
+    def _begin(self, source: StoredTensors, tile: Tile, buffer: StoredBytes) -> Reading:
         """Read a tile of a source into a buffer, or request it; raise CancelledError after
         errors."""
-        if self._errors:
+        if self._threads.errors:
             raise CancelledError
         if buffer.sent:
             buffer.sent.synchronize()
         dtype = source.entries[tile.names[0]].dtype
         data, values = buffer.views(tile.size, dtype)
-        if self._readers:
-            request = self._readers.submit(_read, source, tile, data)
-            return _Reading(request, buffer, values)
+        if readers := self._threads.readers:
+            request = readers.submit(_read, source, tile, data)
+            return request, buffer, values
         _read(source, tile, data)
-        return _Reading(None, buffer, values)
+        return None, buffer, values
 
-    def _finished(self, reading: _Reading) -> torch.Tensor:
+    def _finished(self, reading: Reading) -> torch.Tensor:
         """Return what was read, on the device."""
-        if reading.request:
-            reading.request.result()
-        if self._device.type == "cpu":
-            return reading.values
-        values = reading.values.to(self._device, non_blocking=self._is_cuda)
+        request, buffer, values = reading
+        if request:
+            request.result()
         if self._is_cuda:
+            values = values.to(self._device, non_blocking=True)
             stream = torch.cuda.current_stream(self._device)
-            reading.buffer.sent = stream.record_event()
-        return values
+            buffer.sent = stream.record_event()
+            return values
+        return values.to(self._device)
 
     def _buffer(self, dtype: str, size: int) -> torch.Tensor:
         buffer = self._buffers.get(dtype)

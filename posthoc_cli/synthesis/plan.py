@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from posthoc_cli.dtypes import EPS, ITEM_BYTES, parse_dtype
+from posthoc_cli.dtypes import EPS, parse_dtype
 from posthoc_cli.errors import (
     InexactError,
     InvalidValueError,
@@ -62,17 +62,16 @@ POOR_ERROR = 0.01  # the predicted error above which planning logs a warning
 class Combination:
     """Tensors to make of sources: those of the newest one as they are; in a `Plan`, sums.
 
-    Tensors that a source stores in fewer bytes than float32 are `coarse`. All others, and
-    parameters in float64, are summed in float64: large coefficients of both signs would cost a
-    float32 sum too many digits.
+    Tensors that a source stores in fewer bytes than float32 are summed in float32, all others and
+    parameters in float64 in float64: large coefficients of both signs would cost a float32 sum too
+    many digits.
     """
 
-    sources: tuple[StoredTensors, ...]
+    sources: tuple[StoredTensors, ...]  # by time
     # safetensors name of the averages' dtype in the outputs; None for each parameter's own
     dtype: str | None = None
     # those of outputs that do not follow from `dtype`
     dtypes: Mapping[str, str] = field(default_factory=dict)
-    coarse: frozenset[str] = frozenset()
     subset: frozenset[str] | None = None  # the stored tensors to make; None for all
     # what to make in place of complete tensors
     boxes: Mapping[str, Box] = field(default_factory=dict)
@@ -88,7 +87,7 @@ class Combination:
     @property
     def newest(self) -> StoredTensors:
         """The newest source, from which copies (buffers) are taken."""
-        return max(self.sources, key=lambda source: source.t)
+        return self.sources[-1]
 
     @cached_property
     def tensors(self) -> dict[str, TrackedTensor]:
@@ -138,10 +137,6 @@ class Combination:
             entries |= dict.fromkeys(aliases, entry)
         return entries
 
-    @property
-    def nbytes(self) -> int:
-        return nbytes(self.entries)
-
 
 def nbytes(entries: Mapping[str, Entry]) -> int:
     """Return the bytes of all tensors."""
@@ -166,13 +161,10 @@ class Plan(Combination):
 
     def __repr__(self) -> str:
         parts = []
-        for index, target in enumerate(self.targets[:5]):
+        for index, target in enumerate(self.targets):
             error = percent(self.predicted_error(index))
             parts.append(f"{target.title} (predicted error {error})")
-        texts = ", ".join(parts)
-        if len(self.targets) > 5:
-            texts += f" and {len(self.targets) - 5} more"
-        return f"Plan(at t = {self.t:,.12g} from {counted(self.sources)}: {texts})"
+        return f"Plan(at t = {self.t:,.12g} from {counted(self.sources)}: {_first_of(parts)})"
 
     @property
     def choice(self) -> str | None:
@@ -185,10 +177,6 @@ class Plan(Combination):
     @property
     def coefficients(self) -> FloatArray:
         return self.reconstruction.coefficients
-
-    @cached_property
-    def newest(self) -> Source:
-        return max(self.sources, key=lambda source: source.t)
 
     @cached_property
     def columns(self) -> list[dict[str, int]]:
@@ -293,12 +281,12 @@ class Plan(Combination):
             if tensor.role == "copy":
                 copies += self.names[name]
         return OutputInfo(
-            run_id=self.newest.run_id,
+            run_id=self.sources[-1].run_id,
             profile=wished.title,
             sigma_rel=wished.sigma_rel,
             gamma=gamma,
             t=self.t,
-            t_unit=self.newest.t_unit,
+            t_unit=self.sources[-1].t_unit,
             method=self.method,
             profile_error=self.profile_error(target),
             predicted_error=self.predicted_error(target),
@@ -320,7 +308,7 @@ class Plan(Combination):
             values["snapshots"] = [vars(used) for used in info.snapshots]
             targets.append(values)
         return {
-            "run": self.newest.run_id,
+            "run": self.sources[-1].run_id,
             "movement": {
                 "source": prior.source,
                 "pieces": motion.walk.size,
@@ -384,7 +372,6 @@ def plan_synthesis(
         solved=len(usable),
         available=sum(each <= time for each in times),
         last=max(times),
-        coarse=_coarse(usable),
     )
     plan.passes()  # raises an error if groups and tensors do not fit
     _check_errors(plan, max_error)
@@ -395,7 +382,7 @@ def plan_synthesis(
 def _wished(targets: Sequence[Target | Profile | float | str]) -> tuple[Target, ...]:
     if not targets:
         raise InvalidValueError("sigma_rel", "at least one value is needed, in (0, 0.2887)")
-    return tuple(as_target(target) for target in targets)
+    return tuple(map(as_target, targets))
 
 
 def _used(result: Reconstruction, usable: Sequence[Source]) -> list[int]:
@@ -455,15 +442,6 @@ def _solved(
     return reconstruct(snapshots, profiles, method, known, t, others)
 
 
-def _coarse(sources: Sequence[Source]) -> frozenset[str]:
-    coarse = set[str]()
-    for source in sources:
-        for name, entry in source.entries.items():
-            if ITEM_BYTES[entry.dtype] < 4:
-                coarse.add(name)
-    return frozenset(coarse)
-
-
 def _check_errors(plan: Plan, max_error: float | None) -> None:
     """Raise an InexactError for a target whose predicted error is larger than a limit, or
     unknown."""
@@ -511,11 +489,11 @@ def _target_time(sources: Sequence[Source], t: float | None, step: int | None) -
     )
 
 
-def _first_titles(titles: Sequence[str]) -> str:
-    names = ", ".join(titles[:5])
-    if len(titles) > 5:
-        names += f" and {len(titles) - 5} more"
-    return names
+def _first_of(texts: Sequence[str]) -> str:
+    first = ", ".join(texts[:5])
+    if len(texts) > 5:
+        first += f" and {len(texts) - 5} more"
+    return first
 
 
 def _warn_of_poor_targets(plan: Plan, known: Sequence[Source], prior: Prior) -> None:
@@ -526,7 +504,6 @@ def _warn_of_poor_targets(plan: Plan, known: Sequence[Source], prior: Prior) -> 
     titles = [targets[index].title for index in np.flatnonzero(errors > POOR_ERROR)]
     if not titles:
         return
-    names = _first_titles(titles)
     worst = percent(float(errors.max()))
     if len(titles) > 1:
         worst = f"up to {worst}"
@@ -541,4 +518,4 @@ def _warn_of_poor_targets(plan: Plan, known: Sequence[Source], prior: Prior) -> 
     if curve.assumption:
         origin += f", if {curve.assumption}"
     hint = f"below 1 % for sigma_rel {below}" if below else "no sigma_rel is below 1 %"
-    log.warning("%s: predicted error %s %s; %s", names, worst, origin, hint)
+    log.warning("%s: predicted error %s %s; %s", _first_of(titles), worst, origin, hint)

@@ -44,8 +44,7 @@ import torch
 from torch import Tensor
 
 from posthoc_cli.profiles import gamma_from_sigma_rel, may_share_mean, new_value_share, window_ends
-from posthoc_cli.snapshots.path import PathSketch
-from posthoc_cli.snapshots.sources import ElementRange
+from posthoc_cli.snapshots.sources import ElementRange, PathSketch
 from posthoc_cli.tracker.background import SINGLE_THREAD, ThreadPool
 from posthoc_cli.tracker.measuring import Sketcher, closed
 from posthoc_cli.tracker.memory import (

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from posthoc_cli.profiles import FloatArray, new_value_share, sketched_window_ends
 from posthoc_cli.reconstruction import Measurements, Sketch
-from posthoc_cli.snapshots.path import PathSketch
+from posthoc_cli.snapshots.sources import PathSketch
 from posthoc_cli.tracker.memory import Elements, Layout, Tile
 
 MEASURED_ELEMENTS = 2**19  # of a large model, about

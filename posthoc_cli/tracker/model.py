@@ -27,8 +27,7 @@ from posthoc_cli.errors import (
     ModelMismatchError,
     NonFiniteError,
 )
-from posthoc_cli.snapshots.path import index_within, places
-from posthoc_cli.snapshots.snapshot import Selection, running_statistics
+from posthoc_cli.snapshots.snapshot import Selection, index_within, places, running_statistics
 from posthoc_cli.snapshots.sources import TrackedTensor
 from posthoc_cli.snapshots.tensorfile import Box
 from posthoc_cli.tracker.processes import (

@@ -50,8 +50,14 @@ from posthoc_cli.errors import (
 from posthoc_cli.reconstruction import check_method
 from posthoc_cli.run import Run, Wanted, Weights, as_targets, make_weights, with_consistent_plan
 from posthoc_cli.snapshots.directory import find_snapshots
-from posthoc_cli.snapshots.path import encode_path, joined_paths, places
-from posthoc_cli.snapshots.snapshot import Snapshot, make_selection, statistics_notice
+from posthoc_cli.snapshots.snapshot import (
+    Snapshot,
+    encode_path,
+    joined_paths,
+    make_selection,
+    places,
+    statistics_notice,
+)
 from posthoc_cli.snapshots.sources import Source
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.targets import as_target

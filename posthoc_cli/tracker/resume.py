@@ -31,8 +31,15 @@ from posthoc_cli.errors import (
     shown,
 )
 from posthoc_cli.snapshots.directory import DirectoryLock, find_snapshots, read_directory
-from posthoc_cli.snapshots.path import Floats, are_equal, path_of_part
-from posthoc_cli.snapshots.snapshot import Selection, Snapshot, check_globs, recorded_weights
+from posthoc_cli.snapshots.snapshot import (
+    Floats,
+    Selection,
+    Snapshot,
+    are_equal,
+    check_globs,
+    path_of_part,
+    recorded_weights,
+)
 from posthoc_cli.snapshots.tensorfile import Box, check_text, compact
 from posthoc_cli.tracker.averages import Averages, Standing
 from posthoc_cli.tracker.clock import Settings, TrainingProgress
@@ -116,7 +123,7 @@ class Start:
         its settings."""
         stored = read_directory(directory)
         newest = _until(stored, step)[-1]
-        selection = (newest.selection or Selection()).resumed(newest.roles)
+        selection = (newest.selection or Selection()).resumed(newest)
         settings = Settings(stored[-1].sigma_rels, newest.schedule, newest.t_unit, selection)
         tracking = _resumed(newest, settings.sigma_rels)
         if model is not None:
@@ -242,7 +249,7 @@ def _checked_settings(settings: Settings, newest: Snapshot, directory: Path) -> 
         reason = f"the run in {directory} counts {shown(newest.t_unit)}"
         raise InvalidValueError("t_unit", reason, value=f"{settings.t_unit!r}")
     check_profiles(newest.sigma_rels, settings.sigma_rels)
-    return replace(settings, selection=settings.selection.resumed(newest.roles))
+    return replace(settings, selection=settings.selection.resumed(newest))
 
 
 def _check_names(model: nn.Module, selection: Selection) -> None:
@@ -259,7 +266,7 @@ def _check_names(model: nn.Module, selection: Selection) -> None:
 
 def check_path(path: str | Path) -> Path:
     """Return an absolute path, since the working directory may change later."""
-    given = files.expanded(files.given_path("checkpoint_dir", path))
+    given = files.given_path("checkpoint_dir", path)
     try:
         absolute = given.absolute()
     except FileNotFoundError as error:

@@ -39,9 +39,14 @@ from posthoc_cli.snapshots.directory import (
     snapshot_path,
     thin,
 )
-from posthoc_cli.snapshots.path import PathSketch, decode_sample, encode_path, encode_sample
-from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot
-from posthoc_cli.snapshots.sources import ElementRange
+from posthoc_cli.snapshots.snapshot import (
+    Snapshot,
+    decode_sample,
+    decode_snapshot,
+    encode_path,
+    encode_sample,
+)
+from posthoc_cli.snapshots.sources import ElementRange, PathSketch
 from posthoc_cli.snapshots.tensorfile import (
     Box,
     Chunk,
@@ -319,8 +324,8 @@ class Snapshotter:
         with TensorFileWriter(path, entries, header, info.for_dcp, replaces) as writer:
             staged.write_rounded(writer)
             for name, tensor in others.items():
-                writer.write(name, tensor_bytes(tensor))
-            file = writer.commit()
+                writer.write(name, [tensor_bytes(tensor)])
+            file = writer.publish()
         written = replace(info, path=path, files=(file,), entries=file.entries)
         self._stored = [*kept, written]
         log.info("wrote %s", path)
@@ -516,7 +521,7 @@ class StagedAverage:
         for name, (bucket, _) in self.storage.places.items():
             if name not in self.others:
                 parts = self.memory.row_major(bucket, name)
-                writer.write_parts(name, map(tensor_bytes, parts))
+                writer.write(name, map(tensor_bytes, parts))
 
 
 @torch.no_grad()

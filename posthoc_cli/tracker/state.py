@@ -18,8 +18,7 @@ from posthoc_cli.errors import (
     shown,
 )
 from posthoc_cli.planning import listed
-from posthoc_cli.snapshots.path import path_of_part
-from posthoc_cli.snapshots.snapshot import ANY_SIGN, RunId, SketchText, converted
+from posthoc_cli.snapshots.snapshot import ANY_SIGN, RunId, SketchText, converted, path_of_part
 from posthoc_cli.tracker.averages import Averages, AverageTensors, Standing
 from posthoc_cli.tracker.clock import Settings, TrainingProgress
 from posthoc_cli.tracker.memory import layout_of, on_host

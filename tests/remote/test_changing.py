@@ -44,7 +44,7 @@ def test_a_run_in_a_bucket_is_not_pruned_there(bucket: Path, ema: Ema) -> None:
     before = contents(bucket)
     assert ema("prune", RUN, "--keep", "2", "--dry-run").code == 0
     wanted = f"directory {RUN}: is a URL; must be a path on a file system of this machine"
-    assert ema("prune", RUN, "--keep", "2", "--yes").error == wanted
+    assert wanted in ema("prune", RUN, "--keep", "2", "--yes").error
     assert contents(bucket) == before
 
 
@@ -61,7 +61,7 @@ def test_a_run_in_a_bucket_is_not_pruned_there(bucket: Path, ema: Ema) -> None:
 def test_an_output_in_a_store_is_refused(ema: Ema, command: list[str]) -> None:
     error = ema(*command).error
     assert f"out {command[-1]}: is a URL; must be a path on a file system of this machine" in error
-    assert "copy it to the store afterwards, by `rclone copy` or `aws s3 cp`" in error
+    assert "copy it from or to the store by `rclone copy` or `aws s3 cp`" in error
 
 
 def test_an_import_on_this_machine_refers_to_objects(

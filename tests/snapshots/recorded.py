@@ -15,7 +15,8 @@ from torch import nn
 from posthoc_cli import PostHocEMA, Run, export_file, files
 from posthoc_cli.errors import FileFormatError
 from posthoc_cli.reconstruction import Measurements, Sketch
-from posthoc_cli.snapshots.path import PathSketch, encode_path
+from posthoc_cli.snapshots.snapshot import encode_path
+from posthoc_cli.snapshots.sources import PathSketch
 from posthoc_cli.snapshots.verify import verify
 
 

@@ -17,7 +17,8 @@ from tracker.runs import Training, track, update
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import WriteError
 from posthoc_cli.reconstruction import Sketch
-from posthoc_cli.snapshots.path import PathSketch, decode_path, encode_path
+from posthoc_cli.snapshots.snapshot import decode_path, encode_path
+from posthoc_cli.snapshots.sources import PathSketch
 
 
 def squared_lengths(vectors: FloatArray) -> FloatArray:
