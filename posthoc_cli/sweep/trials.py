@@ -30,7 +30,7 @@ _END_OF_LOG = 300  # bytes at the end of a log that a message shows
 _MOST_NAMES = 5  # names that a message shows
 _BEGIN_OF_JSON = re.compile(r'[^\S\n]*(?=\{\s*["}]|\[)')
 _REST_OF_LINE = re.compile(r"[^\S\n]*(?=\n|$)")
-_NUMBER = r"([-+]?(?:\d*\.?\d+(?:e[-+]?\d+)?|nan|inf))(?!\w)"
+_NUMBER = r"([-+]?(?:\d*\.?\d+(?:e[-+]?\d+)?|nan|inf))(?!\w|[.,]\d)"
 
 
 class TrialError(Exception):
@@ -146,7 +146,9 @@ class Metric:
         if self.file is None:
             values = [*_printed(_read_tail(stdout, _TAIL), self.key)]
             reason = "no line of its standard output is a number"
-            if self.key is not None:
+            if self.key is None:
+                reason += " alone (--metric names the word before one)"
+            else:
                 reason += f", or has one after {shown(self.key)}"
         else:
             path, value = _stored(folder, self.file)
