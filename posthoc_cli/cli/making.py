@@ -323,7 +323,7 @@ def _check_direction(minimize: bool | None, look: bool) -> None:
 
 
 def _warn_of_failure(trial: Trial, out: Path) -> None:
-    log = out / "logs" / f"{trial.name}.err"
+    log = out / "logs" / f"{trial.name}.*"
     reason = f"{trial.target}, seed {trial.seed}: {trial.error}"
     output.print_note(f"ema: warning: {reason}; see {log}")
 

@@ -435,7 +435,10 @@ def profile(
         betas = _betas(target)
         try:
             rows = convert(count, [], betas)
-        except InvalidValueError as error:  # about a beta, where the target may be a half-life
+        except InvalidValueError as error:
+            if error.subject == "steps":
+                raise
+            # about a beta, where the target may be a half-life
             raise bad("--target", target, error.reason) from error
     if as_json:
         output.print_json({"steps": count, "profiles": rows})
