@@ -154,15 +154,14 @@ class Metric:
             path, value = _stored(folder, self.file)
             values = [value]
             reason = f"{path.name} has no member {shown(self.key)}"
-        names: list[str] = []
+        names: dict[str, Any] = {}
         for value in reversed(values):
             members = _members(value)
             name = self.key if self.key in members else ""
             if name in members:
                 return _checked(members, name)
-            names += members
-        most = max(1, len(names))
-        closest = get_close_matches(self.key or "", names, most, 0)
+            names |= members
+        closest = get_close_matches(self.key or "", names, _MOST_NAMES, 0)
         raise TrialError(reason + _listed(closest))
 
 
@@ -265,11 +264,6 @@ def _number(value: Any) -> float | None:
 
 
 def _listed(names: list[str]) -> str:
-    """Return the end of a message that lists names."""
-    unique = list(dict.fromkeys(names))
-    if not unique:
-        return ""
-    first = [shown(name) for name in unique[:_MOST_NAMES]]
-    if len(unique) > _MOST_NAMES:
-        first.append("...")
-    return f"; found {', '.join(first)}"
+    """Return the end of a message that lists the first names."""
+    first = [shown(name) for name in names[:_MOST_NAMES]]
+    return f"; found {', '.join(first)}" if first else ""
