@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,8 @@ class Metric:
     `key` is the key of a member of a JSON object, with dots between the keys of nested objects:
     `results.acc`, or the word before a number, as in `loss: 2.67`; None if the metric is a line of
     standard output that is a number. `file` is the name or pattern of JSON files in the trial's
-    folder or below, of which the newest is used; None for standard output, where the last counts.
+    folder or below, of which the newest is used; None for standard output, where the last counts,
+    and a number without the key only if there is none with it.
     """
 
     key: str | None = None
@@ -154,14 +156,14 @@ class Metric:
             path, value = _stored(folder, self.file)
             values = [value]
             reason = f"{path.name} has no member {shown(self.key)}"
-        names: dict[str, Any] = {}
-        for value in reversed(values):
-            members = _members(value)
-            name = self.key if self.key in members else ""
-            if name in members:
-                return _checked(members, name)
-            names |= members
-        closest = get_close_matches(self.key or "", names, _MOST_NAMES, 0)
+        found = [_members(value) for value in reversed(values)]
+        key = self.key or ""
+        for name in (key, ""):
+            for members in found:
+                if name in members:
+                    return _checked(members, name)
+        names = dict.fromkeys(chain.from_iterable(found))
+        closest = get_close_matches(key, names, _MOST_NAMES, 0)
         raise TrialError(reason + _listed(closest))
 
 
