@@ -223,8 +223,8 @@ def sweep(
         metavar="KEY",
         show_default="the last line that is a number",
         help=(
-            "A key of the last JSON object on standard output, or r.json:acc: acc of the "
-            "newest r.json in {dir}."
+            "The word before it, as loss in loss: 2.67, or its key in a JSON object; or "
+            "r.json:acc: acc of the newest r.json in {dir}."
         ),
     ),
     minimize: bool | None = options.HOW(
@@ -323,7 +323,7 @@ def _check_direction(minimize: bool | None, look: bool) -> None:
 
 
 def _warn_of_failure(trial: Trial, out: Path) -> None:
-    log = out / "logs" / f"{trial.name}.err"
+    log = out / "logs" / f"{trial.name}.*"
     reason = f"{trial.target}, seed {trial.seed}: {trial.error}"
     output.print_note(f"ema: warning: {reason}; see {log}")
 
@@ -342,9 +342,8 @@ def _result(trial: Trial) -> str:
 def _time_left(seconds: float) -> str:
     if seconds < 1:
         return ""
-    for length, unit in ((3600, "h"), (60, "min")):
-        if seconds >= 2 * length:
-            return f", about {seconds / length:.0f} {unit} left"
+    if seconds >= 120:
+        return f", about {seconds / 60:.0f} min left"
     return f", about {seconds:.0f} s left"
 
 

@@ -146,9 +146,7 @@ def _verdict(found: dict[str, Any], wrong: list[dict[str, Any]]) -> str:
         states = {file["state"] for file in wrong}
         verdict = states.pop() if len(states) == 1 else "not in order"
         verb = "is" if len(wrong) == 1 else "are"
-        names = ", ".join(file["path"] for file in wrong[:3])
-        more = f" and {len(wrong) - 3:,} more" if len(wrong) > 3 else ""
-        return f"{len(wrong):,} of {total} {verb} {verdict}: {names}{more}"
+        return f"{len(wrong):,} of {total} {verb} {verdict}"
     unchecked = sum(file["state"] == "unchecked" for file in files)
     if found["bytes"]:
         size = resources.size_text(found["bytes"])
@@ -435,7 +433,10 @@ def profile(
         betas = _betas(target)
         try:
             rows = convert(count, [], betas)
-        except InvalidValueError as error:  # about a beta, where the target may be a half-life
+        except InvalidValueError as error:
+            if error.subject == "steps":
+                raise
+            # about a beta, where the target may be a half-life
             raise bad("--target", target, error.reason) from error
     if as_json:
         output.print_json({"steps": count, "profiles": rows})

@@ -30,7 +30,6 @@ from posthoc_cli.errors import (
     MismatchError,
     PostHocError,
     printable,
-    shown,
 )
 from posthoc_cli.report.facts import facts, text, title_of
 from posthoc_cli.resources import size_text
@@ -143,9 +142,6 @@ def _describe_sweep(folder: Path, parts: Sequence[dict[str, Any]], out: Path) ->
     """Return the texts and figures of a sweep, after adding them and its commands to the part of
     its run."""
     path = folder / RESULT
-    if not folder.is_dir():
-        reason = "is not a directory"
-        raise InvalidValueError("sweep", reason, "name the folder of a sweep", value=folder)
     if not path.is_file():
         raise InvalidValueError(
             "sweep", f"holds no {RESULT}", "name the folder of a sweep", value=folder
@@ -183,9 +179,8 @@ def _part_of(result: dict[str, Any], parts: Sequence[dict[str, Any]], path: Path
     for part in parts:
         if part["info"]["run"] == run_id:
             return part
-    run_ids = [run_id, *(part["info"]["run"] for part in parts)]
-    names = [shown(str(name)[:8]) for name in run_ids]
-    raise MismatchError(path, f"is of another run: {' and '.join(names)}")
+    paths = [part["info"]["path"] for part in parts]
+    raise MismatchError(path, f"is of another run than {' or '.join(paths)}")
 
 
 def _texts_of(result: dict[str, Any], folder: Path) -> dict[str, Any]:

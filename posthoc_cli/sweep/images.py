@@ -49,8 +49,11 @@ def keep_images(folder: Path, kept: Path, glob: str | None) -> None:
 
 
 def _images(folder: Path, glob: str | None) -> Iterator[Path]:
-    for path in _matching(folder, glob):
+    for path in folder.rglob("*"):
         name = path.relative_to(folder)
+        is_wanted = name.match(glob) if glob else name.suffix.lower() in ENDINGS
+        if not is_wanted or path.is_symlink() or not path.is_file():
+            continue
         size = path.stat().st_size
         if size > MOST_BYTES:
             most = size_text(MOST_BYTES)
@@ -58,14 +61,6 @@ def _images(folder: Path, glob: str | None) -> Iterator[Path]:
         elif image_type(path.read_bytes()) is None:
             log.warning("%s: not kept, since it is no PNG, JPEG, WebP or GIF image", name)
         else:
-            yield path
-
-
-def _matching(folder: Path, glob: str | None) -> Iterator[Path]:
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder)
-        is_wanted = name.match(glob) if glob else name.suffix.lower() in ENDINGS
-        if is_wanted and path.is_file() and not path.is_symlink():
             yield path
 
 

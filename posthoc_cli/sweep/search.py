@@ -497,11 +497,14 @@ class Search:
         if self.report.minimize is None:
             self.report = replace(self.report, stopped="no metric was asked for")
             return
-        estimate = self._estimate(self.report.minimize)
+        axis = self.report.axis
+        estimate = self._estimate(axis)
         while lengths := self._next(estimate):
             yield from self._measure(average, lengths)
-            estimate = self._estimate(self.report.minimize)
+            estimate = self._estimate(axis)
         yield from self._measure(average, self._unmeasured([estimate.best]))
+        # the last measurement may show that another one is the best
+        self._estimate(replace(axis, values=tuple(self._values())))
 
     def _seeds(self, x: float | None) -> set[int]:
         trials = self.report.trials
@@ -562,8 +565,9 @@ class Search:
             doubt = "does the evaluation use the weights?"
             log.warning("two lengths have the same metric, %s: %s", last.value, doubt)
 
-    def _estimate(self, minimize: bool) -> Estimate:
-        """Estimate the best value, or raise a PostHocError if the trials do not allow it."""
+    def _estimate(self, axis: Axis) -> Estimate:
+        """Estimate the best value of an axis, or raise a PostHocError if the trials do not allow
+        it."""
         values = self._values()
         first = len(first_batch(self.report.axis))
         least = min(3, max(2, first - 1))  # of three one may fail
@@ -577,7 +581,7 @@ class Search:
             reason = f"every trial has the same metric, {next(iter(values.values())):.12g}"
             raise PostHocError("the sweep", reason, "does the evaluation use the weights?")
         trials = self.report.trials
-        estimate = Estimate(trials, self.report.axis, minimize)
+        estimate = Estimate(trials, axis, bool(self.report.minimize))
         self.report = replace(self.report, estimate=estimate)
         return estimate
 

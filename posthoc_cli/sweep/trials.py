@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ _END_OF_LOG = 300  # bytes at the end of a log that a message shows
 _MOST_NAMES = 5  # names that a message shows
 _BEGIN_OF_JSON = re.compile(r'[^\S\n]*(?=\{\s*["}]|\[)')
 _REST_OF_LINE = re.compile(r"[^\S\n]*(?=\n|$)")
-_NUMBER = r"([-+]?(?:\d*\.?\d+(?:e[-+]?\d+)?|nan|inf))(?!\w)"
+_NUMBER = r"([-+]?(?:\d*\.?\d+(?:e[-+]?\d+)?|nan|inf))(?!\w|[.,]\d)"
 
 
 class TrialError(Exception):
@@ -117,7 +118,8 @@ class Metric:
     `key` is the key of a member of a JSON object, with dots between the keys of nested objects:
     `results.acc`, or the word before a number, as in `loss: 2.67`; None if the metric is a line of
     standard output that is a number. `file` is the name or pattern of JSON files in the trial's
-    folder or below, of which the newest is used; None for standard output, where the last counts.
+    folder or below, of which the newest is used; None for standard output, where the last counts,
+    and a number without the key only if there is none with it.
     """
 
     key: str | None = None
@@ -146,21 +148,22 @@ class Metric:
         if self.file is None:
             values = [*_printed(_read_tail(stdout, _TAIL), self.key)]
             reason = "no line of its standard output is a number"
-            if self.key is not None:
+            if self.key is None:
+                reason += " alone (--metric names the word before one)"
+            else:
                 reason += f", or has one after {shown(self.key)}"
         else:
             path, value = _stored(folder, self.file)
             values = [value]
             reason = f"{path.name} has no member {shown(self.key)}"
-        names: list[str] = []
-        for value in reversed(values):
-            members = _members(value)
-            name = self.key if self.key in members else ""
-            if name in members:
-                return _checked(members, name)
-            names += members
-        most = max(1, len(names))
-        closest = get_close_matches(self.key or "", names, most, 0)
+        found = [_members(value) for value in reversed(values)]
+        key = self.key or ""
+        for name in (key, ""):
+            for members in found:
+                if name in members:
+                    return _checked(members, name)
+        names = dict.fromkeys(chain.from_iterable(found))
+        closest = get_close_matches(key, names, _MOST_NAMES, 0)
         raise TrialError(reason + _listed(closest))
 
 
@@ -263,11 +266,6 @@ def _number(value: Any) -> float | None:
 
 
 def _listed(names: list[str]) -> str:
-    """Return the end of a message that lists names."""
-    unique = list(dict.fromkeys(names))
-    if not unique:
-        return ""
-    first = [shown(name) for name in unique[:_MOST_NAMES]]
-    if len(unique) > _MOST_NAMES:
-        first.append("...")
-    return f"; found {', '.join(first)}"
+    """Return the end of a message that lists the first names."""
+    first = [shown(name) for name in names[:_MOST_NAMES]]
+    return f"; found {', '.join(first)}" if first else ""

@@ -160,6 +160,8 @@ def test_the_profiles_table_and_the_conversion_in_both_directions(ema: Ema) -> N
     assert half_life["beta"] ** 5000 == pytest.approx(0.5, rel=1e-9)
     width = row("--target", "beta:0.9999")["sigma_rel"]
     assert row("--sigma-rel", width)["beta"] == pytest.approx(0.9999, rel=1e-12)
+    wrong = ema("profile", "--target", "beta:0.99", "--steps", "0")
+    assert wrong.err == "ema: error: --steps 0: must be from 1 to 1e15\n"  # the target was blamed
 
 
 def test_tables_are_aligned(capsys: pytest.CaptureFixture[str]) -> None:

@@ -258,6 +258,42 @@ def test_a_search_measures_as_many_lengths_as_its_budget(repeats, raw):
     assert counts <= {most, most - repeats}
 
 
+OF_THE_README = {  # the metric of its `train.py`, as a sweep has measured it
+    0.0153: 0.0440033,
+    0.0275: 0.0388426,
+    0.0359: 0.0366926,
+    0.0495: 0.0343492,
+    0.0627: 0.0329182,
+    0.077: 0.0319349,
+    0.0891: 0.0313898,
+    0.103: 0.030981,
+    0.12: 0.0307419,
+    0.138: 0.0307956,
+    0.147: 0.0309588,
+    0.16: 0.0313847,
+    0.2886: 0.103515,
+}
+
+
+def test_the_last_measurement_counts_in_the_choice():
+    """0.147 was measured last, and reported although 0.12 had the lower metric."""
+    lengths = [*OF_THE_README]
+    report = SweepReport(
+        axis=Axis("sigma_rel", lengths[0], lengths[-1]), metric="", minimize=True, settings={}
+    )
+    search = Search(report=report, budget=20, repeats=1, repeats_known=False, measures_raw=False)
+
+    @contextmanager
+    def average(x):
+        value = np.interp(math.log(x), np.log(lengths), [*OF_THE_README.values()])
+        yield lambda _: (float(value), None), None
+
+    for _ in search.run(average):
+        pass
+    assert search.report.found.best == 0.12
+    assert search.report.value == 0.0307419
+
+
 def test_the_first_of_very_many_repeats_is_measured_at_once():
     report = SweepReport(axis=AXIS, metric="", minimize=True, settings={})
     search = Search(

@@ -31,7 +31,9 @@ def printed(text: str, folder: Path, name: str | None = None) -> tuple[float, fl
         ("epoch 3, Loss = 2.67, acc: 1", "loss", (2.67, None)),
         ("epoch 3, loss: 2.67.", "loss", (2.67, None)),
         ("loss=9, loss=+2.67e0 (best)", "loss", (2.67, None)),
-        ("loss 0.5\n2\n", "loss", (2.0, None)),
+        ("loss: 2.67,acc: 31.5%", "loss", (2.67, None)),
+        ("loss 0.5\n2\n", "loss", (0.5, None)),
+        ("1\n2\n", "loss", (2.0, None)),
         ("results.acc: .5", "results.acc", (0.5, None)),
     ],
 )
@@ -50,6 +52,10 @@ def test_the_last_line_that_is_a_number_or_has_the_name_is_used(tmp_path, text, 
         ),
         ("loss: nan", "loss", "its metric is nan"),
         ("loss: 5x", "loss", "no line"),
+        ("PSNR=31.48dB", "psnr", "no line"),  # it was read as 31
+        ("loss: 1,234.5", "loss", "no line"),
+        ("loss: 0,912", "loss", "no line"),
+        ("loss: 0.9.1", "loss", "no line"),
         ('{"loss": true}', "loss", "'loss' is True, not a number"),
         ("{" * 100_000, "loss", "no line"),
     ],
@@ -71,7 +77,8 @@ def test_an_object_over_several_lines_is_read_and_single_numbers_in_it_are_not(t
     assert printed(text, tmp_path, "deep.acc,none") == (1.0, 0.25)
     assert printed(text, tmp_path) == (0.75, None)
     assert printed(f"{text}[\n  3.0,\n  4.0\n]\n", tmp_path, "loss") == (0.5, None)
-    assert printed(f"[INFO] it works\n{text}0.25", tmp_path, "loss") == (0.25, None)
+    assert printed(f"[INFO] it works\n{text}0.25", tmp_path) == (0.25, None)
+    assert printed(f"{text}0.25", tmp_path, "loss") == (0.5, None)
     with pytest.raises(TrialError, match="no line of its standard output is a number"):
         printed('{"loss": 0.5} of 3\n', tmp_path, "loss")
 
