@@ -387,11 +387,22 @@ def _values(source: Checkpoint, pieces: Sequence[ElementRange]) -> list[npt.NDAr
 
 # --- what an average did
 
+_FOLLOWED = 1e-4
+"""Least change of weights, relative to their norm, that an average has to follow. In float32 one
+with decay 0.9995 loses changes below 2^-24 / (1 - decay), as of a bias before a BatchNorm, which
+has no gradient and moves by rounding alone."""
+
+
+def _moves_clearly(weights: npt.NDArray[np.floating]) -> bool:
+    moved = np.linalg.norm(weights - weights[0], axis=1)
+    norms = np.linalg.norm(weights, axis=1)
+    return bool(moved.max() > _FOLLOWED * norms.max())
+
 
 @dataclass(frozen=True)
 class _Moves:
     """Which pieces of weights moved, and which averages did not, by interval; and at which times
-    they were equal."""
+    they were equal. Pieces that move too little to be followed count as constant, unless all do."""
 
     weights: Bools  # [intervals, pieces]
     still: Bools  # also where the weights stand still: [intervals, pieces]
@@ -402,11 +413,12 @@ class _Moves:
         moved = []
         still = []
         copied = []
-        for weights, averages in series.values:
+        clear = [_moves_clearly(weights) for weights, _ in series.values]
+        for (weights, averages), is_clear in zip(series.values, clear, strict=True):
             stays = averages[1:] == averages[:-1]
             equal = weights == averages
             changes = weights[1:] != weights[:-1]
-            moved.append(changes.any(axis=1))
+            moved.append(changes.any(axis=1) & (is_clear or not any(clear)))
             still.append(stays.mean(axis=1) >= _ALL)
             copied.append(equal.mean(axis=1) >= _ALL)
         moves = np.stack(moved, axis=1)

@@ -218,6 +218,25 @@ def test_what_is_right_is_as_claimed(update, audit_of):
     assert not found.is_bad
 
 
+def test_a_tensor_that_moves_by_rounding_alone_need_not_be_followed(tmp_path):
+    """A bias before a BatchNorm has no gradient, and a float32 average loses such changes."""
+
+    def form(step, weights, average):
+        digits = step // EVERY % 3
+        weights["3.bias"] = torch.ones(40) + digits * 2.0**-23
+        average["3.bias"] = torch.ones(40)
+        return timm(step, weights, average)
+
+    run = Run(write(tmp_path, train(), every_step, form=form))
+    (found,) = run.audit(DECAY)
+    assert found.verdict == "as claimed", found.text
+
+
+def test_an_average_of_weights_that_hardly_move_is_judged_like_others(tmp_path):
+    weights = 1 + 1e-5 * train()
+    assert audited(tmp_path, weights, stay, DECAY).verdict == "does not move"
+
+
 @pytest.mark.parametrize(
     ("update", "times"),
     [
