@@ -209,7 +209,7 @@ def _audit(sources: Sequence[Checkpoint], given: ImportSettings) -> Audit:
     audit = next(audits_of(unclaimed, given=given), None)
     if audit is None:
         reason = "the files do not hold it, and it cannot be found without weights next to the "
-        raise _unknown_decay(sources, f"{reason}averages")
+        raise _unknown_decay(sources, f"{reason}averages in two files or more")
     _check_is_average(audit)
     if audit.verdict not in ("found", "began again") or audit.found is None:
         raise _unknown_decay(sources, audit.text, audit)

@@ -64,7 +64,8 @@ class Updates:
         if first < 1:
             counted = f"{path.name} has counted {self.count:,} updates of its EMA by step {step:,}"
             reason = f"must be given, and fit: {counted}"
-            raise InvalidValueError("update_every", reason, "1 if the EMA began late")
+            hint = "it is a setting of imports, and 1 if the EMA began late"
+            raise InvalidValueError("update_every", reason, hint)
         rule: Arguments = {"decay": _ANY_DECAY} | self._rule(settings, every) | of_place
         if _is_schedule(rule):
             rule["before"] = (first - 1) // every
