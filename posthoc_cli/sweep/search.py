@@ -208,7 +208,6 @@ class Estimate:
         mean, standard_error: the estimated metric at `best`.
         low, high: ends of the range that contains the best with a probability of CONFIDENCE, which
             is equal within the noise.
-        regret: how much worse than the true best `best` is expected to be; not negative.
         noise: the standard deviation of one measurement, without the offset of its seed.
         curve, errors: the estimated metric over the range, with standard errors: shape [POINTS].
         shown: the points between measurements that are not clipped; beyond these the curve only
@@ -225,9 +224,7 @@ class Estimate:
             self._known = np.array(axis.values)
         places = axis.place(xs)
         signed = sign * values
-        used = places[clipped(signed) == signed]
-        points = _nearest_points(used)
-        self.shown = slice(points.min(), points.max() + 1)
+        self.shown = _between(places[clipped(signed) == signed])
         self.draws, self.noise = draw_curves(places, signed, errors, seeds)
         self.curve = sign * self.draws.mean(axis=0)
         self.errors = self.draws.std(axis=0)
@@ -235,9 +232,6 @@ class Estimate:
         self.best = self._known_or_new(point)
         self.mean = float(self.curve[point])
         self.standard_error = float(self.errors[point])
-        least = self.draws.min(axis=1)
-        regrets = self.draws[:, point] - least
-        self.regret = float(regrets.mean())
         low, high = map(axis.value_at, self._likely())
         self.low = min(low, self.best)
         self.high = max(high, self.best)
@@ -277,6 +271,13 @@ class Estimate:
         if distances[nearest] < _SAME:
             return float(self._known[nearest])
         return self._axis.value_at(place)
+
+    @property
+    def regret(self) -> float:
+        """How much worse than the true best `best` is expected to be; not negative."""
+        least = self.draws.min(axis=1)
+        regrets = self.draws[:, self._best_point()] - least
+        return float(regrets.mean())
 
     @property
     def settled(self) -> bool:
@@ -326,6 +327,12 @@ class Estimate:
 def _nearest_points(places: FloatArray) -> npt.NDArray[np.intp]:
     """Return the points of the grid that are nearest to places."""
     return np.rint((POINTS - 1) * places).astype(np.intp)
+
+
+def _between(places: FloatArray) -> slice:
+    """Return the points of the grid from the first to the last of some places."""
+    points = _nearest_points(places)
+    return slice(points.min(), points.max() + 1)
 
 
 def _measurements(trials: Sequence[Trial]) -> FloatArray:
