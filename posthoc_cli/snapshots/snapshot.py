@@ -417,13 +417,12 @@ def running_statistics(names: Iterable[str]) -> frozenset[str]:
 def statistics_notice(copies: Iterable[str]) -> str | None:
     """Return advice, in one line, about running statistics among the names of copies; None without
     any."""
-    layers = len(running_statistics(copies)) // 2
-    if not layers:
+    if not running_statistics(copies):
         return None
     return (
-        f"the running statistics of BatchNorm (layers: {layers:,}) are copies, which belong to the "
-        "raw weights: recompute them with torch.optim.swa_utils.update_bn(loader, model) before "
-        "you measure or use an average"
+        "the running statistics of BatchNorm are copies, which belong to the raw weights: "
+        "recompute them with torch.optim.swa_utils.update_bn(loader, model) before you measure or "
+        "use an average"
     )
 
 

@@ -183,7 +183,7 @@ def test_a_statistic_that_is_not_finite_is_named_at_once(tmp_path: Path) -> None
 
 
 def test_a_block_with_copies_warns_once_per_tracker(tmp_path: Path) -> None:
-    notice = "the running statistics of BatchNorm (layers: 1) are copies"
+    notice = "the running statistics of BatchNorm are copies"
     training, tracker = trained(tmp_path / "copied", 20, buffers="copy")
     with pytest.warns(RuntimeWarning, match=f"^posthoc_cli: {notice}") as seen:
         for length in (0.2, 0.2, 0.05):
