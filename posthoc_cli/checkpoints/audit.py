@@ -414,11 +414,13 @@ class _Moves:
         still = []
         copied = []
         clear = [_moves_clearly(weights) for weights, _ in series.values]
+        if not any(clear):
+            clear = [True] * len(clear)
         for (weights, averages), is_clear in zip(series.values, clear, strict=True):
             stays = averages[1:] == averages[:-1]
             equal = weights == averages
             changes = weights[1:] != weights[:-1]
-            moved.append(changes.any(axis=1) & (is_clear or not any(clear)))
+            moved.append(changes.any(axis=1) & is_clear)
             still.append(stays.mean(axis=1) >= _ALL)
             copied.append(equal.mean(axis=1) >= _ALL)
         moves = np.stack(moved, axis=1)

@@ -180,7 +180,9 @@ def _found_decay(
         width = float(f"{decay:.4g}")
         return replace(given, sigma_rels=(width,), ema_uncertainty=sigma), text
     if audit.length is not None:
-        decay = next(iter(_round_decays(decay, min(2 * sigma, _NEAR))), decay)
+        near = _round_decays(decay, min(2 * sigma, _NEAR))
+        if near:
+            decay = near[0]
     if decay != audit.found:  # it is probably exact
         sigma /= 2
         text += f"; taken as {decay:g}"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from posthoc_cli.dtypes import parse_dtype
-from posthoc_cli.errors import InvalidValueError, check_count, warn
+from posthoc_cli.errors import InvalidValueError, brief, check_count, warn
 from posthoc_cli.planning import range_of
 from posthoc_cli.profiles import check_sigma_rel
 from posthoc_cli.snapshots.snapshot import EARLIEST, LATEST, Selection, TrackingSchedule
@@ -129,7 +129,7 @@ class TrainingProgress:
                 f"must lie between {EARLIEST:g} and {LATEST:g}, and be larger than at the last "
                 f"call, {self.t:,.12g} {unit}"
             )
-            raise InvalidValueError("t", reason, value=f"{given}")
+            raise InvalidValueError("t", reason, value=brief(given))
         updated = step if settings.update_is_due(step) else self.updated
         return TrainingProgress(step, time, updated, t is not None)
 
