@@ -55,7 +55,12 @@ def free_folder() -> Path:
     return folder
 
 
-def run(out: Path, steps: int, say: Say, watch: ProgressBar) -> dict[str, Any]:
+def run(
+    out: Path,
+    steps: int,
+    say: Say,
+    watch: ProgressBar,
+) -> dict[str, Any]:
     """Train a small diffusion model with the hook, and choose the length of its average afterwards.
 
     `out` is a new or empty folder, `steps` a multiple of 100; `watch` opens a progress bar of the
@@ -127,7 +132,11 @@ def _train_and_measure(
     return swept, line
 
 
-def _run_commands(out: Path, best: float, say: Say) -> list[str]:
+def _run_commands(
+    out: Path,
+    best: float,
+    say: Say,
+) -> list[str]:
     """Make the best average, the picture of errors and the page; return the command lines."""
     snapshots = out / "snapshots"
     average = out / "best.safetensors"
@@ -196,7 +205,11 @@ _SCALE = 8  # pixels of a picture a pixel of a sample
 
 
 @torch.no_grad()
-def sample(model: nn.Module, labels: torch.Tensor, seed: int) -> torch.Tensor:
+def sample(
+    model: nn.Module,
+    labels: torch.Tensor,
+    seed: int,
+) -> torch.Tensor:
     """Return an image of each class, shape [classes, 64], by Heun's method: arXiv 2206.00364,
     algorithm 1."""
     ramp = torch.linspace(1, 0, SAMPLER_STEPS)
@@ -224,7 +237,12 @@ def sample(model: nn.Module, labels: torch.Tensor, seed: int) -> torch.Tensor:
     return images
 
 
-def _draw_samples(model: Denoiser, snapshots: Path, swept: SweepReport, out: Path) -> None:
+def _draw_samples(
+    model: Denoiser,
+    snapshots: Path,
+    swept: SweepReport,
+    out: Path,
+) -> None:
     """Draw samples of the raw weights and of five lengths, each from the same noise: as images of
     the sweep, and as samples.png."""
     labels = torch.arange(DRAWN_CLASSES)
@@ -299,7 +317,11 @@ class Denoiser(nn.Module):
 
     frequencies: torch.Tensor
 
-    def __init__(self, width: int = 128, blocks: int = 3) -> None:
+    def __init__(
+        self,
+        width: int = 128,
+        blocks: int = 3,
+    ) -> None:
         super().__init__()
         self.register_buffer("frequencies", torch.logspace(-0.5, 1, _FREQUENCIES))
         self.noise = nn.Linear(2 * _FREQUENCIES, width)
@@ -337,7 +359,11 @@ class _Block(nn.Module):
         self.scale = nn.Linear(width, width)
         self.outward = nn.Linear(width, width)
 
-    def forward(self, hidden: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        condition: torch.Tensor,
+    ) -> torch.Tensor:
         inner = self.inward(self.norm(hidden))
         inner = inner * (1 + self.scale(condition))
         change: torch.Tensor = self.outward(nn.functional.silu(inner))
@@ -376,7 +402,12 @@ class Validation:
     Each image has `draws` of noise, at the quantiles of the noise levels of training.
     """
 
-    def __init__(self, data: Images, seed: int, draws: int = 32) -> None:
+    def __init__(
+        self,
+        data: Images,
+        seed: int,
+        draws: int = 32,
+    ) -> None:
         self._data = data
         random = torch.Generator().manual_seed(seed)
         self._noise = torch.randn(draws, *data.images.shape, generator=random)
@@ -428,7 +459,12 @@ def checkpoint_every(steps: int) -> int:
     return UPDATE_EVERY * divisors[-1]
 
 
-def train(steps: int, data: Images, directory: Path, advance: Callable[[int], None]) -> Denoiser:
+def train(
+    steps: int,
+    data: Images,
+    directory: Path,
+    advance: Callable[[int], None],
+) -> Denoiser:
     """Train a denoiser with the hook, which writes snapshots to a directory; `advance` is called
     with done steps."""
     model = make_denoiser(seed=0)

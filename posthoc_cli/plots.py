@@ -75,7 +75,10 @@ class _Figure(Figure):
         return drawing
 
 
-def as_file(draw: Callable[[], Figure], suffix: str) -> bytes:
+def as_file(
+    draw: Callable[[], Figure],
+    suffix: str,
+) -> bytes:
     """Return a figure as the content of a `.png`, `.svg` or `.pdf` file, reproducible byte for
     byte.
 
@@ -152,7 +155,12 @@ def _scale_errors(axes: Axes, errors: FloatArray, least: float) -> None:
     axes.yaxis.set_major_formatter(as_percent)
 
 
-def _draw_points(axes: Axes, curve: ErrorCurve, least: float, colour: str) -> None:
+def _draw_points(
+    axes: Axes,
+    curve: ErrorCurve,
+    least: float,
+    colour: str,
+) -> None:
     """Draw the averages of a curve that are no power functions."""
     for number, point in enumerate(curve.others, start=1):
         error = point.predicted_error
@@ -169,7 +177,13 @@ def _draw_points(axes: Axes, curve: ErrorCurve, least: float, colour: str) -> No
         )
 
 
-def _draw_curve(axes: Axes, curve: ErrorCurve, least: float, index: int, alone: bool) -> None:
+def _draw_curve(
+    axes: Axes,
+    curve: ErrorCurve,
+    least: float,
+    index: int,
+    alone: bool,
+) -> None:
     """Draw a curve, with marks at its tracked profiles; if it is `alone`, also the ranges with
     small errors."""
     label = curve.label[: _LONGEST_TEXT // 2]
@@ -304,7 +318,10 @@ def _draw_trials(
     return [*(values - noises), *(values + noises)]
 
 
-def _metric_range(bars: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+def _metric_range(
+    bars: Sequence[float],
+    others: Sequence[float],
+) -> tuple[float, float]:
     """Return the ends of the metric's axis, with all bars, and with those of the others that are
     near them."""
     low = min(bars)
@@ -343,7 +360,10 @@ def samples_figure(
     return figure
 
 
-def as_picture(image: npt.NDArray[np.floating[Any]], scale: int) -> bytes:
+def as_picture(
+    image: npt.NDArray[np.floating[Any]],
+    scale: int,
+) -> bytes:
     """Return a grey image of values in -1 .. 1 as PNG, each value as so many pixels a side."""
     stream = io.BytesIO()
     high = image.repeat(scale, axis=0)
@@ -376,7 +396,10 @@ def audit_figure(audit: dict[str, Any]) -> Figure:
     return _finish(figure, axes.yaxis, title)
 
 
-def _draw_intervals(axes: Axes, intervals: Sequence[dict[str, Any]]) -> None:
+def _draw_intervals(
+    axes: Axes,
+    intervals: Sequence[dict[str, Any]],
+) -> None:
     lengths = [interval["found"] for interval in intervals]
     begins = [interval["begin"] for interval in intervals]
     ends = [interval["end"] for interval in intervals]
@@ -385,7 +408,10 @@ def _draw_intervals(axes: Axes, intervals: Sequence[dict[str, Any]]) -> None:
     axes.hlines(lengths, begins, ends, color=blue, linewidth=2.5, label=label)
 
 
-def _draw_claims(axes: Axes, intervals: Sequence[dict[str, Any]]) -> None:
+def _draw_claims(
+    axes: Axes,
+    intervals: Sequence[dict[str, Any]],
+) -> None:
     """Draw the claimed length, which rises with a warm-up, as steps."""
     if not intervals:
         return
@@ -449,7 +475,11 @@ def _text(text: str, width: int = 48) -> str:
     return spaced.replace("$", "\\$")
 
 
-def _finish(figure: Figure, scaled: Axis, title: str = "") -> Figure:
+def _finish(
+    figure: Figure,
+    scaled: Axis,
+    title: str = "",
+) -> Figure:
     """Set round ticks on the logarithmic axis `scaled`, the title, and a legend below, where it
     covers no curve."""
     axes = scaled.axes

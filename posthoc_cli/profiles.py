@@ -255,7 +255,12 @@ MOST_TIMES = 16_384
 1e-4 of training."""
 
 
-def ema_pytorch_profile(gamma: float, step: int, every: int, first: int = 1) -> Discrete:
+def ema_pytorch_profile(
+    gamma: float,
+    step: int,
+    every: int,
+    first: int = 1,
+) -> Discrete:
     """Return the profile that `ema-pytorch` 0.8.3 and `pytorch-posthoc-ema` 1.0.10 store, on the
     step clock.
 
@@ -513,7 +518,13 @@ class DecayRule:
         logs = _kept_logs(self, 1 << digits)
         return logs[: updates + 1]
 
-    def profile(self, step: int, updates: int, every: int = 1, first: int = 0) -> OrdinaryEMA:
+    def profile(
+        self,
+        step: int,
+        updates: int,
+        every: int = 1,
+        first: int = 0,
+    ) -> OrdinaryEMA:
         """Return the profile of the average at a step of the training, after so many updates, one
         `every` steps.
 
@@ -545,7 +556,14 @@ class OrdinaryEMA(Discrete):
     successive averages cancels.
     """
 
-    def __init__(self, decay: DecayRule, step: int, updates: int, every: int, first: int) -> None:
+    def __init__(
+        self,
+        decay: DecayRule,
+        step: int,
+        updates: int,
+        every: int,
+        first: int,
+    ) -> None:
         self.rule = decay
         self._count = updates
         self._every = every
@@ -827,7 +845,13 @@ def _reach(gammas: Sequence[float]) -> float:
     return min(LONGEST, UNEVEN / spread) if spread else LONGEST
 
 
-def window_ends(gammas: Sequence[float], window: int, begin: float, t: float, shared: bool) -> bool:
+def window_ends(
+    gammas: Sequence[float],
+    window: int,
+    begin: float,
+    t: float,
+    shared: bool,
+) -> bool:
     """Return whether the means of the last `window` values, after `begin`, are folded into the
     averages at time `t`.
 
@@ -848,7 +872,12 @@ def may_share_mean(window: int, begin: float, t: float) -> bool:
     return (t - begin) * WINDOW <= LONGEST * t * window
 
 
-def sketched_window_ends(gammas: Sequence[float], begin: float, before: float, t: float) -> bool:
+def sketched_window_ends(
+    gammas: Sequence[float],
+    begin: float,
+    before: float,
+    t: float,
+) -> bool:
     """Return whether, where profiles have their own means, the sketch's window after `begin` ends
     at `t`.
 

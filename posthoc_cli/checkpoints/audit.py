@@ -206,7 +206,10 @@ class Audit:
 # --- from checkpoints to audits
 
 
-def audit_sources(sources: Sequence[Source], claimed: float | None = None) -> list[Audit]:
+def audit_sources(
+    sources: Sequence[Source],
+    claimed: float | None = None,
+) -> list[Audit]:
     """Audit every average among the checkpoints of one run against the weights at the same times.
 
     `claimed` is their claimed decay; by default the one that their files or the import say.
@@ -273,7 +276,11 @@ def _last_before(
     return weights[before]
 
 
-def _claim(averages: Sequence[Checkpoint], claimed: float | None, given: ImportSettings) -> Model:
+def _claim(
+    averages: Sequence[Checkpoint],
+    claimed: float | None,
+    given: ImportSettings,
+) -> Model:
     """Return the model that averages are claimed to follow, with the restarts that their settings
     say."""
     newest = averages[-1]
@@ -377,7 +384,10 @@ def _pieces(first: Checkpoint) -> list[ElementRange]:
     return pieces
 
 
-def _values(source: Checkpoint, pieces: Sequence[ElementRange]) -> list[npt.NDArray[Any]]:
+def _values(
+    source: Checkpoint,
+    pieces: Sequence[ElementRange],
+) -> list[npt.NDArray[Any]]:
     values = [source.values(*piece) for piece in pieces]
     for part, piece in zip(values, pieces, strict=True):
         if not np.isfinite(part).all():
@@ -439,7 +449,11 @@ class _Moves:
         copied = self.copied[1:] | ~self.weights
         return np.asarray(copied.all(axis=0))
 
-    def lost(self, names: Sequence[str], averaged: Bools) -> tuple[str, ...]:
+    def lost(
+        self,
+        names: Sequence[str],
+        averaged: Bools,
+    ) -> tuple[str, ...]:
         """Return those of the pieces' names whose weights move, and which are not averaged."""
         are_lost = self.weights.any(axis=0) & ~averaged
         return tuple(dict.fromkeys(compress(names, are_lost)))
@@ -823,7 +837,11 @@ def _begun_again(audit: Audit, explanation: _Explanation, shown: str) -> Verdict
     return "began again", f"{text}reset, at a resume; {shown}"
 
 
-def _broken(audit: Audit, explanation: _Explanation, unit: str) -> Verdict | None:
+def _broken(
+    audit: Audit,
+    explanation: _Explanation,
+    unit: str,
+) -> Verdict | None:
     """Return the verdict on an average that follows no decay; None if it may follow one."""
     model, _ = explanation.refined
     if audit.is_of_other_weights:
@@ -886,7 +904,12 @@ def _decay_text(decay: float, sigma: float) -> str:
     return f"{decay:.{decimals}f}"
 
 
-def _why_vague(audit: Audit, model: Model, is_better: bool, unit: str) -> str:
+def _why_vague(
+    audit: Audit,
+    model: Model,
+    is_better: bool,
+    unit: str,
+) -> str:
     """Return why a length is undetermined; empty if it is not. `is_better` if the model explains
     the intervals clearly better than its claim."""
     length = model.claim.length

@@ -384,7 +384,11 @@ class Intervals:
         """A square that counts as none, above 0 also for a piece that stands still."""
         return float(1e-20 * self._moved.max()) + 1e-300
 
-    def search(self, model_of: Callable[[float], Model], grid: FloatArray) -> float:
+    def search(
+        self,
+        model_of: Callable[[float], Model],
+        grid: FloatArray,
+    ) -> float:
         """Return the value whose model has the smallest residuals, each weighted by its inverse, by
         that of no less than 1e-4 of the motion."""
         left = self._moved
@@ -414,7 +418,11 @@ class Intervals:
             grid = grid[max(after - 6, 0) : after + 6]
         return value
 
-    def fit(self, model: Model, grid: FloatArray | None = None) -> Model:
+    def fit(
+        self,
+        model: Model,
+        grid: FloatArray | None = None,
+    ) -> Model:
         """Return the model with the value that explains the intervals best, of a grid of values."""
         if grid is None:
             grid = self._grid(model)
@@ -464,7 +472,11 @@ def _least(
 # --- the rule
 
 
-def best_models(model: Model, rules: Sequence[DecayRule], rows: Intervals) -> list[Model]:
+def best_models(
+    model: Model,
+    rules: Sequence[DecayRule],
+    rows: Intervals,
+) -> list[Model]:
     """Return the model of the rule that explains the intervals best, then those of other rules that
     explain them about as well.
 
@@ -565,7 +577,11 @@ def _growth(model: Model, series: Series, t: float) -> float:
     return share * (1 + share**2 / 7)
 
 
-def _likeliest(model: Model, series: Series, most: float) -> tuple[float, float]:
+def _likeliest(
+    model: Model,
+    series: Series,
+    most: float,
+) -> tuple[float, float]:
     """Return the logarithm of the factor on a model's value that is most likely, and the divergence
     that remains."""
     likelihoods = [_Likelihood(model, part) for part in _parts(series)]

@@ -236,7 +236,10 @@ def _stem(path: Path) -> str:
     return stem
 
 
-def _matches(name: str, unit: Unit) -> list[re.Match[str]]:
+def _matches(
+    name: str,
+    unit: Unit,
+) -> list[re.Match[str]]:
     """Return the numbers next to a word for a unit."""
     found = list[re.Match[str]]()
     for other, pattern in _MARKS:
@@ -345,7 +348,11 @@ def _times_within_epochs(numbers: Sequence[Reading], settings: ImportSettings) -
     return Times("steps", True, f"{says}, of epochs counted from {first}", steps)
 
 
-def _times_of_epochs(numbers: Sequence[Reading], settings: ImportSettings, why: str) -> Times:
+def _times_of_epochs(
+    numbers: Sequence[Reading],
+    settings: ImportSettings,
+    why: str,
+) -> Times:
     """Return the times of checkpoints whose numbers are epochs, in steps if those are known."""
     offset = _offset(numbers, settings)
     says = f"epochs, counted from {1 - offset}: {why}"
@@ -367,7 +374,10 @@ def _times_of_epochs(numbers: Sequence[Reading], settings: ImportSettings, why: 
     return Times("epochs", False, says, epochs)
 
 
-def _late(epochs: Sequence[int], counts: Sequence[int]) -> int:
+def _late(
+    epochs: Sequence[int],
+    counts: Sequence[int],
+) -> int:
     """Return the epoch after which averages began to count their updates, as torchvision's do when
     the learning rate has risen; 0 if they did with the training."""
     pairs = sorted(zip(epochs, counts, strict=True))

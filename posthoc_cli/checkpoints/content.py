@@ -190,7 +190,10 @@ class Content:
         return list(groups)
 
 
-def stripped(named: Mapping[str, T], start: str) -> dict[str, T]:
+def stripped(
+    named: Mapping[str, T],
+    start: str,
+) -> dict[str, T]:
     """Return the items whose names begin so, by the rest of their names."""
     return {
         name.removeprefix(start): item for name, item in named.items() if name.startswith(start)
@@ -308,7 +311,10 @@ def _is_model(folder: Path) -> bool:
     return False
 
 
-def model_in(folder: Path, skip: Sequence[str] = ()) -> Path | None:
+def model_in(
+    folder: Path,
+    skip: Sequence[str] = (),
+) -> Path | None:
     """Return the path of the weights in a folder: an index, a file, `.metadata`, or the folder
     itself if it has chunks.
 
@@ -374,7 +380,10 @@ def has_tensors(path: Path) -> bool:
     return not all(map(content.is_of_optimizer, content.tensors.values()))
 
 
-def _models_among(names: Sequence[str], ending: str) -> list[str]:
+def _models_among(
+    names: Sequence[str],
+    ending: str,
+) -> list[str]:
     """Return the names of indexes, else of files of weights, with an ending; the usual one of them
     if there are variants beside it, such as model.fp16."""
     models = [name for name in names if name.endswith(f"{ending}{INDEX_ENDING}")]
@@ -436,7 +445,11 @@ def _training_info(path: Path, metadata: Mapping[str, str]) -> Values:
     return {f"{_INFO}.{name}": value for name, value in info.items()}
 
 
-def _stored(path: Path, keys: Keys, value: Entry | Node) -> StoredTensor:
+def _stored(
+    path: Path,
+    keys: Keys,
+    value: Entry | Node,
+) -> StoredTensor:
     if isinstance(value, Node):
         kind = shown(value.name.removeprefix("torch._utils._rebuild_"))
         return StoredTensor(path, keys, (), problem=f"is of a kind that is not read ({kind})")
@@ -612,7 +625,12 @@ class _Objects:
                 nbytes[str(place.get("relative_path"))] += length
         return nbytes
 
-    def described(self, name: str, keys: Keys, described: Values) -> StoredTensor:
+    def described(
+        self,
+        name: str,
+        keys: Keys,
+        described: Values,
+    ) -> StoredTensor:
         """Return a tensor as the metadata describe it; its chunks are looked for when they are
         needed."""
         size: Any = described.get("size")
@@ -632,7 +650,11 @@ class _Objects:
         chunks = partial(self.chunks, name, boxes)
         return StoredTensor(self.metadata, keys, tuple(size), (), problem, chunks)
 
-    def chunks(self, name: str, boxes: Sequence[Box]) -> tuple[Chunk, ...]:
+    def chunks(
+        self,
+        name: str,
+        boxes: Sequence[Box],
+    ) -> tuple[Chunk, ...]:
         chunks = []
         for box in boxes:
             path, entry = self.read(name, box.offset)
@@ -641,7 +663,11 @@ class _Objects:
             chunks.append(Chunk(path, entry, box))
         return tuple(chunks)
 
-    def read(self, name: str, offset: tuple[int, ...]) -> tuple[Path, Any]:
+    def read(
+        self,
+        name: str,
+        offset: tuple[int, ...],
+    ) -> tuple[Path, Any]:
         """Return the file and the object of a name at an offset, or of the name alone."""
         place: Any = self.places.get((name, offset)) or self.places.get((name, ()), {})
         file_name, begin, length = map(place.get, ("relative_path", "offset", "length"))
@@ -662,5 +688,10 @@ class _Objects:
                 raise FileFormatError(path, "is shorter than its objects: truncated or overlapping")
             return path, read_pickled(file, begin, begin + length)
 
-    def _refuse(self, path: Path, name: str, problem: str) -> NoReturn:
+    def _refuse(
+        self,
+        path: Path,
+        name: str,
+        problem: str,
+    ) -> NoReturn:
         raise FileFormatError(path, f"tensor {shown(name)}: {problem}")

@@ -200,7 +200,11 @@ class Stored:
     whose key says it. Each of the two may raise FileFormatError.
     """
 
-    def __init__(self, path: Path, average: str | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        average: str | None = None,
+    ) -> None:
         self._content = open_checkpoint(path)
         self._settings = replace(UNSPECIFIED, average=average)
 
@@ -347,7 +351,10 @@ LIBRARIES = (
 """The first one whose values are there counts."""
 
 
-def _library_of(content: Content, average_key: str) -> tuple[Library | None, Values]:
+def _library_of(
+    content: Content,
+    average_key: str,
+) -> tuple[Library | None, Values]:
     """Return the program that stored an average, and the values beside its marks."""
     places = [average_key]
     while places[-1]:
@@ -445,7 +452,11 @@ def _find_twin_parts(sets: Sets, path: str) -> Found | None:
     )
 
 
-def _pairs(sets: Sets, averages: Sequence[str], weights: str | None) -> list[Pair]:
+def _pairs(
+    sets: Sets,
+    averages: Sequence[str],
+    weights: str | None,
+) -> list[Pair]:
     """Return the averages that weights match; parts of one average that are alike as one."""
     pairs = []
     for path in averages:
@@ -713,7 +724,11 @@ def _edm_rule(options: Values, batch: int) -> Values:
     return rule
 
 
-def _option(options: Values, *names: str, default: float = 0) -> Any:
+def _option(
+    options: Values,
+    *names: str,
+    default: float = 0,
+) -> Any:
     for name in names:
         if isinstance(options.get(name), int | float):
             return options[name]

@@ -24,13 +24,19 @@ beside weights are kept in it and more than 1.3 times as far off as predicted.""
 _ERRORS = 4  # standard errors that chance does not reach
 
 
-def digits_of(values: npt.NDArray[np.floating], dtype: str) -> FloatArray:
+def digits_of(
+    values: npt.NDArray[np.floating],
+    dtype: str,
+) -> FloatArray:
     """Return the distance from each value to the next one of its stored dtype."""
     stored = DTYPES[dtype]
     return spacing(values.astype(np.float64), stored.mantissa_bits, stored.lowest_exponent)
 
 
-def lost_share(motion: FloatArray, is_expected: npt.NDArray[np.bool_]) -> float:
+def lost_share(
+    motion: FloatArray,
+    is_expected: npt.NDArray[np.bool_],
+) -> float:
     """Return the share of the elements that stand still, beyond chance, of those that are expected
     to move by several digits; `motion` is in digits. It is 0 if it may be chance."""
     digits = np.abs(motion[is_expected])

@@ -68,7 +68,12 @@ class Manifest:
             reason = f"is missing, and {self.folder} refers to it"
             raise FileFormatError(path, reason, f"move both together, or {_AGAIN}") from None
 
-    def check_identity(self, path: Path, nbytes: int, sample: str) -> None:
+    def check_identity(
+        self,
+        path: Path,
+        nbytes: int,
+        sample: str,
+    ) -> None:
         """Raise FileFormatError unless a file with this identity is the one that was imported."""
         if self.files.get(path) != (nbytes, sample):
             reason = f"was replaced, or has changed, since {self.folder} was imported"
@@ -112,7 +117,10 @@ def _decoded(folder: Path, path: Path, raw: Values) -> Manifest:
     return Manifest(folder, origin, settings, times, checkpoints, identities)
 
 
-def _absolute(place: str | Path, base: Path | None = None) -> Path:
+def _absolute(
+    place: str | Path,
+    base: Path | None = None,
+) -> Path:
     """Return a URL, or an absolute path, of one that may be relative to a folder, by default the
     working directory."""
     path = files.given_path("path", place)

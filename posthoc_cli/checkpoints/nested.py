@@ -24,7 +24,10 @@ from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueErro
 _ORBAX = "_CHECKPOINT_METADATA"
 
 
-def nested_in(folder: Path, entries: Sequence[Path]) -> list[Path]:
+def nested_in(
+    folder: Path,
+    entries: Sequence[Path],
+) -> list[Path]:
     """Return the numbered folders that each hold one model, at the same place in each; none if
     nothing below holds one.
 
@@ -68,7 +71,11 @@ def _has_step(entry: Path) -> bool:
     return False
 
 
-def _ask_which(folder: Path, places: Sequence[str], last: Path) -> None:
+def _ask_which(
+    folder: Path,
+    places: Sequence[str],
+    last: Path,
+) -> None:
     globs = dict.fromkeys(re.sub("[0-9]+", "*", f"*/{place}") for place in places)
     if len(globs) == 1:
         readings = map(time_in_name, last.iterdir())
@@ -79,7 +86,11 @@ def _ask_which(folder: Path, places: Sequence[str], last: Path) -> None:
     _ask(folder, f"its folders hold models in {names_in(places)}", [*globs])
 
 
-def _ask(folder: Path, what: str, globs: Sequence[str]) -> None:
+def _ask(
+    folder: Path,
+    what: str,
+    globs: Sequence[str],
+) -> None:
     choices = " or ".join(f"'{folder / one}'" for one in globs[:3])
     hint = f"name those of one model by a glob, such as {choices}, perhaps with `step_from`"
     raise InvalidValueError(folder, what, hint)

@@ -96,7 +96,10 @@ _DIGITS = 8  # motion in one interval after which none in the next is unlikely
 _STILL = 0.9
 
 
-def open_checkpoints(place: str | Path, unclaimed: bool = False) -> list[Checkpoint]:
+def open_checkpoints(
+    place: str | Path,
+    unclaimed: bool = False,
+) -> list[Checkpoint]:
     """Return the checkpoints in a directory, of a glob or of an import, by time. Read only headers
     and indexes.
 
@@ -194,7 +197,11 @@ def _text_of(left_out: _LeftOut) -> str:
     return f"left out: {text}" if text else ""
 
 
-def read_place(place: str | Path, settings: ImportSettings, asks: bool = True) -> Place:
+def read_place(
+    place: str | Path,
+    settings: ImportSettings,
+    asks: bool = True,
+) -> Place:
     """Return all checkpoints at a place, without outputs of this package, with the profiles that
     are known.
 
@@ -258,7 +265,10 @@ def _warn_of_scales(checkpoint: Checkpoint) -> None:
         return
 
 
-def _begun(run: Sequence[Found], times: Sequence[int]) -> list[Found]:
+def _begun(
+    run: Sequence[Found],
+    times: Sequence[int],
+) -> list[Found]:
     """Return the checkpoints of a training that has begun, with their times."""
     if max(times) <= 0:
         reason = "its number is 0, as that of all files, so that it may be something else"
@@ -273,7 +283,11 @@ def _begun(run: Sequence[Found], times: Sequence[int]) -> list[Found]:
     return used
 
 
-def _lacks_steps(times: Times, used: Sequence[Found], asks: bool) -> str:
+def _lacks_steps(
+    times: Times,
+    used: Sequence[Found],
+    asks: bool,
+) -> str:
     """Return why the decays of averages, which are of steps, have no place in times; empty if they
     have."""
     decays = "their decay is of steps, and numbers are"
@@ -301,7 +315,10 @@ def _unused(opened: Sequence[Found]) -> str:
     return ""
 
 
-def _of_one_average(paths: list[Path], settings: ImportSettings) -> list[Path]:
+def _of_one_average(
+    paths: list[Path],
+    settings: ImportSettings,
+) -> list[Path]:
     """Return the files of guided-diffusion without averages of another decay than the given one."""
     decays = {}
     for path in paths:
@@ -402,7 +419,10 @@ def _one_run(
     return opened
 
 
-def _with_numbers(opened: Sequence[Found], left_out: _LeftOut) -> list[Found]:
+def _with_numbers(
+    opened: Sequence[Found],
+    left_out: _LeftOut,
+) -> list[Found]:
     """Return the checkpoints without files that have no number next to some that have one: the
     number of their folder is that of an experiment."""
     numbered = {one.path.parent for one in opened if not one.reading.is_of_folder}
@@ -507,7 +527,10 @@ def _decided(opened: list[Found]) -> list[Found]:
     return _with_slower(opened, is_still)
 
 
-def _with_slower(opened: list[Found], is_still: bool) -> list[Found]:
+def _with_slower(
+    opened: list[Found],
+    is_still: bool,
+) -> list[Found]:
     """Return the checkpoints with the slower set as the average, or without it if it is still."""
     folder = opened[0].path.parent
     name, _ = opened[0].undecided
@@ -548,7 +571,11 @@ def _named_as(newest: Found, found: Found) -> Found:
     return replace(found, averaged=averaged, weights=weights)
 
 
-def _made(found: Found, times: Times, settings: ImportSettings) -> list[Checkpoint]:
+def _made(
+    found: Found,
+    times: Times,
+    settings: ImportSettings,
+) -> list[Checkpoint]:
     """Return the sources in a checkpoint: the weights, the average, or both."""
     check_given(found, settings)
     time = found.time
@@ -650,7 +677,11 @@ def _candidates_in(folder: Path, left_out: _LeftOut) -> list[Path]:
     return folders
 
 
-def _is_series_beside_states(folder: Path, loose: Sequence[Path], folders: Sequence[Path]) -> bool:
+def _is_series_beside_states(
+    folder: Path,
+    loose: Sequence[Path],
+    folders: Sequence[Path],
+) -> bool:
     """Return whether files are a series of weights, and the folders beside them states of the same
     training; raise InvalidValueError if there are more states."""
     series = [entry for entry in loose if re.search("[0-9]", entry.name)]

@@ -182,7 +182,10 @@ def read_tensors(file: OpenedFile) -> dict[Keys, Any]:
     return leaves
 
 
-def _leaves(content: Any, budget: _Budget) -> Iterator[tuple[Keys, Any]]:
+def _leaves(
+    content: Any,
+    budget: _Budget,
+) -> Iterator[tuple[Keys, Any]]:
     """Yield the tensors and values within an object, with their keys."""
     pending: list[tuple[Keys, Any, bool]] = [((), content, False)]
     objects = set[int]()
@@ -241,7 +244,11 @@ def _module_tensors(node: Node, budget: _Budget) -> _Items | None:
     return None
 
 
-def _opened(item: Any, objects: set[int], budget: _Budget) -> tuple[Any, bool]:
+def _opened(
+    item: Any,
+    objects: set[int],
+    budget: _Budget,
+) -> tuple[Any, bool]:
     """Return what an object consists of, and whether it is a module; any other item as it is."""
     if not isinstance(item, Node) or item.name.startswith("torch._utils._rebuild"):
         return item, False
@@ -282,7 +289,12 @@ def _items(value: Any) -> _Items:
 class FileRange(io.RawIOBase):
     """A file from some place to some end, as a standard stream; places are those in the file."""
 
-    def __init__(self, file: OpenedFile, at: int, end: int) -> None:
+    def __init__(
+        self,
+        file: OpenedFile,
+        at: int,
+        end: int,
+    ) -> None:
         self._file = file
         self._at = at
         self._end = end
@@ -292,7 +304,11 @@ class FileRange(io.RawIOBase):
 
     seekable = readable
 
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+    def seek(
+        self,
+        offset: int,
+        whence: int = os.SEEK_SET,
+    ) -> int:
         bases = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._end}
         place = max(0, bases[whence] + offset)
         self._at = min(place, self._end)
@@ -321,7 +337,12 @@ def member_begin(file: OpenedFile, info: zipfile.ZipInfo) -> int:
 class _Archive:
     """An archive of torch.save in a range of a file."""
 
-    def __init__(self, file: OpenedFile, begin: int, end: int) -> None:
+    def __init__(
+        self,
+        file: OpenedFile,
+        begin: int,
+        end: int,
+    ) -> None:
         self.file = file
         self.begin = begin
         self.end = end
@@ -605,12 +626,20 @@ def _ordered_dict(machine: _Machine, pairs: Any = ()) -> _Items:
     return _dict_of(pairs)
 
 
-def _first(_: _Machine, value: Any = (), *__: Any) -> Any:
+def _first(
+    _: _Machine,
+    value: Any = (),
+    *__: Any,
+) -> Any:
     """Return the first argument: the items of a set, the tensor of a parameter."""
     return value
 
 
-def _scalar(machine: _Machine, dtype: Any, data: Any) -> int | float | None:
+def _scalar(
+    machine: _Machine,
+    dtype: Any,
+    data: Any,
+) -> int | float | None:
     """Return a number of numpy: its bytes are in the file, or in protocol 2 a text in Latin-1."""
     kind = dtype.arguments[0]
     order = dtype.state[1]

@@ -74,7 +74,11 @@ class Sets:
     A path is the keys that lead to a set, and perhaps the first parts of names, joined by dots.
     """
 
-    def __init__(self, content: Content, named: Sequence[str | None] = ()) -> None:
+    def __init__(
+        self,
+        content: Content,
+        named: Sequence[str | None] = (),
+    ) -> None:
         """`named`: paths that hold a set, whatever their words say."""
         self.content = content
         self.tensors = _Named()
@@ -158,10 +162,16 @@ class Sets:
             return False
         return self._shapes(path) == self._shapes(other)
 
-    def _shapes(self, path: str) -> dict[str, tuple[int, ...]]:
+    def _shapes(
+        self,
+        path: str,
+    ) -> dict[str, tuple[int, ...]]:
         return {name: tensor.shape for name, tensor in self.below(path).items()}
 
-    def without(self, used: Iterable[StoredTensor]) -> tuple[str, ...]:
+    def without(
+        self,
+        used: Iterable[StoredTensor],
+    ) -> tuple[str, ...]:
         """Return the outermost paths of sets that hold none of these tensors, and are no parts of
         an average."""
         outer = {""}
@@ -244,7 +254,12 @@ class Sets:
 
     # --- an average and the weights
 
-    def pair(self, average: str, weights: str | None = None, is_named: bool = False) -> Pair | None:
+    def pair(
+        self,
+        average: str,
+        weights: str | None = None,
+        is_named: bool = False,
+    ) -> Pair | None:
         """Return an average and the weights that match it; None if no weights do.
 
         Arguments:
@@ -352,7 +367,12 @@ class Sets:
                 return inner
         return None
 
-    def _pairs_at(self, average: str, weights: str | None, is_named: bool) -> list[Pair]:
+    def _pairs_at(
+        self,
+        average: str,
+        weights: str | None,
+        is_named: bool,
+    ) -> list[Pair]:
         averaged = self.below(average)
         if average in self.keys and all(name.isdecimal() for name in averaged):
             path = self.model_path() if weights is None else weights
@@ -368,7 +388,10 @@ class Sets:
                     pairs.append(Pair(by_name, raw, average, path))
         return pairs
 
-    def _rank(self, pair: Pair) -> tuple[bool, bool, bool, int]:
+    def _rank(
+        self,
+        pair: Pair,
+    ) -> tuple[bool, bool, bool, int]:
         """Return how unlikely a set is to be the weights of an average: it is within an average,
         or outside of the model, has not its key without the word, or lies deep."""
         outer, dot, last = pair.average_key.rpartition(".")
@@ -440,7 +463,11 @@ def _bare(name: str) -> str:
     return _squeeze(unwrapped(name))
 
 
-def _roots_of(longest: str, names: Iterable[str], form: Callable[[str], str]) -> list[str]:
+def _roots_of(
+    longest: str,
+    names: Iterable[str],
+    form: Callable[[str], str],
+) -> list[str]:
     """Return the paths below which one of the names is the longest of an average, in a form of
     both."""
     wanted = form(longest)
@@ -465,7 +492,11 @@ def _place(pair: Pair) -> tuple[str, str, str]:
     return outer, pair.weights_key.rpartition(".")[0], word[0] if word else ""
 
 
-def _common_part(average: str, weights: str, names: Sequence[str]) -> str:
+def _common_part(
+    average: str,
+    weights: str,
+    names: Sequence[str],
+) -> str:
     """Return how to name the part that an average and weights with these names share."""
     alone = "`kind` checkpoints takes the weights alone"
     heads = {name.rpartition(".")[0].partition(".")[0] for name in names}

@@ -49,7 +49,12 @@ class Updates:
         """Whether the decay rises until a step of the training that nothing says."""
         return self.ends(settings) and "steps" not in self._rule(settings, 1)
 
-    def profile(self, path: Path, step: int, settings: ImportSettings) -> OrdinaryEMA:
+    def profile(
+        self,
+        path: Path,
+        step: int,
+        settings: ImportSettings,
+    ) -> OrdinaryEMA:
         """Return the profile at a step, that of `_ANY_DECAY` if none is known."""
         every = settings.update_every or self.every
         restarts = [start for start in settings.ema_restarts if start < step]
@@ -86,7 +91,12 @@ class Updates:
             return said  # another kind of rule
         return self.rule | said
 
-    def _place(self, step: int, every: int, settings: ImportSettings) -> _Place:
+    def _place(
+        self,
+        step: int,
+        every: int,
+        settings: ImportSettings,
+    ) -> _Place:
         """Return where the updates of an EMA lie that has not restarted."""
         after = settings.update_after_step or 0
         if self.count is None:

@@ -179,7 +179,10 @@ def assumed_prior(
 _NEGLIGIBLE = 1e-4
 
 
-def measured_prior(averages: Sequence[StoredAverage], sketch: Sketch | None = None) -> Prior:
+def measured_prior(
+    averages: Sequence[StoredAverage],
+    sketch: Sketch | None = None,
+) -> Prior:
     """Return the prior from the measurements of a run's averages, or `assumed_prior` if any average
     has none.
 
@@ -305,7 +308,10 @@ def _doubt(pairs: Sequence[Pair], expected: FloatArray) -> float:
     return float(np.sqrt(mean_square)) / 2
 
 
-def _shared(averages: Sequence[StoredAverage], sketch: Sketch | None) -> FloatArray | None:
+def _shared(
+    averages: Sequence[StoredAverage],
+    sketch: Sketch | None,
+) -> FloatArray | None:
     """Return `Prior.shared`, from means that profiles share; None if there are none."""
     steps = averages[-1].steps
     if sketch is None or steps is None:
@@ -372,7 +378,10 @@ def _pairs(
     return list(pairs.values())
 
 
-def _is_one_profile(later: tuple[float, ...], earlier: tuple[float, ...]) -> bool:
+def _is_one_profile(
+    later: tuple[float, ...],
+    earlier: tuple[float, ...],
+) -> bool:
     """Return whether two keys of `_order_of` are of one power function, up to rounding."""
     t, gamma, _ = later
     earlier_t, earlier_gamma, _ = earlier
@@ -482,7 +491,11 @@ class Motion:
         walk += share * np.maximum(most - walk, 0.0)
         return motion
 
-    def _divided(self, edges: FloatArray, segment: npt.NDArray[np.intp]) -> Motion:
+    def _divided(
+        self,
+        edges: FloatArray,
+        segment: npt.NDArray[np.intp],
+    ) -> Motion:
         """Return the same motion on more segments, each a part of one of these."""
         scatter = self.scatter
         if scatter is not None:
@@ -714,7 +727,11 @@ tau far below k, 0.42 for tau = k, 0.2 for 3 k. Averages at files L steps apart 
 below k, 0.65 for tau = k, 0.11 for 3 k, and 0.03 for a walk."""
 
 
-def sampling_of(motion: Motion, times: Sequence[float], steps: Steps | None) -> FloatArray:
+def sampling_of(
+    motion: Motion,
+    times: Sequence[float],
+    steps: Steps | None,
+) -> FloatArray:
     """Return `Motion.sampling` for averages at these times."""
     if motion.scatter is not None:
         return _SAMPLED_OF_SCATTER * motion.scatter
@@ -771,14 +788,23 @@ class Influences(NamedTuple):
     scatter: FloatArray
     rounding: FloatArray
 
-    def expected(self, walk: FloatArray, noise: FloatArray, scatter: FloatArray) -> FloatArray:
+    def expected(
+        self,
+        walk: FloatArray,
+        noise: FloatArray,
+        scatter: FloatArray,
+    ) -> FloatArray:
         """Return what motion expects of the distances, relative to them: shape [pairs]."""
         lasting = self.walk @ walk + self.noise @ noise
         known = lasting + self.rounding
         return np.asarray(known + self.scatter @ scatter)
 
 
-def influences_of(edges: FloatArray, pairs: Sequence[Pair], steps: Steps | None) -> Influences:
+def influences_of(
+    edges: FloatArray,
+    pairs: Sequence[Pair],
+    steps: Steps | None,
+) -> Influences:
     """Return the influences of motion between `edges` on measured distances."""
     integrals = _Integrals(edges, pairs, steps)
     segments = edges.size - 1
@@ -803,7 +829,12 @@ class _Integrals:
     """Integrals over each segment of squared differences between two profiles: shape
     [segments]."""
 
-    def __init__(self, edges: FloatArray, pairs: Sequence[Pair], steps: Steps | None) -> None:
+    def __init__(
+        self,
+        edges: FloatArray,
+        pairs: Sequence[Pair],
+        steps: Steps | None,
+    ) -> None:
         self._columns: dict[StoredProfile, int] = {}
         for profile, distance in pairs:
             for each in (profile, distance.other):
@@ -824,7 +855,12 @@ class _Integrals:
     def of_masses(self, later: StoredProfile, earlier: StoredProfile) -> FloatArray:
         return self._of(self._masses, later, earlier)
 
-    def _of(self, values: FloatArray, later: StoredProfile, earlier: StoredProfile) -> FloatArray:
+    def _of(
+        self,
+        values: FloatArray,
+        later: StoredProfile,
+        earlier: StoredProfile,
+    ) -> FloatArray:
         of_later = values[:, self._columns[later]]
         of_earlier = values[:, self._columns[earlier]]
         difference = of_later - of_earlier
@@ -833,13 +869,20 @@ class _Integrals:
         return np.asarray(sums)
 
 
-def segments_of(edges: FloatArray, times: npt.ArrayLike) -> npt.NDArray[np.intp]:
+def segments_of(
+    edges: FloatArray,
+    times: npt.ArrayLike,
+) -> npt.NDArray[np.intp]:
     """Return the segment of each time; a time at an edge belongs to the segment that ends there."""
     segment = np.searchsorted(edges, times) - 1
     return np.clip(segment, 0, edges.size - 2)
 
 
-def spacing_of(edges: FloatArray, times: Sequence[float], steps: Steps | None) -> FloatArray:
+def spacing_of(
+    edges: FloatArray,
+    times: Sequence[float],
+    steps: Steps | None,
+) -> FloatArray:
     """Return the steps from one of the times to the next on each segment: shape [segments]."""
     distinct = np.unique(times)
     segment = segments_of(edges, distinct)

@@ -173,7 +173,11 @@ class Nodes:
         self._density = _steps_per_time(self.edges, steps)
         self._set_nodes(base, few)
 
-    def _set_nodes(self, base: FloatArray, few: npt.NDArray[np.bool_]) -> None:
+    def _set_nodes(
+        self,
+        base: FloatArray,
+        few: npt.NDArray[np.bool_],
+    ) -> None:
         """Set the interval and the weight of each node, those of updates last."""
         ends = self.edges[1:]
         home = np.searchsorted(base, ends) - 1
@@ -281,7 +285,11 @@ class Nodes:
         weights = points.weights[inside]
         return _Points(s, weights, points.home[inside])
 
-    def _projected(self, points: _Points, values: FloatArray) -> tuple[FloatArray, FloatArray]:
+    def _projected(
+        self,
+        points: _Points,
+        values: FloatArray,
+    ) -> tuple[FloatArray, FloatArray]:
         """Return the nearest polynomial's values at the nodes inside intervals, and the integral of
         the square that it misses, [K].
 

@@ -48,7 +48,10 @@ class Sketch:
     means: FloatArray
     spread: FloatArray
 
-    def measured(self, profiles: Sequence[Profile]) -> tuple[FloatArray, FloatArray]:
+    def measured(
+        self,
+        profiles: Sequence[Profile],
+    ) -> tuple[FloatArray, FloatArray]:
         """Return a column per profile whose combinations are errors: projected, [D, n], and unseen,
         [K + 2, n]."""
         tails = tails_at(self.edges, profiles)

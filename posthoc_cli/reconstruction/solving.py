@@ -250,7 +250,11 @@ class _Solver:
         return Published(problem.snapshots, problem.prior, self._t)
 
     @np.errstate(under="ignore")  # of negligible masses, also where a program lets NumPy raise
-    def solve(self, target: Profile | FloatArray, other: Profile | None) -> _Solution:
+    def solve(
+        self,
+        target: Profile | FloatArray,
+        other: Profile | None,
+    ) -> _Solution:
         """Return the solution for a target, which may be the `other` one as well."""
         problem = self.problem
         if isinstance(target, np.ndarray):
@@ -284,7 +288,11 @@ class _Solver:
         # the exact solution without rounding
         return only(goal.stored, len(self.problem.snapshots))
 
-    def _minimum_variance(self, goal: Goal, published: FloatArray) -> tuple[FloatArray, FloatArray]:
+    def _minimum_variance(
+        self,
+        goal: Goal,
+        published: FloatArray,
+    ) -> tuple[FloatArray, FloatArray]:
         """Return coefficients of nearly least expected error, and their `expected_squares`."""
         problem = self.problem
         optimal = problem.optimum(goal)
@@ -391,7 +399,12 @@ class Problem:
     Coefficients have the shape [n]. The mass before the first update lies on that update.
     """
 
-    def __init__(self, snapshots: Sequence[StoredProfile], prior: Prior, t: float) -> None:
+    def __init__(
+        self,
+        snapshots: Sequence[StoredProfile],
+        prior: Prior,
+        t: float,
+    ) -> None:
         self.snapshots = snapshots
         self.prior = prior
         self._row_of_power = {}
@@ -596,7 +609,12 @@ class Problem:
         measured = squares / self._scale**2
         return np.stack((measured, rounding))
 
-    def relative(self, squares: FloatArray, coefficients: FloatArray, goal: Goal) -> float:
+    def relative(
+        self,
+        squares: FloatArray,
+        coefficients: FloatArray,
+        goal: Goal,
+    ) -> float:
         """Return the root of the sum of `expected_squares`, [2], relative to the target's probable
         norm; nan if only that is 0."""
         error = float(np.sqrt(squares.sum()))
@@ -749,7 +767,12 @@ class Published:
     """The published method: the L2 distance between profiles over time (Karras et al., section 3.2
     and appendix C.3)."""
 
-    def __init__(self, snapshots: Sequence[StoredProfile], prior: Prior, t: float) -> None:
+    def __init__(
+        self,
+        snapshots: Sequence[StoredProfile],
+        prior: Prior,
+        t: float,
+    ) -> None:
         times = [profile.t for profile in snapshots]
         edges = np.unique([0.0, t, *times])
         self._nodes = Nodes(edges, snapshots, prior.steps, per_step=False)
@@ -887,7 +910,12 @@ class Losses:
     _columns: FloatArray  # [targets, n]
     _root: FloatArray  # W: [n, less than n]
 
-    def __init__(self, factor: FloatArray, goals: FloatArray, unreachable: FloatArray) -> None:
+    def __init__(
+        self,
+        factor: FloatArray,
+        goals: FloatArray,
+        unreachable: FloatArray,
+    ) -> None:
         # An equivalent problem with at most as many rows as columns.
         triangle = root_of(np.hstack((factor, goals)))
         count = factor.shape[1]

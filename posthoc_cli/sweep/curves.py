@@ -96,7 +96,10 @@ def clipped(values: FloatArray) -> FloatArray:
     return np.asarray(np.minimum(values, highest))
 
 
-def _chances(errors: FloatArray, seeds: FloatArray) -> list[tuple[float, FloatArray]]:
+def _chances(
+    errors: FloatArray,
+    seeds: FloatArray,
+) -> list[tuple[float, FloatArray]]:
     """Return the choices of what chance adds to the values: the noise, and the covariance."""
     noises = list(_NOISES)
     scales = np.ones_like(errors)

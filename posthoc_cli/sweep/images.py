@@ -33,7 +33,11 @@ def image_type(content: bytes) -> str | None:
     return None
 
 
-def keep_images(folder: Path, kept: Path, glob: str | None) -> None:
+def keep_images(
+    folder: Path,
+    kept: Path,
+    glob: str | None,
+) -> None:
     """Move the newest MOST images of a trial from its folder to `kept`, which is made anew.
 
     `glob` is a pattern of their names, by default ENDINGS. Files that are no images, or are larger

@@ -85,7 +85,12 @@ class Axis:
         return cls(kind, ordered[0], ordered[-1], tuple(ordered))
 
     @classmethod
-    def parse(cls, text: str, name: str, kind: str = "") -> Axis:
+    def parse(
+        cls,
+        text: str,
+        name: str,
+        kind: str = "",
+    ) -> Axis:
         """Return the axis of KIND:LOW:HIGH (a search), KIND:LIST or KIND:LOW:HIGH:STEP; a given
         `kind` is not repeated.
 
@@ -215,7 +220,12 @@ class Estimate:
         draws: curves drawn from the model, of which lower is better: shape [draws, POINTS].
     """
 
-    def __init__(self, trials: Sequence[Trial], axis: Axis, minimize: bool = True) -> None:
+    def __init__(
+        self,
+        trials: Sequence[Trial],
+        axis: Axis,
+        minimize: bool = True,
+    ) -> None:
         xs, values, errors, seeds = _measurements(trials)
         sign = 1.0 if minimize else -1.0
         self._axis = axis
@@ -296,7 +306,11 @@ class Estimate:
             return self._axis.high
         return None
 
-    def proposed(self, count: int = NEXT, repeat: bool = False) -> list[float]:
+    def proposed(
+        self,
+        count: int = NEXT,
+        repeat: bool = False,
+    ) -> list[float]:
         """Return up to `count` values to measure next, chosen one after another.
 
         Each has the largest expected improvement, over the drawn curves, on the lowest of the best
@@ -678,7 +692,11 @@ def _with_error(value: float, error: float) -> str:
     return f"{value:.{digits}f} ± {error:.2g}"
 
 
-def _gain(raw: float | None, value: float | None, minimize: bool) -> str:
+def _gain(
+    raw: float | None,
+    value: float | None,
+    minimize: bool,
+) -> str:
     """Return how much better than the raw weights the best average is; empty if that is unknown."""
     if not raw or value is None:
         return ""

@@ -209,7 +209,12 @@ class Sweep:
             return ".safetensors"
         return "" if self.like.is_dir() else self.like.suffix
 
-    def _write(self, target: Target, path: Path | None, **options: Any) -> SynthesisReport:
+    def _write(
+        self,
+        target: Target,
+        path: Path | None,
+        **options: Any,
+    ) -> SynthesisReport:
         written = self.run.write(target, path, t=self.t, like=self.like, **options)
         assert written is not None  # as of a process other than the first one
         return written
@@ -217,7 +222,11 @@ class Sweep:
     # --- trials
 
     @contextmanager
-    def _average(self, axis: Axis, x: float | None) -> Iterator[tuple[Measure, float | None]]:
+    def _average(
+        self,
+        axis: Axis,
+        x: float | None,
+    ) -> Iterator[tuple[Measure, float | None]]:
         """Make an average or the raw weights; yield what runs the command with a seed, and the
         predicted error."""
         scratch = (self.out / _SCRATCH).absolute()  # the command may change the directory
@@ -251,7 +260,11 @@ class Sweep:
         else:
             export_file(plain, weights, like=self.like)
 
-    def _evaluate(self, weights: Path, trial: Trial) -> tuple[float | None, float | None]:
+    def _evaluate(
+        self,
+        weights: Path,
+        trial: Trial,
+    ) -> tuple[float | None, float | None]:
         """Run the command; return the metric and its standard error, or raise a TrialError."""
         # Each trial has a new folder: the process of a killed sweep may still write to its old one.
         folder = Path(tempfile.mkdtemp(prefix=f"{trial.name}-", dir=weights.parent))
@@ -280,7 +293,10 @@ class Sweep:
 
     # --- the record
 
-    def _recorded(self, asked: dict[str, Any]) -> list[Trial]:
+    def _recorded(
+        self,
+        asked: dict[str, Any],
+    ) -> list[Trial]:
         """Return the recorded trials that succeeded, the last of repeated ones; raise an
         OutputExistsError if they are of another sweep."""
         path = self.out / TRIALS
@@ -395,7 +411,12 @@ def sweep(
     return search.report
 
 
-def _axis(run: Run, low: float | None, high: float | None, values: Sequence[float] | None) -> Axis:
+def _axis(
+    run: Run,
+    low: float | None,
+    high: float | None,
+    values: Sequence[float] | None,
+) -> Axis:
     if values is not None:
         return Axis.of_values("sigma_rel", values)
     if low is not None and high is not None:
@@ -407,7 +428,11 @@ def _axis(run: Run, low: float | None, high: float | None, values: Sequence[floa
 class _Averages:
     """The arguments of the metric of a sweep in Python."""
 
-    def __init__(self, run: Run | PostHocEMA | str | Path, model: torch.nn.Module | None) -> None:
+    def __init__(
+        self,
+        run: Run | PostHocEMA | str | Path,
+        model: torch.nn.Module | None,
+    ) -> None:
         self.tracker = run if isinstance(run, PostHocEMA) else None
         stored = run.run if isinstance(run, PostHocEMA) else run
         self.run = stored if isinstance(stored, Run) else Run(stored)
@@ -433,7 +458,10 @@ class _Averages:
         return average
 
     @contextmanager
-    def at(self, x: float | None) -> Iterator[tuple[Any, float | None]]:
+    def at(
+        self,
+        x: float | None,
+    ) -> Iterator[tuple[Any, float | None]]:
         """Yield the argument of the metric for a length, or None for the raw weights, and the
         predicted error."""
         model = self.model

@@ -65,7 +65,11 @@ def measure(
         raise TrialError(f"{error}: it wrote nothing") from error
 
 
-def _run(words: Sequence[str], out: Path, err: Path) -> None:
+def _run(
+    words: Sequence[str],
+    out: Path,
+    err: Path,
+) -> None:
     """Run a command until it ends; raise a TrialError if it fails. All its remaining children end
     with it."""
     with out.open("wb") as stdout, err.open("wb") as stderr, ThreadPoolExecutor(1) as pool:
@@ -142,7 +146,11 @@ class Metric:
             raise InvalidValueError("metric", reason, value=text or "(empty)")
         return cls(key, file)
 
-    def read(self, stdout: Path, folder: Path) -> tuple[float, float | None]:
+    def read(
+        self,
+        stdout: Path,
+        folder: Path,
+    ) -> tuple[float, float | None]:
         """Return the metric and its standard error, if any; raise a TrialError if there is no
         metric."""
         if self.file is None:
@@ -167,7 +175,10 @@ class Metric:
         raise TrialError(reason + _listed(closest))
 
 
-def _checked(members: dict[str, Any], name: str) -> tuple[float, float | None]:
+def _checked(
+    members: dict[str, Any],
+    name: str,
+) -> tuple[float, float | None]:
     number = _number(members[name])
     if number is None:
         raise TrialError(f"{shown(name)} is {shown(members[name])}, not a number")
@@ -244,7 +255,10 @@ def _members(value: Any) -> dict[str, Any]:
     return found
 
 
-def _standard_error(members: dict[str, Any], name: str) -> float | None:
+def _standard_error(
+    members: dict[str, Any],
+    name: str,
+) -> float | None:
     """Return the standard error of a member, such as `acc_stderr` of `acc`, or lm-eval's
     `acc_stderr,none`, if any."""
     head, comma, tail = name.partition(",")

@@ -179,7 +179,10 @@ class Tile:
         ends = self.bounds[1:]
         return list(zip(self.names, begins, ends, strict=True))
 
-    def pieces(self, values: torch.Tensor) -> Iterator[tuple[str, memoryview, int]]:
+    def pieces(
+        self,
+        values: torch.Tensor,
+    ) -> Iterator[tuple[str, memoryview, int]]:
         """Yield under all names the bytes of each tensor, and where in the tensor they begin."""
         view = tensor_bytes(values)
         item = ITEM_BYTES[self.kind.dtype]
@@ -200,7 +203,11 @@ def tile_size(targets: int) -> int:
     return ONE_TARGET if targets == 1 else BLOCK
 
 
-def cut_tiles(parts: Sequence[Combination], targets: int, device: torch.device) -> list[Tile]:
+def cut_tiles(
+    parts: Sequence[Combination],
+    targets: int,
+    device: torch.device,
+) -> list[Tile]:
     """Return the tiles of all tensors; those of one tensor are consecutive."""
     tiles = list[Tile]()
     for plan in parts:
@@ -250,7 +257,12 @@ def _kind_of(
     return Kind(role, dtype, wide, stored)
 
 
-def _cut(plan: Combination, kind: Kind, name: str, size: int) -> Iterator[Tile]:
+def _cut(
+    plan: Combination,
+    kind: Kind,
+    name: str,
+    size: int,
+) -> Iterator[Tile]:
     """Yield the tiles of a tensor, of at most `size` elements unless chunks make them longer."""
     count = plan.box(name).size
     cells = max(source.cells(name) for source in plan.sources)
@@ -261,7 +273,11 @@ def _cut(plan: Combination, kind: Kind, name: str, size: int) -> Iterator[Tile]:
         yield Tile(plan, kind, (name,), bounds, begin, last=end == count)
 
 
-def _batch(plan: Combination, kind: Kind, names: Sequence[str]) -> Tile:
+def _batch(
+    plan: Combination,
+    kind: Kind,
+    names: Sequence[str],
+) -> Tile:
     sizes = [plan.box(name).size for name in names]
     bounds = accumulate(sizes, initial=0)
     return Tile(plan, kind, tuple(names), tuple(bounds))
@@ -341,7 +357,10 @@ def synthesize(
                 del values  # release the memory before the next tensor is made
 
 
-def _with_room(tiles: Iterable[Tile], outputs: Sequence[InMemory]) -> Iterator[Tile]:
+def _with_room(
+    tiles: Iterable[Tile],
+    outputs: Sequence[InMemory],
+) -> Iterator[Tile]:
     """Yield tiles, each when it is to be begun, after making room for its tensors."""
     for tile in tiles:
         for output in outputs:
@@ -506,7 +525,11 @@ class StoredBytes:
         # to make one takes 10 us
         self._views: dict[tuple[int, str], tuple[memoryview, torch.Tensor]] = {}
 
-    def views(self, count: int, dtype: str) -> tuple[memoryview, torch.Tensor]:
+    def views(
+        self,
+        count: int,
+        dtype: str,
+    ) -> tuple[memoryview, torch.Tensor]:
         """Return the first bytes of the buffer for `count` elements, and the same as a tensor."""
         views = self._views.get((count, dtype))
         if views is None:
@@ -628,7 +651,11 @@ class Maker:
                 if not bool(values[begin:end].isfinite().all()):
                     raise NonFiniteError(source.path, f"tensor {name!r}: holds nan or infinity")
 
-    def _values(self, sources: Sequence[StoredTensors], tile: Tile) -> Iterator[torch.Tensor]:
+    def _values(
+        self,
+        sources: Sequence[StoredTensors],
+        tile: Tile,
+    ) -> Iterator[torch.Tensor]:
         """Yield a tile's values of each source, in the stored dtype, on the device; each is valid
         until the next."""
         ahead = self._ahead // max(tile.size, self._size)
@@ -642,7 +669,12 @@ class Maker:
         while begun:
             yield self._finished(begun.popleft())
 
-    def _begin(self, source: StoredTensors, tile: Tile, buffer: StoredBytes) -> Reading:
+    def _begin(
+        self,
+        source: StoredTensors,
+        tile: Tile,
+        buffer: StoredBytes,
+    ) -> Reading:
         """Read a tile of a source into a buffer, or request it; raise CancelledError after
         errors."""
         if self._threads.errors:

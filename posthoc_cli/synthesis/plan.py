@@ -215,7 +215,11 @@ class Plan(Combination):
             passes.append(plan)
         return passes
 
-    def _column(self, name: str, columns: Mapping[str, int]) -> int:
+    def _column(
+        self,
+        name: str,
+        columns: Mapping[str, int],
+    ) -> int:
         """Return the column of a target for a tensor: that of the first glob that matches."""
         for glob, column in columns.items():
             if any(fnmatchcase(alias, glob) for alias in self.names[name]):
@@ -385,7 +389,10 @@ def _wished(targets: Sequence[Target | Profile | float | str]) -> tuple[Target, 
     return tuple(map(as_target, targets))
 
 
-def _used(result: Reconstruction, usable: Sequence[Source]) -> list[int]:
+def _used(
+    result: Reconstruction,
+    usable: Sequence[Source],
+) -> list[int]:
     """Return the indices of the sources with coefficients, and of the newest one, whose copies are
     those of the output."""
     has_coefficient = np.any(result.coefficients != 0, axis=1)
@@ -460,7 +467,11 @@ def _check_errors(plan: Plan, max_error: float | None) -> None:
             raise InexactError(target.title, f"{predicted}, {accepted}", hint)
 
 
-def _target_time(sources: Sequence[Source], t: float | None, step: int | None) -> float:
+def _target_time(
+    sources: Sequence[Source],
+    t: float | None,
+    step: int | None,
+) -> float:
     """Return the time of the targets, by default of the newest source, or raise an
     InvalidValueError."""
     times = {source.step: source.t for source in sources}
@@ -496,7 +507,11 @@ def _first_of(texts: Sequence[str]) -> str:
     return first
 
 
-def _warn_of_poor_targets(plan: Plan, known: Sequence[Source], prior: Prior) -> None:
+def _warn_of_poor_targets(
+    plan: Plan,
+    known: Sequence[Source],
+    prior: Prior,
+) -> None:
     """Log the targets with a predicted error above POOR_ERROR, and the sigma_rels with a smaller
     one."""
     errors = np.hypot(plan.reconstruction.predicted_error, plan.output_rounding)
