@@ -132,7 +132,11 @@ class WideBuffers(nn.Module):
     """A module whose own buffers move between devices, but keep their precision under `half()` and
     `bfloat16()`."""
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WideBuffers:
+    def _apply(
+        self,
+        fn: Callable[[Tensor], Tensor],
+        recurse: bool = True,
+    ) -> WideBuffers:
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, new in dict(self.named_buffers(recurse=False)).items():
@@ -253,7 +257,10 @@ def make_average(model: nn.Module) -> nn.Module:
     return average
 
 
-def paired(average: nn.Module, model: nn.Module) -> tuple[list[Pair], list[Pair]]:
+def paired(
+    average: nn.Module,
+    model: nn.Module,
+) -> tuple[list[Pair], list[Pair]]:
     """Return the parameters and the buffers of both, tied ones once; raise a ModelMismatchError if
     they differ."""
     bare = unwrapped(check_model(model))
@@ -261,7 +268,11 @@ def paired(average: nn.Module, model: nn.Module) -> tuple[list[Pair], list[Pair]
     return parameters, _paired("buffers", average.named_buffers(), bare.named_buffers())
 
 
-def _paired(kind: str, averages: Iterable[Named], others: Iterable[Named]) -> list[Pair]:
+def _paired(
+    kind: str,
+    averages: Iterable[Named],
+    others: Iterable[Named],
+) -> list[Pair]:
     own = dict(averages)
     sources = dict(others)
     for name in sorted(own.keys() ^ sources.keys()):
@@ -507,7 +518,11 @@ class DifferentiableEMA(WideBuffers):
         self.register_buffer("num_updates", torch.tensor(0, device=device))
         self._start_anew()
 
-    def forward(self, value: Tensor, leaves: Iterable[Tensor] | None = None) -> Tensor:
+    def forward(
+        self,
+        value: Tensor,
+        leaves: Iterable[Tensor] | None = None,
+    ) -> Tensor:
         """Average a value and return the current average, with the graph that the mode defines.
 
         In mode "carried", `leaves` are those that gradients shall reach, the same at every update.
@@ -582,7 +597,11 @@ class DifferentiableEMA(WideBuffers):
         assert running is not None
         return running
 
-    def _carried(self, value: Tensor, leaves: Iterable[Tensor] | None) -> Tensor:
+    def _carried(
+        self,
+        value: Tensor,
+        leaves: Iterable[Tensor] | None,
+    ) -> Tensor:
         """Average the value, and J: for each leaf a tensor of the shape [elements of the average,
         *leaf]."""
         given = self._checked_leaves(leaves)
@@ -608,7 +627,10 @@ class DifferentiableEMA(WideBuffers):
             result = result + nothing.view_as(result)
         return result
 
-    def _checked_leaves(self, leaves: Iterable[Tensor] | None) -> tuple[Tensor, ...]:
+    def _checked_leaves(
+        self,
+        leaves: Iterable[Tensor] | None,
+    ) -> tuple[Tensor, ...]:
         given: tuple[Tensor, ...] = ()
         if leaves is not None and not isinstance(leaves, Tensor):
             given = tuple(leaves)
@@ -653,7 +675,10 @@ def _warn_of_unreached(value: Tensor, leaves: Sequence[Tensor]) -> None:
             )
 
 
-def _derivatives(value: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
+def _derivatives(
+    value: Tensor,
+    leaves: Sequence[Tensor],
+) -> list[Tensor]:
     """Return the derivative with respect to each leaf: shape [elements of the value, *leaf]."""
     elements = torch.eye(value.numel(), dtype=value.dtype, device=value.device)
     gradients: list[list[Tensor]] = [[] for _ in leaves]
@@ -745,7 +770,11 @@ class EMAStats(WideBuffers):
             self.register_buffer(name, torch.zeros((), dtype=dtype))
         self.reset()
 
-    def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Update the statistics in train mode; return the batch unchanged, `(x, x)` without y."""
         if y is None:
             y = x if self._y_may_be_x else x.new_empty(0)
@@ -763,7 +792,12 @@ class EMAStats(WideBuffers):
                 self._update(x.to(own), y.to(own))
         return x, y
 
-    def _check(self, name: str, batch: Tensor, shape: tuple[int, int]) -> None:
+    def _check(
+        self,
+        name: str,
+        batch: Tensor,
+        shape: tuple[int, int],
+    ) -> None:
         own = self.cov_xx.dtype
         rows, dim = shape
         is_wide = True
@@ -828,7 +862,12 @@ class EMAStats(WideBuffers):
         buffers = {name: value.detach() for name, value in self.named_buffers()}
         return {**self.__dict__, "_buffers": buffers}
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        *rest: Any,
+    ) -> None:
         for name in _STATISTICS:
             if f"{prefix}running_{name}" in state_dict:  # symm-learning's names
                 state_dict[prefix + name] = state_dict.pop(f"{prefix}running_{name}")

@@ -57,7 +57,10 @@ WORDS = {
 """The words by which users name the dtypes of results."""
 
 
-def parse_dtype(dtype: torch.dtype | str | None, option: str = "dtype") -> str | None:
+def parse_dtype(
+    dtype: torch.dtype | str | None,
+    option: str = "dtype",
+) -> str | None:
     """Return the safetensors name of a dtype given as a word or a torch dtype; None for None and
     "keep"."""
     word = "keep" if dtype is None else str(dtype).removeprefix("torch.")

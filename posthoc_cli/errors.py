@@ -39,7 +39,14 @@ class PostHocError(Exception):
 
     exit_code = 1
 
-    def __init__(self, subject: object, reason: str, hint: str = "", *, value: object = "") -> None:
+    def __init__(
+        self,
+        subject: object,
+        reason: str,
+        hint: str = "",
+        *,
+        value: object = "",
+    ) -> None:
         super().__init__(subject, reason)
         self.subject = str(subject)
         self.reason = reason
@@ -217,7 +224,10 @@ class EachOnce(logging.Handler):
     """A log handler that passes each distinct warning once to `show`, with the name of its
     level."""
 
-    def __init__(self, show: Callable[[str, str], None]) -> None:
+    def __init__(
+        self,
+        show: Callable[[str, str], None],
+    ) -> None:
         super().__init__(logging.WARNING)
         self._show = show
         self._seen = set[str]()
@@ -249,7 +259,13 @@ class Log(logging.LoggerAdapter):  # type: ignore[type-arg]  # generic from Pyth
     def __init__(self, module: str) -> None:
         super().__init__(logging.getLogger(module), {})
 
-    def log(self, level: int, msg: object, *args: object, **_: Any) -> None:
+    def log(
+        self,
+        level: int,
+        msg: object,
+        *args: object,
+        **_: Any,
+    ) -> None:
         if hasattr(_thread, "keeps_messages"):
             kept_messages.append((self.logger, level, msg, args))
         else:
@@ -293,7 +309,11 @@ def check_number(
     return number
 
 
-def check_count(name: str, value: object, least: int = 1) -> int:
+def check_count(
+    name: str,
+    value: object,
+    least: int = 1,
+) -> int:
     """Return `value` as an int; raise InvalidValueError unless it is a whole number of at least
     `least`."""
     count = least - 1
@@ -316,7 +336,11 @@ def check_alone(least: int = 0, **given: object) -> None:
         raise InvalidValueError(" and ".join(given), reason)
 
 
-def check_word(name: str, value: object, accepted: Iterable[object]) -> None:
+def check_word(
+    name: str,
+    value: object,
+    accepted: Iterable[object],
+) -> None:
     """Raise InvalidValueError unless `value` is one of the accepted words."""
     words = [*accepted]
     if value not in words:

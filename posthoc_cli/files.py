@@ -73,7 +73,12 @@ class FileSystem:
         # Without O_NONBLOCK, opening a FIFO waits for a writer that may never come.
         return os.open(path, os.O_RDONLY | _NO_WAIT | CLOSED_IN_CHILDREN | _BYTES)
 
-    def read(self, descriptor: int, view: memoryview, offset: int) -> int:
+    def read(
+        self,
+        descriptor: int,
+        view: memoryview,
+        offset: int,
+    ) -> int:
         """Read from `offset` into the beginning of `view`; return the number of bytes, 0 at the end
         of the file."""
         if hasattr(os, "preadv"):
@@ -84,7 +89,12 @@ class FileSystem:
         view[: len(data)] = data
         return len(data)
 
-    def write(self, descriptor: int, view: memoryview, offset: int) -> int:
+    def write(
+        self,
+        descriptor: int,
+        view: memoryview,
+        offset: int,
+    ) -> int:
         """Write the beginning of `view` at `offset`; return the number of bytes written."""
         if hasattr(os, "pwrite"):
             return os.pwrite(descriptor, view, offset)
@@ -180,7 +190,11 @@ def check_parent(path: Path) -> None:
         raise InvalidValueError("out", "its folder does not exist", value=path)
 
 
-def new_file(out: str | Path, endings: Sequence[str], overwrite: bool) -> Path:
+def new_file(
+    out: str | Path,
+    endings: Sequence[str],
+    overwrite: bool,
+) -> Path:
     """Return the path of an output after checking its ending, that its folder exists, and that it
     may be written."""
     path = local_path("out", out)
@@ -331,7 +345,11 @@ def remove_leftovers(directory: Path, still: float = 3600.0) -> None:
 # --- writing
 
 
-def write_atomically(path: Path, data: bytes, overwrite: bool = False) -> None:
+def write_atomically(
+    path: Path,
+    data: bytes,
+    overwrite: bool = False,
+) -> None:
     """Write a small file durably and atomically, as `PendingFile` does."""
     with PendingFile(path, overwrite) as pending:
         pending.write_at(data, 0)
@@ -354,7 +372,12 @@ class _Pending:
     def __enter__(self: _P) -> _P:
         return self
 
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+    def __exit__(
+        self,
+        _kind: object,
+        error: BaseException | None,
+        _trace: object,
+    ) -> None:
         self.discard()
         if isinstance(error, WriteError):
             error.subject = error.subject.replace(str(self.temporary), str(self.path))
@@ -452,7 +475,11 @@ class PendingFolder(_Pending):
     all have names of the pattern `replaces`, which is replaced.
     """
 
-    def __init__(self, path: Path, replaces: re.Pattern[str] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        replaces: re.Pattern[str] | None = None,
+    ) -> None:
         super().__init__(path)
         self._replaces = replaces
         with reported_as_write_error(path):

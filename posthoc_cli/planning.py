@@ -316,7 +316,10 @@ class _Chosen:
             self._losses.lose(self._column[index])
 
 
-def _closest_together(left: Sequence[SameTime], equals: Sequence[SameTime]) -> SameTime:
+def _closest_together(
+    left: Sequence[SameTime],
+    equals: Sequence[SameTime],
+) -> SameTime:
     """Return the one whose neighbours are closest together; `left` is in order."""
     gaps = dict.fromkeys(equals, math.inf)  # infinity without two neighbours
     for before, time, after in zip(left, left[1:], left[2:], strict=False):
@@ -387,7 +390,10 @@ class ErrorCurve:
     def median(self) -> float:
         return float(np.median(self.predicted_error))
 
-    def ranges_below(self, threshold: float) -> list[tuple[float, float]]:
+    def ranges_below(
+        self,
+        threshold: float,
+    ) -> list[tuple[float, float]]:
         """Return the ranges of sigma_rel, of at least two points, where the predicted error is
         below `threshold`."""
         below = np.flatnonzero(self.predicted_error < threshold)
@@ -506,7 +512,12 @@ def _points(
     return tuple(points)
 
 
-def _grid(low: float, high: float, points: int, tracked: Sequence[float]) -> FloatArray:
+def _grid(
+    low: float,
+    high: float,
+    points: int,
+    tracked: Sequence[float],
+) -> FloatArray:
     """Return sigma_rels evenly spaced in the logarithm, and the tracked ones between them."""
     inside = [sigma_rel for sigma_rel in tracked if low <= sigma_rel <= high]
     widths = np.append(np.geomspace(low, high, points), inside)
@@ -529,7 +540,11 @@ def time_between(snapshots: Sequence[StoredProfile], t: float | None) -> float:
     return max(times) if t is None else check_within("t", t, times)
 
 
-def check_within(name: str, value: float, known: Collection[float]) -> float:
+def check_within(
+    name: str,
+    value: float,
+    known: Collection[float],
+) -> float:
     """Return a time or step; raise an InvalidValueError unless it lies between the least and the
     largest known one."""
     low = min(known)
@@ -685,7 +700,11 @@ def _round_middle(low: float, high: float) -> float:
     return rounded if low < rounded < high else middle
 
 
-def _errors_of(schedule: Schedule, label: str, sigma_range: tuple[float, float]) -> ErrorCurve:
+def _errors_of(
+    schedule: Schedule,
+    label: str,
+    sigma_range: tuple[float, float],
+) -> ErrorCurve:
     snapshots = schedule.snapshots()
     prior = assumed_prior(snapshots, schedule.rounding, Motion.even(schedule.steps))
     errors = error_curve(label, snapshots, prior, sigma_range, points=81)

@@ -57,7 +57,10 @@ def size_text(nbytes: float) -> str:
     return f"{nbytes:.3g} TB"
 
 
-def parse_amount(text: str, units: dict[str, int]) -> Decimal | None:
+def parse_amount(
+    text: str,
+    units: dict[str, int],
+) -> Decimal | None:
     """Return a number with one of `units` (upper-case names) as a Decimal; None if it is
     invalid."""
     match = re.fullmatch(r"(-?[\d.,_]+(?:[eE][+-]?\d{1,2})?)\s*([a-zA-Z]*)", text.strip())

@@ -103,7 +103,10 @@ class Weights(OrderedDict[str, "torch.Tensor"]):
         return OrderedDict, (), None, None, iter(self.items())
 
 
-def make_weights(plan: Plan, device: torch.device | str = "cpu") -> Weights:
+def make_weights(
+    plan: Plan,
+    device: torch.device | str = "cpu",
+) -> Weights:
     """Make the first target of a plan in memory. Raises the errors of `synthesize`."""
     from posthoc_cli.synthesis.engine import synthesize
 
@@ -114,7 +117,10 @@ def make_weights(plan: Plan, device: torch.device | str = "cpu") -> Weights:
     return weights
 
 
-def disk_sources(directory: str | Path, unclaimed: bool = False) -> list[Source]:
+def disk_sources(
+    directory: str | Path,
+    unclaimed: bool = False,
+) -> list[Source]:
     """Return the sources in the directory of a run or of an import, or those that a file or a glob
     names.
 
@@ -135,7 +141,10 @@ def disk_sources(directory: str | Path, unclaimed: bool = False) -> list[Source]
 ATTEMPTS = 100  # largest number of plans; no training removes a snapshot after every one of them
 
 
-def with_consistent_plan(make: Callable[[], _Planned], use: Callable[[_Planned], _T]) -> _T:
+def with_consistent_plan(
+    make: Callable[[], _Planned],
+    use: Callable[[_Planned], _T],
+) -> _T:
     """Return `use(make())`, and try again if snapshots of the plan are removed before they are
     opened.
 

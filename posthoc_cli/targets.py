@@ -91,7 +91,12 @@ class Target:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.title}>"
 
-    def profile(self, t: float, clock: Clock, t_first: float) -> Profile:
+    def profile(
+        self,
+        t: float,
+        clock: Clock,
+        t_first: float,
+    ) -> Profile:
         """Return the profile at a time `t` of a run whose first update was at `t_first`, in (0, t].
 
         Raises:
@@ -121,7 +126,12 @@ class SigmaRel(Target):
         super().__init__(f"sigma_rel {self.sigma_rel!r}")
         self.label = repr(self.sigma_rel)
 
-    def profile(self, t: float, clock: Clock, t_first: float) -> Profile:
+    def profile(
+        self,
+        t: float,
+        clock: Clock,
+        t_first: float,
+    ) -> Profile:
         return PowerFunction.from_sigma_rel(self.sigma_rel, float(t))
 
 
@@ -156,7 +166,12 @@ class Beta(Target):
         self.beta = check_number("beta", beta, lambda value: SHORTEST_BETA <= value < 1, accepted)
         super().__init__(f"beta:{self.beta!r}")
 
-    def profile(self, t: float, clock: Clock, t_first: float) -> Profile:
+    def profile(
+        self,
+        t: float,
+        clock: Clock,
+        t_first: float,
+    ) -> Profile:
         now = float(clock.step_at(t))
         start = min(float(t_first), t)
         rate = math.log(self.beta)  # the logarithm keeps the digits of a beta near 1
@@ -192,7 +207,12 @@ class Window(Target):
         self.steps = int(check_number("window", steps, _is_count, accepted))
         super().__init__(f"window:{_plain(self.steps)}")
 
-    def profile(self, t: float, clock: Clock, t_first: float) -> Profile:
+    def profile(
+        self,
+        t: float,
+        clock: Clock,
+        t_first: float,
+    ) -> Profile:
         now = float(clock.step_at(t))
         if self.steps > now:
             most = math.floor(now)
@@ -225,7 +245,11 @@ class Decay(Target):
         InvalidValueError: an unknown shape, or a part of training that is out of range.
     """
 
-    def __init__(self, shape: str = "1-sqrt", over: float | tuple[float, float] = 0.2) -> None:
+    def __init__(
+        self,
+        shape: str = "1-sqrt",
+        over: float | tuple[float, float] = 0.2,
+    ) -> None:
         check_word("decay", shape, SHAPES)
         self.shape = shape
         accepted = "be a part of training in (0, 1], such as 0.2, or two ascending times"
@@ -240,7 +264,12 @@ class Decay(Target):
             text = f"{_plain(100 * self.over)}%"
         super().__init__(f"decay:{shape}:{text}")
 
-    def profile(self, t: float, clock: Clock, t_first: float) -> Profile:
+    def profile(
+        self,
+        t: float,
+        clock: Clock,
+        t_first: float,
+    ) -> Profile:
         t = float(t)
         if isinstance(self.over, tuple):
             start, end = self.over
@@ -271,7 +300,12 @@ class Mean(Target):
         self.last = int(check_number("last", last, _is_count, accepted))
         super().__init__(f"last:{_plain(self.last)}")
 
-    def profile(self, t: float, clock: Clock, t_first: float) -> Profile:
+    def profile(
+        self,
+        t: float,
+        clock: Clock,
+        t_first: float,
+    ) -> Profile:
         raise self._error("names checkpoints, and has no profile without them")
 
     def coefficients_of(self, stored: Sequence[StoredProfile]) -> FloatArray:
@@ -315,7 +349,12 @@ class GivenProfile(Target):
         self.given = given
         self.label = name
 
-    def profile(self, t: float, clock: Clock, t_first: float) -> Profile:
+    def profile(
+        self,
+        t: float,
+        clock: Clock,
+        t_first: float,
+    ) -> Profile:
         _check_profile(self.given, float(t), self.title)
         return self.given
 
@@ -381,7 +420,12 @@ class Groups(Target):
         super().__init__(f"sigma_rel {', '.join(named)}")
         self.label = f"groups-{'-'.join(map(repr, self.widths.values()))}"
 
-    def profile(self, t: float, clock: Clock, t_first: float) -> Profile:
+    def profile(
+        self,
+        t: float,
+        clock: Clock,
+        t_first: float,
+    ) -> Profile:
         raise self._error("has a profile for each group; name one sigma_rel")
 
 
@@ -593,7 +637,11 @@ def _span(text: str, accepted: str) -> tuple[float, float]:
     return float(first), float(last)
 
 
-def parse_numbers(text: str, name: str, form: str = _SIGMA_FORMS) -> list[float]:
+def parse_numbers(
+    text: str,
+    name: str,
+    form: str = _SIGMA_FORMS,
+) -> list[float]:
     """Return the distinct numbers of `0.05,0.10`, `0.05:0.25:0.05` or `0.05,0.06,...,0.25`, in the
     order given.
 
@@ -607,7 +655,12 @@ def parse_numbers(text: str, name: str, form: str = _SIGMA_FORMS) -> list[float]
         raise bad(name, text, error.reason) from error
 
 
-def bad(name: str, text: str, reason: str, hint: str = "") -> InvalidValueError:
+def bad(
+    name: str,
+    text: str,
+    reason: str,
+    hint: str = "",
+) -> InvalidValueError:
     """Return the error for an argument or option whose text is not accepted."""
     return InvalidValueError(name, reason, hint, value=text.strip() or "(empty)")
 
@@ -648,7 +701,11 @@ def _decimal(text: str, form: str) -> Decimal:
     return number
 
 
-def _steps(start: Decimal, stop: Decimal, step: Decimal) -> list[Decimal]:
+def _steps(
+    start: Decimal,
+    stop: Decimal,
+    step: Decimal,
+) -> list[Decimal]:
     """Return start, start + step, ... up to stop, at most `MOST_VALUES` numbers."""
     span = stop - start
     if step == 0 or span * step < 0:

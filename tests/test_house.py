@@ -241,7 +241,7 @@ def test_nothing_that_executes_a_file_is_imported_or_called(path: Path) -> None:
 
 
 LIMITS = {
-    PACKAGE: {"tokens a line": 8.32, "packed": 0, "times": 1, "inner": 3, "big": 7},
+    PACKAGE: {"tokens a line": 8.1, "packed": 0, "times": 1, "inner": 3, "big": 7},
     ROOT / "scripts": {"tokens a line": 9.0, "packed": 0, "times": 0, "inner": 0, "big": 0},
     ROOT / "tests": {"tokens a line": 8.89, "packed": 0, "times": 0, "inner": 0, "big": 28},
 }

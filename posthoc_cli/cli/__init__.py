@@ -255,7 +255,11 @@ def _print_message(kind: str, message: object) -> None:
     output.print_note(f"ema: {kind}: {one_line(' '.join(str(message).split()))}")
 
 
-def _report_unexpected(kind: type[BaseException], error: BaseException, _: object) -> None:
+def _report_unexpected(
+    kind: type[BaseException],
+    error: BaseException,
+    _: object,
+) -> None:
     if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
         _print_message("error", "not enough memory is free")
     elif isinstance(error, RuntimeError) and str(error) == _NO_THREAD:

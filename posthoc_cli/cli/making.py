@@ -152,7 +152,10 @@ def _print_origin(report: dict[str, Any]) -> None:
         _note_left_out(report["left_out"], Path(path))
 
 
-def _summary(report: dict[str, Any], errors: list[str]) -> str:
+def _summary(
+    report: dict[str, Any],
+    errors: list[str],
+) -> str:
     """Return what was made of what, with the largest of each kind of error."""
     targets = report["targets"]
     first = targets[0]
@@ -434,7 +437,10 @@ def export(
     output.show(report.to_dict(), as_json, functools.partial(_print_export, base))
 
 
-def _print_export(base: str | None, report: dict[str, Any]) -> None:
+def _print_export(
+    base: str | None,
+    report: dict[str, Any],
+) -> None:
     if copied := report.get("like"):
         _note_copied(copied)
     added = f", {report['from_base']} of them from {base}" if base is not None else ""
@@ -669,7 +675,10 @@ def prune(
     return int(bool(done["gone"]) and not (done["deleted"] or dry_run))
 
 
-def _print_prune(report: dict[str, Any], sigma_range: tuple[float, float]) -> None:
+def _print_prune(
+    report: dict[str, Any],
+    sigma_range: tuple[float, float],
+) -> None:
     gone = report["gone"]
     kept = report["kept"]
     if gone:

@@ -99,7 +99,11 @@ JSON = OUTPUT(False, "--json", help="Print one JSON object.")
 _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
-def parse_count(text: str, option: str, example: str = "100000, 1e5 or 100K") -> int:
+def parse_count(
+    text: str,
+    option: str,
+    example: str = "100000, 1e5 or 100K",
+) -> int:
     """Return the whole number that a text such as 1.2e9, 1.2B, 350M or 350,000,000 names."""
     value = resources.parse_amount(text, _COUNTS)
     if value is None or value > resources.MOST or value != value.to_integral_value():
@@ -133,7 +137,10 @@ def parse_max_error(text: str) -> float:
     return error
 
 
-def parse_targets(sigma_rels: Sequence[str], others: Sequence[str]) -> list[Target]:
+def parse_targets(
+    sigma_rels: Sequence[str],
+    others: Sequence[str],
+) -> list[Target]:
     """Return the targets of each --sigma-rel and each --target, in this order, without
     duplicates."""
     parsed: list[Target] = [
@@ -158,7 +165,11 @@ def parse_groups(texts: Sequence[str]) -> dict[str, float]:
     return groups
 
 
-def optional(parse: Callable[..., _T], text: str | None, *arguments: str) -> _T | None:
+def optional(
+    parse: Callable[..., _T],
+    text: str | None,
+    *arguments: str,
+) -> _T | None:
     """Return the parsed text of an option, or None without the option."""
     return None if text is None else parse(text, *arguments)
 
@@ -166,7 +177,11 @@ def optional(parse: Callable[..., _T], text: str | None, *arguments: str) -> _T 
 # --- paths
 
 
-def existing(place: str | Path, directory: bool = False, name: str = "DIR") -> Path:
+def existing(
+    place: str | Path,
+    directory: bool = False,
+    name: str = "DIR",
+) -> Path:
     """Return the path of an existing input, with ~ expanded; an error without one, or a `directory`
     that is none."""
     path = files.given_path(name, place)

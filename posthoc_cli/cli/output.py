@@ -84,7 +84,10 @@ def show(
         print_line(f"wrote {wrote}")
 
 
-def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+def print_rows(
+    rows: Sequence[Mapping[str, Any]],
+    columns: Sequence[str],
+) -> None:
     """Print rows of a report as an aligned table, numbers to the right.
 
     Arguments:
@@ -117,7 +120,10 @@ def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Non
         write(f"{line.rstrip()}\n")
 
 
-def print_some(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+def print_some(
+    rows: Sequence[Mapping[str, Any]],
+    columns: Sequence[str],
+) -> None:
     """Print a table like `print_rows`, after an empty line; of many rows the first and the last
     ones."""
     print_line()
@@ -161,7 +167,11 @@ def warn_of_statistics(copies: Iterable[str]) -> None:
         print_note(f"ema: warning: {notice}")
 
 
-def write_picture(draw: Callable[[], Figure], path: Path, overwrite: bool) -> None:
+def write_picture(
+    draw: Callable[[], Figure],
+    path: Path,
+    overwrite: bool,
+) -> None:
     """Write a figure to a file, which appears complete or not at all."""
     from posthoc_cli import plots
 
@@ -187,7 +197,10 @@ def progress_bar(unit: str = "") -> ProgressBar:
     something else."""
 
     @contextmanager
-    def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    def bar(
+        what: str,
+        total: int,
+    ) -> Iterator[Callable[[int], None]]:
         if not sys.stderr.isatty():  # `Console.is_terminal` follows FORCE_COLOR
             with no_bar(what, total) as advance:
                 yield advance

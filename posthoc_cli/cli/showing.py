@@ -138,7 +138,10 @@ def _print_verify(found: dict[str, Any]) -> None:
     output.print_line(_verdict(found, wrong))
 
 
-def _verdict(found: dict[str, Any], wrong: list[dict[str, Any]]) -> str:
+def _verdict(
+    found: dict[str, Any],
+    wrong: list[dict[str, Any]],
+) -> str:
     """Return the last line: how many files are intact, or which are not."""
     files = found["files"]
     total = output.counted(len(files), "file")

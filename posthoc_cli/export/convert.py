@@ -146,7 +146,12 @@ class Model(StoredTensors):
 
     t = 0.0
 
-    def __init__(self, path: Path, opened: Sequence[TensorFile], info: OutputInfo | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        opened: Sequence[TensorFile],
+        info: OutputInfo | None,
+    ) -> None:
         self.path = path
         self.files = tuple(opened)
         self.info = info
@@ -198,7 +203,11 @@ def _check_names(plan: Combination) -> None:
         raise InvalidValueError("strip_prefix", reason, value=repr(plan.strip_prefix))
 
 
-def _completing(own: Combination, base: Path, dtype: str | None) -> Combination:
+def _completing(
+    own: Combination,
+    base: Path,
+    dtype: str | None,
+) -> Combination:
     """Return what makes the tensors that only the base has; those in both must have the same
     shape."""
     plan = _combination(_read_model(base), dtype)
@@ -245,7 +254,11 @@ def _info_of(source: StoredTensors) -> OutputInfo | None:
 # --- reading
 
 
-def _read_source(source: Path, weights: bool = False, average: str | None = None) -> StoredTensors:
+def _read_source(
+    source: Path,
+    weights: bool = False,
+    average: str | None = None,
+) -> StoredTensors:
     """Return the model, or what is wanted of a training's checkpoint, to export."""
     if average is not None or _is_checkpoint(source):
         stored = Stored(source, average)

@@ -245,7 +245,11 @@ class Like:
             hint = "take a folder that the trained model itself was saved to"
             raise MismatchError(self.place, reason, hint)
 
-    def _replaced(self, plan: Combination, stored: Mapping[str, set[str]]) -> dict[str, Replaced]:
+    def _replaced(
+        self,
+        plan: Combination,
+        stored: Mapping[str, set[str]],
+    ) -> dict[str, Replaced]:
         """Return the places of tensors, given their names in the checkpoint."""
         replaced = dict[str, Replaced]()
         owners = dict[str, str]()
@@ -269,7 +273,12 @@ class Like:
                 chunks += self.chunks[one]
         return replaced
 
-    def _check_equal(self, plan: Combination, one: str, other: str) -> None:
+    def _check_equal(
+        self,
+        plan: Combination,
+        one: str,
+        other: str,
+    ) -> None:
         """Raise a MismatchError unless two tensors have the same values; they may then be tied."""
         for source in plan.sources:
             values = source.tensor(one)
@@ -277,7 +286,10 @@ class Like:
                 reason = f"tensors {shown(one)} and {shown(other)} are one in it"
                 raise MismatchError(self.place, reason, "they would get different values")
 
-    def _beginnings(self, averages: Sequence[Sequence[str]]) -> tuple[str, str]:
+    def _beginnings(
+        self,
+        averages: Sequence[Sequence[str]],
+    ) -> tuple[str, str]:
         """Return how names of the run begin, and how those of the set do, which may begin
         otherwise."""
         known = self.source.entries.keys() | self.source.aliases.keys()
@@ -307,13 +319,20 @@ class Like:
         raise MismatchError(self.place, f"{reason}; it has tensors such as {min(known)!r}", hint)
 
 
-def _beginnings_of(end: str, names: Iterable[str]) -> set[str]:
+def _beginnings_of(
+    end: str,
+    names: Iterable[str],
+) -> set[str]:
     """Return what precedes an end of names that is a whole one, or follows a dot."""
     fitting = [name for name in names if f".{name}".endswith(f".{end}")]
     return {name.removesuffix(end) for name in fitting}
 
 
-def _renamed(names: Iterable[str], old: str, new: str) -> set[str]:
+def _renamed(
+    names: Iterable[str],
+    old: str,
+    new: str,
+) -> set[str]:
     """Return names with another beginning."""
     return {new + name.removeprefix(old) if name.startswith(old) else name for name in names}
 
@@ -333,7 +352,12 @@ def _component(path: Path, tensors: set[str]) -> Path:
     return components[0] if len(components) == 1 else path
 
 
-def check_shape(path: Path, name: str, found: Sequence[int], average: Sequence[int]) -> None:
+def check_shape(
+    path: Path,
+    name: str,
+    found: Sequence[int],
+    average: Sequence[int],
+) -> None:
     """Raise a MismatchError that names the file if a tensor does not have the shape of its
     average."""
     if tuple(found) != tuple(average):
@@ -341,7 +365,10 @@ def check_shape(path: Path, name: str, found: Sequence[int], average: Sequence[i
         raise MismatchError(path, reason)
 
 
-def _own_chunks(average: Source, stored: Stored) -> dict[str, list[Chunk]]:
+def _own_chunks(
+    average: Source,
+    stored: Stored,
+) -> dict[str, list[Chunk]]:
     """Return the chunks of an average that are not also the weights', which complete it."""
     places = set[tuple[Path, Entry]]()
     with suppress(FileFormatError):  # which of its tensors are the weights is unclear
@@ -448,7 +475,12 @@ class CopiedFile:
     chunks overlap.
     """
 
-    def __init__(self, like: TensorFile, chunks: Iterable[Chunk], out: files.PendingFile) -> None:
+    def __init__(
+        self,
+        like: TensorFile,
+        chunks: Iterable[Chunk],
+        out: files.PendingFile,
+    ) -> None:
         filled = [chunk for chunk in chunks if chunk.entry.size]
         self._chunks = sorted(filled, key=lambda chunk: chunk.begin)
         self._members = set[Member]()
@@ -466,7 +498,10 @@ class CopiedFile:
                 places = [chunk.begin for chunk in self._chunks]
                 self._members = members_at(source, places)
 
-    def _gaps(self, size: int) -> Iterator[tuple[int, int]]:
+    def _gaps(
+        self,
+        size: int,
+    ) -> Iterator[tuple[int, int]]:
         """Yield the ranges to copy; those of tensors stored in another order are among them."""
         begin = 0
         for chunk in self._chunks:
@@ -475,7 +510,12 @@ class CopiedFile:
                 begin = chunk.end
         yield begin, size
 
-    def write(self, chunk: Chunk, data: memoryview, begin: int) -> None:
+    def write(
+        self,
+        chunk: Chunk,
+        data: memoryview,
+        begin: int,
+    ) -> None:
         """Write bytes of a chunk in row-major order, from byte `begin` on."""
         if not chunk.entry.strides:
             self._file.write_at(data, chunk.begin + begin)
@@ -559,7 +599,10 @@ class Member(NamedTuple):
     checksums: tuple[int, int]
 
 
-def members_at(file: OpenedFile, places: Iterable[int]) -> set[Member]:
+def members_at(
+    file: OpenedFile,
+    places: Iterable[int],
+) -> set[Member]:
     """Return the members that hold the bytes at these places of a file of archives."""
     left = sorted(places)
     members = set()
@@ -580,7 +623,10 @@ def members_at(file: OpenedFile, places: Iterable[int]) -> set[Member]:
     return members
 
 
-def _entries(file: OpenedFile, archive: zipfile.ZipFile) -> dict[int, tuple[zipfile.ZipInfo, int]]:
+def _entries(
+    file: OpenedFile,
+    archive: zipfile.ZipFile,
+) -> dict[int, tuple[zipfile.ZipInfo, int]]:
     """Return members, and the places of their entries, by the places of their local headers."""
     entries = {}
     at = archive.start_dir
@@ -591,7 +637,12 @@ def _entries(file: OpenedFile, archive: zipfile.ZipFile) -> dict[int, tuple[zipf
     return entries
 
 
-def _member(file: OpenedFile, info: zipfile.ZipInfo, entry: int, place: int) -> Member:
+def _member(
+    file: OpenedFile,
+    info: zipfile.ZipInfo,
+    entry: int,
+    place: int,
+) -> Member:
     begin = member_begin(file, info)
     end = begin + info.file_size
     checksum = info.header_offset + _LOCAL_CRC

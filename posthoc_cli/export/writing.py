@@ -198,7 +198,11 @@ def output_paths(
     return [] if options.dry_run else paths
 
 
-def _paths_in(folder: Path, targets: Sequence[Target], ending: str) -> list[Path]:
+def _paths_in(
+    folder: Path,
+    targets: Sequence[Target],
+    ending: str,
+) -> list[Path]:
     """Return paths named after the targets."""
     paths = []
     for target in targets:
@@ -350,7 +354,10 @@ def write_synthesis(
     return SynthesisReport(plan, tuple(paths), copied, str(device), seconds)
 
 
-def _resources(options: OutputOptions, ranks: Ranks) -> tuple[torch.device, int | None]:
+def _resources(
+    options: OutputOptions,
+    ranks: Ranks,
+) -> tuple[torch.device, int | None]:
     """Return the device and the number of threads of this process; those of one machine share its
     cores, and each uses another device."""
     if ranks.world == 1:
@@ -521,7 +528,11 @@ class FileOutput(Output):
     """An output on disk: a file, or a folder with files in it, which are complete before the folder
     is."""
 
-    def __init__(self, whole: Pending | None, inside: Iterable[Pending] = ()) -> None:
+    def __init__(
+        self,
+        whole: Pending | None,
+        inside: Iterable[Pending] = (),
+    ) -> None:
         self._whole = whole  # None of a folder that another process publishes
         self._inside = inside
 
@@ -641,7 +652,10 @@ class DistributedFolder(Collected):
                 raise failure.__context__ or failure from error
 
 
-def _save_alone(state: dict[str, torch.Tensor], folder: str) -> None:
+def _save_alone(
+    state: dict[str, torch.Tensor],
+    folder: str,
+) -> None:
     """Write a folder of torch.distributed.checkpoint without the other processes of a group."""
     from torch.distributed.checkpoint import state_dict_saver
 
@@ -695,7 +709,13 @@ class Copy(FileOutput):
             if name in self._tensors:
                 self._put(*self._tensors[name], data, begin)
 
-    def _put(self, entry: Entry, chunks: Iterable[Chunk], data: memoryview, begin: int) -> None:
+    def _put(
+        self,
+        entry: Entry,
+        chunks: Iterable[Chunk],
+        data: memoryview,
+        begin: int,
+    ) -> None:
         """Write bytes of a tensor, from byte `begin` on, to its chunks."""
         whole = Box.full(entry.shape)
         item = ITEM_BYTES[entry.dtype]

@@ -63,7 +63,11 @@ def write_state(
     dist.barrier()
 
 
-def read_state(ema: PostHocEMA, folder: str | Path, number: int = 0) -> bool:
+def read_state(
+    ema: PostHocEMA,
+    folder: str | Path,
+    number: int = 0,
+) -> bool:
     """Continue from the state in a checkpoint, also of other processes; return False if it has
     none."""
     places = [Path(folder) / name for name in _state_names(number)]
@@ -97,7 +101,10 @@ def was_left_out(optimizer: torch.optim.Optimizer) -> bool:
     return bool(getattr(optimizer, "found_inf", None))
 
 
-def figures(ema: PostHocEMA, wanted: Iterable[Target] = ()) -> dict[str, float]:
+def figures(
+    ema: PostHocEMA,
+    wanted: Iterable[Target] = (),
+) -> dict[str, float]:
     """Return the tracker's metrics, with the predicted errors of these lengths, under names for a
     logger."""
     return {f"ema/{name}": value for name, value in ema.metrics([*wanted]).items()}

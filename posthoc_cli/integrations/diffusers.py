@@ -174,7 +174,12 @@ class PostHocEMAModel:
         else:
             ema.load_state_dict(state_dict)
 
-    def to(self, device: Any = None, dtype: Any = None, non_blocking: bool = False) -> None:
+    def to(
+        self,
+        device: Any = None,
+        dtype: Any = None,
+        non_blocking: bool = False,
+    ) -> None:
         """Do nothing: the argument `device` of `from_model` places the averages, which are float32
         or wider."""
 

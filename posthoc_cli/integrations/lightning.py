@@ -80,7 +80,11 @@ class PostHocWeightAveraging(Callback):
         self._handles = ExitStack()  # hooks to remove when training ends
         self._swapped = ExitStack()  # averaged weights to swap out when validation ends
 
-    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+    def should_update(
+        self,
+        step_idx: int | None = None,
+        epoch_idx: int | None = None,
+    ) -> bool:
         """Return whether to call `update_` after a step, or at the end of an epoch: after each
         step; override it for other rules.
 
@@ -89,7 +93,12 @@ class PostHocWeightAveraging(Callback):
         """
         return step_idx is not None
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        stage: str,
+    ) -> None:
         """Refuse a second such callback, since checkpoints have room for one."""
         kinds = (
             PostHocWeightAveraging,
@@ -140,7 +149,12 @@ class PostHocWeightAveraging(Callback):
 
         ema.on_snapshot(log_figures)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        *_: Any,
+    ) -> None:
         """Count a step if an optimizer has taken one."""
         if not self._stepped or self.ema is None:
             return
@@ -237,7 +251,11 @@ class PostHocWeightAveraging(Callback):
                 checkpoint["current_model_state"], strict=pl_module.strict_loading
             )
 
-    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _after_step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *_: Any,
+    ) -> None:
         self._stepped |= not was_left_out(optimizer)
 
     def _finish(self) -> None:

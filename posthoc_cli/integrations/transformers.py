@@ -132,10 +132,20 @@ class PostHocCallback(TrainerCallback):
             # clear them.
             Trainer.log(trainer, figures(tracker, self._lengths.values()))
 
-    def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _after_optimizer_step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *_: Any,
+    ) -> None:
         self._is_left_out = was_left_out(optimizer)
 
-    def on_step_end(self, *_: Any, model: Any = None, optimizer: Any = None, **__: Any) -> None:
+    def on_step_end(
+        self,
+        *_: Any,
+        model: Any = None,
+        optimizer: Any = None,
+        **__: Any,
+    ) -> None:
         """Count the step, unless a GradScaler has skipped it."""
         if (
             self.ema is not None

@@ -271,7 +271,12 @@ def listed(url: str) -> dict[str, ObjectInfo]:
     return {path.rpartition("/")[2]: info for path, info in entries.items()}
 
 
-def get(url: str, begin: int, end: int, tag: str = "") -> tuple[memoryview, ObjectInfo]:
+def get(
+    url: str,
+    begin: int,
+    end: int,
+    tag: str = "",
+) -> tuple[memoryview, ObjectInfo]:
     """Return the bytes `begin` to `end` of an object, fewer at its end; with a tag only if it still
     has that tag."""
     store, key = _place(url)

@@ -138,7 +138,11 @@ def _describe_run(run: Run) -> dict[str, Any]:
     }
 
 
-def _describe_sweep(folder: Path, parts: Sequence[dict[str, Any]], out: Path) -> dict[str, Any]:
+def _describe_sweep(
+    folder: Path,
+    parts: Sequence[dict[str, Any]],
+    out: Path,
+) -> dict[str, Any]:
     """Return the texts and figures of a sweep, after adding them and its commands to the part of
     its run."""
     path = folder / RESULT
@@ -173,7 +177,11 @@ def _describe_sweep(folder: Path, parts: Sequence[dict[str, Any]], out: Path) ->
     return swept
 
 
-def _part_of(result: dict[str, Any], parts: Sequence[dict[str, Any]], path: Path) -> dict[str, Any]:
+def _part_of(
+    result: dict[str, Any],
+    parts: Sequence[dict[str, Any]],
+    path: Path,
+) -> dict[str, Any]:
     """Return the part of the run of a sweep; raise a MismatchError without one."""
     run_id = result["settings"]["run"]
     for part in parts:
@@ -183,7 +191,10 @@ def _part_of(result: dict[str, Any], parts: Sequence[dict[str, Any]], path: Path
     raise MismatchError(path, f"is of another run than {' or '.join(paths)}")
 
 
-def _texts_of(result: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _texts_of(
+    result: dict[str, Any],
+    folder: Path,
+) -> dict[str, Any]:
     """Return the answer of a sweep, its trials and its images."""
     rows = _rows(result, folder)
     stops = _stops(result, folder)
@@ -198,7 +209,10 @@ def _texts_of(result: dict[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
-def _rows(result: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+def _rows(
+    result: dict[str, Any],
+    folder: Path,
+) -> list[dict[str, Any]]:
     """Return the trials of a sweep, by length, with their values as texts."""
     trials = _sorted(result)
     names = {}
@@ -232,7 +246,10 @@ def _sorted(result: dict[str, Any]) -> list[dict[str, Any]]:
     return sorted(trials, key=place)
 
 
-def _stops(result: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+def _stops(
+    result: dict[str, Any],
+    folder: Path,
+) -> list[dict[str, Any]]:
     """Return the images of each length, raw weights first, with a title that names its metric.
 
     Of many large images the first of each length are shown, by their names.
@@ -288,7 +305,10 @@ def _picture(draw: Callable[[], Figure]) -> str:
     return _as_url("image/svg+xml", plots.as_file(draw, ".svg"))
 
 
-def _command(run: Run, result: dict[str, Any] | None = None) -> str:
+def _command(
+    run: Run,
+    result: dict[str, Any] | None = None,
+) -> str:
     """Return the command that makes the best average of a sweep; without a sweep an example."""
     words = ["ema", "synthesize", str(run.directory)]
     if result is None:

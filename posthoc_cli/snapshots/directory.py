@@ -348,7 +348,12 @@ def _sets(parts: Sequence[Snapshot]) -> dict[tuple[int, int, bool], list[Snapsho
     return sets
 
 
-def _apart(first: Snapshot, other: Snapshot, reason: str, hint: str = "") -> MismatchError:
+def _apart(
+    first: Snapshot,
+    other: Snapshot,
+    reason: str,
+    hint: str = "",
+) -> MismatchError:
     """Return the error that two files do not belong together."""
     return MismatchError(f"{first.path} and {other.path}", reason, hint)
 
@@ -383,7 +388,11 @@ def _join(folder: Path, parts: Sequence[Snapshot]) -> Snapshot:
     )
 
 
-def _joined_entry(folder: Path, name: str, parts: Sequence[Snapshot]) -> Entry:
+def _joined_entry(
+    folder: Path,
+    name: str,
+    parts: Sequence[Snapshot],
+) -> Entry:
     shapes = set()
     boxes = []
     dtypes = []
@@ -450,7 +459,11 @@ def contradictions(snapshots: Sequence[Snapshot]) -> list[MismatchError]:
     return errors
 
 
-def _difference(one: Snapshot, other: Snapshot, names: Iterable[str]) -> str:
+def _difference(
+    one: Snapshot,
+    other: Snapshot,
+    names: Iterable[str],
+) -> str:
     """Return the first difference between fields of two headers, to follow their names; empty if
     there is none."""
     for name in names:

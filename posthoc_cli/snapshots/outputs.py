@@ -58,7 +58,10 @@ def read_index(path: Path) -> dict[str, Any]:
     return parse_object(path, read_small_file(path, MAX_HEADER_BYTES), "index")
 
 
-def decode_index(path: Path, endings: tuple[str, ...] = (SUFFIX,)) -> dict[str, list[str]]:
+def decode_index(
+    path: Path,
+    endings: tuple[str, ...] = (SUFFIX,),
+) -> dict[str, list[str]]:
     """Return the tensors of each shard that an index names, by file name; shards have these
     endings.
 

@@ -236,7 +236,10 @@ def _identities(snapshots: Sequence[Snapshot]) -> dict[Path, str]:
     return {snapshot.path: snapshot.identity for snapshot in snapshots}
 
 
-def _needed(profiles: Sequence[PowerFunction], times: Sequence[SameTime]) -> list[SameTime]:
+def _needed(
+    profiles: Sequence[PowerFunction],
+    times: Sequence[SameTime],
+) -> list[SameTime]:
     """Return the newest time of each profile, and the newest one that all profiles have."""
     newest = {profile.gamma: profile.t for profile in profiles}  # in order of time
     needed = {*newest.values()}

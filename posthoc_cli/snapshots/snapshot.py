@@ -90,7 +90,11 @@ def places(shapes: Mapping[str, Sequence[int]]) -> list[tuple[str, int]]:
     return sorted(chosen)
 
 
-def index_within(box: Box, shape: Sequence[int], index: int) -> int | None:
+def index_within(
+    box: Box,
+    shape: Sequence[int],
+    index: int,
+) -> int | None:
     """Convert a row-major index in a tensor to the index in a box of it; return None if the element
     is outside."""
     found = np.unravel_index(index, tuple(shape))
@@ -195,7 +199,12 @@ def _moves(places: FloatArray) -> npt.NDArray[np.float16]:
     return moves
 
 
-def _layout(windows: int, numbers: int, whole: int, clock: int) -> np.dtype[Any]:
+def _layout(
+    windows: int,
+    numbers: int,
+    whole: int,
+    clock: int,
+) -> np.dtype[Any]:
     """Return the layout of a sketch after its counts: whole means, and the moves from each to the
     next, in units of `factor`; and so many steps."""
     fields: list[Any] = [
@@ -222,7 +231,10 @@ def decode_path(text: str) -> PathSketch:
     return first._replace(sketch=total)
 
 
-def path_of_part(text: str, part: tuple[int, int] | None) -> PathSketch | None:
+def path_of_part(
+    text: str,
+    part: tuple[int, int] | None,
+) -> PathSketch | None:
     """Return the path of a part (its number, counted from 1, and the count) or a complete model;
     None if unknown."""
     number, count = part or (1, 1)
@@ -375,7 +387,10 @@ def make_selection(
     return Selection(not included, included, _globs("exclude", exclude), buffers)
 
 
-def _globs(argument: str, given: str | Iterable[str] | None) -> tuple[str, ...]:
+def _globs(
+    argument: str,
+    given: str | Iterable[str] | None,
+) -> tuple[str, ...]:
     globs: tuple[Any, ...] = ()
     if isinstance(given, Iterable) and not isinstance(given, str):
         globs = tuple(given)
@@ -696,7 +711,11 @@ class OutputInfo:
 # --- decoding by annotations
 
 
-def decode(file: TensorFile, kind: str, form: type[T]) -> T:
+def decode(
+    file: TensorFile,
+    kind: str,
+    form: type[T],
+) -> T:
     """Return the content of a file of a kind as the dataclass `form`; raise FileFormatError if it
     is invalid.
 
@@ -749,7 +768,11 @@ def converted(value: Any, kind: Any) -> Any:
     return {name: _member(name, each, args[-1]) for name, each in value.items()}
 
 
-def _converted_by_rule(value: Any, kind: Any, rule: Rule | Callable[[Any], Any]) -> Any:
+def _converted_by_rule(
+    value: Any,
+    kind: Any,
+    rule: Rule | Callable[[Any], Any],
+) -> Any:
     if not isinstance(rule, Rule):
         return rule(value)
     result = converted(value, kind)
@@ -757,7 +780,10 @@ def _converted_by_rule(value: Any, kind: Any, rule: Rule | Callable[[Any], Any])
     return result
 
 
-def _converted_list(value: Any, kinds: tuple[Any, ...]) -> tuple[Any, ...]:
+def _converted_list(
+    value: Any,
+    kinds: tuple[Any, ...],
+) -> tuple[Any, ...]:
     words = f"a list of {len(kinds)}"
     is_list = isinstance(value, list | tuple)
     if kinds[-1] is ...:

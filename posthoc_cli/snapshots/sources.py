@@ -201,7 +201,11 @@ class StoredTensors:
             self.read_box(name, Box.full(entry.shape), out[at:end])
             at = end
 
-    def tensor(self, name: str, box: Box | None = None) -> torch.Tensor:
+    def tensor(
+        self,
+        name: str,
+        box: Box | None = None,
+    ) -> torch.Tensor:
         """Return a tensor, or a box of it, verified, in its stored dtype."""
         dtype = self.entries[name].dtype
         box = box or Box.full(self.entries[name].shape)
@@ -209,7 +213,12 @@ class StoredTensors:
         self.read_box(name, box, data.data)
         return tensor_from_bytes(data, dtype, box.shape)
 
-    def values(self, name: str, begin: int, end: int) -> FloatArray:
+    def values(
+        self,
+        name: str,
+        begin: int,
+        end: int,
+    ) -> FloatArray:
         """Return the elements `begin` to `end` of a tensor as float64, unverified, for estimates
         only."""
         entry = self.entries[name]
@@ -280,7 +289,10 @@ def by_time(items: Iterable[_Source]) -> list[_Source]:
     return sorted(items, key=lambda source: (source.t, *_kind(source)))
 
 
-def chosen_up_to(items: Sequence[_Source], t: float) -> tuple[list[_Source], list[_Source]]:
+def chosen_up_to(
+    items: Sequence[_Source],
+    t: float,
+) -> tuple[list[_Source], list[_Source]]:
     """Choose the sources to combine for time `t`, at or before it, and later ones, which show the
     motion.
 
@@ -297,7 +309,10 @@ def _thinned(items: Sequence[_Source]) -> list[_Source]:
     return [items[index] for index in thinned_subset(profiles)]
 
 
-def run_clock(sources: Sequence[Source], others: Iterable[tuple[float, float]] = ()) -> Clock:
+def run_clock(
+    sources: Sequence[Source],
+    others: Iterable[tuple[float, float]] = (),
+) -> Clock:
     """Return the run's clock from the steps and times of all its snapshots, and other pairs; raise
     MismatchError if two contradict each other."""
     known = {(source.step, source.t) for source in sources}
@@ -356,7 +371,11 @@ def model_difference(one: Source, other: Source) -> str:
     return ""
 
 
-def counted(sources: Sequence[Source], count: int | None = None, total: int | None = None) -> str:
+def counted(
+    sources: Sequence[Source],
+    count: int | None = None,
+    total: int | None = None,
+) -> str:
     """Return number and kinds, "1 snapshot", or "20 of 80 checkpoints" with counts."""
     if count is None:
         count = len(sources)
@@ -561,7 +580,10 @@ class _Sampling:
         self._moved |= np.add.reduceat(moves, sample.starts) > _STILL * squares
         return squares * sample.scale
 
-    def measurements_of(self, sources: Sequence[Source]) -> list[Measurements | None]:
+    def measurements_of(
+        self,
+        sources: Sequence[Source],
+    ) -> list[Measurements | None]:
         """Return the measurements of the sources; all None if values are too large to be
         squared."""
         for steps in self._steps.values():

@@ -138,7 +138,10 @@ class Entry:
             reach += (length - 1) * step
         return reach
 
-    def view(self, data: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+    def view(
+        self,
+        data: npt.NDArray[np.uint8],
+    ) -> npt.NDArray[Any]:
         """Return the elements in the bytes of the file from `begin` on."""
         dtype = items(self.dtype)
         stored = data[: self.reach * dtype.itemsize].view(dtype)
@@ -194,7 +197,12 @@ class Box:
             reach += (inner.shape[axis] - 1) * step
         return first, first + reach
 
-    def view(self, elements: npt.NDArray[Any], inner: Box, first: int) -> npt.NDArray[Any]:
+    def view(
+        self,
+        elements: npt.NDArray[Any],
+        inner: Box,
+        first: int,
+    ) -> npt.NDArray[Any]:
         """Return those of `inner`, of this box's row-major elements from `first` on."""
         begin, _ = self.span(inner)
         steps = [elements.itemsize * step for step in row_major(self.shape)]
@@ -224,7 +232,11 @@ def row_major(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-def boxes_of_range(box: Box, begin: int, end: int) -> Iterator[Box]:
+def boxes_of_range(
+    box: Box,
+    begin: int,
+    end: int,
+) -> Iterator[Box]:
     """Yield the row-major elements `begin` to `end` of a box as boxes, in order: less than two per
     dimension."""
     if begin >= end:
@@ -247,7 +259,10 @@ def boxes_of_range(box: Box, begin: int, end: int) -> Iterator[Box]:
         begin = (index + max(count, 1)) * row
 
 
-def cover_problem(shape: Sequence[int], chunks: Sequence[Box]) -> str | None:
+def cover_problem(
+    shape: Sequence[int],
+    chunks: Sequence[Box],
+) -> str | None:
     """Return why chunks do not hold each element of a tensor exactly once; None if they do.
 
     Chunks of a mesh are the cells of a grid: each dimension is cut into intervals, and every
@@ -260,7 +275,10 @@ def cover_problem(shape: Sequence[int], chunks: Sequence[Box]) -> str | None:
     return "its chunks do not hold each element exactly once"
 
 
-def _are_cells(chunks: Sequence[Box], shape: Sequence[int]) -> bool:
+def _are_cells(
+    chunks: Sequence[Box],
+    shape: Sequence[int],
+) -> bool:
     """Return whether chunks are all cells of a grid over a shape, each once."""
     cells = 1
     for axis, length in enumerate(shape):
@@ -405,7 +423,11 @@ def sampled_identity(file: OpenedFile) -> str:
     return digest.hexdigest()
 
 
-def in_turn(work: Callable[[S], T], things: Sequence[S], at_once: bool) -> Iterator[T]:
+def in_turn(
+    work: Callable[[S], T],
+    things: Sequence[S],
+    at_once: bool,
+) -> Iterator[T]:
     """Yield the result of `work` for each thing, in order; of several `at_once`, as requests to a
     store wait more than they compute."""
     if not at_once:
@@ -512,7 +534,13 @@ class TensorFile:
             if kind is None and not self.sums and file.stamp != self.stamp:
                 raise FileFormatError(self.path, "was changed while it was being read", "run again")
 
-    def read(self, name: str, begin: int, view: memoryview, verify: bool = True) -> None:
+    def read(
+        self,
+        name: str,
+        begin: int,
+        view: memoryview,
+        verify: bool = True,
+    ) -> None:
         """Fill `view` with the bytes of a tensor, in row-major order, from `begin` on; verify all
         blocks of them."""
         entry = self.entries[name]
@@ -562,7 +590,12 @@ class TensorFile:
         for name, (begin, end) in zip(names, spans, strict=True):
             self._check(name, 0, view[begin:end])
 
-    def _check(self, name: str, begin: int, view: memoryview) -> None:
+    def _check(
+        self,
+        name: str,
+        begin: int,
+        view: memoryview,
+    ) -> None:
         """Raise FileFormatError unless the complete blocks of a tensor from `begin` on match their
         checksums."""
         if not self.sums:
@@ -701,7 +734,11 @@ def seal(header: bytearray) -> str:
     return checksum
 
 
-def _decode_entries(raw: dict[str, Any], start: int, nbytes: int) -> dict[str, Entry]:
+def _decode_entries(
+    raw: dict[str, Any],
+    start: int,
+    nbytes: int,
+) -> dict[str, Entry]:
     """Return the tensors in their order in the payload, which they must fill to the end of the file
     of `nbytes`."""
     _require_few(len(raw))  # escaped keys were not counted before
@@ -747,7 +784,10 @@ def _decode_entry(name: str, value: Any, start: int) -> Entry:
     return entry
 
 
-def _decode_sums(sums: Any, entries: Mapping[str, Entry]) -> dict[str, str]:
+def _decode_sums(
+    sums: Any,
+    entries: Mapping[str, Entry],
+) -> dict[str, str]:
     lengths = [16 * entry.blocks for entry in entries.values()]
     is_complete = isinstance(sums, str) and len(sums) == sum(lengths)
     _require(is_complete, "ema: sums must have a checksum for each block of each tensor")
@@ -868,7 +908,12 @@ class TensorFileWriter:
             self._sums[name] = bytearray(16 * entry.blocks)
         self._file = files.PendingFile(path, overwrite)
 
-    def write(self, name: str, parts: Iterable[memoryview], begin: int = 0) -> None:
+    def write(
+        self,
+        name: str,
+        parts: Iterable[memoryview],
+        begin: int = 0,
+    ) -> None:
         """Write complete blocks of a tensor, from byte `begin` on, in consecutive parts of any
         size."""
         entry = self.entries[name]
@@ -991,7 +1036,10 @@ def tensor_from_bytes(
     return torch.from_numpy(data).view(torch_dtype(dtype)).reshape(shape)
 
 
-def decode_values(data: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[np.float64]:
+def decode_values(
+    data: npt.NDArray[np.uint8],
+    dtype: str,
+) -> npt.NDArray[np.float64]:
     """Decode little-endian bytes as float64; a complex number becomes two."""
     # NumPy lacks these dtypes; torch is imported only here, since that takes a second
     if dtype.startswith("F8"):

@@ -177,7 +177,10 @@ def _note_of_pickles(listing: Directory) -> list[str]:
     return [note] if count else []
 
 
-def _reports(paths: Sequence[Path], progress: ProgressBar) -> dict[Path, FileReport]:
+def _reports(
+    paths: Sequence[Path],
+    progress: ProgressBar,
+) -> dict[Path, FileReport]:
     """Read files; return the report of each that has one."""
     reports = {}
     with progress("verifying", sum(map(file_size, paths))) as advance:
@@ -188,7 +191,10 @@ def _reports(paths: Sequence[Path], progress: ProgressBar) -> dict[Path, FileRep
     return reports
 
 
-def _problems_of(check: Callable[[T], object], what: T) -> list[str]:
+def _problems_of(
+    check: Callable[[T], object],
+    what: T,
+) -> list[str]:
     try:
         check(what)
     except (FileFormatError, MismatchError) as error:
@@ -253,7 +259,10 @@ def _check_index(path: Path) -> None:
 # --- a file
 
 
-def _report(path: Path, progress: Callable[[int], object]) -> FileReport | None:
+def _report(
+    path: Path,
+    progress: Callable[[int], object],
+) -> FileReport | None:
     """Read every byte of a file and return the report; None if the file does not exist, or not any
     more."""
     report = FileReport(path)

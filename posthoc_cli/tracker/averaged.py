@@ -67,7 +67,10 @@ def logged(plan: Plan) -> Plan:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def from_first(group: Group, make: Callable[[], Weights]) -> Weights:
+def from_first(
+    group: Group,
+    make: Callable[[], Weights],
+) -> Weights:
     """Return in every process the weights that the first one makes, with names that share a
     tensor."""
     if group.is_alone:
@@ -102,7 +105,10 @@ def _without_values(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # --- chunks of a sharded model
 
 
-def chunks_of(model: nn.Module, tracked: TrackedModel) -> dict[str, Tensor]:
+def chunks_of(
+    model: nn.Module,
+    tracked: TrackedModel,
+) -> dict[str, Tensor]:
     """Return a sharded model's tensors by name; raise a ModelMismatchError if an owned chunk is
     not where it was when it was tracked."""
     reshard(model)

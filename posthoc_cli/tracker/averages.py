@@ -82,7 +82,12 @@ class Standing:
     folded_t: float = 0.0  # the time of the last fold
     shared: bool = False  # whether the first profile's mean serves all profiles since the last fold
 
-    def after(self, t: float, step: int, folds: bool) -> Standing:
+    def after(
+        self,
+        t: float,
+        step: int,
+        folds: bool,
+    ) -> Standing:
         """Return the standing after an update, which folds the means or not."""
         max_interval = 0.0
         if self.t:
@@ -156,7 +161,12 @@ class AverageTensors:
             return [first]
         return [mean.tile(tile) for mean in self.mean]
 
-    def mean_view(self, profile: int, name: str, shared: bool) -> Tensor:
+    def mean_view(
+        self,
+        profile: int,
+        name: str,
+        shared: bool,
+    ) -> Tensor:
         """Return the mean of a tensor that serves a profile."""
         first = self.mean[0].views[name]
         if shared and first.dtype != torch.float64:
@@ -250,7 +260,12 @@ class Averages:
             self._sketch(sketcher, before.shared, shares.folds)
         return None
 
-    def _sketch(self, sketcher: Sketcher, was_shared: bool, folds: bool) -> None:
+    def _sketch(
+        self,
+        sketcher: Sketcher,
+        was_shared: bool,
+        folds: bool,
+    ) -> None:
         """Add to the path what an update has given to its sketch: its values, or at a fold the
         mean that profiles share."""
         now = self.standing
@@ -270,7 +285,12 @@ class Averages:
         return [] if is_lasting else limits
 
     @torch.no_grad()
-    def values(self, tile: Tile, profile: int, thread: int = 0) -> Tensor:
+    def values(
+        self,
+        tile: Tile,
+        profile: int,
+        thread: int = 0,
+    ) -> Tensor:
         """Return a tile of an average, flat, rounded once, in scratch that is valid until the
         thread's next call."""
         tensors = self.tensors
@@ -318,7 +338,11 @@ class Averages:
         return parts
 
     @torch.no_grad()
-    def path(self, pool: ThreadPool = SINGLE_THREAD, exact: bool = False) -> PathSketch | None:
+    def path(
+        self,
+        pool: ThreadPool = SINGLE_THREAD,
+        exact: bool = False,
+    ) -> PathSketch | None:
         """Return the path of the weights up to the last update; unless `exact`, an open window is
         closed there."""
         tensors = self.tensors
@@ -422,7 +446,12 @@ class _Update:
         value = self._values.values(tile, thread)
         self._interpolate(tile, value, weights)
 
-    def _take(self, tile: Tile, value: Tensor, thread: int) -> None:
+    def _take(
+        self,
+        tile: Tile,
+        value: Tensor,
+        thread: int,
+    ) -> None:
         self._sampled.take(tile, value, self.sample)
         if self._sketcher is not None and not self._before.shared:
             self._sketcher.take(tile, value)
@@ -431,7 +460,12 @@ class _Update:
         else:
             self._interpolate(tile, value, self._shares.new)
 
-    def _interpolate(self, tile: Tile, value: Tensor, weights: Sequence[float]) -> None:
+    def _interpolate(
+        self,
+        tile: Tile,
+        value: Tensor,
+        weights: Sequence[float],
+    ) -> None:
         means = self._tensors.means(tile, self._before.shared)
         for mean, weight in zip(means, weights, strict=False):
             if self._before.window:
@@ -439,7 +473,12 @@ class _Update:
             else:
                 mean.copy_(value)
 
-    def _fold(self, tile: Tile, value: Tensor, thread: int) -> None:
+    def _fold(
+        self,
+        tile: Tile,
+        value: Tensor,
+        thread: int,
+    ) -> None:
         before = self._before
         means = self._tensors.means(tile, before.shared)
         change, digit = self._averages.scratch_of(tile, thread)

@@ -228,7 +228,10 @@ def _run_thread(
     _run_jobs(queue, vacancy)
 
 
-def _run_jobs(queue: SimpleQueue[Job[object] | None], vacancy: deque[None]) -> None:
+def _run_jobs(
+    queue: SimpleQueue[Job[object] | None],
+    vacancy: deque[None],
+) -> None:
     """Run queued jobs until None arrives. Of threads started at the same moment, one takes the
     vacancy; others end."""
     while True:
@@ -264,7 +267,11 @@ class ThreadPool:
         self.size = size
         self._helpers = [Worker(f"averages-{number}") for number in range(1, size)]
 
-    def each(self, work: Callable[[Item, int], object], items: Iterable[Item]) -> None:
+    def each(
+        self,
+        work: Callable[[Item, int], object],
+        items: Iterable[Item],
+    ) -> None:
         """Call `work(item, thread)` for every item, in any order, with thread < `size`; stop at an
         error."""
         pending = deque(items)

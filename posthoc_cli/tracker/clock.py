@@ -105,7 +105,12 @@ class TrainingProgress:
     own_clock: bool | None = None  # whether the calls pass `t`; None while unknown
 
     @classmethod
-    def resumed(cls, step: int, t: float, updated: int) -> TrainingProgress:
+    def resumed(
+        cls,
+        step: int,
+        t: float,
+        updated: int,
+    ) -> TrainingProgress:
         """Return the progress of a resumed run; whether its calls pass `t` is unknown where time
         and step are equal."""
         return cls(step, t, updated, True if t != step else None)

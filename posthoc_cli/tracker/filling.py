@@ -17,7 +17,10 @@ from posthoc_cli.tracker.processes import held_part, is_sharded, reshard
 
 
 @torch.no_grad()
-def check_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, NamedTensor]:
+def check_weights(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+) -> dict[str, NamedTensor]:
     """Return the model's tensors that `weights` are for, after checking names, shapes and that its
     dtypes have the range of the values."""
     tensors = {tensor.name: tensor for tensor in named_tensors(check_model(model))}
@@ -50,7 +53,11 @@ def _check_shape(name: str, tensor: Tensor, value: Tensor) -> None:
     raise ModelMismatchError(f"tensor {name!r}", reason)
 
 
-def _check_fits(name: str, values: Tensor, dtype: torch.dtype) -> None:
+def _check_fits(
+    name: str,
+    values: Tensor,
+    dtype: torch.dtype,
+) -> None:
     """Raise a NonFiniteError if a model's dtype has too small a range for the values of its
     tensor."""
     if not (values.dtype.is_floating_point and dtype.is_floating_point):
@@ -140,7 +147,10 @@ def is_swapped(model: nn.Module) -> bool:
 
 
 @contextmanager
-def swapped_in(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+def swapped_in(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+) -> Iterator[None]:
     """Give the model `weights` and eval mode for the block; restore everything afterwards, also on
     an error.
 
@@ -175,7 +185,11 @@ def swapped_in(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _keep_raw(model: nn.Module, replaced: Set[int], undo: ExitStack) -> None:
+def _keep_raw(
+    model: nn.Module,
+    replaced: Set[int],
+    undo: ExitStack,
+) -> None:
     """Have `undo` restore a model, the values of those of its tensors with `replaced` ids too."""
     for module in model.modules():
         undo.callback(setattr, module, "training", module.training)
@@ -189,7 +203,10 @@ def _keep_raw(model: nn.Module, replaced: Set[int], undo: ExitStack) -> None:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def fill_in(targets: Mapping[str, NamedTensor], weights: Mapping[str, Tensor]) -> None:
+def fill_in(
+    targets: Mapping[str, NamedTensor],
+    weights: Mapping[str, Tensor],
+) -> None:
     """Copy weights into their targets in a model, and wait once for all copies, of the raw values
     and of the averages."""
     for name, target in targets.items():
@@ -199,7 +216,10 @@ def fill_in(targets: Mapping[str, NamedTensor], weights: Mapping[str, Tensor]) -
             torch.cuda.current_stream(device).synchronize()
 
 
-def _holders(model: nn.Module, tensors: Set[int]) -> Iterator[int]:
+def _holders(
+    model: nn.Module,
+    tensors: Set[int],
+) -> Iterator[int]:
     """Yield the ids of the modules that hold some of these tensors, which may be replaced while the
     weights are swapped; the modules may not."""
     for module in model.modules():

@@ -27,7 +27,11 @@ class _Ring:
     buffer again.
     """
 
-    def __init__(self, device: torch.device, sizes: Sequence[int]) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        sizes: Sequence[int],
+    ) -> None:
         cuda: Any = torch.cuda
         # torch keeps memory that it has freed
         kept = cuda.memory_reserved(device) - cuda.memory_allocated(device)
@@ -45,7 +49,12 @@ class _Ring:
         self._sent: list[Any] = [None] * count  # each buffer's last event
         self.nbytes = sum(buffer.nbytes for buffer in self._buffers)
 
-    def send(self, number: int, values: list[Tensor], out: Tensor) -> Any:
+    def send(
+        self,
+        number: int,
+        values: list[Tensor],
+        out: Tensor,
+    ) -> Any:
         """Queue the copy of tile `number`, counted from 0, to `out` on the host; return the event
         after the copy."""
         cuda: Any = torch.cuda

@@ -77,7 +77,11 @@ class Subset(Elements):
         sizes = [*self.sizes.values()]
         self.scales = np.array(sizes, float) / np.array(counts, float)
 
-    def sums(self, values: Values, others: Values | None = None) -> FloatArray:
+    def sums(
+        self,
+        values: Values,
+        others: Values | None = None,
+    ) -> FloatArray:
         """Return the squared norm of each tensor, or its squared distance from `others`: shape
         [tensors]."""
         begins = self.edges[:-1]
@@ -89,7 +93,10 @@ class Subset(Elements):
             return np.asarray(self.scales * sums)
 
 
-def _sizes_of(layout: Layout, names: Collection[str]) -> dict[str, int]:
+def _sizes_of(
+    layout: Layout,
+    names: Collection[str],
+) -> dict[str, int]:
     """Return the number of elements of those of these tensors that have some."""
     sizes = {}
     for bucket in layout:
@@ -212,7 +219,10 @@ def _halved(windows: list[Window]) -> list[Window]:
     return merged
 
 
-def _merged(windows: list[Window], most_uneven: float) -> list[Window]:
+def _merged(
+    windows: list[Window],
+    most_uneven: float,
+) -> list[Window]:
     merged = windows[:1]
     begin = 0.0  # of the last window in `merged`
     is_pair = False
@@ -228,7 +238,12 @@ def _merged(windows: list[Window], most_uneven: float) -> list[Window]:
     return merged
 
 
-def _are_alike(begin: float, first: Window, second: Window, most_uneven: float) -> bool:
+def _are_alike(
+    begin: float,
+    first: Window,
+    second: Window,
+    most_uneven: float,
+) -> bool:
     """Return whether the folds of two windows, the first from `begin` on, are about as long."""
     length = (first.t - begin) / first.folds
     next_length = (second.t - first.t) / second.folds
@@ -245,7 +260,11 @@ def _windows_of(path: PathSketch) -> list[Window]:
     return [*windows]
 
 
-def _path_of(projection: int, first_t: float, windows: Sequence[Window]) -> PathSketch:
+def _path_of(
+    projection: int,
+    first_t: float,
+    windows: Sequence[Window],
+) -> PathSketch:
     ends, steps, folds, means, spread = zip(*windows, strict=True)
     edges = np.array([first_t, *ends])
     sketch = Sketch(edges, np.array(folds), np.stack(means), np.array(spread))
@@ -340,7 +359,13 @@ class Sketcher:
     def take(self, tile: Tile, values: Tensor) -> None:
         self.subset.take(tile, values, self._values)
 
-    def end_value(self, gammas: Sequence[float], t: float, step: int, is_last: bool) -> None:
+    def end_value(
+        self,
+        gammas: Sequence[float],
+        t: float,
+        step: int,
+        is_last: bool,
+    ) -> None:
         """Add the values at time `t`, whose tiles have been taken in, to a window, and end it if
         due or `is_last`."""
         own_mass = new_value_share(gammas[0], self._t, t)
@@ -348,7 +373,13 @@ class Sketcher:
         ends = is_last or sketched_window_ends(gammas, self._begin, self._t, t)
         self.end(t, step, own_mass / mass, ends)
 
-    def end(self, t: float, step: int, share: float, ends: bool) -> None:
+    def end(
+        self,
+        t: float,
+        step: int,
+        share: float,
+        ends: bool,
+    ) -> None:
         """Add what was taken in to the open window, with a share in its mean, and end it or not."""
         self._t = t
         self._step = step
@@ -359,7 +390,11 @@ class Sketcher:
         if len(self._pending) >= _PENDING:
             self._fetch()
 
-    def path(self, t: float | None = None, step: int = 0) -> PathSketch | None:
+    def path(
+        self,
+        t: float | None = None,
+        step: int = 0,
+    ) -> PathSketch | None:
         """Return the path so far, an open window as a last one of no folds, or closed by the tiles
         taken in at `t`, after `step`."""
         self._fetch()

@@ -226,7 +226,10 @@ def ranges_of(layout: Layout) -> list[list[ElementRange]]:
     return result
 
 
-def numbers_of(values: Sequence[Tensor], tiles: Sequence[Tile]) -> list[float]:
+def numbers_of(
+    values: Sequence[Tensor],
+    tiles: Sequence[Tile],
+) -> list[float]:
     """Return the numbers of all tiles, waiting once a bucket."""
     numbers: list[float] = []
     for _, of_bucket in groupby(tiles, attrgetter("bucket")):
@@ -272,7 +275,12 @@ class FlatTensors:
             return parts
         return [place.view(torch.cat(parts)).reshape(-1)]
 
-    def parts(self, bucket: int, begin: int, end: int) -> list[Tensor]:
+    def parts(
+        self,
+        bucket: int,
+        begin: int,
+        end: int,
+    ) -> list[Tensor]:
         """Return views of a bucket's elements from `begin` to `end`, one for each slab that holds
         some of them."""
         edges = self.edges[bucket]
@@ -330,7 +338,11 @@ class Reader:
             self._scratch.append(rows)
 
     @classmethod
-    def of_tensors(cls, tensors: Mapping[str, Tensor], threads: int = 1) -> Reader:
+    def of_tensors(
+        cls,
+        tensors: Mapping[str, Tensor],
+        threads: int = 1,
+    ) -> Reader:
         layout = layout_of(tensors)
         in_memory = dict[str, Tensor]()  # with the dimensions as they are in memory
         for bucket in layout:
@@ -441,7 +453,12 @@ class Elements:
             zeros.append(buffer)
         return zeros
 
-    def take(self, tile: Tile, values: Tensor, buffers: Sequence[Tensor]) -> None:
+    def take(
+        self,
+        tile: Tile,
+        values: Tensor,
+        buffers: Sequence[Tensor],
+    ) -> None:
         """Copy the selected elements of a tile, which has these values, to the buffers."""
         index, numbers = self._of_tiles[tile.number]
         buffer = buffers[tile.bucket]

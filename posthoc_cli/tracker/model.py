@@ -125,7 +125,11 @@ class TrackedModel:
             members=members,
         )
 
-    def check(self, found: TrackedModel, elsewhere: Set[str] = frozenset()) -> None:
+    def check(
+        self,
+        found: TrackedModel,
+        elsewhere: Set[str] = frozenset(),
+    ) -> None:
         """Raise a ModelMismatchError that names a tensor whose name, shape, dtype, role or tie is
         not the same; those of other processes, such as other stages of a pipeline, are
         `elsewhere`."""
@@ -171,7 +175,10 @@ class TrackedModel:
         return described
 
 
-def _only(named: Mapping[str, Value], names: Set[str]) -> dict[str, Value]:
+def _only(
+    named: Mapping[str, Value],
+    names: Set[str],
+) -> dict[str, Value]:
     return {name: value for name, value in named.items() if name in names}
 
 
@@ -354,7 +361,10 @@ def _check_class(name: str, tensor: Tensor) -> None:
         raise InvalidValueError("tensor", reason, hint, value=repr(name)) from error
 
 
-def into_dtensors(chunks: dict[str, Tensor], model: nn.Module) -> None:
+def into_dtensors(
+    chunks: dict[str, Tensor],
+    model: nn.Module,
+) -> None:
     """Replace the chunks of a sharded model by DTensors in host memory, which are sharded like its
     tensors of these names; tied names share one."""
     reshard(model)
@@ -376,7 +386,11 @@ def nonfinite_name(tensors: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-def nonfinite_error(name: str, tracked: Mapping[str, TrackedTensor], step: int) -> NonFiniteError:
+def nonfinite_error(
+    name: str,
+    tracked: Mapping[str, TrackedTensor],
+    step: int,
+) -> NonFiniteError:
     """Return the error for a tensor that holds nan or infinity."""
     reason = f"holds nan or infinity at step {step}; no average has taken it in"
     if name in tracked and tracked[name].role == "statistic":
@@ -415,7 +429,11 @@ class ModelWatch:
         """Release the model's tensors."""
         self._cached.clear()
 
-    def sample(self, model: nn.Module, tracked: TrackedModel) -> dict[int, float]:
+    def sample(
+        self,
+        model: nn.Module,
+        tracked: TrackedModel,
+    ) -> dict[int, float]:
         """Return the model's values in a snapshot's sample that this process holds, by number, of
         frozen ones, too."""
         found = self._collect(model, tracked.known_names)
@@ -442,7 +460,11 @@ class ModelWatch:
             way = "make the tracker in every process, with from_model or from_path(path, model)"
             raise ModelMismatchError("model", reason, f"shard the model first; then {way}")
 
-    def _collect(self, model: nn.Module, also: frozenset[str] = frozenset()) -> ModelTensors:
+    def _collect(
+        self,
+        model: nn.Module,
+        also: frozenset[str] = frozenset(),
+    ) -> ModelTensors:
         found = collect_tensors(model, self._selection, also)
         self.check_kind(model)
         return found.of(self._members)
@@ -650,7 +672,10 @@ def _names_in_adapter(
     return names
 
 
-def _leave_out_wrappers(names: dict[str, str], modules: Sequence[NamedModule]) -> None:
+def _leave_out_wrappers(
+    names: dict[str, str],
+    modules: Sequence[NamedModule],
+) -> None:
     """Leave out of the names those of children that wrappers insert."""
     if not names:
         return

@@ -281,7 +281,11 @@ class Pipeline:
 
         self._updates.call(lambda: self._update(take_in, progress))
 
-    def _update(self, take_in: Callable[[], str | None], progress: TrainingProgress) -> None:
+    def _update(
+        self,
+        take_in: Callable[[], str | None],
+        progress: TrainingProgress,
+    ) -> None:
         """Take in values, and queue due snapshots, also if the values are refused."""
         name = take_in()
         now = self.tracking
@@ -325,7 +329,10 @@ class Pipeline:
                 measured = [(figures, "") for figures in measured_now(subset, averages, pool)]
                 infos = headers(self._settings, current, averages.path(pool), measured)
 
-            def read(index: int, ranges: Sequence[ElementRange]) -> list[Tensor]:
+            def read(
+                index: int,
+                ranges: Sequence[ElementRange],
+            ) -> list[Tensor]:
                 with self._streams.in_own_streams():
                     return averages.read(index, ranges, pool)
 
@@ -387,7 +394,11 @@ class Pipeline:
     def take_error(self) -> Exception | None:
         return self._updates.take_error() or self._writes.take_error()
 
-    def begin(self, run_id: str, read: Callable[[], Tracking | None]) -> Tracking | None:
+    def begin(
+        self,
+        run_id: str,
+        read: Callable[[], Tracking | None],
+    ) -> Tracking | None:
         """Become the directory's writer, unless this is it, and continue from the state of `read`;
         a failure leaves all as it was."""
         before = self.snapshotter

@@ -325,7 +325,11 @@ class PostHocEMA:
     # --- tracking
 
     @not_compiled
-    def update_(self, model: nn.Module, t: float | None = None) -> None:
+    def update_(
+        self,
+        model: nn.Module,
+        t: float | None = None,
+    ) -> None:
         """Count a training step of the model, wrapped or bare. Call it after every optimizer step.
 
         `t` is the training time on your own clock (images, tokens), larger at every call; or None
@@ -472,7 +476,10 @@ class PostHocEMA:
         self._raise_pending()
         self._members.check()
 
-    def metrics(self, sigma_rels: Wanted | Sequence[Wanted] = ()) -> dict[str, float]:
+    def metrics(
+        self,
+        sigma_rels: Wanted | Sequence[Wanted] = (),
+    ) -> dict[str, float]:
         """Return figures for a logger, without computing on tensors, and without waiting.
 
         `step` and `t`; `bytes`, the memory on all devices; of the last snapshots `snapshot_bytes`,
@@ -712,7 +719,12 @@ class PostHocEMA:
     def __enter__(self) -> PostHocEMA:
         return self
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+    def __exit__(
+        self,
+        kind: object,
+        error: BaseException | None,
+        trace: object,
+    ) -> None:
         try:
             self.close()
         except PostHocError:
@@ -757,7 +769,12 @@ class PostHocEMA:
         if self._start.recorded.size and self._has_state:
             self._note_other_network(model)
 
-    def _advance(self, model: nn.Module, t: float | None, found_inf: Tensor | None) -> None:
+    def _advance(
+        self,
+        model: nn.Module,
+        t: float | None,
+        found_inf: Tensor | None,
+    ) -> None:
         settings = self.settings
         if found_inf is not None:
             if self._pipeline.defer(found_inf, t):
@@ -1002,7 +1019,11 @@ class PostHocEMA:
 
         return group, averaged.from_first(group, lambda: with_consistent_plan(plan, make_weights))
 
-    def _live_index(self, wanted: Wanted, asked: Mapping[str, Any]) -> int | None:
+    def _live_index(
+        self,
+        wanted: Wanted,
+        asked: Mapping[str, Any],
+    ) -> int | None:
         """Return the index of the live average that is wanted; None if it is to be made."""
         sigma_rel = as_target(wanted).sigma_rel
         if sigma_rel is None or self._pipeline.tracking.resumes or {"t", "step"} & asked.keys():
@@ -1046,7 +1067,11 @@ class PostHocEMA:
             lambda sent: averaged.read_chunks(group, sent, wanted, tensors, self.checkpoint_dir),
         )
 
-    def _plan_stored(self, wanted: Wanted, asked: Mapping[str, Any]) -> Plan:
+    def _plan_stored(
+        self,
+        wanted: Wanted,
+        asked: Mapping[str, Any],
+    ) -> Plan:
         """Plan an average from snapshots alone; warn once if the newest are behind."""
         stored = self._stored()
         if not stored:
@@ -1066,7 +1091,11 @@ class PostHocEMA:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _raw_weights(self, model: nn.Module | None, dtype: Dtype) -> Weights:
+    def _raw_weights(
+        self,
+        model: nn.Module | None,
+        dtype: Dtype,
+    ) -> Weights:
         """Return copies of the weights of the tracked model, or else of `model`, on the host, with
         a warning."""
         tracked = self._present_model("no average yet", model)
@@ -1135,12 +1164,19 @@ class PostHocEMA:
         is_tracking = not self._pipeline.tracking.resumes
         return self._members.callers(f"{call}({', '.join(arguments)})", is_tracking, device)
 
-    def _tracked_model(self, default: nn.Module | None = None) -> nn.Module | None:
+    def _tracked_model(
+        self,
+        default: nn.Module | None = None,
+    ) -> nn.Module | None:
         """Return the model that this tracker was made with if it still exists, else `default`."""
         model = None if self._model is None else self._model()
         return default if model is None else model  # no `or`: it would ask for a model's length
 
-    def _present_model(self, call: str, default: nn.Module | None = None) -> nn.Module:
+    def _present_model(
+        self,
+        call: str,
+        default: nn.Module | None = None,
+    ) -> nn.Module:
         """Return the same model, which a call needs."""
         model = self._tracked_model(default)
         if model is None:
@@ -1156,7 +1192,10 @@ class PostHocEMA:
 class AveragedModel(AbstractContextManager[Module]):
     """A `with` block in which a model holds averaged weights, made whenever it is entered."""
 
-    def __init__(self, make: Callable[[], AbstractContextManager[Module]]) -> None:
+    def __init__(
+        self,
+        make: Callable[[], AbstractContextManager[Module]],
+    ) -> None:
         self._make = make
         self._entered = list[AbstractContextManager[Module]]()
 
@@ -1191,7 +1230,10 @@ def _check_raw(model: nn.Module, call: str) -> None:
 _all: WeakSet[PostHocEMA] = WeakSet()
 
 
-def _end_earlier(directory: Path, model: nn.Module | None = None) -> None:
+def _end_earlier(
+    directory: Path,
+    model: nn.Module | None = None,
+) -> None:
     """Close the trackers of a directory in this process that count steps, or those of a model."""
     for tracker in [*_all]:
         is_same = str(tracker.checkpoint_dir) == os.path.realpath(directory)

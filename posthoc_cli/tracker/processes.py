@@ -178,7 +178,12 @@ class Group:
             dist.all_gather_object(values, value, self.processes)
         return values
 
-    def from_all_at(self, step: int, t: float, value: Result) -> list[Result]:
+    def from_all_at(
+        self,
+        step: int,
+        t: float,
+        value: Result,
+    ) -> list[Result]:
         """Return the value of each process, by rank; raise a RankError that names a process at
         another step or t."""
         now = f"step {step:,}, t = {t:,.12g}"
@@ -280,7 +285,13 @@ class Rendezvous:
     tracker.
     """
 
-    def __init__(self, name: str, role: str, hint: str, tensors: str = "") -> None:
+    def __init__(
+        self,
+        name: str,
+        role: str,
+        hint: str,
+        tensors: str = "",
+    ) -> None:
         # torch has no public name for the store. A release without this name could not make
         # trackers in a group.
         from torch.distributed.distributed_c10d import _get_default_store
@@ -500,7 +511,12 @@ class Members:
         """Return the processes that keep averages, all of which make this call."""
         return THIS_PROCESS
 
-    def callers(self, call: str, is_tracking: bool, device: torch.device) -> Group:
+    def callers(
+        self,
+        call: str,
+        is_tracking: bool,
+        device: torch.device,
+    ) -> Group:
         """Return the processes that make a call for averages; this one before it tracks."""
         meeting = self._meeting
         if meeting is None or not is_tracking or not dist.is_initialized():
@@ -553,7 +569,11 @@ class ShardOwners(Members):
         self.session = presences[0].session
         self._divide(presences, digests)
 
-    def _divide(self, presences: Sequence[_Presence], digests: Mapping[str, str]) -> None:
+    def _divide(
+        self,
+        presences: Sequence[_Presence],
+        digests: Mapping[str, str],
+    ) -> None:
         """Divide the chunks among the processes."""
         self.shapes = dict[str, tuple[int, ...]]()
         holders: dict[str, list[int]] = defaultdict(list)

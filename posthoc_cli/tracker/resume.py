@@ -118,7 +118,12 @@ class Start:
         return cls(directory, settings, step if stored else None, stored, tracking)
 
     @classmethod
-    def of_run(cls, directory: Path, model: nn.Module | None, step: int | None) -> Start:
+    def of_run(
+        cls,
+        directory: Path,
+        model: nn.Module | None,
+        step: int | None,
+    ) -> Start:
         """Return the start at a call, or at the newest snapshots, of the run in a directory, with
         its settings."""
         stored = read_directory(directory)
@@ -186,7 +191,11 @@ class Start:
             )
         return replace(loaded, progress=self._progress or loaded.progress)
 
-    def is_other_network(self, group: Group, present: Mapping[int, float]) -> bool:
+    def is_other_network(
+        self,
+        group: Group,
+        present: Mapping[int, float],
+    ) -> bool:
         """Return whether the model had other weights than those recorded, when it was made or
         restored and now; once.
 
@@ -353,7 +362,10 @@ def _is_beginning(stored: Sequence[Snapshot], settings: Settings) -> bool:
     return is_first and len(stored) < len(settings.sigma_rels)
 
 
-def _complete(stored: Sequence[Snapshot], sigma_rels: Sequence[float]) -> list[Snapshot]:
+def _complete(
+    stored: Sequence[Snapshot],
+    sigma_rels: Sequence[float],
+) -> list[Snapshot]:
     """Return the snapshots of the times that have one of each profile."""
     profiles: dict[float, set[float]] = defaultdict(set)
     for snapshot in stored:
@@ -430,7 +442,11 @@ def _load(
     return Tracking(newest.run_id, tracked, averages, _progress_at(newest), snapshots=known)
 
 
-def _fill(tensors: Mapping[str, Tensor], snapshot: Snapshot, tracked: TrackedModel) -> None:
+def _fill(
+    tensors: Mapping[str, Tensor],
+    snapshot: Snapshot,
+    tracked: TrackedModel,
+) -> None:
     with snapshot:
         for name, tensor in tensors.items():
             tensor.copy_(snapshot.tensor(name, tracked.boxes[name]))

@@ -194,7 +194,12 @@ class Snapshotter:
     lock, and thins.
     """
 
-    def __init__(self, directory: Path, settings: Settings, members: Members) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        settings: Settings,
+        members: Members,
+    ) -> None:
         self.directory = directory
         self.times_written = 0
         self.nbytes = 0  # of the last snapshots
@@ -309,7 +314,12 @@ class Snapshotter:
             self._stored = [*find_snapshots(self.directory)]
             self.check_run(info.run_id)
 
-    def _write(self, info: Snapshot, staged: StagedAverage, copies: Mapping[str, Tensor]) -> int:
+    def _write(
+        self,
+        info: Snapshot,
+        staged: StagedAverage,
+        copies: Mapping[str, Tensor],
+    ) -> int:
         path = snapshot_path(self.directory, info.t, info.sigma_rel, info.part)
         kept = [snapshot for snapshot in self._stored if snapshot.path != path]
         # The path may hold a snapshot of the same average off the schedule, or a part of an earlier
@@ -419,7 +429,12 @@ class Storage:
     """How averages of a layout are stored, and which of their elements are measured, or are of a
     snapshot's sample."""
 
-    def __init__(self, layout: Layout, tracked: TrackedModel, dtype: str | None) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        tracked: TrackedModel,
+        dtype: str | None,
+    ) -> None:
         self.layout = layout
         self.tracked = tracked
         # The same buckets on the host in the storage dtype, in which values are stored if they fit.
@@ -544,7 +559,10 @@ def stage(
     return staged
 
 
-def _outside(storage: Storage, norms: Sequence[float]) -> set[str]:
+def _outside(
+    storage: Storage,
+    norms: Sequence[float],
+) -> set[str]:
     """Return the tensors of tiles whose norm the storage dtype cannot hold."""
     names = set[str]()
     ranges = ranges_of(storage.layout)
@@ -591,7 +609,11 @@ def _squared_norm(values: Tensor) -> float:
     return float(norm) ** 2
 
 
-def _is_accurate(norm: float, rounding: float, dtype: torch.dtype) -> bool:
+def _is_accurate(
+    norm: float,
+    rounding: float,
+    dtype: torch.dtype,
+) -> bool:
     """Return whether a squared rounding error is at most eps / 2 relative: not for values out of
     the dtype's range."""
     relative = torch.finfo(dtype).eps / 2

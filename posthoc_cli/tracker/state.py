@@ -230,7 +230,10 @@ def _own_part(
     return tensor
 
 
-def check_profiles(held: Sequence[float], wanted: Sequence[float]) -> None:
+def check_profiles(
+    held: Sequence[float],
+    wanted: Sequence[float],
+) -> None:
     """Raise an InvalidValueError unless the run holds every profile that is wanted."""
     for sigma_rel in wanted:
         if sigma_rel not in held:
