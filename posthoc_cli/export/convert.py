@@ -265,7 +265,7 @@ def _read_source(
         checkpoint = stored.weights if weights else stored.average
         if checkpoint is None:
             reason = f"holds no average that its keys name ({stored.groups})"
-            hint = "name its key by `average`, or say `weights` for the raw ones"
+            hint = "name its key by `average`, or take its tensors as they are by `weights`"
             raise UnsuitableError(source, reason, hint)
         return checkpoint
     if weights:

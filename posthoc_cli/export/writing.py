@@ -142,11 +142,14 @@ class OutputOptions:
         fits = named == layout or (named is None and (given is not None or not path.suffix))
         if not (fits or path.is_dir()):
             hint = "name a .safetensors or .pt file, or a folder for shards; or give `layout`"
-            reason = f"its ending does not fit the layout {layout}"
+            reason = "its ending is that of no layout"
+            if given is not None:
+                reason = f"its ending does not fit the layout {given}"
             raise InvalidValueError(path, reason, hint)
         if self.max_shard_size is not None and layout != "sharded":
             reason = f"is for a sharded output, and this layout is {layout}"
-            raise InvalidValueError("max_shard_size", reason, value=self.max_shard_size)
+            hint = "add `layout` sharded"
+            raise InvalidValueError("max_shard_size", reason, hint, value=self.max_shard_size)
         return layout
 
     def check_like(self, dtype: torch.dtype | str | None) -> None:
