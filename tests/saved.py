@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from walks import STEPS, Save, Tensors, constant, saves
+from truth import distance
+from walks import STEPS, Save, Tensors, constant, saves, true_average
 
-from posthoc_cli import export_file, import_checkpoints
+from posthoc_cli import Run, export_file, import_checkpoints
 from posthoc_cli.checkpoints.import_run import Import
 from posthoc_cli.checkpoints.source import Checkpoint
 from posthoc_cli.profiles import OrdinaryEMA, Point
@@ -49,6 +50,10 @@ def write_each(
 def read(place: Path, **settings: Any) -> Import:
     """Return what an import finds."""
     return import_checkpoints(place, None, dry_run=True, **settings)
+
+
+def times(place: Path, **settings: Any) -> list[float]:
+    return [one.t for one in read(place, **settings).checkpoints]
 
 
 def values_of(source: Checkpoint) -> Tensors:
@@ -97,6 +102,13 @@ def check_last(place: Path, **settings: Any) -> None:
     says."""
     last = saves()[-1]
     check(place, last.average, last.weights, None, **settings)
+
+
+def check_error(place: Path, most: float = 0.02) -> None:
+    """Check that an average's error is the predicted one, which is at most half of `most`."""
+    made = Run(place).average(0.1, dtype="float64")
+    error = distance(made, true_average(0.1))
+    assert error < 2 * made.predicted_error < most
 
 
 def exported(file: Path, **options: Any) -> Tensors:
