@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from saved import all_steps, check_error, read, times, write_each
-from walks import EVERY, STEPS, Save, ratio, saves
+from walks import EVERY, STEPS, Save, ratio
 
 from posthoc_cli import Run, import_checkpoints
 from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError
@@ -297,6 +297,7 @@ def test_the_number_of_an_experiment_is_none_of_its_files(folder, tmp_path, capl
     [
         ("global_step", "steps"),
         ("epoch", "epochs"),
+        ("last_epoch", "epochs"),
         ("n_iter", "steps"),
         ("it", "steps"),
         ("total_steps", "steps"),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from factories import FloatArray
+from saved import store
 
 from posthoc_cli import Run
 
@@ -33,7 +34,6 @@ def save(
 ) -> Path:
     """Write the weights and their average, which every so many steps takes them in, and at `reset`
     is replaced by them."""
-    folder.mkdir()
     written = set(steps)
     average = path[0]
     for step, weights in enumerate(path, 1):
@@ -42,12 +42,8 @@ def save(
         if step == reset:
             average = weights
         if step in written:
-            content = {
-                "step": step,
-                "model": {"w": torch.from_numpy(weights).float()},
-                "ema": {"w": torch.from_numpy(average).float()},
-            }
-            torch.save(content, folder / f"step{step}.pt")
+            content = {"model": {"w": torch.tensor(weights)}, "ema": {"w": torch.tensor(average)}}
+            store(folder / f"step{step}.pt", content)
     return folder
 
 
