@@ -54,7 +54,11 @@ def save(
             apart = weights[name].to(dtype) - value
             value += share * apart
         if step % EVERY == 0:
-            content = {"state_dict": weights, "ema": ema, "global_step": step}
+            content = {
+                "state_dict": weights,
+                "ema": ema,
+                "global_step": step,
+            }
             torch.save(content, folder / f"{step}.ckpt")
     return folder
 
@@ -117,7 +121,10 @@ def test_an_average_that_copies_the_weights_at_first_is_checked_from_where_it_be
         average.update()
         if step % EVERY == 0:
             torch.save(average.state_dict(), files / f"step{step}.pt")
-    settings = {"update_every": 1, "update_after_step": 100}
+    settings = {
+        "update_every": 1,
+        "update_after_step": 100,
+    }
     found = import_checkpoints(files, run, ema_decay=0.95, **settings)
     assert "as claimed" in found.checks[-1]
     assert Run(run).average(0.1).keys() == {"0", "1"}
@@ -150,7 +157,10 @@ def test_the_part_that_an_average_and_the_weights_share_is_named(files):
 
     def content(one):
         average = named("net.", one.average) | {"window": torch.ones(4)}
-        return {"model": named("net.", one.weights), "ema_model": average}
+        return {
+            "model": named("net.", one.weights),
+            "ema_model": average,
+        }
 
     write_each(files, "model_{save.step}.pt", content)
     with pytest.raises(FileFormatError, match=r"'ema_model\.net' with `weights` 'model\.net'"):
@@ -163,7 +173,11 @@ def test_a_prefix_tells_which_weights_a_list_of_averages_is_of(files):
 
     def content(one):
         other = {name: -value for name, value in one.weights.items()}
-        return {"g": one.weights, "d": other, "g_ema": [*one.average.values()]}
+        return {
+            "g": one.weights,
+            "d": other,
+            "g_ema": [*one.average.values()],
+        }
 
     write_each(files, "all_{save.step}.pth", content)
     check_last(files, prefix="g.")
@@ -184,7 +198,10 @@ def test_noise_about_a_minimum_refutes_no_true_decay_where_files_are_rarer_and_r
         weights = minimum + noise
         average = 0.999 * average + 0.001 * weights
         if step in KEPT_BEST:
-            content = {"model": {"w": torch.tensor(weights)}, "ema": {"w": torch.tensor(average)}}
+            content = {
+                "model": {"w": torch.tensor(weights)},
+                "ema": {"w": torch.tensor(average)},
+            }
             store(files / f"step{step}.pt", content)
     (found,) = Run(files).audit(0.999)
     assert found.verdict == "as claimed"

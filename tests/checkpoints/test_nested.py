@@ -64,13 +64,7 @@ def write(folder: Path, save: Save) -> Path:
     return folder
 
 
-def fairseq2(folder, step, weights):
-    place = folder / f"step_{step}"
-    store(place / "model" / "pp_00" / "tp_00" / "sdp_00.pt", {"model": weights})
-    store(place / "trainer" / "rank_00.pt", {"state": {}, "param_groups": [{"lr": 0.1}]})
-
-
-@pytest.mark.parametrize("save", [lerobot, olmo, lightning_deepspeed, deeper, fairseq2])
+@pytest.mark.parametrize("save", [lerobot, olmo, lightning_deepspeed, deeper])
 def test_weights_below_numbered_folders_have_their_numbers(save, tmp_path):
     place = write(tmp_path / "run", save)
     sources = Run(place).sources
@@ -82,11 +76,6 @@ def test_weights_below_numbered_folders_have_their_numbers(save, tmp_path):
 def two_models(folder, step, weights):
     for name in ("student", "critic"):
         save_in(folder / f"{step}" / name, weights)
-
-
-def at_two_places(folder, step, weights):
-    name = "early" if step == 100 else "late"
-    save_in(folder / f"{step}" / name, weights)
 
 
 def other_number(folder, step, weights):
@@ -134,7 +123,6 @@ def one_level_up(folder, step, weights):
     ("save", "message"),
     [
         (two_models, r"models in 'critic', 'student'; name .* '\S+run/\*/critic' or '\S+/student'"),
-        (at_two_places, r"models in 'early', 'late'; name those of one model by a glob"),
         (other_number, r"models in 'stage2'; name .* glob, such as '\S+run/\*/stage\*'"),
         (experiments, r"models in 'final'; name .* glob, such as '\S+run/\*/final', .*`step_from`"),
         (zero_3, r"global_step\d+: holds the partitions of ZeRO-3.*; convert .*zero_to_fp32.py"),
@@ -151,10 +139,9 @@ def test_models_that_are_not_taken_are_named(save, message, tmp_path):
         read(place)
 
 
-@pytest.mark.parametrize("save", [two_models, zero_3, foreign])
-def test_info_names_them(save, tmp_path):
-    place = write(tmp_path / "run", save)
-    with pytest.raises(PostHocError, match="run"):
+def test_info_names_them(tmp_path):
+    place = write(tmp_path / "run", two_models)
+    with pytest.raises(PostHocError, match="models in 'critic', 'student'"):
         Run(place).info()
 
 

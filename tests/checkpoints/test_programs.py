@@ -22,7 +22,7 @@ from saved import (
     values_of,
     write_each,
 )
-from walks import EVERY, Save, Tensors, constant, copied, new_net, ratio, saves, walk, weights_of
+from walks import EVERY, Save, Tensors, constant, new_net, ratio, saves, walk, weights_of
 
 from posthoc_cli import Run
 from posthoc_cli.errors import FileFormatError, InvalidValueError
@@ -56,7 +56,10 @@ PLACES = [
 
 
 def at_places(save: Save, weights_place: str, average_place: str) -> dict[str, Any]:
-    content = {"optimizer": OPTIMIZER, "critic": {"queue": torch.zeros(4, 8)}}
+    content = {
+        "optimizer": OPTIMIZER,
+        "critic": {"queue": torch.zeros(4, 8)},
+    }
     for place, tensors in ((weights_place, save.weights), (average_place, save.average)):
         key, _, prefix = place.partition("/")
         content[key] = content.get(key, {}) | named(prefix, tensors)
@@ -154,7 +157,10 @@ def openfold(save):
 
 
 def composer(save, model, states, is_active=False):
-    algorithm = {"ema_model": states, "ema_weights_active": is_active}
+    algorithm = {
+        "ema_model": states,
+        "ema_weights_active": is_active,
+    }
     return {
         "state": {
             "model": model,
@@ -171,7 +177,10 @@ def inactive_composer(save):
 
 
 def active_composer(save):
-    states = {"parameters_dict": save.weights, "buffers_dict": {}}
+    states = {
+        "parameters_dict": save.weights,
+        "buffers_dict": {},
+    }
     return composer(save, save.average, states, is_active=True)
 
 
@@ -191,7 +200,11 @@ def ace(save):
 
 
 def of_lightning(save: Save, **state: torch.Tensor) -> dict[str, Any]:
-    return {"state_dict": state, "global_step": save.step, "epoch": save.epoch - 1}
+    return {
+        "state_dict": state,
+        "global_step": save.step,
+        "epoch": save.epoch - 1,
+    }
 
 
 def lit_ema(save):
@@ -241,7 +254,10 @@ def torch_ema(updates: int, *averages: torch.Tensor) -> dict[str, Any]:
 def torch_ema_with(save: Save, weights: Tensors, set_aside: Tensors) -> object:
     ema = torch_ema(save.step, *save.average.values())
     ema["collected_params"] = [*set_aside.values()]
-    return {"state_dict": weights, "ema": ema}
+    return {
+        "state_dict": weights,
+        "ema": ema,
+    }
 
 
 def swapped_in(save):
@@ -282,14 +298,20 @@ def test_info_names_the_program(tmp_path):
     assert Run(tmp_path).info()["written_by"] == "torch-ema; Lightning, transformers"
 
 
+def ema_pytorch(save: Save, has_online: bool = False) -> Tensors:
+    state = named("ema_model.", save.average)
+    if has_online:
+        state |= named("online_model.", save.weights)
+    counts = {
+        "initted": torch.tensor(True),
+        "step": torch.tensor(save.step),
+    }
+    return state | counts
+
+
 def test_ema_pytorch_in_files_of_its_own(tmp_path):
     """Its object has nothing but the average and counters."""
-
-    def content(save):
-        counts = {"initted": torch.tensor(True), "step": torch.tensor(save.step)}
-        return named("ema_model.", save.average) | counts
-
-    file = write_each(tmp_path, "ema-{save.step}.pt", content)
+    file = write_each(tmp_path, "ema-{save.step}.pt", ema_pytorch)
     with pytest.raises(InvalidValueError, match=r"update_every: must be given: ema-\d+.pt"):
         read(tmp_path, ema_decay=0.95)
     assert_equal(exported(file), LAST.average)
@@ -298,7 +320,11 @@ def test_ema_pytorch_in_files_of_its_own(tmp_path):
 def test_megatron_has_a_folder_for_each_rank(tmp_path):
     def content(save):
         model = {"language_model": save.weights}
-        return {"iteration": save.step, "model": model, "optimizer": OPTIMIZER}
+        return {
+            "iteration": save.step,
+            "model": model,
+            "optimizer": OPTIMIZER,
+        }
 
     write_each(tmp_path, "iter_{save.step:07}/mp_rank_00/model_optim_rng.pt", content)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("1")
@@ -310,8 +336,15 @@ def test_states_of_edm_hold_the_weights(tmp_path):
     """Their names count thousands of images, rounded."""
 
     def content(save):
-        state = {"cur_nimg": 1024 * save.step, "total_elapsed_time": 1.0}
-        return {"net": save.weights, "optimizer_state": OPTIMIZER, "state": state}
+        state = {
+            "cur_nimg": 1024 * save.step,
+            "total_elapsed_time": 1.0,
+        }
+        return {
+            "net": save.weights,
+            "optimizer_state": OPTIMIZER,
+            "state": state,
+        }
 
     write_each(tmp_path, "training-state-{save.step:07}.pt", content)
     sources = Run(tmp_path).sources
@@ -324,7 +357,10 @@ def test_composer_averages_buffers_apart(tmp_path):
     averaged = {name: mean / 2 for name, mean in buffers.items()}
 
     def content(save):
-        states = {"named_parameters_dict": save.average, "named_buffers_dict": averaged}
+        states = {
+            "named_parameters_dict": save.average,
+            "named_buffers_dict": averaged,
+        }
         return composer(save, save.weights | buffers, states)
 
     file = write_each(tmp_path, "ep0-ba{save.step}-rank0.pt", content)
@@ -343,7 +379,11 @@ def half(tensors: Tensors) -> torch.nn.Module:
 
 
 def with_model(save):
-    return {"model": half(save.weights), "ema": half(save.average), "updates": save.step}
+    return {
+        "model": half(save.weights),
+        "ema": half(save.average),
+        "updates": save.step,
+    }
 
 
 def without_model(save):
@@ -367,9 +407,17 @@ def test_counts_of_torchvision_begin_after_its_warm_up(tmp_path):
     for save in saves()[5:]:
         average = named("module.", save.average)
         average["n_averaged"] = torch.tensor((save.epoch - 5) * EVERY)
-        content = {"model": save.weights, "model_ema": average, "epoch": save.epoch}
+        content = {
+            "model": save.weights,
+            "model_ema": average,
+            "epoch": save.epoch,
+        }
         store(tmp_path / f"model_{save.epoch}.pth", content)
-    settings = {"ema_decay": 0.95, "ema_warmup": "none", "update_every": 1}
+    settings = {
+        "ema_decay": 0.95,
+        "ema_warmup": "none",
+        "update_every": 1,
+    }
     with pytest.raises(InvalidValueError, match=r"steps_per_epoch: must be .* since epoch 5"):
         read(tmp_path, **settings)
     assert {*times(tmp_path, steps_per_epoch=EVERY, **settings)} == {*all_steps()[5:]}
@@ -386,7 +434,10 @@ def test_tied_parameters_have_one_average(kept, tmp_path):
     def content(save):
         average = dict(save.average)
         average[kept] = average.pop("head.weight")
-        return {"model": tied(save.weights), "ema": average}
+        return {
+            "model": tied(save.weights),
+            "ema": average,
+        }
 
     file = write_each(tmp_path, "step{save.step}.pt", content)
     check(tmp_path, tied(LAST.average), tied(LAST.weights), None)
@@ -413,43 +464,38 @@ def test_accelerate_with_an_average_of_diffusers(tmp_path):
     check_export(folder, averaged, weights_of(net))
 
 
-def of_stable_audio_tools(step, net, average):
-    state = named("diffusion.model.", net.state_dict())
-    state |= named("diffusion_ema.", average.state_dict())
+def of_stable_audio_tools(save):
+    state = named("diffusion.model.", save.weights)
+    state |= named("diffusion_ema.", ema_pytorch(save, has_online=True))
     state["diffusion.text.weight"] = torch.ones(9, 9)
-    return {"state_dict": state, "global_step": step, "epoch": 0}
-
-
-def of_imagen(step, net, average):
     return {
-        "model": named("unets.0.", net.state_dict()),
-        "steps": torch.tensor([step]),
+        "state_dict": state,
+        "global_step": save.step,
+        "epoch": 0,
+    }
+
+
+def of_imagen(save):
+    return {
+        "model": named("unets.0.", save.weights),
+        "steps": torch.tensor([save.step]),
         "optim0": OPTIMIZER,
-        "ema": torch.nn.ModuleList([average]).state_dict(),
+        "ema": named("0.", ema_pytorch(save)),
     }
 
 
 @pytest.mark.parametrize(
-    ("content", "has_online", "settings"),
+    ("content", "settings"),
     [
-        (of_stable_audio_tools, True, {"weights": "diffusion.model"}),
-        (of_imagen, False, {}),
+        (of_stable_audio_tools, {"weights": "diffusion.model"}),
+        (of_imagen, {}),
     ],
 )
-def test_ema_pytorch_in_another_program(content, has_online, settings, tmp_path):
-    library = pytest.importorskip("ema_pytorch")
-    net = new_net()
-    rule = {"power": 1.0, "update_every": 1, "update_after_step": 0}
-    average = library.EMA(net, beta=0.95, include_online_model=has_online, **rule)
-    for step in walk(net):
-        average.update()
-        if step % EVERY == 0:
-            file = tmp_path / f"checkpoint.{step}.pt"
-            torch.save(content(step, net, average), file)
-    averaged = copied(average.ema_model.state_dict())
-    settings |= {"ema_warmup": "power:1", "update_every": 1, "update_after_step": 0}
-    check(tmp_path, averaged, weights_of(net), ema_decay=0.95, **settings)
-    assert_equal(exported(file), averaged)
+def test_ema_pytorch_in_another_program(content, settings, tmp_path):
+    file = write_each(tmp_path, "checkpoint.{save.step}.pt", content)
+    settings |= {"ema_decay": 0.95, "ema_warmup": "none"}
+    check(tmp_path, LAST.average, LAST.weights, update_every=1, update_after_step=0, **settings)
+    assert_equal(exported(file), LAST.average)
 
 
 def test_lists_of_the_first_torch_ema_leave_out_frozen_parameters(tmp_path):
@@ -459,7 +505,10 @@ def test_lists_of_the_first_torch_ema_leave_out_frozen_parameters(tmp_path):
 
     def content(save):
         shadow = [value for name, value in save.average.items() if name not in frozen]
-        return {"model": save.weights | still, "ema": torch_ema(save.step, *shadow)}
+        return {
+            "model": save.weights | still,
+            "ema": torch_ema(save.step, *shadow),
+        }
 
     file = write_each(tmp_path, "step{save.step}.pt", content, ratio)
     last = saves(ratio)[-1]
@@ -473,7 +522,11 @@ def test_a_list_that_fits_two_weights_about_equally_is_refused(count, tmp_path):
     file = tmp_path / "step5.pt"
     first, second, third = torch.randn(3, 50)
     averages = [(first + second) / 2] * count
-    model = {"a": first, "b": second, "c": third}
+    model = {
+        "a": first,
+        "b": second,
+        "c": third,
+    }
     torch.save({"model": model, "ema": torch_ema(5, *averages)}, file)
     with pytest.raises(FileFormatError, match="of which one fits two weights about equally"):
         exported(file)
@@ -491,7 +544,11 @@ def test_a_list_that_fits_two_weights_about_equally_is_refused(count, tmp_path):
 )
 def test_files_of_yolox_are_asked_about(settings, counts, tmp_path):
     def content(save):
-        return {"start_epoch": save.epoch, "best_ap": 0.3, "model": save.average}
+        return {
+            "start_epoch": save.epoch,
+            "best_ap": 0.3,
+            "model": save.average,
+        }
 
     write_each(tmp_path, "epoch_{save.epoch}_ckpt.pth", content)
     with pytest.raises(InvalidValueError, match="kind: must be given, ema or checkpoints: YOLOX"):

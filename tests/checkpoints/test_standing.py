@@ -42,7 +42,10 @@ def save(
         if step == reset:
             average = weights
         if step in written:
-            content = {"model": {"w": torch.tensor(weights)}, "ema": {"w": torch.tensor(average)}}
+            content = {
+                "model": {"w": torch.tensor(weights)},
+                "ema": {"w": torch.tensor(average)},
+            }
             store(folder / f"step{step}.pt", content)
     return folder
 

@@ -19,13 +19,14 @@ from saved import (
     exported,
     named,
     read,
+    store,
     values_of,
     write_each,
 )
 from torch import nn
 from torch.nn import utils
 from trained import by, error_of, train
-from walks import Tensors, copied, saves
+from walks import EVERY, Tensors, copied, saves
 
 from posthoc_cli import Run, import_checkpoints
 from posthoc_cli.errors import FileFormatError, InvalidValueError
@@ -74,11 +75,6 @@ def test_of_several_averages_one_is_chosen(averages, key, other, tmp_path):
 
 UNCLEAR = [
     (
-        {"model": "weights", "ema": "average", "net_ema": "weights"},
-        {"average": "ema"},
-        "unclear: 'ema', 'net_ema'",
-    ),
-    (
         {"one": "weights", "other": "weights", "ema": "average"},
         {"weights": "one"},
         "model is unclear: 'one', 'other'",
@@ -103,16 +99,6 @@ def test_sets_that_no_word_tells_apart_are_asked_for(sets, settings, unclear, tm
     check_last(tmp_path, **settings)
 
 
-def test_averages_of_two_words_are_asked_for(tmp_path):
-    file = tmp_path / "step400.ckpt"
-    state = {}
-    for prefix in ("unet", "vae", "unet_ema", "teacher_vae"):
-        state |= named(f"{prefix}.", LAST.weights)
-    torch.save({"state_dict": state}, file)
-    with pytest.raises(FileFormatError, match=r"unclear: '.*unet_ema', '.*teacher_vae'"):
-        exported(file)
-
-
 @pytest.fixture
 def of_two_averages(tmp_path: Path) -> Path:
     """Return a checkpoint as of JiT and MAR, which store two averages of which no word says the
@@ -135,7 +121,12 @@ def test_an_average_of_torch_distributed_is_exported_by_its_glob(of_two_averages
 
 
 def test_which_average_is_exported_is_asked_for(of_two_averages, tmp_path, ema):
-    command = ("export", of_two_averages, "--out", tmp_path / "never.safetensors")
+    command = (
+        "export",
+        of_two_averages,
+        "--out",
+        tmp_path / "never.safetensors",
+    )
     sets = "'model_ema1', 'model_ema2'"
     assert f"unclear: {sets}; name the average by --average" in ema(*command).error
     reason = f"has no set of tensors 'elsewhere': 'model', {sets}"
@@ -154,14 +145,13 @@ def test_a_set_that_is_named_counts_where_the_layout_of_lightning_has_another(tm
         }
 
     file = write_each(tmp_path, STEP, content)
-    slower = negated(AVERAGE)
     assert_equal(exported(file, average="current_model_state"), LAST.weights)
-    assert_equal(exported(file, average="slower"), slower)
+    assert_equal(exported(file, average="slower"), negated(AVERAGE))
     check_last(tmp_path, average="state_dict", weights="current_model_state")
     with pytest.raises(FileFormatError, match="has no set of tensors 'nowhere'"):
         read(tmp_path, weights="nowhere")
-    others = read(tmp_path, kind="checkpoints", weights="slower")
-    assert_equal(values_of(others.checkpoints[-1]), slower)
+    others = read(tmp_path, kind="checkpoints", weights="slower").checkpoints
+    assert_equal(values_of(others[-1]), negated(AVERAGE))
 
 
 # --- parts, and what no word says
@@ -202,13 +192,20 @@ def test_the_values_show_which_of_two_groups_is_the_average(key, other, tmp_path
     discriminator = named("dis.", OTHER) | {"last.weight": torch.ones(3, 3)}
 
     def content(save):
-        return {other: save.average, key: save.weights, "dis": discriminator}
+        return {
+            other: save.average,
+            key: save.weights,
+            "dis": discriminator,
+        }
 
     write_each(tmp_path, STEP, content)
     check_last(tmp_path)
 
 
-REST = {"module.temperature": torch.tensor(0.07), "module.fusion.bias": torch.ones(9)}
+REST = {
+    "module.temperature": torch.tensor(0.07),
+    "module.fusion.bias": torch.ones(9),
+}
 
 
 def in_two_parts(tensors: Tensors, form: str) -> Tensors:
@@ -273,7 +270,10 @@ def of_mmcv(step: int, model: Tensors, buffers: Tensors) -> object:
     for name, value in buffers.items():
         flat = name.replace(".", "_")
         state[f"ema_{flat}"] = value
-    return {"meta": {"iter": step}, "state_dict": state}
+    return {
+        "meta": {"iter": step},
+        "state_dict": state,
+    }
 
 
 def beside_buffers(save):
@@ -311,7 +311,10 @@ def test_an_average_of_a_part_of_the_model(tmp_path):
 
     def content(save):
         model = named("net.", save.weights) | TEXT
-        return {"state_dict": model, "ema": named("net.", save.average)}
+        return {
+            "state_dict": model,
+            "ema": named("net.", save.average),
+        }
 
     file = write_each(tmp_path, STEP, content)
     check_last(tmp_path)
@@ -356,7 +359,10 @@ def test_an_average_that_is_not_used_is_named(tmp_path, caplog):
 
     def content(save):
         model = save.weights | TEXT
-        return {"state_dict": model, "extra": {"deep": {"ema": save.average}}}
+        return {
+            "state_dict": model,
+            "extra": {"deep": {"ema": save.average}},
+        }
 
     file = write_each(tmp_path, STEP, content)
     read(tmp_path)
@@ -367,9 +373,16 @@ def test_an_average_that_is_not_used_is_named(tmp_path, caplog):
 
 def test_an_average_of_numpy_arrays_is_named_which_cannot_be_read(tmp_path, caplog):
     """In the protocol of `torch.save` their bytes are a text."""
-    weights = {"weight": torch.ones(3, 2), "bias": torch.ones(3)}
+    weights = {
+        "weight": torch.ones(3, 2),
+        "bias": torch.ones(3),
+    }
     arrays = {name: tensor.numpy() for name, tensor in weights.items()}
-    content = {"model": weights, "ema": arrays, "loss": np.array(0.5)}
+    content = {
+        "model": weights,
+        "ema": arrays,
+        "loss": np.array(0.5),
+    }
     torch.save(content, tmp_path / "step5.pt")
     assert read(tmp_path).counts == {"weights": 1}
     assert "step5.pt also holds 'ema', not used" in caplog.text
@@ -381,18 +394,22 @@ def test_two_towers_are_no_average_and_its_weights(tmp_path, caplog):
     """Networks of other weights have the same names and shapes, and norms that are alike."""
     file = tmp_path / "step9.pt"
     first, second = torch.randn(2, 20, 20)
-    towers = {"source_encoder": {"w": first}, "target_encoder": {"w": first + 0.5}}
+    towers = {
+        "source_encoder": {"w": first},
+        "target_encoder": {"w": first + 0.5},
+    }
     torch.save(towers, file)
     exported(file)
     assert "unrelated" not in caplog.text
-    towers["target_encoder"] = {"w": second, "norm": torch.ones(20)}
+    towers["target_encoder"] = {
+        "w": second,
+        "norm": torch.ones(20),
+    }
     towers["source_encoder"]["norm"] = torch.ones(20)
     torch.save(towers, file)
     exported(file)
     assert "average is unrelated to the weights; name it by `average` if it is" in caplog.text
-    caplog.clear()
     assert_equal(exported(file, average="target_encoder"), towers["target_encoder"])
-    assert not caplog.messages
 
 
 # --- averages without weights, and weights without averages
@@ -451,7 +468,10 @@ def test_weights_of_8_bits_with_scales_are_warned_of(scale, tmp_path, caplog):
 
 def test_quantised_weights_are_warned_of(tmp_path, caplog):
     file = tmp_path / "step10.pt"
-    weights = {"scale": torch.ones(81), "mask": torch.ones(80, dtype=torch.uint8)}
+    weights = {
+        "scale": torch.ones(81),
+        "mask": torch.ones(80, dtype=torch.uint8),
+    }
     torch.save(weights, file)
     read(file)
     assert not caplog.messages
@@ -506,24 +526,75 @@ def test_the_sums_of_a_codebook_are_copied(tmp_path):
     assert made["vq.cluster_size"].mean() == made["vq.embed_avg"].mean() == 20
 
 
+# --- two sets in files by epoch
+
+
+def write(folder: Path, **sets: list[Tensors]) -> Path:
+    """Write a file an epoch, with a set of tensors under each key."""
+    for epoch, tensors in enumerate(zip(*sets.values(), strict=True), 1):
+        content = dict(zip(sets, tensors, strict=True))
+        store(folder / f"model_{epoch}.pt", content | {"epoch": epoch})
+    return folder
+
+
+WEIGHTS = [one.weights for one in saves()]
+AVERAGES = [one.average for one in saves()]
+STILL = [OTHER] * len(WEIGHTS)
+
+
+@pytest.mark.parametrize("key", ["final_state_dict", "non_ema_state_dict"])
+def test_the_set_that_moves_less_is_the_average(key, files, run, caplog):
+    """As in RoseTTAFold2, whose `model_state_dict` is the average."""
+    write(files, model_state_dict=AVERAGES, **{key: WEIGHTS})
+    settings = {
+        "ema_warmup": "none",
+        "steps_per_epoch": EVERY,
+    }
+    found = import_checkpoints(files, run, ema_decay=0.95, **settings)
+    assert "the average is model_state_dict, which moves less" in caplog.text
+    assert found.counts == {"EMA of decay 0.95": 10, "weights": 10}
+    check_error(run)
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [
+        {"model": WEIGHTS, "state": WEIGHTS},
+        {"model": WEIGHTS, "reference": STILL},
+        {"model": WEIGHTS, "best_model": AVERAGES},
+    ],
+)
+def test_a_copy_or_a_set_that_never_moves_is_no_average(files, sets):
+    found = read(write(files, **sets))
+    assert found.counts == {"weights": 10}
+    assert_equal(values_of(found.checkpoints[-1]), LAST.weights)
+
+
+def test_two_models_that_move_alike_are_asked_about(files):
+    write(files, model=WEIGHTS, twin=[*map(negated, WEIGHTS)])
+    with pytest.raises(InvalidValueError, match="neither follows the other: twin or model"):
+        read(files)
+    assert read(files, kind="checkpoints").counts == {"weights": 10}
+
+
 # --- other averages than those of a decay
 
 
-EXPONENT = 6.94
-VARIANCE = EXPONENT / ((EXPONENT + 1) ** 2 * (EXPONENT + 2))
-"""That of the power function of this gamma + 1, whose sigma_rel is 0.111."""
-
-
 def power(step):
-    """Return (1 - 1/n)^(gamma + 1), for the n-th update at every tenth step."""
+    """Return (1 - 1/n)^(gamma + 1) of gamma 5.94, for the n-th update at every tenth step."""
     if step % 10:
         return 1.0
-    return (1 - 10 / step) ** EXPONENT
+    return (1 - 10 / step) ** 6.94
 
 
 def test_the_width_of_a_power_function_is_given(run, files, ema):
     folder = trained.write(files, train(), by(power))
-    options = ("--sigma-rels", VARIANCE**0.5, "--update-every", 10)
+    options = (
+        "--sigma-rels",
+        0.110967,
+        "--update-every",
+        10,
+    )
     assert ema("import", folder, "--out", run, *options).code == 0
     for wanted in (0.08, 0.15):
         found, predicted = error_of(Run(run), wanted)
@@ -556,7 +627,10 @@ def started_late(step):
 
 def torchtitan(_, weights, average):
     states = {f"state.{name}.ema_params": value for name, value in average.items()}
-    return {"model": weights, "ema_optimizer": states}
+    return {
+        "model": weights,
+        "ema_optimizer": states,
+    }
 
 
 @pytest.mark.parametrize(
