@@ -54,17 +54,25 @@ def lightning_deepspeed(folder, step, weights):
     (place.parent / "latest").write_text("checkpoint")
 
 
-def deeper(folder, step, weights):
-    save_in(folder / f"{step}" / "actor" / "huggingface", weights)
-
-
 def write(folder: Path, save: Save) -> Path:
     for step in STEPS:
         save(folder, step, weights_at(step))
     return folder
 
 
-@pytest.mark.parametrize("save", [lerobot, olmo, lightning_deepspeed, deeper])
+def beside_a_trainer(folder, step, weights):
+    place = folder / f"iter_{step:06}"
+    store(place / "unet" / "diffusion_pytorch_model.bin", weights)
+    store(place / "trainer.ckpt", {"optimizer": {"state": {0: weights}}})
+
+
+def fairseq2(folder, step, weights):
+    place = folder / f"step_{step}"
+    store(place / "model" / "pp_00" / "tp_00" / "sdp_00.pt", {"model": weights})
+    store(place / "trainer" / "rank_00.pt", {"state": {}, "param_groups": [{"lr": 0.1}]})
+
+
+@pytest.mark.parametrize("save", [lerobot, olmo, lightning_deepspeed, beside_a_trainer, fairseq2])
 def test_weights_below_numbered_folders_have_their_numbers(save, tmp_path):
     place = write(tmp_path / "run", save)
     sources = Run(place).sources

@@ -118,16 +118,6 @@ def test_a_far_step_costs_no_memory(tmp_path):
         read(tmp_path, **settings)
 
 
-def test_outputs_in_a_folder_of_checkpoints_are_none(tmp_path):
-    """A command can be repeated although its output exists."""
-    run = Run(filled(tmp_path, 1, 2))
-    run.write(0.2, tmp_path / "average-3.safetensors")
-    run.write(0.2, tmp_path / "averages", layout="sharded")
-    assert times(tmp_path) == times(tmp_path / "*[0-9].*") == [1, 2]
-    with pytest.raises(DirectoryError, match="holds no checkpoints"):
-        read(tmp_path / "average-*")
-
-
 @pytest.fixture
 def choice(tmp_path: Path) -> Path:
     """Return a checkpoint of two modules, of which one has tied tensors."""

@@ -56,8 +56,9 @@ PLACES = [
 
 
 def at_places(save: Save, weights_place: str, average_place: str) -> dict[str, Any]:
+    """Return a content with an optimizer, which only its form shows."""
     content = {
-        "optimizer": OPTIMIZER,
+        "adam": OPTIMIZER,
         "critic": {"queue": torch.zeros(4, 8)},
     }
     for place, tensors in ((weights_place, save.weights), (average_place, save.average)):

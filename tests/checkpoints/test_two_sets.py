@@ -73,6 +73,15 @@ def test_of_several_averages_one_is_chosen(averages, key, other, tmp_path):
     assert_equal(exported(file, average=other), OTHER)
 
 
+def test_two_files_whose_names_differ_in_a_decay_are_two_averages(tmp_path):
+    store(tmp_path / "model.pt", LAST.weights)
+    store(tmp_path / "ema_0.95.pt", AVERAGE)
+    store(tmp_path / "ema_0.99.pt", OTHER)
+    with pytest.raises(FileFormatError, match=r"unclear: 'ema_0\.95', 'ema_0\.99'"):
+        exported(tmp_path)
+    assert_equal(exported(tmp_path, average="ema_0.95"), AVERAGE)
+
+
 UNCLEAR = [
     (
         {"one": "weights", "other": "weights", "ema": "average"},
@@ -182,8 +191,6 @@ def test_an_average_in_two_parts_is_one(body, head, slow_body, slow_head, tmp_pa
     state |= in_parts(AVERAGE, slow_body, slow_head)
     torch.save({"state_dict": state}, file)
     assert_equal(exported(file), in_parts(AVERAGE, body, head))
-    of_head = {"head.weight": AVERAGE["head.weight"]}
-    assert_equal(exported(file, average=slow_head), of_head)
 
 
 @pytest.mark.parametrize(("key", "other"), [("gen", "gen_test"), ("netG", "netGEMA")])
@@ -507,7 +514,6 @@ def test_the_vectors_of_spectral_norm_are_copied(norm, tmp_path):
         layer = norm(nn.Linear(5, 4))
         torch.save({"model": layer.state_dict()}, tmp_path / f"step{step}.pt")
     found = Run(tmp_path).average("last:2")
-    assert found.keys() == layer.state_dict().keys()
     vectors = dict(layer.named_buffers())
     assert len(vectors) == 2
     for name, vector in vectors.items():
