@@ -15,6 +15,7 @@ from walks import STEPS, Save, Tensors, constant, saves, true_average
 from posthoc_cli import Run, export_file, import_checkpoints
 from posthoc_cli.checkpoints.import_run import Import
 from posthoc_cli.checkpoints.source import Checkpoint
+from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError
 from posthoc_cli.profiles import OrdinaryEMA, Point
 
 
@@ -54,6 +55,20 @@ def read(place: Path, **settings: Any) -> Import:
 
 def times(place: Path, **settings: Any) -> list[float]:
     return [one.t for one in read(place, **settings).checkpoints]
+
+
+def asked(place: Path, **settings: Any) -> str:
+    """Return what an import asks for."""
+    with pytest.raises(InvalidValueError) as raised:
+        read(place, **settings)
+    return str(raised.value)
+
+
+def fault(place: Path, **settings: Any) -> str:
+    """Return what an import says is wrong with files."""
+    with pytest.raises((FileFormatError, MismatchError)) as raised:
+        read(place, **settings)
+    return str(raised.value)
 
 
 def values_of(source: Checkpoint) -> Tensors:

@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from saved import all_steps, check_error, read, times, write_each
+from saved import all_steps, asked, check_error, fault, read, times, write_each
 from walks import EVERY, STEPS, Save, ratio
 
 from posthoc_cli import Run
-from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError
 
 ALL = [*range(1, 21)]
 BEST = [3, 7, 9, 20]
@@ -117,8 +116,7 @@ def test_numbers_with_gaps_are_steps_which_nothing_states(tmp_path):
 def test_steps_and_images_are_not_mixed(tmp_path):
     store(tmp_path / "model_3.pth", global_step=3)
     store(tmp_path / "model_7.pth", state={"cur_nimg": 640})
-    with pytest.raises(InvalidValueError, match="some files state their steps, and others images"):
-        read(tmp_path)
+    assert "some files state their steps, and others images" in asked(tmp_path)
 
 
 def test_weights_before_the_training_are_left_out(tmp_path, caplog):
@@ -133,8 +131,7 @@ def test_numbers_that_are_steps_take_no_epochs(tmp_path):
     write(tmp_path, "step_{}.pt", ALL)
     assert steps_of(tmp_path) == ALL
     reason = "says nothing about numbers that are steps, by the word for steps in names"
-    with pytest.raises(InvalidValueError, match=reason):
-        read(tmp_path, steps_per_epoch=20)
+    assert reason in asked(tmp_path, steps_per_epoch=20)
 
 
 def with_decay(save: Save) -> object:
@@ -152,8 +149,7 @@ def twice() -> list[int]:
 
 def test_an_average_needs_the_steps_of_an_epoch(tmp_path):
     write_each(tmp_path, "epoch_{save.epoch}.pt", with_decay)
-    with pytest.raises(InvalidValueError, match=r"^steps_per_epoch: must be given: decays are of"):
-        read(tmp_path)
+    assert asked(tmp_path).startswith("steps_per_epoch: must be given: decays are of")
     assert steps_of(tmp_path, steps_per_epoch=EVERY) == twice()
     described = Run(tmp_path).info()["checkpoints"]
     assert {one["holds"] for one in described} == {"weights"}
@@ -178,8 +174,7 @@ def test_a_decay_and_numbers_that_may_be_epochs(tmp_path, caplog):
         (tmp_path / f"net_{epoch}.pt").unlink()
     check_error(tmp_path, 0.1)
     assert "6 EMAs, such as net_10.pt, left out of averages: their decay is of" in caplog.text
-    with pytest.raises(InvalidValueError, match=r"^ema_decay 0\.95: does not fit the files"):
-        read(tmp_path)
+    assert asked(tmp_path).startswith("ema_decay 0.95: does not fit the files")
     assert steps_of(tmp_path, steps_per_epoch=EVERY)[-1] == STEPS
 
 
@@ -246,8 +241,7 @@ def test_a_copy_that_says_its_epoch_is_one_time(tmp_path, caplog):
 
 def test_a_truncated_file_of_the_run_is_an_error(epochs):
     os.truncate(epochs / "epoch_7.pt", 100)
-    with pytest.raises(FileFormatError, match=r"epoch_7\.pt"):
-        _ = Run(epochs).sources
+    assert "epoch_7.pt" in fault(epochs)
     described = Run(epochs).info()
     assert len(described["checkpoints"]) == 20
     assert any("epoch_7.pt" in problem for problem in described["problems"])
@@ -257,15 +251,15 @@ def test_two_models_of_about_equally_many_files_are_an_error(tmp_path):
     write(tmp_path, "epoch_{}.pt", range(1, 6))
     for epoch in range(6, 10):
         another_model(tmp_path / f"epoch_{epoch}.pt")
-    with pytest.raises(MismatchError, match=r"epoch_1\.pt and .*epoch_6\.pt"):
-        _ = Run(tmp_path).sources
+    said = fault(tmp_path)
+    assert "epoch_1.pt and " in said
+    assert "epoch_6.pt: do not match" in said
 
 
 def test_epochs_and_steps_do_not_mix(tmp_path):
     write(tmp_path, "epoch_{}.pt", (1, 2, 3))
     write(tmp_path, "step_{}.pt", (80, 100))
-    with pytest.raises(MismatchError, match="are numbered by steps and by epochs"):
-        _ = Run(tmp_path).sources
+    assert "are numbered by steps and by epochs" in fault(tmp_path)
 
 
 @pytest.mark.parametrize("folder", ["exp_100epochs", "of_9_steps"])
@@ -309,8 +303,7 @@ def test_a_number_in_the_contents_alone(key, unit, tmp_path):
 
 def test_of_two_counts_in_the_contents_none_is_read(tmp_path):
     store(tmp_path / "a.pt", n_iter=100, max_steps=900)
-    with pytest.raises(InvalidValueError, match="neither its content nor its name tells"):
-        read(tmp_path)
+    assert "neither its content nor its name tells" in asked(tmp_path)
 
 
 def test_a_step_may_be_a_number_of_numpy(tmp_path):
@@ -385,11 +378,9 @@ def in_contents(folder, step, epoch, within):
 def test_steps_that_begin_anew_in_each_epoch(save, first, tmp_path):
     for step, (epoch, within) in WITHIN.items():
         save(tmp_path, step, epoch + first, within)
-    asked = "steps_per_epoch: must be given: numbers are steps that begin anew in each epoch"
-    with pytest.raises(InvalidValueError, match=asked):
-        read(tmp_path)
-    with pytest.raises(InvalidValueError, match="steps_per_epoch 99: must be at least 100"):
-        read(tmp_path, steps_per_epoch=99)
+    reason = "steps_per_epoch: must be given: numbers are steps that begin anew in each epoch"
+    assert reason in asked(tmp_path)
+    assert "steps_per_epoch 99: must be at least 100" in asked(tmp_path, steps_per_epoch=99)
     assert steps_of(tmp_path, steps_per_epoch=100) == [*WITHIN]
     later = [100 * first + step for step in WITHIN]
     assert steps_of(tmp_path, steps_per_epoch=100, first_epoch=0) == later
@@ -424,8 +415,7 @@ def test_steps_go_on_where_epochs_begin_anew_at_a_resume(key, tmp_path):
         store(tmp_path / "steps" / f"s{step}.pt", **values)
         store(tmp_path / "both" / f"epoch_{epoch}_step_{step}.pt", **values)
     assert steps_of(tmp_path / "steps") == [*epochs]
-    with pytest.raises(InvalidValueError, match="steps_per_epoch: must be given"):
-        read(tmp_path / "both")
+    assert "steps_per_epoch: must be given" in asked(tmp_path / "both")
 
 
 # --- folders
@@ -458,8 +448,8 @@ def test_a_folder_whose_name_is_a_number_has_that_of_its_files(folder, tmp_path)
 
 def test_the_number_of_an_experiment_is_no_step_of_a_glob(tmp_path):
     write(tmp_path, "{}/last.pt", (1, 2, 3))
-    with pytest.raises(InvalidValueError, match="neither its content nor its name tells its step"):
-        read(tmp_path / "*" / "last.pt")
+    reason = "neither its content nor its name tells its step"
+    assert reason in asked(tmp_path / "*" / "last.pt")
 
 
 def lora(folder: Path, files: int, states: int) -> Path:
@@ -482,11 +472,9 @@ def test_a_series_of_weights_counts_beside_states(tmp_path):
 
 def test_more_states_than_weights_are_asked_for(tmp_path):
     lora(tmp_path, 4, 6)
-    globs = r"by a glob: '(\S+/\*state)' or '(\S+/lora-step\*\.safetensors)'"
-    with pytest.raises(InvalidValueError, match=globs) as caught:
-        read(tmp_path)
-    states = str(caught.value).split("'")[1]
-    assert steps_of(Path(states)) == [100, 200, 300, 400, 500, 600]
+    globs = f"by a glob: '{tmp_path}/*state' or '{tmp_path}/lora-step*.safetensors'"
+    assert globs in asked(tmp_path)
+    assert steps_of(tmp_path / "*state") == [100, 200, 300, 400, 500, 600]
 
 
 @pytest.mark.parametrize(
@@ -553,6 +541,5 @@ def test_info_says_what_numbers_are_taken_for(tmp_path, ema):
 def test_a_set_that_a_file_lacks_is_said(tmp_path):
     file = tmp_path / "m-1.pt"
     torch.save({"a.weight": torch.ones(3)}, file)
-    reason = r"has no set of tensors 'ema': only tensors 'a\.weight'"
-    with pytest.raises(FileFormatError, match=reason):
-        read(file, average="ema")
+    reason = "has no set of tensors 'ema': only tensors 'a.weight'"
+    assert reason in fault(file, average="ema")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import re
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 from collections.abc import Callable
 from datetime import datetime
@@ -18,7 +19,7 @@ from checking import assert_same_tensors
 from checkpoint_layouts import LAYOUTS, STEPS, check_average, distributed, filled
 from factories import contents
 from groups import Net, check_group, move
-from saved import read, store, times
+from saved import asked, fault, read, store, times
 from torch import nn
 from walks import Tensors
 
@@ -26,8 +27,6 @@ from posthoc_cli import Run, import_checkpoints
 from posthoc_cli.errors import (
     DirectoryError,
     FileFormatError,
-    InvalidValueError,
-    MismatchError,
     PostHocError,
     VanishedError,
 )
@@ -99,8 +98,7 @@ INFINITE = torch.tensor(float("inf"))
 def test_a_step_that_is_none_is_one_line(step, tmp_path):
     store(tmp_path / "run7.pt", {"w": torch.ones(3), "step": step})
     reason = r"run7.pt: its step is .*; must be a whole number up to"
-    with pytest.raises(InvalidValueError, match=reason):
-        _ = Run(tmp_path).sources
+    assert re.search(reason, asked(tmp_path))
 
 
 def test_a_far_step_costs_no_memory(tmp_path):
@@ -114,8 +112,7 @@ def test_a_far_step_costs_no_memory(tmp_path):
         "update_every": 1,
         "update_after_step": 1,
     }
-    with pytest.raises(InvalidValueError, match="makes more than 20,000,000 updates"):
-        read(tmp_path, **settings)
+    assert "makes more than 20,000,000 updates" in asked(tmp_path, **settings)
 
 
 @pytest.fixture
@@ -280,8 +277,7 @@ DIFFERENCES = [
 def test_two_models_never_mix(first, second, difference, tmp_path):
     for step, tensors in enumerate((first, second), 1):
         torch.save(tensors, tmp_path / f"step{step}.pt")
-    with pytest.raises(MismatchError, match=f"step1.pt and .*step2.pt.* {difference}"):
-        _ = Run(tmp_path).sources
+    assert re.search(f"step1.pt and .*step2.pt.* {difference}", fault(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -405,8 +401,7 @@ def test_the_name_of_a_folder_tells_its_step_by_a_word_for_steps(tmp_path, name)
 def test_a_name_that_may_mean_something_else_is_refused(tmp_path, name):
     save_step(tmp_path, name)
     reason = f"{name}.pt: .*{REFUSED[name]}.*import with `step_from`"
-    with pytest.raises(InvalidValueError, match=reason):
-        read(tmp_path)
+    assert re.search(reason, asked(tmp_path))
 
 
 def test_a_number_without_a_word_is_left_out_next_to_those_with_a_word(tmp_path, caplog):
@@ -425,8 +420,7 @@ def test_a_pattern_finds_numbers_as_people_write_them(tmp_path):
 @pytest.mark.parametrize("pattern", [r"step(_1_000)", r"(st)ep"])
 def test_a_pattern_that_finds_no_number_is_refused(pattern, tmp_path):
     save_step(tmp_path, "step_1_000", "step_2_000")
-    with pytest.raises(InvalidValueError, match="finds no number in"):
-        read(tmp_path, step_from=pattern)
+    assert "finds no number in" in asked(tmp_path, step_from=pattern)
 
 
 # --- checkpoints that a group of processes wrote in chunks

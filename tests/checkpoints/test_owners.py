@@ -8,11 +8,22 @@ import zipfile
 
 import pytest
 import torch
-from saved import assert_equal, check_error, exported, named, read, store, times, write_each
+from saved import (
+    asked,
+    assert_equal,
+    check_error,
+    exported,
+    fault,
+    named,
+    read,
+    store,
+    times,
+    write_each,
+)
 from walks import STEPS, Save, Tensors, saves
 
 from posthoc_cli import Run, import_checkpoints
-from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError
+from posthoc_cli.errors import FileFormatError
 
 TIMES = [float(save.step) for save in saves()]
 EPOCHS = [float(save.epoch) for save in saves()]
@@ -47,8 +58,7 @@ def test_numbers_of_epochs_and_of_an_unknown_unit_do_not_mix(tmp_path):
     """icefall writes both; its files state their steps, others do not."""
     write_each(tmp_path, "checkpoint-{save.step}.pt", weights)
     write_each(tmp_path, "epoch-{save.epoch}.pt", weights)
-    with pytest.raises(MismatchError, match=r"by an unknown unit and by epochs; name .* by a glob"):
-        read(tmp_path)
+    assert "by an unknown unit and by epochs; name the files of one run by" in fault(tmp_path)
     assert times(tmp_path / "epoch-*.pt") == EPOCHS
 
 
@@ -67,8 +77,7 @@ def test_the_steps_in_files_of_icefall(tmp_path):
 def test_a_number_that_is_always_0_is_asked_about(tmp_path):
     """As that of a rank, in the name of each file."""
     write_each(tmp_path, "s_{save.step}/rank_0.pt", weights)
-    with pytest.raises(InvalidValueError, match=r"number is 0, as that of all.*`step_from`$"):
-        read(tmp_path / "*" / "*.pt")
+    assert "number is 0, as that of all files" in asked(tmp_path / "*" / "*.pt")
     assert times(tmp_path / "*" / "*.pt", step_from=r"/s_(\d+)") == TIMES
 
 
@@ -112,8 +121,7 @@ def test_tensors_that_an_average_leaves_out_are_excluded_as_the_error_says(setti
         }
 
     write_each(tmp_path, "s{save.step}.pt", content)
-    with pytest.raises(InvalidValueError, match=r"'head.weight'; leave them .* `exclude`"):
-        read(tmp_path, **settings)
+    assert re.search(r"'head.weight'; leave them .* `exclude`", asked(tmp_path, **settings))
     made = read(tmp_path, exclude="head.*")
     assert made.counts["EMA of decay 0.95"] == len(saves())
 
@@ -155,8 +163,7 @@ def test_a_wrapper_within_the_model_changes_names_of_one_set(of_weights, of_aver
 def test_the_folder_of_one_of_several_trainings_is_named(tmp_path):
     for number in (1, 2):
         write_each(tmp_path / f"run{number}", "step{save.step}.pt", weights)
-    with pytest.raises(FileFormatError, match=r"name this folder, or a glob such as \*/step\*.pt"):
-        read(tmp_path)
+    assert "name this folder, or a glob such as */step*.pt" in fault(tmp_path)
     assert times(tmp_path / "run1") == times(tmp_path / "*1" / "step*.pt") == TIMES
 
 
@@ -239,6 +246,5 @@ def test_sets_whose_names_are_paths_are_chosen_by_a_pattern(tmp_path):
     """As those of JAX."""
     names = ("params/w", "ema_params/w", "opt/w")
     store(tmp_path / "step10.pt", dict.fromkeys(names, torch.ones(3)))
-    with pytest.raises(FileFormatError, match=r"ema_params/, opt/, params/; .* 'params/\*'"):
-        read(tmp_path)
+    assert re.search(r"ema_params/, opt/, params/; .* 'params/\*'", fault(tmp_path))
     assert read(tmp_path, include=("params/*",)).counts == {"weights": 1}
