@@ -127,6 +127,12 @@ def test_weights_before_the_training_are_left_out(tmp_path, caplog):
     assert times(write(tmp_path, "step_{}.pt", (0, 100, 250))) == [100, 250]
 
 
+def test_a_pattern_and_the_steps_of_an_epoch(tmp_path):
+    write(tmp_path, "run-123_epoch-{}.pt", BEST)
+    steps = steps_of(tmp_path, step_from=r"-(\d+)\.pt", steps_per_epoch=20)
+    assert steps == [60, 140, 180, 400]
+
+
 def test_numbers_that_are_steps_take_no_epochs(tmp_path):
     write(tmp_path, "step_{}.pt", ALL)
     assert steps_of(tmp_path) == ALL

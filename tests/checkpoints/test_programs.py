@@ -139,6 +139,7 @@ def unbiased(n):
 def audiocraft(save):
     return {
         "xp.cfg": {"optim": {"ema": {"use": True, "decay": 0.95, "updates": 1}}},
+        "xp.sig": "abc",
         "best_state": {"model": saves()[0].weights},
         "fsdp_best_state": {},
         "model": save.weights,
