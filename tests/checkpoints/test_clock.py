@@ -26,7 +26,8 @@ BEST = [3, 7, 9, 20]
 def store(path: Path, **values: Any) -> None:
     """Write weights, and values beside them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"model": {"w": torch.rand(3)}, **values}, path)
+    model = {"w": torch.rand(3), "b": torch.rand(2)}
+    torch.save({"model": model, **values}, path)
 
 
 def write(folder: Path, name: str, numbers: Iterable[int], **values: Any) -> Path:

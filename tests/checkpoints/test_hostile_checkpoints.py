@@ -188,7 +188,7 @@ def test_the_memory_of_a_refused_file_is_limited_by_its_length(name, content, mo
 
 
 def test_a_pickle_of_too_many_objects_is_refused(tmp_path):
-    content = b"\x80\x04](" + b"}" * 1_200_000 + b"e."
+    content = b"\x80\x04](" + b"}" * 3_000_000 + b"e."
     (tmp_path / "step1.pt").write_bytes(content)
     assert "than its length explains" in read(tmp_path)
 
@@ -420,7 +420,7 @@ REFUSED = [
     ({"__metadata__": TWO}, NO_NAME),
     ({"a\0b": TWO}, NO_NAME),
     ({"\ud800": TWO}, NO_NAME),
-    ({"a": {"s": TWO.to_sparse()}, "x": TWO}, "'a.s': is of a kind that is not read ('sparse_t"),
+    ({"state_dict": {"s": TWO.to_sparse()}}, "'state_dict.s': is of a kind that is not read"),
     ({"c": TWO.to(torch.complex128)}, "of ComplexDoubleStorage, which is not read"),
     ({"actor": {"w": TWO}, "critic": {"w": TWO}}, "it has tensors under 'actor', 'critic'"),
     ({"optimizer_state_dict": {"exp_avg": TWO}}, "no weights, only tensors under 'optimizer_st"),
