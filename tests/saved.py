@@ -119,7 +119,10 @@ def check_last(place: Path, **settings: Any) -> None:
     check(place, last.average, last.weights, None, **settings)
 
 
-def check_error(place: Path, most: float = 0.02) -> None:
+def check_error(
+    place: Path,
+    most: float = 0.02,
+) -> None:
     """Check that an average's error is the predicted one, which is at most half of `most`."""
     made = Run(place).average(0.1, dtype="float64")
     error = distance(made, true_average(0.1))
@@ -132,6 +135,10 @@ def exported(file: Path, **options: Any) -> Tensors:
     return load_file(out)
 
 
-def check_export(file: Path, average: Tensors, weights: Tensors) -> None:
+def check_export(
+    file: Path,
+    average: Tensors,
+    weights: Tensors,
+) -> None:
     assert_equal(exported(file), average)
     assert_equal(exported(file, weights=True), weights)

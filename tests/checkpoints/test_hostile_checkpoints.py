@@ -25,8 +25,6 @@ from torture.hostile import Bomb
 from posthoc_cli import Run
 from posthoc_cli.errors import PostHocError
 
-Write = Callable[[str], Path]
-
 
 def read(run: Path) -> str:
     """Return the message of the error that a synthesis ends with; empty if it succeeds."""

@@ -8,7 +8,6 @@ import os
 import pickle
 import re
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
-from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
@@ -31,9 +30,6 @@ from posthoc_cli.errors import (
     VanishedError,
 )
 from posthoc_cli.profiles import Point
-
-Write = Callable[[str], Path]
-Imported = Callable[..., Run]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
