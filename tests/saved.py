@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from walks import STEPS, Save, Tensors, constant, saves
+from truth import distance
+from walks import STEPS, Save, Tensors, constant, saves, true_average
 
-from posthoc_cli import export_file, import_checkpoints
+from posthoc_cli import Run, export_file, import_checkpoints
 from posthoc_cli.checkpoints.import_run import Import
 from posthoc_cli.checkpoints.source import Checkpoint
+from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError
 from posthoc_cli.profiles import OrdinaryEMA, Point
 
 
@@ -49,6 +51,24 @@ def write_each(
 def read(place: Path, **settings: Any) -> Import:
     """Return what an import finds."""
     return import_checkpoints(place, None, dry_run=True, **settings)
+
+
+def times(place: Path, **settings: Any) -> list[float]:
+    return [one.t for one in read(place, **settings).checkpoints]
+
+
+def asked(place: Path, **settings: Any) -> str:
+    """Return what an import asks for."""
+    with pytest.raises(InvalidValueError) as raised:
+        read(place, **settings)
+    return str(raised.value)
+
+
+def fault(place: Path, **settings: Any) -> str:
+    """Return what an import says is wrong with files."""
+    with pytest.raises((FileFormatError, MismatchError)) as raised:
+        read(place, **settings)
+    return str(raised.value)
 
 
 def values_of(source: Checkpoint) -> Tensors:
@@ -99,12 +119,26 @@ def check_last(place: Path, **settings: Any) -> None:
     check(place, last.average, last.weights, None, **settings)
 
 
+def check_error(
+    place: Path,
+    most: float = 0.02,
+) -> None:
+    """Check that an average's error is the predicted one, which is at most half of `most`."""
+    made = Run(place).average(0.1, dtype="float64")
+    error = distance(made, true_average(0.1))
+    assert error < 2 * made.predicted_error < most
+
+
 def exported(file: Path, **options: Any) -> Tensors:
     out = file.with_name("exported.safetensors")
     export_file(file, out, overwrite=True, **options)
     return load_file(out)
 
 
-def check_export(file: Path, average: Tensors, weights: Tensors) -> None:
+def check_export(
+    file: Path,
+    average: Tensors,
+    weights: Tensors,
+) -> None:
     assert_equal(exported(file), average)
     assert_equal(exported(file, weights=True), weights)

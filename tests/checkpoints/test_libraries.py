@@ -1,22 +1,17 @@
 """Averages that other libraries stored, written by the libraries themselves where they are
 installed."""
 
-from collections.abc import Callable
+import re
 
 import edm2_layout
 import pytest
 import torch
 from checkpoint_layouts import check_average
-from factories import Span
-from saved import read
+from saved import asked, fault, read
 
 from posthoc_cli import Run
-from posthoc_cli.errors import FileFormatError, InvalidValueError
 
 WIDTHS = (0.05, 0.28)
-Imported = Callable[..., Run]
-
-
 ASKED = [
     ("ema_model.w", {}, "^sigma_rels: must be given to an import: files of ema-pytorch, such as 0"),
     ("ema_model.w", {"sigma_rels": WIDTHS}, "^update_every: must be given"),
@@ -37,22 +32,29 @@ ASKED = [
 def test_what_numbered_files_lack_is_asked_for(name, settings, reason, tmp_path):
     """With a wrong `update_after_step`, averages were 8 % off."""
     for number in (0, 1):
-        content = {"initted": torch.tensor(True), name: torch.ones(3)}
+        content = {
+            "initted": torch.tensor(True),
+            name: torch.ones(3),
+        }
         torch.save(content, tmp_path / f"{number}.200.pt")
-    with pytest.raises(InvalidValueError, match=reason):
-        read(tmp_path, **settings)
+    assert re.search(reason, asked(tmp_path, **settings))
 
 
 def test_the_first_update_of_posthoc_ema_is_at_step_1_at_the_earliest(tmp_path):
-    content = {"initted": torch.tensor(True), "w": torch.ones(3)}
+    content = {
+        "initted": torch.tensor(True),
+        "w": torch.ones(3),
+    }
     torch.save(content, tmp_path / "0.200.pt")
-    settings = {"sigma_rels": (0.05,), "update_every": 5, "update_after_step": 0}
-    (source,) = read(tmp_path / "0.200.pt", **settings).checkpoints
+    settings = {
+        "update_every": 5,
+        "update_after_step": 0,
+    }
+    (source,) = read(tmp_path, sigma_rels=(0.05,), **settings).checkpoints
     assert source.profile.t_first == 1
 
 
 def test_pickles_of_edm2(tmp_path):
-    torch.manual_seed(0)
     states = {}
     for kimg in (0, 1024, 2048):
         for width in (0.05, 0.1):
@@ -62,11 +64,9 @@ def test_pickles_of_edm2(tmp_path):
         # as its training does
         torch.save({"net": net.state_dict()}, tmp_path / f"training-state-{kimg:07d}.pt")
     run = Run(tmp_path)
-    assert [source.t for source in run.sources] == [1_024_000, 1_024_000, 2_048_000, 2_048_000]
-    widths = [source.sigma_rel for source in run.sources]
-    assert widths == pytest.approx([0.05, 0.1, 0.05, 0.1])
+    times = [(source.t, source.sigma_rel) for source in run.sources]
+    assert times == [*states][2:]
     assert run.sources[0].t_unit == "images"
-    assert set(run.tensors) == set(net.state_dict())
     check_average(run, states, 0.07, at="t sigma_rel", exact=1e-6)
 
 
@@ -81,17 +81,4 @@ def test_a_published_file_of_edm2_has_its_time_and_width_in_its_name(tmp_path):
 def test_a_file_of_another_name_is_not_of_edm2(tmp_path):
     file = tmp_path / "other.pkl"
     edm2_layout.save(file, edm2_layout.network())
-    with pytest.raises(FileFormatError, match=r"other.pkl: is no file of edm2"):
-        read(file, kind="edm2")
-
-
-def test_weights_in_the_models_dtype_have_no_rounding_error(tmp_path):
-    moves = torch.randn(4000, 500).double()
-    falling = torch.linspace(1, 0.1, 4000).double()
-    path = 100 + torch.cumsum(falling[:, None] * moves, dim=0)
-    for t in (1000, 2000, 3000, 4000):
-        torch.save({"w": path[t - 1].bfloat16()}, tmp_path / f"step{t}.pt")
-    plan = Run(tmp_path).plan(Span(3000, 4000))
-    *_, before, last = plan.reconstruction.coefficients[:, 0]
-    assert before == pytest.approx(0.5, abs=0.02)
-    assert last == pytest.approx(0.5, abs=0.02)
+    assert "other.pkl: is no file of edm2" in fault(file, kind="edm2")

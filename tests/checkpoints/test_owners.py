@@ -5,42 +5,32 @@ from __future__ import annotations
 
 import re
 import zipfile
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from saved import assert_equal, check, check_export, exported, named, read, store, write_each
-from truth import distance
-from walks import EVERY, STEPS, Save, Tensors, saves, true_average
+from saved import (
+    asked,
+    assert_equal,
+    check_error,
+    exported,
+    fault,
+    named,
+    read,
+    store,
+    times,
+    write_each,
+)
+from walks import STEPS, Save, Tensors, saves
 
 from posthoc_cli import Run, import_checkpoints
-from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError
+from posthoc_cli.errors import FileFormatError
 
 TIMES = [float(save.step) for save in saves()]
 EPOCHS = [float(save.epoch) for save in saves()]
 
 
-OPTIMIZER = {
-    "state": {0: {"step": torch.tensor(5.0), "exp_avg": torch.zeros(24, 24)}},
-    "param_groups": [{"lr": 0.1, "params": [0]}],
-}
-
-
 def weights(save: Save) -> Tensors:
     return save.weights
-
-
-def times(place: Path, **settings: Any) -> list[float]:
-    return [one.t for one in read(place, **settings).checkpoints]
-
-
-def test_an_optimizer_is_known_by_its_form(tmp_path):
-    """Not only by its name: `adam`."""
-    write_each(tmp_path, "s{save.step}.pt", lambda save: {"net": save.weights, "adam": OPTIMIZER})
-    (newest, *_) = read(tmp_path).checkpoints
-    assert set(newest.entries) == set(saves()[0].weights)
 
 
 PATTERNS = {
@@ -64,57 +54,39 @@ def test_what_a_pattern_finds_counts_as_a_number_in_a_name(name, tmp_path):
     assert re.search(says, made.numbers)
 
 
-def test_files_by_epoch_that_a_pattern_numbers_have_honest_errors(tmp_path):
-    write_each(tmp_path, "CKPT+2024-03-{save.epoch:02}+11-20/model.ckpt", weights)
-    out = tmp_path / "run"
-    import_checkpoints(tmp_path, out, step_from=r"-03-(\d+)\+")
-    made = Run(out).average(0.1)
-    error = distance(made, true_average(0.1))
-    assert error / 3 < made.predicted_error < 3 * error
-
-
 def test_numbers_of_epochs_and_of_an_unknown_unit_do_not_mix(tmp_path):
     """icefall writes both; its files state their steps, others do not."""
-    content = {"checkpoint-{save.step}.pt": weights, "epoch-{save.epoch}.pt": weights}
-    for name, of_save in content.items():
-        write_each(tmp_path, name, of_save)
-    with pytest.raises(MismatchError, match=r"by an unknown unit and by epochs; name .* by a glob"):
-        read(tmp_path)
+    write_each(tmp_path, "checkpoint-{save.step}.pt", weights)
+    write_each(tmp_path, "epoch-{save.epoch}.pt", weights)
+    assert "by an unknown unit and by epochs; name the files of one run by" in fault(tmp_path)
     assert times(tmp_path / "epoch-*.pt") == EPOCHS
 
 
 def test_the_steps_in_files_of_icefall(tmp_path):
-    for name in ("checkpoint-{save.step}.pt", "epoch-{save.epoch}.pt"):
-        write_each(
-            tmp_path, name, lambda save: {"model": save.weights, "batch_idx_train": save.step}
-        )
+    def content(save):
+        return {
+            "model": save.weights,
+            "batch_idx_train": save.step,
+        }
+
+    write_each(tmp_path, "checkpoint-{save.step}.pt", content)
+    write_each(tmp_path, "epoch-{save.epoch}.pt", content)
     assert times(tmp_path) == TIMES
 
 
 def test_a_number_that_is_always_0_is_asked_about(tmp_path):
     """As that of a rank, in the name of each file."""
     write_each(tmp_path, "s_{save.step}/rank_0.pt", weights)
-    with pytest.raises(InvalidValueError, match=r"number is 0, as that of all.*`step_from`$"):
-        read(tmp_path / "*" / "*.pt")
+    assert "number is 0, as that of all files" in asked(tmp_path / "*" / "*.pt")
     assert times(tmp_path / "*" / "*.pt", step_from=r"/s_(\d+)") == TIMES
-
-
-@pytest.mark.parametrize("key", ["last_epoch", "epoch"])
-def test_epochs_that_programs_state(key, tmp_path):
-    """Of every second epoch, which would be steps; and the copy of the newest has one."""
-    name = "checkpoint{save.epoch:04}.pth"
-    write_each(tmp_path, name, lambda save: {"model": save.weights, key: save.epoch})
-    for save in saves()[::2]:
-        (tmp_path / name.format(save=save)).unlink()
-    store(tmp_path / "last.pth", {"model": saves()[-1].weights, key: EPOCHS[-1]})
-    made = read(tmp_path)
-    assert made.numbers.startswith("epochs, ")
-    assert [one.t for one in made.checkpoints] == EPOCHS[1::2]
 
 
 def with_count(save: Save) -> object:
     """Return what RT-DETR and D-FINE store."""
-    return {"model": save.weights, "ema": {"module": save.average, "updates": save.step}}
+    return {
+        "model": save.weights,
+        "ema": {"module": save.average, "updates": save.step},
+    }
 
 
 def test_averages_that_count_more_updates_than_numbers_are_of_epochs(tmp_path):
@@ -135,28 +107,27 @@ def test_averages_that_count_one_update_more_than_numbers_are_of_steps(tmp_path)
     out = tmp_path / "run"
     done = import_checkpoints(folder, out, ema_decay=0.95, ema_warmup="none")
     assert "as claimed" in done.checks[-1]
-    made = Run(out).average(0.1)
-    error = distance(made, true_average(0.1))
-    assert error < 2 * made.predicted_error < 0.02
+    check_error(out)
 
 
-def test_tensors_that_an_average_leaves_out_are_excluded_as_the_error_says(tmp_path):
-    body = [name for name in saves()[0].weights if name.startswith("body")]
-
-    def content(save: Save) -> object:
-        average = {name: save.average[name] for name in body}
-        return {"model": save.weights, "ema": average, "step": save.step}
+@pytest.mark.parametrize("settings", [{}, {"ema_decay": 0.95}])
+def test_tensors_that_an_average_leaves_out_are_excluded_as_the_error_says(settings, tmp_path):
+    def content(save):
+        average = dict(save.average)
+        del average["head.weight"]
+        return {
+            "model": save.weights,
+            "ema": average,
+        }
 
     write_each(tmp_path, "s{save.step}.pt", content)
-    for settings in ({}, {"ema_decay": 0.95}):
-        with pytest.raises(InvalidValueError, match=r"'head.weight'; leave them .* `exclude`"):
-            read(tmp_path, **settings)
+    assert re.search(r"'head.weight'; leave them .* `exclude`", asked(tmp_path, **settings))
     made = read(tmp_path, exclude="head.*")
-    assert made.counts["EMA of decay 0.95"] == len(saves()) == STEPS // EVERY
+    assert made.counts["EMA of decay 0.95"] == len(saves())
 
 
 def test_names_of_values_are_no_options(tmp_path, ema):
-    write_each(tmp_path, "{save.epoch}.pt", lambda save: {"model": save.weights, "step": save.step})
+    store(tmp_path / "1.pt", {"w": torch.ones(3), "step": 7})
     shown = ema("import", tmp_path, "--dry-run").out
     assert shown.startswith("numbers are steps, by 'step' in the contents\n")
     write_each(tmp_path / "kept", "ep{save.epoch}7.pt", weights)
@@ -165,17 +136,11 @@ def test_names_of_values_are_no_options(tmp_path, ema):
 
 def test_info_of_safetensors_that_are_no_run_as_they_are(tmp_path, ema):
     """They were shown as outputs of this package."""
-    for save in saves():
-        name = f"2024-05-01_12-{save.epoch:02}-00-save-{save.step}-0-0.safetensors"
-        save_file(save.weights, tmp_path / name)
+    write_each(tmp_path, "2024-05-01_12-{save.epoch:02}-00-save-{save.step}.safetensors", weights)
     report = ema("info", tmp_path, "--json").json
     assert report["kind"] == "checkpoints"
     assert "no run as it is: " in report["notes"][0]
     assert times(tmp_path, step_from=r"save-(\d+)") == TIMES
-
-
-def wrapped(tensors: Tensors, wrapper: str) -> Tensors:
-    return {name.replace("body.", f"body.{wrapper}"): one for name, one in tensors.items()}
 
 
 @pytest.mark.parametrize(
@@ -188,32 +153,27 @@ def wrapped(tensors: Tensors, wrapper: str) -> Tensors:
 )
 def test_a_wrapper_within_the_model_changes_names_of_one_set(of_weights, of_average, tmp_path):
     """An average was not used, with a warning, where blocks of the model were compiled."""
-    last = saves()[-1]
-    net = wrapped(last.weights, of_weights)
-    average = wrapped(last.average, of_average)
     file = tmp_path / "last.pt"
-    torch.save({"net": net, "ema": average}, file)
-    assert_equal(exported(file), wrapped(last.average, of_weights))
+    average = torch.zeros(3)
+    net = {f"body.{of_weights}w": torch.ones(3)}
+    torch.save({"net": net, "ema": {f"body.{of_average}w": average}}, file)
+    assert_equal(exported(file), {f"body.{of_weights}w": average})
 
 
 def test_the_folder_of_one_of_several_trainings_is_named(tmp_path):
     for number in (1, 2):
         write_each(tmp_path / f"run{number}", "step{save.step}.pt", weights)
-    with pytest.raises(FileFormatError, match=r"name this folder, or a glob such as \*/step\*.pt"):
-        read(tmp_path)
+    assert "name this folder, or a glob such as */step*.pt" in fault(tmp_path)
     assert times(tmp_path / "run1") == times(tmp_path / "*1" / "step*.pt") == TIMES
 
 
 def test_a_target_network_of_a_part_leaves_the_policy_to_another_import(tmp_path, caplog):
     """As in the policies of Stable-Baselines3."""
 
-    def content(save: Save) -> Tensors:
-        tensors = {}
-        for name, value in save.weights.items():
-            tensors[f"actor.{name}"] = value
-            tensors[f"critic.{name}"] = value + 1
-            tensors[f"critic_target.{name}"] = save.average[name] + 1
-        return tensors
+    def content(save):
+        actor = {f"actor.{name}": -value for name, value in save.weights.items()}
+        critic = named("critic.", save.weights)
+        return actor | critic | named("critic_target.", save.average)
 
     write_each(tmp_path, "step_{save.step}/policy.pth", content)
     place = tmp_path / "*" / "policy.pth"
@@ -225,87 +185,41 @@ def test_a_target_network_of_a_part_leaves_the_policy_to_another_import(tmp_path
     assert heads == {"actor", "critic"}
 
 
-class WithSlots:
-    __slots__ = ("decay", "shadow")
-
-    def __init__(self, save: Save) -> None:
-        self.decay = 0.95
-        self.shadow = save.average
-
-
-class WithSlotsAndMore(WithSlots):
-    """Has attributes, too."""
-
-
-@pytest.mark.parametrize("kind", [WithSlots, WithSlotsAndMore])
-def test_an_average_in_the_slots_of_a_pickled_object(kind, tmp_path):
-    write_each(
-        tmp_path,
-        "s{save.step}.pt",
-        lambda save: {
-            "net": save.weights,
-            "ema": kind(save),
-            "step": save.step,
-        },
-    )
-    last = saves()[-1]
-    check(tmp_path, last.average, last.weights)
-    check_export(tmp_path / f"s{last.step}.pt", last.average, last.weights)
-
-
 def test_weights_that_equal_the_average_are_said(tmp_path, caplog):
     """Written while the average was swapped in."""
-    write_each(
-        tmp_path,
-        "s{save.step}.pt",
-        lambda save: {
-            "net": save.average,
-            "ema": save.average,
-            "step": save.step,
-        },
-    )
+    write_each(tmp_path, "s{save.step}.pt", lambda save: {"net": save.average, "ema": save.average})
     assert len(Run(tmp_path).sources) == len(TIMES)
-    (line,) = [line for line in caplog.messages if "equal its average" in line]
-    assert f"s{STEPS}.pt: its weights equal" in line
+    assert f"s{STEPS}.pt: its weights equal its average" in caplog.text
 
 
 def test_weights_beside_an_average_by_epoch_are_used_whatever_it_has_counted(tmp_path, caplog):
     """As torch's `AveragedModel` of the last epochs."""
-    for save in saves():
+
+    def content(save):
         average = named("module.", save.average)
-        counted = max(save.epoch - 5, 0)
-        average["n_averaged"] = torch.tensor(counted)
-        content = {
+        average["n_averaged"] = torch.tensor(max(save.epoch - 5, 0))
+        return {
             "net": save.weights,
             "swa_model": average,
             "epoch": save.epoch,
         }
-        torch.save(content, tmp_path / f"checkpoint-{save.epoch}.pt")
+
+    write_each(tmp_path, "checkpoint-{save.epoch}.pt", content)
     assert [one.t for one in Run(tmp_path).sources] == EPOCHS
     assert "import with `steps_per_epoch`" in caplog.text
 
 
-@pytest.mark.parametrize("folder", ["step-{save.step}", "CKPT+2024-05-01+12-30-{save.step}"])
+@pytest.mark.parametrize("folder", ["step-400", "CKPT+2024-05-01+12-30-400"])
 def test_a_folder_of_a_pickled_model_is_exported(folder, tmp_path):
     """As litgpt, OLMo and SpeechBrain write it."""
     last = saves()[-1]
-    place = tmp_path / folder.format(save=last)
-    store(place / "model.pth", {"model": last.weights, "optimizer": OPTIMIZER})
-    with pytest.raises(FileFormatError, match="holds no average that its keys name"):
-        exported(place)
-    assert_equal(exported(place, weights=True), last.weights)
-    store(place / "model.pth", {"model": last.weights, "ema": last.average})
-    assert_equal(exported(place), last.average)
+    file = tmp_path / folder / "model.pth"
+    store(file, {"model": last.weights, "ema": last.average})
+    assert_equal(exported(file.parent), last.average)
+    assert_equal(exported(file.parent, weights=True), last.weights)
 
 
-ARCHIVES = [
-    "rl_model_100_steps.zip",
-    "model.nemo",
-    "params.npz",
-]
-
-
-@pytest.mark.parametrize("name", ARCHIVES)
+@pytest.mark.parametrize("name", ["rl_model_100_steps.zip", "model.nemo", "params.npz"])
 def test_an_archive_of_another_kind_is_to_be_unpacked(name, tmp_path):
     with zipfile.ZipFile(tmp_path / name, "w") as archive:
         archive.writestr("policy.pth", "")
@@ -323,19 +237,14 @@ def test_an_import_names_the_setting_that_was_given(tmp_path):
 
 def test_averages_whose_norms_grow_are_asked_about(tmp_path, caplog):
     for number in range(1, 6):
-        values = torch.full((8,), 1.65**number)
-        torch.save({"w": values}, tmp_path / f"ema_{100 * number}.pt")
-    import_checkpoints(tmp_path, None, dry_run=True, ema_decay=0.99)
+        store(tmp_path / f"ema_{100 * number}.pt", {"w": torch.full((8,), 1.65**number)})
+    read(tmp_path, ema_decay=0.99)
     assert "norms grow by 1.65 from file to file: is this an average?" in caplog.text
 
 
 def test_sets_whose_names_are_paths_are_chosen_by_a_pattern(tmp_path):
     """As those of JAX."""
-    for step in (10, 20, 40):
-        weights = torch.full((3,), float(step))
-        sets = {f"{name}/w": weights for name in ("params", "ema_params", "opt")}
-        torch.save(sets, tmp_path / f"step{step}.pt")
-    with pytest.raises(FileFormatError, match=r"ema_params/, opt/, params/; .* 'params/\*'"):
-        _ = Run(tmp_path).sources
-    found = import_checkpoints(tmp_path, None, dry_run=True, include=("params/*",))
-    assert found.counts == {"weights": 3}
+    names = ("params/w", "ema_params/w", "opt/w")
+    store(tmp_path / "step10.pt", dict.fromkeys(names, torch.ones(3)))
+    assert re.search(r"ema_params/, opt/, params/; .* 'params/\*'", fault(tmp_path))
+    assert read(tmp_path, include=("params/*",)).counts == {"weights": 1}

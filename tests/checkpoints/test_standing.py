@@ -1,12 +1,15 @@
-"""Weights or averages that stand still within an interval are no fault of the average."""
+"""Weights or averages that stand still within an interval, or swing about a minimum, are no fault
+of the average."""
 
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from factories import FloatArray
+from saved import store
 
 from posthoc_cli import Run
 
@@ -33,7 +36,6 @@ def save(
 ) -> Path:
     """Write the weights and their average, which every so many steps takes them in, and at `reset`
     is replaced by them."""
-    folder.mkdir()
     written = set(steps)
     average = path[0]
     for step, weights in enumerate(path, 1):
@@ -43,11 +45,10 @@ def save(
             average = weights
         if step in written:
             content = {
-                "step": step,
-                "model": {"w": torch.from_numpy(weights).float()},
-                "ema": {"w": torch.from_numpy(average).float()},
+                "model": {"w": torch.tensor(weights)},
+                "ema": {"w": torch.tensor(average)},
             }
-            torch.save(content, folder / f"step{step}.pt")
+            store(folder / f"step{step}.pt", content)
     return folder
 
 
@@ -81,3 +82,20 @@ def test_two_files_between_two_updates_have_one_average(files):
     save(files, path, steps, decay=0.97, every=10)
     (audit,) = Run(files).audit()
     assert audit.verdict == "found"
+
+
+KEPT_BEST = (74, 79, 80, 111, 138, 149, 151, 172, 352, 361, 668, 711, 1233, 1403, 1448, 1462, 1663)
+
+
+def test_noise_about_a_minimum_refutes_no_true_decay_where_files_are_rarer_and_rarer(files):
+    """It forgets in 30 steps, so that averages look the longer, the longer the intervals are."""
+    random = np.random.default_rng(3)
+    noise = 0.2 * random.standard_normal((KEPT_BEST[-1], SIZE))
+    kept = np.exp(-1 / 30)
+    for before, after in pairwise(noise):
+        after *= np.sqrt(1 - kept**2)
+        after += kept * before
+    minimum = random.standard_normal(SIZE)
+    save(files, minimum + noise, KEPT_BEST, decay=0.999)
+    (audit,) = Run(files).audit(0.999)
+    assert audit.verdict == "as claimed"
