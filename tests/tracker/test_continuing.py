@@ -17,14 +17,12 @@ from typing import Any
 from unittest.mock import Mock
 
 import forked
-import groups
 import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import xxhash
 from ema_command import Ema
-from factories import averages_in
 from groups import check_group, truth
 from safetensors.torch import load_file
 from torch import nn
@@ -38,7 +36,6 @@ from posthoc_cli.errors import (
     LockedError,
     MismatchError,
     ModelMismatchError,
-    NonFiniteError,
     NotReadyError,
     WriteError,
 )
