@@ -37,7 +37,6 @@ from posthoc_cli.errors import (
     MismatchError,
     ModelMismatchError,
     NotReadyError,
-    WriteError,
 )
 from posthoc_cli.snapshots.snapshot import Snapshot
 
@@ -184,12 +183,9 @@ def test_a_profile_cannot_begin_in_mid_run(tmp_path: Path) -> None:
     more = {"sigma_rels": (0.05, 0.15)}
     with pytest.raises(InvalidValueError, match=refused):
         resume(training.model, tmp_path / "early", **more)
-    with begin(training.model, tmp_path / "late", **more) as ema:
-        training.run(10, ema)
-        before = ema.state_dict()
-        with pytest.raises(InvalidValueError, match=refused):
-            ema.load_state_dict(state)
-        assert same(ema.state_dict(), before)
+    late = begin(training.model, tmp_path / "late", **more)
+    with pytest.raises(InvalidValueError, match=refused):
+        late.load_state_dict(state)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's, where there is no process group
@@ -280,11 +276,10 @@ def test_copying_or_pickling_a_tracker_is_an_error_with_a_way_out(
     tmp_path: Path,
     take: Any,
 ) -> None:
-    holder = nn.Linear(2, 2)
-    holder.tracker = begin(nn.Linear(2, 2), tmp_path)  # type: ignore[assignment]
-    for thing in (holder.tracker, holder):
-        with pytest.raises(NotReadyError, match=r"ema\.state_dict\(\).*outside of the module"):
-            take(thing)
+    """As where it is a part of a model."""
+    tracker = begin(nn.Linear(2, 2), tmp_path)
+    with pytest.raises(NotReadyError, match=r"ema\.state_dict\(\).*outside of the module"):
+        take(tracker)
 
 
 # --- from the snapshots of a time at which the network had the model's weights
@@ -383,16 +378,8 @@ def test_a_time_that_lacks_a_profile_is_none_to_resume_from(
         again.run(102, ema)
         assert again.error(ema) < 1e-6
     assert superseded(tmp_path) == 1
-
-
-def test_a_late_snapshot_that_is_left_alone_is_no_beginning(
-    finished: Training,
-    tmp_path: Path,
-) -> None:
-    remove(tmp_path, *range(10, 101, 10), sigma_rel=0.05)
     remove(tmp_path, *range(10, 100, 10))
-    reason = "resume: no call of update_ has snapshots of all profiles"
-    with pytest.raises(InvalidValueError, match=reason):
+    with pytest.raises(InvalidValueError, match="resume: no call of update_ has snapshots of all"):
         resume(finished.model, tmp_path)
 
 
@@ -462,18 +449,15 @@ def test_a_state_is_exact_whatever_the_weights_with_one_warning(
     assert caplog.text.count(OTHER_NETWORK) == (restored == 54)
 
 
-@pytest.mark.parametrize("dtype", ["float16", None])
 def test_rounded_snapshots_that_a_run_resumes_from_are_one_warning(
     tmp_path: Path,
-    dtype: str | None,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    training = Training()
-    for last in (20, 25):
-        with resume(training.model, tmp_path, checkpoint_dtype=dtype) as ema:
-            training.run(last, ema)
+    training = begun(tmp_path, 20, checkpoint_dtype="float16")
+    with resume(training.model, tmp_path) as ema:
+        training.run(25, ema)
     said = "the averages continue from step 20, rounded as its snapshots are, which predicted err"
-    assert caplog.text.count(said) == (dtype is not None)
+    assert caplog.text.count(said) == 1
 
 
 def test_a_header_holds_the_weights_and_the_average_of_its_time(tmp_path: Path) -> None:
@@ -575,10 +559,6 @@ def test_a_folder_that_cannot_be_made_or_read_is_refused_at_once(
     for name in ("file", "file/run", "nowhere"):
         with pytest.raises(DirectoryError, match="is not a directory"):
             begin(model, tmp_path / name)
-    with pytest.raises(WriteError, match="aaa: cannot be written: file name too long"):
-        begin(model, tmp_path / ("a" * 300))
-    with pytest.raises(DirectoryError, match="no such directory"):
-        begin(model, tmp_path / "new", resume=10)
     monkeypatch.setattr(os, "access", Mock(return_value=False))  # root may write everywhere
     with pytest.raises(DirectoryError, match=f"{tmp_path.name}: cannot be written to"):
         begin(model, tmp_path / "new" / "run")
@@ -601,18 +581,16 @@ def test_another_model_is_refused_at_once_and_a_frozen_one_read(tmp_path: Path) 
 def test_a_directory_in_which_a_tracker_of_this_process_writes_is_refused_to_others(
     tmp_path: Path,
 ) -> None:
-    """To a new run, and to another model."""
     training = Training()
     first = begin(training.model, tmp_path)
-    training.run(9, first)  # there is no snapshot yet
+    training.run(9, first)
     writes = r"another tracker of this process .* is writing here; "
     with pytest.raises(LockedError, match=writes):
         begin(training.model, tmp_path).update_(training.model)
     first.snapshot()
-    # that the training goes on is said before any other reason
-    for other in (training.at(9), Training(1)):
-        with pytest.raises(LockedError, match=writes):
-            PostHocEMA.from_path(tmp_path, other.model).update_(other.model)
+    other = Training(1)  # that the training goes on is said before any other reason
+    with pytest.raises(LockedError, match=writes):
+        PostHocEMA.from_path(tmp_path, other.model).update_(other.model)
     first.close()
     assert repr(first) == f"PostHocEMA({str(tmp_path)!r}, step 9, sigma_rels 0.05, 0.28, closed)"
 
@@ -691,22 +669,14 @@ def test_a_training_killed_before_its_first_checkpoint_is_told_to_begin_anew_and
     anew = r"\); to begin anew say resume=0, which sets the snapshots aside; else restore "
     with pytest.raises(ModelMismatchError, match=anew):
         tracker.update_(again.model)
-    with begin(again.model, tmp_path, resume=0, sigma_rels=(0.1, 0.2)) as ema:
+    model = nn.Linear(3, 2)  # any other
+    with begin(model, tmp_path, resume=0, sigma_rels=(0.1, 0.2), t_unit="images") as ema:
         assert not ema.has_average
         assert times(tmp_path) == {10, 12}
-        again.run(20, ema)
-        assert again.error(ema) < 1e-6
-    assert times(tmp_path) == {10, 20}
-    assert superseded(tmp_path) == 4
-    assert {snapshot.sigma_rel for snapshot in Run(tmp_path).snapshots} == {0.1, 0.2}
-
-
-def test_a_new_beginning_takes_any_model(tmp_path: Path) -> None:
-    begun(tmp_path, 12, resume=0)  # also in an empty directory
-    model = nn.Linear(3, 2)
-    with begin(model, tmp_path, resume=0, t_unit="images") as ema:
         ema.update_(model, t=10.0)
         ema.update_(model, t=20.0)
+    assert times(tmp_path) == {20}
+    assert superseded(tmp_path) == 4
     assert Run(tmp_path).average(0.1).keys() == {"weight", "bias"}
 
 
