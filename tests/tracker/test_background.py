@@ -20,13 +20,11 @@ from unittest.mock import Mock
 import forked
 import pytest
 import torch
-from safetensors.torch import load_file
 from snapshots.recorded import failing
 from torch import nn
 from tracker.runs import EITHER_DEVICE, Training, contents, steps, times, track, wait_for_writers
-from truth import distance
 
-from posthoc_cli import PostHocEMA, Run, files
+from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import InvalidValueError, NonFiniteError, WriteError
 from posthoc_cli.tracker import background, pipeline
 
@@ -111,38 +109,6 @@ def test_late_snapshots_hold_the_averages_of_their_time(
         training.run(20, late)
     plain(tmp_path / "prompt", 20)
     assert contents(tmp_path / "late") == contents(tmp_path / "prompt")
-
-
-def test_snapshots_that_another_thread_asks_for_are_not_overwritten_while_they_wait_for_the_disk(
-    tmp_path: Path,
-    gate: threading.Event,
-    slow_disk: threading.Event,
-) -> None:
-    """The request comes while the training waits for its turn, and is staged before the update that
-    comes next."""
-    training, tracker = begin(tmp_path, "cpu", update_every=1, checkpoint_every=7)
-    with tracker:
-        gate.set()
-        training.run(5, tracker)
-        tracker.flush()
-        gate.clear()
-        training.run(6, tracker)
-        trains = threading.Thread(target=training.run, args=(7, tracker))
-        writes = threading.Thread(target=tracker.snapshot)
-        for thread in (trains, writes):
-            thread.start()
-            thread.join(0.3)
-        gate.set()
-        trains.join(0.3)
-        slow_disk.set()
-        for thread in (trains, writes):
-            thread.join()
-    assert times(tmp_path) == {6, 7}
-    for snapshot in Run(tmp_path).snapshots:
-        updates = range(1, snapshot.step + 1)
-        right = training.exact(snapshot.sigma_rel, updates)
-        # float16's rounding
-        assert distance(load_file(snapshot.path), right) < 1e-3
 
 
 def test_a_reader_in_the_same_process_waits_for_due_snapshots(

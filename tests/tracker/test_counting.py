@@ -204,7 +204,8 @@ def test_weights_that_never_change_are_said_once(
     """As where the optimizer is that of another model."""
     other = network()
     optimizer = sgd(other)
-    ema = PostHocEMA.from_model(network(), tmp_path, update_every=2, device=device)
+    model = network()
+    ema = PostHocEMA.from_model(model, tmp_path, update_every=2, device=device)
     ema.attach(optimizer)
     train(other, optimizer, 20)
     ema.flush()

@@ -2,7 +2,6 @@
 
 import base64
 import errno
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -148,26 +147,12 @@ def test_a_run_that_is_resumed_from_snapshots_continues_the_path(tmp_path: Path)
     np.testing.assert_allclose(*means, atol=5e-4)
 
 
-def columns() -> torch.Tensor:
-    weights = torch.zeros(1024, 1024)
-    weights[:, ::64] = 1.0
-    return weights
-
-
-def one_rank() -> torch.Tensor:
-    return torch.randn(1024, 1) * torch.randn(1, 1024)
-
-
-@pytest.mark.parametrize("make", [columns, one_rank])
-def test_lengths_are_kept_whatever_the_direction(
-    tmp_path: Path,
-    make: Callable[[], torch.Tensor],
-) -> None:
+def test_lengths_are_kept_whatever_the_direction(tmp_path: Path) -> None:
     """A quarter of the elements is measured."""
     net = nn.ParameterDict({"a": torch.zeros(1024, 1024), "b": torch.zeros(1024, 1024)})
     with track(net, tmp_path) as tracker:
         tracker.update_(net)
-        net["a"].data = make()
+        net["a"].data[:, ::64] = 1.0
         tracker.update_(net)
     (moved,) = squared_moves(sketches(tmp_path)[2])
     assert abs(moved / squares(net["a"]) - 1) < 3 * np.sqrt(2 / 64)

@@ -20,11 +20,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checking import assert_same_tensors
 from factories import averages_in, exact_average
 from safetensors.torch import load_file
 from torch import nn
-from tracker.runs import EITHER_DEVICE, track, update
+from tracker.runs import EITHER_DEVICE, Training, contents, track, update
 
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import NotReadyError
@@ -216,28 +215,13 @@ def test_an_update_that_a_signal_interrupts_was_made_or_was_not(
 
 @pytest.mark.usefixtures("small_tiles")
 def test_bits_are_the_same_for_any_number_of_threads(tmp_path: Path) -> None:
-    one = averages_with(1, tmp_path / "one")
-    several = averages_with(7, tmp_path / "several")
-    for sigma_rel, average in one.items():
-        assert_same_tensors(several[sigma_rel], average)
-
-
-def averages_with(threads: int, folder: Path) -> dict[str, dict[str, torch.Tensor]]:
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    model = nn.ParameterDict({"a": torch.zeros(37, 41)})
-    model["b"] = torch.zeros(5003, dtype=torch.bfloat16)
-    model["c"] = torch.zeros(64, 64, dtype=torch.float64)
-    with track(model, folder) as tracker:
-        # folds of one update, which round, and of 32, which are exact; one window is open
-        for k in range(1, 61):
-            for parameter in model.values():
-                parameter.data.normal_()
-            t = k if k < 15 else 10**6 + k
-            tracker.update_(model, float(t))
-        state = tracker.state_dict()
-    assert state["standing"]["window"] > 0
-    return averages_in(state)
+    for threads in (1, 7):
+        torch.set_num_threads(threads)
+        training = Training()
+        folder = tmp_path / f"{threads}"
+        with track(training.model, folder, checkpoint_every=20, checkpoint_dtype=None) as tracker:
+            training.run(60, tracker)
+    assert contents(tmp_path / "1") == contents(tmp_path / "7")
 
 
 @pytest.mark.usefixtures("small_tiles")
