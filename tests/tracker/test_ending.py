@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tracker.runs import Training, assert_near, contents, track
 
 from posthoc_cli import PostHocEMA, Run, files
-from posthoc_cli.errors import LockedError, NonFiniteError, NotReadyError, WriteError
+from posthoc_cli.errors import LockedError, NotReadyError, WriteError
 from posthoc_cli.snapshots.directory import DirectoryLock
 from posthoc_cli.tracker import pipeline
 
@@ -113,20 +113,6 @@ def test_snapshots_off_the_schedule_change_no_others(tmp_path: Path) -> None:
                 if name == "run":
                     tracker.snapshot()
     assert contents(tmp_path / "run") == contents(tmp_path / "complete")
-
-
-def test_a_due_snapshot_replaces_the_one_off_the_schedule_of_its_time(tmp_path: Path) -> None:
-    """The update at call 10 is refused: the average of call 8 is due, which a snapshot off the
-    schedule holds."""
-    training = Training()
-    with begin(training, tmp_path) as tracker:
-        training.run(8, tracker)
-        tracker.snapshot()
-        training.model[0].weight.data.fill_(float("nan"))
-        with pytest.raises(NonFiniteError):
-            training.run(10, tracker)
-            tracker.flush()
-    assert written(tmp_path) == ["8"]
 
 
 def test_thinning_spares_snapshots_on_request(tmp_path: Path) -> None:

@@ -29,12 +29,8 @@ class Notebook:
     def __init__(self, folder: Path, kind: str = "plain") -> None:
         self.folder = folder
         self.kind = kind
-        self.ema: Any = None
-        self.use(Training())
-
-    def use(self, training: Training) -> None:
-        self.training = training
-        self.optimizer = torch.optim.SGD(training.model.parameters(), lr=1.0)
+        self.training = Training()
+        self.optimizer = torch.optim.SGD(self.training.model.parameters(), lr=1.0)
 
     def begin(self) -> PostHocEMA:
         if self.kind == "from_path" and self.folder.exists():
@@ -47,15 +43,9 @@ class Notebook:
     def cell(self, steps: int) -> None:
         """Make a tracker, and train some steps."""
         self.ema = self.begin()
-        if self.kind == "attached":
-            self.ema.attach(self.optimizer)
-        self.train(self.ema, steps)
-
-    def train(self, ema: PostHocEMA, steps: int) -> None:
         for _ in range(steps):
             self.step()
-            if self.kind != "attached":
-                ema.update_(self.training.model)
+            self.ema.update_(self.training.model)
 
     def step(self) -> None:
         """Take the training's next step by an optimizer, whose rounding is undone."""
@@ -67,7 +57,7 @@ class Notebook:
         self.optimizer.step()
 
 
-@pytest.mark.parametrize("kind", ["plain", "attached", "from_path", "wrapped"])
+@pytest.mark.parametrize("kind", ["plain", "from_path", "wrapped"])
 def test_a_cell_that_is_run_again_continues(tmp_path: Path, kind: str) -> None:
     """After 4, 5 and 7 steps, some of them in the middle between two updates and snapshots."""
     notebook = Notebook(tmp_path / "run", kind)

@@ -1,6 +1,5 @@
 """The sketch of the weights' path that the tracker makes at folds."""
 
-import base64
 import errno
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,7 @@ from tracker.runs import Training, steps, track, update
 
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import WriteError
-from posthoc_cli.reconstruction import Sketch
-from posthoc_cli.snapshots.snapshot import decode_path, encode_path
-from posthoc_cli.snapshots.sources import PathSketch
+from posthoc_cli.snapshots.snapshot import decode_path
 
 
 def squared_moves(sketch: Any) -> FloatArray:
@@ -318,12 +315,3 @@ def test_the_steps_of_windows_are_stored_and_kept(tmp_path: Path) -> None:
     ends = sketch_of(source).edges[1:]
     images = np.where(ends <= 64 * 50, 64, 6400)
     np.testing.assert_array_equal(decode_path(source.sketch).steps, ends / images)
-
-
-def test_a_path_without_steps_is_that_of_an_earlier_version() -> None:
-    edges = np.array([10.0, 20.0, 30.0])
-    path = PathSketch(7, Sketch(edges, np.ones(2), np.eye(2), np.zeros(2)), np.array([2.0, 3.0]))
-    data = base64.b64decode(encode_path(path))
-    without = decode_path(base64.b64encode(data[:-16]).decode())
-    np.testing.assert_array_equal(without.sketch.means, path.sketch.means)
-    assert np.isnan(without.steps).all()
