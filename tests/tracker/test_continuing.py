@@ -361,7 +361,7 @@ def test_a_time_that_lacks_a_profile_is_none_to_resume_from(
         again.run(102, ema)
         assert again.error(ema) < 1e-6
     assert superseded(tmp_path) == 1
-    remove(tmp_path, *range(10, 100, 10))
+    remove(tmp_path, *range(10, 103))
     with pytest.raises(InvalidValueError, match="resume: no call of update_ has snapshots of all"):
         resume(finished.model, tmp_path)
 
