@@ -17,12 +17,14 @@ from typing import Any
 from unittest.mock import Mock
 
 import forked
+import groups
 import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import xxhash
 from ema_command import Ema
+from factories import averages_in
 from groups import check_group, truth
 from safetensors.torch import load_file
 from torch import nn
@@ -307,7 +309,9 @@ def test_an_earlier_checkpoint_resumes_from_its_own_step(
     ema = begin(again.model, tmp_path, resume=step)
     again.path = finished.path[:40]
     again.model.load_state_dict(again.path[-1])
-    assert ema.step == 40
+    state = ema.state_dict()
+    assert ema.step == state["step"] == 40
+    assert_near(ema.state_dict(0.28), averages_in(state)["0.28"])
     assert len(times(tmp_path)) == 10
     with ema:
         again.run(105, ema, salt=1)
@@ -482,13 +486,15 @@ with PostHocEMA.from_model(model, folder / "run", **SETTINGS, resume="auto") as 
 
 
 def test_processes_decide_together_with_the_samples_of_another_arrangement(tmp_path: Path) -> None:
-    """The weights of step 8 resume from there, not from 12; those of step 1,000 are refused."""
+    """The weights of step 8 resume from there, not from 12; those of step 1,000 are refused. One
+    process goes on at the end."""
     check_group(SHARDED, 2, tmp_path, "tp", 0, 1, 12)
     for out in check_group(SHARDED, 3, tmp_path, "fsdp", 1_000, 0, 0):
         assert "are those of no snapshot of the run" in out
     check_group(SHARDED, 3, tmp_path, "fsdp", 8, 9, 16)
+    groups.alone(tmp_path / "run", 20, resume="auto")
     for width in (0.1, 0.2):
-        exact = truth(width, range(2, 17, 2))
+        exact = truth(width, range(2, 21, 2))
         assert_near(Run(tmp_path / "run").average(width), exact, within=2e-6)
 
 

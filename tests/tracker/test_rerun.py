@@ -67,6 +67,16 @@ def test_a_cell_that_is_run_again_continues(tmp_path: Path, kind: str) -> None:
     assert notebook.ema.t == 16
 
 
+def test_a_function_that_is_run_again_continues(tmp_path: Path) -> None:
+    """Its tracker has not stayed."""
+    notebook = Notebook(tmp_path / "run")
+    notebook.cell(5)
+    del notebook.ema
+    gc.collect()
+    notebook.cell(4)
+    assert notebook.training.error(notebook.ema) < ROUNDED
+
+
 def test_an_interrupted_cell_is_run_again(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -121,7 +131,7 @@ def test_the_earlier_tracker_says_that_it_was_closed(
 
 def test_a_folder_that_was_removed_between_two_runs_of_a_cell_begins_anew(tmp_path: Path) -> None:
     notebook = Notebook(tmp_path / "run")
-    notebook.cell(4)
+    notebook.cell(6)
     notebook.ema.flush()
     shutil.rmtree(tmp_path / "run")
     notebook.cell(3)

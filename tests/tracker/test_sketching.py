@@ -67,7 +67,8 @@ def test_too_many_windows_are_merged_to_half_as_many(tmp_path: Path) -> None:
     with track(training.model, tmp_path, checkpoint_every=1000) as tracker:
         training.run(1050, tracker)
     fine, coarse = map(sketches(tmp_path).get, (1000, 1050))
-    assert len(fine.folds) == fine.folds.sum() == 1000
+    assert len(fine.folds) == 1000
+    assert fine.folds.sum() == 1000
     assert len(coarse.folds) < 600
     assert coarse.folds.sum() == 1050
     ends = coarse.edges[1:]
@@ -79,7 +80,8 @@ def test_too_many_windows_are_merged_to_half_as_many(tmp_path: Path) -> None:
     assert np.sqrt(np.mean(off**2)) < 6e-6
     # Of n independent steps of variance v, the spread is v (n - 1 / n) / 6.
     n = coarse.folds[1]
-    expected = squared_moves(fine).mean() * (n - 1 / n) / 6
+    variance = squared_moves(fine).mean()
+    expected = variance * (n - 1 / n) / 6
     assert coarse.spread[1:-1].mean() == pytest.approx(expected, rel=0.3)
 
 
@@ -146,13 +148,16 @@ def test_a_run_that_is_resumed_from_snapshots_continues_the_path(tmp_path: Path)
 
 def test_lengths_are_kept_whatever_the_direction(tmp_path: Path) -> None:
     """A quarter of the elements is measured."""
-    net = nn.ParameterDict({"a": torch.zeros(1024, 1024), "b": torch.zeros(1024, 1024)})
+    net = nn.ParameterDict({"a": torch.zeros(1024, 1024)})
+    net["b"] = torch.zeros(1024, 1024)
     with track(net, tmp_path) as tracker:
         tracker.update_(net)
         net["a"].data[:, ::64] = 1.0
         tracker.update_(net)
-    (moved,) = squared_moves(sketches(tmp_path)[2])
-    assert abs(moved / squares(net["a"]) - 1) < 3 * np.sqrt(2 / 64)
+    sketch = sketches(tmp_path)[2]
+    (moved,) = squared_moves(sketch)
+    exact = squares(net["a"])
+    assert abs(moved / exact - 1) < 3 * np.sqrt(2 / 64)
 
 
 # --- the measurements in a snapshot's header agree with a direct computation in float64
@@ -168,17 +173,21 @@ def drift(tracker: PostHocEMA, model: nn.Module, steps: int, size: float = 0.1) 
 
 def check(tracker: PostHocEMA, norm: float = 1e-12, rounding: float = 1e-6) -> None:
     """Check the measurements of the newest snapshots, which hold the present averages."""
-    for snapshot in tracker.run.snapshots[-len(tracker.settings.sigma_rels) :]:
+    profiles = len(tracker.settings.sigma_rels)
+    for snapshot in tracker.run.snapshots[-profiles:]:
         stored = load_file(snapshot.path)
         average = tracker.state_dict(snapshot.sigma_rel, dtype="float64")
         norms = []
         errors = []
         for name in snapshot.averages:
-            norms.append(squares(average[name]))
-            errors.append(squares(average[name] - stored[name].double()))
+            exact = average[name]
+            off = exact - stored[name].double()
+            norms.append(squares(exact))
+            errors.append(squares(off))
         # Differences of float32 are rounded by 2^-24 of themselves; sums are float64.
-        assert snapshot.measurements.norm == pytest.approx(sum(norms), rel=norm)
-        assert snapshot.measurements.rounding == pytest.approx(sum(errors), rel=rounding)
+        found = snapshot.measurements
+        assert found.norm == pytest.approx(sum(norms), rel=norm)
+        assert found.rounding == pytest.approx(sum(errors), rel=rounding)
 
 
 def squares(tensor: torch.Tensor) -> float:
@@ -294,10 +303,13 @@ def test_averages_over_steps_count_them_across_a_late_leap_of_the_clock(tmp_path
     predicted ones and more."""
     images = torch.full((800,), 64.0)
     images[749] *= 800
-    path = torch.cumsum(0.02 * torch.randn(800, 300), dim=0)
-    follow(path, images.cumsum(dim=0), tmp_path)
+    moves = 0.02 * torch.randn(800, 300)
+    path = moves.cumsum(dim=0)
+    times = images.cumsum(dim=0)
+    follow(path, times, tmp_path)
     average = Run(tmp_path).average("window:90")
-    error = relative_distance(average["w"], path[-90:].mean(dim=0).numpy())
+    exact = path[-90:].mean(dim=0)
+    error = relative_distance(average["w"], exact.numpy())
     assert average.predicted_error / 3 < error < 2 * average.predicted_error
 
 
