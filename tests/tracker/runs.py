@@ -32,7 +32,6 @@ class Training:
     def __init__(
         self,
         seed: int = 0,
-        path: Sequence[Weights] = (),
         model: Any = None,
         size: float = 0.003,
     ) -> None:
@@ -41,7 +40,7 @@ class Training:
         if model is None:
             layers = nn.Linear(8, 24), nn.BatchNorm1d(24), nn.Linear(24, 4)
             self.model = nn.Sequential(*layers)
-        self.path = [*path]
+        self.path = list[Weights]()
         self.size = size
 
     def run(
@@ -70,7 +69,8 @@ class Training:
 
     def at(self, number: int) -> Training:
         """Return a new training that was restored from the checkpoint of a step."""
-        made = Training(seed=3, path=self.path[:number])
+        made = Training(seed=3)
+        made.path = self.path[:number]
         made.model.load_state_dict(made.path[-1])
         return made
 
@@ -138,13 +138,6 @@ def contents(folder: Path) -> dict[str, tuple[Any, dict[str, bytes]]]:
             tensors[name] = bytes(tensor_bytes(snapshot.tensor(name)))
         result[snapshot.path.name] = replace(snapshot, run_id=""), tensors
     return result
-
-
-def as_if_killed(folder: Path) -> None:
-    """Remove the snapshots off the schedule, which the end of a training has written."""
-    for snapshot in Run(folder).snapshots:
-        if snapshot.off_schedule:
-            snapshot.path.unlink()
 
 
 def assert_near(
