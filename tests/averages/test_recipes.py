@@ -129,30 +129,16 @@ def test_a_switch_gives_the_trackers_average_and_later_ones_go_on_over_the_jumps
                 assert_allclose(model.weight.detach(), found, rtol=0, atol=ROUNDING)
 
 
-def test_switching_goes_on_exactly_after_an_interruption(tmp_path):
-    """As by a training that saves all of its state."""
-    whole = switched_path(tmp_path / "whole", [STEPS])
-    parts = switched_path(tmp_path / "parts", [10, STEPS - 10])
-    assert np.array_equal(whole, parts)
-
-
-def switched_path(folder: Path, parts: list[int]) -> list[FloatArray]:
-    """Return the weights after each step of a training in so many steps each."""
+def test_the_period_goes_on_after_an_interruption():
     model = Quadratic()
-    states = []
-    path = []
-    for steps in parts:
-        optimizer = sgd(model)
-        ema = tracker(model, folder, resume="auto")
-        recipe = SwitchEMA(ema, EVERY, sigma_rel=SIGMA_REL)
-        stateful = (optimizer, ema, recipe)
-        for each, state in zip(stateful, states, strict=False):
-            each.load_state_dict(state)
-        with ema:
-            for weights, _ in train(model, optimizer, recipe, steps):
-                path.append(weights)
-            states = [each.state_dict() for each in stateful]
-    return path
+    average = averaged(model)
+    first = SwitchEMA(average, EVERY)
+    for _ in train(model, sgd(model), first, steps=10):
+        pass
+    second = SwitchEMA(average, EVERY)
+    second.load_state_dict(first.state_dict())
+    switches = [switched for _, switched in train(model, sgd(model), second, steps=3)]
+    assert switches == [False, True, False]
 
 
 @pytest.mark.parametrize(
