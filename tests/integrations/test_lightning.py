@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("lightning.pytorch")
 
-from integrations.digits import EVERY, Recorder, Regression, X, Y, loader, make_trainer
+from integrations.digits import EVERY, Recorder, Regression, loader, make_trainer
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.loggers import CSVLogger
 from tracker.runs import times
@@ -65,11 +65,10 @@ def test_validation_and_checkpoints_hold_the_average_and_training_does_not(
     checkpoint = tmp_path / "out/step=8.ckpt"
     stored = torch.load(checkpoint, weights_only=True)
     assert distance(stored["current_model_state"], expected[7]) == 0
-    loaded = Regression.load_from_checkpoint(checkpoint).eval()
+    loaded = Regression.load_from_checkpoint(checkpoint)
     assert distance(parameters(loaded), exact(expected[:8], 0.2)) < 1e-6
-    (found,) = trainer.test(module, loader(), ckpt_path=str(checkpoint), verbose=False)
-    loss = float(loaded.loss((X, Y)))
-    assert found["test_loss"] == pytest.approx(loss, rel=1e-5)
+    trainer.test(module, loader(), ckpt_path=str(checkpoint), verbose=False)
+    assert distance(parameters(module), exact(expected[:8], 0.2)) < 1e-6
 
 
 def parameters(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -122,7 +121,13 @@ def test_accumulation_and_a_stride(tmp_path: Path) -> None:
     options = EVERY | {"update_every_n_steps": 2}
     callback = PostHocWeightAveraging(tmp_path / "ema", **options)
     recorder = Recorder()
-    module = fit(tmp_path, callback, recorder, accumulate_grad_batches=2, max_epochs=4)
+    module = fit(
+        tmp_path,
+        callback,
+        recorder,
+        accumulate_grad_batches=2,
+        max_epochs=4,
+    )
     assert len(recorder.weights) == 12
     assert_exact(callback.ema, module, recorder.weights, every=2)
 
@@ -206,7 +211,12 @@ def test_bad_arguments_are_errors(tmp_path: Path) -> None:
 
 
 def test_a_fast_dev_run_writes_nothing_and_training_then_begins(tmp_path: Path) -> None:
-    callback = PostHocWeightAveraging(tmp_path / "ema", validate=0.2, copy_at_end=True, **EVERY)
+    callback = PostHocWeightAveraging(
+        tmp_path / "ema",
+        validate=0.2,
+        copy_at_end=True,
+        **EVERY,
+    )
     fit(tmp_path, callback, fast_dev_run=3)
     assert callback.ema is None
     assert not (tmp_path / "ema").exists()

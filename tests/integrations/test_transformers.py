@@ -45,7 +45,11 @@ def logged(trainer: Trainer, name: str = "eval_ema_loss") -> dict[int, float]:
 def expected(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.Tensor]]:
     """The weights of ten steps without interruption, and without a tracker."""
     recorder = Recorder()
-    make_trainer(tmp_path_factory.mktemp("expected"), recorder, save_strategy="no").train()
+    make_trainer(
+        tmp_path_factory.mktemp("expected"),
+        recorder,
+        save_strategy="no",
+    ).train()
     return recorder.weights
 
 
@@ -63,7 +67,13 @@ def test_a_checkpoint_elsewhere_does_not_take_the_state_of_another_training(
         first.train()
     shutil.move(tmp_path / "out/checkpoint-4", tmp_path / "kept")  # the newest snapshots: 8
     other = PostHocCallback(tmp_path / "other", **options)
-    make_trainer(tmp_path, other, logging_steps=1, learning_rate=0.1, max_steps=4).train()
+    make_trainer(
+        tmp_path,
+        other,
+        logging_steps=1,
+        learning_rate=0.1,
+        max_steps=4,
+    ).train()
     assert (tmp_path / "out/checkpoint-4/posthoc_ema.pt").exists()
     callback = PostHocCallback(tmp_path / "ema", **options)
     resumed = make_trainer(tmp_path, callback, logging_steps=1)
@@ -173,7 +183,12 @@ def mean(weights: Sequence[Any]) -> dict[str, torch.Tensor]:
 
 def test_several_evaluation_sets_and_figures_in_the_log(tmp_path: Path) -> None:
     callback = PostHocCallback(tmp_path / "ema", evaluate=0.15, **EVERY)
-    trainer = make_trainer(tmp_path, save_strategy="no", eval_strategy="steps", logging_steps=1)
+    trainer = make_trainer(
+        tmp_path,
+        save_strategy="no",
+        eval_strategy="steps",
+        logging_steps=1,
+    )
     trainer.eval_dataset = {"a": DATA[:2], "b": DATA[2:4]}
     callback.install(trainer)
     trainer.train()

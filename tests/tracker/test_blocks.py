@@ -72,7 +72,18 @@ def test_a_block_is_refused_while_another_thread_has_one_of_the_same_tensors(
         assert_same_tensors(model.state_dict(), averaged)
     assert_same_tensors(model.state_dict(), raw)
     assert model.training
-    assert in_thread(lambda: [*evaluation(others, other, 0.05)]) == []  # one after the other
+    assert (
+        in_thread(
+            lambda: [
+                *evaluation(
+                    others,
+                    other,
+                    0.05,
+                )
+            ]
+        )
+        == []
+    )  # one after the other
 
 
 def test_blocks_of_different_models_may_be_open_in_several_threads(tmp_path: Path) -> None:

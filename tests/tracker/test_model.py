@@ -29,7 +29,13 @@ def trained(folder: Path, steps: int = 10, **settings: object) -> tuple:
     torch.manual_seed(0)
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    tracker = track(model, folder, checkpoint_every=5, checkpoint_dtype=None, **settings)
+    tracker = track(
+        model,
+        folder,
+        checkpoint_every=5,
+        checkpoint_dtype=None,
+        **settings,
+    )
     for _ in range(steps):
         optimizer.zero_grad()
         loss_of(model).backward()

@@ -301,7 +301,11 @@ class Quantized(torch.Tensor):
 
     @staticmethod
     def __new__(cls, values: torch.Tensor) -> Any:
-        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.float32)
+        return torch.Tensor._make_wrapper_subclass(
+            cls,
+            values.shape,
+            dtype=torch.float32,
+        )
 
     def __init__(self, values: torch.Tensor) -> None:
         self.values = values.half()
