@@ -33,7 +33,7 @@ TEXT = {
 
 
 def llama(**options: Any) -> nn.Module:
-    return LlamaForCausalLM(LlamaConfig(**TEXT, **options))  # type: ignore[no-any-return]
+    return LlamaForCausalLM(LlamaConfig(**TEXT, **options))
 
 
 def track(model: nn.Module, folder: Path, **options: Any) -> None:

@@ -21,7 +21,7 @@ def network() -> Any:
     """Return a model with tied and frozen parameters, float and integer buffers, and no bias in the
     head."""
     model = tiny_model()
-    model.head.bias = None  # type: ignore[assignment]
+    model.head.bias = None
     return model
 
 

@@ -180,7 +180,7 @@ def average_of(model: nn.Module, folder: Path, **filters: str) -> dict[str, torc
 def with_compiled_part(model: Any) -> nn.Module:
     adapted = model.base_model.model
     adapted.middle = compiled(adapted.middle)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 @PEFTS
