@@ -1,7 +1,6 @@
 """`DifferentiableEMA`: averages and gradients against formulas in NumPy, states and bad input."""
 
 import copy
-from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -9,7 +8,7 @@ import pytest
 import torch
 from checking import refused, saved_and_loaded
 from factories import FloatArray
-from numpy.testing import assert_allclose, assert_array_equal
+from numpy.testing import assert_allclose
 from torch import nn
 
 from posthoc_cli.averages import DifferentiableEMA
@@ -18,67 +17,46 @@ DECAY = 0.9
 STEPS = 30
 ROWS = 3
 WEIGHTS = 5
-EPS = np.finfo(np.float64).eps
-
+RANDOM = np.random.default_rng(0)
+DATA = RANDOM.normal(size=(STEPS, ROWS, WEIGHTS))
+START = RANDOM.normal(size=WEIGHTS)
+TARGET = RANDOM.normal(size=ROWS)
 MODES = {
-    "truncated": {},
-    "window": {"window": 7},
-    "carried": {},
-    "full": {},
+    "truncated": 1,
+    "window": 7,
+    "carried": STEPS,
+    "full": STEPS,
 }
+"""The number of values whose derivatives count."""
 
 
-class Problem:
-    """Values x_i = tanh(A_i w_i**2), whose derivative is 2 (1 - x_i**2) A_i w_i; and a target for
-    their average."""
-
-    def __init__(self, seed: int = 0) -> None:
-        random = np.random.default_rng(seed)
-        self.data = random.normal(size=(STEPS, ROWS, WEIGHTS))
-        self.start = random.normal(size=WEIGHTS)
-        self.target = random.normal(size=ROWS)
-
-    def value(self, step: int, weight: torch.Tensor) -> torch.Tensor:
-        matrix = torch.as_tensor(self.data[step])
-        return torch.tanh(matrix @ weight**2)
-
-    def values(self, weights: Sequence[FloatArray]) -> FloatArray:
-        used = self.data[: len(weights)]
-        products = np.einsum("irw,iw->ir", used, np.square(weights))
-        return np.tanh(products)
-
-    def derivatives(self, weights: Sequence[FloatArray]) -> FloatArray:
-        """Return df_i/dw at the weights of step i: [steps, rows, weights]."""
-        used = self.data[: len(weights)]
-        slopes = 2 * (1 - self.values(weights) ** 2)
-        return np.einsum("ir,irw,iw->irw", slopes, used, np.array(weights))
-
-    def leaf(self) -> nn.Parameter:
-        return nn.Parameter(torch.tensor(self.start))
+def value_of(step: int, weight: torch.Tensor) -> torch.Tensor:
+    """Return A_i w_i**2, whose derivative is 2 A_i w_i."""
+    return torch.as_tensor(DATA[step]) @ weight**2
 
 
-def coefficients(decays: Sequence[float]) -> FloatArray:
-    """Return the coefficient of each value: (1 - decay_i) times all later decays; the first has no
-    1 - decay."""
-    backwards = [1.0, *decays[:0:-1]]
-    later = np.cumprod(backwards)[::-1]
-    own = 1 - np.array(decays)
+def leaf() -> nn.Parameter:
+    return nn.Parameter(torch.tensor(START))
+
+
+def coefficients(count: int) -> FloatArray:
+    """Return the coefficient of each value: 1 - decay, but for the first, times all later
+    decays."""
+    later = DECAY ** np.arange(count)[::-1]
+    own = np.full(count, 1 - DECAY)
     own[0] = 1.0
     return later * own
 
 
-def rounding(steps=STEPS):
-    """Bound the rounding of a sum of `steps` products of numbers near 1, with 8 roundings a
-    step."""
-    return 8 * steps * ROWS * WEIGHTS * EPS
-
-
 def assert_near(found: npt.ArrayLike, expected: npt.ArrayLike) -> None:
-    assert_allclose(found, expected, rtol=0, atol=rounding())
+    """A sum of products of numbers up to about 10, with 8 roundings a step."""
+    within = 10 * 8 * STEPS * ROWS * WEIGHTS * np.finfo(np.float64).eps
+    assert_allclose(found, expected, rtol=0, atol=within)
 
 
 def make(mode: str) -> DifferentiableEMA:
-    return DifferentiableEMA(ROWS, DECAY, mode, **MODES[mode], dtype=torch.float64)
+    window = 7 if mode == "window" else None
+    return DifferentiableEMA(ROWS, DECAY, mode, window, dtype=torch.float64)
 
 
 def take(ema: DifferentiableEMA, value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -88,108 +66,50 @@ def take(ema: DifferentiableEMA, value: torch.Tensor, weight: torch.Tensor) -> t
     return ema(value)
 
 
-def gradient_of(weight: nn.Parameter) -> FloatArray:
-    assert weight.grad is not None
-    return weight.grad.numpy().copy()
-
-
-def train(
-    ema: DifferentiableEMA,
-    problem: Problem,
-) -> tuple[list[FloatArray], list[FloatArray], list[FloatArray]]:
-    """Take steps of SGD on |average - target|**2 / 2; return the weights, averages and gradients of
-    each step."""
-    weight = problem.leaf()
-    weights = []
-    averages = []
-    gradients = []
-    optimizer = torch.optim.SGD([weight], lr=0.5)
+@pytest.mark.parametrize("mode", MODES)
+def test_averages_and_gradients_over_30_steps_of_backward_and_sgd(mode):
+    """Each kept value's derivative is taken at the weight of its step, although the optimizer has
+    changed it since."""
+    ema = make(mode)
+    weight = leaf()
+    optimizer = torch.optim.SGD([weight], lr=0.05)
+    values = []
+    derivatives = []
     for step in range(STEPS):
-        weights.append(weight.detach().numpy().copy())
+        at = weight.detach().numpy().copy()
+        values.append(DATA[step] @ at**2)
+        derivatives.append(2 * DATA[step] * at)
         with ema.recording():
-            value = problem.value(step, weight)
+            value = value_of(step, weight)
         average = take(ema, value, weight)
+        c = coefficients(step + 1)
+        assert_near(average.detach(), c @ values)
         optimizer.zero_grad()
-        distance = average - torch.tensor(problem.target)
+        distance = average - torch.tensor(TARGET)
         loss = distance.square().sum() / 2
         loss.backward(retain_graph=True)
-        averages.append(average.detach().numpy())
-        gradients.append(gradient_of(weight))
+        first = max(0, step + 1 - MODES[mode])
+        slope = np.tensordot(c[first:], derivatives[first:], axes=1)
+        assert_near(weight.grad, (c @ values - TARGET) @ slope)
         optimizer.step()
-    return weights, averages, gradients
+        average.detach().mul_(7.0)  # by the caller, whose memory it is
+    assert np.linalg.norm(at - START) > 0.2
+    assert ema.num_updates == STEPS
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_average_has_memory_of_its_own(mode):
-    """Neither a change of the result by the caller nor of a leaf by the optimizer changes it: the
-    window recomputes its average from kept values."""
+def test_values_that_are_views_of_the_leaf_are_kept_although_the_optimizer_changes_it(mode):
     weight = nn.Parameter(torch.zeros(ROWS, dtype=torch.float64))
     ema = make(mode)
     for number in (1.0, 2.0, 3.0):
         nn.init.constant_(weight, number)
-        result = take(ema, weight.view(ROWS), weight)
-        found = result.detach().numpy().copy()
-        result.detach().mul_(7.0)
-        nn.init.constant_(weight, 50.0)
-    expected = coefficients([DECAY] * 3) @ [1, 2, 3]
-    assert_near(found, expected)
-    assert_near(ema.average, expected)
-
-
-def expected_gradients(
-    problem: Problem,
-    seen: Sequence[FloatArray],
-    kept: int,
-) -> list[FloatArray]:
-    """Return g^T sum_i c_i df_i/dw(w_i) at each step over the last `kept` values, with g = average
-    - target."""
-    values = problem.values(seen)
-    derivatives = problem.derivatives(seen)
-    found = []
-    for t in range(1, len(seen) + 1):
-        c = coefficients([DECAY] * t)
-        g = c @ values[:t] - problem.target
-        first = max(0, t - kept)
-        used = slice(first, t)
-        gradient = np.einsum("i,r,irw->w", c[used], g, derivatives[used])
-        found.append(gradient)
-    return found
-
-
-@pytest.mark.parametrize(
-    ("mode", "kept"),
-    [
-        ("truncated", 1),
-        ("window", 7),
-        ("full", STEPS),
-        ("carried", STEPS),
-    ],
-    ids=MODES,
-)
-def test_averages_and_gradients_over_30_steps_of_backward_and_sgd(mode, kept):
-    """Each kept value's derivative is taken at the weight of its step, although the optimizer has
-    changed it since."""
-    problem = Problem()
-    ema = make(mode)
-    weights, averages, gradients = train(ema, problem)
-    moved = weights[-1] - weights[0]
-    assert np.linalg.norm(moved) > 0.2
-    derivatives = expected_gradients(problem, weights, kept)
-    assert_near(gradients, derivatives)
-    values = problem.values(weights)
-    expected = []
-    for t in range(1, STEPS + 1):
-        c = coefficients([DECAY] * t)
-        expected.append(c @ values[:t])
-    assert_near(averages, expected)
-    assert_array_equal(ema.average.numpy(), averages[-1])
-    assert ema.num_updates == STEPS
+        take(ema, weight.view(ROWS), weight)
+    assert_near(ema.average, [coefficients(3) @ [1, 2, 3]] * ROWS)
 
 
 def test_carried_reaches_every_leaf_that_it_was_given_and_no_other():
-    twos = torch.tensor([2.0, 2.0], dtype=torch.float64)
-    one, two, other = (twos.clone().requires_grad_() for _ in range(3))
-    ema = DifferentiableEMA((), 0.5, "carried", dtype=torch.float64)
+    one, two, other = (torch.full((2,), 2.0).requires_grad_() for _ in range(3))
+    ema = DifferentiableEMA((), 0.5, "carried")
     expected = r"depend on leaves\[1\] of the shape \[2\]: "
     with pytest.warns(RuntimeWarning, match=expected) as warned:
         ema((one * other).sum(), leaves=[one, two])
@@ -204,60 +124,45 @@ def test_carried_reaches_every_leaf_that_it_was_given_and_no_other():
 
 
 def by_state(first: DifferentiableEMA) -> DifferentiableEMA:
-    state = copy.deepcopy(first.state_dict())
     second = make(first.mode)
-    assert state.keys() == {"average", "num_updates"}
-    assert not state["average"].requires_grad
-    second.load_state_dict(state)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
     return second
 
 
-@pytest.mark.parametrize("copied", [by_state, copy.deepcopy, saved_and_loaded])
+@pytest.mark.parametrize("copied", [by_state, saved_and_loaded])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_copy_goes_on_alone_with_the_average_as_a_constant(mode, copied):
-    problem = Problem()
     first = make(mode)
-    weight = problem.leaf()
-    other = problem.leaf()
+    weight = leaf()
+    other = leaf()
     for step in range(5):
-        take(first, problem.value(step, weight), weight)
-    second = copied(first)
+        take(first, value_of(step, weight), weight)
     before = first.average.clone()
-    average = take(second, problem.value(5, other), other)
+    second = copied(first)
+    average = take(second, value_of(5, other), other)
     assert torch.equal(first.average, before)
     assert first.num_updates == 5
     assert second.num_updates == 6
-    starts = [problem.start] * 6
-    *_, value = problem.values(starts)
-    expected = DECAY * before.numpy() + (1 - DECAY) * value
+    expected = DECAY * before.numpy() + (1 - DECAY) * DATA[5] @ START**2
     assert_near(average.detach(), expected)
     average.sum().backward()
-    *_, derivative = problem.derivatives(starts)
-    expected = (1 - DECAY) * derivative.sum(axis=0)
-    assert_near(gradient_of(other), expected)
+    assert_near(other.grad, (1 - DECAY) * (2 * DATA[5] * START).sum(axis=0))
     assert weight.grad is None
 
 
-def test_bad_values_and_leaves_are_named_and_not_taken_in():
+@pytest.mark.parametrize("changed", [{"dtype": torch.float64}, {"device": "meta"}, {"size": (3,)}])
+def test_a_value_of_another_kind_is_named_and_not_taken_in(changed):
     ema = DifferentiableEMA(2, 0.9).half()
-    for changed in ({"dtype": torch.float64}, {"device": "meta"}):
-        with refused("value", "must be torch.float32 of shape [2] on cpu as the average is"):
-            ema(torch.ones(2, **changed))
-    with refused("value", "is torch.float32 of shape [3] on cpu"):
-        ema(torch.ones(3))
+    with refused("value", "must be torch.float32 of shape [2] on cpu as the average is"):
+        ema(torch.ones(**{"size": (2,)} | changed))
     assert ema.num_updates == 0
+
+
+def test_bad_leaves_are_named():
     weight = nn.Parameter(torch.ones(2))
     other = nn.Parameter(torch.ones(2))
     ema = DifferentiableEMA(2, 0.9, "carried")
-    for leaves in (
-        None,
-        weight,
-        [],
-        [weight, weight],
-        [weight, weight * 1],
-        [torch.ones(2)],
-        ["w"],
-    ):
+    for leaves in (None, weight, [], [weight, weight], [weight * 1], [torch.ones(2)]):
         with refused("leaves", "different leaves that require gradients"):
             ema(weight * 2, leaves=leaves)
     with refused("value", "no graph"):

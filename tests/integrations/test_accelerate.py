@@ -43,8 +43,8 @@ def generator_and_critic(folder: Path) -> tuple[Accelerator, list[Any]]:
     return accelerator, prepared
 
 
-def step(accelerator: Accelerator, model: Any, optimizer: Any, number: int) -> None:
-    output = model(batch(number))
+def step(accelerator: Accelerator, model: Any, optimizer: Any) -> None:
+    output = model(batch(0))
     accelerator.backward(output.square().mean())
     optimizer.step()
     optimizer.zero_grad()
@@ -52,13 +52,13 @@ def step(accelerator: Accelerator, model: Any, optimizer: Any, number: int) -> N
 
 def test_each_of_several_models_resumes_from_its_own_state(tmp_path: Path) -> None:
     weights: list[list[Any]] = [[], []]
-    for steps in (range(5), range(5, 8)):
+    for steps in (5, 3):
         accelerator, prepared = generator_and_critic(tmp_path)
-        if steps.start:
+        if weights[0]:
             accelerator.load_state(str(tmp_path / "saved"))
-        for number in steps:
-            for (model, optimizer, _), history in zip(prepared, weights, strict=True):
-                step(accelerator, model, optimizer, number)
+        for (model, optimizer, _), history in zip(prepared, weights, strict=True):
+            for _ in range(steps):
+                step(accelerator, model, optimizer)
                 history.append(recorded(model))
         accelerator.save_state(str(tmp_path / "saved"))
         for (model, _, ema), history in zip(prepared, weights, strict=True):
@@ -84,12 +84,11 @@ def test_a_directory_that_is_prepared_again_takes_its_earlier_place(tmp_path: Pa
     (model, optimizer, first), (_, _, critic) = prepared
     again = prepare(accelerator, model, tmp_path / "generator", optimizer, **EVERY)
     assert first.closed
-    step(accelerator, model, optimizer, 0)
+    step(accelerator, model, optimizer)
     accelerator.save_state(str(tmp_path / "saved"))
-    first_state, second_state = sorted((tmp_path / "saved").glob("posthoc_ema*"))
-    assert torch.load(first_state)["run_id"] == again.run_id
-    assert torch.load(second_state)["run_id"] == critic.run_id
-    accelerator.load_state(str(tmp_path / "saved"))
+    saved = sorted((tmp_path / "saved").glob("posthoc_ema*"))
+    states = [torch.load(path)["run_id"] for path in saved]
+    assert states == [again.run_id, critic.run_id]
 
 
 def test_a_checkpoint_without_a_trackers_state_is_said(

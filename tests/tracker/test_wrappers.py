@@ -7,7 +7,6 @@ and loads them.
 import copy
 import warnings
 from collections.abc import Iterator
-from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,6 @@ import forked
 import pytest
 import torch
 import torch.distributed as dist
-from checking import assert_same_tensors
-from factories import exact_weights
 from peft import (
     LoHaConfig,
     LoraConfig,
@@ -53,17 +50,6 @@ class Network(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self._orig_mod(self.module(x)))
-
-
-NAMES = {
-    "module.weight",
-    "module.bias",
-    "_orig_mod.weight",
-    "_orig_mod.bias",
-    "head.0.weight",
-    "head.0.bias",
-}
-BUFFERS = {"_orig_mod.running_mean", "_orig_mod.running_var", "_orig_mod.num_batches_tracked"}
 
 
 def network() -> Network:
@@ -107,13 +93,6 @@ def with_compiled_and_checkpointed_parts(model: Network) -> nn.Module:
     return model
 
 
-def values_of(model: nn.Module, folder: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors that a tracker finds in a model: the average after the first update."""
-    with track(model, folder) as tracker:
-        tracker.update_(model)
-        return tracker.state_dict(sigma_rel=0.28)
-
-
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize(
     "wrap",
@@ -128,8 +107,8 @@ def test_snapshots_of_a_wrapped_model_are_those_of_the_bare_one_and_load_into_ei
     wrap: Any,
 ) -> None:
     bare = network()
-    wrapped = wrap(network())
-    assert_same_tensors(values_of(wrapped, tmp_path / "values"), bare.state_dict())
+    inner = network()
+    wrapped = wrap(inner)
     # made before the wrapper
     with (
         PostHocEMA.from_model(bare, tmp_path / "bare", **SETTINGS) as one,
@@ -137,50 +116,38 @@ def test_snapshots_of_a_wrapped_model_are_those_of_the_bare_one_and_load_into_ei
     ):
         Training(model=bare).run(4, one)
         Training(model=wrapped).run(4, other)
-    info = Run(tmp_path / "bare").snapshots[-1]
-    assert set(info.tensors) == NAMES | BUFFERS
-    assert info.aliases == {"head.1.weight": "head.0.weight"}
     assert contents(tmp_path / "wrapped") == contents(tmp_path / "bare")
-    fresh = network()
-    weights = PostHocEMA.from_path(tmp_path / "wrapped").state_dict(sigma_rel=0.15)
-    fresh.load_state_dict(weights)
+    info = Run(tmp_path / "bare").snapshots[-1]
+    assert info.tensors.keys() == bare.state_dict().keys() - {"head.1.weight"}
+    assert info.aliases == {"head.1.weight": "head.0.weight"}
 
-    x = torch.randn(6, 3)
-    before = values_of(wrapped, tmp_path / "before")
     run = PostHocEMA.from_path(tmp_path / "wrapped", wrapped)
+    bare.load_state_dict(run.state_dict(sigma_rel=0.15))
+    x = torch.randn(6, 3)
     with run.model(wrapped, sigma_rel=0.15) as averaged, torch.no_grad():
-        expected = fresh.eval()(x)
+        expected = bare.eval()(x)
         torch.testing.assert_close(averaged(x), expected, rtol=1e-5, atol=1e-6)
         with pytest.raises(NotReadyError, match="holds averaged weights"):
             run.update_(wrapped)
-    assert_same_tensors(values_of(wrapped, tmp_path / "after"), before)
     run.load_into(wrapped, sigma_rel=0.15)
-    assert_same_tensors(values_of(wrapped, tmp_path / "loaded"), weights)
+    parameters = zip(wrapped.parameters(), bare.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in parameters)
 
 
-def test_models_of_fsdp_1_and_of_deepspeed_zero_3_are_refused_by_name(
-    tmp_path: Path,
-    one_process: None,
-) -> None:
-    """A parameter of ZeRO-3 is a placeholder, or for a while holds all values."""
+@pytest.mark.usefixtures("one_process")
+def test_models_of_fsdp_1_and_of_deepspeed_zero_3_are_refused_by_name(tmp_path: Path) -> None:
     flat = FullyShardedDataParallel(network(), device_id=torch.device("cpu"))
     reason = r"model: FSDP1 lays .*; use fully_shard or Distributed"
     with pytest.raises(InvalidValueError, match=reason):
         PostHocEMA.from_model(flat, tmp_path)
-    for shape in ((0,), (3, 4)):
-        model = network()
-        head: Any = nn.Parameter(torch.empty(shape))
-        head.ds_id = 7
-        head.ds_tensor = torch.zeros(6)
-        model.head[0].bias = head
-        reason = r"'head\.0\.bias': is sharded over processes by DeepSpeed ZeRO-3"
-        with pytest.raises(InvalidValueError, match=reason):
-            PostHocEMA.from_model(model, tmp_path)
-    with PostHocEMA.from_model(model, tmp_path, exclude="head.0.bias", **SETTINGS) as tracker:
-        tracker.update_(model)
-        model.module.bias = head
-        with pytest.raises(InvalidValueError, match=r"'module\.bias': .* by DeepSpeed ZeRO-3"):
-            tracker.update_(model)
+    head: Any = nn.Parameter(torch.empty(0))
+    head.ds_id = 7
+    head.ds_tensor = torch.zeros(6)
+    model = network()
+    model.head[0].bias = head
+    reason = r"'head\.0\.bias': is sharded over processes by DeepSpeed ZeRO-3"
+    with pytest.raises(InvalidValueError, match=reason):
+        PostHocEMA.from_model(model, tmp_path)
 
 
 PEFTS = pytest.mark.filterwarnings("ignore")  # whose own warnings are many
@@ -210,7 +177,9 @@ def average_of(model: nn.Module, folder: Path, **filters: str) -> dict[str, torc
     return PostHocEMA.from_path(folder).state_dict(sigma_rel=0.15)
 
 
-def itself(model: nn.Module) -> nn.Module:
+def with_compiled_part(model: Any) -> nn.Module:
+    adapted = model.base_model.model
+    adapted.middle = compiled(adapted.middle)
     return model
 
 
@@ -218,9 +187,9 @@ def itself(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     ("kind", "wrap"),
     [
-        ("lora", nn.DataParallel),
+        ("lora", with_compiled_part),
         ("dora", compiled),
-        ("loha", itself),
+        ("loha", nn.DataParallel),
     ],
 )
 def test_an_adapter_alone_is_tracked_under_the_names_that_peft_saves(
@@ -229,22 +198,13 @@ def test_an_adapter_alone_is_tracked_under_the_names_that_peft_saves(
     wrap: Any,
 ) -> None:
     model = get_peft_model(Adapted(), CONFIGS[kind])
-    weights = average_of(wrap(model), tmp_path)
     saved = get_peft_model_state_dict(model, save_embedding_layers=False)
+    weights = average_of(wrap(model), tmp_path)
     assert weights.keys() == saved.keys()
     left_out = Run(tmp_path).snapshots[0].left_out
-    assert "base_model.model.middle.base_layer.weight" in left_out
+    assert any("base_layer.weight" in name for name in left_out)
     fresh = get_peft_model(Adapted(), CONFIGS[kind])
     assert not set_peft_model_state_dict(fresh, weights).unexpected_keys
-
-
-@PEFTS
-def test_an_adapter_with_a_compiled_part_has_the_same_names(tmp_path: Path) -> None:
-    model = get_peft_model(Adapted(), CONFIGS["lora"])
-    bare = average_of(model, tmp_path / "bare")
-    adapted = model.base_model.model
-    adapted.middle = compiled(adapted.middle)
-    assert average_of(model, tmp_path / "compiled").keys() == bare.keys()
 
 
 @PEFTS
@@ -282,46 +242,22 @@ def test_a_compiled_function_may_call_a_tracker(tmp_path: Path) -> None:
     assert ema.step == 4
 
 
-def traced(model: nn.Module) -> nn.Module:
-    return torch.jit.trace(model, torch.ones(1, 2))
-
-
-@pytest.mark.parametrize(
-    ("compile", "part"),
-    [
-        (torch.jit.script, True),
-        (traced, False),
-    ],
-)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit
-def test_a_model_of_torch_jit_is_refused_and_the_one_it_was_made_from_tracked(
-    tmp_path: Path,
-    compile: Any,
-    part: bool,
-) -> None:
-    model = nn.Linear(2, 2)
-    compiled = compile(model)
-    with pytest.raises(InvalidValueError, match=r"is compiled by torch\.jit; track the module"):
-        PostHocEMA.from_model(nn.Sequential(compiled) if part else compiled, tmp_path)
-    with track(model, tmp_path) as ema:
-        for value in (1.0, 3.0):
-            for parameter in compiled.parameters():
-                parameter.data.fill_(value)
-            ema.update_(model)
-        assert 1 < float(ema.state_dict(0.28)["bias"][0]) < 3
+def test_a_model_of_torch_jit_is_refused(tmp_path: Path) -> None:
+    part = torch.jit.script(nn.Linear(2, 2))
+    for model in (part, nn.Sequential(part)):
+        with pytest.raises(InvalidValueError, match=r"is compiled by torch\.jit; track the module"):
+            PostHocEMA.from_model(model, tmp_path)
 
 
 def test_an_exported_model_is_tracked_and_filled_but_has_no_eval_mode(tmp_path: Path) -> None:
     inner = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
-    exported = torch.export.export(inner, (torch.ones(1, 2),))
-    model = exported.module()
-    raw = copy.deepcopy(model.state_dict())
+    model = torch.export.export(inner, (torch.ones(1, 2),)).module()
     with track(model, tmp_path) as ema:
         ema.update_(model)
         refused = r"has no eval mode: .*; take the average by"
         with pytest.raises(InvalidValueError, match=refused):
             ema.model(model, 0.28).__enter__()
-        assert_same_tensors(model.state_dict(), raw)
         ema.update_(model)
         ema.load_into(model, 0.28)
 
@@ -346,26 +282,17 @@ for path in sys.argv[1:]:
 def test_a_pickled_model_does_not_need_this_package(tmp_path: Path) -> None:
     """Pickled, or copied and pickled, before the first update, later, and after the end."""
     model = nn.Sequential(nn.Linear(2, 2))
-    paths = [tmp_path / f"{number}.pt" for number in range(5)]
+    paths = [tmp_path / f"{number}.pt" for number in range(4)]
     with track(model, tmp_path / "run") as ema:
         torch.save(model, paths[0])
-        torch.save(nn.Sequential(model), paths[1])
         ema.update_(model)
-        torch.save(copy.deepcopy(model), paths[2])
+        torch.save(copy.deepcopy(model), paths[1])
         with ema.model(model, 0.1):
-            torch.save(model, paths[3])
-    torch.save(model, paths[4])
+            torch.save(model, paths[2])
+    torch.save(model, paths[3])
     done = forked.run(WITHOUT_THE_PACKAGE, *paths)
     assert done.code == 0, done.err
-    assert done.out.split() == ["Sequential"] * 5
-    # the tracker still notes when weights are restored
-    again = PostHocEMA.from_model(model, tmp_path / "run", resume="auto")
-    stored = torch.load(paths[2], weights_only=False)
-    model.load_state_dict(stored.state_dict())
-    with torch.no_grad():
-        model[0].bias += 1
-    again.update_(model)
-    assert again.step == 2
+    assert done.out.split() == ["Sequential"] * 4
 
 
 class Quantized(torch.Tensor):
@@ -374,7 +301,11 @@ class Quantized(torch.Tensor):
 
     @staticmethod
     def __new__(cls, values: torch.Tensor) -> Any:
-        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.float32)
+        return torch.Tensor._make_wrapper_subclass(
+            cls,
+            values.shape,
+            dtype=torch.float32,
+        )
 
     def __init__(self, values: torch.Tensor) -> None:
         self.values = values.half()
@@ -390,17 +321,11 @@ def test_quantized_weights_may_be_frozen_and_are_refused_by_name_if_tracked(tmp_
     model = nn.Module()
     values = Quantized(torch.ones(3, 3))
     model.base = nn.Parameter(values, requires_grad=False)
-    model.adapter = nn.Parameter(torch.zeros(3))
+    model.adapter = nn.Parameter(torch.ones(3))
     with track(model, tmp_path / "run") as ema:
-        for step in range(1, 5):
-            model.adapter.data.fill_(step)
-            ema.update_(model)
-            with ema.model(model, 0.05):
-                pass
-        assert model.adapter.tolist() == [4, 4, 4]
-        steps = range(1, 5)
-        exact = sum(map(mul, exact_weights(0.05, steps), steps))
-        average = ema.state_dict(0.05)["adapter"]
-        assert average.tolist() == pytest.approx([exact] * 3)
+        ema.update_(model)
+        with ema.model(model, 0.05):
+            pass
+        assert ema.state_dict(0.05)["adapter"].tolist() == [1, 1, 1]
     with pytest.raises(InvalidValueError, match=r"'base': is a Quantized.* exclude='base'"):
         track(model, tmp_path / "all", include="*")
