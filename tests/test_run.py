@@ -114,22 +114,13 @@ def test_an_average_that_may_not_be_written_leaves_nothing(run, tmp_path):
     assert raised.value.hint == "choose another name, or `overwrite` to replace it"
 
 
-@pytest.mark.parametrize(
-    ("method", "arguments", "subject", "words"),
-    [
-        ("average", {"target": 0.1, "device": 99}, "device", "'99': cannot be used: "),
-        ("prune", {"max_error": "1%"}, "max_error", "'1%': must be a relative error in (0, 1)"),
-        ("prune", {"keep": 2, "sigma_range": (0.2, 0.1)}, "sigma_range", "(0.2, 0.1): must be"),
-        ("prune", {"max_error": 0.1, "keep": 1}, "keep and max_error", ": give one of them"),
-        ("error_curve", {"t": "x"}, "t", "'x': must lie between"),
-        ("error_curve", {"others": Groups({"*": 0.1})}, "target", "has a profile for each group"),
-        ("plan", {"targets": []}, "sigma_rel", "at least one value is needed"),
-    ],
-)
-def test_an_invalid_argument_is_refused(run, method, arguments, subject, words):
-    with refused(subject, words):
-        getattr(run, method)(**arguments)
-    assert len(run.snapshots) == 20
+def test_an_invalid_argument_is_refused(run):
+    with refused("t", "'x': must lie between"):
+        run.error_curve(t="x")
+    with refused("target", "has a profile for each group"):
+        run.error_curve(others=Groups({"*": 0.1}))
+    with refused("sigma_rel", "at least one value is needed"):
+        run.plan([])
 
 
 def test_curves_and_plans_are_what_the_commands_print(run, ema):

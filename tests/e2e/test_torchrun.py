@@ -1,12 +1,9 @@
 """A synthesis by the ranks of a torchrun job, and its files after one of them was killed or has
 failed."""
 
-import errno
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import forked
 import pytest
@@ -23,11 +20,9 @@ from factories import (
     split_snapshot,
     write_snapshot,
 )
-from safetensors.torch import load_file
-from snapshots.recorded import failing
 
 from posthoc_cli import Run
-from posthoc_cli.errors import InvalidValueError, WriteError
+from posthoc_cli.errors import InvalidValueError
 
 ROOT = Path(__file__).resolve().parents[2]
 WORLD = 3
@@ -120,66 +115,6 @@ def test_an_error_in_one_rank_is_named_by_all(run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-# --- shards by the ranks of a job, which here is one process: the same bytes as in one file,
-# complete or absent
-
-
-@pytest.fixture
-def small_run(tmp_path: Path) -> Path:
-    values = {
-        "embed": torch.randn(300, 40),
-        "a/../b": torch.randn(7),
-        "ü 'quoted'": torch.randn(3, 5),
-        "none": torch.randn(0, 4),
-        "one": torch.randn(()),
-        "half": torch.randn(90, 9).half(),
-        "count": torch.tensor(7),
-    }
-    for t in (10, 20, 30):
-        tensors = {name: t * value for name, value in values.items()}
-        write_snapshot(tmp_path / "run", t, 0.05, RUN_ID, tensors, aliases={"tied": "embed"})
-    return tmp_path / "run"
-
-
-@pytest.fixture(autouse=True)
-def _only_rank() -> Iterator[None]:
-    """This process is the only rank of a job."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def write(run: Path, out: Path, target: float = 0.1, **options: Any) -> Any:
-    return Run(run).write(target, out, distributed=True, **options)
-
-
-@pytest.mark.parametrize("size", ["10", "20KB", "1GB"])
-def test_any_number_of_shards_gives_the_bytes_of_one_file(small_run, tmp_path, size):
-    file = tmp_path / "one.safetensors"
-    Run(small_run).write(0.1, file)
-    write(small_run, tmp_path / "out", max_shard_size=size)
-    assert_same_tensors(load_output(tmp_path / "out"), load_file(file))
-
-
-@pytest.mark.parametrize(
-    ("operation", "exists"),
-    [
-        ("fsync", False),
-        ("rename", True),
-    ],
-)
-def test_a_failure_leaves_what_was_there(small_run, tmp_path, operation, exists):
-    out = tmp_path / "out"
-    if exists:
-        write(small_run, out)
-    before = contents(tmp_path)
-    full = failing(operation, errno.ENOSPC)
-    with full, pytest.raises(WriteError, match=f"{out}.*no space left"):
-        write(small_run, out, 0.2, overwrite=True)
-    assert contents(tmp_path) == before
-    assert not [*tmp_path.glob(".ema-*.tmp")]
-
-
 @pytest.mark.parametrize(
     ("out", "layout"),
     [
@@ -187,13 +122,19 @@ def test_a_failure_leaves_what_was_there(small_run, tmp_path, operation, exists)
         ("m", "dcp"),
     ],
 )
-def test_a_job_makes_a_folder_of_shards(small_run, tmp_path, out, layout):
+def test_a_job_makes_a_folder_of_shards(run, tmp_path, out, layout):
     message = "makes a folder of shards; name a folder; an export makes one file"
     with pytest.raises(InvalidValueError, match=message):
-        write(small_run, tmp_path / out, layout=layout)
+        Run(run).write(0.1, tmp_path / out, layout=layout, distributed=True)
 
 
-def test_a_dry_run_of_a_job_writes_nothing(small_run, tmp_path):
-    report = write(small_run, tmp_path / "m", dry_run=True)
-    assert report.outputs == ()
-    assert not (tmp_path / "m").exists()
+@pytest.mark.parametrize(("size", "files"), [("2MB", 10), ("1GB", 1)])
+def test_a_job_of_one_process_makes_the_same_tensors(run, tmp_path, size, files):
+    out = tmp_path / "out"
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        Run(run).write(0.1, out, max_shard_size=size, distributed=True)
+    finally:
+        dist.destroy_process_group()
+    assert len(contents(out)) == files
+    assert_same_tensors(load_output(out), Run(run).average(0.1))
