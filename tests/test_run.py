@@ -78,13 +78,6 @@ def test_an_average_of_another_time_and_dtype_loads_without_this_package(run, tm
     assert_same_tensors(loaded, weights)
 
 
-def test_a_curve_has_the_errors_of_plans(run):
-    curve = run.error_curve((0.1, 0.2), others=[Window(50)])
-    plan = run.plan([0.1, Window(50)], dtype="float64")
-    assert curve.predicted_error[0] == pytest.approx(plan.predicted_error(0))
-    assert curve.others[0].predicted_error == pytest.approx(plan.predicted_error(1))
-
-
 def test_writing_several_averages_returns_what_the_command_prints(run, ema, tmp_path):
     report = run.write([0.1, Beta(0.9)], tmp_path / "new", max_error=0.9)
     names = [path.name for path in report.outputs]

@@ -272,18 +272,19 @@ def test_a_dtype_that_the_format_lacks_is_refused_with_the_tensor():
         stored_name(torch.complex128, "w")
 
 
-def test_dtypes_of_averages_are_given_as_words_or_torch_dtypes():
-    assert parse_dtype("keep") is None
-    assert parse_dtype(torch.bfloat16) == "BF16"
-    words = {
-        torch.float64: ("float64", "fp64"),
-        torch.float32: ("float32", "fp32"),
-        torch.float16: ("float16", "fp16"),
-        torch.bfloat16: ("bfloat16", "bf16"),
-    }
-    for dtype, names in words.items():
-        for name in names:
-            assert torch_dtype(parse_dtype(name)) == dtype
+@pytest.mark.parametrize(
+    ("word", "dtype"),
+    [
+        ("fp64", torch.float64),
+        ("fp32", torch.float32),
+        ("fp16", torch.float16),
+        ("bf16", torch.bfloat16),
+        ("bfloat16", torch.bfloat16),
+    ],
+)
+def test_dtypes_of_averages_are_given_as_words_or_torch_dtypes(word, dtype):
+    assert torch_dtype(parse_dtype(word)) == dtype
+    assert parse_dtype(word) == parse_dtype(dtype)
 
 
 @pytest.mark.parametrize("dtype", ["half", torch.int64])
