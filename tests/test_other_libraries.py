@@ -31,7 +31,11 @@ def network_of(path: torch.Tensor) -> torch.nn.Module:
     return torch.nn.Linear(path.shape[1], 1, bias=False, dtype=torch.float64)
 
 
-def by_nextml(folder: Path, path: torch.Tensor, **settings: Any) -> None:
+def by_nextml(
+    folder: Path,
+    path: torch.Tensor,
+    **settings: Any,
+) -> None:
     """Let pytorch-posthoc-ema store averages every `EVERY` steps of a path."""
     network = network_of(path)
     ema = NextmlEMA.from_model(
@@ -47,7 +51,12 @@ def by_nextml(folder: Path, path: torch.Tensor, **settings: Any) -> None:
         ema.update_(network)
 
 
-def by_lucidrains(folder: Path, path: torch.Tensor, every: int = EVERY, **settings: Any) -> None:
+def by_lucidrains(
+    folder: Path,
+    path: torch.Tensor,
+    every: int = EVERY,
+    **settings: Any,
+) -> None:
     """Let ema-pytorch do so; after about half of the steps another object continues from the state
     of the first one."""
     network = network_of(path)
@@ -96,7 +105,13 @@ def test_ema_pytorch_stores_the_average_of_its_profile(update_every, tmp_path):
     check_profiles(tmp_path, "ema_model.weight", path, update_every, 1)
 
 
-@pytest.mark.parametrize(("update_every", "after", "first"), [(100, 137, 137), (10, 0, 1)])
+@pytest.mark.parametrize(
+    ("update_every", "after", "first"),
+    [
+        (100, 137, 137),
+        (10, 0, 1),
+    ],
+)
 def test_posthoc_ema_stores_the_average_of_its_profile(update_every, after, first, tmp_path):
     path = walk()
     settings = {"update_every": update_every, "update_after_step": after}

@@ -12,11 +12,12 @@ import torch
 from checking import assert_same_tensors, refused
 from factories import Span, random_walk, write_run
 from safetensors.torch import load_file
-from tracker.runs import steps, track, update
+from tracker.runs import track, update
 
 from posthoc_cli import Beta, Groups, PostHocEMA, PowerFunction, Run, Window
 from posthoc_cli.errors import DirectoryError, InexactError, InvalidValueError, OutputExistsError
 from posthoc_cli.run import plan_training
+from posthoc_cli.snapshots.tensorfile import Entry
 from posthoc_cli.targets import GivenProfile
 
 GIVEN = PowerFunction.from_sigma_rel(0.15, 100.0)
@@ -24,7 +25,11 @@ GIVEN = PowerFunction.from_sigma_rel(0.15, 100.0)
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    walk = random_walk(100, {"w": (5, 3), "b": (3,)})
+    shapes = {
+        "w": (5, 3),
+        "b": (3,),
+    }
+    walk = random_walk(100, shapes)
     write_run(tmp_path / "run", walk, range(10, 101, 10))
     return Run(tmp_path / "run")
 
@@ -33,10 +38,10 @@ def test_a_run_describes_its_snapshots(run):
     assert run.t == 100.0
     assert run.step == 100
     assert run.profiles == [0.05, 0.28]
-    assert steps(run.directory)[:3] == [10, 10, 20]
-    shapes = {name: spec.shape for name, spec in run.tensors.items()}
-    assert shapes == {"w": (5, 3), "b": (3,)}
-    assert {spec.dtype for spec in run.tensors.values()} == {"F32"}
+    assert run.tensors == {
+        "w": Entry("F32", (5, 3)),
+        "b": Entry("F32", (3,)),
+    }
     assert repr(run) == f"Run({str(run.directory)!r}: 20 snapshots of 0.05, 0.28 up to 100 steps)"
     _, long = run.info()["profiles"]
     assert long["times"] == [*range(10, 101, 10)]
@@ -55,7 +60,14 @@ assert not {"torch", "scipy"} & set(sys.modules)
     subprocess.run(command, check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("target", [Beta(0.9), GivenProfile(Span(20, 80), "span"), GIVEN])
+@pytest.mark.parametrize(
+    "target",
+    [
+        Beta(0.9),
+        GivenProfile(Span(20, 80), "span"),
+        GIVEN,
+    ],
+)
 def test_an_average_equals_that_of_the_tracker_and_that_in_a_file(run, tmp_path, target):
     out = tmp_path / "a.safetensors"
     weights = run.average(target, dtype="float64")
@@ -63,7 +75,8 @@ def test_an_average_equals_that_of_the_tracker_and_that_in_a_file(run, tmp_path,
     expected = tracker.state_dict(sigma_rel=target, dtype="float64")
     assert_same_tensors(weights, expected)
     assert weights.predicted_error == expected.predicted_error
-    (made,) = run.write(target, out, dtype="float64").to_dict()["targets"]
+    report = run.write(target, out, dtype="float64")
+    (made,) = report.to_dict()["targets"]
     assert_same_tensors(load_file(out), weights)
     assert made["predicted_error"] == weights.predicted_error
     assert made["profile_error"] == weights.profile_error

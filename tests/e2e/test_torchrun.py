@@ -128,7 +128,13 @@ def test_a_job_makes_a_folder_of_shards(run, tmp_path, out, layout):
         Run(run).write(0.1, tmp_path / out, layout=layout, distributed=True)
 
 
-@pytest.mark.parametrize(("size", "files"), [("2MB", 10), ("1GB", 1)])
+@pytest.mark.parametrize(
+    ("size", "files"),
+    [
+        ("2MB", 10),
+        ("1GB", 1),
+    ],
+)
 def test_a_job_of_one_process_makes_the_same_tensors(run, tmp_path, size, files):
     out = tmp_path / "out"
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
