@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from checking import assert_same_tensors, load_output, refused
 from factories import RUN_ID, exact_gamma, random_walk, write_run, write_snapshot
 from safetensors.torch import load_file
-from sums import UNIT, error_share, exact_sums
+from sums import UNIT, assert_sums
 
 from posthoc_cli import Groups, PostHocEMA, PowerFunction, Run, disk_sources
 from posthoc_cli.dtypes import parse_dtype, stored_name, torch_dtype
@@ -54,24 +53,15 @@ def plan_of(
 @pytest.mark.parametrize("stored", UNIT)
 @pytest.mark.parametrize("own", UNIT)
 def test_results_are_the_sums_within_rounding(tmp_path, own, stored):
-    """`error_share` bounds the errors of both sums; then the result is rounded to
-    its own dtype."""
-    names = ("w", "odd", "scalar", "empty")
-    averages = dict.fromkeys(names, f"average {stored_name(own)}")
-    write_random(tmp_path, stored, tensors=averages)
+    averages = ("w", "odd", "scalar", "empty")
+    roles = dict.fromkeys(averages, f"average {stored_name(own)}")
+    write_random(tmp_path, stored, tensors=roles)
     plan = plan_of(tmp_path)
+    for name in averages:
+        assert plan.entries[name].dtype == stored_name(own)
     is_coarse = own != torch.float64 and stored.itemsize < 4
     wide = torch.float32 if is_coarse else torch.float64
-    share = error_share(plan, wide) + error_share(plan, torch.float64)
-    tensors = dict(synthesize(plan))
-    for name in names:
-        sums, sizes = exact_sums(plan, name)
-        for value, exact, size in zip(tensors[name], sums, sizes, strict=True):
-            assert value.dtype == own
-            of_sums = share * size
-            of_result = UNIT[own] * (np.abs(exact) + of_sums)
-            error = np.abs(value.double().numpy() - exact)
-            assert np.all(error <= of_sums + of_result + torch.finfo(own).tiny)
+    assert_sums(plan, wide, rounding=UNIT[own])
 
 
 @pytest.mark.parametrize(
