@@ -206,16 +206,19 @@ def test_a_snapshot_is_exported_in_the_models_own_dtypes_under_all_names(tmp_pat
         "aliases": {"tied": "w", "var too": "var"},
     }
     snapshot = write_snapshot(tmp_path, 10, 0.05, RUN_ID, values, **fields)
-    out = tmp_path / "out.safetensors"
-    export_file(split_snapshot(snapshot, 2), out)
+    of_file = tmp_path / "file.safetensors"
+    of_parts = tmp_path / "parts.safetensors"
+    export_file(snapshot, of_file)
+    export_file(split_snapshot(snapshot, 2), of_parts)
     expected = {
         "w": values["w"].float(),
         "tied": values["w"].float(),
         "var": values["var"],
         "var too": values["var"],
     }
-    assert_same_tensors(load_output(out), expected)
-    info = read_output(out)
+    assert_same_tensors(load_output(of_file), expected)
+    assert_same_tensors(load_output(of_parts), expected)
+    info = read_output(of_file)
     assert info.sigma_rel == 0.05
     assert info.t == 10
     assert info.method == "tracked"
