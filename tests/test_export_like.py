@@ -203,7 +203,7 @@ def test_tensors_in_other_orders_and_in_one_storage_are_written_in_place(tmp_pat
     _, loaded = copied(run, like)
     check_archive(like.read_bytes(), (tmp_path / "new.pt").read_bytes(), 3)
     check_replaced(loaded["model"])
-    between = loaded["matrix"][4:, 1::2]
+    between = loaded["matrix"][:, 3::2]
     assert (between == 7).all()
 
 
