@@ -320,7 +320,6 @@ def write_run(
     snapshot_times: Sequence[int],
     sigma_rels: Sequence[float] = (0.05, 0.28),
     dtype: torch.dtype = torch.float32,
-    stored_dtype: torch.dtype | None = None,
     run_id: str = RUN_ID,
 ) -> list[Path]:
     """Write the snapshots of a run with the weights of `trajectory` and one update at each of the
@@ -329,8 +328,7 @@ def write_run(
     Arguments:
         trajectory: the weights after each step, by name.
         snapshot_times: steps with snapshots, one for each of `sigma_rels`.
-        dtype: what the averages are rounded to; `stored_dtype` the one in the file, where it is
-            another.
+        dtype: what the averages are rounded to.
 
     Returns:
         The paths, by time, then sigma_rel.
@@ -349,7 +347,7 @@ def write_run(
             for name in names:
                 weights = [step[name] for step in trajectory[:t]]
                 average = torch.from_numpy(exact_average(weights, sigma_rel, times))
-                values[name] = average.to(stored_dtype or dtype)
+                values[name] = average.to(dtype)
             path = write_snapshot(directory, t, sigma_rel, run_id, values, **given)
             paths.append(path)
     return paths
@@ -358,10 +356,9 @@ def write_run(
 def random_walk(
     steps: int,
     shapes: Mapping[str, tuple[int, ...]],
-    seed: int = 0,
 ) -> list[dict[str, FloatArray]]:
     """Return weights that walk randomly as a network's do: after each step, by name, float64."""
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     walk = [{} for _ in range(steps)]
     for name, shape in shapes.items():
         moves = generator.normal(size=(steps, *shape))

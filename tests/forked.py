@@ -35,6 +35,13 @@ from ema_command import Result, unmeasured_environment
 
 EMA = "from posthoc_cli.__main__ import main; main()"
 """The code of the command `ema`."""
+SLOW = """
+import time
+from posthoc_cli.synthesis import engine
+make = engine.Maker.make
+engine.Maker.make = lambda *arguments: (time.sleep(0.5), make(*arguments))
+"""
+"""Code to run before a synthesis: every tile takes half a second."""
 ROOT = Path(__file__).resolve().parent.parent
 PRELOADED = (
     "forked", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp",

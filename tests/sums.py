@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from posthoc_cli.synthesis.engine import synthesize
 from posthoc_cli.synthesis.plan import Plan
 
 UNIT = {
@@ -45,3 +46,24 @@ def error_share(plan: Plan, dtype: torch.dtype) -> float:
     roundings = len(plan.sources) + 3
     error = roundings * UNIT[dtype]
     return error / (1 - error)
+
+
+def assert_sums(
+    plan: Plan,
+    wide: torch.dtype,
+    rounding: float = 0.0,
+    device: str = "cpu",
+) -> None:
+    """Assert that results are sums in the dtype `wide`, within the errors of these and of the exact
+    ones, and rounded once more by the unit `rounding`."""
+    share = error_share(plan, wide) + error_share(plan, torch.float64)
+    for name, values in synthesize(plan, device):
+        if plan.entries[name].dtype == "I64":
+            continue
+        sums, sizes = exact_sums(plan, name)
+        for value, exact, size in zip(values, sums, sizes, strict=True):
+            of_sum = share * size
+            of_result = rounding * (np.abs(exact) + of_sum)
+            error = np.abs(value.cpu().double().numpy() - exact)
+            smallest = torch.finfo(value.dtype).tiny
+            assert np.all(error <= of_sum + of_result + smallest), name
