@@ -8,14 +8,11 @@ import re
 import shlex
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import typer
-from ema_command import Ema
 from factories import OTHER_RUN_ID, contents, flip_bit, read_snapshot, rewrite_snapshot
 from safetensors.torch import save_file
 
@@ -23,50 +20,50 @@ import posthoc_cli
 from posthoc_cli.cli import app
 from posthoc_cli.reconstruction import METHODS
 
-TARGET = ("--sigma-rel", "0.15")
-
 
 @pytest.fixture
-def place(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(run, tmp_path, monkeypatch):
+    """The working directory, with a run and a model."""
     monkeypatch.chdir(tmp_path)
     save_file({"w": torch.ones(3)}, tmp_path / "model.safetensors")
     return tmp_path
 
 
-def test_every_command_takes_counts_as_people_write_them(ema: Ema, place: Path) -> None:
+def test_every_command_takes_counts_as_people_write_them(ema, place):
     assert ema("profile", "--steps", "1e6", "--json").json["steps"] == 1_000_000
     plan = ema("plan", "--steps", "1e3", "--params", "1.2B", "--json").json
     assert plan["schedules"][0]["bytes"] == 11 * 2 * 1_200_000_000
     assert ema("prune", "run", "--keep", "1e1", "--dry-run").code == 0
-    made = ema("synthesize", "run", *TARGET, "--step", "2K", "--dry-run", "--json")
+    made = ema("synthesize", "run", "--sigma-rel=0.15", "--step", "2K", "--dry-run", "--json")
     assert made.json["targets"][0]["t"] == 2000
 
 
-def test_verify_takes_several_paths(ema: Ema, place: Path) -> None:
-    shutil.copytree("run", "other")
-    result = ema("verify", "run", "other", "model.safetensors")
+def test_verify_takes_several_paths(ema, place):
+    result = ema("verify", "run", "model.safetensors")
     assert result.code == 0
-    assert result.out.count("40 files, ") == 2
     report = ema("verify", "run", "model.safetensors", "--json").json
     found = [(one["kind"], one["path"]) for one in report["paths"]]
     assert report["kind"] == "several"
     assert found == [("directory", "run"), ("file", "model.safetensors")]
-    wrong = ema("verify", "absent", "run", __file__)
-    assert wrong.code == 2
-    absent, text = wrong.err.splitlines()[:2]
+    flip_bit(min(Path("run").glob("*.safetensors")))
+    damaged = ema("verify", "run", "model.safetensors")
+    assert damaged.code == 1
+    assert "1 of 40 files is damaged" in damaged.out
+    assert "model.safetensors:" in damaged.out
+
+
+def test_verify_checks_the_others_where_a_path_is_wrong(ema, place):
+    result = ema("verify", "absent", "run", __file__)
+    assert result.code == 2
+    absent, text = result.err.splitlines()
     assert absent == "ema: error: absent: no such file or directory"
     assert text.startswith(f"ema: error: {__file__}: is a text")
-    assert "all intact" in wrong.out
-    flip_bit(min(Path("other").glob("*.safetensors")))
-    result = ema("verify", "other", "run")
-    assert result.code == 1
-    assert "1 of 40 files is damaged" in result.out
     assert "all intact" in result.out
 
 
-def options() -> dict[str, list[list[str]]]:
-    """Return the options of each command, each with all of its names."""
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+def options():
+    """Return the names of the options of each command."""
+    commands = typer.main.get_command(app).commands
     found = {}
     for name, command in commands.items():
         own = [each for each in command.params if each.param_type_name == "option"]
@@ -74,25 +71,22 @@ def options() -> dict[str, list[list[str]]]:
     return found
 
 
-def test_the_number_of_options_is_limited() -> None:
+def test_the_number_of_options_is_limited():
     counts = {name: len(own) for name, own in options().items()}
     assert counts["synthesize"] <= 22
     assert counts["sweep"] <= 14
     assert sum(counts.values()) <= 103
 
 
-def test_every_command_that_reports_has_json_and_each_output_a_short_option() -> None:
+def test_every_command_that_reports_has_json_and_each_output_a_short_option():
     for own in options().values():
         names = {*itertools.chain(*own)}
         assert "--json" in names
         assert ("-o" in names) == ("--out" in names)
 
 
-def test_help_of_a_command_and_the_version(ema: Ema) -> None:
+def test_help_and_version(ema):
     assert ema("--help") == ema("help") == ema()
-    wrong = ema("synthesise")
-    assert wrong.code == 2
-    assert "synthesise" in wrong.error
     version = f"ema {posthoc_cli.__version__}\n"
     assert ema("-V").out == ema("--version").out == ema("version").out == version
     groups = re.findall("Checkpoints that you have|A training with the hook|Learn", ema("-h").out)
@@ -125,19 +119,12 @@ VOCABULARY = {
 SYNONYMS = {"nbytes", "size", "time", "sigma", "error", "width", "mean"}
 
 
-def kind(value: Any) -> str:
-    names = {
-        bool: "flag",
-        int: "number",
-        float: "number",
-        str: "text",
-        list: "list",
-        dict: "object",
-    }
-    return names[type(value)]
+def kind(value):
+    name = type(value).__name__
+    return {"int": "number", "float": "number"}.get(name, name)
 
 
-def members(value: Any) -> Iterator[tuple[str, Any]]:
+def members(value):
     if isinstance(value, dict):
         yield from value.items()
         value = [*value.values()]
@@ -146,17 +133,11 @@ def members(value: Any) -> Iterator[tuple[str, Any]]:
             yield from members(item)
 
 
-def test_one_name_means_one_thing_in_the_json_of_all_commands(
-    ema: Ema,
-    run: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_one_name_means_one_thing_in_the_json_of_all_commands(ema, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    kinds = defaultdict[str, set[str]](set)
+    kinds = defaultdict(set)
     for line in COMMANDS:
-        words = shlex.split(line)
-        done = ema(*words, "--json")
+        done = ema(*shlex.split(line), "--json")
         assert done.code == 0, done.err
         for name, value in members(done.json):
             if value is not None:
@@ -172,29 +153,45 @@ def test_one_name_means_one_thing_in_the_json_of_all_commands(
 MESSAGES = Path(__file__).parent.parent / "messages.txt"
 
 
-def recorded() -> dict[str, str]:
+def recorded():
     found = re.findall(r"^\$ ema (.*)\n(.*)$", MESSAGES.read_text(), re.MULTILINE)
     return dict(found)
 
 
-def lose_a_tensor(path: Path) -> None:
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip_a_value(path):
+    flip_bit(path, -3)
+
+
+def flip_the_header(path):
+    flip_bit(path, 40)
+
+
+def replace_the_run(path):
+    rewrite_snapshot(path, run_id=OTHER_RUN_ID)
+
+
+def lose_a_tensor(path):
     tensors = dict(read_snapshot(path).tensors)
     del tensors["0.weight"]
     rewrite_snapshot(path, lambda values: values.pop("0.weight"), tensors=tensors)
 
 
-HARMS: dict[str, Callable[[Path], object]] = {
-    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-7]),
-    "flipped-payload": lambda path: flip_bit(path, -3),
-    "flipped-header": lambda path: flip_bit(path, 40),
-    "other-run": lambda path: rewrite_snapshot(path, run_id=OTHER_RUN_ID),
+HARMS = {
+    "truncated": truncate,
+    "flipped-payload": flip_a_value,
+    "flipped-header": flip_the_header,
+    "other-run": replace_the_run,
     "lost-tensor": lose_a_tensor,
 }
 """The harm done to one snapshot of the directory of each name."""
 
 
 @pytest.fixture(scope="module")
-def places(_recorded_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def places(_recorded_run, tmp_path_factory):
     """A working directory with a run, and with files and directories that cannot be used instead of
     one."""
     places = tmp_path_factory.mktemp("place")
@@ -202,19 +199,23 @@ def places(_recorded_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     for name, harm in HARMS.items():
         shutil.copytree(_recorded_run, places / name)
         harm(places / name / "0000000000000300-0.28.safetensors")
-    for folder in ("empty", "foreign", "other", "other.html", "swept"):
+    for folder in ("empty", "foreign", "other", "other.html", "swept", "above"):
         (places / folder).mkdir()
-    for name in ("notes.json", "swept/sweep.json"):
-        (places / name).write_text("{}")
+    (places / "above/ema").symlink_to(places / "run")
     for model in ("model", "foreign/model"):
         save_file({"w": torch.ones(3)}, places / f"{model}.safetensors")
-    (places / "above").mkdir()
-    (places / "above/ema").symlink_to(places / "run")
-    (places / "nothing.pt").touch()
     (places / "m.pt").write_bytes(pickle.dumps({"w": 1}))
-    (places / "broken.safetensors").write_bytes(b"no header")
-    for name in ("text", "there.safetensors", "there.png", "other/notes.txt"):
-        (places / name).write_text("precious")
+    texts = {
+        "notes.json": "{}",
+        "swept/sweep.json": "{}",
+        "nothing.pt": "",
+        "text": "precious",
+        "there.safetensors": "precious",
+        "there.png": "precious",
+        "other/best.safetensors": "precious",
+    }
+    for name, text in texts.items():
+        (places / name).write_text(text)
     return places
 
 
@@ -222,12 +223,7 @@ RECORDED = {line.split()[0] for line in recorded()}
 
 
 @pytest.mark.parametrize("command", sorted(RECORDED))
-def test_wrong_input_is_one_line_and_changes_nothing(
-    ema: Ema,
-    places: Path,
-    command: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_wrong_input_is_one_line_and_changes_nothing(ema, places, command, monkeypatch):
     monkeypatch.chdir(places)
     before = contents(places)
     found = recorded()
@@ -250,37 +246,29 @@ def test_wrong_input_is_one_line_and_changes_nothing(
         assert found == recorded()
 
 
-def test_no_error_of_the_library_names_an_option_or_a_command() -> None:
+def test_no_error_of_the_library_names_an_option_or_a_command():
     package = Path(posthoc_cli.__file__).parent
     naming = re.compile(r"""(\s|`|["'])--[a-z]|\bema [a-z]+\b""")
     for path in sorted(package.rglob("*.py")):
-        if path.relative_to(package).parts[0] in ("cli", "demo"):
+        if path.parent.name == "cli":
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Error"):
                 assert not naming.search(ast.unparse(node)), path
 
 
-def test_a_warning_comes_once_for_one_cause(ema: Ema, tmp_path: Path) -> None:
+def test_a_warning_comes_once_for_one_cause(ema, tmp_path):
     """A report reads the checkpoints several times; here they contain EMAs with an unknown
     decay."""
     for step in (10, 20):
-        weights = {"w": torch.full((3, 2), float(step))}
-        average = {"n_averaged": torch.tensor(step), "module.w": weights["w"]}
-        torch.save({"model": weights, "ema": average}, tmp_path / f"{step}.pt")
+        weights = torch.full((3, 2), float(step))
+        average = {"n_averaged": torch.tensor(step), "module.w": weights}
+        torch.save({"model": {"w": weights}, "ema": average}, tmp_path / f"{step}.pt")
     done = ema("report", tmp_path, "--out", tmp_path / "page.html")
     assert done.code == 0, done.err
     assert done.err.count("left out of averages") == 1
 
 
-def test_notes_name_options(ema: Ema, place: Path) -> None:
+def test_notes_name_options(ema, place):
     torch.save({"w": torch.ones(3)}, "m.pt")
-    note = ema("info", "m.pt").out
-    assert "import with --step-from, a pattern" in note
-
-
-def test_info_says_nothing_of_what_a_run_lacks(ema: Ema, place: Path) -> None:
-    text = ema("info", "run").out
-    assert "of them, from which errors are predicted" in text
-    assert "aliases" not in text
-    assert "superseded" not in text
+    assert "import with --step-from, a pattern" in ema("info", "m.pt").out
