@@ -2,7 +2,6 @@
 
 import fcntl
 import io
-import os
 import re
 import shlex
 import subprocess
@@ -33,9 +32,9 @@ def size_of(files):
 # --- the command `ema info`
 
 
-def test_info_of_a_directory(ema, run):
+def test_info_of_a_directory(typed, run):
     (run / ".ema-0123.tmp").write_text("")
-    result = ema("info", run)
+    result = typed("info run")
     assert result.err == ""
     assert result.code == 0
     assert has_line("run +[0-9a-f]{32}$", result.out)
@@ -43,7 +42,7 @@ def test_info_of_a_directory(ema, run):
     assert has_line("measured +40 of them, from which errors are predicted", result.out)
     assert has_line("schedule +update_every .*, checkpoint_dtype float16$", result.out)
     assert "superseded" not in result.out
-    report = ema("info", run, "--json").json
+    report = typed("info run --json").json
     assert report["bytes"] == size_of(snapshot_files(run))
     assert report["problems"] == []
     assert report["leftovers"] == [".ema-0123.tmp"]
@@ -51,84 +50,70 @@ def test_info_of_a_directory(ema, run):
     assert 2**-13 < low <= high < 2**-11
 
 
-def test_info_of_a_snapshot(ema, run):
-    snapshot = snapshot_files(run)[-1]
-    report = ema("info", snapshot, "--json").json
+def test_info_of_a_snapshot(typed):
+    line = "info run/0000000000002000-0.28.safetensors"
     facts = {"kind": "snapshot", "sigma_rel": 0.28, "t": 2000, "t_first": 10}
-    assert report.items() >= facts.items()
-    text = ema("info", snapshot).out
+    assert typed(f"{line} --json").json.items() >= facts.items()
+    text = typed(line).out
     assert has_line(r"measurements +norm [\d.]+, relative_rounding 0\.0\d+ %$", text)
 
 
-def test_info_of_another_programs_file(ema, tmp_path):
-    path = tmp_path / "a.safetensors"
-    save_file({"w": torch.zeros(3, 2)}, path)
-    report = ema("info", path, "--json").json
-    assert report["kind"] == "safetensors"
-    assert report["parameters"] == 6
-
-
-def test_info_of_an_output_lists_the_largest_coefficients(ema, run, tmp_path):
-    out = tmp_path / "m.safetensors"
-    ema("synthesize", run, "--sigma-rel", "0.15", "--out", out)
-    text = ema("info", out).out
+def test_info_of_an_output_lists_the_largest_coefficients(typed):
+    typed("synthesize run --sigma-rel 0.15 --out m.safetensors")
+    text = typed("info m.safetensors").out
     assert has_line(r"predicted error +0\.\d+ %$", text)
     assert has_line(r"sigma_rel +0\.15$", text)
     assert "profile error" not in text
     assert "and 30 more with smaller coefficients; --json lists them" in text
     rows = re.findall(r"^\S+\.safetensors +[+-](\d\.\d{6})$", text, re.MULTILINE)
-    snapshots = ema("info", out, "--json").json["snapshots"]
+    snapshots = typed("info m.safetensors --json").json["snapshots"]
     sizes = sorted(abs(snapshot["coefficient"]) for snapshot in snapshots)
     assert sorted(map(float, rows)) == pytest.approx(sizes[-10:], abs=1e-6)
 
 
-def test_info_of_another_average_names_no_width(ema, run, tmp_path):
-    out = tmp_path / "m.safetensors"
-    ema("synthesize", run, "--target", "beta:0.99", "--out", out)
-    report = ema("info", out, "--json").json
+def test_info_of_another_average_names_no_width(typed):
+    typed("synthesize run --target beta:0.99 --out m.safetensors")
     facts = {"profile": "beta:0.99", "sigma_rel": None, "gamma": None}
-    assert report.items() >= facts.items()
-    assert not has_line("sigma_rel", ema("info", out).out)
+    assert typed("info m.safetensors --json").json.items() >= facts.items()
+    assert not has_line("sigma_rel", typed("info m.safetensors").out)
 
 
-def test_info_of_a_folder_of_outputs_and_of_shards(ema, run, tmp_path):
-    out = tmp_path / "averages"
-    words = ("--layout", "sharded", "--max-shard-size", "50", "--out", out)
-    ema("synthesize", run, "--sigma-rel", "0.1,0.15", *words)
-    report = ema("info", out, "--json").json
+def test_info_of_a_folder_of_outputs_and_of_shards(typed):
+    typed("synthesize run --sigma-rel 0.1,0.15 --layout sharded --max-shard-size 50 --out all")
+    report = typed("info all --json").json
     assert report["kind"] == "outputs"
     profiles = [output["profile"] for output in report["outputs"]]
     assert profiles == ["sigma_rel 0.1", "sigma_rel 0.15"]
-    text = ema("info", out).out
+    text = typed("info all").out
     assert has_line(r"sigma_rel-0\.1 +sigma_rel 0\.1 +2,000 +0\.0\d+ % ", text)
-    folder = out / "sigma_rel-0.15"
-    shards = [*folder.glob("*.safetensors")]
+    shards = [*Path("all/sigma_rel-0.15").glob("*.safetensors")]
     assert len(shards) > 1
-    for path in (folder, folder / "model.safetensors.index.json"):
-        report = ema("info", path, "--json").json
+    for path in ("all/sigma_rel-0.15", "all/sigma_rel-0.15/model.safetensors.index.json"):
+        report = typed(f"info {path} --json").json
         assert report["shards"] == len(shards)
         assert report["bytes"] == size_of(shards)
-        assert has_line(r"profile +sigma_rel 0\.15$", ema("info", path).out)
+        assert has_line(r"profile +sigma_rel 0\.15$", typed(f"info {path}").out)
 
 
 # --- the command `ema profile`, and tables
 
 
-def test_the_profiles_table_and_the_conversion_in_both_directions(ema):
-    header, *lines = ema("profile").out.splitlines()
+def test_common_lengths_are_shown_as_other_libraries_name_them(typed):
+    header, *lines = typed("profile").out.splitlines()
     assert header.split() == ["sigma_rel", "gamma", "mean_age", "std", "beta"]
     widths = [line.split()[0] for line in lines[:8]]
     assert widths == ["0.001", "0.01", "0.03", "0.05", "0.1", "0.15", "0.2", "0.27"]
 
-    def row(*words):
-        report = ema("profile", *words, "--steps", "100000", "--json").json
+
+def test_lengths_are_converted_in_both_directions(typed):
+    def row(options):
+        report = typed(f"profile --steps 100000 --json {options}").json
         (only,) = report["profiles"]
         return only
 
-    half_life = row("--target", "half-life:5000")
-    assert half_life["beta"] ** 5000 == pytest.approx(0.5, rel=1e-9)
-    width = row("--target", "beta:0.9999")["sigma_rel"]
-    assert row("--sigma-rel", width)["beta"] == pytest.approx(0.9999, rel=1e-12)
+    assert row("--target half-life:5000")["beta"] ** 5000 == pytest.approx(0.5, rel=1e-9)
+    width = row("--target beta:0.9999")["sigma_rel"]
+    assert row(f"--sigma-rel {width}")["beta"] == pytest.approx(0.9999, rel=1e-12)
 
 
 def test_tables_are_aligned(capsys):
@@ -161,42 +146,37 @@ def test_tables_are_aligned(capsys):
 # --- the command `ema synthesize`
 
 
-def test_one_average_into_one_file(ema, run, tmp_path):
-    out = tmp_path / "model.safetensors"
-    result = ema("synthesize", run, "--sigma-rel", "0.15", "--out", out)
+def test_one_average_into_one_file(typed, run):
+    result = typed("synthesize run --sigma-rel 0.15 --out m.safetensors")
     assert result.code == 0
     last = result.out.splitlines()[-1]
     made = r"made sigma_rel 0\.15 at t = 2,000 from 40 snapshots"
-    assert re.match(rf"{made}, predicted error 0\.\d+ %, 128 B, in ", last)
-    assert str(out) in last
-    found = load_file(out)
+    assert re.fullmatch(rf"{made}, predicted error 0\.\d+ %, 128 B, in .*: m.safetensors", last)
+    found = load_file("m.safetensors")
     assert_same_tensors(found, PostHocEMA.from_path(run).state_dict(sigma_rel=0.15))
     assert found["2.weight"].dtype == torch.float16
     assert found["1.num_batches_tracked"].dtype == torch.int64
 
 
-def test_the_command_that_completes_an_output_works(ema, run, tmp_path):
-    made = ema("synthesize", run, "--sigma-rel", "0.15", "--out", tmp_path / "m.pt")
+def test_the_command_that_completes_an_output_works(typed):
+    made = typed("synthesize run --sigma-rel 0.15 --out m.pt")
     (note,) = [line for line in made.err.splitlines() if "the output lacks" in line]
     assert "the output lacks 1 tensor (2.bias) of the model" in note
-    advice = "from a full model: make m.safetensors instead of m.pt, then: "
+    advice = "from a full model: make m.safetensors instead of m.pt, then: ema "
     _, _, command = note.partition(advice)
-    ema("synthesize", run, "--sigma-rel", "0.15", "--out", tmp_path / "m.safetensors")
-    full = load_file(tmp_path / "m.safetensors")
+    typed("synthesize run --sigma-rel 0.15 --out m.safetensors")
+    full = load_file("m.safetensors")
     full["2.bias"] = torch.ones(2).half()
-    save_file(full, tmp_path / "FULL.safetensors")
-    command = re.sub(r"\b(FULL|NEW)\b", rf"{tmp_path}/\1", command)
-    _, *words = shlex.split(command)
-    assert "wrote 9 tensors, 1 of them from" in ema(*words).out
-    assert_same_tensors(load_file(tmp_path / "NEW.safetensors"), full)
+    save_file(full, "FULL.safetensors")
+    assert "wrote 9 tensors, 1 of them from" in typed(command).out
+    assert_same_tensors(load_file("NEW.safetensors"), full)
 
 
-def test_a_folder_receives_a_file_of_the_targets_name(ema, run, tmp_path):
-    folder = tmp_path / "folder"
-    poor = ema("synthesize", run, "--sigma-rel", "0.010", "--out", folder)
+def test_a_folder_receives_a_file_of_the_targets_name(typed):
+    poor = typed("synthesize run --sigma-rel 0.010 --out folder")
     assert poor.code == 0
     assert poor.err.startswith("ema: warning: sigma_rel 0.01: predicted error ")
-    assert [path.name for path in folder.iterdir()] == ["sigma_rel-0.01.safetensors"]
+    assert [path.name for path in Path("folder").iterdir()] == ["sigma_rel-0.01.safetensors"]
 
 
 @pytest.fixture
@@ -208,28 +188,24 @@ def damaged(run):
 
 
 @pytest.mark.parametrize("when", ["--t", "--step"])
-def test_a_dry_run_reads_headers_only_and_writes_nothing(ema, damaged, when):
-    before = contents(damaged)
-    words = ("synthesize", damaged, "--sigma-rel", "0.15", "--dry-run", when, "1000")
-    assert "nothing was written" in ema(*words).out
-    (target,) = ema(*words, "--json").json["targets"]
+def test_a_dry_run_reads_headers_only_and_writes_nothing(typed, damaged, when):
+    before = contents(damaged.parent)
+    line = f"synthesize run --sigma-rel 0.15 --dry-run {when} 1000"
+    assert "nothing was written" in typed(line).out
+    (target,) = typed(f"{line} --json").json["targets"]
     assert target["t"] == 1000
     assert target["output"] is None
     files = [snapshot["file"] for snapshot in target["snapshots"]]
     assert max(files) < "0000000000001001"
-    assert contents(damaged) == before
+    assert contents(damaged.parent) == before
 
 
-def test_an_average_with_too_large_an_error_is_not_made_and_no_tensor_is_read(
-    ema, damaged, tmp_path
-):
-    out = tmp_path / "averages"
-    words = ("synthesize", damaged, "--sigma-rel=0.15", "--sigma-rel=0.03", "--out", out)
-    result = ema(*words, "--max-error", "0.01 %")
+def test_an_average_with_too_large_an_error_is_not_made_and_no_tensor_is_read(typed, damaged):
+    result = typed("synthesize run --sigma-rel 0.15,0.03 --out averages --max-error '0.01 %'")
     assert result.code == 1
     assert result.out == ""
     assert re.match(r"sigma_rel 0\.(03|15): the predicted error is .*0\.01 %", result.error)
-    assert not out.exists()
+    assert not Path("averages").exists()
 
 
 @pytest.fixture
@@ -239,18 +215,15 @@ def single(run):
     for path in others:
         path.unlink()
     rewrite_snapshot(first, sketch="")
-    return run
 
 
-def test_no_error_is_predicted_from_one_snapshot_without_a_sketch(ema, single, tmp_path):
-    out = tmp_path / "m.safetensors"
-    words = ("synthesize", single, "--sigma-rel", "0.051", "--out", out)
-    assert "cannot be predicted" in ema(*words, "--max-error", "0.5").error
-    assert not out.exists()
-    made = ema(*words)
-    assert has_line("made .* from 1 snapshot, predicted error unknown, ", made.out)
-    report = ema(*words, "--overwrite", "--json").json
-    (target,) = report["targets"]
+@pytest.mark.usefixtures("single")
+def test_no_error_is_predicted_from_one_snapshot_without_a_sketch(typed):
+    line = "synthesize run --sigma-rel 0.051 --out m.safetensors"
+    assert "cannot be predicted" in typed(f"{line} --max-error 0.5").error
+    assert not Path("m.safetensors").exists()
+    assert has_line("made .* from 1 snapshot, predicted error unknown, ", typed(line).out)
+    (target,) = typed(f"{line} --overwrite --json").json["targets"]
     assert target["predicted_error"] is None
 
 
@@ -258,18 +231,17 @@ def test_no_error_is_predicted_from_one_snapshot_without_a_sketch(ema, single, t
 # paste
 
 
-def test_the_picture_of_one_snapshot_assumes_even_motion(ema, single):
-    report = ema("error-plot", single, "--sigma-range", "0.05:0.28", "--json").json
-    (curve,) = report["curves"]
+@pytest.mark.usefixtures("single")
+def test_the_picture_of_one_snapshot_assumes_even_motion(typed):
+    (curve,) = typed("error-plot run --sigma-range 0.05:0.28 --json").json["curves"]
     assert curve["label"].endswith(": 1 snapshot up to 100 steps, if the network moves evenly")
 
 
-def test_the_picture_of_a_directory(ema, run, tmp_path):
-    words = shlex.split("--method paper --target window:1")
-    result = ema("error-plot", run, "--out", tmp_path / "error.png", *words)
+def test_the_picture_of_a_directory(typed):
+    result = typed("error-plot run --out error.png --method paper --target window:1")
     assert result.err == ""
     assert result.code == 0
-    assert (tmp_path / "error.png").read_bytes().startswith(b"\x89PNG")
+    assert Path("error.png").read_bytes().startswith(b"\x89PNG")
     first, *lines = result.out.splitlines()
     assert first.endswith("/run: 40 snapshots up to 2,000 steps")
     assert lines[0].split() == ["tracked", "0.05,", "0.28"]
@@ -278,58 +250,48 @@ def test_the_picture_of_a_directory(ema, run, tmp_path):
     assert "profile error" in result.out
 
 
-def test_the_picture_and_the_warning_name_the_same_range_and_the_same_errors(ema, run, tmp_path):
-    out = tmp_path / "e.svg"
-    others = shlex.split("--target beta:0.99 --target window:500")
-    report = ema("error-plot", run, *others, "--json", "--out", out).json
-    (curve,) = report["curves"]
+def test_the_picture_and_a_warning_name_the_same_range(typed):
+    (curve,) = typed("error-plot run --json --out e.svg").json["curves"]
     ((low, high),) = curve["below_1_percent"]
     for width, error in zip(curve["sigma_rel"], curve["predicted_error"], strict=True):
         assert (low <= width <= high) == (error < 0.01)
-    picture = out.read_text()
-    (shown,) = set(re.findall(r"below 1 % for sigma_rel (.*?) -->", picture))
+    (shown,) = set(re.findall(r"below 1 % for sigma_rel (.*?) -->", Path("e.svg").read_text()))
     # rounding to the model's dtypes is no part of the errors of a picture
-    options = ("--sigma-rel", "0.01", "--dtype", "float64", "--dry-run", "--json")
-    made = ema("synthesize", run, *others, *options)
+    made = typed("synthesize run --sigma-rel 0.01 --dtype float64 --dry-run")
     assert made.err.rstrip().endswith(f"; below 1 % for sigma_rel {shown}")
-    _, *targets = made.json["targets"]
-    for target, point in zip(targets, curve["others"], strict=True):
-        error = target["predicted_error"]
-        assert error == pytest.approx(point["predicted_error"], rel=1e-9)
-        assert f"{target['target']}: {100 * error:.2g} %" in picture
 
 
-def test_a_plan_has_named_schedules_each_with_a_call_that_runs(ema, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    words = ("plan", "--steps", "400", "--params", "1M", "--disk")
-    result = ema(*words, "50MB", "--out", "plan.png")
+PLAN = "plan --steps 400 --params 1M --disk"
+
+
+def test_a_plan_marks_what_fits_and_draws_a_picture(typed):
+    result = typed(f"{PLAN} 50MB --out plan.png")
     assert result.err == ""
     assert result.out.splitlines()[-1] == "wrote plan.png"
     assert Path("plan.png").read_bytes().startswith(b"\x89PNG")
-    report = ema(*words, "50MB", "--json").json
-    assert report["within_disk"] == "small"
     assert has_line(r"small \* ", result.out)
     assert result.out.count(" * ") == 1
-    calls = re.findall(r"^ema = (.*)$", result.out, re.MULTILINE)
-    for each, call in zip(report["schedules"], calls, strict=True):
-        assert has_line(f"{each['name']} ", result.out)
-        tracker = eval(call, {"PostHocEMA": PostHocEMA, "model": torch.nn.Linear(2, 1)})
-        settings = tracker.settings
+    assert has_line("ema = PostHocEMA.from_model", result.out)
+    assert "none is within --disk" in typed(f"{PLAN} 1kB").out
+
+
+def test_each_schedule_of_a_plan_has_a_call_that_runs(typed):
+    names = {"PostHocEMA": PostHocEMA, "model": torch.nn.Linear(2, 1)}
+    for each in typed(f"{PLAN} 50MB --json").json["schedules"]:
+        settings = eval(each["call"], names).settings
         assert settings.sigma_rels == tuple(each["sigma_rels"])
         assert settings.schedule.checkpoint_every == each["checkpoint_every"]
         assert settings.schedule.max_checkpoints == each["max_checkpoints"]
-        assert each["worst_error"] == max(each["predicted_error"])
-    assert "none is within --disk" in ema(*words, "1kB").out
 
 
 # --- `ema verify` and `ema prune`: their reports, and the questions that they ask before they
 # change files
 
 
-def test_a_run_that_is_intact(ema, run, monkeypatch):
+def test_a_run_that_is_intact(typed, monkeypatch):
     """A log has no progress bar, also with forced color."""
     monkeypatch.setenv("FORCE_COLOR", "1")
-    result = ema("verify", run)
+    result = typed("verify run")
     assert result.err == ""
     assert result.code == 0
     first, empty, last = result.out.splitlines()
@@ -338,70 +300,57 @@ def test_a_run_that_is_intact(ema, run, monkeypatch):
     assert re.fullmatch(r"40 files, .* s: all intact", last)
 
 
-def test_a_few_files_have_a_line_each(ema, run):
-    for path in snapshot_files(run)[10:]:
-        path.unlink()
-    table, _, _ = ema("verify", run).out.partition("\n\n")
-    header, *lines = table.splitlines()
-    assert header.split() == ["file", "what", "state"]
-    assert [line.split()[-1] for line in lines] == ["intact"] * 10
-
-
-def test_of_many_files_only_broken_ones_have_a_line_and_the_report_has_all(ema, run):
+def test_of_many_files_only_broken_ones_have_a_line_and_the_report_has_all(typed, run):
     flip_bit(snapshot_files(run)[3])
     (run / ".ema-0123.tmp").write_text("half")
-    intact, damaged, leftover, *_ = ema("verify", run).out.splitlines()
+    intact, damaged, leftover, *_ = typed("verify run").out.splitlines()
     assert intact == "39 files with nothing wrong; --json lists them"
     name = "0000000000000200-0.28.safetensors"
     what = "snapshot sigma_rel 0.28 at t = 200"
     assert re.fullmatch(f"{name}: {what}: damaged: .* does not match", damaged)
     assert leftover == ".ema-0123.tmp: left by an interrupted write, or by one in progress"
-    result = ema("verify", run, "--json")
+    result = typed("verify run --json")
     assert result.err == ""
     assert result.code == 1
-    report = result.json
-    (file,) = [file for file in report["files"] if file["state"] != "intact"]
-    assert file["path"] == name
-    assert report["bytes"] == sum(file["bytes"] for file in report["files"])
+    files = result.json["files"]
+    assert [file["path"] for file in files if file["state"] != "intact"] == [name]
+    assert result.json["bytes"] == sum(file["bytes"] for file in files)
 
 
-def test_contradictions_and_files_of_a_later_release_are_reported(ema, run):
-    files = snapshot_files(run)
-    rewrite_snapshot(files[3], run_id=OTHER_RUN_ID)
-    result = ema("verify", run)
+def test_contradictions_and_files_of_a_later_release_are_reported(typed, run):
+    file = snapshot_files(run)[3]
+    rewrite_snapshot(file, run_id=OTHER_RUN_ID)
+    result = typed("verify run")
     assert result.code == 1
-    assert has_line(f"problem: .*{files[3].name}: differ in 'run_id'", result.out)
-    assert ema("info", run).code == 1
-    forge(files[3], {"kind": '"future"'})
+    assert has_line(f"problem: .*{file.name}: differ in 'run_id'", result.out)
+    assert typed("info run").code == 1
+    forge(file, {"kind": '"future"'})
     reason = "unreadable: is not of the kind 'snapshot' and format 3, but 'future' of format 3"
-    assert reason in ema("verify", run).out
+    assert reason in typed("verify run").out
 
 
-def test_nothing_is_pruned_while_a_tracker_writes(ema, run):
-    words = ("prune", run, "--keep", "5")
+def test_nothing_is_pruned_while_a_tracker_writes(typed, run):
     with DirectoryLock(run):
-        assert "is writing here" in ema(*words, "--yes").error
-        assert ema(*words, "--dry-run").code == 0
+        assert "is writing here" in typed("prune run --keep 5 --yes").error
+        assert typed("prune run --keep 5 --dry-run").code == 0
     assert len(snapshot_files(run)) == 40
 
 
-def test_json_says_what_was_deleted(ema, run):
+def test_json_says_what_was_deleted(typed, run):
     before = {path.name for path in snapshot_files(run)}
-    words = ("prune", run, "--max-error", "30%", "--json")
-    assert ema(*words, "--dry-run").json["deleted"] is False
+    line = "prune run --max-error 30% --json"
+    assert typed(f"{line} --dry-run").json["deleted"] is False
     assert {path.name for path in snapshot_files(run)} == before
-    report = ema(*words, "--yes").json
+    report = typed(f"{line} --yes").json
     assert report["deleted"] is True
-    assert report["before"]["worst_error"] <= report["after"]["worst_error"] <= 0.3
-    left = snapshot_files(run)
-    gone = {snapshot["file"] for snapshot in report["gone"]}
-    assert gone
-    assert {*report["kept"]} == {path.name for path in left} == before - gone
-    assert report["bytes"] == size_of(left)
+    left = {path.name for path in snapshot_files(run)}
+    assert {snapshot["file"] for snapshot in report["gone"]} == before - left != set()
+    assert {*report["kept"]} == left
+    assert report["bytes"] == size_of(snapshot_files(run))
 
 
-def test_nothing_has_to_be_deleted(ema, run):
-    enough = ema("prune", run, "--keep", "100", "--yes")
+def test_nothing_has_to_be_deleted(typed):
+    enough = typed("prune run --keep 100 --yes")
     assert enough.code == 0
     assert enough.out.splitlines()[-1] == "nothing has to be deleted"
 
@@ -414,7 +363,7 @@ def test_nothing_has_to_be_deleted(ema, run):
         ("", 130, 40),
     ],
 )
-def test_pruning_asks(ema, run, monkeypatch, answer, code, left):
+def test_pruning_asks(typed, run, monkeypatch, answer, code, left):
     class Terminal(io.StringIO):
         def isatty(self):
             return True
@@ -426,7 +375,7 @@ def test_pruning_asks(ema, run, monkeypatch, answer, code, left):
             return answer
 
     monkeypatch.setattr(sys, "stdin", Terminal())
-    result = ema("prune", run, "--keep", "5")
+    result = typed("prune run --keep 5")
     assert result.code == code
     assert len(snapshot_files(run)) == left
     assert result.err.count("delete 30 snapshots for good?") == 1
@@ -449,24 +398,18 @@ NO_THREAD = "the system starts no more threads: a limit of processes or of memor
         (RuntimeError("can't start new thread"), NO_THREAD),
     ],
 )
-def test_a_lack_of_memory_or_of_threads_is_named(ema, run, monkeypatch, error, message):
+def test_a_lack_of_memory_or_of_threads_is_named(typed, monkeypatch, error, message):
     def refuse(_):
         raise error
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    result = ema("verify", run)
+    result = typed("verify run")
     assert result.code == 1
     assert result.error == message
 
 
 def test_messages_that_cannot_be_printed_change_no_exit_code():
-    command = [sys.executable, "-m", "posthoc_cli", "profile", "--steps", "none"]
+    command = [sys.executable, *shlex.split("-m posthoc_cli profile --steps none")]
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run(command, stderr=full, check=False)
     assert done.returncode == 2
-
-
-def test_a_page_shows_a_directory_whose_name_is_no_valid_text(ema, run, tmp_path):
-    folder = run.rename(tmp_path / os.fsdecode(b"caf\xe9"))
-    assert ema("report", folder, "--out", tmp_path / "page.html").code == 0
-    assert "caf\\udce9" in (tmp_path / "page.html").read_text()

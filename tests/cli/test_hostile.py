@@ -30,23 +30,22 @@ def precious(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("command", "name"),
+    "line",
     [
-        ("synthesize run --sigma-rel 0.1", "out.safetensors"),
-        ("synthesize run --sigma-rel 0.1", "out.pt"),
-        ("error-plot run", "out.png"),
+        "synthesize run --sigma-rel 0.1 --out out.safetensors",
+        "synthesize run --sigma-rel 0.1 --out out.pt",
+        "error-plot run --out out.png",
     ],
 )
 def test_a_link_in_place_of_an_output_is_replaced_itself_and_only_with_overwrite(
-    ema, run, precious, monkeypatch, command, name
+    typed, precious, line
 ):
-    monkeypatch.chdir(run.parent)
+    *_, name = line.split()
     out = Path(name)
     out.symlink_to(precious)
-    words = [*command.split(), "--out", out]
-    assert "already exists" in ema(*words).error
+    assert "already exists" in typed(line).error
     assert out.is_symlink()
-    assert ema(*words, "--overwrite").code == 0
+    assert typed(f"{line} --overwrite").code == 0
     assert not out.is_symlink()
     assert precious.read_bytes() == b"mine"
 

@@ -4,6 +4,7 @@ refused."""
 import base64
 import hashlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -229,15 +230,16 @@ def test_in_a_browser_a_slider_and_arrow_keys_choose_the_length(
 
 
 def test_a_page_needs_no_sweep_and_replaces_none_unasked(ema, tmp_path):
-    run = twenty_snapshots(tmp_path / "run", {"a": (3,)})
+    """The directory's name is no valid text."""
+    run = tmp_path / os.fsdecode(b"caf\xe9")
+    twenty_snapshots(run, {"a": (3,)})
     out = tmp_path / "report.html"
-    done = ema("report", run.directory, "--out", out)
-    assert done.code == 0
-    assert done.out == f"wrote {out}\n"
-    assert ema("report", run.directory, "--out", out).code == 1
+    assert ema("report", run, "--out", out).out == f"wrote {out}\n"
+    assert ema("report", run, "--out", out).code == 1
     page = Page(out.read_text())
     assert "The run" in page.text
     assert "Best:" not in page.text
+    assert "caf\\udce9" in page.text
 
 
 @pytest.mark.parametrize(
@@ -319,7 +321,7 @@ assert "archive.zip" in posthoc_cli.__file__
 
 
 def test_a_page_is_made_by_a_package_in_an_archive(tmp_path):
-    write_run(tmp_path / "run", random_walk(20, {"a": (3,)}), range(1, 21))
+    twenty_snapshots(tmp_path / "run", {"a": (3,)})
     package = Path(posthoc_cli.__file__).parent
     shutil.make_archive(str(tmp_path / "archive"), "zip", package.parent, package.name)
     forked.check(ARCHIVED + forked.EMA, "report", "run", "--out", "page.html", cwd=tmp_path)
