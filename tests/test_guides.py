@@ -151,20 +151,12 @@ def test_the_code_of_all_pages_runs_in_one_folder_in_the_order_of_the_readme(ema
     assert scalars == dict.fromkeys(("loss/0.05", "loss/0.1", "loss/0.28"), (20, 0.5))
 
 
-def numbers_in(row):
-    found = re.findall(r"\d[\d.]*(?:e-\d+)?", row.replace(",", ""))
-    return [float(number) for number in found]
-
-
 def test_the_guide_shows_the_table_that_ema_plan_prints(ema):
     page = (PACKAGE / "guides/synthesis.md").read_text()
     (line,) = re.findall(r"^\$ ema (plan .*)$", page, re.MULTILINE)
-    (table,) = re.findall(r"^```text\n.*\n([^`]*)^```$", page, re.MULTILINE)
+    (table,) = re.findall(r"^```text\n([^`]*)^```$", page, re.MULTILINE)
     printed = ema(*shlex.split(line)).out
-    for row in table.splitlines():
-        name, _, _ = row.partition("  ")
-        (found,) = re.findall(rf"^{re.escape(name)}  .*$", printed, re.MULTILINE)
-        assert numbers_in(row) == pytest.approx(numbers_in(found), rel=0.1)
+    assert {*table.splitlines()} <= {*printed.splitlines()}
 
 
 SAVE = """

@@ -1,19 +1,17 @@
 """The conventions of all commands: exit codes, help, short options and the notation of numbers."""
 
-import ast
 import itertools
 import os
 import pickle
 import re
 import shlex
 import shutil
-from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
 import typer
-from factories import OTHER_RUN_ID, contents, flip_bit, read_snapshot, rewrite_snapshot
+from factories import contents, flip_bit
 from safetensors.torch import save_file
 
 import posthoc_cli
@@ -85,7 +83,7 @@ def test_help_and_version(ema):
     assert re.search(rf"--method +[<\[]{methods}[>\]] ", ema("synthesize", "--help").out)
 
 
-# --- the output of --json: all commands use the same names for the same things
+# --- the output of --json
 
 COMMANDS = (
     "synthesize run --sigma-rel 0.15 --target window:500 --dry-run",
@@ -98,35 +96,17 @@ COMMANDS = (
     "sweep run --run 'basename {sigma_rel} {weights}' --minimize --sigma-rel 0.05,0.1,0.2",
     "report run --sweep sweep --out page.html",
 )  # fmt: skip
-COLUMNS = {"sigma_rel", "predicted_error", "profile_error"}
-"""These are lists in curves, with a number for each point, and single numbers elsewhere."""
 SYNONYMS = {"nbytes", "size", "time", "sigma", "error", "width", "mean"}
+"""Names of what has another name in all commands."""
 
 
-def kind(value):
-    name = type(value).__name__
-    return {"int": "number", "float": "number"}.get(name, name)
-
-
-def members(value):
-    if isinstance(value, dict):
-        yield from value.items()
-        value = [*value.values()]
-    if isinstance(value, list):
-        for item in value:
-            yield from members(item)
-
-
-def test_one_name_means_one_thing_in_the_json_of_all_commands(typed):
-    kinds = defaultdict(set)
+def test_every_command_prints_one_object_with_the_same_names(typed):
     for line in COMMANDS:
         done = typed(f"{line} --json")
         assert done.code == 0, done.err
-        for name, value in members(done.json):
-            if value is not None:
-                kinds[name].add(kind(value))
-    assert {name for name, found in kinds.items() if len(found) > 1} == COLUMNS
-    assert not kinds.keys() & SYNONYMS
+        assert isinstance(done.json, dict)
+        names = {*re.findall(r'"(\w+)":(?! null)', done.out)}
+        assert not names & SYNONYMS, line
 
 
 # --- the messages for wrong input: one line that names the input and what is accepted; no file is
@@ -140,47 +120,18 @@ def recorded():
     return dict(found)
 
 
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-7])
-
-
-def flip_a_value(path):
-    flip_bit(path, -3)
-
-
-def flip_the_header(path):
-    flip_bit(path, 40)
-
-
-def replace_the_run(path):
-    rewrite_snapshot(path, run_id=OTHER_RUN_ID)
-
-
-def lose_a_tensor(path):
-    tensors = dict(read_snapshot(path).tensors)
-    del tensors["0.weight"]
-    rewrite_snapshot(path, lambda values: values.pop("0.weight"), tensors=tensors)
-
-
-HARMS = {
-    "truncated": truncate,
-    "flipped-payload": flip_a_value,
-    "flipped-header": flip_the_header,
-    "other-run": replace_the_run,
-    "lost-tensor": lose_a_tensor,
-}
-"""The harm done to one snapshot of the directory of each name."""
-
-
 @pytest.fixture(scope="module")
 def places(_recorded_run, tmp_path_factory):
     """A working directory with a run, and with files and directories that cannot be used instead of
     one."""
     places = tmp_path_factory.mktemp("place")
-    shutil.copytree(_recorded_run, places / "run")
-    for name, harm in HARMS.items():
+    for name in ("run", "truncated", "flipped-payload", "flipped-header"):
         shutil.copytree(_recorded_run, places / name)
-        harm(places / name / "0000000000000300-0.28.safetensors")
+    file = "0000000000000300-0.28.safetensors"
+    truncated = places / "truncated" / file
+    truncated.write_bytes(truncated.read_bytes()[:-7])
+    flip_bit(places / "flipped-payload" / file, -3)
+    flip_bit(places / "flipped-header" / file, 40)
     for folder in ("empty", "foreign", "other", "other.html", "swept", "above"):
         (places / folder).mkdir()
     (places / "above/ema").symlink_to(places / "run")
@@ -213,10 +164,8 @@ def test_wrong_input_is_one_line_and_changes_nothing(ema, places, command, monke
         words = shlex.split(line)
         if words[0] == command:
             result = ema(*words)
-            # Ids are random, and the last digits of measurements in headers differ between
-            # processors.
+            # the last digits of measurements in headers differ between processors
             message = re.sub(r"[\d,]+ bytes|says [\d,]+", "N bytes", result.error)
-            message = re.sub(r"\b[0-9a-f]{32}' and", "ID' and", message)
             found[line] = f"{result.code} {message}"
             assert result.out == "" or result.code == 1, line
     assert contents(places) == before
@@ -226,17 +175,6 @@ def test_wrong_input_is_one_line_and_changes_nothing(ema, places, command, monke
         MESSAGES.write_text(f"{head}\n\n{''.join(cases)}")
     else:
         assert found == recorded()
-
-
-def test_no_error_of_the_library_names_an_option_or_a_command():
-    package = Path(posthoc_cli.__file__).parent
-    naming = re.compile(r"""(\s|`|["'])--[a-z]|\bema [a-z]+\b""")
-    for path in sorted(package.rglob("*.py")):
-        if path.parent.name == "cli":
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Error"):
-                assert not naming.search(ast.unparse(node)), path
 
 
 def test_a_warning_comes_once_for_one_cause(ema, tmp_path):

@@ -11,7 +11,7 @@ from numpy.testing import assert_allclose
 
 from posthoc_cli.sweep import Axis, SweepReport
 from posthoc_cli.sweep.curves import POINTS
-from posthoc_cli.sweep.search import NEXT, Estimate, Search, Trial, first_batch
+from posthoc_cli.sweep.search import Estimate, Search, Trial, first_batch
 
 LOW = 0.02
 HIGH = 0.28
@@ -48,11 +48,6 @@ def stated(measured, error):
     return [replace(one, standard_error=error) for one in measured]
 
 
-def width(found):
-    """Return the logarithm of the stated range's width."""
-    return math.log(found.high / found.low)
-
-
 @pytest.mark.parametrize("sign", [1, -1])
 def test_without_noise_a_parabola_is_known_after_one_batch(sign):
     measured = [trial(x, sign * bowl(x)) for x in spaced(6)]
@@ -81,7 +76,7 @@ def test_the_range_contains_the_best_as_often_as_stated():
     estimates = [estimated(0.5, seed) for seed in range(30)]
     right = [found for found in estimates if found.low <= 0.09 <= found.high]
     assert len(right) >= 24
-    widths = [width(found) for found in estimates]
+    widths = [math.log(found.high / found.low) for found in estimates]
     assert np.mean(widths) < 0.8 * math.log(HIGH / LOW)
 
 
@@ -92,13 +87,6 @@ def test_the_range_contains_the_best_value_of_a_list():
     found = Estimate(measured, Axis.of_values("sigma_rel", values))
     assert found.best == pytest.approx(values[1])
     assert found.low <= found.best <= found.high
-
-
-def test_more_noise_widens_the_range():
-    exact = width(estimated(0))
-    little = width(estimated(0.1))
-    much = width(estimated(1.0))
-    assert exact < little < much
 
 
 def test_a_stated_error_that_trials_share_hides_nothing():
@@ -145,14 +133,6 @@ def test_odd_metrics_give_finite_numbers_and_no_narrow_range(values):
     assert found.high > 1.3 * found.low
 
 
-def test_the_next_batch_lies_where_the_best_may_be():
-    found = estimated(1.0)
-    proposed = found.proposed()
-    assert 1 < len(proposed) <= NEXT
-    assert found.low <= min(proposed)
-    assert max(proposed) <= found.high
-
-
 def test_the_next_batch_repeats_near_lengths():
     crowd = np.geomspace(0.0201, 0.279, 60).tolist()
     measured = [trial(x, bowl(x)) for x in crowd]
@@ -182,13 +162,13 @@ def test_the_shown_curve_ends_before_a_far_value_at_an_end():
 # --- the rounds of a search
 
 
-def searched(value_of, axis=AXIS, budget=7, repeats=1, raw=False):
+def searched(value_of, axis=AXIS, budget=7, repeats=1, raw=False, repeats_known=True):
     """Return the report of a search for the metric of each length."""
     search = Search(
         report=SweepReport(axis=axis, metric="", minimize=True, settings={}),
         budget=budget,
         repeats=repeats,
-        repeats_known=True,
+        repeats_known=repeats_known,
         measures_raw=raw,
     )
 
@@ -271,6 +251,10 @@ def test_the_last_measurement_counts_in_the_choice():
     lengths = [*OF_THE_README]
     values = [*OF_THE_README.values()]
     axis = Axis("sigma_rel", lengths[0], lengths[-1])
-    report = searched(lambda x: np.interp(math.log(x), np.log(lengths), values), axis, budget=20)
+
+    def metric(x):
+        return np.interp(math.log(x), np.log(lengths), values)
+
+    report = searched(metric, axis, budget=20, repeats_known=False)
     assert report.found.best == 0.12
     assert report.value == 0.0307419
