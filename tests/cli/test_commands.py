@@ -234,7 +234,7 @@ def test_no_error_is_predicted_from_one_snapshot_without_a_sketch(typed):
 @pytest.mark.usefixtures("single")
 def test_the_picture_of_one_snapshot_assumes_even_motion(typed):
     (curve,) = typed("error-plot run --sigma-range 0.05:0.28 --json").json["curves"]
-    assert curve["label"].endswith(": 1 snapshot up to 100 steps, if the network moves evenly")
+    assert curve["label"] == "run: 1 snapshot up to 100 steps, if the network moves evenly"
 
 
 def test_the_picture_of_a_directory(typed):
@@ -243,7 +243,7 @@ def test_the_picture_of_a_directory(typed):
     assert result.code == 0
     assert Path("error.png").read_bytes().startswith(b"\x89PNG")
     first, *lines = result.out.splitlines()
-    assert first.endswith("/run: 40 snapshots up to 2,000 steps")
+    assert first == "run: 40 snapshots up to 2,000 steps"
     assert lines[0].split() == ["tracked", "0.05,", "0.28"]
     assert re.fullmatch(r"  predicted error below 1 %  sigma_rel 0\.\d+ to 0\.\d+", lines[1])
     assert has_line(r" +window:1 +0\.000144 ", result.out)
@@ -385,24 +385,37 @@ def test_pruning_asks(typed, run, monkeypatch, answer, code, left):
 # --- what goes wrong
 
 
+def without_memory(_):
+    raise MemoryError
+
+
+def without_memory_of_torch(_):
+    torch.empty(2**60, dtype=torch.uint8)
+
+
+def without_a_library(_):
+    raise ImportError("libtorch_cpu.so: failed to map segment from shared object")
+
+
+def without_threads(_):
+    raise RuntimeError("can't start new thread")
+
+
 NO_MEMORY = "not enough memory is free"
 NO_THREAD = "the system starts no more threads: a limit of processes or of memory is reached"
 
 
 @pytest.mark.parametrize(
-    ("error", "message"),
+    ("start", "message"),
     [
-        (MemoryError(), NO_MEMORY),
-        (RuntimeError("[...] DefaultCPUAllocator: can't allocate memory"), NO_MEMORY),
-        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), NO_MEMORY),
-        (RuntimeError("can't start new thread"), NO_THREAD),
+        (without_memory, NO_MEMORY),
+        (without_memory_of_torch, NO_MEMORY),
+        (without_a_library, NO_MEMORY),
+        (without_threads, NO_THREAD),
     ],
 )
-def test_a_lack_of_memory_or_of_threads_is_named(typed, monkeypatch, error, message):
-    def refuse(_):
-        raise error
-
-    monkeypatch.setattr(threading.Thread, "start", refuse)
+def test_a_lack_of_memory_or_of_threads_is_named(typed, monkeypatch, start, message):
+    monkeypatch.setattr(threading.Thread, "start", start)
     result = typed("verify run")
     assert result.code == 1
     assert result.error == message
