@@ -6,6 +6,7 @@ import pickle
 import re
 import shlex
 import shutil
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -83,7 +84,7 @@ def test_help_and_version(ema):
     assert re.search(rf"--method +[<\[]{methods}[>\]] ", ema("synthesize", "--help").out)
 
 
-# --- the output of --json
+# --- the output of --json: all commands use the same names for the same things
 
 COMMANDS = (
     "synthesize run --sigma-rel 0.15 --target window:500 --dry-run",
@@ -96,17 +97,24 @@ COMMANDS = (
     "sweep run --run 'basename {sigma_rel} {weights}' --minimize --sigma-rel 0.05,0.1,0.2",
     "report run --sweep sweep --out page.html",
 )  # fmt: skip
+COLUMNS = {"sigma_rel", "predicted_error", "profile_error"}
+"""These are lists in curves, with a number for each point, and single numbers elsewhere."""
 SYNONYMS = {"nbytes", "size", "time", "sigma", "error", "width", "mean"}
-"""Names of what has another name in all commands."""
 
 
-def test_every_command_prints_one_object_with_the_same_names(typed):
+def test_one_name_means_one_thing_in_the_json_of_all_commands(typed):
+    kinds = defaultdict(set)
     for line in COMMANDS:
         done = typed(f"{line} --json")
         assert done.code == 0, done.err
         assert isinstance(done.json, dict)
-        names = {*re.findall(r'"(\w+)":(?! null)', done.out)}
-        assert not names & SYNONYMS, line
+        for name, first in re.findall(r'^ *"(\w+)": ([^n])', done.out, re.MULTILINE):
+            kind = "number" if first in "-0123456789" else first.replace("f", "t")
+            kinds[name].add(kind)
+    assert kinds["bytes"] == {"number"}
+    assert kinds["snapshots"] == {"["}
+    assert {name for name, found in kinds.items() if len(found) > 1} == COLUMNS
+    assert not kinds.keys() & SYNONYMS
 
 
 # --- the messages for wrong input: one line that names the input and what is accepted; no file is

@@ -207,6 +207,13 @@ def test_raw_weights_that_the_run_contains_are_measured(tmp_path, out):
     assert report.trials[0].target == "raw weights"
 
 
+def test_the_number_of_last_checkpoints_is_searched(tmp_path, out):
+    axis = Axis.parse("last:2:4", "target")
+    report = swept(of_raw_weights(tmp_path), out, LAST_VALUE, axis=axis, budget=7)
+    values = {trial.x: trial.value for trial in report.trials}
+    assert values == {None: 7.0, 2: 11.0, 3: pytest.approx(32 / 3), 4: 9.25}
+
+
 def test_the_command_says_what_was_measured(ema, run, out):
     command = ("sweep", run.directory, "--run", BOWL, "--minimize", "--out", out)
     done = ema(*command, "--sigma-rel", "0.05,0.1,0.2")

@@ -162,8 +162,8 @@ def test_the_shown_curve_ends_before_a_far_value_at_an_end():
 # --- the rounds of a search
 
 
-def searched(value_of, axis=AXIS, budget=7, repeats=1, raw=False, repeats_known=True):
-    """Return the report of a search for the metric of each length."""
+def search_of(value_of, axis=AXIS, budget=7, repeats=1, raw=False, repeats_known=True):
+    """Return a search for the metric of each length, and its trials."""
     search = Search(
         report=SweepReport(axis=axis, metric="", minimize=True, settings={}),
         budget=budget,
@@ -176,7 +176,13 @@ def searched(value_of, axis=AXIS, budget=7, repeats=1, raw=False, repeats_known=
     def average(x):
         yield lambda _: (float(value_of(x)), None), None
 
-    for _ in search.run(average):
+    return search, search.run(average)
+
+
+def searched(value_of, **options):
+    """Return the report of a search that has ended."""
+    search, trials = search_of(value_of, **options)
+    for _ in trials:
         pass
     return search.report
 
@@ -255,6 +261,14 @@ def test_the_last_measurement_counts_in_the_choice():
     def metric(x):
         return np.interp(math.log(x), np.log(lengths), values)
 
-    report = searched(metric, axis, budget=20, repeats_known=False)
+    report = searched(metric, axis=axis, budget=20, repeats_known=False)
     assert report.found.best == 0.12
     assert report.value == 0.0307419
+
+
+def test_the_first_of_very_many_repeats_is_measured_at_once():
+    _, trials = search_of(bowl, repeats=10**12)
+    first = next(trials)
+    second = next(trials)
+    assert first.x == second.x
+    assert second.seed == 1
