@@ -1,6 +1,5 @@
 """The conventions of all commands: exit codes, help, short options and the notation of numbers."""
 
-import ast
 import itertools
 import os
 import pickle
@@ -8,65 +7,55 @@ import re
 import shlex
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import typer
-from ema_command import Ema
-from factories import OTHER_RUN_ID, contents, flip_bit, read_snapshot, rewrite_snapshot
+from factories import contents, flip_bit
 from safetensors.torch import save_file
 
 import posthoc_cli
 from posthoc_cli.cli import app
 from posthoc_cli.reconstruction import METHODS
 
-TARGET = ("--sigma-rel", "0.15")
 
-
-@pytest.fixture
-def place(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    save_file({"w": torch.ones(3)}, tmp_path / "model.safetensors")
-    return tmp_path
-
-
-def test_every_command_takes_counts_as_people_write_them(ema: Ema, place: Path) -> None:
-    assert ema("profile", "--steps", "1e6", "--json").json["steps"] == 1_000_000
-    plan = ema("plan", "--steps", "1e3", "--params", "1.2B", "--json").json
+def test_every_command_takes_counts_as_people_write_them(typed):
+    assert typed("profile --steps 1e6 --json").json["steps"] == 1_000_000
+    plan = typed("plan --steps 1e3 --params 1.2B --json").json
     assert plan["schedules"][0]["bytes"] == 11 * 2 * 1_200_000_000
-    assert ema("prune", "run", "--keep", "1e1", "--dry-run").code == 0
-    made = ema("synthesize", "run", *TARGET, "--step", "2K", "--dry-run", "--json")
+    assert typed("prune run --keep 1e1 --dry-run").code == 0
+    made = typed("synthesize run --sigma-rel 0.15 --step 2K --dry-run --json")
     assert made.json["targets"][0]["t"] == 2000
 
 
-def test_verify_takes_several_paths(ema: Ema, place: Path) -> None:
-    shutil.copytree("run", "other")
-    result = ema("verify", "run", "other", "model.safetensors")
-    assert result.code == 0
-    assert result.out.count("40 files, ") == 2
-    report = ema("verify", "run", "model.safetensors", "--json").json
-    found = [(one["kind"], one["path"]) for one in report["paths"]]
+def test_verify_takes_several_paths(typed, run):
+    save_file({"w": torch.ones(3)}, "model.safetensors")
+    line = "verify run model.safetensors"
+    assert typed(line).code == 0
+    report = typed(f"{line} --json").json
     assert report["kind"] == "several"
+    found = [(one["kind"], one["path"]) for one in report["paths"]]
     assert found == [("directory", "run"), ("file", "model.safetensors")]
-    wrong = ema("verify", "absent", "run", __file__)
-    assert wrong.code == 2
-    absent, text = wrong.err.splitlines()[:2]
+    flip_bit(min(run.glob("*.safetensors")))
+    damaged = typed(line)
+    assert damaged.code == 1
+    assert "1 of 40 files is damaged" in damaged.out
+    assert "model.safetensors:" in damaged.out
+
+
+def test_verify_checks_the_others_where_a_path_is_wrong(typed):
+    result = typed(f"verify absent run {__file__}")
+    assert result.code == 2
+    absent, text = result.err.splitlines()
     assert absent == "ema: error: absent: no such file or directory"
     assert text.startswith(f"ema: error: {__file__}: is a text")
-    assert "all intact" in wrong.out
-    flip_bit(min(Path("other").glob("*.safetensors")))
-    result = ema("verify", "other", "run")
-    assert result.code == 1
-    assert "1 of 40 files is damaged" in result.out
     assert "all intact" in result.out
 
 
-def options() -> dict[str, list[list[str]]]:
-    """Return the options of each command, each with all of its names."""
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+def options():
+    """Return the names of the options of each command."""
+    commands = typer.main.get_command(app).commands
     found = {}
     for name, command in commands.items():
         own = [each for each in command.params if each.param_type_name == "option"]
@@ -74,25 +63,19 @@ def options() -> dict[str, list[list[str]]]:
     return found
 
 
-def test_the_number_of_options_is_limited() -> None:
-    counts = {name: len(own) for name, own in options().items()}
-    assert counts["synthesize"] <= 22
-    assert counts["sweep"] <= 14
-    assert sum(counts.values()) <= 103
+def test_the_number_of_options_is_limited():
+    assert sum(map(len, options().values())) <= 103
 
 
-def test_every_command_that_reports_has_json_and_each_output_a_short_option() -> None:
+def test_every_command_that_reports_has_json_and_each_output_a_short_option():
     for own in options().values():
         names = {*itertools.chain(*own)}
         assert "--json" in names
         assert ("-o" in names) == ("--out" in names)
 
 
-def test_help_of_a_command_and_the_version(ema: Ema) -> None:
+def test_help_and_version(ema):
     assert ema("--help") == ema("help") == ema()
-    wrong = ema("synthesise")
-    assert wrong.code == 2
-    assert "synthesise" in wrong.error
     version = f"ema {posthoc_cli.__version__}\n"
     assert ema("-V").out == ema("--version").out == ema("version").out == version
     groups = re.findall("Checkpoints that you have|A training with the hook|Learn", ema("-h").out)
@@ -116,52 +99,20 @@ COMMANDS = (
 )  # fmt: skip
 COLUMNS = {"sigma_rel", "predicted_error", "profile_error"}
 """These are lists in curves, with a number for each point, and single numbers elsewhere."""
-VOCABULARY = {
-    "bytes": {"number"},
-    "snapshots": {"list"},
-    "t": {"number"},
-    "step": {"number"},
-}
 SYNONYMS = {"nbytes", "size", "time", "sigma", "error", "width", "mean"}
 
 
-def kind(value: Any) -> str:
-    names = {
-        bool: "flag",
-        int: "number",
-        float: "number",
-        str: "text",
-        list: "list",
-        dict: "object",
-    }
-    return names[type(value)]
-
-
-def members(value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        yield from value.items()
-        value = [*value.values()]
-    if isinstance(value, list):
-        for item in value:
-            yield from members(item)
-
-
-def test_one_name_means_one_thing_in_the_json_of_all_commands(
-    ema: Ema,
-    run: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    kinds = defaultdict[str, set[str]](set)
+def test_one_name_means_one_thing_in_the_json_of_all_commands(typed):
+    kinds = defaultdict(set)
     for line in COMMANDS:
-        words = shlex.split(line)
-        done = ema(*words, "--json")
+        done = typed(f"{line} --json")
         assert done.code == 0, done.err
-        for name, value in members(done.json):
-            if value is not None:
-                kinds[name].add(kind(value))
-    assert {name: kinds[name] for name in VOCABULARY} == VOCABULARY
+        assert isinstance(done.json, dict)
+        for name, first in re.findall(r'^ *"(\w+)": ([^n])', done.out, re.MULTILINE):
+            kind = "number" if first in "-0123456789" else first.replace("f", "t")
+            kinds[name].add(kind)
+    assert kinds["bytes"] == {"number"}
+    assert kinds["snapshots"] == {"["}
     assert {name for name, found in kinds.items() if len(found) > 1} == COLUMNS
     assert not kinds.keys() & SYNONYMS
 
@@ -172,49 +123,40 @@ def test_one_name_means_one_thing_in_the_json_of_all_commands(
 MESSAGES = Path(__file__).parent.parent / "messages.txt"
 
 
-def recorded() -> dict[str, str]:
+def recorded():
     found = re.findall(r"^\$ ema (.*)\n(.*)$", MESSAGES.read_text(), re.MULTILINE)
     return dict(found)
 
 
-def lose_a_tensor(path: Path) -> None:
-    tensors = dict(read_snapshot(path).tensors)
-    del tensors["0.weight"]
-    rewrite_snapshot(path, lambda values: values.pop("0.weight"), tensors=tensors)
-
-
-HARMS: dict[str, Callable[[Path], object]] = {
-    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-7]),
-    "flipped-payload": lambda path: flip_bit(path, -3),
-    "flipped-header": lambda path: flip_bit(path, 40),
-    "other-run": lambda path: rewrite_snapshot(path, run_id=OTHER_RUN_ID),
-    "lost-tensor": lose_a_tensor,
-}
-"""The harm done to one snapshot of the directory of each name."""
-
-
 @pytest.fixture(scope="module")
-def places(_recorded_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def places(_recorded_run, tmp_path_factory):
     """A working directory with a run, and with files and directories that cannot be used instead of
     one."""
     places = tmp_path_factory.mktemp("place")
-    shutil.copytree(_recorded_run, places / "run")
-    for name, harm in HARMS.items():
+    for name in ("run", "truncated", "flipped-payload", "flipped-header"):
         shutil.copytree(_recorded_run, places / name)
-        harm(places / name / "0000000000000300-0.28.safetensors")
-    for folder in ("empty", "foreign", "other", "other.html", "swept"):
+    file = "0000000000000300-0.28.safetensors"
+    truncated = places / "truncated" / file
+    truncated.write_bytes(truncated.read_bytes()[:-7])
+    flip_bit(places / "flipped-payload" / file, -3)
+    flip_bit(places / "flipped-header" / file, 40)
+    for folder in ("empty", "foreign", "other", "other.html", "swept", "above"):
         (places / folder).mkdir()
-    for name in ("notes.json", "swept/sweep.json"):
-        (places / name).write_text("{}")
+    (places / "above/ema").symlink_to(places / "run")
     for model in ("model", "foreign/model"):
         save_file({"w": torch.ones(3)}, places / f"{model}.safetensors")
-    (places / "above").mkdir()
-    (places / "above/ema").symlink_to(places / "run")
-    (places / "nothing.pt").touch()
     (places / "m.pt").write_bytes(pickle.dumps({"w": 1}))
-    (places / "broken.safetensors").write_bytes(b"no header")
-    for name in ("text", "there.safetensors", "there.png", "other/notes.txt"):
-        (places / name).write_text("precious")
+    texts = {
+        "notes.json": "{}",
+        "swept/sweep.json": "{}",
+        "nothing.pt": "",
+        "text": "precious",
+        "there.safetensors": "precious",
+        "there.png": "precious",
+        "other/best.safetensors": "precious",
+    }
+    for name, text in texts.items():
+        (places / name).write_text(text)
     return places
 
 
@@ -222,12 +164,7 @@ RECORDED = {line.split()[0] for line in recorded()}
 
 
 @pytest.mark.parametrize("command", sorted(RECORDED))
-def test_wrong_input_is_one_line_and_changes_nothing(
-    ema: Ema,
-    places: Path,
-    command: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_wrong_input_is_one_line_and_changes_nothing(ema, places, command, monkeypatch):
     monkeypatch.chdir(places)
     before = contents(places)
     found = recorded()
@@ -235,10 +172,8 @@ def test_wrong_input_is_one_line_and_changes_nothing(
         words = shlex.split(line)
         if words[0] == command:
             result = ema(*words)
-            # Ids are random, and the last digits of measurements in headers differ between
-            # processors.
+            # the last digits of measurements in headers differ between processors
             message = re.sub(r"[\d,]+ bytes|says [\d,]+", "N bytes", result.error)
-            message = re.sub(r"\b[0-9a-f]{32}' and", "ID' and", message)
             found[line] = f"{result.code} {message}"
             assert result.out == "" or result.code == 1, line
     assert contents(places) == before
@@ -250,37 +185,18 @@ def test_wrong_input_is_one_line_and_changes_nothing(
         assert found == recorded()
 
 
-def test_no_error_of_the_library_names_an_option_or_a_command() -> None:
-    package = Path(posthoc_cli.__file__).parent
-    naming = re.compile(r"""(\s|`|["'])--[a-z]|\bema [a-z]+\b""")
-    for path in sorted(package.rglob("*.py")):
-        if path.relative_to(package).parts[0] in ("cli", "demo"):
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Error"):
-                assert not naming.search(ast.unparse(node)), path
-
-
-def test_a_warning_comes_once_for_one_cause(ema: Ema, tmp_path: Path) -> None:
+def test_a_warning_comes_once_for_one_cause(ema, tmp_path):
     """A report reads the checkpoints several times; here they contain EMAs with an unknown
     decay."""
     for step in (10, 20):
-        weights = {"w": torch.full((3, 2), float(step))}
-        average = {"n_averaged": torch.tensor(step), "module.w": weights["w"]}
-        torch.save({"model": weights, "ema": average}, tmp_path / f"{step}.pt")
+        weights = torch.full((3, 2), float(step))
+        average = {"n_averaged": torch.tensor(step), "module.w": weights}
+        torch.save({"model": {"w": weights}, "ema": average}, tmp_path / f"{step}.pt")
     done = ema("report", tmp_path, "--out", tmp_path / "page.html")
     assert done.code == 0, done.err
     assert done.err.count("left out of averages") == 1
 
 
-def test_notes_name_options(ema: Ema, place: Path) -> None:
+def test_notes_name_options(typed):
     torch.save({"w": torch.ones(3)}, "m.pt")
-    note = ema("info", "m.pt").out
-    assert "import with --step-from, a pattern" in note
-
-
-def test_info_says_nothing_of_what_a_run_lacks(ema: Ema, place: Path) -> None:
-    text = ema("info", "run").out
-    assert "of them, from which errors are predicted" in text
-    assert "aliases" not in text
-    assert "superseded" not in text
+    assert "import with --step-from, a pattern" in typed("info m.pt").out

@@ -2,7 +2,6 @@
 
 import json
 import os
-from pathlib import Path
 
 import pytest
 
@@ -10,7 +9,7 @@ from posthoc_cli.sweep import Metric
 from posthoc_cli.sweep.trials import TrialError
 
 
-def printed(text: str, folder: Path, name: str | None = None) -> tuple[float, float | None]:
+def printed(text, folder, name=None):
     path = folder / "log.out"
     path.write_text(text)
     return Metric(name).read(path, folder)
@@ -19,21 +18,18 @@ def printed(text: str, folder: Path, name: str | None = None) -> tuple[float, fl
 @pytest.mark.parametrize(
     ("text", "name", "found"),
     [
-        ("loading\n0.5\n0.25\n", None, (0.25, None)),
-        ("0.5\ndone in 3 s\n\n", None, (0.5, None)),
+        ("loading\n0.5\n0.25\ndone in 3 s\n\n", None, (0.25, None)),
         (" 1e-3 \r\n", None, (0.001, None)),
         ('{"loss": 0.5}\n{"loss": 0.25, "loss_stderr": 0.1}\nbye\n', "loss", (0.25, 0.1)),
         ('{"loss": 0.25, "loss_stderr": Infinity}', "loss", (0.25, None)),
         ('{"other": 1}\n0.5\n{"other": 2}\n', "loss", (0.5, None)),
-        ("x" * 3_000_000 + "\n0.5\n", None, (0.5, None)),
-        ('{"loss": 0.5, "loss_se": NaN}', "loss", (0.5, None)),
+        ('{"loss": 0.25, "loss_se": 0.1}', "loss", (0.25, 0.1)),
         ("loss 2.67\nval_loss 9\nloss_2: 9", "loss", (2.67, None)),
         ("epoch 3, Loss = 2.67, acc: 1", "loss", (2.67, None)),
         ("epoch 3, loss: 2.67.", "loss", (2.67, None)),
         ("loss=9, loss=+2.67e0 (best)", "loss", (2.67, None)),
         ("loss: 2.67,acc: 31.5%", "loss", (2.67, None)),
         ("loss 0.5\n2\n", "loss", (0.5, None)),
-        ("1\n2\n", "loss", (2.0, None)),
         ("results.acc: .5", "results.acc", (0.5, None)),
     ],
 )
@@ -45,18 +41,14 @@ def test_the_last_line_that_is_a_number_or_has_the_name_is_used(tmp_path, text, 
     ("text", "name", "message"),
     [
         ("loss 0.5\n", None, "no line of its standard output is a number"),
-        (
-            '{"acc": 1, "f1": 2}',
-            "loss",
-            "or has one after 'loss'; found 'f1', 'acc'",
-        ),
+        ('{"acc": 1, "f1": 2}', "loss", "or has one after 'loss'; found 'f1', 'acc'"),
         ("loss: nan", "loss", "its metric is nan"),
         ("loss: 5x", "loss", "no line"),
         ("PSNR=31.48dB", "psnr", "no line"),  # it was read as 31
         ("loss: 1,234.5", "loss", "no line"),
-        ("loss: 0,912", "loss", "no line"),
         ("loss: 0.9.1", "loss", "no line"),
         ('{"loss": true}', "loss", "'loss' is True, not a number"),
+        ('{"loss": 0.5} of 3', "loss", "no line"),
         ("{" * 100_000, "loss", "no line"),
     ],
 )
@@ -72,15 +64,11 @@ def test_an_object_over_several_lines_is_read_and_single_numbers_in_it_are_not(t
         "tasks": [{"loss": 0.9}, [1.0, 2.0]],
         "deep": {"acc,none": 1, "acc_stderr,none": 0.25},
     }
-    text = f"0.75\n{json.dumps(inner, indent=2)}\ndone\n"
+    text = f"[INFO] it works\n0.75\n{json.dumps(inner, indent=2)}\n[\n  3.0\n]\ndone\n"
+    assert printed(text, tmp_path) == (0.75, None)
     assert printed(text, tmp_path, "loss") == (0.5, None)
     assert printed(text, tmp_path, "deep.acc,none") == (1.0, 0.25)
-    assert printed(text, tmp_path) == (0.75, None)
-    assert printed(f"{text}[\n  3.0,\n  4.0\n]\n", tmp_path, "loss") == (0.5, None)
-    assert printed(f"[INFO] it works\n{text}0.25", tmp_path) == (0.25, None)
-    assert printed(f"{text}0.25", tmp_path, "loss") == (0.5, None)
-    with pytest.raises(TrialError, match="no line of its standard output is a number"):
-        printed('{"loss": 0.5} of 3\n', tmp_path, "loss")
+    assert printed(f"{text}0.25", tmp_path) == (0.25, None)
 
 
 def test_a_metric_is_a_key_or_a_file_and_a_key():
@@ -91,44 +79,42 @@ def test_a_metric_is_a_key_or_a_file_and_a_key():
 def test_the_newest_file_of_the_name_is_read_and_lm_evals_standard_error_is_found(tmp_path):
     """lm-eval writes names with dots and commas, into a folder named after the model; here the file
     is a link."""
-
-    def read(key, file="*.json"):
-        return Metric(key, file).read(tmp_path, folder)
-
     folder = tmp_path / "trial"
     path = folder / "my__model" / "results_2026.json"
     path.parent.mkdir(parents=True)
-    scores = {"alias": "x", "acc_norm,none": 0.61, "acc_norm_stderr,none": 0.02, "a.b": {"c": 3}}
+    scores = {"alias": "x", "acc_norm,none": 0.61, "acc_norm_stderr,none": 0.02}
     text = json.dumps({"results": {"hellaswag": scores}})
     (tmp_path / "elsewhere").write_text(text, encoding="utf-8-sig")
     path.symlink_to(tmp_path / "elsewhere")
     (folder / "old.json").write_text('{"acc": 0.1}')
     (folder / "nowhere.json").symlink_to(tmp_path / "nothing")
     os.utime(folder / "old.json", (1, 1))
-    assert read("results.hellaswag.acc_norm,none") == (0.61, 0.02)
+
+    def read(key, file):
+        return Metric(key, file).read(tmp_path, folder)
+
+    key = "results.hellaswag.acc_norm,none"
+    assert read(key, "*.json") == (0.61, 0.02)
+    assert read(key, "my__model/results_*.json") == (0.61, 0.02)
     assert read("acc", "old.json") == (0.1, None)
-    assert read("results.hellaswag.a.b.c", "my__model/results_*.json") == (3, None)
     with pytest.raises(TrialError, match=r"no member 'results.x'; found 'results.hellaswag.alias'"):
-        read("results.x")
-
-
-@pytest.mark.parametrize("name", ["results.json", "../elsewhere.json"])
-def test_a_file_that_is_not_there_is_an_error_that_lists_others(tmp_path, name):
-    (tmp_path / "elsewhere.json").write_text("{}")
-    (tmp_path / "trial").mkdir()
-    (tmp_path / "trial/other.json").write_text("{}")
-    with pytest.raises(TrialError, match=f"no {name} in its folder; found 'other.json'"):
-        Metric("loss", name).read(tmp_path, tmp_path / "trial")
+        read("results.x", "*.json")
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("name", "message"),
     [
-        (100_000 * "[", "cannot be read"),
-        ('{"a": [1]}', "not a number"),
+        ("results.json", "no results.json in its folder; found 'nested.json', 'other.json'"),
+        ("../elsewhere.json", "no ../elsewhere.json in its folder; found 'nested.json'"),
+        ("nested.json", "nested.json cannot be read"),
+        ("other.json", "'a' is .*, not a number"),
     ],
 )
-def test_a_file_without_the_metric_is_an_error(tmp_path, content, message):
-    (tmp_path / "a.json").write_text(content)
+def test_a_file_without_the_metric_is_an_error(tmp_path, name, message):
+    (tmp_path / "elsewhere.json").write_text('{"a": 1}')
+    folder = tmp_path / "trial"
+    folder.mkdir()
+    (folder / "nested.json").write_text(100_000 * "[")
+    (folder / "other.json").write_text('{"a": [1]}')
     with pytest.raises(TrialError, match=message):
-        Metric("a", "a.json").read(tmp_path, tmp_path)
+        Metric("a", name).read(tmp_path, folder)
