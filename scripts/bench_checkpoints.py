@@ -103,13 +103,13 @@ MOTIONS: dict[str, Motion] = {
 Times = Callable[[Generator], list[int]]
 
 
-def evenly(count: int = FILES) -> Times:
+def evenly(count: int) -> Times:
     """Return evenly spaced steps."""
     every = STEPS // count
     return lambda _: [*range(every, STEPS + 1, every)]
 
 
-EVEN = evenly()
+EVEN = evenly(FILES)
 
 
 def at_random(random: Generator) -> list[int]:
@@ -284,7 +284,8 @@ def measure(motion: str, name: str) -> FloatArray:
     ours = np.array([average["w"].numpy() for average in averages])
     plain = least_squares(tails, wanted) @ values
     predicted = [average.predicted_error for average in averages]
-    return np.array([distances(ours, truth), distances(plain, truth), predicted])
+    errors = [distances(ours, truth), distances(plain, truth), predicted]
+    return np.array(errors, dtype=np.float64)
 
 
 # --- the table

@@ -173,7 +173,7 @@ def compare(trajectory: Trajectory) -> Iterable[tuple[str, str, list[float]]]:
     target."""
     wanted = [as_target(target) for target in TARGETS]
     truth = true_averages(trajectory, wanted)
-    raw = np.broadcast_to(trajectory.weights[-1].astype(np.float64), truth.shape)
+    raw = trajectory.weights[-1].astype(np.float64)
     yield "raw final weights", "", distances(raw, truth)
     for stride in STRIDES:
         if stride > 1:
