@@ -36,6 +36,7 @@ SIZE = 400
 FILES = 20
 EPOCH = STEPS // FILES
 WIDTHS = (0.02, 0.06, 0.12, 0.25)
+TARGETS = [as_target(width) for width in WIDTHS]
 FALLING = np.array([[half_wave(step / STEPS)] for step in range(STEPS + 1)])
 """From 1 to 0, for every step: [STEPS + 1, 1]."""
 
@@ -279,7 +280,7 @@ def measure(motion: str, name: str) -> FloatArray:
         values, tails = save(path, layout, layout.times(random), folder)
         run = opened(folder, layout)
         averages = [run.average(width, dtype="float64") for width in WIDTHS]
-    wanted = shares([as_target(width) for width in WIDTHS], STEPS)
+    wanted = shares(TARGETS, STEPS)
     truth = wanted @ path[1:]
     ours = np.array([average["w"].numpy() for average in averages])
     plain = least_squares(tails, wanted) @ values

@@ -194,7 +194,8 @@ def measure(
             ours = plan_synthesis(sources, wanted, method="minvar")
             published = plan_synthesis(sources, wanted, method="paper")
             count = len(tracking.sigma_rels)
-            newest = [distances(flat(average), truth) for average in stored(folder)[-count:]]
+            files = sorted(folder.glob("0*.safetensors"))
+            newest = [distances(flat(load_file(file)), truth) for file in files[-count:]]
             of_each = [
                 distances(made(ours), truth),
                 distances(made(published), truth),
@@ -213,11 +214,6 @@ def made(plan: Plan) -> FloatArray:
         row = {name: values[index] for name, values in tensors.items()}
         rows.append(flat(row))
     return np.array(rows)
-
-
-def stored(folder: Path) -> list[dict[str, Tensor]]:
-    """Return all snapshots as stored."""
-    return [load_file(file) for file in sorted(folder.glob("0*.safetensors"))]
 
 
 def flat(tensors: Mapping[str, Tensor]) -> FloatArray:
