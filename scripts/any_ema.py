@@ -5,7 +5,7 @@ the weights in float32, as a plain loop does; the import finds its decay. *Raw* 
 over the weights, which fit the tails of the profiles with coefficients of sum 1. The truth is the
 sum over every step in float64; averages come from the folder alone, through the public interface.
 
-    OMP_NUM_THREADS=1 python scripts/any_ema.py [--cache FOLDER] [--steps 6000] [--only TRAINING]
+    OMP_NUM_THREADS=1 python scripts/any_ema.py [--steps 6000] [--only TRAINING]
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from following import FloatArray, averages, distances, flat, least_squares, mass_until, quiet
+from following import distances, flat, least_squares, quiet, shares, true_averages
 from safetensors.torch import save_file
-from tables import markdown, ratios, share
-from trajectories import NAMES, Replay, Trajectory, add_options, record, step_clock
+from tables import FloatArray, markdown, ratios, share
+from trajectories import RECIPES, Replay, Trajectory, record
 
 from posthoc_cli import Run, import_checkpoints
 from posthoc_cli.errors import InvalidValueError
@@ -30,6 +30,7 @@ from posthoc_cli.run import Weights
 from posthoc_cli.targets import as_target
 
 WIDTHS = (0.05, 0.10, 0.15, 0.25)
+TARGETS = [as_target(width) for width in WIDTHS]
 LENGTHS = (0.1, 0.3, 0.03, 0.01)
 """Time constants as fractions of the run."""
 
@@ -38,18 +39,17 @@ CHECKPOINTS = 20
 
 @quiet()
 def main() -> None:
-    """Print the decays that are found, the errors, and whether the predictions hold."""
+    """Print how the decays are found, the errors, and whether the predictions hold."""
     parser = argparse.ArgumentParser(description=__doc__)
-    add_options(parser, 6000, CHECKPOINTS)
-    parser.add_argument("--only", choices=NAMES, help="one of the trainings")
+    parser.add_argument("--steps", type=int, default=6000, help="of a run, a multiple of 20 (6000)")
+    parser.add_argument("--only", choices=RECIPES, help="one of the trainings")
     options = parser.parse_args()
-    results = []
-    for name in NAMES:
+    results = {}
+    for name in RECIPES:
         if options.only in (None, name):
-            run = record(name, options.steps, options.cache)
-            # The EMA is on a clock in steps.
-            run = replace(run, times=step_clock(run.steps))
-            results += [measure(run, length) for length in LENGTHS]
+            run = record(name, options.steps)
+            for length in LENGTHS:
+                results[f"{name}, {length:g} T"] = measure(run, length)
     print(decay_table(results))
     print()
     print(error_table(results))
@@ -62,41 +62,21 @@ def main() -> None:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """An average of one width: its error, that of the EMA in its place, and of least squares over
-    the weights; and the predicted error."""
-
-    width: float
-    error: float
-    ema: float
-    raw: float
-    predicted: float
-
-
-@dataclass(frozen=True)
 class Result:
-    """What the import of an EMA found.
+    """What the import of an EMA found, and averages of its files.
 
     Attributes:
-        training: the recorded run, and the time constant as a fraction of it.
-        true, found: decay.
+        off: how far the length of the average that was found is off; nan without one.
         uncertainty: of the length.
         asked: whether the import asked for the decay.
-        cells: averages of each width.
+        errors: for each width, of the EMA in its place, of least squares over the weights, and of
+            the average; and the predicted error: [4, widths].
     """
 
-    training: str
-    true: float
-    found: float
+    off: float
     uncertainty: float
     asked: bool
-    cells: list[Cell]
-
-    @property
-    def off(self) -> float:
-        """Return how far the length of the average that was found is off."""
-        ratio = (1 - self.true) / (1 - self.found)
-        return math.log(ratio)
+    errors: FloatArray
 
 
 def measure(run: Trajectory, length: float) -> Result:
@@ -110,28 +90,30 @@ def measure(run: Trajectory, length: float) -> Result:
         asked = import_stored(files, imported.directory, decay)
         (audit,) = imported.audit()
         made = [imported.average(width, dtype="float64") for width in WIDTHS]
+    ratio = (1 - decay) / (1 - (audit.found or math.nan))
     return Result(
-        training=f"{run.name}, {length:g} T",
-        true=decay,
-        found=audit.found or math.nan,
+        off=math.log(ratio),
         uncertainty=audit.uncertainty or math.nan,
         asked=asked,
-        cells=cells_of(run, made, ema),
+        errors=errors_of(run, made, ema),
     )
 
 
-def cells_of(run: Trajectory, made: list[Weights], ema: FloatArray) -> list[Cell]:
+def errors_of(
+    run: Trajectory,
+    made: list[Weights],
+    ema: FloatArray,
+) -> FloatArray:
     """Compare averages of each width, and other ways to them, with the truth."""
-    seen = np.arange(1, run.steps + 1)
-    wanted = [as_target(width) for width in WIDTHS]
-    until = np.array([mass_until(target, seen, run) for target in wanted])
-    shares = np.diff(until, prepend=0.0)
-    truth = averages(run, shares)
+    truth = true_averages(run, TARGETS)
     ours = np.array([flat(average) for average in made])
-    raw = of_weights(run, 1 - until + shares)
-    errors = (distances(ours, truth), distances(ema, truth), distances(raw, truth))
-    predicted = [average.predicted_error or math.nan for average in made]
-    return [*map(Cell, WIDTHS, *errors, predicted)]
+    errors = [
+        distances(ema, truth),
+        distances(of_weights(run), truth),
+        distances(ours, truth),
+        [average.predicted_error for average in made],
+    ]
+    return np.array(errors, dtype=np.float64)
 
 
 def checkpoint_times(run: Trajectory) -> list[int]:
@@ -167,61 +149,48 @@ def import_stored(files: Path, out: Path, decay: float) -> bool:
     return False
 
 
-def of_weights(run: Trajectory, wanted: FloatArray) -> FloatArray:
-    """Return the combinations of the stored weights whose tails are nearest to the wanted ones,
-    [targets, steps]: [targets, parameters]."""
+def of_weights(run: Trajectory) -> FloatArray:
+    """Return the combinations of the stored weights whose tails are nearest to those of each width:
+    [widths, parameters]."""
     times = np.array(checkpoint_times(run))
     is_later = np.arange(run.steps) < times[:, None]
-    tails = np.where(is_later, 1.0, 0.0)
-    weights = run.weights[times - 1].astype(np.float64)
-    return least_squares(tails, wanted) @ weights
+    coefficients = least_squares(is_later.astype(np.float64), shares(TARGETS, run.steps))
+    return coefficients @ run.weights[times - 1].astype(np.float64)
 
 
 # --- the tables
 # ---------------------------------------------------------------------------------
 
 
-def decay_table(results: Sequence[Result]) -> str:
-    """Return what the imports found."""
-    rows = [("training", "true decay", "found", "of the length: off by", "uncertainty", "import")]
-    for result in results:
-        row = (
-            result.training,
-            f"{result.true:.6f}",
-            f"{result.found:.6f}",
-            f"{result.off:+.2%}",
-            f"{result.uncertainty:.2%}",
-            "asked for" if result.asked else "",
-        )
-        rows.append(row)
+def decay_table(results: Mapping[str, Result]) -> str:
+    """Return how well the imports found the length."""
+    rows = [("training", "length off by", "uncertainty", "import")]
+    for training, result in results.items():
+        how = "asked for" if result.asked else ""
+        rows.append((training, f"{result.off:+.2%}", f"{result.uncertainty:.2%}", how))
     return markdown(rows)
 
 
-def error_table(results: Sequence[Result]) -> str:
+def error_table(results: Mapping[str, Result]) -> str:
     """Return the errors of each width."""
     rows = [["training", "sigma_rel", "that EMA", "from weights", "from EMAs", "predicted"]]
-    for result in results:
-        for cell in result.cells:
-            errors = (cell.ema, cell.raw, cell.error, cell.predicted)
+    for training, result in results.items():
+        for width, errors in zip(WIDTHS, result.errors.T, strict=True):
             shown = [f"{error:.1e}" for error in errors]
-            rows.append([result.training, f"{cell.width:.2f}", *shown])
+            rows.append([training, f"{width:.2f}", *shown])
     return markdown(rows)
 
 
-def summary(results: Sequence[Result]) -> str:
-    """Return how errors compare with those of weights and with predictions, and lengths with their
-    uncertainties."""
-    cells = []
-    for result in results:
-        cells += result.cells
-    raw = ratios(cells, "raw")
-    predicted = ratios(cells, "predicted")
-    bands = [abs(result.off) / result.uncertainty for result in results]
+def summary(results: Mapping[str, Result]) -> str:
+    """Return how errors compare with those of weights, and with predictions."""
+    all_errors = [result.errors for result in results.values()]
+    _, weights, errors, predicted = np.hstack(all_errors)
+    relative = ratios(errors, weights)
+    actual = ratios(errors, predicted)
     lines = (
-        f"error / from weights: median {np.median(raw):.2f}, most {raw.max():.2f}",
-        f"actual / predicted: most {predicted.max():.2f}",
-        f"actual above half of predicted: {share(predicted > 0.5)}",
-        f"true length, in uncertainties: most {np.nanmax(bands):.2f}",
+        f"error / from weights: median {np.median(relative):.2f}, most {relative.max():.2f}",
+        f"actual / predicted: most {actual.max():.2f}",
+        f"actual above half of predicted: {share(actual > 0.5)}",
     )
     return "\n".join(lines)
 

@@ -1,6 +1,6 @@
 """Measure averages made from checkpoints of other programs, and whether the predicted error holds.
 
-    OMP_NUM_THREADS=1 python scripts/bench_checkpoints.py [--only TEXT] [--seed 0]
+    OMP_NUM_THREADS=1 python scripts/bench_checkpoints.py [--only TEXT]
 
 Each kind of motion is saved in each layout, as a training would, and opened by the public
 interface. The truth is the sum over every step in float64. *Plain* are the coefficients of sum 1
@@ -17,24 +17,28 @@ import argparse
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
-from following import FloatArray, distances, gamma_of, least_squares, quiet
+from corner_cases import remember
+from following import distances, least_squares, quiet, shares
 from numpy.random import Generator
-from tables import grouped, markdown, ratios, share, within
+from tables import FloatArray, markdown, ratios, share, within
+from tasks import half_wave
 from torch import Tensor
 
 from posthoc_cli import Run, import_checkpoints
-from posthoc_cli.run import Weights
+from posthoc_cli.targets import as_target
 
 STEPS = 2000
 SIZE = 400
 FILES = 20
 EPOCH = STEPS // FILES
 WIDTHS = (0.02, 0.06, 0.12, 0.25)
+TARGETS = [as_target(width) for width in WIDTHS]
+FALLING = np.array([[half_wave(step / STEPS)] for step in range(STEPS + 1)])
+"""From 1 to 0, for every step: [STEPS + 1, 1]."""
 
 # --- motion: the weights after each step, [STEPS + 1, SIZE], those before the first step included
 
@@ -46,13 +50,6 @@ def normal(random: Generator) -> FloatArray:
     return random.standard_normal((STEPS + 1, SIZE))
 
 
-def half_wave() -> FloatArray:
-    """A cosine that falls from 1 to -1, for every step: [STEPS + 1, 1]."""
-    steps = np.arange(STEPS + 1)
-    wave = np.cos(np.pi * steps / STEPS)
-    return wave[:, None]
-
-
 def walk(random: Generator) -> FloatArray:
     """Independent steps of one size."""
     return np.cumsum(0.005 * normal(random), axis=0)
@@ -60,8 +57,7 @@ def walk(random: Generator) -> FloatArray:
 
 def decaying(random: Generator) -> FloatArray:
     """A walk whose steps are as large as a learning rate that falls to 0 by a cosine."""
-    rate = (1 + half_wave()) / 2
-    return np.cumsum(0.005 * rate * normal(random), axis=0)
+    return np.cumsum(0.005 * FALLING * normal(random), axis=0)
 
 
 def drift(random: Generator) -> FloatArray:
@@ -73,18 +69,14 @@ def drift(random: Generator) -> FloatArray:
 
 def restored(random: Generator, memory: float) -> FloatArray:
     """Noise of unit variance about a minimum, which forgets in so many steps."""
-    kept = np.exp(-1 / memory)
     values = normal(random)
-    values[1:] *= np.sqrt(1 - kept**2)
-    for before, now in pairwise(values):
-        now += kept * before
+    remember(values, memory)
     return values
 
 
 def cosine(random: Generator) -> FloatArray:
     """A smooth path: every weight goes from one value to another by half a cosine."""
-    place = (1 - half_wave()) / 2
-    return place * random.standard_normal(SIZE) * 0.3
+    return (1 - FALLING) * random.standard_normal(SIZE) * 0.3
 
 
 def kinks(random: Generator) -> FloatArray:
@@ -112,13 +104,13 @@ MOTIONS: dict[str, Motion] = {
 Times = Callable[[Generator], list[int]]
 
 
-def evenly(count: int = FILES) -> Times:
+def evenly(count: int) -> Times:
     """Return evenly spaced steps."""
     every = STEPS // count
     return lambda _: [*range(every, STEPS + 1, every)]
 
 
-EVEN = evenly()
+EVEN = evenly(FILES)
 
 
 def at_random(random: Generator) -> list[int]:
@@ -203,16 +195,14 @@ LAYOUTS |= {
 # --- one run
 
 
-@dataclass(frozen=True)
-class Saved:
-    """What a layout stores of a path: the values, and the tails that they have, step by step."""
-
-    values: FloatArray  # [stored, SIZE]
-    tails: FloatArray  # [stored, STEPS]: the mass after step 0, 1, ..., STEPS - 1
-
-
-def save(path: FloatArray, layout: Layout, times: Sequence[int], folder: Path) -> Saved:
-    """Write the files of a training."""
+def save(
+    path: FloatArray,
+    layout: Layout,
+    times: Sequence[int],
+    folder: Path,
+) -> tuple[FloatArray, FloatArray]:
+    """Write the files of a training; return the stored values, [stored, SIZE], and the mass that
+    each has after step 0, 1, ...: [stored, STEPS]."""
     steps = np.arange(STEPS)
     average = path[0]
     later = np.zeros(STEPS)  # the average's mass after each step
@@ -235,7 +225,7 @@ def save(path: FloatArray, layout: Layout, times: Sequence[int], folder: Path) -
             tails.append(later)
         values += [value.double().numpy() for value in stored.values()]
         save_file(folder, layout, step, stored)
-    return Saved(np.array(values), np.array(tails))
+    return np.array(values), np.array(tails)
 
 
 def rounded(values: FloatArray, dtype: torch.dtype) -> Tensor:
@@ -243,7 +233,12 @@ def rounded(values: FloatArray, dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(values).float().to(dtype)
 
 
-def save_file(folder: Path, layout: Layout, step: int, stored: Mapping[str, Tensor]) -> None:
+def save_file(
+    folder: Path,
+    layout: Layout,
+    step: int,
+    stored: Mapping[str, Tensor],
+) -> None:
     """Write the file of a step."""
     content: dict[str, object] = {}
     name = f"model_{step // EPOCH}.pth"
@@ -270,47 +265,28 @@ def opened(folder: Path, layout: Layout) -> Run:
     return Run(out)
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One target of one run, with errors relative to the truth."""
-
-    motion: str
-    layout: str
-    error: float
-    plain: float
-    predicted: float
-
-
-def measure(motion: str, name: str, seed: int) -> list[Cell]:
-    """Return the cells of one run, of a motion and a layout."""
+def measure(motion: str, name: str) -> FloatArray:
+    """Return errors of averages of one run, of plain ones, and the predicted ones: [3, widths]."""
     layout = LAYOUTS[name]
     motions = [*MOTIONS]
     layouts = [*LAYOUTS]
-    seeds = [seed, motions.index(motion), layouts.index(name)]
-    random = np.random.default_rng(seeds)
+    random = np.random.default_rng([0, motions.index(motion), layouts.index(name)])
     start = random.standard_normal(SIZE)
     path = start + MOTIONS[motion](random)
     path = path.astype(np.float32).astype(np.float64)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "files"
         folder.mkdir()
-        saved = save(path, layout, layout.times(random), folder)
+        values, tails = save(path, layout, layout.times(random), folder)
         run = opened(folder, layout)
-        made = [run.average(width, dtype="float64") for width in WIDTHS]
-    errors = errors_of(path, saved, made)
-    return [Cell(motion, name, *of_width) for of_width in errors.T.tolist()]
-
-
-def errors_of(path: FloatArray, saved: Saved, made: list[Weights]) -> FloatArray:
-    """Return errors of averages, of plain ones, and the predicted ones: [3, widths]."""
-    passed = np.arange(STEPS + 1) / STEPS
-    until = np.array([passed ** (gamma_of(width) + 1) for width in WIDTHS])
-    truth = np.diff(until) @ path[1:]
-    coefficients = least_squares(saved.tails, 1 - until[:, :-1])
-    plain = distances(coefficients @ saved.values, truth)
-    ours = np.array([average["w"].numpy() for average in made])
-    predicted = [average.predicted_error for average in made]
-    return np.array([distances(ours, truth), plain, predicted], dtype=np.float64)
+        averages = [run.average(width, dtype="float64") for width in WIDTHS]
+    wanted = shares(TARGETS, STEPS)
+    truth = wanted @ path[1:]
+    ours = np.array([average["w"].numpy() for average in averages])
+    plain = least_squares(tails, wanted) @ values
+    predicted = [average.predicted_error for average in averages]
+    errors = [distances(ours, truth), distances(plain, truth), predicted]
+    return np.array(errors, dtype=np.float64)
 
 
 # --- the table
@@ -318,25 +294,25 @@ def errors_of(path: FloatArray, saved: Saved, made: list[Weights]) -> FloatArray
 HEAD = ("", "cells", "within 2", "within 3", "beyond 3", "error / plain", "up to 1.05")
 
 
-def table(cells: Sequence[Cell], attribute: str) -> str:
-    """Return a table with a row for each motion, or each layout."""
-    groups = grouped(cells, attribute)
-    uneven = [cell for cell in cells if cell.layout.endswith(tuple(UNEVEN))]
+def table(results: Mapping[str, FloatArray]) -> str:
+    """Return a table with a row for each layout."""
+    groups = dict(results)
+    uneven = [errors for layout, errors in results.items() if layout.endswith(tuple(UNEVEN))]
     if uneven:
-        groups["uneven steps"] = uneven
-    groups["all"] = [*cells]
+        groups["uneven steps"] = np.hstack(uneven)
+    groups["all"] = np.hstack([*results.values()])
     rows = [HEAD]
-    for name, group in groups.items():
-        predicted = ratios(group, "predicted")
-        plain = ratios(group, "plain")
+    for name, (errors, plain, predicted) in groups.items():
+        actual = ratios(errors, predicted)
+        relative = ratios(errors, plain)
         row = (
             name,
-            str(len(group)),
-            within(predicted, 2),
-            within(predicted, 3),
-            str(np.sum(predicted > 3)),
-            f"{np.median(plain):.3f}",
-            share(plain <= 1.05),
+            str(len(errors)),
+            within(actual, 2),
+            within(actual, 3),
+            str(np.sum(actual > 3)),
+            f"{np.median(relative):.3f}",
+            share(relative <= 1.05),
         )
         rows.append(row)
     return markdown(rows)
@@ -344,20 +320,16 @@ def table(cells: Sequence[Cell], attribute: str) -> str:
 
 @quiet()
 def main() -> None:
-    """Measure all cells, print the tables."""
+    """Measure all cells, print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="layouts whose name contains this text")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    only = parser.parse_args().only
     torch.set_num_threads(1)
-    cells = []
+    results = {}
     for layout in LAYOUTS:
-        if options.only in layout:
-            for motion in MOTIONS:
-                cells += measure(motion, layout, options.seed)
-    print(table(cells, "motion"))
-    print()
-    print(table(cells, "layout"))
+        if only in layout:
+            results[layout] = np.hstack([measure(motion, layout) for motion in MOTIONS])
+    print(table(results))
 
 
 if __name__ == "__main__":

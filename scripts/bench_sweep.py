@@ -1,38 +1,31 @@
 """Compare the choices of the search with those of a plain grid, and check the range that the search
 states.
 
-    python scripts/bench_sweep.py [--quick]
+    python scripts/bench_sweep.py
 
 200 made-up metrics over sigma_rel from 0.02 to 0.28 have five shapes, a depth of 1, and noise of 0
 to 1/3. The regret of a choice is its true metric less the best one. A choice is "within noise" if
 its regret is at most the noise of one evaluation, or 1 % of the depth. Search and grid have 12
-evaluations; the grid is even in the length, as published, and takes its lowest value. A second
-search states standard errors, of which the noise is a tenth."""
+evaluations; the grid is even in the length, as published, and takes its lowest value."""
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 from numpy.random import Generator, default_rng
-from tables import markdown, share
+from tables import FloatArray, markdown, share
 
 from posthoc_cli.sweep.search import Axis, Estimate, Trial, first_batch
-
-FloatArray = npt.NDArray[np.float64]
 
 LOW = 0.02
 HIGH = 0.28
 AXIS = Axis("sigma_rel", LOW, HIGH)
 COUNT = 12
 NOISES = (0.0, 0.03, 0.1, 1 / 3)
-SHARED = 10.0
-"""Standard error of a metric relative to its noise: trials on one data set share most of it."""
 SPAN = math.log(HIGH / LOW)
 GRID = np.linspace(0, 1, 2001)
 """Places in the range, even in the logarithm of the length."""
@@ -128,15 +121,15 @@ def made_up(shape: Shape, noise: float, number: int) -> Metric:
     return Metric(truth / truth.max(), noise, random)
 
 
-def searched(metric: Metric, stated: float | None = None) -> Estimate:
-    """Return the result of the search, if trials state so large a standard error."""
+def searched(metric: Metric) -> Estimate:
+    """Return the result of the search."""
     trials = list[Trial]()
     batch = first_batch(AXIS)
     while len(trials) < COUNT:
         for x in batch:
             before = sum(trial.x == x for trial in trials)
             value = metric.measure(x)
-            trials.append(Trial("", x, before, value, stated))
+            trials.append(Trial("", x, before, value))
         batch = Estimate(trials, AXIS).proposed(repeat=True)
     return Estimate(trials[:COUNT], AXIS)
 
@@ -149,27 +142,18 @@ def grid(metric: Metric) -> float:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a few metrics: does everything run?")
-    count = 1 if parser.parse_args().quick else 10
     searches = []
     ranges = []
-    with_errors = []
-    ranges_with_errors = []
     grids = []
-    for shape, noise, number in itertools.product(SHAPES, NOISES, range(count)):
+    for shape, noise, number in itertools.product(SHAPES, NOISES, range(10)):
         metric = made_up(shape, noise, number)
         found = searched(metric)
         searches.append(metric.is_within_noise(found.best))
         ranges.append(found.low <= metric.best <= found.high)
         grids.append(metric.is_within_noise(grid(metric)))
-        found = searched(metric, SHARED * noise)
-        with_errors.append(metric.is_within_noise(found.best))
-        ranges_with_errors.append(found.low <= metric.best <= found.high)
     rows = (
         (f"of {len(grids)} made-up metrics", "within noise", "best in the stated range"),
         ("search", share(searches), share(ranges)),
-        ("with standard errors", share(with_errors), share(ranges_with_errors)),
         ("grid", share(grids), ""),
     )
     print(markdown(rows))

@@ -1,12 +1,11 @@
 """Measure what the hook costs training: an update, and memory.
 
-    python scripts/bench_update.py [--device cpu] [--repeats 5] [--folds 7] [--quick]
+    python scripts/bench_update.py [--device cpu] [--repeats 5] [--folds 7]
 
 This package and both PyPI peers, where they are installed, track sigma_rel 0.05 and 0.28 of the
 same model, update after every step through public interfaces, and take turns. All checks of this
-package are on: names, shapes, dtypes, finiteness. A run is seven folds of 256 updates long, and
-ends when all work is done. A cell is the median over runs of an update's mean time, and in
-parentheses of the processor time of all threads, which other programs on the machine change less.
+package are on: names, shapes, dtypes, finiteness. A run is seven folds of updates long, and ends
+when all work is done. A cell is the median over runs of an update's mean time.
 
 **Ours, late in a run** is at t = 10^6, where an update changes one mean; until t = 104,000, at one
 update a step, it changes two. `--device cuda` puts the models on the accelerator; `posthoc_ema`
@@ -23,15 +22,14 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from compare_peers import Library, ema_pytorch, posthoc_ema, without_noise
+from compare_peers import TRACKED, Library, ema_pytorch, posthoc_ema, without_noise
 from tables import markdown
 from torch.nn import Module, ParameterList
 
@@ -39,7 +37,6 @@ from posthoc_cli import PostHocEMA
 from posthoc_cli.profiles import WINDOW
 from posthoc_cli.synthesis.engine import check_device
 
-TRACKED = (0.05, 0.28)
 Shapes = Mapping[str, tuple[int, ...]]
 
 NEVER = 10**9
@@ -53,21 +50,18 @@ def main() -> None:
     asked = parser.parse_args()
     logging.getLogger("posthoc_cli").setLevel(logging.ERROR)  # it warns that no weights change
     device = str(check_device(asked.device))
-    scale = 100 if asked.quick else 1
     print(f"{machine()}, {torch.get_num_threads()} threads\n")
-    many = small_tensors(2000 // scale)
-    large = large_tensors(50_000_000 // scale, 24)
+    many = small_tensors(2000)
+    large = large_tensors(50_000_000, 24)
     models = {
-        f"{len(many):,} tensors of 64 x 64": partial(make_model, many, device),
-        f"{50 / scale:g} M parameters in 24": partial(make_model, large, device),
+        "2,000 tensors of 64 x 64": partial(make_model, many, device),
+        "50 M parameters in 24": partial(make_model, large, device),
         "the same in bfloat16": partial(make_model, large, device, torch.bfloat16),
     }
-    columns = []
-    for make in models.values():
-        columns.append(updates(make, asked.repeats, asked.folds))
+    columns = [updates(make, asked.repeats, asked.folds) for make in models.values()]
     rows = [["one update, ms", *models]]
     for label in columns[0]:
-        cells = [str(column[label]) for column in columns]
+        cells = [f"{1000 * column[label]:.3g}" for column in columns]
         rows.append([label, *cells])
     print(markdown(rows))
     for place in ("model", "cpu"):
@@ -80,7 +74,6 @@ def benchmark_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", default="cpu", help="where models are or sums are made (cpu)")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each measurement")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
     return parser
 
 
@@ -89,49 +82,26 @@ def machine() -> str:
     return f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
 
 
-# --- times
-# -----------------------------------------------------------------------------------------
-
-
-@dataclass
-class Times:
-    """Seconds of repeated runs, and processor seconds of all threads."""
-
-    seconds: list[float] = field(default_factory=list)
-    processor: list[float] = field(default_factory=list)
-
-    def measure(self, run: Callable[[], object], each: int) -> None:
-        """Add the times of a run, divided by `each`."""
-        os.sync()
-        began = time.perf_counter()
-        used = time.process_time()
-        run()
-        seconds = time.perf_counter() - began
-        processor = time.process_time() - used
-        self.seconds.append(seconds / each)
-        self.processor.append(processor / each)
-
-    @property
-    def median(self) -> float:
-        """Seconds."""
-        return statistics.median(self.seconds)
-
-    def __str__(self) -> str:
-        processor = statistics.median(self.processor)
-        return f"{1000 * self.median:.3g} ({1000 * processor:.3g})"
-
-
 def times(
     runs: Mapping[str, Callable[[], object]],
     repeats: int,
-    each: int = 1,
-) -> dict[str, Times]:
-    """Return the times of runs in turns, divided by `each`."""
-    found = defaultdict[str, Times](Times)
+) -> dict[str, float]:
+    """Return the median seconds of runs in turns."""
+    seconds = defaultdict[str, list[float]](list)
     for _ in range(repeats):
         for label, run in runs.items():
-            found[label].measure(run, each)
-    return found
+            os.sync()
+            began = time.perf_counter()
+            run()
+            wait_for_device()
+            seconds[label].append(time.perf_counter() - began)
+    return {label: statistics.median(of_run) for label, of_run in seconds.items()}
+
+
+def wait_for_device() -> None:
+    """Wait for all work that was queued."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 # --- models
@@ -158,7 +128,11 @@ class Layers(Module):
         self.layers = ParameterList(torch.randn(shape) for shape in shapes.values())
 
 
-def make_model(shapes: Shapes, device: str, dtype: torch.dtype = torch.float32) -> Module:
+def make_model(
+    shapes: Shapes,
+    device: str,
+    dtype: torch.dtype = torch.float32,
+) -> Module:
     """Make a model with parameters of these shapes."""
     return Layers(shapes).to(device, dtype)
 
@@ -167,46 +141,51 @@ def make_model(shapes: Shapes, device: str, dtype: torch.dtype = torch.float32) 
 # ---------------------------------------------------------------------------------------
 
 
-class Begun(NamedTuple):
-    """An update, and a function that waits until all updates are complete."""
-
-    update: Callable[[], object]
-    settle: Callable[[], object]
-
-
-def updates(make: Callable[[], Module], repeats: int, folds: int) -> dict[str, Times]:
-    """Measure a column: an update of every library."""
+def updates(
+    make: Callable[[], Module],
+    repeats: int,
+    folds: int,
+) -> dict[str, float]:
+    """Measure a column: the seconds of an update of every library."""
     calls = folds * WINDOW
     with tempfile.TemporaryDirectory() as name, without_noise():
         folder = Path(name)
-        begun = {
-            "ours, late in a run": ours(make(), folder / "late", begin=1e6),
-            "ours, at its beginning": ours(make(), folder / "beginning"),
+        runs = {
+            "ours, late in a run": ours(make(), folder / "late", calls, begin=1e6),
+            "ours, at its beginning": ours(make(), folder / "beginning", calls),
         }
         for peer, start in installed_peers().items():
             library = start(make(), folder / peer, 1, NEVER)
-            begun[f"`{peer}`"] = Begun(library.update, lambda: None)
-        runs = {}
-        for label, one in begun.items():
-            one.update()  # makes the averages
-            runs[label] = partial(repeat, one, calls)
-        return times(runs, repeats, calls)
+            library.update()  # makes the averages
+            runs[f"`{peer}`"] = partial(repeat, library.update, calls)
+        seconds = times(runs, repeats)
+    return {label: of_run / calls for label, of_run in seconds.items()}
 
 
-def repeat(begun: Begun, calls: int) -> None:
-    """Update so often, and wait until all is done."""
+def repeat(update: Callable[[], object], calls: int) -> None:
+    """Update so often."""
     for _ in range(calls):
-        begun.update()
-    begun.settle()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+        update()
 
 
-def ours(model: Module, folder: Path, begin: float = 0.0) -> Begun:
-    """Return an update of this package from a given time on."""
+def ours(
+    model: Module,
+    folder: Path,
+    calls: int,
+    begin: float = 0.0,
+) -> Callable[[], object]:
+    """Return a function that updates so often, from a given time on, and waits until all is
+    done."""
     ema = PostHocEMA.from_model(model, folder, TRACKED, update_every=1, checkpoint_every=NEVER)
     clock = count(begin + 1)
-    return Begun(lambda: ema.update_(model, t=next(clock)), ema.flush)
+    ema.update_(model, t=next(clock))  # makes the averages
+
+    def run() -> None:
+        for _ in range(calls):
+            ema.update_(model, t=next(clock))
+        ema.flush()
+
+    return run
 
 
 def installed_peers() -> dict[str, Callable[..., Library]]:
@@ -231,17 +210,23 @@ def memory(model: Module, device: str) -> float:
     """Return the bytes a parameter that a tracker of float32 parameters holds after two float16
     snapshots."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        PostHocEMA.from_model(
-            model, folder, update_every=1, checkpoint_every=2, device=device
-        ) as ema,
-    ):
-        for _ in range(4):
-            ema.update_(model)
+    with tracker(model, device, checkpoint_every=2) as ema:
+        repeat(lambda: ema.update_(model), 4)
         ema.flush()
         held: int = ema.metrics()["bytes"]
     return held / parameters
+
+
+@contextmanager
+def tracker(model: Module, device: str, **settings: int) -> Iterator[PostHocEMA]:
+    """Make a tracker that updates at every step; its snapshots exist within the block."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        PostHocEMA.from_model(
+            model, folder, TRACKED, update_every=1, device=device, **settings
+        ) as ema,
+    ):
+        yield ema
 
 
 if __name__ == "__main__":

@@ -11,13 +11,14 @@ what a model would hold is float32.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-from following import FloatArray, Tracking, compare, distances, stored, track, true_averages
+from following import Tracking, measure
 from numpy.random import default_rng
-from trajectories import Trajectory, step_clock
+from tables import FloatArray
+from tasks import half_wave
+from trajectories import Trajectory, cuts
 
 from posthoc_cli import Decay, Window
 from posthoc_cli.targets import Target, as_target
@@ -30,29 +31,19 @@ SIZE = 400
 # --- synthetic runs
 # --------------------------------------------------------------------------------
 
-Rate = Callable[[FloatArray], FloatArray]
-"""Learning rate, relative to the highest, at fractions of training in [0, 1)."""
-
 SCALE = 0.1
 """Root mean square of the first weights."""
 
 
-def _cosine(fraction: FloatArray) -> FloatArray:
-    return (1 + np.cos(np.pi * fraction)) / 2
-
-
-def _cuts(fraction: FloatArray) -> FloatArray:
-    return np.select([fraction < 0.6, fraction < 0.85], [1.0, 0.1], 0.01)
-
-
-RATES: dict[str, Rate] = {
-    "constant": np.ones_like,
-    "cosine": _cosine,
-    "frozen": lambda fraction: np.where(fraction < 0.5, 1.0, 0.0),
-    "restarts": lambda fraction: _cosine(4 * fraction % 1),
-    "cuts": _cuts,
-    "standstill": lambda fraction: np.where(fraction < 0.05, 1.0, 0.0),
+RATES: dict[str, Callable[[float], float]] = {
+    "constant": lambda _: 1.0,
+    "cosine": half_wave,
+    "frozen": lambda fraction: float(fraction < 0.5),
+    "restarts": lambda fraction: half_wave(4 * fraction % 1),
+    "cuts": cuts,
+    "standstill": lambda fraction: float(fraction < 0.05),
 }
+"""Learning rate, relative to the highest, at fractions of training in [0, 1)."""
 
 
 def walk(rate: str, seed: int) -> Trajectory:
@@ -64,7 +55,7 @@ def walk(rate: str, seed: int) -> Trajectory:
     sizes = SCALE / 4 / STEPS**0.5 * _rates(rate)
     moves *= sizes[:, None]
     path = place + np.cumsum(moves, axis=0)
-    return _trajectory(f"walk, {rate}, {seed}", path)
+    return _trajectory(path)
 
 
 def descent(rate: str, seed: int) -> Trajectory:
@@ -85,7 +76,7 @@ def descent(rate: str, seed: int) -> Trajectory:
         gradient = curvatures * (weights - optimum)
         weights = weights - now * (gradient + error)
         path.append(weights)
-    return _trajectory(f"descent, {rate}, {seed}", np.array(path))
+    return _trajectory(np.array(path))
 
 
 def adam(rate: str, seed: int) -> Trajectory:
@@ -110,7 +101,7 @@ def adam(rate: str, seed: int) -> Trajectory:
         now = rates[step - 1] / (1 - 0.9**step)
         weights = weights - now * first / scale
         path.append(weights)
-    return _trajectory(f"adam, {rate}", np.array(path))
+    return _trajectory(np.array(path))
 
 
 def wandering(seed: int) -> Trajectory:
@@ -118,30 +109,38 @@ def wandering(seed: int) -> Trajectory:
     training."""
     random = default_rng(seed)
     place = SCALE * random.standard_normal(SIZE)
-    memory = 0.01 * STEPS
-    kept = np.exp(-1 / memory)
-    width = np.sqrt(1 - kept**2)
-    away = width * random.standard_normal((STEPS, SIZE))
+    away = random.standard_normal((STEPS, SIZE))
     away[0] = random.standard_normal(SIZE)
-    for before, now in pairwise(away):
+    remember(away, 0.01 * STEPS)
+    return _trajectory(place + 0.1 * SCALE * away)
+
+
+def remember(noise: FloatArray, memory: float) -> None:
+    """Make independent noise, [steps, parameters], noise of the same variance that forgets in so
+    many steps."""
+    kept = np.exp(-1 / memory)
+    noise[1:] *= np.sqrt(1 - kept**2)
+    for before, now in pairwise(noise):
         now += kept * before
-    return _trajectory("wandering", place + 0.1 * SCALE * away)
 
 
-def course(label: str, course_of: Rate, seed: int, away: float = 1.0) -> Trajectory:
-    """Return motion from one place in one direction, by `course_of` of the fraction of training, in
-    norms.
+Course = Callable[[FloatArray], FloatArray]
+
+
+def course(course_of: Course, seed: int, away: float = 1.0) -> Trajectory:
+    """Return motion from one place in one direction, by `course_of` of the fractions of training
+    after each step, in norms.
 
     `away` is the size of the place itself: with 0 all of the weights follow the course.
     """
     random = default_rng(seed)
     place, direction = SCALE * random.standard_normal((2, SIZE))
-    fraction = step_clock(STEPS) / STEPS
+    fraction = np.arange(1, STEPS + 1) / STEPS
     moved = np.outer(course_of(fraction), direction)
-    return _trajectory(label, away * place + moved)
+    return _trajectory(away * place + moved)
 
 
-def wave(periods: float, amplitude: float) -> Rate:
+def wave(periods: float, amplitude: float) -> Course:
     """Return a course with so many periods in training."""
 
     def course_of(fraction: FloatArray) -> FloatArray:
@@ -158,24 +157,23 @@ def reinitialised(seed: int) -> Trajectory:
     New weights are as large as the first ones were.
     """
     after = 2207
-    run = walk("constant", seed)
-    weights = run.weights.astype(np.float64)
+    weights = walk("constant", seed).weights.astype(np.float64)
     fresh = SCALE * default_rng(5).standard_normal(SIZE // 10)
     changed = weights[:, -fresh.size :]
     changed[after:] += fresh - changed[after - 1]
-    return _trajectory(f"{run.name}, reinit at {after}", weights)
+    return _trajectory(weights)
 
 
 def _rates(rate: str) -> FloatArray:
     """Return the learning rate of every step."""
-    fractions = np.arange(STEPS) / STEPS
-    return RATES[rate](fractions)
+    rate_of = RATES[rate]
+    return np.array([rate_of(step / STEPS) for step in range(STEPS)])
 
 
-def _trajectory(name: str, path: FloatArray) -> Trajectory:
+def _trajectory(path: FloatArray) -> Trajectory:
     small = SIZE // 10
-    shapes = ((SIZE - small,), (small,))
-    return Trajectory(name, path.astype(np.float32), shapes, step_clock(STEPS))
+    shapes = [(SIZE - small,), (small,)]
+    return Trajectory(path.astype(np.float32), shapes)
 
 
 # --- the independent set
@@ -199,14 +197,17 @@ def ordinary() -> Iterator[Trajectory]:
 
 def pathological() -> Iterator[Trajectory]:
     """Return runs that move unlike a walk with noise: in one direction only, or not at all."""
-    yield course("slow wave", wave(2.5, 0.5), 21)
-    yield course("fast wave", wave(STEPS / 47, 0.5), 22)
-    yield course("wave in step with 20", wave(20, 1.0), 23)
-    yield course("small wave in step with 20", wave(20, 0.1), 24)
-    yield course("wave in step with 64", wave(64, 0.3), 25)
-    yield course("two updates a wave", wave(STEPS / (2 * EVERY), 0.3), 26)
-    yield course("drift", lambda fraction: 0.5 * fraction, 27)
-    yield course("decay to zero", lambda fraction: np.exp(-6 * fraction), 28, away=0.0)
+    yield course(wave(2.5, 0.5), 21)
+    yield course(wave(STEPS / 47, 0.5), 22)
+    # in step with 20 snapshots, and with 64
+    yield course(wave(20, 1.0), 23)
+    yield course(wave(20, 0.1), 24)
+    yield course(wave(64, 0.3), 25)
+    # two updates a wave
+    yield course(wave(STEPS / (2 * EVERY), 0.3), 26)
+    # a drift, and a decay to zero
+    yield course(lambda fraction: 0.5 * fraction, 27)
+    yield course(lambda fraction: np.exp(-6 * fraction), 28, away=0.0)
     yield walk("standstill", 29)
 
 
@@ -243,56 +244,13 @@ TARGETS: tuple[Target, ...] = (
 )
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One average. Errors are Euclidean distances from the truth, relative to its norm.
-
-    Attributes:
-        case: its name in `CASES`.
-        run: in words.
-        error: of the default method.
-        published: of the published method.
-        nearest: the smallest one among the tracked averages as they are stored at the newest time.
-        predicted: what the default method said that the error would be; nan where it did not say.
-    """
-
-    case: str
-    run: str
-    error: float
-    published: float
-    nearest: float
-    predicted: float
-
-
-def measure(case: str) -> list[Cell]:
-    """Measure all cells of one of `CASES`."""
-    cells = []
-    for run in CASES[case]():
-        errors = measure_run(run, trackings())
-        cells += [Cell(case, run.name, *of_target) for of_target in errors.T.tolist()]
-    return cells
-
-
-def trackings() -> list[Tracking]:
-    """Return how each run is tracked."""
-    made = []
+def measure_case(case: str) -> FloatArray:
+    """Return the errors of all averages of one of `CASES`: [4, averages]."""
+    trackings = []
     for tracked, dtype, counts in SETUPS:
         for count in counts:
             interval = STEPS // max(20, count)
             most = count if count < 20 else None
-            made.append(Tracking(tracked, dtype, interval, EVERY, most))
-    return made
-
-
-def measure_run(run: Trajectory, trackings: list[Tracking]) -> FloatArray:
-    """Return the errors of all averages, in the order of `Cell`: [4, averages]."""
-    truth = true_averages(run, TARGETS, EVERY)
-    found = []
-    with track(run, trackings) as folders:
-        for tracking, folder in zip(trackings, folders, strict=True):
-            error, published, predicted = compare(folder, TARGETS, truth)
-            newest = stored(folder)[-len(tracking.sigma_rels) :]
-            of_each = [distances(average, truth) for average in newest]
-            nearest = np.min(of_each, axis=0)
-            found.append([error, published, nearest, predicted])
-    return np.hstack(found)
+            trackings.append(Tracking(tracked, dtype, interval, EVERY, most))
+    errors = [measure(run, trackings, TARGETS) for run in CASES[case]()]
+    return np.hstack(errors)

@@ -1,6 +1,6 @@
 """Measure what averaging gains in three trainings that people know, against what they do today.
 
-    python scripts/evidence.py [--out evidence] [--quick] [--tables]
+    python scripts/evidence.py [--out evidence] [--tables]
 
 - A language model on the source text of Python's standard library: a decoder of 3.4 M parameters,
   AdamW in bfloat16, with a constant learning rate, with one that falls over the last fifth, and
@@ -14,8 +14,8 @@ measured on test data. Where the rate falls to zero, lengths from 0.002 are meas
 averages that are tracked at every step.
 
 Trainings and measurements are kept in the folder `--out`, some 4 GB; a call that was stopped goes
-on with what is not there. The result and its picture replace those of the repository, but for
-`--quick`; `--tables` prints and draws the kept ones."""
+on with what is not there. The result and its picture replace those of the repository; `--tables`
+prints and draws the kept ones."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ import json
 import math
 import platform
 import shutil
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -80,37 +79,26 @@ TRACKED = (0.002, 0.005, 0.01, 0.05, 0.28)
 BUDGET = 12
 """Lengths that a search may measure."""
 
-Tensors = dict[str, Tensor]
 Weights = Mapping[str, Tensor]
 
 Measured = dict[str, Any]
-"""The measurements of one training, or of all."""
+"""The measurements of one training."""
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Train, measure, print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--out", type=Path, default=Path("evidence"), help="folder for all records (evidence)"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="tiny trainings of one seed: does everything run?"
-    )
-    parser.add_argument(
         "--tables", action="store_true", help="print and draw the kept result, and train nothing"
     )
-    options = parser.parse_args(arguments)
-    folder = options.out
-    record = RECORD
-    picture = PICTURE
-    if options.quick:
-        folder = options.out / "quick"
-        record = folder / RECORD.name
-        picture = folder / PICTURE.name
+    options = parser.parse_args()
     if not options.tables:
-        make(folder, record, options.quick)
-    found = json.loads(record.read_text())
-    picture.write_bytes(plots.as_file(partial(draw, found), ".svg"))
+        make(options.out)
+    found = json.loads(RECORD.read_text())["trainings"]
+    PICTURE.write_bytes(plots.as_file(partial(draw, found), ".svg"))
     print("\n\n".join(tables(found)))
 
 
@@ -132,31 +120,26 @@ class Training:
         return self.schedule in ("decayed", "cosine")
 
 
-def make(root: Path, record: Path, quick: bool) -> None:
+def make(root: Path) -> None:
     """Train and measure what is missing in the folder `root`; write the record."""
     root.mkdir(parents=True, exist_ok=True)
-    Language(root, quick)  # makes the text once, before the processes need it
+    Language(root)  # makes the text once, before the processes need it
     trainings = []
-    for seed in range(1 if quick else SEEDS):
+    for seed in range(SEEDS):
         for name, task in TASKS.items():
             trainings += [Training(name, schedule, seed) for schedule in task.schedules]
-    measured = in_processes(partial(work, root, quick), trainings)
+    measured = in_processes(partial(work, root), trainings)
     content = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "trainings": [*measured],
     }
-    shortened = json.loads(json.dumps(content), parse_float=_six_digits)
-    record.write_text(json.dumps(shortened))
+    RECORD.write_text(json.dumps(content))
 
 
-def _six_digits(number: str) -> float:
-    return float(f"{float(number):.6g}")
-
-
-def work(root: Path, quick: bool, training: Training) -> Measured:
+def work(root: Path, training: Training) -> Measured:
     """Return the measurements of a training, made unless that is done."""
-    task = TASKS[training.task](root, quick)
+    task = TASKS[training.task](root)
     folder = root / f"{training.task}-{training.schedule}-{training.seed}"
     if not (folder / WEIGHTS).exists():
         shutil.rmtree(folder, ignore_errors=True)
@@ -175,58 +158,42 @@ def train(task: Task, training: Training, folder: Path) -> None:
     """Train and record."""
     torch.manual_seed(training.seed)
     model = task.model()
-    optimizer = task.optimizer(model)
     classical = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
-    checkpoints: deque[Tensors] = deque(maxlen=LAST)
-    every = max(10, task.steps // CHECKPOINTS)
-    ema = tracker(model, folder / "ema", task, training, every)
+    mean = AveragedModel(model)
+    every = task.steps // CHECKPOINTS
+    settings: dict[str, Any] = {"max_checkpoints": task.max_checkpoints}
+    if training.falls:
+        settings |= {"sigma_rels": TRACKED, "update_every": 1}
+    ema = PostHocEMA.from_model(model, folder / "ema", checkpoint_every=every, **settings)
+    for step, loss in steps(task, training, model):
+        ema.update_(model)
+        classical.update_parameters(model)
+        if step % every == 0:
+            if step > task.steps - LAST * every:
+                mean.update_parameters(model)
+            print(f"{folder.name}: {step} of {task.steps}, loss {loss:.4f}", flush=True)
+    ema.close()
+    weights = {
+        "last": model.state_dict(),
+        "0.999": classical.module.state_dict(),
+        f"mean-{LAST}": mean.module.state_dict(),
+    }
+    torch.save(weights, folder / WEIGHTS)
+
+
+def steps(
+    task: Task,
+    training: Training,
+    model: Module,
+) -> Iterator[tuple[int, float]]:
+    """Train a model; yield after each step its number and its loss."""
+    optimizer = task.optimizer(model)
     random = torch.Generator()
     for step in range(1, task.steps + 1):
         random.manual_seed(1_000_003 * training.seed + step)
         loss = task.loss(model, random)
         descend(optimizer, loss, task.rate(training.schedule, step))
-        ema.update_(model)
-        classical.update_parameters(model)
-        if step % every == 0:
-            checkpoints.append(copied(model))
-            print(f"{folder.name}: {step} of {task.steps}, loss {loss.item():.4f}", flush=True)
-    ema.close()
-    weights = {
-        "last": copied(model),
-        "0.999": copied(classical.module),
-        f"mean-{LAST}": mean(checkpoints),
-    }
-    torch.save(weights, folder / WEIGHTS)
-
-
-def tracker(
-    model: Module,
-    folder: Path,
-    task: Task,
-    training: Training,
-    every: int,
-) -> PostHocEMA:
-    """Return the tracker of a training, which also tracks short averages where the rate falls."""
-    settings: dict[str, Any] = {"max_checkpoints": task.max_checkpoints}
-    if training.falls:
-        settings |= {"sigma_rels": TRACKED, "update_every": 1}
-    return PostHocEMA.from_model(model, folder, checkpoint_every=every, **settings)
-
-
-def copied(model: Module) -> Tensors:
-    """Return copies of the current weights and buffers."""
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def mean(checkpoints: Sequence[Tensors]) -> Tensors:
-    """Return the mean of each tensor; of integer tensors the last."""
-    means = {}
-    for name, last in checkpoints[-1].items():
-        means[name] = last
-        if last.is_floating_point():
-            stacked = torch.stack([one[name] for one in checkpoints])
-            means[name] = stacked.mean(dim=0)
-    return means
+        yield step, loss.item()
 
 
 class Measure:
@@ -306,7 +273,7 @@ class Column:
         return " ".join(lengths)
 
 
-def tables(found: Measured) -> list[str]:
+def tables(found: Sequence[Measured]) -> list[str]:
     """Return Markdown: a table of averages for each task, and one of differences for the language
     model."""
     language = {}
@@ -330,9 +297,9 @@ def tables(found: Measured) -> list[str]:
     ]
 
 
-def _of(found: Measured, task: str, schedule: str) -> list[Measured]:
-    of_task = [one for one in found["trainings"] if one["task"] == task]
-    return [one for one in of_task if one["schedule"] == schedule]
+def _of(found: Sequence[Measured], task: str, schedule: str) -> list[Measured]:
+    asked = (task, schedule)
+    return [one for one in found if (one["task"], one["schedule"]) == asked]
 
 
 def _table(corner: str, columns: dict[str, Column]) -> str:
@@ -347,7 +314,7 @@ def _table(corner: str, columns: dict[str, Column]) -> str:
     return markdown(lines)
 
 
-def _differences(found: Measured) -> str:
+def _differences(found: Sequence[Measured]) -> str:
     """Return what another average of the language model gains or loses at a constant rate."""
     constant = Column(_of(found, "language", "constant"), "loss", 1, 4)
     decayed = Column(_of(found, "language", "decayed"), "loss", 1, 4)
@@ -370,24 +337,19 @@ def _paired(values: Sequence[float], others: Sequence[float], digits: int) -> st
 def _mean(values: Sequence[float], digits: int, sign: str = "") -> str:
     """Return the mean and its standard error."""
     mean = f"{np.mean(values):{sign}.{digits}f}"
-    if len(values) == 1:
-        return mean
     return f"{mean} ± {_error(values):.{digits}f}"
 
 
 def _error(values: Sequence[float]) -> float:
-    """Return the standard error of the mean; 0 for a single value."""
-    count = len(values)
-    if count == 1:
-        return 0.0
-    return float(np.std(values, ddof=1)) / math.sqrt(count)
+    """Return the standard error of the mean."""
+    return float(np.std(values, ddof=1)) / math.sqrt(len(values))
 
 
 # --- the picture
 # ----------------------------------------------------------------------------------------
 
 
-def draw(found: Measured) -> Figure:
+def draw(found: Sequence[Measured]) -> Figure:
     """Draw the language model's loss less that of the last weights, seed by seed, against the
     length."""
     figure = Figure(figsize=(8, 3.4), layout="constrained", facecolor="white")

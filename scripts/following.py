@@ -19,15 +19,13 @@ import numpy.typing as npt
 import torch
 from numpy.polynomial import Polynomial
 from safetensors.torch import load_file
+from tables import FloatArray
 from torch import Tensor
 from trajectories import Replay, Trajectory
 
 from posthoc_cli import Decay, PostHocEMA, Window, disk_sources, plan_synthesis, synthesize
 from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.targets import Target
-
-FloatArray = npt.NDArray[np.float64]
-
 
 # --- the truth
 # -------------------------------------------------------------------------------------
@@ -40,34 +38,59 @@ def gamma_of(sigma_rel: float) -> float:
     return float(cubic.roots().real.max())
 
 
-def true_averages(run: Trajectory, wanted: Sequence[Target], stride: int = 1) -> FloatArray:
-    """Return the averages over every `stride`-th step's weights: shape [targets, parameters].
+def true_averages(
+    run: Trajectory,
+    wanted: Sequence[Target],
+    stride: int = 1,
+) -> FloatArray:
+    """Return the averages over every `stride`-th step's weights, in float64: [targets,
+    parameters]."""
+    counts = shares(wanted, run.steps, stride)
+    _, parameters = run.weights.shape
+    total = np.zeros((len(wanted), parameters))
+    # by parts: all of it in float64 takes half a gigabyte
+    for start in range(0, run.steps, 1000):
+        part = slice(start, start + 1000)
+        weights = run.weights[part].astype(np.float64)
+        total += counts[:, part] @ weights
+    return total
+
+
+def shares(
+    wanted: Sequence[Target],
+    steps: int,
+    stride: int = 1,
+) -> FloatArray:
+    """Return how much each step counts in an average of a run, of which every `stride`-th step is
+    seen: [targets, steps].
 
     The mass that a profile has on (t_{k-1}, t_k] sits on the weights at update k, and what it has
     before the first update on that one's.
     """
-    seen = np.arange(stride, run.steps + 1, stride)
-    counts = np.zeros((len(wanted), run.steps))
+    seen = np.arange(stride, steps + 1, stride)
+    counts = np.zeros((len(wanted), steps))
     for row, target in zip(counts, wanted, strict=True):
-        until = mass_until(target, seen, run)
+        until = mass_until(target, seen, steps)
         row[seen - 1] = np.diff(until, prepend=0.0)
-    return averages(run, counts)
+    return counts
 
 
-def mass_until(target: Target, seen: npt.NDArray[np.int64], run: Trajectory) -> FloatArray:
+def mass_until(
+    target: Target,
+    seen: npt.NDArray[np.int64],
+    steps: int,
+) -> FloatArray:
     """Return a profile's mass, at the end of the run, on the steps up to each of `seen`, by its
     definition.
 
-    A width, a decay and a stretch of time are on the run's clock; a beta and a window are in steps,
-    whatever time each took. A classical average begins as a copy of the first weights there are.
+    A classical average begins as a copy of the first weights there are.
     """
-    now = run.times[seen - 1]
-    passed = now / run.times[-1]
+    passed = seen / steps
     if target.beta is not None:
-        later = run.steps - seen
+        later = steps - seen
         return np.power(target.beta, later.astype(np.float64))
     if isinstance(target, Window):
-        begin = run.steps - target.steps
+        begin = steps - target.steps
         inside = seen - begin
         return np.clip(inside / target.steps, 0.0, 1.0)
     if isinstance(target, Decay):
@@ -82,19 +105,6 @@ def mass_until(target: Target, seen: npt.NDArray[np.int64], run: Trajectory) -> 
     return np.power(passed, gamma + 1)
 
 
-def averages(trajectory: Trajectory, counts: FloatArray) -> FloatArray:
-    """Return weighted sums over all steps in float64: weights [averages, steps] -> [averages,
-    parameters]."""
-    _, parameters = trajectory.weights.shape
-    total = np.zeros((len(counts), parameters))
-    # by parts: all of it in float64 takes half a gigabyte
-    for start in range(0, trajectory.steps, 1000):
-        part = slice(start, start + 1000)
-        weights = trajectory.weights[part].astype(np.float64)
-        total += counts[:, part] @ weights
-    return total
-
-
 def distances(values: FloatArray, truth: FloatArray) -> list[float]:
     """Return the relative L2 distance of each row, [averages, parameters], from the same row of
     `truth`."""
@@ -105,11 +115,18 @@ def distances(values: FloatArray, truth: FloatArray) -> list[float]:
 
 
 def least_squares(tails: FloatArray, wanted: FloatArray) -> FloatArray:
-    """Return coefficients with sum 1 for tails of stored averages, [stored, steps], that are
-    nearest to wanted ones, [targets, steps]: [targets, stored]."""
+    """Return the coefficients of stored averages whose tails are nearest to those of wanted ones:
+    [targets, stored], each row of sum 1.
+
+    Arguments:
+        tails: the mass of each stored average after step 0, 1, ...: [stored, steps].
+        wanted: how much each step counts in the wanted ones: [targets, steps].
+    """
+    until = np.cumsum(wanted, axis=1)
+    wanted_tails = 1 - until + wanted
     last = tails[-1]
     others = tails[:-1] - last
-    left = wanted - last
+    left = wanted_tails - last
     found, *_ = np.linalg.lstsq(others.T, left.T, rcond=1e-12)
     rest = 1 - found.sum(axis=0)
     return np.vstack([found, rest]).T
@@ -121,80 +138,72 @@ def least_squares(tails: FloatArray, wanted: FloatArray) -> FloatArray:
 
 @dataclass(frozen=True)
 class Tracking:
-    """How a tracker is set up."""
+    """Arguments of the hook."""
 
     sigma_rels: tuple[float, ...]
     checkpoint_dtype: str
     checkpoint_every: int
-    update_every: int = 10
+    update_every: int = 1
     max_checkpoints: int | None = None
-
-    def tracker(self, model: Replay, folder: Path, t_unit: str) -> PostHocEMA:
-        """Make a tracker of a new run."""
-        settings = asdict(self)
-        return PostHocEMA.from_model(model, folder, t_unit=t_unit, **settings)
 
 
 @contextmanager
-def track(run: Trajectory, trackings: Sequence[Tracking]) -> Iterator[list[Path]]:
-    """Follow the run with trackers that update at the same steps; the block has the folders of
-    their snapshots."""
+def track(
+    run: Trajectory,
+    trackings: Sequence[Tracking],
+) -> Iterator[list[Path]]:
+    """Follow the run with trackers; the block has the folders of their snapshots."""
     with quiet(), tempfile.TemporaryDirectory() as root:
-        yield follow(run, trackings, root)
-
-
-def follow(run: Trajectory, trackings: Sequence[Tracking], root: str) -> list[Path]:
-    """Make the snapshots.
-
-    Where the run's optimizer starts anew, the trackers do: they are closed, and others go on from
-    their states.
-    """
-    replay = Replay(run)
-    stride = trackings[0].update_every
-    trackers = {}
-    for tracking in trackings:
-        folder = Path(tempfile.mkdtemp(dir=root))
-        trackers[folder] = tracking.tracker(replay, folder, run.t_unit)
-    for step, time in enumerate(run.times.tolist(), 1):
-        t = None if run.t_unit == "steps" else time
-        if step % stride == 0:
-            replay.go_to(step - 1)
-        for tracker in trackers.values():
-            tracker.update_(replay, t=t)
-        if step == run.restart:
-            for folder, tracker in trackers.items():
-                trackers[folder] = continued(tracker, folder, replay)
-    for tracker in trackers.values():
-        tracker.close()
-    return [*trackers]
-
-
-def continued(tracker: PostHocEMA, folder: Path, replay: Replay) -> PostHocEMA:
-    """Close a tracker, and return another that goes on from its state."""
-    state = tracker.state_dict()
-    tracker.close()
-    following = PostHocEMA.from_path(folder, replay)
-    following.load_state_dict(state)
-    return following
+        replay = Replay(run)
+        folders = []
+        trackers = []
+        for number, tracking in enumerate(trackings):
+            folder = Path(root) / str(number)
+            folders.append(folder)
+            trackers.append(PostHocEMA.from_model(replay, folder, **asdict(tracking)))
+        for index in range(run.steps):
+            replay.go_to(index)
+            for tracker in trackers:
+                tracker.update_(replay)
+        for tracker in trackers:
+            tracker.close()
+        yield folders
 
 
 # --- measuring
 # -------------------------------------------------------------------------------------
 
 
-def compare(folder: Path, wanted: Sequence[Target], truth: FloatArray) -> FloatArray:
-    """Return each target's error by the default method and by the published one, and the predicted
-    error.
+def measure(
+    run: Trajectory,
+    trackings: Sequence[Tracking],
+    wanted: Sequence[Target],
+) -> FloatArray:
+    """Track a run in several ways, at the same steps, and return the errors of all averages: [4,
+    averages].
 
-    Errors are Euclidean distances from the truth, relative to its norm: shape [3, targets].
+    They are distances from the truth, relative to its norm: of the default method; of the published
+    one; the smallest one among the tracked averages as they are stored at the newest time; and what
+    the default method said that its error would be, nan where it did not say.
     """
-    sources = disk_sources(folder)
-    plan = plan_synthesis(sources, wanted, method="minvar")
-    published = plan_synthesis(sources, wanted, method="paper")
-    ours = distances(made(plan), truth)
-    others = distances(made(published), truth)
-    predicted = [plan.predicted_error(index) for index in range(len(wanted))]
-    return np.array([ours, others, predicted], dtype=np.float64)
+    truth = true_averages(run, wanted, trackings[0].update_every)
+    errors = []
+    with track(run, trackings) as folders:
+        for tracking, folder in zip(trackings, folders, strict=True):
+            sources = disk_sources(folder)
+            ours = plan_synthesis(sources, wanted, method="minvar")
+            published = plan_synthesis(sources, wanted, method="paper")
+            count = len(tracking.sigma_rels)
+            files = sorted(folder.glob("0*.safetensors"))
+            newest = [distances(flat(load_file(file)), truth) for file in files[-count:]]
+            of_each = [
+                distances(made(ours), truth),
+                distances(made(published), truth),
+                np.min(newest, axis=0),
+                [ours.predicted_error(index) for index in range(len(wanted))],
+            ]
+            errors.append(np.array(of_each, dtype=np.float64))
+    return np.hstack(errors)
 
 
 def made(plan: Plan) -> FloatArray:
@@ -205,12 +214,6 @@ def made(plan: Plan) -> FloatArray:
         row = {name: values[index] for name, values in tensors.items()}
         rows.append(flat(row))
     return np.array(rows)
-
-
-def stored(folder: Path) -> FloatArray:
-    """Return all snapshots as stored: shape [snapshots, parameters]."""
-    files = sorted(folder.glob("0*.safetensors"))
-    return np.array([flat(load_file(file)) for file in files])
 
 
 def flat(tensors: Mapping[str, Tensor]) -> FloatArray:

@@ -39,6 +39,8 @@ from bench_update import (  # noqa: E402
     large_tensors,
     machine,
     small_tensors,
+    tracker,
+    wait_for_device,
 )
 from compare_peers import ema_pytorch, without_noise  # noqa: E402
 
@@ -114,15 +116,10 @@ def cuda_tests() -> list[str]:
     its own.
     """
     tests = sorted((ROOT / "tests").rglob("test_*.py"))
-    files = [str(path) for path in tests if has_cuda_tests(path)]
+    files = [str(path) for path in tests if "mark.cuda" in path.read_text()]
     plugins = [f"-pno:{name}" for name in ("randomly", "timeout", "xdist", "cov", "cacheprovider")]
     options = ["-o", "addopts=--import-mode=importlib", "-o", "filterwarnings=default"]
     return ["-m", "pytest", "-q", "-m", "cuda", *plugins, *options, *files]
-
-
-def has_cuda_tests(path: Path) -> bool:
-    """Return whether a file of tests marks any of them `cuda`."""
-    return "mark.cuda" in path.read_text()
 
 
 def run_benchmark(script: str, device: str) -> None:
@@ -137,8 +134,8 @@ def run_benchmark(script: str, device: str) -> None:
 def run_program(arguments: Sequence[str]) -> int | None:
     """Run Python with the package of this tree; return its exit code, or None if it took too
     long."""
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    others = os.environ.get("PYTHONPATH", "")
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{others}"}
     command = [sys.executable, *arguments]
     try:
         return subprocess.run(command, cwd=ROOT, env=environment, timeout=PART_LIMIT).returncode
@@ -193,27 +190,22 @@ def our_rows(
     where = f'{name}, device="{place}"'
     few = max(1, repeats // 5)
     model = Layers(shapes).to(device)
-    options = {"sigma_rels": TRACKED, "update_every": 1, "device": place}
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        PostHocEMA.from_model(model, folder, checkpoint_every=NEVER, **options) as ema,
-    ):
+    with tracker(model, place, checkpoint_every=NEVER) as ema:
         update = timed(lambda: ema.update_(model), ema.flush, device, repeats)
         yield Row(f"{where}: update", *update)
-        entered, left = swap_seconds(ema, model, device, few)
+        entered, left = swap_seconds(ema, model, few)
         yield Row(f"{where}: averages swapped in", None, 1e6 * entered)
         yield Row(f"{where}: raw weights back", None, 1e6 * left)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        PostHocEMA.from_model(
-            model, folder, checkpoint_every=1, max_checkpoints=2, **options
-        ) as ema,
-    ):
+    with tracker(model, place, checkpoint_every=1, max_checkpoints=2) as ema:
         due = timed(lambda: ema.update_(model), ema.flush, device, few)
         yield Row(f"{where}: update with two snapshots due", *due)
 
 
-def peer_update(shapes: Shapes, device: torch.device, repeats: int) -> tuple[float | None, float]:
+def peer_update(
+    shapes: Shapes,
+    device: torch.device,
+    repeats: int,
+) -> tuple[float | None, float]:
     """Measure an update of `ema_pytorch`, whose averages are on the model's device."""
     with tempfile.TemporaryDirectory() as folder, without_noise():
         library = ema_pytorch(Layers(shapes).to(device), Path(folder), 1, NEVER)
@@ -234,19 +226,19 @@ def timed(
     streams = list[float]()
     hosts = list[float]()
     for _ in range(repeats):
-        finish(settle, device)
+        finish(settle)
         began = time.perf_counter()
         call()
         hosts.append(1e6 * (time.perf_counter() - began))
         if device.type == "cuda":
-            finish(settle, device)
-            streams.append(stream_microseconds(call, device))
-    finish(settle, device)
+            finish(settle)
+            streams.append(stream_microseconds(call))
+    finish(settle)
     stream = statistics.median(streams) if streams else None
     return stream, statistics.median(hosts)
 
 
-def stream_microseconds(call: Callable[[], object], device: torch.device) -> float:
+def stream_microseconds(call: Callable[[], object]) -> float:
     """Return how long a call's work takes of the current stream, which is kept busy while the work
     is queued."""
     before = torch.cuda.Event(enable_timing=True)
@@ -255,33 +247,31 @@ def stream_microseconds(call: Callable[[], object], device: torch.device) -> flo
     before.record()
     call()
     after.record()
-    torch.cuda.synchronize(device)
+    wait_for_device()
     return 1e3 * before.elapsed_time(after)
 
 
-def finish(settle: Callable[[], object], device: torch.device) -> None:
+def finish(settle: Callable[[], object]) -> None:
     """Wait for all work of the tracker and of the device."""
     settle()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait_for_device()
 
 
 def swap_seconds(
     ema: PostHocEMA,
     model: torch.nn.Module,
-    device: torch.device,
     repeats: int,
 ) -> tuple[float, float]:
     """Return the seconds until a block of a tracked average begins, and until it has ended."""
     entering = list[float]()
     leaving = list[float]()
     for _ in range(repeats):
-        finish(ema.flush, device)
+        finish(ema.flush)
         began = time.perf_counter()
         with ema.model(model, TRACKED[0]):
-            finish(ema.flush, device)
+            finish(ema.flush)
             inside = time.perf_counter()
-        finish(ema.flush, device)
+        finish(ema.flush)
         entering.append(inside - began)
         leaving.append(time.perf_counter() - inside)
     return statistics.median(entering), statistics.median(leaving)

@@ -2,72 +2,31 @@
 
     python scripts/long_runs.py [--steps 1000000]
 
-Adam on a small regression, with a cosine rate to 0; a random walk with such a rate, without and
-with noise of 3 % that fades with the rate; noise of 3 % that stays; a drift on sines. Errors are
-relative L2 distances from the recursion of the average in float64. A million steps take some ten
-minutes a case."""
+A random walk whose steps follow a cosine to 0, without and with noise of 3 % that fades with them;
+noise of 3 % that stays; a drift on sines. Errors are relative L2 distances from the recursion of
+the average in float64. A million steps take some ten minutes a case."""
 
 from __future__ import annotations
 
 import argparse
 import math
-import tempfile
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
-from following import FloatArray, distances, gamma_of
+from bench_update import TRACKED, tracker
+from following import distances, gamma_of
 from numpy.random import Generator, default_rng
+from tables import FloatArray
+from tasks import half_wave
 from torch.nn import Parameter, ParameterDict
 
 from posthoc_cli import PostHocEMA
 
 SIZE = 384
-SIGMA_RELS = (0.05, 0.28)
 
 
 # --- the cases: the weights after every step
-
-
-def adam(steps: int, random: Generator) -> Iterator[FloatArray]:
-    """Train a network of two layers to reproduce another one's outputs, in batches of 16."""
-    teacher = _layers(random)
-    layers = _layers(random)
-    first = [np.zeros_like(layer) for layer in layers]
-    second = [np.zeros_like(layer) for layer in layers]
-    for step in range(1, steps + 1):
-        inputs = random.standard_normal((16, 8))
-        noise = random.standard_normal((16, 4))
-        hidden = np.tanh(inputs @ teacher[0])
-        outputs = hidden @ teacher[1] + 0.1 * noise
-        gradients = _gradients(layers, inputs, outputs)
-        corrected = math.sqrt(1 - 0.999**step) / (1 - 0.9**step)
-        rate = 0.002 * _cosine(step, steps) * corrected
-        for layer, gradient, m, v in zip(layers, gradients, first, second, strict=True):
-            m += 0.1 * (gradient - m)
-            v += 0.001 * (gradient**2 - v)
-            layer -= rate * m / (np.sqrt(v) + 1e-8)
-        yield np.concatenate([layer.ravel() for layer in layers])
-
-
-def _layers(random: Generator) -> list[FloatArray]:
-    """Return random weights of a network, from 8 inputs to 32 and to 4."""
-    inward = random.standard_normal((8, 32))
-    outward = random.standard_normal((32, 4))
-    return [inward / math.sqrt(8), outward / math.sqrt(32)]
-
-
-def _gradients(
-    layers: list[FloatArray],
-    inputs: FloatArray,
-    outputs: FloatArray,
-) -> list[FloatArray]:
-    """Return the gradients of half the mean squared error."""
-    inward, outward = layers
-    hidden = np.tanh(inputs @ inward)
-    miss = (hidden @ outward - outputs) / len(inputs)
-    back = miss @ outward.T * (1 - hidden**2)
-    return [inputs.T @ back, hidden.T @ miss]
 
 
 def walk(steps: int, random: Generator) -> Iterator[FloatArray]:
@@ -76,7 +35,7 @@ def walk(steps: int, random: Generator) -> Iterator[FloatArray]:
     size = 0.5 / math.sqrt(steps)
     for step in range(1, steps + 1):
         move = random.standard_normal(SIZE)
-        weights += _cosine(step, steps) * size * move
+        weights += half_wave(step / steps) * size * move
         yield weights
 
 
@@ -84,7 +43,7 @@ def noisy_walk(steps: int, random: Generator) -> Iterator[FloatArray]:
     """Add noise of 3 % to a walk, which follows the same cosine."""
     for step, weights in enumerate(walk(steps, random), 1):
         noise = random.standard_normal(SIZE)
-        yield weights + 0.03 * _cosine(step, steps) * noise
+        yield weights + 0.03 * half_wave(step / steps) * noise
 
 
 def still(steps: int, random: Generator) -> Iterator[FloatArray]:
@@ -104,13 +63,7 @@ def drift(steps: int, random: Generator) -> Iterator[FloatArray]:
         yield weights * (1 + 0.5 * np.sin(angle))
 
 
-def _cosine(step: int, steps: int) -> float:
-    wave = math.cos(math.pi * step / steps)
-    return (1 + wave) / 2
-
-
 CASES = {
-    "Adam, cosine to 0": adam,
     "walk, cosine to 0": walk,
     "noise of 3 %, cosine to 0": noisy_walk,
     "noise of 3 %": still,
@@ -134,21 +87,19 @@ def main() -> None:
         print(f"| {name} | {_shown(last)} | {_shown(worst)} |", flush=True)
 
 
-def measure(path: Iterator[FloatArray], steps: int) -> tuple[list[float], FloatArray]:
+def measure(
+    path: Iterator[FloatArray],
+    steps: int,
+) -> tuple[list[float], FloatArray]:
     """Return the errors at the end, and the largest of 20 samples in each decade of updates."""
-    gammas = np.array([gamma_of(sigma_rel) for sigma_rel in SIGMA_RELS])
+    gammas = np.array([gamma_of(sigma_rel) for sigma_rel in TRACKED])
     powers = gammas[:, None] + 1
-    truth = np.zeros((len(SIGMA_RELS), SIZE))
-    worst = np.zeros(len(SIGMA_RELS))
+    truth = np.zeros((len(TRACKED), SIZE))
+    worst = np.zeros(len(TRACKED))
     next_sample = 1.0
     weights = Parameter(torch.zeros(SIZE))
     model = ParameterDict({"weights": weights})
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        PostHocEMA.from_model(
-            model, folder, SIGMA_RELS, update_every=1, checkpoint_every=steps
-        ) as ema,
-    ):
+    with tracker(model, "cpu", checkpoint_every=steps) as ema:
         for step, values in enumerate(path, start=1):
             weights.data.copy_(torch.from_numpy(values))
             ema.update_(model)
@@ -165,7 +116,7 @@ def measure(path: Iterator[FloatArray], steps: int) -> tuple[list[float], FloatA
 def averages(ema: PostHocEMA) -> FloatArray:
     """Return the tracked averages, [profiles, SIZE]."""
     rows = []
-    for sigma_rel in SIGMA_RELS:
+    for sigma_rel in TRACKED:
         average = ema.state_dict(sigma_rel, dtype=torch.float64)
         rows.append(average["weights"].numpy())
     return np.array(rows)

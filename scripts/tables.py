@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-Job = TypeVar("Job")
-Result = TypeVar("Result")
+FloatArray = npt.NDArray[np.float64]
 
 LEAST = 2.0**-23
 """The least error: eps of float32, to which averages and results are rounded."""
 
 
-def in_processes(work: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[Result]:
+def in_processes(work: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
     """Yield the result of each job, computed in two processes of one thread each."""
     # Small problems side by side, whose threads would fight for the cores; a fork would inherit
     # this one's threads.
@@ -39,29 +37,12 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-# --- cells: objects with an `error`, and errors to compare it with
+def ratios(errors: FloatArray, others: FloatArray) -> FloatArray:
+    """Return errors divided by other ones."""
+    return np.divide(np.maximum(errors, LEAST), np.maximum(others, LEAST))
 
 
-def grouped(cells: Sequence[Any], attribute: str) -> dict[str, list[Any]]:
-    """Return the cells by an attribute, in order of first appearance."""
-    groups = defaultdict[str, list[Any]](list)
-    for cell in cells:
-        label = getattr(cell, attribute)
-        groups[label].append(cell)
-    return groups
-
-
-def ratios(cells: Sequence[Any], over: str, least: float = LEAST) -> npt.NDArray[np.float64]:
-    """Return the error of each cell divided by another one."""
-    errors = []
-    others = []
-    for cell in cells:
-        errors.append(max(cell.error, least))
-        others.append(max(getattr(cell, over), least))
-    return np.divide(errors, others)
-
-
-def within(values: npt.NDArray[np.float64], factor: float) -> str:
+def within(values: FloatArray, factor: float) -> str:
     """Return the share of ratios that are within a factor of 1."""
     larger = np.maximum(values, 1 / values)
     return share(larger <= factor)

@@ -58,6 +58,12 @@ def pixels(images: Tensor) -> Tensor:
     return (images * 6.0 + 4.9).round()
 
 
+def half_wave(fraction: float) -> float:
+    """Fall from 1 to 0 as half a cosine wave."""
+    wave = 1 + math.cos(math.pi * fraction)
+    return wave / 2
+
+
 def descend(optimizer: Optimizer, loss: Tensor, rate: float = 1.0) -> None:
     """Take a step; the learning rate is relative to that which the optimizer was made with."""
     for group in optimizer.param_groups:
@@ -108,7 +114,7 @@ class Block(Module):
 # ------------------------------------------------------------------------------
 
 
-def denoiser(width: int) -> Module:
+def denoiser(width: int = 32) -> Module:
     """Make a network from a scaled noisy image and its noise level, [batch, 65], to [batch, 64]:
     5,280 parameters at width 32."""
     return nn.Sequential(
@@ -198,14 +204,16 @@ class Transformer(Module):
     """A transformer of 7,792 parameters from tokens, [batch, 32], to the logits of the next tokens,
     [batch, 32, 16]."""
 
-    def __init__(self, width: int = 16, blocks: int = 2) -> None:
+    def __init__(self) -> None:
         super().__init__()
+        width = 16
         self.token = nn.Embedding(PAIRS + CLASSES, width)
         length = SIDE * SIDE // 2
         self.place = nn.Parameter(0.1 * torch.randn(length, width))
-        self.blocks = nn.Sequential()
-        for _ in range(blocks):
-            self.blocks.append(Block(width, heads=2))
+        self.blocks = nn.Sequential(
+            Block(width, heads=2),
+            Block(width, heads=2),
+        )
         self.norm = nn.LayerNorm(width)
         self.logits = nn.Linear(width, PAIRS)
         init.normal_(self.token.weight, std=0.1)
@@ -238,7 +246,7 @@ def loss_of_next(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 class Task:
-    """A network, its data and its measures; made from a folder for cached data, and `quick`.
+    """A network, its data and its measures; made from a folder for cached data.
 
     Each has `model()`, weights drawn from torch's global random numbers; `optimizer(model)`, at the
     highest learning rate; `loss(model, random)`, on a batch that is drawn; and `measure(model,
@@ -265,8 +273,7 @@ class Task:
         fraction = (step - 1) / self.steps
         warm = min(1.0, step / WARM_UP)
         if schedule == "cosine":
-            wave = 1 + math.cos(math.pi * fraction)
-            return warm * wave / 2
+            return warm * half_wave(fraction)
         if schedule == "decayed":
             passed = (fraction - STABLE) / (1 - STABLE)
             fallen = math.sqrt(max(0.0, passed))
@@ -276,9 +283,6 @@ class Task:
             return warm / math.sqrt(passed)
         return warm
 
-
-QUICK = 50
-"""Steps of a training with `quick`."""
 
 WARM_UP = 100
 """Steps in which the rate rises."""
@@ -296,29 +300,16 @@ class Language(Task):
 
     steps = 1600
     schedules = ("constant", "decayed", "cosine")
-    vocabulary = 1024
-    width = 256
-    depth = 4
     context = 128
-    batch = 8
     # of the test part to measure on, evenly over it; half as many of the validation part
     contexts = 512
-    # of each part to read; all by default
-    modules: int | None = None
 
-    def __init__(self, folder: Path, quick: bool = False) -> None:
-        if quick:
-            self.steps = QUICK
-            self.width = 64
-            self.depth = 1
-            self.vocabulary = 300
-            self.contexts = 8
-            self.modules = 4
-        self.tokens = tokens(folder, self.vocabulary, self.modules)
+    def __init__(self, folder: Path) -> None:
+        self.tokens = tokens(folder)
 
     def model(self) -> Module:
         """Make a decoder of 3.4 M parameters."""
-        return Decoder(self.vocabulary, self.width, self.depth)
+        return Decoder(width=256, depth=4)
 
     def optimizer(self, model: Module) -> Optimizer:
         """Make AdamW without weight decay of the norms."""
@@ -337,7 +328,7 @@ class Language(Task):
     def loss(self, model: Module, random: Generator) -> Tensor:
         """Return the cross-entropy in nats a token."""
         count = self._places("training")
-        starts = torch.randint(count, (self.batch,), generator=random)
+        starts = torch.randint(count, (8,), generator=random)
         return self._loss(model, "training", starts)
 
     @torch.no_grad()
@@ -398,20 +389,22 @@ def sources() -> dict[str, list[Path]]:
     return parts
 
 
-def tokens(folder: Path, vocabulary: int, modules: int | None) -> dict[str, Tensor]:
-    """Return the tokens by part, of so many modules of each; kept in a folder."""
+VOCABULARY = 1024
+
+
+def tokens(folder: Path) -> dict[str, Tensor]:
+    """Return the tokens by part, kept in a folder."""
     version = sysconfig.get_python_version()
-    file = folder / f"tokens-{version}-{vocabulary}.pt"
+    file = folder / f"tokens-{version}-{VOCABULARY}.pt"
     if not file.exists():
         texts = {}
         for part, paths in sources().items():
-            read = paths[:modules]
-            texts[part] = [path.read_text("utf-8", "replace") for path in read]
-        tokenizer = trained_tokenizer(texts["training"], vocabulary)
+            texts[part] = [path.read_text("utf-8", "replace") for path in paths]
+        tokenizer = trained_tokenizer(texts["training"])
         numbers = {}
-        for part, modules_of_part in texts.items():
+        for part, modules in texts.items():
             ids = []
-            for module in tokenizer.encode_batch(modules_of_part):
+            for module in tokenizer.encode_batch(modules):
                 ids += module.ids
             numbers[part] = torch.tensor(ids)
         temporary = file.with_suffix(".tmp")
@@ -421,7 +414,7 @@ def tokens(folder: Path, vocabulary: int, modules: int | None) -> dict[str, Tens
     return tokens
 
 
-def trained_tokenizer(texts: list[str], vocabulary: int) -> Any:
+def trained_tokenizer(texts: list[str]) -> Any:
     """Return a tokenizer of byte pairs."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # comes with peft
 
@@ -429,7 +422,7 @@ def trained_tokenizer(texts: list[str], vocabulary: int) -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
+        vocab_size=VOCABULARY,
         initial_alphabet=alphabet,
         show_progress=False,
     )
@@ -445,9 +438,9 @@ class Decoder(Module):
     """Rotary positions, RMSNorm, embeddings tied to the last layer. [batch, tokens] -> [batch,
     tokens, words]."""
 
-    def __init__(self, vocabulary: int, width: int, depth: int) -> None:
+    def __init__(self, width: int, depth: int) -> None:
         super().__init__()
-        self.token = nn.Embedding(vocabulary, width)
+        self.token = nn.Embedding(VOCABULARY, width)
         self.blocks = nn.ModuleList()
         heads = width // HEAD
         for _ in range(depth):
@@ -530,17 +523,9 @@ class Diffusion(Task):
     steps = 12_000
     schedules = ("inverse-sqrt",)
     max_checkpoints = None
-    width = 192
-    depth = 4
     batch = 128
-    count = 2000
 
-    def __init__(self, _: Path, quick: bool = False) -> None:
-        if quick:
-            self.steps = QUICK
-            self.width = 16
-            self.depth = 1
-            self.count = 100
+    def __init__(self, _: Path) -> None:
         standardised, labels = shuffled_digits()
         images = pixels(standardised) / 8 - 1
         self.training = Images(images[HELD_OUT:], labels[HELD_OUT:])
@@ -556,7 +541,7 @@ class Diffusion(Task):
 
     def model(self) -> Module:
         """Make a denoiser of 0.48 M parameters."""
-        return demo.Denoiser(self.width, self.depth)
+        return demo.Denoiser(width=192, blocks=4)
 
     def optimizer(self, model: Module) -> Optimizer:
         """Make the demo's optimizer."""
@@ -579,7 +564,7 @@ class Diffusion(Task):
         losses = self.validations[part](model)
         found = {"loss": float(losses.mean())}
         if part == "test":
-            labels = torch.arange(self.count) % CLASSES
+            labels = torch.arange(2000) % CLASSES
             samples = self.features(sample(model, labels))
             found["frechet"] = frechet(self.features(self.real), samples)
         return found
@@ -589,13 +574,12 @@ class Diffusion(Task):
         """Return the features of a classifier before its last layer: [images, 64] -> [images,
         32]."""
         random = seeded()
-        steps = min(600, self.steps)
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(0)
             square = nn.Unflatten(1, (1, SIDE, SIDE))
             model = nn.Sequential(square, *network())
             optimizer = AdamW(model.parameters(), lr=2e-3)
-            for _ in range(steps):
+            for _ in range(600):
                 clean, labels = drawn(self.training, 64)
                 images = shifted(clean, random)
                 noisy = images + 0.2 * torch.randn_like(images)
@@ -667,15 +651,9 @@ class Classifier(Task):
 
     steps = 4000
     schedules = ("constant", "cosine")
-    batch = 64
     draws = 20
-    renewing = 10
 
-    def __init__(self, _: Path, quick: bool = False) -> None:
-        if quick:
-            self.steps = QUICK
-            self.draws = 1
-            self.renewing = 1
+    def __init__(self, _: Path) -> None:
         data = shuffled_digits()
         end = 2 * HELD_OUT
         self.training = rows_of(data, slice(end, None))
@@ -694,7 +672,7 @@ class Classifier(Task):
 
     def loss(self, model: Module, random: Generator) -> Tensor:
         """Return the cross-entropy."""
-        clean, labels = drawn(self.training, self.batch, random)
+        clean, labels = drawn(self.training, 64, random)
         logits = model(disturbed(clean, random))
         return F.cross_entropy(logits, labels)
 
@@ -717,7 +695,7 @@ class Classifier(Task):
         """Return batches as in training."""
         random = seeded()
         batches = []
-        for _ in range(self.renewing):
+        for _ in range(10):
             clean, _ = drawn(self.training, 512, random)
             batches.append(disturbed(clean, random))
         return batches
