@@ -9,12 +9,12 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 from pathlib import Path
 
 import forked
 import pytest
 import torch
+from browser import CHROMIUM, browser
 from checking import refused
 from factories import random_walk, write_run
 from matplotlib.figure import Figure
@@ -153,65 +153,50 @@ def test_of_many_large_images_a_page_shows_the_first_of_each_length(looks, monke
     assert text.count("; 1 more are in") == 4
 
 
-CHROMIUM = shutil.which("chromium-headless-shell") or shutil.which("chromium")
-PROBE = """
-addEventListener("load", () => {
-  const all = (selector) => [...document.querySelectorAll(selector)];
-  const shown = () => all("figure").map((figure) => +figure.checkVisibility()).join("");
-  const press = (key, target) => () =>
-    target.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
-  const [slider, checkbox] = all("input");
-  const slide = () => { slider.value = 2; slider.dispatchEvent(new Event("input")); };
-  const actions = [
-    ...[1, 2, 3, 4].map(() => press("ArrowLeft", document.body)),
-    press("ArrowRight", document.body), press("ArrowRight", slider), slide, () => checkbox.click(),
-  ];
-  const states = [shown()];
-  for (const action of actions) { action(); states.push(shown()); }
-  const scrolls = (one) =>
-    one.scrollWidth > one.clientWidth + 1 && getComputedStyle(one).overflowX != "visible";
-  getSelection().selectAllChildren(all("pre")[0]);
-  document.title = JSON.stringify({
-    states,
-    copied: `${getSelection()}`,
-    background: getComputedStyle(document.body).backgroundColor,
-    scrolling: all("*").filter(scrolls).length,
-    width: document.documentElement.scrollWidth,
-    widest: Math.max(...all("[title]").map((image) => image.clientWidth)),
-    empty: all("img").filter((image) => !image.naturalWidth).length,
-  });
-});
-"""
-"""Uses the page, and shows in its title what happens."""
-
-
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed to open the page in")
-@pytest.mark.parametrize(
-    ("width", "scheme", "background"),
-    [
-        (400, 0, "rgb(20, 23, 27)"),
-        (1200, 1, "rgb(255, 255, 255)"),
-    ],
+def test_in_a_browser_a_slider_and_arrow_keys_choose_the_length(looks, tmp_path):
+    backgrounds = set()
+    with browser(tmp_path) as page:
+        for width, is_dark in ((400, False), (1200, True)):
+            page.open(looks, width, is_dark)
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            assert page.evaluate(f"{ALL}.filter({SCROLLS}).length") == 0
+            backgrounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+            copied = page.evaluate(COPIED)
+            assert re.fullmatch(r"ema synthesize \S+ --sigma-rel 0\.2 --out \S+", copied)
+            sizes = page.evaluate(f"{ALL}.filter(one => one.title).map(one => one.clientWidth)")
+            assert max(sizes) > width / 4  # two images share the width of the page
+            choose_lengths(page)
+            assert page.evaluate("[...document.images].every(one => one.naturalWidth > 0)")
+            for event in page.events:
+                assert event["method"] != "Log.entryAdded"
+                if "request" in event["params"]:
+                    url = event["params"]["request"]["url"]
+                    assert url.startswith(("file:", "data:"))
+    assert len(backgrounds) == 2
+
+
+COPIED = "getSelection().selectAllChildren(document.querySelector('pre')) ?? `${getSelection()}`"
+ALL = "[...document.querySelectorAll('*')]"
+SCROLLS = (
+    "one => one.scrollWidth > one.clientWidth + 1 && getComputedStyle(one).overflowX != 'visible'"
 )
-def test_in_a_browser_a_slider_and_arrow_keys_choose_the_length(
-    looks, tmp_path, width, scheme, background
-):
-    page = tmp_path / "page.html"
-    text = looks.read_text().replace("script-src", "script-src 'nonce-probe'")
-    page.write_text(f"{text}<script nonce='probe'>{PROBE}</script>")
-    options = f"--window-size={width},900 --blink-settings=preferredColorScheme={scheme}"
-    command = f"{CHROMIUM} --headless --no-sandbox --disable-gpu {options} --dump-dom {page}"
-    done = subprocess.run(command.split(), capture_output=True, text=True, check=True)
-    (title,) = re.findall("<title>(.*?)</title>", done.stdout)
-    found = json.loads(title)
-    states = ["0001", "0010", "0100", "1000", "1000", "0100", "0100", "0010", "1111"]
-    assert found["states"] == states
-    assert re.fullmatch(r"ema synthesize \S+ --sigma-rel 0\.2 --out \S+", found["copied"])
-    assert found["background"] == background
-    assert found["scrolling"] == 0
-    assert found["width"] <= width
-    assert found["widest"] > width / 8
-    assert found["empty"] == 0
+SHOWN = f"{ALL}.filter(one => one.tagName == 'FIGURE').map(one => one.checkVisibility())"
+
+
+def choose_lengths(page):
+    """Go through the four lengths of a page: at first the best one, which is the last, is shown."""
+    assert page.evaluate(SHOWN) == [False, False, False, True]
+    page.press("ArrowLeft")
+    assert page.evaluate(SHOWN) == [False, False, True, False]
+    for _ in range(4):
+        page.press("ArrowLeft")
+    assert page.evaluate(SHOWN) == [True, False, False, False]
+    page.evaluate("document.querySelector('input[type=range]').focus()")
+    page.press("ArrowRight")
+    assert page.evaluate(SHOWN) == [False, True, False, False]
+    page.evaluate("document.querySelector('input[type=checkbox]').click()")
+    assert page.evaluate(SHOWN) == [True] * 4
 
 
 def test_a_page_needs_no_sweep_and_replaces_none_unasked(ema, tmp_path):
