@@ -19,7 +19,7 @@ from factories import (
     split_snapshot,
     write_snapshot,
 )
-from snapshots.recorded import Walk
+from snapshots.recorded import network, train
 
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError
@@ -250,9 +250,9 @@ def test_the_next_training_removes_incomplete_snapshots(
     leftover = second / ".ema-1.tmp"
     leftover.write_text("half")
     os.utime(leftover, (0, 0))
-    walk = Walk()
-    with PostHocEMA.from_path(run, walk.model, step=60) as tracker:
-        walk.train(tracker, 10)
+    model = network()
+    with PostHocEMA.from_path(run, model, step=60) as tracker:
+        train(tracker, model, 10)
     assert verify(run).leftovers == ()
     assert not first.exists()
     note = f"{first}: has 3 of 4 parts, left by an interrupted training, and is removed"
