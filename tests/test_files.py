@@ -3,7 +3,6 @@
 import errno
 import os
 import stat
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from unittest import mock
@@ -33,9 +32,7 @@ def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
-def test_a_published_file_holds_what_was_written_at_any_offset_and_no_temporary_is_left(
-    tmp_path: Path,
-) -> None:
+def test_a_published_file_holds_what_was_written_at_any_offset_and_no_temporary_is_left(tmp_path):
     with files.PendingFile(tmp_path / "a") as pending:
         pending.write_at(b"world", 6)
         pending.write_at(memoryview(b"hello "), 0)
@@ -69,18 +66,15 @@ def write_folder(path: Path) -> None:
     ],
 )
 def test_content_is_synced_before_the_name_and_the_directory_after_it(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    write: Callable[[Path], None],
-    steps: str,
-) -> None:
+    tmp_path, monkeypatch, write, steps
+):
     system = mock.Mock(wraps=files.FileSystem())
     monkeypatch.setattr(files, "system", system)
     write(tmp_path / "a")
     assert [name for name, _, _ in system.method_calls] == steps.split()
 
 
-def test_the_mode_follows_the_umask(tmp_path: Path) -> None:
+def test_the_mode_follows_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
         write_new(tmp_path / "a")
@@ -93,11 +87,7 @@ def test_the_mode_follows_the_umask(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "operation", ["open_new", "write", "fsync", "link", "unlink", "fsync_directory"]
 )
-def test_a_refused_step_or_ctrl_c_leaves_nothing(
-    tmp_path: Path,
-    operation: str,
-    error: int | BaseException,
-) -> None:
+def test_a_refused_step_or_ctrl_c_leaves_nothing(tmp_path, operation, error):
     before = free_descriptor()
     with first(operation, error), pytest.raises((WriteError, KeyboardInterrupt)):
         write_new(tmp_path / "a")
@@ -107,10 +97,7 @@ def test_a_refused_step_or_ctrl_c_leaves_nothing(
 
 
 @pytest.mark.parametrize("operation", ["write", "fsync", "rename"])
-def test_a_refused_step_of_a_replacement_keeps_the_old_file(
-    tmp_path: Path,
-    operation: str,
-) -> None:
+def test_a_refused_step_of_a_replacement_keeps_the_old_file(tmp_path, operation):
     (tmp_path / "a").write_bytes(OLD)
     reason = "a: cannot be written: input/output error; nothing partial is left"
     with first(operation), pytest.raises(WriteError, match=reason):
@@ -119,7 +106,7 @@ def test_a_refused_step_of_a_replacement_keeps_the_old_file(
     assert (tmp_path / "a").read_bytes() == OLD
 
 
-def test_a_replacement_whose_name_may_not_last_is_complete_and_an_error(tmp_path: Path) -> None:
+def test_a_replacement_whose_name_may_not_last_is_complete_and_an_error(tmp_path):
     (tmp_path / "a").write_bytes(OLD)
     with first("fsync_directory"), pytest.raises(WriteError):
         replace(tmp_path / "a")
@@ -127,11 +114,7 @@ def test_a_replacement_whose_name_may_not_last_is_complete_and_an_error(tmp_path
 
 
 @pytest.mark.parametrize(("make", "overwrite"), [(Path.touch, False), (os.mkfifo, True)])
-def test_a_taken_name_is_refused_at_the_start(
-    tmp_path: Path,
-    make: Callable[[Path], None],
-    overwrite: bool,
-) -> None:
+def test_a_taken_name_is_refused_at_the_start(tmp_path, make, overwrite):
     make(tmp_path / "a")
     with pytest.raises(OutputExistsError, match=r"a: (already exists|is a)"):
         files.PendingFile(tmp_path / "a", overwrite)
@@ -148,11 +131,11 @@ def publish_beside_another(path: Path) -> None:
     assert path.read_bytes() == OLD
 
 
-def test_a_file_that_appears_before_publish_is_not_replaced(tmp_path: Path) -> None:
+def test_a_file_that_appears_before_publish_is_not_replaced(tmp_path):
     publish_beside_another(tmp_path / "a")
 
 
-def test_without_hard_links_a_file_is_renamed_and_none_replaced(tmp_path: Path) -> None:
+def test_without_hard_links_a_file_is_renamed_and_none_replaced(tmp_path):
     with failing("link", errno.EPERM):
         write_new(tmp_path / "b")
         (tmp_path / "b").unlink()
@@ -160,17 +143,14 @@ def test_without_hard_links_a_file_is_renamed_and_none_replaced(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "missing/a", "file/a"])
-def test_a_name_that_cannot_be_written_is_refused_before_any_work(
-    tmp_path: Path,
-    name: str,
-) -> None:
+def test_a_name_that_cannot_be_written_is_refused_before_any_work(tmp_path, name):
     (tmp_path / "file").touch()
     with pytest.raises(WriteError):
         files.PendingFile(tmp_path / name)
     assert names(tmp_path) == ["file"]
 
 
-def test_a_directory_is_made_with_its_parents_and_each_entry_is_synced(tmp_path: Path) -> None:
+def test_a_directory_is_made_with_its_parents_and_each_entry_is_synced(tmp_path):
     with mock.patch.object(files.system, "fsync_directory") as sync:
         files.make_directory(tmp_path / "a" / "b")
         files.make_directory(tmp_path / "a" / "b")  # an existing directory is no error
@@ -181,7 +161,7 @@ def test_a_directory_is_made_with_its_parents_and_each_entry_is_synced(tmp_path:
     assert names(tmp_path) == ["a"]
 
 
-def test_a_file_system_that_cannot_sync_directories_is_accepted(tmp_path: Path) -> None:
+def test_a_file_system_that_cannot_sync_directories_is_accepted(tmp_path):
     with mock.patch("os.fsync") as sync:
         sync.side_effect = OSError(errno.EINVAL, "Invalid argument")
         files.system.fsync_directory(tmp_path)
@@ -191,10 +171,7 @@ def test_a_file_system_that_cannot_sync_directories_is_accepted(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("operation", ["close", "unlink"])
-def test_a_discard_that_a_signal_interrupts_is_completed_by_an_outer_handler(
-    tmp_path: Path,
-    operation: str,
-) -> None:
+def test_a_discard_that_a_signal_interrupts_is_completed_by_an_outer_handler(tmp_path, operation):
     pending = files.PendingFile(tmp_path / "x")
     with failing(operation, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
         pending.discard()
@@ -203,7 +180,7 @@ def test_a_discard_that_a_signal_interrupts_is_completed_by_an_outer_handler(
     assert names(tmp_path) == []
 
 
-def test_a_discard_that_is_refused_is_completed_at_the_end_of_the_process(tmp_path: Path) -> None:
+def test_a_discard_that_is_refused_is_completed_at_the_end_of_the_process(tmp_path):
     pending = files.PendingFile(tmp_path / "x")
     with failing("unlink", errno.EACCES):
         pending.discard()
@@ -213,13 +190,10 @@ def test_a_discard_that_is_refused_is_completed_at_the_end_of_the_process(tmp_pa
 
 
 @pytest.mark.parametrize("error", [errno.EEXIST, errno.EIO])
-def test_a_link_that_was_made_though_its_answer_was_lost_is_no_other_s_file(
-    tmp_path: Path,
-    error: int,
-) -> None:
+def test_a_link_that_was_made_though_its_answer_was_lost_is_no_other_s_file(tmp_path, error):
     """As by a network file system that repeats a request."""
 
-    def link(source: Path, target: Path) -> None:
+    def link(source, target):
         os.link(source, target)
         raise OSError(error, os.strerror(error))
 
@@ -232,7 +206,7 @@ def test_a_link_that_was_made_though_its_answer_was_lost_is_no_other_s_file(
 # --- URLs
 
 
-def test_a_tracker_writes_to_no_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_writes_to_no_url(tmp_path, monkeypatch):
     """Taken for a path it would be a folder `s3:` in the working directory."""
     monkeypatch.chdir(tmp_path)
     reason = r"^checkpoint_dir s3://bucket/run: must be a folder of this machine"
@@ -253,16 +227,12 @@ def test_a_tracker_writes_to_no_url(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("s3://key:secret@bucket/run", "^s3://bucket/run: holds credentials"),
     ],
 )
-def test_a_url_that_names_no_place_in_a_store_is_an_error(
-    url: str,
-    reason: str,
-    kind: Callable[[str], str | Path],
-) -> None:
+def test_a_url_that_names_no_place_in_a_store_is_an_error(url, reason, kind):
     with pytest.raises(InvalidValueError, match=reason) as caught:
         Run(kind(url))
     assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["s3:", "1:/x", "./s3:/x", "C:/x", "~/s3:/"])
-def test_a_path_with_a_colon_is_no_url(name: str) -> None:
+def test_a_path_with_a_colon_is_no_url(name):
     assert files.given_path("x", name) == Path(name).expanduser()

@@ -4,7 +4,7 @@ secret."""
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import forked
 import pytest
 import torch
-from ema_command import Ema, Result
+from ema_command import Ema
 from factories import random_walk, write_run
 from remote.servers import Server, serving
 from safetensors.torch import load_file, save_file
@@ -26,7 +26,7 @@ SHAPES = {"large": (400, 350), "small": (7,)}
 
 
 @pytest.fixture(scope="session")
-def _folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def _folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
     (folder / "bucket/run").mkdir(parents=True)
     write_run(folder / "bucket/run", random_walk(6, SHAPES), (3, 6))
@@ -34,11 +34,7 @@ def _folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def served(
-    _folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    serve: Callable[[Path], Server],
-) -> Server:
+def served(_folder, monkeypatch, serve):
     """A server that fails on request; each request is retried three times."""
     short = timedelta(milliseconds=5)
     backoff = {"init_backoff": short, "max_backoff": short, "base": 2}
@@ -91,10 +87,7 @@ def requests_of_a_synthesis(server: Server, out: Path) -> int:
     return len(server.asked)
 
 
-def test_a_connection_that_breaks_at_any_request_of_a_synthesis_changes_nothing(
-    served: Server,
-    tmp_path: Path,
-) -> None:
+def test_a_connection_that_breaks_at_any_request_of_a_synthesis_changes_nothing(served, tmp_path):
     """Every eighth request is tried, in turns by the three ways to break."""
     sound = tmp_path / "sound.safetensors"
     again = tmp_path / "again.safetensors"
@@ -108,7 +101,7 @@ def test_a_connection_that_breaks_at_any_request_of_a_synthesis_changes_nothing(
         again.unlink()
 
 
-def test_a_listing_that_is_cut_is_asked_for_again(served: Server) -> None:
+def test_a_listing_that_is_cut_is_asked_for_again(served):
     cuts = iter([True] * 3)
     served.fault = listing(lambda handler: next(cuts, False) and handler.cut())
     assert Run(RUN).t == 6
@@ -133,16 +126,11 @@ def replaced(data: memoryview, info: store.ObjectInfo) -> tuple[memoryview, stor
         (replaced, "was replaced while it was being used"),
     ],
 )
-def test_a_wrong_answer_of_a_server_is_an_error(
-    served: Server,
-    monkeypatch: pytest.MonkeyPatch,
-    harm: Callable[..., object],
-    message: str,
-) -> None:
+def test_a_wrong_answer_of_a_server_is_an_error(served, monkeypatch, harm, message):
     """Of one that does not compare the tag, or sends less than it says."""
     get = store.get
 
-    def harmed(url: str, begin: int, *rest: Any) -> object:
+    def harmed(url, begin, *rest):
         answer = get(url, begin, *rest)
         return harm(*answer) if begin else answer
 
@@ -169,14 +157,7 @@ def error_of_a_synthesis(ema: Ema, folder: Path) -> str:
         (400, "ExpiredToken", "the credentials are missing, expired or not accepted"),
     ],
 )
-def test_a_server_that_refuses_everything_is_one_line(
-    served: Server,
-    ema: Ema,
-    tmp_path: Path,
-    status: int,
-    code: str,
-    reason: str,
-) -> None:
+def test_a_server_that_refuses_everything_is_one_line(served, ema, tmp_path, status, code, reason):
     served.fault = lambda _, handler: handler.refuse(status, code)
     error = error_of_a_synthesis(ema, tmp_path)
     assert error.startswith(f"{RUN}: cannot be read: {reason}")
@@ -190,13 +171,7 @@ def test_a_server_that_refuses_everything_is_one_line(
         (listing(cut), f"{RUN}: cannot be listed: the answer is incomplete"),
     ],
 )
-def test_a_lasting_failure_is_one_line(
-    served: Server,
-    ema: Ema,
-    tmp_path: Path,
-    fault: Fault,
-    problem: str,
-) -> None:
+def test_a_lasting_failure_is_one_line(served, ema, tmp_path, fault, problem):
     served.fault = fault
     assert problem in error_of_a_synthesis(ema, tmp_path)
 
@@ -214,23 +189,18 @@ def stall(handler: Any) -> bool:
     return handler.reset()
 
 
-def test_an_answer_that_does_not_end_is_one_line(
-    served: Server,
-    ema: Ema,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_an_answer_that_does_not_end_is_one_line(served, ema, tmp_path, monkeypatch):
     monkeypatch.setitem(store.CLIENT, "timeout", "0.3s")
     served.fault = bodies(stall)
     assert "cannot be read: no answer of the server" in error_of_a_synthesis(ema, tmp_path)
 
 
-def test_a_failure_while_an_archive_is_opened_is_no_damage(served: Server, ema: Ema) -> None:
+def test_a_failure_while_an_archive_is_opened_is_no_damage(served, ema):
     place = served.folder / "bucket/archive/step1.pt"
     place.parent.mkdir()
     torch.save({"w": torch.ones(200_000)}, place)  # its end is not in the first request
 
-    def fault(_: int, handler: Any) -> bool:
+    def fault(_, handler):
         is_first = handler.headers.get("range", "bytes=0-").startswith("bytes=0-")
         return not is_first and fail(handler)
 
@@ -239,10 +209,10 @@ def test_a_failure_while_an_archive_is_opened_is_no_damage(served: Server, ema: 
     assert error.endswith("step1.pt: cannot be read: the server answers 500 InternalError")
 
 
-def test_with_permission_to_read_and_not_to_list_a_file_is_read(served: Server, ema: Ema) -> None:
+def test_with_permission_to_read_and_not_to_list_a_file_is_read(served, ema):
     """Such a store gives the same answer for a missing object as for a forbidden one."""
 
-    def fault(_: int, handler: Any) -> bool:
+    def fault(_, handler):
         place, _, _ = handler.path.lstrip("/").partition("?")
         exists = (served.folder / place).is_file()
         return not exists and deny(handler)
@@ -253,21 +223,14 @@ def test_with_permission_to_read_and_not_to_list_a_file_is_read(served: Server, 
 
 
 @pytest.mark.usefixtures("served")
-def test_without_a_server_the_error_says_what_to_check(
-    ema: Ema,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_without_a_server_the_error_says_what_to_check(ema, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free.getsockname()[1]}")
         assert "no answer of the server; check the URL and the network" in ema("info", RUN).error
 
 
-def test_without_credentials_the_error_says_where_they_are_read_from(
-    served: Server,
-    ema: Ema,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_without_credentials_the_error_says_where_they_are_read_from(served, ema, monkeypatch):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_METADATA_ENDPOINT", f"{served.url}/metadata.nothing")
@@ -283,7 +246,7 @@ REVISIONS = "hf://org/model-160m@step*"
 
 
 @pytest.fixture
-def repository(tmp_path: Path) -> Iterator[Server]:
+def repository(tmp_path):
     """A server of a repository with one checkpoint in each revision."""
     for step in (1000, 3000, 512000):
         folder = tmp_path / f"served/org/model-160m/step{step}"
@@ -306,7 +269,7 @@ for name in [*sys.modules]:
 
 
 @pytest.fixture
-def ema_of_hub(repository: Server, tmp_path: Path) -> Ema:
+def ema_of_hub(repository, tmp_path):
     """Return a function that runs `ema` with the repository's server in place of the Hub."""
     settings = {
         "HF_ENDPOINT": repository.url,
@@ -314,17 +277,13 @@ def ema_of_hub(repository: Server, tmp_path: Path) -> Ema:
         "HF_TOKEN": "hf_topsecret",
     }
 
-    def ema(*arguments: object) -> Result:
+    def ema(*arguments):
         return forked.run(EMA_OF_HUB, *arguments, env=os.environ | settings)
 
     return ema
 
 
-def test_revisions_of_a_repository_are_checkpoints_of_a_run(
-    repository: Server,
-    tmp_path: Path,
-    ema_of_hub: Ema,
-) -> None:
+def test_revisions_of_a_repository_are_checkpoints_of_a_run(repository, tmp_path, ema_of_hub):
     out = tmp_path / "mean.safetensors"
     info = ema_of_hub("info", REVISIONS, "--json").json
     assert [checkpoint["t"] for checkpoint in info["checkpoints"]] == [1000, 3000, 512000]
@@ -338,30 +297,24 @@ def test_revisions_of_a_repository_are_checkpoints_of_a_run(
     assert repository.sent == once  # by both commands, since copies are kept
 
 
-def test_a_revision_that_a_repository_lacks_is_an_error_of_one_line(ema_of_hub: Ema) -> None:
+def test_a_revision_that_a_repository_lacks_is_an_error_of_one_line(ema_of_hub):
     refused = ema_of_hub("info", "hf://org/model-160m@none")
     assert refused.code == 2
     assert "no such" in refused.error
     assert "topsecret" not in refused.error
 
 
-def test_a_run_on_the_hub_describes_itself_without_a_request() -> None:
+def test_a_run_on_the_hub_describes_itself_without_a_request():
     assert repr(Run("hf://org/model@step1")).startswith("Run('hf://org/model@step1': ")
 
 
-def test_a_download_from_the_hub_that_is_refused_says_why(
-    repository: Server,
-    ema_of_hub: Ema,
-) -> None:
+def test_a_download_from_the_hub_that_is_refused_says_why(repository, ema_of_hub):
     repository.fault = lambda _, handler: "/resolve/" in handler.path and deny(handler)
     error = ema_of_hub("info", REVISIONS).error
     assert "model.safetensors: cannot be downloaded: access is denied" in error
 
 
-def test_a_cache_of_the_hub_that_cannot_be_written_is_named(
-    ema_of_hub: Ema,
-    tmp_path: Path,
-) -> None:
+def test_a_cache_of_the_hub_that_cannot_be_written_is_named(ema_of_hub, tmp_path):
     home = tmp_path / "home"
     home.touch()
     error = ema_of_hub("info", REVISIONS).error

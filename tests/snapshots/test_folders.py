@@ -38,7 +38,7 @@ GRIDS = {"0.weight": (2, 2), "1.num_batches_tracked": (), "0.bias": (1,)}
 
 
 @pytest.fixture
-def newest(run: Path) -> Path:
+def newest(run):
     """The folder of the newest snapshot of a run, in four parts."""
     return split_snapshot(snapshot_files(run)[-1], 4)
 
@@ -56,11 +56,7 @@ def parts_of(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("fields", [{}, {"measurements": None, "sketch": ""}])
-def test_all_results_from_parts_equal_those_from_single_files(
-    run: Path,
-    tmp_path: Path,
-    fields: dict[str, object],
-) -> None:
+def test_all_results_from_parts_equal_those_from_single_files(run, tmp_path, fields):
     """Without measurements in headers, the same sample is read from both."""
     for path in snapshot_files(run):
         rewrite_snapshot(path, **fields)
@@ -77,7 +73,7 @@ def test_all_results_from_parts_equal_those_from_single_files(
         assert info[key] == unsplit.info()[key]
 
 
-def test_chunks_of_several_dtypes_are_read_as_the_widest(tmp_path: Path) -> None:
+def test_chunks_of_several_dtypes_are_read_as_the_widest(tmp_path):
     narrow = torch.randn(3, 4).half()
     wide = 1e6 * torch.randn(2, 4)
     values = torch.cat([narrow.float(), wide])
@@ -93,7 +89,7 @@ def test_chunks_of_several_dtypes_are_read_as_the_widest(tmp_path: Path) -> None
     assert room.tobytes() == values.numpy().tobytes()
 
 
-def test_measurements_that_a_part_lacks_are_unknown(run: Path, newest: Path) -> None:
+def test_measurements_that_a_part_lacks_are_unknown(run, newest):
     assert directories.read_snapshot(newest).measurements is not None
     rewrite_snapshot(parts_of(newest)[1], measurements=None)
     assert directories.read_snapshot(newest).measurements is None
@@ -102,7 +98,7 @@ def test_measurements_that_a_part_lacks_are_unknown(run: Path, newest: Path) -> 
 # --- incomplete snapshots, and parts that do not belong together
 
 
-def test_an_incomplete_snapshot_is_a_leftover(run: Path, newest: Path) -> None:
+def test_an_incomplete_snapshot_is_a_leftover(run, newest):
     parts_of(newest)[1].unlink()
     found = inspect_directory(run)
     assert len(found.snapshots) == 11
@@ -113,7 +109,7 @@ def test_an_incomplete_snapshot_is_a_leftover(run: Path, newest: Path) -> None:
     assert f"{newest.name}: has 3 of 4 parts" in checked.notes
 
 
-def test_an_incomplete_snapshot_that_is_named_is_an_error(newest: Path) -> None:
+def test_an_incomplete_snapshot_that_is_named_is_an_error(newest):
     parts_of(newest)[1].unlink()
     assert not verify(newest).is_fine
     with pytest.raises(FileFormatError, match="is no complete snapshot: it has 3 of 4 parts"):
@@ -123,7 +119,7 @@ def test_an_incomplete_snapshot_that_is_named_is_an_error(newest: Path) -> None:
         read_directory(newest)
 
 
-def test_a_directory_of_incomplete_snapshots_says_what_processes_must_share(newest: Path) -> None:
+def test_a_directory_of_incomplete_snapshots_says_what_processes_must_share(newest):
     parts_of(newest)[1].unlink()
     alone = newest.parent / "alone"
     alone.mkdir()
@@ -153,11 +149,7 @@ def assert_named(bad: Path, subject: Path, message: str) -> None:
         ({"part": None, "chunks": {}}, "is in a folder of parts but is not a part of a snapshot"),
     ],
 )
-def test_parts_that_do_not_belong_together_are_named(
-    newest: Path,
-    fields: dict[str, object],
-    message: str,
-) -> None:
+def test_parts_that_do_not_belong_together_are_named(newest, fields, message):
     bad = parts_of(newest)[1]
     rewrite_snapshot(bad, **fields)
     assert_named(bad, bad, message)
@@ -174,11 +166,7 @@ OF_FOLDER = "tensor '0.weight': its chunks "
         ({"offset": (16, 0)}, r"'0.weight': shape \[5, 30\] at \[16, 0\] is not within \[20, 30\]"),
     ],
 )
-def test_chunks_that_do_not_fit_are_named(
-    newest: Path,
-    place: dict[str, tuple[int, ...]],
-    message: str,
-) -> None:
+def test_chunks_that_do_not_fit_are_named(newest, place, message):
     bad = parts_of(newest)[1]
     chunks = dict(read_snapshot(bad).chunks)
     chunks["0.weight"] = replace(chunks["0.weight"], **place)
@@ -186,16 +174,13 @@ def test_chunks_that_do_not_fit_are_named(
     assert_named(bad, newest, message)
 
 
-def test_a_truncated_part_is_named(newest: Path) -> None:
+def test_a_truncated_part_is_named(newest):
     bad = parts_of(newest)[1]
     os.truncate(bad, bad.stat().st_size - 1)
     assert_named(bad, bad, "truncated")
 
 
-def test_parts_of_another_attempt_neither_complete_a_snapshot_nor_hide_one(
-    run: Path,
-    tmp_path: Path,
-) -> None:
+def test_parts_of_another_attempt_neither_complete_a_snapshot_nor_hide_one(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "copy")
     folder = split_snapshot(snapshot_files(run)[-1], 4)
     other = split_snapshot(snapshot_files(copy)[-1], 2)
@@ -207,10 +192,7 @@ def test_parts_of_another_attempt_neither_complete_a_snapshot_nor_hide_one(
         read_directory(run)
 
 
-def test_a_snapshot_that_is_being_replaced_by_one_on_the_schedule_is_incomplete(
-    run: Path,
-    newest: Path,
-) -> None:
+def test_a_snapshot_that_is_being_replaced_by_one_on_the_schedule_is_incomplete(run, newest):
     rewrite_snapshot(parts_of(newest)[0], off_schedule=True)
     assert list(inspect_directory(run).incomplete) == [newest]
 
@@ -218,14 +200,14 @@ def test_a_snapshot_that_is_being_replaced_by_one_on_the_schedule_is_incomplete(
 # --- moved as one
 
 
-def test_pruning_deletes_folders(run: Path) -> None:
+def test_pruning_deletes_folders(run):
     split_all(run)
     kept = Run(run).prune(keep=3).kept
     assert sorted(run.glob("0*")) == [snapshot.path for snapshot in kept]
     assert len(kept) == 6
 
 
-def test_folders_are_set_aside_and_not_overwritten(run: Path, newest: Path) -> None:
+def test_folders_are_set_aside_and_not_overwritten(run, newest):
     snapshot = directories.read_snapshot(newest)
     (moved,) = set_aside([snapshot])
     assert moved == run / "superseded" / newest.name
@@ -234,17 +216,14 @@ def test_folders_are_set_aside_and_not_overwritten(run: Path, newest: Path) -> N
     assert inspect_directory(run).superseded == verify(run).superseded == 2
 
 
-def test_a_folder_with_another_file_in_it_stays(run: Path, newest: Path) -> None:
+def test_a_folder_with_another_file_in_it_stays(run, newest):
     (newest / "notes.txt").write_text("mine")
     remove_snapshot(newest)
     assert [path.name for path in newest.iterdir()] == ["notes.txt"]
     assert inspect_directory(run).incomplete == {newest: "no parts"}
 
 
-def test_the_next_training_removes_incomplete_snapshots(
-    run: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_the_next_training_removes_incomplete_snapshots(run, caplog):
     first, second = (split_snapshot(path, 4) for path in snapshot_files(run)[:2])
     parts_of(first)[0].unlink()
     leftover = second / ".ema-1.tmp"
@@ -273,11 +252,7 @@ def test_the_next_training_removes_incomplete_snapshots(
         ((0, 3), (1, 2)),
     ],
 )
-def test_any_box_is_assembled_from_any_chunks(
-    tmp_path: Path,
-    shape: tuple[int, ...],
-    grid: tuple[int, ...],
-) -> None:
+def test_any_box_is_assembled_from_any_chunks(tmp_path, shape, grid):
     values = torch.randint(2**62, shape)
     path = write_snapshot(tmp_path, 10, 0.05, RUN_ID, {"w": values})
     split_snapshot(path, 24, {"w": grid})
@@ -311,8 +286,5 @@ SQUARES = [
         ((4, 4), SQUARES + SQUARES),
     ],
 )
-def test_chunks_that_do_not_cover_a_tensor_once_are_refused(
-    shape: tuple[int, ...],
-    boxes: list[Box],
-) -> None:
+def test_chunks_that_do_not_cover_a_tensor_once_are_refused(shape, boxes):
     assert cover_problem(shape, boxes) == "its chunks do not hold each element exactly once"

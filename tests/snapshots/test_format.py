@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 import safetensors.torch
 import torch
 import xxhash
@@ -106,7 +105,7 @@ def as_bits(tensor: torch.Tensor) -> np.ndarray:
 # --- readers of the format agree
 
 
-def test_readers_by_the_specification_and_of_safetensors_find_every_tensor(tmp_path: Path) -> None:
+def test_readers_by_the_specification_and_of_safetensors_find_every_tensor(tmp_path):
     tensors = every_dtype()
     path = write_snapshot(tmp_path, 10, 0.05, RUN_ID, tensors)
     by_the_book = read_by_the_book(path).tensors
@@ -120,15 +119,6 @@ def test_readers_by_the_specification_and_of_safetensors_find_every_tensor(tmp_p
         assert np.array_equal(as_bits(by_torch[name]), as_bits(tensor))
 
 
-def test_the_reader_of_numpy_finds_every_tensor(tmp_path: Path) -> None:
-    tensors = every_dtype()
-    del tensors["bfloat16"]  # NumPy lacks it
-    by_numpy = safetensors.numpy.load_file(write_snapshot(tmp_path, 20, 0.05, RUN_ID, tensors))
-    assert by_numpy.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        assert np.array_equal(by_numpy[name], tensor.numpy())
-
-
 # --- metadata
 
 SMALL = {
@@ -137,7 +127,7 @@ SMALL = {
 }
 
 
-def test_the_metadata_of_a_snapshot_are_as_specified_and_read_back_exactly(tmp_path: Path) -> None:
+def test_the_metadata_of_a_snapshot_are_as_specified_and_read_back_exactly(tmp_path):
     info = make_info(
         SMALL,
         1234.5 + 1e-12,
@@ -184,7 +174,7 @@ def test_the_metadata_of_a_snapshot_are_as_specified_and_read_back_exactly(tmp_p
     }
 
 
-def test_a_snapshot_off_the_schedule_says_so(tmp_path: Path) -> None:
+def test_a_snapshot_off_the_schedule_says_so(tmp_path):
     path = write_snapshot(tmp_path, 10, 0.05, RUN_ID, SMALL, off_schedule=True)
     assert read_by_the_book(path).content["off_schedule"] is True
     assert read_snapshot(path).off_schedule

@@ -69,7 +69,7 @@ LIES = [
 
 
 @pytest.mark.parametrize("header", LIES)
-def test_a_false_header_is_refused(tmp_path: Path, header: bytes) -> None:
+def test_a_false_header_is_refused(tmp_path, header):
     path = craft(tmp_path / "x.safetensors", header, 4)
     with pytest.raises(FileFormatError) as caught:
         read_file(path)
@@ -79,10 +79,7 @@ def test_a_false_header_is_refused(tmp_path: Path, header: bytes) -> None:
 
 
 @pytest.mark.parametrize("length", [3, 10**8 + 1, 2**64 - 1])
-def test_an_impossible_header_length_is_refused_before_memory_is_allocated(
-    tmp_path: Path,
-    length: int,
-) -> None:
+def test_an_impossible_header_length_is_refused_before_memory_is_allocated(tmp_path, length):
     path = tmp_path / "x.safetensors"
     path.write_bytes(length.to_bytes(8, "little") + b"{}")
     if length == 10**8 + 1:
@@ -91,7 +88,7 @@ def test_an_impossible_header_length_is_refused_before_memory_is_allocated(
         read_file(path)
 
 
-def test_more_tensors_than_any_model_has_are_refused(tmp_path: Path) -> None:
+def test_more_tensors_than_any_model_has_are_refused(tmp_path):
     """700,000 empty tensors once took minutes."""
     path = craft(tmp_path / "a.safetensors", b'"dtype"' * 200_001)
     message = "its header names 200,001 tensors; at most 200,000 are allowed"
@@ -99,9 +96,7 @@ def test_more_tensors_than_any_model_has_are_refused(tmp_path: Path) -> None:
         read_file(path)
 
 
-def test_more_values_than_any_header_has_are_refused_before_they_are_parsed(
-    tmp_path: Path,
-) -> None:
+def test_more_values_than_any_header_has_are_refused_before_they_are_parsed(tmp_path):
     """A value takes up to 90 bytes of memory, and two in the file."""
     values = b'{"a":[%b0]}' % (3_300_000 * b"0,")
     path = craft(tmp_path / "a.safetensors", values)
@@ -123,11 +118,7 @@ json_values = st.recursive(plain, containers, max_leaves=6)
     key=st.sampled_from(["a", "dtype", "shape", "data_offsets", "new"]),
     value=json_values,
 )
-def test_any_foreign_header_is_refused_or_tiles_the_payload(
-    tmp_path_factory: pytest.TempPathFactory,
-    key: str,
-    value: Any,
-) -> None:
+def test_any_foreign_header_is_refused_or_tiles_the_payload(tmp_path_factory, key, value):
     header = {"a": json.loads(entry()), "b": json.loads(entry("[1]", 4, 8))}
     container = header["a"] if key in header["a"] else header
     container[key] = value
@@ -143,7 +134,7 @@ def test_any_foreign_header_is_refused_or_tiles_the_payload(
 # --- foreign files
 
 
-def test_metadata_may_be_anywhere_in_the_header(tmp_path: Path) -> None:
+def test_metadata_may_be_anywhere_in_the_header(tmp_path):
     text = b' { %b , "__metadata__" : {"k":"a},\\"b"} }' % A
     header = read_file(craft(tmp_path / "x", text, 4))
     assert header.metadata == {"k": 'a},"b'}
@@ -151,7 +142,7 @@ def test_metadata_may_be_anywhere_in_the_header(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../../x", "a\nb", "nul\0"])
-def test_a_name_is_never_a_path_and_is_shown_escaped(tmp_path: Path, name: str) -> None:
+def test_a_name_is_never_a_path_and_is_shown_escaped(tmp_path, name):
     (tmp_path / "folder").mkdir()
     wrong = {name: json.loads(entry("[1]", 0, 8))}
     path = craft(tmp_path / "folder" / "x.safetensors", json.dumps(wrong).encode(), 8)
@@ -216,7 +207,7 @@ def is_refused(path: Path, made: bytes, key: str, text: str) -> bool:
 
 
 @pytest.mark.parametrize("key", IMPOSSIBLE)
-def test_an_impossible_value_in_a_sealed_header_is_refused(small: Small, key: str) -> None:
+def test_an_impossible_value_in_a_sealed_header_is_refused(small, key):
     path = small("snapshot")
     made = path.read_bytes()
     for text in IMPOSSIBLE[key]:
@@ -227,10 +218,7 @@ EITHER_KIND = pytest.mark.parametrize("kind", ["snapshot", "output"])
 
 
 @EITHER_KIND
-def test_an_odd_value_in_a_sealed_header_is_refused_in_one_line_or_is_valid(
-    small: Small,
-    kind: str,
-) -> None:
+def test_an_odd_value_in_a_sealed_header_is_refused_in_one_line_or_is_valid(small, kind):
     path = small(kind)
     made = path.read_bytes()
     content = read_file(path).content
@@ -241,13 +229,13 @@ def test_an_odd_value_in_a_sealed_header_is_refused_in_one_line_or_is_valid(
 
 
 @EITHER_KIND
-def test_a_missing_key_is_named(small: Small, kind: str) -> None:
+def test_a_missing_key_is_named(small, kind):
     with pytest.raises(FileFormatError, match="run_id: is missing"):
         examine(forge(small(kind), {"run_id": None}))
 
 
 @pytest.mark.parametrize("mark", [b'"ema.checksum"', b'"ema":'])
-def test_a_missing_checksum_is_an_error(small: Small, mark: bytes) -> None:
+def test_a_missing_checksum_is_an_error(small, mark):
     path = small("snapshot")
     data = path.read_bytes()
     path.write_bytes(data.replace(mark, mark.replace(b"ema", b"emb"), 1))
@@ -264,12 +252,12 @@ END = ".safetensors"
     "name",
     [f"a{END}.bak", f".a{END}", f"a/b{END}", f"a\\b{END}", f"C:a{END}", f"a\u202e{END}", 1],
 )
-def test_a_hostile_name_in_an_index_is_refused(tmp_path: Path, name: object) -> None:
+def test_a_hostile_name_in_an_index_is_refused(tmp_path, name):
     refuse_index(tmp_path, json.dumps({"weight_map": {"w\x1b": name}}))
 
 
 @pytest.mark.parametrize("text", ["[]", '{"weight_map":[]}', '{"weight_map":{}}'])
-def test_a_false_index_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_false_index_is_refused(tmp_path, text):
     refuse_index(tmp_path, text)
 
 
@@ -282,7 +270,7 @@ def refuse_index(folder: Path, text: str) -> None:
     assert str(caught.value).isprintable()
 
 
-def test_running_statistics_are_those_of_layers_that_have_all() -> None:
+def test_running_statistics_are_those_of_layers_that_have_all():
     statistics = {"a.running_mean", "a.running_var"}
     others = {"a.num_batches_tracked", "b.running_mean", "running_meaning"}
     assert running_statistics([*statistics, *others]) == statistics

@@ -5,13 +5,11 @@ import fcntl
 import os
 import re
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
 import forked
 import pytest
-from ema_command import Ema
 from factories import contents
 from snapshots.recorded import failing
 
@@ -31,7 +29,7 @@ OTHER_TRACKER = rf"another tracker of this process {os.getpid()} on "
 
 
 @pytest.fixture
-def held(tmp_path: Path) -> Iterator[DirectoryLock]:
+def held(tmp_path):
     with DirectoryLock(tmp_path) as lock:
         yield lock
 
@@ -42,10 +40,7 @@ def refused(directory: Path, message: str) -> None:
     assert str(directory) in str(caught.value)
 
 
-def test_a_second_lock_is_refused_until_the_first_is_released(
-    tmp_path: Path,
-    held: DirectoryLock,
-) -> None:
+def test_a_second_lock_is_refused_until_the_first_is_released(tmp_path, held):
     refused(tmp_path, OTHER_TRACKER)
     held.release()
     with DirectoryLock(tmp_path):
@@ -53,15 +48,13 @@ def test_a_second_lock_is_refused_until_the_first_is_released(
         refused(tmp_path, OTHER_TRACKER)
 
 
-def test_another_process_is_named_and_its_lock_is_free_when_it_was_killed(tmp_path: Path) -> None:
+def test_another_process_is_named_and_its_lock_is_free_when_it_was_killed(tmp_path):
     with forked.waiting(HOLDER, tmp_path) as process:
         refused(tmp_path, rf"process {process.pid} on .* is writing here")
     DirectoryLock(tmp_path).release()
 
 
-def test_the_end_of_a_forked_child_does_not_release_the_lock_and_that_of_the_holder_does(
-    tmp_path: Path,
-) -> None:
+def test_the_end_of_a_forked_child_does_not_release_the_lock_and_that_of_the_holder_does(tmp_path):
     """Workers of a DataLoader are such children."""
     child = """
 child = os.fork()
@@ -97,17 +90,13 @@ DirectoryLock(Path(sys.argv[1])).release()
     ],
 )
 @pytest.mark.usefixtures("held")
-def test_the_holder_is_named_escaped_or_as_another_process(
-    tmp_path: Path,
-    text: bytes,
-    holder: str,
-) -> None:
+def test_the_holder_is_named_escaped_or_as_another_process(tmp_path, text, holder):
     (tmp_path / LOCK_NAME).write_bytes(text)
     refused(tmp_path, f": {re.escape(holder)} is writing here")
 
 
 @pytest.mark.usefixtures("held")
-def test_a_holder_that_has_not_yet_written_its_name_is_awaited(tmp_path: Path) -> None:
+def test_a_holder_that_has_not_yet_written_its_name_is_awaited(tmp_path):
     note = tmp_path / LOCK_NAME
     name = note.read_bytes()
     note.write_bytes(b"")
@@ -117,7 +106,7 @@ def test_a_holder_that_has_not_yet_written_its_name_is_awaited(tmp_path: Path) -
     later.join()
 
 
-def test_a_holder_that_releases_the_lock_is_awaited(tmp_path: Path, held: DirectoryLock) -> None:
+def test_a_holder_that_releases_the_lock_is_awaited(tmp_path, held):
     (tmp_path / LOCK_NAME).write_bytes(b"")
     later = threading.Timer(0.1, held.release)
     later.start()
@@ -134,10 +123,8 @@ def refuse_locks(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
 
 
 def test_without_locks_in_the_file_system_a_warning_says_what_is_not_protected(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    tmp_path, caplog, monkeypatch
+):
     refuse_locks(monkeypatch, errno.ENOLCK)
     DirectoryLock(tmp_path).release()
     reason = "no locks on this file system (no locks available)"
@@ -145,10 +132,7 @@ def test_without_locks_in_the_file_system_a_warning_says_what_is_not_protected(
     assert caplog.messages == [f"{tmp_path}: {reason}: {advice}"]
 
 
-def test_any_other_reason_is_an_error_and_the_lock_is_not_held(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_any_other_reason_is_an_error_and_the_lock_is_not_held(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         refuse_locks(patched, errno.EIO)
         with pytest.raises(WriteError, match="cannot be written: input/output error"):
@@ -159,7 +143,7 @@ def test_any_other_reason_is_an_error_and_the_lock_is_not_held(
 # --- a file system without permission to write
 
 
-def test_readers_need_no_lock_and_writers_get_an_error(run: Path, ema: Ema) -> None:
+def test_readers_need_no_lock_and_writers_get_an_error(run, ema):
     before = contents(run)
     with (
         failing("open_new", errno.EROFS),

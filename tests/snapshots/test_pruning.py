@@ -1,7 +1,7 @@
 """Pruning deletes the snapshots that are needed least, and never endangers those that stay."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,19 +21,19 @@ from posthoc_cli.snapshots.sources import source_prior
 
 
 @pytest.fixture(scope="session")
-def _measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def _measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("measured") / "run"
     return record(folder, 240, scale=0.01, checkpoint_every=20, checkpoint_dtype="float16")
 
 
 @pytest.fixture
-def run(_measured: Path, tmp_path: Path) -> Path:
+def run(_measured, tmp_path):
     """A run of 12 times x 2 profiles with measurements."""
     return Path(shutil.copytree(_measured, tmp_path / "run"))
 
 
 @pytest.fixture
-def snapshots(run: Path) -> list[Snapshot]:
+def snapshots(run):
     return read_directory(run)
 
 
@@ -57,16 +57,16 @@ def left_after(snapshots: Sequence[Snapshot], count: int) -> list[Snapshot]:
 # --- the choice
 
 
-def test_the_newest_time_stays(snapshots: list[Snapshot]) -> None:
+def test_the_newest_time_stays(snapshots):
     assert [*plan_pruning(snapshots, keep=1).kept] == snapshots[-2:]
 
 
-def test_the_newest_time_with_all_profiles_stays(snapshots: list[Snapshot]) -> None:
+def test_the_newest_time_with_all_profiles_stays(snapshots):
     *stored, _ = snapshots
     assert [*plan_pruning(stored, keep=1).kept] == stored[-3:]
 
 
-def test_max_error_keeps_as_few_as_suffice(snapshots: list[Snapshot]) -> None:
+def test_max_error_keeps_as_few_as_suffice(snapshots):
     """Half of it is left, since a prediction may be too low by 2."""
     pruning = plan_pruning(snapshots, max_error=2e-3)
     assert pruning.before.worst <= pruning.after.worst <= 1e-3
@@ -74,24 +74,19 @@ def test_max_error_keeps_as_few_as_suffice(snapshots: list[Snapshot]) -> None:
     assert errors_of(left_after(snapshots, times + 1)).worst > 1e-3
 
 
-def test_an_exchange_that_exceeds_max_error_is_not_made(snapshots: list[Snapshot]) -> None:
+def test_an_exchange_that_exceeds_max_error_is_not_made(snapshots):
     pruning = plan_pruning(snapshots, max_error=9.1e-3)
     assert errors_of(pruning.kept).worst == pytest.approx(pruning.after.worst, rel=1e-9)
     assert pruning.after.worst <= 4.55e-3
 
 
-def test_exchanges_find_better_ones_than_deleting_the_least_needed_one_after_another(
-    snapshots: list[Snapshot],
-) -> None:
+def test_exchanges_find_better_ones_than_deleting_the_least_needed_one_after_another(snapshots):
     greedy = left_after(snapshots, 8)
     exchanged = plan_pruning(snapshots, keep=4).kept
     assert errors_of(exchanged).worst < 0.9 * errors_of(greedy).worst
 
 
-def test_the_errors_are_those_of_the_directory_before_and_after(
-    run: Path,
-    snapshots: list[Snapshot],
-) -> None:
+def test_the_errors_are_those_of_the_directory_before_and_after(run, snapshots):
     ends = (0.1, 0.2)
     pruning = plan_pruning(snapshots, keep=3, sigma_range=ends)
     assert pruning.source == "measured"
@@ -115,12 +110,7 @@ def replace(path: Path) -> None:
     ("harm", "kind"),
     [(flip_bit, FileFormatError), (replace, MismatchError)],
 )
-def test_nothing_is_deleted_when_a_survivor_is_damaged(
-    run: Path,
-    snapshots: list[Snapshot],
-    harm: Callable[[Path], None],
-    kind: type[Exception],
-) -> None:
+def test_nothing_is_deleted_when_a_survivor_is_damaged(run, snapshots, harm, kind):
     """Nor if a survivor was replaced."""
     pruning = plan_pruning(snapshots, keep=4)
     harm(pruning.kept[-1].path)
@@ -130,25 +120,18 @@ def test_nothing_is_deleted_when_a_survivor_is_damaged(
     assert contents(run).items() >= before.items()
 
 
-def test_what_is_said_to_be_deleted_is_so_on_the_disk(
-    run: Path,
-    snapshots: list[Snapshot],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_is_said_to_be_deleted_is_so_on_the_disk(run, snapshots, monkeypatch):
     synced = list[Path]()
     monkeypatch.setattr(files.system, "fsync_directory", synced.append)
     prune(run, plan_pruning(snapshots, keep=4))
     assert synced == [run]
 
 
-def test_an_interruption_leaves_a_directory_that_works(
-    run: Path,
-    snapshots: list[Snapshot],
-) -> None:
+def test_an_interruption_leaves_a_directory_that_works(run, snapshots):
     pruning = plan_pruning(snapshots, keep=4)
     is_next = call_number(7)
 
-    def fails(path: Path) -> bool:
+    def fails(path):
         return path.suffix == ".safetensors" and is_next()
 
     with failing("unlink", KeyboardInterrupt(), fails), pytest.raises(KeyboardInterrupt):
@@ -164,7 +147,7 @@ def test_an_interruption_leaves_a_directory_that_works(
 
 
 @pytest.fixture
-def _eight(monkeypatch: pytest.MonkeyPatch) -> None:
+def _eight(monkeypatch):
     """Let reconstructions use at most 8 snapshots."""
     few = partial(thinned_subset, most=8)
     monkeypatch.setattr("posthoc_cli.snapshots.sources.thinned_subset", few)
@@ -177,7 +160,7 @@ def chosen_times(snapshots: Sequence[Snapshot]) -> list[float]:
 
 
 @pytest.mark.usefixtures("_eight")
-def test_a_synthesis_uses_the_choice_up_to_its_time(run: Path, snapshots: list[Snapshot]) -> None:
+def test_a_synthesis_uses_the_choice_up_to_its_time(run, snapshots):
     plan = plan_synthesis(disk_sources(run), [0.15], 210.0)
     assert plan.choice == "8 of 20 snapshots up to t = 210, evenly in time"
     assert [source.t for source in plan.sources] == chosen_times(snapshots[:20])
@@ -186,8 +169,8 @@ def test_a_synthesis_uses_the_choice_up_to_its_time(run: Path, snapshots: list[S
 
 @pytest.mark.usefixtures("_eight")
 def test_pruning_first_deletes_what_no_reconstruction_uses_and_training_does_not_resume_from(
-    snapshots: list[Snapshot],
-) -> None:
+    snapshots,
+):
     used = chosen_times(snapshots)
     unused = [snapshot for snapshot in snapshots if snapshot.t not in used]
     pruned = plan_pruning(snapshots, keep=3)

@@ -53,7 +53,7 @@ PARTNERS = {
 """Of each average those from which its distance is measured."""
 
 
-def test_a_model_smaller_than_the_sample_is_measured_exactly(tmp_path: Path) -> None:
+def test_a_model_smaller_than_the_sample_is_measured_exactly(tmp_path):
     values = {}
     snapshots = []
     for key in PARTNERS:
@@ -87,11 +87,7 @@ def test_a_model_smaller_than_the_sample_is_measured_exactly(tmp_path: Path) -> 
     ],
 )
 @pytest.mark.parametrize("scale", [1.0, 2e-7])
-def test_the_expected_rounding_is_that_of_values_that_are_rounded(
-    own: torch.dtype,
-    dtype: torch.dtype,
-    scale: float,
-) -> None:
+def test_the_expected_rounding_is_that_of_values_that_are_rounded(own, dtype, scale):
     """This includes subnormal numbers of float16; 200,000 errors average to within 2 %."""
     exact = (draw(200_000) * scale).to(own)
     stored = exact.to(dtype)
@@ -104,7 +100,7 @@ def test_the_expected_rounding_is_that_of_values_that_are_rounded(
 # --- large models
 
 
-def test_estimates_of_a_large_model_are_within_their_statistical_error(tmp_path: Path) -> None:
+def test_estimates_of_a_large_model_are_within_their_statistical_error(tmp_path):
     """The model has 3,000,000 elements of two scales. With a relative variance of 1.6, 1,000 runs
     leave about 4 %."""
     vectors = []
@@ -129,7 +125,7 @@ def test_estimates_of_a_large_model_are_within_their_statistical_error(tmp_path:
 # --- values that cannot be measured
 
 
-def test_values_too_large_to_be_squared_are_not_measured(tmp_path: Path) -> None:
+def test_values_too_large_to_be_squared_are_not_measured(tmp_path):
     large = torch.tensor([1e200], dtype=torch.float64)
     snapshot = write(tmp_path, 10, 0.05, {"w": large})
     assert sample_measurements([snapshot]) == [None]

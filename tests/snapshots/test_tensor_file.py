@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -45,7 +44,7 @@ def read_tensor(path: Path) -> bytes:
 
 
 @pytest.mark.parametrize("fails", [0, 2])
-def test_an_error_of_reading_names_the_file_and_the_reason(small: Small, fails: int) -> None:
+def test_an_error_of_reading_names_the_file_and_the_reason(small, fails):
     """Reading the header or a tensor fails."""
     path = small("snapshot")
     with (
@@ -55,14 +54,14 @@ def test_an_error_of_reading_names_the_file_and_the_reason(small: Small, fails: 
         read_tensor(path)
 
 
-def test_a_file_that_was_deleted_has_vanished(small: Small) -> None:
+def test_a_file_that_was_deleted_has_vanished(small):
     path = small("snapshot")
     path.unlink()
     with refused(str(path), "cannot be opened: no such file or directory", kind=VanishedError):
         read_tensor(path)
 
 
-def test_a_file_that_becomes_shorter_while_it_is_read_is_refused(small: Small) -> None:
+def test_a_file_that_becomes_shorter_while_it_is_read_is_refused(small):
     path = small("snapshot")
     with read_file(path) as file:
         assert bytes_of(file, "a") == torch.tensor([1.0, -2.5]).numpy().tobytes()
@@ -71,7 +70,7 @@ def test_a_file_that_becomes_shorter_while_it_is_read_is_refused(small: Small) -
             bytes_of(file, "b")
 
 
-def test_a_file_that_was_replaced_after_its_header_was_read_is_refused(small: Small) -> None:
+def test_a_file_that_was_replaced_after_its_header_was_read_is_refused(small):
     path = small("snapshot")
     file = read_file(path)
     forge(path, {"t": "11.0"})
@@ -79,23 +78,21 @@ def test_a_file_that_was_replaced_after_its_header_was_read_is_refused(small: Sm
         bytes_of(file, "a")
 
 
-def test_a_file_without_checksums_that_changes_during_reading_is_an_error(tmp_path: Path) -> None:
+def test_a_file_without_checksums_that_changes_during_reading_is_an_error(tmp_path):
     foreign = tmp_path / "foreign.safetensors"
     save_file({"w": torch.ones(3)}, foreign)
     with pytest.raises(FileFormatError, match="was changed while it was"), read_file(foreign):
         os.utime(foreign, (0, 0))
 
 
-def test_a_file_with_checksums_may_be_touched(small: Small) -> None:
+def test_a_file_with_checksums_may_be_touched(small):
     """Each block shows by itself whether it has changed."""
     path = small("output")
     with read_file(path):
         os.utime(path, (0, 0))
 
 
-def test_a_tensor_in_another_order_between_others_is_read_in_row_major_order(
-    tmp_path: Path,
-) -> None:
+def test_a_tensor_in_another_order_between_others_is_read_in_row_major_order(tmp_path):
     """As views of one storage in a pickle; tensors around it are read together only if they
     follow each other."""
     values = torch.arange(27, dtype=torch.float32)
@@ -115,7 +112,7 @@ def test_a_tensor_in_another_order_between_others_is_read_in_row_major_order(
     assert np.array_equal(room, expected.reshape(-1).numpy())
 
 
-def test_a_flip_that_makes_a_nan_is_damage(tmp_path: Path) -> None:
+def test_a_flip_that_makes_a_nan_is_damage(tmp_path):
     """Values are sampled before they are verified where headers have no measurements."""
     run = tmp_path / "run"
     values = {"a": torch.tensor([1.0, 2.0])}
@@ -157,7 +154,7 @@ def pieces(size: int) -> Iterator[memoryview]:
 
 
 @pytest.mark.parametrize("size", [0, 1000, BLOCK, BLOCK + 1, SIZE])
-def test_a_tensor_written_in_pieces_is_the_tensor(tmp_path: Path, size: int) -> None:
+def test_a_tensor_written_in_pieces_is_the_tensor(tmp_path, size):
     file = write_pieces(tmp_path / "x.safetensors", size)
     room = memoryview(bytearray(SIZE + 5))
     file.read_many(["after", "before", "x"], room)
@@ -173,15 +170,11 @@ def test_a_tensor_written_in_pieces_is_the_tensor(tmp_path: Path, size: int) -> 
         (5, SIZE - 3),
     ],
 )
-def test_a_range_is_read_from_any_thread_and_each_of_its_blocks_is_verified(
-    tmp_path: Path,
-    begin: int,
-    end: int,
-) -> None:
+def test_a_range_is_read_from_any_thread_and_each_of_its_blocks_is_verified(tmp_path, begin, end):
     path = tmp_path / "x.safetensors"
     file = write_pieces(path, SIZE)
 
-    def read(verify: bool = True) -> bytes:
+    def read(verify=True):
         found = bytearray(end - begin)
         file.read("x", begin, memoryview(found), verify)
         return bytes(found)
@@ -212,11 +205,7 @@ def test_a_range_is_read_from_any_thread_and_each_of_its_blocks_is_verified(
         ("a", {"left_out": ("b\0",)}),
     ],
 )
-def test_a_name_with_a_zero_byte_is_refused_before_a_file_appears(
-    tmp_path: Path,
-    name: str,
-    where: dict[str, Any],
-) -> None:
+def test_a_name_with_a_zero_byte_is_refused_before_a_file_appears(tmp_path, name, where):
     with pytest.raises(InvalidValueError, match="zero byte"):
         write_snapshot(tmp_path, 10, 0.05, RUN_ID, {name: torch.ones(1)}, **where)
     assert list(tmp_path.iterdir()) == []
@@ -228,7 +217,7 @@ def write(path: Path, text: bytes) -> None:
         writer.publish()
 
 
-def test_a_replaced_output_is_a_new_file_and_open_readers_keep_the_old_one(tmp_path: Path) -> None:
+def test_a_replaced_output_is_a_new_file_and_open_readers_keep_the_old_one(tmp_path):
     path = tmp_path / "x"
     write(path, b"abcd")
     with read_file(path) as reader:

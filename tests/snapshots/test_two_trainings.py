@@ -54,19 +54,12 @@ def plan(folder: Path, path: np.ndarray, steps: Sequence[int]) -> None:
     ],
     ids=["in turns", "one after another", "another fine-tuning"],
 )
-def test_files_of_two_trainings_are_warned_of(
-    path: np.ndarray,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_files_of_two_trainings_are_warned_of(path, tmp_path, caplog):
     plan(tmp_path, path, EVEN)
     assert caplog.text.count("name the files of one training by a glob") == 1
 
 
-def test_a_file_of_an_abandoned_branch_is_named(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_file_of_an_abandoned_branch_is_named(tmp_path, caplog):
     plan(tmp_path, STRAY, EVEN)
     assert "step50.pt and step60.pt are closer to each other than to step55.pt" in caplog.text
 
@@ -81,12 +74,7 @@ def test_a_file_of_an_abandoned_branch_is_named(
         (SAVED_TWICE, EVEN),
     ],
 )
-def test_files_of_one_training_are_not(
-    path: np.ndarray,
-    steps: Sequence[int],
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_files_of_one_training_are_not(path, steps, tmp_path, caplog):
     """Also with other intervals, from a beginning at zero, with a larger learning rate after a
     restart, at rest, and with weights that were saved twice."""
     plan(tmp_path, path, steps)

@@ -4,10 +4,8 @@ else."""
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,14 +22,14 @@ from posthoc_cli.snapshots.verify import verify
 
 
 @pytest.fixture
-def output(run: Path, tmp_path: Path) -> Path:
+def output(run, tmp_path):
     path = tmp_path / "output.safetensors"
     Run(run).write(0.1, path)
     return path
 
 
 @pytest.fixture
-def shards(output: Path, tmp_path: Path) -> Path:
+def shards(output, tmp_path):
     export_file(output, tmp_path / "shards", max_shard_size="1KB")
     return tmp_path / "shards"
 
@@ -52,7 +50,7 @@ def wrong(path: Path) -> dict[str, tuple[str, str]]:
 # --- intact files
 
 
-def test_outputs_in_any_layout_are_intact(output: Path, shards: Path) -> None:
+def test_outputs_in_any_layout_are_intact(output, shards):
     first, *_ = shards_in(shards)
     for path in (output, shards, shards / INDEX_NAME, first):
         found = verify(path)
@@ -64,7 +62,7 @@ def test_outputs_in_any_layout_are_intact(output: Path, shards: Path) -> None:
     assert len(everything.files) == len(shards_in(shards)) + 1
 
 
-def test_a_foreign_file_is_unchecked(tmp_path: Path) -> None:
+def test_a_foreign_file_is_unchecked(tmp_path):
     save_file({"w": torch.full((3,), torch.nan)}, tmp_path / "foreign.safetensors")
     (report,) = verify(tmp_path).files
     assert report.is_fine
@@ -72,7 +70,7 @@ def test_a_foreign_file_is_unchecked(tmp_path: Path) -> None:
     assert report.state == "unchecked"
 
 
-def test_a_payload_is_read_once_from_beginning_to_end_whatever_its_tensors(tmp_path: Path) -> None:
+def test_a_payload_is_read_once_from_beginning_to_end_whatever_its_tensors(tmp_path):
     """It takes constant memory: a bounded number of blocks is in flight."""
     sizes = [0, 1, 3, 2**21, 2**21 + 1, 5_000_000, *[7] * 200, 1_048_575]
     values = {str(number): torch.randn(size).half() for number, size in enumerate(sizes)}
@@ -86,7 +84,7 @@ def test_a_payload_is_read_once_from_beginning_to_end_whatever_its_tensors(tmp_p
 # --- damage
 
 
-def test_the_first_damaged_tensor_is_named(tmp_path: Path) -> None:
+def test_the_first_damaged_tensor_is_named(tmp_path):
     values = {"long": torch.randn(300_001), "short": torch.randn(7)}
     path = write_snapshot(tmp_path, 10, 0.05, RUN_ID, values)
     for name in ("short", "long"):  # each lies before the ones damaged so far
@@ -96,7 +94,7 @@ def test_the_first_damaged_tensor_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", [3, 0.5, -1])
-def test_a_flip_anywhere_is_found(run: Path, output: Path, shards: Path, place: float) -> None:
+def test_a_flip_anywhere_is_found(run, output, shards, place):
     """No other file is reported; `torture` flips every bit of small files."""
     first, *_ = shards_in(shards)
     for path in (snapshot_files(run)[3], output, first):
@@ -120,21 +118,15 @@ def problem_of(path: Path) -> str:
     return problem
 
 
-@pytest.mark.parametrize(
-    ("changes", "detail"),
-    [
-        ({"weight_map": {}}, "or an empty one"),
-        ({"metadata": {"total_size": 1}}, "its metadata must be the total_size"),
-    ],
-)
-def test_an_index_that_is_altered(shards: Path, changes: dict[str, Any], detail: str) -> None:
+def test_an_index_with_another_size(shards):
     index = shards / INDEX_NAME
     content = json.loads(index.read_text())
-    index.write_text(json.dumps(content | changes))
-    assert detail in problem_of(shards)
+    content["metadata"]["total_size"] += 1
+    index.write_text(json.dumps(content))
+    assert "its metadata must be the total_size" in problem_of(shards)
 
 
-def test_an_index_that_names_another_shard(shards: Path) -> None:
+def test_an_index_that_names_another_shard(shards):
     index = shards / INDEX_NAME
     content = json.loads(index.read_text())
     first = min(content["weight_map"].values())
@@ -143,7 +135,7 @@ def test_an_index_that_names_another_shard(shards: Path) -> None:
     assert "is not in it, as the index says" in problem_of(shards)
 
 
-def test_a_shard_that_is_missing(shards: Path) -> None:
+def test_a_shard_that_is_missing(shards):
     first, *_ = shards_in(shards)
     first.unlink()
     assert problem_of(shards) == f"{first}: cannot be opened: no such file or directory"
@@ -161,11 +153,7 @@ def by_another_program(shard: Path) -> None:
 
 @pytest.mark.parametrize("write", [by_another_synthesis, by_another_program])
 @pytest.mark.parametrize("number", [0, -1])
-def test_shards_of_two_outputs(
-    shards: Path,
-    write: Callable[[Path], None],
-    number: int,
-) -> None:
+def test_shards_of_two_outputs(shards, write, number):
     changed = shards_in(shards)[number]
     write(changed)
     problem = problem_of(shards)
@@ -173,7 +161,7 @@ def test_shards_of_two_outputs(
     assert "are not of one model" in problem
 
 
-def test_clocks_that_contradict_each_other_are_of_two_trainings(run: Path) -> None:
+def test_clocks_that_contradict_each_other_are_of_two_trainings(run):
     rewrite_snapshot(snapshot_files(run)[0], step=11)
     assert problem_of(run).endswith("step 10 was at t = 10, and step 11 at t = 10")
 
@@ -188,7 +176,7 @@ def test_clocks_that_contradict_each_other_are_of_two_trainings(run: Path) -> No
         (errno.EIO, "damaged"),
     ],
 )
-def test_what_cannot_be_read_is_reported(run: Path, code: int, state: str) -> None:
+def test_what_cannot_be_read_is_reported(run, code, state):
     refused = snapshot_files(run)[0]
     with failing("open", code, lambda path: path == refused):
         found = wrong(run)
@@ -196,7 +184,7 @@ def test_what_cannot_be_read_is_reported(run: Path, code: int, state: str) -> No
     assert found == {refused.name: (state, detail)}
 
 
-def test_what_is_no_file_is_damaged(run: Path) -> None:
+def test_what_is_no_file_is_damaged(run):
     os.mkfifo(run / "fifo.safetensors")
     (run / "folder.safetensors").mkdir()
     (run / "zero.safetensors").symlink_to("/dev/zero")
@@ -208,11 +196,11 @@ def test_what_is_no_file_is_damaged(run: Path) -> None:
     assert len(found) == 5
 
 
-def test_a_file_that_a_training_deletes_meanwhile_is_no_error(run: Path) -> None:
+def test_a_file_that_a_training_deletes_meanwhile_is_no_error(run):
     gone = snapshot_files(run)[0]
 
     @contextmanager
-    def bar(_what: str, _total: int) -> Iterator[Callable[[int], None]]:
+    def bar(_what, _total):
         gone.unlink()  # after the listing
         yield lambda _: None
 
@@ -221,7 +209,7 @@ def test_a_file_that_a_training_deletes_meanwhile_is_no_error(run: Path) -> None
     assert gone not in {report.path for report in found.files}
 
 
-def test_no_pickle_is_opened(tmp_path: Path) -> None:
+def test_no_pickle_is_opened(tmp_path):
     path = tmp_path / "model.pt"
     path.write_bytes(b"\x80\x04cposix\nsystem\n")
     with refused(str(path), "has no checksums; name a snapshot", "no pickle is opened here"):
@@ -230,7 +218,7 @@ def test_no_pickle_is_opened(tmp_path: Path) -> None:
         verify(tmp_path)
 
 
-def test_a_pickle_beside_snapshots_is_noted(run: Path) -> None:
+def test_a_pickle_beside_snapshots_is_noted(run):
     (run / "model.pt").touch()
     (note,) = verify(run).notes
     assert note.endswith("have no checksums and were not read: 1")
