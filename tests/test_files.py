@@ -3,7 +3,6 @@
 import errno
 import os
 import stat
-from contextlib import AbstractContextManager
 from pathlib import Path
 from unittest import mock
 
@@ -18,17 +17,17 @@ NEW = b"new content"
 OLD = b"old content"
 
 
-def first(operation: str, error: int | BaseException = errno.EIO) -> AbstractContextManager[None]:
+def first(operation, error=errno.EIO):
     """Let the first call of an operation fail within the block."""
     return failing(operation, error, call_number(0))
 
 
-def free_descriptor() -> int:
+def free_descriptor():
     with open(os.devnull) as file:  # noqa: PTH123
         return file.fileno()
 
 
-def names(directory: Path) -> list[str]:
+def names(directory):
     return sorted(path.name for path in directory.iterdir())
 
 
@@ -43,15 +42,15 @@ def test_a_published_file_holds_what_was_written_at_any_offset_and_no_temporary_
     assert names(tmp_path) == ["a"]
 
 
-def replace(path: Path) -> None:
+def replace(path):
     files.write_atomically(path, NEW, overwrite=True)
 
 
-def write_new(path: Path) -> None:
+def write_new(path):
     files.write_atomically(path, NEW)
 
 
-def write_folder(path: Path) -> None:
+def write_folder(path):
     with files.PendingFolder(path) as pending:
         (pending.temporary / "b").write_bytes(NEW)
         pending.publish()
@@ -121,7 +120,7 @@ def test_a_taken_name_is_refused_at_the_start(tmp_path, make, overwrite):
     assert names(tmp_path) == ["a"]
 
 
-def publish_beside_another(path: Path) -> None:
+def publish_beside_another(path):
     """Publish a file after another process has made one of its name."""
     with files.PendingFile(path) as pending:
         path.write_bytes(OLD)

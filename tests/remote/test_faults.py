@@ -4,17 +4,13 @@ secret."""
 import os
 import socket
 import time
-from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
-from typing import Any
 
 import forked
 import pytest
 import torch
-from ema_command import Ema
 from factories import random_walk, write_run
-from remote.servers import Server, serving
+from remote.servers import serving
 from safetensors.torch import load_file, save_file
 
 from posthoc_cli import Run
@@ -44,44 +40,44 @@ def served(_folder, monkeypatch, serve):
 
 
 RUN = "s3://bucket/run"
-Act = Callable[[Any], bool]
-"""What a server does with a request: its handler is given, and whether it has answered returned."""
-Fault = Callable[[int, Any], bool]
-"""The same, given the number of the request, too."""
 
 
-def reset(handler: Any) -> bool:
+# A fault of a server is a function of the number of a request and its handler, which returns whether
+# it has answered.
+
+
+def reset(handler):
     return handler.reset()
 
 
-def cut(handler: Any) -> bool:
+def cut(handler):
     return handler.cut()
 
 
-def deny(handler: Any) -> bool:
+def deny(handler):
     return handler.refuse(403, "AccessDenied")
 
 
-def fail(handler: Any) -> bool:
+def fail(handler):
     return handler.refuse(500, "InternalError")
 
 
-def once(number: int, act: Act) -> Fault:
+def once(number, act):
     return lambda asked, handler: asked == number and act(handler)
 
 
-def listing(act: Act) -> Fault:
+def listing(act):
     return lambda _, handler: "list-type" in handler.path and act(handler)
 
 
-def bodies(act: Act) -> Fault:
+def bodies(act):
     return lambda _, handler: ".safetensors" in handler.path and act(handler)
 
 
 # --- failures that pass
 
 
-def requests_of_a_synthesis(server: Server, out: Path) -> int:
+def requests_of_a_synthesis(server, out):
     server.asked.clear()
     Run(RUN).write(0.1, out)
     return len(server.asked)
@@ -111,11 +107,11 @@ def test_a_listing_that_is_cut_is_asked_for_again(served):
 # --- failures that last
 
 
-def shorter(data: memoryview, info: store.ObjectInfo) -> tuple[memoryview, store.ObjectInfo]:
+def shorter(data, info):
     return data[:-1], info
 
 
-def replaced(data: memoryview, info: store.ObjectInfo) -> tuple[memoryview, store.ObjectInfo]:
+def replaced(data, info):
     return data, info._replace(tag="other")
 
 
@@ -139,7 +135,7 @@ def test_a_wrong_answer_of_a_server_is_an_error(served, monkeypatch, harm, messa
         Run(RUN).average(0.1)
 
 
-def error_of_a_synthesis(ema: Ema, folder: Path) -> str:
+def error_of_a_synthesis(ema, folder):
     """Return the error, which is one line without a secret; nothing is left."""
     done = ema("synthesize", RUN, "--sigma-rel", "0.1", "--out", folder / "out.safetensors")
     assert done.code in (1, 2)
@@ -176,7 +172,7 @@ def test_a_lasting_failure_is_one_line(served, ema, tmp_path, fault, problem):
     assert problem in error_of_a_synthesis(ema, tmp_path)
 
 
-def stall(handler: Any) -> bool:
+def stall(handler):
     """Send the beginning of an answer only."""
     handler.send_response(206)
     handler.send_header("Content-Range", "bytes 0-99/100")

@@ -62,7 +62,7 @@ def test_averages_of_a_run_in_a_bucket_are_those_of_its_copy_on_a_disk(bucket, n
     assert facts_of(remote).replace(BUCKET, str(bucket)) == facts_of(local)
 
 
-def facts_of(run: Run) -> str:
+def facts_of(run):
     facts = run.info() | {"path": "", "bytes": 0}
     return repr(run) + json.dumps(facts, default=str)
 

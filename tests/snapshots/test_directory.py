@@ -30,19 +30,18 @@ from posthoc_cli.snapshots.directory import (
     snapshot_path,
     thin,
 )
-from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.snapshots.sources import sample_measurements
 from posthoc_cli.snapshots.verify import verify
 
 W = {"w": torch.ones(2, 3)}
 
 
-def write_times(directory: Path, *times: float, sigma_rel: float = 0.05, value: float = 1) -> None:
+def write_times(directory, *times, sigma_rel=0.05, value=1):
     for t in times:
         write_snapshot(directory, t, sigma_rel, RUN_ID, {"w": value * W["w"]})
 
 
-def times_in(directory: Path) -> list[float]:
+def times_in(directory):
     return [snapshot.t for snapshot in read_directory(directory)]
 
 
@@ -178,7 +177,7 @@ def test_thinning_goes_by_headers_and_neither_by_names_nor_by_dates(tmp_path):
     assert times_in(tmp_path) == [30]
 
 
-def later_than_10(directory: Path) -> list[Snapshot]:
+def later_than_10(directory):
     return [snapshot for snapshot in read_directory(directory) if snapshot.t > 10]
 
 
@@ -228,14 +227,14 @@ def test_a_link_among_what_was_set_aside_is_not_overwritten(tmp_path):
 # is
 
 
-def leave(path: Path, age: float) -> Path:
+def leave(path, age):
     path.write_text("half")
     changed = time.time() - age
     os.utime(path, (changed, changed))
     return path
 
 
-def leave_folder(path: Path, age: float) -> Path:
+def leave_folder(path, age):
     """Leave a folder that has not changed for long, with a file of some age in it."""
     path.mkdir()
     leave(path / "0000000000000020-weights.safetensors", age)

@@ -4,7 +4,6 @@ one."""
 import os
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,12 +42,12 @@ def newest(run):
     return split_snapshot(snapshot_files(run)[-1], 4)
 
 
-def split_all(run: Path) -> None:
+def split_all(run):
     for path in snapshot_files(run):
         split_snapshot(path, 4, GRIDS)
 
 
-def parts_of(folder: Path) -> list[Path]:
+def parts_of(folder):
     return sorted(folder.glob("part-*"))
 
 
@@ -129,7 +128,7 @@ def test_a_directory_of_incomplete_snapshots_says_what_processes_must_share(newe
         read_directory(alone)
 
 
-def assert_named(bad: Path, subject: Path, message: str) -> None:
+def assert_named(bad, subject, message):
     """Assert that a part makes readers and `verify` name a file or folder, and hides no other
     snapshot."""
     run = bad.parent.parent

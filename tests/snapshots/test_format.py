@@ -7,7 +7,6 @@ the same.
 import json
 import struct
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,7 +33,7 @@ class Book:
     tensors: dict[str, np.ndarray]
 
 
-def read_by_the_book(path: Path) -> Book:
+def read_by_the_book(path):
     """Read a file by the specification, and check everything that it promises."""
     data = path.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
@@ -66,14 +65,14 @@ def read_by_the_book(path: Path) -> Book:
     return Book(content, tensors)
 
 
-def sums_of_blocks(data: bytes, size: int) -> str:
+def sums_of_blocks(data, size):
     sums = ""
     for begin in range(0, len(data), size):
         sums += f"{xxhash.xxh3_64_intdigest(data[begin : begin + size]):016x}"
     return sums
 
 
-def every_dtype() -> dict[str, torch.Tensor]:
+def every_dtype():
     """Return a tensor of each dtype of NumPy or torch with its extreme values; also 0-d, empty and
     transposed ones."""
     tensors = {
@@ -95,7 +94,7 @@ def every_dtype() -> dict[str, torch.Tensor]:
     return tensors
 
 
-def as_bits(tensor: torch.Tensor) -> np.ndarray:
+def as_bits(tensor):
     """Return a tensor as a NumPy array; BF16, which NumPy lacks, as its bits."""
     if tensor.dtype == torch.bfloat16:
         tensor = tensor.view(torch.uint16)

@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from checking import refused
@@ -24,13 +23,13 @@ from posthoc_cli.snapshots.tensorfile import read_file
 Small = Callable[[str], Path]
 
 
-def craft(path: Path, header: bytes, payload: int = 0) -> Path:
+def craft(path, header, payload=0):
     """Write a safetensors file with exactly this header, without checksums."""
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(payload))
     return path
 
 
-def entry(shape: str = "[1]", begin: object = 0, end: object = 4, dtype: str = "F32") -> bytes:
+def entry(shape="[1]", begin=0, end=4, dtype="F32"):
     return f'{{"dtype":"{dtype}","shape":{shape},"data_offsets":[{begin},{end}]}}'.encode()
 
 
@@ -104,7 +103,7 @@ def test_more_values_than_any_header_has_are_refused_before_they_are_parsed(tmp_
         read_file(path)
 
 
-def containers(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+def containers(inner):
     keys = st.text(max_size=8)
     return st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3)
 
@@ -192,7 +191,7 @@ ODD = (
 )
 
 
-def is_refused(path: Path, made: bytes, key: str, text: str) -> bool:
+def is_refused(path, made, key, text):
     """Return whether a value in a sealed header is refused, which takes one short line about the
     file."""
     path.write_bytes(made)
@@ -261,7 +260,7 @@ def test_a_false_index_is_refused(tmp_path, text):
     refuse_index(tmp_path, text)
 
 
-def refuse_index(folder: Path, text: str) -> None:
+def refuse_index(folder, text):
     index = folder / INDEX_NAME
     index.write_text(text)
     with pytest.raises(FileFormatError) as caught:

@@ -1,7 +1,6 @@
 """Pruning deletes the snapshots that are needed least, and never endangers those that stay."""
 
 import shutil
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,11 +11,10 @@ from snapshots.recorded import call_number, failing, record
 
 from posthoc_cli import Run, disk_sources, error_curve, files, plan_synthesis
 from posthoc_cli.errors import FileFormatError, MismatchError
-from posthoc_cli.planning import ErrorCurve, removal_order, times_of, unused_times
+from posthoc_cli.planning import removal_order, times_of, unused_times
 from posthoc_cli.reconstruction import thinned_subset
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.prune import plan_pruning, prune
-from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.snapshots.sources import source_prior
 
 
@@ -37,15 +35,12 @@ def snapshots(run):
     return read_directory(run)
 
 
-def errors_of(
-    snapshots: Sequence[Snapshot],
-    ends: tuple[float, float] = (0.05, 0.28),
-) -> ErrorCurve:
+def errors_of(snapshots, ends=(0.05, 0.28)):
     profiles = [snapshot.profile for snapshot in snapshots]
     return error_curve("", profiles, source_prior(snapshots), ends, points=41)
 
 
-def left_after(snapshots: Sequence[Snapshot], count: int) -> list[Snapshot]:
+def left_after(snapshots, count):
     """Return what is left when so many times went one after the other; the newest stays."""
     profiles = [snapshot.profile for snapshot in snapshots]
     times = times_of(profiles)
@@ -102,7 +97,7 @@ def test_the_errors_are_those_of_the_directory_before_and_after(run, snapshots):
 # --- deleting
 
 
-def replace(path: Path) -> None:
+def replace(path):
     rewrite_snapshot(path, updates=7)
 
 
@@ -154,7 +149,7 @@ def _eight(monkeypatch):
     monkeypatch.setattr("posthoc_cli.snapshots.prune.unused_times", partial(unused_times, most=8))
 
 
-def chosen_times(snapshots: Sequence[Snapshot]) -> list[float]:
+def chosen_times(snapshots):
     profiles = [snapshot.profile for snapshot in snapshots]
     return [profiles[index].t for index in thinned_subset(profiles, 8)]
 

@@ -1,13 +1,11 @@
 """Measurements from a sample are exact for small models and unbiased for large ones."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import pytest
 import torch
 from factories import RUN_ID, read_snapshot, write_snapshot
 
-from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.snapshots.sources import expected_roundings, sample_measurements
 
 DTYPES = {
@@ -19,24 +17,24 @@ DTYPES = {
 Tensors = Mapping[str, torch.Tensor]
 
 
-def draw(*shape: int) -> torch.Tensor:
+def draw(*shape):
     return torch.randn(shape, dtype=torch.float64)
 
 
-def write(folder: Path, t: float, sigma_rel: float, values: Tensors) -> Snapshot:
+def write(folder, t, sigma_rel, values):
     """Write a snapshot of a float32 model, in the dtypes of the values."""
     averages = [name for name, value in values.items() if value.is_floating_point()]
     given = {"tensors": dict.fromkeys(averages, "average F32"), "sigma_rels": (0.05, 0.28)}
     return read_snapshot(write_snapshot(folder, t, sigma_rel, RUN_ID, values, **given))
 
 
-def flat(values: Tensors) -> torch.Tensor:
+def flat(values):
     """Return all averages of a snapshot as a vector."""
     averages = [value for value in values.values() if value.is_floating_point()]
     return torch.cat([value.double().reshape(-1) for value in averages])
 
 
-def squared(values: torch.Tensor) -> float:
+def squared(values):
     return float(values.square().sum())
 
 

@@ -3,7 +3,7 @@ a value is used."""
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,6 @@ from posthoc_cli.errors import FileFormatError, InvalidValueError, VanishedError
 from posthoc_cli.snapshots.tensorfile import (
     BLOCK,
     Entry,
-    TensorFile,
     TensorFileWriter,
     read_file,
 )
@@ -29,13 +28,13 @@ from posthoc_cli.snapshots.tensorfile import (
 Small = Callable[[str], Path]
 
 
-def bytes_of(file: TensorFile, name: str) -> bytes:
+def bytes_of(file, name):
     room = bytearray(file.entries[name].nbytes)
     file.read(name, 0, memoryview(room))
     return bytes(room)
 
 
-def read_tensor(path: Path) -> bytes:
+def read_tensor(path):
     with read_file(path) as file:
         return bytes_of(file, "a")
 
@@ -128,7 +127,7 @@ SIZE = 11 * BLOCK + 5  # more than is read by one request
 DATA = np.random.default_rng(0).integers(0, 256, SIZE, dtype=np.uint8)
 
 
-def write_pieces(path: Path, size: int) -> TensorFile:
+def write_pieces(path, size):
     """Write a tensor between two others, in parts of `size` bytes; or if 0 in two ranges, the later
     one first."""
     entries = {
@@ -148,7 +147,7 @@ def write_pieces(path: Path, size: int) -> TensorFile:
     return read_file(path)
 
 
-def pieces(size: int) -> Iterator[memoryview]:
+def pieces(size):
     for begin in range(0, SIZE, size):
         yield DATA[begin : begin + size].data
 
@@ -211,7 +210,7 @@ def test_a_name_with_a_zero_byte_is_refused_before_a_file_appears(tmp_path, name
     assert list(tmp_path.iterdir()) == []
 
 
-def write(path: Path, text: bytes) -> None:
+def write(path, text):
     with TensorFileWriter(path, {"a": Entry("U8", (4,))}, {"format": 3}, {}, True) as writer:
         writer.write("a", [memoryview(text)])
         writer.publish()

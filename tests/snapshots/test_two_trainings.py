@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -14,7 +11,7 @@ from posthoc_cli import Run
 ELEMENTS = 500
 
 
-def walk(seed: int, steps: int = 100, rate: float = 0.02) -> np.ndarray:
+def walk(seed, steps=100, rate=0.02):
     """Return the weights of a training after each step, [steps, elements], of norm about 1 each."""
     random = np.random.default_rng(seed)
     motion = rate * random.standard_normal((steps, ELEMENTS))
@@ -37,7 +34,7 @@ STRAY = np.where(NUMBERS == 55, FIRST[30] + SECOND - SECOND[30], FIRST)
 """With a file of a branch that began at step 30."""
 
 
-def plan(folder: Path, path: np.ndarray, steps: Sequence[int]) -> None:
+def plan(folder, path, steps):
     """Save the weights at some steps of a path, and plan an average of them."""
     for step in steps:
         state = {"w": torch.from_numpy(path[step]).float()}

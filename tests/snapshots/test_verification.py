@@ -5,7 +5,6 @@ import errno
 import json
 import os
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -34,11 +33,11 @@ def shards(output, tmp_path):
     return tmp_path / "shards"
 
 
-def shards_in(folder: Path) -> list[Path]:
+def shards_in(folder):
     return sorted(folder.glob("*.safetensors"))
 
 
-def wrong(path: Path) -> dict[str, tuple[str, str]]:
+def wrong(path):
     """Return the state and detail of files that are not fine, by name."""
     files = {}
     for report in verify(path).files:
@@ -109,7 +108,7 @@ def test_a_flip_anywhere_is_found(run, output, shards, place):
 # --- shards
 
 
-def problem_of(path: Path) -> str:
+def problem_of(path):
     """Return the only problem, where no file is broken."""
     found = verify(path)
     assert not found.broken
@@ -141,12 +140,12 @@ def test_a_shard_that_is_missing(shards):
     assert problem_of(shards) == f"{first}: cannot be opened: no such file or directory"
 
 
-def by_another_synthesis(shard: Path) -> None:
+def by_another_synthesis(shard):
     used = read_file(shard).content["snapshots"]
     forge(shard, {"snapshots": json.dumps(used[1:])})
 
 
-def by_another_program(shard: Path) -> None:
+def by_another_program(shard):
     values = {name: value.clone() for name, value in load_file(shard).items()}
     save_file(values, shard)
 
