@@ -42,7 +42,7 @@ def served(_folder, monkeypatch, serve):
 RUN = "s3://bucket/run"
 
 
-# A fault of a server is a function of the number of a request and its handler, which returns whether
+# A fault of a server is a function of the number of a request and its handler; it returns whether
 # it has answered.
 
 
