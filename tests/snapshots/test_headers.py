@@ -5,8 +5,6 @@ Each value of a header is checked against its annotation.
 
 import json
 import os
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from checking import refused
@@ -19,8 +17,6 @@ from posthoc_cli.errors import FileFormatError
 from posthoc_cli.snapshots.outputs import INDEX_NAME, describe
 from posthoc_cli.snapshots.snapshot import running_statistics
 from posthoc_cli.snapshots.tensorfile import read_file
-
-Small = Callable[[str], Path]
 
 
 def craft(path, header, payload=0):
@@ -214,10 +210,7 @@ def test_an_impossible_value_in_a_sealed_header_is_refused(small, key):
         assert is_refused(path, made, key, text), text
 
 
-EITHER_KIND = pytest.mark.parametrize("kind", ["snapshot", "output"])
-
-
-@EITHER_KIND
+@pytest.mark.parametrize("kind", ["snapshot", "output"])
 def test_an_odd_value_in_a_sealed_header_is_refused_in_one_line_or_is_valid(small, kind):
     path = small(kind)
     made = path.read_bytes()
@@ -228,10 +221,9 @@ def test_an_odd_value_in_a_sealed_header_is_refused_in_one_line_or_is_valid(smal
     assert refusals > 0.8 * len(content) * len(ODD)
 
 
-@EITHER_KIND
-def test_a_missing_key_is_named(small, kind):
+def test_a_missing_key_is_named(small):
     with pytest.raises(FileFormatError, match="run_id: is missing"):
-        examine(forge(small(kind), {"run_id": None}))
+        examine(forge(small("snapshot"), {"run_id": None}))
 
 
 @pytest.mark.parametrize("mark", [b'"ema.checksum"', b'"ema":'])

@@ -1,7 +1,5 @@
 """Measurements from a sample are exact for small models and unbiased for large ones."""
 
-from collections.abc import Mapping
-
 import pytest
 import torch
 from factories import RUN_ID, read_snapshot, write_snapshot
@@ -14,7 +12,6 @@ DTYPES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
 }
-Tensors = Mapping[str, torch.Tensor]
 
 
 def draw(*shape):

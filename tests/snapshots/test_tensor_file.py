@@ -3,10 +3,8 @@ a value is used."""
 
 import errno
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,8 +22,6 @@ from posthoc_cli.snapshots.tensorfile import (
     TensorFileWriter,
     read_file,
 )
-
-Small = Callable[[str], Path]
 
 
 def bytes_of(file, name):
