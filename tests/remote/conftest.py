@@ -1,8 +1,6 @@
 """A server on the loopback interface with the protocols of object stores and the Hub."""
 
-from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 
@@ -10,16 +8,16 @@ from posthoc_cli.remote import store
 
 pytest.importorskip("obstore")
 
-from remote.servers import Server, serving
+from remote.servers import serving
 
 
 @pytest.fixture
-def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], Server]]:
+def serve(monkeypatch):
     """Return a function that serves the buckets in a folder, and sets the environment of a user of
     that server."""
     with ExitStack() as stack:
 
-        def start(folder: Path) -> Server:
+        def start(folder):
             server = stack.enter_context(serving(folder))
             monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
             monkeypatch.setenv("AWS_REGION", "us-east-1")

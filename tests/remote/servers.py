@@ -6,7 +6,6 @@ fail.
 """
 
 import json
-import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -78,7 +77,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, path: Path) -> None:
         size = path.stat().st_size
-        tag = f'"{path.stat().st_mtime_ns:032x}"'
+        tag = f'"{_version(path)}"'
         if self.headers.get("if-match", tag) != tag:
             self.refuse(412, "PreconditionFailed")
             return
@@ -124,24 +123,19 @@ class _Handler(BaseHTTPRequestHandler):
     def _describe_repository(self, parts: list[str]) -> None:
         """Answer as the Hub: `org/model` is a folder that holds a folder for each revision, which
         is its own commit."""
-        repository = self.server.folder.joinpath(*parts[:2])
         organization, model, *rest = parts
-        what, revision, *within = rest if len(rest) > 1 else (*rest, "", "")[:2]
-        folder = repository.joinpath(revision or "main", *within)
+        repository = self.server.folder / organization / model
+        what, revision, *_ = [*rest, "main", "main"]
+        folder = repository / revision
+        facts: Any = {"id": f"{organization}/{model}", "sha": revision, "siblings": []}
         if what == "refs":
             branches = [_branch(path.name) for path in sorted(repository.iterdir())]
-            facts: Any = {"branches": branches, "tags": [], "converts": []}
+            facts = {"branches": branches, "tags": [], "converts": []}
         elif not folder.is_dir():
             self.refuse(404, "RevisionNotFound")
             return
         elif what == "tree":
             facts = [_file_of_tree(path) for path in sorted(folder.iterdir())]
-        else:
-            facts = {
-                "id": f"{organization}/{model}",
-                "sha": revision or "main",
-                "siblings": [],
-            }
         self.answer(200, json.dumps(facts).encode())
 
     def _list(self, bucket: Path, prefix: str, delimiter: str) -> None:
@@ -188,6 +182,12 @@ class _Handler(BaseHTTPRequestHandler):
         return True
 
 
+def _version(path: Path) -> str:
+    """Return a text that changes with the content, and differs between files."""
+    status = path.stat()
+    return f"{status.st_ino:020x}{status.st_mtime_ns:020x}"
+
+
 def _branch(name: str) -> dict[str, str]:
     return {"name": name, "ref": f"refs/heads/{name}", "targetCommit": name}
 
@@ -196,7 +196,7 @@ def _file_of_tree(path: Path) -> dict[str, Any]:
     return {
         "type": "file" if path.is_file() else "directory",
         "path": path.name,
-        "oid": f"{path.stat().st_mtime_ns:040x}",
+        "oid": _version(path),
         "size": path.stat().st_size,
     }
 
@@ -204,19 +204,6 @@ def _file_of_tree(path: Path) -> dict[str, Any]:
 def _contents_of_listing(key: str, size: int) -> str:
     facts = f"<Size>{size}</Size><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
     return f"<Contents><Key>{escape(key)}</Key>{facts}<ETag>&quot;x&quot;</ETag></Contents>"
-
-
-@contextmanager
-def serving_as_s3(folder: Path) -> Iterator[str]:
-    """Serve the bucket that is the only folder of a folder, set the environment, and yield the URL
-    of the run in it."""
-    with serving(folder) as server:
-        os.environ |= {
-            "AWS_ENDPOINT_URL": server.url,
-            "AWS_ACCESS_KEY_ID": "x",
-            "AWS_SECRET_ACCESS_KEY": "x",
-        }
-        yield f"s3://{next(folder.iterdir()).name}/run"
 
 
 @contextmanager

@@ -1,37 +1,42 @@
-"""Runs and checkpoints in a bucket: each command does the same as with the files on a disk."""
+"""Runs and checkpoints in a bucket: each command does the same as with the files on a disk; nothing
+is written to a bucket."""
 
+import errno
 import json
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from checking import assert_same_tensors
-from ema_command import Ema
-from factories import random_walk, split_snapshot, write_run
-from remote.servers import Server
-from safetensors.torch import load_file, save_file
+from factories import contents, random_walk, split_snapshot, write_run
+from safetensors.torch import save_file
 
 from posthoc_cli import Run
+from posthoc_cli.errors import FileFormatError, PostHocError, RemoteError
+from posthoc_cli.remote import store
+from posthoc_cli.remote.store import remote_path
 
-SHAPES = {"large": (400, 350), "small": (7,), "scalar": ()}
 STEPS = (10, 20, 30, 40)
+BUCKET = "s3://bucket"
+RUN = f"{BUCKET}/run"
+FILE = f"{RUN}/0000000000000040-0.05.safetensors"
 
 
 @pytest.fixture(scope="session")
-def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("served") / "bucket"
-    walk = random_walk(max(STEPS), SHAPES)
-    (folder / "run").mkdir(parents=True)
+def _made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    walk = random_walk(max(STEPS), {"large": (400, 350), "small": (7,), "scalar": ()})
+    (folder / "run").mkdir()
     write_run(folder / "run", walk, STEPS, dtype=torch.float16)
     shutil.copytree(folder / "run", folder / "parted")
     for path in sorted((folder / "parted").iterdir()):
         split_snapshot(path)
     (folder / "pickles").mkdir()
     for step in STEPS:
-        values = walk[step - 1]
-        weights = {name: torch.tensor(value).float() for name, value in values.items()}
+        weights = {"w": torch.full((3,), float(step))}
         (folder / f"folders/checkpoint-{step}").mkdir(parents=True)
         save_file(weights, folder / f"folders/checkpoint-{step}/model.safetensors")
         torch.save({"state_dict": weights, "global_step": step}, folder / f"pickles/step{step}.pt")
@@ -39,59 +44,124 @@ def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def made(_made: Path, serve: Callable[[Path], Server]) -> Path:
-    serve(_made.parent)
-    return _made
-
-
-BUCKET = "s3://bucket"
+def bucket(_made, serve, tmp_path):
+    """The folder of a bucket with a run, the same in parts, and checkpoints of two layouts."""
+    folder = Path(shutil.copytree(_made, tmp_path / "served/bucket"))
+    serve(folder.parent)
+    return folder
 
 
 @pytest.mark.parametrize("name", ["run", "parted"])
-def test_averages_of_a_run_in_a_bucket_are_those_of_its_copy_on_a_disk(
-    made: Path,
-    name: str,
-) -> None:
-    local = Run(made / name)
+def test_averages_of_a_run_in_a_bucket_are_those_of_its_copy_on_a_disk(bucket, name):
+    local = Run(bucket / name)
     remote = Run(f"{BUCKET}/{name}")
-    assert repr(remote) == repr(local).replace(str(made), BUCKET)
-    for target in (0.15, "window:10"):
-        wanted = local.average(target)
-        found = remote.average(target)
-        assert found.predicted_error == wanted.predicted_error
-        assert_same_tensors(found, wanted)
-    assert facts_of(remote).replace(BUCKET, str(made)) == facts_of(local)
+    wanted = local.average(0.15)
+    found = remote.average(0.15)
+    assert found.predicted_error == wanted.predicted_error
+    assert_same_tensors(found, wanted)
+    assert facts_of(remote).replace(BUCKET, str(bucket)) == facts_of(local)
 
 
-def facts_of(run: Run) -> str:
+def facts_of(run):
     facts = run.info() | {"path": "", "bytes": 0}
-    return json.dumps(facts, default=str)
+    return repr(run) + json.dumps(facts, default=str)
 
 
 @pytest.mark.parametrize("place", ["folders", "folders/checkpoint-*", "pickles/step*.pt"])
-def test_checkpoints_in_a_bucket_are_averaged(made: Path, place: str) -> None:
+@pytest.mark.usefixtures("bucket")
+def test_checkpoints_in_a_bucket_are_averaged(place):
     found = Run(f"{BUCKET}/{place}").average("last:3")
-    _, *last = sorted((made / "folders").rglob("*.safetensors"))
-    weights = [load_file(path) for path in last]
-    for name, value in found.items():
-        mean = sum(each[name].double() for each in weights) / 3
-        torch.testing.assert_close(value.double(), mean, rtol=3e-7, atol=1e-7)
+    assert found["w"].tolist() == [30.0, 30.0, 30.0]
 
 
-@pytest.mark.usefixtures("made")
-def test_each_command_takes_a_url(ema: Ema, tmp_path: Path) -> None:
-    run = f"{BUCKET}/run"
-    file = f"{run}/0000000000000040-0.05.safetensors"
-    out = tmp_path / "out.safetensors"
-    other = tmp_path / "other.safetensors"
-    synthesis = ["synthesize", run, "--sigma-rel", "0.1", "--out", out]
-    assert ema("info", run, "--json").json["path"] == run
-    assert ema("error-plot", run, "--out", tmp_path / "error.png").code == 0
+@pytest.mark.usefixtures("bucket")
+def test_each_command_takes_a_url(ema, tmp_path):
+    synthesis = ["synthesize", RUN, "--sigma-rel", "0.1", "--out", tmp_path / "out.safetensors"]
+    assert ema("info", RUN, "--json").json["path"] == RUN
     assert "would read " in ema(*synthesis, "--dry-run").out
     assert ema(*synthesis).code == 0
-    for path in (run, file, f"{BUCKET}/parted"):
+    for path in (RUN, FILE, f"{BUCKET}/parted"):
         assert "all intact" in ema("verify", path).out
-    assert ema("export", file, "--out", tmp_path / "one.pt").code == 0
-    assert ema("prune", run, "--keep", "3", "--dry-run").code == 0
-    done = ema("synthesize", f"{BUCKET}/folders", "--sigma-rel", "0.1", "--out", other)
-    assert done.code == 0
+    assert ema("export", FILE, "--out", tmp_path / "one.pt").code == 0
+    assert ema("error-plot", RUN, "--out", tmp_path / "error.png").code == 0
+
+
+# --- nothing is written to a bucket
+
+
+def test_a_run_in_a_bucket_is_not_pruned_there(bucket, ema):
+    before = contents(bucket)
+    assert ema("prune", RUN, "--keep", "2", "--dry-run").code == 0
+    wanted = f"directory {RUN}: is a URL; must be a path on a file system of this machine"
+    assert wanted in ema("prune", RUN, "--keep", "2", "--yes").error
+    assert contents(bucket) == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["synthesize", RUN, "--sigma-rel", "0.1", "--out", "s3://bucket/a.safetensors"],
+        ["export", FILE, "--out", "hf://org/model/a.pt"],
+        ["import", RUN, "--out", "s3://bucket/new"],
+    ],
+)
+@pytest.mark.usefixtures("bucket")
+def test_an_output_in_a_store_is_refused(ema, command):
+    error = ema(*command).error
+    assert f"out {command[-1]}: is a URL; must be a path on a file system of this machine" in error
+    assert "copy it from or to the store by `rclone copy` or `aws s3 cp`" in error
+
+
+def test_an_import_on_this_machine_refers_to_objects(bucket, tmp_path, ema):
+    run = tmp_path / "run"
+    imported = ema("import", f"{BUCKET}/folders", "--out", run)
+    assert f"wrote a run that refers to these files: {run}" in imported.out
+    assert Run(run).average("last:2")["w"].tolist() == [35.0, 35.0, 35.0]
+    assert "is this import already" in ema("import", f"{BUCKET}/folders", "--out", run).out
+    (bucket / "folders/checkpoint-20/model.safetensors").write_bytes(b"replaced")
+    with pytest.raises(FileFormatError, match="was replaced, or has changed, since"):
+        Run(run).average("last:2")
+
+
+# --- objects and paths
+
+
+def test_an_object_is_read_by_ranges(bucket):
+    url = f"{BUCKET}/a b%20+ü"
+    path = bucket / "a b%20+ü"
+    path.write_bytes(b"0123456789")
+    data, info = store.get(url, 2, 100)
+    assert bytes(data) == b"23456789"
+    assert info.size == 10
+    assert info == store.head(url)
+    assert bytes(store.get(url, 10, 12)[0]) == b""
+    path.write_bytes(b"replaced")
+    with pytest.raises(RemoteError, match="was replaced while it was being used") as caught:
+        store.get(url, 0, 1, info.tag)
+    assert caught.value.errno == errno.ESTALE
+    with pytest.raises(FileNotFoundError):
+        store.head(f"{url}/none")
+
+
+def test_functions_that_do_not_know_about_urls_fail_and_touch_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = remote_path(RUN)
+    for call in (path.mkdir, path.touch, path.read_bytes):
+        with pytest.raises(PostHocError, match=f"^{RUN}: is a URL; must be a path on a file"):
+            call()
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_of_the_room_is_loaded_where_no_url_is_used(tmp_path):
+    code = (
+        "import sys; from posthoc_cli import Run; print(Run(sys.argv[1]))\n"
+        "print([name for name in sys.modules if name.startswith(('obstore', "
+        "'posthoc_cli.remote', 'huggingface_hub'))])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == "[]"

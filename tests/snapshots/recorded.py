@@ -20,40 +20,26 @@ from posthoc_cli.snapshots.sources import PathSketch
 from posthoc_cli.snapshots.verify import verify
 
 
-class Walk:
-    """A model whose weights follow the same walk whenever it is trained."""
-
-    def __init__(self, dtype: torch.dtype = torch.float32, scale: float = 0.1) -> None:
-        torch.manual_seed(0)
-        layers = nn.Linear(30, 20), nn.BatchNorm1d(20)
-        self.model = nn.Sequential(*layers).to(dtype)
-        self.scale = scale
-        self.generator = torch.Generator().manual_seed(1)
-
-    def train(self, tracker: PostHocEMA, steps: int) -> None:
-        for _ in range(steps):
-            for parameter in self.model.parameters():
-                change = torch.randn(parameter.shape, generator=self.generator)
-                parameter.data += self.scale * change
-            tracker.update_(self.model)
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(30, 20), nn.BatchNorm1d(20))
 
 
-def new_tracker(walk: Walk, folder: Path, **options: object) -> PostHocEMA:
-    """Return a tracker that by default writes a snapshot at every tenth step and keeps all."""
+def train(tracker: PostHocEMA, model: nn.Module, steps: int, scale: float = 0.1) -> None:
+    """Let the weights follow the same walk whenever they are trained."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        for parameter in model.parameters():
+            parameter.data += scale * torch.randn(parameter.shape, generator=generator)
+        tracker.update_(model)
+
+
+def record(folder: Path, steps: int = 60, scale: float = 0.1, **options: object) -> Path:
+    """Record a run that by default writes a snapshot at every tenth step and keeps all."""
+    model = network()
     settings = {"update_every": 1, "checkpoint_every": 10, "max_checkpoints": None, **options}
-    return PostHocEMA.from_model(walk.model, folder, **settings)  # type: ignore[arg-type]
-
-
-def record(
-    folder: Path,
-    steps: int = 60,
-    dtype: torch.dtype = torch.float32,
-    scale: float = 0.1,
-    **options: object,
-) -> Path:
-    walk = Walk(dtype, scale)
-    with new_tracker(walk, folder, **options) as tracker:
-        walk.train(tracker, steps)
+    with PostHocEMA.from_model(model, folder, **settings) as tracker:  # type: ignore[arg-type]
+        train(tracker, model, steps, scale)
     return folder
 
 

@@ -5,9 +5,6 @@ Each value of a header is checked against its annotation.
 
 import json
 import os
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 from checking import refused
@@ -21,67 +18,54 @@ from posthoc_cli.snapshots.outputs import INDEX_NAME, describe
 from posthoc_cli.snapshots.snapshot import running_statistics
 from posthoc_cli.snapshots.tensorfile import read_file
 
-Small = Callable[[str], Path]
 
-
-def craft(path: Path, header: Any, payload: int = 0, length: int | None = None) -> Path:
+def craft(path, header, payload=0):
     """Write a safetensors file with exactly this header, without checksums."""
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    if length is None:
-        length = len(text)
-    path.write_bytes(length.to_bytes(8, "little") + text + bytes(payload))
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(payload))
     return path
 
 
-def entry(begin: Any = 0, end: Any = 4, dtype: str = "F32", shape: Any = (1,)) -> dict[str, Any]:
-    return {
-        "dtype": dtype,
-        "shape": shape,
-        "data_offsets": [begin, end],
-    }
+def entry(shape="[1]", begin=0, end=4, dtype="F32"):
+    return f'{{"dtype":"{dtype}","shape":{shape},"data_offsets":[{begin},{end}]}}'.encode()
 
 
-A = b'"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
-LIES: list[tuple[Any, int]] = [
+A = b'"a":' + entry()
+LIES = [
     # duplicate keys
-    (b"{%b,%b}" % (A, A), 4),
-    (b'{"__metadata__":{},%b,"__metadata__":{}}' % A, 4),
+    b"{%b,%b}" % (A, A),
+    b'{"__metadata__":{},%b,"__metadata__":{}}' % A,
     # tensors that overlap or leave gaps, and invalid offsets
-    ({"a": entry(0, 4), "b": entry(2, 6)}, 6),
-    ({"a": entry(4, 8)}, 8),
-    ({"a": entry(-4, 0)}, 0),
-    ({"a": entry(False, 4)}, 4),
-    ({"a": entry(0.0, 4.0)}, 4),
-    ({"a": entry(2**63, 2**63 + 4)}, 4),
-    ({"a": {**entry(), "data_offsets": [0, 4, 8]}}, 4),
-    ({"a": entry(0, 10 * 2**30, shape=[10 * 2**28])}, 900),
-    (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,Infinity]}}', 4),
-    (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,%b]}}' % (b"9" * 5000), 4),
+    b'{%b,"b":%b}' % (A, entry("[2]", 0, 8)),
+    b'{"a":%b}' % entry("[0]", 2, 2),
+    b'{"a":%b}' % entry("[2]", -4, 4),
+    b'{"a":%b}' % entry(begin="false"),
+    b'{"a":%b}' % entry(begin="Infinity"),
+    b'{"a":%b}' % entry("[1]", 2**63, 2**63 + 4),
+    b'{"a":%b}' % entry("[268435456]", 0, 2**30),
+    b'{"a":%b}' % entry(begin="9" * 5000),
     # shapes and dtypes
-    ({"a": entry(shape=[-1, -1])}, 4),
-    ({"a": entry(shape=[2])}, 4),
-    ({"a": entry(shape=[1] * 65)}, 4),
-    ({"a": entry(0, 0, shape=[0, 2**59, 2**59])}, 0),
-    ({"a": entry(0, 4, "F13")}, 4),
+    b'{"a":%b}' % entry("[-1,-1]"),
+    b'{"a":%b}' % entry("[2]"),
+    b'{"a":%b}' % entry(str([1] * 65)),
+    b'{"a":%b}' % entry("[0,576460752303423488,576460752303423488]", 4),
+    b'{"a":%b}' % entry(dtype="F13"),
     # malformed entries and metadata
-    ({"a": {**entry(), "extra": 1}}, 4),
-    ({"a": {"dtype": "F32", "shape": [1]}}, 4),
-    (b'{"__metadata__":null,%b}' % A, 4),
-    (b'{"__metadata__":{"k":1},%b}' % A, 4),
-    (b'{"__metadata__":{"k":"\\ud800"},%b}' % A, 4),
+    b'{"a":{"dtype":"F32","shape":[1]}}',
+    b'{"a":{"extra":1,%b}' % entry()[1:],
+    b'{"__metadata__":null,%b}' % A,
+    b'{"__metadata__":{"k":1},%b}' % A,
+    b'{"__metadata__":{"k":"\\ud800"},%b}' % A,
     # invalid JSON, invalid UTF-8, too deep nesting
-    (b'{"a":' + b"[" * 3_000 + b"]" * 3_000 + b"}", 0),
-    (b"[]", 0),
-    (b"", 0),
-    (b"\xff\xfe{}", 0),
-    (b'{"__metadata__":{},%b} x' % A, 4),
-    (b'{"__metadata__":{},"\\u0000"%b}' % A[3:], 4),
+    b'{"a":' + b"[" * 3_000 + b"]" * 3_000 + b"}",
+    b"[]",
+    b"\xff\xfe{}",
+    b"{%b} x" % A,
 ]
 
 
-@pytest.mark.parametrize(("header", "size"), LIES)
-def test_a_false_header_is_refused(tmp_path: Path, header: Any, size: int) -> None:
-    path = craft(tmp_path / "x.safetensors", header, size)
+@pytest.mark.parametrize("header", LIES)
+def test_a_false_header_is_refused(tmp_path, header):
+    path = craft(tmp_path / "x.safetensors", header, 4)
     with pytest.raises(FileFormatError) as caught:
         read_file(path)
     assert caught.value.subject == str(path)
@@ -90,18 +74,16 @@ def test_a_false_header_is_refused(tmp_path: Path, header: Any, size: int) -> No
 
 
 @pytest.mark.parametrize("length", [3, 10**8 + 1, 2**64 - 1])
-def test_an_impossible_header_length_is_refused_before_memory_is_allocated(
-    tmp_path: Path,
-    length: int,
-) -> None:
-    path = craft(tmp_path / "x.safetensors", b"{}", length=length)
+def test_an_impossible_header_length_is_refused_before_memory_is_allocated(tmp_path, length):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + b"{}")
     if length == 10**8 + 1:
         os.truncate(path, 2 * length)  # the header would fit; the rest of the file is a hole
     with pytest.raises(FileFormatError, match=f"header would take {length:,} bytes"):
         read_file(path)
 
 
-def test_more_tensors_than_any_model_has_are_refused(tmp_path: Path) -> None:
+def test_more_tensors_than_any_model_has_are_refused(tmp_path):
     """700,000 empty tensors once took minutes."""
     path = craft(tmp_path / "a.safetensors", b'"dtype"' * 200_001)
     message = "its header names 200,001 tensors; at most 200,000 are allowed"
@@ -109,9 +91,7 @@ def test_more_tensors_than_any_model_has_are_refused(tmp_path: Path) -> None:
         read_file(path)
 
 
-def test_more_values_than_any_header_has_are_refused_before_they_are_parsed(
-    tmp_path: Path,
-) -> None:
+def test_more_values_than_any_header_has_are_refused_before_they_are_parsed(tmp_path):
     """A value takes up to 90 bytes of memory, and two in the file."""
     values = b'{"a":[%b0]}' % (3_300_000 * b"0,")
     path = craft(tmp_path / "a.safetensors", values)
@@ -119,21 +99,13 @@ def test_more_values_than_any_header_has_are_refused_before_they_are_parsed(
         read_file(path)
 
 
-def containers(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+def containers(inner):
     keys = st.text(max_size=8)
     return st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3)
 
 
-json_values = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(st.characters())
-    | st.just(2**70),
-    containers,
-    max_leaves=6,
-)
+plain = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters())
+json_values = st.recursive(plain, containers, max_leaves=6)
 
 
 @settings(deadline=None, max_examples=60)
@@ -141,18 +113,13 @@ json_values = st.recursive(
     key=st.sampled_from(["a", "dtype", "shape", "data_offsets", "new"]),
     value=json_values,
 )
-def test_any_foreign_header_is_refused_or_tiles_the_payload(
-    tmp_path_factory: pytest.TempPathFactory,
-    key: str,
-    value: Any,
-) -> None:
-    folder = tmp_path_factory.getbasetemp()
-    header = {"a": entry(0, 4), "b": entry(4, 8)}
+def test_any_foreign_header_is_refused_or_tiles_the_payload(tmp_path_factory, key, value):
+    header = {"a": json.loads(entry()), "b": json.loads(entry("[1]", 4, 8))}
     container = header["a"] if key in header["a"] else header
     container[key] = value
-    made = craft(folder / "x.safetensors", header, 8)
+    path = tmp_path_factory.getbasetemp() / "x.safetensors"
     try:
-        found = read_file(made)
+        found = read_file(craft(path, json.dumps(header).encode(), 8))
     except FileFormatError as error:
         assert str(error).isprintable()
         return
@@ -162,21 +129,18 @@ def test_any_foreign_header_is_refused_or_tiles_the_payload(
 # --- foreign files
 
 
-def test_metadata_may_be_anywhere_in_the_header(tmp_path: Path) -> None:
+def test_metadata_may_be_anywhere_in_the_header(tmp_path):
     text = b' { %b , "__metadata__" : {"k":"a},\\"b"} }' % A
     header = read_file(craft(tmp_path / "x", text, 4))
     assert header.metadata == {"k": 'a},"b'}
-    assert [*header.entries] == ["a"]
-    only = header.entries["a"]
-    assert only.dtype == "F32"
-    assert only.shape == (1,)
-    assert only.nbytes == 4
+    assert header.entries["a"].nbytes == 4
 
 
 @pytest.mark.parametrize("name", ["../../x", "a\nb", "nul\0"])
-def test_a_name_is_never_a_path_and_is_shown_escaped(tmp_path: Path, name: str) -> None:
+def test_a_name_is_never_a_path_and_is_shown_escaped(tmp_path, name):
     (tmp_path / "folder").mkdir()
-    path = craft(tmp_path / "folder" / "x.safetensors", {name: entry(0, 8)}, 8)
+    wrong = {name: json.loads(entry("[1]", 0, 8))}
+    path = craft(tmp_path / "folder" / "x.safetensors", json.dumps(wrong).encode(), 8)
     with pytest.raises(FileFormatError) as caught:
         read_file(path)
     assert repr(name) in str(caught.value) or "no Unicode text" in str(caught.value)
@@ -188,27 +152,24 @@ def test_a_name_is_never_a_path_and_is_shown_escaped(tmp_path: Path, name: str) 
 
 
 IMPOSSIBLE = {
-    "snapshot": {
-        "format": ["2", '"3"'],
-        "run_id": ['"short"'],
-        "sums": [f'"{"0" * 32}"', "{}", f'"{"0" * 48}"'],
-        "t": ["-1.0", "1e300"],
-        "t_first": ["0", "5e-324"],  # products of such times overflow or underflow
-        "schedule": ['{"update_every":1}', '{"update_every":true}'],
-        "tensors": [
-            "{}",
-            '{"sum F32":["a"],"copy I16":["b"]}',
-            '{"average F13":["a"],"copy I16":["b"]}',
-            '{"average I64":["a"],"copy I16":["b"]}',
-            '{"average F32":["a"],"copy F16":["b"]}',
-        ],
-        "aliases": ['{"tied":"missing"}', '{"a":"b"}', '{"__metadata__":"a"}'],
-        "selection": ["{}"],
-        "measurements": ['{"norm":-1,"rounding":0}', '{"norm":1e999,"rounding":0}'],
-        "sigma_rels": ["[]", "[true]"],
-        "kind": ['"output"', '"elsewhere"'],
-    },
-    "output": {"t": ["1e300"], "predicted_error": ["-1e-9"]},
+    "format": ["2", '"3"'],
+    "run_id": ['"short"'],
+    "sums": [f'"{"0" * 32}"', "{}"],
+    "t": ["-1.0", "1e300"],
+    "t_first": ["0", "5e-324"],  # products of such times overflow or underflow
+    "schedule": ['{"update_every":1}', '{"update_every":true}'],
+    "tensors": [
+        "{}",
+        '{"sum F32":["a"],"copy I16":["b"]}',
+        '{"average F13":["a"],"copy I16":["b"]}',
+        '{"average I64":["a"],"copy I16":["b"]}',
+        '{"average F32":["a"],"copy F16":["b"]}',
+    ],
+    "aliases": ['{"tied":"missing"}', '{"a":"b"}', '{"__metadata__":"a"}'],
+    "selection": ["{}"],
+    "measurements": ['{"norm":-1,"rounding":0}', '{"norm":1e999,"rounding":0}'],
+    "sigma_rels": ["[]", "[true]"],
+    "kind": ['"output"', '"elsewhere"'],
 }
 ODD = (
     "null",
@@ -227,7 +188,7 @@ ODD = (
 )
 
 
-def is_refused(path: Path, made: bytes, key: str, text: str) -> bool:
+def is_refused(path, made, key, text):
     """Return whether a value in a sealed header is refused, which takes one short line about the
     file."""
     path.write_bytes(made)
@@ -241,68 +202,59 @@ def is_refused(path: Path, made: bytes, key: str, text: str) -> bool:
     return False
 
 
-EITHER_KIND = pytest.mark.parametrize("kind", ["snapshot", "output"])
+@pytest.mark.parametrize("key", IMPOSSIBLE)
+def test_an_impossible_value_in_a_sealed_header_is_refused(small, key):
+    path = small("snapshot")
+    made = path.read_bytes()
+    for text in IMPOSSIBLE[key]:
+        assert is_refused(path, made, key, text), text
 
 
-@EITHER_KIND
-def test_a_value_in_a_sealed_header_is_refused_in_one_line_or_is_valid(
-    small: Small,
-    kind: str,
-) -> None:
+@pytest.mark.parametrize("kind", ["snapshot", "output"])
+def test_an_odd_value_in_a_sealed_header_is_refused_in_one_line_or_is_valid(small, kind):
     path = small(kind)
     made = path.read_bytes()
     content = read_file(path).content
-    for key, texts in IMPOSSIBLE[kind].items():
-        for text in texts:
-            assert is_refused(path, made, key, text), (key, text)
     refusals = 0
     for key in content:
         refusals += sum(is_refused(path, made, key, text) for text in ODD)
     assert refusals > 0.8 * len(content) * len(ODD)
 
 
-@EITHER_KIND
-def test_a_missing_key_is_named(small: Small, kind: str) -> None:
-    for key in ("run_id", "t_unit"):
-        with pytest.raises(FileFormatError, match=rf"{key}: is missing"):
-            examine(forge(small(kind), {key: None}))
+def test_a_missing_key_is_named(small):
+    with pytest.raises(FileFormatError, match="run_id: is missing"):
+        examine(forge(small("snapshot"), {"run_id": None}))
 
 
-@EITHER_KIND
-def test_a_missing_checksum_is_an_error_and_sealing_alone_changes_nothing(
-    small: Small,
-    kind: str,
-) -> None:
-    path = small(kind)
-    before = examine(path)
-    assert examine(forge(path, {})) == before
+@pytest.mark.parametrize("mark", [b'"ema.checksum"', b'"ema":'])
+def test_a_missing_checksum_is_an_error(small, mark):
+    path = small("snapshot")
     data = path.read_bytes()
-    for mark in (b'"ema.checksum"', b'"ema":'):
-        path.write_bytes(data.replace(mark, mark.replace(b"ema", b"emb"), 1))
-        with pytest.raises(FileFormatError, match="its checksum does not match"):
-            examine(path)
+    path.write_bytes(data.replace(mark, mark.replace(b"ema", b"emb"), 1))
+    with pytest.raises(FileFormatError, match="its checksum does not match"):
+        examine(path)
 
 
 # --- an index of shards names only files in its own folder
 
 END = ".safetensors"
-NAMES = (
-    f"a{END}.bak",
-    f".a{END}",
-    f"a/b{END}",
-    f"a\\b{END}",
-    f"C:a{END}",
-    f"a\u202e{END}",
-    "x" * (256 - len(END)) + END,
-    1,
+
+
+@pytest.mark.parametrize(
+    "name",
+    [f"a{END}.bak", f".a{END}", f"a/b{END}", f"a\\b{END}", f"C:a{END}", f"a\u202e{END}", 1],
 )
-INDEXES = [json.dumps({"weight_map": {"w\x1b": name}}) for name in NAMES]
-INDEXES += ["[]", '{"weight_map":[]}', '{"weight_map":{}}']
+def test_a_hostile_name_in_an_index_is_refused(tmp_path, name):
+    refuse_index(tmp_path, json.dumps({"weight_map": {"w\x1b": name}}))
 
 
-@pytest.mark.parametrize("text", INDEXES, ids=map(str, range(len(INDEXES))))
-def test_a_false_or_hostile_index_is_named(tmp_path: Path, text: str) -> None:
-    index = tmp_path / INDEX_NAME
+@pytest.mark.parametrize("text", ["[]", '{"weight_map":[]}', '{"weight_map":{}}'])
+def test_a_false_index_is_refused(tmp_path, text):
+    refuse_index(tmp_path, text)
+
+
+def refuse_index(folder, text):
+    index = folder / INDEX_NAME
     index.write_text(text)
     with pytest.raises(FileFormatError) as caught:
         describe(index)
@@ -310,7 +262,7 @@ def test_a_false_or_hostile_index_is_named(tmp_path: Path, text: str) -> None:
     assert str(caught.value).isprintable()
 
 
-def test_running_statistics_are_those_of_layers_that_have_all() -> None:
+def test_running_statistics_are_those_of_layers_that_have_all():
     statistics = {"a.running_mean", "a.running_var"}
     others = {"a.num_batches_tracked", "b.running_mean", "running_meaning"}
     assert running_statistics([*statistics, *others]) == statistics

@@ -2,21 +2,16 @@
 
 import errno
 import fcntl
-import logging
 import os
 import re
 import threading
-from collections.abc import Iterator
-from pathlib import Path
+from unittest import mock
 
 import forked
 import pytest
-from ema_command import Ema
-from factories import contents, tiny_model
+from factories import contents
 from snapshots.recorded import failing
-from tracker.runs import track, update
 
-from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import LockedError, WriteError
 from posthoc_cli.snapshots.directory import LOCK_NAME, DirectoryLock
 
@@ -32,44 +27,32 @@ OTHER_TRACKER = rf"another tracker of this process {os.getpid()} on "
 
 
 @pytest.fixture
-def held(tmp_path: Path) -> Iterator[DirectoryLock]:
+def held(tmp_path):
     with DirectoryLock(tmp_path) as lock:
         yield lock
 
 
-def refused(directory: Path, message: str) -> None:
+def refused(directory, message):
     with pytest.raises(LockedError, match=message) as caught:
         DirectoryLock(directory)
     assert str(directory) in str(caught.value)
 
 
-def test_a_second_lock_is_refused_until_the_first_is_released(
-    tmp_path: Path,
-    held: DirectoryLock,
-) -> None:
+def test_a_second_lock_is_refused_until_the_first_is_released(tmp_path, held):
     refused(tmp_path, OTHER_TRACKER)
-    (tmp_path / "another").mkdir()
-    DirectoryLock(tmp_path / "another").release()
     held.release()
-    second = DirectoryLock(tmp_path)
-    held.release()  # a second release has no effect
-    refused(tmp_path, OTHER_TRACKER)
-    second.release()
+    with DirectoryLock(tmp_path):
+        held.release()  # a second release has no effect
+        refused(tmp_path, OTHER_TRACKER)
 
 
-def test_another_process_is_named_and_its_lock_is_free_when_it_was_killed(tmp_path: Path) -> None:
+def test_another_process_is_named_and_its_lock_is_free_when_it_was_killed(tmp_path):
     with forked.waiting(HOLDER, tmp_path) as process:
         refused(tmp_path, rf"process {process.pid} on .* is writing here")
-        process.kill()
-        process.wait()
-        mine = DirectoryLock(tmp_path)
-    refused(tmp_path, OTHER_TRACKER)
-    mine.release()
+    DirectoryLock(tmp_path).release()
 
 
-def test_the_end_of_a_forked_child_does_not_release_the_lock_and_that_of_the_holder_does(
-    tmp_path: Path,
-) -> None:
+def test_the_end_of_a_forked_child_does_not_release_the_lock_and_that_of_the_holder_does(tmp_path):
     """Workers of a DataLoader are such children."""
     child = """
 child = os.fork()
@@ -99,23 +82,19 @@ DirectoryLock(Path(sys.argv[1])).release()
 @pytest.mark.parametrize(
     ("text", "holder"),
     [
-        (b"process 7 on h\x1b[31m", r"process 7 on h\\x1b\[31m"),
+        (b"process 7 on h\x1b[31m", r"process 7 on h\x1b[31m"),
         (b"", "another process"),
         (b"\xff", "\ufffd"),
     ],
 )
 @pytest.mark.usefixtures("held")
-def test_the_holder_is_named_escaped_or_as_another_process(
-    tmp_path: Path,
-    text: bytes,
-    holder: str,
-) -> None:
+def test_the_holder_is_named_escaped_or_as_another_process(tmp_path, text, holder):
     (tmp_path / LOCK_NAME).write_bytes(text)
-    refused(tmp_path, f"^{re.escape(str(tmp_path))}: {holder} is writing here")
+    refused(tmp_path, f": {re.escape(holder)} is writing here")
 
 
 @pytest.mark.usefixtures("held")
-def test_a_holder_that_has_not_yet_written_its_name_is_awaited(tmp_path: Path) -> None:
+def test_a_holder_that_has_not_yet_written_its_name_is_awaited(tmp_path):
     note = tmp_path / LOCK_NAME
     name = note.read_bytes()
     note.write_bytes(b"")
@@ -125,7 +104,7 @@ def test_a_holder_that_has_not_yet_written_its_name_is_awaited(tmp_path: Path) -
     later.join()
 
 
-def test_a_holder_that_releases_the_lock_is_awaited(tmp_path: Path, held: DirectoryLock) -> None:
+def test_a_holder_that_releases_the_lock_is_awaited(tmp_path, held):
     (tmp_path / LOCK_NAME).write_bytes(b"")
     later = threading.Timer(0.1, held.release)
     later.start()
@@ -136,53 +115,37 @@ def test_a_holder_that_releases_the_lock_is_awaited(tmp_path: Path, held: Direct
 # --- errors of the system
 
 
-@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EIO])
+def refuse_locks(monkeypatch, code):
+    refusal = mock.Mock(side_effect=OSError(code, os.strerror(code)))
+    monkeypatch.setattr(fcntl, "flock", refusal)
+
+
 def test_without_locks_in_the_file_system_a_warning_says_what_is_not_protected(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-    code: int,
-) -> None:
-    """Any other reason is an error, and the lock is not held."""
+    tmp_path, caplog, monkeypatch
+):
+    refuse_locks(monkeypatch, errno.ENOLCK)
+    DirectoryLock(tmp_path).release()
+    reason = "no locks on this file system (no locks available)"
+    advice = "make sure that nothing else writes"
+    assert caplog.messages == [f"{tmp_path}: {reason}: {advice}"]
 
-    def refuse(*_: object) -> None:
-        raise OSError(code, os.strerror(code))
 
+def test_any_other_reason_is_an_error_and_the_lock_is_not_held(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(fcntl, "flock", refuse)
-        if code == errno.EIO:
-            with pytest.raises(WriteError, match="cannot be written: input/output error"):
-                DirectoryLock(tmp_path)
-        else:
-            model = tiny_model()
-            with track(model, tmp_path, checkpoint_every=1) as tracker:
-                tracker.update_(model)
-            (record,) = (record for record in caplog.records if record.levelno >= logging.WARNING)
-            reason = f"no locks on this file system ({os.strerror(code).lower()})"
-            advice = "make sure that nothing else writes"
-            assert record.getMessage() == f"{tmp_path}: {reason}: {advice}"
+        refuse_locks(patched, errno.EIO)
+        with pytest.raises(WriteError, match="cannot be written: input/output error"):
+            DirectoryLock(tmp_path)
     DirectoryLock(tmp_path).release()
 
 
 # --- a file system without permission to write
 
 
-def test_readers_need_no_lock_and_writers_get_an_error(tmp_path: Path, ema: Ema) -> None:
-    model = tiny_model()
-    run = tmp_path / "run"
-    out = tmp_path / "out.safetensors"
-    with track(model, run, checkpoint_every=1) as tracker:
-        update(tracker, model, 5)
+def test_a_pruning_without_permission_to_delete_is_one_line(run, ema):
     before = contents(run)
-    with (
-        failing("open_new", errno.EROFS, lambda path: path.is_relative_to(run)),
-        failing("unlink", errno.EROFS),
-    ):
-        assert ema("verify", run).code == 0
+    with failing("unlink", errno.EROFS):
         assert ema("prune", run, "--keep", "2", "--dry-run").code == 0
-        assert PostHocEMA.from_path(run, model).state_dict(sigma_rel=0.15)
         result = ema("prune", run, "--keep", "2", "--yes")
-        assert result.code == 1
-        assert "cannot be removed: read-only file system" in result.error
-    assert ema("synthesize", run, "--sigma-rel", "0.15", "--out", out).code == 0
-    assert contents(run) == before
+    assert result.code == 1
+    assert "cannot be removed: read-only file system" in result.error
+    assert contents(run).items() >= before.items()

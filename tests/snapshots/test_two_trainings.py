@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -14,7 +11,7 @@ from posthoc_cli import Run
 ELEMENTS = 500
 
 
-def walk(seed: int, steps: int = 100, rate: float = 0.02) -> np.ndarray:
+def walk(seed, steps=100, rate=0.02):
     """Return the weights of a training after each step, [steps, elements], of norm about 1 each."""
     random = np.random.default_rng(seed)
     motion = rate * random.standard_normal((steps, ELEMENTS))
@@ -29,47 +26,38 @@ FAST = np.vstack([FIRST[:50], FIRST[49] + LARGER - LARGER[0]])
 """As after a restart with a larger learning rate."""
 EVEN = range(5, 100, 5)
 UNEVEN = (1, 2, 3, 50, 51, 52, 98, 99)
-
-
 NUMBERS = np.arange(100)[:, None]
-IN_TURNS = np.where(NUMBERS % 10, FIRST, SECOND)
-ONE_AFTER_ANOTHER = np.where(NUMBERS < 50, FIRST, SECOND)
-ABANDONED = FIRST[30] + SECOND - SECOND[30]
-"""Goes on from step 30 of the first training."""
-ANOTHER_FINE_TUNING = np.where(NUMBERS < 50, FIRST, FIRST[5] + SECOND - SECOND[50])
-"""Both began with the weights of step 5."""
-RESUMED = np.where((NUMBERS == 45) | (NUMBERS == 55), ABANDONED, FIRST)
+FINE_TUNING = FIRST[5] + SECOND - SECOND[50]
+"""Begins with the weights of step 5 of the first one."""
 SAVED_TWICE = FIRST[np.arange(100) // 10 * 10]
-STRAY = np.where(NUMBERS == 55, ABANDONED, FIRST)
+STRAY = np.where(NUMBERS == 55, FIRST[30] + SECOND - SECOND[30], FIRST)
+"""With a file of a branch that began at step 30."""
 
 
-def count_warnings(
-    folder: Path,
-    path: np.ndarray,
-    steps: Sequence[int],
-    caplog: pytest.LogCaptureFixture,
-) -> int:
+def plan(folder, path, steps):
+    """Save the weights at some steps of a path, and plan an average of them."""
     for step in steps:
         state = {"w": torch.from_numpy(path[step]).float()}
         torch.save(state, folder / f"step{step}.pt")
     Run(folder).plan(0.1)
-    return caplog.text.count("name the files of one training by a glob")
 
 
-@pytest.mark.parametrize("path", [IN_TURNS, ONE_AFTER_ANOTHER, ANOTHER_FINE_TUNING, RESUMED, STRAY])
-def test_files_of_two_trainings_are_warned_of(
-    path: np.ndarray,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    assert count_warnings(tmp_path, path, EVEN, caplog) == 1
+@pytest.mark.parametrize(
+    "path",
+    [
+        np.where(NUMBERS % 10, FIRST, SECOND),
+        np.where(NUMBERS < 50, FIRST, SECOND),
+        np.where(NUMBERS < 50, FIRST, FINE_TUNING),
+    ],
+    ids=["in turns", "one after another", "another fine-tuning"],
+)
+def test_files_of_two_trainings_are_warned_of(path, tmp_path, caplog):
+    plan(tmp_path, path, EVEN)
+    assert caplog.text.count("name the files of one training by a glob") == 1
 
 
-def test_a_file_of_an_abandoned_branch_is_named(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    count_warnings(tmp_path, STRAY, EVEN, caplog)
+def test_a_file_of_an_abandoned_branch_is_named(tmp_path, caplog):
+    plan(tmp_path, STRAY, EVEN)
     assert "step50.pt and step60.pt are closer to each other than to step55.pt" in caplog.text
 
 
@@ -83,12 +71,8 @@ def test_a_file_of_an_abandoned_branch_is_named(
         (SAVED_TWICE, EVEN),
     ],
 )
-def test_files_of_one_training_are_not(
-    path: np.ndarray,
-    steps: Sequence[int],
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_files_of_one_training_are_not(path, steps, tmp_path, caplog):
     """Also with other intervals, from a beginning at zero, with a larger learning rate after a
     restart, at rest, and with weights that were saved twice."""
-    assert count_warnings(tmp_path, path, steps, caplog) == 0
+    plan(tmp_path, path, steps)
+    assert "files of one training" not in caplog.text

@@ -10,11 +10,12 @@ import random
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from factories import snapshots_in
 
@@ -104,14 +105,14 @@ def errors_at_every_operation(folder: Path, share: float, seed: int) -> Tally:
     counting = Faulty()
     chance = random.Random(seed)
     reference = Work(folder / "reference")
-    with installed(counting.do):
+    with installed(counting):
         reference.do()
     for kind in KINDS:
         able = [at for at, name in enumerate(counting.operations) if can_fail(name, kind)]
         for at in chance.sample(able, max(1, round(share * len(able)))):
             system = Faulty(at, kind)
             work = Work(folder / "faulty", make_room=system.make_room)
-            with tally.judged(f"{kind} at operation {at}", refusable=False), installed(system.do):
+            with tally.judged(f"{kind} at operation {at}", refusable=False), installed(system):
                 work.do()
             if system.failed:
                 _judge(tally, system.failed, work, reference)
@@ -131,18 +132,18 @@ def _judge(tally: Tally, fault: str, work: Work, reference: Work) -> None:
         tally.missed.append(f"{fault}: {reason}")
 
 
-@contextmanager
-def installed(do: Callable[..., Any]) -> Iterator[None]:
-    """Let every file operation of the block be a call of `do` with its name and arguments."""
-    before = files.system
-    files.system = files.FileSystem()
-    for name in vars(files.FileSystem):
-        if name[0] != "_":
-            setattr(files.system, name, partial(do, name))
-    try:
-        yield
-    finally:
-        files.system = before
+class Watched:
+    """A file system whose operations are calls of `do` with their names and arguments."""
+
+    def do(self, name: str, *arguments: Any) -> Any:
+        raise NotImplementedError
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return partial(self.do, name)
+
+
+def installed(system: Watched) -> AbstractContextManager[object]:
+    return mock.patch.object(files, "system", system)
 
 
 def really(name: str, *arguments: Any) -> Any:
@@ -153,7 +154,7 @@ def really(name: str, *arguments: Any) -> Any:
     return operation(*arguments)
 
 
-ERRORS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "EACCES": errno.EACCES}
+ERRORS = ("EIO", "ENOSPC", "EACCES")
 KINDS = (*ERRORS, "short", "torn", "full")
 """The faults: one error; a short read or write, which is allowed; half a write, then an error; a
 full disk until `make_room`."""
@@ -169,7 +170,7 @@ def can_fail(name: str, kind: str) -> bool:
     return name not in NEVER and name in HALVED.get(kind, (name,))
 
 
-class Faulty:
+class Faulty(Watched):
     """A file system that fails with a fault of KINDS at the operation number `at`, counted from 0,
     if given."""
 
@@ -193,7 +194,7 @@ class Faulty:
                 self.failed = f"{self._kind} at operation {self._at}, {name} {arguments[:1]}"
                 self._full = self._kind == "full"
         if (fails and self._kind in ERRORS) or (self._full and name in TAKE_ROOM):
-            code = ERRORS.get(self._kind, errno.ENOSPC)
+            code = getattr(errno, self._kind, errno.ENOSPC)
             raise OSError(code, os.strerror(code))
         if fails and self._kind in HALVED:
             descriptor, view, offset = arguments
@@ -225,7 +226,7 @@ def crashes_at_every_operation(folder: Path, share: float, seed: int) -> Tally:
 
     disk = Disk(folder / "first", crash)
     first = Work(folder / "first", disk.keep)
-    with installed(disk.do):
+    with installed(disk):
         first.do()
     newest = {name for name in first.snapshots() if name.startswith(f"{STEPS:016d}")}
     for each in crashes:
@@ -259,21 +260,18 @@ class Crash:
 
 
 @dataclass(eq=False)
-class Inode:
-    data: bytes = b""  # the current content of a file
-    durable: bytes = b""
-
-    def write(self, written: bytes, offset: int) -> None:
-        before = self.data[:offset].ljust(offset, b"\0")
-        after = self.data[offset + len(written) :]
-        self.data = before + written + after
+class File:
+    data: bytes = b""
+    durable: bytes = b""  # what it was at the last sync
 
 
-FOLDER = Inode()  # the entry of every directory
-Entries = dict[Path, Inode | None]  # by path; None for a removed name
+FOLDER = File()  # the entry of every directory
+Entries = dict[Path, File | None]  # by path; None for a removed name
+WATCHED = (".safetensors", ".json", ".tmp")
+"""The endings of files, and of temporary folders, that are written through `files.system`."""
 
 
-class Disk:
+class Disk(Watched):
     """The real file system without syncs, and what a crash would leave of all below `root`; it
     calls `after`."""
 
@@ -283,11 +281,11 @@ class Disk:
         self._lock = threading.Lock()
         # snapshots that were durable and have not been removed or replaced since
         self.kept: dict[str, bytes] = {}
+        self._files: dict[int, File] = {}  # by the number of their inode
         self._now: Entries = {}
         self._durable: Entries = {}
         # atomic operations on directories that are not synced yet
         self._pending: list[Entries] = []
-        self._open: dict[int, Inode] = {}  # by descriptor
 
     def keep(self, contents: dict[str, bytes]) -> None:
         with self._lock:
@@ -298,45 +296,46 @@ class Disk:
             return really(name, *arguments)
         with self._lock:
             done = really(name, *arguments)
-            self._follow(name, done, *arguments)
+            if name == "open_new":
+                self._files[os.fstat(done).st_ino] = File()
+            elif name in ("write", "fsync"):
+                self._change(name, arguments[0])
+            elif name in ("unlink", "rename"):
+                self._forget(arguments[-1])
+            self._compare()
+            if name == "fsync_directory":
+                self._sync(arguments[0])
             if name not in ("open", "close"):
                 self._after(f"{name} {arguments[0]}")
             return done
 
-    def _follow(self, name: str, done: Any, path: Any, *more: Any) -> None:
-        """Update the picture of the disk; `path` is a descriptor of an open file."""
-        if name == "open_new":
-            self._open[done] = Inode()
-            self._edit({path: self._open[done]})
-        elif name == "open":
-            self._open[done] = self._now.get(path) or Inode()
-        elif name == "write":
-            view, offset = more
-            self._open[path].write(view[:done], offset)
-        elif name == "fsync":
-            self._open[path].durable = self._open[path].data
-        elif name == "fsync_directory":
-            self._sync(path)
-        elif name == "rename":
-            (target,) = more
-            self._forget(target)
-            self._move(path, target)
-        elif name == "link":
-            (target,) = more
-            self._edit({target: self._now[path]})
-        elif name == "unlink":
-            self._forget(path)
-            self._edit({path: None})
-        elif name == "remove_directory":
-            self._edit({path: None})
-        elif name == "make_directory" and self._now.get(path) is None:
-            self._edit({path: FOLDER})
+    def _change(self, name: str, descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        file = self._files[status.st_ino]
+        if name == "write":
+            file.data = os.pread(descriptor, status.st_size, 0)
+        else:
+            file.durable = file.data
 
     def _forget(self, path: Path) -> None:
         """What is removed or replaced need not last."""
         if path.parent == self._root / "run":
-            self.kept = self.kept.copy()
             self.kept.pop(path.name, None)
+
+    def _compare(self) -> None:
+        """Take the changes of names for one operation."""
+        now: Entries = {}
+        for path in self._root.rglob("*"):
+            if path.is_dir():
+                now[path] = FOLDER
+            elif path.suffix in WATCHED:
+                now[path] = self._files[path.lstat().st_ino]
+        edits: Entries = {}
+        for path in now.keys() | self._now.keys():
+            if now.get(path) is not self._now.get(path):
+                edits[path] = now.get(path)
+        self._pending.append(edits)
+        self._now = now
 
     def _sync(self, directory: Path) -> None:
         pending = []
@@ -346,20 +345,6 @@ class Disk:
             else:
                 pending.append(edits)
         self._pending = pending
-
-    def _move(self, path: Path, target: Path) -> None:
-        """Rename a file, or a folder, which takes along what it holds."""
-        edits: Entries = {}
-        moved: Entries = {}
-        for entry, inode in self._now.items():
-            if inode and entry.is_relative_to(path):
-                edits[entry] = None
-                moved[target / entry.relative_to(path)] = inode
-        self._edit(edits | moved)
-
-    def _edit(self, edits: Entries) -> None:
-        self._pending.append(edits)
-        self._now |= edits
 
     def leave(self, place: Path, crash: str, chance: random.Random) -> None:
         """Build in `place` what is on the disk after a "kill" of the process, or after a loss of
@@ -373,14 +358,14 @@ class Disk:
             for edits in self._pending:
                 if chance.random() < 0.5:
                     entries |= edits
-        for name, inode in sorted(entries.items()):
+        for name, file in sorted(entries.items()):
             path = place / name.relative_to(self._root)
-            if inode is FOLDER and path.parent.exists():
+            if file is FOLDER and path.parent.exists():
                 path.mkdir()
-            elif inode and path.parent.exists():
-                data = inode.data if crash == "kill" else inode.durable
-                if crash == "some" and inode.data != data:
-                    size = len(inode.data)
-                    left = inode.data[: chance.randrange(size + 1)]
+            elif file and path.parent.exists():
+                data = file.data if crash == "kill" else file.durable
+                if crash == "some" and file.data != data:
+                    size = len(file.data)
+                    left = file.data[: chance.randrange(size + 1)]
                     data = chance.choice((data, left, left.ljust(size, b"\0")))
                 path.write_bytes(data)

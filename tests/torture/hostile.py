@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from checkpoint_layouts import LAYOUTS, walk
 from ema_command import run_ema
-from factories import INDEX, random_walk, split_snapshot, write_run
+from factories import INDEX, contents, random_walk, split_snapshot, write_run
 from snapshots.recorded import SMALL, Content, examine, small_output, small_snapshot, used
 from tracker.runs import track
 
@@ -168,28 +168,34 @@ def _meet(home: Path, place: str, thing: str, command: str, tally: Tally) -> Non
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     put(thing, path, home)
-    before = _outside(home)
+    outside = contents(home / "outside")
+    temporaries = {*home.rglob(".ema-*.tmp")}
     tally.tried += 1
     with tally.judged(what):
-        if not command:
-            _track(home)
+        if command:
+            tally.missed += _unclear(what, command)
         else:
-            result = run_ema(*command.split())
-            errors = [line for line in result.err.splitlines() if line.startswith("ema: error: ")]
-            errors += re.findall("^problem.*", result.out, re.MULTILINE)[:1]  # of `ema info`
-            is_usual = result.code in (0, 1, 2) and "Traceback" not in result.err
-            if not is_usual or len(errors) != (result.code > 0):
-                tally.missed.append(f"{what}: ended with {result.code}: {result.err[-500:]!a}")
+            _track(home)
     if (home / "executed").exists():
         tally.executed.append(f"{what}: the pickle was loaded")
-    now = _outside(home)
     # An output folder that is itself a link is followed, since the user has named it; links in it
     # never are.
     is_followed = path.is_symlink() and path.is_dir() and place in command.split()
-    if now[0] != before[0] and not is_followed:
+    if contents(home / "outside") != outside and not is_followed:
         tally.executed.append(f"{what}: something outside was changed")
-    if now[1] != before[1]:
+    if {*home.rglob(".ema-*.tmp")} != temporaries:
         tally.lost.append(f"{what}: temporaries were left")
+
+
+def _unclear(what: str, command: str) -> list[str]:
+    """Run a command; return a line unless it ends as usual, with one error if it fails."""
+    result = run_ema(*command.split())
+    errors = [line for line in result.err.splitlines() if line.startswith("ema: error: ")]
+    errors += re.findall("^problem.*", result.out, re.MULTILINE)[:1]  # of `ema info`
+    is_usual = result.code in (0, 1, 2) and "Traceback" not in result.err
+    if is_usual and len(errors) == (result.code > 0):
+        return []
+    return [f"{what}: ended with {result.code}: {result.err[-500:]!a}"]
 
 
 def _track(home: Path) -> None:
@@ -201,14 +207,6 @@ def _track(home: Path) -> None:
         tracker.update_(model)
         tracker.load_state_dict(state)
         tracker.update_(model)
-
-
-def _outside(home: Path) -> tuple[dict[str, Any], set[Path]]:
-    """Return the names, content and modes of the files of another user; and all temporary files."""
-    others = {}
-    for path in (home / "outside").iterdir():
-        others[path.name] = (path.read_bytes(), path.stat().st_mode)
-    return others, {*home.rglob(".ema-*.tmp")}
 
 
 # --- checkpoints

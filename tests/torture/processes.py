@@ -12,7 +12,14 @@ from forked import EMA, Forked
 from groups import SETTINGS, start_group, truth
 
 from posthoc_cli import Run
-from torture.training import SIGMA_RELS, Tally, remove_half_begun, wrong_output, wrong_snapshots
+from torture.training import (
+    SIGMA_RELS,
+    Tally,
+    away,
+    remove_half_begun,
+    wrong_output,
+    wrong_snapshots,
+)
 
 # --- trainings killed and resumed by their own script
 
@@ -25,7 +32,7 @@ from torture.training import train
 torch.set_num_threads(1)
 settings = {{"update_every": 2, "checkpoint_every": 4, "max_checkpoints": int(sys.argv[2]) or None}}
 saves = range(8, {STEPS} + 1, 8)
-train(Path(sys.argv[1]), {STEPS}, saves, rows=7500, **settings)  # 120 kB a snapshot
+train(Path(sys.argv[1]), {STEPS}, saves, **settings)
 """
 
 
@@ -183,11 +190,8 @@ def _wrong_averages(run: Path, steps: Iterable[int]) -> list[str]:
             for name, right in exact.items():
                 # A float32 average is rounded once when stored, and each time that a training is
                 # resumed from it.
-                difference = snapshot.tensor(name).double() - right
-                away = float(difference.abs().max())
-                if not away <= 1e-6 * float(right.abs().max()):
-                    what = f"{snapshot.path.name}: {name}"
-                    lines.append(f"{what} is {away:.2g} away from the average")
+                what = f"{snapshot.path.name}: {name}"
+                lines += away(what, snapshot.tensor(name).numpy(), right.numpy(), 1e-6)
     return lines
 
 
@@ -204,11 +208,8 @@ logging.getLogger("posthoc_cli").setLevel(
     logging.ERROR
 )  # the warnings about taking over are expected
 warnings.simplefilter("ignore")  # as are those that training waits for the disk
-run, stop, (first, pause, every, most) = (
-    Path(sys.argv[1]),
-    Path(sys.argv[2]),
-    map(float, sys.argv[3:]),
-)
+run, stop = map(Path, sys.argv[1:3])
+first, pause, every, most = map(float, sys.argv[3:])
 network = Network()
 try:
     with begin(run, network, checkpoint_every=int(every), max_checkpoints=int(most)) as tracker:

@@ -1,8 +1,6 @@
 """The experiments, with the names of the guide `durability`; `make torture` runs all of each and
 prints a table."""
 
-from pathlib import Path
-
 import pytest
 
 from torture import faults, hostile, processes
@@ -25,7 +23,7 @@ each kind) and a seed; and the share that `make test` tries."""
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_nothing_is_lost_missed_or_executed(name: str, tmp_path: Path) -> None:
+def test_nothing_is_lost_missed_or_executed(name, tmp_path):
     experiment, share = EXPERIMENTS[name]
     tally = experiment(tmp_path, share, 0)
     assert tally.tried > 0

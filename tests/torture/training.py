@@ -4,14 +4,12 @@ Every snapshot and every output therefore has one correct content, which is comp
 formula in float64.
 """
 
-import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -54,43 +52,35 @@ class Tally:
                 )
 
 
-class Network(nn.Module):
-    """A network of two parameters, with 4 `rows` and with 3 elements, and a buffer."""
+WALK = np.random.default_rng(7).standard_normal((50_000, 19)).cumsum(axis=0).astype(np.float32)
+"""All weights after each step. Of a walk thinning keeps nearly the same snapshots whether or not
+all of them could be measured."""
+PLACES = {"weight": slice(0, 16), "bias": slice(16, 19)}
+"""Those of each parameter."""
 
-    def __init__(self, rows: int = 4) -> None:
+
+class Network(nn.Module):
+    """A network of two parameters and a buffer."""
+
+    def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(rows, 4))
+        self.weight = nn.Parameter(torch.zeros(4, 4))
         self.bias = nn.Parameter(torch.zeros(3))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
     def go_to(self, step: int) -> None:
-        for parameter in self.parameters():
-            values = weights_up_to(step, parameter.numel())[-1]
-            parameter.copy_(torch.from_numpy(values).view_as(parameter))
+        weights = torch.from_numpy(WALK[step - 1])
+        for name, parameter in self.named_parameters():
+            parameter.copy_(weights[PLACES[name]].view_as(parameter))
         self.count.fill_(step)
 
 
-def weights_up_to(step: int, elements: int) -> FloatArray:
-    """Return a parameter after the steps 1 to `step`, in exact float32 values: shape [step,
-    elements]."""
-    steps = 64 if step <= 64 else 4096 * math.ceil(step / 4096)
-    return _weights(steps, elements)[:step]
-
-
-@lru_cache(maxsize=8)
-def _weights(steps: int, elements: int) -> FloatArray:
-    # A walk: thinning keeps nearly the same snapshots whether or not all of them could be measured.
-    moves = np.random.default_rng(7).standard_normal((steps, elements))
-    walk = 3.0 + np.cumsum(moves, axis=0)
-    return walk.astype(np.float32).astype(np.float64)
-
-
 @lru_cache(maxsize=1000)
-def exact_average(step: int, sigma_rel: float, elements: int, every: int = 1) -> FloatArray:
-    """Return a parameter's average at a step with updates `every` so many."""
+def exact_average(step: int, sigma_rel: float, every: int = 1) -> FloatArray:
+    """Return the average of all weights at a step with updates `every` so many."""
     shares = exact_weights(sigma_rel, range(every, step + 1, every))
-    return shares @ weights_up_to(step, elements)[every - 1 :: every]
+    return shares @ WALK[every - 1 : step : every]
 
 
 # --- what the user does
@@ -127,7 +117,6 @@ def train(
     until: int,
     save_at: Collection[int],
     note: Callable[[dict[str, bytes]], None] | None = None,
-    rows: int = 4,
     **settings: object,
 ) -> list[str]:
     """Resume the run in a directory and train to step `until`; return the errors of writing that
@@ -136,7 +125,7 @@ def train(
     The state is saved at the steps `save_at`. `note` is called with the durable snapshots at every
     second step.
     """
-    network = Network(rows)
+    network = Network()
     errors = []
     remove_half_begun(directory)
     tracker = begin(directory, network, **settings)
@@ -179,20 +168,21 @@ def wrong_snapshots(directory: Path) -> list[str]:
     wrong = list[str]()
     for path in directory.glob("superseded/*.safetensors"):
         wrong += problems(path)
-    if not any(directory.glob("*.safetensors")):
-        return wrong
-    wrong += problems(directory)
+    if any(directory.glob("*.safetensors")):
+        wrong += problems(directory)
     if wrong:
         return wrong
-    for snapshot in Run(directory).snapshots:
+    for snapshot in snapshots_in(directory):
         values = load_file(snapshot.path)
-        name = f"{snapshot.step:016d}-{snapshot.sigma_rel}.safetensors"
-        if values.pop("count") != snapshot.step or snapshot.path.name != name:
-            wrong.append(f"{snapshot.path.name}: has another count or name at step {snapshot.step}")
+        file = snapshot.path.name
+        if values.pop("count") != snapshot.step:
+            wrong.append(f"{file}: has another count at step {snapshot.step}")
+        if file != f"{snapshot.step:016d}-{snapshot.sigma_rel}.safetensors":
+            wrong.append(f"{file}: is of step {snapshot.step}")
         every = snapshot.schedule.update_every
+        exact = exact_average(snapshot.step, snapshot.sigma_rel, every)
         for name, value in values.items():
-            exact = exact_average(snapshot.step, snapshot.sigma_rel, value.size, every)
-            wrong += _away(f"{snapshot.path.name}: {name}", value, exact)
+            wrong += away(f"{file}: {name}", value.ravel(), exact[PLACES[name]], 1e-5)
     return wrong
 
 
@@ -210,25 +200,24 @@ def wrong_output(path: Path) -> list[str]:
         return [str(error)]
     if wrong:
         return wrong
-    values = load_file(path)
     coefficients = [used.coefficient for used in info.snapshots]
     if abs(sum(coefficients) - 1) > 1e-9:
         wrong.append(f"{path.name}: coefficients add up to {sum(coefficients)}")
-    for name in values.keys() & {"weight", "bias"}:
-        exact: Any = 0.0
-        for used in info.snapshots:
-            t, _, sigma_rel = used.file.removesuffix(".safetensors").partition("-")
-            average = exact_average(int(t), float(sigma_rel), values[name].size)
-            exact += used.coefficient * average
-        wrong += _away(f"{path.name}: {name}", values[name], exact, sum(map(abs, coefficients)))
+    exact = np.zeros(WALK.shape[1])
+    for used in info.snapshots:
+        t, _, sigma_rel = used.file.removesuffix(".safetensors").partition("-")
+        exact += used.coefficient * exact_average(int(t), float(sigma_rel))
+    most = 1e-5 * sum(map(abs, coefficients))
+    values = load_file(path)
+    for name in values.keys() & PLACES.keys():
+        wrong += away(f"{path.name}: {name}", values[name].ravel(), exact[PLACES[name]], most)
     return wrong
 
 
-def _away(what: str, value: FloatArray, exact: FloatArray, scale: float = 1.0) -> list[str]:
+def away(what: str, value: FloatArray, exact: FloatArray, most: float) -> list[str]:
     """Return a line if values differ by more than updates and sums in float32 can: a missing update
     shows."""
-    off = np.abs(value.ravel() - exact)
-    away = float(off.max() / np.abs(exact).max())
-    if away <= 1e-5 * scale:
+    distance = float(np.abs(value - exact).max() / np.abs(exact).max())
+    if distance <= most:
         return []
-    return [f"{what} is {away:.2g} away from its average"]
+    return [f"{what} is {distance:.2g} away from its average"]
