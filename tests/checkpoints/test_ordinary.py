@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from trained import (
     EVERY,
     STEPS,
@@ -27,7 +27,7 @@ from trained import (
     write,
 )
 
-from posthoc_cli import Run, import_checkpoints
+from posthoc_cli import Run, export_file, import_checkpoints
 from posthoc_cli.checkpoints.import_run import Import
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import DecayRule, Point
@@ -197,6 +197,18 @@ def test_the_first_update_of_diffusers_copies_and_later_ones_warm_up(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     (average,) = (one for one in Run(tmp_path).sources if one.decay)
     assert average.profile.tail(1) == pytest.approx(1 - 2 / 11 * 3 / 12)
+
+
+def test_averages_without_names_are_those_of_the_parameters(tmp_path):
+    """And not of the buffers between them."""
+    file = tmp_path / "step5.pt"
+    layers = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.LayerNorm(3))
+    shadow = [torch.full((3,), float(k)) for k in range(4)]
+    average = {"decay": 0.9, "num_updates": 5, "shadow_params": shadow}
+    torch.save({"model": layers.state_dict(), "ema": average}, file)
+    export_file(file, tmp_path / "average.safetensors")
+    exported = load_file(tmp_path / "average.safetensors")
+    assert exported["1.weight"].tolist() == [2.0, 2.0, 2.0]
 
 
 def test_averages_of_an_unknown_decay_are_left_out(tmp_path, ema, caplog):
