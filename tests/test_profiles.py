@@ -14,7 +14,6 @@ from numpy.testing import assert_allclose
 from posthoc_cli.profiles import (
     UNIFORM_SIGMA_REL,
     Clock,
-    DecayRule,
     Point,
     PowerFunction,
     convert,
@@ -87,16 +86,6 @@ def test_the_mean_age_is_that_of_the_discrete_weights(sigma_rel):
         if sigma_rel > 1e-3:
             found = sigma_rel_from_classical_beta(beta, steps)
             assert found == pytest.approx(sigma_rel, rel=1e-9)
-
-
-def test_the_shortest_trainings_have_a_mean_age():
-    assert mean_age(1.0, 1) == 0.0
-    # After two steps the mean age is (1/2)**(gamma + 1), here 1/4, as is beta / (1 - beta).
-    found = sigma_rel_from_classical_beta(0.2, 2)
-    assert found == pytest.approx(18**-0.5, rel=1e-12)
-    for steps in (1, 3):  # after three steps it is the uniform average's
-        with refused("target", "must lie in"):
-            sigma_rel_from_classical_beta(0.5, steps)
 
 
 # --- the clock -----------------------------------------------------------------------------------
@@ -201,23 +190,6 @@ def test_a_window_weighs_each_of_its_steps_the_same(steps):
     weights = np.zeros(101)
     weights[-steps:] = 1 / steps
     check_weights(Window(steps), weights, 1)
-
-
-# --- checkpoints, and averages over known times
-
-
-def test_the_others_of_an_estimated_decay_are_a_longer_average_and_one_that_began_later():
-    """The decay is 0.99, within a tenth of its time constant; the first 40 updates may have been
-    copies."""
-    rule = DecayRule(0.99, uncertainty=0.1, late=40)
-    longer, later = rule.profile(300, 300).others
-    steps = np.arange(1, 301)
-    ages = 300 - steps
-    by_decay = 1 - 0.99**ages
-    by_longer_decay = 1 - (1 - 0.01 / 1.1) ** ages
-    by_later_start = np.where(steps < 40, 1, by_decay)
-    assert_allclose(longer.tail(steps), by_longer_decay, atol=1e-12)
-    assert_allclose(later.tail(steps), by_later_start, atol=1e-12)
 
 
 # --- targets: the right profile for each target, and an error that names each impossible one
@@ -352,7 +324,6 @@ def test_the_mean_is_of_the_last_checkpoints():
 @pytest.mark.parametrize(
     ("text", "targets"),
     [
-        ("0.05,0.1", [SigmaRel(0.05), SigmaRel(0.1)]),
         (" beta: 0.99 , 0.999,0.99", [Beta(0.99), Beta(0.999)]),
         ("half-life:100,200,...,400", [HalfLife(100), HalfLife(200), HalfLife(300), HalfLife(400)]),
         (

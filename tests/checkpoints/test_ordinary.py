@@ -1,7 +1,6 @@
 """Averages of any length from ordinary EMAs, as the libraries that are installed write them, else
 in their format."""
 
-import json
 import re
 import warnings
 from collections.abc import Callable
@@ -15,13 +14,11 @@ from trained import (
     EVERY,
     STEPS,
     TIMES,
-    by,
     check,
     ema,
     error_of,
     named,
     network,
-    ratio,
     settings_of,
     train,
     write,
@@ -188,17 +185,6 @@ def test_an_ordinary_ema_makes_other_lengths(library, files, run):
         assert all("as claimed" in line for line in done.checks), done.checks
 
 
-def test_the_first_update_of_diffusers_copies_and_later_ones_warm_up(tmp_path):
-    for name in ("unet", "unet_ema"):
-        folder = tmp_path / "checkpoint-3" / name
-        folder.mkdir(parents=True)
-        save_file({"w": torch.ones(2)}, folder / "model.safetensors")
-    config = {"decay": DECAY, "optimization_step": 3}
-    (folder / "config.json").write_text(json.dumps(config))
-    (average,) = (one for one in Run(tmp_path).sources if one.decay)
-    assert average.profile.tail(1) == pytest.approx(1 - 2 / 11 * 3 / 12)
-
-
 def test_averages_without_names_are_those_of_the_parameters(tmp_path):
     """And not of the buffers between them."""
     file = tmp_path / "step5.pt"
@@ -296,24 +282,17 @@ def test_a_decay_that_the_files_show_too_vaguely_is_asked_for(files, run):
     assert import_checkpoints(files, run, ema_decay=0.98).written
 
 
-@pytest.fixture(scope="module")
-def begun_at_51(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def begun_at_51(files: Path) -> Path:
     """Return files whose counts of updates do not show the interval: 50 at step 100 may mean one
     update in 2 steps, or an average that began at step 51."""
-
-    def form(step, weights, average):
-        ema = {
-            "decay": DECAY,
-            "num_updates": step - 50,
-            "shadow_params": [*average.values()],
-        }
-        return {"model": weights, "ema": ema, "step": step}
-
-    def decay(step):
-        return min(DECAY, ratio(step - 50)) if step > 50 else 0.0
-
-    folder = tmp_path_factory.mktemp("begun")
-    return write(folder, train(), by(decay), form=form)
+    files.mkdir()
+    weights = torch.ones(3)
+    for step in (100, 200):
+        ema = {"decay": DECAY, "num_updates": step - 50, "shadow_params": [weights]}
+        content = {"model": {"w": weights}, "ema": ema, "step": step}
+        torch.save(content, files / f"step{step}.pt")
+    return files
 
 
 @pytest.mark.parametrize("settings", [{}, {"update_every": 3}])
@@ -327,8 +306,6 @@ def test_the_interval_and_the_counts_tell_the_first_update(begun_at_51, run):
     import_checkpoints(begun_at_51, run, update_every=1)
     for average in averages_in(run):
         assert average.profile.settings["first"] == 51
-    error, predicted = error_of(Run(run))
-    assert error < 2 * predicted < 2e-3
 
 
 def test_the_decay_of_averages_alone_is_not_found(tmp_path, run):

@@ -3,7 +3,6 @@ digits."""
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import flint
@@ -12,7 +11,7 @@ import pytest
 from checking import refused
 from factories import FloatArray, power_functions, solved, squared_error
 from numpy.testing import assert_array_equal, assert_equal
-from scipy import integrate
+from quadrature import expected_square
 
 from posthoc_cli.profiles import Clock, Point, PowerFunction, Profile, ema_pytorch_profile
 from posthoc_cli.reconstruction import METHODS, Motion, Prior, Problem, Steps, reconstruct
@@ -43,52 +42,6 @@ def even_motion(start: float, end: float, noise: float) -> Motion:
 def prior_of(snapshots: Sequence[object], motion: Motion, rounding: Any = 0.0) -> Prior:
     zeros = np.zeros(len(snapshots))
     return Prior(motion, zeros + rounding, zeros, zeros + 1, "measured")
-
-
-def expected_square(
-    snapshots: list[PowerFunction],
-    coefficients: FloatArray,
-    target: Profile,
-    motion: Motion,
-    kink: float = T,
-) -> float:
-    """The defining integral, by adaptive quadrature between all kinks."""
-
-    def square(s, value):
-        values = [value(profile, s) for profile in snapshots]
-        combined = float(coefficients @ values)
-        return (combined - value(target, s)) ** 2
-
-    times = [profile.t for profile in snapshots]
-    kinks = sorted({*motion.edges, *times, kink})
-    total = 0.0
-    for a, b in pairwise(kinks):
-        middle = (a + b) / 2
-        segment = np.searchsorted(motion.edges, middle) - 1
-        weights = {
-            tail_at: motion.walk[segment],
-            density_at: motion.noise[segment],
-        }
-        for value, weight in weights.items():
-            if weight:
-                integral, _ = integrate.quad(square, a, b, (value,), **QUADRATURE)
-                total += weight * integral
-    return total
-
-
-QUADRATURE = {"epsabs": 1e-14, "epsrel": 1e-10, "limit": 200}
-
-
-def tail_at(profile: Profile, s: float) -> float:
-    return float(profile.tail(s))
-
-
-def density_at(profile: Profile, s: float) -> float:
-    if isinstance(profile, PowerFunction):
-        return float(profile.density(s))
-    before = tail_at(profile, s - 1e-4)
-    after = tail_at(profile, s + 1e-4)
-    return (before - after) / 2e-4
 
 
 ORIGIN = PowerFunction(1e9, START)
@@ -284,18 +237,6 @@ def uniform_snapshots(count: int) -> list[PowerFunction]:
     return power_functions(times, (0.05, 0.10))
 
 
-Exact = Any  # an array of `flint.arb`
-
-
-def exact_products(profiles: Sequence[PowerFunction]) -> Exact:
-    flint.ctx.dps = 60
-    rows = []
-    for first in profiles:
-        row = [product(first, second) for second in profiles]
-        rows.append(row)
-    return np.array(rows)
-
-
 def product(a: PowerFunction, b: PowerFunction) -> flint.arb:
     """The inner product of two power functions, from equation 151."""
     early, late = sorted((a, b), key=lambda profile: profile.t)
@@ -308,20 +249,17 @@ def product(a: PowerFunction, b: PowerFunction) -> flint.arb:
     return factor * common
 
 
-def exact_solution(matrix: Exact, right: Exact) -> Exact:
+def exact_solution(matrix: Any, right: Any) -> Any:
     n = len(right)
-    entries = matrix.ravel().tolist()
-    left = flint.arb_mat(n, n, entries)
+    left = flint.arb_mat(n, n, matrix.ravel().tolist())
     column = flint.arb_mat(n, 1, right.tolist())
-    solution = left.solve(column)
-    return np.array(solution.entries())
+    return np.array(left.solve(column).entries())
 
 
-def exact_square(matrix: Exact, right: Exact, norm: Exact, c: Exact) -> float:
+def exact_square(matrix: Any, right: Any, norm: Any, c: Any) -> float:
     """Return the squared distance of combined averages from a target."""
     square = c @ matrix @ c
-    product = c @ right
-    return float(square - 2 * product + norm)
+    return float(square - 2 * (c @ right) + norm)
 
 
 @pytest.mark.parametrize(
@@ -335,7 +273,9 @@ def test_agrees_with_sixty_digits(count, sigma_rels):
     snapshots = uniform_snapshots(count)
     targets = power_functions(LAST, sigma_rels)
     ours = reconstruct(snapshots, targets, "paper")
-    products = exact_products([*snapshots, *targets])
+    flint.ctx.dps = 60
+    profiles = np.array([*snapshots, *targets])
+    products = np.frompyfunc(product, 2, 1).outer(profiles, profiles)
     matrix = products[:count, :count]
     for k, row in enumerate(products[count:]):
         norm = row[count + k]

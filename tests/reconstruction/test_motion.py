@@ -4,7 +4,6 @@ too little."""
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,8 @@ import pytest
 import torch
 from factories import FloatArray, exact_weights, power_functions, solved, squared_error
 from numpy.testing import assert_allclose
+from quadrature import expected_square
 from safetensors.torch import load_file
-from scipy import integrate
 
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.profiles import DecayRule, PowerFunction
@@ -44,27 +43,9 @@ EDGES = np.append(START, TIMES)
 
 
 def distance(p: PowerFunction, q: PowerFunction, motion: Motion) -> Pair:
-    """The distance of two averages, the later one first, by quadrature of the defining
-    integrals."""
-
-    def squared(s, walk, noise):
-        tails = p.tail(s) - q.tail(s)
-        densities = p.density(s) - q.density(s)
-        return walk * tails**2 + noise * densities**2
-
-    before = motion.edges[motion.edges < p.t]
-    kinks = sorted({*before, q.t, p.t})
-    total = 0.0
-    for a, b in pairwise(kinks):
-        middle = (a + b) / 2
-        segment = np.searchsorted(motion.edges, middle) - 1
-        weights = (motion.walk[segment], motion.noise[segment])
-        integral, _ = integrate.quad(squared, a, b, weights, **QUADRATURE)
-        total += integral
-    return (p, Distance(q, total, 0.0))
-
-
-QUADRATURE = {"epsabs": 1e-15, "epsrel": 1e-10}
+    """The distance of two averages, the later one first."""
+    squared = expected_square([p], np.ones(1), q, motion, q.t)
+    return (p, Distance(q, squared, 0.0))
 
 
 def neighbours(
