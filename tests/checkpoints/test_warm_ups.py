@@ -122,28 +122,17 @@ def test_a_restart_that_was_found_counts_as_uncertain(tmp_path, files):
     assert uncertain.predicted_error > certain.predicted_error
 
 
-def with_copies(_, weights, average):
-    return {"state_dict": weights, "state_dict_ema": average}
-
-
 def without_copies(step, weights, average):
+    content = {"state_dict": weights}
     if step > 1000:
-        return with_copies(step, weights, average)
-    return {"state_dict": weights}
+        content["state_dict_ema"] = average
+    return content
 
 
-@pytest.mark.parametrize(
-    ("form", "settings"),
-    [
-        (without_copies, {}),
-        (with_copies, {"ema_decay": 0.995}),
-    ],
-)
-def test_files_before_a_late_start_are_weights(form, settings, files, run):
-    """The average in files before is a copy of the weights, or absent; from the weights alone the
-    error is 1.148e-2."""
-    write(files, train(), late(1000), form=form)
-    done = import_checkpoints(files, run, **settings)
+def test_files_before_a_late_start_are_weights(files, run):
+    """From the weights alone the error is 1.148e-2."""
+    write(files, train(), late(1000), form=without_copies)
+    done = import_checkpoints(files, run)
     after = range(1100, STEPS + 1, EVERY)
     assert done.counts["weights"] == len(TIMES)
     assert len(done.checkpoints) == len(TIMES) + len(after)
@@ -183,18 +172,6 @@ def test_a_power_function_that_files_show_too_vaguely_is_asked_for(files, run):
     reason = "ema_decay: must be given: the files show it too vaguely: sigma_rel 0.04"
     with pytest.raises(InvalidValueError, match=reason):
         import_checkpoints(folder, run)
-
-
-def average_alone(_, __, average):
-    return average
-
-
-def test_a_late_start_of_averages_alone(files, run):
-    """The files before it are copies of the weights: an average of any length is as exact as
-    predicted."""
-    write(files, train(), late(700), form=average_alone)
-    import_checkpoints(files, run, kind="ema", ema_decay=0.995, update_after_step=700)
-    check(run, most=1, low=0.5, high=2)
 
 
 def test_a_restart_that_is_said_makes_the_true_profile(files, run, ema):

