@@ -160,7 +160,14 @@ def test_good_ranges_have_no_worse_point(errors, ranges):
 def curve_of(widths: Sequence[float], errors: Sequence[float]) -> ErrorCurve:
     predicted = np.array(errors)
     ones = np.ones(predicted.size)
-    return ErrorCurve("x", 1.0, np.array(widths), ones, predicted, (0.1,))
+    return ErrorCurve(
+        "x",
+        1.0,
+        np.array(widths),
+        ones,
+        predicted,
+        (0.1,),
+    )
 
 
 # --- proposals ------------------------------------------------------------------------------------

@@ -17,8 +17,6 @@ from factories import contents
 from saved import write_each
 
 from posthoc_cli import Run, files, import_checkpoints
-from posthoc_cli.checkpoints import KINDS
-from posthoc_cli.checkpoints.layouts import FIXED, LIBRARIES, TAKES
 from posthoc_cli.errors import (
     DirectoryError,
     FileFormatError,
@@ -28,11 +26,6 @@ from posthoc_cli.errors import (
 
 Write = Callable[[str], Path]
 MANIFEST = "ema-import.json"
-
-
-def test_the_kinds_that_the_command_names_are_those_of_the_table():
-    listed = {library.kind for library in (*LIBRARIES, *FIXED)}
-    assert {*listed, *TAKES} < {*KINDS}
 
 
 def test_an_import_and_its_files_can_be_moved_together_only(write, tmp_path, ema):

@@ -223,7 +223,13 @@ def edm(folder: Path, library: str = "edm", decay: Callable[[int], float] = half
             torch.save(state, folder / f"training-state-{kimg}.pt")
         else:
             others = {"G": weights, "D": edm2_layout.network()}
-            edm2_layout.save(path, average, half=False, under="G_ema", **others)
+            edm2_layout.save(
+                path,
+                average,
+                half=False,
+                under="G_ema",
+                **others,
+            )
     return folder
 
 

@@ -131,7 +131,12 @@ def test_the_errors_of_sampled_values_are_those_of_each_update():
 def average(t: float, sigma_rel: float, norm: float, *distances: Distance) -> StoredAverage:
     profile = power(sigma_rel, t)
     measurements = Measurements(norm, 0.0, distances)
-    return StoredAverage(profile, int(t), 2.0**-23, measurements)
+    return StoredAverage(
+        profile,
+        int(t),
+        2.0**-23,
+        measurements,
+    )
 
 
 def pair_at_10(squared: float, norm: float) -> list[StoredAverage]:
@@ -226,7 +231,12 @@ def sketch_of(path: FloatArray, length: int) -> Sketch:
     folds = np.array([len(window) for window in windows], dtype=float)
     means = np.array([window.mean(axis=0) for window in windows])
     variances = np.array([window.var(axis=0) for window in windows])
-    return Sketch(np.append(1.0, ends), folds, means, variances.sum(axis=1))
+    return Sketch(
+        np.append(1.0, ends),
+        folds,
+        means,
+        variances.sum(axis=1),
+    )
 
 
 RATE = 0.02**2 * SIZE
@@ -252,7 +262,14 @@ def prior_of(path: FloatArray, length: int, walk: float, rounding: FloatArray | 
     one = np.ones(1)
     motion = Motion(edges, walk=walk * one, noise=0 * one)
     sketch = sketch_of(path, length)
-    return Prior(motion, rounding * norm, 0 * norm, norm, "measured", sketch=sketch)
+    return Prior(
+        motion,
+        rounding * norm,
+        0 * norm,
+        norm,
+        "measured",
+        sketch=sketch,
+    )
 
 
 def test_the_error_of_single_updates_is_measured_exactly():
