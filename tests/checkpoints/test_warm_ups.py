@@ -59,14 +59,6 @@ def long_power(n):
     return 1 - (1 + n) ** -0.75
 
 
-RISING = {
-    "ratio": (limited_ratio, r"decay 0.9[89].*, reached by the warm-up \(1 \+ n\) / "),
-    "still rising": (ratio, r"decay 0.994.* by the warm-up \(1 \+ n\) / \(10 \+ n\)"),
-    "another power": (long_power, r"the warm-up 1 - \(1 \+ n\)\^-0.75"),
-}
-WARM_UPS = {"still rising": "ratio", "another power": "power:0.75"}
-
-
 def imported_line(folder: Path, run: Path, update: Average) -> str:
     """Import a training's files; return what the import says."""
     write(folder, train(), update)
@@ -75,13 +67,18 @@ def imported_line(folder: Path, run: Path, update: Average) -> str:
     return line
 
 
-@pytest.mark.parametrize("case", RISING)
-def test_a_warm_up_that_nobody_says_is_found(case, files, run):
-    decay, said = RISING[case]
+@pytest.mark.parametrize(
+    ("decay", "warm_up", "said"),
+    [
+        (ratio, "ratio", r"decay 0.994.* by the warm-up \(1 \+ n\) / \(10 \+ n\)"),
+        (long_power, "power:0.75", r"the warm-up 1 - \(1 \+ n\)\^-0.75"),
+    ],
+)
+def test_a_warm_up_that_nobody_says_is_found(decay, warm_up, said, files, run):
     line = imported_line(files, run, by(decay))
     assert re.search(f"^found: .*{said}", line), line
     settings = settings_of(run)
-    assert settings["ema_warmup"] == WARM_UPS.get(case, case)
+    assert settings["ema_warmup"] == warm_up
     assert not settings.get("ema_restarts")
     check(run, low=0.2)
 
