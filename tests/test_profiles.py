@@ -8,7 +8,7 @@ import mpmath
 import numpy as np
 import pytest
 from checking import refused
-from factories import Span
+from factories import Span, power_functions
 from numpy.testing import assert_allclose
 
 from posthoc_cli.profiles import (
@@ -319,6 +319,9 @@ def test_the_mean_is_of_the_last_checkpoints():
     assert of_one.tolist() == [0, 1]
     with refused("target", "last:4: the run has only 3 up to this time"):
         Mean(4).coefficients_of(stored)
+    two = power_functions(10.0)
+    with refused("target", "last:1", "this run has none, but more than one average at each time"):
+        Mean(1).coefficients_of(two)
 
 
 @pytest.mark.parametrize(

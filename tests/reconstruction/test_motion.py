@@ -283,15 +283,15 @@ def test_the_error_of_single_updates_is_measured_exactly():
     assert not unseen.any()
 
 
-def track(path: FloatArray, folder: Path, **settings: Any) -> None:
-    """Write the snapshots of a model with these weights after each step."""
+def track(path: FloatArray, folder: Path, first: int = 1, **settings: Any) -> None:
+    """Write the snapshots of a model with these weights at the times from `first` on."""
     _, size = path.shape
     model = torch.nn.Linear(size, 1, bias=False)
     settings = {"update_every": 1, "checkpoint_every": 100} | settings
     with PostHocEMA.from_model(model, folder, **settings) as ema:
-        for weights in torch.from_numpy(path).float():
+        for t, weights in enumerate(torch.from_numpy(path).float(), first):
             model.weight.data[0] = weights
-            ema.update_(model)
+            ema.update_(model, t=t)
 
 
 def distance_to(truth: FloatArray, weights: torch.Tensor) -> float:
@@ -367,6 +367,18 @@ def test_the_share_of_the_first_value_is_known(tmp_path):
     made = Run(tmp_path).average("beta:0.9999", dtype="float64")
     error = distance_to(truth, made["weight"])
     assert error / np.linalg.norm(truth) < 2 * made.predicted_error
+
+
+def test_the_error_of_means_that_profiles_share_is_predicted(tmp_path):
+    """The worst case is noise, here of 100 %, when they begin to share a mean."""
+    random = np.random.default_rng(0)
+    path = random.standard_normal(1000) + random.standard_normal((2500, 1000))
+    track(path, tmp_path, 104_001, checkpoint_every=125, checkpoint_dtype=torch.float32)
+    truth = exact_weights(0.28, range(104_001, 106_501)) @ path.astype(np.float32)
+    made = Run(tmp_path).average(0.28, dtype="float64")
+    error = distance_to(truth, made["weight"]) / np.linalg.norm(truth)
+    assert error > 5e-7
+    assert 0.4 < error / made.predicted_error < 2.5
 
 
 def test_copies_are_rounded_alike_where_the_path_stands_still_whatever_the_distances_show():
