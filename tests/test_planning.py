@@ -50,17 +50,10 @@ def test_thinning_keeps_the_newest_and_the_requested_number_of_each_profile(sigm
             assert max(times) == 2000
 
 
-@pytest.mark.parametrize(
-    ("sigma_rel", "rates"),
-    [
-        (0.10, (1.0, 0.01)),
-        (0.05, (0.01, 1.0)),
-    ],
-)
-def test_thinning_makes_nearly_the_best_choice_of_its_size(sigma_rel, rates):
+def test_thinning_makes_nearly_the_best_choice_of_its_size():
     """Compared with every choice of 3 of 16 snapshots with the newest among them."""
-    snapshots = power_functions(range(1, 17), (sigma_rel,))
-    prior = assumed_prior(snapshots, 2e-4, of_two_rates(*rates))
+    snapshots = power_functions(range(1, 17), (0.1,))
+    prior = assumed_prior(snapshots, 2e-4, of_two_rates(1.0, 0.01))
     widths = np.geomspace(0.05, 0.28, 12)
     targets = power_functions(16.0, widths.tolist())
 
@@ -122,7 +115,6 @@ def test_the_curve_touches_zero_at_tracked_profiles():
     snapshots = Schedule((0.05, 0.10), 10_000, 500).snapshots()
     curve = error_curve("run", snapshots, assumed_prior(snapshots), (0.02, 0.28))
     assert curve.tracked == (0.05, 0.1)
-    assert curve.t == 10_000
     assert curve.assumption == "the network moves evenly"
     widths = curve.sigma_rels
     assert widths[0] == 0.02
