@@ -33,6 +33,7 @@ from posthoc_cli.reconstruction.motion import (
     Pair,
     fit_motion,
     sampling_errors,
+    with_floor,
 )
 from posthoc_cli.reconstruction.solving import rounding_factor
 
@@ -109,6 +110,23 @@ def test_too_large_and_too_small_fits_cost_the_same():
     _, expected = distance(p, q, fitted)
     best = (10 / (1 + 1 + 1 / 8)) ** 0.5
     assert expected.squared == pytest.approx(best, rel=1e-4)
+
+
+COLLAPSED = np.array([1.0, 1.0, 1e-12, 1.0, 1.0])
+
+
+def test_a_fitted_walk_that_collapses_is_raised_to_a_share_of_its_neighbours():
+    """It cost nothing where a fit left it at 0: errors were 60 times the predicted."""
+    each = np.eye(5)
+    of_two = (each[:4] + each[1:]) / 2
+    raised = with_floor(COLLAPSED, of_two, np.zeros(4))
+    assert_allclose(raised, [1, 1, 0.3, 1, 1])
+
+
+def test_a_standstill_that_a_distance_shows_remains_one():
+    shown = np.diag(1 / COLLAPSED)
+    raised = with_floor(COLLAPSED, shown, np.zeros(5))
+    assert_allclose(raised, COLLAPSED, rtol=2)
 
 
 def test_the_errors_of_sampled_values_are_those_of_each_update():
