@@ -21,6 +21,7 @@ from posthoc_cli.planning import (
     error_curve,
     propose,
     snapshots_to_drop,
+    spared_times,
 )
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import (
@@ -264,3 +265,8 @@ def test_the_choice_keeps_so_many_of_each_profile_even_beyond_its_limit():
     assert thinned_subset(snapshots, 100) == list(range(100))
     many = power_functions(range(1, MOST_SOLVED + 1))
     assert len(thinned_subset(many)) == MOST_SOLVED
+
+
+def test_at_most_a_quarter_of_the_kept_times_is_spared():
+    spared = {keep: spared_times(keep) for keep in (1, 4, 8, 20, 40)}
+    assert spared == {1: 1, 4: 1, 8: 2, 20: 5, 40: 5}
