@@ -12,21 +12,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from trained import EVERY, STEPS, TIMES, Average, follow, named, timm, train, write
-from trained import ema as averaged
+from factories import RUN_ID, write_snapshot
+from trained import EVERY, STEPS, TIMES, Average, ema, named, timm, train, write
 
-from posthoc_cli import PostHocEMA, Run, import_checkpoints
+from posthoc_cli import Run, import_checkpoints
 from posthoc_cli.checkpoints.audit import Audit
-from posthoc_cli.errors import FileFormatError, InvalidValueError, NonFiniteError
+from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, NonFiniteError
 
 DECAY = 0.995
 STUCK = ("2.weight", "2.bias")
 HELD_OUT = {"falls": True, "seed": 7}
 """A training that was not used to choose any threshold."""
 
-
-def every_step(step, average, weights):
-    return averaged(DECAY)(step, average, weights)
+every_step = ema(DECAY)
+eight_times_a_step = ema(DECAY**8)
 
 
 def stay(_, average, __):
@@ -40,11 +39,6 @@ def copy(_, __, weights):
 def away_from_the_weights(_, average, weights):
     share = (1 - DECAY) / 10
     return average + share * (average - weights)
-
-
-def eight_times_a_step(_, average, weights):
-    kept = DECAY**8
-    return kept * average + (1 - kept) * weights
 
 
 def every_tenth_step(step, average, weights):
@@ -67,22 +61,14 @@ def in_the_first_half(step, average, weights):
     return update(step, average, weights)
 
 
-def copied_first(step, average, weights):
-    """As ema-pytorch, at an interval of its own."""
-    if step > 120:
-        return every_step(step, average, weights)
-    return weights.copy() if step % 10 == 1 else average
-
-
 def two_stuck(step, average, weights):
     """As under torch.compile with half of the names."""
     updated = every_step(step, average, weights)
-    parts = []
-    for name, tensor in named(weights).items():
-        is_stuck = name in STUCK
-        parts.append(np.full(tensor.numel(), is_stuck))
-    stuck = np.concatenate(parts)
-    return np.where(stuck, average, updated)
+    for name, tensor in named(np.arange(weights.size)).items():
+        if name in STUCK:
+            places = tensor.flatten().long().numpy()
+            updated[places] = average[places]
+    return updated
 
 
 def audited(folder: Path, weights: np.ndarray, update: Average, claimed=None) -> Audit:
@@ -122,7 +108,7 @@ HEALTHY = [
 
 @pytest.mark.parametrize(("training", "decay", "dtype"), HEALTHY)
 def test_a_healthy_average_is_found(training, decay, dtype, tmp_path):
-    write(tmp_path, train(**training), averaged(decay), dtype)
+    write(tmp_path, train(**training), ema(decay), dtype)
     (found,) = Run(tmp_path).audit()
     assert found.verdict == "found"
     assert found.warm_up == ""
@@ -130,41 +116,13 @@ def test_a_healthy_average_is_found(training, decay, dtype, tmp_path):
     assert log_error(found, decay) < 3 * found.uncertainty
 
 
-INTERVALS = np.arange(STEPS) / EVERY
-SMOOTH = {
-    "settles": 1 + np.exp(-INTERVALS / 0.3),
-    "line": 1 + INTERVALS,
-}
-
-
-@pytest.mark.parametrize("path", SMOOTH)
-def test_weights_that_move_without_noise_show_the_decay(path, tmp_path):
+def test_weights_that_move_without_noise_show_the_decay(tmp_path):
     """The covariance of such a path is nearly singular."""
     random = np.random.default_rng(0)
     start = random.standard_normal(train().shape[1])
-    weights = np.outer(SMOOTH[path], start)
-    found = audited(tmp_path, weights, every_step)
-    error = log_error(found, DECAY)
-    assert error < 3 * found.uncertainty
-    assert error < 0.03
-
-
-def test_steps_that_correlate_over_many_checkpoints(tmp_path):
-    """A random walk whose mean step lasts for ten intervals, against the decay that the average was
-    made with."""
-    random = np.random.default_rng(0)
-    weights = np.zeros_like(train())
-    size = weights.shape[1]
-    mean = random.standard_normal(size)
-    lasts = 10 * EVERY
-    for step in range(1, STEPS):
-        change = (2 / lasts) ** 0.5 * random.standard_normal(size)
-        mean += change - mean / lasts
-        noise = random.standard_normal(size)
-        moved = 1e-3 * mean + 1e-2 * noise
-        weights[step] = weights[step - 1] + moved
-    found = audited(tmp_path, weights, every_step)
-    assert log_error(found, DECAY) < found.uncertainty < 0.01
+    settling = 1 + np.exp(-np.arange(STEPS) / 30)
+    found = audited(tmp_path, np.outer(settling, start), every_step)
+    assert log_error(found, DECAY) < min(3 * found.uncertainty, 0.03)
 
 
 BAD = {
@@ -192,9 +150,6 @@ def test_what_an_average_did_is_named(case, audit_of):
     stuck = STUCK if update is two_stuck else ()
     assert sorted(found.tensors) == sorted(stuck)
     json.dumps(found.to_dict(), allow_nan=False)
-    still = {one.begin for one in found.intervals if one.note == "was not updated"}
-    later = range(800, STEPS, EVERY)
-    assert still == {*later} if update is in_the_first_half else not still
 
 
 UNDETERMINED = {
@@ -211,9 +166,8 @@ def test_what_nothing_explains_is_undetermined(update, audit_of):
     assert UNDETERMINED[update] in found.text
 
 
-@pytest.mark.parametrize("update", [every_step, copied_first])
-def test_what_is_right_is_as_claimed(update, audit_of):
-    found = audit_of(update)
+def test_what_is_right_is_as_claimed(audit_of):
+    found = audit_of(every_step)
     assert found.verdict == "as claimed", found.text
     assert not found.is_bad
 
@@ -235,20 +189,6 @@ def test_a_tensor_that_moves_by_rounding_alone_need_not_be_followed(tmp_path):
 def test_an_average_of_weights_that_hardly_move_is_judged_like_others(tmp_path):
     weights = 1 + 1e-5 * train()
     assert audited(tmp_path, weights, stay, DECAY).verdict == "does not move"
-
-
-@pytest.mark.parametrize(
-    ("update", "times"),
-    [
-        (eight_times_a_step, 8),
-        (every_tenth_step, 10),
-    ],
-)
-def test_the_updates_of_a_step_or_steps_of_an_update_lie_in_the_range(update, times, audit_of):
-    found = audit_of(update)
-    stated = re.search(r"([\d.]+) to ([\d.]+)", found.text)
-    low, high = map(float, stated.groups())
-    assert low / 1.05 < times < high * 1.05
 
 
 def test_an_average_that_is_not_finite_is_named(tmp_path):
@@ -276,7 +216,7 @@ def test_an_average_that_does_not_fit_its_weights_is_named(tmp_path):
 
 
 def test_an_average_too_short_for_its_files_is_said(tmp_path):
-    found = audited(tmp_path, train(), averaged(0.5), 0.5)
+    found = audited(tmp_path, train(), ema(0.5), 0.5)
     assert found.verdict == "undetermined"
     assert found.found is None
     assert "checkpoints closer than 20 steps would show it" in found.text
@@ -288,66 +228,33 @@ def test_weights_that_stand_still_are_said(tmp_path):
     assert "the weights stand still" in found.text
 
 
-def returning(steps: range, weights: np.ndarray, average: np.ndarray) -> None:
-    """Let weights return to the average, by a bend in their way, in the interval of `steps`."""
-    first = steps[0]
-    start = weights[first - 1].copy()
-    away = average - start
-    random = np.random.default_rng(0)
-    signs = random.choice([-0.05, 0.05], average.size)
-    for step in steps:
-        passed = (step + 1 - first) / len(steps)
-        bend = 8 * passed * (1 - passed) * signs
-        straight = passed * (1 - signs) / 0.8
-        weights[step] = start + (straight - bend) * away
-
-
-def test_an_interval_with_two_explanations_has_the_one_near_the_others(tmp_path):
-    """Weights that return to the average, d = e - x = 0.8 v, move it by about as much (B d + s v)
-    for the decay's B of 0.61 as for 0.09; by a bend in their way, the latter explains this interval
-    better.
-    """
-    weights = train().copy()
-    average = follow(every_step, weights)[699]
-    returning(range(700, 800), weights, average)
-    weights[800:] += weights[799] - train()[799]
-    found = audited(tmp_path, weights, every_step, DECAY)
-    lengths = [one.found for one in found.intervals]
-    true = 1 / (1 - DECAY)
-    assert lengths == pytest.approx([true] * 14, rel=0.2)
-
-
-def test_a_trackers_snapshots_need_no_audit(tmp_path, ema):
-    model = torch.nn.Linear(3, 2)
-    settings = {"update_every": 1, "checkpoint_every": 1}
-    with PostHocEMA.from_model(model, tmp_path, **settings) as tracker:
-        tracker.update_(model)
-    refused = ema("audit", tmp_path)
-    assert refused.code == 2
-    known = "their headers hold the width exactly, and `ema info` shows it"
-    assert refused.error == f"{tmp_path}: holds snapshots of a tracker: {known}"
+def test_a_trackers_snapshots_need_no_audit(tmp_path):
+    write_snapshot(tmp_path, 10, 0.05, RUN_ID, {"w": torch.ones(2)})
+    with pytest.raises(DirectoryError, match="holds snapshots of a tracker: their headers hold"):
+        Run(tmp_path).audit()
 
 
 def test_an_audit_of_many_checkpoints_takes_little_memory(tmp_path):
     """One likelihood of 48 of them takes 70 MB."""
-    decay = 0.95
     random = np.random.default_rng(0)
     weights = random.standard_normal(200)
     average = weights.copy()
     for step in range(1, 481):
         weights += 0.01 * random.standard_normal(200)
-        average += (1 - decay) * (weights - average)
+        average += 0.05 * (weights - average)
         if step % 10 == 0:
-            content = {"global_step": step, "model": {"w": torch.from_numpy(weights.copy())}}
-            content["ema"] = {"w": torch.from_numpy(average.copy())}
+            content = {
+                "global_step": step,
+                "model": {"w": torch.from_numpy(weights)},
+                "ema": {"w": torch.from_numpy(average)},
+            }
             torch.save(content, tmp_path / f"{step}.pt")
     tracemalloc.start()
     (audit,) = Run(tmp_path).audit()
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 55e6
-    off = math.log(audit.length * (1 - decay))
-    assert abs(off) < 2 * audit.uncertainty < 0.05
+    assert log_error(audit, 0.95) < 2 * audit.uncertainty < 0.05
 
 
 def test_the_command_fails_for_a_bad_average(tmp_path, ema):

@@ -57,30 +57,34 @@ def write(
     return truth
 
 
-CASES = [
-    (torch.float16, 0.9999, 3e-3, 0.1),
-    (torch.bfloat16, 0.9995, 1e-2, 0.1),
-    (torch.float16, 0.999, 2e-3, 0.02),
-    (torch.bfloat16, 0.999, 3e-3, 1.0),
-    (torch.float16, 0.999, 3e-3, 1.0),
-]
-
-
-@pytest.mark.parametrize(("dtype", "decay", "rate", "moving"), CASES)
+@pytest.mark.parametrize(
+    ("dtype", "decay", "rate", "moving"),
+    [
+        (torch.bfloat16, 0.9995, 1e-2, 0.1),
+        (torch.float16, 0.999, 2e-3, 0.02),
+        (torch.float16, 0.999, 3e-3, 1.0),
+    ],
+)
 def test_the_error_of_averages_of_which_most_stands_still_is_predicted(
     dtype, decay, rate, moving, tmp_path
 ):
     truth = write(tmp_path, dtype, decay, rate, moving)
-    import_checkpoints(tmp_path, tmp_path / "run", ema_decay=decay)
-    made = Run(tmp_path / "run").average(SIGMA, dtype="float64")
+    assert_predicted(tmp_path, truth, decay, 1 / 6, 1.3)
+
+
+def assert_predicted(
+    folder: Path, truth: np.ndarray, decay: float, low: float, high: float
+) -> None:
+    """Check that the error of an average, over the predicted one, has bounds."""
+    import_checkpoints(folder, folder / "run", ema_decay=decay)
+    made = Run(folder / "run").average(SIGMA, dtype="float64")
     error = relative_distance(made["w"], truth)
-    assert made.predicted_error / 6 < error < 1.3 * made.predicted_error
+    assert low < error / made.predicted_error < high
 
 
 @pytest.mark.parametrize(
     ("dtype", "decay", "rate", "noise"),
     [
-        (torch.float16, 0.9995, 3e-2, 0.0),
         (torch.bfloat16, 0.9995, 3e-2, 0.0),
         (torch.float16, 0.99, 1e-3, 0.03),  # which the newest four files do not show
     ],
@@ -94,17 +98,12 @@ def test_averages_that_were_updated_in_half_precision_are_refused(
     import_checkpoints(tmp_path, tmp_path / "run", kind="checkpoints", weights="ema")
 
 
-@pytest.mark.parametrize(
-    ("dtype", "size"), [(torch.bfloat16, 1.0), (torch.float16, 1.0), (torch.float16, 1e-5)]
-)
+@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 1.0), (torch.float16, 1e-5)])
 def test_averages_of_noisy_weights_are_taken_if_they_are_rounded_when_saved(dtype, size, tmp_path):
     """Of the elements that the weights should move by two digits 2 to 4 % stand still. Numbers of
     1e-5 are subnormal in float16."""
     truth = write(tmp_path, dtype, 0.99, 2e-4, noise=0.03, with_weights=True, size=size)
-    import_checkpoints(tmp_path, tmp_path / "run", ema_decay=0.99)
-    made = Run(tmp_path / "run").average(SIGMA, dtype="float64")
-    error = relative_distance(made["w"], truth)
-    assert made.predicted_error / 3 < error < 2 * made.predicted_error
+    assert_predicted(tmp_path, truth, 0.99, 1 / 3, 2)
 
 
 @pytest.mark.parametrize(("decay", "rate"), [(0.97, 1e-2), (0.9999, 1e-3)])

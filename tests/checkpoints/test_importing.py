@@ -13,13 +13,10 @@ import torch
 import xxhash
 from checking import assert_same_tensors
 from checkpoint_layouts import STEPS, filled
-from factories import contents, flip_bit
+from factories import contents
 from saved import write_each
-from walks import saves
 
 from posthoc_cli import Run, files, import_checkpoints
-from posthoc_cli.checkpoints import KINDS
-from posthoc_cli.checkpoints.layouts import FIXED, LIBRARIES, TAKES
 from posthoc_cli.errors import (
     DirectoryError,
     FileFormatError,
@@ -31,14 +28,9 @@ Write = Callable[[str], Path]
 MANIFEST = "ema-import.json"
 
 
-def test_the_kinds_that_the_command_names_are_those_of_the_table():
-    listed = {library.kind for library in (*LIBRARIES, *FIXED)}
-    assert {*listed, *TAKES} < {*KINDS}
-
-
 def test_an_import_and_its_files_can_be_moved_together_only(write, tmp_path, ema):
-    """A copy, whose files have other dates, works too; the steps are those that the import
-    found."""
+    """A copy, whose files have other dates, works too, also behind a link; the steps are those that
+    the import found."""
     both = tmp_path / "both"
     both.mkdir()
     write("safetensors").rename(both / "walk7")
@@ -50,8 +42,7 @@ def test_an_import_and_its_files_can_be_moved_together_only(write, tmp_path, ema
     shutil.rmtree(both)
     link = tmp_path / "link"
     link.symlink_to(copied / "new")
-    for place in (copied / "new", link, os.path.relpath(link)):
-        assert_same_tensors(Run(place).average(0.2), wanted)
+    assert_same_tensors(Run(os.path.relpath(link)).average(0.2), wanted)
     apart = tmp_path / "apart"
     (copied / "new").rename(apart)
     refused = ema("synthesize", apart, "--sigma-rel", "0.2", "--out", tmp_path / "o.pt")
@@ -64,14 +55,6 @@ def replace(path: Path) -> None:
     torch.save({"w": torch.full((3000,), -1.0)}, path)
 
 
-def shorten(path: Path) -> None:
-    os.truncate(path, path.stat().st_size - 1)
-
-
-def flip_in_the_middle(path: Path) -> None:
-    flip_bit(path, path.stat().st_size // 2)
-
-
 def turn_into_a_pipe(path: Path) -> None:
     path.unlink()
     os.mkfifo(path)
@@ -81,9 +64,7 @@ def turn_into_a_pipe(path: Path) -> None:
     ("change", "code", "reason"),
     [
         (Path.unlink, 1, "is missing, and"),
-        (shorten, 1, "was replaced, or has changed, since"),
         (replace, 1, "was replaced, or has changed, since"),
-        (flip_in_the_middle, 1, "was replaced, or has changed, since"),
         (turn_into_a_pipe, 2, "is not a regular file"),
     ],
 )
@@ -98,37 +79,29 @@ def test_a_file_that_is_not_the_one_imported_is_named(change, code, reason, tmp_
         assert refused.code == code
         assert refused.error.startswith(f"{path}: ")
         assert reason in refused.error
-    verified = ema("verify", new, "--json")
+    verified = ema("verify", new)
     assert verified.code == 1
-    damaged = [one["path"] for one in verified.json["files"] if one["state"] == "damaged"]
-    assert damaged == [str(path)]
+    assert str(path) in verified.out
 
 
-def test_an_import_of_changed_files_is_written_without_overwrite(tmp_path, ema):
+def test_an_import_of_changed_files_is_written_without_overwrite(tmp_path):
     new = tmp_path / "new"
     folder = filled(tmp_path / "ck", 1, 2, 3, size=3000)
     import_checkpoints(folder, new)
     replace(folder / "step2.pt")
-    assert "wrote a run that refers" in ema("import", folder, "--out", new).out
+    assert import_checkpoints(folder, new).written
     made = Run(new).average("last:1", t=2)
     assert made["w"].tolist() == [-1.0] * 3000
 
 
-@pytest.mark.parametrize(
-    ("layout", "name"),
-    [
-        ("transformers", "model.safetensors.index.json"),
-        ("distributed", ".metadata"),
-    ],
-)
-def test_an_index_that_was_replaced_is_found(layout, name, write, tmp_path):
+def test_an_index_that_was_replaced_is_found(write, tmp_path):
     """An index holds the places of the tensors in the other files."""
-    folder = write(layout)
+    folder = write("distributed")
     import_checkpoints(folder, tmp_path / "new")
-    path = next(folder.rglob(name))
+    path = next(folder.rglob(".metadata"))
     content = path.read_bytes()
     path.write_bytes(content.replace(b"0", b"1", 1))
-    with pytest.raises(FileFormatError, match=f"{name}: was replaced, or has changed, since"):
+    with pytest.raises(FileFormatError, match="metadata: was replaced, or has changed, since"):
         _ = Run(tmp_path / "new").sources
 
 
@@ -189,9 +162,8 @@ def test_an_import_replaces_nothing_else(folder, tmp_path, ema):
 
 def test_a_dry_run_writes_nothing(folder, tmp_path, ema):
     new = tmp_path / "new"
-    command = ("import", folder, "--out", new, "--dry-run")
-    assert ema(*command).out.endswith("nothing was written\n")
-    assert ema(*command, "--json").json["written"] is False
+    done = ema("import", folder, "--out", new, "--dry-run")
+    assert done.out.endswith("nothing was written\n")
     assert not new.exists()
     assert "--out: is missing" in ema("import", folder).error
 
@@ -201,9 +173,6 @@ def test_nothing_that_an_import_refers_to_is_deleted(new, tmp_path, ema):
     refused = ema("prune", new, "--keep", "2", "--yes")
     assert refused.code == 2
     assert refused.error == f"{new}: refers to files of other programs, which are never deleted"
-    checked = ema("verify", new)
-    assert checked.code == 0
-    assert f"{len(STEPS)} without checksums" in checked.out
     assert contents(tmp_path) == before
 
 
@@ -230,16 +199,6 @@ def test_a_run_may_lie_in_the_folder(tmp_path, monkeypatch):
         import_checkpoints(run, tmp_path / "two")
 
 
-def test_a_run_may_lie_behind_a_link(tmp_path):
-    folder = filled(tmp_path / "ck", 20, 40)
-    deep = tmp_path / "deep" / "er"
-    deep.mkdir(parents=True)
-    link = tmp_path / "link"
-    link.symlink_to(deep)
-    import_checkpoints(folder / "step20.pt", link / "run")
-    assert Run(link / "run").step == 20
-
-
 def test_a_name_that_is_no_text_is_refused(tmp_path):
     folder = filled(tmp_path / "ck", 40)
     (folder / "step40.pt").rename(folder / os.fsdecode(b"step40-\xff.pt"))
@@ -248,20 +207,22 @@ def test_a_name_that_is_no_text_is_refused(tmp_path):
 
 
 WRONG = [
-    ("kind", "nothing", " 'nothing': must be one of edm2, ema-pytorch, "),
     ("prefix", 5, ""),
     ("step_from", r"a-\d+", ".* with one group"),
-    ("step_from", "(", ".* a regular expression"),
     ("include", [5], ""),
     ("exclude", "", ""),
     ("sigma_rels", 0.1, ""),
     ("update_every", True, ""),
     ("update_after_step", -1, ""),
-    ("ema_decay", "much", " .* or a half-life such as"),
+    ("ema_decay", "5%", " .* or a half-life such as half-life:500000 or half-life:5%"),
+    ("ema_decay", "half-life:", ""),
     ("ema_decay", [0.9], ""),
     ("ema_decay", 1.5, r" 1\.5: must be in \(0, 1\)"),
     ("ema_restarts", [0], ""),
     ("ema_warmup", "x", " 'x': must be one of none, ratio, power"),
+    ("ema_warmup", "exp:0", ""),
+    ("ema_warmup", "unbiased:3", ""),
+    ("ema_warmup", "cosine:1", r" .*cosine\[:0\.996\]"),
     ("ema_uncertainty", -0.1, ""),
 ]
 
@@ -302,34 +263,25 @@ def first(kind: Any = "checkpoints", step: Any = 1) -> dict[str, Any]:
 
 HOSTILE = {
     "a file of the system": listed("/etc/passwd"),
-    "itself": listed("."),
     "a pipe": listed("pipe"),
-    "a loop": listed("loop"),
     "a zero": listed("a\0b"),
     "a url": listed("s3://bucket/x.pt"),
     "no files": {"files": {}},
     "a kind that is a list": first([]),
-    "a text for a step": first(step="1"),
     "a far step": first(step=10**300),
-    "settings that are a list": {"settings": []},
     "an unknown setting": {"settings": {"x": 1}},
-    "no pattern": {"settings": {"step_from": "("}},
-    "files that are a list": {"files": [FIRST]},
     "keys of more": {"files": {FIRST: [1, "x", 2]}},
     "a far version": {"version": 3},
-    "a place that is a number": {"from": 5},
     "a checkpoint many times": {"checkpoints": [[FIRST, "checkpoints", 1]] * 50_000},
 }
 
 
 @pytest.fixture
 def manifest(tmp_path: Path) -> Path:
-    """Return the manifest of an import of two checkpoints, in a folder with a pipe and a loop of
-    links."""
+    """Return the manifest of an import of two checkpoints, in a folder with a pipe."""
     out = tmp_path / "new"
     import_checkpoints(filled(tmp_path / "ck", 1, 2), out)
     os.mkfifo(out / "pipe")
-    (out / "loop").symlink_to("loop")
     return out / MANIFEST
 
 
@@ -345,7 +297,7 @@ def test_a_hostile_manifest_is_one_line(what, manifest, ema):
     assert "Traceback" not in verified.err
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff", b"[" * 100_000, b'{"a": 1, "a": 2}', b"{}"])
+@pytest.mark.parametrize("content", [b"", b"[" * 100_000, b'{"a": 1, "a": 2}', b"{}"])
 def test_a_malformed_manifest_is_one_line(content, manifest, ema):
     """A new import replaces it."""
     run = manifest.parent
@@ -372,35 +324,34 @@ def test_a_manifest_has_a_limited_size(manifest):
         _ = Run(manifest.parent).sources
 
 
-def link_to_zeros(path: Path) -> None:
-    path.symlink_to("/dev/zero")
-
-
-@pytest.mark.parametrize("make", [os.mkfifo, link_to_zeros, Path.mkdir])
-def test_a_manifest_is_a_regular_file(make, manifest):
+def test_a_manifest_is_a_regular_file(manifest):
     manifest.unlink()
-    make(manifest)
+    os.mkfifo(manifest)
     with pytest.raises(FileFormatError, match="is not a regular file"):
         _ = Run(manifest.parent).sources
 
 
-def test_a_file_is_opened_once_for_its_index_and_once_for_its_values(tmp_path, monkeypatch):
+@pytest.fixture
+def opens(monkeypatch: pytest.MonkeyPatch) -> Counter[Path]:
+    """Return how often each file is opened."""
+    counted = Counter[Path]()
+    system_open = files.system.open
+
+    def opened(path):
+        counted[path] += 1
+        return system_open(path)
+
+    monkeypatch.setattr(files.system, "open", opened)
+    return counted
+
+
+@pytest.mark.parametrize("settings", [{"ema_decay": 0.95}, {"ema_warmup": "none"}])
+def test_a_file_is_opened_once_for_its_index_and_once_for_its_values(settings, tmp_path, opens):
     """By an import that checks a decay, and by one that finds it; an opened run needs the index."""
     folder = tmp_path / "x"
     write_each(folder, "{save.step}.pt", lambda save: {"model": save.weights, "ema": save.average})
-    opens = Counter[Path]()
-
-    def opened(path):
-        opens[path] += 1
-        return system_open(path)
-
-    system_open = files.system.open
-    monkeypatch.setattr(files.system, "open", opened)
-    run = tmp_path / "run"
-    for settings in ({"ema_decay": 0.95}, {"ema_warmup": "none"}):
-        opens.clear()
-        import_checkpoints(folder, run, overwrite=True, **settings)
-        assert {opens[path] for path in folder.iterdir()} == {2}
+    import_checkpoints(folder, tmp_path / "run", **settings)
+    assert {opens[path] for path in folder.iterdir()} == {2}
     opens.clear()
-    assert len(Run(run).sources) == 2 * len(saves())
+    _ = Run(tmp_path / "run").sources
     assert {opens[path] for path in folder.iterdir()} == {1}

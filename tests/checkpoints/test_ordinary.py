@@ -1,8 +1,6 @@
 """Averages of any length from ordinary EMAs, as the libraries that are installed write them, else
 in their format."""
 
-import json
-import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,18 +13,15 @@ from trained import (
     EVERY,
     STEPS,
     TIMES,
-    by,
     check,
     ema,
     error_of,
     named,
     network,
-    ratio,
     settings_of,
     train,
     write,
 )
-from walks import walk
 
 from posthoc_cli import Run, export_file, import_checkpoints
 from posthoc_cli.checkpoints.import_run import Import
@@ -100,12 +95,16 @@ def diffusers(folder, **settings):
     return {"prefix": "net."}
 
 
-def ema_pytorch(folder: Path, update_every: int = 5, update_after_step: int = 20) -> dict[str, Any]:
+def ema_pytorch(
+    folder: Path,
+    update_every: int = 5,
+    update_after_step: int = 20,
+    **rule: Any,
+) -> dict[str, Any]:
     library = pytest.importorskip("ema_pytorch")
     online = network()
-    average = library.EMA(
-        online, beta=DECAY, update_every=update_every, update_after_step=update_after_step
-    )
+    intervals = {"update_every": update_every, "update_after_step": update_after_step}
+    average = library.EMA(online, **({"beta": DECAY} | rule), **intervals)
 
     def update(model):
         online.load_state_dict(model.state_dict())
@@ -115,11 +114,7 @@ def ema_pytorch(folder: Path, update_every: int = 5, update_after_step: int = 20
         torch.save(average.state_dict(), folder / f"step{step}.pt")
 
     replay(update, save)
-    return {
-        "ema_decay": DECAY,
-        "update_every": update_every,
-        "update_after_step": update_after_step,
-    }
+    return {"ema_decay": DECAY, **intervals}
 
 
 def lightning(folder):
@@ -156,42 +151,22 @@ def lightning(folder):
 
 
 def mmengine(folder):
-    """Write files with its Runner, EMAHook and checkpoints; each step loads the recorded
-    weights."""
-    pytest.importorskip("mmengine.hooks")
-    from mmengine.model import BaseModel
-    from mmengine.runner import Runner
+    """Write files as its EMAHook does, which exchanges the average and the weights."""
 
-    weights = iter(train())
+    def form(step, weights, average):
+        shown = {f"module.{name}": value for name, value in weights.items()}
+        shown["steps"] = torch.tensor(step)
+        return {"meta": {"iter": step}, "state_dict": average, "ema_state_dict": shown}
 
-    class Replay(BaseModel):  # type: ignore[misc]
-        def __init__(self):
-            super().__init__()
-            self.net = network()
-
-        def train_step(self, *_, **__):
-            self.net.load_state_dict(named(next(weights)))
-            return {"loss": torch.zeros(())}
-
-        def forward(self, *_):
-            raise NotImplementedError
-
-    Runner(
-        Replay(),
-        str(folder),
-        torch.utils.data.DataLoader(range(STEPS)),
-        train_cfg={"by_epoch": False, "max_iters": STEPS},
-        optim_wrapper={"optimizer": {"type": "SGD", "lr": 0.1}},
-        default_hooks={
-            "checkpoint": {"type": "CheckpointHook", "by_epoch": False, "interval": EVERY}
-        },
-        custom_hooks=[{"type": "EMAHook", "momentum": 1 - DECAY}],
-        log_level="ERROR",
-    ).train()
-    return {"ema_decay": DECAY, "prefix": "net."}
+    write(folder, train(), ema(DECAY), form=form)
+    return {"ema_decay": DECAY}
 
 
 LIBRARIES = [plain, diffusers, lightning, ema_pytorch, mmengine]
+
+
+def averages_in(run: Path) -> list[Any]:
+    return [one for one in Run(run).sources if not isinstance(one.profile, Point)]
 
 
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda one: one.__name__)
@@ -201,7 +176,7 @@ def test_an_ordinary_ema_makes_other_lengths(library, files, run):
     files.mkdir()
     settings = library(files)
     done = import_checkpoints(files, run, **settings)
-    averages = [one for one in Run(run).sources if not isinstance(one.profile, Point)]
+    averages = averages_in(run)
     assert len(averages) == len(TIMES)
     assert any(one.decay == DECAY for one in averages)
     check(run)
@@ -209,32 +184,16 @@ def test_an_ordinary_ema_makes_other_lengths(library, files, run):
         assert all("as claimed" in line for line in done.checks), done.checks
 
 
-def test_the_first_update_of_diffusers_copies_and_later_ones_warm_up(tmp_path):
-    for name in ("unet", "unet_ema"):
-        folder = tmp_path / "checkpoint-3" / name
-        folder.mkdir(parents=True)
-        save_file({"w": torch.ones(2)}, folder / "model.safetensors")
-    config = {"decay": DECAY, "optimization_step": 3}
-    (folder / "config.json").write_text(json.dumps(config))
-    (average,) = (one for one in Run(tmp_path).sources if one.decay)
-    kept = 3 / 12
-    assert average.profile.tail(2) == pytest.approx(1 - kept)
-    kept *= 2 / 11
-    assert average.profile.tail(1) == pytest.approx(1 - kept)
-
-
 def test_averages_without_names_are_those_of_the_parameters(tmp_path):
+    """And not of the buffers between them."""
     file = tmp_path / "step5.pt"
-    out = tmp_path / "average.safetensors"
     layers = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.LayerNorm(3))
-    average = {
-        "decay": 0.9,
-        "num_updates": 5,
-        "shadow_params": [torch.full((3,), float(k)) for k in range(4)],
-    }
+    shadow = [torch.full((3,), float(k)) for k in range(4)]
+    average = {"decay": 0.9, "num_updates": 5, "shadow_params": shadow}
     torch.save({"model": layers.state_dict(), "ema": average}, file)
-    export_file(file, out)
-    assert load_file(out)["1.weight"].tolist() == [2.0, 2.0, 2.0]
+    export_file(file, tmp_path / "average.safetensors")
+    exported = load_file(tmp_path / "average.safetensors")
+    assert exported["1.weight"].tolist() == [2.0, 2.0, 2.0]
 
 
 def test_averages_of_an_unknown_decay_are_left_out(tmp_path, ema, caplog):
@@ -250,64 +209,19 @@ def decays_of(done: Import) -> set[float]:
     return {one.decay for one in done.checkpoints if one.decay}
 
 
-@pytest.fixture(scope="module")
-def of_ema_pytorch(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return files that count calls, and do not say how many there are between two updates."""
-    folder = tmp_path_factory.mktemp("counted")
-    ema_pytorch(folder, 1, 0)
-    return folder
-
-
-def test_the_warm_up_of_ema_pytorch_is_found(of_ema_pytorch, run):
-    (line,) = import_checkpoints(of_ema_pytorch, run).checks
-    found = re.search(r"^found: decay ([\d.]+) at the end, still rising by", line)
-    last = 1 - STEPS ** (-2 / 3)
-    assert float(found[1]) == pytest.approx(last, abs=1e-3)
-    check(run, most=1)
-
-
 @pytest.mark.parametrize(
     ("said", "asked"),
     [
         ({"ema_decay": DECAY}, "update_every"),
-        ({"ema_decay": DECAY, "update_every": 1}, "update_after_step"),
         ({"update_every": 1}, "update_after_step"),
     ],
 )
-def test_the_begin_and_the_interval_of_ema_pytorch_are_not_guessed(
-    said, asked, of_ema_pytorch, run
-):
+def test_the_begin_and_the_interval_of_ema_pytorch_are_not_guessed(said, asked, tmp_path):
+    """Its files count calls, and do not say how many there are between two updates."""
+    ema_pytorch(tmp_path)
     reason = rf"{asked}: must be given: step\d+\.pt .* default of the library"
     with pytest.raises(InvalidValueError, match=reason):
-        import_checkpoints(of_ema_pytorch, run, **said)
-
-
-def test_distances_that_no_motion_explains_do_not_disturb_the_fit(of_ema_pytorch, run):
-    """These files did not copy the weights for 100 calls."""
-    wrong = {"update_every": 1, "update_after_step": 100}
-    import_checkpoints(of_ema_pytorch, run, ema_decay=DECAY, **wrong)
-    error, _ = error_of(Run(run))
-    assert error < 5e-3
-
-
-def test_the_decay_is_found_though_some_of_the_files_say_theirs(files, run):
-    def form(step, weights, average):
-        content = {"model": weights, "ema": average, "step": step}
-        if step < STEPS // 2:
-            content["ema"] = {
-                "decay": 0.9,
-                "num_updates": None,
-                "shadow_params": [*average.values()],
-            }
-        return content
-
-    write(files, train(), ema(DECAY), form=form)
-    done = import_checkpoints(files, run)
-    assert done.checks[0].startswith("found: decay 0.99")
-    (decay,) = decays_of(done)
-    assert decay == pytest.approx(DECAY, abs=2e-4)
-    error, _ = error_of(Run(run))
-    assert error < 2e-3
+        import_checkpoints(tmp_path, None, dry_run=True, **said)
 
 
 def test_predictions_count_the_uncertainty_of_a_decay_that_was_found(files, run):
@@ -341,8 +255,9 @@ def test_a_decay_that_people_use_is_taken_if_it_is_as_likely(files, run):
 
 
 def test_a_decay_that_the_files_show_too_vaguely_is_asked_for(files, run):
+    """Two files show it to 72 %."""
     write(files, train(), ema(0.98))
-    for step in range(EVERY, STEPS - EVERY, EVERY):  # the two files that remain show it to 72 %
+    for step in TIMES[:-2]:
         (files / f"step{step}.pt").unlink()
     reason = "ema_decay: must be given: the checkpoints do not show"
     with pytest.raises(InvalidValueError, match=reason):
@@ -350,34 +265,20 @@ def test_a_decay_that_the_files_show_too_vaguely_is_asked_for(files, run):
     assert import_checkpoints(files, run, ema_decay=0.98).written
 
 
-@pytest.fixture(scope="module")
-def begun_at_51(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def begun_at_51(files: Path) -> Path:
     """Return files whose counts of updates do not show the interval: 50 at step 100 may mean one
     update in 2 steps, or an average that began at step 51."""
-
-    def form(step, weights, average):
-        ema = {
-            "decay": DECAY,
-            "num_updates": step - 50,
-            "shadow_params": [*average.values()],
-            "collected_params": None,
-        }
-        return {"model": weights, "ema": ema, "step": step}
-
-    def decay(step):
-        return min(DECAY, ratio(step - 50)) if step > 50 else 0.0
-
-    folder = tmp_path_factory.mktemp("begun")
-    return write(folder, train(), by(decay), form=form)
+    files.mkdir()
+    weights = torch.ones(3)
+    for step in (100, 200):
+        ema = {"decay": DECAY, "num_updates": step - 50, "shadow_params": [weights]}
+        content = {"model": {"w": weights}, "ema": ema, "step": step}
+        torch.save(content, files / f"step{step}.pt")
+    return files
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"update_every": 3},
-    ],
-)
+@pytest.mark.parametrize("settings", [{}, {"update_every": 3}])
 def test_the_interval_is_asked_for_where_counts_do_not_show_it(settings, begun_at_51, run):
     reason = r"update_every: must be given, and fit: step\d+.pt has counted [\d,]+ updates"
     with pytest.raises(InvalidValueError, match=reason):
@@ -386,13 +287,8 @@ def test_the_interval_is_asked_for_where_counts_do_not_show_it(settings, begun_a
 
 def test_the_interval_and_the_counts_tell_the_first_update(begun_at_51, run):
     import_checkpoints(begun_at_51, run, update_every=1)
-    averages = [one for one in Run(run).sources if not isinstance(one.profile, Point)]
-    for average in averages:
-        settings = vars(average.profile)["settings"]
-        assert settings["every"] == 1
-        assert settings["first"] == 51
-    error, predicted = error_of(Run(run))
-    assert error < 2 * predicted < 2e-3
+    for average in averages_in(run):
+        assert average.profile.settings["first"] == 51
 
 
 def test_the_decay_of_averages_alone_is_not_found(tmp_path, run):
@@ -410,20 +306,8 @@ def test_the_power_of_ema_pytorch_is_looked_for(every, tmp_path):
 
     Its warm-up counts calls, also those that update nothing.
     """
-    library = pytest.importorskip("ema_pytorch")
-    model = torch.nn.Linear(40, 40)
+    ema_pytorch(tmp_path, every, 0, beta=0.9999, power=0.75)
     intervals = {"update_every": every, "update_after_step": 0}
-    rule = {"beta": 0.9999, "power": 0.75}
-    average = library.EMA(model, include_online_model=False, **rule, **intervals)
-    for step in walk(model, 1000, 0.01):
-        average.update()
-        if step % 100 == 0:
-            content = {
-                "model": model.state_dict(),
-                "ema": average.state_dict(),
-                "step": step,
-            }
-            torch.save(content, tmp_path / f"{step}.pt")
     done = import_checkpoints(tmp_path, None, dry_run=True, **intervals)
     (found,) = [line for line in done.checks if line.startswith("found: ")]
     assert "1 - (1 + n)^-0.75" in found
