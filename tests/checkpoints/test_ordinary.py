@@ -151,15 +151,39 @@ def lightning(folder):
 
 
 def mmengine(folder):
-    """Write files as its EMAHook does, which exchanges the average and the weights."""
+    """Write files with its Runner, EMAHook and checkpoints; each step loads the recorded
+    weights."""
+    pytest.importorskip("mmengine.hooks")
+    from mmengine.model import BaseModel
+    from mmengine.runner import Runner
 
-    def form(step, weights, average):
-        shown = {f"module.{name}": value for name, value in weights.items()}
-        shown["steps"] = torch.tensor(step)
-        return {"meta": {"iter": step}, "state_dict": average, "ema_state_dict": shown}
+    weights = iter(train())
 
-    write(folder, train(), ema(DECAY), form=form)
-    return {"ema_decay": DECAY}
+    class Replay(BaseModel):  # type: ignore[misc]
+        def __init__(self):
+            super().__init__()
+            self.net = network()
+
+        def train_step(self, *_, **__):
+            self.net.load_state_dict(named(next(weights)))
+            return {"loss": torch.zeros(())}
+
+        def forward(self, *_):
+            raise NotImplementedError
+
+    Runner(
+        Replay(),
+        str(folder),
+        torch.utils.data.DataLoader(range(STEPS)),
+        train_cfg={"by_epoch": False, "max_iters": STEPS},
+        optim_wrapper={"optimizer": {"type": "SGD", "lr": 0.1}},
+        default_hooks={
+            "checkpoint": {"type": "CheckpointHook", "by_epoch": False, "interval": EVERY}
+        },
+        custom_hooks=[{"type": "EMAHook", "momentum": 1 - DECAY}],
+        log_level="ERROR",
+    ).train()
+    return {"ema_decay": DECAY, "prefix": "net."}
 
 
 LIBRARIES = [plain, diffusers, lightning, ema_pytorch, mmengine]
