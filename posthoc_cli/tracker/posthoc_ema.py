@@ -455,10 +455,11 @@ class PostHocEMA:
             with self._pipeline.lock("snapshot"):
                 self._pipeline.wait_for_turn(writes_too=False)
                 self._take_in(model, replace(progress, updated=progress.step))
+        has_begun = progress.updated > 0 or self._pipeline.tracking.resumes
+        if self.keeps_averages and not has_begun:
+            raise NotReadyError("snapshot", "there was no update yet")
         if self._pipeline.snapshotter is not None:
             self._pipeline.write_missing()
-        elif self.keeps_averages and not self._pipeline.tracking.resumes:
-            raise NotReadyError("snapshot", "there was no update yet")
         self.flush()
 
     @not_compiled
