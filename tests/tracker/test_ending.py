@@ -73,6 +73,8 @@ def test_a_training_without_an_update_says_that_it_leaves_no_snapshot(
         with pytest.raises(NotReadyError, match="no update yet"):
             tracker.snapshot()
         training.run(1, tracker)
+        with pytest.raises(NotReadyError, match="no update yet"):
+            tracker.snapshot()
     assert "no snapshot: the first update is at call 2 of update_" in caplog.text
 
 
