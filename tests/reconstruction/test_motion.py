@@ -4,10 +4,12 @@ too little."""
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from factories import FloatArray, exact_weights, power_functions, solved, squared_error
@@ -246,15 +248,15 @@ def sketch_of(path: FloatArray, length: int) -> Sketch:
     whole = range(1 + length, T, length)
     ends = np.unique([1, *whole, T])
     windows = np.split(path, ends[:-1])
+    return windows_of(np.append(1.0, ends), windows)
+
+
+def windows_of(edges: FloatArray, windows: Sequence[FloatArray]) -> Sketch:
+    """Return the sketch of windows of folds, without projection."""
     folds = np.array([len(window) for window in windows], dtype=float)
     means = np.array([window.mean(axis=0) for window in windows])
     variances = np.array([window.var(axis=0) for window in windows])
-    return Sketch(
-        np.append(1.0, ends),
-        folds,
-        means,
-        variances.sum(axis=1),
-    )
+    return Sketch(edges, folds, means, variances.sum(axis=1))
 
 
 RATE = 0.02**2 * SIZE
@@ -397,6 +399,105 @@ def test_the_error_of_means_that_profiles_share_is_predicted(tmp_path):
     error = distance_to(truth, made["weight"]) / np.linalg.norm(truth)
     assert error > 5e-7
     assert 0.4 < error / made.predicted_error < 2.5
+
+
+UPDATES = 7201
+SINCE = 300_000
+"""The time of the first of so many updates: from t = 104,000 on 104 updates are less than a
+thousandth of training."""
+LARGEST = 17.0
+"""The exponent whose weights the older values of a fold have."""
+
+
+def path_of(motion: str) -> FloatArray:
+    """Return weights that scatter, or walk: shape [UPDATES, SIZE]."""
+    random = np.random.default_rng(6)
+    free = random.standard_normal((UPDATES, SIZE))
+    if motion == "noise":
+        return free
+    return np.cumsum(0.1 * free, axis=0)
+
+
+def error_of_shared_means(
+    profile: PowerFunction,
+    ends: npt.NDArray[np.int64],
+    path: FloatArray,
+) -> FloatArray:
+    """Return how far an average of folds between `ends` is off whose older values have the weights
+    of `LARGEST`: shape [SIZE]."""
+    error = np.zeros(SIZE)
+    before = ends[ends + SINCE <= profile.t]
+    for begin, end in pairwise(before.tolist()):
+        times = SINCE + np.arange(begin, end + 1.0)
+        last = times[-1]
+        right = older_weights(times, profile.gamma)
+        shared = older_weights(times, LARGEST)
+        shared *= right.sum() / shared.sum()
+        share = (last / profile.t) ** (profile.gamma + 1)
+        wrong = share * (shared - right)
+        error += wrong @ path[begin : end - 1]
+    return error
+
+
+def older_weights(times: FloatArray, gamma: float) -> FloatArray:
+    """Return the weights of a power function's updates at times, without the last one."""
+    passed = times / times[-1]
+    until = passed ** (gamma + 1)
+    return np.diff(until)[:-1]
+
+
+@pytest.mark.parametrize(
+    ("motion", "length"),
+    [
+        ("noise", 3),
+        ("walk", 20),
+    ],
+)
+def test_errors_from_means_that_profiles_share_are_known_with_their_correlation(motion, length):
+    """Folds as the hook's, in windows of four."""
+    path = path_of(motion)
+    profiles = [
+        PowerFunction(0.2, 304e3),
+        PowerFunction(0.2, 307e3),
+        PowerFunction(5.0, 307e3),
+    ]
+    ends = np.arange(1, UPDATES, length)
+    rows = [error_of_shared_means(profile, ends, path) for profile in profiles]
+    errors = np.array(rows)
+    actual = errors @ errors.T
+    edges, sketch = sketch_of_folds(path, ends)
+    seen, unseen = sketch.of_shared_means(profiles, LARGEST, edges)
+    expected = seen.T @ seen + unseen.T @ unseen
+    size = np.sqrt(np.diag(expected))
+    true = np.sqrt(np.diag(actual))
+    assert_allclose(size, true, rtol=0.4)
+    # A walk of this length has few of the forty directions.
+    correlation = expected / np.outer(size, size)
+    true_correlation = actual / np.outer(true, true)
+    assert_allclose(correlation, true_correlation, atol=0.4)
+
+
+def test_means_that_cover_more_than_a_thousandth_of_training_are_not_shared():
+    ends = np.arange(1, UPDATES, 3)
+    edges, sketch = sketch_of_folds(path_of("noise"), ends)
+    early = replace(sketch, edges=edges + 1000.0)
+    profile = PowerFunction(0.2, 8e3)
+    _, unseen = early.of_shared_means([profile], LARGEST, edges)
+    assert not unseen.any()
+
+
+def sketch_of_folds(
+    path: FloatArray,
+    ends: npt.NDArray[np.int64],
+) -> tuple[npt.NDArray[np.int64], Sketch]:
+    """Return the updates until each edge of windows of four folds, and their sketch."""
+    *whole, _ = np.split(path, ends)
+    folds = [fold.mean(axis=0) for fold in whole]
+    lasts = np.arange(1, len(folds), 4)
+    windows = np.split(np.array(folds), lasts)
+    known = [0, *(lasts - 1), -1]
+    updates = ends[known]
+    return updates, windows_of(SINCE + updates, windows)
 
 
 def test_copies_are_rounded_alike_where_the_path_stands_still_whatever_the_distances_show():
