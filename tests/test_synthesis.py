@@ -145,6 +145,7 @@ def test_a_step_is_a_time_on_the_clock_of_steps_and_must_be_a_snapshots_on_anoth
     ("value", "dtype", "message"),
     [
         (float("nan"), None, ".* holds nan or infinity"),
+        (float("nan"), "float64", ".* holds nan or infinity"),
         (float("-inf"), "bf16", ".* holds nan or infinity"),
         (70_000.0, "float16", r": torch.float16 cannot hold its largest value, 70000"),
     ],
