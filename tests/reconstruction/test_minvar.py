@@ -11,7 +11,7 @@ import pytest
 from checking import refused
 from factories import FloatArray, power_functions, solved, squared_error
 from numpy.testing import assert_array_equal, assert_equal
-from quadrature import expected_square
+from reconstruction.quadrature import expected_square
 
 from posthoc_cli.profiles import Clock, Point, PowerFunction, Profile, ema_pytorch_profile
 from posthoc_cli.reconstruction import METHODS, Motion, Prior, Problem, Steps, reconstruct

@@ -14,7 +14,7 @@ import pytest
 import torch
 from factories import FloatArray, exact_weights, power_functions, solved, squared_error
 from numpy.testing import assert_allclose
-from quadrature import expected_square
+from reconstruction.quadrature import expected_square
 from safetensors.torch import load_file
 
 from posthoc_cli import PostHocEMA, Run
