@@ -38,6 +38,7 @@ from posthoc_cli.reconstruction.motion import (
     with_floor,
 )
 from posthoc_cli.reconstruction.solving import rounding_factor
+from posthoc_cli.snapshots.sources import source_prior
 
 power = PowerFunction.from_sigma_rel
 START = 2.0
@@ -399,6 +400,29 @@ def test_the_error_of_means_that_profiles_share_is_predicted(tmp_path):
     error = distance_to(truth, made["weight"]) / np.linalg.norm(truth)
     assert error > 5e-7
     assert 0.4 < error / made.predicted_error < 2.5
+
+
+def test_later_averages_contain_what_earlier_ones_rounded_off(tmp_path):
+    """The error of an average changes from one snapshot to the next: its square, relative to that
+    of the errors, would be 2 if they were independent."""
+    random = np.random.default_rng(0)
+    steps = 0.01 * random.standard_normal((1000, 400))
+    path = random.standard_normal(400) + np.cumsum(steps, axis=0)
+    settings = {"sigma_rels": (0.05,), "max_checkpoints": None, "checkpoint_dtype": torch.float32}
+    track(path, tmp_path, checkpoint_every=20, **settings)
+    sources = Run(tmp_path).sources[25:]
+    errors = []
+    for source in sources:
+        weights = load_file(source.files[0].path)["weight"].double().numpy().ravel()
+        exact = exact_weights(0.05, range(1, source.step + 1))
+        errors.append(weights - exact @ path.astype(np.float32)[: source.step])
+    change = np.sum(np.diff(errors, axis=0) ** 2) / np.sum(np.square(errors))
+
+    prior = source_prior(sources)
+    separate = prior.arithmetic.sum()
+    common = np.sum(prior.shared**2)
+    between = np.sum(np.diff(prior.shared, axis=0) ** 2)
+    assert change == pytest.approx((2 * separate + between) / (separate + common), rel=0.25)
 
 
 UPDATES = 7201
