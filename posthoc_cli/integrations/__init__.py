@@ -67,9 +67,10 @@ def read_state(
     ema: PostHocEMA,
     folder: str | Path,
     number: int = 0,
+    of_model: bool = False,
 ) -> bool:
     """Continue from the state in a checkpoint, also of other processes; return False if it has
-    none."""
+    none, with `of_model` also if it is of other weights than the model's."""
     places = [Path(folder) / name for name in _state_names(number)]
     paths = [path for path in places if path.exists()]
     if len(paths) > 1:
@@ -84,6 +85,8 @@ def read_state(
             load(state, checkpoint_id=path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if of_model and not ema.fits(state):
+            return False
         ema.load_state_dict(state)
     return bool(paths)
 

@@ -52,6 +52,7 @@ from posthoc_cli.run import Run, Wanted, Weights, as_targets, make_weights, with
 from posthoc_cli.snapshots.directory import find_snapshots
 from posthoc_cli.snapshots.snapshot import (
     Snapshot,
+    are_equal,
     encode_path,
     joined_paths,
     make_selection,
@@ -690,6 +691,15 @@ class PostHocEMA:
             model = self._tracked_model()
             if weights and model is not None:
                 self._start.sample = self._watch.sample(model, loaded.tracked)
+
+    def fits(self, state: Mapping[str, Any]) -> bool:
+        """Return whether the model has the weights that the network had when a tracker's own state
+        was taken, as far as it knows them; of a sharded model all processes make the call."""
+        recorded = np.array(state.get("weights", ()), np.float32)
+        group = self._members.keepers("fits(...)")
+        model = self._present_model("fits")
+        own = group.together(lambda: self._first_sample(model))
+        return not recorded.size or are_equal(sample_of_all(group, own), recorded)
 
     @not_compiled
     def close(self) -> None:
