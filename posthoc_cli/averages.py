@@ -56,8 +56,7 @@ class Wide(nn.Module):
     ) -> Wide:
         def apply(tensor: Tensor) -> Tensor:
             new = fn(tensor)
-            is_narrowed = is_narrow(new.dtype) and not is_narrow(tensor.dtype)
-            return tensor.to(new.device) if is_narrowed else new
+            return tensor.to(new.device) if is_narrow(new.dtype) else new
 
         super()._apply(apply, recurse)  # type: ignore[no-untyped-call]
         return self

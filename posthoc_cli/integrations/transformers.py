@@ -119,7 +119,8 @@ class PostHocCallback(TrainerCallback):
             callbacks.insert(0, self)
             ema.on_snapshot(self._log_figures)
         if state.global_step:
-            _continue(ema, _checkpoint(args, state))
+            # which is of another training if the trainer has resumed from one elsewhere
+            read_state(ema, _checkpoint(args, state), of_model=True)
         stepping = getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper
         if isinstance(stepping, torch.optim.Optimizer):
             stepping.register_step_post_hook(self._after_optimizer_step)
@@ -253,19 +254,6 @@ class PostHocCallback(TrainerCallback):
         metric = (args.metric_for_best_model or "").removeprefix("eval_")
         fitting = [label for label, name in self._names.items() if metric.startswith(f"{name}_")]
         return max(fitting, key=len, default=None) if args.load_best_model_at_end else None
-
-
-def _continue(ema: PostHocEMA, folder: Path) -> None:
-    """Continue from the tracker's state in a checkpoint; warn if it holds none of these weights.
-
-    The trainer may have resumed from a checkpoint elsewhere, and this one be of another training.
-    """
-    if not read_state(ema, folder, of_model=True):
-        log.warning(
-            "%s holds no state of this callback with the model's weights: the averages continue "
-            "from a snapshot with these weights, or begin with this training",
-            folder,
-        )
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
