@@ -641,10 +641,12 @@ class PostHocEMA:
 
         Parameters stay the same objects, so that the optimizer keeps its state, and later updates
         average the new weights: between two training steps this is the switch of Switch EMA. An
-        error leaves the model unchanged.
+        error leaves the model unchanged, as that of a call within a block of `model`, whose end
+        would undo it.
         """
+        _check_raw(check_model(model), "load_into")
         asked = {"t": t, "step": step, "method": method}
-        group, weights = self._average("load_into", check_model(model), sigma_rel, asked)
+        group, weights = self._average("load_into", model, sigma_rel, asked)
         targets = group.together(lambda: check_weights(model, weights))
         fill_in(targets, weights)
 
