@@ -560,7 +560,7 @@ class PostHocEMA:
                 return {}
             sources: Sequence[Source]
             if self._members.is_chunked:
-                sources = self._live() or self._stored()
+                sources = self._stored() or self._live()
             else:
                 sources = self._sources()
             _, reasons = averaged.plan_possible(sources, wanted)
