@@ -70,9 +70,8 @@ class ExponentialMovingAverage(Wide):
         average <- (1 - momentum) average + momentum parameter
 
     `forward` runs the averaged module, in which half-precision tensors are float32, also after
-    `half()`. The interface
-    and the names in the state dict are those of `mmengine.model.ExponentialMovingAverage` since
-    mmengine 1.0, whose states load.
+    `half()`. The interface and the names in the state dict are those of
+    `mmengine.model.ExponentialMovingAverage` since mmengine 1.0, whose states load.
 
     Arguments:
         model: its weights are copied, but have no share in the average.
