@@ -45,16 +45,33 @@ __all__ = [
 SUSPICIOUS_MOMENTUM = 0.5
 
 
-class ExponentialMovingAverage(nn.Module):
+class Wide(nn.Module):
+    """A module that moves between devices, but keeps its precision under `half()` and
+    `bfloat16()`, in which averages would stop moving."""
+
+    def _apply(
+        self,
+        fn: Callable[[Tensor], Tensor],
+        recurse: bool = True,
+    ) -> Wide:
+        def apply(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return tensor.to(new.device) if is_narrow(new.dtype) else new
+
+        super()._apply(apply, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+class ExponentialMovingAverage(Wide):
     """An average of a model's parameters with exponentially decaying weights.
 
     The first `update_parameters` copies the model. Later ones average at every `interval`-th call:
 
         average <- (1 - momentum) average + momentum parameter
 
-    `forward` runs the averaged module, in which half-precision tensors are float32. The interface
-    and the names in the state dict are those of `mmengine.model.ExponentialMovingAverage` since
-    mmengine 1.0, whose states load.
+    `forward` runs the averaged module, in which half-precision tensors are float32, also after
+    `half()`. The interface and the names in the state dict are those of
+    `mmengine.model.ExponentialMovingAverage` since mmengine 1.0, whose states load.
 
     Arguments:
         model: its weights are copied, but have no share in the average.
@@ -128,24 +145,7 @@ class ExponentialMovingAverage(nn.Module):
         self.steps += 1
 
 
-class WideBuffers(nn.Module):
-    """A module whose own buffers move between devices, but keep their precision under `half()` and
-    `bfloat16()`."""
-
-    def _apply(
-        self,
-        fn: Callable[[Tensor], Tensor],
-        recurse: bool = True,
-    ) -> WideBuffers:
-        before = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, new in dict(self.named_buffers(recurse=False)).items():
-            if is_narrow(new.dtype) and not is_narrow(before[name].dtype):
-                setattr(self, name, before[name].to(new.device))
-        return self
-
-
-class ShadowModel(WideBuffers):
+class ShadowModel(Wide):
     """A model and its shadow: `forward` runs the model in train mode and the shadow in eval mode.
 
     Call `update()` after every optimizer step. It averages all floating-point parameters with the
@@ -153,9 +153,9 @@ class ShadowModel(WideBuffers):
 
         shadow <- shadow - (1 - decay) (shadow - variable)
 
-    Both are submodules: they move, cast, save and load together. The shadow needs no gradients and
-    is always in eval mode. That of a half-precision model is float32, and so are the inputs that it
-    takes.
+    Both are submodules: they move, save and load together. The shadow needs no gradients and is
+    always in eval mode. That of a half-precision model is float32, also if the model is cast later,
+    and so are the inputs that it takes.
 
     Arguments:
         model: the model to train; held, not copied.
@@ -224,6 +224,15 @@ class ShadowModel(WideBuffers):
             share /= float(self.debias_mass)
         average_(parameters, share)
         average_(buffers)
+
+    def _apply(
+        self,
+        fn: Callable[[Tensor], Tensor],
+        recurse: bool = True,
+    ) -> ShadowModel:
+        self.model._apply(fn)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
+        return self
 
     def train(self, mode: bool = True) -> ShadowModel:
         """Set the mode; the shadow stays in eval mode."""
@@ -441,7 +450,7 @@ MODES = ("truncated", "window", "carried", "full")
 _LONGEST_QUIET_GRAPH = 99  # values that mode "full" holds without a warning
 
 
-class DifferentiableEMA(WideBuffers):
+class DifferentiableEMA(Wide):
     """An exponential moving average of tensors with a graph, for a loss on running statistics.
 
     The values x_i = f_i(w_i) are outputs of a graph, where w_i is what the leaf w (a parameter)
@@ -705,7 +714,7 @@ def _described(tensor: Tensor) -> str:
 _STATISTICS = ("mean_x", "mean_y", "cov_xx", "cov_yy", "cov_xy")
 
 
-class EMAStats(WideBuffers):
+class EMAStats(Wide):
     """Exponential moving averages of the means and covariances of `x` and `y`, compatible with
     symm-learning's class.
 

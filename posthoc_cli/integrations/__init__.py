@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from posthoc_cli.errors import MismatchError
 from posthoc_cli.targets import Target
 from posthoc_cli.tracker import PostHocEMA
+
+log = logging.getLogger(__name__)
 
 # The name of the tracker's own state in a framework's checkpoint: for a sharded model a folder of
 # torch.distributed.checkpoint, else, with a suffix, a file of `torch.save`.
@@ -67,9 +70,10 @@ def read_state(
     ema: PostHocEMA,
     folder: str | Path,
     number: int = 0,
-) -> bool:
-    """Continue from the state in a checkpoint, also of other processes; return False if it has
-    none."""
+    of_model: bool = False,
+) -> None:
+    """Continue from the state in a checkpoint, also of other processes; warn if it has none, with
+    `of_model` also if it is of other weights than the model's."""
     places = [Path(folder) / name for name in _state_names(number)]
     paths = [path for path in places if path.exists()]
     if len(paths) > 1:
@@ -84,8 +88,15 @@ def read_state(
             load(state, checkpoint_id=path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        ema.load_state_dict(state)
-    return bool(paths)
+        if not of_model or ema.fits(state):
+            ema.load_state_dict(state)
+            return
+    if ema.keeps_averages:
+        log.warning(
+            "%s holds no averages of these weights: they continue from a snapshot with these "
+            "weights, or begin with this training",
+            folder,
+        )
 
 
 def _state_names(number: int) -> tuple[str, str]:

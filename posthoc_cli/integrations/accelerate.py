@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,6 @@ from accelerate import Accelerator
 
 from posthoc_cli.integrations import figures, make_tracker, read_state, write_state
 from posthoc_cli.tracker import PostHocEMA
-
-log = logging.getLogger(__name__)
 
 
 def prepare(
@@ -56,10 +53,7 @@ def prepare(
             write_state(ema, folder, tracked, number)
 
     def load(models: object, folder: str) -> None:
-        if not read_state(ema, folder, number) and accelerator.is_main_process:
-            log.warning(
-                "%s was saved without this tracker: the averages begin with this training", folder
-            )
+        read_state(ema, folder, number)
 
     hooks = ExitStack()
     hooks.callback(accelerator.register_save_state_pre_hook(save).remove)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME, save_fsdp_model
+from transformers.trainer import save_fsdp_model
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -120,7 +119,8 @@ class PostHocCallback(TrainerCallback):
             callbacks.insert(0, self)
             ema.on_snapshot(self._log_figures)
         if state.global_step:
-            _continue(ema, _checkpoint(args, state), state)
+            # which is of another training if the trainer has resumed from one elsewhere
+            read_state(ema, _checkpoint(args, state), of_model=True)
         stepping = getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper
         if isinstance(stepping, torch.optim.Optimizer):
             stepping.register_step_post_hook(self._after_optimizer_step)
@@ -256,23 +256,5 @@ class PostHocCallback(TrainerCallback):
         return max(fitting, key=len, default=None) if args.load_best_model_at_end else None
 
 
-def _continue(ema: PostHocEMA, folder: Path, state: TrainerState) -> None:
-    """Continue from the tracker's state in a checkpoint; warn if it holds none."""
-    if not _is_of(folder, state) or not read_state(ema, folder):
-        log.warning(
-            "%s holds no state of this callback: the averages continue from a snapshot with these "
-            "weights, or begin with this training",
-            folder,
-        )
-
-
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-
-
-def _is_of(folder: Path, state: TrainerState) -> bool:
-    """Return whether a checkpoint is the one that a trainer resumed from: one elsewhere has another
-    history."""
-    path = folder / TRAINER_STATE_NAME
-    stored = TrainerState.load_from_json(str(path)) if path.exists() else None
-    return stored is not None and json.dumps(stored.log_history) == json.dumps(state.log_history)

@@ -52,6 +52,7 @@ from posthoc_cli.run import Run, Wanted, Weights, as_targets, make_weights, with
 from posthoc_cli.snapshots.directory import find_snapshots
 from posthoc_cli.snapshots.snapshot import (
     Snapshot,
+    are_equal,
     encode_path,
     joined_paths,
     make_selection,
@@ -559,7 +560,7 @@ class PostHocEMA:
                 return {}
             sources: Sequence[Source]
             if self._members.is_chunked:
-                sources = self._live() or self._stored()
+                sources = self._stored() or self._live()
             else:
                 sources = self._sources()
             _, reasons = averaged.plan_possible(sources, wanted)
@@ -640,10 +641,12 @@ class PostHocEMA:
 
         Parameters stay the same objects, so that the optimizer keeps its state, and later updates
         average the new weights: between two training steps this is the switch of Switch EMA. An
-        error leaves the model unchanged.
+        error leaves the model unchanged, as that of a call within a block of `model`, whose end
+        would undo it.
         """
+        _check_raw(check_model(model), "load_into")
         asked = {"t": t, "step": step, "method": method}
-        group, weights = self._average("load_into", check_model(model), sigma_rel, asked)
+        group, weights = self._average("load_into", model, sigma_rel, asked)
         targets = group.together(lambda: check_weights(model, weights))
         fill_in(targets, weights)
 
@@ -690,6 +693,15 @@ class PostHocEMA:
             model = self._tracked_model()
             if weights and model is not None:
                 self._start.sample = self._watch.sample(model, loaded.tracked)
+
+    def fits(self, state: Mapping[str, Any]) -> bool:
+        """Return whether the model has the weights that the network had when a tracker's own state
+        was taken, as far as it knows them; of a sharded model all processes make the call."""
+        recorded = np.array(state.get("weights", ()), np.float32)
+        group = self._members.keepers("fits(...)")
+        model = self._present_model("fits")
+        own = group.together(lambda: self._first_sample(model))
+        return not recorded.size or are_equal(sample_of_all(group, own), recorded)
 
     @not_compiled
     def close(self) -> None:

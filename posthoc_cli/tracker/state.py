@@ -108,7 +108,7 @@ def zero_averages(sigma_rels: tuple[float, ...], tracked: TrackedModel) -> Avera
     tensors = AverageTensors(on_host(layout_of(averaged)), len(sigma_rels))
     copies = {}
     for name, dtype in tracked.dtypes(copied=True).items():
-        copies[name] = torch.zeros(tracked.boxes[name].shape, dtype=dtype)
+        copies[name] = torch.zeros(tracked.boxes[name].shape, dtype=dtype, device="cpu")
     return Averages(sigma_rels, tensors=tensors, copies=copies)
 
 

@@ -5,6 +5,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -103,19 +104,34 @@ def test_an_infinity_in_an_averaged_buffer_stays():
     assert ema.module.mask.tolist() == [0.0, -math.inf]
 
 
-def test_half_precision_averages_move():
+@pytest.mark.parametrize("cast", ["before", "after"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(ExponentialMovingAverage, momentum=2e-4),
+        partial(ShadowModel, decay=1 - 2e-4),
+    ],
+    ids=["average", "shadow"],
+)
+def test_half_precision_averages_move(make: Any, cast: str) -> None:
     """Rounded after every update, 2e-4 of the distance 1 is lost in values near 1: the average
     would stay at 1."""
-    model = nn.Linear(1, 1, dtype=torch.bfloat16)
+    model = nn.Linear(1, 1)
     nn.init.ones_(model.weight)
-    ema = ExponentialMovingAverage(model, momentum=2e-4)
-    ema.update_parameters(model)
+    if cast == "before":
+        model.bfloat16()
+    average = make(model)
+    update = getattr(average, "update", None) or partial(average.update_parameters, model)
+    update()
+    if cast == "after":
+        nn.Sequential(model, average).bfloat16()
     nn.init.constant_(model.weight, 2.0)
     for _ in range(2000):
-        ema.update_parameters(model)
-    weight = ema.module.weight
-    assert weight.dtype == torch.float32
-    assert weight.item() == pytest.approx(2 - (1 - 2e-4) ** 2000, abs=1e-3)
+        update()
+    averaged = getattr(average, "shadow", None) or average.module
+    assert model.weight.dtype == torch.bfloat16
+    assert averaged.weight.dtype == torch.float32
+    assert averaged.weight.item() == pytest.approx(2 - (1 - 2e-4) ** 2000, abs=1e-3)
 
 
 def test_a_state_of_mmengine_loads_and_goes_on():

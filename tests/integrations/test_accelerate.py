@@ -70,7 +70,6 @@ def test_a_checkpoint_with_states_of_two_saves_is_refused(tmp_path: Path) -> Non
     """A checkpoint that was saved again by another arrangement of processes keeps the earlier
     state."""
     ema = Training(tmp_path).ema
-    assert not read_state(ema, tmp_path)
     (tmp_path / f"{STATE_NAME}.pt").touch()
     (tmp_path / STATE_NAME).mkdir()
     with pytest.raises(MismatchError, match=rf"{STATE_NAME}\.pt and .*{STATE_NAME}.*two saves"):
@@ -99,7 +98,7 @@ def test_a_checkpoint_without_a_trackers_state_is_said(
     saved = tmp_path / "saved"
     accelerator.save_state(str(saved))
     accelerator.load_state(str(saved))
-    assert "without this tracker" not in caplog.text
+    assert "holds no averages" not in caplog.text
     (saved / f"{STATE_NAME}.pt").unlink()
     accelerator.load_state(str(saved))
-    assert "was saved without this tracker" in caplog.text
+    assert "holds no averages of these weights" in caplog.text

@@ -58,11 +58,12 @@ def test_a_checkpoint_elsewhere_does_not_take_the_state_of_another_training(
     expected: list[Any],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """`output_dir` holds a checkpoint of the same step of another training, whose averages differ.
-    The first tracker is still open, since an exception has ended its training."""
+    """`output_dir` holds a checkpoint of the same step of another training, whose averages differ;
+    neither has logged anything yet. The first tracker is still open, since an exception has ended
+    its training."""
     options = EVERY | {"checkpoint_dtype": None}
     callback = PostHocCallback(tmp_path / "ema", **options)
-    first = make_trainer(tmp_path, callback, Recorder(fails_at=9), logging_steps=1)
+    first = make_trainer(tmp_path, callback, Recorder(fails_at=9))
     with pytest.raises(KeyError, match="the training fails here"):
         first.train()
     shutil.move(tmp_path / "out/checkpoint-4", tmp_path / "kept")  # the newest snapshots: 8
@@ -70,15 +71,14 @@ def test_a_checkpoint_elsewhere_does_not_take_the_state_of_another_training(
     make_trainer(
         tmp_path,
         other,
-        logging_steps=1,
         learning_rate=0.1,
         max_steps=4,
     ).train()
     assert (tmp_path / "out/checkpoint-4/posthoc_ema.pt").exists()
     callback = PostHocCallback(tmp_path / "ema", **options)
-    resumed = make_trainer(tmp_path, callback, logging_steps=1)
+    resumed = make_trainer(tmp_path, callback)
     resumed.train(resume_from_checkpoint=str(tmp_path / "kept"))
-    assert "holds no state of this callback" in caplog.text
+    assert "holds no averages of these weights" in caplog.text
     assert_exact(callback.ema, resumed.model, expected)
 
 

@@ -86,6 +86,17 @@ def test_a_block_is_refused_while_another_thread_has_one_of_the_same_tensors(
     )  # one after the other
 
 
+def test_a_model_is_not_filled_for_good_within_a_block_whose_end_would_undo_it(
+    tmp_path: Path,
+) -> None:
+    model, ema = tracked(tmp_path / "run")
+    with (
+        ema.model(model, 0.28),
+        pytest.raises(NotReadyError, match="load_into: the model holds averaged weights now"),
+    ):
+        ema.load_into(model, 0.05)
+
+
 def test_blocks_of_different_models_may_be_open_in_several_threads(tmp_path: Path) -> None:
     one, first = tracked(tmp_path / "one")
     two, second = tracked(tmp_path / "two")

@@ -30,6 +30,7 @@ x = torch.arange(12.0).reshape(2, 6)
 """
 
 AVERAGED = """
+from unittest import TestCase
 for kind in arguments:
     model = spread(Net(), kind)
     ema = PostHocEMA.from_path(folder / "single", model)  # a run of one process, before it resumes
@@ -76,6 +77,8 @@ for kind in arguments:
         close(model, folder / "average-8.pt")
     ema.snapshot()
     single = torch.load(folder / "average-10.pt")
+    with TestCase().assertNoLogs("posthoc_cli", "WARNING"):
+        ema.models(model, [0.28])  # which is not made of the two live averages
     blocks = ema.models(model, [0.15, 0.2, "window:1000"])
     assert [*blocks] == ["0.15", "0.2"]
     for label, block in blocks.items():

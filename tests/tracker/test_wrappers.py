@@ -317,9 +317,24 @@ class Quantized(torch.Tensor):
         raise NotImplementedError(f"{operation} is not implemented")
 
 
-def test_quantized_weights_may_be_frozen_and_are_refused_by_name_if_tracked(tmp_path: Path) -> None:
+class Computed(Quantized):
+    """Every other operation takes values that are computed for it, so that none changes them."""
+
+    @classmethod
+    def __torch_dispatch__(cls, operation: Any, _types: Any, arguments: Any, _: Any = None) -> Any:
+        if operation is torch.ops.aten.detach.default:
+            return cls(arguments[0].values)
+        values = [value.values.float() for value in arguments]
+        return operation(*values)
+
+
+@pytest.mark.parametrize("kind", [Quantized, Computed])
+def test_quantized_weights_may_be_frozen_and_are_refused_by_name_if_tracked(
+    tmp_path: Path,
+    kind: type[Quantized],
+) -> None:
     model = nn.Module()
-    values = Quantized(torch.ones(3, 3))
+    values = kind(torch.ones(3, 3))
     model.base = nn.Parameter(values, requires_grad=False)
     model.adapter = nn.Parameter(torch.ones(3))
     with track(model, tmp_path / "run") as ema:
@@ -327,5 +342,5 @@ def test_quantized_weights_may_be_frozen_and_are_refused_by_name_if_tracked(tmp_
         with ema.model(model, 0.05):
             pass
         assert ema.state_dict(0.05)["adapter"].tolist() == [1, 1, 1]
-    with pytest.raises(InvalidValueError, match=r"'base': is a Quantized.* exclude='base'"):
+    with pytest.raises(InvalidValueError, match=rf"'base': is a {kind.__name__}.* exclude='base'"):
         track(model, tmp_path / "all", include="*")
