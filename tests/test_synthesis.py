@@ -144,7 +144,7 @@ def test_a_step_is_a_time_on_the_clock_of_steps_and_must_be_a_snapshots_on_anoth
 @pytest.mark.parametrize(
     ("value", "dtype", "message"),
     [
-        (float("nan"), None, ".* holds nan or infinity"),
+        (float("nan"), None, ".* holds nan or infinity; .* mask .* `exclude`"),
         (float("-inf"), "bf16", ".* holds nan or infinity"),
         (70_000.0, "float16", r": torch.float16 cannot hold its largest value, 70000"),
     ],

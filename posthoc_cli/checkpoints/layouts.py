@@ -863,8 +863,7 @@ def select(found: Found, settings: ImportSettings) -> tuple[Tensors, Tensors]:
     for tensors in (averaged, found.weights):
         named = stripped(tensors, prefix)
         if tensors and not named:
-            known = names_in([*found.weights, *found.averaged])
-            reason = f"no tensor's name begins with {shown(prefix)}; it has {known}"
-            raise FileFormatError(found.path, reason)
+            reason = f"no tensor's name begins with {shown(prefix)}; it has {names_in([*tensors])}"
+            raise UnsuitableError(found.path, reason)
         chosen.append(settings.select(named) if named else {})
     return chosen[0], chosen[1]

@@ -614,8 +614,8 @@ def holds_checkpoints(place: str | Path) -> bool:
         return is_import(place) or bool(_candidates(place, _LeftOut()))
     except (FileFormatError, InvalidValueError):  # raised again when they are opened
         return True
-    except DirectoryError:
-        return False
+    except DirectoryError:  # also that of a glob
+        return files.is_glob(place)
 
 
 def _candidates(place: str | Path, left_out: _LeftOut) -> list[Path]:

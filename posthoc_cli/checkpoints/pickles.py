@@ -86,9 +86,8 @@ def _reading(file: OpenedFile) -> Iterator[None]:
         if not isinstance(error, _PickleError):
             first = bytearray(min(file.size, 4))
             file.read_into(memoryview(first), 0)
-            problem = (
-                f"a damaged pickle or archive, or of another kind: begins with {bytes(first)!r}"
-            )
+            begins = f"{file.size:,} bytes that begin with {bytes(first)!r}"
+            problem = f"a damaged pickle or archive, or of another kind: {begins}"
         raise FileFormatError(file.path, f"cannot be read as tensors: {problem}") from error
 
 

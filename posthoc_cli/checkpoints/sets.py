@@ -224,7 +224,10 @@ class Sets:
             for name in _MODEL_GROUPS:
                 if name in within:
                     return [f"{groups[0]}.{name}"]
-        is_flat = any(len(tensor.keys) == 1 for tensor in self.tensors.values())
+        flat = [name for name, tensor in self.tensors.items() if len(tensor.keys) == 1]
+        largest = max((self.counts[name] for name in groups), default=1)
+        # not a loss or the state of a generator beside the model
+        is_flat = len(flat) >= largest or any("." in name for name in flat)
         return [""] if is_flat else groups
 
     def model_path(self) -> str:

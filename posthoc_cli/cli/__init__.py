@@ -189,9 +189,11 @@ def main() -> NoReturn:
     # Solves are small: BLAS threads take longer to start than to compute. NumPy reads this when it
     # is first imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    arguments = sys.argv[1:] or ["--help"]
-    if arguments in (["version"], ["help"]):
-        arguments = [f"--{arguments[0]}"]
+    arguments = sys.argv[1:] or ["help"]
+    if arguments[0] == "help":
+        arguments = [*arguments[1:], "--help"]
+    elif arguments == ["version"]:
+        arguments = ["--version"]
     debug = _DEBUG in arguments
     sys.excepthook = _show_traceback if debug else _report_unexpected
     warnings.showwarning = lambda message, *_, **__: _print_message("warning", message)

@@ -230,9 +230,8 @@ def sweep(
             "r.json:acc: acc of the newest r.json in {dir}."
         ),
     ),
-    minimize: bool | None = options.HOW(
-        None, "--minimize/--maximize", help="Whether lower or higher is better."
-    ),
+    minimize: bool = options.HOW(False, "--minimize", help="Lower is better."),
+    maximize: bool = options.HOW(False, "--maximize", help="Higher is better."),
     look: bool = options.HOW(
         False, "--look", help="No metric: only show the images of some lengths, side by side."
     ),
@@ -240,7 +239,7 @@ def sweep(
         1, metavar="COUNT", help="Trials of each length, with the seeds 0, 1, ..."
     ),
     budget: int = options.HOW(20, metavar="COUNT", help="The most lengths to measure."),
-    out: Path = options.OUTPUT(
+    out: str = options.OUTPUT(
         "sweep",
         "--out",
         "-o",
@@ -276,19 +275,23 @@ def sweep(
     from posthoc_cli.sweep import Axis, Sweep
     from posthoc_cli.sweep.trials import Metric
 
-    _check_direction(minimize, look)
+    check_alone(minimize=minimize, maximize=maximize, look=look)
+    if not (minimize or maximize or look):
+        reason = "say whether lower or higher is better"
+        hint = "add --minimize or --maximize; or --look, to compare images without a metric"
+        raise InvalidValueError("--minimize", reason, hint)
     check_alone(look=look, metric=metric)
     check_alone(sigma_rel=sigma_rel, target=target)
     widths = options.optional(Axis.parse, sigma_rel, "--sigma-rel", "sigma_rel")
     axis = options.optional(Axis.parse, target, "--target") or widths
-    out = files.local_path("--out", out)
+    folder = files.local_path("--out", out)
     run = options.open_run(directory)
     output.warn_of_statistics(run.sources[-1].copies)
     show = output.print_note if as_json else output.print_line
 
     def say(trial: Trial, number: int, expected: int) -> None:
         if trial.error is not None:
-            _warn_of_failure(trial, out)
+            _warn_of_failure(trial, folder)
         left = _time_left(trial.seconds * (expected - number))
         show(f"trial {number} of about {expected}: {_result(trial)}{left}")
 
@@ -296,9 +299,9 @@ def sweep(
         run,
         command,
         Metric() if metric is None else Metric.parse(metric),
-        out,
+        folder,
         axis=axis,
-        minimize=minimize,
+        minimize=None if look else minimize,
         repeats=repeats,
         budget=budget,
         t=t,
@@ -309,20 +312,12 @@ def sweep(
         say=say,
         progress=output.progress_bar("trials"),
     ).run_all()
-    if (out / "images").is_dir():
-        page = out / "report.html"
-        content = render(run, [out], page)
+    if (folder / "images").is_dir():
+        page = folder / "report.html"
+        content = render(run, [folder], page)
         files.write_atomically(page, content.encode(), overwrite=True)
         report = replace(report, outputs=(*report.outputs, page))
     output.show(report.to_dict(), as_json, _print_sweep)
-
-
-def _check_direction(minimize: bool | None, look: bool) -> None:
-    check_alone(look=look, minimize=minimize is not None)
-    if minimize is None and not look:
-        reason = "say whether lower or higher is better"
-        hint = "add --minimize or --maximize; or --look, to compare images without a metric"
-        raise InvalidValueError("--minimize", reason, hint)
 
 
 def _warn_of_failure(trial: Trial, out: Path) -> None:
@@ -470,7 +465,7 @@ def import_(
     directory: str = Argument(
         ..., metavar="DIR", help="The checkpoints or averages: a folder, a file or a glob."
     ),
-    out: Path | None = options.OUTPUT(
+    out: str | None = options.OUTPUT(
         None, "--out", "-o", metavar="RUN", help="The folder or URL of the new run."
     ),
     kind: str | None = options.RUN(
@@ -713,7 +708,7 @@ def _print_end(report: dict[str, Any], dry_run: bool) -> None:
 
 
 def demo(
-    out: Path | None = options.OUTPUT(
+    out: str | None = options.OUTPUT(
         None,
         "--out",
         "-o",

@@ -211,7 +211,7 @@ def _check_content(path: Path) -> None:
         raise InvalidValueError(path, reason)
 
 
-def new_picture(out: Path | None, overwrite: bool) -> Path | None:
+def new_picture(out: str | None, overwrite: bool) -> Path | None:
     """Return the path of the picture that `--out` names, after checking that it may be written."""
     from posthoc_cli import plots
 

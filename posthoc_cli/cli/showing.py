@@ -170,7 +170,7 @@ def audit(
         show_default="from the files or the import",
         help="The decay that it should have.",
     ),
-    out: Path | None = options.PICTURE,
+    out: str | None = options.PICTURE,
     overwrite: bool = options.OVERWRITE,
     as_json: bool = options.JSON,
 ) -> int:
@@ -237,7 +237,7 @@ def report(
     sweep: list[Path] = options.RUN(
         [], metavar="DIR", help="The folder that ema sweep has written for such a run. Repeatable."
     ),
-    out: Path = options.OUTPUT("report.html", "--out", "-o", help="The page."),
+    out: str = options.OUTPUT("report.html", "--out", "-o", help="The page."),
     overwrite: bool = options.OVERWRITE,
     as_json: bool = options.JSON,
 ) -> None:
@@ -264,7 +264,7 @@ def error_plot(
         metavar="DIR",
         help="Directories of snapshots or of checkpoints, or globs of checkpoints.",
     ),
-    out: Path | None = options.PICTURE,
+    out: str | None = options.PICTURE,
     overwrite: bool = options.OVERWRITE,
     as_json: bool = options.JSON,
     target: list[str] = options.TARGETS(
@@ -342,7 +342,7 @@ def plan(
         None, metavar="SIZE", help="Mark the most exact schedule within this disk space."
     ),
     sigma_range: str = options.SIGMA_RANGE,
-    out: Path | None = options.PICTURE,
+    out: str | None = options.PICTURE,
     overwrite: bool = options.OVERWRITE,
     as_json: bool = options.JSON,
 ) -> None:

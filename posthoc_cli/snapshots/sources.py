@@ -742,7 +742,11 @@ def _read(source: Source, ranges: Sequence[ElementRange]) -> _Sample:
             part = source.values(name, begin, end)
             if not np.isfinite(part).all():
                 source.tensor(name)  # raises if the file is damaged, for example by a flipped bit
-                raise NonFiniteError(source.path, f"tensor {name!r}: holds nan or infinity")
+                raise NonFiniteError(
+                    source.path,
+                    f"tensor {name!r}: holds nan or infinity",
+                    "an import leaves out a mask or the like by `exclude`",
+                )
             place = slice(at, at + part.size)
             values[place] = part
             stored = source.entries[name].dtype

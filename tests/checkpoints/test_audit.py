@@ -263,6 +263,11 @@ def test_the_command_fails_for_a_bad_average(tmp_path, ema):
     done = ema("audit", run, "--claimed", DECAY, "--out", picture)
     assert done.code == 1
     assert "too short: " in done.out
+    rows = [line.split() for line in done.out.splitlines() if line.endswith("%")]
+    assert len(rows) == len(TIMES) - 1
+    for _, _, found, claimed, ratio, *_ in rows:
+        assert float(claimed) == pytest.approx(1 / (1 - DECAY), rel=1e-3)
+        assert float(ratio) == pytest.approx(float(found) / float(claimed), rel=0.01)
     assert picture.stat().st_size > 10_000
 
 

@@ -229,7 +229,7 @@ def test_a_file_of_an_old_torch_is_named(tmp_path):
 
 def test_a_file_of_another_kind_is_named(tmp_path):
     (tmp_path / "step1.pt").write_bytes(b"GGUF" + bytes(100))
-    assert read(tmp_path).endswith("or of another kind: begins with b'GGUF'")
+    assert read(tmp_path).endswith("or of another kind: 104 bytes that begin with b'GGUF'")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -84,6 +84,16 @@ def test_two_files_whose_names_differ_in_a_decay_are_two_averages(tmp_path):
     assert_equal(exported(tmp_path, average="ema_0.95"), AVERAGE)
 
 
+def test_tensors_beside_the_model_are_not_taken_for_it(tmp_path):
+    def content(save):
+        state = torch.get_rng_state()
+        return {"net": save.weights, "rng": state, "loss": torch.tensor(0.5), "step": save.step}
+
+    file = write_each(tmp_path, STEP, content)
+    assert_equal(exported(file, weights=True), LAST.weights)
+    check_error(tmp_path, most=0.1)
+
+
 UNCLEAR = [
     (
         {"one": "weights", "other": "weights", "ema": "average"},

@@ -76,6 +76,7 @@ def test_every_command_that_reports_has_json_and_each_output_a_short_option():
 
 def test_help_and_version(ema):
     assert ema("--help") == ema("help") == ema()
+    assert ema("plan", "--help") == ema("help", "plan")
     version = f"ema {posthoc_cli.__version__}\n"
     assert ema("-V").out == ema("--version").out == ema("version").out == version
     groups = re.findall("Checkpoints that you have|A training with the hook|Learn", ema("-h").out)
