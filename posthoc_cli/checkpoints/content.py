@@ -77,7 +77,7 @@ _CHUNKS = "DCP_SHARDING_INFO"  # key for the places of chunks in the metadata of
 _INFO = "training_info"  # key of the metadata of ai-toolkit
 _USUAL = ("model", "diffusion_pytorch_model", "adapter_model", "pytorch_model")
 """Names of weights in folders of Hugging Face's libraries."""
-_PARTITION = "zero_pp_rank_"  # how names of the model's files begin if ZeRO-3 has split it
+_PARTITION = re.compile("^zero_pp_rank_|_pp-rank-.*_tp-rank-")  # in names of ZeRO-3's, nanotron's
 _MOST_CONFIG = 10_000_000
 _MOST_STATE = 1_000_000_000
 
@@ -326,13 +326,14 @@ def model_in(
     names = [name for name in _names_in(folder) if name not in skip]
     for ending in (SUFFIX, ""):  # safetensors before pickles
         models = _models_among(names, ending)
+        if any(map(_PARTITION.search, models)):
+            reason = "holds partitions, which are no tensors of the model"
+            hint = "convert it by the program's own script, such as DeepSpeed's zero_to_fp32.py"
+            raise UnsuitableError(folder, reason, hint)
         if len(models) == 1:
             return folder / models[0]
         if models and ending and _are_chunks(folder, models):
             return folder
-        if any(name.startswith(_PARTITION) for name in models):
-            reason = "holds the partitions of ZeRO-3, which are no tensors of the model"
-            raise UnsuitableError(folder, reason, "convert it by its zero_to_fp32.py")
         with_tensors = [name for name in models if has_tensors(folder / name)]
         if len(with_tensors) == 1:
             return folder / with_tensors[0]

@@ -235,9 +235,8 @@ def _programs(run: Sequence[Found]) -> str:
     """Return the programs that wrote the files, as far as these show it."""
     names = dict[str, None]()
     for one in run:
-        if one.kind not in ("ema", "checkpoints"):
-            names[one.kind] = None
-        names[program_of(one.reading.value)] = None
+        is_known = one.kind not in ("ema", "checkpoints")
+        names[one.kind if is_known else program_of(one.reading.value)] = None
     return "; ".join(filter(None, names))
 
 

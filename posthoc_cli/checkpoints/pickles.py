@@ -57,7 +57,7 @@ _VALUE = 64  # a value of the content, or a pair of a call: a few bytes can repe
 _STREAM = 512  # a storage in a string of bytes
 _SHARED = 8  # limits the bytes of tensors to this multiple of the file's: views may overlap
 _LONGEST = 100  # characters of the name of a storage or dtype, which a pickle may pass repeatedly
-_NUMBERS = "i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8"  # kinds of numpy
+_NUMBERS = "b1 i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8"  # kinds of numpy
 _MOST_ITEMS = 16  # arguments of a call, and items of a key: a pickle may pass a million
 
 
@@ -252,10 +252,8 @@ def _opened(
     """Return what an object consists of, and whether it is a module; any other item as it is."""
     if not isinstance(item, Node) or item.name.startswith("torch._utils._rebuild"):
         return item, False
-    if isinstance(item.state, int | float):  # of an array
+    if item.is_array:
         return item.state, False
-    if item.is_array and item.state[2].arguments[0] in ("f2", "f4", "f8"):
-        return item, False  # a tensor that is not read: in protocol 2 its bytes are a text
     module = _module_tensors(item, budget)
     if module is not None:
         return module, True
@@ -477,9 +475,7 @@ class _Machine(pickle._Unpickler):
             state = attributes | slots
         item = self.stack[-1]
         if isinstance(item, Node):
-            item.state = state
-            if item.is_array and state[1] == ():
-                item.state = _scalar(self, state[2], state[4])
+            item.state = _reduced_array(self, state) if item.is_array else state
 
     def persistent_load(self, pid: Any) -> _Bytes:
         """Return the storage of ("storage", type, key, location, number of elements, ...)."""
@@ -653,6 +649,56 @@ def _scalar(
     return number
 
 
+def _array(
+    machine: _Machine,
+    data: Any,
+    dtype: Any,
+    shape: Any,
+    order: Any,
+    axes: Any = None,
+) -> Any:
+    """Return the entry of an array of numpy; a node if it is not read, and None if it holds no
+    numbers.
+
+    It is stored in row-major order, and its axes follow in another one in order "F" or "K".
+    """
+    kind = dtype.arguments[0]
+    if isinstance(kind, Node):
+        name = kind.name.rpartition(".")[2]  # of ml_dtypes
+    elif kind in _NUMBERS:
+        name = np.dtype(kind).name
+    else:
+        return None
+    if not isinstance(data, _Bytes) or dtype.state[1] == ">":
+        return Node("array of numpy as text, or big-endian") if "float" in name else None
+    storage = replace(data, dtype=_DTYPES.get(name))
+    if order == "F":
+        shape = shape[::-1]
+        axes = range(len(shape))[::-1]
+    axes = axes or range(len(shape))
+    strides = row_major(shape)
+    of_axes = tuple(strides[axis] for axis in axes)
+    return _tensor(machine, storage, 0, tuple(shape[axis] for axis in axes), of_axes)
+
+
+def _reduced_array(machine: _Machine, state: Any) -> Any:
+    """Return an array by its state, of which 0 dimensions are a number in protocol 2."""
+    _, shape, dtype, is_in_columns, data = state
+    if shape == () and not isinstance(data, _Bytes):
+        return _scalar(machine, dtype, data)
+    return _array(machine, data, dtype, shape, "F" if is_in_columns else "C")
+
+
+def _of_jax(
+    machine: _Machine,
+    _: Any,
+    __: Any,
+    state: Any,
+    *___: Any,
+) -> Any:
+    return _reduced_array(machine, state)
+
+
 def _of_type(
     machine: _Machine,
     function: Any,
@@ -668,6 +714,9 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "_codecs.encode": _first,
     "numpy.core.multiarray.scalar": _scalar,
     "numpy._core.multiarray.scalar": _scalar,
+    "numpy.core.numeric._frombuffer": _array,
+    "numpy._core.numeric._frombuffer": _array,
+    "jax._src.array._reconstruct_array": _of_jax,
     "collections.OrderedDict": _ordered_dict,
     "builtins.set": _first,
     "__builtin__.set": _first,

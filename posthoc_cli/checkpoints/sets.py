@@ -13,7 +13,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import combinations
@@ -85,10 +85,15 @@ class Sets:
         self.counts = Counter[str]()
         self.keys = dict[str, str]()  # the last key of each path of whole keys
         named_paths = [path for path in named if path]
-        for name, tensor in content.tensors.items():
-            is_named = any(lies_in(name, path) for path in named_paths)
-            if is_named or not (_is_state(tensor) or content.is_of_optimizer(tensor)):
-                self.tensors[name] = tensor
+        kept = _KEPT_BY_OPTIMIZERS.union(path.rpartition(".")[2] for path in named_paths)
+        for stored in content.tensors.values():
+            tensor = stored
+            is_state = _is_state(tensor) or content.is_of_optimizer(tensor)
+            if is_state and tensor.keys[-1] in kept:
+                tensor = _by_last_key(tensor)
+            is_named = any(lies_in(tensor.name, path) for path in named_paths)
+            if is_named or not is_state or not kept.isdisjoint(tensor.keys[:-1]):
+                self.tensors[tensor.name] = tensor
                 self._count(tensor)
         self.averages = list[str]()
         self._find_averages()
@@ -174,6 +179,7 @@ class Sets:
     ) -> tuple[str, ...]:
         """Return the outermost paths of sets that hold none of these tensors, and are no parts of
         an average."""
+        used = {*used}
         outer = {""}
         for tensor in used:
             outer.update(_paths(tensor))
@@ -183,8 +189,14 @@ class Sets:
             averages = [path for path in paths if path in self.averages]
             if averages:
                 unused[averages[0]] = None
-            elif paths and not _is_counter(tensor) and not self.is_averaged(paths[0]):
-                unused[paths[0]] = None
+            elif tensor in used or _is_counter(tensor):
+                continue
+            elif paths and not self.is_averaged(paths[0]):
+                whole = [one for one in paths if self.counts[one] == self.counts[paths[0]]]
+                keys = [one for one in whole if one in self.keys]
+                unused[[*paths[:1], *keys][-1]] = None
+            elif not paths and AVERAGE_WORD.search(tensor.keys[-1]):
+                unused[f"{tensor.name} (one tensor)"] = None
         return tuple(unused)
 
     def named(self, text: str) -> str:
@@ -413,15 +425,24 @@ class Sets:
         return roots or _roots_of(longest, outside, _bare)
 
 
-_KEPT_BY_OPTIMIZERS = {"ema", "ema_params", "ema_state", "shadow_params"}
-"""Keys of an average among the states of an optimizer that keeps it, as NeMo's does."""
+_KEPT_BY_OPTIMIZERS = {
+    "ema", "ema_params", "ema_state", "shadow_params", "param_ema", "swa_buffer", "ax", "z",
+}  # fmt: skip
+"""Keys of an average among the states of an optimizer that keeps it, as NeMo's and ASGD do; `z` of
+schedule-free ones are the weights, whose average is in their place."""
+
+
+def _by_last_key(tensor: StoredTensor) -> StoredTensor:
+    """Return a tensor of a parameter, such as `state.0.ema`, as one of a set `state.ema`."""
+    *outer, parameter, last = tensor.keys
+    return replace(tensor, keys=(*outer, last, parameter))
 
 
 def _is_state(tensor: StoredTensor) -> bool:
     """Return whether a tensor is of an optimizer or the like."""
     *outer, name = tensor.keys
     if any(map(NO_MODEL.search, outer)):
-        return _KEPT_BY_OPTIMIZERS.isdisjoint(outer)
+        return True
     first, dot, _ = name.partition(".")
     return bool(dot) and _STATES.search(first) is not None
 

@@ -109,6 +109,12 @@ def zero_3(folder, step, weights):
         store(place / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt", {"module": empty})
 
 
+def nanotron(folder, step, weights):
+    for part in ("body", "head"):
+        place = folder / str(step) / "model" / part
+        store(place / "model_weight_pp-rank-0-of-1_tp-rank-0-of-1.safetensors", weights)
+
+
 def without_endings(folder, step, weights):
     store(folder / f"g_{step:08}", {"generator": weights})
     (folder / f"events.{step}").write_text("text")
@@ -141,7 +147,8 @@ def one_level_up(folder, step, weights):
         (two_models, r"models in 'critic', 'student'; name .* '\S+run/\*/critic' or '\S+/student'"),
         (other_number, r"models in 'stage2'; name .* glob, such as '\S+run/\*/stage\*'"),
         (experiments, r"models in 'final'; name .* glob, such as '\S+run/\*/final', .*`step_from`"),
-        (zero_3, r"global_step\d+: holds the partitions of ZeRO-3.*; convert .*zero_to_fp32.py"),
+        (zero_3, r"global_step\d+: holds partitions, .*; convert .*zero_to_fp32.py"),
+        (nanotron, r"model/head: holds partitions, .*; convert .*own script"),
         (without_endings, r"no usual endings; name .* by a glob, such as '\S+run/g_\*', perhaps"),
         (versions, r"by a glob, such as '\S+run/\*/checkpoints/\*', perhaps"),
         (foreign, r"of kinds that are not read: 'model-100.gguf', .*; save the tensors as .safet"),

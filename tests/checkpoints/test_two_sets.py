@@ -3,7 +3,10 @@ and what a user then names."""
 
 from __future__ import annotations
 
+import pickle
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -378,6 +381,51 @@ def test_an_average_that_is_not_used_is_named(tmp_path, caplog):
     assert_equal(exported(file, average="ema"), AVERAGE | TEXT)
 
 
+class Reconstructed:
+    """An array of JAX, as a pickle has it."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.parts = (*array.__reduce__(), {"weak_type": False})
+
+    def __reduce__(self) -> object:
+        return (make_array, self.parts)
+
+
+def make_array(*_: object) -> None:
+    """Stand for the function that JAX names."""
+
+
+make_array.__module__ = "jax._src.array"
+make_array.__qualname__ = "_reconstruct_array"
+FORMS = {
+    "C": np.ascontiguousarray,
+    "F": np.asfortranarray,
+    "permuted": lambda array: np.ascontiguousarray(array[None].T).T[0],
+    "JAX": Reconstructed,
+}
+
+
+@pytest.mark.parametrize("protocol", [4, 5])
+@pytest.mark.parametrize("form", FORMS)
+def test_arrays_in_a_pickle_are_tensors(form, protocol, tmp_path, monkeypatch):
+    array = ModuleType("jax._src.array")
+    array._reconstruct_array = make_array
+    for name in ("jax", array.__name__):
+        monkeypatch.setitem(sys.modules, name, array)
+
+    def content(save):
+        sets = {}
+        for name, tensors in {"params": save.weights, "ema_params": save.average}.items():
+            sets[name] = {key: FORMS[form](tensor.numpy()) for key, tensor in tensors.items()}
+        return sets | {"step": np.array(save.step), "names": np.array(["a"])}
+
+    for save in saves():
+        file = tmp_path / f"{save.step}.pkl"
+        file.write_bytes(pickle.dumps(content(save), protocol))
+    check(tmp_path, AVERAGE, LAST.weights, None)
+    check_export(file, AVERAGE, LAST.weights)
+
+
 def test_an_average_of_numpy_arrays_is_named_which_cannot_be_read(tmp_path, caplog):
     """In the protocol of `torch.save` their bytes are a text."""
     weights = {
@@ -389,11 +437,37 @@ def test_an_average_of_numpy_arrays_is_named_which_cannot_be_read(tmp_path, capl
         "model": weights,
         "ema": arrays,
         "loss": np.array(0.5),
+        "ema_vector": torch.ones(9),
     }
     torch.save(content, tmp_path / "step5.pt")
     assert read(tmp_path).counts == {"weights": 1}
-    assert "step5.pt also holds 'ema', not used" in caplog.text
-    assert "'ema.weight': is of a kind that is not read" in fault(tmp_path, average="ema")
+    assert "step5.pt also holds 'ema', 'ema_vector (one tensor)', not used" in caplog.text
+    assert "is of a kind that is not read ('array of numpy as text" in fault(
+        tmp_path, average="ema"
+    )
+
+
+@pytest.mark.parametrize(("key", "is_found"), [("ema", True), ("ax", False), ("slow", False)])
+def test_an_average_among_the_states_of_an_optimizer(key, is_found, tmp_path, caplog):
+    """By the number of each parameter, in groups of their own order."""
+
+    def content(save):
+        names = sorted(save.weights, key=lambda name: save.weights[name].ndim)
+        states = {}
+        for number, name in enumerate(names):
+            moments = torch.randn(save.weights[name].shape)
+            states[number] = {"exp_avg": moments, key: save.average[name]}
+        groups = [{"params": [0, 1]}, {"params": [2, 3, 4]}]
+        solver = {"state": states, "param_groups": groups}
+        return {"model": save.weights, "optimizer": solver}
+
+    file = write_each(tmp_path, STEP, content)
+    if not is_found:
+        assert read(tmp_path).counts == {"weights": len(saves())}
+        assert ("also holds 'optimizer.state.ax', not used" in caplog.text) == (key == "ax")
+    named = None if is_found else key
+    check(tmp_path, AVERAGE, LAST.weights, None, average=named)
+    assert_equal(exported(file, average=named), AVERAGE)
 
 
 def test_two_towers_are_no_average_and_its_weights(tmp_path, caplog):
@@ -455,7 +529,7 @@ def test_sets_that_are_not_used_are_named(tmp_path, caplog):
     }
     torch.save(content, tmp_path / "step10.pt")
     read(tmp_path, ema_decay=0.95)
-    assert "also holds 'model.frozen', 'discriminator', not used: an import takes" in caplog.text
+    assert "also holds 'model.frozen', 'discriminator.c', not used: an import takes" in caplog.text
     (source,) = read(tmp_path, weights="optimizer.master", kind="checkpoints").checkpoints
     assert source.values("net.w", 0, 3).tolist() == [0.25, 1.25, 2.25]
 
