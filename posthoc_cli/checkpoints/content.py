@@ -77,7 +77,8 @@ _CHUNKS = "DCP_SHARDING_INFO"  # key for the places of chunks in the metadata of
 _INFO = "training_info"  # key of the metadata of ai-toolkit
 _USUAL = ("model", "diffusion_pytorch_model", "adapter_model", "pytorch_model")
 """Names of weights in folders of Hugging Face's libraries."""
-_PARTITION = re.compile("^zero_pp_rank_|_pp-rank-.*_tp-rank-")  # in names of ZeRO-3's, nanotron's
+_PARTITION = re.compile(r"^zero_pp_rank_|^layer_\d+-model_|_pp-rank-.*_tp-rank-")
+"""In names of the partitions of ZeRO-3, of DeepSpeed's pipelines, of nanotron."""
 _MOST_CONFIG = 10_000_000
 _MOST_STATE = 1_000_000_000
 
@@ -327,7 +328,7 @@ def model_in(
     for ending in (SUFFIX, ""):  # safetensors before pickles
         models = _models_among(names, ending)
         if any(map(_PARTITION.search, models)):
-            reason = "holds partitions, which are no tensors of the model"
+            reason = "holds partitions of the model"
             hint = "convert it by the program's own script, such as DeepSpeed's zero_to_fp32.py"
             raise UnsuitableError(folder, reason, hint)
         if len(models) == 1:

@@ -29,7 +29,13 @@ from posthoc_cli.checkpoints.content import (
     Tensors,
     names_in,
 )
-from posthoc_cli.checkpoints.source import STATISTICS, make_checkpoint, tied_names
+from posthoc_cli.checkpoints.source import (
+    STATISTICS,
+    are_near,
+    first_values,
+    make_checkpoint,
+    tied_names,
+)
 from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import FileFormatError, UnsuitableError, shown
 from posthoc_cli.profiles import FloatArray
@@ -386,11 +392,14 @@ class Sets:
         is_named: bool,
     ) -> list[Pair]:
         averaged = self.below(average)
-        if average in self.keys and all(name.isdecimal() for name in averaged):
+        if all(map(str.isdecimal, averaged)):
             path = self.model_path() if weights is None else weights
             raw = self.below(path)
             matched = match_list(self.content, averaged, raw)
-            return [Pair(matched, raw, average, path)]
+            theirs = {name: raw[name] for name in matched}
+            values = [first_values(make_checkpoint(self.content, one)) for one in (matched, theirs)]
+            is_pair = is_named or are_near(*values)  # an optimizer may average gradients
+            return [Pair(matched, raw, average, path)] if is_pair else []
         pairs = []
         for path in self._roots(averaged, average):
             if weights is None or lies_in(path, weights):

@@ -447,6 +447,36 @@ def test_an_average_of_numpy_arrays_is_named_which_cannot_be_read(tmp_path, capl
     )
 
 
+def test_an_average_in_a_list_of_parameters_within_the_model(tmp_path):
+    """As facebook's flow_matching has it."""
+
+    def content(save):
+        model = named("model.", save.weights)
+        for number, tensor in enumerate(save.average.values()):
+            model[f"shadow_params.{number}"] = tensor
+        return {"model": model}
+
+    file = write_each(tmp_path, STEP, content)
+    average = named("model.", AVERAGE)
+    check(tmp_path, average, named("model.", LAST.weights), None)
+    assert_equal(exported(file), average)
+
+
+def test_an_average_of_gradients_in_an_optimizer_is_none(tmp_path, caplog):
+    def content(save):
+        states = {}
+        for number, tensor in enumerate(save.weights.values()):
+            states[number] = {"ema": torch.randn(tensor.shape)}
+        return {
+            "model": save.weights,
+            "optimizer": {"state": states, "param_groups": [{"params": [0]}]},
+        }
+
+    write_each(tmp_path, STEP, content)
+    assert read(tmp_path).counts == {"weights": len(saves())}
+    assert "also holds 'optimizer.state.ema', not used" in caplog.text
+
+
 @pytest.mark.parametrize(("key", "is_found"), [("ema", True), ("ax", False), ("slow", False)])
 def test_an_average_among_the_states_of_an_optimizer(key, is_found, tmp_path, caplog):
     """By the number of each parameter, in groups of their own order."""
@@ -555,9 +585,12 @@ def test_quantised_weights_are_warned_of(tmp_path, caplog):
     torch.save(weights, file)
     read(file)
     assert not caplog.messages
-    torch.save(weights | {"codes": torch.ones(81, dtype=torch.int8)}, file)
+    weights["codes"] = torch.ones(81, dtype=torch.int8)
+    weights["spectrum"] = torch.ones(3, dtype=torch.complex64)
+    torch.save(weights, file)
     read(file)
     assert "most elements are integers, copied from the newest: quantised weights" in caplog.text
+    assert "complex elements are copied from the newest: for averages save" in caplog.text
 
 
 LAYERS = [*(f"layer{number}.weight" for number in range(6)), "ema.weight", "quantize.embed_avg"]
