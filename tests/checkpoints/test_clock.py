@@ -211,7 +211,7 @@ def without_tensors(path):
 
 
 def optimizer(path):
-    torch.save({"state": {0: {"v": torch.ones(3)}}, "param_groups": [{"params": [0]}]}, path)
+    torch.save({"state": {0: {"v": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}, path)
 
 
 ODD = {
