@@ -472,10 +472,6 @@ def _number(file: OpenedFile, entry: Entry) -> float:
     """Return the value of a tensor of one element."""
     content = file.read_at(entry.nbytes, entry.begin)
     raw = np.frombuffer(content, np.uint8)
-    if entry.dtype == "BOOL":
-        return float(raw[0])
-    if entry.dtype == "C64":
-        return float("nan")
     return float(decode_values(raw, entry.dtype)[0])
 
 

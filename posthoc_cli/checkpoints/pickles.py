@@ -18,6 +18,7 @@ import math
 import os
 import pickle
 import pickletools
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -28,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from posthoc_cli.dtypes import DTYPES, ITEM_BYTES
+from posthoc_cli.dtypes import DTYPES, EPS, ITEM_BYTES
 from posthoc_cli.errors import FileFormatError, RemoteError
 from posthoc_cli.snapshots.tensorfile import Entry, OpenedFile, is_sizes, row_major
 
@@ -57,7 +58,7 @@ _VALUE = 64  # a value of the content, or a pair of a call: a few bytes can repe
 _STREAM = 512  # a storage in a string of bytes
 _SHARED = 8  # limits the bytes of tensors to this multiple of the file's: views may overlap
 _LONGEST = 100  # characters of the name of a storage or dtype, which a pickle may pass repeatedly
-_NUMBERS = "b1 i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8"  # kinds of numpy
+_NUMBERS = re.compile("[iu][1248]|f[248]|b1")  # kinds of numpy
 _MOST_ITEMS = 16  # arguments of a call, and items of a key: a pickle may pass a million
 
 
@@ -639,7 +640,7 @@ def _scalar(
     """Return a number of numpy: its bytes are in the file, or in protocol 2 a text in Latin-1."""
     kind = dtype.arguments[0]
     order = dtype.state[1]
-    if kind not in _NUMBERS or order not in "<>|":
+    if not _NUMBERS.fullmatch(kind) or order not in "<>|":
         return None
     if isinstance(data, _Bytes):
         content = machine.file.read_at(min(data.nbytes, 8), data.begin)
@@ -657,28 +658,25 @@ def _array(
     order: Any,
     axes: Any = None,
 ) -> Any:
-    """Return the entry of an array of numpy; a node if it is not read, and None if it holds no
-    numbers.
-
-    It is stored in row-major order, and its axes follow in another one in order "F" or "K".
-    """
+    """Return the entry of an array of numpy, which lies row by row, with its axes in another order
+    if that is "F" or "K"; a node if it is not read, and None if it holds no numbers."""
     kind = dtype.arguments[0]
-    if isinstance(kind, Node):
-        name = kind.name.rpartition(".")[2]  # of ml_dtypes
-    elif kind in _NUMBERS:
-        name = np.dtype(kind).name
-    else:
+    name = kind.name.rpartition(".")[2] if isinstance(kind, Node) else kind  # of ml_dtypes
+    if _NUMBERS.fullmatch(name):
+        name = np.dtype(name).name
+    stored_dtype = _DTYPES.get(name)
+    if stored_dtype is None:
         return None
     if not isinstance(data, _Bytes) or dtype.state[1] == ">":
-        return Node("array of numpy as text, or big-endian") if "float" in name else None
-    storage = replace(data, dtype=_DTYPES.get(name))
+        return Node("array of numpy as text, or big-endian") if stored_dtype in EPS else None
     if order == "F":
         shape = shape[::-1]
         axes = range(len(shape))[::-1]
     axes = axes or range(len(shape))
-    strides = row_major(shape)
-    of_axes = tuple(strides[axis] for axis in axes)
-    return _tensor(machine, storage, 0, tuple(shape[axis] for axis in axes), of_axes)
+    steps = row_major(shape)
+    strides = tuple(steps[axis] for axis in axes)
+    storage = replace(data, dtype=stored_dtype)
+    return _tensor(machine, storage, 0, tuple(shape[axis] for axis in axes), strides)
 
 
 def _reduced_array(machine: _Machine, state: Any) -> Any:
@@ -687,16 +685,6 @@ def _reduced_array(machine: _Machine, state: Any) -> Any:
     if shape == () and not isinstance(data, _Bytes):
         return _scalar(machine, dtype, data)
     return _array(machine, data, dtype, shape, "F" if is_in_columns else "C")
-
-
-def _of_jax(
-    machine: _Machine,
-    _: Any,
-    __: Any,
-    state: Any,
-    *___: Any,
-) -> Any:
-    return _reduced_array(machine, state)
 
 
 def _of_type(
@@ -716,7 +704,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "numpy._core.multiarray.scalar": _scalar,
     "numpy.core.numeric._frombuffer": _array,
     "numpy._core.numeric._frombuffer": _array,
-    "jax._src.array._reconstruct_array": _of_jax,
+    "jax._src.array._reconstruct_array": lambda machine, *parts: _reduced_array(machine, parts[2]),
     "collections.OrderedDict": _ordered_dict,
     "builtins.set": _first,
     "__builtin__.set": _first,

@@ -92,11 +92,12 @@ class Sets:
         self.keys = dict[str, str]()  # the last key of each path of whole keys
         named_paths = [path for path in named if path]
         kept = _KEPT_BY_OPTIMIZERS.union(path.rpartition(".")[2] for path in named_paths)
-        for stored in content.tensors.values():
-            tensor = stored
+        for tensor in content.tensors.values():
+            *outer, last = tensor.keys
             is_state = _is_state(tensor) or content.is_of_optimizer(tensor)
-            if is_state and tensor.keys[-1] in kept:
-                tensor = _by_last_key(tensor)
+            if is_state and last in kept:  # of a parameter, as `state.0.ema`
+                *outer, parameter = outer
+                tensor = replace(tensor, keys=(*outer, last, parameter))
             is_named = any(lies_in(tensor.name, path) for path in named_paths)
             if is_named or not is_state or not kept.isdisjoint(tensor.keys[:-1]):
                 self.tensors[tensor.name] = tensor
@@ -198,9 +199,9 @@ class Sets:
             elif tensor in used or _is_counter(tensor):
                 continue
             elif paths and not self.is_averaged(paths[0]):
-                whole = [one for one in paths if self.counts[one] == self.counts[paths[0]]]
-                keys = [one for one in whole if one in self.keys]
-                unused[[*paths[:1], *keys][-1]] = None
+                alike = [one for one in paths if self.counts[one] == self.counts[paths[0]]]
+                *_, path = [paths[0], *(one for one in alike if one in self.keys)]
+                unused[path] = None
             elif not paths and AVERAGE_WORD.search(tensor.keys[-1]):
                 unused[f"{tensor.name} (one tensor)"] = None
         return tuple(unused)
@@ -439,12 +440,6 @@ _KEPT_BY_OPTIMIZERS = {
 }  # fmt: skip
 """Keys of an average among the states of an optimizer that keeps it, as NeMo's and ASGD do; `z` of
 schedule-free ones are the weights, whose average is in their place."""
-
-
-def _by_last_key(tensor: StoredTensor) -> StoredTensor:
-    """Return a tensor of a parameter, such as `state.0.ema`, as one of a set `state.ema`."""
-    *outer, parameter, last = tensor.keys
-    return replace(tensor, keys=(*outer, last, parameter))
 
 
 def _is_state(tensor: StoredTensor) -> bool:
