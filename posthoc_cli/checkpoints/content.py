@@ -66,7 +66,8 @@ solo-learn trains its `momentum_classifier` like any other layer. `non_ema`, `mo
 `ema_backup` are the weights."""
 NO_MODEL = re.compile(
     r"(?<![a-z])(?:opt|optims?|optimizers?|optimization|(?:lr_?)?schedulers?|rng|random_states?|"
-    r"(?:grad_)?scaler|training[_-](?:args|state)|train_state|dataloaders?)(?![a-z])|^chained_|^opt\d|^trainer\.",
+    r"(?:grad_)?scaler|(?:train|training|extra)[_-](?:args|state)|dataloaders?)(?![a-z])|"
+    r"^chained_|^opt\d|^trainer\.|^data\.pt",
     re.IGNORECASE,
 )
 """Pattern of names of files and groups that hold no model: the state of a training."""
@@ -77,8 +78,10 @@ _CHUNKS = "DCP_SHARDING_INFO"  # key for the places of chunks in the metadata of
 _INFO = "training_info"  # key of the metadata of ai-toolkit
 _USUAL = ("model", "diffusion_pytorch_model", "adapter_model", "pytorch_model")
 """Names of weights in folders of Hugging Face's libraries."""
-_PARTITION = re.compile(r"^zero_pp_rank_|^layer_\d+-model_|_pp-rank-.*_tp-rank-")
-"""In names of the partitions of ZeRO-3, of DeepSpeed's pipelines, of nanotron."""
+_PARTITION = re.compile(
+    r"^zero_pp_rank_|^layer_\d+-model_|_pp-rank-.*_tp-rank-|_world_size_(?!1_)\d+_rank_"
+)
+"""In names of the partitions of ZeRO-3, of DeepSpeed's pipelines, of nanotron and of verl."""
 _MOST_CONFIG = 10_000_000
 _MOST_STATE = 1_000_000_000
 

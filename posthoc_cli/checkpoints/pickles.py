@@ -59,6 +59,7 @@ _STREAM = 512  # a storage in a string of bytes
 _SHARED = 8  # limits the bytes of tensors to this multiple of the file's: views may overlap
 _LONGEST = 100  # characters of the name of a storage or dtype, which a pickle may pass repeatedly
 _NUMBERS = re.compile("[iu][1248]|f[248]|b1")  # kinds of numpy
+_MOST_AXES = 64
 _MOST_ITEMS = 16  # arguments of a call, and items of a key: a pickle may pass a million
 
 
@@ -607,7 +608,7 @@ def _is_view(offset: Any, shape: Any, strides: Any) -> bool:
     """Return whether these are an offset, a shape and strides, of no more elements than can be."""
     if not all(map(is_sizes, (shape, strides, (offset,)))):
         return False
-    if not len(shape) == len(strides) <= 64:
+    if not len(shape) == len(strides) <= _MOST_AXES:
         return False
     count: int = math.prod(size or 1 for size in shape)
     return count < 2**60
@@ -661,7 +662,7 @@ def _array(
     """Return the entry of an array of numpy, which lies row by row, with its axes in another order
     if that is "F" or "K"; a node if it is not read, and None if it holds no numbers."""
     kind = dtype.arguments[0]
-    name = kind.name.rpartition(".")[2] if isinstance(kind, Node) else kind  # of ml_dtypes
+    name = kind.name[-_LONGEST:].rpartition(".")[2] if isinstance(kind, Node) else kind
     if _NUMBERS.fullmatch(name):
         name = np.dtype(name).name
     stored_dtype = _DTYPES.get(name)
@@ -669,10 +670,12 @@ def _array(
         return None
     if not isinstance(data, _Bytes) or dtype.state[1] == ">":
         return Node("array of numpy as text, or big-endian") if stored_dtype in EPS else None
+    axes = axes or range(len(shape))
+    is_valid = len(shape) == len(axes) <= _MOST_AXES and is_sizes(shape)
+    _check(is_valid, "an array with a malformed shape")
     if order == "F":
         shape = shape[::-1]
-        axes = range(len(shape))[::-1]
-    axes = axes or range(len(shape))
+        axes = axes[::-1]
     steps = row_major(shape)
     strides = tuple(steps[axis] for axis in axes)
     storage = replace(data, dtype=stored_dtype)

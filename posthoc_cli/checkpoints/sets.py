@@ -393,7 +393,7 @@ class Sets:
         is_named: bool,
     ) -> list[Pair]:
         averaged = self.below(average)
-        if all(map(str.isdecimal, averaged)):
+        if averaged and all(map(str.isdecimal, averaged)):
             path = self.model_path() if weights is None else weights
             raw = self.below(path)
             matched = match_list(self.content, averaged, raw)
@@ -630,7 +630,8 @@ def match_list(content: Content, listed: Tensors, weights: Tensors) -> Tensors:
     in_order = {position: listed[position] for position in positions}
     shapes = [tensor.shape for tensor in in_order.values()]
     is_complete = shapes == [tensor.shape for tensor in known.values()]
-    if is_complete and _keeps_order(weights):
+    is_counted = int(positions[-1]) < len(positions)  # and no number in memory
+    if is_complete and is_counted and _keeps_order(weights):
         return dict(zip(known, in_order.values(), strict=True))
     matched = {}
     with make_checkpoint(content, known):  # the files stay open

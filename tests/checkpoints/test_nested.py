@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,14 @@ def fairseq2(folder, step, weights):
     store(place / "trainer" / "rank_00.pt", {"state": {}, "param_groups": [{"lr": 0.1}]})
 
 
+def verl(folder, step, weights, ranks=1):
+    place = folder / f"global_step_{step}"
+    store(place / "data.pt", {"_num_yielded": step})
+    for rank in range(ranks):
+        for name, content in {"model": weights, "optim": {}, "extra_state": {}}.items():
+            store(place / "actor" / f"{name}_world_size_{ranks}_rank_{rank}.pt", content)
+
+
 @pytest.mark.parametrize(
     "save",
     [
@@ -80,6 +89,7 @@ def fairseq2(folder, step, weights):
         lightning_deepspeed,
         beside_a_trainer,
         fairseq2,
+        verl,
     ],
 )
 def test_weights_below_numbered_folders_have_their_numbers(save, tmp_path):
@@ -148,6 +158,7 @@ def one_level_up(folder, step, weights):
         (other_number, r"models in 'stage2'; name .* glob, such as '\S+run/\*/stage\*'"),
         (experiments, r"models in 'final'; name .* glob, such as '\S+run/\*/final', .*`step_from`"),
         (zero_3, r"global_step\d+: holds partitions .*; convert .*zero_to_fp32.py"),
+        (partial(verl, ranks=2), r"actor: holds partitions .*; convert .*own script"),
         (nanotron, r"model/head: holds partitions .*; convert .*own script"),
         (without_endings, r"no usual endings; name .* by a glob, such as '\S+run/g_\*', perhaps"),
         (versions, r"by a glob, such as '\S+run/\*/checkpoints/\*', perhaps"),

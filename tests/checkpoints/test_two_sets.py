@@ -462,6 +462,20 @@ def test_an_average_in_a_list_of_parameters_within_the_model(tmp_path):
     assert_equal(exported(file), average)
 
 
+def test_an_average_by_places_in_memory_is_matched_by_its_values(tmp_path):
+    """Their order is no one's: two weights of a shape are swapped."""
+    places = {name: 10**9 + number for number, name in enumerate(AVERAGE)}
+    places["head.weight"], places["body.1.weight"] = places["body.1.weight"], places["head.weight"]
+
+    def content(save):
+        shadow = {places[name]: tensor for name, tensor in save.average.items()}
+        return {"model": save.weights, "shadow": shadow}
+
+    file = write_each(tmp_path, STEP, content)
+    check(tmp_path, AVERAGE, LAST.weights, None)
+    assert_equal(exported(file), AVERAGE)
+
+
 def test_an_average_of_gradients_in_an_optimizer_is_none(tmp_path, caplog):
     def content(save):
         states = {}
