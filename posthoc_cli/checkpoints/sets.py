@@ -393,14 +393,9 @@ class Sets:
         is_named: bool,
     ) -> list[Pair]:
         averaged = self.below(average)
-        if averaged and all(map(str.isdecimal, averaged)):
-            path = self.model_path() if weights is None else weights
-            raw = self.below(path)
-            matched = match_list(self.content, averaged, raw)
-            theirs = {name: raw[name] for name in matched}
-            values = [first_values(make_checkpoint(self.content, one)) for one in (matched, theirs)]
-            is_pair = is_named or are_near(*values)  # an optimizer may average gradients
-            return [Pair(matched, raw, average, path)] if is_pair else []
+        is_listed = averaged and all(map(str.isdecimal, averaged))
+        if is_listed and average in self.keys:
+            return self._listed(average, weights, is_named)
         pairs = []
         for path in self._roots(averaged, average):
             if weights is None or lies_in(path, weights):
@@ -408,7 +403,26 @@ class Sets:
                 by_name = match_names(averaged, raw)
                 if by_name and (is_named or 2 * len(by_name) > len(raw)):
                     pairs.append(Pair(by_name, raw, average, path))
+        if is_listed and not pairs:  # no model of numbered parameters
+            return self._listed(average, weights, is_named)
         return pairs
+
+    def _listed(
+        self,
+        average: str,
+        weights: str | None,
+        is_named: bool,
+    ) -> list[Pair]:
+        """Return a list of averages and the weights; none if it is an optimizer's, and unlike."""
+        path = self.model_path() if weights is None else weights
+        raw = self.below(path)
+        matched = match_list(self.content, self.below(average), raw)
+        if not is_named and any(lies_in(average, one) for one in self.content.optimizers):
+            theirs = {name: raw[name] for name in matched}
+            values = [first_values(make_checkpoint(self.content, one)) for one in (matched, theirs)]
+            if not are_near(*values):  # of gradients
+                return []
+        return [Pair(matched, raw, average, path)]
 
     def _rank(
         self,

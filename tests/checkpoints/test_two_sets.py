@@ -483,7 +483,7 @@ def test_an_average_of_gradients_in_an_optimizer_is_none(tmp_path, caplog):
             states[number] = {"ema": torch.randn(tensor.shape)}
         return {
             "model": save.weights,
-            "optimizer": {"state": states, "param_groups": [{"params": [0]}]},
+            "optimizer": {"state": states, "param_groups": [{"lr": 0.1}]},
         }
 
     write_each(tmp_path, STEP, content)
