@@ -29,13 +29,7 @@ from posthoc_cli.checkpoints.content import (
     Tensors,
     names_in,
 )
-from posthoc_cli.checkpoints.source import (
-    STATISTICS,
-    are_near,
-    first_values,
-    make_checkpoint,
-    tied_names,
-)
+from posthoc_cli.checkpoints.source import STATISTICS, make_checkpoint, tied_names
 from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import FileFormatError, UnsuitableError, shown
 from posthoc_cli.profiles import FloatArray
@@ -127,7 +121,8 @@ class Sets:
             outer, _, last = path.rpartition(".")
             key = self.keys.get(path, last)
             word = AVERAGE_WORD.search(key)
-            if word is None or self.is_averaged(path):
+            is_moment = any(lies_in(path, state) for state in self.content.optimizers)
+            if word is None or is_moment or self.is_averaged(path):
                 continue
             group = path
             while group and group not in self.keys:
@@ -394,35 +389,21 @@ class Sets:
     ) -> list[Pair]:
         averaged = self.below(average)
         is_listed = averaged and all(map(str.isdecimal, averaged))
-        if is_listed and average in self.keys:
-            return self._listed(average, weights, is_named)
         pairs = []
-        for path in self._roots(averaged, average):
+        roots = []
+        if not (is_listed and average in self.keys):
+            roots = self._roots(averaged, average)
+        for path in roots:
             if weights is None or lies_in(path, weights):
                 raw = self.below(path)
                 by_name = match_names(averaged, raw)
                 if by_name and (is_named or 2 * len(by_name) > len(raw)):
                     pairs.append(Pair(by_name, raw, average, path))
         if is_listed and not pairs:  # no model of numbered parameters
-            return self._listed(average, weights, is_named)
+            path = self.model_path() if weights is None else weights
+            raw = self.below(path)
+            pairs = [Pair(match_list(self.content, averaged, raw), raw, average, path)]
         return pairs
-
-    def _listed(
-        self,
-        average: str,
-        weights: str | None,
-        is_named: bool,
-    ) -> list[Pair]:
-        """Return a list of averages and the weights; none if it is an optimizer's, and unlike."""
-        path = self.model_path() if weights is None else weights
-        raw = self.below(path)
-        matched = match_list(self.content, self.below(average), raw)
-        if not is_named and any(lies_in(average, one) for one in self.content.optimizers):
-            theirs = {name: raw[name] for name in matched}
-            values = [first_values(make_checkpoint(self.content, one)) for one in (matched, theirs)]
-            if not are_near(*values):  # of gradients
-                return []
-        return [Pair(matched, raw, average, path)]
 
     def _rank(
         self,

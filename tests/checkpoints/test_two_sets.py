@@ -464,8 +464,8 @@ def test_an_average_in_a_list_of_parameters_within_the_model(tmp_path):
 
 def test_an_average_by_places_in_memory_is_matched_by_its_values(tmp_path):
     """Their order is no one's: two weights of a shape are swapped."""
-    places = {name: 10**9 + number for number, name in enumerate(AVERAGE)}
-    places["head.weight"], places["body.1.weight"] = places["body.1.weight"], places["head.weight"]
+    order = ("body.0.weight", "body.0.bias", "head.weight", "body.1.bias", "body.1.weight")
+    places = {name: 10**9 + number for number, name in enumerate(order)}
 
     def content(save):
         shadow = {places[name]: tensor for name, tensor in save.average.items()}
@@ -476,24 +476,9 @@ def test_an_average_by_places_in_memory_is_matched_by_its_values(tmp_path):
     assert_equal(exported(file), AVERAGE)
 
 
-def test_an_average_of_gradients_in_an_optimizer_is_none(tmp_path, caplog):
-    def content(save):
-        states = {}
-        for number, tensor in enumerate(save.weights.values()):
-            states[number] = {"ema": torch.randn(tensor.shape)}
-        return {
-            "model": save.weights,
-            "optimizer": {"state": states, "param_groups": [{"lr": 0.1}]},
-        }
-
-    write_each(tmp_path, STEP, content)
-    assert read(tmp_path).counts == {"weights": len(saves())}
-    assert "also holds 'optimizer.state.ema', not used" in caplog.text
-
-
-@pytest.mark.parametrize(("key", "is_found"), [("ema", True), ("ax", False), ("slow", False)])
-def test_an_average_among_the_states_of_an_optimizer(key, is_found, tmp_path, caplog):
-    """By the number of each parameter, in groups of their own order."""
+@pytest.mark.parametrize("key", ["ema", "ax", "slow"])
+def test_an_average_among_the_states_of_an_optimizer_is_taken_by_its_key(key, tmp_path, caplog):
+    """By the number of each parameter, in groups of their own order; `ema` may be of gradients."""
 
     def content(save):
         names = sorted(save.weights, key=lambda name: save.weights[name].ndim)
@@ -501,17 +486,15 @@ def test_an_average_among_the_states_of_an_optimizer(key, is_found, tmp_path, ca
         for number, name in enumerate(names):
             moments = torch.randn(save.weights[name].shape)
             states[number] = {"exp_avg": moments, key: save.average[name]}
-        groups = [{"params": [0, 1]}, {"params": [2, 3, 4]}]
-        solver = {"state": states, "param_groups": groups}
+        solver = {"state": states, "param_groups": [{"lr": 0.1}]}
         return {"model": save.weights, "optimizer": solver}
 
     file = write_each(tmp_path, STEP, content)
-    if not is_found:
-        assert read(tmp_path).counts == {"weights": len(saves())}
-        assert ("also holds 'optimizer.state.ax', not used" in caplog.text) == (key == "ax")
-    named = None if is_found else key
-    check(tmp_path, AVERAGE, LAST.weights, None, average=named)
-    assert_equal(exported(file, average=named), AVERAGE)
+    assert read(tmp_path).counts == {"weights": len(saves())}
+    is_named = f"also holds 'optimizer.state.{key}', not used: an import takes" in caplog.text
+    assert is_named == (key != "slow")
+    check(tmp_path, AVERAGE, LAST.weights, None, average=key)
+    assert_equal(exported(file, average=key), AVERAGE)
 
 
 def test_two_towers_are_no_average_and_its_weights(tmp_path, caplog):
