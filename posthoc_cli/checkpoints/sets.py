@@ -84,6 +84,7 @@ class Sets:
         self.tensors = _Named()
         self.counts = Counter[str]()
         self.keys = dict[str, str]()  # the last key of each path of whole keys
+        self._groups = set[str]()  # first keys of tensors that are no optimizer's
         named_paths = [path for path in named if path]
         kept = _KEPT_BY_OPTIMIZERS.union(path.rpartition(".")[2] for path in named_paths)
         for tensor in content.tensors.values():
@@ -96,6 +97,8 @@ class Sets:
             if is_named or not is_state or not kept.isdisjoint(tensor.keys[:-1]):
                 self.tensors[tensor.name] = tensor
                 self._count(tensor)
+                if not is_state:
+                    self._groups.add(tensor.keys[0])
         self.averages = list[str]()
         self._find_averages()
 
@@ -228,7 +231,7 @@ class Sets:
         Copies of the best model so far do not count.
         """
         known = self.content.groups()
-        groups = [name for name in known if self.counts[name] and not self.is_averaged(name)]
+        groups = [name for name in known if name in self._groups and not self.is_averaged(name)]
         groups = [name for name in groups if not name.startswith("best_")] or groups
         for name in _MODEL_GROUPS:
             if name in groups:

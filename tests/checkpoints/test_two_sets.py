@@ -487,14 +487,14 @@ def test_an_average_among_the_states_of_an_optimizer_is_taken_by_its_key(key, tm
             moments = torch.randn(save.weights[name].shape)
             states[number] = {"exp_avg": moments, key: save.average[name]}
         solver = {"state": states, "param_groups": [{"lr": 0.1}]}
-        return {"model": save.weights, "optimizer": solver}
+        return {"net": save.weights, "adam": solver}
 
     file = write_each(tmp_path, STEP, content)
     assert read(tmp_path).counts == {"weights": len(saves())}
-    is_named = f"also holds 'optimizer.state.{key}', not used: an import takes" in caplog.text
+    is_named = f"also holds 'adam.state.{key}', not used: an import takes" in caplog.text
     assert is_named == (key != "slow")
     check(tmp_path, AVERAGE, LAST.weights, None, average=key)
-    assert_equal(exported(file, average=key), AVERAGE)
+    assert_equal(exported(file, average=f"adam.state.{key}"), AVERAGE)
 
 
 def test_two_towers_are_no_average_and_its_weights(tmp_path, caplog):
