@@ -66,8 +66,8 @@ solo-learn trains its `momentum_classifier` like any other layer. `non_ema`, `mo
 `ema_backup` are the weights."""
 NO_MODEL = re.compile(
     r"(?<![a-z])(?:opt|optims?|optimizers?|optimization|(?:lr_?)?schedulers?|rng|random_states?|"
-    r"(?:grad_)?scaler|(?:train|training|extra)[_-](?:args|state)|dataloaders?)(?![a-z])|"
-    r"^chained_|^opt\d|^trainer\.|^data\.pt",
+    r"(?:grad_)?scaler|(?:train|training)[_-](?:args|state)|dataloaders?)(?![a-z])|"
+    r"^chained_|^opt\d|^trainer\.|^data\.pt|^extra_state_world_size_",
     re.IGNORECASE,
 )
 """Pattern of names of files and groups that hold no model: the state of a training."""

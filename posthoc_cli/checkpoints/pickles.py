@@ -641,7 +641,7 @@ def _scalar(
     """Return a number of numpy: its bytes are in the file, or in protocol 2 a text in Latin-1."""
     kind = dtype.arguments[0]
     order = dtype.state[1]
-    if not _NUMBERS.fullmatch(kind) or order not in "<>|":
+    if not _NUMBERS.fullmatch(str(kind)) or order not in "<>|":
         return None
     if isinstance(data, _Bytes):
         content = machine.file.read_at(min(data.nbytes, 8), data.begin)
@@ -649,6 +649,12 @@ def _scalar(
         content = data[:8].encode("latin-1")
     number: int | float = np.frombuffer(content, order + kind)[0].item()
     return number
+
+
+def _dtype_of_array(dtype: Any) -> str | None:
+    kind = dtype.arguments[0]
+    name = kind.name[-_LONGEST:].rpartition(".")[2] if isinstance(kind, Node) else kind
+    return _DTYPES.get(np.dtype(name).name if _NUMBERS.fullmatch(name) else name)
 
 
 def _array(
@@ -660,12 +666,15 @@ def _array(
     axes: Any = None,
 ) -> Any:
     """Return the entry of an array of numpy, which lies row by row, with its axes in another order
-    if that is "F" or "K"; a node if it is not read, and None if it holds no numbers."""
-    kind = dtype.arguments[0]
-    name = kind.name[-_LONGEST:].rpartition(".")[2] if isinstance(kind, Node) else kind
-    if _NUMBERS.fullmatch(name):
-        name = np.dtype(name).name
-    stored_dtype = _DTYPES.get(name)
+    if that is "F" or "K"; an integer of 0 dimensions as a number.
+
+    It is a node if it is not read, and None if it holds no numbers.
+    """
+    if shape == ():
+        number = _scalar(machine, dtype, data)
+        if isinstance(number, int) or not isinstance(data, _Bytes):
+            return number
+    stored_dtype = _dtype_of_array(dtype)
     if stored_dtype is None:
         return None
     if not isinstance(data, _Bytes) or dtype.state[1] == ">":
@@ -683,10 +692,8 @@ def _array(
 
 
 def _reduced_array(machine: _Machine, state: Any) -> Any:
-    """Return an array by its state, of which 0 dimensions are a number in protocol 2."""
+    """Return an array by its state."""
     _, shape, dtype, is_in_columns, data = state
-    if shape == () and not isinstance(data, _Bytes):
-        return _scalar(machine, dtype, data)
     return _array(machine, data, dtype, shape, "F" if is_in_columns else "C")
 
 

@@ -417,12 +417,12 @@ def test_arrays_in_a_pickle_are_tensors(form, protocol, tmp_path, monkeypatch):
         sets = {}
         for name, tensors in {"params": save.weights, "ema_params": save.average}.items():
             sets[name] = {key: FORMS[form](tensor.numpy()) for key, tensor in tensors.items()}
-        return sets | {"step": np.array(save.step), "names": np.array(["a"])}
+        return sets | {"epoch": np.array(save.epoch), "names": np.array(["a"])}
 
     for save in saves():
-        file = tmp_path / f"{save.step}.pkl"
+        file = tmp_path / f"{save.epoch}.pkl"
         file.write_bytes(pickle.dumps(content(save), protocol))
-    check(tmp_path, AVERAGE, LAST.weights, None)
+    check(tmp_path, AVERAGE, LAST.weights, None, steps_per_epoch=EVERY)
     check_export(file, AVERAGE, LAST.weights)
 
 
