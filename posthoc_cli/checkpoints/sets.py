@@ -85,6 +85,7 @@ class Sets:
         self.counts = Counter[str]()
         self.keys = dict[str, str]()  # the last key of each path of whole keys
         self._groups = set[str]()  # first keys of tensors that are no optimizer's
+        self._kept = set[str]()  # what one keeps of each parameter, perhaps averages of gradients
         named_paths = [path for path in named if path]
         kept = _KEPT_BY_OPTIMIZERS.union(path.rpartition(".")[2] for path in named_paths)
         for tensor in content.tensors.values():
@@ -93,6 +94,7 @@ class Sets:
             if is_state and last in kept:  # of a parameter, as `state.0.ema`
                 *outer, parameter = outer
                 tensor = replace(tensor, keys=(*outer, last, parameter))
+                self._kept.add(".".join((*outer, last)))
             is_named = any(lies_in(tensor.name, path) for path in named_paths)
             if is_named or not is_state or not kept.isdisjoint(tensor.keys[:-1]):
                 self.tensors[tensor.name] = tensor
@@ -124,8 +126,7 @@ class Sets:
             outer, _, last = path.rpartition(".")
             key = self.keys.get(path, last)
             word = AVERAGE_WORD.search(key)
-            is_moment = any(lies_in(path, state) for state in self.content.optimizers)
-            if word is None or is_moment or self.is_averaged(path):
+            if word is None or path in self._kept or self.is_averaged(path):
                 continue
             group = path
             while group and group not in self.keys:
@@ -165,10 +166,10 @@ class Sets:
 
     def are_alike(self, path: str, other: str) -> bool:
         """Return whether two sets that lie apart have the same names and shapes. (A copy of the
-        best model so far is no set of its own.)"""
+        best model so far is no set of its own, nor what an optimizer keeps.)"""
         if lies_in(path, other) or lies_in(other, path):
             return False
-        if self.keys[path].startswith("best_"):
+        if self.keys[path].startswith("best_") or path in self._kept:
             return False
         return self._shapes(path) == self._shapes(other)
 

@@ -476,16 +476,20 @@ def test_an_average_by_places_in_memory_is_matched_by_its_values(tmp_path):
     assert_equal(exported(file), AVERAGE)
 
 
-@pytest.mark.parametrize("key", ["ema", "ax", "slow"])
-def test_an_average_among_the_states_of_an_optimizer_is_taken_by_its_key(key, tmp_path, caplog):
-    """By the number of each parameter, in groups of their own order; `ema` may be of gradients."""
+@pytest.mark.parametrize(
+    ("key", "has_names"), [("ema", False), ("ema", True), ("ax", False), ("slow", False)]
+)
+def test_an_optimizers_average_is_taken_by_its_key(key, has_names, tmp_path, caplog):
+    """By the name or number of each parameter, in groups of their own order; `ema` may be of
+    gradients."""
 
     def content(save):
         names = sorted(save.weights, key=lambda name: save.weights[name].ndim)
         states = {}
         for number, name in enumerate(names):
             moments = torch.randn(save.weights[name].shape)
-            states[number] = {"exp_avg": moments, key: save.average[name]}
+            one = name if has_names else number
+            states[one] = {"exp_avg": moments, key: save.average[name]}
         solver = {"state": states, "param_groups": [{"lr": 0.1}]}
         return {"net": save.weights, "adam": solver}
 
