@@ -89,12 +89,9 @@ class Sets:
         named_paths = [path for path in named if path]
         kept = _KEPT_BY_OPTIMIZERS.union(path.rpartition(".")[2] for path in named_paths)
         for tensor in content.tensors.values():
-            *outer, last = tensor.keys
             is_state = _is_state(tensor) or content.is_of_optimizer(tensor)
-            if is_state and last in kept:  # of a parameter, as `state.0.ema`
-                *outer, parameter = outer
-                tensor = replace(tensor, keys=(*outer, last, parameter))
-                self._kept.add(".".join((*outer, last)))
+            if is_state and tensor.keys[-1] in kept:
+                tensor = self._by_last_key(tensor)
             is_named = any(lies_in(tensor.name, path) for path in named_paths)
             if is_named or not is_state or not kept.isdisjoint(tensor.keys[:-1]):
                 self.tensors[tensor.name] = tensor
@@ -103,6 +100,12 @@ class Sets:
                     self._groups.add(tensor.keys[0])
         self.averages = list[str]()
         self._find_averages()
+
+    def _by_last_key(self, tensor: StoredTensor) -> StoredTensor:
+        """Return a tensor of a parameter, such as `state.0.ema`, as one of a set `state.ema`."""
+        *outer, parameter, last = tensor.keys
+        self._kept.add(".".join((*outer, last)))
+        return replace(tensor, keys=(*outer, last, parameter))
 
     def _count(self, tensor: StoredTensor) -> None:
         *outer, _ = tensor.keys
