@@ -195,15 +195,13 @@ class Sets:
         unused = dict[str, None]()
         for tensor in self.tensors.values():
             paths = [path for path in _paths(tensor) if path not in outer]
-            averages = [path for path in paths if path in self.averages]
+            averages = [path for path in paths if path in self._kept or path in self.averages]
             if averages:
                 unused[averages[0]] = None
             elif tensor in used or _is_counter(tensor):
                 continue
             elif paths and not self.is_averaged(paths[0]):
-                alike = [one for one in paths if self.counts[one] == self.counts[paths[0]]]
-                *_, path = [paths[0], *(one for one in alike if one in self.keys)]
-                unused[path] = None
+                unused[paths[0]] = None
             elif not paths and AVERAGE_WORD.search(tensor.keys[-1]):
                 unused[f"{tensor.name} (one tensor)"] = None
         return tuple(unused)

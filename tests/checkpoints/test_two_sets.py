@@ -560,7 +560,7 @@ def test_sets_that_are_not_used_are_named(tmp_path, caplog):
     }
     torch.save(content, tmp_path / "step10.pt")
     read(tmp_path, ema_decay=0.95)
-    assert "also holds 'model.frozen', 'discriminator.c', not used: an import takes" in caplog.text
+    assert "also holds 'model.frozen', 'discriminator', not used: an import takes" in caplog.text
     (source,) = read(tmp_path, weights="optimizer.master", kind="checkpoints").checkpoints
     assert source.values("net.w", 0, 3).tolist() == [0.25, 1.25, 2.25]
 
