@@ -46,6 +46,7 @@ from posthoc_cli.checkpoints.sets import (
     Sets,
     completed,
     lies_below,
+    match_list,
     match_names,
     twin_parts,
 )
@@ -182,7 +183,10 @@ def _is_named(tensors: Tensors, text: str | None) -> bool:
 
 def _weights(sets: Sets, settings: ImportSettings) -> Found:
     if settings.weights is not None:
-        weights = sets.below(sets.named(settings.weights))
+        path = sets.named(settings.weights)
+        weights = sets.below(path)
+        if path in sets.kept and all(map(str.isdecimal, weights)):
+            weights = match_list(sets.content, weights, sets.model())
         return Found(sets.content, "checkpoints", weights=weights)
     weights = sets.model(settings.prefix)
     asks = {}

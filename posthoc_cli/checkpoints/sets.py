@@ -85,15 +85,15 @@ class Sets:
         self.counts = Counter[str]()
         self.keys = dict[str, str]()  # the last key of each path of whole keys
         self._groups = set[str]()  # first keys of tensors that are no optimizer's
-        self._kept = set[str]()  # what one keeps of each parameter, perhaps averages of gradients
+        self.kept = set[str]()  # what one keeps of each parameter, perhaps averages of gradients
         named_paths = [path for path in named if path]
-        kept = _KEPT_BY_OPTIMIZERS.union(path.rpartition(".")[2] for path in named_paths)
+        keys = _KEPT_BY_OPTIMIZERS.union(path.rpartition(".")[2] for path in named_paths)
         for tensor in content.tensors.values():
             is_state = _is_state(tensor) or content.is_of_optimizer(tensor)
-            if is_state and tensor.keys[-1] in kept:
+            if is_state and tensor.keys[-1] in keys:
                 tensor = self._by_last_key(tensor)
             is_named = any(lies_in(tensor.name, path) for path in named_paths)
-            if is_named or not is_state or not kept.isdisjoint(tensor.keys[:-1]):
+            if is_named or not is_state or not keys.isdisjoint(tensor.keys[:-1]):
                 self.tensors[tensor.name] = tensor
                 self._count(tensor)
                 if not is_state:
@@ -104,7 +104,7 @@ class Sets:
     def _by_last_key(self, tensor: StoredTensor) -> StoredTensor:
         """Return a tensor of a parameter, such as `state.0.ema`, as one of a set `state.ema`."""
         *outer, parameter, last = tensor.keys
-        self._kept.add(".".join((*outer, last)))
+        self.kept.add(".".join((*outer, last)))
         return replace(tensor, keys=(*outer, last, parameter))
 
     def _count(self, tensor: StoredTensor) -> None:
@@ -129,7 +129,7 @@ class Sets:
             outer, _, last = path.rpartition(".")
             key = self.keys.get(path, last)
             word = AVERAGE_WORD.search(key)
-            if word is None or path in self._kept or self.is_averaged(path):
+            if word is None or path in self.kept or self.is_averaged(path):
                 continue
             group = path
             while group and group not in self.keys:
@@ -172,7 +172,7 @@ class Sets:
         best model so far is no set of its own, nor what an optimizer keeps.)"""
         if lies_in(path, other) or lies_in(other, path):
             return False
-        if self.keys[path].startswith("best_") or path in self._kept:
+        if self.keys[path].startswith("best_") or path in self.kept:
             return False
         return self._shapes(path) == self._shapes(other)
 
@@ -195,7 +195,7 @@ class Sets:
         unused = dict[str, None]()
         for tensor in self.tensors.values():
             paths = [path for path in _paths(tensor) if path not in outer]
-            averages = [path for path in paths if path in self._kept or path in self.averages]
+            averages = [path for path in paths if path in self.kept or path in self.averages]
             if averages:
                 unused[averages[0]] = None
             elif tensor in used or _is_counter(tensor):

@@ -501,6 +501,20 @@ def test_an_optimizers_average_is_taken_by_its_key(key, has_names, tmp_path, cap
     assert_equal(exported(file, average=f"adam.state.{key}"), AVERAGE)
 
 
+def test_weights_among_the_states_of_an_optimizer_have_the_models_names(tmp_path, caplog):
+    """Of a schedule-free one, whose average is in the model."""
+
+    def content(save):
+        states = {number: {"z": value} for number, value in enumerate(save.weights.values())}
+        return {"model": save.average, "optimizer": {"state": states}}
+
+    write_each(tmp_path, STEP, content)
+    newest = read(tmp_path, weights="z").checkpoints[-1]
+    assert_equal(values_of(newest), LAST.weights)
+    read(tmp_path)
+    assert "also holds 'optimizer.state.z', not used" in caplog.text
+
+
 def test_two_towers_are_no_average_and_its_weights(tmp_path, caplog):
     """Networks of other weights have the same names and shapes, and norms that are alike."""
     file = tmp_path / "step9.pt"
