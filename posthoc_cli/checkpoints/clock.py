@@ -52,11 +52,14 @@ _MARKS: tuple[tuple[Unit, re.Pattern[str]], ...] = (
 )
 _COUNT = re.compile(rf"(?:[a-z]+_)?n?(?:{_STEP}|it|updates?)(?:_(?:count|num))?")  # names of values
 _CHECKPOINT = _pattern(_BEFORE, "(?:checkpoint|ckpt)s?")
+_NO_STEP = "v|version|fp|bf|int|float|fold|seed|copy|acc|loss|fid|psnr|wer|m?ap|m?iou|auc|dice"
 _ALONE = re.compile(
-    rf"(?P<other>(?<![a-z])(?:v|version|fp|bf|int|float)[_.\-]?)?(?P<number>[0-9]+){_MORE}",
-    re.IGNORECASE,
+    rf"(?P<other>(?<![a-z])(?:{_NO_STEP})[_.=\-]?)?(?P<number>[0-9]+){_MORE}", re.IGNORECASE
 )
-_DATE = re.compile(r"(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])")
+_DATE = re.compile(
+    r"(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])(?:[0-9]{4}|[0-9]{6})?"
+    r"|1[5-9][0-9]{8}(?:[0-9]{3})?"  # seconds, or thousandths, of 2017 to 2033
+)
 _ANEW = {"", "step", "steps", "iteration"}  # values that may begin anew in each epoch, or a name's
 _SHARD = re.compile(r"[0-9]+-of-[0-9]+")
 _LONE = re.compile(r"[0-9]{3,}")  # the whole name of a folder; a shorter one may be an experiment's
@@ -266,8 +269,8 @@ def _doubt(path: Path, doubt: str) -> InvalidValueError:
 
 
 def _by_names(readings: Sequence[Reading]) -> Sequence[Reading]:
-    """Return the numbers in names where the count in the contents repeats, and does not exceed
-    them: VITS stores its epoch as `iteration`. Log which are taken where the two differ."""
+    """Return the numbers in names where they exceed the count in the contents, if that repeats or
+    is called `iteration`, as VITS calls its epoch. Log which are taken where the two differ."""
     named = [one.named for one in readings if one.named is not None]
     if len({one.number for one in named}) < max(2, len(readings)):
         return readings
@@ -277,8 +280,9 @@ def _by_names(readings: Sequence[Reading]) -> Sequence[Reading]:
         return readings
     one, of_name = next(pair for pair, more in zip(pairs, ahead, strict=True) if more > 1)
     says = f"{one.origin} is {one.number:,}, and the number in its name {of_name.number:,}: taken"
-    if len({one.number for one in readings}) < len(readings):
-        log.warning("%s: %s is that in names, as %s repeats", one.path, says, one.origin)
+    repeats = len({one.number for one in readings}) < len(readings)
+    if repeats or one.value == "iteration":
+        log.warning("%s: %s is that in names", one.path, says)
         return [replace(of_name, count=one.count) for one, of_name in pairs]
     log.warning("%s: %s is %s; `step_from` takes that in names", one.path, says, one.origin)
     return readings

@@ -66,7 +66,8 @@ solo-learn trains its `momentum_classifier` like any other layer. `non_ema`, `mo
 `ema_backup` are the weights."""
 NO_MODEL = re.compile(
     r"(?<![a-z])(?:opt|optims?|optimizers?|optimization|(?:lr_?)?schedulers?|rng|random_states?|"
-    r"(?:grad_)?scaler|training[_-](?:args|state)|train_state|dataloaders?)(?![a-z])|^chained_|^opt\d|^trainer\.",
+    r"(?:grad_)?scaler|(?:train|training)[_-](?:args|state)|dataloaders?)(?![a-z])|"
+    r"^chained_|^opt\d|^trainer\.|^data\.pt|^extra_state_world_size_",
     re.IGNORECASE,
 )
 """Pattern of names of files and groups that hold no model: the state of a training."""
@@ -77,7 +78,10 @@ _CHUNKS = "DCP_SHARDING_INFO"  # key for the places of chunks in the metadata of
 _INFO = "training_info"  # key of the metadata of ai-toolkit
 _USUAL = ("model", "diffusion_pytorch_model", "adapter_model", "pytorch_model")
 """Names of weights in folders of Hugging Face's libraries."""
-_PARTITION = "zero_pp_rank_"  # how names of the model's files begin if ZeRO-3 has split it
+_PARTITION = re.compile(
+    r"^zero_pp_rank_|^layer_\d+-model_|_pp-rank-.*_tp-rank-|_world_size_(?!1_)\d+_rank_"
+)
+"""In names of the partitions of ZeRO-3, of DeepSpeed's pipelines, of nanotron and of verl."""
 _MOST_CONFIG = 10_000_000
 _MOST_STATE = 1_000_000_000
 
@@ -326,13 +330,14 @@ def model_in(
     names = [name for name in _names_in(folder) if name not in skip]
     for ending in (SUFFIX, ""):  # safetensors before pickles
         models = _models_among(names, ending)
+        if any(map(_PARTITION.search, models)):
+            reason = "holds partitions of the model"
+            hint = "convert it by the program's own script, such as DeepSpeed's zero_to_fp32.py"
+            raise UnsuitableError(folder, reason, hint)
         if len(models) == 1:
             return folder / models[0]
         if models and ending and _are_chunks(folder, models):
             return folder
-        if any(name.startswith(_PARTITION) for name in models):
-            reason = "holds the partitions of ZeRO-3, which are no tensors of the model"
-            raise UnsuitableError(folder, reason, "convert it by its zero_to_fp32.py")
         with_tensors = [name for name in models if has_tensors(folder / name)]
         if len(with_tensors) == 1:
             return folder / with_tensors[0]
@@ -470,10 +475,6 @@ def _number(file: OpenedFile, entry: Entry) -> float:
     """Return the value of a tensor of one element."""
     content = file.read_at(entry.nbytes, entry.begin)
     raw = np.frombuffer(content, np.uint8)
-    if entry.dtype == "BOOL":
-        return float(raw[0])
-    if entry.dtype == "C64":
-        return float("nan")
     return float(decode_values(raw, entry.dtype)[0])
 
 

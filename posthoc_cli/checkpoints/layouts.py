@@ -8,7 +8,8 @@ word in a key says which is the average (`content.AVERAGE_WORD`). Then
 3. if names of files or tensors need more than that: write a function, and add it to `FINDERS`;
 4. new names of the step, of a model's file, or of a training's state, or an average in the model's
    place: add a row to `programs.PROGRAMS`; a word for a state that is no model: to
-   `content.NO_MODEL`;
+   `content.NO_MODEL`; the key of an average that an optimizer keeps of each parameter: to
+   `sets._KEPT_BY_OPTIMIZERS`;
 5. add the kind to `KINDS` in `checkpoints/__init__.py`, and to `TAKES` if it is no ordinary EMA;
    a line to the guide `checkpoints`, and a test that writes such files beside
    `tests/checkpoints/test_programs.py`;
@@ -46,6 +47,7 @@ from posthoc_cli.checkpoints.sets import (
     Sets,
     completed,
     lies_below,
+    match_list,
     match_names,
     twin_parts,
 )
@@ -182,7 +184,10 @@ def _is_named(tensors: Tensors, text: str | None) -> bool:
 
 def _weights(sets: Sets, settings: ImportSettings) -> Found:
     if settings.weights is not None:
-        weights = sets.below(sets.named(settings.weights))
+        path = sets.named(settings.weights)
+        weights = sets.below(path)
+        if path in sets.kept and all(map(str.isdecimal, weights)):
+            weights = match_list(sets.content, weights, sets.model())
         return Found(sets.content, "checkpoints", weights=weights)
     weights = sets.model(settings.prefix)
     asks = {}

@@ -77,12 +77,11 @@ def _ask_which(
     last: Path,
 ) -> None:
     globs = dict.fromkeys(re.sub("[0-9]+", "*", f"*/{place}") for place in places)
-    if len(globs) == 1:
-        readings = map(time_in_name, last.iterdir())
-        if any(reading is not None and reading.is_marked for reading in readings):
-            globs = {f"{one}/*": None for one in globs}
-        else:
-            open_checkpoint(last)  # its error says more
+    readings = map(time_in_name, last.iterdir())
+    if any(reading is not None and reading.is_marked for reading in readings):
+        globs = {f"{one}/*": None for one in globs}
+    else:
+        open_checkpoint(last)  # its error says more
     _ask(folder, f"its folders hold models in {names_in(places)}", [*globs])
 
 

@@ -37,6 +37,7 @@ from posthoc_cli.checkpoints.content import (
     SHARD,
     Content,
     Values,
+    has_tensors,
     holds_model,
     may_be_weights,
     names_in,
@@ -235,20 +236,23 @@ def _programs(run: Sequence[Found]) -> str:
     """Return the programs that wrote the files, as far as these show it."""
     names = dict[str, None]()
     for one in run:
-        if one.kind not in ("ema", "checkpoints"):
-            names[one.kind] = None
-        names[program_of(one.reading.value)] = None
+        is_known = one.kind not in ("ema", "checkpoints")
+        names[one.kind if is_known else program_of(one.reading.value)] = None
     return "; ".join(filter(None, names))
 
 
-def _warn_of_codes(checkpoint: Checkpoint) -> None:
-    """Warn if most elements are integers of 8 bits, as of quantised weights; masks are fewer."""
-    entries = checkpoint.entries.values()
-    codes = sum(entry.size for entry in entries if entry.dtype in ("I8", "U8"))
-    if 2 * codes > sum(entry.size for entry in entries):
-        reason = (
-            "most elements are integers, copied from the newest: quantised weights have no average"
-        )
+def _warn_of_copies(checkpoint: Checkpoint) -> None:
+    """Warn if most elements are integers of 8 bits, as of quantised weights, or if more than a few
+    are complex, as in a table of rotations; masks are fewer."""
+    sizes = Counter[str]()
+    for entry in checkpoint.entries.values():
+        sizes[entry.dtype] += entry.size
+    copied = "copied from the newest"
+    if 2 * (sizes["I8"] + sizes["U8"]) > sizes.total():
+        reason = f"most elements are integers, {copied}: quantised weights have no average"
+        log.warning("%s: %s", checkpoint.path, reason)
+    if 100 * sizes["C64"] > sizes.total():
+        reason = f"complex elements are {copied}: for averages save torch.view_as_real"
         log.warning("%s: %s", checkpoint.path, reason)
 
 
@@ -401,7 +405,7 @@ def _one_run(
     file with a name as of the run cannot be read."""
     stems = {_stem(one.path) for one in opened}
     for path, error in errors.items():
-        if not opened or _stem(path) in stems:
+        if not opened or (_stem(path) in stems and has_tensors(path)):
             raise error
         name = path.name
         if any(one.path.name == name for one in opened):
@@ -550,7 +554,7 @@ def _all_made(
     checkpoints = []
     for one in opened:
         checkpoints += _made(_named_as(newest, one), times, settings)
-    _warn_of_codes(checkpoints[-1])
+    _warn_of_copies(checkpoints[-1])
     _warn_of_scales(checkpoints[0])
     return checkpoints
 

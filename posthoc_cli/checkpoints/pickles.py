@@ -18,6 +18,7 @@ import math
 import os
 import pickle
 import pickletools
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -28,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from posthoc_cli.dtypes import DTYPES, ITEM_BYTES
+from posthoc_cli.dtypes import DTYPES, EPS, ITEM_BYTES
 from posthoc_cli.errors import FileFormatError, RemoteError
 from posthoc_cli.snapshots.tensorfile import Entry, OpenedFile, is_sizes, row_major
 
@@ -57,7 +58,8 @@ _VALUE = 64  # a value of the content, or a pair of a call: a few bytes can repe
 _STREAM = 512  # a storage in a string of bytes
 _SHARED = 8  # limits the bytes of tensors to this multiple of the file's: views may overlap
 _LONGEST = 100  # characters of the name of a storage or dtype, which a pickle may pass repeatedly
-_NUMBERS = "i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8"  # kinds of numpy
+_NUMBERS = re.compile("[iu][1248]|f[248]|b1")  # kinds of numpy
+_MOST_AXES = 64
 _MOST_ITEMS = 16  # arguments of a call, and items of a key: a pickle may pass a million
 
 
@@ -251,10 +253,8 @@ def _opened(
     """Return what an object consists of, and whether it is a module; any other item as it is."""
     if not isinstance(item, Node) or item.name.startswith("torch._utils._rebuild"):
         return item, False
-    if isinstance(item.state, int | float):  # of an array
+    if item.is_array:
         return item.state, False
-    if item.is_array and item.state[2].arguments[0] in ("f2", "f4", "f8"):
-        return item, False  # a tensor that is not read: in protocol 2 its bytes are a text
     module = _module_tensors(item, budget)
     if module is not None:
         return module, True
@@ -476,9 +476,7 @@ class _Machine(pickle._Unpickler):
             state = attributes | slots
         item = self.stack[-1]
         if isinstance(item, Node):
-            item.state = state
-            if item.is_array and state[1] == ():
-                item.state = _scalar(self, state[2], state[4])
+            item.state = _reduced_array(self, state) if item.is_array else state
 
     def persistent_load(self, pid: Any) -> _Bytes:
         """Return the storage of ("storage", type, key, location, number of elements, ...)."""
@@ -609,7 +607,7 @@ def _is_view(offset: Any, shape: Any, strides: Any) -> bool:
     """Return whether these are an offset, a shape and strides, of no more elements than can be."""
     if not all(map(is_sizes, (shape, strides, (offset,)))):
         return False
-    if not len(shape) == len(strides) <= 64:
+    if not len(shape) == len(strides) <= _MOST_AXES:
         return False
     count: int = math.prod(size or 1 for size in shape)
     return count < 2**60
@@ -642,7 +640,7 @@ def _scalar(
     """Return a number of numpy: its bytes are in the file, or in protocol 2 a text in Latin-1."""
     kind = dtype.arguments[0]
     order = dtype.state[1]
-    if kind not in _NUMBERS or order not in "<>|":
+    if not _NUMBERS.fullmatch(str(kind)) or order not in "<>|":
         return None
     if isinstance(data, _Bytes):
         content = machine.file.read_at(min(data.nbytes, 8), data.begin)
@@ -650,6 +648,52 @@ def _scalar(
         content = data[:8].encode("latin-1")
     number: int | float = np.frombuffer(content, order + kind)[0].item()
     return number
+
+
+def _dtype_of_array(dtype: Any) -> str | None:
+    kind = dtype.arguments[0]
+    name = kind.name[-_LONGEST:].rpartition(".")[2] if isinstance(kind, Node) else kind
+    return _DTYPES.get(np.dtype(name).name if _NUMBERS.fullmatch(name) else name)
+
+
+def _array(
+    machine: _Machine,
+    data: Any,
+    dtype: Any,
+    shape: Any,
+    order: Any,
+    axes: Any = None,
+) -> Any:
+    """Return the entry of an array of numpy, which lies row by row, with its axes in another order
+    if that is "F" or "K"; an integer of 0 dimensions as a number.
+
+    It is a node if it is not read, and None if it holds no numbers.
+    """
+    if shape == ():
+        number = _scalar(machine, dtype, data)
+        if isinstance(number, int) or not isinstance(data, _Bytes):
+            return number
+    stored_dtype = _dtype_of_array(dtype)
+    if stored_dtype is None:
+        return None
+    if not isinstance(data, _Bytes) or dtype.state[1] == ">":
+        return Node("array of numpy as text, or big-endian") if stored_dtype in EPS else None
+    axes = axes or range(len(shape))
+    is_valid = len(shape) == len(axes) <= _MOST_AXES and is_sizes(shape)
+    _check(is_valid, "an array with a malformed shape")
+    if order == "F":
+        shape = shape[::-1]
+        axes = axes[::-1]
+    steps = row_major(shape)
+    strides = tuple(steps[axis] for axis in axes)
+    storage = replace(data, dtype=stored_dtype)
+    return _tensor(machine, storage, 0, tuple(shape[axis] for axis in axes), strides)
+
+
+def _reduced_array(machine: _Machine, state: Any) -> Any:
+    """Return an array by its state."""
+    _, shape, dtype, is_in_columns, data = state
+    return _array(machine, data, dtype, shape, "F" if is_in_columns else "C")
 
 
 def _of_type(
@@ -667,6 +711,9 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "_codecs.encode": _first,
     "numpy.core.multiarray.scalar": _scalar,
     "numpy._core.multiarray.scalar": _scalar,
+    "numpy.core.numeric._frombuffer": _array,
+    "numpy._core.numeric._frombuffer": _array,
+    "jax._src.array._reconstruct_array": lambda machine, *parts: _reduced_array(machine, parts[2]),
     "collections.OrderedDict": _ordered_dict,
     "builtins.set": _first,
     "__builtin__.set": _first,

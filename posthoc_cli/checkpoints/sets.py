@@ -13,7 +13,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import combinations
@@ -84,14 +84,28 @@ class Sets:
         self.tensors = _Named()
         self.counts = Counter[str]()
         self.keys = dict[str, str]()  # the last key of each path of whole keys
+        self._groups = set[str]()  # first keys of tensors that are no optimizer's
+        self.kept = set[str]()  # what one keeps of each parameter, perhaps averages of gradients
         named_paths = [path for path in named if path]
-        for name, tensor in content.tensors.items():
-            is_named = any(lies_in(name, path) for path in named_paths)
-            if is_named or not (_is_state(tensor) or content.is_of_optimizer(tensor)):
-                self.tensors[name] = tensor
+        keys = _KEPT_BY_OPTIMIZERS.union(path.rpartition(".")[2] for path in named_paths)
+        for tensor in content.tensors.values():
+            is_state = _is_state(tensor) or content.is_of_optimizer(tensor)
+            if is_state and tensor.keys[-1] in keys:
+                tensor = self._by_last_key(tensor)
+            is_named = any(lies_in(tensor.name, path) for path in named_paths)
+            if is_named or not is_state or not keys.isdisjoint(tensor.keys[:-1]):
+                self.tensors[tensor.name] = tensor
                 self._count(tensor)
+                if not is_state:
+                    self._groups.add(tensor.keys[0])
         self.averages = list[str]()
         self._find_averages()
+
+    def _by_last_key(self, tensor: StoredTensor) -> StoredTensor:
+        """Return a tensor of a parameter, such as `state.0.ema`, as one of a set `state.ema`."""
+        *outer, parameter, last = tensor.keys
+        self.kept.add(".".join((*outer, last)))
+        return replace(tensor, keys=(*outer, last, parameter))
 
     def _count(self, tensor: StoredTensor) -> None:
         *outer, _ = tensor.keys
@@ -115,7 +129,7 @@ class Sets:
             outer, _, last = path.rpartition(".")
             key = self.keys.get(path, last)
             word = AVERAGE_WORD.search(key)
-            if word is None or self.is_averaged(path):
+            if word is None or path in self.kept or self.is_averaged(path):
                 continue
             group = path
             while group and group not in self.keys:
@@ -155,10 +169,10 @@ class Sets:
 
     def are_alike(self, path: str, other: str) -> bool:
         """Return whether two sets that lie apart have the same names and shapes. (A copy of the
-        best model so far is no set of its own.)"""
+        best model so far is no set of its own, nor what an optimizer keeps.)"""
         if lies_in(path, other) or lies_in(other, path):
             return False
-        if self.keys[path].startswith("best_"):
+        if self.keys[path].startswith("best_") or path in self.kept:
             return False
         return self._shapes(path) == self._shapes(other)
 
@@ -174,17 +188,22 @@ class Sets:
     ) -> tuple[str, ...]:
         """Return the outermost paths of sets that hold none of these tensors, and are no parts of
         an average."""
+        used = {*used}
         outer = {""}
         for tensor in used:
             outer.update(_paths(tensor))
         unused = dict[str, None]()
         for tensor in self.tensors.values():
             paths = [path for path in _paths(tensor) if path not in outer]
-            averages = [path for path in paths if path in self.averages]
+            averages = [path for path in paths if path in self.kept or path in self.averages]
             if averages:
                 unused[averages[0]] = None
-            elif paths and not _is_counter(tensor) and not self.is_averaged(paths[0]):
+            elif tensor in used or _is_counter(tensor):
+                continue
+            elif paths and not self.is_averaged(paths[0]):
                 unused[paths[0]] = None
+            elif not paths and AVERAGE_WORD.search(tensor.keys[-1]):
+                unused[f"{tensor.name} (one tensor)"] = None
         return tuple(unused)
 
     def named(self, text: str) -> str:
@@ -214,7 +233,7 @@ class Sets:
         Copies of the best model so far do not count.
         """
         known = self.content.groups()
-        groups = [name for name in known if self.counts[name] and not self.is_averaged(name)]
+        groups = [name for name in known if name in self._groups and not self.is_averaged(name)]
         groups = [name for name in groups if not name.startswith("best_")] or groups
         for name in _MODEL_GROUPS:
             if name in groups:
@@ -377,18 +396,21 @@ class Sets:
         is_named: bool,
     ) -> list[Pair]:
         averaged = self.below(average)
-        if average in self.keys and all(name.isdecimal() for name in averaged):
-            path = self.model_path() if weights is None else weights
-            raw = self.below(path)
-            matched = match_list(self.content, averaged, raw)
-            return [Pair(matched, raw, average, path)]
+        is_listed = averaged and all(map(str.isdecimal, averaged))
         pairs = []
-        for path in self._roots(averaged, average):
+        roots = []
+        if not (is_listed and average in self.keys):
+            roots = self._roots(averaged, average)
+        for path in roots:
             if weights is None or lies_in(path, weights):
                 raw = self.below(path)
                 by_name = match_names(averaged, raw)
                 if by_name and (is_named or 2 * len(by_name) > len(raw)):
                     pairs.append(Pair(by_name, raw, average, path))
+        if is_listed and not pairs:  # no model of numbered parameters
+            path = self.model_path() if weights is None else weights
+            raw = self.below(path)
+            pairs = [Pair(match_list(self.content, averaged, raw), raw, average, path)]
         return pairs
 
     def _rank(
@@ -416,15 +438,18 @@ class Sets:
         return roots or _roots_of(longest, outside, _bare)
 
 
-_KEPT_BY_OPTIMIZERS = {"ema", "ema_params", "ema_state", "shadow_params"}
-"""Keys of an average among the states of an optimizer that keeps it, as NeMo's does."""
+_KEPT_BY_OPTIMIZERS = {
+    "ema", "ema_params", "ema_state", "shadow_params", "param_ema", "swa_buffer", "ax", "z",
+}  # fmt: skip
+"""Keys of an average among the states of an optimizer that keeps it, as NeMo's and ASGD do; `z` of
+schedule-free ones are the weights, whose average is in their place."""
 
 
 def _is_state(tensor: StoredTensor) -> bool:
     """Return whether a tensor is of an optimizer or the like."""
     *outer, name = tensor.keys
     if any(map(NO_MODEL.search, outer)):
-        return _KEPT_BY_OPTIMIZERS.isdisjoint(outer)
+        return True
     first, dot, _ = name.partition(".")
     return bool(dot) and _STATES.search(first) is not None
 
@@ -608,7 +633,8 @@ def match_list(content: Content, listed: Tensors, weights: Tensors) -> Tensors:
     in_order = {position: listed[position] for position in positions}
     shapes = [tensor.shape for tensor in in_order.values()]
     is_complete = shapes == [tensor.shape for tensor in known.values()]
-    if is_complete and _keeps_order(weights):
+    is_counted = int(positions[-1]) < len(positions)  # and no number in memory
+    if is_complete and is_counted and _keeps_order(weights):
         return dict(zip(known, in_order.values(), strict=True))
     matched = {}
     with make_checkpoint(content, known):  # the files stay open

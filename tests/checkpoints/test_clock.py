@@ -210,7 +210,12 @@ def without_tensors(path):
     torch.save({"losses": [1.0, 2.0]}, path)
 
 
+def optimizer(path):
+    torch.save({"state": {0: {"v": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}, path)
+
+
 ODD = {
+    "epoch_7_optimizerG.pt": (optimizer, "holds no weights"),  # KAIR's name
     "latest.ckpt": (store, "no step"),
     "vae_30.pt": (another_model, "another model"),
     "notes.pt": (text, "cannot be"),
@@ -325,21 +330,23 @@ def test_a_step_may_be_a_number_of_numpy(tmp_path):
     assert steps_of(tmp_path) == [100, 200, 300, 400]
 
 
-def test_a_count_that_repeats_gives_way_to_the_numbers_in_names(tmp_path, caplog):
-    """VITS stores the epoch as `iteration`."""
-    for epoch in (1, 2, 3, 4):
-        store(tmp_path / f"G_{100 * epoch}.pth", iteration=(epoch + 1) // 2)
+@pytest.mark.parametrize(
+    ("name", "counts"), [("iteration", [1, 2, 4, 5]), ("global_step", [1, 1, 2, 2])]
+)
+def test_a_count_of_epochs_gives_way_to_the_numbers_in_names(name, counts, tmp_path, caplog):
+    """VITS stores the epoch as `iteration`: each was taken for a step. Other counts repeat."""
+    for number, count in enumerate(counts, 1):
+        store(tmp_path / f"G_{100 * number}.pth", **{name: count})
     assert steps_of(tmp_path) == [100, 200, 300, 400]
-    taken = "taken is that in names, as 'iteration' in the contents repeats"
-    said = "G_100.pth: 'iteration' in the contents is 1, and the number in its name 100"
-    assert f"{said}: {taken}" in caplog.text
+    said = f"G_100.pth: '{name}' in the contents is 1, and the number in its name 100"
+    assert f"{said}: taken is that in names" in caplog.text
 
 
 def test_a_count_that_contradicts_names_is_said(tmp_path, caplog):
     for epoch in (1, 2, 3):
-        store(tmp_path / f"G_{100 * epoch}.pth", iteration=2 * epoch)
+        store(tmp_path / f"G_{100 * epoch}.pth", global_step=2 * epoch)
     assert steps_of(tmp_path) == [2, 4, 6]
-    said = "the number in its name 100: taken is 'iteration' in the contents; `step_from`"
+    said = "the number in its name 100: taken is 'global_step' in the contents; `step_from`"
     assert said in caplog.text
 
 

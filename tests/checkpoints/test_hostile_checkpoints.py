@@ -139,6 +139,11 @@ OPCODES = {
     + b"q\x00"
     + b"h\x00h\x00\x93" * 20_000
     + b".",
+    "arrays of many axes": b"\x80\x04cnumpy\ndtype\n\x8c\x02f4\x85R(K\x03\x8c\x01<Ntbq\x000("
+    + b"J\xff\xff\xff\x7f" * 50_000
+    + b"tq\x010](cnumpy.core.numeric\n_frombuffer\nq\x02(C\x04aaaah\x00h\x01\x8c\x01FtR"
+    + b"h\x02(C\x04aaaah\x00h\x01\x8c\x01FtR" * 25_000
+    + b"e.",
     "stream in itself": b"\x80\x04ctorch.storage\n_load_from_bytes\nC\x05\x80\x04N..\x85R.",
 }
 

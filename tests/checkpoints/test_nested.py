@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,14 @@ def fairseq2(folder, step, weights):
     store(place / "trainer" / "rank_00.pt", {"state": {}, "param_groups": [{"lr": 0.1}]})
 
 
+def verl(folder, step, weights, ranks=1):
+    place = folder / f"global_step_{step}"
+    store(place / "data.pt", {"_num_yielded": step})
+    for rank in range(ranks):
+        for name, content in {"model": weights, "optim": {}, "extra_state": {}}.items():
+            store(place / "actor" / f"{name}_world_size_{ranks}_rank_{rank}.pt", content)
+
+
 @pytest.mark.parametrize(
     "save",
     [
@@ -80,6 +89,7 @@ def fairseq2(folder, step, weights):
         lightning_deepspeed,
         beside_a_trainer,
         fairseq2,
+        verl,
     ],
 )
 def test_weights_below_numbered_folders_have_their_numbers(save, tmp_path):
@@ -107,6 +117,12 @@ def zero_3(folder, step, weights):
     empty = dict.fromkeys(weights, torch.empty(0))
     for rank in range(2):
         store(place / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt", {"module": empty})
+
+
+def nanotron(folder, step, weights):
+    for part in ("body", "head"):
+        place = folder / str(step) / "model" / part
+        store(place / "model_weight_pp-rank-0-of-1_tp-rank-0-of-1.safetensors", weights)
 
 
 def without_endings(folder, step, weights):
@@ -141,7 +157,9 @@ def one_level_up(folder, step, weights):
         (two_models, r"models in 'critic', 'student'; name .* '\S+run/\*/critic' or '\S+/student'"),
         (other_number, r"models in 'stage2'; name .* glob, such as '\S+run/\*/stage\*'"),
         (experiments, r"models in 'final'; name .* glob, such as '\S+run/\*/final', .*`step_from`"),
-        (zero_3, r"global_step\d+: holds the partitions of ZeRO-3.*; convert .*zero_to_fp32.py"),
+        (zero_3, r"global_step\d+: holds partitions .*; convert .*zero_to_fp32.py"),
+        (partial(verl, ranks=2), r"actor: holds partitions .*; convert .*own script"),
+        (nanotron, r"model/head: holds partitions .*; convert .*own script"),
         (without_endings, r"no usual endings; name .* by a glob, such as '\S+run/g_\*', perhaps"),
         (versions, r"by a glob, such as '\S+run/\*/checkpoints/\*', perhaps"),
         (foreign, r"of kinds that are not read: 'model-100.gguf', .*; save the tensors as .safet"),

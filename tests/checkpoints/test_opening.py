@@ -368,6 +368,10 @@ REFUSED = {
     "20240105": "'20240105' may be a date",
     "checkpoint-20240105": "'20240105' may be a date",
     "checkpoint-2024-01-05": "'2024-01-05' may",
+    "model_202401051230": "'202401051230' may be a date",
+    "model_1714560000": "'1714560000' may be a date",  # in seconds of Unix
+    "model_fold3": "'fold3' may",
+    "best_acc=87": "'acc=87' may",
     "llama-1B-600k": "or several",
     "00010-of-00020": "or several",
     "step²": "it has no number, or several",

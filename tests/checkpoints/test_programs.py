@@ -297,7 +297,7 @@ def test_a_program_that_is_known_by_its_structure(program, tmp_path):
 
 def test_info_names_the_program(tmp_path):
     write_each(tmp_path, "step{save.step}.pt", nemo)
-    assert Run(tmp_path).info()["written_by"] == "torch-ema; Lightning, transformers"
+    assert Run(tmp_path).info()["written_by"] == "torch-ema"
 
 
 def ema_pytorch(save: Save, has_online: bool = False) -> Tensors:

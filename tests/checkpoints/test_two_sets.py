@@ -3,7 +3,10 @@ and what a user then names."""
 
 from __future__ import annotations
 
+import pickle
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -388,6 +391,51 @@ def test_an_average_that_is_not_used_is_named(tmp_path, caplog):
     assert_equal(exported(file, average="ema"), AVERAGE | TEXT)
 
 
+class Reconstructed:
+    """An array of JAX, as a pickle has it."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.parts = (*array.__reduce__(), {"weak_type": False})
+
+    def __reduce__(self) -> object:
+        return (make_array, self.parts)
+
+
+def make_array(*_: object) -> None:
+    """Stand for the function that JAX names."""
+
+
+make_array.__module__ = "jax._src.array"
+make_array.__qualname__ = "_reconstruct_array"
+FORMS = {
+    "C": np.ascontiguousarray,
+    "F": np.asfortranarray,
+    "permuted": lambda array: np.ascontiguousarray(array[None].T).T[0],
+    "JAX": Reconstructed,
+}
+
+
+@pytest.mark.parametrize("protocol", [4, 5])
+@pytest.mark.parametrize("form", FORMS)
+def test_arrays_in_a_pickle_are_tensors(form, protocol, tmp_path, monkeypatch):
+    array = ModuleType("jax._src.array")
+    array._reconstruct_array = make_array
+    for name in ("jax", array.__name__):
+        monkeypatch.setitem(sys.modules, name, array)
+
+    def content(save):
+        sets = {}
+        for name, tensors in {"params": save.weights, "ema_params": save.average}.items():
+            sets[name] = {key: FORMS[form](tensor.numpy()) for key, tensor in tensors.items()}
+        return sets | {"epoch": np.array(save.epoch), "names": np.array(["a"])}
+
+    for save in saves():
+        file = tmp_path / f"{save.epoch}.pkl"
+        file.write_bytes(pickle.dumps(content(save), protocol))
+    check(tmp_path, AVERAGE, LAST.weights, None, steps_per_epoch=EVERY)
+    check_export(file, AVERAGE, LAST.weights)
+
+
 def test_an_average_of_numpy_arrays_is_named_which_cannot_be_read(tmp_path, caplog):
     """In the protocol of `torch.save` their bytes are a text."""
     weights = {
@@ -399,11 +447,82 @@ def test_an_average_of_numpy_arrays_is_named_which_cannot_be_read(tmp_path, capl
         "model": weights,
         "ema": arrays,
         "loss": np.array(0.5),
+        "ema_vector": torch.ones(9),
     }
     torch.save(content, tmp_path / "step5.pt")
     assert read(tmp_path).counts == {"weights": 1}
-    assert "step5.pt also holds 'ema', not used" in caplog.text
-    assert "'ema.weight': is of a kind that is not read" in fault(tmp_path, average="ema")
+    assert "step5.pt also holds 'ema', 'ema_vector (one tensor)', not used" in caplog.text
+    assert "is of a kind that is not read ('array of numpy as text" in fault(
+        tmp_path, average="ema"
+    )
+
+
+def test_an_average_in_a_list_of_parameters_within_the_model(tmp_path):
+    """As facebook's flow_matching has it."""
+
+    def content(save):
+        model = named("model.", save.weights)
+        for number, tensor in enumerate(save.average.values()):
+            model[f"shadow_params.{number}"] = tensor
+        return {"model": model}
+
+    file = write_each(tmp_path, STEP, content)
+    average = named("model.", AVERAGE)
+    check(tmp_path, average, named("model.", LAST.weights), None)
+    assert_equal(exported(file), average)
+
+
+def test_an_average_by_places_in_memory_is_matched_by_its_values(tmp_path):
+    """Their order is no one's: two weights of a shape are swapped."""
+    order = ("body.0.weight", "body.0.bias", "head.weight", "body.1.bias", "body.1.weight")
+    places = {name: 10**9 + number for number, name in enumerate(order)}
+
+    def content(save):
+        shadow = {places[name]: tensor for name, tensor in save.average.items()}
+        return {"model": save.weights, "shadow": shadow}
+
+    file = write_each(tmp_path, STEP, content)
+    check(tmp_path, AVERAGE, LAST.weights, None)
+    assert_equal(exported(file), AVERAGE)
+
+
+@pytest.mark.parametrize(
+    ("key", "has_names"), [("ema", False), ("ema", True), ("ax", False), ("slow", False)]
+)
+def test_an_optimizers_average_is_taken_by_its_key(key, has_names, tmp_path, caplog):
+    """By the name or number of each parameter, in groups of their own order; `ema` may be of
+    gradients."""
+
+    def content(save):
+        names = sorted(save.weights, key=lambda name: save.weights[name].ndim)
+        states = {}
+        for number, name in enumerate(names):
+            moments = torch.randn(save.weights[name].shape)
+            one = name if has_names else number
+            states[one] = {"exp_avg": moments, key: save.average[name]}
+        solver = {"state": states, "param_groups": [{"lr": 0.1}]}
+        return {"net": save.weights, "adam": solver}
+
+    file = write_each(tmp_path, STEP, content)
+    assert read(tmp_path).counts == {"weights": len(saves())}
+    is_named = f"also holds 'adam.state.{key}', not used: an import takes" in caplog.text
+    assert is_named == (key != "slow")
+    check(tmp_path, AVERAGE, LAST.weights, None, average=key)
+    assert_equal(exported(file, average=f"adam.state.{key}"), AVERAGE)
+
+
+def test_weights_among_the_states_of_an_optimizer_have_the_models_names(tmp_path, caplog):
+    """Of a schedule-free one, whose average is in the model."""
+
+    def content(save):
+        states = {number: {"z": value} for number, value in enumerate(save.weights.values())}
+        return {"model": save.average, "optimizer": {"state": states}}
+
+    write_each(tmp_path, STEP, content)
+    newest = read(tmp_path, weights="z").checkpoints[-1]
+    assert_equal(values_of(newest), LAST.weights)
+    read(tmp_path)
+    assert "also holds 'optimizer.state.z', not used" in caplog.text
 
 
 def test_two_towers_are_no_average_and_its_weights(tmp_path, caplog):
@@ -491,9 +610,12 @@ def test_quantised_weights_are_warned_of(tmp_path, caplog):
     torch.save(weights, file)
     read(file)
     assert not caplog.messages
-    torch.save(weights | {"codes": torch.ones(81, dtype=torch.int8)}, file)
+    weights["codes"] = torch.ones(81, dtype=torch.int8)
+    weights["spectrum"] = torch.ones(3, dtype=torch.complex64)
+    torch.save(weights, file)
     read(file)
     assert "most elements are integers, copied from the newest: quantised weights" in caplog.text
+    assert "complex elements are copied from the newest: for averages save" in caplog.text
 
 
 LAYERS = [*(f"layer{number}.weight" for number in range(6)), "ema.weight", "quantize.embed_avg"]
