@@ -536,10 +536,10 @@ class DifferentiableEMA(Wide):
 
         In mode "carried", `leaves` are those that gradients shall reach, the same at every update.
         """
-        found = _described(value)
+        actual = _described(value)
         own = _described(self.average)
-        if found != own:
-            raise InvalidValueError("value", f"is {found}; must be {own} as the average is")
+        if actual != own:
+            raise InvalidValueError("value", f"is {actual}; must be {own} as the average is")
         if not self.training:
             if not self._has_average:
                 raise NotReadyError(

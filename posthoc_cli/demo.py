@@ -76,8 +76,8 @@ def run(
         swept, first = _train_and_measure(out, steps, say, watch)
     finally:
         torch.set_num_threads(threads)
-    found = swept.found
-    lines = [first, *_run_commands(out, found.best, say)]
+    estimate = swept.found
+    lines = [first, *_run_commands(out, estimate.best, say)]
     averages = []
     for trial in swept.trials:
         if trial.x is not None:
@@ -89,8 +89,8 @@ def run(
         "tracked": list(TRACKED),
         "raw": swept.raw,
         "averages": averages,
-        "best": found.best,
-        "equal_within_noise": [found.low, found.high],
+        "best": estimate.best,
+        "equal_within_noise": [estimate.low, estimate.high],
         "commands": lines,
         "files": list(map(str, sorted(out.iterdir()))),
         "seconds": time.perf_counter() - started,
@@ -169,8 +169,8 @@ def command_name() -> str:
     given = Path(sys.argv[0])
     if given.name not in ("ema", "posthoc-cli"):
         return "ema"
-    found = shutil.which(given.name)
-    is_on_path = found is not None and Path(found).samefile(given)
+    on_path = shutil.which(given.name)
+    is_on_path = on_path is not None and Path(on_path).samefile(given)
     if is_on_path or not given.exists():
         return given.name
     return str(given)
@@ -299,8 +299,8 @@ def make_waves(count: int, seed: int) -> Images:
     phase = 2 * math.pi * torch.rand(size, generator=random)
     across = torch.linspace(-1, 1, SIDE)
     down = across[:, None]
-    place = direction.cos() * across + direction.sin() * down
-    waves = (frequency * place + phase).sin()
+    along = direction.cos() * across + direction.sin() * down
+    waves = (frequency * along + phase).sin()
     return Images(waves.flatten(1), labels)
 
 

@@ -158,9 +158,9 @@ def expanded(path: str | Path) -> Path:
     return path if is_url(path) else Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib raises for an unknown user
 
 
-def is_glob(place: str | Path) -> bool:
+def is_glob(pattern: str | Path) -> bool:
     """Return whether a name is a pattern, and no file or directory has this name."""
-    path = expanded(place)
+    path = expanded(pattern)
     return glob.has_magic(str(path)) and not path.exists()
 
 
@@ -252,19 +252,19 @@ def make_directory(path: Path) -> None:
 def new_directory(path: Path) -> Iterator[None]:
     """Make a directory as `make_directory` does; remove what is new if that or the block fails and
     leaves it empty."""
-    made: list[Path] = []
+    created: list[Path] = []
     try:
         with reported_as_write_error(path):
             missing = [p for p in (path, *path.parents) if not os.path.exists(p)]  # noqa: PTH110
             for directory in reversed(missing):
                 _unfinished[directory] = os.getpid()
                 system.make_directory(directory)
-                made.append(directory)
+                created.append(directory)
                 system.fsync_directory(directory.parent)
         yield
     except BaseException:
         with suppress(OSError):
-            for directory in reversed(made):
+            for directory in reversed(created):
                 system.remove_directory(directory)
         raise
 
@@ -324,10 +324,10 @@ def remove_leftovers(directory: Path, still: float = 3600.0) -> None:
 
     Those are taken for the temporary files of processes that were killed.
     """
-    found: list[Path] = []
+    entries: list[Path] = []
     with suppress(PermissionError):  # a folder that may not be listed
-        found = system.list(directory)
-    for path in filter(lambda path: is_temporary(path.name), found):
+        entries = system.list(directory)
+    for path in filter(lambda path: is_temporary(path.name), entries):
         try:
             inside = () if path.is_symlink() else path.rglob("*")
             if max(entry.lstat().st_mtime for entry in (path, *inside)) < time.time() - still:

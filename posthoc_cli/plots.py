@@ -232,25 +232,25 @@ def _good_range(curve: ErrorCurve) -> str:
     return f"below 1 % for sigma_rel {ranges}"
 
 
-def sweep_figure(found: dict[str, Any]) -> Figure:
+def sweep_figure(report: dict[str, Any]) -> Figure:
     """Draw a metric against the length of the average, on a logarithmic axis, from
     `SweepReport.to_dict`.
 
     Of a beta the time constant in steps is drawn, 1 / (1 - beta).
     """
-    kind = found["axis"]
+    kind = report["axis"]
     length = partial(_drawn_length, kind)
     figure, axes = _figure()
-    low, high = map(length, found["equal_within_noise"])
+    low, high = map(length, report["equal_within_noise"])
     label = f"equal within the noise: {low:g} to {high:g}"
     green = _colour(2)
     axes.axvspan(low, high, color=green, alpha=0.15, linewidth=0, label=label)
-    band = _draw_estimate(axes, found["curve"], length)
-    bars = _draw_trials(axes, found["trials"], found["noise"], length)
-    best = length(found["best"][kind])
+    band = _draw_estimate(axes, report["curve"], length)
+    bars = _draw_trials(axes, report["trials"], report["noise"], length)
+    best = length(report["best"][kind])
     label = f"best: {best:g}"
     axes.axvline(best, color=green, linewidth=1.6, label=label)
-    raw = found["raw"]
+    raw = report["raw"]
     if raw is not None:
         _draw_reference(axes, raw, f"raw weights: {raw:.5g}")
         band.append(raw)
@@ -258,7 +258,7 @@ def sweep_figure(found: dict[str, Any]) -> Figure:
     axes.set_ylim(low, high)
     title = "steps of the decay, 1 / (1 - beta)" if kind == "beta" else _text(kind)
     axes.set(xscale="log", xlabel=title)
-    axes.set_ylabel(_text(found["metric"]))
+    axes.set_ylabel(_text(report["metric"]))
     return _finish(figure, axes.xaxis)
 
 

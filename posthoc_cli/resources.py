@@ -15,10 +15,10 @@ from posthoc_cli.errors import InvalidValueError
 MAX_WORKERS = 16
 
 
-def worker_count(wanted: int | None = None) -> int:
-    """Return the number of threads to use: `wanted`, or this process's cores up to MAX_WORKERS."""
-    if wanted is not None:
-        return max(1, wanted)
+def worker_count(count: int | None = None) -> int:
+    """Return the number of threads to use: `count`, or this process's cores up to MAX_WORKERS."""
+    if count is not None:
+        return max(1, count)
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))

@@ -243,22 +243,22 @@ class Run:
 
         For checkpoints see `describe_checkpoints`, and `describe_files` if they are no run.
         """
-        place = self.directory
-        if is_import(place):
-            return describe_checkpoints(place)
-        is_own = place.is_dir() and any(map(is_snapshot_name, list_directory(place)))
-        if is_own or not holds_checkpoints(place):
-            return describe(place)
+        directory = self.directory
+        if is_import(directory):
+            return describe_checkpoints(directory)
+        is_own = directory.is_dir() and any(map(is_snapshot_name, list_directory(directory)))
+        if is_own or not holds_checkpoints(directory):
+            return describe(directory)
         try:
-            return describe_checkpoints(place)
+            return describe_checkpoints(directory)
         except PostHocError as error:
             with suppress(PostHocError):
                 # outputs, or a model of another program that is no checkpoint
-                described = describe(place)
-                others = [one for one in described.get("outputs", []) if one["kind"] != "output"]
+                described = describe(directory)
+                others = [item for item in described.get("outputs", []) if item["kind"] != "output"]
                 if not others:
                     return described
-            return describe_files(place, error)
+            return describe_files(directory, error)
 
     def _checked_sources(self) -> Sequence[Source]:
         """Return the sources; the decays that other programs' files say are compared with the
@@ -342,15 +342,15 @@ class Run:
             write_synthesis,
         )
 
-        wanted = as_targets(targets)
+        parsed = as_targets(targets)
         asked = OutputOptions(**options)
         like = None
-        paths = output_paths(wanted, out, dtype, asked)
+        paths = output_paths(parsed, out, dtype, asked)
         if asked.like is not None:
             like = Like.find(asked.like, self.tensors, asked.weights, asked.average)
             dtype = like.dtype
         plan = functools.partial(
-            self.plan, wanted, t=t, step=step, method=method, max_error=max_error, dtype=dtype
+            self.plan, parsed, t=t, step=step, method=method, max_error=max_error, dtype=dtype
         )
         use = functools.partial(
             write_synthesis, paths=paths, options=asked, like=like, progress=progress
@@ -384,15 +384,17 @@ class Run:
         last = usable[-1].t
         known = [*usable, *later]
         available = sum(source.t <= last for source in sources)
-        found = counted(sources, len(usable), available)
-        label = f"{self.directory}: {found} up to {last:,.12g} {sources[0].t_unit}"
+        counts = counted(sources, len(usable), available)
+        label = f"{self.directory}: {counts} up to {last:,.12g} {sources[0].t_unit}"
         clock = target_clock(sources)
         first = min(source.t_first for source in sources)
-        wanted = {}
+        named_profiles = {}
         for target in as_targets(others):
-            wanted[target.title] = target.profile(t, clock, first)
+            named_profiles[target.title] = target.profile(t, clock, first)
         profiles = [source.profile for source in known]
-        return error_curve(label, profiles, source_prior(known), sigma_range, t, method, wanted)
+        return error_curve(
+            label, profiles, source_prior(known), sigma_range, t, method, named_profiles
+        )
 
     # --- maintenance
 
@@ -500,8 +502,8 @@ def _check_import(manifest: Manifest) -> Verification:
     return Verification(manifest.folder, False, tuple(reports), notes=(note,))
 
 
-def as_targets(wanted: Wanted | Sequence[Wanted]) -> tuple[Target, ...]:
+def as_targets(targets: Wanted | Sequence[Wanted]) -> tuple[Target, ...]:
     """Convert one or several averages, as a user names them, to targets."""
-    if isinstance(wanted, Sequence) and not isinstance(wanted, str):
-        return tuple(map(as_target, wanted))
-    return (as_target(wanted),)
+    if isinstance(targets, Sequence) and not isinstance(targets, str):
+        return tuple(map(as_target, targets))
+    return (as_target(targets),)

@@ -281,8 +281,8 @@ class Decay(Target):
         multiplier = SHAPES[self.shape]
 
         def tail(s: FloatArray) -> FloatArray:
-            place = (s - start) / (end - start)
-            return multiplier(np.clip(place, 0.0, 1.0))
+            passed = (s - start) / (end - start)
+            return multiplier(np.clip(passed, 0.0, 1.0))
 
         return Formula(tail, end)
 

@@ -236,13 +236,21 @@ def audits_of(
     given: ImportSettings = UNSPECIFIED,
 ) -> Iterator[Audit]:
     """Yield the audit of each average, by sigma_rel; `given` are the settings of an import."""
-    weights = {one.t: one for one in checkpoints if isinstance(one.profile, Point)}
-    averages = [one for one in checkpoints if weights.get(one.t, one) is not one]
-    for width in sorted({one.sigma_rel for one in averages}):
-        of_width = [one for one in averages if one.sigma_rel == width]
+    weights = {
+        checkpoint.t: checkpoint
+        for checkpoint in checkpoints
+        if isinstance(checkpoint.profile, Point)
+    }
+    averages = [
+        checkpoint
+        for checkpoint in checkpoints
+        if weights.get(checkpoint.t, checkpoint) is not checkpoint
+    ]
+    for width in sorted({checkpoint.sigma_rel for checkpoint in averages}):
+        of_width = [checkpoint for checkpoint in averages if checkpoint.sigma_rel == width]
         if len(of_width) < 2:
             continue
-        pairs = [(weights[one.t], one) for one in of_width]
+        pairs = [(weights[checkpoint.t], checkpoint) for checkpoint in of_width]
         if (before := _last_before(of_width, weights)) is not None:
             pairs.insert(0, (before, before))
         claim = _claim(of_width, claimed, given)
@@ -284,7 +292,7 @@ def _claim(
     """Return the model that averages are claimed to follow, with the restarts that their settings
     say."""
     newest = averages[-1]
-    profiles = [one.profile for one in averages if isinstance(one.profile, OrdinaryEMA)]
+    profiles = [average.profile for average in averages if isinstance(average.profile, OrdinaryEMA)]
     every = given.update_every or 1
     rule = DecayRule()
     if profiles:
@@ -325,8 +333,8 @@ def _unsaid_rules(newest: Checkpoint, given: ImportSettings) -> list[DecayRule]:
         number = RULES[rule.warm_up].number
         said = newest.updates.rule if newest.updates else {}
         if number and number not in said:  # one of ema-pytorch's powers, which counts calls
-            alike = [one for one in possible if one.warm_up == rule.warm_up]
-            return [replace(one, copies=rule.copies, stride=rule.stride) for one in alike]
+            alike = [model for model in possible if model.warm_up == rule.warm_up]
+            return [replace(model, copies=rule.copies, stride=rule.stride) for model in alike]
     steps = rule.steps if rule.steps < math.inf else last
     return [replace(rule, decay=UNLIMITED, copies=0, before=0, steps=steps)]
 
@@ -512,14 +520,14 @@ class _Explanation:
         """Find rule and starts in turns: an average that restarted repeats its warm-up, too."""
         for _ in range(2):
             self._fit()
-            found = self._restarts()
+            starts = self._restarts()
             if self.is_late and 0 not in self.starts:
-                found[0] = _locate_start(self.alike[0], self.rows[[0]])
-            self.starts |= found
+                starts[0] = _locate_start(self.alike[0], self.rows[[0]])
+            self.starts |= starts
             for index, time in self.starts.items():
                 event = "began again" if index else "begins"
                 self.notes[index] = f"{event} near step {time:,.0f}"
-            if not found:
+            if not starts:
                 return
         self._fit()
 
@@ -567,7 +575,7 @@ class _Explanation:
         """The model with the value that all checkpoints show, and its uncertainty."""
         model, sigma = refine(self.alike[0], self.without_gap)
         end = self.series.times[-1]
-        lengths = [one.length_at(end) for one in self.alike]
+        lengths = [rule.length_at(end) for rule in self.alike]
         apart = [abs(math.log(length / lengths[0])) for length in lengths]
         return model, math.hypot(sigma, max(apart))
 
@@ -594,7 +602,7 @@ class _Explanation:
         """The best model and others that explain the files about as well, if there are any."""
         best, *others = self.alike
         times = self.series.times
-        rivals = [one for one in others if not are_the_same(one, best, times)]
+        rivals = [model for model in others if not are_the_same(model, best, times)]
         return [best, *rivals] if rivals else []
 
     @cached_property
@@ -636,11 +644,11 @@ def _interval(row: Intervals, model: Model, note: str) -> Interval:
     """
     begin = float(row.begin[0])
     end = float(row.end[0])
-    found = None
+    value = None
     if row.gram[..., 2, 2].any():
         plain = _as_plain(model, begin, end)
         values = plain.value * np.geomspace(1 / 3, 3, 24)
-        found = row.fit(plain, values).length
+        value = row.fit(plain, values).length
     claimed = None
     if model.claimed is not None:
         claimed = _as_plain(model.claim, begin, end).length
@@ -651,7 +659,7 @@ def _interval(row: Intervals, model: Model, note: str) -> Interval:
     if moved > 0:
         left = float(row.residuals(model).sum())
         unexplained = math.sqrt(max(left, 0.0) / moved)
-    return Interval(begin, end, found, claimed, unexplained, note)
+    return Interval(begin, end, value, claimed, unexplained, note)
 
 
 def _as_plain(model: Model, begin: float, end: float) -> Model:
@@ -750,19 +758,19 @@ def _notes(
 
 def _with_findings(audit: Audit, explanation: _Explanation) -> Audit:
     model, sigma = explanation.refined
-    found = model.parameter_at(explanation.series.times[-1])
+    value = model.parameter_at(explanation.series.times[-1])
     starts = explanation.starts
     audit = replace(
         audit,
         what=_what(model),
-        found=found,
+        found=value,
         warm_up=warm_up_text(model.fitted).replace("none", ""),
         starts=tuple(sorted(starts.values())),
         is_late=0 in starts,
         intervals=tuple(explanation.intervals),
     )
     length = None
-    if model.claimed is not None or model.parameter <= found + _RISES:
+    if model.claimed is not None or model.parameter <= value + _RISES:
         length = model.length
     difference = abs(math.log(model.length / model.claim.length))
     return replace(audit, length=length, uncertainty=sigma, difference=difference)
@@ -876,20 +884,20 @@ def _setting(model: Model) -> str:
 
 def _shown(
     model: Model,
-    found: float,
+    value: float,
     sigma: float,
     unit: str,
 ) -> str:
     """Return what was found, for messages."""
     if model.is_power:
-        return f"sigma_rel {found:.4g} (± {percent(sigma)})"
+        return f"sigma_rel {value:.4g} (± {percent(sigma)})"
     rule = model.fitted.rule
     if model.rule.is_schedule:
         return f"decay by {rule} (± {percent(sigma)} of what an update takes in)"
-    if model.parameter > found + _RISES:
-        return f"decay {_decay_text(found, sigma)} at the end, still rising by {rule}"
+    if model.parameter > value + _RISES:
+        return f"decay {_decay_text(value, sigma)} at the end, still rising by {rule}"
     length = f"a time constant of {model.length:,.4g} {unit} (± {percent(sigma)})"
-    shown = f"decay {_decay_text(found, sigma)}, {length}"
+    shown = f"decay {_decay_text(value, sigma)}, {length}"
     if model.rule.warm_up:
         shown += f", reached by {rule}"
     return shown

@@ -527,15 +527,15 @@ def refine(model: Model, series: Series) -> tuple[Model, float]:
         return model, math.inf
     end = series.times[-1]
     log, divergence = _likeliest(model, series, 1.0)
-    found = model
+    refined = model
     if not model.is_power:  # its first averages are too short for the distance between checkpoints
-        found = model.scaled(log)
-        factor = found.length_at(end) / model.length_at(end)
+        refined = model.scaled(log)
+        factor = refined.length_at(end) / model.length_at(end)
         log = _PART * math.log(factor)
     unexplained = _UNLIKE + _UNEXPLAINED * max(divergence, 0.0)
-    unlike = unexplained * _growth(found, series, end)
-    apart = _apart(found, series)
-    return found, math.hypot(apart, unlike, log, _EXACT)
+    unlike = unexplained * _growth(refined, series, end)
+    apart = _apart(refined, series)
+    return refined, math.hypot(apart, unlike, log, _EXACT)
 
 
 def is_likelier(one: Model, other: Model, series: Series) -> bool:

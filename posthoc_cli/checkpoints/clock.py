@@ -175,7 +175,7 @@ def _unit_at(text: str, begin: int) -> Unit:
     """Return what the number that begins at a place of a text counts, by the word before it, or
     else behind it; empty if there is none."""
     for unit, pattern in _MARKS:
-        if any(one.start("number") == begin for one in pattern.finditer(text)):
+        if any(match.start("number") == begin for match in pattern.finditer(text)):
             return unit
     return ""
 
@@ -244,11 +244,11 @@ def _matches(
     unit: Unit,
 ) -> list[re.Match[str]]:
     """Return the numbers next to a word for a unit."""
-    found = list[re.Match[str]]()
+    matches = list[re.Match[str]]()
     for other, pattern in _MARKS:
         if other == unit:
-            found += pattern.finditer(name)
-    return found
+            matches += pattern.finditer(name)
+    return matches
 
 
 def _marked(name: str) -> tuple[Unit, list[re.Match[str]]]:
@@ -271,20 +271,21 @@ def _doubt(path: Path, doubt: str) -> InvalidValueError:
 def _by_names(readings: Sequence[Reading]) -> Sequence[Reading]:
     """Return the numbers in names where they exceed the count in the contents, if that repeats or
     is called `iteration`, as VITS calls its epoch. Log which are taken where the two differ."""
-    named = [one.named for one in readings if one.named is not None]
-    if len({one.number for one in named}) < max(2, len(readings)):
+    named = [reading.named for reading in readings if reading.named is not None]
+    if len({reading.number for reading in named}) < max(2, len(readings)):
         return readings
     pairs = [*zip(readings, named, strict=True)]
-    ahead = [of_name.number - one.number for one, of_name in pairs]
+    ahead = [of_name.number - reading.number for reading, of_name in pairs]
     if min(ahead) < -1 or max(ahead) <= 1:  # 1: counted from 0
         return readings
-    one, of_name = next(pair for pair, more in zip(pairs, ahead, strict=True) if more > 1)
-    says = f"{one.origin} is {one.number:,}, and the number in its name {of_name.number:,}: taken"
-    repeats = len({one.number for one in readings}) < len(readings)
-    if repeats or one.value == "iteration":
-        log.warning("%s: %s is that in names", one.path, says)
-        return [replace(of_name, count=one.count) for one, of_name in pairs]
-    log.warning("%s: %s is %s; `step_from` takes that in names", one.path, says, one.origin)
+    reading, of_name = next(pair for pair, more in zip(pairs, ahead, strict=True) if more > 1)
+    number = f"{reading.origin} is {reading.number:,}"
+    says = f"{number}, and the number in its name {of_name.number:,}: taken"
+    repeats = len({reading.number for reading in readings}) < len(readings)
+    if repeats or reading.value == "iteration":
+        log.warning("%s: %s is that in names", reading.path, says)
+        return [replace(of_name, count=reading.count) for reading, of_name in pairs]
+    log.warning("%s: %s is %s; `step_from` takes that in names", reading.path, says, reading.origin)
     return readings
 
 
@@ -295,8 +296,8 @@ def times_of(readings: Sequence[Reading], settings: ImportSettings) -> Times:
     """
     numbers = _by_names(readings)
     origin = numbers[0].origin
-    as_they_are = [one.number for one in numbers]
-    stated = {one.unit for one in numbers} & {"steps", "images"}
+    as_they_are = [reading.number for reading in numbers]
+    stated = {reading.unit for reading in numbers} & {"steps", "images"}
     if len(stated) > 1:
         reason = "must be given: some files state their steps, and others images"
         raise InvalidValueError("step_from", reason)
@@ -309,7 +310,7 @@ def times_of(readings: Sequence[Reading], settings: ImportSettings) -> Times:
             raise InvalidValueError("steps_per_epoch", reason, value=settings.steps_per_epoch)
         return Times(unit, True, f"{unit}, by {origin}", as_they_are)
     why = _why_epochs(numbers)
-    if not why and all(one.count > one.number + 1 for one in numbers):
+    if not why and all(reading.count > reading.number + 1 for reading in numbers):
         why = "averages have counted more updates"
     if settings.steps_per_epoch and not why:
         why = "`steps_per_epoch` is given"
@@ -322,12 +323,12 @@ def times_of(readings: Sequence[Reading], settings: ImportSettings) -> Times:
 def _begin_anew(numbers: Sequence[Reading]) -> bool:
     """Return whether steps begin anew in each epoch: a later epoch has a step that is no later. It
     may be that epochs begin anew at a resume, if names hold the same steps, and nothing else."""
-    if any(one.epoch is None or one.value not in _ANEW for one in numbers):
+    if any(reading.epoch is None or reading.value not in _ANEW for reading in numbers):
         return False
-    named = [one.named for one in numbers if one.named and one.named.epoch is None]
-    if [one.number for one in named] == [one.number for one in numbers]:
+    named = [reading.named for reading in numbers if reading.named and reading.named.epoch is None]
+    if [reading.number for reading in named] == [reading.number for reading in numbers]:
         return False
-    in_order = sorted((one.epoch or 0, one.number) for one in numbers)
+    in_order = sorted((reading.epoch or 0, reading.number) for reading in numbers)
     for (epoch, number), (later, later_number) in pairwise(in_order):
         if epoch < later and number >= later_number:
             return True
@@ -336,7 +337,7 @@ def _begin_anew(numbers: Sequence[Reading]) -> bool:
 
 def _times_within_epochs(numbers: Sequence[Reading], settings: ImportSettings) -> Times:
     """Return the times of checkpoints whose numbers are steps within their epochs."""
-    most = max(one.number for one in numbers)
+    most = max(reading.number for reading in numbers)
     each = settings.steps_per_epoch
     says = f"steps that begin anew in each epoch, by {numbers[0].origin}"
     if not each:
@@ -347,8 +348,8 @@ def _times_within_epochs(numbers: Sequence[Reading], settings: ImportSettings) -
         raise InvalidValueError("steps_per_epoch", reason, value=each)
     first = settings.first_epoch
     if first is None:
-        first = min(1, *(one.epoch or 0 for one in numbers))
-    steps = [each * ((one.epoch or 0) - first) + one.number for one in numbers]
+        first = min(1, *(reading.epoch or 0 for reading in numbers))
+    steps = [each * ((reading.epoch or 0) - first) + reading.number for reading in numbers]
     return Times("steps", True, f"{says}, of epochs counted from {first}", steps)
 
 
@@ -361,14 +362,14 @@ def _times_of_epochs(
     offset = _offset(numbers, settings)
     says = f"epochs, counted from {1 - offset}: {why}"
     is_sure = offset or settings.first_epoch is not None
-    if not is_sure and not _begin_at_1(one.number for one in numbers):
+    if not is_sure and not _begin_at_1(reading.number for reading in numbers):
         says += ", and nothing shows the first: `first_epoch` is 0 if it is"
-    epochs = [one.number + offset for one in numbers]
+    epochs = [reading.number + offset for reading in numbers]
     if each := settings.steps_per_epoch:
         steps = [each * epoch for epoch in epochs]
         says += f"; the first checkpoint is of step {min(steps):,}"
         return Times("steps", True, says, steps)
-    counts = [one.count for one in numbers]
+    counts = [reading.count for reading in numbers]
     if all(counts):
         late = _late(epochs, counts)
         if not late:
@@ -395,13 +396,13 @@ def _late(
 
 def _why_epochs(numbers: Sequence[Reading]) -> str:
     """Return why the numbers are epochs; empty if they are not."""
-    if any(one.unit == "epochs" for one in numbers):
+    if any(reading.unit == "epochs" for reading in numbers):
         return f"by {numbers[0].origin}"
-    if all(one.epoch is not None for one in numbers):
-        apart = {one.epoch - one.number for one in numbers if one.epoch is not None}
+    if all(reading.epoch is not None for reading in numbers):
+        apart = {reading.epoch - reading.number for reading in numbers if reading.epoch is not None}
         if apart <= {0} or apart <= {1}:
             return "the contents hold the same epoch"
-    distinct = {one.number for one in numbers}
+    distinct = {reading.number for reading in numbers}
     span = max(distinct) - min(distinct)
     if len(distinct) > 1 and span == len(distinct) - 1:
         return "they follow each other without a gap"
@@ -421,11 +422,11 @@ def _offset(numbers: Sequence[Reading], settings: ImportSettings) -> int:
     ..."""
     if settings.first_epoch is not None:
         return 1 - settings.first_epoch
-    if all(one.is_from_0 for one in numbers):
+    if all(reading.is_from_0 for reading in numbers):
         return 1
-    if all(one.epoch == one.number + 1 for one in numbers):
+    if all(reading.epoch == reading.number + 1 for reading in numbers):
         return 1
-    distinct = sorted({one.number for one in numbers})
+    distinct = sorted({reading.number for reading in numbers})
     if distinct[0] == 0:
         return 1
     every = math.gcd(*(number - distinct[0] for number in distinct))

@@ -173,12 +173,12 @@ class Content:
     def optimizers(self) -> frozenset[str]:
         """The keys of the states of optimizers, which have `param_groups` beside them, whatever
         they are called."""
-        found = set()
+        keys = set()
         for name in self.values:
             outer, is_group, _ = f".{name}".partition(".param_groups.0.")
             if is_group:
-                found.add(f"{outer}.state".removeprefix("."))
-        return frozenset(found)
+                keys.add(f"{outer}.state".removeprefix("."))
+        return frozenset(keys)
 
     def is_of_optimizer(self, tensor: StoredTensor) -> bool:
         return any(tensor.name.startswith(f"{path}.") for path in self.optimizers)
@@ -362,16 +362,16 @@ def places_below(folder: Path, levels: int = 3) -> list[Path]:
     """Return the folders that hold a model, up to so many levels below a folder."""
     places = []
     for name in _names_in(folder):
-        place = folder / name
+        path = folder / name
         is_state = NO_MODEL.search(name) and "model" not in name
-        if is_state or not place.is_dir():
+        if is_state or not path.is_dir():
             continue
-        if holds_model(place):
-            places.append(place)
+        if holds_model(path):
+            places.append(path)
         elif levels > 1:
-            places += places_below(place, levels - 1)
+            places += places_below(path, levels - 1)
     if len(places) > 1:
-        return [place for place in places if has_tensors(place)]
+        return [path for path in places if has_tensors(path)]
     return places
 
 
@@ -484,15 +484,15 @@ def _of_sets(folder: Path, sets: Mapping[str, Path]) -> Content:
     tensors = {}
     values = {}
     opened = {}
-    for key, place in sets.items():
-        content = open_checkpoint(place)
+    for key, path in sets.items():
+        content = open_checkpoint(path)
         opened.update(content.files)
         for tensor in content.tensors.values():
             moved = replace(tensor, keys=(key, *tensor.keys))
             tensors[moved.name] = moved
         settings = {}
-        config = place / CONFIG
-        if place.is_dir() and config.is_file():
+        config = path / CONFIG
+        if path.is_dir() and config.is_file():
             text = read_small_file(config, _MOST_CONFIG)
             settings = parse_object(config, text, "configuration")
             opened[config] = _identity(config)
@@ -545,10 +545,10 @@ def _of_chunks(folder: Path) -> Content:
     return Content(folder, tensors, {}, opened)
 
 
-def _saved_box(tensor: StoredTensor, place: Any) -> Box:
+def _saved_box(tensor: StoredTensor, metadata: Any) -> Box:
     offset: Any = None
-    if isinstance(place, dict):
-        offset = place.get("saved_offsets")
+    if isinstance(metadata, dict):
+        offset = metadata.get("saved_offsets")
     if not (is_sizes(offset) and len(offset) == len(tensor.shape)):
         reason = f"tensor {shown(tensor.name)}: {_CHUNKS} must give its offsets"
         raise FileFormatError(tensor.path, reason)

@@ -60,11 +60,14 @@ class Import:
 
     @property
     def counts(self) -> Counter[str]:
-        return Counter(one.holds for one in self.checkpoints)
+        return Counter(checkpoint.holds for checkpoint in self.checkpoints)
 
     def to_dict(self) -> dict[str, Any]:
         listed = self.checkpoints
-        rows = [{"path": str(one.path), "t": one.t, "holds": one.holds} for one in listed]
+        rows = [
+            {"path": str(checkpoint.path), "t": checkpoint.t, "holds": checkpoint.holds}
+            for checkpoint in listed
+        ]
         return {
             "run": listed[0].run_id,
             "out": None if self.out is None else str(self.out),
@@ -111,14 +114,14 @@ def import_checkpoints(
         reason = "holds a run already, of a tracker or an import, which needs no import"
         raise DirectoryError(origin, reason, "import the files of other programs themselves")
     place = read_place(origin, given)
-    found = checked_run(place.checkpoints)
-    given, checks = _with_decay(found, given)
-    found = checked_run([one.with_settings(given) for one in found])
+    checkpoints = checked_run(place.checkpoints)
+    given, checks = _with_decay(checkpoints, given)
+    checkpoints = checked_run([checkpoint.with_settings(given) for checkpoint in checkpoints])
     written = False
     if target is not None and not dry_run:
         files.check_parent(target)
-        written = write_manifest(target, origin, given, found, overwrite)
-    return Import(tuple(found), target, place.says, tuple(checks), written)
+        written = write_manifest(target, origin, given, checkpoints, overwrite)
+    return Import(tuple(checkpoints), target, place.says, tuple(checks), written)
 
 
 # --- the decay
@@ -128,15 +131,17 @@ def with_checked_decays(sources: Sequence[Source]) -> Sequence[Source]:
     """Return the sources of a run that is no import, after a comparison of the decays that files
     say with the weights beside the averages, if there are any; raise an InvalidValueError if they
     do not fit."""
-    found = [one for one in sources if isinstance(one, Checkpoint)]
-    weights = {one.t for one in found if isinstance(one.profile, Point)}
-    averages = [one for one in found if one.decay and one.t in weights]
+    checkpoints = [checkpoint for checkpoint in sources if isinstance(checkpoint, Checkpoint)]
+    weights = {checkpoint.t for checkpoint in checkpoints if isinstance(checkpoint.profile, Point)}
+    averages = [
+        checkpoint for checkpoint in checkpoints if checkpoint.decay and checkpoint.t in weights
+    ]
     if len(averages) < 2:
         return sources
-    given, _ = _check_decay(found, UNSPECIFIED)
+    given, _ = _check_decay(checkpoints, UNSPECIFIED)
     if given == UNSPECIFIED:
         return sources
-    return checked_run([one.with_settings(given) for one in found])
+    return checked_run([checkpoint.with_settings(given) for checkpoint in checkpoints])
 
 
 def _with_decay(
@@ -145,22 +150,22 @@ def _with_decay(
 ) -> tuple[ImportSettings, list[str]]:
     """Return the settings with what determines the decay of ordinary EMAs: said, and then checked,
     or found; and lines about it."""
-    averages = [one for one in sources if not isinstance(one.profile, Point)]
+    averages = [source for source in sources if not isinstance(source.profile, Point)]
     last = sources[-1].step
     if given.update_after_step and all(map(is_copy, averages)):
         reason = f"is not before the last checkpoint, of step {last:,}: no average has begun"
         raise InvalidValueError("update_after_step", reason, value=given.update_after_step)
-    updates = [one.updates for one in averages if one.updates is not None]
+    updates = [source.updates for source in averages if source.updates is not None]
     checks: list[str] = []
-    if any(one.needs_steps(given) for one in updates):
+    if any(source.needs_steps(given) for source in updates):
         given = replace(given, last_step=last)
-        sources = [one.with_settings(given) for one in sources]
+        sources = [source.with_settings(given) for source in sources]
         checks = [f"steps: taken as {last:,}, the last checkpoint's"]
-    if not all(one.is_known for one in sources):
+    if not all(source.is_known for source in sources):
         audit = _audit(sources, given)
         given, text = _found_decay(audit, _with_starts(given, audit), updates)
         checks.append(text)
-    elif any(isinstance(one.profile, OrdinaryEMA) for one in averages):
+    elif any(isinstance(source.profile, OrdinaryEMA) for source in averages):
         given, texts = _check_decay(sources, given)
         checks += texts
     return given, checks
@@ -187,7 +192,7 @@ def _found_decay(
         sigma /= 2
         text += f"; taken as {decay:g}"
     given = replace(given, ema_uncertainty=sigma)
-    if any(one.calls == "counted" for one in updates):
+    if any(update.calls == "counted" for update in updates):
         after = given.update_after_step or 0
         given = replace(given, update_every=given.update_every or 1, update_after_step=after)
     if schedule := _schedule_in(audit):
@@ -207,7 +212,7 @@ def _audit(sources: Sequence[Checkpoint], given: ImportSettings) -> Audit:
     """Return what an audit of ordinary EMAs of unknown decay finds; raise InvalidValueError if that
     is nothing, or too vague."""
     # Some files may say their decay, of which all have the same.
-    unclaimed = [replace(one, decay=0.0, sigma_rel=0.0) for one in sources]
+    unclaimed = [replace(source, decay=0.0, sigma_rel=0.0) for source in sources]
     audit = next(audits_of(unclaimed, given=given), None)
     if audit is None:
         reason = "the files do not hold it, and it cannot be found without weights next to the "
@@ -249,7 +254,7 @@ def _unknown_decay(
     hint = "add `ema_warmup` if it rises"
     if audit and audit.warm_up:
         hint = f"add `ema_warmup` {audit.warm_up} if it rises so"
-    if any(one.kind == "ema" for one in sources):
+    if any(source.kind == "ema" for source in sources):
         hint += ", or give `sigma_rels` if it is a power function"
     if audit and audit.length and audit.uncertainty and audit.what == "decay":
         decay = 1 - 1 / max(audit.length, 1.1)
@@ -299,17 +304,19 @@ def _check_is_average(audit: Audit) -> None:
 
 
 def _check_decay(
-    found: Sequence[Checkpoint],
+    checkpoints: Sequence[Checkpoint],
     given: ImportSettings,
 ) -> tuple[ImportSettings, list[str]]:
     """Compare the known decay of ordinary EMAs with the files; return the settings with starts, and
     lines about it."""
     checks = []
     name = "sigma_rels" if given.sigma_rels else "ema_decay"
-    if given.steps and not any(one.updates and one.updates.ends(given) for one in found):
+    if given.steps and not any(
+        checkpoint.updates and checkpoint.updates.ends(given) for checkpoint in checkpoints
+    ):
         reason = "is of no use: these averages have no decay that rises to 1"
         raise InvalidValueError("steps", reason, value=given.steps)
-    for audit in audits_of(found):
+    for audit in audits_of(checkpoints):
         _check_is_average(audit)
         if audit.is_bad:
             reason = f"does not fit the files: {audit.text}"
@@ -318,7 +325,7 @@ def _check_decay(
             hint = "`ema_decay` and `ema_warmup` of an import together replace what files say"
             warm_up = ""
             if given.ema_warmup is None:
-                warm_up = _fitting_warm_up(found, given)
+                warm_up = _fitting_warm_up(checkpoints, given)
             if warm_up:
                 reason = "does not fit the files without the warm-up that they show"
                 hint = f"add `ema_warmup` {warm_up}"

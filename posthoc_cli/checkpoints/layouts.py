@@ -126,7 +126,7 @@ class Found:
 
     def swapped(self) -> Found:
         """Return the same with the averages as weights, and these weights as averages."""
-        averaged = {name: one for name, one in self.weights.items() if name in self.averaged}
+        averaged = {name: tensor for name, tensor in self.weights.items() if name in self.averaged}
         weights = {**self.weights, **self.averaged}
         undecided = self.undecided[::-1]
         return replace(self, averaged=averaged, weights=weights, undecided=undecided)

@@ -98,15 +98,15 @@ def read_manifest(folder: Path) -> Manifest:
 def _decoded(folder: Path, path: Path, raw: Values) -> Manifest:
     base = folder if files.is_url(folder) else Path(os.path.realpath(folder))
     listed = {}
-    for one, kind, time in raw["checkpoints"]:
+    for text, kind, time in raw["checkpoints"]:
         if kind not in KINDS:
             raise ValueError(f"no kind {kind!r}")
-        place = _absolute(one, base)
+        place = _absolute(text, base)
         if place in listed:
-            raise ValueError(f"lists the checkpoint {one!r} twice")
+            raise ValueError(f"lists the checkpoint {text!r} twice")
         listed[place] = (place, kind, checked_number(path, time))
     stored = raw["files"].items()
-    identities = {_absolute(one, base): (nbytes, sample) for one, (nbytes, sample) in stored}
+    identities = {_absolute(text, base): (nbytes, sample) for text, (nbytes, sample) in stored}
     unit, is_stated = raw["unit"]
     if not (listed and identities and unit in _UNITS and type(is_stated) is bool):
         raise ValueError("holds no checkpoints, or no unit of their times")
@@ -150,9 +150,9 @@ def write_manifest(
     """
     listed = {}
     identities = {}
-    for one in checkpoints:
-        listed[one.path] = (_absolute(one.path), one.kind, one.step)
-        for path, identity in one.opened.items():
+    for checkpoint in checkpoints:
+        listed[checkpoint.path] = (_absolute(checkpoint.path), checkpoint.kind, checkpoint.step)
+        for path, identity in checkpoint.opened.items():
             identities[_absolute(path)] = (identity.nbytes, identity.sample)
     identities = dict(sorted(identities.items()))
     first = checkpoints[0]
@@ -184,7 +184,7 @@ def _encoded(manifest: Manifest) -> Values:
         "settings": manifest.settings.given,
         "unit": manifest.unit,
         "checkpoints": listed,
-        "files": {_relative(path, out): one for path, one in manifest.files.items()},
+        "files": {_relative(path, out): identity for path, identity in manifest.files.items()},
     }
     return {**values, "checksum": _checksum(values)}
 

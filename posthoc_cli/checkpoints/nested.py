@@ -41,10 +41,10 @@ def nested_in(
         if below:
             numbered.append(entry)
             last = below[-1]
-        for place in below:
-            places[str(place.relative_to(entry))] = None
+        for path in below:
+            places[str(path.relative_to(entry))] = None
     # a number in the place may be another one than that of the outer folder
-    is_other = any(re.search("[1-9]", place) for place in places)
+    is_other = any(re.search("[1-9]", path) for path in places)
     if len(places) == 1 and not is_other and all(map(_has_step, numbered)):
         return numbered
     if places:
@@ -76,10 +76,10 @@ def _ask_which(
     places: Sequence[str],
     last: Path,
 ) -> None:
-    globs = dict.fromkeys(re.sub("[0-9]+", "*", f"*/{place}") for place in places)
+    globs = dict.fromkeys(re.sub("[0-9]+", "*", f"*/{path}") for path in places)
     readings = map(time_in_name, last.iterdir())
     if any(reading is not None and reading.is_marked for reading in readings):
-        globs = {f"{one}/*": None for one in globs}
+        globs = {f"{pattern}/*": None for pattern in globs}
     else:
         open_checkpoint(last)  # its error says more
     _ask(folder, f"its folders hold models in {names_in(places)}", [*globs])
@@ -90,7 +90,7 @@ def _ask(
     what: str,
     globs: Sequence[str],
 ) -> None:
-    choices = " or ".join(f"'{folder / one}'" for one in globs[:3])
+    choices = " or ".join(f"'{folder / pattern}'" for pattern in globs[:3])
     hint = f"name those of one model by a glob, such as {choices}, perhaps with `step_from`"
     raise InvalidValueError(folder, what, hint)
 
@@ -123,9 +123,9 @@ def _without_endings(entries: Sequence[Path]) -> list[str]:
     for entry in entries:
         if re.search("[0-9]", entry.name) and entry.is_file():
             first.setdefault(re.sub("[0-9]+", "*", entry.name), entry)
-    found = []
+    names = []
     for pattern, entry in first.items():
         with suppress(FileFormatError):
             if open_checkpoint(entry).tensors:
-                found.append(pattern)
-    return found
+                names.append(pattern)
+    return names

@@ -118,8 +118,8 @@ def open_checkpoints(
 
 def _known_run(place: str | Path, found: Place) -> list[Checkpoint]:
     """Return the checkpoints of a place as a run, without averages of unknown decay."""
-    known = [one for one in found.checkpoints if one.is_known]
-    left_out = [one for one in found.checkpoints if not one.is_known]
+    known = [checkpoint for checkpoint in found.checkpoints if checkpoint.is_known]
+    left_out = [checkpoint for checkpoint in found.checkpoints if not checkpoint.is_known]
     if not known:
         reason = "holds EMAs, and neither their decay nor weights next to them"
         if found.lacks_steps:
@@ -140,7 +140,7 @@ def _known_run(place: str | Path, found: Place) -> list[Checkpoint]:
 def _warn_if_equal(checkpoints: Sequence[Checkpoint]) -> None:
     """Warn if the newest average and the weights beside it are equal."""
     newest = by_time(checkpoints)[-2:]
-    paths = {one.path for one in newest}
+    paths = {checkpoint.path for checkpoint in newest}
     if len(newest) > len(paths) and not _are_unequal(*newest):
         reason = "its weights equal its average: they are no raw weights if it has begun"
         log.warning("%s: %s; an import takes others by `weights`", newest[0].path, reason)
@@ -154,8 +154,8 @@ def _imported(manifest: Manifest) -> list[Checkpoint]:
         for path in manifest.files:
             manifest.check_file(path)
         raise
-    for one in checkpoints:
-        for path, identity in one.opened.items():
+    for checkpoint in checkpoints:
+        for path, identity in checkpoint.opened.items():
             manifest.check_identity(path, identity.nbytes, identity.sample)
     return checkpoints
 
@@ -214,11 +214,11 @@ def read_place(
     if not run:
         hint = "name their folder, a file, or a glob such as 'out/step*.pt'"
         raise DirectoryError(place, "holds no checkpoints", hint)
-    check_settings({one.kind for one in run}, settings)
-    times = times_of([one.reading for one in run], settings)
+    check_settings({file.kind for file in run}, settings)
+    times = times_of([file.reading for file in run], settings)
     used = _decided(_begun(run, times.numbers))
     lacks_steps = ""
-    has_decays = any(one.updates is not None for one in used)
+    has_decays = any(file.updates is not None for file in used)
     if has_decays or settings.ema_decay:
         lacks_steps = _lacks_steps(times, used, asks)
     if has_decays and times.unit == "steps" and not lacks_steps:
@@ -227,7 +227,7 @@ def read_place(
     for note in notes:
         log.warning("%s: %s", place, note)
     if lacks_steps:
-        used = [replace(one, updates=one.updates and Updates()) for one in used]
+        used = [replace(file, updates=file.updates and Updates()) for file in used]
     checkpoints = _all_made(used, times, settings)
     return Place(checkpoints, times.says, _programs(run), tuple(notes), lacks_steps)
 
@@ -235,9 +235,9 @@ def read_place(
 def _programs(run: Sequence[Found]) -> str:
     """Return the programs that wrote the files, as far as these show it."""
     names = dict[str, None]()
-    for one in run:
-        is_known = one.kind not in ("ema", "checkpoints")
-        names[one.kind if is_known else program_of(one.reading.value)] = None
+    for file in run:
+        is_known = file.kind not in ("ema", "checkpoints")
+        names[file.kind if is_known else program_of(file.reading.value)] = None
     return "; ".join(filter(None, names))
 
 
@@ -278,12 +278,12 @@ def _begun(
         reason = "its number is 0, as that of all files, so that it may be something else"
         raise InvalidValueError(run[0].path, reason, _OF_NUMBERS)
     used = []
-    for one, time in zip(run, times, strict=True):
+    for file, time in zip(run, times, strict=True):
         if time > 0:
-            used.append(replace(one, time=time))
+            used.append(replace(file, time=time))
         elif time == 0:
             reason = "left out, as its weights are those before the training, of step 0"
-            log.warning("%s: %s", one.path, reason)
+            log.warning("%s: %s", file.path, reason)
     return used
 
 
@@ -300,7 +300,7 @@ def _lacks_steps(
             reason = f"must be given: decays are of steps, and numbers are {times.says}"
             raise InvalidValueError("steps_per_epoch", reason, "it is a setting of imports")
         return f"{decays} {times.says}; import with `steps_per_epoch`"
-    has_counts = any(one.reading.count for one in used)
+    has_counts = any(file.reading.count for file in used)
     is_said = times.is_stated or has_counts or times.unit != "steps"
     if asks or is_said or max(times.numbers) > _EPOCHS:
         return ""
@@ -309,11 +309,11 @@ def _lacks_steps(
 
 def _unused(opened: Sequence[Found]) -> str:
     """Return a sentence about the sets of tensors of a file that are not used."""
-    for one in opened:
-        if keys := one.unused:
-            what = f"{one.path.name} also holds {names_in(keys)}, not used"
+    for file in opened:
+        if keys := file.unused:
+            what = f"{file.path.name} also holds {names_in(keys)}, not used"
             text = f"{what}: an import takes another set by `average` or `weights`"
-            if one.averaged:
+            if file.averaged:
                 text += ", and the model alone by `kind` checkpoints"
             return text
     return ""
@@ -382,14 +382,14 @@ def _count_of(found: Found) -> int:
 def _of_one_unit(opened: list[Found]) -> list[Found]:
     """Return checkpoints whose numbers one pattern finds, all with the unit of those that have a
     word."""
-    units = {one.reading.unit for one in opened} - {""}
+    units = {file.reading.unit for file in opened} - {""}
     if len(units) != 1:
         return opened
     unit = units.pop()
     of_unit = []
-    for one in opened:
-        reading = replace(one.reading, unit=unit)
-        of_unit.append(replace(one, reading=reading))
+    for file in opened:
+        reading = replace(file.reading, unit=unit)
+        of_unit.append(replace(file, reading=reading))
     return of_unit
 
 
@@ -403,19 +403,19 @@ def _one_run(
 ) -> list[Found]:
     """Return the checkpoints that are one run; raise an error of the others if none is, or if a
     file with a name as of the run cannot be read."""
-    stems = {_stem(one.path) for one in opened}
+    stems = {_stem(file.path) for file in opened}
     for path, error in errors.items():
         if not opened or (_stem(path) in stems and has_tensors(path)):
             raise error
         name = path.name
-        if any(one.path.name == name for one in opened):
+        if any(file.path.name == name for file in opened):
             name = f"{path.parent.name}/{name}"
         is_stepless = isinstance(error, InvalidValueError)
         left_out[name] = _NO_STEP if is_stepless else error.reason
     opened = _aligned(_with_numbers(opened, left_out))
     opened = _largest_group(opened, _model, "another model", left_out)
     opened = _largest_group(opened, _kind_of_number, "another kind of number", left_out)
-    units = {one.reading.unit: one for one in opened}
+    units = {file.reading.unit: file for file in opened}
     for unit, name in {"steps": "steps", "": "an unknown unit"}.items():
         if unit in units and "epochs" in units:
             reason = f"are numbered by {name} and by epochs"
@@ -429,32 +429,32 @@ def _with_numbers(
 ) -> list[Found]:
     """Return the checkpoints without files that have no number next to some that have one: the
     number of their folder is that of an experiment."""
-    numbered = {one.path.parent for one in opened if not one.reading.is_of_folder}
+    numbered = {file.path.parent for file in opened if not file.reading.is_of_folder}
     kept = []
-    for one in opened:
-        if one.reading.is_of_folder and one.path.parent in numbered:
-            left_out[one.path.name] = _NO_STEP
+    for file in opened:
+        if file.reading.is_of_folder and file.path.parent in numbered:
+            left_out[file.path.name] = _NO_STEP
         else:
-            kept.append(one)
+            kept.append(file)
     return kept
 
 
 def _aligned(opened: list[Found]) -> list[Found]:
     """Return checkpoints with the numbers that files without one would have in their names, by the
     epoch in their contents."""
-    named = [one.reading for one in opened if not one.reading.is_nameless]
-    apart = {one.epoch - one.number for one in named if one.epoch is not None}
+    named = [file.reading for file in opened if not file.reading.is_nameless]
+    apart = {file.epoch - file.number for file in named if file.epoch is not None}
     if len(apart) != 1:
         return opened
     offset = apart.pop()
     aligned = []
-    for one in opened:
-        own = one.reading
+    for file in opened:
+        own = file.reading
         if own.is_nameless:
             number = own.number - offset
             reading = replace(named[0], number=number, epoch=own.epoch, count=own.count)
-            one = replace(one, reading=replace(reading, path=one.path))
-        aligned.append(one)
+            file = replace(file, reading=replace(reading, path=file.path))
+        aligned.append(file)
     return aligned
 
 
@@ -466,14 +466,14 @@ def _stem(path: Path) -> str:
     return before if others else f"{folder}/{before}"
 
 
-def _kind_of_number(one: Found) -> object:
+def _kind_of_number(file: Found) -> object:
     """Return what the number of a checkpoint is, without what only its source differs in."""
-    return one.reading.unit or one.reading.is_marked
+    return file.reading.unit or file.reading.is_marked
 
 
-def _model(one: Found) -> object:
+def _model(file: Found) -> object:
     """Return the names and shapes of the tensors of a checkpoint, without wrappers."""
-    tensors = one.tensors
+    tensors = file.tensors
     return frozenset((unwrapped(name), tensor.shape) for name, tensor in tensors.items())
 
 
@@ -486,16 +486,16 @@ def _largest_group(
     """Return the checkpoints of the most frequent key; all if another one is half as frequent, so
     that an error names what is different."""
     groups = dict[object, list[Found]]()
-    for one in opened:
-        groups.setdefault(key(one), []).append(one)
+    for file in opened:
+        groups.setdefault(key(file), []).append(file)
     if not opened:
         return opened
     largest, *others = sorted(groups.values(), key=len, reverse=True)
     if any(2 * len(group) > len(largest) for group in others):
         return opened
     for group in others:
-        for one in group:
-            left_out[one.path.name] = reason
+        for file in group:
+            left_out[file.path.name] = reason
     return largest
 
 
@@ -509,10 +509,10 @@ def _decided(opened: list[Found]) -> list[Found]:
 
     Raise InvalidValueError if there may be another one; of parts of a model there is none then.
     """
-    if not any(one.undecided for one in opened):
+    if not any(file.undecided for file in opened):
         return opened
-    in_order = sorted(opened, key=lambda one: one.time)
-    rows = np.stack([one.starts for one in in_order])
+    in_order = sorted(opened, key=lambda file: file.time)
+    rows = np.stack([file.starts for file in in_order])
     motion = np.diff(rows, axis=0)
     average, weights = np.square(motion).sum(axis=(0, 2)).tolist()
     slower, faster = sorted((average, weights))
@@ -520,14 +520,14 @@ def _decided(opened: list[Found]) -> list[Found]:
     follows = slower > 0 and slower <= _SLOWER * faster and are_near(ours, theirs)
     first = opened[0]
     if np.array_equal(ours, theirs) or (first.whole and not follows):
-        return [one.without_average for one in opened]
+        return [file.without_average for file in opened]
     is_still = slower == 0 and faster > 0
     if not (follows or is_still):
         what = " or ".join(first.undecided)
         reason = f"must be given: {first.path.name} holds two sets, and neither follows the other"
         raise InvalidValueError("average", f"{reason}: {what}")
     if weights < average:
-        opened = [one.swapped() for one in opened]
+        opened = [file.swapped() for file in opened]
     return _with_slower(opened, is_still)
 
 
@@ -540,7 +540,7 @@ def _with_slower(
     name, _ = opened[0].undecided
     if is_still:
         log.warning("%s: %s never moves, and is not used", folder, name)
-        return [one.without_average for one in opened]
+        return [file.without_average for file in opened]
     log.warning("%s: the average is %s, which moves less from file to file", folder, name)
     return opened
 
@@ -550,10 +550,10 @@ def _all_made(
     times: Times,
     settings: ImportSettings,
 ) -> list[Checkpoint]:
-    newest = max(opened, key=lambda one: one.time)
+    newest = max(opened, key=lambda file: file.time)
     checkpoints = []
-    for one in opened:
-        checkpoints += _made(_named_as(newest, one), times, settings)
+    for file in opened:
+        checkpoints += _made(_named_as(newest, file), times, settings)
     _warn_of_copies(checkpoints[-1])
     _warn_of_scales(checkpoints[0])
     return checkpoints
@@ -570,8 +570,8 @@ def _named_as(newest: Found, found: Found) -> Found:
     are_distinct = len(ours) == len(found.tensors)
     if ours != theirs.keys() or not are_distinct:
         return found
-    averaged = {theirs[unwrapped(name)]: one for name, one in found.averaged.items()}
-    weights = {theirs[unwrapped(name)]: one for name, one in found.weights.items()}
+    averaged = {theirs[unwrapped(name)]: tensor for name, tensor in found.averaged.items()}
+    weights = {theirs[unwrapped(name)]: tensor for name, tensor in found.weights.items()}
     return replace(found, averaged=averaged, weights=weights)
 
 
@@ -590,17 +590,17 @@ def _made(
         "t_unit": times.unit,
         "is_stated": times.is_stated,
     }
-    made = []
+    checkpoints = []
     if weights:
         chosen = {name: weights[name] for name in averaged or weights}
-        made.append(make_checkpoint(found.content, chosen, profile, time, **about))
+        checkpoints.append(make_checkpoint(found.content, chosen, profile, time, **about))
     if averaged:
         if found.profile is not None:
             profile = found.profile(time)
         about |= {"sigma_rel": found.sigma_rel, "updates": found.updates}
         average = make_checkpoint(found.content, averaged, profile, time, **about)
-        made.append(average.with_settings(settings))
-    return made
+        checkpoints.append(average.with_settings(settings))
+    return checkpoints
 
 
 # --- what is at a place
@@ -715,18 +715,20 @@ def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
         if difference := model_difference(first, other):
             raise _mismatch(first, other, difference, _OF_MODELS)
     kept = _without_duplicates(ordered)
-    weights = {one.t for one in kept if isinstance(one.profile, Point)}
-    run = [one for one in kept if one.t not in weights or not is_copy(one)]
+    weights = {checkpoint.t for checkpoint in kept if isinstance(checkpoint.profile, Point)}
+    run = [
+        checkpoint for checkpoint in kept if checkpoint.t not in weights or not is_copy(checkpoint)
+    ]
     _check_averages(run)
     shapes = [(name, entry.shape) for name, entry in sorted(first.entries.items())]
     known = repr((shapes, first.identity))
     run_id = xxhash.xxh3_128_hexdigest(known.encode())
-    return by_time([replace(one, run_id=run_id) for one in run])
+    return by_time([replace(checkpoint, run_id=run_id) for checkpoint in run])
 
 
 def _without_duplicates(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     kept = dict[tuple[float, str], Checkpoint]()
-    for other in sorted(checkpoints, key=lambda one: not _has_number(one)):
+    for other in sorted(checkpoints, key=lambda checkpoint: not _has_number(checkpoint)):
         twin = kept.setdefault((other.t, other.holds), other)
         if twin is not other and _are_unequal(twin, other):
             if _has_number(other):
@@ -735,22 +737,22 @@ def _without_duplicates(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     return [*kept.values()]
 
 
-def _has_number(one: Checkpoint) -> bool:
-    return re.search("[0-9]", one.path.name) is not None
+def _has_number(checkpoint: Checkpoint) -> bool:
+    return re.search("[0-9]", checkpoint.path.name) is not None
 
 
 def _mismatch(
-    one: Checkpoint | Found,
+    first: Checkpoint | Found,
     other: Checkpoint | Found,
     difference: str,
     hint: str = _OF_NUMBERS,
 ) -> MismatchError:
-    return MismatchError(f"{one.path} and {other.path}", difference, hint)
+    return MismatchError(f"{first.path} and {other.path}", difference, hint)
 
 
-def is_copy(one: Checkpoint) -> bool:
+def is_copy(checkpoint: Checkpoint) -> bool:
     """Return whether an ordinary EMA had not begun, so that it is a copy of the weights."""
-    profile = one.profile
+    profile = checkpoint.profile
     return isinstance(profile, OrdinaryEMA) and profile.times[0] == profile.t
 
 
@@ -761,11 +763,11 @@ def _are_unequal(one: Checkpoint, other: Checkpoint) -> bool:
 
 def _check_averages(run: Sequence[Checkpoint]) -> None:
     """Check the newest averages of a run without weights, by their first elements."""
-    averages = by_time([one for one in run if isinstance(one.profile, OrdinaryEMA)])
+    averages = by_time([average for average in run if isinstance(average.profile, OrdinaryEMA)])
     if len(averages) < 4 or len(averages) < len(run):
         return
     _warn_of_growth(averages[-1], _first_values(averages[-4:]))
-    if all(one.is_known for one in averages[-4:]):
+    if all(average.is_known for average in averages[-4:]):
         _check_updates(averages[-_LATEST:])
 
 
@@ -796,7 +798,7 @@ def _check_updates(averages: Sequence[Checkpoint]) -> None:
     is_expected = np.abs(moves[:-1]) > _DIGITS
     following = moves[1:]
     # Where the average keeps little, elements may stand still with their weights.
-    tails = [later.profile.tail(one.t) for one, later in pairwise(averages[1:])]
+    tails = [later.profile.tail(earlier.t) for earlier, later in pairwise(averages[1:])]
     is_long = np.array(tails) < _LOST
     share = lost_share(following[is_long], is_expected[is_long])
     where = f"{newest.path.name}: the average of decay {newest.decay:.12g} is in half precision"
@@ -827,15 +829,15 @@ def _moves(averages: Sequence[Checkpoint]) -> FloatArray:
 def _with_names(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     """Return the checkpoints with distinct names, from the folder of all on, for coefficients and
     reports."""
-    counts = Counter(one.path for one in checkpoints)
+    counts = Counter(checkpoint.path for checkpoint in checkpoints)
     folder = os.path.commonpath([str(path.parent) for path in counts])
     shared = len(Path(folder).parts)
     named = []
-    for one in checkpoints:
-        name = "/".join(one.path.parts[shared:])
-        if counts[one.path] > 1 and not isinstance(one.profile, Point):
+    for checkpoint in checkpoints:
+        name = "/".join(checkpoint.path.parts[shared:])
+        if counts[checkpoint.path] > 1 and not isinstance(checkpoint.profile, Point):
             name += " (average)"
-        named.append(replace(one, name=name))
+        named.append(replace(checkpoint, name=name))
     return named
 
 
@@ -852,9 +854,14 @@ def describe_checkpoints(place: Path) -> Values:
         checkpoints = _known_run(place, found)
     newest = checkpoints[-1]
     rows = []
-    for one in checkpoints:
-        row = {"file": one.name, "t": one.t, "holds": one.holds, "bytes": one.file_bytes}
-        rows.append({**row, "identity": one.identity})
+    for checkpoint in checkpoints:
+        row = {
+            "file": checkpoint.name,
+            "t": checkpoint.t,
+            "holds": checkpoint.holds,
+            "bytes": checkpoint.file_bytes,
+        }
+        rows.append({**row, "identity": checkpoint.identity})
     described = {
         "kind": "checkpoints",
         "path": str(place),
@@ -865,7 +872,7 @@ def describe_checkpoints(place: Path) -> Values:
         "written_by": found.written_by,
         "numbers": found.says,
         **describe_tensors(newest),
-        "bytes": sum(one.file_bytes for one in checkpoints),
+        "bytes": sum(checkpoint.file_bytes for checkpoint in checkpoints),
         "checkpoints": rows,
         "notes": list(found.notes),
     }
@@ -899,8 +906,8 @@ def describe_files(place: Path, error: PostHocError) -> Values:
         described["kind"] = "checkpoint"
         with suppress(FileFormatError):
             tensors = recognise(opened[0], UNSPECIFIED).tensors
-            one = make_checkpoint(opened[0], tensors)
-            described |= {**describe_tensors(one), "bytes": one.file_bytes}
+            checkpoint = make_checkpoint(opened[0], tensors)
+            described |= {**describe_tensors(checkpoint), "bytes": checkpoint.file_bytes}
     if isinstance(error, InvalidValueError):
         return {**described, "notes": [f"no run as it is: {error}"]}
     return {**described, "problems": [str(error)]}

@@ -309,8 +309,8 @@ class FileRange(io.RawIOBase):
         whence: int = os.SEEK_SET,
     ) -> int:
         bases = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._end}
-        place = max(0, bases[whence] + offset)
-        self._at = min(place, self._end)
+        position = max(0, bases[whence] + offset)
+        self._at = min(position, self._end)
         return self._at
 
     def readinto(self, view: Any) -> int:

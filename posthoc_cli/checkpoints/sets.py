@@ -152,7 +152,7 @@ class Sets:
 
     def is_averaged(self, path: str) -> bool:
         """Return whether a path is that of an average, or leads into one."""
-        return any(lies_in(path, one) for one in self.averages)
+        return any(lies_in(path, average) for average in self.averages)
 
     def below(self, path: str) -> Tensors:
         """Return the tensors of a set by the rest of their names, without averages beside them."""
@@ -270,7 +270,7 @@ class Sets:
         path = self.model_path()
         tensors = self.below(path)
         if not path:
-            tensors = {name: one for name, one in tensors.items() if len(one.keys) == 1}
+            tensors = {name: tensor for name, tensor in tensors.items() if len(tensor.keys) == 1}
         has_prefix = any(name.startswith(prefix) for name in tensors)
         return tensors if has_prefix or not prefix else self.tensors
 
@@ -498,7 +498,7 @@ def _roots_of(
 ) -> list[str]:
     """Return the paths below which one of the names is the longest of an average, in a form of
     both."""
-    wanted = form(longest)
+    longest_form = form(longest)
     last = _squeeze(longest.rpartition(".")[2])
     roots = dict[str, None]()
     for name in names:
@@ -507,7 +507,7 @@ def _roots_of(
         parts = name.split(".")
         for level in range(len(parts)):
             rest = ".".join(parts[level:])
-            if form(rest) == wanted:
+            if form(rest) == longest_form:
                 root = ".".join(parts[:level])
                 roots[root] = None
     return list(roots)
@@ -584,15 +584,15 @@ def _common_start(names: Sequence[str]) -> str:
     return start
 
 
-def _different_words(one: str, other: str) -> tuple[str, str]:
+def _different_words(first: str, other: str) -> tuple[str, str]:
     """Return what is left of two names without their common begin and end."""
-    while one and one[:1] == other[:1]:
-        one = one[1:]
+    while first and first[:1] == other[:1]:
+        first = first[1:]
         other = other[1:]
-    while one and one[-1:] == other[-1:]:
-        one = one[:-1]
+    while first and first[-1:] == other[-1:]:
+        first = first[:-1]
         other = other[:-1]
-    return one, other
+    return first, other
 
 
 def _is_counter(tensor: StoredTensor) -> bool:

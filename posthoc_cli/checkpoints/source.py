@@ -124,16 +124,16 @@ class Checkpoint(Source):
         if self.updates is None:
             return self
         profile = self.updates.profile(self.path, self.step, settings)
-        found = replace(self, profile=profile, decay=0.0, sigma_rel=0.0)
+        checkpoint = replace(self, profile=profile, decay=0.0, sigma_rel=0.0)
         if not self.updates.is_known(settings):
-            return found
+            return checkpoint
         rule = profile.rule
         power = rule.power
         if rule.warm_up != POWER_FUNCTION:
             power = math.log(2) / power
         if rule.decay == UNLIMITED and power > 1:
-            return replace(found, sigma_rel=sigma_rel_from_gamma(power - 1))
-        return replace(found, decay=rule.decay)
+            return replace(checkpoint, sigma_rel=sigma_rel_from_gamma(power - 1))
+        return replace(checkpoint, decay=rule.decay)
 
     @property
     def identity(self) -> str:
@@ -219,7 +219,7 @@ def _files_of(content: Content, tensors: Tensors) -> tuple[TensorFile, ...]:
         for number, chunk in enumerate(tensor.chunks):
             layers.setdefault((chunk.path, number), {})[name] = chunk
             are_whole = are_whole and chunk.box == Box.full(tensor.shape)
-    held = []
+    paths = []
     for (path, _), chunks in layers.items():
         boxes = {}
         if len(layers) > 1 or not are_whole:
@@ -233,8 +233,8 @@ def _files_of(content: Content, tensors: Tensors) -> tuple[TensorFile, ...]:
             checksum=identity.sample,
             handle=identity.handle,
         )
-        held.append(file)
-    return tuple(held)
+        paths.append(file)
+    return tuple(paths)
 
 
 def _is_text(name: str) -> bool:

@@ -162,8 +162,8 @@ for _panel, _functions in _PANELS.items():
         )(_function)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(is_given: bool) -> None:
+    if is_given:
         typer.echo(f"ema {posthoc_cli.__version__}")
         raise typer.Exit
 
@@ -306,9 +306,9 @@ def _allow_many_files() -> None:
     except ImportError:  # Windows
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 65_536 if hard == resource.RLIM_INFINITY else min(65_536, hard)
+    most = 65_536 if hard == resource.RLIM_INFINITY else min(65_536, hard)
     with suppress(ValueError, OSError):  # some systems allow less than they report
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
 def _clean_up_on_signals() -> None:

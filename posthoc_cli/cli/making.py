@@ -677,7 +677,7 @@ def _print_prune(
     gone = report["gone"]
     kept = report["kept"]
     if gone:
-        rows = sorted(gone, key=lambda one: (one["t"], one["sigma_rel"]))
+        rows = sorted(gone, key=lambda snapshot: (snapshot["t"], snapshot["sigma_rel"]))
         output.print_rows(rows, ["to delete:file", "t", "sigma_rel", "size:bytes"])
         output.print_line()
     both = {

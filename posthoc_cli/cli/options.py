@@ -178,13 +178,13 @@ def optional(
 
 
 def existing(
-    place: str | Path,
+    given: str | Path,
     directory: bool = False,
     name: str = "DIR",
 ) -> Path:
     """Return the path of an existing input, with ~ expanded; an error without one, or a `directory`
     that is none."""
-    path = files.given_path(name, place)
+    path = files.given_path(name, given)
     try:
         mode = path.stat().st_mode
         reason = "is not a directory" if directory and not stat.S_ISDIR(mode) else ""
@@ -218,12 +218,12 @@ def new_picture(out: str | None, overwrite: bool) -> Path | None:
     return None if out is None else files.new_file(out, plots.PICTURES, overwrite)
 
 
-def open_run(place: str, directory: bool = True) -> Run:
+def open_run(given: str, directory: bool = True) -> Run:
     """Open the run of DIR, which may be a file unless `directory`."""
 
     from posthoc_cli.run import Run
 
-    path = files.given_path("DIR", place)
+    path = files.given_path("DIR", given)
     if files.is_glob(path):
         return Run(path)
     path = existing(path, directory)

@@ -59,9 +59,9 @@ def _print_info(report: dict[str, Any]) -> None:
         output.print_some(checkpoints, ["checkpoint:file", "t", "holds", "size:bytes"])
     if outputs := report.get("outputs"):
         rows = []
-        for made in outputs:
-            name = Path(made["path"]).name
-            rows.append({"profile": made["kind"]} | made | {"name": name})
+        for row in outputs:
+            name = Path(row["path"]).name
+            rows.append({"profile": row["kind"]} | row | {"name": name})
         output.print_some(rows, ["output:name", "profile", "t", "predicted_error", "size:bytes"])
     if report["kind"] == "output":
         output.print_line()
@@ -114,9 +114,9 @@ def verify(
     return max(code, int(not is_fine))
 
 
-def _print_verify(found: dict[str, Any]) -> None:
-    fine = [file for file in found["files"] if file["state"] in ("intact", "unchecked")]
-    wrong = [file for file in found["files"] if file not in fine]
+def _print_verify(report: dict[str, Any]) -> None:
+    fine = [file for file in report["files"] if file["state"] in ("intact", "unchecked")]
+    wrong = [file for file in report["files"] if file not in fine]
     if len(fine) > output.MOST_ROWS:
         output.print_line(
             f"{output.counted(len(fine), 'file')} with nothing wrong; --json lists them"
@@ -128,22 +128,22 @@ def _print_verify(found: dict[str, Any]) -> None:
         if not detail.startswith(file["state"]):
             detail = f"{file['state']}: {detail}".removesuffix(": ")
         output.print_line(f"{file['path']}: {file['what']}: {detail}")
-    for name in found["leftovers"]:
+    for name in report["leftovers"]:
         output.print_line(f"{name}: left by an interrupted write, or by one in progress")
-    if found["files"] or found["leftovers"]:
+    if report["files"] or report["leftovers"]:
         output.print_line()
     for kind in ("note", "problem"):
-        for text in found[f"{kind}s"]:
+        for text in report[f"{kind}s"]:
             output.print_line(f"{kind}: {text}")
-    output.print_line(_verdict(found, wrong))
+    output.print_line(_verdict(report, wrong))
 
 
 def _verdict(
-    found: dict[str, Any],
+    report: dict[str, Any],
     wrong: list[dict[str, Any]],
 ) -> str:
     """Return the last line: how many files are intact, or which are not."""
-    files = found["files"]
+    files = report["files"]
     total = output.counted(len(files), "file")
     if wrong:
         states = {file["state"] for file in wrong}
@@ -151,10 +151,10 @@ def _verdict(
         verb = "is" if len(wrong) == 1 else "are"
         return f"{len(wrong):,} of {total} {verb} {verdict}"
     unchecked = sum(file["state"] == "unchecked" for file in files)
-    if found["bytes"]:
-        size = resources.size_text(found["bytes"])
+    if report["bytes"]:
+        size = resources.size_text(report["bytes"])
         verb = "read" if unchecked else "verified"
-        total += f", {size} {verb} in {found['seconds']:.1f} s"
+        total += f", {size} {verb} in {report['seconds']:.1f} s"
     if not unchecked:
         return f"{total}: all intact"
     return f"{total}: {len(files) - unchecked:,} intact, {unchecked:,} without checksums"
@@ -184,37 +184,37 @@ def audit(
     """
     picture = options.new_picture(out, overwrite)
     audits = options.open_run(directory, directory=False).audit(claimed)
-    found = {"audits": [audit.to_dict() for audit in audits]}
+    report = {"audits": [audit.to_dict() for audit in audits]}
     if not audits[0].intervals:
         picture = None  # there is nothing to draw
     if picture is not None:
         from posthoc_cli import plots
 
-        output.write_picture(lambda: plots.audit_figure(found["audits"][0]), picture, overwrite)
-    output.show(found, as_json, _print_audits, picture)
+        output.write_picture(lambda: plots.audit_figure(report["audits"][0]), picture, overwrite)
+    output.show(report, as_json, _print_audits, picture)
     return int(any(audit.is_bad for audit in audits))
 
 
-def _print_audits(found: dict[str, Any]) -> None:
-    for audit in found["audits"]:
+def _print_audits(report: dict[str, Any]) -> None:
+    for audit in report["audits"]:
         _print_audit(audit)
 
 
-def _print_audit(found: dict[str, Any]) -> None:
-    name = found["name"]
-    claim = [] if found["claimed"] is None else ["claimed", "ratio"]
-    rows = list(map(_audit_row, found["intervals"]))
+def _print_audit(audit: dict[str, Any]) -> None:
+    name = audit["name"]
+    claim = [] if audit["claimed"] is None else ["claimed", "ratio"]
+    rows = list(map(_audit_row, audit["intervals"]))
     if rows:
         of = f" of {name}" if name else ""
         title = f"sigma_rel found{of}"
-        if found["what"] == "decay":
+        if audit["what"] == "decay":
             title = f"time constant{of}, in steps, by interval"
         output.print_line(title)
         output.print_rows(rows, ["from:begin", "to:end", "found", *claim, "unexplained", "note"])
         output.print_line()
-    text = found["text"]
-    if not text.endswith(found["verdict"]):
-        text = f"{found['verdict']}: {text}"
+    text = audit["text"]
+    if not text.endswith(audit["verdict"]):
+        text = f"{audit['verdict']}: {text}"
     output.print_line(f"{name}: {text}" if name else text)
 
 
@@ -298,8 +298,8 @@ def error_plot(
         output.write_picture(
             lambda: plots.error_figure(curves, method == "paper"), picture, overwrite
         )
-    found = {"curves": [curve.to_dict() for curve in curves]}
-    output.show(found, as_json, lambda _: _print_curves(curves, method == "paper"), picture)
+    report = {"curves": [curve.to_dict() for curve in curves]}
+    output.show(report, as_json, lambda _: _print_curves(curves, method == "paper"), picture)
 
 
 def _print_curves(curves: Sequence[ErrorCurve], is_paper: bool) -> None:
@@ -376,9 +376,9 @@ def plan(
     output.show(report.to_dict(), as_json, _print_plan, picture)
 
 
-def _print_plan(found: dict[str, Any]) -> None:
-    schedules = found["schedules"]
-    chosen = found["within_disk"]
+def _print_plan(report: dict[str, Any]) -> None:
+    schedules = report["schedules"]
+    chosen = report["within_disk"]
     rows = []
     for schedule in schedules:
         name = schedule["name"]
@@ -389,9 +389,9 @@ def _print_plan(found: dict[str, Any]) -> None:
     low = schedules[0]["sigma_rel"][0]
     high = schedules[0]["sigma_rel"][-1]
     output.print_line(
-        f"predicted errors for sigma_rel {low:g} to {high:g} at the end, if {found['assumption']}"
+        f"predicted errors for sigma_rel {low:g} to {high:g} at the end, if {report['assumption']}"
     )
-    if found["disk"] is not None:
+    if report["disk"] is not None:
         output.print_line("* the most exact within --disk" if chosen else "none is within --disk")
     for schedule in schedules:
         output.print_line()

@@ -101,7 +101,7 @@ def export_file(
         NonFiniteError.
     """
     started = time.perf_counter()
-    wanted = parse_dtype(dtype)
+    target_dtype = parse_dtype(dtype)
     check_alone(weights=weights, average=average)
     check_alone(base=base, like=like)
     options = OutputOptions(
@@ -116,13 +116,13 @@ def export_file(
     options.layout_of(out)
     files.check_parent(out)
     model = _read_source(source, weights, average) if like is None else _read_source(source)
-    plan = _combination(model, wanted, prefix, strip_prefix)
+    plan = _combination(model, target_dtype, prefix, strip_prefix)
     _check_names(plan)
     copied = None
     parts = [plan]
     if base is not None:
         full = files.given_path("base", base)
-        parts.append(_completing(plan, full, wanted))
+        parts.append(_completing(plan, full, target_dtype))
     elif like is not None:
         plan, copied = Like.find(like, plan.entries, weights, average).fitted(plan)
         parts = [plan]

@@ -255,14 +255,14 @@ class Like:
         owners = dict[str, str]()
         for name, names in stored.items():
             dtype = plan.output_dtype(name)
-            for one in sorted(names & self.chunks.keys()):
-                owner = owners.setdefault(one, name)
+            for own_name in sorted(names & self.chunks.keys()):
+                owner = owners.setdefault(own_name, name)
                 if owner != name:
                     self._check_equal(plan, owner, name)
                     continue
-                entry = self.source.entries[one]
-                path = self.chunks[one][0].path
-                check_shape(path, one, entry.shape, plan.box(name).shape)
+                entry = self.source.entries[own_name]
+                path = self.chunks[own_name][0].path
+                check_shape(path, own_name, entry.shape, plan.box(name).shape)
                 are_numbers = entry.dtype in EPS and dtype in EPS
                 if not are_numbers and entry.dtype != dtype:
                     continue
@@ -270,20 +270,20 @@ class Like:
                 if other != entry:
                     reason = f"tensor {shown(name)} is {other.dtype} and {entry.dtype} in it"
                     raise MismatchError(self.place, reason)
-                chunks += self.chunks[one]
+                chunks += self.chunks[own_name]
         return replaced
 
     def _check_equal(
         self,
         plan: Combination,
-        one: str,
+        first: str,
         other: str,
     ) -> None:
         """Raise a MismatchError unless two tensors have the same values; they may then be tied."""
         for source in plan.sources:
-            values = source.tensor(one)
+            values = source.tensor(first)
             if not torch.equal(values, source.tensor(other)):
-                reason = f"tensors {shown(one)} and {shown(other)} are one in it"
+                reason = f"tensors {shown(first)} and {shown(other)} are one in it"
                 raise MismatchError(self.place, reason, "they would get different values")
 
     def _beginnings(
@@ -346,8 +346,8 @@ def _component(path: Path, tensors: set[str]) -> Path:
     for entry in sorted(path.iterdir()):
         weights = weights_at(entry) if entry.is_dir() else None
         if weights is not None:
-            found = [read_file(file) for file in model_files(weights)]
-            if any(not tensors.isdisjoint(file.entries) for file in found):
+            opened = [read_file(file) for file in model_files(weights)]
+            if any(not tensors.isdisjoint(file.entries) for file in opened):
                 components.append(entry)
     return components[0] if len(components) == 1 else path
 
@@ -355,13 +355,13 @@ def _component(path: Path, tensors: set[str]) -> Path:
 def check_shape(
     path: Path,
     name: str,
-    found: Sequence[int],
+    shape: Sequence[int],
     average: Sequence[int],
 ) -> None:
     """Raise a MismatchError that names the file if a tensor does not have the shape of its
     average."""
-    if tuple(found) != tuple(average):
-        reason = f"tensor {name!r} has the shape {list(found)}, the average {list(average)}"
+    if tuple(shape) != tuple(average):
+        reason = f"tensor {name!r} has the shape {list(shape)}, the average {list(average)}"
         raise MismatchError(path, reason)
 
 
@@ -614,9 +614,9 @@ def members_at(
             headers = sorted(entries)
             end = headers[0]
             while left and left[-1] >= end:
-                place = left.pop()
-                header = headers[bisect_right(headers, place) - 1]
-                members.add(_member(file, *entries[header], place))
+                position = left.pop()
+                header = headers[bisect_right(headers, position) - 1]
+                members.add(_member(file, *entries[header], position))
     except (zipfile.BadZipFile, ValueError, LookupError, struct.error) as error:
         reason = "its tensors cannot be replaced in place: not an archive as torch.save writes it"
         raise FileFormatError(file.path, reason) from error
@@ -641,13 +641,13 @@ def _member(
     file: OpenedFile,
     info: zipfile.ZipInfo,
     entry: int,
-    place: int,
+    position: int,
 ) -> Member:
     begin = member_begin(file, info)
     end = begin + info.file_size
     checksum = info.header_offset + _LOCAL_CRC
     if info.flag_bits & _HAS_DESCRIPTOR:
         checksum = end + _DESCRIPTOR_CRC
-    if not begin <= place < end:
+    if not begin <= position < end:
         raise ValueError("a tensor is outside the members")
     return Member(begin, end, (checksum, entry + _ENTRY_CRC))

@@ -223,8 +223,8 @@ def _paths_in(
 
 def is_rank() -> bool:
     """Return whether this process is one of several ranks of a torchrun job."""
-    wanted = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return all(map(os.environ.get, wanted)) and os.environ["WORLD_SIZE"] != "1"
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return all(map(os.environ.get, names)) and os.environ["WORLD_SIZE"] != "1"
 
 
 @dataclass(frozen=True)
@@ -424,12 +424,12 @@ class Writing:
                     places += [folder.temporary for folder in folders.values()]
             with self.ranks.together():
                 outputs = []
-                for path, place in zip(self.headers, places or self.headers, strict=True):
-                    outputs.append(self._open(stack, path, place, folders.get(path)))
+                for path, destination in zip(self.headers, places or self.headers, strict=True):
+                    outputs.append(self._open(stack, path, destination, folders.get(path)))
                 parts = [self._own(plan) for plan in self.parts]
                 tiles = cut_tiles(parts, len(outputs), device)
-                with closing(make_tiles(parts, tiles, outputs, device, workers)) as made:
-                    for tile in made:
+                with closing(make_tiles(parts, tiles, outputs, device, workers)) as tiles_done:
+                    for tile in tiles_done:
                         advance(tile.stored_bytes)
                 for output in outputs:
                     output.complete()
@@ -463,10 +463,10 @@ class Writing:
         self,
         stack: ExitStack,
         path: Path,
-        place: Path,
+        destination: Path,
         folder: files.PendingFolder | None,
     ) -> FileOutput:
-        """Begin the files of an output; `place` is the path, or the folder's until then."""
+        """Begin the files of an output, at a `destination` until they are complete."""
         overwrite = self.options.overwrite
         if self.copied is not None:
             return Copy(stack, self.copied, path, overwrite, folder)
@@ -480,11 +480,11 @@ class Writing:
             return TensorFiles([stack.enter_context(writer)], writer)
         shards, index = self.shards
         if folder is not None and index:
-            files.write_atomically(place / INDEX_NAME, index)
+            files.write_atomically(destination / INDEX_NAME, index)
         writers = []
         for name in [*shards][self.ranks.rank :: self.ranks.world]:
             entries = {tensor: self.entries[tensor] for tensor in shards[name]}
-            writer = TensorFileWriter(place / name, entries, header, {})
+            writer = TensorFileWriter(destination / name, entries, header, {})
             writers.append(stack.enter_context(writer))
         return TensorFiles(writers, folder, writers)
 
@@ -642,11 +642,11 @@ class DistributedFolder(Collected):
     def complete(self) -> None:
         from torch.distributed.checkpoint.api import CheckpointException  # slow to import
 
-        place = str(self._whole.temporary)
+        folder = str(self._whole.temporary)
         with files.reported_as_write_error(self._whole.path), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns that there is only one process
             try:
-                _save_alone(self.state, place)
+                _save_alone(self.state, folder)
             except CheckpointException as error:
                 (failure, _), *_ = error.failures.values()
                 if isinstance(failure, OSError):

@@ -114,8 +114,8 @@ def was_left_out(optimizer: torch.optim.Optimizer) -> bool:
 
 def figures(
     ema: PostHocEMA,
-    wanted: Iterable[Target] = (),
+    targets: Iterable[Target] = (),
 ) -> dict[str, float]:
     """Return the tracker's metrics, with the predicted errors of these lengths, under names for a
     logger."""
-    return {f"ema/{name}": value for name, value in ema.metrics([*wanted]).items()}
+    return {f"ema/{name}": value for name, value in ema.metrics([*targets]).items()}

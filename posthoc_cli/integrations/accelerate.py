@@ -45,10 +45,10 @@ def prepare(
         ema.attach(optimizer)
     ema.on_snapshot(lambda tracker: accelerator.log(figures(tracker), step=tracker.step))
 
-    held = ref(model)  # the accelerator, which keeps the hooks, may release the model
+    model_of = ref(model)  # the accelerator, which keeps the hooks, may release the model
 
     def save(models: object, weights: object, folder: str) -> None:
-        tracked = held()
+        tracked = model_of()
         if tracked is not None:
             write_state(ema, folder, tracked, number)
 

@@ -51,14 +51,14 @@ class PostHocCallback(TrainerCallback):
         evaluate: float | str | Sequence[float | str] | None = None,
         **options: Any,
     ) -> None:
-        wanted: Any = evaluate if isinstance(evaluate, list | tuple) else [evaluate]
+        lengths: Any = evaluate if isinstance(evaluate, list | tuple) else [evaluate]
         if evaluate is None:
-            wanted = []
-        targets = [as_target(length) for length in wanted]
+            lengths = []
+        targets = [as_target(length) for length in lengths]
         self._lengths = {target.label: target for target in targets}
         # Of metrics, and of folders.
         self._names = {
-            label: f"ema_{label}" if wanted is evaluate else "ema" for label in self._lengths
+            label: f"ema_{label}" if lengths is evaluate else "ema" for label in self._lengths
         }
         self.checkpoint_dir = str(checkpoint_dir)
         self.evaluate = evaluate

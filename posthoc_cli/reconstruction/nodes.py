@@ -97,8 +97,8 @@ class _Updates:
         counts = until[intervals + 1] - first
         home = np.repeat(intervals, counts)
         done = np.cumsum(counts) - counts
-        place = np.arange(counts.sum()) - np.repeat(done, counts)
-        number = np.repeat(first, counts) + place
+        index = np.arange(counts.sum()) - np.repeat(done, counts)
+        number = np.repeat(first, counts) + index
         before = steps.clock.time_at(number * steps.stride)
         before = np.maximum(before, ends[0])
         after = steps.clock.time_at((number + 1) * steps.stride)

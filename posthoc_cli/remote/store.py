@@ -165,10 +165,10 @@ class RemotePath(PosixPath):
         """Yield the matches in this folder, hidden names included; `model@step*` matches revisions
         of the Hub."""
         if is_on_hub(str(self)) and "@" in pattern:
-            repository, _at, wanted = pattern.partition("@")
+            repository, _at, revision = pattern.partition("@")
             store, key = _place(str(self / repository))
             with request_errors(str(self / repository), "listed"):
-                names = fnmatch.filter(store.revisions(key), wanted)
+                names = fnmatch.filter(store.revisions(key), revision)
             yield from (self / f"{repository}@{quote(name, safe='')}" for name in names)
         else:
             with suppress(FileNotFoundError, NotADirectoryError):

@@ -131,11 +131,11 @@ def is_parts_folder(path: Path) -> bool:
     with suppress(DirectoryError):
         if path.is_symlink():
             return False
-        found = []
+        names = []
         for entry in list_directory(path):
             if is_tensor_file(entry) or is_snapshot_name(entry):
-                found.append(entry.name)
-        return bool(found) and all(map(_PART_NAME.fullmatch, found))
+                names.append(entry.name)
+        return bool(names) and all(map(_PART_NAME.fullmatch, names))
     return False
 
 
@@ -269,8 +269,8 @@ def read_directory(directory: Path) -> list[Snapshot]:
     Raises DirectoryError if it holds none, FileFormatError for a damaged file, MismatchError for
     two that differ.
     """
-    if found := find_snapshots(directory):
-        return found
+    if snapshots := find_snapshots(directory):
+        return snapshots
     content = inspect_directory(directory)
     others = [*content.notes]
     for path in content.entries:

@@ -97,8 +97,8 @@ def index_within(
 ) -> int | None:
     """Convert a row-major index in a tensor to the index in a box of it; return None if the element
     is outside."""
-    found = np.unravel_index(index, tuple(shape))
-    offset = tuple(map(int, found))
+    indices = np.unravel_index(index, tuple(shape))
+    offset = tuple(map(int, indices))
     element = Box(offset, (1,) * len(shape))
     if not box.intersection(element).size:
         return None
@@ -193,8 +193,8 @@ def _moves(places: FloatArray) -> npt.NDArray[np.float16]:
     add up."""
     moves = np.zeros(places[1:].shape, "<f2")
     reached = places[0]
-    for move, place in zip(moves, places[1:], strict=True):
-        move[:] = place - reached
+    for move, position in zip(moves, places[1:], strict=True):
+        move[:] = position - reached
         reached = reached + move
     return moves
 

@@ -418,8 +418,8 @@ def sampled_identity(file: OpenedFile) -> str:
     digest = xxhash.xxh3_64(size + file.tag.encode())
     last = max(0, file.size - _SAMPLE)
     for index in range(0 if file.tag else _SAMPLES):
-        place = last * index // (_SAMPLES - 1)
-        digest.update(file.read_at(_SAMPLE, place))
+        position = last * index // (_SAMPLES - 1)
+        digest.update(file.read_at(_SAMPLE, position))
     return digest.hexdigest()
 
 
@@ -561,8 +561,8 @@ class TensorFile:
                 room = np.empty(last - first, np.uint8).data
             size = _PIECE * block
             for at in range(first, last, size):
-                place = at - first
-                piece = room[place : place + size]
+                start = at - first
+                piece = room[start : start + size]
                 self._fill(entry.begin + at, piece)
                 self._check(name, at, piece)
             if room is not view:
@@ -603,9 +603,9 @@ class TensorFile:
         size = self.entries[name].block_bytes
         sums = self.sums[name]
         for at in range(0, len(view), size):
-            place = 16 * ((begin + at) // size)
+            position = 16 * ((begin + at) // size)
             digest = xxhash.xxh3_64_hexdigest(view[at : at + size])
-            if digest != sums[place : place + 16]:
+            if digest != sums[position : position + 16]:
                 reason = f"tensor {shown(name)} is damaged: its checksum does not match"
                 raise FileFormatError(self.path, reason)
 
@@ -742,12 +742,12 @@ def _decode_entries(
     """Return the tensors in their order in the payload, which they must fill to the end of the file
     of `nbytes`."""
     _require_few(len(raw))  # escaped keys were not counted before
-    found = {name: _decode_entry(name, value, start) for name, value in raw.items()}
+    entries = {name: _decode_entry(name, value, start) for name, value in raw.items()}
 
     def place(name: str) -> tuple[int, int, str]:
-        return found[name].begin, found[name].nbytes, name
+        return entries[name].begin, entries[name].nbytes, name
 
-    in_order = {name: found[name] for name in sorted(found, key=place)}
+    in_order = {name: entries[name] for name in sorted(entries, key=place)}
     position = start
     for name, entry in in_order.items():
         if entry.begin != position:
@@ -779,8 +779,8 @@ def _decode_entry(name: str, value: Any, start: int) -> Entry:
         raise ValueError(f"tensor {shown(name)}: dtype {shown(dtype)} is none of {accepted}")
     entry = Entry(dtype, tuple(shape), start + begin)
     if end - begin != entry.nbytes:
-        made = f"{end - begin:,} bytes do not make {dtype} of shape {shape}"
-        raise ValueError(f"tensor {shown(name)}: {made}")
+        reason = f"{end - begin:,} bytes do not make {dtype} of shape {shape}"
+        raise ValueError(f"tensor {shown(name)}: {reason}")
     return entry
 
 
@@ -903,8 +903,8 @@ class TensorFileWriter:
         self._header = encode_header(laid_out, content, metadata)
         self._sums = dict[str, bytearray]()
         for name, entry in laid_out.items():
-            place = len(self._header) + entry.begin
-            self.entries[name] = replace(entry, begin=place)
+            begin = len(self._header) + entry.begin
+            self.entries[name] = replace(entry, begin=begin)
             self._sums[name] = bytearray(16 * entry.blocks)
         self._file = files.PendingFile(path, overwrite)
 
@@ -929,8 +929,8 @@ class TensorFileWriter:
                 view = view[len(taken) :]
                 at = at + len(taken)
                 if at % block == 0 or at == entry.nbytes:
-                    place = 16 * ((at - 1) // block)
-                    self._sums[name][place : place + 16] = digest.hexdigest().encode()
+                    position = 16 * ((at - 1) // block)
+                    self._sums[name][position : position + 16] = digest.hexdigest().encode()
                     digest.reset()
 
     def publish(self) -> TensorFile:

@@ -137,12 +137,12 @@ class Axis:
         values = self._of_kind.value(low * ratio**places)
         return np.asarray(values)
 
-    def value_at(self, place: float) -> float:
+    def value_at(self, position: float) -> float:
         """Return the value at a place, whose length is rounded to three digits (more in a narrow
         range)."""
         kind = self._of_kind
         low, ratio = self._lengths()
-        length = low * ratio**place
+        length = low * ratio**position
         if kind.is_whole:
             value = float(round(length))
         else:
@@ -274,13 +274,13 @@ class Estimate:
 
     def _known_or_new(self, point: int) -> float:
         """Return the measured value next to a point of the grid, or else the value there."""
-        place = float(GRID[point])
+        position = float(GRID[point])
         known = self._axis.place(self._known)
-        distances = np.abs(known - place)
+        distances = np.abs(known - position)
         nearest = distances.argmin()
         if distances[nearest] < _SAME:
             return float(self._known[nearest])
-        return self._axis.value_at(place)
+        return self._axis.value_at(position)
 
     @property
     def regret(self) -> float:
@@ -535,10 +535,10 @@ class Search:
         """Return values with the first seeds, as far as they are missing."""
         lengths: dict[float | None, Iterable[int]] = {}
         for x in values:
-            wanted = range(self.repeats)
+            repeats = range(self.repeats)
             measured = self._seeds(x)
-            if not measured.issuperset(wanted):
-                lengths[x] = itertools.filterfalse(measured.__contains__, wanted)
+            if not measured.issuperset(repeats):
+                lengths[x] = itertools.filterfalse(measured.__contains__, repeats)
         return lengths
 
     def _once_more(self, values: Iterable[float]) -> Lengths:

@@ -303,24 +303,24 @@ class Sweep:
         if not path.exists():
             self._write_lines([json.dumps(asked)])
             return []
-        found = {}
+        recorded = {}
         try:
             first, *trials = map(json.loads, path.read_text().splitlines())
             settings = {**first}
             for entry in trials:
                 trial = Trial(**entry)
                 if trial.error is None:
-                    found[trial.target, trial.seed] = trial
+                    recorded[trial.target, trial.seed] = trial
         except (ValueError, TypeError) as error:
             raise FileFormatError(path, "is no record of a sweep", "name another folder") from error
-        if not found:  # nothing to lose: the call may have been wrong
+        if not recorded:  # nothing to lose: the call may have been wrong
             self._write_lines([json.dumps(asked)])
             return []
         for name, value in asked.items():
             if settings.get(name) != value:
                 reason = f"holds a sweep of another {name}, {shown(settings.get(name))}"
                 raise OutputExistsError(self.out, reason, "name another folder")
-        return [*found.values()]
+        return [*recorded.values()]
 
     def _record(self, trial: Trial) -> None:
         """Add a trial durably to the file; raise a WriteError if that fails."""

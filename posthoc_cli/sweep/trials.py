@@ -164,13 +164,13 @@ class Metric:
             path, value = _stored(folder, self.file)
             values = [value]
             reason = f"{path.name} has no member {shown(self.key)}"
-        found = [_members(value) for value in reversed(values)]
+        objects = [_members(value) for value in reversed(values)]
         key = self.key or ""
         for name in (key, ""):
-            for members in found:
+            for members in objects:
                 if name in members:
                     return _checked(members, name)
-        names = dict.fromkeys(chain.from_iterable(found))
+        names = dict.fromkeys(chain.from_iterable(objects))
         closest = get_close_matches(key, names, _MOST_NAMES, 0)
         raise TrialError(reason + _listed(closest))
 
@@ -244,15 +244,15 @@ def _members(value: Any) -> dict[str, Any]:
     key ""."""
     if isinstance(value, float):
         return {"": value}
-    found: dict[str, Any] = {}
+    members: dict[str, Any] = {}
     objects = [("", value)] if isinstance(value, dict) else []
     for prefix, holder in objects:  # it grows meanwhile
         for name, member in holder.items():
             if isinstance(member, dict):
                 objects.append((f"{prefix}{name}.", member))
             else:
-                found.setdefault(prefix + name, member)
-    return found
+                members.setdefault(prefix + name, member)
+    return members
 
 
 def _standard_error(

@@ -41,13 +41,13 @@ log = logging.getLogger(__name__)
 
 def plan_possible(
     sources: Sequence[Source],
-    wanted: Mapping[str, Target],
+    targets: Mapping[str, Target],
 ) -> tuple[dict[str, Plan], dict[str, str]]:
     """Plan averages by label, and say why others cannot be made yet, such as a window longer than
     the run so far."""
     plans = dict[str, Plan]()
     refusals = dict[str, str]()
-    for label, target in wanted.items():
+    for label, target in targets.items():
         try:
             plans[label] = plan_synthesis(sources, [target])
         except InvalidValueError as error:
@@ -115,11 +115,11 @@ def chunks_of(
     tensors = {tensor.name: tensor.tensor for tensor in named_tensors(model)}
     for name, box in tracked.boxes.items():
         tensor = tensors.get(name)
-        found = None
+        actual = None
         if tensor is not None:
-            _, held = held_box(name, tensor)
-            found = tuple(tensor.shape), held
-        if found != (tracked.shapes[name], box):
+            _, own_box = held_box(name, tensor)
+            actual = tuple(tensor.shape), own_box
+        if actual != (tracked.shapes[name], box):
             where = "spread over the processes in another way than when tracked"
             reason = f"is missing in the model, of another shape, or {where}"
             raise ModelMismatchError(f"tensor {name!r}", reason)
@@ -205,7 +205,7 @@ def to_send(plan: Plan) -> SentPlan:
 def read_chunks(
     group: Group,
     sent: SentPlan,
-    wanted: Wanted,
+    length: Wanted,
     tensors: Mapping[str, Tensor],
     directory: Path,
 ) -> Weights:
@@ -218,7 +218,7 @@ def read_chunks(
 
     def make() -> Weights:
         sources = tuple(_read_again(directory / name, checksum) for name, checksum in used)
-        target = as_target(wanted)
+        target = as_target(length)
         own = replace(
             plan, sources=sources, targets=(target,), boxes=boxes, subset=frozenset(boxes)
         )

@@ -238,25 +238,25 @@ def _restorer(
     tensor: Tensor | None = contents[key]
     if tensor is None:
         return lambda: contents.__setitem__(key, None)
-    held = held_part(tensor)
+    part = held_part(tensor)
     gradients: tuple[bool, Tensor | None] | None = None
     if isinstance(tensor, nn.Parameter):
         gradients = tensor.requires_grad, tensor.grad
         # Where elements share memory it is not written to: other memory takes its place.
-        saves = is_replaced and _is_writable(held)
+        saves = is_replaced and _is_writable(part)
     else:  # a forward pass may change a buffer; on meta it has no values to save
         saves = not tensor.is_meta and _is_writable(tensor)
-    storage = held.data
+    storage = part.data
     values = None
     if saves:  # asynchronous copies are waited for together
-        values = storage.to("cpu", non_blocking=held.is_cuda, copy=True)
+        values = storage.to("cpu", non_blocking=part.is_cuda, copy=True)
 
     def restore() -> None:
         # moving a module between kinds of devices may replace the Parameter itself
         contents[key] = tensor
         if values is not None:
             storage.copy_(values, non_blocking=storage.is_cuda)
-        if held is tensor:
+        if part is tensor:
             tensor.data = storage
         if gradients is not None:
             tensor.requires_grad_(gradients[0])

@@ -127,30 +127,30 @@ class TrackedModel:
 
     def check(
         self,
-        found: TrackedModel,
+        current: TrackedModel,
         elsewhere: Set[str] = frozenset(),
     ) -> None:
         """Raise a ModelMismatchError that names a tensor whose name, shape, dtype, role or tie is
         not the same; those of other processes, such as other stages of a pipeline, are
         `elsewhere`."""
-        names = chain(self.tensors, self.aliases, found.tensors, found.aliases)
-        others = elsewhere - found.known_names
+        names = chain(self.tensors, self.aliases, current.tensors, current.aliases)
+        others = elsewhere - current.known_names
         for name in dict.fromkeys(names):
             if name in others:
                 continue
             was = self._described(name)
-            now = found._described(name)
+            now = current._described(name)
             if now != was:
                 reason = f"is {now}, and was {was} when tracking began"
-                raise ModelMismatchError(f"tensor {name!r}", reason, self._hint(name, found))
+                raise ModelMismatchError(f"tensor {name!r}", reason, self._hint(name, current))
 
-    def _hint(self, name: str, found: TrackedModel) -> str:
+    def _hint(self, name: str, current: TrackedModel) -> str:
         """Return the way out where a tensor is not the same."""
-        is_found = name in found.tensors
+        is_found = name in current.tensors
         if name in self.tensors and is_found:
-            if self.tensors[name].dtype != found.tensors[name].dtype:
+            if self.tensors[name].dtype != current.tensors[name].dtype:
                 return _OTHER_DTYPE
-        elif name in found.frozen or (name in self.left_out and is_found):
+        elif name in current.frozen or (name in self.left_out and is_found):
             return _FROZEN_TOO
         return ""
 
@@ -416,17 +416,17 @@ class ModelWatch:
         """Return the model's tensors, the same object unless it has changed; raise an error for
         others than tracked."""
         if model in self._cached:
-            known, fingerprint, found = self._cached[model]
+            known, fingerprint, collected = self._cached[model]
             if known is tracked and fingerprint.is_same():
-                return found
+                return collected
         self.forget()
-        found = self._collect(model)
+        collected = self._collect(model)
         try:
-            tracked.check(found.tracked)
+            tracked.check(collected.tracked)
         except ModelMismatchError as error:
             raise error.with_hint("begin a new directory for the changed model") from None
-        self._cached[model] = tracked, _ModelFingerprint(model, found.tracked), found
-        return found
+        self._cached[model] = tracked, _ModelFingerprint(model, collected.tracked), collected
+        return collected
 
     def forget(self) -> None:
         """Release the model's tensors."""
@@ -439,11 +439,11 @@ class ModelWatch:
     ) -> dict[int, float]:
         """Return the model's values in a snapshot's sample that this process holds, by number, of
         frozen ones, too."""
-        found = self._collect(model, tracked.known_names)
-        tracked.check(found.tracked)
+        collected = self._collect(model, tracked.known_names)
+        tracked.check(collected.tracked)
         picked: list[Tensor] = []
         for name, index in tracked.sampled.values():
-            tensor = found.averaged[name]
+            tensor = collected.averaged[name]
             position = np.unravel_index(index, tensor.shape)
             picked.append(tensor[position])
         if not picked:
@@ -468,9 +468,9 @@ class ModelWatch:
         model: nn.Module,
         also: frozenset[str] = frozenset(),
     ) -> ModelTensors:
-        found = collect_tensors(model, self._selection, also)
+        collected = collect_tensors(model, self._selection, also)
         self.check_kind(model)
-        return found.of(self._members)
+        return collected.of(self._members)
 
 
 class _ModelFingerprint:

@@ -489,11 +489,11 @@ class PostHocEMA:
         training waited before; and for each of these lengths or targets that the run is long enough
         for `predicted_error_0.15`, at the newest snapshot.
         """
-        wanted = {target.label: target for target in as_targets(sigma_rels)}
+        targets = {target.label: target for target in as_targets(sigma_rels)}
         figures = {"step": float(self.step), "t": self.t}
         figures |= self._pipeline.figures()
-        snapshots = self._stored() if wanted else []
-        plans, _ = averaged.plan_possible(snapshots, wanted if snapshots else {})
+        snapshots = self._stored() if targets else []
+        plans, _ = averaged.plan_possible(snapshots, targets if snapshots else {})
         for label, plan in plans.items():
             error = plan.predicted_error(0)
             if error is not None:
@@ -552,8 +552,8 @@ class PostHocEMA:
         Targets that the run is too short for, such as a window of more steps, are left out, with a
         warning. In a group of processes all make the call, and enter the blocks in their order.
         """
-        wanted = {target.label: target for target in as_targets(sigma_rels)}
-        group = self._callers("models", check_model(model), [*wanted.values()], {})
+        targets = {target.label: target for target in as_targets(sigma_rels)}
+        group = self._callers("models", check_model(model), [*targets.values()], {})
 
         def find_refusals() -> dict[str, str]:
             if not self.has_average:
@@ -563,12 +563,12 @@ class PostHocEMA:
                 sources = self._stored() or self._live()
             else:
                 sources = self._sources()
-            _, reasons = averaged.plan_possible(sources, wanted)
+            _, reasons = averaged.plan_possible(sources, targets)
             return reasons
 
         refusals = group.from_first(find_refusals)
         blocks = {}
-        for label, target in wanted.items():
+        for label, target in targets.items():
             if label not in refusals:
                 blocks[label] = self.model(model, target)
             elif self.keeps_averages and self._is_first_warning(label):
@@ -1006,7 +1006,7 @@ class PostHocEMA:
         self,
         call: str,
         model: nn.Module | None,
-        wanted: Wanted,
+        length: Wanted,
         given: Mapping[str, Any],
     ) -> tuple[Group, Weights]:
         """Return the processes that make a call, and the average; of a sharded `model` the chunks
@@ -1016,29 +1016,29 @@ class PostHocEMA:
         """
         self._note_uncounted()
         asked = {name: value for name, value in given.items() if value is not None}
-        group = self._callers(call, model, [wanted], asked)
+        group = self._callers(call, model, [length], asked)
         if not group.from_first(lambda: self.has_average):
             return group, self._raw_weights(model, asked.get("dtype"))
-        live = self._live_index(wanted, asked)
+        live = self._live_index(length, asked)
         if self._members.is_chunked:
             assert model is not None
-            return group, self._chunks(group, model, wanted, live, asked)
+            return group, self._chunks(group, model, length, live, asked)
 
         def plan() -> Plan:
             sources: list[Source] = self._sources()
             if live is not None:
                 sources = sources[live : live + 1]
-            return averaged.logged(plan_synthesis(sources, [wanted], **asked))
+            return averaged.logged(plan_synthesis(sources, [length], **asked))
 
         return group, averaged.from_first(group, lambda: with_consistent_plan(plan, make_weights))
 
     def _live_index(
         self,
-        wanted: Wanted,
+        length: Wanted,
         asked: Mapping[str, Any],
     ) -> int | None:
         """Return the index of the live average that is wanted; None if it is to be made."""
-        sigma_rel = as_target(wanted).sigma_rel
+        sigma_rel = as_target(length).sigma_rel
         if sigma_rel is None or self._pipeline.tracking.resumes or {"t", "step"} & asked.keys():
             return None
         for index, tracked in enumerate(self.settings.sigma_rels):
@@ -1050,7 +1050,7 @@ class PostHocEMA:
         self,
         group: Group,
         model: nn.Module,
-        wanted: Wanted,
+        length: Wanted,
         live: int | None,
         asked: Mapping[str, Any],
     ) -> Weights:
@@ -1073,16 +1073,16 @@ class PostHocEMA:
         group.together(self.flush)
 
         def plan() -> averaged.SentPlan:
-            return averaged.to_send(self._plan_stored(wanted, asked))
+            return averaged.to_send(self._plan_stored(length, asked))
 
         return with_consistent_plan(
             lambda: group.from_first(plan),
-            lambda sent: averaged.read_chunks(group, sent, wanted, tensors, self.checkpoint_dir),
+            lambda sent: averaged.read_chunks(group, sent, length, tensors, self.checkpoint_dir),
         )
 
     def _plan_stored(
         self,
-        wanted: Wanted,
+        length: Wanted,
         asked: Mapping[str, Any],
     ) -> Plan:
         """Plan an average from snapshots alone; warn once if the newest are behind."""
@@ -1100,7 +1100,7 @@ class PostHocEMA:
                 self.checkpoint_dir,
                 step,
             )
-        return averaged.logged(plan_synthesis(stored, [wanted], **asked))
+        return averaged.logged(plan_synthesis(stored, [length], **asked))
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -1116,10 +1116,10 @@ class PostHocEMA:
             warn(f"no average yet, so the raw weights are used: {self.settings.first_update(0)}")
         stored = parse_dtype(dtype)
         tensors = collect_tensors(tracked, self.settings.selection)
-        wanted = None if stored is None else torch_dtype(stored)
+        own_dtype = None if stored is None else torch_dtype(stored)
         weights = Weights()
         for name, value in tensors.averaged.items():
-            weights[name] = value.to("cpu", wanted, copy=True)
+            weights[name] = value.to("cpu", own_dtype, copy=True)
         for name, value in tensors.copied.items():
             weights[name] = value.to("cpu", copy=True)
         for alias, name in tensors.tracked.aliases.items():
@@ -1162,7 +1162,7 @@ class PostHocEMA:
         self,
         call: str,
         model: nn.Module | None,
-        wanted: Sequence[Wanted],
+        lengths: Sequence[Wanted],
         asked: Mapping[str, Any],
     ) -> Group:
         """Return the processes that make a call for averages, of parts or as replicas, after
@@ -1172,7 +1172,7 @@ class PostHocEMA:
         tracked = self._tracked_model(model)
         parameter = None if tracked is None else next(tracked.parameters(), None)
         device = HOST if parameter is None else parameter.device
-        arguments = [as_target(length).title for length in wanted]
+        arguments = [as_target(length).title for length in lengths]
         arguments += [f"{name}={value}" for name, value in asked.items()]
         is_tracking = not self._pipeline.tracking.resumes
         return self._members.callers(f"{call}({', '.join(arguments)})", is_tracking, device)

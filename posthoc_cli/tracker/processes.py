@@ -436,8 +436,8 @@ class Rendezvous:
         keys = [f"made/{rank}" for rank in self._ranks]
         if not self._all.check(keys):
             return False
-        for made in self._all.multi_get(keys):
-            names = made.decode().split()
+        for value in self._all.multi_get(keys):
+            names = value.decode().split()
             if len(names) < len(_made) and names.count(self._name) < self._number:
                 return False
         return True

@@ -216,14 +216,14 @@ def _own_part(
             hint = "the state is of another model"
         reason = f"is {stored.dtype} of shape {stored_shape} in the state"
         raise ModelMismatchError(subject, f"{reason}, not {dtype} of shape {shape}", hint)
-    tensor, held = held_box(name, stored)
+    tensor, box = held_box(name, stored)
     own = tracked.boxes[name]
-    if held.intersection(own) != own:
+    if box.intersection(own) != own:
         reason = "is sharded over the processes in another way in the state than in the model"
         hint = "let torch.distributed.checkpoint load it, which reshards it"
         raise ModelMismatchError(subject, reason, hint)
     for dim, size in enumerate(own.shape):
-        begin = own.offset[dim] - held.offset[dim]
+        begin = own.offset[dim] - box.offset[dim]
         tensor = tensor.narrow(dim, begin, size)
     if tracked.tensors[name].role != "copy" and nonfinite_name({name: tensor}) is not None:
         raise NonFiniteError(subject, "the state's average of it holds nan or infinity")
@@ -231,14 +231,14 @@ def _own_part(
 
 
 def check_profiles(
-    held: Sequence[float],
-    wanted: Sequence[float],
+    stored: Sequence[float],
+    widths: Sequence[float],
 ) -> None:
     """Raise an InvalidValueError unless the run holds every profile that is wanted."""
-    for sigma_rel in wanted:
-        if sigma_rel not in held:
+    for sigma_rel in widths:
+        if sigma_rel not in stored:
             reason = (
-                f"{sigma_rel:g} is none of the tracked ones, {listed(held)}: an average "
+                f"{sigma_rel:g} is none of the tracked ones, {listed(stored)}: an average "
                 f"cannot begin in mid-run"
             )
             raise InvalidValueError(
