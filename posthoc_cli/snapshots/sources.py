@@ -794,16 +794,32 @@ def _recent_motion(sample: _Sample, before: Sequence[_Sample]) -> Distance | Non
     squared = sample.squared(sample.values - unmoved)
     rounding = sample.rounding + share**2 * sample_b.rounding + rest**2 * sample_a.rounding
     moving = max(sample.moving_share(sample_b), sample_b.moving_share(sample_a))
-    return Distance(_mixture(b, a, share), squared, moving * rounding)
+    return Distance(_Mixture(b, a, share), squared, moving * rounding)
 
 
-def _mixture(later: Discrete, earlier: Discrete, share: float) -> Discrete:
-    """Return the profile of `share` of an average, and the rest of an earlier one."""
-    of_later = share * later.tail(later.times)
-    of_earlier = (1 - share) * earlier.tail(later.times)
-    steps = np.diff(of_later + of_earlier, prepend=1.0)
-    masses = np.maximum(-steps, 0.0)
-    return Discrete(later.times, masses, later.t)
+@dataclass(frozen=True, eq=False)
+class _Mixture:
+    """The profile of a `share` of an average, and the rest of an earlier one.
+
+    Its tails are exact at any time, as theirs are, so that their common part cancels: of an average
+    whose decay rises to 1 a late interval has less mass than any early update.
+    """
+
+    later: Discrete
+    earlier: Discrete
+    share: float
+
+    @property
+    def t(self) -> float:
+        return self.later.t
+
+    @property
+    def jumps(self) -> FloatArray:
+        return self.later.jumps
+
+    def tail(self, s: npt.ArrayLike) -> FloatArray:
+        rest = 1 - self.share
+        return self.share * self.later.tail(s) + rest * self.earlier.tail(s)
 
 
 def _share(earlier: Discrete, later: Discrete) -> float | None:
