@@ -141,6 +141,9 @@ class Prior:
     sketch: Sketch | None = None
     # errors that averages have in common, independent ones: shape [n, components]
     shared: FloatArray | None = None
+    # the same, of the updates of ordinary EMAs, which predicted errors contain, but coefficients do
+    # not depend on, since some programs make none
+    lasting: FloatArray | None = None
 
     def of(self, snapshots: Sequence[int]) -> Prior:
         """Return the prior of a subset of the snapshots, given by their indices."""
@@ -148,12 +151,16 @@ class Prior:
         shared = self.shared
         if shared is not None:
             shared = shared[index]
+        lasting = self.lasting
+        if lasting is not None:
+            lasting = lasting[index]
         return replace(
             self,
             rounding=self.rounding[index],
             arithmetic=self.arithmetic[index],
             norm=self.norm[index],
             shared=shared,
+            lasting=lasting,
         )
 
 
@@ -219,6 +226,7 @@ def measured_prior(
         doubt=doubt,
         sketch=sketch,
         shared=_shared(averages, sketch),
+        lasting=_lasting(averages, norm, motion),
     )
 
 
@@ -320,6 +328,56 @@ def _doubt(pairs: Sequence[Pair], expected: FloatArray) -> float:
     logs = np.log(ratios)
     mean_square = np.mean(logs**2)
     return float(np.sqrt(mean_square)) / 2
+
+
+_FLOAT32 = float(np.finfo(np.float32).eps)
+
+
+def _lasting(
+    averages: Sequence[StoredAverage],
+    norm: FloatArray,
+    motion: Motion,
+) -> FloatArray | None:
+    """Return `Prior.lasting`; None without ordinary EMAs in float32."""
+    errors = np.zeros((len(averages), 2))
+    for row, average in zip(errors, averages, strict=True):
+        if isinstance(average.profile, OrdinaryEMA) and average.eps >= _FLOAT32:
+            row[:] = _scaled(average.profile), 1.0
+            newest = average.profile
+    if not errors.any():
+        return None
+    (segment,) = segments_of(motion.edges, [newest.t])
+    errors[:, 1] *= _stalled(newest, motion.walk[segment] / norm.max())
+    return np.sqrt(norm)[:, None] * errors
+
+
+def _scaled(profile: OrdinaryEMA) -> float:
+    """Return by how much an average is too long, relative to its values, if an update is torch's
+    `ema.mul_(d).add_(weights, alpha=1 - d)`.
+
+    It rounds d and 1 - d to float32, so that their sum is not 1. For d = 0.9999 an average is too
+    short by 1.4e-4 after 20,000 steps, and what is made of several by up to 1.7e-4.
+    """
+    decays, left = profile.updates
+    kept = decays.astype(np.float32)
+    taken = (1 - decays).astype(np.float32)
+    sums = kept.astype(np.float64) + taken
+    return float(left @ (sums - 1))
+
+
+def _stalled(profile: OrdinaryEMA, walk: float) -> float:
+    """Return how far an average is off, relative to its values, since updates are alike; `walk` is
+    that of the weights in a step, relative to their squared norm.
+
+    As long as updates change by less than a digit, each of them rounds alike, and roundings of so
+    many in turn add up. After all of them the average stands still, although its weights are up to
+    half a digit / (1 - d) away.
+    """
+    decays, left = profile.updates
+    changes = np.maximum((1 - decays) ** 2 * walk, 1e-300)
+    alike = np.clip(_FLOAT32**2 / changes, 1.0, left.size)
+    roundings = np.sqrt(left**2 @ alike)
+    return ROUNDING * _FLOAT32 * min(float(roundings), float(left.sum()))
 
 
 def _shared(
