@@ -284,20 +284,29 @@ def _fitted(
     beside = discrete if has_weights else []
     motion, expected = fit_motion(start, times, pairs, steps, not discrete, beside)
     doubt = _doubt(pairs, expected)
-    if discrete and not has_weights and len({*discrete}) == len(discrete):
+    if len({*times}) == len(discrete) == len(times):
         noisy, expected = fit_motion(start, times, pairs, steps)
         left = _doubt(pairs, expected)
         if left < _NOISY * doubt:
             motion = noisy
             doubt = left
-    if any(interval_of(profile) > 1 for profile in profiles):
-        motion = replace(motion, sampling=sampling_of(motion, times, steps))
-    else:
-        spacing = spacing_of(motion.edges, discrete, steps)
-        motion = motion.with_forgotten(spacing)
+    motion = _with_noise(motion, profiles, steps)
     even = _even_motion(profiles, norm, steps)
     first = seen_from(start, profiles)
     return motion.with_unseen(first, float(even.walk[0])), doubt
+
+
+def _with_noise(
+    motion: Motion,
+    profiles: Sequence[StoredProfile],
+    steps: Steps | None,
+) -> Motion:
+    """Return a fitted motion with the noise that its scatter shows."""
+    discrete = [profile.t for profile in profiles if isinstance(profile, Discrete)]
+    if any(interval_of(profile) > 1 for profile in profiles):
+        times = [profile.t for profile in profiles]
+        return replace(motion, sampling=sampling_of(motion, times, steps))
+    return motion.with_forgotten(spacing_of(motion.edges, discrete, steps))
 
 
 _SAME = 0.98

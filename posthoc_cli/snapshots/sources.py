@@ -562,13 +562,16 @@ class _Sampling:
                 distances += map(sample.distance, beside + earlier)
             squares = self._squares(sample)
             self._measured[id(sample.source)] = squares, sample.rounding, distances
+        self._keep(samples)
+
+    def _keep(self, samples: Sequence[_Sample]) -> None:
+        # Means of two intervals before tell noise from a walk, as weights beside an average do.
+        most = 3 if len(samples) == 1 else 2
         for sample in samples:
             kind = _kind(sample.source)
             before = self._newest[kind]
             if before:
                 self._steps[kind].append(_step(sample, before[-2:]))
-            # Means of two intervals before tell noise from a walk, as weights beside an average do.
-            most = 3 if len(samples) == 1 else 2
             self._newest[kind] = [*before, sample][-most:]
 
     def _squares(self, sample: _Sample) -> FloatArray:
@@ -781,7 +784,7 @@ def _recent_motion(sample: _Sample, before: Sequence[_Sample]) -> list[Distance]
     """
     profiles = [each.source.profile for each in (*before, sample)]
     shares = [_share(*pair) for pair in pairwise(profiles)]
-    distances = []
+    distances: list[Distance] = []
     for index, share in enumerate(shares[:-1]):
         kept = shares[-1]
         if share is None or kept is None:
@@ -789,19 +792,24 @@ def _recent_motion(sample: _Sample, before: Sequence[_Sample]) -> list[Distance]
         taken = (1 - kept) / (1 - share)
         coefficients = np.zeros(len(before))
         coefficients[-1] = kept
-        coefficients[index + 1] += taken
-        coefficients[index] -= share * taken
-        difference = sample.values.copy()
-        rounding = sample.rounding
-        for coefficient, each in zip(coefficients.tolist(), before, strict=True):
-            if coefficient:
-                difference -= coefficient * each.values
-                rounding += coefficient**2 * each.rounding
-        later = [*before[index + 1 :], sample]
-        moving = max(each.moving_share(other) for other, each in pairwise([before[index], *later]))
+        coefficients[index : index + 2] += -share * taken, taken
         unmoved = _Mixture(tuple(profiles[:-1]), coefficients)
-        distances.append(Distance(unmoved, sample.squared(difference), moving * rounding))
+        distances.append(_distance(sample, before, unmoved))
     return distances
+
+
+def _distance(sample: _Sample, before: Sequence[_Sample], mixture: _Mixture) -> Distance:
+    """Return the distance of a sample from a mixture of those before it."""
+    difference = sample.values.copy()
+    rounding = sample.rounding
+    used = [sample]
+    for coefficient, each in zip(mixture.coefficients.tolist(), before, strict=True):
+        if coefficient:
+            difference -= coefficient * each.values
+            rounding += coefficient**2 * each.rounding
+            used.insert(-1, each)
+    moving = max(later.moving_share(earlier) for earlier, later in pairwise(used))
+    return Distance(mixture, sample.squared(difference), moving * rounding)
 
 
 @dataclass(frozen=True, eq=False)
