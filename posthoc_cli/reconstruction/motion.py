@@ -60,6 +60,8 @@ class Distance:
     other: StoredProfile
     squared: float
     rounding: float
+    # whether it is from what an average would be if weights were as two intervals before
+    is_far: bool = False
 
 
 Pair = tuple[StoredProfile, Distance]  # an average, and its distance from an earlier one
@@ -148,20 +150,12 @@ class Prior:
     def of(self, snapshots: Sequence[int]) -> Prior:
         """Return the prior of a subset of the snapshots, given by their indices."""
         index = np.asarray(snapshots, dtype=np.intp)
-        shared = self.shared
-        if shared is not None:
-            shared = shared[index]
-        lasting = self.lasting
-        if lasting is not None:
-            lasting = lasting[index]
-        return replace(
-            self,
-            rounding=self.rounding[index],
-            arithmetic=self.arithmetic[index],
-            norm=self.norm[index],
-            shared=shared,
-            lasting=lasting,
-        )
+        chosen: dict[str, FloatArray] = {}
+        for name in ("rounding", "arithmetic", "norm", "shared", "lasting"):
+            of_all = getattr(self, name)
+            if of_all is not None:
+                chosen[name] = of_all[index]
+        return replace(self, **chosen)  # type: ignore[arg-type]  # of a name in a table
 
 
 def assumed_prior(
@@ -282,18 +276,29 @@ def _fitted(
     discrete = [profile.t for profile in profiles if isinstance(profile, Discrete)]
     has_weights = any(isinstance(profile, Point) for profile in profiles)
     beside = discrete if has_weights else []
-    motion, expected = fit_motion(start, times, pairs, steps, not discrete, beside)
-    doubt = _doubt(pairs, expected)
-    if len({*times}) == len(discrete) == len(times):
-        noisy, expected = fit_motion(start, times, pairs, steps)
-        left = _doubt(pairs, expected)
-        if left < _NOISY * doubt:
-            motion = noisy
-            doubt = left
+    near = [pair for pair in pairs if not pair[1].is_far]
+    motion, expected = fit_motion(start, times, near, steps, not discrete, beside)
+    doubt = _doubt(near, expected)
+    are_sampled = any(interval_of(profile) > 1 for profile in profiles)
+    if len(near) < len(pairs) and not are_sampled:
+        motion = _noisy(start, times, pairs, steps) or motion
     motion = _with_noise(motion, profiles, steps)
     even = _even_motion(profiles, norm, steps)
     first = seen_from(start, profiles)
     return motion.with_unseen(first, float(even.walk[0])), doubt
+
+
+def _noisy(
+    start: float,
+    times: Sequence[float],
+    pairs: Sequence[Pair],
+    steps: Steps | None,
+) -> Motion | None:
+    """Return the motion with noise that explains the distances; None if a walk does as well."""
+    _, of_walk = fit_motion(start, times, pairs, steps, may_have_noise=False)
+    motion, of_noise = fit_motion(start, times, pairs, steps)
+    shows_noise = _doubt(pairs, of_noise) < _NOISY * _doubt(pairs, of_walk)
+    return motion if shows_noise else None
 
 
 def _with_noise(
@@ -454,7 +459,7 @@ def _pairs(
             squared = max(distance.squared, noise, floor)
             if squared > 0:
                 key = (_identity(later), _identity(earlier))
-                pairs[key] = (later, Distance(earlier, squared, noise))
+                pairs[key] = (later, Distance(earlier, squared, noise, distance.is_far))
     return list(pairs.values())
 
 

@@ -785,10 +785,12 @@ def _recent_motion(sample: _Sample, before: Sequence[_Sample]) -> list[Distance]
     profiles = [each.source.profile for each in (*before, sample)]
     shares = [_share(*pair) for pair in pairwise(profiles)]
     distances: list[Distance] = []
-    for index, share in enumerate(shares[:-1]):
-        kept = shares[-1]
-        if share is None or kept is None:
+    for index in range(len(shares) - 1):
+        since = [share for share in shares[index:] if share is not None]
+        if len(since) < len(shares) - index:
             continue
+        share = since[0]
+        kept = since[-1]
         taken = (1 - kept) / (1 - share)
         coefficients = np.zeros(len(before))
         coefficients[-1] = kept
@@ -809,7 +811,8 @@ def _distance(sample: _Sample, before: Sequence[_Sample], mixture: _Mixture) -> 
             rounding += coefficient**2 * each.rounding
             used.insert(-1, each)
     moving = max(later.moving_share(earlier) for earlier, later in pairwise(used))
-    return Distance(mixture, sample.squared(difference), moving * rounding)
+    is_far = len(used) == 4
+    return Distance(mixture, sample.squared(difference), moving * rounding, is_far)
 
 
 @dataclass(frozen=True, eq=False)
