@@ -794,8 +794,9 @@ def with_floor(walk: FloatArray, walks: FloatArray, others: FloatArray) -> Float
     raised = walks * added
     sums = raised.sum(axis=1)
     total = np.maximum(sums, 1e-300)
-    left = _MOST_RAISED - walks @ walk - others
-    room = np.maximum(left, 0.0)
+    # A distance that its neighbours' walk explains more than once may still be all of this one's.
+    explained = np.minimum(walks @ walk, 1.0)
+    room = np.maximum(_MOST_RAISED - explained - others, 0.0)
     allowed = np.minimum(room / total, 1.0)
     shares = np.where(raised > 0, allowed[:, None], 1.0)
     share = shares.min(axis=0)
