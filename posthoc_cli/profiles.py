@@ -594,6 +594,14 @@ class OrdinaryEMA(Discrete):
         masses = -np.expm1(later)
         return np.where(s < self._start, 1.0, masses)
 
+    @cached_property
+    def updates(self) -> tuple[FloatArray, FloatArray]:
+        """The decay of each update, and the share of the average after it that is left in this one;
+        without updates of which nothing is left: shape [updates] each."""
+        left = self._logs[1:] - self._logs[-1]
+        numbers = 1 + np.flatnonzero(left < _FORGOTTEN)
+        return self.rule.at(numbers.astype(np.float64)), np.exp(-left[numbers - 1])
+
     @property
     def others(self) -> tuple[OrdinaryEMA, OrdinaryEMA]:
         """The averages with a longer time constant and a later start, by their uncertainties;

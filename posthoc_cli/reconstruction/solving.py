@@ -279,6 +279,9 @@ class _Solver:
         if other is not None:
             apart = problem.apart(target, other)
             squares = np.append(squares, apart)
+        if problem.prior.lasting is not None:
+            lasting = coefficients @ problem.prior.lasting
+            squares = np.append(squares, lasting**2)
         predicted = problem.relative(squares, coefficients, goal)
         return _Solution(coefficients, profile_error, predicted)
 

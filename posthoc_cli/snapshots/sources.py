@@ -395,7 +395,8 @@ def counted(
 #
 # The sample is not verified, since a checksum covers a block, which would have to be read
 # completely. It is used for estimates only; a synthesis verifies what it reads. Memory: the samples
-# of one time and of the two newest earlier snapshots of each profile, 8 MB per snapshot.
+# of one time and of the two newest earlier snapshots of each profile, three of one profile alone, 8
+# MB per snapshot.
 
 MOST_ELEMENTS = 1_000_000
 RUN_ELEMENTS = 1_024
@@ -541,7 +542,7 @@ class _Sampling:
         self._moved: npt.NDArray[np.bool_] | bool = False
         # by the id of the source: the squared norm of each tensor, the rounding, and the distances
         self._measured: dict[int, tuple[FloatArray, float, list[Distance]]] = {}
-        # of each kind the averages of the two newest times
+        # of each kind the averages of the two newest times, of one alone of three
         self._newest: dict[tuple[float, bool], list[_Sample]] = defaultdict(list)
         self._steps: dict[tuple[float, bool], list[_Step]] = defaultdict(list)
 
@@ -552,23 +553,26 @@ class _Sampling:
         for sample in samples:
             recent.append(_recent_motion(sample, self._newest[_kind(sample.source)]))
         for kind in sorted(self._newest):
-            earlier += self._newest[kind]
-        is_clear = any(motion.squared > _CLEAR * motion.rounding for motion in recent if motion)
+            earlier += self._newest[kind][-2:]
+        is_clear = any(one.squared > _CLEAR * one.rounding for motion in recent for one in motion)
         for sample, motion in zip(samples, recent, strict=True):
-            distances = []
-            if motion:
-                distances.append(motion)
+            distances = [*motion]
             if not (motion and is_clear):
                 beside = [other for other in samples if other is not sample]
                 distances += map(sample.distance, beside + earlier)
             squares = self._squares(sample)
             self._measured[id(sample.source)] = squares, sample.rounding, distances
+        self._keep(samples)
+
+    def _keep(self, samples: Sequence[_Sample]) -> None:
+        # Means of two intervals before tell noise from a walk, as weights beside an average do.
+        most = 3 if len(samples) == 1 else 2
         for sample in samples:
             kind = _kind(sample.source)
             before = self._newest[kind]
             if before:
-                self._steps[kind].append(_step(sample, before))
-            self._newest[kind] = [*before, sample][-2:]
+                self._steps[kind].append(_step(sample, before[-2:]))
+            self._newest[kind] = [*before, sample][-most:]
 
     def _squares(self, sample: _Sample) -> FloatArray:
         """Return the squared norm of each tensor, and note which have moved."""
@@ -765,53 +769,84 @@ _NONE = 1e-9  # shares of mass below this count as 0
 _CLEAR = 2.0  # a squared distance must be this many times its expected rounding to show motion
 
 
-def _recent_motion(sample: _Sample, before: Sequence[_Sample]) -> Distance | None:
-    """Return an average's distance from what it would be if the weights had not moved between its
-    last two intervals.
+def _recent_motion(sample: _Sample, before: Sequence[_Sample]) -> list[Distance]:
+    """Return an average's distances from what it would be if the weights since the last one were as
+    in an earlier interval: of one and of two intervals before.
 
-    Of three successive averages a, b, c of one kind, c consists of b with a share k and of the mean
-    of the weights since, m_c = (c - k b) / (1 - k); b and a determine m_b in the same way. With m_b
+    Of successive averages a, b, c of one kind, c consists of b with a share k and of the mean of
+    the weights since, m_c = (c - k b) / (1 - k); b and a determine m_b in the same way. With m_b
     in place of m_c, c would be k b + (1 - k) m_b, which is also an average of known profile. Its
     distance from c is (1 - k) |m_c - m_b|, which only the motion in two intervals causes. The
     distance of a long average from b is caused by the motion of all training, from which the motion
     of late intervals was estimated up to five times too large if training slows down.
 
-    Returns None with fewer than two earlier averages, for power functions, and if c does not
+    Means of a walk are the further apart, the more intervals lie between them, and those of noise
+    are not.
+
+    Returns none with fewer than two earlier averages, for power functions, and if c does not
     continue b, or b not a.
     """
-    if len(before) < 2:
-        return None
-    sample_a, sample_b = before
-    a = sample_a.source.profile
-    b = sample_b.source.profile
-    c = sample.source.profile
-    if not (isinstance(a, Discrete) and isinstance(b, Discrete) and isinstance(c, Discrete)):
-        return None
-    share_of_a = _share(a, b)
-    share_of_b = _share(b, c)
-    if share_of_a is None or share_of_b is None:
-        return None
-    # c as it would be: this share of b, and the rest of a
-    share = share_of_b + (1 - share_of_b) / (1 - share_of_a)
-    rest = 1 - share
-    unmoved = share * sample_b.values + rest * sample_a.values
-    squared = sample.squared(sample.values - unmoved)
-    rounding = sample.rounding + share**2 * sample_b.rounding + rest**2 * sample_a.rounding
-    moving = max(sample.moving_share(sample_b), sample_b.moving_share(sample_a))
-    return Distance(_mixture(b, a, share), squared, moving * rounding)
+    profiles = [each.source.profile for each in (*before, sample)]
+    shares = [_share(*pair) for pair in pairwise(profiles)]
+    distances: list[Distance] = []
+    for index in range(len(shares) - 1):
+        since = [share for share in shares[index:] if share is not None]
+        if len(since) < len(shares) - index:
+            continue
+        share = since[0]
+        kept = since[-1]
+        taken = (1 - kept) / (1 - share)
+        coefficients = np.zeros(len(before))
+        coefficients[-1] = kept
+        coefficients[index : index + 2] += -share * taken, taken
+        unmoved = _Mixture(tuple(profiles[:-1]), coefficients)
+        distances.append(_distance(sample, before, unmoved))
+    return distances
 
 
-def _mixture(later: Discrete, earlier: Discrete, share: float) -> Discrete:
-    """Return the profile of `share` of an average, and the rest of an earlier one."""
-    of_later = share * later.tail(later.times)
-    of_earlier = (1 - share) * earlier.tail(later.times)
-    steps = np.diff(of_later + of_earlier, prepend=1.0)
-    masses = np.maximum(-steps, 0.0)
-    return Discrete(later.times, masses, later.t)
+def _distance(sample: _Sample, before: Sequence[_Sample], mixture: _Mixture) -> Distance:
+    """Return the distance of a sample from a mixture of those before it."""
+    difference = sample.values.copy()
+    rounding = sample.rounding
+    used = [sample]
+    for coefficient, each in zip(mixture.coefficients.tolist(), before, strict=True):
+        if coefficient:
+            difference -= coefficient * each.values
+            rounding += coefficient**2 * each.rounding
+            used.insert(-1, each)
+    moving = max(later.moving_share(earlier) for earlier, later in pairwise(used))
+    is_far = len(used) == 4
+    return Distance(mixture, sample.squared(difference), moving * rounding, is_far)
 
 
-def _share(earlier: Discrete, later: Discrete) -> float | None:
+@dataclass(frozen=True, eq=False)
+class _Mixture:
+    """The profile of a sum of averages with these coefficients, the last of which is the newest.
+
+    Its tails are exact at any time, as theirs are, so that their common part cancels: of an average
+    whose decay rises to 1 a late interval has less mass than any early update.
+    """
+
+    averages: Sequence[Any]
+    coefficients: FloatArray
+
+    @property
+    def t(self) -> float:
+        return float(self.averages[-1].t)
+
+    @property
+    def jumps(self) -> FloatArray:
+        return np.asarray(self.averages[-1].jumps)
+
+    def tail(self, s: npt.ArrayLike) -> FloatArray:
+        tails = [average.tail(s) for average in self.averages]
+        return np.tensordot(self.coefficients, tails, 1)
+
+
+def _share(earlier: StoredProfile, later: StoredProfile) -> float | None:
     """Return the share of an average in a later one; None if that does not continue it."""
+    if not (isinstance(earlier, Discrete) and isinstance(later, Discrete)):
+        return None
     share = 1 - float(later.tail(earlier.t))
     if not _NONE < share < 1 - _NONE:
         return None
