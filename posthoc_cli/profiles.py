@@ -497,8 +497,8 @@ class DecayRule:
 
     def progress(self, n: FloatArray) -> FloatArray:
         """Return the share of a schedule that has passed before the n-th update."""
-        made = n - 1 + self.before
-        return np.minimum(made / self.steps, 1.0)
+        updates = n - 1 + self.before
+        return np.minimum(updates / self.steps, 1.0)
 
     def at(self, updates: FloatArray) -> FloatArray:
         """Return the share of the previous average that updates keep, by their numbers from 1:

@@ -101,7 +101,11 @@ def trainer(folder: Path, step: int) -> None:
     (folder / "trainer_state.json").write_text(state)
 
 
-def distributed(folder: Path, content: Mapping[str, object], in_chunks: bool = False) -> None:
+def distributed(
+    folder: Path,
+    content: Mapping[str, object],
+    in_chunks: bool = False,
+) -> None:
     """Write a folder of torch.distributed.checkpoint, by one process; `in_chunks` as safetensors
     files of chunks."""
     place = {"checkpoint_id": str(folder)}

@@ -65,7 +65,10 @@ def _is_text(node: ast.AST) -> bool:
     return isinstance(node, ast.Constant) and isinstance(node.value, str | bytes)
 
 
-def _size(node: ast.AST, kinds: type | tuple[type, ...]) -> int:
+def _size(
+    node: ast.AST,
+    kinds: type | tuple[type, ...],
+) -> int:
     return sum(isinstance(each, kinds) for each in ast.walk(node))
 
 

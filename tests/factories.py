@@ -215,7 +215,11 @@ def split_snapshot(
     return file.parent
 
 
-def part_of(info: Snapshot, chunks: Mapping[str, Chunk], part: tuple[int, int]) -> Snapshot:
+def part_of(
+    info: Snapshot,
+    chunks: Mapping[str, Chunk],
+    part: tuple[int, int],
+) -> Snapshot:
     """Return the header of a part, its number and the count, that holds these chunks."""
     _, count = part
     return replace(
@@ -240,7 +244,10 @@ def without_measurements(info: Snapshot) -> Snapshot:
     return replace(info, sketch=encode_path(path._replace(sketch=still)))
 
 
-def cut(value: torch.Tensor, grid: tuple[int, ...]) -> list[tuple[tuple[int, ...], torch.Tensor]]:
+def cut(
+    value: torch.Tensor,
+    grid: tuple[int, ...],
+) -> list[tuple[tuple[int, ...], torch.Tensor]]:
     """Return the cells of a grid that have elements, each with the position of its first
     element."""
     whole = ((0,) * value.dim(), value)

@@ -109,7 +109,11 @@ def check_group(code: str, ranks: int, folder: Path, *arguments: object) -> list
 
 
 @contextmanager
-def joined(rank: int, world: int, meeting: str) -> Iterator[tuple[int, int]]:
+def joined(
+    rank: int,
+    world: int,
+    meeting: str,
+) -> Iterator[tuple[int, int]]:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
     try:
@@ -263,13 +267,19 @@ def held(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: own_part(tensor).clone() for name, tensor in _tensors(model).items()}
 
 
-def equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+def equal(
+    one: Mapping[str, torch.Tensor],
+    other: Mapping[str, torch.Tensor],
+) -> bool:
     if one.keys() != other.keys():
         return False
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-def filled(model: nn.Module, complete: Mapping[str, torch.Tensor]) -> bool:
+def filled(
+    model: nn.Module,
+    complete: Mapping[str, torch.Tensor],
+) -> bool:
     tensors = _tensors(model)
     for name, value in complete.items():
         tensor = tensors[name]
@@ -289,7 +299,10 @@ def close(model: nn.Module, path: Path, tolerance: float = 1e-6) -> None:
         assert torch.allclose(found, wanted, rtol=tolerance, atol=tolerance), name
 
 
-def refused(work: Callable[[], object], kind: type[Exception] = PostHocError) -> None:
+def refused(
+    work: Callable[[], object],
+    kind: type[Exception] = PostHocError,
+) -> None:
     try:
         work()
     except kind as error:

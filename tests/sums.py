@@ -24,7 +24,10 @@ def _loaded(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
-def exact_sums(plan: Plan, name: str) -> tuple[np.ndarray, np.ndarray]:
+def exact_sums(
+    plan: Plan,
+    name: str,
+) -> tuple[np.ndarray, np.ndarray]:
     """For each target, sum_i c_i x_i and sum_i |c_i x_i| in float64, over the stored values x_i."""
     stored = []
     for source in plan.sources:

@@ -34,7 +34,11 @@ from posthoc_cli.reconstruction import (
 )
 
 
-def kept(snapshots: list[PowerFunction], prior: Prior, keep: int) -> list[PowerFunction]:
+def kept(
+    snapshots: list[PowerFunction],
+    prior: Prior,
+    keep: int,
+) -> list[PowerFunction]:
     dropped = snapshots_to_drop(snapshots, prior, keep)
     assert len(set(dropped)) == len(dropped)
     return [p for index, p in enumerate(snapshots) if index not in dropped]

@@ -82,7 +82,11 @@ def named(vector: np.ndarray, dtype: torch.dtype = torch.float32) -> Weights:
 def by(decay: Callable[[int], float]) -> Average:
     """Return an EMA whose n-th update keeps decay(n)."""
 
-    def update(step: int, average: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    def update(
+        step: int,
+        average: np.ndarray,
+        weights: np.ndarray,
+    ) -> np.ndarray:
         kept = decay(step)
         return kept * average + (1 - kept) * weights
 
@@ -107,7 +111,11 @@ def follow(update: Average, weights: np.ndarray | None = None) -> np.ndarray:
     return np.array(averages[1:])
 
 
-def timm(step: int, weights: Weights, average: Weights) -> dict[str, Any]:
+def timm(
+    step: int,
+    weights: Weights,
+    average: Weights,
+) -> dict[str, Any]:
     return {"state_dict": weights, "state_dict_ema": average, "step": step}
 
 

@@ -31,7 +31,11 @@ def recorded(model: nn.Module) -> dict[str, torch.Tensor]:
     return weights
 
 
-def exact(history: Recorded, sigma_rel: float, every: int = 1) -> dict[str, torch.Tensor]:
+def exact(
+    history: Recorded,
+    sigma_rel: float,
+    every: int = 1,
+) -> dict[str, torch.Tensor]:
     """Return the power-function average: an update at t has the profile's mass since the last
     update."""
     times = range(every, len(history) + 1, every)
@@ -43,7 +47,10 @@ def exact(history: Recorded, sigma_rel: float, every: int = 1) -> dict[str, torc
     return averages
 
 
-def distance(found: Mapping[str, torch.Tensor], truth: Mapping[str, torch.Tensor]) -> float:
+def distance(
+    found: Mapping[str, torch.Tensor],
+    truth: Mapping[str, torch.Tensor],
+) -> float:
     """Return the relative L2 distance of weights from the exact ones, over all tensors of those."""
     off = 0.0
     norm = 0.0

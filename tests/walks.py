@@ -33,7 +33,11 @@ def new_net() -> Net:
     return Net()
 
 
-def walk(net: nn.Module, steps: int = STEPS, rate: float = 0.004) -> Iterator[int]:
+def walk(
+    net: nn.Module,
+    steps: int = STEPS,
+    rate: float = 0.004,
+) -> Iterator[int]:
     """Move the trained parameters of a model at random, and yield the number of each step."""
     generator = torch.Generator().manual_seed(1)
     for step in range(1, steps + 1):

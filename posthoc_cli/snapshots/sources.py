@@ -593,17 +593,17 @@ class _Sampling:
         for steps in self._steps.values():
             _warn_of_two_trainings(steps)
         moving = self._moved if np.any(self._moved) else ...  # all if none moves
-        found = list[Measurements | None]()
+        measurements = list[Measurements | None]()
         sums = list[float]()
         for source in sources:
             squares, rounding, distances = self._measured[id(source)]
             norm = float(squares[moving].sum())
-            found.append(Measurements(norm, rounding, tuple(distances)))
+            measurements.append(Measurements(norm, rounding, tuple(distances)))
             sums.append(norm)
             sums += [distance.squared for distance in distances]
         if not np.isfinite(sums).all():
             return [None] * len(sources)
-        return found
+        return measurements
 
 
 # --- files of two trainings in one folder
@@ -751,12 +751,12 @@ def _read(source: Source, ranges: Sequence[ElementRange]) -> _Sample:
                     f"tensor {name!r}: holds nan or infinity",
                     "an import leaves out a mask or the like by `exclude`",
                 )
-            place = slice(at, at + part.size)
-            values[place] = part
+            elements = slice(at, at + part.size)
+            values[elements] = part
             stored = source.entries[name].dtype
             expected = expected_roundings(part, stored, source.tensors[name].dtype)
             if expected.any():
-                roundings[place] = expected
+                roundings[elements] = expected
             at += part.size
     total = sum(source.entries[name].size for name in source.averages)
     scale = total / max(values.size, 1)

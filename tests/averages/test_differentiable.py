@@ -59,7 +59,11 @@ def make(mode: str) -> DifferentiableEMA:
     return DifferentiableEMA(ROWS, DECAY, mode, window, dtype=torch.float64)
 
 
-def take(ema: DifferentiableEMA, value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def take(
+    ema: DifferentiableEMA,
+    value: torch.Tensor,
+    weight: torch.Tensor,
+) -> torch.Tensor:
     """Call the module; pass the leaf in the mode that needs it."""
     if ema.mode == "carried":
         return ema(value, leaves=[weight])

@@ -28,13 +28,22 @@ def batches(count: int, rows: int) -> list[Batch]:
     return found
 
 
-def feed(stats: EMAStats, data: list[Batch], dtype: torch.dtype = torch.float32) -> EMAStats:
+def feed(
+    stats: EMAStats,
+    data: list[Batch],
+    dtype: torch.dtype = torch.float32,
+) -> EMAStats:
     for x, y in data:
         stats(torch.tensor(x, dtype=dtype), torch.tensor(y, dtype=dtype))
     return stats
 
 
-def check(stats: EMAStats, data: list[Batch], running_mean: bool, within: float) -> None:
+def check(
+    stats: EMAStats,
+    data: list[Batch],
+    running_mean: bool,
+    within: float,
+) -> None:
     """Compare with the statistics by definition."""
     momentum = stats.momentum
     state = {}

@@ -23,7 +23,11 @@ def numbers(tensor: torch.Tensor) -> FloatArray:
     return tensor.detach().double().numpy().copy()
 
 
-def random_steps(model: nn.Module, steps: int, seed: int = 1) -> Iterator[int]:
+def random_steps(
+    model: nn.Module,
+    steps: int,
+    seed: int = 1,
+) -> Iterator[int]:
     """Move every floating-point tensor and count every integer up, as a training would; yield each
     step."""
     torch.manual_seed(seed)

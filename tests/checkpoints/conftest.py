@@ -30,7 +30,10 @@ def run(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def write(tmp_path: Path, weights: dict[int, Weights]) -> Callable[[str], Path]:
+def write(
+    tmp_path: Path,
+    weights: dict[int, Weights],
+) -> Callable[[str], Path]:
     """Return a function that writes all steps in a layout, and returns the folder."""
 
     def make(layout: str) -> Path:

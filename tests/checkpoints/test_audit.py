@@ -71,7 +71,12 @@ def two_stuck(step, average, weights):
     return updated
 
 
-def audited(folder: Path, weights: np.ndarray, update: Average, claimed=None) -> Audit:
+def audited(
+    folder: Path,
+    weights: np.ndarray,
+    update: Average,
+    claimed=None,
+) -> Audit:
     """Return the audit of a training's only average."""
     run = Run(write(folder, weights, update))
     (found,) = run.audit(claimed)

@@ -389,7 +389,11 @@ def test_chunks_make_a_complete_tensor_of_one_dtype(offset, dtype, problem, tmp_
     assert bool(problem) == bool(message)
 
 
-def save_chunk(file: Path, offset: list[int], dtype: torch.dtype) -> None:
+def save_chunk(
+    file: Path,
+    offset: list[int],
+    dtype: torch.dtype,
+) -> None:
     file.parent.mkdir(exist_ok=True)
     info = json.dumps({"w": {"saved_offsets": offset}})
     save_file({"w": torch.ones(3, dtype=dtype)}, file, {"DCP_SHARDING_INFO": info})
@@ -459,7 +463,11 @@ def members_of(path: Path) -> dict[str, bytes]:
         return {name: archive.read(name) for name in archive.namelist()}
 
 
-def read_archive(path: Path, members: dict[str, bytes], compression: int = 0) -> str:
+def read_archive(
+    path: Path,
+    members: dict[str, bytes],
+    compression: int = 0,
+) -> str:
     with zipfile.ZipFile(path, "w", compression) as archive:
         for name, data in members.items():
             archive.writestr(name, data)

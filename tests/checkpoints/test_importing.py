@@ -257,7 +257,10 @@ def listed(place: str) -> dict[str, Any]:
 FIRST = "../ck/step1.pt"
 
 
-def first(kind: Any = "checkpoints", step: Any = 1) -> dict[str, Any]:
+def first(
+    kind: Any = "checkpoints",
+    step: Any = 1,
+) -> dict[str, Any]:
     return {"checkpoints": [[FIRST, kind, step]]}
 
 

@@ -56,7 +56,11 @@ PLACES = [
 """Keys and prefixes of the weights and of their average, and the prefix of names in both."""
 
 
-def at_places(save: Save, weights_place: str, average_place: str) -> dict[str, Any]:
+def at_places(
+    save: Save,
+    weights_place: str,
+    average_place: str,
+) -> dict[str, Any]:
     """Return a content with an optimizer, which only its form shows."""
     content = {
         "adam": OPTIMIZER,

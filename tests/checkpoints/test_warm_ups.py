@@ -32,7 +32,10 @@ from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import Point
 
 
-def again(decay: Callable[[int], float], begin: int = 850) -> Average:
+def again(
+    decay: Callable[[int], float],
+    begin: int = 850,
+) -> Average:
     """Return an EMA that restarts from the weights at a step, and then counts its updates from
     0."""
 
@@ -144,7 +147,11 @@ def test_a_start_after_the_last_file_is_refused(files):
         import_checkpoints(files, None, dry_run=True, **settings)
 
 
-def of_power(folder: Path, exponent: float, weights: np.ndarray) -> tuple[Path, float]:
+def of_power(
+    folder: Path,
+    exponent: float,
+    weights: np.ndarray,
+) -> tuple[Path, float]:
     """Write averages whose n-th update keeps (1 - 1/n)^exponent; return their folder and width."""
     write(folder, weights, by(lambda n: (1 - 1 / n) ** exponent))
     variance = exponent / ((exponent + 1) ** 2 * (exponent + 2))
@@ -204,7 +211,11 @@ def persistent(vector: np.ndarray) -> torch.nn.Module:
     return net
 
 
-def edm(folder: Path, library: str = "edm", decay: Callable[[int], float] = half_life) -> Path:
+def edm(
+    folder: Path,
+    library: str = "edm",
+    decay: Callable[[int], float] = half_life,
+) -> Path:
     """Write files in these trainings' format: pickles of objects with their source, named by
     thousands of images."""
     folder.mkdir()

@@ -7,7 +7,10 @@ import torch
 from posthoc_cli import Beta, PostHocEMA, Run, Window, synthesize
 
 
-def train(model: torch.nn.Module, directory: Path) -> dict[str, torch.Tensor]:
+def train(
+    model: torch.nn.Module,
+    directory: Path,
+) -> dict[str, torch.Tensor]:
     ema = PostHocEMA.from_model(
         model, directory, sigma_rels=(0.05, 0.28), update_every=1, resume="auto"
     )

@@ -52,7 +52,12 @@ def task() -> tuple[Path, str, bool]:
     return Path(folder), kind, resumes == "True"
 
 
-def train(program: str, folder: Path, kind: str, resumes: bool) -> list[int]:
+def train(
+    program: str,
+    folder: Path,
+    kind: str,
+    resumes: bool,
+) -> list[int]:
     """Run a module of this folder, "alone" or in two processes that are replicas ("ddp") or have a
     "sharded" model. It kills itself unless it resumes.
 

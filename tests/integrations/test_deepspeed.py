@@ -62,7 +62,12 @@ ema.close()
 """
 
 
-def train(folder: Path, stage: int, resumes: int = 0, killed_at: int = -1) -> list[int]:
+def train(
+    folder: Path,
+    stage: int,
+    resumes: int = 0,
+    killed_at: int = -1,
+) -> list[int]:
     return exit_codes_of_two(PROGRAM, folder, stage, resumes, killed_at, DS_ACCELERATOR="cpu")
 
 

@@ -19,7 +19,11 @@ for _framework, _code in BLOCK.findall(GUIDE.read_text()):
     EXAMPLES[_framework] += _code
 
 
-def train_step(model: torch.nn.Module, batch: Any, optimizer: torch.optim.Optimizer) -> None:
+def train_step(
+    model: torch.nn.Module,
+    batch: Any,
+    optimizer: torch.optim.Optimizer,
+) -> None:
     output = model(batch, 1).sample if hasattr(model, "config") else model(batch)
     output.square().mean().backward()
     optimizer.step()

@@ -133,7 +133,11 @@ def test_accumulation_and_a_stride(tmp_path: Path) -> None:
 
 
 class AtEpochEnds(PostHocWeightAveraging):
-    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+    def should_update(
+        self,
+        step_idx: int | None = None,
+        epoch_idx: int | None = None,
+    ) -> bool:
         return epoch_idx is not None
 
 
@@ -147,7 +151,11 @@ def test_updates_at_the_ends_of_epochs(tmp_path: Path, expected: list[Any]) -> N
 
 
 class Always(PostHocWeightAveraging):
-    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+    def should_update(
+        self,
+        step_idx: int | None = None,
+        epoch_idx: int | None = None,
+    ) -> bool:
         return True
 
 

@@ -39,7 +39,11 @@ def even_motion(start: float, end: float, noise: float) -> Motion:
     return Motion(edges, walk=one, noise=noise * one)
 
 
-def prior_of(snapshots: Sequence[object], motion: Motion, rounding: Any = 0.0) -> Prior:
+def prior_of(
+    snapshots: Sequence[object],
+    motion: Motion,
+    rounding: Any = 0.0,
+) -> Prior:
     zeros = np.zeros(len(snapshots))
     return Prior(
         motion,

@@ -274,7 +274,12 @@ SNAPSHOTS = power_functions(range(30, T + 1, 30))
 TARGETS = power_functions(T, (0.03, 0.08, 0.15, 0.28))
 
 
-def prior_of(path: FloatArray, length: int, walk: float, rounding: FloatArray | float) -> Prior:
+def prior_of(
+    path: FloatArray,
+    length: int,
+    walk: float,
+    rounding: FloatArray | float,
+) -> Prior:
     """Return the prior of snapshots whose motion by their distances is `walk`; `rounding` is
     relative to squares."""
     stored = averages(path, SNAPSHOTS)
@@ -416,13 +421,17 @@ def test_later_averages_contain_what_earlier_ones_rounded_off(tmp_path):
         weights = load_file(source.files[0].path)["weight"].double().numpy().ravel()
         exact = exact_weights(0.05, range(1, source.step + 1))
         errors.append(weights - exact @ path.astype(np.float32)[: source.step])
-    change = np.sum(np.diff(errors, axis=0) ** 2) / np.sum(np.square(errors))
+    squares = np.sum(np.square(errors))
+    changes = np.diff(errors, axis=0)
+    change = np.sum(changes**2) / squares
 
     prior = source_prior(sources)
     separate = prior.arithmetic.sum()
     common = np.sum(prior.shared**2)
-    between = np.sum(np.diff(prior.shared, axis=0) ** 2)
-    assert change == pytest.approx((2 * separate + between) / (separate + common), rel=0.25)
+    moves = np.diff(prior.shared, axis=0)
+    expected = 2 * separate + np.sum(moves**2)
+    expected /= separate + common
+    assert change == pytest.approx(expected, rel=0.25)
 
 
 UPDATES = 7201

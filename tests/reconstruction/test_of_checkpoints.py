@@ -43,7 +43,11 @@ def truth(path: FloatArray, width: float) -> FloatArray:
     return shares @ path[1:]
 
 
-def weights(path: FloatArray, step: int, dtype: torch.dtype = torch.float32) -> dict[str, object]:
+def weights(
+    path: FloatArray,
+    step: int,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, object]:
     values = torch.from_numpy(path[step])
     return {"model": {"w": values.to(dtype)}}
 
@@ -67,7 +71,11 @@ def save_weights(
     return folder
 
 
-def errors(run: Run, path: FloatArray, width: float) -> tuple[float, float]:
+def errors(
+    run: Run,
+    path: FloatArray,
+    width: float,
+) -> tuple[float, float]:
     """Return the actual and the predicted error of an average, relative to the truth."""
     made = run.average(width, dtype="float64")
     vector = made["w"].double().numpy()
@@ -260,7 +268,12 @@ Update = Callable[[int, torch.Tensor, torch.Tensor], object]
 """Changes an average at a step, by the weights after it."""
 
 
-def save_alone(folder: Path, path: FloatArray, update: Update, dtype: torch.dtype) -> None:
+def save_alone(
+    folder: Path,
+    path: FloatArray,
+    update: Update,
+    dtype: torch.dtype,
+) -> None:
     """Write files of an average of weights, kept in a dtype, and stored in float32."""
     average = torch.from_numpy(path[0]).to(dtype, copy=True)
     for step in range(1, STEPS + 1):

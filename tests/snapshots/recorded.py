@@ -25,7 +25,12 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(30, 20), nn.BatchNorm1d(20))
 
 
-def train(tracker: PostHocEMA, model: nn.Module, steps: int, scale: float = 0.1) -> None:
+def train(
+    tracker: PostHocEMA,
+    model: nn.Module,
+    steps: int,
+    scale: float = 0.1,
+) -> None:
     """Let the weights follow the same walk whenever they are trained."""
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
@@ -106,7 +111,10 @@ def used(source: Path, out: Path) -> Content:
     return {name: value.tolist() for name, value in load_file(out).items()}
 
 
-def small_snapshot(folder: Path, values: dict[str, torch.Tensor] = SMALL) -> Path:
+def small_snapshot(
+    folder: Path,
+    values: dict[str, torch.Tensor] = SMALL,
+) -> Path:
     """Write a snapshot with most of what a header can have; return its path, in `folder`/run."""
     means = np.array([[0.0, 0.0], [0.5, 0.25]])
     edges = np.array([1.0, 5.0, 10.0])

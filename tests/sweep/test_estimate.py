@@ -162,7 +162,14 @@ def test_the_shown_curve_ends_before_a_far_value_at_an_end():
 # --- the rounds of a search
 
 
-def search_of(value_of, axis=AXIS, budget=7, repeats=1, raw=False, repeats_known=True):
+def search_of(
+    value_of,
+    axis=AXIS,
+    budget=7,
+    repeats=1,
+    raw=False,
+    repeats_known=True,
+):
     """Return a search for the metric of each length, and its trials."""
     search = Search(
         report=SweepReport(axis=axis, metric="", minimize=True, settings={}),

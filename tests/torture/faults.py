@@ -275,7 +275,11 @@ class Disk(Watched):
     """The real file system without syncs, and what a crash would leave of all below `root`; it
     calls `after`."""
 
-    def __init__(self, root: Path, after: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        root: Path,
+        after: Callable[[str], None],
+    ) -> None:
         self._root = root
         self._after = after
         self._lock = threading.Lock()

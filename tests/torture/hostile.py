@@ -162,7 +162,13 @@ def all_meetings() -> list[tuple[str, str, str]]:
     return meetings
 
 
-def _meet(home: Path, place: str, thing: str, command: str, tally: Tally) -> None:
+def _meet(
+    home: Path,
+    place: str,
+    thing: str,
+    command: str,
+    tally: Tally,
+) -> None:
     path = home / place
     what = f"{thing} as {place}: {command}"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -117,7 +117,11 @@ def _end(processes: list[Forked], patience: float) -> list[int]:
     return [process.wait() for process in processes]
 
 
-def _missing(run: Path, sigma_rels: Sequence[float], steps: Iterable[int]) -> list[str]:
+def _missing(
+    run: Path,
+    sigma_rels: Sequence[float],
+    steps: Iterable[int],
+) -> list[str]:
     found = {(snapshot.step, snapshot.sigma_rel) for snapshot in snapshots_in(run)}
     missing = {*itertools.product(steps, sigma_rels)} - found
     return [f"sigma_rel {sigma_rel} at {step} is missing" for step, sigma_rel in sorted(missing)]

@@ -38,7 +38,12 @@ class Tally:
     executed: list[str] = field(default_factory=list)
 
     @contextmanager
-    def judged(self, what: str, named: str = "", refusable: bool = True) -> Iterator[None]:
+    def judged(
+        self,
+        what: str,
+        named: str = "",
+        refusable: bool = True,
+    ) -> Iterator[None]:
         """Require that the block ends without an error or with one short error that contains
         `named`."""
         try:
@@ -214,7 +219,12 @@ def wrong_output(path: Path) -> list[str]:
     return wrong
 
 
-def away(what: str, value: FloatArray, exact: FloatArray, most: float) -> list[str]:
+def away(
+    what: str,
+    value: FloatArray,
+    exact: FloatArray,
+    most: float,
+) -> list[str]:
     """Return a line if values differ by more than updates and sums in float32 can: a missing update
     shows."""
     distance = float(np.abs(value - exact).max() / np.abs(exact).max())

@@ -55,7 +55,11 @@ def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     yield from held(monkeypatch, files.system, "open_new")
 
 
-def held(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> Iterator[threading.Event]:
+def held(
+    monkeypatch: pytest.MonkeyPatch,
+    owner: Any,
+    name: str,
+) -> Iterator[threading.Event]:
     gate = threading.Event()
     real = getattr(owner, name)
 

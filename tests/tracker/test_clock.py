@@ -48,7 +48,11 @@ def track(folder: Path, times: np.ndarray, **settings: object) -> None:
             tracker.update_(model, t=t)
 
 
-def errors(folder: Path, target: Target, exact: np.ndarray) -> tuple[float, float]:
+def errors(
+    folder: Path,
+    target: Target,
+    exact: np.ndarray,
+) -> tuple[float, float]:
     """Return the relative distance of the synthesized weights, and the predicted one."""
     average = Run(folder).average(target)
     assert average.predicted_error is not None

@@ -24,7 +24,11 @@ def network() -> nn.Module:
     return nn.Sequential(*layers)
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 1) -> None:
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: int = 1,
+) -> None:
     for _ in range(steps):
         optimizer.zero_grad()
         x = torch.randn(8, 3)

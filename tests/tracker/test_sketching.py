@@ -163,7 +163,12 @@ def test_lengths_are_kept_whatever_the_direction(tmp_path: Path) -> None:
 # --- the measurements in a snapshot's header agree with a direct computation in float64
 
 
-def drift(tracker: PostHocEMA, model: nn.Module, steps: int, size: float = 0.1) -> None:
+def drift(
+    tracker: PostHocEMA,
+    model: nn.Module,
+    steps: int,
+    size: float = 0.1,
+) -> None:
     for _ in range(steps):
         for parameter in model.parameters():
             if parameter.requires_grad:

@@ -101,7 +101,11 @@ except PostHocError as error:
 """
 
 
-def stages(folder: Path, kind: str, late: bool = False) -> list[str]:
+def stages(
+    folder: Path,
+    kind: str,
+    late: bool = False,
+) -> list[str]:
     return check_group(PLAIN, 2, folder, kind, late)
 
 

@@ -27,7 +27,11 @@ from posthoc_cli.tracker.memory import Reader
 
 
 class Scalar(nn.Module):
-    def __init__(self, dtype: torch.dtype = torch.float64, size: int = 3) -> None:
+    def __init__(
+        self,
+        dtype: torch.dtype = torch.float64,
+        size: int = 3,
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(size, dtype=dtype))
 

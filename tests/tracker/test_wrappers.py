@@ -311,7 +311,13 @@ class Quantized(torch.Tensor):
         self.values = values.half()
 
     @classmethod
-    def __torch_dispatch__(cls, operation: Any, _types: Any, arguments: Any, _: Any = None) -> Any:
+    def __torch_dispatch__(
+        cls,
+        operation: Any,
+        _types: Any,
+        arguments: Any,
+        _: Any = None,
+    ) -> Any:
         if operation is torch.ops.aten.detach.default:
             return cls(arguments[0].values)
         raise NotImplementedError(f"{operation} is not implemented")
@@ -321,7 +327,13 @@ class Computed(Quantized):
     """Every other operation takes values that are computed for it, so that none changes them."""
 
     @classmethod
-    def __torch_dispatch__(cls, operation: Any, _types: Any, arguments: Any, _: Any = None) -> Any:
+    def __torch_dispatch__(
+        cls,
+        operation: Any,
+        _types: Any,
+        arguments: Any,
+        _: Any = None,
+    ) -> Any:
         if operation is torch.ops.aten.detach.default:
             return cls(arguments[0].values)
         values = [value.values.float() for value in arguments]
