@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, groupby, pairwise
+from itertools import accumulate, chain, groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
 
@@ -554,10 +554,11 @@ class _Sampling:
             recent.append(_recent_motion(sample, self._newest[_kind(sample.source)]))
         for kind in sorted(self._newest):
             earlier += self._newest[kind][-2:]
-        is_clear = any(one.squared > _CLEAR * one.rounding for motion in recent for one in motion)
-        for sample, motion in zip(samples, recent, strict=True):
-            distances = [*motion]
-            if not (motion and is_clear):
+        motions = chain.from_iterable(recent)
+        is_clear = any(motion.squared > _CLEAR * motion.rounding for motion in motions)
+        for sample, own in zip(samples, recent, strict=True):
+            distances = [*own]
+            if not (own and is_clear):
                 beside = [other for other in samples if other is not sample]
                 distances += map(sample.distance, beside + earlier)
             squares = self._squares(sample)
