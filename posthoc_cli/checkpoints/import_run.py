@@ -303,6 +303,25 @@ def _check_is_average(audit: Audit) -> None:
         raise InvalidValueError("average", audit.text, f"leave them out by `exclude`; {hint}")
 
 
+_WITHOUT = "without it the import finds the length"
+
+
+def _check_kind(checkpoints: Sequence[Checkpoint], given: ImportSettings) -> None:
+    """Raise an InvalidValueError if the files leave a given sigma_rel undetermined since they show
+    a decay."""
+    if len(given.sigma_rels) != 1:
+        return
+    without = replace(given, sigma_rels=())
+    unclaimed = [checkpoint.with_settings(without) for checkpoint in checkpoints]
+    try:
+        audit = _audit(unclaimed, without)
+    except InvalidValueError:
+        return
+    if audit.what == "decay":
+        reason = f"does not fit the files: {audit.text}"
+        raise InvalidValueError("sigma_rels", reason, _WITHOUT, value=given.sigma_rels[0])
+
+
 def _check_decay(
     checkpoints: Sequence[Checkpoint],
     given: ImportSettings,
@@ -329,8 +348,12 @@ def _check_decay(
             if warm_up:
                 reason = "does not fit the files without the warm-up that they show"
                 hint = f"add `ema_warmup` {warm_up}"
-            raise InvalidValueError("ema_decay", reason, hint, value=audit.claimed)
+            if given.sigma_rels:
+                hint = _WITHOUT
+            claimed = f"{audit.claimed:.12g}"
+            raise InvalidValueError(name, reason, hint, value=claimed)
         if audit.verdict == "undetermined":
+            _check_kind(checkpoints, given)
             reason = "is taken as given, and could not be checked: predicted errors hold if it"
             log.warning("%s %s is right: %s", name, reason, audit.text)
             doubt = min(audit.difference, 3.0)

@@ -207,6 +207,14 @@ def test_a_base_that_is_wrong_does_not_fit(files, run):
         import_checkpoints(files, run, ema_warmup="cosine:0.9")
 
 
+@pytest.mark.parametrize("given", [0.1, 0.02])
+def test_a_width_that_files_refute_by_a_decay_or_another_width_is_named(given, files, run):
+    saved(files, constant)
+    pattern = rf"sigma_rels {given}: does not fit the files: .*; without it the import finds"
+    with pytest.raises(InvalidValueError, match=pattern):
+        import_checkpoints(files, run, sigma_rels=(given,))
+
+
 @pytest.mark.parametrize("decay", [unbiased, cosine])
 def test_a_rule_that_nobody_says_is_found(decay, files, run):
     saved(files, decay)
