@@ -322,6 +322,28 @@ def _check_kind(checkpoints: Sequence[Checkpoint], given: ImportSettings) -> Non
         raise InvalidValueError("sigma_rels", reason, _WITHOUT, value=given.sigma_rels[0])
 
 
+def _misfit(
+    audit: Audit,
+    checkpoints: Sequence[Checkpoint],
+    given: ImportSettings,
+) -> InvalidValueError:
+    """Return the error that names the setting which an audit refutes."""
+    reason = f"does not fit the files: {audit.text}"
+    if given.warm_up_row.is_schedule:
+        return InvalidValueError("ema_warmup", reason, value=given.ema_warmup)
+    claimed = f"{audit.claimed:.12g}"
+    if given.sigma_rels:
+        return InvalidValueError("sigma_rels", reason, _WITHOUT, value=claimed)
+    hint = "`ema_decay` and `ema_warmup` of an import together replace what files say"
+    warm_up = ""
+    if given.ema_warmup is None:
+        warm_up = _fitting_warm_up(checkpoints, given)
+    if warm_up:
+        reason = "does not fit the files without the warm-up that they show"
+        hint = f"add `ema_warmup` {warm_up}"
+    return InvalidValueError("ema_decay", reason, hint, value=claimed)
+
+
 def _check_decay(
     checkpoints: Sequence[Checkpoint],
     given: ImportSettings,
@@ -338,20 +360,7 @@ def _check_decay(
     for audit in audits_of(checkpoints):
         _check_is_average(audit)
         if audit.is_bad:
-            reason = f"does not fit the files: {audit.text}"
-            if given.warm_up_row.is_schedule:
-                raise InvalidValueError("ema_warmup", reason, value=given.ema_warmup)
-            hint = "`ema_decay` and `ema_warmup` of an import together replace what files say"
-            warm_up = ""
-            if given.ema_warmup is None:
-                warm_up = _fitting_warm_up(checkpoints, given)
-            if warm_up:
-                reason = "does not fit the files without the warm-up that they show"
-                hint = f"add `ema_warmup` {warm_up}"
-            if given.sigma_rels:
-                hint = _WITHOUT
-            claimed = f"{audit.claimed:.12g}"
-            raise InvalidValueError(name, reason, hint, value=claimed)
+            raise _misfit(audit, checkpoints, given)
         if audit.verdict == "undetermined":
             _check_kind(checkpoints, given)
             reason = "is taken as given, and could not be checked: predicted errors hold if it"
