@@ -118,7 +118,8 @@ def draw() -> Figure:
     error, published, _, predicted = measure(run, [tracking], wanted)
     figure = Figure(figsize=(8, 4.6), dpi=150, layout="constrained", facecolor="white")
     axes = figure.add_subplot()
-    axes.set_title(f"tracked (0.05, 0.28): {RUNS[0]}, {STEPS:,} steps", fontsize=11)
+    title = f"20 float16 snapshots of 0.05 and 0.28: {RUNS[0]}, {STEPS:,} steps"
+    axes.set_title(title, fontsize=11)
     line = partial(axes.plot, linewidth=1.8)
     axes.set_prop_cycle(color=COLOURS[:4], linestyle=STYLES)
     line(widths, error, label="posthoc_cli")
