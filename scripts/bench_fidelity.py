@@ -118,8 +118,6 @@ def draw() -> Figure:
     error, published, _, predicted = measure(run, [tracking], wanted)
     figure = Figure(figsize=(8, 4.6), dpi=150, layout="constrained", facecolor="white")
     axes = figure.add_subplot()
-    title = f"20 float16 snapshots of 0.05 and 0.28: {RUNS[0]}, {STEPS:,} steps"
-    axes.set_title(title, fontsize=11)
     line = partial(axes.plot, linewidth=1.8)
     axes.set_prop_cycle(color=COLOURS[:4], linestyle=STYLES)
     line(widths, error, label="posthoc_cli")
@@ -131,12 +129,15 @@ def draw() -> Figure:
     line(widths[::6], distances(rounded, few), label=label)
     line(widths, predicted, label="what posthoc_cli predicts")
     axes.legend(fontsize=8, framealpha=0.9)
-    _set_scales(axes)
+    _set_labels(axes)
     return figure
 
 
-def _set_scales(axes: Axes) -> None:
-    """Make both axes logarithmic, with a tick for each width that people know."""
+def _set_labels(axes: Axes) -> None:
+    """Say what is drawn; make both axes logarithmic, with a tick for each width that people
+    know."""
+    title = f"20 float16 snapshots of 0.05 and 0.28: {RUNS[0]}, {STEPS:,} steps"
+    axes.set_title(title, fontsize=11)
     ticks = (0.02, 0.03, 0.05, 0.07, 0.10, 0.15, 0.20, 0.28)
     axes.set_xscale("log")
     axes.set_yscale("log")
