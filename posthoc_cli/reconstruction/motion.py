@@ -163,12 +163,14 @@ class Prior:
     def of(self, snapshots: Sequence[int]) -> Prior:
         """Return the prior of a subset of the snapshots, given by their indices."""
         index = np.asarray(snapshots, dtype=np.intp)
-        chosen: dict[str, FloatArray] = {}
-        for name in ("rounding", "arithmetic", "norm", "shared", "lasting"):
-            of_all = getattr(self, name)
-            if of_all is not None:
-                chosen[name] = of_all[index]
-        return replace(self, **chosen)  # type: ignore[arg-type]  # of a name in a table
+        return replace(
+            self,
+            rounding=self.rounding[index],
+            arithmetic=self.arithmetic[index],
+            norm=self.norm[index],
+            shared=None if self.shared is None else self.shared[index],
+            lasting=None if self.lasting is None else self.lasting[index],
+        )
 
 
 def assumed_prior(

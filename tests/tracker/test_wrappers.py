@@ -320,22 +320,18 @@ class Quantized(torch.Tensor):
     ) -> Any:
         if operation is torch.ops.aten.detach.default:
             return cls(arguments[0].values)
+        return cls.other(operation, arguments)
+
+    @staticmethod
+    def other(operation: Any, _arguments: Any) -> Any:
         raise NotImplementedError(f"{operation} is not implemented")
 
 
 class Computed(Quantized):
     """Every other operation takes values that are computed for it, so that none changes them."""
 
-    @classmethod
-    def __torch_dispatch__(
-        cls,
-        operation: Any,
-        _types: Any,
-        arguments: Any,
-        _: Any = None,
-    ) -> Any:
-        if operation is torch.ops.aten.detach.default:
-            return cls(arguments[0].values)
+    @staticmethod
+    def other(operation: Any, arguments: Any) -> Any:
         values = [value.values.float() for value in arguments]
         return operation(*values)
 
