@@ -635,13 +635,11 @@ def prune(
     after every remaining snapshot was read and verified, and never while a tracker writes to the
     directory; an interruption leaves a valid directory.
     """
-    from posthoc_cli.run import Run
-
     count = options.optional(options.parse_count, keep, "--keep", "20")
     can_ask = sys.stdin.isatty() and not as_json
     error = options.optional(options.parse_max_error, max_error)
     ends = options.parse_sigma_range(sigma_range)
-    run = Run(options.existing(directory, directory=True))
+    run = options.open_run(directory)
 
     def agree(planned: Pruning) -> bool:
         if not (yes or can_ask):
