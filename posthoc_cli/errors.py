@@ -5,9 +5,9 @@ Each error has the fields `subject` (the file, tensor, argument or method that i
 do). The message joins them in one line. `shown` escapes and shortens names and values that were
 read from files.
 
-An error has exit code 2, wrong usage, if another command line is the remedy: it asks for what one
-of its inputs, which is whole, does not offer. The code is 1 if an input is damaged, if inputs do
-not fit each other, if the name of an output is taken, and if a check or the system fails.
+An error has exit code 2, wrong usage, if another command line is the remedy: it asks for what an
+undamaged input does not offer. The code is 1 if an input is damaged, if inputs do not fit each
+other, if the name of an output is taken, and if a check or the system fails.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class FileFormatError(PostHocError):
 
 
 class UnsuitableError(FileFormatError):
-    """A file that is whole, and does not hold what the call asks for; other arguments would."""
+    """An undamaged file that does not hold what the call asks for; other arguments would help."""
 
     exit_code = 2
 

@@ -310,7 +310,7 @@ def _newest_steps(averages: Sequence[StoredAverage]) -> Steps | None:
 
 _NOISY = 0.5
 """Doubt that noise leaves, relative to a walk alone, below which averages of other libraries, one
-at a time and no weights beside them, show it. Of 20 motions with files 100 steps apart, noise that
+at a time and without weights, show it. Of 20 motions with files 100 steps apart, noise that
 forgets in 1 to 300 steps leaves 0 to 0.06, with a drift or of SGD about a minimum 0.12 to 0.23;
 walks leave 0.68 to 0.93, with noise beside them 0.51 to 0.67. Taken for a walk, noise of one step
 made errors 4.0 times the predicted ones, and 2.2 times so."""
@@ -331,9 +331,9 @@ def _fitted(
     # with noise in place of a walk, combinations were up to 28 times as far off.
     discrete = [profile.t for profile in profiles if isinstance(profile, Discrete)]
     has_weights = any(isinstance(profile, Point) for profile in profiles)
-    beside = discrete if has_weights else []
+    ordinary = discrete if has_weights else []
     near = [pair for pair in pairs if not pair[1].is_far]
-    motion, expected = fit_motion(start, times, near, steps, not discrete, beside)
+    motion, expected = fit_motion(start, times, near, steps, not discrete, ordinary)
     doubt = _doubt(near, expected)
     are_sampled = any(interval_of(profile) > 1 for profile in profiles)
     if len(near) < len(pairs) and not are_sampled:

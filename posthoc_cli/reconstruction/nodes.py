@@ -458,8 +458,8 @@ def relative_width(profile: Profile, t: float) -> float:
     start included."""
     # With F = 1 - tail, by partial integration the mean is t - integral F and the mean square t^2 -
     # 2 integral s F.
-    whole = np.array([0.0, t])
-    points = _resolving_points(profile, whole)
+    edges = np.array([0.0, t])
+    points = _resolving_points(profile, edges)
     below = 1 - profile.tail(points.s)
     weighted = below * points.weights
     mean = t - float(weighted.sum())

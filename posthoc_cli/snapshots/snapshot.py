@@ -169,14 +169,14 @@ def encode_path(path: PathSketch | None, exact: bool = False) -> str:
     if not (np.isfinite(means).all() and np.all(sketch.spread < _MOST)):
         return ""
     windows, numbers = means.shape
-    whole = windows if exact else 1
+    full = windows if exact else 1
     steps = np.diff(means.astype(np.float64), axis=0)
     factor = float(np.abs(steps).max(initial=0.0)) / _LARGEST or 1.0
-    moves = _moves(means[: windows - whole + 1] / factor)
+    moves = _moves(means[: windows - full + 1] / factor)
     clock = _own_clock(path)
-    parts = sketch.edges, sketch.folds, sketch.spread, factor, means[:whole], moves, clock
+    parts = sketch.edges, sketch.folds, sketch.spread, factor, means[:full], moves, clock
     counts = np.array([windows, numbers, 4 if exact else 2, path.projection], "<i8")
-    stored = np.array(parts, _layout(windows, numbers, whole, len(clock)))
+    stored = np.array(parts, _layout(windows, numbers, full, len(clock)))
     return base64.b64encode(counts.tobytes() + stored.tobytes()).decode()
 
 
@@ -202,18 +202,18 @@ def _moves(places: FloatArray) -> npt.NDArray[np.float16]:
 def _layout(
     windows: int,
     numbers: int,
-    whole: int,
+    full: int,
     clock: int,
 ) -> np.dtype[Any]:
-    """Return the layout of a sketch after its counts: whole means, and the moves from each to the
-    next, in units of `factor`; and so many steps."""
+    """Return the layout of a sketch after its counts: so many full means, the moves from each to
+    the next, in units of `factor`; and so many steps."""
     fields: list[Any] = [
         ("edges", "<f8", (windows + 1,)),
         ("folds", "<f8", (windows,)),
         ("spread", "<f8", (windows,)),
         ("factor", "<f8"),
-        ("means", "<f4", (whole, numbers)),
-        ("moves", "<f2", (windows - whole, numbers)),
+        ("means", "<f4", (full, numbers)),
+        ("moves", "<f2", (windows - full, numbers)),
         ("steps", "<f8", (clock,)),
     ]
     return np.dtype(fields)
@@ -281,9 +281,9 @@ def _checked_layout(data: bytes) -> tuple[int, int, np.dtype[Any]]:
         windows, numbers, size, projection = np.frombuffer(data[:_COUNTS_BYTES], "<i8").tolist()
         are_few = 0 < windows <= MOST_WINDOWS and 0 < numbers <= MOST_NUMBERS
         if are_few and size in (2, 4):
-            whole = windows if size == 4 else 1
+            full = windows if size == 4 else 1
             for clock in (0, windows):
-                layout = _layout(windows, numbers, whole, clock)
+                layout = _layout(windows, numbers, full, clock)
                 if len(data) == _COUNTS_BYTES + layout.itemsize:
                     return windows, projection, layout
     raise ValueError(_LIMITS)

@@ -224,8 +224,8 @@ class StoredTensors:
         entry = self.entries[name]
         count = end - begin
         data = np.empty(count * ITEM_BYTES[entry.dtype], np.uint8)
-        whole = Box.full(entry.shape)
-        self.read_box(name, whole, data.data, begin, verify=False)
+        box = Box.full(entry.shape)
+        self.read_box(name, box, data.data, begin, verify=False)
         return decode_values(data, entry.dtype)
 
 
@@ -456,7 +456,7 @@ def averages_of(sources: Sequence[Source]) -> list[StoredAverage]:
 # spacings: the mean squared motion of the rounded elements that are seen to move, in squared
 # spacings, and the chance E|d| - E(|d| - 1)+ that one is seen. The former is E|d| + 2 sum_k E(|d|
 # - k)+ divided by that chance; it is set above 1.0006 at 0.35 spacings, as where it is about 1 it
-# tells little.
+# says little.
 _MOTION = (1.0, 1.005, 1.065, 1.287, 1.848, 3.25, 5.18, 18.0, 67.5, 1037.0)
 _CHANCE = (0.0, 0.28, 0.39, 0.51, 0.631, 0.743, 0.805, 0.901, 0.95, 0.988)
 
@@ -559,14 +559,14 @@ class _Sampling:
         for sample, own in zip(samples, recent, strict=True):
             distances = [*own]
             if not (own and is_clear):
-                beside = [other for other in samples if other is not sample]
-                distances += map(sample.distance, beside + earlier)
+                others = [other for other in samples if other is not sample]
+                distances += map(sample.distance, others + earlier)
             squares = self._squares(sample)
             self._measured[id(sample.source)] = squares, sample.rounding, distances
         self._keep(samples)
 
     def _keep(self, samples: Sequence[_Sample]) -> None:
-        # Means of two intervals before tell noise from a walk, as weights beside an average do.
+        # Means of two intervals before distinguish noise from a walk, as an average's weights do.
         most = 3 if len(samples) == 1 else 2
         for sample in samples:
             kind = _kind(sample.source)
@@ -697,7 +697,7 @@ def expected_roundings(values: FloatArray, stored: str, own: str) -> FloatArray:
 
     Weights in half precision count as copies of a float32 training's. A training whose own weights
     are in half precision has exact ones, and an error below the predicted one: both have values of
-    this dtype, which move by whole spacings or not at all, so that no file tells them apart.
+    this dtype, which move by whole spacings or not at all, so that no file distinguishes them.
     """
     dtype = DTYPES[stored]
     if dtype.mantissa_bits >= DTYPES["F64" if own == "F64" else "F32"].mantissa_bits:
