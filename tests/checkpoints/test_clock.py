@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from saved import all_steps, asked, check_error, fault, read, times, write_each
+from saved import asked, check_error, fault, read, times, write_each
 from walks import EVERY, STEPS, Save
 
 from posthoc_cli import Run
@@ -26,7 +26,10 @@ BEST = [3, 7, 9, 20]
 def store(path: Path, **values: Any) -> None:
     """Write weights, and values beside them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    model = {"w": torch.rand(3), "b": torch.rand(2)}
+    model = {
+        "w": torch.rand(3),
+        "b": torch.rand(2),
+    }
     torch.save({"model": model, **values}, path)
 
 
@@ -140,14 +143,6 @@ def with_decay(save: Save) -> object:
     }
 
 
-def test_an_average_needs_the_steps_of_an_epoch(tmp_path):
-    write_each(tmp_path, "epoch_{save.epoch}.pt", with_decay)
-    assert asked(tmp_path).startswith("steps_per_epoch: must be given: decays are of")
-    assert steps_of(tmp_path, steps_per_epoch=EVERY) == sorted(2 * all_steps())
-    described = Run(tmp_path).info()["checkpoints"]
-    assert {one["holds"] for one in described} == {"weights"}
-
-
 def test_a_decay_and_numbers_that_may_be_epochs(tmp_path, caplog):
     """Of kept best epochs the averages are left out, and an import sees that the decay does not
     fit; with the steps of an epoch it does."""
@@ -259,6 +254,7 @@ def test_the_number_of_an_experiment_is_none_of_its_files(tmp_path, caplog):
         ("n_iter", "steps"),
         ("it", "steps"),
         ("num_updates", "steps"),
+        ("batch_idx_train", "steps"),  # as of icefall
     ],
 )
 def test_a_number_in_the_contents_alone(key, unit, tmp_path):
@@ -366,8 +362,7 @@ def test_an_epoch_that_begins_anew_at_a_resume_changes_no_step_of_all(tmp_path):
     assert steps_of(tmp_path) == [*WITHIN]
 
 
-@pytest.mark.parametrize("key", ["step", "iteration"])
-def test_steps_go_on_where_epochs_begin_anew_at_a_resume(key, tmp_path):
+def test_steps_go_on_where_epochs_begin_anew_at_a_resume(tmp_path):
     """Names by the epoch may mean either."""
     epochs = {
         60: 1,
@@ -379,7 +374,7 @@ def test_steps_go_on_where_epochs_begin_anew_at_a_resume(key, tmp_path):
     for step, epoch in epochs.items():
         values = {
             "epoch": epoch,
-            key: step,
+            "iteration": step,
         }
         store(tmp_path / "steps" / f"s{step}.pt", **values)
         store(tmp_path / "both" / f"epoch_{epoch}_step_{step}.pt", **values)
@@ -446,17 +441,11 @@ def test_more_states_than_weights_are_asked_for(tmp_path):
     assert steps_of(tmp_path / "*state") == [100, 200, 300, 400, 500, 600]
 
 
-@pytest.mark.parametrize(
-    ("info", "step"),
-    [
-        (json.dumps({"step": 300, "epoch": 1}), 300),
-        ("a text of another program", 7),
-    ],
-)
-def test_the_step_in_the_metadata_of_ai_toolkit(info, step, tmp_path):
+def test_the_step_in_the_metadata_of_ai_toolkit(tmp_path):
     file = tmp_path / "lora-7.safetensors"
+    info = json.dumps({"step": 300, "epoch": 1})
     save_file({"w": torch.ones(3)}, file, {"training_info": info})
-    assert steps_of(file) == [step]
+    assert steps_of(file) == [300]
 
 
 # --- info, and what is asked for
