@@ -67,12 +67,6 @@ def beside_a_trainer(folder, step, weights):
     store(place / "trainer.ckpt", {"optimizer": {"state": {0: weights}}})
 
 
-def fairseq2(folder, step, weights):
-    place = folder / f"step_{step}"
-    store(place / "model" / "pp_00" / "tp_00" / "sdp_00.pt", {"model": weights})
-    store(place / "trainer" / "rank_00.pt", {"state": {}, "param_groups": [{"lr": 0.1}]})
-
-
 def verl(folder, step, weights, ranks=1):
     place = folder / f"global_step_{step}"
     store(place / "data.pt", {"_num_yielded": step})
@@ -88,7 +82,6 @@ def verl(folder, step, weights, ranks=1):
         olmo,
         lightning_deepspeed,
         beside_a_trainer,
-        fairseq2,
         verl,
     ],
 )
@@ -117,12 +110,6 @@ def zero_3(folder, step, weights):
     empty = dict.fromkeys(weights, torch.empty(0))
     for rank in range(2):
         store(place / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt", {"module": empty})
-
-
-def nanotron(folder, step, weights):
-    for part in ("body", "head"):
-        place = folder / str(step) / "model" / part
-        store(place / "model_weight_pp-rank-0-of-1_tp-rank-0-of-1.safetensors", weights)
 
 
 def without_endings(folder, step, weights):
@@ -159,7 +146,6 @@ def one_level_up(folder, step, weights):
         (experiments, r"models in 'final'; name .* glob, such as '\S+run/\*/final', .*`step_from`"),
         (zero_3, r"global_step\d+: holds partitions .*; convert .*zero_to_fp32.py"),
         (partial(verl, ranks=2), r"actor: holds partitions .*; convert .*own script"),
-        (nanotron, r"model/head: holds partitions .*; convert .*own script"),
         (without_endings, r"no usual endings; name .* by a glob, such as '\S+run/g_\*', perhaps"),
         (versions, r"by a glob, such as '\S+run/\*/checkpoints/\*', perhaps"),
         (foreign, r"of kinds that are not read: 'model-100.gguf', .*; save the tensors as .safet"),
