@@ -126,7 +126,15 @@ def unbiased(n):
 
 def audiocraft(save):
     return {
-        "xp.cfg": {"optim": {"ema": {"use": True, "decay": 0.95, "updates": 1}}},
+        "xp.cfg": {
+            "optim": {
+                "ema": {
+                    "use": True,
+                    "decay": 0.95,
+                    "updates": 1,
+                }
+            }
+        },
         "xp.sig": "abc",
         "best_state": {"model": saves()[0].weights},
         "fsdp_best_state": {},
@@ -280,15 +288,12 @@ def test_info_names_the_program(tmp_path):
     assert Run(tmp_path).info()["written_by"] == "torch-ema"
 
 
-def ema_pytorch(save: Save, has_online: bool = False) -> Tensors:
-    state = named("ema_model.", save.average)
-    if has_online:
-        state |= named("online_model.", save.weights)
+def ema_pytorch(save):
     counts = {
         "initted": torch.tensor(True),
         "step": torch.tensor(save.step),
     }
-    return state | counts
+    return named("ema_model.", save.average) | counts
 
 
 def test_ema_pytorch_in_files_of_its_own(tmp_path):
@@ -432,17 +437,6 @@ def test_accelerate_with_an_average_of_diffusers(tmp_path):
     check_export(folder, averaged, weights_of(net))
 
 
-def of_stable_audio_tools(save):
-    state = named("diffusion.model.", save.weights)
-    state |= named("diffusion_ema.", ema_pytorch(save, has_online=True))
-    state["diffusion.text.weight"] = torch.ones(9, 9)
-    return {
-        "state_dict": state,
-        "global_step": save.step,
-        "epoch": 0,
-    }
-
-
 def of_imagen(save):
     return {
         "model": named("unets.0.", save.weights),
@@ -452,36 +446,16 @@ def of_imagen(save):
     }
 
 
-@pytest.mark.parametrize(
-    ("content", "settings"),
-    [
-        (of_stable_audio_tools, {"weights": "diffusion.model"}),
-        (of_imagen, {}),
-    ],
-)
-def test_ema_pytorch_in_another_program(content, settings, tmp_path):
-    file = write_each(tmp_path, "checkpoint.{save.step}.pt", content)
-    settings |= {"ema_decay": 0.95, "ema_warmup": "none"}
-    check(tmp_path, LAST.average, LAST.weights, update_every=1, update_after_step=0, **settings)
+def test_ema_pytorch_in_another_program(tmp_path):
+    file = write_each(tmp_path, "checkpoint.{save.step}.pt", of_imagen)
+    settings = {
+        "ema_decay": 0.95,
+        "ema_warmup": "none",
+        "update_every": 1,
+        "update_after_step": 0,
+    }
+    check(tmp_path, LAST.average, LAST.weights, **settings)
     assert_equal(exported(file), LAST.average)
-
-
-def test_lists_of_the_first_torch_ema_leave_out_frozen_parameters(tmp_path):
-    """The list has one tensor of two of a shape, and is matched by values."""
-    frozen = ("body.0.bias", "body.1.weight")
-    still = {name: saves()[0].weights[name] for name in frozen}
-
-    def content(save):
-        shadow = [value for name, value in save.average.items() if name not in frozen]
-        return {
-            "model": save.weights | still,
-            "ema": torch_ema(save.step, *shadow),
-        }
-
-    file = write_each(tmp_path, "step{save.step}.pt", content, ratio)
-    last = saves(ratio)[-1]
-    check(tmp_path, last.average | still, last.weights | still)
-    check_export(file, last.average | still, last.weights | still)
 
 
 @pytest.mark.parametrize("count", [1, 2])
