@@ -53,7 +53,15 @@ def negated(tensors: Tensors) -> Tensors:
 
 SEVERAL = [
     ({"emas": [AVERAGE, OTHER]}, "emas.0", "emas.1"),
-    ({"G_ema": AVERAGE, "D": OTHER, "D_ema": OTHER}, "G_ema", "D_ema"),
+    (
+        {
+            "G_ema": AVERAGE,
+            "D": OTHER,
+            "D_ema": OTHER,
+        },
+        "G_ema",
+        "D_ema",
+    ),
     (
         {
             "best_state": OTHER,
@@ -79,7 +87,12 @@ def test_of_several_averages_one_is_chosen(averages, key, other, tmp_path):
 def test_tensors_beside_the_model_are_not_taken_for_it(tmp_path):
     def content(save):
         state = torch.get_rng_state()
-        return {"net": save.weights, "rng": state, "loss": torch.tensor(0.5), "step": save.step}
+        return {
+            "net": save.weights,
+            "rng": state,
+            "loss": torch.tensor(0.5),
+            "step": save.step,
+        }
 
     file = write_each(tmp_path, STEP, content)
     assert_equal(exported(file, weights=True), LAST.weights)
@@ -406,17 +419,20 @@ def test_an_average_in_a_list_of_parameters_within_the_model(tmp_path):
 
 
 def test_an_average_by_places_in_memory_is_matched_by_its_values(tmp_path):
-    """Their order is no one's: two weights of a shape are swapped."""
-    order = ("body.0.weight", "body.0.bias", "head.weight", "body.1.bias", "body.1.weight")
-    places = {name: 10**9 + number for number, name in enumerate(order)}
+    """Their order is no one's, and frozen parameters have none: one tensor is of two of a shape."""
+    frozen = {
+        "body.0.bias": FIRST.weights["body.0.bias"],
+        "body.0.weight": FIRST.weights["body.0.weight"],
+    }
+    order = ("head.weight", "body.1.bias", "body.1.weight")
 
     def content(save):
-        shadow = {places[name]: tensor for name, tensor in save.average.items()}
-        return {"model": save.weights, "shadow": shadow}
+        shadow = {10**9 + number: save.average[name] for number, name in enumerate(order)}
+        return {"model": save.weights | frozen, "shadow": shadow}
 
     file = write_each(tmp_path, STEP, content)
-    check(tmp_path, AVERAGE, LAST.weights, None)
-    assert_equal(exported(file), AVERAGE)
+    check(tmp_path, AVERAGE | frozen, LAST.weights | frozen, None)
+    assert_equal(exported(file), AVERAGE | frozen)
 
 
 @pytest.mark.parametrize(("key", "has_names"), [("ema", False), ("ema", True), ("slow", False)])
@@ -645,18 +661,11 @@ def power(step):
     return (1 - 10 / step) ** 6.94
 
 
-def test_the_width_of_a_power_function_is_given(run, files, ema):
+def test_the_width_of_a_power_function_is_given(run, files):
     folder = trained.write(files, train(), by(power))
-    options = (
-        "--sigma-rels",
-        0.110967,
-        "--update-every",
-        10,
-    )
-    assert ema("import", folder, "--out", run, *options).code == 0
-    for wanted in (0.08, 0.15):
-        found, predicted = error_of(Run(run), wanted)
-        assert found < 2 * predicted < 0.04
+    import_checkpoints(folder, run, sigma_rels=[0.110967], update_every=10)
+    found, predicted = error_of(Run(run))
+    assert found < 2 * predicted < 0.04
 
 
 def test_two_widths_of_one_average_are_refused(tmp_path):
