@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import walks
-from saved import check_error, check_last, fault, named, write_each
+from saved import check_error, check_last, fault, named, store, write_each
 from walks import Decay
 
 from posthoc_cli import Run, import_checkpoints
 from posthoc_cli.errors import InvalidValueError
 
 CLAIMED = 0.99
-STEPS = 400
 EVERY = 20
 
 
@@ -43,7 +42,7 @@ def save(
     ema = {"params": average}
     if claim is not None:
         ema["decay"] = claim
-    for step, weights in enumerate(walks.history(STEPS), 1):
+    for step, weights in enumerate(walks.history(), 1):
         share = 1 - decay(step)
         for name, value in average.items():
             apart = weights[name].to(dtype) - value
@@ -93,7 +92,7 @@ def unknown_rise(n):
 
 
 def change(n):
-    return 0.9 if n <= STEPS // 2 else 0.98
+    return 0.9 if n <= walks.STEPS // 2 else 0.98
 
 
 def test_a_decay_that_rises_by_a_rule_of_no_library_is_no_restart(files, run):
@@ -124,6 +123,16 @@ def test_the_part_that_an_average_and_the_weights_share_is_named(files):
     assert "an EMA and weights of different models: only the EMA has 'window'" in said
     assert "'ema_model.net' with `weights` 'model.net'" in said
     check_last(files, average="ema_model.net", weights="model.net")
+
+
+def test_an_average_of_another_model_is_refused(files):
+    model = {
+        "a.w": torch.ones(3),
+        "b.w": torch.ones(2),
+    }
+    average = model | {"c": torch.ones(4)}
+    store(files / "step1.pt", {"model": model, "ema": average})
+    assert "only the EMA has 'c'; `kind` checkpoints takes the weights alone" in fault(files)
 
 
 def test_a_prefix_tells_which_weights_a_list_of_averages_is_of(files):
