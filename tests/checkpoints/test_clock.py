@@ -234,8 +234,9 @@ def test_epochs_and_steps_do_not_mix(tmp_path):
     assert "are numbered by steps and by epochs" in fault(tmp_path)
 
 
-def test_the_number_of_an_experiment_is_none_of_its_files(tmp_path, caplog):
-    place = write(tmp_path / "exp_100epochs", "epoch_{}.pt", ALL)
+@pytest.mark.parametrize("folder", ["exp_100epochs", "of_9_steps"])
+def test_the_number_of_an_experiment_is_none_of_its_files(folder, tmp_path, caplog):
+    place = write(tmp_path / folder, "epoch_{}.pt", ALL)
     store(place / "best.pt")
     assert epochs_of(place) == ALL
     assert "left out: best.pt (no step)" in caplog.text
@@ -253,6 +254,7 @@ def test_the_number_of_an_experiment_is_none_of_its_files(tmp_path, caplog):
         ("last_epoch", "epochs"),
         ("n_iter", "steps"),
         ("it", "steps"),
+        ("step_count", "steps"),
         ("num_updates", "steps"),
         ("batch_idx_train", "steps"),  # as of icefall
     ],
