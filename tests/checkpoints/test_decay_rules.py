@@ -125,6 +125,26 @@ def test_a_schedule_counts_the_steps_of_the_training():
         assert profile.tail(s) == pytest.approx(1 - decays.prod(), abs=1e-13)
 
 
+@pytest.mark.parametrize(
+    ("calls", "count", "updates"),
+    [
+        ("multiples", None, range(20, 98, 10)),
+        ("from first", None, range(11, 98, 10)),
+        ("after copy", None, range(20, 98, 10)),
+        ("counted", 97, range(21, 98, 10)),
+    ],
+)
+def test_which_calls_are_updates(calls, count, updates):
+    """The steps of the updates by step 97, every tenth call, as told by the profile's jumps, after
+    a copy at most one interval before the first of them."""
+    settings = ImportSettings(ema_decay=0.5, update_after_step=20, update_every=10)
+    counted = Updates({}, count, calls=calls)
+    profile = counted.profile(FILE, 97, settings)
+    tails = profile.tail(np.arange(98))
+    jumps = 1 + np.flatnonzero(np.diff(tails))
+    assert jumps.tolist() == [*updates]
+
+
 # --- files whose rule is said, or found
 
 
