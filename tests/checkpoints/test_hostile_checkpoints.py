@@ -408,6 +408,7 @@ REFUSED = [
     ({"": TWO}, NO_NAME),
     ({"__metadata__": TWO}, NO_NAME),
     ({"a\0b": TWO}, NO_NAME),
+    ({"\ud800": TWO}, NO_NAME),
     ({"state_dict": {"s": TWO.to_sparse()}}, "'state_dict.s': is of a kind that is not read"),
     ({"c": TWO.to(torch.complex128)}, "of ComplexDoubleStorage, which is not read"),
     ({"actor": {"w": TWO}, "critic": {"w": TWO}}, "it has tensors under 'actor', 'critic'"),
