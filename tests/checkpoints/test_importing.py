@@ -69,7 +69,13 @@ def turn_into_a_pipe(path: Path) -> None:
 )
 def test_a_file_that_is_not_the_one_imported_is_named(change, code, reason, tmp_path, ema):
     new = tmp_path / "new"
-    folder = filled(tmp_path / "ck", 1, 2, 3, size=3000)
+    folder = filled(
+        tmp_path / "ck",
+        1,
+        2,
+        3,
+        size=3000,
+    )
     path = folder / "step2.pt"
     import_checkpoints(folder, new)
     change(path)
@@ -80,6 +86,16 @@ def test_a_file_that_is_not_the_one_imported_is_named(change, code, reason, tmp_
     verified = ema("verify", new)
     assert verified.code == 1
     assert str(path) in verified.out
+
+
+def test_an_import_of_changed_files_is_written_without_overwrite(tmp_path):
+    new = tmp_path / "new"
+    folder = filled(tmp_path / "ck", 1, 2, 3, size=3000)
+    import_checkpoints(folder, new)
+    replace(folder / "step2.pt")
+    assert import_checkpoints(folder, new).written
+    made = Run(new).average("last:1", t=2)
+    assert made["w"].tolist() == [-1.0] * 3000
 
 
 def test_an_index_that_was_replaced_is_found(write, tmp_path):
@@ -190,9 +206,11 @@ WRONG = [
     ("update_after_step", -1, ""),
     ("ema_decay", "5%", " .* or a half-life such as half-life:500000 or half-life:5%"),
     ("ema_decay", "half-life:", ""),
+    ("ema_decay", [0.9], ""),
     ("ema_decay", 1.5, r" 1\.5: must be in \(0, 1\)"),
     ("ema_restarts", [0], ""),
     ("ema_warmup", "x", " 'x': must be one of none, ratio, power"),
+    ("ema_warmup", "exp:0", ""),
     ("ema_warmup", "unbiased:3", ""),
     ("ema_warmup", "cosine:1", r" .*cosine\[:0\.996\]"),
     ("ema_uncertainty", -0.1, ""),
@@ -245,6 +263,7 @@ HOSTILE = {
     "a kind that is a list": first([]),
     "a far step": first(step=10**300),
     "an unknown setting": {"settings": {"x": 1}},
+    "a far version": {"version": 3},
     "keys of more": {"files": {FIRST: [1, "x", 2]}},
     "a checkpoint many times": {"checkpoints": [[FIRST, "checkpoints", 1]] * 50_000},
 }
