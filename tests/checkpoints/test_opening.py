@@ -328,6 +328,7 @@ READ = {
     "global_step1000": 1000,
     "s400": 400,
     "epoch=3-step=1500-v1": 1500,
+    "step_1000_loss_0.25": 1000,
     "model-7b-step-1000": 1000,
     "ckpt_5": 5,
     "ddpm-timesteps-1000-ckpt-500": 500,
@@ -340,6 +341,8 @@ READ = {
 
 REFUSED = {
     "step_1_000": "'1_000' may be something else",
+    "1_000_steps": "'1_000' may",
+    "step-1,000": "'1,000' may",
     "step-1.5k": "'1.5' may",
     "v1.5": "'v1.5' may",
     "model-fp16": "'fp16' may",
