@@ -36,6 +36,7 @@ def weights(save: Save) -> Tensors:
 PATTERNS = {
     "run_{save.epoch}_x": (r"run_(\d+)_", EPOCHS, "epochs, .*: they follow each other"),
     "run_{save.step}_x2": (r"run_(\d+)_", TIMES, "taken for steps: they are what `step_from`"),
+    "e_{save.epoch}_epoch_3": (r"(\d+)_epoch", EPOCHS, "epochs, .*: by what `step_from` finds"),
     "step{save.step}-epoch3": (r"step(\d+)-epoch", TIMES, "steps, by what `step_from` finds"),
     "epoch{save.epoch}-step9": (r"epoch(\d+)-step", EPOCHS, "epochs, .*: by what `step_from`"),
 }
