@@ -53,6 +53,7 @@ def negated(tensors: Tensors) -> Tensors:
 
 SEVERAL = [
     ({"emas": [AVERAGE, OTHER]}, "emas.0", "emas.1"),
+    ({"emas": {0.95: AVERAGE, 0.99: OTHER}}, "emas.0.95", "emas.0.99"),
     (
         {
             "G_ema": AVERAGE,
@@ -84,6 +85,15 @@ def test_of_several_averages_one_is_chosen(averages, key, other, tmp_path):
     assert_equal(exported(file, average=other), OTHER)
 
 
+def test_two_files_whose_names_differ_in_a_decay_are_two_averages(tmp_path):
+    store(tmp_path / "model.pt", LAST.weights)
+    store(tmp_path / "ema_0.95.pt", AVERAGE)
+    store(tmp_path / "ema_0.99.pt", OTHER)
+    with pytest.raises(FileFormatError, match=r"unclear: 'ema_0\.95', 'ema_0\.99'"):
+        exported(tmp_path)
+    assert_equal(exported(tmp_path, average="ema_0.95"), AVERAGE)
+
+
 def test_tensors_beside_the_model_are_not_taken_for_it(tmp_path):
     def content(save):
         state = torch.get_rng_state()
@@ -101,7 +111,11 @@ def test_tensors_beside_the_model_are_not_taken_for_it(tmp_path):
 
 def test_sets_that_no_word_tells_apart_are_asked_for(tmp_path):
     def content(save):
-        return {"one": save.weights, "other": save.weights, "ema": save.average}
+        return {
+            "one": save.weights,
+            "other": save.weights,
+            "ema": save.average,
+        }
 
     write_each(tmp_path, STEP, content)
     assert "model is unclear: 'one', 'other'" in fault(tmp_path)
@@ -307,7 +321,7 @@ class Shadow:
 
 
 class WithSlots:
-    __slots__ = ("decay", "shadow")
+    __slots__ = ("__dict__", "shadow")
 
     def __init__(self, average: Tensors) -> None:
         self.decay = 0.95
@@ -418,24 +432,25 @@ def test_an_average_in_a_list_of_parameters_within_the_model(tmp_path):
     assert_equal(exported(file), average)
 
 
-def test_an_average_by_places_in_memory_is_matched_by_its_values(tmp_path):
-    """Their order is no one's, and frozen parameters have none: one tensor is of two of a shape."""
-    frozen = {
-        "body.0.bias": FIRST.weights["body.0.bias"],
-        "body.0.weight": FIRST.weights["body.0.weight"],
-    }
-    order = ("head.weight", "body.1.bias", "body.1.weight")
+@pytest.mark.parametrize("frozen", [(), ("body.0.weight", "body.0.bias")])
+def test_an_average_by_places_in_memory_is_matched_by_its_values(frozen, tmp_path):
+    """Their order is no one's: two weights of a shape are swapped. Frozen ones have none."""
+    still = {name: OTHER[name] for name in frozen}
+    order = ("body.0.weight", "body.0.bias", "head.weight", "body.1.bias", "body.1.weight")
+    places = {name: 10**9 + number for number, name in enumerate(order) if name not in frozen}
 
     def content(save):
-        shadow = {10**9 + number: save.average[name] for number, name in enumerate(order)}
-        return {"model": save.weights | frozen, "shadow": shadow}
+        shadow = {place: save.average[name] for name, place in places.items()}
+        return {"model": save.weights | still, "shadow": shadow}
 
     file = write_each(tmp_path, STEP, content)
-    check(tmp_path, AVERAGE | frozen, LAST.weights | frozen, None)
-    assert_equal(exported(file), AVERAGE | frozen)
+    check(tmp_path, AVERAGE | still, LAST.weights | still, None)
+    assert_equal(exported(file), AVERAGE | still)
 
 
-@pytest.mark.parametrize(("key", "has_names"), [("ema", False), ("ema", True), ("slow", False)])
+@pytest.mark.parametrize(
+    ("key", "has_names"), [("ema", False), ("ema", True), ("ax", False), ("slow", False)]
+)
 def test_an_optimizers_average_is_taken_by_its_key(key, has_names, tmp_path, caplog):
     """By the name or number of each parameter, in groups of their own order; `ema` may be of
     gradients."""
