@@ -10,6 +10,7 @@ import pytest
 import safetensors
 import torch
 from checking import assert_same_tensors, load_output, refused
+from checkpoint_layouts import filled
 from factories import (
     INDEX,
     RUN_ID,
@@ -120,6 +121,8 @@ def test_a_folder_of_shards_is_laid_out_as_the_hugging_face_libraries_do(tmp_pat
             assert opened.metadata()["format"] == "pt"
         held = load_file(out / shard).values()
         assert sum(tensor.nbytes for tensor in held) <= 100
+    export_file(source, tmp_path / "one")
+    assert contents(tmp_path / "one").keys() == {"model.safetensors"}
 
 
 def test_a_name_must_not_have_the_ending_of_another_layout_but_a_folder_may(tmp_path):
@@ -395,11 +398,7 @@ def test_a_disk_that_is_full_is_named_and_nothing_is_left(tmp_path, name, layout
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    (tmp_path / "run").mkdir()
-    for step in (1, 2):
-        weights = torch.full((3,), float(step))
-        save_file({"w": weights}, tmp_path / f"run/step{step}.safetensors")
-    return Run(tmp_path / "run")
+    return Run(filled(tmp_path / "run", 1, 2))
 
 
 def make_folder(folder: Path) -> Path:
@@ -427,7 +426,7 @@ def test_a_folder_of_the_hubs_cache_is_copied_as_files(tmp_path, run):
     assert found == contents(like) | {"model.safetensors": found["model.safetensors"]}
     weights = like / "model.safetensors"
     weights.unlink()
-    weights.symlink_to(run.directory / "step1.safetensors")
+    weights.symlink_to(make_folder(tmp_path / "other") / "model.safetensors")
     check_refused(run, like, "model.safetensors")
 
 
