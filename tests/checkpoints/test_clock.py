@@ -443,11 +443,17 @@ def test_more_states_than_weights_are_asked_for(tmp_path):
     assert steps_of(tmp_path / "*state") == [100, 200, 300, 400, 500, 600]
 
 
-def test_the_step_in_the_metadata_of_ai_toolkit(tmp_path):
+@pytest.mark.parametrize(
+    ("info", "step"),
+    [
+        (json.dumps({"step": 300, "epoch": 1}), 300),
+        ("a text of another program", 7),
+    ],
+)
+def test_the_step_in_the_metadata_of_ai_toolkit(info, step, tmp_path):
     file = tmp_path / "lora-7.safetensors"
-    info = json.dumps({"step": 300, "epoch": 1})
     save_file({"w": torch.ones(3)}, file, {"training_info": info})
-    assert steps_of(file) == [300]
+    assert steps_of(file) == [step]
 
 
 # --- info, and what is asked for
