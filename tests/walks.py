@@ -25,7 +25,11 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 24))
-        self.head = nn.Linear(24, 24, bias=False)
+        self.head = nn.Linear(
+            24,
+            24,
+            bias=False,
+        )
 
 
 def new_net() -> Net:
@@ -33,19 +37,14 @@ def new_net() -> Net:
     return Net()
 
 
-def walk(
-    net: nn.Module,
-    steps: int = STEPS,
-    rate: float = 0.004,
-) -> Iterator[int]:
-    """Move the trained parameters of a model at random, and yield the number of each step."""
+def walk(net: nn.Module) -> Iterator[int]:
+    """Move the parameters of a model at random, and yield the number of each step."""
     generator = torch.Generator().manual_seed(1)
-    for step in range(1, steps + 1):
+    for step in range(1, STEPS + 1):
         with torch.no_grad():
             for parameter in net.parameters():
                 noise = torch.randn(parameter.shape, generator=generator)
-                if parameter.requires_grad:
-                    parameter += rate * noise
+                parameter += 0.004 * noise
         yield step
 
 
@@ -58,15 +57,15 @@ def weights_of(net: nn.Module) -> Tensors:
 
 
 @functools.cache
-def history(steps: int = STEPS) -> list[Tensors]:
+def history() -> list[Tensors]:
     """Return the weights after every step."""
     net = new_net()
-    return [weights_of(net) for _ in walk(net, steps)]
+    return [weights_of(net) for _ in walk(net)]
 
 
-def true_average(sigma_rel: float, steps: int = STEPS) -> Tensors:
+def true_average(sigma_rel: float) -> Tensors:
     """Return the power function's sum over every step, in float64."""
-    return exact(history(steps), sigma_rel)
+    return exact(history(), sigma_rel)
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,9 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from checkpoint_layouts import LAYOUTS, Weights, walk
-
-from posthoc_cli import Run, import_checkpoints
-
-Imported = Callable[..., Run]
 
 
 @pytest.fixture(scope="session")
@@ -42,17 +37,5 @@ def write(
         for step, state in weights.items():
             LAYOUTS[layout](run, step, state)
         return run
-
-    return make
-
-
-@pytest.fixture
-def imported(tmp_path_factory: pytest.TempPathFactory) -> Imported:
-    """Return a function that imports a folder with settings, and opens the run."""
-
-    def make(place: Path, **settings: Any) -> Run:
-        out = tmp_path_factory.mktemp("imported")
-        assert import_checkpoints(place, out, **settings).written
-        return Run(out)
 
     return make

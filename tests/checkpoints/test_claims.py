@@ -16,12 +16,7 @@ from posthoc_cli import Run, import_checkpoints
 from posthoc_cli.errors import InvalidValueError
 
 CLAIMED = 0.99
-STEPS = 400
 EVERY = 20
-
-
-def seldom(step):
-    return 1.0 if step % 4 else CLAIMED
 
 
 def claimed(_):
@@ -47,7 +42,7 @@ def save(
     ema = {"params": average}
     if claim is not None:
         ema["decay"] = claim
-    for step, weights in enumerate(walks.history(STEPS), 1):
+    for step, weights in enumerate(walks.history(), 1):
         share = 1 - decay(step)
         for name, value in average.items():
             apart = weights[name].to(dtype) - value
@@ -60,14 +55,6 @@ def save(
             }
             torch.save(content, folder / f"{step}.ckpt")
     return folder
-
-
-def test_a_decay_that_files_say_and_their_weights_refute_is_an_error(files):
-    """Of every average; the files are described."""
-    run = Run(save(files, seldom, CLAIMED))
-    with pytest.raises(InvalidValueError, match=r"does not fit the files: .* times too long"):
-        run.average(0.1)
-    assert run.info()["kind"] == "checkpoints"
 
 
 @pytest.mark.parametrize("claim", [CLAIMED, None])
@@ -90,17 +77,6 @@ def test_an_average_that_was_set_back_is_refused(files):
         Run(files).average(0.1)
 
 
-def test_an_average_that_is_only_stored_in_few_digits_is_taken_with_the_decay_it_says(files):
-    save(files, claimed, CLAIMED)
-    for path in files.iterdir():
-        content = torch.load(path)
-        params = content["ema"]["params"]
-        for name, value in params.items():
-            params[name] = value.bfloat16()
-        torch.save(content, path)
-    check_error(files)
-
-
 def test_a_decay_that_a_warm_up_reaches_only_near_the_end_is_found(files, run):
     """Taken for unlimited, such an average is 1 % off."""
     save(files, late_cap)
@@ -110,28 +86,13 @@ def test_a_decay_that_a_warm_up_reaches_only_near_the_end_is_found(files, run):
     check_error(run, 0.01)
 
 
-def test_an_average_that_copies_the_weights_at_first_is_checked_from_where_it_begins(files, run):
-    """ema-pytorch copies for 100 steps; names of these parameters are numbers."""
-    library = pytest.importorskip("ema_pytorch")
-    net = torch.nn.ParameterList([torch.zeros(24, 24), torch.zeros(24)])
-    average = library.EMA(net, beta=0.95, update_every=1)
-    for step in walks.walk(net):
-        average.update()
-        if step % EVERY == 0:
-            store(files / f"step{step}.pt", average.state_dict())
-    settings = {"update_every": 1, "update_after_step": 100}
-    found = import_checkpoints(files, run, ema_decay=0.95, **settings)
-    assert "as claimed" in found.checks[-1]
-    assert Run(run).tensors.keys() == {"0", "1"}
-
-
 def unknown_rise(n):
     risen = min(1, n / 200)
     return 0.99 * risen
 
 
 def change(n):
-    return 0.9 if n <= STEPS // 2 else 0.98
+    return 0.9 if n <= walks.STEPS // 2 else 0.98
 
 
 def test_a_decay_that_rises_by_a_rule_of_no_library_is_no_restart(files, run):
@@ -158,8 +119,20 @@ def test_the_part_that_an_average_and_the_weights_share_is_named(files):
         }
 
     write_each(files, "model_{save.step}.pt", content)
-    assert "'ema_model.net' with `weights` 'model.net'" in fault(files)
+    said = fault(files)
+    assert "an EMA and weights of different models: only the EMA has 'window'" in said
+    assert "'ema_model.net' with `weights` 'model.net'" in said
     check_last(files, average="ema_model.net", weights="model.net")
+
+
+def test_an_average_of_another_model_is_refused(files):
+    model = {
+        "a.w": torch.ones(3),
+        "b.w": torch.ones(2),
+    }
+    average = model | {"c": torch.ones(4)}
+    store(files / "step1.pt", {"model": model, "ema": average})
+    assert "only the EMA has 'c'; `kind` checkpoints takes the weights alone" in fault(files)
 
 
 def test_a_prefix_tells_which_weights_a_list_of_averages_is_of(files):

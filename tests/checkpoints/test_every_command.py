@@ -35,7 +35,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "head.w": torch.ones(2),
         }
         store(folder / "ck" / f"v2-at{step}.pt", {"state_dict": state})
-    import_checkpoints(folder / "ck", folder / "own", **SETTINGS)
+    import_checkpoints(
+        folder / "ck",
+        folder / "own",
+        **SETTINGS,
+    )
     return folder
 
 
@@ -87,8 +91,6 @@ def test_a_run_of_a_tracker_is_not_imported(ema, tmp_path):
     "setting",
     [
         {"sigma_rels": (0.05, 0.28)},
-        {"update_every": 10},
-        {"update_after_step": 10},
         {"ema_decay": 0.99},
     ],
 )

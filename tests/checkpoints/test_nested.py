@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,9 @@ def weights_at(step: int) -> Tensors:
     }
 
 
-def save_in(folder: Path, weights: Tensors) -> None:
-    store(folder / "model.safetensors", weights)
-
-
 def lerobot(folder, step, weights):
     place = folder / f"{step:06}"
-    save_in(place / "pretrained_model", weights)
+    store(place / "pretrained_model" / "model.safetensors", weights)
     store(place / "training_state" / "optimizer_state.safetensors", {"x": torch.ones(3)})
     if step == STEPS[-1]:
         (folder / "last").symlink_to(place.name)
@@ -73,12 +68,11 @@ def fairseq2(folder, step, weights):
     store(place / "trainer" / "rank_00.pt", {"state": {}, "param_groups": [{"lr": 0.1}]})
 
 
-def verl(folder, step, weights, ranks=1):
+def verl(folder, step, weights):
     place = folder / f"global_step_{step}"
     store(place / "data.pt", {"_num_yielded": step})
-    for rank in range(ranks):
-        for name, content in {"model": weights, "optim": {}, "extra_state": {}}.items():
-            store(place / "actor" / f"{name}_world_size_{ranks}_rank_{rank}.pt", content)
+    for name, content in {"model": weights, "optim": {}, "extra_state": {}}.items():
+        store(place / "actor" / f"{name}_world_size_1_rank_0.pt", content)
 
 
 @pytest.mark.parametrize(
@@ -99,17 +93,58 @@ def test_weights_below_numbered_folders_have_their_numbers(save, tmp_path):
     assert_equal(values_of(sources[-1]), weights_at(STEPS[-1]))
 
 
-def two_models(folder, step, weights):
-    for name in ("student", "critic"):
-        save_in(folder / f"{step}" / name, weights)
+def write_at(folder: Path, *places: str) -> Path:
+    """Write the weights of each step into places of it."""
+    for step in STEPS:
+        for place in places:
+            store(folder / place.format(step), weights_at(step))
+    return folder
 
 
-def other_number(folder, step, weights):
-    save_in(folder / f"try{step}" / "stage2", weights)
+TWO_MODELS = ("{}/student/model.safetensors", "{}/critic/model.safetensors")
 
 
-def experiments(folder, step, weights):
-    save_in(folder / f"exp{step}" / "final", weights)
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        (
+            TWO_MODELS,
+            r"models in 'critic', 'student'; name .* '\S+run/\*/critic' or '\S+/student'",
+        ),
+        (
+            ["try{}/stage2/model.safetensors"],
+            r"models in 'stage2'; name .* glob, such as '\S+run/\*/stage\*'",
+        ),
+        (
+            ["exp{}/final/model.safetensors"],
+            r"models in 'final'; name .* glob, such as '\S+run/\*/final', .*`step_from`",
+        ),
+        (
+            ["s{}/actor/model_world_size_2_rank_0.pt", "s{}/actor/model_world_size_2_rank_1.pt"],
+            r"actor: holds partitions .*; convert .*own script",
+        ),
+        (
+            ["{}/model/body/model_weight_pp-rank-0-of-1_tp-rank-0-of-1.safetensors"],
+            r"model/body: holds partitions .*; convert .*own script",
+        ),
+        (
+            ["g_{:08}"],
+            r"no usual endings; name .* by a glob, such as '\S+run/g_\*', perhaps",
+        ),
+        (
+            ["version_{0}/checkpoints/step={0}.ckpt", "version_{0}/checkpoints/step={0}1.ckpt"],
+            r"by a glob, such as '\S+run/\*/checkpoints/\*', perhaps",
+        ),
+        (
+            ["checkpoints/{:06}/pretrained_model/model.safetensors"],
+            r"run: holds no checkpoints itself; name its folder checkpoints",
+        ),
+    ],
+)
+def test_models_that_are_not_taken_are_named(places, message, tmp_path):
+    place = write_at(tmp_path / "run", *places)
+    with pytest.raises(PostHocError, match=message):
+        read(place)
 
 
 def zero_3(folder, step, weights):
@@ -117,24 +152,6 @@ def zero_3(folder, step, weights):
     empty = dict.fromkeys(weights, torch.empty(0))
     for rank in range(2):
         store(place / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt", {"module": empty})
-
-
-def nanotron(folder, step, weights):
-    for part in ("body", "head"):
-        place = folder / str(step) / "model" / part
-        store(place / "model_weight_pp-rank-0-of-1_tp-rank-0-of-1.safetensors", weights)
-
-
-def without_endings(folder, step, weights):
-    store(folder / f"g_{step:08}", {"generator": weights})
-    (folder / f"events.{step}").write_text("text")
-
-
-def versions(folder, step, weights):
-    """A training that was resumed by Lightning."""
-    for number in range(2):
-        place = folder / f"version_{step}" / "checkpoints"
-        store(place / f"epoch={number}-step={step + number}.ckpt", {"state_dict": weights})
 
 
 def foreign(folder, step, weights):
@@ -147,40 +164,29 @@ def orbax(folder, step, _):
     (folder / str(step) / "_CHECKPOINT_METADATA").write_text("{}")
 
 
-def one_level_up(folder, step, weights):
-    lerobot(folder / "checkpoints", step, weights)
-
-
 @pytest.mark.parametrize(
     ("save", "message"),
     [
-        (two_models, r"models in 'critic', 'student'; name .* '\S+run/\*/critic' or '\S+/student'"),
-        (other_number, r"models in 'stage2'; name .* glob, such as '\S+run/\*/stage\*'"),
-        (experiments, r"models in 'final'; name .* glob, such as '\S+run/\*/final', .*`step_from`"),
         (zero_3, r"global_step\d+: holds partitions .*; convert .*zero_to_fp32.py"),
-        (partial(verl, ranks=2), r"actor: holds partitions .*; convert .*own script"),
-        (nanotron, r"model/head: holds partitions .*; convert .*own script"),
-        (without_endings, r"no usual endings; name .* by a glob, such as '\S+run/g_\*', perhaps"),
-        (versions, r"by a glob, such as '\S+run/\*/checkpoints/\*', perhaps"),
         (foreign, r"of kinds that are not read: 'model-100.gguf', .*; save the tensors as .safet"),
         (orbax, r"of kinds that are not read: .*, or by torch.save; unpack archives"),
-        (one_level_up, r"run: holds no checkpoints itself; name its folder checkpoints"),
     ],
 )
-def test_models_that_are_not_taken_are_named(save, message, tmp_path):
+def test_what_is_no_model_is_named(save, message, tmp_path):
     place = write(tmp_path / "run", save)
     with pytest.raises(PostHocError, match=message):
         read(place)
 
 
 def test_info_names_them(tmp_path):
-    place = write(tmp_path / "run", two_models)
+    place = write_at(tmp_path / "run", *TWO_MODELS)
     with pytest.raises(PostHocError, match="models in 'critic', 'student'"):
         Run(place).info()
 
 
 def test_a_glob_of_a_message_opens_the_files(tmp_path):
-    place = write(tmp_path / "run", without_endings)
+    place = write_at(tmp_path / "run", "g_{:08}")
+    (place / "events.100").write_text("text")
     with pytest.raises(InvalidValueError) as caught:
         _ = Run(place).sources
     pattern = str(caught.value).split("'")[1]

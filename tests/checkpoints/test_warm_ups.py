@@ -178,12 +178,10 @@ def test_a_power_function_that_files_show_too_vaguely_is_asked_for(files, run):
         import_checkpoints(folder, run)
 
 
-def test_a_restart_that_is_said_makes_the_true_profile(files, run, ema):
+def test_a_restart_that_is_said_makes_the_true_profile(files, run):
     """All of the average at step 900 is of step 850 and later."""
     write(files, train(), again(lambda _: 0.995))
-    options = ("--ema-decay", 0.995, "--ema-restarts", 850)
-    done = ema("import", files, "--out", run, *options)
-    assert done.code == 0, done.err
+    import_checkpoints(files, run, ema_decay=0.995, ema_restarts=[850])
     at_900 = [one.profile for one in Run(run).sources if one.t == 900]
     (profile,) = [one for one in at_900 if not isinstance(one, Point)]
     assert profile.tail(849) == pytest.approx(1, abs=1e-12)
