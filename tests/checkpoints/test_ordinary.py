@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from saved import exported
+from safetensors.torch import load_file, save_file
 from trained import (
     EVERY,
     STEPS,
@@ -24,7 +23,7 @@ from trained import (
     write,
 )
 
-from posthoc_cli import Run, import_checkpoints
+from posthoc_cli import Run, export_file, import_checkpoints
 from posthoc_cli.checkpoints.import_run import Import
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import DecayRule, Point
@@ -143,11 +142,7 @@ def lightning(folder):
         library.callbacks.EMAWeightAveraging(decay=DECAY),
         library.callbacks.ModelCheckpoint(folder, every_n_train_steps=EVERY, save_top_k=-1),
     ]
-    off = {
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
+    off = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the library's own
         trainer = library.Trainer(max_steps=STEPS, accelerator="cpu", callbacks=callbacks, **off)
@@ -155,20 +150,40 @@ def lightning(folder):
     return {"ema_decay": DECAY, "prefix": "net."}
 
 
-def of_mmengine(step, weights, average):
-    """Its EMAHook swaps the two before a checkpoint is written."""
-    state = {f"module.{name}": value for name, value in weights.items()}
-    state["steps"] = torch.tensor(step)
-    return {
-        "meta": {"iter": step},
-        "state_dict": average,
-        "ema_state_dict": state,
-    }
-
-
 def mmengine(folder):
-    write(folder, train(), ema(DECAY), form=of_mmengine)
-    return {"ema_decay": DECAY}
+    """Write files with its Runner, EMAHook and checkpoints; each step loads the recorded
+    weights."""
+    pytest.importorskip("mmengine.hooks")
+    from mmengine.model import BaseModel
+    from mmengine.runner import Runner
+
+    weights = iter(train())
+
+    class Replay(BaseModel):  # type: ignore[misc]
+        def __init__(self):
+            super().__init__()
+            self.net = network()
+
+        def train_step(self, *_, **__):
+            self.net.load_state_dict(named(next(weights)))
+            return {"loss": torch.zeros(())}
+
+        def forward(self, *_):
+            raise NotImplementedError
+
+    Runner(
+        Replay(),
+        str(folder),
+        torch.utils.data.DataLoader(range(STEPS)),
+        train_cfg={"by_epoch": False, "max_iters": STEPS},
+        optim_wrapper={"optimizer": {"type": "SGD", "lr": 0.1}},
+        default_hooks={
+            "checkpoint": {"type": "CheckpointHook", "by_epoch": False, "interval": EVERY}
+        },
+        custom_hooks=[{"type": "EMAHook", "momentum": 1 - DECAY}],
+        log_level="ERROR",
+    ).train()
+    return {"ema_decay": DECAY, "prefix": "net."}
 
 
 LIBRARIES = [plain, diffusers, lightning, ema_pytorch, mmengine]
@@ -200,7 +215,9 @@ def test_averages_without_names_are_those_of_the_parameters(tmp_path):
     shadow = [torch.full((3,), float(k)) for k in range(4)]
     average = {"decay": 0.9, "num_updates": 5, "shadow_params": shadow}
     torch.save({"model": layers.state_dict(), "ema": average}, file)
-    assert exported(file)["1.weight"].tolist() == [2.0, 2.0, 2.0]
+    export_file(file, tmp_path / "average.safetensors")
+    exported = load_file(tmp_path / "average.safetensors")
+    assert exported["1.weight"].tolist() == [2.0, 2.0, 2.0]
 
 
 def test_averages_of_an_unknown_decay_are_left_out(tmp_path, ema, caplog):
