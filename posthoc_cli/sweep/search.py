@@ -537,7 +537,7 @@ class Search:
         for x in values:
             repeats = range(self.repeats)
             measured = self._seeds(x)
-            if not measured.issuperset(repeats):
+            if not all(seed in measured for seed in repeats):  # a set of them may not fit memory
                 lengths[x] = itertools.filterfalse(measured.__contains__, repeats)
         return lengths
 
