@@ -9,7 +9,6 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import forked
 import pytest
@@ -31,7 +30,6 @@ from sums import assert_sums
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import FileFormatError, NonFiniteError
 from posthoc_cli.synthesis.engine import SLOTS, synthesize
-from posthoc_cli.synthesis.plan import Plan
 
 LARGE = 1_300_003
 """Elements of a tensor of several tiles, which ends within a block and within a vector
@@ -41,7 +39,7 @@ TARGETS = (0.04, 0.1, 0.15, 0.2, 0.25)
 
 
 @pytest.fixture(scope="module")
-def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def mixed(tmp_path_factory):
     """Snapshots with large and small tensors, one of which is in float32 in some files and in
     float16 in others."""
     directory = tmp_path_factory.mktemp("mixed")
@@ -63,15 +61,15 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def plan_of(directory: Path, targets: tuple[float, ...] = TARGETS) -> Plan:
+def plan_of(directory, targets=TARGETS):
     return Run(directory).plan(targets)
 
 
-def as_bytes(value: torch.Tensor) -> bytes:
+def as_bytes(value):
     return value.cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def bits(plan: Plan, **options: Any) -> dict[str, list[bytes]]:
+def bits(plan, **options):
     tensors = {}
     for name, values in synthesize(plan, **options):
         tensors[name] = [as_bytes(value) for value in values]
@@ -164,7 +162,7 @@ def test_a_snapshot_that_loses_its_name_while_it_is_read_is_read_to_its_end(mixe
     run = Path(shutil.copytree(mixed, tmp_path / "run"))
     path = sorted(run.iterdir())[1]
 
-    def remove(_: int) -> None:
+    def remove(_):
         path.unlink(missing_ok=True)
 
     found = bits(plan_of(run), progress=remove, workers=1)
@@ -175,15 +173,15 @@ def test_a_snapshot_that_loses_its_name_while_it_is_read_is_read_to_its_end(mixe
 # ---------------------------------------------------------------------------------
 
 
-def threads() -> list[threading.Thread]:
+def threads():
     return [thread for thread in threading.enumerate() if thread.name.startswith("ema-synthesis")]
 
 
 def test_ctrl_c_leaves_no_file_and_no_thread(mixed, tmp_path):
-    def interrupt(_: int) -> None:
+    def interrupt(_):
         raise KeyboardInterrupt
 
-    def bar(*_: object) -> Any:
+    def bar(*_):
         return nullcontext(interrupt)
 
     with pytest.raises(KeyboardInterrupt):
@@ -302,7 +300,7 @@ def test_weights_are_made_from_the_remaining_snapshots(tmp_path, ema):
     removed = paths[len(paths) // 2]
     opened = Counter[Path]()
 
-    def remove(path: Path) -> bool:
+    def remove(path):
         opened[path] += 1
         if opened[path] == 2:  # for its tensors
             removed.unlink(missing_ok=True)
@@ -324,7 +322,7 @@ def test_an_open_file_that_another_host_removes_is_planned_without(tmp_path, cap
     expected = tracker.state_dict(0.15)
     once = iter([True])
 
-    def is_first_beyond_a_header(_file: int, _view: memoryview, at: int) -> bool:
+    def is_first_beyond_a_header(_file, _view, at):
         return at > 8 and next(once, False)
 
     with failing("read", errno.ESTALE, is_first_beyond_a_header):

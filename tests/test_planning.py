@@ -1,7 +1,6 @@
 """Thinning, schedules and error curves; proposals fit their budget and are better than even
 spacing."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import combinations
@@ -16,18 +15,15 @@ from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.planning import (
     ErrorCurve,
     PlanReport,
-    Proposal,
     Schedule,
     error_curve,
     propose,
     snapshots_to_drop,
     spared_times,
 )
-from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import (
     MOST_SOLVED,
     Motion,
-    Prior,
     Problem,
     assumed_prior,
     thinned_subset,
@@ -35,10 +31,10 @@ from posthoc_cli.reconstruction import (
 
 
 def kept(
-    snapshots: list[PowerFunction],
-    prior: Prior,
-    keep: int,
-) -> list[PowerFunction]:
+    snapshots,
+    prior,
+    keep,
+):
     dropped = snapshots_to_drop(snapshots, prior, keep)
     assert len(set(dropped)) == len(dropped)
     return [p for index, p in enumerate(snapshots) if index not in dropped]
@@ -80,7 +76,7 @@ def test_thinning_makes_nearly_the_best_choice_of_its_size():
     assert ours <= 1.02 * best
 
 
-def of_two_rates(first: float, second: float) -> Motion:
+def of_two_rates(first, second):
     """Return a walk over 16 steps whose speed changes half way."""
     edges = np.array([0.0, 8.0, 16.0])
     walk = np.array([first, second])
@@ -154,7 +150,7 @@ def test_good_ranges_have_no_worse_point(errors, ranges):
     assert curve.ranges_below(0.01) == ranges
 
 
-def curve_of(widths: Sequence[float], errors: Sequence[float]) -> ErrorCurve:
+def curve_of(widths, errors):
     predicted = np.array(errors)
     ones = np.ones(predicted.size)
     return ErrorCurve(
@@ -171,7 +167,7 @@ def curve_of(widths: Sequence[float], errors: Sequence[float]) -> ErrorCurve:
 
 
 @cache
-def proposed(steps: int) -> list[Proposal]:
+def proposed(steps):
     return propose(steps, 1000)
 
 

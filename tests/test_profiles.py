@@ -33,7 +33,6 @@ from posthoc_cli.targets import (
     HalfLife,
     Mean,
     SigmaRel,
-    Target,
     Window,
     as_target,
     parse_targets,
@@ -158,7 +157,7 @@ CLOCKS = (
 """Clocks, with the times of steps 0 to 100."""
 
 
-def check_weights(target: Target, weights: np.ndarray, first: int) -> None:
+def check_weights(target, weights, first):
     """Check that a target weighs steps 0 to 100 so, on any clock, in a run with this first
     update."""
     backwards = np.cumsum(weights[:0:-1])
@@ -363,7 +362,7 @@ def test_each_kind_is_made_named_and_searched(name):
             check_profile_of(searched)
 
 
-def check_profile_of(target: Target) -> None:
+def check_profile_of(target):
     """Check that a target's profile has the mass 1, and depends on the clock if it counts steps."""
     times = np.linspace(0.0, 1e6, 10_001)
     profile = target.profile(1e6, STEPS, 1.0)

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +23,7 @@ GIVEN = PowerFunction.from_sigma_rel(0.15, 100.0)
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
+def run(tmp_path):
     shapes = {
         "w": (5, 3),
         "b": (3,),

@@ -1,9 +1,6 @@
 """Coefficients times snapshots, compared with sums in NumPy float64; and the errors of planning."""
 
 import re
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,17 +14,17 @@ from posthoc_cli.dtypes import parse_dtype, stored_name, torch_dtype
 from posthoc_cli.errors import FileFormatError, InvalidValueError, NonFiniteError
 from posthoc_cli.snapshots.tensorfile import Entry
 from posthoc_cli.synthesis.engine import check_device, synthesize
-from posthoc_cli.synthesis.plan import Plan, plan_synthesis
+from posthoc_cli.synthesis.plan import plan_synthesis
 
 TIMES = (10, 20, 30, 40)
 TARGETS = (0.04, 0.1, 0.2)
 
 
 def write_random(
-    directory: Path,
-    dtype: torch.dtype = torch.float32,
-    **fields: Any,
-) -> None:
+    directory,
+    dtype=torch.float32,
+    **fields,
+):
     """Write snapshots of two profiles at TIMES, each with random weights and a counter equal to its
     time."""
     for t in TIMES:
@@ -43,10 +40,10 @@ def write_random(
 
 
 def plan_of(
-    directory: Path,
-    targets: Sequence[Any] = TARGETS,
-    **options: Any,
-) -> Plan:
+    directory,
+    targets=TARGETS,
+    **options,
+):
     return plan_synthesis(disk_sources(directory), targets, **options)
 
 
@@ -207,13 +204,13 @@ GROUPS = {"up.*": 0.2, "*": 0.1}
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("grouped") / "run"
     write_run(folder, random_walk(12, SHAPES), range(1, 13))
     return Run(folder)
 
 
-def grouped(run: Run) -> dict[str, torch.Tensor]:
+def grouped(run):
     wide = run.average(0.2)
     narrow = run.average(0.1)
     for name in SHAPES:

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import forked
 import pytest
@@ -77,7 +76,7 @@ def test_a_guide_is_rendered_in_the_pager_of_a_terminal_and_is_its_source_in_a_p
     assert max(map(len, lines)) <= 120
 
 
-def written_to(stdout: Any) -> subprocess.CompletedProcess[bytes]:
+def written_to(stdout):
     return subprocess.run([EMA, "profile"], stdout=stdout, stderr=subprocess.PIPE, check=False)
 
 

@@ -29,7 +29,7 @@ WORLD = 3
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
+def run(tmp_path):
     for t in (10, 20):
         values = {f"layer.{k}": torch.full((700, 500), float(t + k)) for k in range(9)}
         for sigma_rel in (0.05, 0.28):
@@ -37,7 +37,7 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def arguments(run: Path, out: Path) -> list[str]:
+def arguments(run, out):
     return ["synthesize", str(run), "--sigma-rel", "0.1", "--out", str(out)]
 
 
@@ -63,7 +63,7 @@ def test_torchrun_makes_the_same_tensors_as_one_process(run, tmp_path):
     assert_same_tensors(load_output(tmp_path / "out"), load_output(tmp_path / "one.safetensors"))
 
 
-def start_ranks(code: str, *arguments: str) -> list[forked.Forked]:
+def start_ranks(code, *arguments):
     """The processes of a job without a launcher; `code` runs in each before the command."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

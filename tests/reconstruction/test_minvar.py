@@ -1,19 +1,17 @@
 """Minimum variance against quadrature and sums over steps, and the published method against 60
 digits."""
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import flint
 import numpy as np
 import pytest
 from checking import refused
-from factories import FloatArray, power_functions, solved, squared_error
+from factories import power_functions, solved, squared_error
 from numpy.testing import assert_array_equal, assert_equal
 from reconstruction.quadrature import expected_square
 
-from posthoc_cli.profiles import Clock, Point, PowerFunction, Profile, ema_pytorch_profile
+from posthoc_cli.profiles import Clock, Point, PowerFunction, ema_pytorch_profile
 from posthoc_cli.reconstruction import METHODS, Motion, Prior, Problem, Steps, reconstruct
 from posthoc_cli.targets import Beta, Decay, Window
 
@@ -24,7 +22,7 @@ power = PowerFunction.from_sigma_rel
 STEPS = Clock.of_steps()
 
 
-def uneven_motion(noise: float = 0.0) -> Motion:
+def uneven_motion(noise=0.0):
     """Return a walk that slows down a thousandfold, and noise that grows."""
     edges = np.array([START, 100.0, 400.0, 700.0, T])
     walk = np.array([1.0, 0.1, 0.3, 0.001])
@@ -32,7 +30,7 @@ def uneven_motion(noise: float = 0.0) -> Motion:
     return Motion(edges, walk, noise * growing)
 
 
-def even_motion(start: float, end: float, noise: float) -> Motion:
+def even_motion(start, end, noise):
     """Return a walk of 1 and noise, each the same all the time."""
     edges = np.array([start, end])
     one = np.ones(1)
@@ -40,10 +38,10 @@ def even_motion(start: float, end: float, noise: float) -> Motion:
 
 
 def prior_of(
-    snapshots: Sequence[object],
-    motion: Motion,
-    rounding: Any = 0.0,
-) -> Prior:
+    snapshots,
+    motion,
+    rounding=0.0,
+):
     zeros = np.zeros(len(snapshots))
     return Prior(
         motion,
@@ -58,7 +56,7 @@ ORIGIN = PowerFunction(1e9, START)
 """An average of the first weights, before anything moves."""
 
 
-def norm_of(profile: Profile, motion: Motion, kink: float = T) -> float:
+def norm_of(profile, motion, kink=T):
     """E |theta|^2 for a path that begins at a place whose norm is 1/2."""
     moved = expected_square([profile], np.ones(1), ORIGIN, motion, kink)
     return 0.25 + moved
@@ -106,7 +104,7 @@ def test_the_expected_error_is_the_integral(target, kink, noise, last):
 # --- properties of any optimum
 
 
-def even_times(count: int, last: float = T) -> FloatArray:
+def even_times(count, last=T):
     times = np.linspace(0, last, count + 1)
     return times[1:]
 
@@ -262,12 +260,12 @@ def test_coefficients_of_one_snapshot_and_of_nearly_equal_ones_are_finite(snapsh
 LAST = 100_000.0
 
 
-def uniform_snapshots(count: int) -> list[PowerFunction]:
+def uniform_snapshots(count):
     times = even_times(count // 2, LAST)
     return power_functions(times, (0.05, 0.10))
 
 
-def product(a: PowerFunction, b: PowerFunction) -> flint.arb:
+def product(a, b):
     """The inner product of two power functions, from equation 151."""
     early, late = sorted((a, b), key=lambda profile: profile.t)
     g = flint.arb(early.gamma)
@@ -279,14 +277,14 @@ def product(a: PowerFunction, b: PowerFunction) -> flint.arb:
     return factor * common
 
 
-def exact_solution(matrix: Any, right: Any) -> Any:
+def exact_solution(matrix, right):
     n = len(right)
     left = flint.arb_mat(n, n, matrix.ravel().tolist())
     column = flint.arb_mat(n, 1, right.tolist())
     return np.array(left.solve(column).entries())
 
 
-def exact_square(matrix: Any, right: Any, norm: Any, c: Any) -> float:
+def exact_square(matrix, right, norm, c):
     """Return the squared distance of combined averages from a target."""
     square = c @ matrix @ c
     return float(square - 2 * (c @ right) + norm)
@@ -357,7 +355,7 @@ def test_a_target_at_one_time_is_as_far_as_its_own_norm_from_any_density():
 # functions
 
 
-def even_prior(count: int, t: float, noise: float = 0.0) -> Prior:
+def even_prior(count, t, noise=0.0):
     zeros = np.zeros(count)
     motion = even_motion(1.0, t, noise)
     return Prior(

@@ -7,10 +7,9 @@ fail.
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 from xml.sax.saxutils import escape
@@ -28,7 +27,7 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 256
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder = folder
         self.asked = list[str]()
@@ -37,10 +36,10 @@ class Server(ThreadingHTTPServer):
         self.lock = threading.Lock()
 
     @property
-    def url(self) -> str:
+    def url(self):
         return f"http://127.0.0.1:{self.server_port}"
 
-    def handle_error(self, *_: Any) -> None:
+    def handle_error(self, *_):
         """Ignore clients that close the connection."""
 
 
@@ -49,13 +48,13 @@ class _Handler(BaseHTTPRequestHandler):
     is_cut = False
     server: Server
 
-    def log_message(self, *_: Any) -> None:
+    def log_message(self, *_):
         """Log nothing."""
 
-    def do_HEAD(self) -> None:
+    def do_HEAD(self):
         self.do_GET()
 
-    def do_GET(self) -> None:
+    def do_GET(self):
         with self.server.lock:
             requested = self.headers.get("range", "")
             self.server.asked.append(f"{self.command} {self.path} {requested}".strip())
@@ -75,7 +74,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self.refuse(404, "NoSuchKey")
 
-    def _send(self, path: Path) -> None:
+    def _send(self, path):
         size = path.stat().st_size
         tag = f'"{_version(path)}"'
         if self.headers.get("if-match", tag) != tag:
@@ -104,12 +103,12 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "GET":
             self.body(path, begin, end)
 
-    def _revision(self) -> str:
+    def _revision(self):
         _, _, rest = self.path.partition("/resolve/")
         revision, _, _ = rest.partition("/")
         return revision
 
-    def body(self, path: Path, begin: int, end: int) -> None:
+    def body(self, path, begin, end):
         """Send bytes of a file, half of them if the answer is to be cut."""
         if self.is_cut:
             end = (begin + end) // 2
@@ -120,7 +119,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.is_cut:
             self.reset()
 
-    def _describe_repository(self, parts: list[str]) -> None:
+    def _describe_repository(self, parts):
         """Answer as the Hub: `org/model` is a folder that holds a folder for each revision, which
         is its own commit."""
         organization, model, *rest = parts
@@ -138,7 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
             facts = [_file_of_tree(path) for path in sorted(folder.iterdir())]
         self.answer(200, json.dumps(facts).encode())
 
-    def _list(self, bucket: Path, prefix: str, delimiter: str) -> None:
+    def _list(self, bucket, prefix, delimiter):
         folders = set()
         text = ""
         for path in sorted(bucket.rglob("*")):
@@ -155,11 +154,11 @@ class _Handler(BaseHTTPRequestHandler):
         text = f"<IsTruncated>false</IsTruncated>{text}"
         self.answer(200, f"<ListBucketResult>{text}</ListBucketResult>".encode())
 
-    def refuse(self, status: int, code: str) -> bool:
+    def refuse(self, status, code):
         self.answer(status, f"<Error><Code>{code}</Code><Message>secret</Message></Error>".encode())
         return True
 
-    def answer(self, status: int, data: bytes) -> None:
+    def answer(self, status, data):
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         if status == 404:
@@ -171,28 +170,28 @@ class _Handler(BaseHTTPRequestHandler):
         if self.is_cut:
             self.reset()
 
-    def cut(self) -> bool:
+    def cut(self):
         """Let the answer end in the middle of its body."""
         self.is_cut = True
         return False
 
-    def reset(self) -> bool:
+    def reset(self):
         self.close_connection = True
         self.connection.shutdown(2)
         return True
 
 
-def _version(path: Path) -> str:
+def _version(path):
     """Return a text that changes with the content, and differs between files."""
     status = path.stat()
     return f"{status.st_ino:020x}{status.st_mtime_ns:020x}"
 
 
-def _branch(name: str) -> dict[str, str]:
+def _branch(name):
     return {"name": name, "ref": f"refs/heads/{name}", "targetCommit": name}
 
 
-def _file_of_tree(path: Path) -> dict[str, Any]:
+def _file_of_tree(path):
     return {
         "type": "file" if path.is_file() else "directory",
         "path": path.name,
@@ -201,13 +200,13 @@ def _file_of_tree(path: Path) -> dict[str, Any]:
     }
 
 
-def _contents_of_listing(key: str, size: int) -> str:
+def _contents_of_listing(key, size):
     facts = f"<Size>{size}</Size><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
     return f"<Contents><Key>{escape(key)}</Key>{facts}<ETag>&quot;x&quot;</ETag></Contents>"
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[Server]:
+def serving(folder):
     server = Server(folder)
     thread = threading.Thread(
         target=server.serve_forever,
