@@ -7,7 +7,7 @@ import flint
 import numpy as np
 import pytest
 from checking import refused
-from factories import power_functions, solved, squared_error
+from factories import power_functions, squared_error
 from numpy.testing import assert_array_equal, assert_equal
 from reconstruction.quadrature import expected_square
 
@@ -134,37 +134,6 @@ def test_a_target_that_is_stored_exactly_is_its_snapshot():
     assert result.profile_error[0] == 0
 
 
-@pytest.mark.parametrize(
-    "sigma_rels",
-    [
-        (0.05,),
-        (0.05, 0.28),
-        (0.03, 0.10, 0.28),
-    ],
-)
-def test_errors_after_losses_are_those_of_solving_without_the_lost(sigma_rels):
-    """For the next loss of each remaining snapshot, after any number of losses."""
-    snapshots = power_functions(even_times(8), sigma_rels)
-    count = len(snapshots)
-    rounding = np.geomspace(1e-8, 1e-4, count)
-    prior = prior_of(snapshots, uneven_motion(5.0), rounding)
-    target = power(0.15, T)
-    losses = Problem(snapshots, prior, T).losses([target])
-    left = np.random.default_rng(0).permutation(count).tolist()
-    each = [[index] for index in range(count)]
-    while len(left) > 1:
-        (after,) = losses.squares_without(each)
-        lost = left.pop()
-        others = [snapshots[index] for index in left]
-        anew = Problem(others, prior.of(left), T)
-        c = solved(anew, target)
-        error = squared_error(anew, c, target)
-        same = pytest.approx(error, rel=1e-3)
-        assert after[lost] == same
-        losses.lose(lost)
-        assert losses.squares[0] == same
-
-
 def test_the_error_of_a_target_that_may_be_another_one_is_their_distance():
     target = power(0.28, T)
     other = power(0.2, T)
@@ -197,29 +166,6 @@ def test_the_relative_error_of_weights_that_are_all_0_is_0_or_undefined(arithmet
     target = power(0.1, T)
     result = reconstruct(snapshots, [target], prior=prior)
     assert_equal(result.predicted_error[0], expected)
-
-
-@pytest.mark.parametrize(
-    ("noise", "is_taken"),
-    [
-        (300.0, True),
-        (1e5, False),
-    ],
-)
-def test_a_small_gain_is_not_worth_the_risk_of_a_wrong_motion(noise, is_taken):
-    """Minimum variance is taken where it has 0.7 of the published error, and the published
-    coefficients where it has 0.98."""
-    snapshots = power_functions((250, 500, 750, T))
-    prior = prior_of(snapshots, even_motion(START, T, noise), 1e-6)
-    target = power(0.15, T)
-    ours = reconstruct(snapshots, [target], "minvar", prior)
-    paper = reconstruct(snapshots, [target], "paper", prior)
-    (c,) = ours.coefficients.T
-    (published,) = paper.coefficients.T
-    problem = Problem(snapshots, prior, T)
-    optimal = solved(problem, target)
-    assert np.allclose(c, optimal, rtol=1e-9) == is_taken
-    assert np.allclose(c, published, rtol=1e-9) != is_taken
 
 
 def test_the_worse_motion_explains_distances_the_nearer_coefficients_are_to_published_ones():
