@@ -141,6 +141,7 @@ def test_the_metadata_of_a_snapshot_are_as_specified_and_read_back_exactly(tmp_p
         schedule=TrackingSchedule(5, 10, 15, None, "F16"),
         sigma_rels=(0.1, 0.28),
         measurements=Measurements(1 / 3, 1e-100),
+        off_schedule=True,
     )
     path = tmp_path / "x.safetensors"
     write_tensors(path, SMALL, info, overwrite=False)
@@ -170,10 +171,5 @@ def test_the_metadata_of_a_snapshot_are_as_specified_and_read_back_exactly(tmp_p
         "aliases": {"tied": "w\n\u202e"},
         "left_out": ["frozen"],
         "measurements": {"norm": 1 / 3, "rounding": 1e-100},
+        "off_schedule": True,
     }
-
-
-def test_a_snapshot_off_the_schedule_says_so(tmp_path):
-    path = write_snapshot(tmp_path, 10, 0.05, RUN_ID, SMALL, off_schedule=True)
-    assert read_by_the_book(path).content["off_schedule"] is True
-    assert read_snapshot(path).off_schedule

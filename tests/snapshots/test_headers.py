@@ -31,18 +31,13 @@ def entry(shape="[1]", begin=0, end=4, dtype="F32"):
 
 A = b'"a":' + entry()
 LIES = [
-    # duplicate keys
-    b"{%b,%b}" % (A, A),
-    b'{"__metadata__":{},%b,"__metadata__":{}}' % A,
+    b"{%b,%b}" % (A, A),  # duplicate keys
     # tensors that overlap or leave gaps, and invalid offsets
     b'{%b,"b":%b}' % (A, entry("[2]", 0, 8)),
     b'{"a":%b}' % entry("[0]", 2, 2),
-    b'{"a":%b}' % entry("[2]", -4, 4),
     b'{"a":%b}' % entry(begin="false"),
     b'{"a":%b}' % entry(begin="Infinity"),
     b'{"a":%b}' % entry("[1]", 2**63, 2**63 + 4),
-    b'{"a":%b}' % entry("[268435456]", 0, 2**30),
-    b'{"a":%b}' % entry(begin="9" * 5000),
     # shapes and dtypes
     b'{"a":%b}' % entry("[-1,-1]"),
     b'{"a":%b}' % entry("[2]"),

@@ -83,15 +83,6 @@ def test_a_payload_is_read_once_from_beginning_to_end_whatever_its_tensors(tmp_p
 # --- damage
 
 
-def test_the_first_damaged_tensor_is_named(tmp_path):
-    values = {"long": torch.randn(300_001), "short": torch.randn(7)}
-    path = write_snapshot(tmp_path, 10, 0.05, RUN_ID, values)
-    for name in ("short", "long"):  # each lies before the ones damaged so far
-        flip_bit(path, read_file(path).entries[name].begin)
-        detail = f"tensor '{name}' is damaged: its checksum does not match"
-        assert wrong(path) == {path.name: ("damaged", detail)}
-
-
 @pytest.mark.parametrize("place", [3, 0.5, -1])
 def test_a_flip_anywhere_is_found(run, output, shards, place):
     """No other file is reported; `torture` flips every bit of small files."""
