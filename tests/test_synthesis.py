@@ -254,6 +254,7 @@ def test_the_command_makes_outputs_that_name_their_groups_and_verify(ema, run, t
     assert ema("verify", path).code == 0
     found = ema("info", path, "--json").json
     assert found["profile"] == "sigma_rel 0.2 (up.*), 0.1 (*)"
+    assert found["sigma_rel"] is None
     used = {snapshot["file"] for snapshot in found["snapshots"]}  # by several groups
     assert f"\nsnapshots {len(used)}\n" in re.sub(" +", " ", ema("info", path).out)
 
