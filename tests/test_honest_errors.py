@@ -218,10 +218,6 @@ def test_a_pause_of_the_clock(tmp_path):
     check(tmp_path, walk(cosine), times=times, **EXACT)
 
 
-def test_a_training_of_25_steps(tmp_path):
-    check(tmp_path, walk(cosine, 25), stride=1, checkpoint_every=5, **EXACT)
-
-
 def test_many_snapshots(tmp_path):
     """Coefficients fit the projections: without the leverage of these, errors are up to 1.8 times
     the predicted."""
