@@ -133,18 +133,10 @@ def test_odd_metrics_give_finite_numbers_and_no_narrow_range(values):
     assert found.high > 1.3 * found.low
 
 
-def test_the_next_batch_repeats_near_lengths():
-    crowd = np.geomspace(0.0201, 0.279, 60).tolist()
-    measured = [trial(x, bowl(x)) for x in crowd]
-    found = Estimate(stated(measured, 30.0), AXIS)
-    assert {*found.proposed(repeat=True)} <= {*crowd}
-
-
-@pytest.mark.parametrize("place", [1, 4])
-def test_one_far_value_does_not_hide_the_best(place):
+def test_one_far_value_does_not_hide_the_best():
     """A wrong trial may have a value far from all others."""
     measured = trials(0, 6)
-    measured[place] = replace(measured[place], value=1000.0)
+    measured[1] = replace(measured[1], value=1000.0)
     found = Estimate(measured, AXIS)
     assert found.low <= 0.09 <= found.high
     assert abs(found.mean) < 10
@@ -162,7 +154,7 @@ def test_the_shown_curve_ends_before_a_far_value_at_an_end():
 # --- the rounds of a search
 
 
-def search_of(
+def searched(
     value_of,
     axis=AXIS,
     budget=7,
@@ -170,7 +162,7 @@ def search_of(
     raw=False,
     repeats_known=True,
 ):
-    """Return a search for the metric of each length, and its trials."""
+    """Search for the metric of each length, and return the report."""
     search = Search(
         report=SweepReport(axis=axis, metric="", minimize=True, settings={}),
         budget=budget,
@@ -183,13 +175,7 @@ def search_of(
     def average(x):
         yield lambda _: (float(value_of(x)), None), None
 
-    return search, search.run(average)
-
-
-def searched(value_of, **options):
-    """Return the report of a search that has ended."""
-    search, trials = search_of(value_of, **options)
-    for _ in trials:
+    for _ in search.run(average):
         pass
     return search.report
 
@@ -271,11 +257,3 @@ def test_the_last_measurement_counts_in_the_choice():
     report = searched(metric, axis=axis, budget=20, repeats_known=False)
     assert report.found.best == 0.12
     assert report.value == 0.0307419
-
-
-def test_the_first_of_very_many_repeats_is_measured_at_once():
-    _, trials = search_of(bowl, repeats=10**12)
-    first = next(trials)
-    second = next(trials)
-    assert first.x == second.x
-    assert second.seed == 1
