@@ -92,31 +92,6 @@ def test_the_expected_rounding_is_that_of_values_that_are_rounded(own, dtype, sc
     assert expected.sum() == pytest.approx(squared(errors), rel=0.02)
 
 
-# --- large models
-
-
-def test_estimates_of_a_large_model_are_within_their_statistical_error(tmp_path):
-    """The model has 3,000,000 elements of two scales. With a relative variance of 1.6, 1,000 runs
-    leave about 4 %."""
-    vectors = []
-    snapshots = []
-    for t in (10, 20):
-        tensors = {
-            "a": 3.0 * draw(1000, 1000).half(),
-            "b": draw(2_000_000).half(),
-            "c": 10.0 * draw(777).half(),
-        }
-        vectors.append(flat(tensors))
-        snapshots.append(write(tmp_path, t, 0.05, tensors))
-    _, measured = sample_measurements(snapshots)
-    first, second = vectors
-    assert measured.norm == pytest.approx(squared(second), rel=0.15)
-    rounding = expected_roundings(second.numpy(), "F16", "F32")
-    assert measured.rounding == pytest.approx(rounding.sum(), rel=0.15)
-    (distance,) = measured.distances
-    assert distance.squared == pytest.approx(squared(second - first), rel=0.15)
-
-
 # --- values that cannot be measured
 
 
