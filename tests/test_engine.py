@@ -317,15 +317,14 @@ def test_weights_are_made_from_the_remaining_snapshots(tmp_path, ema):
 def test_an_open_file_that_another_host_removes_is_planned_without(tmp_path, caplog):
     """On a local file system the file would stay readable; a client of a network file system gets
     ESTALE."""
-    record(tmp_path, 20, checkpoint_every=2)
-    tracker = PostHocEMA.from_path(tmp_path)
-    expected = tracker.state_dict(0.15)
+    run = Run(record(tmp_path, 20, checkpoint_every=2))
+    expected = run.average(0.15)
     once = iter([True])
 
     def is_first_beyond_a_header(_file, _view, at):
         return at > 8 and next(once, False)
 
     with failing("read", errno.ESTALE, is_first_beyond_a_header):
-        assert_same_tensors(tracker.state_dict(0.15), expected)
+        assert_same_tensors(run.average(0.15), expected)
     (warning,) = caplog.messages
     assert ".safetensors: cannot be read: stale file handle; planning again" in warning

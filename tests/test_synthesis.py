@@ -277,10 +277,7 @@ def test_a_dtype_that_the_format_lacks_is_refused_with_the_tensor():
 @pytest.mark.parametrize(
     ("word", "dtype"),
     [
-        ("fp64", torch.float64),
-        ("fp32", torch.float32),
         ("fp16", torch.float16),
-        ("bf16", torch.bfloat16),
         ("bfloat16", torch.bfloat16),
     ],
 )
