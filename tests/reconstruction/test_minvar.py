@@ -7,7 +7,7 @@ import flint
 import numpy as np
 import pytest
 from checking import refused
-from factories import power_functions, squared_error
+from factories import power_functions, solved, squared_error
 from numpy.testing import assert_array_equal, assert_equal
 from reconstruction.quadrature import expected_square
 
@@ -124,6 +124,23 @@ def test_a_target_that_is_stored_exactly_is_its_snapshot():
     result = reconstruct(snapshots, snapshots[-1:], prior=prior)
     assert result.coefficients[:, 0].tolist() == [0, 0, 0, 0, 0, 1]
     assert result.profile_error[0] == 0
+
+
+def test_errors_after_losses_are_those_of_solving_without_the_lost():
+    snapshots = power_functions(even_times(8))
+    prior = prior_of(snapshots, uneven_motion(5.0), np.geomspace(1e-8, 1e-4, 16))
+    target = power(0.15, T)
+    losses = Problem(snapshots, prior, T).losses([target])
+    left = np.random.default_rng(0).permutation(16).tolist()
+    while len(left) > 1:
+        lost = left.pop()
+        ((expected,),) = losses.squares_without([[lost]])
+        losses.lose(lost)
+        anew = Problem([snapshots[index] for index in left], prior.of(left), T)
+        error = squared_error(anew, solved(anew, target), target)
+        same = pytest.approx(error, rel=1e-3)
+        assert expected == same
+        assert losses.squares[0] == same
 
 
 def test_the_error_of_a_target_that_may_be_another_one_is_their_distance():
