@@ -38,35 +38,23 @@ def squared(values):
 # --- small models
 
 
-FIRST = [(10, 0.05), (10, 0.28)]
-PARTNERS = {
-    (10, 0.05): [(10, 0.28)],
-    (10, 0.28): [(10, 0.05)],
-    (20, 0.05): [(20, 0.28), *FIRST],
-    (20, 0.28): [(20, 0.05), *FIRST],
-}
-"""Of each average those from which its distance is measured."""
-
-
 def test_a_model_smaller_than_the_sample_is_measured_exactly(tmp_path):
-    values = {}
+    """Distances are to the other average of the time, and to those of the time before."""
+    vectors = []
     snapshots = []
-    for key in PARTNERS:
+    for t, sigma_rel in ((10, 0.05), (10, 0.28), (20, 0.05), (20, 0.28)):
         tensors = {"w": draw(300, 7).half(), "b": draw(11).half(), "n": torch.tensor([10**9])}
-        values[key] = flat(tensors)
-        snapshots.append(write(tmp_path, *key, tensors))
-    found = dict(zip(values, sample_measurements(snapshots), strict=True))
-    for key, partners in PARTNERS.items():
-        measured = found[key]
-        assert measured.norm == pytest.approx(squared(values[key]), rel=1e-12)
-        for distance, (t, sigma_rel) in zip(measured.distances, partners, strict=True):
-            partner = (t, sigma_rel)
-            assert distance.other.t == t
-            assert distance.other.sigma_rel == pytest.approx(sigma_rel)
-            moved = squared(values[key] - values[partner])
-            assert distance.squared == pytest.approx(moved, rel=1e-12)
-            both = measured.rounding + found[partner].rounding
-            assert distance.rounding == pytest.approx(both, rel=0.01)  # some are equal by chance
+        vectors.append(flat(tensors))
+        snapshots.append(write(tmp_path, t, sigma_rel, tensors))
+    measured = sample_measurements(snapshots)
+    *_, last = measured
+    assert last.norm == pytest.approx(squared(vectors[3]), rel=1e-12)
+    for distance, partner in zip(last.distances, (2, 0, 1), strict=True):
+        assert distance.other == snapshots[partner].profile
+        moved = squared(vectors[3] - vectors[partner])
+        assert distance.squared == pytest.approx(moved, rel=1e-12)
+        both = last.rounding + measured[partner].rounding
+        assert distance.rounding == pytest.approx(both, rel=0.01)  # some are equal by chance
 
 
 # --- rounding

@@ -71,7 +71,7 @@ def test_a_foreign_file_is_unchecked(tmp_path):
 
 def test_a_payload_is_read_once_from_beginning_to_end_whatever_its_tensors(tmp_path):
     """It takes constant memory: a bounded number of blocks is in flight."""
-    sizes = [0, 1, 3, 2**21, 2**21 + 1, 5_000_000, *[7] * 200, 1_048_575]
+    sizes = [0, 1, 2**21 + 1, 5_000_000, *[7] * 200]
     values = {str(number): torch.randn(size).half() for number, size in enumerate(sizes)}
     path = write_snapshot(tmp_path, 10, 0.05, RUN_ID, values | {"n": torch.tensor(3)})
     advances = list[int]()
