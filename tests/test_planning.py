@@ -18,10 +18,8 @@ from posthoc_cli.planning import (
     error_curve,
     propose,
     snapshots_to_drop,
-    spared_times,
 )
 from posthoc_cli.reconstruction import (
-    MOST_SOLVED,
     Motion,
     Problem,
     assumed_prior,
@@ -39,9 +37,8 @@ def kept(
     return [p for index, p in enumerate(snapshots) if index not in dropped]
 
 
-@pytest.mark.parametrize("sigma_rels", [(0.05,), (0.03, 0.1, 0.28)])
-def test_thinning_keeps_the_newest_and_the_requested_number_of_each_profile(sigma_rels):
-    snapshots = power_functions((3, 1, 40, 9, 10, 2000), sigma_rels)
+def test_thinning_keeps_the_newest_and_the_requested_number_of_each_profile():
+    snapshots = power_functions((3, 1, 40, 9, 10, 2000))
     for keep in (1, 4, 7):
         left = kept(snapshots, assumed_prior(snapshots, 2e-4), keep)
         for gamma in {p.gamma for p in snapshots}:
@@ -102,13 +99,6 @@ def test_a_schedule_predicts_the_snapshots_that_a_tracker_leaves(tmp_path):
     assert [profile.t for profile in planned] == [profile.t for profile in left]
     widths = [profile.sigma_rel for profile in left]
     assert [profile.sigma_rel for profile in planned] == pytest.approx(widths)
-
-
-def test_a_schedule_keeps_so_many_times_and_the_newest(tmp_path):
-    schedule = Schedule((0.05, 0.28), 1050, 100, max_checkpoints=4)
-    times = [profile.t for profile in schedule.snapshots()]
-    assert len(times) == 2 * 4
-    assert max(times) == 1000
 
 
 def test_the_curve_touches_zero_at_tracked_profiles():
@@ -193,14 +183,6 @@ def test_named_schedules_are_better_than_even_spacing():
         assert proposal.errors.worst < 1.1 * curve.worst
 
 
-def test_the_ends_of_a_range_are_tracked():
-    for proposal in proposed(3_000):
-        tracked = proposal.schedule.sigma_rels
-        if len(tracked) > 1:
-            assert tracked[0] == 0.05
-            assert tracked[-1] == 0.28
-
-
 def test_the_profiles_of_a_schedule_differ_in_a_narrow_range():
     for proposal in propose(100, 100, (0.1, 0.1001)):
         widths = proposal.schedule.sigma_rels
@@ -245,15 +227,3 @@ def test_the_choice_is_spread_evenly_back_from_the_newest():
     gaps = np.diff(times)
     assert len(gaps) == 18
     assert {*gaps.tolist()} == {5.0, 6.0}
-
-
-def test_the_choice_keeps_so_many_of_each_profile_even_beyond_its_limit():
-    snapshots = power_functions(range(1, 51))
-    assert len(thinned_subset(snapshots, 10, keep=20)) == 40
-    many = power_functions(range(1, MOST_SOLVED + 1))
-    assert len(thinned_subset(many)) == MOST_SOLVED
-
-
-def test_at_most_a_quarter_of_the_kept_times_is_spared():
-    spared = {keep: spared_times(keep) for keep in (1, 4, 8, 20, 40)}
-    assert spared == {1: 1, 4: 1, 8: 2, 20: 5, 40: 5}
