@@ -227,16 +227,6 @@ def test_without_a_server_the_error_says_what_to_check(ema, monkeypatch):
         assert "no answer of the server; check the URL and the network" in ema("info", RUN).error
 
 
-def test_without_credentials_the_error_says_where_they_are_read_from(served, ema, monkeypatch):
-    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    monkeypatch.setenv("AWS_METADATA_ENDPOINT", f"{served.url}/metadata.nothing")
-    assert ema("info", RUN).error == (
-        f"{RUN}: cannot be read: the credentials are missing, expired or not accepted; "
-        "`ema guide remote` says where they are read from"
-    )
-
-
 # --- repositories of the Hub, read by its own client
 
 REVISIONS = "hf://org/model-160m@step*"
