@@ -7,7 +7,6 @@ import shutil
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 
 import forked
@@ -175,18 +174,6 @@ def test_a_snapshot_that_loses_its_name_while_it_is_read_is_read_to_its_end(mixe
 
 def threads():
     return [thread for thread in threading.enumerate() if thread.name.startswith("ema-synthesis")]
-
-
-def test_ctrl_c_leaves_no_file_and_no_thread(mixed, tmp_path):
-    def interrupt(_):
-        raise KeyboardInterrupt
-
-    def bar(*_):
-        return nullcontext(interrupt)
-
-    with pytest.raises(KeyboardInterrupt):
-        Run(mixed).write(TARGETS, tmp_path / "out", progress=bar)
-    assert list(tmp_path.iterdir()) == threads() == []
 
 
 def test_a_stream_that_is_left_ends_its_threads(mixed):

@@ -15,7 +15,6 @@ from tracker.runs import track, update
 
 from posthoc_cli import Beta, Groups, PostHocEMA, PowerFunction, Run, Window
 from posthoc_cli.errors import DirectoryError, InexactError, InvalidValueError, OutputExistsError
-from posthoc_cli.run import plan_training
 from posthoc_cli.snapshots.tensorfile import Entry
 from posthoc_cli.targets import GivenProfile
 
@@ -128,14 +127,11 @@ def test_an_invalid_argument_is_refused(run):
         run.plan([])
 
 
-def test_curves_and_plans_are_what_the_commands_print(run, ema):
+def test_curves_are_what_the_command_prints(run, ema):
     curve = run.error_curve((0.05, 0.28), others=Window(50)).to_dict()
     words = "--sigma-range 0.05:0.28 --target window:50 --json"
     printed = ema("error-plot", run.directory, *words.split()).json
     assert printed == {"curves": [curve]}
-    plan = plan_training(1000, 100, 10_000).to_dict()
-    words = "plan --steps 1000 --params 100 --disk 10kB --json"
-    assert ema(*words.split()).json == json.loads(json.dumps(plan))
 
 
 def test_every_call_reads_the_directory_anew(run, tmp_path):
