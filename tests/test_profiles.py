@@ -114,39 +114,6 @@ def test_steps_outside_of_known_pairs_have_the_length_of_the_nearest():
     assert_allclose(found, [[0, 0], [160, 460]])
 
 
-RANDOM = np.random.default_rng(0).integers(8, 129, 2000)
-BATCHES = {
-    "ramp": np.linspace(16, 128, 2000),
-    "random": RANDOM,
-    "jump": np.where(np.arange(2000) < 1021, 64, 256),
-}
-
-
-@pytest.mark.parametrize("every", [5, 40])
-@pytest.mark.parametrize("kind", BATCHES)
-def test_a_bent_clock_is_about_as_far_off_as_the_true_one_between_known_pairs(kind, every):
-    """Both in the root mean square over all steps, from straight lines between the pairs."""
-    times = np.cumsum(BATCHES[kind])
-    known = times[every - 1 :: every]
-    straight = Clock(range(every, 2001, every), known)
-    steps = straight.step_at(times)
-    off = np.linalg.norm(steps - np.arange(1, 2001))
-    bent = np.linalg.norm(straight.bent().step_at(times) - steps)
-    assert off / 3 < bent < 4 * off
-
-
-@pytest.mark.parametrize(
-    "clock",
-    [
-        Clock([40, 70], [0.4, 0.7]),
-        Clock([7], [91.0]),
-        Clock(range(1, 101), np.cumsum(RANDOM[:100])),
-    ],
-)
-def test_a_clock_of_equal_steps_or_with_every_step_is_not_bent(clock):
-    assert clock.bent() is clock
-
-
 # --- other profiles ------------------------------------------------------------------------------
 
 
