@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from checking import assert_same_tensors, load_output, refused
+from checking import assert_same_tensors, refused
 from factories import RUN_ID, exact_gamma, random_walk, write_run, write_snapshot
 from safetensors.torch import load_file
 from sums import UNIT, assert_sums
@@ -239,15 +239,10 @@ def test_a_group_may_name_a_tensor_by_any_of_its_names(tmp_path):
 
 
 def test_the_command_makes_outputs_that_name_their_groups_and_verify(ema, run, tmp_path):
-    """In one file, or in shards."""
     path = tmp_path / "model.safetensors"
-    parts = tmp_path / "parts"
-    command = ("synthesize", run.directory, "--group", "up.*=0.2", "--group", "*=0.1")
-    sharded = ("--layout", "sharded", "--max-shard-size", "100")
-    assert ema(*command, "--out", path).code == 0
-    assert ema(*command, *sharded, "--out", parts).code == 0
+    groups = ("--group", "up.*=0.2", "--group", "*=0.1")
+    assert ema("synthesize", run.directory, *groups, "--out", path).code == 0
     assert_same_tensors(load_file(path), grouped(run))
-    assert_same_tensors(load_output(parts), grouped(run))
     assert ema("verify", path).code == 0
     found = ema("info", path, "--json").json
     assert found["profile"] == "sigma_rel 0.2 (up.*), 0.1 (*)"

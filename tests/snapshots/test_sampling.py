@@ -63,7 +63,6 @@ def test_a_model_smaller_than_the_sample_is_measured_exactly(tmp_path):
 @pytest.mark.parametrize(
     ("own", "dtype"),
     [
-        (torch.float64, torch.float64),
         (torch.float64, torch.float32),
         (torch.float32, torch.float16),
         (torch.float32, torch.bfloat16),
