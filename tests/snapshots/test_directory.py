@@ -22,7 +22,7 @@ from factories import (
 from safetensors.torch import load_file, save_file
 
 from posthoc_cli import Run, files
-from posthoc_cli.errors import DirectoryError, MismatchError
+from posthoc_cli.errors import MismatchError
 from posthoc_cli.snapshots.directory import (
     inspect_directory,
     read_directory,
@@ -180,6 +180,7 @@ def test_later_snapshots_are_set_aside_and_never_overwritten_or_deleted(tmp_path
         stored[moved] = attempt
     for path, value in stored.items():
         assert load_file(path)["w"][0, 0] == value
+    assert inspect_directory(tmp_path).superseded == verify(tmp_path).superseded == 3
     assert times_in(tmp_path) == [10]
 
 
@@ -191,15 +192,6 @@ def test_what_is_set_aside_has_its_new_name_on_the_disk_before_it_loses_the_old_
     monkeypatch.setattr(files.system, "fsync_directory", synced.append)
     set_aside(read_directory(tmp_path))
     assert synced[-2:] == [tmp_path / "superseded", tmp_path]
-
-
-def test_a_link_in_place_of_superseded_is_refused(tmp_path):
-    run = tmp_path / "run"
-    write_times(run, 10, 20)
-    (run / "superseded").symlink_to(tmp_path)
-    with refused(f"{run}/superseded", "is a link or no directory", kind=DirectoryError):
-        set_aside(read_directory(run))
-    assert times_in(run) == [10, 20]
 
 
 # --- what interrupted writes left is removed by the next writer, and nothing in another directory
@@ -229,7 +221,6 @@ def test_the_next_writer_removes_leftovers_that_no_longer_change(run, tmp_path):
     old = [leave(run / ".ema-1.tmp", 120), link, leave_folder(run / ".ema-5.tmp", 120)]
     young = {
         leave(run / ".ema-2.tmp", 5),
-        leave(run / ".ema-3.tmp", -3600),  # another host's clock is fast
         leave_folder(run / ".ema-6.tmp", 5),
     }
     other = leave(run / ".ema-not-ours", 7200)
