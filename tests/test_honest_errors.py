@@ -170,12 +170,11 @@ def check(
     folder,
     path,
     within=3,
-    stride=STRIDE,
     times=None,
     **options,
 ):
-    run = track(folder, path, stride, times, **options)
-    truth = true(path, stride, times)
+    run = track(folder, path, times=times, **options)
+    truth = true(path, times=times)
     assert_honest(*judged(run, truth), within)
 
 

@@ -105,7 +105,6 @@ def test_the_curve_touches_zero_at_tracked_profiles():
     snapshots = Schedule((0.05, 0.10), 10_000, 500).snapshots()
     curve = error_curve("run", snapshots, assumed_prior(snapshots), (0.02, 0.28))
     assert curve.tracked == (0.05, 0.1)
-    assert curve.assumption == "the network moves evenly"
     widths = curve.sigma_rels
     assert widths[0] == 0.02
     assert widths[-1] == 0.28
