@@ -146,6 +146,7 @@ def test_a_second_demo_takes_another_folder(tmp_path, monkeypatch):
     [
         (".venv/bin/ema", "", ".venv/bin/ema"),
         (".venv/bin/ema", ".venv/bin", "ema"),
+        ("/usr/lib/posthoc_cli/__main__.py", "", "ema"),
     ],
 )
 def test_commands_are_printed_as_the_program_was_called(tmp_path, monkeypatch, given, path, name):

@@ -67,6 +67,22 @@ def test_curves_stay_within_the_axes_and_the_lowest_tick_says_if_errors_are_smal
     assert lowest in ticks
 
 
+def test_a_beta_is_drawn_as_its_time_constant():
+    report = {
+        "axis": "beta",
+        "metric": "loss",
+        "best": {"beta": 0.9},
+        "raw": None,
+        "noise": 0.1,
+        "equal_within_noise": [0.8, 0.95],
+        "trials": [{"x": 0.9, "value": 1.0, "standard_error": None}],
+        "curve": [{"x": 0.9, "estimate": 1.0, "standard_error": 0.1}],
+    }
+    (axes,) = plots.sweep_figure(report).axes
+    line, *_ = axes.lines
+    assert line.get_xdata() == pytest.approx([10])
+
+
 @pytest.mark.parametrize("label", [LONG, "W" * 120])
 def test_texts_stay_within_the_figure(label):
     other = ErrorPoint("profile " + "w" * 110, 0.1, 0.1, 0.01)

@@ -3,6 +3,8 @@
 import fcntl
 import io
 import re
+import shlex
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -107,7 +109,7 @@ def test_tables_are_aligned(capsys):
         {"file": "名\x1b", "bytes": 0, "predicted_error": 0.0},
         {"file": "長い名前です", "bytes": 999, "predicted_error": 1e-8},
         {"file": "a", "bytes": 2.5e6, "predicted_error": 0.00123},
-        {"file": "b", "bytes": 1, "predicted_error": 12.0},
+        {"file": "b", "bytes": 4e12, "predicted_error": 12.0},
         {"file": "", "predicted_error": None},
     ]
     print_rows(rows, ["file", "size:bytes", "predicted_error"])
@@ -116,7 +118,7 @@ def test_tables_are_aligned(capsys):
         "名\\x1b           0 B              0 %",
         "長い名前です   999 B         < 1e-5 %",
         "a             2.5 MB           0.12 %",
-        "b                1 B        > 1,000 %",
+        "b               4 TB        > 1,000 %",
         "                              unknown",
     ]
 
@@ -370,3 +372,10 @@ def test_a_lack_of_memory_or_of_threads_is_named(typed, monkeypatch, fault, mess
     result = typed("verify run")
     assert result.code == 1
     assert result.error == message
+
+
+def test_messages_that_cannot_be_printed_change_no_exit_code():
+    command = [sys.executable, *shlex.split("-m posthoc_cli profile --steps none")]
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(command, stderr=full, check=False)
+    assert done.returncode == 2

@@ -6,6 +6,7 @@ import time
 import forked
 import pytest
 import torch
+import torch.distributed as dist
 from checking import assert_same_tensors, load_output
 from ema_command import environments_of_ranks
 from factories import (
@@ -111,3 +112,12 @@ def test_a_job_makes_a_folder_of_shards(run, tmp_path, out, layout):
     message = "makes a folder of shards; name a folder; an export makes one file"
     with pytest.raises(InvalidValueError, match=message):
         Run(run).write(0.1, tmp_path / out, layout=layout, distributed=True)
+
+
+def test_a_job_of_one_process_that_has_a_group_makes_the_same_tensors(run, tmp_path):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        Run(run).write(0.1, tmp_path / "out", distributed=True)
+    finally:
+        dist.destroy_process_group()
+    assert_same_tensors(load_output(tmp_path / "out"), Run(run).average(0.1))

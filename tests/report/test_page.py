@@ -137,6 +137,13 @@ def test_a_page_shows_the_images_of_each_length_after_those_of_raw_weights(looks
     assert "Best: sigma_rel 0.2 98 % worse than the raw weights metric: 0.2." in text
 
 
+def test_of_many_large_images_a_page_shows_the_first_of_each_length(looks, monkeypatch):
+    size = (looks.parent / "one.png").stat().st_size
+    monkeypatch.setattr("posthoc_cli.report.page._MOST_IMAGES", 4 * size)
+    text = render(Run(looks.parent / "step-*.safetensors"), [looks.parent / "sweep"], looks)
+    assert text.count("; 1 more are in") == 4
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed to open the page in")
 def test_in_a_browser_a_slider_and_arrow_keys_choose_the_length(looks, tmp_path):
     backgrounds = set()

@@ -245,8 +245,9 @@ def test_any_box_is_assembled_from_any_chunks(tmp_path, shape, grid):
         assert np.array_equal(found, expected[first:last])
 
 
-def test_chunks_that_hold_some_elements_twice_and_others_never_are_refused():
+def test_chunks_that_do_not_hold_each_element_once_are_refused():
     """Two quarters of a square, each twice, have as many elements as the square."""
+    assert cover_problem((4,), [Box((0,), (3,))])
     corners = [Box((0, 0), (2, 2)), Box((2, 2), (2, 2))]
     assert cover_problem((4, 4), corners)
     assert cover_problem((4, 4), corners + corners)

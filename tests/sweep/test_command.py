@@ -405,6 +405,7 @@ def test_a_look_without_images_says_so(run, out):
         (None, {}, "metric None: must be a function"),
         (repr, {"values": LENGTHS}, "metric: must return a number"),
         (float, {"values": [0.1, 0.1]}, "values .*: name at least two lengths"),
+        (float, {"values": ["0.1", 0.2]}, "sigma_rel .*: must be a number"),
         (float, {"low": 0.1, "high": 0.2, "budget": 3}, "budget 3: must be .*, at least 7"),
     ],
 )
