@@ -18,6 +18,7 @@ from posthoc_cli.planning import (
     error_curve,
     propose,
     snapshots_to_drop,
+    spared_times,
 )
 from posthoc_cli.reconstruction import (
     Motion,
@@ -99,6 +100,17 @@ def test_a_schedule_predicts_the_snapshots_that_a_tracker_leaves(tmp_path):
     assert [profile.t for profile in planned] == [profile.t for profile in left]
     widths = [profile.sigma_rel for profile in left]
     assert [profile.sigma_rel for profile in planned] == pytest.approx(widths)
+
+
+def test_a_schedule_keeps_so_many_times_and_the_newest():
+    schedule = Schedule((0.05, 0.28), 1050, 100, max_checkpoints=4)
+    *times, last = [profile.t for profile in schedule.snapshots()]
+    assert len(times) == 2 * 4 - 1
+    assert last == 1000
+
+
+def test_at_most_a_quarter_of_the_kept_times_is_spared():
+    assert [spared_times(keep) for keep in (1, 8, 40)] == [1, 2, 5]
 
 
 def test_the_curve_touches_zero_at_tracked_profiles():

@@ -3,6 +3,7 @@ kept."""
 
 import itertools
 import json
+import math
 import re
 import signal
 import time
@@ -323,11 +324,20 @@ def test_the_folder_of_a_running_sweep_is_refused(run, tmp_path):
 
 # --- lengths, and what the average is written as
 
+NEXT = math.nextafter(0.1, 1)
 
-def test_each_length_of_a_narrow_range_is_measured_once(run, out):
+
+@pytest.mark.parametrize(
+    ("axis", "lengths"),
+    [
+        (Axis("window", 18, 20), [18, 19, 20]),
+        (Axis("sigma_rel", 0.1, NEXT), [0.1, NEXT]),
+    ],
+)
+def test_each_length_of_a_narrow_range_is_measured_once(run, out, axis, lengths):
     command = "sh -c 'echo {sigma_rel}' {weights}"
-    report = swept(run, out, command, axis=Axis("window", 18, 20), budget=7)
-    assert sorted(trial.x for trial in report.trials) == [18, 19, 20]
+    report = swept(run, out, command, axis=axis, budget=7)
+    assert sorted(trial.x for trial in report.trials) == lengths
 
 
 def test_a_trial_gets_a_copy_of_a_model_folder(run, tmp_path, out):

@@ -193,20 +193,27 @@ def test_a_search_stops_when_further_trials_would_hardly_help(noise, least, most
     assert least <= np.mean(counts) < most
 
 
-def test_a_search_measures_as_many_lengths_as_its_budget():
+@pytest.mark.parametrize(
+    ("repeats", "raw"),
+    [
+        (1, False),
+        (2, True),
+    ],
+)
+def test_a_search_measures_as_many_lengths_as_its_budget(repeats, raw):
     """A length that is measured again with other seeds counts again; raw weights do not count. The
     last one is for the best length, which may have been measured before."""
-    most = (7 + 1) * 2
+    most = (7 + raw) * repeats
     counts = set()
     for seed in range(8):
-        report = searched(noisy(1.0, seed), repeats=2, raw=True)
+        report = searched(noisy(1.0, seed), repeats=repeats, raw=raw)
         measured = [(one.x, one.seed) for one in report.trials]
         count = len(measured)
         assert len({*measured}) == count <= most
         if report.stopped == "the budget is spent":
             counts.add(count)
     assert counts
-    assert counts <= {most, most - 2}
+    assert counts <= {most, most - repeats}
 
 
 OF_THE_README = {  # the metric of its `train.py`, as a sweep has measured it
