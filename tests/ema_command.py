@@ -87,5 +87,13 @@ def environments_of_ranks(count: int) -> list[dict[str, str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         _, port = free.getsockname()
-    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
-    return [unmeasured_environment() | job | {"RANK": str(rank)} for rank in range(count)]
+    environments = []
+    for rank in range(count):
+        job = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(count),
+            "RANK": str(rank),
+        }
+        environments.append(unmeasured_environment() | job)
+    return environments

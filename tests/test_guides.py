@@ -179,7 +179,8 @@ def run_on_two(program, folder):
     for environment in environments_of_ranks(2):
         processes.append(forked.Forked(program, cwd=folder, env=environment))
     printed = [process.communicate() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], printed
+    codes = [process.returncode for process in processes]
+    assert codes == [0, 0], printed
 
 
 def programs_of_the_readme():

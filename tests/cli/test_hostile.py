@@ -76,7 +76,9 @@ def test_texts_from_files_are_escaped_on_the_terminal(ema, tmp_path):
     assert "Traceback" not in plain.err
     assert "Traceback" in debugging.err
     (run / "\x1b[31m\u202e.tmp.safetensors").write_text("no")
-    for result in (plain, debugging, ema("verify", run), ema("info", run)):
+    verified = ema("verify", run)
+    described = ema("info", run)
+    for result in (plain, debugging, verified, described):
         assert result.code == 1
         printed = result.out + result.err
         assert printed.replace("\n", "").isprintable()
@@ -191,6 +193,7 @@ def test_a_matplotlibrc_in_the_working_directory_neither_runs_anything_nor_chang
     (evil / "matplotlibrc").write_text(EVIL)
     (evil / "evil.py").write_text("open('executed', 'w')")
     command = [sys.executable, "-m", "posthoc_cli", *line, "picture.png"]
-    subprocess.run(command, cwd=evil, env=unmeasured_environment(), check=True)
+    environment = unmeasured_environment()
+    subprocess.run(command, cwd=evil, env=environment, check=True)
     assert not (evil / "executed").exists()
     assert (evil / "picture.png").read_bytes() == (tmp_path / "plain.png").read_bytes()

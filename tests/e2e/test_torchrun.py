@@ -27,7 +27,9 @@ WORLD = 3
 @pytest.fixture
 def run(tmp_path):
     for t in (10, 20):
-        values = {f"layer.{k}": torch.full((700, 500), float(t + k)) for k in range(9)}
+        values = {}
+        for k in range(9):
+            values[f"layer.{k}"] = torch.full((700, 500), float(t + k))
         for sigma_rel in (0.05, 0.28):
             write_snapshot(tmp_path / "run", t, sigma_rel, RUN_ID, values, sigma_rels=(0.05, 0.28))
     return tmp_path / "run"
@@ -110,8 +112,9 @@ def test_an_error_in_one_rank_is_named_by_all(run, tmp_path):
 )
 def test_a_job_makes_a_folder_of_shards(run, tmp_path, out, layout):
     message = "makes a folder of shards; name a folder; an export makes one file"
+    path = tmp_path / out
     with pytest.raises(InvalidValueError, match=message):
-        Run(run).write(0.1, tmp_path / out, layout=layout, distributed=True)
+        Run(run).write(0.1, path, layout=layout, distributed=True)
 
 
 def test_a_job_of_one_process_that_has_a_group_makes_the_same_tensors(run, tmp_path):
@@ -120,4 +123,5 @@ def test_a_job_of_one_process_that_has_a_group_makes_the_same_tensors(run, tmp_p
         Run(run).write(0.1, tmp_path / "out", distributed=True)
     finally:
         dist.destroy_process_group()
-    assert_same_tensors(load_output(tmp_path / "out"), Run(run).average(0.1))
+    made = load_output(tmp_path / "out")
+    assert_same_tensors(made, Run(run).average(0.1))

@@ -91,7 +91,8 @@ def test_the_expected_error_is_the_integral(target, kink, noise, last):
     moved = expected_square(snapshots, c, target, motion, kink)
     exact = moved + c**2 @ rounding
     norm = norm_of(target, motion, kink)
-    square = norm * result.predicted_error[0] ** 2
+    (predicted,) = result.predicted_error
+    square = norm * predicted**2
     assert square == pytest.approx(exact, rel=1e-6)
     assert c.sum() == pytest.approx(1, abs=1e-12)
 
@@ -112,7 +113,8 @@ def test_copies_between_which_nothing_moved_do_not_cancel():
     prior = prior_of(snapshots, uneven_motion(5.0), rounding, Steps(STEPS))
     for t, count in ((START, 2), (10.0, 4)):
         known = prior.of(range(count))
-        result = reconstruct(snapshots[:count], [power(0.1, t)], prior=known)
+        target = power(0.1, t)
+        result = reconstruct(snapshots[:count], [target], prior=known)
         assert np.abs(result.coefficients).sum() < 10
         assert result.predicted_error[0] ** 2 > 0.4e-6
 
@@ -122,13 +124,15 @@ def test_a_target_that_is_stored_exactly_is_its_snapshot():
     prior = prior_of(snapshots, uneven_motion(5.0), 1e-6)
     prior.rounding[-1] = 0.0
     result = reconstruct(snapshots, snapshots[-1:], prior=prior)
-    assert result.coefficients[:, 0].tolist() == [0, 0, 0, 0, 0, 1]
+    (c,) = result.coefficients.T
+    assert c.tolist() == [0, 0, 0, 0, 0, 1]
     assert result.profile_error[0] == 0
 
 
 def test_errors_after_losses_are_those_of_solving_without_the_lost():
     snapshots = power_functions(even_times(8))
-    prior = prior_of(snapshots, uneven_motion(5.0), np.geomspace(1e-8, 1e-4, 16))
+    rounding = np.geomspace(1e-8, 1e-4, 16)
+    prior = prior_of(snapshots, uneven_motion(5.0), rounding)
     target = power(0.15, T)
     losses = Problem(snapshots, prior, T).losses([target])
     left = np.random.default_rng(0).permutation(16).tolist()
@@ -136,8 +140,10 @@ def test_errors_after_losses_are_those_of_solving_without_the_lost():
         lost = left.pop()
         ((expected,),) = losses.squares_without([[lost]])
         losses.lose(lost)
-        anew = Problem([snapshots[index] for index in left], prior.of(left), T)
-        error = squared_error(anew, solved(anew, target), target)
+        others = [snapshots[index] for index in left]
+        anew = Problem(others, prior.of(left), T)
+        c = solved(anew, target)
+        error = squared_error(anew, c, target)
         same = pytest.approx(error, rel=1e-3)
         assert expected == same
         assert losses.squares[0] == same
@@ -227,7 +233,8 @@ def product(a, b):
     s = flint.arb(early.t)
     t = flint.arb(late.t)
     common = (s / t) ** h / t
-    factor = (g + 1) * (h + 1) / (g + h + 1)
+    both = (g + 1) * (h + 1)
+    factor = both / (g + h + 1)
     return factor * common
 
 
@@ -235,13 +242,15 @@ def exact_solution(matrix, right):
     n = len(right)
     left = flint.arb_mat(n, n, matrix.ravel().tolist())
     column = flint.arb_mat(n, 1, right.tolist())
-    return np.array(left.solve(column).entries())
+    solution = left.solve(column)
+    return np.array(solution.entries())
 
 
 def exact_square(matrix, right, norm, c):
     """Return the squared distance of combined averages from a target."""
     square = c @ matrix @ c
-    return float(square - 2 * (c @ right) + norm)
+    mixed = c @ right
+    return float(square - 2 * mixed + norm)
 
 
 @pytest.mark.parametrize(
@@ -311,7 +320,8 @@ def test_a_target_at_one_time_is_as_far_as_its_own_norm_from_any_density():
 
 def even_prior(count, t, noise=0.0):
     edges = np.array([1.0, t])
-    motion = Motion(edges, walk=np.ones(1), noise=noise * np.ones(1))
+    one = np.ones(1)
+    motion = Motion(edges, walk=one, noise=noise * one)
     return prior_of(range(count), motion, steps=Steps(STEPS))
 
 

@@ -91,7 +91,8 @@ def test_a_connection_that_breaks_at_any_request_of_a_synthesis_changes_nothing(
     assert count > 20
     acts = (reset, fail, cut)
     for number in range(1, count + 1, 8):
-        served.fault = once(number, acts[number % 3])
+        act = acts[number % 3]
+        served.fault = once(number, act)
         requests_of_a_synthesis(served, again)
         assert again.read_bytes() == sound.read_bytes()
         again.unlink()
@@ -137,7 +138,8 @@ def test_a_wrong_answer_of_a_server_is_an_error(served, monkeypatch, harm, messa
 
 def error_of_a_synthesis(ema, folder):
     """Return the error, which is one line without a secret; nothing is left."""
-    done = ema("synthesize", RUN, "--sigma-rel", "0.1", "--out", folder / "out.safetensors")
+    out = folder / "out.safetensors"
+    done = ema("synthesize", RUN, "--sigma-rel", "0.1", "--out", out)
     assert done.code in (1, 2)
     assert not list(folder.iterdir())
     assert "secret" not in done.error.lower()
@@ -169,7 +171,8 @@ def test_a_server_that_refuses_everything_is_one_line(served, ema, tmp_path, sta
 )
 def test_a_lasting_failure_is_one_line(served, ema, tmp_path, fault, problem):
     served.fault = fault
-    assert problem in error_of_a_synthesis(ema, tmp_path)
+    error = error_of_a_synthesis(ema, tmp_path)
+    assert problem in error
 
 
 def test_a_failure_while_an_archive_is_opened_is_no_damage(served, ema):
@@ -259,7 +262,10 @@ def test_revisions_of_a_repository_are_checkpoints_of_a_run(repository, tmp_path
     _, one, other = (load_file(path)["w"].double() for path in stored)
     found = load_file(out)["w"].double()
     torch.testing.assert_close(found, (one + other) / 2, rtol=3e-7, atol=1e-8)
-    downloads = [asked for asked in repository.asked if re.match("GET .*/resolve/", asked)]
+    downloads = []
+    for asked in repository.asked:
+        if re.match("GET .*/resolve/", asked):
+            downloads.append(asked)
     assert len(downloads) == len({*downloads}) == 3  # by both commands, since copies are kept
 
 

@@ -26,7 +26,12 @@ FILE = f"{RUN}/0000000000000040-0.05.safetensors"
 @pytest.fixture(scope="session")
 def _made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
-    walk = random_walk(max(STEPS), {"large": (400, 350), "small": (7,), "scalar": ()})
+    shapes = {
+        "large": (400, 350),
+        "small": (7,),
+        "scalar": (),
+    }
+    walk = random_walk(max(STEPS), shapes)
     (folder / "run").mkdir()
     write_run(folder / "run", walk, STEPS, dtype=torch.float16)
     shutil.copytree(folder / "run", folder / "parted")
@@ -35,9 +40,11 @@ def _made(tmp_path_factory):
     (folder / "pickles").mkdir()
     for step in STEPS:
         weights = {"w": torch.full((3,), float(step))}
-        (folder / f"folders/checkpoint-{step}").mkdir(parents=True)
-        save_file(weights, folder / f"folders/checkpoint-{step}/model.safetensors")
-        torch.save({"state_dict": weights, "global_step": step}, folder / f"pickles/step{step}.pt")
+        place = folder / f"folders/checkpoint-{step}"
+        place.mkdir(parents=True)
+        save_file(weights, place / "model.safetensors")
+        content = {"state_dict": weights, "global_step": step}
+        torch.save(content, folder / f"pickles/step{step}.pt")
     return folder
 
 
@@ -111,10 +118,12 @@ def test_an_output_in_a_store_is_refused(ema, command):
 
 def test_an_import_on_this_machine_refers_to_objects(bucket, tmp_path, ema):
     run = tmp_path / "run"
-    imported = ema("import", f"{BUCKET}/folders", "--out", run)
+    command = ("import", f"{BUCKET}/folders", "--out", run)
+    imported = ema(*command)
     assert f"wrote a run that refers to these files: {run}" in imported.out
     assert Run(run).average("last:2")["w"].tolist() == [35.0, 35.0, 35.0]
-    assert "is this import already" in ema("import", f"{BUCKET}/folders", "--out", run).out
+    again = ema(*command)
+    assert "is this import already" in again.out
     (bucket / "folders/checkpoint-20/model.safetensors").write_bytes(b"replaced")
     with pytest.raises(FileFormatError, match="was replaced, or has changed, since"):
         Run(run).average("last:2")

@@ -218,7 +218,11 @@ def test_the_next_writer_removes_leftovers_that_no_longer_change(run, tmp_path):
     link = run / ".ema-4.tmp"
     link.symlink_to(precious)
     os.utime(link, (0, 0), follow_symlinks=False)
-    old = [leave(run / ".ema-1.tmp", 120), link, leave_folder(run / ".ema-5.tmp", 120)]
+    old = [
+        leave(run / ".ema-1.tmp", 120),
+        link,
+        leave_folder(run / ".ema-5.tmp", 120),
+    ]
     young = {
         leave(run / ".ema-2.tmp", 5),
         leave_folder(run / ".ema-6.tmp", 5),

@@ -43,7 +43,11 @@ def test_a_model_smaller_than_the_sample_is_measured_exactly(tmp_path):
     vectors = []
     snapshots = []
     for t, sigma_rel in ((10, 0.05), (10, 0.28), (20, 0.05), (20, 0.28)):
-        tensors = {"w": draw(300, 7).half(), "b": draw(11).half(), "n": torch.tensor([10**9])}
+        tensors = {
+            "w": draw(300, 7).half(),
+            "b": draw(11).half(),
+            "n": torch.tensor([10**9]),
+        }
         vectors.append(flat(tensors))
         snapshots.append(write(tmp_path, t, sigma_rel, tensors))
     *_, last = sample_measurements(snapshots)
