@@ -121,6 +121,13 @@ def test_odd_metrics_give_finite_numbers_and_no_narrow_range(values):
     assert found.high > 1.3 * found.low
 
 
+def test_the_next_batch_repeats_near_lengths():
+    crowd = np.geomspace(0.0201, 0.279, 60).tolist()
+    measured = [trial(x, bowl(x)) for x in crowd]
+    found = Estimate(stated(measured, 30.0), AXIS)
+    assert {*found.proposed(repeat=True)} <= {*crowd}
+
+
 def test_one_far_value_does_not_hide_the_best():
     """A wrong trial may have a value far from all others."""
     measured = trials(0, 6)
