@@ -4,10 +4,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import IO, Any
 
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
@@ -17,19 +14,19 @@ CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 class Browser:
     """One page of a browser."""
 
-    def __init__(self, commands: int, answers: IO[bytes]) -> None:
+    def __init__(self, commands, answers):
         self._commands = commands
         self._answers = answers
         self._count = 0
-        self._session: str | None = None
-        self.events: list[dict[str, Any]] = []
+        self._session = None
+        self.events = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
         self._session = attached["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
 
-    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+    def call(self, method, **parameters):
         """Call a method of the protocol, and return its result."""
         self._count += 1
         message = {"id": self._count, "method": method, "params": parameters}
@@ -40,21 +37,21 @@ class Browser:
             answer = self._read()
             if answer.get("id") == self._count:
                 assert "error" not in answer, answer
-                return answer["result"]  # type: ignore[no-any-return]
+                return answer["result"]
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self):
         """Return the next message; events are kept, too."""
         text = b""
         while not text.endswith(b"\0"):
             byte = self._answers.read(1)
             assert byte, "the browser has ended"
             text += byte
-        message: dict[str, Any] = json.loads(text[:-1])
+        message = json.loads(text[:-1])
         if "method" in message:
             self.events.append(message)
         return message
 
-    def open(self, page: Path, width: int, is_dark: bool) -> None:
+    def open(self, page, width, is_dark):
         """Load a page from a file."""
         scheme = {"name": "prefers-color-scheme", "value": "dark" if is_dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
@@ -65,13 +62,13 @@ class Browser:
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             self._read()
 
-    def evaluate(self, script: str) -> Any:
+    def evaluate(self, script):
         """Return the value of an expression of JavaScript."""
         answer = self.call("Runtime.evaluate", expression=script, returnByValue=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
-    def press(self, key: str) -> None:
+    def press(self, key):
         codes = {"ArrowLeft": 37, "ArrowRight": 39}
         for kind in ("keyDown", "keyUp"):
             code = codes[key]
@@ -79,7 +76,7 @@ class Browser:
 
 
 @contextmanager
-def browser(folder: Path) -> Iterator[Browser]:
+def browser(folder):
     """Start a browser with its files in a folder; end it with the block."""
     assert CHROMIUM is not None
     commands, to_browser = os.pipe()

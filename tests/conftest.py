@@ -2,11 +2,10 @@
 
 import gc
 import importlib.util
-from collections.abc import Iterator
 
 import pytest
 import torch
-from ema_command import Ema, run_ema
+from ema_command import run_ema
 from integrations.programs import forget
 
 from posthoc_cli.tracker import memory, pipeline
@@ -19,25 +18,25 @@ if importlib.util.find_spec("hypothesis") is not None:  # `make gpu` may run wit
     hypothesis.settings.load_profile("any machine")
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish():
     """Exempt loaded modules from garbage collection, which some tests run."""
     gc.collect()
     gc.freeze()
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
+def pytest_runtest_setup(item):
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> None:
+def _one_thread():
     """Use one thread: tensors are small, and other test processes use the other cores."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def _alone() -> Iterator[None]:
+def _alone():
     """Seed torch for each test; fail a test that leaves gradients disabled or inference mode on."""
     torch.manual_seed(0)
     yield
@@ -47,7 +46,7 @@ def _alone() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _ended() -> Iterator[None]:
+def _ended():
     """Close trackers that a test has not closed, so that they log nothing into another test; reset
     accelerate."""
     yield
@@ -56,12 +55,12 @@ def _ended() -> Iterator[None]:
 
 
 @pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_tiles(monkeypatch):
     """Divide the tensors of small models into many tiles, as those of large ones are."""
     monkeypatch.setattr(memory, "TILE", 64)
 
 
 @pytest.fixture
-def ema() -> Ema:
+def ema():
     """Return a function that runs `ema` with its arguments."""
     return run_ema

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -79,3 +80,20 @@ def unmeasured_environment() -> dict[str, str]:
     """Return the environment without coverage's variables, for processes that are killed or must
     not write it."""
     return {name: value for name, value in os.environ.items() if not name.startswith("COV")}
+
+
+def environments_of_ranks(count: int) -> list[dict[str, str]]:
+    """Return the environments of the processes of a torchrun job."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        _, port = free.getsockname()
+    environments = []
+    for rank in range(count):
+        job = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(count),
+            "RANK": str(rank),
+        }
+        environments.append(unmeasured_environment() | job)
+    return environments

@@ -116,7 +116,7 @@ def test_the_page_of_a_demo_shows_eight_samples_of_the_raw_weights_and_five_leng
     assert abs(picture[::8, ::8, 0] - brightness).max() < 0.01
 
 
-def test_heuns_method_draws_from_a_normal_distribution_whose_denoiser_is_known(monkeypatch):
+def test_heuns_method_draws_from_a_normal_distribution_whose_denoiser_is_known():
     """Of data of mean m and standard deviation s, D(x; sigma) = (s^2 x + sigma^2 m) / (s^2 +
     sigma^2), and the solution of the differential equation is m + (x - m) times the ratio of
     sqrt(s^2 + sigma^2), from the highest noise to none."""
@@ -129,13 +129,8 @@ def test_heuns_method_draws_from_a_normal_distribution_whose_denoiser_is_known(m
     start = highest * torch.randn(4, 64, generator=random)
     ratio = (0.25 / (0.25 + highest**2)) ** 0.5
     exact = 3 + (start - 3) * ratio
-    errors = []
-    for steps in (18, 36):
-        monkeypatch.setattr(room, "SAMPLER_STEPS", steps)
-        drawn = sample(known, torch.arange(4), seed=5)
-        errors.append((drawn - exact).abs().max())
-    assert errors[0] < 0.05
-    assert errors[1] < errors[0] / 3  # of the second order, so about a quarter
+    drawn = sample(known, torch.arange(4), seed=5)
+    assert (drawn - exact).abs().max() < 0.05  # 0.04; by Euler's method 0.16
 
 
 def test_a_second_demo_takes_another_folder(tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 import re
 import shlex
 import shutil
-import socket
 import sys
 import threading
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import forked
 import pytest
 import torch
-from ema_command import unmeasured_environment
+from ema_command import environments_of_ranks
 from torch import nn
 from torture.test_torture import EXPERIMENTS
 
@@ -176,17 +175,12 @@ def test_the_programs_for_torchrun_run_one_after_the_other(tmp_path):
 
 def run_on_two(program, folder):
     """Run a program in two processes, as torchrun does."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        _, port = free.getsockname()
-    environment = unmeasured_environment()
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     processes = []
-    for rank in ("0", "1"):
-        own = environment | {"RANK": rank}
-        processes.append(forked.Forked(program, cwd=folder, env=own))
+    for environment in environments_of_ranks(2):
+        processes.append(forked.Forked(program, cwd=folder, env=environment))
     printed = [process.communicate() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], printed
+    codes = [process.returncode for process in processes]
+    assert codes == [0, 0], printed
 
 
 def programs_of_the_readme():

@@ -5,13 +5,9 @@ Walks of known rates and a real training are tracked; every average made from th
 compared with the float64 sum over all updates.
 """
 
-from collections.abc import Callable, Sequence
 from itertools import product
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from checking import refused
@@ -20,10 +16,6 @@ from saved import store
 from trained import train
 
 from posthoc_cli import Decay, PostHocEMA, Run, synthesize
-
-Floats = npt.NDArray[np.float64]
-Path32 = npt.NDArray[np.float32]
-"""Weights after each step: shape [steps, elements]."""
 
 SIZE = 400
 STEPS = 4000
@@ -45,11 +37,12 @@ def restarts(passed):
 
 
 def walk(
-    speed: Callable[[Floats], Floats],
-    steps: int = STEPS,
-    seed: int = 0,
-) -> Path32:
-    """Return weights of norm about 1 that move a quarter of that in a random walk.
+    speed,
+    steps=STEPS,
+    seed=0,
+):
+    """Return weights of norm about 1 that move a quarter of that in a random walk: [steps,
+    elements].
 
     `speed` is how fast, by the part of the training that has passed."""
     generator = np.random.default_rng(seed)
@@ -65,10 +58,10 @@ def walk(
 
 
 def wave(
-    periods: float,
-    amplitude: float,
-    phase: float = 1.0,
-) -> Path32:
+    periods,
+    amplitude,
+    phase=1.0,
+):
     """Return weights of norm about 1 that swing in one direction."""
     random = np.random.default_rng(0)
     place, direction = random.normal(size=(2, SIZE)) / SIZE**0.5
@@ -79,12 +72,12 @@ def wave(
 
 
 def track(
-    folder: Path,
-    path: Path32,
-    stride: int = STRIDE,
-    times: Floats | None = None,
-    **options: Any,
-) -> Run:
+    folder,
+    path,
+    stride=STRIDE,
+    times=None,
+    **options,
+):
     _, size = path.shape
     model = torch.nn.Linear(size, 1, bias=False)
     settings = {
@@ -106,10 +99,10 @@ def track(
 
 
 def made(
-    run: Run,
-    wanted: Sequence[Any],
-    method: str = "minvar",
-) -> tuple[Floats, Floats]:
+    run,
+    wanted,
+    method="minvar",
+):
     """Return averages, shape [targets, elements], and their predicted errors."""
     plan = run.plan(wanted, method=method, dtype="float64")
     ((_, tensors),) = synthesize(plan)
@@ -119,10 +112,10 @@ def made(
 
 
 def true(
-    path: Path32,
-    stride: int = STRIDE,
-    times: Floats | None = None,
-) -> Floats:
+    path,
+    stride=STRIDE,
+    times=None,
+):
     """Return the exact averages of WIDTHS over all updates: shape [targets, elements]."""
     if times is None:
         times = np.arange(1.0, len(path) + 1)
@@ -130,20 +123,20 @@ def true(
     return np.array(shares) @ updates(path, stride)
 
 
-def updates(path: Path32, stride: int = STRIDE) -> Floats:
+def updates(path, stride=STRIDE):
     return path[stride - 1 :: stride].astype(np.float64)
 
 
-def errors(found: Floats, truth: Floats) -> Floats:
+def errors(found, truth):
     apart = np.linalg.norm(found - truth, axis=1)
     return apart / np.linalg.norm(truth, axis=1)
 
 
 def judged(
-    run: Run,
-    truth: Floats,
-    wanted: Sequence[Any] = WIDTHS,
-) -> tuple[Floats, ...]:
+    run,
+    truth,
+    wanted=WIDTHS,
+):
     """Return the errors, the published method's errors, and the predicted errors."""
     found, predicted = made(run, wanted)
     published, _ = made(run, wanted, "paper")
@@ -151,11 +144,11 @@ def judged(
 
 
 def assert_honest(
-    actual: Floats,
-    theirs: Floats,
-    predicted: Floats,
-    within: float = 3,
-) -> None:
+    actual,
+    theirs,
+    predicted,
+    within=3,
+):
     """Require errors no larger than the published method's and than predicted, up to the last digit
     of float32."""
     assert np.all(actual <= 1.05 * theirs + 3e-8)
@@ -163,10 +156,10 @@ def assert_honest(
 
 
 def assert_near(
-    actual: Floats,
-    predicted: Floats,
-    factor: float,
-) -> None:
+    actual,
+    predicted,
+    factor,
+):
     """Require errors that are as predicted up to a factor."""
     ratios = actual / predicted
     assert ratios.max() < factor, ratios
@@ -174,15 +167,14 @@ def assert_near(
 
 
 def check(
-    folder: Path,
-    path: Path32,
-    within: float = 3,
-    stride: int = STRIDE,
-    times: Floats | None = None,
-    **options: Any,
-) -> None:
-    run = track(folder, path, stride, times, **options)
-    truth = true(path, stride, times)
+    folder,
+    path,
+    within=3,
+    times=None,
+    **options,
+):
+    run = track(folder, path, times=times, **options)
+    truth = true(path, times=times)
     assert_honest(*judged(run, truth), within)
 
 
@@ -223,10 +215,6 @@ def test_a_pause_of_the_clock(tmp_path):
     times = np.arange(1.0, STEPS + 1)
     times[STEPS // 2 :] += STEPS
     check(tmp_path, walk(cosine), times=times, **EXACT)
-
-
-def test_a_training_of_25_steps(tmp_path):
-    check(tmp_path, walk(cosine, 25), stride=1, checkpoint_every=5, **EXACT)
 
 
 def test_many_snapshots(tmp_path):
@@ -331,10 +319,10 @@ def test_predictions_allow_for_oscillations_that_files_do_not_show(tmp_path):
 
 
 def assert_known(
-    folder: Path,
-    path: Floats,
-    every: int,
-) -> None:
+    folder,
+    path,
+    every,
+):
     """Write checkpoints of weights, and check that errors of averages are the predicted ones."""
     path = path.astype(np.float32)
     for step in {*range(every, STEPS + 1, every), len(path)}:
@@ -345,7 +333,7 @@ def assert_known(
     assert_near(actual, predicted, 2)
 
 
-def noisy_walk(noise: float) -> Floats:
+def noisy_walk(noise):
     random = np.random.default_rng(0)
     steps = random.normal(size=(STEPS, SIZE))
     path = 100 + np.cumsum(steps, axis=0)
@@ -375,4 +363,4 @@ def test_usual_mistakes_with_a_tracker_name_what_was_meant(tmp_path):
     with refused("state", "none of a tracker", "'weight', 'bias'", "ema.state_dict()"):
         ema.load_state_dict(model.state_dict())
     with refused("checkpoint_every", "checkpoint_every 100.0: must be a whole number"):
-        PostHocEMA.from_model(model, tmp_path, checkpoint_every=100.0)  # type: ignore[arg-type]
+        PostHocEMA.from_model(model, tmp_path, checkpoint_every=100.0)

@@ -6,7 +6,6 @@ from dataclasses import replace
 import matplotlib.image
 import numpy as np
 import pytest
-from matplotlib.collections import PolyCollection
 
 from posthoc_cli import plots
 from posthoc_cli.planning import ErrorCurve, ErrorPoint
@@ -47,17 +46,14 @@ def test_tracked_profiles_in_the_range_are_dots_and_all_are_named(ends, inside):
 
 
 @pytest.mark.parametrize(
-    ("least", "most", "lowest"),
+    ("least", "lowest"),
     [
-        (0.0, 50.0, "≤ 0.01 %"),
-        (1e-12, 0.3, "≤ 0.01 %"),
-        (1e-3, 1e-3, "0.01 %"),
+        (0.0, "≤ 0.01 %"),
+        (1e-3, "0.01 %"),
     ],
 )
-def test_curves_stay_within_the_axes_and_the_lowest_tick_says_if_errors_are_smaller(
-    least, most, lowest
-):
-    errors = np.geomspace(1e-3, most, 50)
+def test_curves_stay_within_the_axes_and_the_lowest_tick_says_if_errors_are_smaller(least, lowest):
+    errors = np.geomspace(1e-3, 50.0, 50)
     errors[25] = least
     figure = plots.error_figure([replace(curve(), predicted_error=errors)])
     figure.draw_without_rendering()
@@ -67,53 +63,24 @@ def test_curves_stay_within_the_axes_and_the_lowest_tick_says_if_errors_are_smal
     heights = line.get_ydata()
     assert low <= heights.min()
     assert heights.max() <= high
-    left, right = axes.get_xlim()
-    assert left < 0.01  # with room for marks
-    assert right > 0.2886
     ticks = [text.get_text() for text in axes.get_yticklabels()]
     assert lowest in ticks
 
 
-def swept(kind="sigma_rel"):
-    """Return the figure of a metric between 3.2 and 3.4 over a range of lengths."""
-    curve = []
-    for x, place in zip(np.geomspace(0.025, 0.275, 101), np.linspace(-1, 1, 101), strict=True):
-        curve.append({"x": x, "estimate": 3.2 + 0.2 * place**2, "standard_error": 0.06})
-    trials = []
-    for point in curve[::25]:
-        trials.append({"x": point["x"], "value": point["estimate"], "standard_error": None})
-    return plots.sweep_figure(
-        {
-            "axis": kind,
-            "metric": "loss",
-            "best": {kind: 0.08},
-            "raw": 3.9,
-            "noise": 0.01,
-            "equal_within_noise": [0.07, 0.09],
-            "trials": trials,
-            "curve": curve,
-        }
-    )
-
-
-def test_bars_and_the_band_of_the_estimate_are_within_the_axes():
-    (axes,) = swept().axes
-    low, high = axes.get_ylim()
-    (container,) = axes.containers
-    (bars,) = container.lines[2]
-    ends = np.concatenate(bars.get_segments())[:, 1]
-    assert np.ptp(ends) == pytest.approx(0.22)
-    (band,) = axes.findobj(PolyCollection)
-    heights = band.get_paths()[0].vertices[:, 1]
-    assert np.ptp(heights) == pytest.approx(0.2 + 4 * 0.06)
-    assert low < min(*ends, *heights)
-    assert max(*ends, *heights) < high
-
-
 def test_a_beta_is_drawn_as_its_time_constant():
-    (axes,) = swept("beta").axes
+    report = {
+        "axis": "beta",
+        "metric": "loss",
+        "best": {"beta": 0.9},
+        "raw": None,
+        "noise": 0.1,
+        "equal_within_noise": [0.8, 0.95],
+        "trials": [{"x": 0.9, "value": 1.0, "standard_error": None}],
+        "curve": [{"x": 0.9, "estimate": 1.0, "standard_error": 0.1}],
+    }
+    (axes,) = plots.sweep_figure(report).axes
     line, *_ = axes.lines
-    assert line.get_xdata()[0] == pytest.approx(1 / (1 - 0.025))
+    assert line.get_xdata() == pytest.approx([10])
 
 
 @pytest.mark.parametrize("label", [LONG, "W" * 120])
@@ -131,13 +98,12 @@ def test_texts_stay_within_the_figure(label):
         assert box.y1 <= height, text
 
 
-def long_curve():
-    return plots.error_figure([curve(label=LONG)])
-
-
-@pytest.mark.parametrize("draw", [long_curve, swept])
-def test_the_background_is_opaque_and_the_margins_are_empty(draw):
+def test_the_background_is_opaque_and_the_margins_are_empty():
     """On a dark page a figure without background would show black text on black."""
+
+    def draw():
+        return plots.error_figure([curve(label=LONG)])
+
     pixels = matplotlib.image.imread(io.BytesIO(plots.as_file(draw, ".png")))
     assert (pixels[..., 3] == 1).all()
     edge = np.ones(pixels.shape[:2], dtype=bool)

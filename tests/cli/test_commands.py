@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from factories import OTHER_RUN_ID, contents, flip_bit, forge, rewrite_snapshot,
 from safetensors.torch import load_file, save_file
 
 from posthoc_cli import PostHocEMA
-from posthoc_cli.cli.output import print_pairs, print_rows
+from posthoc_cli.cli.output import print_rows
 from posthoc_cli.snapshots.directory import DirectoryLock
 
 
@@ -35,16 +36,13 @@ def size_of(files):
 def test_info_of_a_directory(typed, run):
     (run / ".ema-0123.tmp").write_text("")
     result = typed("info run")
-    assert result.err == ""
     assert result.code == 0
     assert has_line("run +[0-9a-f]{32}$", result.out)
     assert has_line(r" *0\.28 +20 +100 +2,000 +0\.0\d+ % to 0\.0\d+ % ", result.out)
     assert has_line("measured +40 of them, from which errors are predicted", result.out)
     assert has_line("schedule +update_every .*, checkpoint_dtype float16$", result.out)
-    assert "superseded" not in result.out
     report = typed("info run --json").json
     assert report["bytes"] == size_of(snapshot_files(run))
-    assert report["problems"] == []
     assert report["leftovers"] == [".ema-0123.tmp"]
     low, high = report["profiles"][0]["relative_rounding_range"]
     assert 2**-13 < low <= high < 2**-11
@@ -62,20 +60,11 @@ def test_info_of_an_output_lists_the_largest_coefficients(typed):
     typed("synthesize run --sigma-rel 0.15 --out m.safetensors")
     text = typed("info m.safetensors").out
     assert has_line(r"predicted error +0\.\d+ %$", text)
-    assert has_line(r"sigma_rel +0\.15$", text)
-    assert "profile error" not in text
     assert "and 30 more with smaller coefficients; --json lists them" in text
     rows = re.findall(r"^\S+\.safetensors +[+-](\d\.\d{6})$", text, re.MULTILINE)
     snapshots = typed("info m.safetensors --json").json["snapshots"]
     sizes = sorted(abs(snapshot["coefficient"]) for snapshot in snapshots)
     assert sorted(map(float, rows)) == pytest.approx(sizes[-10:], abs=1e-6)
-
-
-def test_info_of_another_average_names_no_width(typed):
-    typed("synthesize run --target beta:0.99 --out m.safetensors")
-    facts = {"profile": "beta:0.99", "sigma_rel": None, "gamma": None}
-    assert typed("info m.safetensors --json").json.items() >= facts.items()
-    assert not has_line("sigma_rel", typed("info m.safetensors").out)
 
 
 def test_info_of_a_folder_of_outputs_and_of_shards(typed):
@@ -90,9 +79,9 @@ def test_info_of_a_folder_of_outputs_and_of_shards(typed):
     assert len(shards) > 1
     for path in ("all/sigma_rel-0.15", "all/sigma_rel-0.15/model.safetensors.index.json"):
         report = typed(f"info {path} --json").json
+        assert report["profile"] == "sigma_rel 0.15"
         assert report["shards"] == len(shards)
         assert report["bytes"] == size_of(shards)
-        assert has_line(r"profile +sigma_rel 0\.15$", typed(f"info {path}").out)
 
 
 # --- the command `ema profile`, and tables
@@ -106,14 +95,11 @@ def test_common_lengths_are_shown_as_other_libraries_name_them(typed):
 
 
 def test_lengths_are_converted_in_both_directions(typed):
-    def row(options):
-        report = typed(f"profile --steps 100000 --json {options}").json
-        (only,) = report["profiles"]
-        return only
-
-    assert row("--target half-life:5000")["beta"] ** 5000 == pytest.approx(0.5, rel=1e-9)
-    width = row("--target beta:0.9999")["sigma_rel"]
-    assert row(f"--sigma-rel {width}")["beta"] == pytest.approx(0.9999, rel=1e-12)
+    line = "profile --steps 100000 --json"
+    (row,) = typed(f"{line} --target half-life:5000").json["profiles"]
+    assert row["beta"] ** 5000 == pytest.approx(0.5, rel=1e-9)
+    (back,) = typed(f"{line} --sigma-rel {row['sigma_rel']}").json["profiles"]
+    assert back["beta"] == pytest.approx(row["beta"], rel=1e-12)
 
 
 def test_tables_are_aligned(capsys):
@@ -122,25 +108,19 @@ def test_tables_are_aligned(capsys):
     rows = [
         {"file": "名\x1b", "bytes": 0, "predicted_error": 0.0},
         {"file": "長い名前です", "bytes": 999, "predicted_error": 1e-8},
-        {"file": "a", "bytes": 1500, "predicted_error": 0.00123},
-        {"file": "b", "bytes": 2.5e6, "predicted_error": 0.996},
-        {"file": "c", "bytes": 4e12, "predicted_error": 12.0},
-        {"file": "", "bytes": 1, "predicted_error": None},
-        {"file": "d"},
+        {"file": "a", "bytes": 2.5e6, "predicted_error": 0.00123},
+        {"file": "b", "bytes": 4e12, "predicted_error": 12.0},
+        {"file": "", "predicted_error": None},
     ]
     print_rows(rows, ["file", "size:bytes", "predicted_error"])
     assert capsys.readouterr().out.splitlines() == [
         "file            size  predicted error",
         "名\\x1b           0 B              0 %",
         "長い名前です   999 B         < 1e-5 %",
-        "a             1.5 kB           0.12 %",
-        "b             2.5 MB            100 %",
-        "c               4 TB        > 1,000 %",
-        "                 1 B          unknown",
-        "d",
+        "a             2.5 MB           0.12 %",
+        "b               4 TB        > 1,000 %",
+        "                              unknown",
     ]
-    print_pairs([("run", "x"), ("schedule", "y")])
-    assert capsys.readouterr().out == "run       x\nschedule  y\n"
 
 
 # --- the command `ema synthesize`
@@ -148,7 +128,6 @@ def test_tables_are_aligned(capsys):
 
 def test_one_average_into_one_file(typed, run):
     result = typed("synthesize run --sigma-rel 0.15 --out m.safetensors")
-    assert result.code == 0
     last = result.out.splitlines()[-1]
     made = r"made sigma_rel 0\.15 at t = 2,000 from 40 snapshots"
     assert re.fullmatch(rf"{made}, predicted error 0\.\d+ %, 128 B, in .*: m.safetensors", last)
@@ -170,13 +149,6 @@ def test_the_command_that_completes_an_output_works(typed):
     save_file(full, "FULL.safetensors")
     assert "wrote 9 tensors, 1 of them from" in typed(command).out
     assert_same_tensors(load_file("NEW.safetensors"), full)
-
-
-def test_a_folder_receives_a_file_of_the_targets_name(typed):
-    poor = typed("synthesize run --sigma-rel 0.010 --out folder")
-    assert poor.code == 0
-    assert poor.err.startswith("ema: warning: sigma_rel 0.01: predicted error ")
-    assert [path.name for path in Path("folder").iterdir()] == ["sigma_rel-0.01.safetensors"]
 
 
 @pytest.fixture
@@ -240,7 +212,6 @@ def test_the_picture_of_one_snapshot_assumes_even_motion(typed):
 def test_the_picture_of_a_directory(typed):
     result = typed("error-plot run --out error.png --method paper --target window:1")
     assert result.err == ""
-    assert result.code == 0
     assert Path("error.png").read_bytes().startswith(b"\x89PNG")
     first, *lines = result.out.splitlines()
     assert first == "run: 40 snapshots up to 2,000 steps"
@@ -251,10 +222,7 @@ def test_the_picture_of_a_directory(typed):
 
 
 def test_the_picture_and_a_warning_name_the_same_range(typed):
-    (curve,) = typed("error-plot run --json --out e.svg").json["curves"]
-    ((low, high),) = curve["below_1_percent"]
-    for width, error in zip(curve["sigma_rel"], curve["predicted_error"], strict=True):
-        assert (low <= width <= high) == (error < 0.01)
+    typed("error-plot run --out e.svg")
     (shown,) = set(re.findall(r"below 1 % for sigma_rel (.*?) -->", Path("e.svg").read_text()))
     # rounding to the model's dtypes is no part of the errors of a picture
     made = typed("synthesize run --sigma-rel 0.01 --dtype float64 --dry-run")
@@ -318,15 +286,13 @@ def test_of_many_files_only_broken_ones_have_a_line_and_the_report_has_all(typed
 
 
 def test_contradictions_and_files_of_a_later_release_are_reported(typed, run):
-    file = snapshot_files(run)[3]
-    rewrite_snapshot(file, run_id=OTHER_RUN_ID)
-    result = typed("verify run")
-    assert result.code == 1
-    assert has_line(f"problem: .*{file.name}: differ in 'run_id'", result.out)
-    assert typed("info run").code == 1
-    forge(file, {"kind": '"future"'})
+    first, second, *_ = snapshot_files(run)
+    rewrite_snapshot(first, run_id=OTHER_RUN_ID)
+    forge(second, {"kind": '"future"'})
+    found = typed("verify run").out
+    assert has_line("problem: .* differ in 'run_id'", found)
     reason = "unreadable: is not of the kind 'snapshot' and format 3, but 'future' of format 3"
-    assert reason in typed("verify run").out
+    assert reason in found
 
 
 def test_nothing_is_pruned_while_a_tracker_writes(typed, run):
@@ -342,7 +308,6 @@ def test_json_says_what_was_deleted(typed, run):
     assert typed(f"{line} --dry-run").json["deleted"] is False
     assert {path.name for path in snapshot_files(run)} == before
     report = typed(f"{line} --yes").json
-    assert report["deleted"] is True
     left = {path.name for path in snapshot_files(run)}
     assert {snapshot["file"] for snapshot in report["gone"]} == before - left != set()
     assert {*report["kept"]} == left
@@ -385,20 +350,8 @@ def test_pruning_asks(typed, run, monkeypatch, answer, code, left):
 # --- what goes wrong
 
 
-def without_memory(_):
-    raise MemoryError
-
-
-def without_memory_of_torch(_):
+def without_memory_of_torch():
     torch.empty(2**60, dtype=torch.uint8)
-
-
-def without_a_library(_):
-    raise ImportError("libtorch_cpu.so: failed to map segment from shared object")
-
-
-def without_threads(_):
-    raise RuntimeError("can't start new thread")
 
 
 NO_MEMORY = "not enough memory is free"
@@ -406,16 +359,16 @@ NO_THREAD = "the system starts no more threads: a limit of processes or of memor
 
 
 @pytest.mark.parametrize(
-    ("start", "message"),
+    ("fault", "message"),
     [
-        (without_memory, NO_MEMORY),
+        (MemoryError, NO_MEMORY),
         (without_memory_of_torch, NO_MEMORY),
-        (without_a_library, NO_MEMORY),
-        (without_threads, NO_THREAD),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), NO_MEMORY),
+        (RuntimeError("can't start new thread"), NO_THREAD),
     ],
 )
-def test_a_lack_of_memory_or_of_threads_is_named(typed, monkeypatch, start, message):
-    monkeypatch.setattr(threading.Thread, "start", start)
+def test_a_lack_of_memory_or_of_threads_is_named(typed, monkeypatch, fault, message):
+    monkeypatch.setattr(threading.Thread, "start", mock.Mock(side_effect=fault))
     result = typed("verify run")
     assert result.code == 1
     assert result.error == message

@@ -24,7 +24,6 @@ def test_every_command_takes_counts_as_people_write_them(typed):
     assert typed("profile --steps 1e6 --json").json["steps"] == 1_000_000
     plan = typed("plan --steps 1e3 --params 1.2B --json").json
     assert plan["schedules"][0]["bytes"] == 11 * 2 * 1_200_000_000
-    assert typed("prune run --keep 1e1 --dry-run").code == 0
     made = typed("synthesize run --sigma-rel 0.15 --step 2K --dry-run --json")
     assert made.json["targets"][0]["t"] == 2000
 
@@ -32,7 +31,6 @@ def test_every_command_takes_counts_as_people_write_them(typed):
 def test_verify_takes_several_paths(typed, run):
     save_file({"w": torch.ones(3)}, "model.safetensors")
     line = "verify run model.safetensors"
-    assert typed(line).code == 0
     report = typed(f"{line} --json").json
     assert report["kind"] == "several"
     found = [(one["kind"], one["path"]) for one in report["paths"]]

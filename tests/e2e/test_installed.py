@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import forked
 import pytest
@@ -51,14 +50,6 @@ def test_the_peers_example_runs_with_only_its_import_changed(tmp_path):
     assert (tmp_path / "error.png").stat().st_size > 10_000
 
 
-def test_errors_are_one_line_and_no_traceback(tmp_path):
-    command = [EMA, "info", tmp_path / "nowhere"]
-    failed = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert failed.returncode == 2
-    assert failed.stdout == ""
-    assert failed.stderr == f"ema: error: {tmp_path}/nowhere: no such file or directory\n"
-
-
 def test_a_guide_is_rendered_in_the_pager_of_a_terminal_and_is_its_source_in_a_pipe(tmp_path):
     source = (GUIDES / "exactness.md").read_text()
     assert forked.check(forked.EMA, "guide", "exactness").out == source
@@ -77,7 +68,7 @@ def test_a_guide_is_rendered_in_the_pager_of_a_terminal_and_is_its_source_in_a_p
     assert max(map(len, lines)) <= 120
 
 
-def written_to(stdout: Any) -> subprocess.CompletedProcess[bytes]:
+def written_to(stdout):
     return subprocess.run([EMA, "profile"], stdout=stdout, stderr=subprocess.PIPE, check=False)
 
 

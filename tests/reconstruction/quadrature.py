@@ -1,25 +1,22 @@
 """The expected squared error of a combination of averages, by its defining integrals."""
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
-from factories import FloatArray
 from scipy import integrate
 
-from posthoc_cli.profiles import PowerFunction, Profile
-from posthoc_cli.reconstruction import Motion
+from posthoc_cli.profiles import PowerFunction
 
 QUADRATURE = {"epsabs": 1e-15, "epsrel": 1e-10, "limit": 200}
 
 
 def expected_square(
-    snapshots: Sequence[PowerFunction],
-    coefficients: FloatArray,
-    target: Profile,
-    motion: Motion,
-    *kinks: float,
-) -> float:
+    snapshots,
+    coefficients,
+    target,
+    motion,
+    *kinks,
+):
     """Integrate between the edges of the motion, the ends of snapshots, and kinks of the target."""
 
     def square(s, value):
@@ -40,11 +37,11 @@ def expected_square(
     return total
 
 
-def tail_at(profile: Profile, s: float) -> float:
+def tail_at(profile, s):
     return float(profile.tail(s))
 
 
-def density_at(profile: Profile, s: float) -> float:
+def density_at(profile, s):
     if isinstance(profile, PowerFunction):
         return float(profile.density(s))
     before = tail_at(profile, s - 1e-4)

@@ -1,19 +1,17 @@
 """Minimum variance against quadrature and sums over steps, and the published method against 60
 digits."""
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import flint
 import numpy as np
 import pytest
 from checking import refused
-from factories import FloatArray, power_functions, solved, squared_error
+from factories import power_functions, solved, squared_error
 from numpy.testing import assert_array_equal, assert_equal
 from reconstruction.quadrature import expected_square
 
-from posthoc_cli.profiles import Clock, Point, PowerFunction, Profile, ema_pytorch_profile
+from posthoc_cli.profiles import Clock, Point, PowerFunction, ema_pytorch_profile
 from posthoc_cli.reconstruction import METHODS, Motion, Prior, Problem, Steps, reconstruct
 from posthoc_cli.targets import Beta, Decay, Window
 
@@ -24,7 +22,7 @@ power = PowerFunction.from_sigma_rel
 STEPS = Clock.of_steps()
 
 
-def uneven_motion(noise: float = 0.0) -> Motion:
+def uneven_motion(noise=0.0):
     """Return a walk that slows down a thousandfold, and noise that grows."""
     edges = np.array([START, 100.0, 400.0, 700.0, T])
     walk = np.array([1.0, 0.1, 0.3, 0.001])
@@ -32,18 +30,12 @@ def uneven_motion(noise: float = 0.0) -> Motion:
     return Motion(edges, walk, noise * growing)
 
 
-def even_motion(start: float, end: float, noise: float) -> Motion:
-    """Return a walk of 1 and noise, each the same all the time."""
-    edges = np.array([start, end])
-    one = np.ones(1)
-    return Motion(edges, walk=one, noise=noise * one)
-
-
 def prior_of(
-    snapshots: Sequence[object],
-    motion: Motion,
-    rounding: Any = 0.0,
-) -> Prior:
+    snapshots,
+    motion,
+    rounding=0.0,
+    steps=None,
+):
     zeros = np.zeros(len(snapshots))
     return Prior(
         motion,
@@ -51,6 +43,7 @@ def prior_of(
         zeros,
         zeros + 1,
         "measured",
+        steps,
     )
 
 
@@ -58,7 +51,7 @@ ORIGIN = PowerFunction(1e9, START)
 """An average of the first weights, before anything moves."""
 
 
-def norm_of(profile: Profile, motion: Motion, kink: float = T) -> float:
+def norm_of(profile, motion, kink=T):
     """E |theta|^2 for a path that begins at a place whose norm is 1/2."""
     moved = expected_square([profile], np.ones(1), ORIGIN, motion, kink)
     return 0.25 + moved
@@ -98,7 +91,8 @@ def test_the_expected_error_is_the_integral(target, kink, noise, last):
     moved = expected_square(snapshots, c, target, motion, kink)
     exact = moved + c**2 @ rounding
     norm = norm_of(target, motion, kink)
-    square = norm * result.predicted_error[0] ** 2
+    (predicted,) = result.predicted_error
+    square = norm * predicted**2
     assert square == pytest.approx(exact, rel=1e-6)
     assert c.sum() == pytest.approx(1, abs=1e-12)
 
@@ -106,7 +100,7 @@ def test_the_expected_error_is_the_integral(target, kink, noise, last):
 # --- properties of any optimum
 
 
-def even_times(count: int, last: float = T) -> FloatArray:
+def even_times(count, last=T):
     times = np.linspace(0, last, count + 1)
     return times[1:]
 
@@ -116,11 +110,11 @@ def test_copies_between_which_nothing_moved_do_not_cancel():
     little."""
     snapshots = power_functions((START, 10.0))
     rounding = np.array([1.0e-6, 1.1e-6, 1.0e-6, 1.2e-6])
-    prior = prior_of(snapshots, uneven_motion(5.0), rounding)
-    prior = replace(prior, steps=Steps(STEPS))
+    prior = prior_of(snapshots, uneven_motion(5.0), rounding, Steps(STEPS))
     for t, count in ((START, 2), (10.0, 4)):
         known = prior.of(range(count))
-        result = reconstruct(snapshots[:count], [power(0.1, t)], prior=known)
+        target = power(0.1, t)
+        result = reconstruct(snapshots[:count], [target], prior=known)
         assert np.abs(result.coefficients).sum() < 10
         assert result.predicted_error[0] ** 2 > 0.4e-6
 
@@ -130,40 +124,28 @@ def test_a_target_that_is_stored_exactly_is_its_snapshot():
     prior = prior_of(snapshots, uneven_motion(5.0), 1e-6)
     prior.rounding[-1] = 0.0
     result = reconstruct(snapshots, snapshots[-1:], prior=prior)
-    *others, last = result.coefficients[:, 0]
-    assert last == 1
-    assert not any(others)
+    (c,) = result.coefficients.T
+    assert c.tolist() == [0, 0, 0, 0, 0, 1]
     assert result.profile_error[0] == 0
 
 
-@pytest.mark.parametrize(
-    "sigma_rels",
-    [
-        (0.05,),
-        (0.05, 0.28),
-        (0.03, 0.10, 0.28),
-    ],
-)
-def test_errors_after_losses_are_those_of_solving_without_the_lost(sigma_rels):
-    """For the next loss of each remaining snapshot, after any number of losses."""
-    snapshots = power_functions(even_times(8), sigma_rels)
-    count = len(snapshots)
-    rounding = np.geomspace(1e-8, 1e-4, count)
+def test_errors_after_losses_are_those_of_solving_without_the_lost():
+    snapshots = power_functions(even_times(8))
+    rounding = np.geomspace(1e-8, 1e-4, 16)
     prior = prior_of(snapshots, uneven_motion(5.0), rounding)
     target = power(0.15, T)
     losses = Problem(snapshots, prior, T).losses([target])
-    left = np.random.default_rng(0).permutation(count).tolist()
-    each = [[index] for index in range(count)]
+    left = np.random.default_rng(0).permutation(16).tolist()
     while len(left) > 1:
-        (after,) = losses.squares_without(each)
         lost = left.pop()
+        ((expected,),) = losses.squares_without([[lost]])
+        losses.lose(lost)
         others = [snapshots[index] for index in left]
         anew = Problem(others, prior.of(left), T)
         c = solved(anew, target)
         error = squared_error(anew, c, target)
         same = pytest.approx(error, rel=1e-3)
-        assert after[lost] == same
-        losses.lose(lost)
+        assert expected == same
         assert losses.squares[0] == same
 
 
@@ -201,29 +183,6 @@ def test_the_relative_error_of_weights_that_are_all_0_is_0_or_undefined(arithmet
     assert_equal(result.predicted_error[0], expected)
 
 
-@pytest.mark.parametrize(
-    ("noise", "is_taken"),
-    [
-        (300.0, True),
-        (1e5, False),
-    ],
-)
-def test_a_small_gain_is_not_worth_the_risk_of_a_wrong_motion(noise, is_taken):
-    """Minimum variance is taken where it has 0.7 of the published error, and the published
-    coefficients where it has 0.98."""
-    snapshots = power_functions((250, 500, 750, T))
-    prior = prior_of(snapshots, even_motion(START, T, noise), 1e-6)
-    target = power(0.15, T)
-    ours = reconstruct(snapshots, [target], "minvar", prior)
-    paper = reconstruct(snapshots, [target], "paper", prior)
-    (c,) = ours.coefficients.T
-    (published,) = paper.coefficients.T
-    problem = Problem(snapshots, prior, T)
-    optimal = solved(problem, target)
-    assert np.allclose(c, optimal, rtol=1e-9) == is_taken
-    assert np.allclose(c, published, rtol=1e-9) != is_taken
-
-
 def test_the_worse_motion_explains_distances_the_nearer_coefficients_are_to_published_ones():
     snapshots = power_functions(even_times(20))
     target = power(0.15, T)
@@ -240,7 +199,6 @@ def test_the_worse_motion_explains_distances_the_nearer_coefficients_are_to_publ
     assert published == pytest.approx(0.0, abs=1e-12)
 
 
-ONE = power_functions((100,), (0.05,))
 OF_NEAR_WIDTHS = power_functions(
     (50, 100),
     (0.1, 0.1 + 1e-14, 0.1000001),
@@ -249,8 +207,8 @@ OF_NEAR_TIMES = power_functions((100, np.nextafter(100, 0)))
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("snapshots", [ONE, OF_NEAR_WIDTHS, OF_NEAR_TIMES])
-def test_coefficients_of_one_snapshot_and_of_nearly_equal_ones_are_finite(snapshots, method):
+@pytest.mark.parametrize("snapshots", [OF_NEAR_WIDTHS, OF_NEAR_TIMES])
+def test_coefficients_of_nearly_equal_snapshots_are_finite(snapshots, method):
     target = power(0.1, 100.0)
     result = reconstruct(snapshots, [target], method)
     assert np.isfinite(result.coefficients).all()
@@ -262,12 +220,12 @@ def test_coefficients_of_one_snapshot_and_of_nearly_equal_ones_are_finite(snapsh
 LAST = 100_000.0
 
 
-def uniform_snapshots(count: int) -> list[PowerFunction]:
+def uniform_snapshots(count):
     times = even_times(count // 2, LAST)
     return power_functions(times, (0.05, 0.10))
 
 
-def product(a: PowerFunction, b: PowerFunction) -> flint.arb:
+def product(a, b):
     """The inner product of two power functions, from equation 151."""
     early, late = sorted((a, b), key=lambda profile: profile.t)
     g = flint.arb(early.gamma)
@@ -275,21 +233,24 @@ def product(a: PowerFunction, b: PowerFunction) -> flint.arb:
     s = flint.arb(early.t)
     t = flint.arb(late.t)
     common = (s / t) ** h / t
-    factor = (g + 1) * (h + 1) / (g + h + 1)
+    both = (g + 1) * (h + 1)
+    factor = both / (g + h + 1)
     return factor * common
 
 
-def exact_solution(matrix: Any, right: Any) -> Any:
+def exact_solution(matrix, right):
     n = len(right)
     left = flint.arb_mat(n, n, matrix.ravel().tolist())
     column = flint.arb_mat(n, 1, right.tolist())
-    return np.array(left.solve(column).entries())
+    solution = left.solve(column)
+    return np.array(solution.entries())
 
 
-def exact_square(matrix: Any, right: Any, norm: Any, c: Any) -> float:
+def exact_square(matrix, right, norm, c):
     """Return the squared distance of combined averages from a target."""
     square = c @ matrix @ c
-    return float(square - 2 * (c @ right) + norm)
+    mixed = c @ right
+    return float(square - 2 * mixed + norm)
 
 
 @pytest.mark.parametrize(
@@ -357,17 +318,11 @@ def test_a_target_at_one_time_is_as_far_as_its_own_norm_from_any_density():
 # functions
 
 
-def even_prior(count: int, t: float, noise: float = 0.0) -> Prior:
-    zeros = np.zeros(count)
-    motion = even_motion(1.0, t, noise)
-    return Prior(
-        motion,
-        zeros,
-        zeros,
-        zeros + 1,
-        "measured",
-        Steps(STEPS),
-    )
+def even_prior(count, t, noise=0.0):
+    edges = np.array([1.0, t])
+    one = np.ones(1)
+    motion = Motion(edges, walk=one, noise=noise * one)
+    return prior_of(range(count), motion, steps=Steps(STEPS))
 
 
 def test_a_known_motion_has_the_exact_expectation():

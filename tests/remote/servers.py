@@ -5,13 +5,11 @@ It implements as much of S3 as reading a bucket needs, so that each request of a
 fail.
 """
 
+import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 from xml.sax.saxutils import escape
 
@@ -20,47 +18,40 @@ class Server(ThreadingHTTPServer):
     """Serves the files of a folder.
 
     Attributes:
-        asked: one line for each request: its method, path and range.
-        sent: total bytes of the bodies.
+        asked: the method and the path of each request.
         fault: called with the number of a request and its handler; returns whether it has answered.
     """
 
     daemon_threads = True
     request_queue_size = 256
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder = folder
-        self.asked = list[str]()
-        self.sent = 0
-        self.fault: Callable[[int, Any], bool] = lambda _number, _handler: False
-        self.lock = threading.Lock()
+        self.asked = []
+        self.fault = lambda _number, _handler: False
 
     @property
-    def url(self) -> str:
+    def url(self):
         return f"http://127.0.0.1:{self.server_port}"
 
-    def handle_error(self, *_: Any) -> None:
+    def handle_error(self, *_):
         """Ignore clients that close the connection."""
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     is_cut = False
-    server: Server
 
-    def log_message(self, *_: Any) -> None:
+    def log_message(self, *_):
         """Log nothing."""
 
-    def do_HEAD(self) -> None:
+    def do_HEAD(self):
         self.do_GET()
 
-    def do_GET(self) -> None:
-        with self.server.lock:
-            requested = self.headers.get("range", "")
-            self.server.asked.append(f"{self.command} {self.path} {requested}".strip())
-            number = len(self.server.asked)
-        if self.server.fault(number, self):
+    def do_GET(self):
+        self.server.asked.append(f"{self.command} {self.path}")
+        if self.server.fault(len(self.server.asked), self):
             return
         url = urlsplit(self.path)
         place = unquote(url.path).replace("/resolve/", "/").lstrip("/")  # a path of the Hub
@@ -75,7 +66,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self.refuse(404, "NoSuchKey")
 
-    def _send(self, path: Path) -> None:
+    def _send(self, path):
         size = path.stat().st_size
         tag = f'"{_version(path)}"'
         if self.headers.get("if-match", tag) != tag:
@@ -91,43 +82,29 @@ class _Handler(BaseHTTPRequestHandler):
             if begin >= size:
                 self.refuse(416, "InvalidRange")
                 return
-        self.send_response(206 if wanted else 200)
+        headers = {
+            "ETag": tag,
+            "Last-Modified": self.date_time_string(int(path.stat().st_mtime)),
+            "X-Repo-Commit": self._revision(),  # a header of the Hub
+        }
         if wanted:
-            self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{size}")
-        self.send_header("Content-Length", str(end - begin))
-        self.send_header("ETag", tag)
-        self.send_header("Accept-Ranges", "bytes")
-        self.send_header("X-Repo-Commit", self._revision())  # a header of the Hub
-        self.send_header("Last-Modified", self.date_time_string(int(path.stat().st_mtime)))
-        self.end_headers()
-        self.wfile.flush()
-        if self.command == "GET":
-            self.body(path, begin, end)
+            headers["Content-Range"] = f"bytes {begin}-{end - 1}/{size}"
+        data = path.read_bytes()
+        self.answer(206 if wanted else 200, data[begin:end], headers)
 
-    def _revision(self) -> str:
+    def _revision(self):
         _, _, rest = self.path.partition("/resolve/")
         revision, _, _ = rest.partition("/")
         return revision
 
-    def body(self, path: Path, begin: int, end: int) -> None:
-        """Send bytes of a file, half of them if the answer is to be cut."""
-        if self.is_cut:
-            end = (begin + end) // 2
-        with path.open("rb") as file:
-            sent = self.connection.sendfile(file, begin, end - begin) if end > begin else 0
-        with self.server.lock:
-            self.server.sent += sent
-        if self.is_cut:
-            self.reset()
-
-    def _describe_repository(self, parts: list[str]) -> None:
+    def _describe_repository(self, parts):
         """Answer as the Hub: `org/model` is a folder that holds a folder for each revision, which
         is its own commit."""
         organization, model, *rest = parts
         repository = self.server.folder / organization / model
         what, revision, *_ = [*rest, "main", "main"]
         folder = repository / revision
-        facts: Any = {"id": f"{organization}/{model}", "sha": revision, "siblings": []}
+        facts = {"id": f"{organization}/{model}", "sha": revision, "siblings": []}
         if what == "refs":
             branches = [_branch(path.name) for path in sorted(repository.iterdir())]
             facts = {"branches": branches, "tags": [], "converts": []}
@@ -136,9 +113,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         elif what == "tree":
             facts = [_file_of_tree(path) for path in sorted(folder.iterdir())]
-        self.answer(200, json.dumps(facts).encode())
+        self.answer(200, json.dumps(facts).encode(), {})
 
-    def _list(self, bucket: Path, prefix: str, delimiter: str) -> None:
+    def _list(self, bucket, prefix, delimiter):
         folders = set()
         text = ""
         for path in sorted(bucket.rglob("*")):
@@ -153,17 +130,19 @@ class _Handler(BaseHTTPRequestHandler):
         for folder in sorted(folders):
             text += f"<CommonPrefixes><Prefix>{escape(folder)}</Prefix></CommonPrefixes>"
         text = f"<IsTruncated>false</IsTruncated>{text}"
-        self.answer(200, f"<ListBucketResult>{text}</ListBucketResult>".encode())
+        self.answer(200, f"<ListBucketResult>{text}</ListBucketResult>".encode(), {})
 
-    def refuse(self, status: int, code: str) -> bool:
-        self.answer(status, f"<Error><Code>{code}</Code><Message>secret</Message></Error>".encode())
+    def refuse(self, status, code):
+        text = f"<Error><Code>{code}</Code><Message>secret</Message></Error>"
+        self.answer(status, text.encode(), {"X-Error-Code": code})  # a header of the Hub
         return True
 
-    def answer(self, status: int, data: bytes) -> None:
+    def answer(self, status, data, headers):
+        """Answer with data, or with half of them if the answer is to be cut."""
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
-        if status == 404:
-            self.send_header("X-Error-Code", "RevisionNotFound")  # a header of the Hub
+        for name, value in headers.items():
+            self.send_header(name, value)
         self.end_headers()
         if self.command == "HEAD":
             return
@@ -171,28 +150,27 @@ class _Handler(BaseHTTPRequestHandler):
         if self.is_cut:
             self.reset()
 
-    def cut(self) -> bool:
+    def cut(self):
         """Let the answer end in the middle of its body."""
         self.is_cut = True
         return False
 
-    def reset(self) -> bool:
+    def reset(self):
         self.close_connection = True
         self.connection.shutdown(2)
         return True
 
 
-def _version(path: Path) -> str:
-    """Return a text that changes with the content, and differs between files."""
-    status = path.stat()
-    return f"{status.st_ino:020x}{status.st_mtime_ns:020x}"
+def _version(path):
+    """Return a text that differs for other content."""
+    return hashlib.sha1(path.read_bytes()).hexdigest()
 
 
-def _branch(name: str) -> dict[str, str]:
+def _branch(name):
     return {"name": name, "ref": f"refs/heads/{name}", "targetCommit": name}
 
 
-def _file_of_tree(path: Path) -> dict[str, Any]:
+def _file_of_tree(path):
     return {
         "type": "file" if path.is_file() else "directory",
         "path": path.name,
@@ -201,13 +179,13 @@ def _file_of_tree(path: Path) -> dict[str, Any]:
     }
 
 
-def _contents_of_listing(key: str, size: int) -> str:
+def _contents_of_listing(key, size):
     facts = f"<Size>{size}</Size><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
     return f"<Contents><Key>{escape(key)}</Key>{facts}<ETag>&quot;x&quot;</ETag></Contents>"
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[Server]:
+def serving(folder):
     server = Server(folder)
     thread = threading.Thread(
         target=server.serve_forever,

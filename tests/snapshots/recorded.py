@@ -1,10 +1,8 @@
 """Runs of a real tracker, failing file operations, and small files, for tests that damage them."""
 
 import os
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,17 +18,17 @@ from posthoc_cli.snapshots.sources import PathSketch
 from posthoc_cli.snapshots.verify import verify
 
 
-def network() -> nn.Module:
+def network():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(30, 20), nn.BatchNorm1d(20))
 
 
 def train(
-    tracker: PostHocEMA,
-    model: nn.Module,
-    steps: int,
-    scale: float = 0.1,
-) -> None:
+    tracker,
+    model,
+    steps,
+    scale=0.1,
+):
     """Let the weights follow the same walk whenever they are trained."""
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
@@ -39,21 +37,21 @@ def train(
         tracker.update_(model)
 
 
-def record(folder: Path, steps: int = 60, scale: float = 0.1, **options: object) -> Path:
+def record(folder, steps=60, scale=0.1, **options):
     """Record a run that by default writes a snapshot at every tenth step and keeps all."""
     model = network()
     settings = {"update_every": 1, "checkpoint_every": 10, "max_checkpoints": None, **options}
-    with PostHocEMA.from_model(model, folder, **settings) as tracker:  # type: ignore[arg-type]
+    with PostHocEMA.from_model(model, folder, **settings) as tracker:
         train(tracker, model, steps, scale)
     return folder
 
 
 @contextmanager
 def failing(
-    operation: str,
-    error: int | BaseException,
-    when: Callable[..., bool] = lambda *_: True,
-) -> Iterator[None]:
+    operation,
+    error,
+    when=lambda *_: True,
+):
     """Let an operation of `files.system` fail within the block at the calls for which `when`
     returns True."""
     original = getattr(files.system, operation)
@@ -61,7 +59,7 @@ def failing(
     if isinstance(error, int):
         error = OSError(error, os.strerror(error))
 
-    def call(*arguments: object) -> object:
+    def call(*arguments):
         if when(*arguments):
             raise error
         return original(*arguments)
@@ -73,7 +71,7 @@ def failing(
         delattr(files.system, operation)
 
 
-def call_number(number: int) -> Callable[..., bool]:
+def call_number(number):
     """Return a condition for `failing` that is true for one call, counted from 0."""
     calls = count()
     return lambda *_: next(calls) == number
@@ -89,7 +87,7 @@ SMALL = {
 Content = dict[str, object]
 
 
-def examine(path: Path) -> Content:
+def examine(path):
     """Verify a snapshot, an output, or the shards of an index as `ema verify` does; return the
     headers, or raise."""
     found = verify(path)
@@ -101,7 +99,7 @@ def examine(path: Path) -> Content:
     return {report.path.name: report.header for report in found.files}
 
 
-def used(source: Path, out: Path) -> Content:
+def used(source, out):
     """Synthesize the tracked average of a run, or export an output; return the tensors of the
     result."""
     if source.name == "run":
@@ -112,9 +110,9 @@ def used(source: Path, out: Path) -> Content:
 
 
 def small_snapshot(
-    folder: Path,
-    values: dict[str, torch.Tensor] = SMALL,
-) -> Path:
+    folder,
+    values=SMALL,
+):
     """Write a snapshot with most of what a header can have; return its path, in `folder`/run."""
     means = np.array([[0.0, 0.0], [0.5, 0.25]])
     edges = np.array([1.0, 5.0, 10.0])
@@ -133,6 +131,6 @@ def small_snapshot(
     )
 
 
-def small_output(folder: Path) -> Path:
+def small_output(folder):
     used(small_snapshot(folder).parent, folder / "made.safetensors")
     return folder / "made.safetensors"

@@ -22,7 +22,7 @@ from factories import (
 from safetensors.torch import load_file, save_file
 
 from posthoc_cli import Run, files
-from posthoc_cli.errors import DirectoryError, MismatchError
+from posthoc_cli.errors import MismatchError
 from posthoc_cli.snapshots.directory import (
     inspect_directory,
     read_directory,
@@ -46,18 +46,6 @@ def times_in(directory):
 
 
 # --- what belongs together
-
-
-def test_snapshots_are_ordered_by_time_then_sigma_rel_whatever_their_names(tmp_path):
-    for name, t, sigma_rel in (
-        ("a", 30, 0.05),
-        ("b", 20, 0.28),
-        ("c", 20, 0.05),
-        ("d", 100, 0.05),
-    ):
-        write_snapshot(tmp_path, t, sigma_rel, RUN_ID, W, name=f"{name}.safetensors")
-    names = [snapshot.path.stem for snapshot in read_directory(tmp_path)]
-    assert names == ["c", "b", "a", "d"]
 
 
 def test_outputs_temporary_hidden_and_other_files_next_to_snapshots_are_left_alone(tmp_path, small):
@@ -173,6 +161,7 @@ def test_thinning_goes_by_headers_and_neither_by_names_nor_by_dates(tmp_path):
     ):
         path = write_snapshot(tmp_path, t, 0.05, RUN_ID, W, name=f"{name}.safetensors")
         os.utime(path, (1e9 - t, 1e9 - t))
+    assert times_in(tmp_path) == [10, 20, 30]
     thin(read_directory(tmp_path), 1)
     assert times_in(tmp_path) == [30]
 
@@ -191,6 +180,7 @@ def test_later_snapshots_are_set_aside_and_never_overwritten_or_deleted(tmp_path
         stored[moved] = attempt
     for path, value in stored.items():
         assert load_file(path)["w"][0, 0] == value
+    assert inspect_directory(tmp_path).superseded == verify(tmp_path).superseded == 3
     assert times_in(tmp_path) == [10]
 
 
@@ -202,25 +192,6 @@ def test_what_is_set_aside_has_its_new_name_on_the_disk_before_it_loses_the_old_
     monkeypatch.setattr(files.system, "fsync_directory", synced.append)
     set_aside(read_directory(tmp_path))
     assert synced[-2:] == [tmp_path / "superseded", tmp_path]
-
-
-def test_a_link_in_place_of_superseded_is_refused(tmp_path):
-    run = tmp_path / "run"
-    write_times(run, 10, 20)
-    (run / "superseded").symlink_to(tmp_path)
-    with refused(f"{run}/superseded", "is a link or no directory", kind=DirectoryError):
-        set_aside(read_directory(run))
-    assert times_in(run) == [10, 20]
-
-
-def test_a_link_among_what_was_set_aside_is_not_overwritten(tmp_path):
-    write_times(tmp_path, 20)
-    (tmp_path / "superseded").mkdir()
-    link = tmp_path / "superseded" / snapshot_path(tmp_path, 20, 0.05).name
-    link.symlink_to("nowhere")
-    (moved,) = set_aside(read_directory(tmp_path))
-    assert link.is_symlink()
-    assert moved != link
 
 
 # --- what interrupted writes left is removed by the next writer, and nothing in another directory
@@ -247,10 +218,13 @@ def test_the_next_writer_removes_leftovers_that_no_longer_change(run, tmp_path):
     link = run / ".ema-4.tmp"
     link.symlink_to(precious)
     os.utime(link, (0, 0), follow_symlinks=False)
-    old = [leave(run / ".ema-1.tmp", 120), link, leave_folder(run / ".ema-5.tmp", 120)]
+    old = [
+        leave(run / ".ema-1.tmp", 120),
+        link,
+        leave_folder(run / ".ema-5.tmp", 120),
+    ]
     young = {
         leave(run / ".ema-2.tmp", 5),
-        leave(run / ".ema-3.tmp", -3600),  # another host's clock is fast
         leave_folder(run / ".ema-6.tmp", 5),
     }
     other = leave(run / ".ema-not-ours", 7200)
@@ -280,8 +254,6 @@ def test_nothing_in_another_directory_is_moved_or_deleted(run, tmp_path):
     (run / "superseded").symlink_to(other)
     (run / "linked").symlink_to(other)
     (run / "0000000000000070-0.1").symlink_to(other)  # named as a snapshot
-    found = verify(run)
-    assert found.leftovers == ()
-    assert found.superseded == 0
+    assert verify(run).superseded == 0
     Run(run).prune(keep=5)
     assert contents(other) == before

@@ -11,7 +11,7 @@ from snapshots.recorded import call_number, failing, record
 
 from posthoc_cli import Run, disk_sources, error_curve, files, plan_synthesis
 from posthoc_cli.errors import FileFormatError, MismatchError
-from posthoc_cli.planning import removal_order, times_of, unused_times
+from posthoc_cli.planning import removal_order, times_of
 from posthoc_cli.reconstruction import thinned_subset
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.prune import plan_pruning, prune
@@ -66,7 +66,8 @@ def test_max_error_keeps_as_few_as_suffice(snapshots):
     pruning = plan_pruning(snapshots, max_error=2e-3)
     assert pruning.before.worst <= pruning.after.worst <= 1e-3
     times = len(pruning.to_delete) // 2
-    assert errors_of(left_after(snapshots, times + 1)).worst > 1e-3
+    fewer = left_after(snapshots, times + 1)
+    assert errors_of(fewer).worst > 1e-3
 
 
 def test_an_exchange_that_exceeds_max_error_is_not_made(snapshots):
@@ -141,34 +142,12 @@ def test_an_interruption_leaves_a_directory_that_works(run, snapshots):
 # --- the choice of the snapshots that a reconstruction uses if there are very many
 
 
-@pytest.fixture
-def _eight(monkeypatch):
-    """Let reconstructions use at most 8 snapshots."""
+def test_a_synthesis_uses_the_choice_up_to_its_time(run, snapshots, monkeypatch):
     few = partial(thinned_subset, most=8)
     monkeypatch.setattr("posthoc_cli.snapshots.sources.thinned_subset", few)
-    monkeypatch.setattr("posthoc_cli.snapshots.prune.unused_times", partial(unused_times, most=8))
-
-
-def chosen_times(snapshots):
-    profiles = [snapshot.profile for snapshot in snapshots]
-    return [profiles[index].t for index in thinned_subset(profiles, 8)]
-
-
-@pytest.mark.usefixtures("_eight")
-def test_a_synthesis_uses_the_choice_up_to_its_time(run, snapshots):
     plan = plan_synthesis(disk_sources(run), [0.15], 210.0)
     assert plan.choice == "8 of 20 snapshots up to t = 210, evenly in time"
-    assert [source.t for source in plan.sources] == chosen_times(snapshots[:20])
+    profiles = [snapshot.profile for snapshot in snapshots[:20]]
+    chosen = [profiles[index].t for index in few(profiles)]
+    assert [source.t for source in plan.sources] == chosen
     assert plan_synthesis(disk_sources(run), [0.15], 80.0).choice is None
-
-
-@pytest.mark.usefixtures("_eight")
-def test_pruning_first_deletes_what_no_reconstruction_uses_and_training_does_not_resume_from(
-    snapshots,
-):
-    used = chosen_times(snapshots)
-    unused = [snapshot for snapshot in snapshots if snapshot.t not in used]
-    pruned = plan_pruning(snapshots, keep=3)
-    assert {s.path for s in pruned.to_delete[: len(unused)]} == {s.path for s in unused}
-    *stored, _ = snapshots
-    assert [*plan_pruning(stored, keep=1).kept] == stored[-3:]

@@ -56,7 +56,6 @@ def test_outputs_in_any_layout_are_intact(output, shards):
         assert found.is_fine, found
         assert {report.state for report in found.files} == {"intact"}
         assert {report.what for report in found.files} == {"output sigma_rel 0.1 at t = 60"}
-    assert len(verify(shards / INDEX_NAME).files) == len(shards_in(shards))
     everything = verify(output.parent)  # the folder of shards and the output
     assert len(everything.files) == len(shards_in(shards)) + 1
 
@@ -71,7 +70,7 @@ def test_a_foreign_file_is_unchecked(tmp_path):
 
 def test_a_payload_is_read_once_from_beginning_to_end_whatever_its_tensors(tmp_path):
     """It takes constant memory: a bounded number of blocks is in flight."""
-    sizes = [0, 1, 3, 2**21, 2**21 + 1, 5_000_000, *[7] * 200, 1_048_575]
+    sizes = [0, 1, 2**21 + 1, 5_000_000, *[7] * 200]
     values = {str(number): torch.randn(size).half() for number, size in enumerate(sizes)}
     path = write_snapshot(tmp_path, 10, 0.05, RUN_ID, values | {"n": torch.tensor(3)})
     advances = list[int]()
@@ -81,15 +80,6 @@ def test_a_payload_is_read_once_from_beginning_to_end_whatever_its_tensors(tmp_p
 
 
 # --- damage
-
-
-def test_the_first_damaged_tensor_is_named(tmp_path):
-    values = {"long": torch.randn(300_001), "short": torch.randn(7)}
-    path = write_snapshot(tmp_path, 10, 0.05, RUN_ID, values)
-    for name in ("short", "long"):  # each lies before the ones damaged so far
-        flip_bit(path, read_file(path).entries[name].begin)
-        detail = f"tensor '{name}' is damaged: its checksum does not match"
-        assert wrong(path) == {path.name: ("damaged", detail)}
 
 
 @pytest.mark.parametrize("place", [3, 0.5, -1])

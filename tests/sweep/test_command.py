@@ -49,19 +49,25 @@ def names(folder):
     return {path.name for path in folder.iterdir()}
 
 
-def test_a_search_finds_the_best_length_and_leaves_its_average(run, out):
-    report = swept(run, out, axis=Axis("sigma_rel", 0.02, 0.28))
+def test_a_search_finds_the_best_length_measures_it_last_and_leaves_its_average(run, out):
+    """A best value between measured lengths is only an estimate until then."""
+    command = BOWL.replace("0.1)", "0.13)")
+    report = swept(run, out, command, axis=Axis("sigma_rel", 0.02, 0.28))
     found = report.found
-    assert found.low <= 0.1 <= found.high
+    assert found.low <= 0.13 <= found.high
     assert found.high < 1.15 * found.low
-    assert found.best == pytest.approx(0.1, rel=0.05)
+    assert found.best == pytest.approx(0.13, rel=0.05)
     assert names(out) == {"best.safetensors", "logs", "sweep.json", "trials.jsonl", ".ema.lock"}
     best = load_file(out / "best.safetensors")
     assert_same_tensors(best, run.average(found.best))
     written = json.loads((out / "sweep.json").read_text())
     assert written == report.to_dict()
-    first, *_ = report.trials
-    assert first.predicted_error == run.plan(0.02).predicted_error(0)
+    *before, last = report.trials
+    assert before[0].predicted_error == run.plan(0.02).predicted_error(0)
+    assert last.x == found.best
+    assert last.value == report.value
+    assert last.value < min(trial.value for trial in before)
+    assert last.value != found.mean
 
 
 def test_a_command_gets_the_average_a_seed_and_a_folder_that_is_removed(run, tmp_path, monkeypatch):
@@ -74,14 +80,11 @@ def test_a_command_gets_the_average_a_seed_and_a_folder_that_is_removed(run, tmp
     report = swept(run, Path("my sweep"), command, repeats=2)
     measured = [(trial.x, trial.seed) for trial in report.trials]
     assert measured == [*itertools.product(LENGTHS, (0, 1))]
-    folders = set()
     for x, seed in measured:
         average = load_file(kept / f"{x}-{seed}.safetensors")
         assert_same_tensors(average, run.average(x))
         folder = (kept / f"{x}-{seed}").read_text().strip()
-        folders.add(folder)
         assert not Path(folder).exists()
-    assert len(folders) == 6
 
 
 def test_the_same_call_goes_on_and_a_longer_list_measures_the_rest(run, tmp_path, out):
@@ -133,17 +136,6 @@ def test_a_record_that_is_none_is_refused(run, tmp_path):
     assert '{"target": "a"}' in path.read_text()
 
 
-def test_the_best_length_of_a_search_is_measured_last(run, out):
-    """A best value between measured lengths is only an estimate until then."""
-    command = BOWL.replace("0.1)", "0.13)")
-    report = swept(run, out, command, axis=Axis("sigma_rel", 0.02, 0.28))
-    *before, last = report.trials
-    assert last.x == report.found.best
-    assert last.value == report.value
-    assert last.value < min(trial.value for trial in before)
-    assert last.value != report.found.mean
-
-
 @pytest.mark.parametrize(
     ("script", "message"),
     [
@@ -157,7 +149,6 @@ def test_a_trial_that_fails_has_no_value(run, out, script, message):
     (failed,) = [trial for trial in report.trials if trial.value is None]
     assert failed.error == message
     assert report.found.best == 0.05
-    assert (out / "logs" / f"{failed.name}.err").exists()
 
 
 def test_two_failures_in_a_row_of_one_cause_end_a_sweep(run, tmp_path, out):
@@ -196,20 +187,15 @@ def of_raw_weights(folder):
     return Run(folder / "step-*.safetensors")
 
 
-LAST_VALUE = "sh -c 'tail -c 4 $1 | od -An -f' sh {weights}"
-"""A command whose metric is the last value of the last tensor."""
+LAST_OF_FILE = "tail -c 4 $1 | od -An -f"
+"""A script whose metric is the last value of the last tensor."""
 
 
-def test_raw_weights_that_the_run_contains_are_measured(tmp_path, out):
-    run = of_raw_weights(tmp_path)
-    report = swept(run, out, LAST_VALUE)
-    assert report.raw == 7.0
-    assert report.trials[0].target == "raw weights"
-
-
-def test_the_number_of_last_checkpoints_is_searched(tmp_path, out):
+def test_raw_weights_that_the_run_contains_are_measured_before_the_searched_lengths(tmp_path, out):
+    """A command gets whole numbers without a point."""
     axis = Axis.parse("last:2:4", "target")
-    report = swept(of_raw_weights(tmp_path), out, LAST_VALUE, axis=axis, budget=7)
+    command = shell(f'case "$2" in raw | [234]) {LAST_OF_FILE};; esac')
+    report = swept(of_raw_weights(tmp_path), out, command, axis=axis, budget=7)
     values = {trial.x: trial.value for trial in report.trials}
     assert values == {None: 7.0, 2: 11.0, 3: pytest.approx(32 / 3), 4: 9.25}
 
@@ -233,11 +219,9 @@ def test_raw_weights_in_a_checkpoint_are_measured(run, tmp_path, out):
     average = dict(run.average(0.1))
     weights = {name: torch.full_like(value, 7.0) for name, value in average.items()}
     torch.save({"model": weights, "ema": average}, raw)
-    report = swept(run, out, LAST_VALUE, raw=raw)
+    report = swept(run, out, shell(LAST_OF_FILE), raw=raw)
     first, *_ = report.trials
     assert first == Trial("raw weights", None, 0, 7.0, seconds=first.seconds)
-    better = 100 * (7.0 - report.value) / 7.0
-    assert f"{better:.2g} % better than the raw weights" in repr(report)
 
 
 def test_a_file_without_the_tensors_of_the_averages_is_refused(run, tmp_path, out):
@@ -340,27 +324,20 @@ def test_the_folder_of_a_running_sweep_is_refused(run, tmp_path):
 
 # --- lengths, and what the average is written as
 
+NEXT = math.nextafter(0.1, 1)
+
 
 @pytest.mark.parametrize(
-    ("axis", "count"),
+    ("axis", "lengths"),
     [
-        (Axis("window", 18, 20), 3),
-        (Axis("sigma_rel", 0.1, math.nextafter(0.1, 1)), 2),
+        (Axis("window", 18, 20), [18, 19, 20]),
+        (Axis("sigma_rel", 0.1, NEXT), [0.1, NEXT]),
     ],
 )
-def test_each_length_of_a_narrow_range_is_measured_once(run, out, axis, count):
+def test_each_length_of_a_narrow_range_is_measured_once(run, out, axis, lengths):
     command = "sh -c 'echo {sigma_rel}' {weights}"
     report = swept(run, out, command, axis=axis, budget=7)
-    measured = [trial.x for trial in report.trials]
-    assert len(measured) == len({*measured}) == count
-    assert axis.low <= min(measured)
-    assert max(measured) <= axis.high
-
-
-def test_a_command_gets_whole_numbers_without_a_point(run, tmp_path, out):
-    command = shell(f"echo $2 >> {tmp_path}/seen; echo $2")
-    swept(run, out, command, axis=Axis.of_values("window", [2, 18]))
-    assert (tmp_path / "seen").read_text() == "2\n18\n"
+    assert sorted(trial.x for trial in report.trials) == lengths
 
 
 def test_a_trial_gets_a_copy_of_a_model_folder(run, tmp_path, out):
@@ -480,7 +457,6 @@ def test_in_python_a_model_is_restored_and_its_raw_weights_are_measured(tracked)
     model, tracker = tracked
     report = sweep(tracker, norm, model=model, values=LENGTHS)
     assert report.raw == pytest.approx(60.0)
-    assert "raw: 60," in repr(report)
     assert model.training
     assert (model.weight == 20).all()
 
