@@ -24,7 +24,7 @@ from posthoc_cli.errors import (
     shown,
 )
 from posthoc_cli.export.like import Like, Replacement, check_shape
-from posthoc_cli.export.writing import OutputOptions, Writing
+from posthoc_cli.export.writing import FOLDERS, OutputOptions, Writing
 from posthoc_cli.resources import ProgressBar, no_bar
 from posthoc_cli.snapshots.directory import PICKLES, is_parts_folder, read_snapshot
 from posthoc_cli.snapshots.outputs import models_at, read_model
@@ -112,8 +112,11 @@ def export_file(
     )
     options.check_like(dtype)
     source = files.given_path("source", source)
-    out = files.local_path("out", out)
-    options.layout_of(out)
+    path = files.local_path("out", out)
+    is_folder = options.layout_of(path) in FOLDERS or options.makes_folders
+    if str(out).endswith("/") and not is_folder:
+        raise InvalidValueError("out", "is a folder; name a file", value=out)
+    out = path
     files.check_parent(out)
     model = _read_source(source, weights, average) if like is None else _read_source(source)
     plan = _combination(model, target_dtype, prefix, strip_prefix)

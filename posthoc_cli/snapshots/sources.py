@@ -94,6 +94,7 @@ class StoredTensors:
     # further names of tensors, each with the name under which the tensor is stored
     aliases: dict[str, str]
     t: float
+    knows_buffers = True  # they are copies
 
     @property
     def copies(self) -> list[str]:
@@ -227,6 +228,14 @@ class StoredTensors:
         whole = Box.full(entry.shape)
         self.read_box(name, whole, data.data, begin, verify=False)
         return decode_values(data, entry.dtype)
+
+    def is_mask(self, values: FloatArray) -> bool:
+        """Return whether values are those of a buffer that holds infinity, such as an attention
+        mask."""
+        if self.knows_buffers:
+            return False
+        lowest, *others = np.unique(values)
+        return bool(lowest == -np.inf and len(others) < 2 and np.isfinite(others).all())
 
 
 class PathSketch(NamedTuple):
@@ -736,6 +745,27 @@ def _sampled_ranges(source: Source) -> list[ElementRange]:
     return ranges
 
 
+def finite_values(
+    source: StoredTensors,
+    name: str,
+    begin: int,
+    end: int,
+) -> FloatArray:
+    """Return elements of a tensor, zeros of a mask; raise NonFiniteError if another one holds nan
+    or infinity."""
+    part = source.values(name, begin, end)
+    if np.isfinite(part).all():
+        return part
+    if source.is_mask(part):
+        return np.zeros_like(part)
+    source.tensor(name)  # raises if the file is damaged, for example by a flipped bit
+    raise NonFiniteError(
+        source.path,
+        f"tensor {name!r}: holds nan or infinity",
+        "an import leaves out a mask or the like by `exclude`",
+    )
+
+
 def _read(source: Source, ranges: Sequence[ElementRange]) -> _Sample:
     values = np.empty(sum(end - begin for _, begin, end in ranges))
     roundings = np.zeros(values.shape)  # takes no memory until it is written to
@@ -744,14 +774,7 @@ def _read(source: Source, ranges: Sequence[ElementRange]) -> _Sample:
     with source:
         for name, begin, end in ranges:
             starts.setdefault(name, at)
-            part = source.values(name, begin, end)
-            if not np.isfinite(part).all():
-                source.tensor(name)  # raises if the file is damaged, for example by a flipped bit
-                raise NonFiniteError(
-                    source.path,
-                    f"tensor {name!r}: holds nan or infinity",
-                    "an import leaves out a mask or the like by `exclude`",
-                )
+            part = finite_values(source, name, begin, end)
             elements = slice(at, at + part.size)
             values[elements] = part
             stored = source.entries[name].dtype

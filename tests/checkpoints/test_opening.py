@@ -18,14 +18,16 @@ from checking import assert_same_tensors
 from checkpoint_layouts import LAYOUTS, STEPS, check_average, distributed, filled
 from factories import contents
 from groups import Net, check_group, move
+from safetensors.torch import load_file
 from saved import asked, fault, read, store, times
 from torch import nn
 from walks import Tensors
 
-from posthoc_cli import Run, import_checkpoints
+from posthoc_cli import Run, export_file, import_checkpoints
 from posthoc_cli.errors import (
     DirectoryError,
     FileFormatError,
+    NonFiniteError,
     PostHocError,
     VanishedError,
 )
@@ -459,3 +461,22 @@ def test_chunks_of_processes_make_the_tensors(kind, ranks, writer, tmp_path):
         move(single, step)
         states[step] = copy.deepcopy(single.state_dict())
     check_average(run, states, 0.25, exact=1e-6)
+
+
+def test_a_mask_that_holds_infinity_is_kept_and_other_infinite_values_are_refused(tmp_path):
+    mask = torch.full((4, 4), float("-inf")).triu(1)
+    states = {step: {"w": torch.randn(30)} for step in (10, 20, 30)}
+    for step, state in states.items():
+        store(tmp_path / "plain" / f"{step}.pt", state)
+        store(tmp_path / "masked" / f"{step}.pt", state | {"attn.mask": mask})
+    check_average(Run(tmp_path / "plain"), states)
+    run = Run(tmp_path / "masked")
+    assert_same_tensors(
+        run.average(0.2), Run(tmp_path / "plain").average(0.2) | {"attn.mask": mask}
+    )
+    out = tmp_path / "raw.safetensors"
+    export_file(tmp_path / "masked" / "30.pt", out, weights=True, dtype="float16")
+    assert torch.equal(load_file(out)["attn.mask"], mask.half())
+    store(tmp_path / "masked" / "20.pt", states[20] | {"attn.mask": mask.T})
+    with pytest.raises(NonFiniteError, match=r"20\.pt: tensor 'attn.mask': holds nan or infinity"):
+        run.average(0.2)
