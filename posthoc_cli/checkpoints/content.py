@@ -291,14 +291,13 @@ def sets_in(folder: Path) -> dict[str, Path]:
     for name in _names_in(folder):
         entry = folder / name
         if entry.is_dir():
-            if _is_model(entry):
-                folders[name] = entry
+            folders[name] = entry
         elif name.endswith((*ENDINGS, INDEX_ENDING)) and not SHARD.search(name):
             stem, *_ = re.split(r"\.(?!\d)", name)  # not within `ema_0.999`
             if AVERAGE_WORD.search(stem) or AVERAGE_STATES.fullmatch(name):
                 averages[stem] = entry
     for name, entry in folders.items():
-        if AVERAGE_WORD.search(name):
+        if AVERAGE_WORD.search(name) and _is_model(entry):
             averages[name] = entry
     if not averages:
         return {}
@@ -306,7 +305,7 @@ def sets_in(folder: Path) -> dict[str, Path]:
     weights = model_in(folder, skip)
     if weights is not None:
         return averages | {"model": weights}
-    return averages | folders
+    return averages | {name: entry for name, entry in folders.items() if _is_model(entry)}
 
 
 def _is_model(folder: Path) -> bool:
