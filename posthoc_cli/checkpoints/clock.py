@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from posthoc_cli.checkpoints.content import ENDINGS, Content
+from posthoc_cli.checkpoints.content import Content, stem_of
 from posthoc_cli.checkpoints.programs import EPOCH_VALUES, FROM_0, STEP_VALUES, Unit
 from posthoc_cli.checkpoints.settings import ImportSettings, read_number
 from posthoc_cli.errors import InvalidValueError, shown
@@ -202,9 +202,9 @@ def named_time(path: Path) -> Reading:
     If the name has no number, use that of the parent folder, only with such a word, or if it is the
     whole name, such as `0000100` or `100.ckpt`: it may be that of an experiment.
     """
-    stem = _SHARD.sub("", _stem(path))
+    stem = _SHARD.sub("", stem_of(path.name))
     has_number = re.search("[0-9]", stem) is not None
-    outer = _stem(path.parent)
+    outer = stem_of(path.parent.name)
     name = _FRACTION.sub("", stem if has_number else outer)
     unit, matches = _marked(name)
     is_marked = bool(matches)
@@ -230,13 +230,6 @@ def _epoch_in(name: str) -> int | None:
     """Return the number next to a word for epochs; None if there is none, or are several."""
     matches = _matches(name, "epochs")
     return int(matches[0]["number"]) if len(matches) == 1 else None
-
-
-def _stem(path: Path) -> str:
-    stem = path.name
-    for ending in ENDINGS:
-        stem = stem.removesuffix(ending)
-    return stem
 
 
 def _matches(

@@ -71,6 +71,9 @@ NO_MODEL = re.compile(
     re.IGNORECASE,
 )
 """Pattern of names of files and groups that hold no model: the state of a training."""
+_KEPT_WORD = re.compile(r"(?<![a-z])(?:emas?\d*|shadow|swa)(?![a-z])", re.IGNORECASE)
+"""In keys of an average among the state of an optimizer, whose own are called `exp_avg` and
+`momentum`."""
 FOREIGN = re.compile(r"\.(?:gguf|onnx|np[yz]|msgpack|h5|hdf5|keras|tflite|nemo|index|gz|zip)$")
 """Pattern of names of other programs' files of weights, and of archives."""
 READ = "save the tensors as .safetensors, or by torch.save; unpack archives"
@@ -268,8 +271,31 @@ def _names_in(folder: Path) -> list[str]:
 
 def may_be_weights(name: str) -> bool:
     """Return whether a file has a name as of weights, also of a shard."""
-    is_state = NO_MODEL.search(name) and name not in MODEL_FILES
-    return name.endswith(ENDINGS) and not is_state
+    return name.endswith(ENDINGS) and not _is_state(name)
+
+
+def _is_state(name: str) -> bool:
+    return NO_MODEL.search(name) is not None and name not in MODEL_FILES
+
+
+def holds_average(path: Path) -> bool:
+    """Return whether a file of the state of a training, though not of one process, holds an
+    average."""
+    name = path.name
+    if not (name.endswith(ENDINGS) and _is_state(name)) or "rank" in name:
+        return False
+    with suppress(FileFormatError):
+        tensors = _of_file(path).tensors
+        return any(_KEPT_WORD.search(key) for key in tensors)
+    return False
+
+
+def stem_of(name: str) -> str:
+    """Return the name of a file without its ending, but for one that says that it is an average."""
+    for ending in (INDEX_ENDING, *ENDINGS):
+        if ending != ".ema":
+            name = name.removesuffix(ending)
+    return name
 
 
 def holds_model(folder: Path) -> bool:
@@ -293,12 +319,16 @@ def sets_in(folder: Path) -> dict[str, Path]:
         if entry.is_dir():
             folders[name] = entry
         elif name.endswith((*ENDINGS, INDEX_ENDING)) and not SHARD.search(name):
-            stem, *_ = re.split(r"\.(?!\d)", name)  # not within `ema_0.999`
+            stem = re.sub(r"\.(?!\d)", "_", stem_of(name))  # not within `ema_0.999`
             if AVERAGE_WORD.search(stem) or AVERAGE_STATES.fullmatch(name):
                 averages[stem] = entry
     for name, entry in folders.items():
         if AVERAGE_WORD.search(name) and _is_model(entry):
             averages[name] = entry
+    if not averages:
+        for entry in filter(holds_average, sorted(folder.iterdir())):
+            stem = re.sub("^train(ing)?[_-]", "", stem_of(entry.name))  # that of a state is no set
+            averages[stem] = entry
     if not averages:
         return {}
     skip = [entry.name for entry in averages.values()]

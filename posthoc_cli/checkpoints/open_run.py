@@ -38,6 +38,7 @@ from posthoc_cli.checkpoints.content import (
     Content,
     Values,
     has_tensors,
+    holds_average,
     holds_model,
     may_be_weights,
     names_in,
@@ -652,6 +653,7 @@ def _candidates_in(folder: Path, left_out: _LeftOut) -> list[Path]:
     """Return the entries of a folder that may each be a checkpoint."""
     folders = []
     loose = []
+    states = dict[str, list[Path]]()
     entries = sorted(files.system.list(folder))
     for entry in entries:
         if entry.name.startswith(".") or is_snapshot_name(entry):
@@ -659,14 +661,19 @@ def _candidates_in(folder: Path, left_out: _LeftOut) -> list[Path]:
         if not entry.is_dir():
             if may_be_weights(entry.name) and not SHARD.search(entry.name):
                 loose.append(entry)
+            else:
+                states.setdefault(_stem(entry), []).append(entry)
         elif not NO_MODEL.search(entry.name):
             if holds_model(entry):
                 folders.append(entry)
             elif any(may_be_weights(inner.name) for inner in files.system.list(entry)):
                 left_out[entry.name] = "a folder of files"
+    for of_stem in states.values():
+        if holds_average(of_stem[-1]):
+            loose += of_stem
     if not folders and not loose:
-        states = [entry for entry in entries if WEIGHTS_STATES.fullmatch(entry.name)]
-        return states or nested_in(folder, entries)
+        of_weights = [entry for entry in entries if WEIGHTS_STATES.fullmatch(entry.name)]
+        return of_weights or nested_in(folder, entries)
     # Next to files, a folder without a number, such as "averages", is no checkpoint; next to
     # folders, no file is one.
     numbered = [entry for entry in folders if re.search(r"\d", entry.name)]
