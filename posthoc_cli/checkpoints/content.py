@@ -312,21 +312,10 @@ def sets_in(folder: Path) -> dict[str, Path]:
     They are files, such as `ema.safetensors` and `model.safetensors`, or folders, such as `ema` and
     `model`. accelerate stores an average among the states that were registered with it.
     """
-    averages = {}
-    folders = {}
-    for name in _names_in(folder):
-        entry = folder / name
-        if entry.is_dir():
-            folders[name] = entry
-        elif name.endswith((*ENDINGS, INDEX_ENDING)) and not SHARD.search(name):
-            stem = re.sub(r"\.(?!\d)", "_", stem_of(name))  # not within `ema_0.999`
-            if AVERAGE_WORD.search(stem) or AVERAGE_STATES.fullmatch(name):
-                averages[stem] = entry
-    for name, entry in folders.items():
-        if AVERAGE_WORD.search(name) and _is_model(entry):
-            averages[name] = entry
+    entries = [folder / name for name in _names_in(folder)]
+    averages = _averages_among(entries)
     if not averages:
-        for entry in filter(holds_average, sorted(folder.iterdir())):
+        for entry in filter(holds_average, entries):
             stem = re.sub("^train(ing)?[_-]", "", stem_of(entry.name))  # that of a state is no set
             averages[stem] = entry
     if not averages:
@@ -335,12 +324,28 @@ def sets_in(folder: Path) -> dict[str, Path]:
     weights = model_in(folder, skip)
     if weights is not None:
         return averages | {"model": weights}
-    return averages | {name: entry for name, entry in folders.items() if _is_model(entry)}
+    return averages | {entry.name: entry for entry in entries if _is_model(entry)}
+
+
+def _averages_among(entries: Sequence[Path]) -> dict[str, Path]:
+    """Return the files, then the folders that a word in their names calls averages."""
+    in_files = {}
+    in_folders = {}
+    for entry in entries:
+        name = entry.name
+        if entry.is_dir():
+            if AVERAGE_WORD.search(name) and _is_model(entry):
+                in_folders[name] = entry
+        elif name.endswith((*ENDINGS, INDEX_ENDING)) and not SHARD.search(name):
+            stem = re.sub(r"\.(?!\d)", "_", stem_of(name))  # not within `ema_0.999`
+            if AVERAGE_WORD.search(stem) or AVERAGE_STATES.fullmatch(name):
+                in_files[stem] = entry
+    return in_files | in_folders
 
 
 def _is_model(folder: Path) -> bool:
     with suppress(FileFormatError):
-        return model_in(folder) is not None
+        return folder.is_dir() and model_in(folder) is not None
     return False
 
 

@@ -640,6 +640,7 @@ class _Step:
     squared: float
     rounding: float  # the expected squared rounding error of both
     over_two: float  # squared motion in this step and the one before together; infinite if unknown
+    is_apart: bool  # whether most elements are of tensors that are as far apart as other networks'
 
     @property
     def time(self) -> float:
@@ -654,12 +655,26 @@ def _step(sample: _Sample, before: Sequence[_Sample]) -> _Step:
     over_two = math.inf
     if len(before) > 1:
         over_two = sample.squared_distance(before[0])
-    return _Step(last.source, sample.source, squared, rounding, over_two)
+    return _Step(last.source, sample.source, squared, rounding, over_two, _are_apart(sample, last))
+
+
+def _are_apart(sample: _Sample, other: _Sample) -> bool:
+    """Return whether the squared distance of most is nearer to the sum of the squared norms, as
+    that of different networks is, than to 0."""
+    motion = np.add.reduceat((sample.values - other.values) ** 2, sample.starts)
+    norms = np.add.reduceat(sample.values**2 + other.values**2, sample.starts)
+    sizes = np.diff(sample.starts, append=sample.values.size)
+    apart = sizes[2 * motion > norms]
+    return bool(2 * apart.sum() > sizes.sum())
 
 
 def _warn_of_two_trainings(steps: Sequence[_Step]) -> None:
     """Warn if files move as those of two trainings do, of which one follows the other, or which are
-    interleaved, as after a training was resumed from before some of its files."""
+    interleaved, as after a training was resumed from before some of its files; or if each is of
+    another one."""
+    if len(steps) > 1 and all(step.is_apart for step in steps):
+        _warn_of_files(steps[0], "each is as far from the next one as another training's last")
+        return
     for previous, step in pairwise(steps):
         over_one = min(previous.squared, step.squared)
         if step.over_two < _BACK * over_one:
