@@ -352,18 +352,20 @@ READ = {
     "1000_steps": 1000,
     "step-20240105": 20240105,
     "run-2024-01-05-step-7": 7,
+    "step-1.5k": 1500,
+    "model-1M-steps": 1_000_000,
 }
 """Names with a step."""
 
 REFUSED = {
     "step_1_000": "'1_000' may be something else",
     "1_000_steps": "'1_000' may",
-    "step-1.5k": "'1.5' may",
+    "model-1.5k": "'1.5k' may",
+    "step_1k5": "'1k' may",
     "step-1,000": "'1,000' may",
     "v1.5": "'v1.5' may",
     "model-fp16": "'fp16' may",
     "100kimg": "'100kimg' may",
-    "model-1M-steps": "'1M' may",
     "step_1e5": "'1e' may",
     "llama-7B": "'7B' may",
     "checkpoint-7b": "'7b' may",
