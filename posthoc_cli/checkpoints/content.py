@@ -85,6 +85,7 @@ _PARTITION = re.compile(
     r"^zero_pp_rank_|^layer_\d+-model_|_pp-rank-.*_tp-rank-|_world_size_(?!1_)\d+_rank_"
 )
 """In names of the partitions of ZeRO-3, of DeepSpeed's pipelines, of nanotron and of verl."""
+_COUNT = re.compile(rb"^(epoch|optimizer_step): (\d{1,18})$", re.MULTILINE)
 _MOST_CONFIG = 10_000_000
 _MOST_STATE = 1_000_000_000
 
@@ -251,16 +252,25 @@ def _of_folder(folder: Path) -> Content:
             content = _of_distributed(model)
         else:
             content = open_checkpoint(model)
+    return replace(content, values={**content.values, **_beside(folder)})
+
+
+def _beside(folder: Path) -> Values:
+    """Return the step and the epoch in files beside a model: the state of a Trainer, and the texts
+    of SpeechBrain."""
+    values = Values()
     state = folder / TRAINER_STATE
-    if not state.is_file():
-        return content
-    text = read_small_file(state, _MOST_STATE)
-    of_trainer = parse_object(state, text, "state of a Trainer", most=_MOST_STATE)
-    values = dict(content.values)
-    for name in ("global_step", "epoch"):
-        if type(of_trainer.get(name)) is int:
-            values[name] = of_trainer[name]
-    return replace(content, values=values)
+    if state.is_file():
+        text = read_small_file(state, _MOST_STATE)
+        of_trainer = parse_object(state, text, "state of a Trainer", most=_MOST_STATE)
+        for name in ("global_step", "epoch"):
+            if type(of_trainer.get(name)) is int:
+                values[name] = of_trainer[name]
+    for file in (folder / "CKPT.yaml", folder / "brain.ckpt"):
+        if file.is_file():
+            lines = _COUNT.findall(read_small_file(file, _MOST_CONFIG))
+            values.update({name.decode(): int(number) for name, number in lines})
+    return values
 
 
 def _names_in(folder: Path) -> list[str]:
