@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.content import FOREIGN, model_in, sets_in
+from posthoc_cli.checkpoints.content import FOREIGN, model_in, places_below, sets_in
 from posthoc_cli.checkpoints.layouts import Stored
 from posthoc_cli.dtypes import EPS, parse_dtype
 from posthoc_cli.errors import (
@@ -279,13 +279,16 @@ def _read_source(
 
 def _is_checkpoint(source: Path) -> bool:
     """Return whether a source is a training's checkpoint: a file or folder that is no safetensors,
-    or weights next to an average."""
+    or weights next to an average; they may lie deeper in it."""
     if source.is_dir():
+        if sets_in(source):
+            return True
         with suppress(FileFormatError):
             model = model_in(source)
-            if model is not None and SUFFIX not in model.name:
-                return True
-        return bool(sets_in(source))
+            if model is not None:
+                return SUFFIX not in model.name
+        places = places_below(source)
+        return len(places) == 1 and _is_checkpoint(places[0])
     is_pickle = source.name.endswith(PICKLES) or FOREIGN.search(source.name)
     return bool(is_pickle) and source.is_file()
 

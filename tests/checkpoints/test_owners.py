@@ -210,14 +210,14 @@ def test_weights_beside_an_average_by_epoch_are_used_whatever_it_has_counted(tmp
     assert "import with `steps_per_epoch`" in caplog.text
 
 
-@pytest.mark.parametrize("folder", ["step-400", "CKPT+2024-05-01+12-30-400"])
-def test_a_folder_of_a_pickled_model_is_exported(folder, tmp_path):
-    """As litgpt, OLMo and SpeechBrain write it."""
+@pytest.mark.parametrize("name", ["model.pth", "pytorch_model/mp_rank_00_model_states.pt"])
+def test_a_folder_of_a_pickled_model_is_exported(name, tmp_path):
+    """As litgpt, OLMo and SpeechBrain, or accelerate with DeepSpeed write it."""
     last = saves()[-1]
-    file = tmp_path / folder / "model.pth"
-    store(file, {"model": last.weights, "ema": last.average})
-    assert_equal(exported(file.parent), last.average)
-    assert_equal(exported(file.parent, weights=True), last.weights)
+    folder = tmp_path / "CKPT+2024-05-01+12-30-400"
+    store(folder / name, {"model": last.weights, "ema": last.average})
+    assert_equal(exported(folder), last.average)
+    assert_equal(exported(folder, weights=True), last.weights)
 
 
 @pytest.mark.parametrize("name", ["rl_model_100_steps.zip", "model.nemo", "params.npz"])
