@@ -798,3 +798,12 @@ def test_an_average_that_is_named_may_have_begun_later(run, files):
     done = import_checkpoints(files, run, average="other")
     assert [*done.counts.values()] == [10, 6]
     check_error(run)
+
+
+def test_the_state_of_random_numbers_among_the_weights_is_none_of_them(tmp_path):
+    def content(save):
+        return {**save.weights, "cuda_rng_state": torch.get_rng_state()}
+
+    last = write_each(tmp_path, STEP, content)
+    assert_equal(exported(last, weights=True), LAST.weights)
+    assert Run(tmp_path).average(0.1).keys() == LAST.weights.keys()
