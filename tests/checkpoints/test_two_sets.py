@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pickle
 import sys
+from collections import namedtuple
 from pathlib import Path
 from types import ModuleType
 
@@ -807,3 +808,16 @@ def test_the_state_of_random_numbers_among_the_weights_is_none_of_them(tmp_path)
     last = write_each(tmp_path, STEP, content)
     assert_equal(exported(last, weights=True), LAST.weights)
     assert Run(tmp_path).average(0.1).keys() == LAST.weights.keys()
+
+
+State = namedtuple("State", ["params", "step", "ema_params"])
+
+
+def test_sets_in_a_named_tuple_are_found(tmp_path):
+    """As programs of JAX pickle their state."""
+    for save in saves():
+        sets = [{n: v.numpy() for n, v in one.items()} for one in (save.weights, save.average)]
+        state = State(sets[0], save.step, sets[1])
+        (tmp_path / f"{save.step}.pkl").write_bytes(pickle.dumps(state))
+    check_last(tmp_path)
+    check_last(tmp_path, average="2", weights="0")
