@@ -216,7 +216,7 @@ def named_time(path: Path) -> Reading:
     if len(matches) != 1:
         raise _doubt(path, "it has no number, or several")
     number = _number_in(matches[0], unit, path)
-    if not unit and _DATE.fullmatch(str(number)):
+    if not unit and _DATE.fullmatch(matches[0]["number"]):
         raise _doubt(path, f"'{number}' may be a date")
     origin = f"the word for {unit} in names" if unit else "the only number in names"
     of_folder = not has_number

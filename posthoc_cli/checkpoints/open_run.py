@@ -875,8 +875,9 @@ def describe_checkpoints(place: Path) -> Values:
             "t": checkpoint.t,
             "holds": checkpoint.holds,
             "bytes": checkpoint.file_bytes,
+            "identity": checkpoint.identity,
         }
-        rows.append({**row, "identity": checkpoint.identity})
+        rows.append(row)
     described = {
         "kind": "checkpoints",
         "path": str(place),

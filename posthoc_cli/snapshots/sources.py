@@ -655,7 +655,8 @@ def _step(sample: _Sample, before: Sequence[_Sample]) -> _Step:
     over_two = math.inf
     if len(before) > 1:
         over_two = sample.squared_distance(before[0])
-    return _Step(last.source, sample.source, squared, rounding, over_two, _are_apart(sample, last))
+    is_apart = _are_apart(sample, last)
+    return _Step(last.source, sample.source, squared, rounding, over_two, is_apart)
 
 
 def _are_apart(sample: _Sample, other: _Sample) -> bool:
@@ -673,7 +674,7 @@ def _warn_of_two_trainings(steps: Sequence[_Step]) -> None:
     interleaved, as after a training was resumed from before some of its files; or if each is of
     another one."""
     if len(steps) > 1 and all(step.is_apart for step in steps):
-        _warn_of_files(steps[0], "each is as far from the next one as another training's last")
+        _warn_of_files(steps[0], "each is as far from the next one as those of different trainings are")
         return
     for previous, step in pairwise(steps):
         over_one = min(previous.squared, step.squared)

@@ -632,7 +632,9 @@ class Maker:
         dtype = torch_dtype(tile.kind.dtype)
         if holds(dtype, sums):
             return
-        masks = {} if tile.kind.role == "copy" else self._masks(tile)
+        masks = {}
+        if tile.kind.role != "copy":
+            masks = self._masks(tile)
         for name, begin, end in tile.spans:
             values = sums[:, begin:end]
             if name in masks:
@@ -659,8 +661,10 @@ class Maker:
                 if is_finite and bool(last.isfinite().all()):
                     continue
                 if not (source.is_mask(part.numpy()) and torch.equal(part, last)):
-                    path = self.plan.newest.path if is_finite else source.path
-                    raise NonFiniteError(path, f"tensor {name!r}: holds nan or infinity")
+                    reason = f"tensor {name!r}: holds nan or infinity"
+                    if is_finite:
+                        source = self.plan.newest
+                    raise NonFiniteError(source.path, reason)
                 masks[name] = last
         return masks
 

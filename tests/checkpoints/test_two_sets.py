@@ -816,8 +816,9 @@ State = namedtuple("State", ["params", "step", "ema_params"])
 def test_sets_in_a_named_tuple_are_found(tmp_path):
     """As programs of JAX pickle their state."""
     for save in saves():
-        sets = [{n: v.numpy() for n, v in one.items()} for one in (save.weights, save.average)]
-        state = State(sets[0], save.step, sets[1])
+        weights = {name: value.numpy() for name, value in save.weights.items()}
+        average = {name: value.numpy() for name, value in save.average.items()}
+        state = State(weights, save.step, average)
         (tmp_path / f"{save.step}.pkl").write_bytes(pickle.dumps(state))
     check_last(tmp_path)
     check_last(tmp_path, average="2", weights="0")
