@@ -166,7 +166,3 @@ def test_the_run_of_a_tracker_has_all_due_snapshots(tmp_path):
 def test_a_program_that_lets_numpy_raise_gets_averages(run):
     with np.errstate(all="raise"):
         run.average(0.01)
-
-
-def test_the_text_of_a_run_in_a_store_needs_no_request():
-    assert repr(Run("hf://nobody/none")) == "Run('hf://nobody/none')"
