@@ -674,7 +674,9 @@ def _warn_of_two_trainings(steps: Sequence[_Step]) -> None:
     interleaved, as after a training was resumed from before some of its files; or if each is of
     another one."""
     if len(steps) > 1 and all(step.is_apart for step in steps):
-        _warn_of_files(steps[0], "each is as far from the next one as those of different trainings are")
+        _warn_of_files(
+            steps[0], "each is as far from the next one as those of different trainings are"
+        )
         return
     for previous, step in pairwise(steps):
         over_one = min(previous.squared, step.squared)
