@@ -190,6 +190,12 @@ def check_parent(path: Path) -> None:
         raise InvalidValueError("out", "its folder does not exist", value=path)
 
 
+def check_folder(path: Path) -> None:
+    """Raise InvalidValueError if the folder of outputs `path` exists, and is none."""
+    if path.exists() and not path.is_dir():
+        raise InvalidValueError("out", "is a file; name a folder", value=path)
+
+
 def new_file(
     out: str | Path,
     endings: Sequence[str],
@@ -201,8 +207,8 @@ def new_file(
     if path.suffix not in endings:
         raise InvalidValueError("out", f"must end in {', '.join(endings)}", value=path)
     check_parent(path)
-    if path.is_dir():
-        raise InvalidValueError("out", "is a folder; name a file", value=path)
+    if path.is_dir() or str(out).endswith("/"):
+        raise InvalidValueError("out", "is a folder; name a file", value=out)
     if path.exists() and not overwrite:
         raise _taken(path)
     return path

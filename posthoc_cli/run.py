@@ -182,6 +182,8 @@ class Run:
         self._identities: list[str] = []  # of the sources that were checked
 
     def __repr__(self) -> str:
+        if files.is_url(self.directory):  # without a request
+            return f"Run({str(self.directory)!r})"
         try:
             sources = self.sources
         except PostHocError as error:

@@ -486,3 +486,10 @@ def check_refused(
     with pytest.raises(InvalidValueError, match=leads_out):
         run.write(0.2, out, like=like)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["new.safetensors/", "new.pt/"])
+def test_a_name_that_ends_in_a_slash_is_that_of_a_folder(tmp_path, name):
+    source = write_output(tmp_path / "in.safetensors", {"w": torch.ones(2)})
+    with pytest.raises(InvalidValueError, match=f"out .*/{name}: is a folder; name a file"):
+        export_file(source, f"{tmp_path}/{name}")

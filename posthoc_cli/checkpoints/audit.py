@@ -37,7 +37,6 @@ from posthoc_cli.checkpoints.source import Checkpoint
 from posthoc_cli.errors import (
     DirectoryError,
     InvalidValueError,
-    NonFiniteError,
     check_number,
     percent,
 )
@@ -51,7 +50,12 @@ from posthoc_cli.profiles import (
     Point,
     gamma_from_sigma_rel,
 )
-from posthoc_cli.snapshots.sources import ElementRange, Source, expected_roundings
+from posthoc_cli.snapshots.sources import (
+    ElementRange,
+    Source,
+    expected_roundings,
+    finite_values,
+)
 
 Bools = npt.NDArray[np.bool_]
 Verdict = tuple[str, str]
@@ -396,11 +400,7 @@ def _values(
     source: Checkpoint,
     pieces: Sequence[ElementRange],
 ) -> list[npt.NDArray[Any]]:
-    values = [source.values(*piece) for piece in pieces]
-    for part, piece in zip(values, pieces, strict=True):
-        if not np.isfinite(part).all():
-            raise NonFiniteError(source.path, f"tensor {piece.name!r}: holds nan or infinity")
-    return values
+    return [finite_values(source, *piece) for piece in pieces]
 
 
 # --- what an average did

@@ -5,8 +5,8 @@ says so, if the content holds an equal `epoch`, or if the numbers of the files f
 without a gap. Any other lone number is taken for a step, whose unit nothing states.
 
 A number in a name counts if a word marks it, or if it is the only one, and if it is of plain
-digits: `1_000`, `1.5k` or a date may mean something else, and a wrong step would put weights at a
-wrong time without notice.
+digits, or as `step_1.5k`: `1_000`, another `1.5k` or a date may mean something else, and a wrong
+step would put weights at a wrong time without notice.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from posthoc_cli.checkpoints.content import ENDINGS, Content
+from posthoc_cli.checkpoints.content import Content, stem_of
 from posthoc_cli.checkpoints.programs import EPOCH_VALUES, FROM_0, STEP_VALUES, Unit
 from posthoc_cli.checkpoints.settings import ImportSettings, read_number
 from posthoc_cli.errors import InvalidValueError, shown
@@ -30,12 +30,12 @@ log = logging.getLogger(__name__)
 _MOST = 10**15
 _HINT = r"import with `step_from`, a pattern such as 'step(\d+)'"
 
-_MORE = r"(?P<more>(?:[.,_-][0-9]+)+|[a-z]+)?"  # what follows digits of a number, or its unit
+_MORE = r"(?P<more>(?:[.,_-][0-9]+)+[km]?|[a-z]+)?"  # what follows digits of a number, or its unit
 _STEP = r"(?:steps?|iter(?:ation)?s?)"
 _EPOCH = r"ep(?:och)?s?"
 _BEFORE = r"(?<![a-z]){word}[=_.\- ]*(?P<number>[0-9]+)" + _MORE
 _AFTER = (
-    r"(?<![0-9])(?<![0-9][.,_-])(?P<number>[0-9]+)(?P<more>[kmb])?[_\- ]?{word}"
+    r"(?<![0-9])(?<![0-9][.,_-])(?P<number>[0-9]+)(?P<more>(?:\.[0-9]+)?[kmb])?[_\- ]?{word}"
     r"(?![a-z]|[=_.\- ]*[0-9])"
 )
 
@@ -60,6 +60,8 @@ _DATE = re.compile(
     r"(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])(?:[0-9]{4}|[0-9]{6})?"
     r"|1[5-9][0-9]{8}(?:[0-9]{3})?"  # seconds, or thousandths, of 2017 to 2033
 )
+_THOUSANDS = re.compile(r"[0-9]+(?:\.[0-9]+)?[km]", re.IGNORECASE)
+_GOES_ON = re.compile(r"[.,_-]?[0-9]")
 _ANEW = {"", "step", "steps", "iteration"}  # values that may begin anew in each epoch, or a name's
 _SHARD = re.compile(r"[0-9]+-of-[0-9]+")
 _LONE = re.compile(r"[0-9]{3,}")  # the whole name of a folder; a shorter one may be an experiment's
@@ -202,9 +204,9 @@ def named_time(path: Path) -> Reading:
     If the name has no number, use that of the parent folder, only with such a word, or if it is the
     whole name, such as `0000100` or `100.ckpt`: it may be that of an experiment.
     """
-    stem = _SHARD.sub("", _stem(path))
+    stem = _SHARD.sub("", stem_of(path.name))
     has_number = re.search("[0-9]", stem) is not None
-    outer = _stem(path.parent)
+    outer = stem_of(path.parent.name)
     name = _FRACTION.sub("", stem if has_number else outer)
     unit, matches = _marked(name)
     is_marked = bool(matches)
@@ -213,30 +215,34 @@ def named_time(path: Path) -> Reading:
         matches = [*_ALONE.finditer(name)]
     if len(matches) != 1:
         raise _doubt(path, "it has no number, or several")
-    parts = matches[0].groupdict("")
-    other = parts.get("other", "")
-    number = parts["number"]
-    if other or parts["more"]:
-        raise _doubt(path, f"{other + number + parts['more']!r} may be something else")
-    if not unit and _DATE.fullmatch(number):
-        raise _doubt(path, f"{number!r} may be a date")
+    number = _number_in(matches[0], unit, path)
+    if not unit and _DATE.fullmatch(matches[0]["number"]):
+        raise _doubt(path, f"'{number}' may be a date")
     origin = f"the word for {unit} in names" if unit else "the only number in names"
     of_folder = not has_number
     epoch = _epoch_in(name) if unit == "steps" else None
-    return Reading(int(number), unit, origin, epoch, is_marked=is_marked, is_of_folder=of_folder)
+    return Reading(number, unit, origin, epoch, is_marked=is_marked, is_of_folder=of_folder)
+
+
+def _number_in(match: re.Match[str], unit: Unit, path: Path) -> int:
+    """Return the number of a match: of plain digits, or of steps as 1.5k or 2M."""
+    parts = match.groupdict("")
+    other = parts.get("other", "")
+    text = parts["number"] + parts["more"]
+    if not other and not parts["more"]:
+        return int(text)
+    rest = match.string[match.end("more") :]
+    if unit == "steps" and _THOUSANDS.fullmatch(text) and not _GOES_ON.match(rest):
+        number = read_number(text)
+        if isinstance(number, int):
+            return number
+    raise _doubt(path, f"{other + text!r} may be something else")
 
 
 def _epoch_in(name: str) -> int | None:
     """Return the number next to a word for epochs; None if there is none, or are several."""
     matches = _matches(name, "epochs")
     return int(matches[0]["number"]) if len(matches) == 1 else None
-
-
-def _stem(path: Path) -> str:
-    stem = path.name
-    for ending in ENDINGS:
-        stem = stem.removesuffix(ending)
-    return stem
 
 
 def _matches(

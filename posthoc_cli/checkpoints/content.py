@@ -71,6 +71,12 @@ NO_MODEL = re.compile(
     re.IGNORECASE,
 )
 """Pattern of names of files and groups that hold no model: the state of a training."""
+_KEPT_KEY = re.compile(
+    rb'(?:X.\0\0\0|\x8c.|")(?:[\w.]*[^a-z])?(?:emas?\d*|shadow|swa)(?![a-ps-z])', re.I | re.S
+)
+"""The key, in a pickle (where `q` or `r` follows) or in JSON, of an average among the state of an
+optimizer, whose own are called `exp_avg` and `momentum`."""
+_KEYS = 4 << 20  # bytes at the begin of a file: the pickle of 30,000 tensors
 FOREIGN = re.compile(r"\.(?:gguf|onnx|np[yz]|msgpack|h5|hdf5|keras|tflite|nemo|index|gz|zip)$")
 """Pattern of names of other programs' files of weights, and of archives."""
 READ = "save the tensors as .safetensors, or by torch.save; unpack archives"
@@ -82,6 +88,7 @@ _PARTITION = re.compile(
     r"^zero_pp_rank_|^layer_\d+-model_|_pp-rank-.*_tp-rank-|_world_size_(?!1_)\d+_rank_"
 )
 """In names of the partitions of ZeRO-3, of DeepSpeed's pipelines, of nanotron and of verl."""
+_COUNT = re.compile(rb"^(epoch|optimizer_step): (\d{1,18})$", re.MULTILINE)
 _MOST_CONFIG = 10_000_000
 _MOST_STATE = 1_000_000_000
 
@@ -248,16 +255,25 @@ def _of_folder(folder: Path) -> Content:
             content = _of_distributed(model)
         else:
             content = open_checkpoint(model)
+    return replace(content, values={**content.values, **_beside(folder)})
+
+
+def _beside(folder: Path) -> Values:
+    """Return the step and the epoch in files beside a model: the state of a Trainer, and the texts
+    of SpeechBrain."""
+    values = Values()
     state = folder / TRAINER_STATE
-    if not state.is_file():
-        return content
-    text = read_small_file(state, _MOST_STATE)
-    of_trainer = parse_object(state, text, "state of a Trainer", most=_MOST_STATE)
-    values = dict(content.values)
-    for name in ("global_step", "epoch"):
-        if type(of_trainer.get(name)) is int:
-            values[name] = of_trainer[name]
-    return replace(content, values=values)
+    if state.is_file():
+        text = read_small_file(state, _MOST_STATE)
+        of_trainer = parse_object(state, text, "state of a Trainer", most=_MOST_STATE)
+        for name in ("global_step", "epoch"):
+            if type(of_trainer.get(name)) is int:
+                values[name] = of_trainer[name]
+    for file in (folder / "CKPT.yaml", folder / "brain.ckpt"):
+        if file.is_file():
+            lines = _COUNT.findall(read_small_file(file, _MOST_CONFIG))
+            values.update({name.decode(): int(number) for name, number in lines})
+    return values
 
 
 def _names_in(folder: Path) -> list[str]:
@@ -268,8 +284,32 @@ def _names_in(folder: Path) -> list[str]:
 
 def may_be_weights(name: str) -> bool:
     """Return whether a file has a name as of weights, also of a shard."""
-    is_state = NO_MODEL.search(name) and name not in MODEL_FILES
-    return name.endswith(ENDINGS) and not is_state
+    return name.endswith(ENDINGS) and not _is_state(name)
+
+
+def _is_state(name: str) -> bool:
+    return NO_MODEL.search(name) is not None and name not in MODEL_FILES
+
+
+def holds_average(path: Path) -> bool:
+    """Return whether a file of the state of a training, though not of one process, seems to hold an
+    average, by the keys at its begin: to read all takes seconds."""
+    name = path.name
+    if not (name.endswith(ENDINGS) and _is_state(name)) or "rank" in name:
+        return False
+    with suppress(FileFormatError):
+        with OpenedFile(path) as file:
+            begin = file.read_at(min(file.size, _KEYS), 0)
+        return _KEPT_KEY.search(begin) is not None
+    return False
+
+
+def stem_of(name: str) -> str:
+    """Return the name of a file without its ending, but for one that says that it is an average."""
+    for ending in (INDEX_ENDING, *ENDINGS):
+        if ending != ".ema":
+            name = name.removesuffix(ending)
+    return name
 
 
 def holds_model(folder: Path) -> bool:
@@ -286,32 +326,40 @@ def sets_in(folder: Path) -> dict[str, Path]:
     They are files, such as `ema.safetensors` and `model.safetensors`, or folders, such as `ema` and
     `model`. accelerate stores an average among the states that were registered with it.
     """
-    averages = {}
-    folders = {}
-    for name in _names_in(folder):
-        entry = folder / name
-        if entry.is_dir():
-            if _is_model(entry):
-                folders[name] = entry
-        elif name.endswith((*ENDINGS, INDEX_ENDING)) and not SHARD.search(name):
-            stem, *_ = re.split(r"\.(?!\d)", name)  # not within `ema_0.999`
-            if AVERAGE_WORD.search(stem) or AVERAGE_STATES.fullmatch(name):
-                averages[stem] = entry
-    for name, entry in folders.items():
-        if AVERAGE_WORD.search(name):
-            averages[name] = entry
+    entries = [folder / name for name in _names_in(folder)]
+    averages = _averages_among(entries)
+    if not averages:
+        for entry in filter(holds_average, entries):
+            stem = re.sub("^train(ing)?[_-]", "", stem_of(entry.name))  # that of a state is no set
+            averages[stem] = entry
     if not averages:
         return {}
     skip = [entry.name for entry in averages.values()]
     weights = model_in(folder, skip)
     if weights is not None:
         return averages | {"model": weights}
-    return averages | folders
+    return averages | {entry.name: entry for entry in entries if _is_model(entry)}
+
+
+def _averages_among(entries: Sequence[Path]) -> dict[str, Path]:
+    """Return the files, then the folders that a word in their names calls averages."""
+    in_files = {}
+    in_folders = {}
+    for entry in entries:
+        name = entry.name
+        if entry.is_dir():
+            if AVERAGE_WORD.search(name) and _is_model(entry):
+                in_folders[name] = entry
+        elif name.endswith((*ENDINGS, INDEX_ENDING)) and not SHARD.search(name):
+            stem = re.sub(r"\.(?!\d)", "_", stem_of(name))  # not within `ema_0.999`
+            if AVERAGE_WORD.search(stem) or AVERAGE_STATES.fullmatch(name):
+                in_files[stem] = entry
+    return in_files | in_folders
 
 
 def _is_model(folder: Path) -> bool:
     with suppress(FileFormatError):
-        return model_in(folder) is not None
+        return folder.is_dir() and model_in(folder) is not None
     return False
 
 

@@ -38,6 +38,7 @@ from posthoc_cli.checkpoints.content import (
     Content,
     Values,
     has_tensors,
+    holds_average,
     holds_model,
     may_be_weights,
     names_in,
@@ -651,22 +652,19 @@ def _matches(pattern: Path) -> list[Path]:
 def _candidates_in(folder: Path, left_out: _LeftOut) -> list[Path]:
     """Return the entries of a folder that may each be a checkpoint."""
     folders = []
-    loose = []
     entries = sorted(files.system.list(folder))
-    for entry in entries:
-        if entry.name.startswith(".") or is_snapshot_name(entry):
+    others = [entry for entry in entries if entry.name[0] != "." and not is_snapshot_name(entry)]
+    for entry in others:
+        if not entry.is_dir() or NO_MODEL.search(entry.name):
             continue
-        if not entry.is_dir():
-            if may_be_weights(entry.name) and not SHARD.search(entry.name):
-                loose.append(entry)
-        elif not NO_MODEL.search(entry.name):
-            if holds_model(entry):
-                folders.append(entry)
-            elif any(may_be_weights(inner.name) for inner in files.system.list(entry)):
-                left_out[entry.name] = "a folder of files"
+        if holds_model(entry):
+            folders.append(entry)
+        elif any(may_be_weights(inner.name) for inner in files.system.list(entry)):
+            left_out[entry.name] = "a folder of files"
+    loose = _files_among(others)
     if not folders and not loose:
-        states = [entry for entry in entries if WEIGHTS_STATES.fullmatch(entry.name)]
-        return states or nested_in(folder, entries)
+        of_weights = [entry for entry in entries if WEIGHTS_STATES.fullmatch(entry.name)]
+        return of_weights or nested_in(folder, entries)
     # Next to files, a folder without a number, such as "averages", is no checkpoint; next to
     # folders, no file is one.
     numbered = [entry for entry in folders if re.search(r"\d", entry.name)]
@@ -679,6 +677,23 @@ def _candidates_in(folder: Path, left_out: _LeftOut) -> list[Path]:
     for entry in loose:
         left_out[entry.name] = "a file beside folders"
     return folders
+
+
+def _files_among(entries: Sequence[Path]) -> list[Path]:
+    """Return the files that may hold weights, and states of the training with an average."""
+    loose = []
+    states = dict[str, list[Path]]()
+    for entry in entries:
+        if entry.is_dir() or SHARD.search(entry.name):
+            continue
+        if may_be_weights(entry.name):
+            loose.append(entry)
+        else:
+            states.setdefault(_stem(entry), []).append(entry)
+    for of_stem in states.values():
+        if holds_average(of_stem[-1]):
+            loose += of_stem
+    return loose
 
 
 def _is_series_beside_states(
@@ -860,8 +875,9 @@ def describe_checkpoints(place: Path) -> Values:
             "t": checkpoint.t,
             "holds": checkpoint.holds,
             "bytes": checkpoint.file_bytes,
+            "identity": checkpoint.identity,
         }
-        rows.append({**row, "identity": checkpoint.identity})
+        rows.append(row)
     described = {
         "kind": "checkpoints",
         "path": str(place),

@@ -263,7 +263,8 @@ def _opened(
 
 def _contents(node: Node, objects: set[int]) -> _Items:
     """Return the items of an object, or else its attributes, as of an average that was pickled
-    whole: none of an optimizer, nor tensors, which may be anything.
+    whole, or its arguments, as of a named tuple: none of an optimizer, nor tensors, which may be
+    anything.
 
     `objects` are those whose attributes are known: they may refer to each other.
     """
@@ -273,6 +274,8 @@ def _contents(node: Node, objects: set[int]) -> _Items:
     if id(node) in objects or "param_groups" in attributes:
         return {}
     objects.add(id(node))
+    if not attributes:
+        attributes = dict(enumerate(node.arguments))
     return {key: value for key, value in attributes.items() if not isinstance(value, Entry)}
 
 

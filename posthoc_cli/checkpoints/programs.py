@@ -42,6 +42,7 @@ PROGRAMS = {
     "Composer": Program(step="state.timestamp.Timestamp.batch"),
     "fairseq": Program(step="optimizer_history.*.num_updates"),
     "accelerate": Program(average_state=r"custom_checkpoint_\d+\.pkl"),
+    "SpeechBrain": Program(step="optimizer_step"),
     "icefall": Program(step="batch_idx_train"),
     "EDM": Program(step="state.cur_nimg", unit="images", weights_state=r"training-state-\d+\.pt"),
     "RT-DETR, D-FINE": Program(epoch="last_epoch"),

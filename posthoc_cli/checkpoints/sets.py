@@ -40,6 +40,8 @@ _MODEL_GROUPS = ("current_model_state", "state_dict", "model_state_dict", "model
 an average, its weights are under `current_model_state`."""
 _STATES = re.compile(NO_MODEL.pattern.replace("opt|", "", 1), re.IGNORECASE)
 """Pattern of prefixes of names that are no model's: `opt` may be a module."""
+_RANDOM = re.compile(r"(?<![a-z])(?:rng|random)_states?$")
+"""Pattern of names of the states of generators of random numbers."""
 _PARTS = re.compile(r"^(?:named_)?(?:parameter|buffer)s_dict\.")  # of a model, in Composer
 _WHICH = "name the average by `average`, or the model by `weights`, or both, in an import"
 _LETTER = re.compile("[A-Za-z]")
@@ -451,7 +453,8 @@ def _is_state(tensor: StoredTensor) -> bool:
     if any(map(NO_MODEL.search, outer)):
         return True
     first, dot, _ = name.partition(".")
-    return bool(dot) and _STATES.search(first) is not None
+    pattern = _STATES if dot else _RANDOM
+    return pattern.search(first) is not None
 
 
 def _paths(tensor: StoredTensor) -> list[str]:

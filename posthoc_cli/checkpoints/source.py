@@ -45,6 +45,7 @@ class Checkpoint(Source):
 
     word = "checkpoint"
     measurements = None
+    knows_buffers = False
     left_out = ()
     path: Path
     files: tuple[TensorFile, ...] = field(compare=False)
@@ -201,7 +202,7 @@ def first_values(source: Checkpoint) -> FloatArray:
         for name in sorted(source.averages):
             count = min(source.entries[name].size, COMPARED)
             values.append(source.values(name, 0, count))
-    return np.concatenate(values)
+    return np.nan_to_num(np.concatenate(values), posinf=0.0, neginf=0.0)
 
 
 def are_near(ours: FloatArray, theirs: FloatArray) -> bool:

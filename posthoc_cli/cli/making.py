@@ -416,7 +416,7 @@ def export(
     source = options.existing(file, name="FILE")
     report = export_file(
         source,
-        files.local_path("--out", out),
+        out,
         layout,
         dtype,
         options.optional(options.existing, base),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.content import FOREIGN, model_in, sets_in
+from posthoc_cli.checkpoints.content import FOREIGN, model_in, places_below, sets_in
 from posthoc_cli.checkpoints.layouts import Stored
 from posthoc_cli.dtypes import EPS, parse_dtype
 from posthoc_cli.errors import (
@@ -24,7 +24,7 @@ from posthoc_cli.errors import (
     shown,
 )
 from posthoc_cli.export.like import Like, Replacement, check_shape
-from posthoc_cli.export.writing import OutputOptions, Writing
+from posthoc_cli.export.writing import FOLDERS, OutputOptions, Writing
 from posthoc_cli.resources import ProgressBar, no_bar
 from posthoc_cli.snapshots.directory import PICKLES, is_parts_folder, read_snapshot
 from posthoc_cli.snapshots.outputs import models_at, read_model
@@ -112,8 +112,11 @@ def export_file(
     )
     options.check_like(dtype)
     source = files.given_path("source", source)
-    out = files.local_path("out", out)
-    options.layout_of(out)
+    path = files.local_path("out", out)
+    is_folder = options.layout_of(path) in FOLDERS or options.makes_folders
+    if str(out).endswith("/") and not is_folder:
+        raise InvalidValueError("out", "is a folder; name a file", value=out)
+    out = path
     files.check_parent(out)
     model = _read_source(source, weights, average) if like is None else _read_source(source)
     plan = _combination(model, target_dtype, prefix, strip_prefix)
@@ -276,13 +279,16 @@ def _read_source(
 
 def _is_checkpoint(source: Path) -> bool:
     """Return whether a source is a training's checkpoint: a file or folder that is no safetensors,
-    or weights next to an average."""
+    or weights next to an average; they may lie deeper in it."""
     if source.is_dir():
+        if sets_in(source):
+            return True
         with suppress(FileFormatError):
             model = model_in(source)
-            if model is not None and SUFFIX not in model.name:
-                return True
-        return bool(sets_in(source))
+            if model is not None:
+                return SUFFIX not in model.name
+        places = places_below(source)
+        return len(places) == 1 and _is_checkpoint(places[0])
     is_pickle = source.name.endswith(PICKLES) or FOREIGN.search(source.name)
     return bool(is_pickle) and source.is_file()
 

@@ -207,6 +207,7 @@ def _paths_in(
     ending: str,
 ) -> list[Path]:
     """Return paths named after the targets."""
+    files.check_folder(folder)
     paths = []
     for target in targets:
         name = target.label if target.sigma_rel is None else f"sigma_rel-{target.sigma_rel!r}"

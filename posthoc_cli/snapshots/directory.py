@@ -59,7 +59,7 @@ log = Log(__name__)
 # the folder for snapshots from after the step at which training was resumed
 SUPERSEDED = "superseded"
 # suffixes of files that are usually pickles; none is ever opened
-PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".th", ".tar")
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".th", ".tar", ".ema")
 MANIFEST = "ema-import.json"  # the file of an import, see `checkpoints.manifest`
 ON_ONE_FILE_SYSTEM = (
     "all processes of a training write to one directory, on a file system that they share"

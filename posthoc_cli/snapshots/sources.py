@@ -94,6 +94,7 @@ class StoredTensors:
     # further names of tensors, each with the name under which the tensor is stored
     aliases: dict[str, str]
     t: float
+    knows_buffers = True  # they are copies
 
     @property
     def copies(self) -> list[str]:
@@ -227,6 +228,14 @@ class StoredTensors:
         box = Box.full(entry.shape)
         self.read_box(name, box, data.data, begin, verify=False)
         return decode_values(data, entry.dtype)
+
+    def is_mask(self, values: FloatArray) -> bool:
+        """Return whether values are those of a buffer that holds infinity, such as an attention
+        mask."""
+        if self.knows_buffers:
+            return False
+        lowest, *others = np.unique(values)
+        return bool(lowest == -np.inf and len(others) < 2 and np.isfinite(others).all())
 
 
 class PathSketch(NamedTuple):
@@ -631,6 +640,7 @@ class _Step:
     squared: float
     rounding: float  # the expected squared rounding error of both
     over_two: float  # squared motion in this step and the one before together; infinite if unknown
+    is_apart: bool  # whether most elements are of tensors that are as far apart as other networks'
 
     @property
     def time(self) -> float:
@@ -645,12 +655,29 @@ def _step(sample: _Sample, before: Sequence[_Sample]) -> _Step:
     over_two = math.inf
     if len(before) > 1:
         over_two = sample.squared_distance(before[0])
-    return _Step(last.source, sample.source, squared, rounding, over_two)
+    is_apart = _are_apart(sample, last)
+    return _Step(last.source, sample.source, squared, rounding, over_two, is_apart)
+
+
+def _are_apart(sample: _Sample, other: _Sample) -> bool:
+    """Return whether the squared distance of most is nearer to the sum of the squared norms, as
+    that of different networks is, than to 0."""
+    motion = np.add.reduceat((sample.values - other.values) ** 2, sample.starts)
+    norms = np.add.reduceat(sample.values**2 + other.values**2, sample.starts)
+    sizes = np.diff(sample.starts, append=sample.values.size)
+    apart = sizes[2 * motion > norms]
+    return bool(2 * apart.sum() > sizes.sum())
 
 
 def _warn_of_two_trainings(steps: Sequence[_Step]) -> None:
     """Warn if files move as those of two trainings do, of which one follows the other, or which are
-    interleaved, as after a training was resumed from before some of its files."""
+    interleaved, as after a training was resumed from before some of its files; or if each is of
+    another one."""
+    if len(steps) > 1 and all(step.is_apart for step in steps):
+        _warn_of_files(
+            steps[0], "each is as far from the next one as those of different trainings are"
+        )
+        return
     for previous, step in pairwise(steps):
         over_one = min(previous.squared, step.squared)
         if step.over_two < _BACK * over_one:
@@ -736,6 +763,27 @@ def _sampled_ranges(source: Source) -> list[ElementRange]:
     return ranges
 
 
+def finite_values(
+    source: StoredTensors,
+    name: str,
+    begin: int,
+    end: int,
+) -> FloatArray:
+    """Return elements of a tensor, zeros of a mask; raise NonFiniteError if another one holds nan
+    or infinity."""
+    part = source.values(name, begin, end)
+    if np.isfinite(part).all():
+        return part
+    if source.is_mask(part):
+        return np.zeros_like(part)
+    source.tensor(name)  # raises if the file is damaged, for example by a flipped bit
+    raise NonFiniteError(
+        source.path,
+        f"tensor {name!r}: holds nan or infinity",
+        "an import leaves out a mask or the like by `exclude`",
+    )
+
+
 def _read(source: Source, ranges: Sequence[ElementRange]) -> _Sample:
     values = np.empty(sum(end - begin for _, begin, end in ranges))
     roundings = np.zeros(values.shape)  # takes no memory until it is written to
@@ -744,14 +792,7 @@ def _read(source: Source, ranges: Sequence[ElementRange]) -> _Sample:
     with source:
         for name, begin, end in ranges:
             starts.setdefault(name, at)
-            part = source.values(name, begin, end)
-            if not np.isfinite(part).all():
-                source.tensor(name)  # raises if the file is damaged, for example by a flipped bit
-                raise NonFiniteError(
-                    source.path,
-                    f"tensor {name!r}: holds nan or infinity",
-                    "an import leaves out a mask or the like by `exclude`",
-                )
+            part = finite_values(source, name, begin, end)
             elements = slice(at, at + part.size)
             values[elements] = part
             stored = source.entries[name].dtype

@@ -78,7 +78,9 @@ class Axis:
         """Return the axis of given values, which are all measured."""
         numbers = set[float]()
         for value in values:
-            numbers.add(check_number(kind, value, math.isfinite, "be a number"))
+            number = check_number(kind, value, math.isfinite, "be a number")
+            _KINDS[kind].make(number)  # its error says more than that of one length
+            numbers.add(number)
         if len(numbers) < 2:
             raise InvalidValueError("values", "name at least two lengths", value=list(values))
         ordered = sorted(numbers)

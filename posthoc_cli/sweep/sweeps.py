@@ -55,6 +55,7 @@ TRIALS = "trials.jsonl"  # the settings of the sweep, then a trial a line
 LOGS = "logs"
 _PLACEHOLDER = re.compile(r"\{(weights|sigma_rel|seed|dir)\}")
 _SCRATCH = ".scratch"
+_DIRECTIONS = {True: "minimize", False: "maximize", None: "look"}
 _OPERATORS = ("|", "||", "&&", ">", ">>", "<", "&>", "2>", "2>&1")
 _USE_A_SHELL = "pipes, variables, cd and the like need a shell: sh -c '...'"
 
@@ -130,6 +131,7 @@ class Sweep:
             "t": self.t,
             "command": self.command,
             "metric": None if self.minimize is None else self.metric.text,
+            "direction": _DIRECTIONS[self.minimize],
             "kind of length": kind,
             "like": None if self.like is None else str(self.like.resolve()),
         }
@@ -185,8 +187,7 @@ class Sweep:
         """Make and lock the folder of the sweep; remove averages that a killed sweep has left, and
         at the end ours."""
         files.check_parent(self.out)
-        if self.out.exists() and not self.out.is_dir():
-            raise InvalidValueError("out", "is a file", "name a folder", value=self.out)
+        files.check_folder(self.out)
         names = set[str]()
         if self.out.is_dir():
             names = {path.name for path in files.system.list(self.out)}
@@ -317,8 +318,9 @@ class Sweep:
             self._write_lines([json.dumps(asked)])
             return []
         for name, value in asked.items():
-            if settings.get(name) != value:
-                reason = f"holds a sweep of another {name}, {shown(settings.get(name))}"
+            known = settings.get(name, value)
+            if known != value:
+                reason = f"holds a sweep of another {name}, {shown(known)}"
                 raise OutputExistsError(self.out, reason, "name another folder")
         return [*recorded.values()]
 

@@ -632,10 +632,14 @@ class Maker:
         dtype = torch_dtype(tile.kind.dtype)
         if holds(dtype, sums):
             return
+        masks = {}
         if tile.kind.role != "copy":
-            self._check_sources(tile)
+            masks = self._masks(tile)
         for name, begin, end in tile.spans:
             values = sums[:, begin:end]
+            if name in masks:
+                values[:] = masks[name]
+                continue
             if not bool(values.isfinite().all()):
                 raise NonFiniteError(f"tensor {name!r}", "the sum overflows")
             if not holds(dtype, values):
@@ -643,13 +647,30 @@ class Maker:
                 reason = f"{dtype} cannot hold its largest value, {largest:.6g}"
                 raise NonFiniteError(f"tensor {name!r}", reason, "take float32 or bfloat16")
 
-    def _check_sources(self, tile: Tile) -> None:
+    def _masks(self, tile: Tile) -> dict[str, torch.Tensor]:
+        """Return the masks in a tile by name, which all sources hold alike; raise a NonFiniteError
+        if one holds nan or infinity elsewhere."""
+        newest = self._doubles(self.plan.newest, tile)
+        masks = {}
         for source in self.plan.sources:
-            stored = next(self._values([source], tile))
-            values = stored.double()
+            values = self._doubles(source, tile)
             for name, begin, end in tile.spans:
-                if not bool(values[begin:end].isfinite().all()):
-                    raise NonFiniteError(source.path, f"tensor {name!r}: holds nan or infinity")
+                part = values[begin:end]
+                last = newest[begin:end]
+                is_finite = bool(part.isfinite().all())
+                if is_finite and bool(last.isfinite().all()):
+                    continue
+                if not (source.is_mask(part.numpy()) and torch.equal(part, last)):
+                    reason = f"tensor {name!r}: holds nan or infinity"
+                    if is_finite:
+                        source = self.plan.newest
+                    raise NonFiniteError(source.path, reason)
+                masks[name] = last
+        return masks
+
+    def _doubles(self, source: StoredTensors, tile: Tile) -> torch.Tensor:
+        stored = next(self._values([source], tile))
+        return stored.cpu().double()
 
     def _values(
         self,

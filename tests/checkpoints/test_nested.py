@@ -11,7 +11,7 @@ import torch
 from checkpoint_layouts import distributed
 from saved import assert_equal, read, store, times, values_of
 
-from posthoc_cli import Run
+from posthoc_cli import Run, files
 from posthoc_cli.errors import InvalidValueError, PostHocError
 
 STEPS = (100, 200, 400)
@@ -191,3 +191,14 @@ def test_a_glob_of_a_message_opens_the_files(tmp_path):
         _ = Run(place).sources
     pattern = str(caught.value).split("'")[1]
     assert times(pattern) == [*STEPS]
+
+
+def test_files_two_folders_down_are_not_opened(tmp_path, monkeypatch):
+    """To read those of a whole disk takes minutes."""
+    for name in ("first.pkl", "other.pkl"):
+        store(tmp_path / "data" / "words" / name, {"x": torch.ones(3)})
+    opened = []
+    monkeypatch.setattr(files.system, "open", opened.append)
+    with pytest.raises(PostHocError, match="holds no snapshots, outputs or models"):
+        Run(tmp_path).info()
+    assert not opened

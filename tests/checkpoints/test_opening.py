@@ -17,14 +17,16 @@ from checking import assert_same_tensors
 from checkpoint_layouts import LAYOUTS, STEPS, check_average, distributed, filled
 from factories import contents
 from groups import Net, check_group, move
+from safetensors.torch import load_file
 from saved import asked, fault, read, store, times
 from torch import nn
 from walks import Tensors
 
-from posthoc_cli import Run, import_checkpoints
+from posthoc_cli import Run, export_file, import_checkpoints
 from posthoc_cli.errors import (
     DirectoryError,
     FileFormatError,
+    NonFiniteError,
     PostHocError,
     VanishedError,
 )
@@ -336,18 +338,20 @@ READ = {
     "1000_steps": 1000,
     "step-20240105": 20240105,
     "run-2024-01-05-step-7": 7,
+    "step-1.5k": 1500,
+    "model-1M-steps": 1_000_000,
 }
 """Names with a step."""
 
 REFUSED = {
     "step_1_000": "'1_000' may be something else",
     "1_000_steps": "'1_000' may",
+    "model-1.5k": "'1.5k' may",
+    "step_1k5": "'1k' may",
     "step-1,000": "'1,000' may",
-    "step-1.5k": "'1.5' may",
     "v1.5": "'v1.5' may",
     "model-fp16": "'fp16' may",
     "100kimg": "'100kimg' may",
-    "model-1M-steps": "'1M' may",
     "step_1e5": "'1e' may",
     "checkpoint-7b": "'7b' may",
     "20240105": "'20240105' may be a date",
@@ -435,3 +439,22 @@ def test_chunks_of_processes_make_the_tensors(kind, ranks, writer, tmp_path):
         move(single, step)
         states[step] = copy.deepcopy(single.state_dict())
     check_average(run, states, 0.25, exact=1e-6)
+
+
+def test_a_mask_that_holds_infinity_is_kept_and_other_infinite_values_are_refused(tmp_path):
+    mask = torch.full((4, 4), float("-inf")).triu(1)
+    states = {step: {"w": torch.randn(30)} for step in (10, 20, 30)}
+    for step, state in states.items():
+        store(tmp_path / "plain" / f"{step}.pt", state)
+        store(tmp_path / "masked" / f"{step}.pt", state | {"attn.mask": mask})
+    check_average(Run(tmp_path / "plain"), states)
+    run = Run(tmp_path / "masked")
+    assert_same_tensors(
+        run.average(0.2), Run(tmp_path / "plain").average(0.2) | {"attn.mask": mask}
+    )
+    out = tmp_path / "raw.safetensors"
+    export_file(tmp_path / "masked" / "30.pt", out, weights=True, dtype="float16")
+    assert torch.equal(load_file(out)["attn.mask"], mask.half())
+    store(tmp_path / "masked" / "20.pt", states[20] | {"attn.mask": mask.T})
+    with pytest.raises(NonFiniteError, match=r"20\.pt: tensor 'attn.mask': holds nan or infinity"):
+        run.average(0.2)

@@ -18,6 +18,7 @@ from saved import (
     read,
     store,
     times,
+    values_of,
     write_each,
 )
 from walks import STEPS, Save, Tensors, saves
@@ -174,14 +175,14 @@ def test_weights_that_equal_the_average_are_said(tmp_path, caplog):
     assert f"s{STEPS}.pt: its weights equal its average" in caplog.text
 
 
-@pytest.mark.parametrize("folder", ["step-400", "CKPT+2024-05-01+12-30-400"])
-def test_a_folder_of_a_pickled_model_is_exported(folder, tmp_path):
-    """As litgpt, OLMo and SpeechBrain write it."""
+@pytest.mark.parametrize("name", ["model.pth", "pytorch_model/mp_rank_00_model_states.pt"])
+def test_a_folder_of_a_pickled_model_is_exported(name, tmp_path):
+    """As litgpt, OLMo and SpeechBrain, or accelerate with DeepSpeed write it."""
     last = saves()[-1]
-    file = tmp_path / folder / "model.pth"
-    store(file, {"model": last.weights, "ema": last.average})
-    assert_equal(exported(file.parent), last.average)
-    assert_equal(exported(file.parent, weights=True), last.weights)
+    folder = tmp_path / "CKPT+2024-05-01+12-30-400"
+    store(folder / name, {"model": last.weights, "ema": last.average})
+    assert_equal(exported(folder), last.average)
+    assert_equal(exported(folder, weights=True), last.weights)
 
 
 @pytest.mark.parametrize("name", ["rl_model_100_steps.zip", "params.npz"])
@@ -211,3 +212,20 @@ def test_sets_whose_names_are_paths_are_chosen_by_a_pattern(tmp_path):
     store(tmp_path / "step10.pt", dict.fromkeys(names, torch.ones(3)))
     assert re.search(r"ema_params/, opt/, params/; .* 'params/\*'", fault(tmp_path))
     assert read(tmp_path, include=("params/*",)).counts == {"weights": 1}
+
+
+@pytest.mark.parametrize(
+    ("file", "count", "at"),
+    [
+        ("brain.ckpt", "avg_train_loss: 0.1\noptimizer_step: {0.step}\nstep: 0\n", STEPS),
+        ("CKPT.yaml", "# yamllint disable\nepoch: {0.epoch}\nunixtime: 1704106800.5\n", EPOCHS[-1]),
+    ],
+)
+def test_the_dated_folders_of_speechbrain_are_placed_by_their_texts(file, count, at, tmp_path):
+    for save in saves():
+        folder = tmp_path / f"CKPT+2024-01-01+12-{save.epoch:02}-00+00"
+        store(folder / "model.ckpt", save.weights)
+        (folder / file).write_text(count.format(save))
+    newest = read(tmp_path).checkpoints[-1]
+    assert newest.t == at
+    assert_equal(values_of(newest), saves()[-1].weights)

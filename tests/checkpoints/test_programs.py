@@ -495,3 +495,34 @@ def test_files_of_yolox_are_asked_about(settings, counts, tmp_path):
     write_each(tmp_path, "epoch_{save.epoch}_ckpt.pth", content)
     assert "kind: must be given, ema or checkpoints: YOLOX" in asked(tmp_path)
     assert read(tmp_path, steps_per_epoch=EVERY, **settings).counts == counts
+
+
+@pytest.mark.parametrize(
+    ("weights", "file", "key"),
+    [
+        ("model_{save.step}.pt", "training_state_{save.step}.pt", "ema"),
+        ("{save.step}/model.bin", "{save.step}/training_state.pt", "ema"),
+        ("checkpoint-{save.step}/model.bin", "checkpoint-{save.step}/model.ema.bin", "model"),
+        ("step{save.step}.pt", "step{save.step}.ema", "model"),
+    ],
+)
+def test_an_average_in_another_file_than_the_weights_is_found(weights, file, key, tmp_path):
+    def content(save):
+        return {key: save.average, "optimizer": OPTIMIZER}
+
+    write_each(tmp_path, weights, lambda save: save.weights)
+    last = write_each(tmp_path, file, content)
+    check_last(tmp_path)
+    assert_equal(exported(last), LAST.average)
+
+
+def test_an_average_that_the_optimizer_keeps_by_number_is_named_and_can_be_taken(tmp_path, caplog):
+    def content(save):
+        state = {number: {"ema": value} for number, value in enumerate(save.average.values())}
+        return {"state": state, "param_groups": [{"lr": 0.1, "params": [*state]}]}
+
+    write_each(tmp_path, "checkpoint-{save.step}/model.bin", lambda save: save.weights)
+    write_each(tmp_path, "checkpoint-{save.step}/optimizer.pt", content)
+    read(tmp_path)
+    assert "also holds 'optimizer.state.ema', not used: an import takes another" in caplog.text
+    check_last(tmp_path, average="optimizer.state.ema")

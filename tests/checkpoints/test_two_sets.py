@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pickle
 import sys
+from collections import namedtuple
 from pathlib import Path
 from types import ModuleType
 
@@ -744,3 +745,26 @@ def test_an_average_that_is_named_may_have_begun_later(run, files):
     done = import_checkpoints(files, run, average="other")
     assert [*done.counts.values()] == [10, 6]
     check_error(run)
+
+
+def test_the_state_of_random_numbers_among_the_weights_is_none_of_them(tmp_path):
+    def content(save):
+        return {**save.weights, "cuda_rng_state": torch.get_rng_state()}
+
+    last = write_each(tmp_path, STEP, content)
+    assert_equal(exported(last, weights=True), LAST.weights)
+    assert Run(tmp_path).average(0.1).keys() == LAST.weights.keys()
+
+
+State = namedtuple("State", ["params", "step", "ema_params"])
+
+
+def test_sets_in_a_named_tuple_are_found(tmp_path):
+    """As programs of JAX pickle their state."""
+    for save in saves():
+        weights = {name: value.numpy() for name, value in save.weights.items()}
+        average = {name: value.numpy() for name, value in save.average.items()}
+        state = State(weights, save.step, average)
+        (tmp_path / f"{save.step}.pkl").write_bytes(pickle.dumps(state))
+    check_last(tmp_path)
+    check_last(tmp_path, average="2", weights="0")

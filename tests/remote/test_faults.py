@@ -276,8 +276,8 @@ def test_a_revision_that_a_repository_lacks_is_an_error_of_one_line(ema_of_hub):
     assert "topsecret" not in refused.error
 
 
-def test_a_run_on_the_hub_that_cannot_be_read_is_shown_by_its_url():
-    assert repr(Run("hf://org/model@step1")).startswith("Run('hf://org/model@step1': ")
+def test_a_run_on_the_hub_is_shown_by_its_url_without_a_request():
+    assert repr(Run("hf://org/model@step1")) == "Run('hf://org/model@step1')"
 
 
 def test_a_download_from_the_hub_that_is_refused_says_why(repository, ema_of_hub):

@@ -47,8 +47,9 @@ def plan(folder, path, steps):
         np.where(NUMBERS % 10, FIRST, SECOND),
         np.where(NUMBERS < 50, FIRST, SECOND),
         np.where(NUMBERS < 50, FIRST, FINE_TUNING),
+        np.stack([walk(seed)[-1] for seed in range(100)]),
     ],
-    ids=["in turns", "one after another", "another fine-tuning"],
+    ids=["in turns", "one after another", "another fine-tuning", "seeds"],
 )
 def test_files_of_two_trainings_are_warned_of(path, tmp_path, caplog):
     plan(tmp_path, path, EVEN)

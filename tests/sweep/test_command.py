@@ -94,7 +94,7 @@ def test_the_same_call_goes_on_and_a_longer_list_measures_the_rest(run, tmp_path
     again = swept(run, out, command)
     assert again.to_dict() == first.to_dict()
     longer = Axis.of_values("sigma_rel", [*LENGTHS, 0.25])
-    swept(run, out, command, axis=longer, minimize=False)
+    swept(run, out, command, axis=longer)
     assert calls.read_text().split() == ["0.05", "0.1", "0.2", "0.25"]
 
 
@@ -102,6 +102,7 @@ def test_the_same_call_goes_on_and_a_longer_list_measures_the_rest(run, tmp_path
     ("name", "changed"),
     [
         ("metric", {"metric": Metric("loss")}),
+        ("direction", {"minimize": False}),
         ("t", {"t": 15}),
         ("kind of length", {"axis": Axis.of_values("window", [2, 10])}),
     ],
@@ -415,6 +416,7 @@ def test_a_look_without_images_says_so(run, out):
         (None, {}, "metric None: must be a function"),
         (repr, {"values": LENGTHS}, "metric: must return a number"),
         (float, {"values": [0.1, 0.1]}, "values .*: name at least two lengths"),
+        (float, {"values": [0.3]}, "sigma_rel 0.3: must lie in"),
         (float, {"values": ["0.1", 0.2]}, "sigma_rel .*: must be a number"),
         (float, {"low": 0.1, "high": 0.2, "budget": 3}, "budget 3: must be .*, at least 7"),
     ],
