@@ -1,7 +1,6 @@
 """The replacement for diffusers' EMAModel, with the real library."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from posthoc_cli.integrations.diffusers import PostHocEMAModel
 pytestmark = pytest.mark.filterwarnings("ignore")  # the library's own
 
 
-def test_a_script_finds_the_methods_of_the_librarys_own_averages(tmp_path: Path) -> None:
+def test_a_script_finds_the_methods_of_the_librarys_own_averages(tmp_path):
     """`test_processes` kills and resumes this training."""
     complete = Training(tmp_path)
     ema_model = complete.ema_model
@@ -55,7 +54,7 @@ def test_a_script_finds_the_methods_of_the_librarys_own_averages(tmp_path: Path)
         PostHocEMAModel.from_pretrained(tmp_path / "saved/unet_ema").step()
 
 
-def test_bad_arguments_and_calls_are_errors(tmp_path: Path) -> None:
+def test_bad_arguments_and_calls_are_errors(tmp_path):
     model = network()
     with pytest.raises(InvalidValueError, match=r"0\.4: must lie in"):
         PostHocEMAModel(model, tmp_path, sigma_rel=0.4)
@@ -70,7 +69,7 @@ def test_bad_arguments_and_calls_are_errors(tmp_path: Path) -> None:
         PostHocEMAModel.from_pretrained(tmp_path)
 
 
-def test_the_average_is_copied_into_trainable_parameters_alone(tmp_path: Path) -> None:
+def test_the_average_is_copied_into_trainable_parameters_alone(tmp_path):
     model = torch.nn.Linear(2, 3)
     model.weight.requires_grad_(False)
     ema_model = PostHocEMAModel(model, tmp_path, sigma_rel=0.2, **EVERY)

@@ -4,8 +4,6 @@ takes the place of the earlier one continues from the last step that was counted
 import gc
 import shutil
 import weakref
-from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -15,7 +13,7 @@ from tracker.runs import Training, track
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import ModelMismatchError, NotReadyError
 
-SETTINGS: dict[str, Any] = {
+SETTINGS = {
     "update_every": 2,
     "checkpoint_every": 4,
     "checkpoint_dtype": None,
@@ -26,13 +24,13 @@ ROUNDED = 1e-6  # float32, once at each of the ends
 class Notebook:
     """Variables that stay from cell to cell, and a training whose cell can be run again."""
 
-    def __init__(self, folder: Path, kind: str = "plain") -> None:
+    def __init__(self, folder, kind="plain"):
         self.folder = folder
         self.kind = kind
         self.training = Training()
         self.optimizer = torch.optim.SGD(self.training.model.parameters(), lr=1.0)
 
-    def begin(self) -> PostHocEMA:
+    def begin(self):
         if self.kind == "from_path" and self.folder.exists():
             return PostHocEMA.from_path(self.folder, self.training.model)
         model = self.training.model
@@ -40,14 +38,14 @@ class Notebook:
             model = torch.nn.DataParallel(model)
         return PostHocEMA.from_model(model, self.folder, resume="auto", **SETTINGS)
 
-    def cell(self, steps: int) -> None:
+    def cell(self, steps):
         """Make a tracker, and train some steps."""
         self.ema = self.begin()
         for _ in range(steps):
             self.step()
             self.ema.update_(self.training.model)
 
-    def step(self) -> None:
+    def step(self):
         """Take the training's next step by an optimizer, whose rounding is undone."""
         before = self.training.state()
         self.training.run(len(self.training.path) + 1)
@@ -58,7 +56,7 @@ class Notebook:
 
 
 @pytest.mark.parametrize("kind", ["plain", "from_path", "wrapped"])
-def test_a_cell_that_is_run_again_continues(tmp_path: Path, kind: str) -> None:
+def test_a_cell_that_is_run_again_continues(tmp_path, kind):
     """After 4, 5 and 7 steps, some of them in the middle between two updates and snapshots."""
     notebook = Notebook(tmp_path / "run", kind)
     for steps in (4, 5, 7):
@@ -67,7 +65,7 @@ def test_a_cell_that_is_run_again_continues(tmp_path: Path, kind: str) -> None:
     assert notebook.ema.t == 16
 
 
-def test_a_function_that_is_run_again_continues(tmp_path: Path) -> None:
+def test_a_function_that_is_run_again_continues(tmp_path):
     """Its tracker has not stayed."""
     notebook = Notebook(tmp_path / "run")
     notebook.cell(5)
@@ -78,10 +76,10 @@ def test_a_function_that_is_run_again_continues(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_cell_is_run_again(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+    tmp_path,
+    monkeypatch,
+    caplog,
+):
     """A step that was taken, and not counted, is named."""
     notebook = Notebook(tmp_path / "run")
     notebook.cell(7)
@@ -96,7 +94,7 @@ def test_an_interrupted_cell_is_run_again(
     assert "the model has moved since step 7, the last that was counted" in caplog.text
 
 
-def test_weights_of_a_snapshot_count_more_than_the_last_step(tmp_path: Path) -> None:
+def test_weights_of_a_snapshot_count_more_than_the_last_step(tmp_path):
     """So do those of no snapshot."""
     notebook = Notebook(tmp_path / "run")
     notebook.cell(25)
@@ -114,9 +112,9 @@ def test_weights_of_a_snapshot_count_more_than_the_last_step(tmp_path: Path) -> 
 
 
 def test_the_earlier_tracker_says_that_it_was_closed(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+    tmp_path,
+    caplog,
+):
     notebook = Notebook(tmp_path / "run")
     notebook.cell(4)
     earlier = notebook.ema
@@ -129,7 +127,7 @@ def test_the_earlier_tracker_says_that_it_was_closed(
     assert reader.step == 4
 
 
-def test_a_folder_that_was_removed_between_two_runs_of_a_cell_begins_anew(tmp_path: Path) -> None:
+def test_a_folder_that_was_removed_between_two_runs_of_a_cell_begins_anew(tmp_path):
     notebook = Notebook(tmp_path / "run")
     notebook.cell(6)
     notebook.ema.flush()
@@ -138,7 +136,7 @@ def test_a_folder_that_was_removed_between_two_runs_of_a_cell_begins_anew(tmp_pa
     assert notebook.ema.step == 3
 
 
-def test_a_tracker_and_its_attachment_form_no_cycle(tmp_path: Path) -> None:
+def test_a_tracker_and_its_attachment_form_no_cycle(tmp_path):
     gc.disable()
     try:
         model = torch.nn.Linear(2, 2)

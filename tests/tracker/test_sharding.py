@@ -5,7 +5,6 @@ Each agrees with the averages of one process.
 """
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from tracker.runs import assert_near, steps, times
 
 from posthoc_cli import Run
 from posthoc_cli.errors import RankError, VanishedError
-from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.tracker.processes import Group
 
 BEGIN = """
@@ -117,10 +115,10 @@ for kind in arguments:
     ],
 )
 def test_averages_of_a_sharded_model_are_those_of_one_process(
-    ranks: int,
-    kinds: list[str],
-    tmp_path: Path,
-) -> None:
+    ranks,
+    kinds,
+    tmp_path,
+):
     """The parts of snapshots are bit for bit; a model has them in a block, and its own weights
     after it."""
     averages(tmp_path, 8, 10)
@@ -135,7 +133,7 @@ def test_averages_of_a_sharded_model_are_those_of_one_process(
         assert_same_tensors(run.average(0.15), single.average(0.15))
 
 
-def check_same_snapshot(found: Snapshot, true: Snapshot) -> None:
+def check_same_snapshot(found, true):
     assert found.t == true.t
     assert found.sigma_rel == true.sigma_rel
     for name in true.entries:
@@ -148,7 +146,7 @@ def check_same_snapshot(found: Snapshot, true: Snapshot) -> None:
 @pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="the system does not report peak memory"
 )
-def test_a_process_holds_its_share_and_no_complete_tensor_set(tmp_path: Path) -> None:
+def test_a_process_holds_its_share_and_no_complete_tensor_set(tmp_path):
     """Memory in units of a process's share of the float32 parameters; a complete set would be one
     unit more, of two.
 
@@ -202,7 +200,7 @@ print(*found)
         assert resuming < 6.5, out
 
 
-def test_processes_write_and_thin_one_after_the_other(tmp_path: Path) -> None:
+def test_processes_write_and_thin_one_after_the_other(tmp_path):
     """A collective operation in any thread would wait forever. Nothing is thinned before all have
     written the next."""
     code = """
@@ -253,8 +251,8 @@ with tracker("late", max_checkpoints=1) as ema:
 
 
 def test_an_error_of_one_process_is_raised_in_all_and_each_model_keeps_its_weights(
-    tmp_path: Path,
-) -> None:
+    tmp_path,
+):
     """Also an error within the block, an interrupt of a process that waits for the other one, and a
     full disk."""
     code = """
@@ -321,7 +319,7 @@ ema.close() if rank == 1 else refused(ema.close)
     assert full.startswith("WriteError ")
 
 
-def test_tied_parameters_and_half_precision_of_a_sharded_model(tmp_path: Path) -> None:
+def test_tied_parameters_and_half_precision_of_a_sharded_model(tmp_path):
     code = """
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -429,7 +427,7 @@ if rank == 1:
 """
 
 
-def test_what_processes_of_a_sharded_model_cannot_do_is_named_in_all(tmp_path: Path) -> None:
+def test_what_processes_of_a_sharded_model_cannot_do_is_named_in_all(tmp_path):
     alone(tmp_path / "taken", 4)
     outs = check_group(BEGIN + REFUSED, 2, tmp_path)
     asks = "RankError rank 1: asks for model(sigma_rel 0."
@@ -484,9 +482,9 @@ else:
 
 @pytest.mark.parametrize("last", [8, 6])
 def test_a_clock_that_differs_between_processes_is_named_at_a_snapshot(
-    last: int,
-    tmp_path: Path,
-) -> None:
+    last,
+    tmp_path,
+):
     """Each process would write its part for another time, and none would be complete: of snapshots
     on the schedule, and off it."""
     first, second = check_group(CLOCKS, 2, tmp_path, last)
@@ -521,7 +519,7 @@ with PostHocEMA.from_model(
 """
 
 
-def test_a_late_part_of_a_process_that_has_outlived_its_training_is_named(tmp_path: Path) -> None:
+def test_a_late_part_of_a_process_that_has_outlived_its_training_is_named(tmp_path):
     check_group(LATE, 2, tmp_path, 0)
     for part in (tmp_path / "run").glob("*8-*/*2-of*"):
         late = tmp_path / "late" / part.parent.name
@@ -555,8 +553,8 @@ def train_stages(kinds, name, *stages):
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_run_resumes_bit_for_bit_on_one_arrangement_of_processes_after_the_other(
-    tmp_path: Path,
-) -> None:
+    tmp_path,
+):
     """From one process to FSDP, HSDP, tensor parallelism and back."""
     for ranks, stages in (
         (1, 'train_stages(["single"], "run", 0, 3)'),
@@ -574,7 +572,7 @@ def test_a_run_resumes_bit_for_bit_on_one_arrangement_of_processes_after_the_oth
     assert_near(run.average(0.2, t=12), truth(0.2, [2, 4, 6, 8, 10, 12]))
 
 
-def test_a_loaded_state_is_exact_whatever_the_weights_of_the_model(tmp_path: Path) -> None:
+def test_a_loaded_state_is_exact_whatever_the_weights_of_the_model(tmp_path):
     """On other processes than those that saved it, with a model that was not restored: stored and
     synthesized averages are those of one process."""
     code = """
@@ -600,7 +598,7 @@ ema.close()
     assert_near(run.average(0.15), single.average(0.15), within=1e-5)
 
 
-def test_each_process_resumes_the_path_of_its_part(tmp_path: Path) -> None:
+def test_each_process_resumes_the_path_of_its_part(tmp_path):
     stages = """
 train_stages(["fsdp", "fsdp"], "resumed", 0, 5, 8)
 train_stages(["fsdp"], "straight", 0, 8)
@@ -614,8 +612,8 @@ train_stages(["fsdp"], "straight", 0, 8)
 
 
 def test_a_state_of_complete_or_equally_sharded_tensors_is_loaded_and_others_are_named(
-    tmp_path: Path,
-) -> None:
+    tmp_path,
+):
     single = alone(tmp_path / "one", 5)
     torch.save(single.state_dict(), tmp_path / "state.pt")
     code = """
@@ -678,7 +676,7 @@ refused(ema.state_dict)
 
 
 @pytest.mark.cuda
-def test_averages_with_nccl_are_those_of_one_process(tmp_path: Path) -> None:
+def test_averages_with_nccl_are_those_of_one_process(tmp_path):
     """As many processes as accelerators, at most two, make every exchange of tensors."""
     ranks = min(torch.cuda.device_count(), 2)
     code = """
@@ -726,7 +724,7 @@ def go(ema, first, last):
 """
 
 
-def test_every_replica_gets_the_same_weights_and_the_first_keeps_them(tmp_path: Path) -> None:
+def test_every_replica_gets_the_same_weights_and_the_first_keeps_them(tmp_path):
     """The tracker may be made before the model is wrapped, as in the training scripts of
     diffusers."""
     averages(tmp_path, 10, 14)
@@ -788,7 +786,7 @@ ema.close()
     check_group(TRAINED + code, 2, tmp_path)
 
 
-def test_a_process_that_does_not_make_the_call_or_fails_in_it_is_named(tmp_path: Path) -> None:
+def test_a_process_that_does_not_make_the_call_or_fails_in_it_is_named(tmp_path):
     averages(tmp_path, 8)
     code = """
 processes.GRACE, processes.WARNING, processes.LIMIT = 0.1, 0.3, 2.0
@@ -835,17 +833,17 @@ BROKE = RankError("a", "broke")
     ],
 )
 def test_processes_try_again_only_if_snapshots_vanished_and_nothing_else_failed(
-    own: Exception | None,
-    other: tuple[bool, int, str],
-    raised: type[Exception],
-) -> None:
+    own,
+    other,
+    raised,
+):
     """All processes of a group must do the same."""
 
     class Two(Group):
-        def from_all(self, value: Any) -> list[Any]:
+        def from_all(self, value):
             return [value, other]
 
-    def work() -> None:
+    def work():
         if own is not None:
             raise own
 
