@@ -20,7 +20,7 @@ from pathlib import Path
 from torture.test_torture import EXPERIMENTS
 
 
-def main() -> int:
+def main():
     """Run the experiments; print the table and every failure. Return 1 if there is one."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="experiments with this in their names")
@@ -32,7 +32,7 @@ def main() -> int:
     print(f"seed {options.seed}\n")
     print("| experiment | tried | lost | missed | executed | time |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    failures = list[str]()
+    failures = []
     for name, (experiment, _) in EXPERIMENTS.items():
         if options.only not in name:
             continue
