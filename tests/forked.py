@@ -193,10 +193,8 @@ def _become(
 ) -> None:
     """Set up a new process as if this interpreter had been started for `code`, and run it."""
     gc.freeze()  # collections would go through all that the server has imported, and so copy it
-    for number, (name, mode) in enumerate(
-        [(os.devnull, os.O_RDONLY), *((stream, os.O_WRONLY) for stream in streams)]
-    ):
-        os.dup2(os.open(name, mode), number)
+    for number, name in enumerate([os.devnull, *streams]):
+        os.dup2(os.open(name, os.O_RDWR), number)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)

@@ -27,27 +27,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from posthoc_cli import PostHocEMA, PostHocError, Run
+from posthoc_cli import PostHocEMA, PostHocError, Run  # noqa: F401  of the groups' code
 
-__all__ = [
-    "SETTINGS",
-    "Net",
-    "Path",
-    "PostHocEMA",
-    "PostHocError",
-    "Run",
-    "close",
-    "dist",
-    "equal",
-    "filled",
-    "held",
-    "move",
-    "refused",
-    "restore",
-    "spread",
-    "torch",
-    "train",
-]
 SETTINGS = {
     "sigma_rels": (0.1, 0.2),
     "update_every": 2,
@@ -60,7 +41,7 @@ def start_group(code: str, ranks: int, folder: Path, *arguments: object) -> list
     """Start processes that run `code` with `rank`, `world`, `folder` and `arguments`, in a gloo
     group.
 
-    All that is in `__all__` here is at hand. The group is left at the end of the code unless the
+    All names of this module are at hand. The group is left at the end of the code unless the
     code did so itself.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,14 +66,13 @@ def run_group(
     ranks: int,
     folder: Path,
     *arguments: object,
-    timeout: float = 120,
 ) -> list[Result]:
     """Run processes as `start_group` does until they end; return the result of each."""
     processes = start_group(code, ranks, folder, *arguments)
     results = []
     try:
         for process in processes:
-            exit_code = process.wait(timeout)
+            exit_code = process.wait(120)
             out, err = process.communicate()
             results.append(Result(exit_code, out, err))
         return results
@@ -317,7 +297,6 @@ def refused(
 def truth(
     sigma_rel: float,
     updates: Sequence[int],
-    dtype: torch.dtype = torch.float32,
 ) -> dict[str, torch.Tensor]:
     """Return the float64 power-function average of each parameter over updates at these steps."""
     shares = exact_weights(sigma_rel, updates).tolist()
@@ -327,7 +306,7 @@ def truth(
             continue
         average = torch.zeros(parameter.shape, dtype=torch.float64)
         for share, step in zip(shares, updates, strict=True):
-            weights = value(name, step, parameter.to(dtype))
+            weights = value(name, step, parameter)
             average += share * weights.double()
         averages[name] = average
     return averages

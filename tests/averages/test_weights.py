@@ -199,7 +199,6 @@ def check_shadow(net, clocks):
     [
         (0.9999, True, None, [1e9] * 20, None),
         (0.6, False, 7, range(7, 27), 27),
-        (0.9999, True, 7, range(7, 27), 27),
         (0.6, False, torch.tensor(7), [7] * 20, 7),
     ],
 )

@@ -155,7 +155,6 @@ def test_a_resumed_run_takes_its_new_settings_and_stays_exact(
     assert superseded(tmp_path) == (2 if exactly else 0)
     newest = Run(tmp_path).snapshots[-1]
     assert newest.schedule.update_every == newest.schedule.checkpoint_every == 5
-    assert PostHocEMA.from_path(tmp_path).settings.schedule == newest.schedule
     assert ema("info", tmp_path).code == 0  # which does not miss the dropped profiles
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from posthoc_cli.tracker import memory
-from posthoc_cli.tracker.memory import Bucket, Place, layout_of
+from posthoc_cli.tracker.memory import Bucket, Place
 
 
 @pytest.fixture
@@ -51,5 +51,5 @@ def test_pinned_memory_is_hardly_larger_than_a_model_of_large_tensors():
 
 
 def test_a_model_without_elements_has_no_tiles():
-    (bucket,) = layout_of({"empty": torch.zeros(0)})
+    bucket, _ = buckets([])
     assert bucket.tile_edges == bucket.device_edges == [0]

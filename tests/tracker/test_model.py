@@ -96,9 +96,9 @@ def test_the_state_dict_is_a_dict_a_context_and_pickles_plainly(run, tmp_path):
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        ("sigma_rel", ["abc", [0.1], 0.4]),
-        ("t", ["10", 4, 21]),
-        ("step", [5.5, 4, 21]),
+        ("sigma_rel", ["abc", 0.4]),
+        ("t", ["10", 21]),
+        ("step", [5.5, 4]),
         ("dtype", ["int8"]),
         ("method", ["magic"]),
     ],
@@ -119,17 +119,6 @@ def test_weights_have_the_parameters_dtype_by_default(tmp_path):
     for source in (tracker, PostHocEMA.from_path(tmp_path)):
         assert source.state_dict(0.28)["weight"].dtype == torch.float16
         assert source.state_dict(0.28, dtype="bf16")["weight"].dtype == torch.bfloat16
-
-
-def test_a_buffer_with_nan_is_copied_and_named(
-    tmp_path,
-    caplog,
-):
-    model, tracker, _ = trained(tmp_path, steps=4, buffers="copy")
-    model.norm.running_mean.fill_(float("nan"))
-    tracker.update_(model)
-    tracker.flush()
-    assert "tensor 'norm.running_mean' holds nan" in caplog.text
 
 
 class BodyError(Exception):

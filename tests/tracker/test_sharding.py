@@ -537,7 +537,7 @@ def train_stages(kinds, name, *stages):
         model = spread(Net(), kind)
         ema = tracker(name, resume="auto")
         if before:
-            move(model, before)
+            move(model, 1000 if kind == "fsdp-tp" else before)  # a state is exact whatever weights
             dcp.load({"ema": ema}, checkpoint_id=folder / f"{name}-{before}")
             assert ema.step == before
         else:
@@ -570,32 +570,6 @@ def test_a_run_resumes_bit_for_bit_on_one_arrangement_of_processes_after_the_oth
         check_same_snapshot(found, true)
     assert len(run.snapshots) == len(scheduled) + 6
     assert_near(run.average(0.2, t=12), truth(0.2, [2, 4, 6, 8, 10, 12]))
-
-
-def test_a_loaded_state_is_exact_whatever_the_weights_of_the_model(tmp_path):
-    """On other processes than those that saved it, with a model that was not restored: stored and
-    synthesized averages are those of one process."""
-    code = """
-before, after = map(int, arguments)
-ema = tracker("run", resume="auto")
-if before:
-    move(model, 1000)
-    dcp.load({"ema": ema}, checkpoint_id=folder / "saved")
-train(model, before + 1, after, ema)
-dcp.save({"ema": ema}, checkpoint_id=folder / "saved")
-ema.close()
-"""
-    check_group(BEGIN + code, 2, tmp_path, 0, 9)
-    check_group(BEGIN + code, 3, tmp_path, 9, 16)
-    alone(tmp_path / "single", 16)
-    run = Run(tmp_path / "run")
-    single = Run(tmp_path / "single")
-    for t in (12, 16):
-        exact = truth(0.2, [*range(2, t + 1, 2)])
-        stored = run.average(0.2, t=t)
-        assert_near(stored, exact)
-        assert stored.predicted_error < 1e-6
-    assert_near(run.average(0.15), single.average(0.15), within=1e-5)
 
 
 def test_each_process_resumes_the_path_of_its_part(tmp_path):

@@ -175,7 +175,6 @@ def test_defaults_are_those_of_the_contract(tmp_path):
         ("sigma_rels", (0.05, 0.05), "must be a sequence of different numbers"),
         ("sigma_rels", (0.05, 0.3), "sigma_rel 0.3: must lie in"),
         ("t_unit", "a\nb", "t_unit"),
-        ("update_after_step", -1, "update_after_step -1"),
         ("max_checkpoints", 0, "max_checkpoints 0"),
         ("checkpoint_dtype", "int8", "dtype 'int8': must be one of"),
         ("device", "cuda", "'cuda': must be 'cpu', or 'model' for the model's own device"),
