@@ -9,8 +9,8 @@ from factories import exact_average
 from numpy.testing import assert_allclose
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tracker.runs import track
 
-from posthoc_cli import PostHocEMA
 from posthoc_cli.averages import HareAndTortoise, SwitchEMA
 
 STEPS = 30
@@ -100,19 +100,9 @@ def test_the_hares_optimizer_forgets_its_momentum():
     check_path(model, optimizer, recipe, forget_momentum=True)
 
 
-def tracker(model, folder, **options):
-    options = {
-        "sigma_rels": (SIGMA_REL, 0.28),
-        "update_every": 1,
-        "checkpoint_every": 6,
-        **options,
-    }
-    return PostHocEMA.from_model(model, folder, **options)
-
-
 def test_a_switch_gives_the_trackers_average_and_later_ones_go_on_over_the_jumps(tmp_path):
     model = Quadratic()
-    with tracker(model, tmp_path) as ema:
+    with track(model, tmp_path, (SIGMA_REL, 0.28)) as ema:
         recipe = SwitchEMA(ema, EVERY, sigma_rel=SIGMA_REL)
         seen = []
         for step, (weights, switched) in enumerate(train(model, sgd(model), recipe), 1):
@@ -148,7 +138,7 @@ def test_a_bad_period_or_length_is_named(kind, name, tmp_path):
     model = Quadratic()
     with refused(name):
         kind(averaged(model), 0)
-    ema = tracker(model, tmp_path, update_every=3)
+    ema = track(model, tmp_path, update_every=3, checkpoint_every=6)
     with refused(name, "multiple of the tracker's update_every 3"):
         kind(ema, 4, sigma_rel=SIGMA_REL)
     with refused("sigma_rel", "must be given"):
@@ -159,7 +149,8 @@ def test_a_bad_period_or_length_is_named(kind, name, tmp_path):
 
 def test_nothing_is_switched_before_there_is_an_average(tmp_path):
     model = Quadratic()
-    with tracker(model, tmp_path, update_every=3, update_after_step=9) as ema:
+    schedule = {"update_every": 3, "update_after_step": 9, "checkpoint_every": 6}
+    with track(model, tmp_path, **schedule) as ema:
         recipe = SwitchEMA(ema, EVERY, sigma_rel=SIGMA_REL)
         switches = [switched for _, switched in train(model, sgd(model), recipe, steps=12)]
     assert switches == [False] * 11 + [True]

@@ -11,7 +11,6 @@ from diffusers import UNet2DModel
 from integrations.unet import Training, network
 from truth import EVERY, distance, exact, recorded
 
-from posthoc_cli import Run
 from posthoc_cli.errors import InvalidValueError, NotReadyError
 from posthoc_cli.integrations.diffusers import PostHocEMAModel
 
@@ -24,7 +23,6 @@ def test_a_script_finds_the_methods_of_the_librarys_own_averages(tmp_path):
     ema_model = complete.ema_model
     assert ema_model.cur_decay_value is None
     complete.run()
-    assert ema_model.ema.step == 10
     average = exact(complete.weights, 0.2)
     parameters = list(complete.model.parameters())
     ema_model.store(parameters)
@@ -44,10 +42,6 @@ def test_a_script_finds_the_methods_of_the_librarys_own_averages(tmp_path):
     assert x / ((x + 1) ** 2 * (x + 2)) == pytest.approx(0.2**2, rel=1e-9)
     assert ema_model.decay == decay
     assert ema_model.get_decay(10) == decay
-    ema_model.load_state_dict(ema_model.state_dict())
-    assert ema_model.ema.step == 10
-    ema_model.close()
-    assert Run(tmp_path / "ema").step == 10
     saved = UNet2DModel.from_pretrained(tmp_path / "saved/unet_ema")
     assert distance(recorded(saved), exact(complete.weights[:4], 0.2)) < 1e-6
     with pytest.raises(NotReadyError, match="tracks no model"):

@@ -161,17 +161,3 @@ def test_a_block_that_is_called_like_a_model_says_that_it_needs_with(tmp_path):
     for block in (ema.model(model, 0.1), ema.models(model, [0.1])["0.1"]):
         with pytest.raises(NotReadyError, match=needs_with):
             block(torch.ones(2, 3))
-
-
-def test_a_block_that_is_kept_holds_the_present_average_whenever_it_is_entered(
-    tmp_path,
-):
-    model, ema = tracked(tmp_path)
-    block = ema.model(model, 0.05)
-    for _ in range(2):
-        for parameter in model.parameters():
-            parameter.data += 1
-        ema.update_(model)
-        with block, block as averaged:
-            found = deepcopy(averaged.state_dict())
-        assert_same_tensors(found, ema.state_dict(0.05))

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -20,7 +19,7 @@ from posthoc_cli.tracker.memory import Reader
 
 
 class Event:
-    """An event of a stream, which is done after the work before it."""
+    """A mark in a stream, which is done after the work before it."""
 
     def __init__(self, device):
         self.device = device
@@ -30,42 +29,40 @@ class Event:
         self.done = True
 
     def synchronize(self):
-        self.device.run(until=lambda: self.done)
+        while not self.done:
+            self.device.some()
 
 
-@dataclass(eq=False)
 class Stream:
-    """Work that is done in order; an item of `work` does nothing and returns False while it has to
-    wait."""
+    """Work that is done in order; an item that returns False has to wait."""
 
-    device: SimulatedDevice
-    work: deque[Callable[[], bool]] = field(default_factory=deque)
-
-    def add(self, do):
-        self.work.append(lambda: do() is not None or True)
+    def __init__(self, device, *_):
+        self.device = device
+        self.work = deque()
+        device.streams.append(self)
 
     def advance(self):
         """Do the next item of work; return whether there was one that had not to wait."""
-        if self.work and self.work[0]():
+        has_done = bool(self.work) and self.work[0]() is not False
+        if has_done:
             self.work.popleft()
-            return True
-        return False
+        return has_done
 
     def finish(self):
         """Work until this stream has to wait."""
         while self.advance():
             pass
 
-    def record_event(self, event=None):
-        event = event or Event(self.device)
-        self.add(event.finish)
-        return event
+    def record_event(self, event):
+        self.work.append(event.finish)
 
     def wait_event(self, event):
         self.work.append(lambda: event.done)
 
     def wait_stream(self, other):
-        self.wait_event(other.record_event())
+        event = Event(self.device)
+        other.record_event(event)
+        self.wait_event(event)
 
 
 class SimulatedDevice:
@@ -77,18 +74,7 @@ class SimulatedDevice:
         self.kept = 0  # by torch, of what it has freed
         self.streams = []
         self.used_by = set()
-        self.training = self.current = self.stream()
-
-    def stream(self, *_):
-        self.streams.append(Stream(self))
-        return self.streams[-1]
-
-    def run(self, until=lambda: False):
-        """Work until a condition holds, or until no stream can continue."""
-        while not until():
-            self.draw.shuffle(self.streams)
-            if not any(stream.advance() for stream in self.streams):
-                return
+        self.training = self.current = Stream(self)
 
     def some(self):
         for _ in range(self.draw.randrange(6)):
@@ -96,27 +82,17 @@ class SimulatedDevice:
 
     @contextmanager
     def on(self, stream):
-        before = self.current
         self.current = stream
         yield
-        self.current = before
+        self.current = self.training
 
     def as_torch(self):
         """Return the replacement of torch in `memory` and `host_copy`."""
-        used_by = self.used_by
-        cuda = SimpleNamespace(
-            Stream=self.stream,
-            Event=lambda **_: Event(self),
-            current_stream=lambda _: self.current,
-            stream=self.on,
-            mem_get_info=lambda _: (self.free, self.free),
-            memory_reserved=lambda _: self.kept,
-            memory_allocated=lambda _: 0,
-        )
+        simulated = self
 
         class OnDevice(torch.Tensor):
             def record_stream(self, stream):
-                used_by.add((self.data_ptr(), stream))
+                simulated.used_by.add((self.data_ptr(), stream))
 
             @classmethod
             def __torch_function__(
@@ -128,11 +104,8 @@ class SimulatedDevice:
             ):
                 if call.__name__ not in ("copy_", "_foreach_copy_"):
                     return super().__torch_function__(call, types, args, kwargs or {})
-                self.current.add(partial(call, *map(as_plain, args)))
+                simulated.current.work.append(partial(call, *map(as_plain, args)))
                 return args[0]
-
-        proxy = SimpleNamespace(**vars(torch))
-        proxy.cuda = cuda
 
         def empty(
             elements,
@@ -141,21 +114,26 @@ class SimulatedDevice:
             pin_memory=False,
         ):
             made = torch.zeros(elements, dtype=dtype)
-            if device is not None and device.type == "cuda":
-                return made.as_subclass(OnDevice)
-            return made
+            is_on_device = device is not None and device.type == "cuda"
+            return made.as_subclass(OnDevice) if is_on_device else made
 
-        proxy.empty = empty
-        return proxy
+        cuda = SimpleNamespace(
+            Stream=partial(Stream, self),
+            Event=lambda **_: Event(self),
+            current_stream=lambda _: self.current,
+            stream=self.on,
+            mem_get_info=lambda _: (self.free, self.free),
+            memory_reserved=lambda _: self.kept,
+            memory_allocated=lambda _: 0,
+        )
+        return SimpleNamespace(**vars(torch) | {"cuda": cuda, "empty": empty})
 
 
 def as_plain(argument):
     """Return an argument of torch's with tensors of no subclass."""
     if isinstance(argument, list):
-        return [tensor.as_subclass(torch.Tensor) for tensor in argument]
-    if isinstance(argument, torch.Tensor):
-        return argument.as_subclass(torch.Tensor)
-    return argument
+        return [*map(as_plain, argument)]
+    return argument.as_subclass(torch.Tensor)
 
 
 @pytest.fixture(params=range(3, 9))
@@ -165,9 +143,8 @@ def device(request, monkeypatch):
     simulated = SimulatedDevice(request.param)
     if request.param >= 6:
         simulated.free = 0
-        for name, elements in {"TILE": 2, "DEVICE_TILE": 2}.items():
-            monkeypatch.setattr(memory, name, elements)
-
+        for name in ("TILE", "DEVICE_TILE"):
+            monkeypatch.setattr(memory, name, 2)
     for module in (memory, host_copy):
         monkeypatch.setattr(module, "torch", simulated.as_torch())
     return simulated
@@ -205,17 +182,13 @@ def test_values_are_those_of_the_moment_in_any_order_of_the_device(device):
     stager = ModelCopier()
     for number in range(1, 8):
         for tensor in values.values():
-            device.training.add(partial(tensor.fill_, number))
+            device.training.work.append(partial(tensor.fill_, number))
         stager.copy(on_devices(values))
         device.some()
         for tensor in values.values():
-            device.training.add(partial(tensor.fill_, -number))
+            device.training.work.append(partial(tensor.fill_, -number))
         device.some()
         check_values(stager, number)
-        copied = set()
-        for bucket in stager.memory.layout:
-            copied |= bucket.places.keys()
-        assert copied == values.keys()
 
 
 def test_training_waits_for_the_host_only_if_memory_is_short(device):

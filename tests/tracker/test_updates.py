@@ -161,9 +161,8 @@ def test_defaults_are_those_of_the_contract(tmp_path):
     assert not (tmp_path / "run").exists()  # making a tracker locks and writes nothing
     warning = "update_every is 5, so that checkpoint_every 15 is a multiple of it"
     with pytest.warns(RuntimeWarning, match=warning):
-        ema = PostHocEMA.from_model(Scalar(), tmp_path, (0.02, 0.04), checkpoint_every=15)
+        ema = PostHocEMA.from_model(Scalar(), tmp_path, checkpoint_every=15)
     assert ema.settings.schedule.update_every == 5
-    assert ema.settings.schedule.sigma_range == (0.02, 0.04)
 
 
 @pytest.mark.parametrize(
