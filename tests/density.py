@@ -6,11 +6,13 @@ import tokenize
 from collections import Counter
 from pathlib import Path
 
-LAYOUT = {
-    tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
-    tokenize.ENDMARKER,
-}  # fmt: skip
-LOOPS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Lambda)
+LOOPS = (
+    ast.ListComp,
+    ast.SetComp,
+    ast.DictComp,
+    ast.GeneratorExp,
+    ast.Lambda,
+)
 BIG = 300
 """Most syntax nodes of a function that is not big."""
 
@@ -38,7 +40,8 @@ def _density_of_module(text: str) -> Counter[str]:
     lines = set[int]()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         line = token.start[0]
-        if token.type not in LAYOUT and line not in documented:
+        is_layout = token.type == tokenize.COMMENT or not token.string.strip()
+        if not is_layout and line not in documented:
             counts["tokens"] += 1
             lines.add(line)
     counts["lines"] = len(lines)

@@ -113,7 +113,6 @@ def test_an_infinity_in_an_averaged_buffer_stays():
         partial(ExponentialMovingAverage, momentum=2e-4),
         partial(ShadowModel, decay=1 - 2e-4),
     ],
-    ids=["average", "shadow"],
 )
 def test_half_precision_averages_move(make, cast):
     """Rounded after every update, 2e-4 of the distance 1 is lost in values near 1: the average

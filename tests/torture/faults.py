@@ -54,18 +54,12 @@ class Work:
         if not (self.run / STATE).exists():
             self._twice(lambda: self._train(STOPS))
         self._twice(lambda: self._train(STEPS))
-        self._twice(self._synthesize)
+        self._twice(lambda: Run(self.run).write([0.1, 0.2], self.root / "out", overwrite=True))
         self.done += self.outputs[:2]
-        self._twice(self._export)
+        first, _, shards = self.outputs
+        self._twice(lambda: export_file(first, shards, max_shard_size="40", overwrite=True))
         self.done += self.outputs[2:]
         self._twice(lambda: Run(self.run).prune(keep=2))
-
-    def _synthesize(self):
-        Run(self.run).write([0.1, 0.2], self.root / "out", overwrite=True)
-
-    def _export(self):
-        first, _, shards = self.outputs
-        export_file(first, shards, max_shard_size="40", overwrite=True)
 
     def _twice(self, stage):
         try:
@@ -302,8 +296,9 @@ class Disk(Watched):
                 self._files[os.fstat(done).st_ino] = File()
             elif name in ("write", "fsync"):
                 self._change(name, arguments[0])
-            elif name in ("unlink", "rename"):
-                self._forget(arguments[-1])
+            elif name in ("unlink", "rename") and arguments[-1].parent == self._root / "run":
+                # what is removed or replaced need not last
+                self.kept.pop(arguments[-1].name, None)
             self._compare()
             if name == "fsync_directory":
                 self._sync(arguments[0])
@@ -318,11 +313,6 @@ class Disk(Watched):
             file.data = os.pread(descriptor, status.st_size, 0)
         else:
             file.durable = file.data
-
-    def _forget(self, path):
-        """What is removed or replaced need not last."""
-        if path.parent == self._root / "run":
-            self.kept.pop(path.name, None)
 
     def _compare(self):
         """Take the changes of names for one operation."""

@@ -178,23 +178,17 @@ class ShardedTraining(SingleTraining):
         note = self.folder / "durable"  # the last step whose snapshots are
         if not most and note.exists():
             due = range(4, int(note.read_text() or 0) + 1, 4)
-        return _wrong_averages(self.folder / "run", due)
-
-
-def _wrong_averages(run, steps):
-    """Return a line for each missing snapshot at these steps, and each tensor that is not its
-    average."""
-    lines = _missing(run, SETTINGS["sigma_rels"], steps) if run.exists() else []
-    for snapshot in snapshots_in(run):
-        updates = [*range(2, snapshot.step + 1, 2)]
-        exact = truth(snapshot.sigma_rel, updates)
-        with snapshot:
-            for name, right in exact.items():
-                # A float32 average is rounded once when stored, and each time that a training is
-                # resumed from it.
-                what = f"{snapshot.path.name}: {name}"
-                lines += away(what, snapshot.tensor(name).numpy(), right.numpy(), 1e-6)
-    return lines
+        run = self.folder / "run"
+        lines = _missing(run, SETTINGS["sigma_rels"], due) if run.exists() else []
+        for snapshot in snapshots_in(run):
+            exact = truth(snapshot.sigma_rel, range(2, snapshot.step + 1, 2))
+            with snapshot:
+                for name, right in exact.items():
+                    # A float32 average is rounded once when stored, and each time that a training
+                    # is resumed from it.
+                    what = f"{snapshot.path.name}: {name}"
+                    lines += away(what, snapshot.tensor(name).numpy(), right.numpy(), 1e-6)
+        return lines
 
 
 # --- trainings, readers and prunings in one directory
