@@ -33,7 +33,11 @@ def test_a_script_finds_the_methods_of_the_librarys_own_averages(tmp_path):
     other = network()  # such as the model of a pipeline
     ema_model.copy_to(other.parameters())
     assert distance(recorded(other), average) < 1e-6
-    shadow = zip(recorded(complete.bare), ema_model.shadow_params, strict=True)
+    shadow = zip(
+        recorded(complete.bare),
+        ema_model.shadow_params,
+        strict=True,
+    )
     assert distance(dict(shadow), average) < 1e-6
     assert ema_model.optimization_step == 10
     # of the update from 9 to 10: (9 / 10) ** (gamma + 1)
