@@ -46,6 +46,8 @@ def test_a_script_finds_the_methods_of_the_librarys_own_averages(tmp_path):
     assert x / ((x + 1) ** 2 * (x + 2)) == pytest.approx(0.2**2, rel=1e-9)
     assert ema_model.decay == decay
     assert ema_model.get_decay(10) == decay
+    ema_model.load_state_dict(ema_model.state_dict())
+    assert ema_model.ema.step == 10
     saved = UNet2DModel.from_pretrained(tmp_path / "saved/unet_ema")
     assert distance(recorded(saved), exact(complete.weights[:4], 0.2)) < 1e-6
     with pytest.raises(NotReadyError, match="tracks no model"):

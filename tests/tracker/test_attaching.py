@@ -19,9 +19,6 @@ from tracker.runs import steps, times, track
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import InvalidValueError, NotReadyError
 
-X = torch.randn(16, 3, generator=torch.Generator().manual_seed(1))
-Y = torch.randn(16, 2, generator=torch.Generator().manual_seed(2))
-
 
 def network():
     torch.manual_seed(0)
@@ -50,7 +47,7 @@ def attached(
 
 
 def loss_of(model):
-    return (model(X) - Y).square().mean()
+    return model(torch.ones(4, 3)).square().mean()
 
 
 def step(model, optimizer):

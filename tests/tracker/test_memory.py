@@ -48,8 +48,3 @@ def test_pinned_memory_is_hardly_larger_than_a_model_of_large_tensors():
     for begin, end in pairwise(bucket.device_edges):
         rounded += 2 ** (end - begin - 1).bit_length()
     assert rounded < 1.25 * bucket.size
-
-
-def test_a_model_without_elements_has_no_tiles():
-    bucket, _ = buckets([])
-    assert bucket.tile_edges == bucket.device_edges == [0]

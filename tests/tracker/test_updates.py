@@ -20,7 +20,6 @@ from posthoc_cli.errors import (
     NotReadyError,
 )
 from posthoc_cli.snapshots.snapshot import TrackingSchedule
-from posthoc_cli.tracker.memory import Reader
 
 
 class Scalar(nn.Module):
@@ -319,14 +318,3 @@ def test_a_step_that_a_cuda_graph_captures_is_refused(
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(NotReadyError, match=r"graph is being captured.*graph\.replay"):
         ema.update_(model)
-
-
-def test_weights_in_another_order_of_memory_are_read_in_place():
-    """A transposition took an update 1.9 times as long."""
-    conv = nn.Conv2d(6, 10, 3).weight.to(memory_format=torch.channels_last)
-    turned = torch.randn(4, 5, 7).permute(1, 2, 0)
-    reader = Reader.of_tensors({"conv": conv, "turned": turned})
-    places = []
-    for tile in reader.tiles:
-        places += [part.data_ptr() for part in reader.current(tile)]
-    assert {conv.data_ptr(), turned.data_ptr()} <= {*places}
