@@ -133,6 +133,19 @@ def test_an_abandoned_attempt_is_not_mixed_into_the_one_that_continues(tmp_path)
     assert superseded(tmp_path) == 10
 
 
+def test_the_last_snapshots_of_another_attempt_do_not_belong_to_a_state(tmp_path):
+    """Both attempts end at the same time."""
+    training = begun(tmp_path, 20)
+    states = []
+    for salt in (1, 2):
+        again = training.at(20)
+        with resume(again.model, tmp_path) as ema:
+            states.append(state_after(again, 26, ema, salt=salt))
+    with resume(again.model, tmp_path) as ema:
+        ema.load_state_dict(states[0])
+        assert times(tmp_path) == {10, 20}
+
+
 @pytest.mark.parametrize("exactly", [True, False])
 def test_a_resumed_run_takes_its_new_settings_and_stays_exact(
     tmp_path,
