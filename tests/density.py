@@ -67,10 +67,7 @@ def _is_text(node):
     return isinstance(node, ast.Constant) and isinstance(node.value, str | bytes)
 
 
-def _size(
-    node,
-    kinds,
-):
+def _size(node, kinds):
     return sum(isinstance(each, kinds) for each in ast.walk(node))
 
 

@@ -180,13 +180,7 @@ def _server(modules):
     return server
 
 
-def _become(
-    code,
-    arguments,
-    cwd,
-    environment,
-    streams,
-):
+def _become(code, arguments, cwd, environment, streams):
     """Set up a new process as if this interpreter had been started for `code`, and run it."""
     gc.freeze()  # collections would go through all that the server has imported, and so copy it
     for number, name in enumerate([os.devnull, *streams]):

@@ -246,19 +246,13 @@ def held(model):
     return {name: own_part(tensor).clone() for name, tensor in _tensors(model).items()}
 
 
-def equal(
-    one,
-    other,
-):
+def equal(one, other):
     if one.keys() != other.keys():
         return False
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-def filled(
-    model,
-    complete,
-):
+def filled(model, complete):
     tensors = _tensors(model)
     for name, value in complete.items():
         tensor = tensors[name]
@@ -278,10 +272,7 @@ def close(model, path, tolerance=1e-6):
         assert torch.allclose(found, wanted, rtol=tolerance, atol=tolerance), name
 
 
-def refused(
-    work,
-    kind=PostHocError,
-):
+def refused(work, kind=PostHocError):
     try:
         work()
     except kind as error:
@@ -293,10 +284,7 @@ def refused(
 # --- what averages must be
 
 
-def truth(
-    sigma_rel,
-    updates,
-):
+def truth(sigma_rel, updates):
     """Return the float64 power-function average of each parameter over updates at these steps."""
     shares = exact_weights(sigma_rel, updates).tolist()
     averages = {}

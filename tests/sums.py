@@ -22,10 +22,7 @@ def _loaded(path):
     return load_file(path)
 
 
-def exact_sums(
-    plan,
-    name,
-):
+def exact_sums(plan, name):
     """For each target, sum_i c_i x_i and sum_i |c_i x_i| in float64, over the stored values x_i."""
     stored = []
     for source in plan.sources:

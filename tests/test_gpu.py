@@ -52,10 +52,7 @@ def test_no_row_begins_when_the_time_is_over():
     assert [*gpu.measure(CPU, 300_000, 3, repeats=2, until=0.0)] == []
 
 
-def test_a_program_that_takes_too_long_is_stopped(
-    monkeypatch,
-    capsys,
-):
+def test_a_program_that_takes_too_long_is_stopped(monkeypatch, capsys):
     monkeypatch.setattr(gpu, "PART_LIMIT", 0.2)
     assert gpu.run_program(["-c", "import time; time.sleep(60)"]) is None
     assert capsys.readouterr().out == "stopped after 0 s\n"

@@ -78,11 +78,7 @@ def named(vector, dtype=torch.float32):
 def by(decay):
     """Return an EMA whose n-th update keeps decay(n)."""
 
-    def update(
-        step,
-        average,
-        weights,
-    ):
+    def update(step, average, weights):
         kept = decay(step)
         return kept * average + (1 - kept) * weights
 
@@ -107,11 +103,7 @@ def follow(update, weights=None):
     return np.array(averages[1:])
 
 
-def timm(
-    step,
-    weights,
-    average,
-):
+def timm(step, weights, average):
     return {"state_dict": weights, "state_dict_ema": average, "step": step}
 
 
@@ -143,12 +135,7 @@ def true_average(weights, sigma_rel):
     return exact_weights(sigma_rel, range(1, STEPS + 1)) @ weights
 
 
-def error_of(
-    run,
-    sigma_rel=0.15,
-    prefix="",
-    weights=None,
-):
+def error_of(run, sigma_rel=0.15, prefix="", weights=None):
     """Return the relative distance of an average from the sum over every step in float64, and the
     predicted error."""
     made = run.average(sigma_rel, dtype="float64")

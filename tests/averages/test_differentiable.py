@@ -57,11 +57,7 @@ def make(mode):
     return DifferentiableEMA(ROWS, DECAY, mode, window, dtype=torch.float64)
 
 
-def take(
-    ema,
-    value,
-    weight,
-):
+def take(ema, value, weight):
     """Call the module; pass the leaf in the mode that needs it."""
     if ema.mode == "carried":
         return ema(value, leaves=[weight])

@@ -54,12 +54,7 @@ def network():
     return LlamaForCausalLM(config)
 
 
-def make_trainer(
-    folder,
-    *callbacks,
-    model=None,
-    **arguments,
-):
+def make_trainer(folder, *callbacks, model=None, **arguments):
     settings = {
         "max_steps": 10,
         "save_steps": 4,

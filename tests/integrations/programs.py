@@ -51,12 +51,7 @@ def task():
     return Path(folder), kind, resumes == "True"
 
 
-def train(
-    program,
-    folder,
-    kind,
-    resumes,
-):
+def train(program, folder, kind, resumes):
     """Run a module of this folder, "alone" or in two processes that are replicas ("ddp") or have a
     "sharded" model. It kills itself unless it resumes.
 

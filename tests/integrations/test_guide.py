@@ -18,11 +18,7 @@ for _framework, _code in BLOCK.findall(GUIDE.read_text()):
     EXAMPLES[_framework] += _code
 
 
-def train_step(
-    model,
-    batch,
-    optimizer,
-):
+def train_step(model, batch, optimizer):
     output = model(batch, 1).sample if hasattr(model, "config") else model(batch)
     output.square().mean().backward()
     optimizer.step()

@@ -41,10 +41,7 @@ def expected(tmp_path_factory):
     return recorder.weights
 
 
-def test_validation_and_checkpoints_hold_the_average_and_training_does_not(
-    tmp_path,
-    expected,
-):
+def test_validation_and_checkpoints_hold_the_average_and_training_does_not(tmp_path, expected):
     seen = []
 
     class Watching(Regression):
@@ -121,11 +118,7 @@ def test_accumulation_and_a_stride(tmp_path):
 
 
 class AtEpochEnds(PostHocWeightAveraging):
-    def should_update(
-        self,
-        step_idx=None,
-        epoch_idx=None,
-    ):
+    def should_update(self, step_idx=None, epoch_idx=None):
         return epoch_idx is not None
 
 
@@ -139,11 +132,7 @@ def test_updates_at_the_ends_of_epochs(tmp_path, expected):
 
 
 class Always(PostHocWeightAveraging):
-    def should_update(
-        self,
-        step_idx=None,
-        epoch_idx=None,
-    ):
+    def should_update(self, step_idx=None, epoch_idx=None):
         return True
 
 
@@ -177,10 +166,7 @@ def test_an_exception_closes_the_tracker_and_a_resumed_training_copies_the_avera
         assert distance(parameters(module), parameters(average)) == 0
 
 
-def test_a_checkpoint_without_the_callback_is_accepted_and_figures_are_logged(
-    tmp_path,
-    caplog,
-):
+def test_a_checkpoint_without_the_callback_is_accepted_and_figures_are_logged(tmp_path, caplog):
     fit(tmp_path, max_epochs=1)
     callback = PostHocWeightAveraging(tmp_path / "ema", validate=0.15, **EVERY)
     logger = CSVLogger(tmp_path / "logs", flush_logs_every_n_steps=1)

@@ -77,11 +77,7 @@ if accelerate.__version__.startswith("1.10."):
     RESTARTING.add("batches")  # it saves no state of the optimizer with FSDP2
 
 
-def check_averages(
-    made,
-    before,
-    within,
-):
+def check_averages(made, before, within):
     """Check the averages of a program that began after some steps; return its weights."""
     weights, average, step, evaluated, *stored = torch.load(made)
     history = before + weights

@@ -79,10 +79,7 @@ def test_a_checkpoint_elsewhere_does_not_take_the_state_of_another_training(
     assert_exact(callback.ema, resumed.model, expected)
 
 
-def test_a_training_that_begins_again_with_smaller_batches_continues_its_averages(
-    tmp_path,
-    caplog,
-):
+def test_a_training_that_begins_again_with_smaller_batches_continues_its_averages(tmp_path, caplog):
     """There were steps and snapshots with larger batches; the trainer does not reset the weights
     either."""
 
@@ -103,11 +100,7 @@ def test_a_training_that_begins_again_with_smaller_batches_continues_its_average
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
-def test_steps_that_a_scaler_skips_do_not_count(
-    tmp_path,
-    monkeypatch,
-    optim,
-):
+def test_steps_that_a_scaler_skips_do_not_count(tmp_path, monkeypatch, optim):
     """accelerate counts those of a fused optimizer, the default, which a GradScaler calls even
     then."""
     from accelerate.optimizer import AcceleratedOptimizer
@@ -136,10 +129,7 @@ def test_steps_that_a_scaler_skips_do_not_count(
     assert_exact(callback.ema, trainer.model, recorder.weights)
 
 
-def test_several_averages_are_evaluated_and_one_of_them_chooses_the_best_model(
-    tmp_path,
-    caplog,
-):
+def test_several_averages_are_evaluated_and_one_of_them_chooses_the_best_model(tmp_path, caplog):
     """A linear decay over the last half is the mean of that half; a window is left out while
     training is too short."""
     wanted = [0.2, "decay:linear:50%", "window:5"]
@@ -221,10 +211,7 @@ def test_wrong_callbacks_are_errors_at_once(tmp_path):
         trainer.train()
 
 
-def test_averages_begin_where_a_checkpoint_has_none_and_not_with_other_weights(
-    tmp_path,
-    caplog,
-):
+def test_averages_begin_where_a_checkpoint_has_none_and_not_with_other_weights(tmp_path, caplog):
     make_trainer(tmp_path, max_steps=4).train()
     callback = PostHocCallback(tmp_path / "ema", **EVERY)
     make_trainer(tmp_path, callback).train(resume_from_checkpoint=True)

@@ -267,11 +267,7 @@ class Disk(Watched):
     """The real file system without syncs, and what a crash would leave of all below `root`; it
     calls `after`."""
 
-    def __init__(
-        self,
-        root,
-        after,
-    ):
+    def __init__(self, root, after):
         self._root = root
         self._after = after
         self._lock = threading.Lock()

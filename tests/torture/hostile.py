@@ -160,13 +160,7 @@ def all_meetings():
     return meetings
 
 
-def _meet(
-    home,
-    place,
-    thing,
-    command,
-    tally,
-):
+def _meet(home, place, thing, command, tally):
     path = home / place
     what = f"{thing} as {place}: {command}"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -324,13 +318,7 @@ def truncate(folder, share, seed):
     return _harm(folder, lambda data, length: data[:length], 1, share, seed)
 
 
-def _harm(
-    folder,
-    change,
-    ways,
-    share,
-    seed,
-):
+def _harm(folder, change, ways, share, seed):
     """Damage each file in a share of the `ways` a byte: each damage is found or, in an index,
     changes nothing."""
     tally = Tally()

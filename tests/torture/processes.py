@@ -115,11 +115,7 @@ def _end(processes, patience):
     return [process.wait() for process in processes]
 
 
-def _missing(
-    run,
-    sigma_rels,
-    steps,
-):
+def _missing(run, sigma_rels, steps):
     found = {(snapshot.step, snapshot.sigma_rel) for snapshot in snapshots_in(run)}
     missing = {*itertools.product(steps, sigma_rels)} - found
     return [f"sigma_rel {sigma_rel} at {step} is missing" for step, sigma_rel in sorted(missing)]

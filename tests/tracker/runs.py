@@ -23,12 +23,7 @@ class Training:
     """A network whose steps depend on their numbers and a `salt`; `path` holds its state after each
     step."""
 
-    def __init__(
-        self,
-        seed=0,
-        model=None,
-        size=0.003,
-    ):
+    def __init__(self, seed=0, model=None, size=0.003):
         torch.manual_seed(seed)
         self.model = model
         if model is None:
@@ -134,11 +129,7 @@ def contents(folder):
     return result
 
 
-def assert_near(
-    found,
-    exact,
-    within=1e-6,
-):
+def assert_near(found, exact, within=1e-06):
     """Fail unless all exact tensors are found within a relative and absolute tolerance."""
     for name, tensor in exact.items():
         own = found[name].double()

@@ -35,12 +35,7 @@ def sgd():
     return model, sgd_of(model)
 
 
-def attached(
-    model,
-    folder,
-    optimizer,
-    **settings,
-):
+def attached(model, folder, optimizer, **settings):
     tracker = track(model, folder, **settings)
     tracker.attach(optimizer)
     return tracker
@@ -65,11 +60,7 @@ def step(model, optimizer):
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*GradScaler:FutureWarning")
-def test_steps_that_a_grad_scaler_skips_do_not_count(
-    tmp_path,
-    fused,
-    unscaled,
-):
+def test_steps_that_a_grad_scaler_skips_do_not_count(tmp_path, fused, unscaled):
     """The scaler calls a fused optimizer's `step` even then."""
     model = network()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=fused)
@@ -162,11 +153,7 @@ IS_A_WRAPPER = r"Wrapper wraps an optimizer.*call ema\.update_\(model\) after ea
         (partial(StepLR, step_size=1), r"a torch\.optim\.Optimizer, not StepLR"),
     ],
 )
-def test_optimizers_whose_hooks_miss_steps_are_refused_with_a_way_out(
-    tmp_path,
-    wrap,
-    message,
-):
+def test_optimizers_whose_hooks_miss_steps_are_refused_with_a_way_out(tmp_path, wrap, message):
     Accelerator(cpu=True)
     model, optimizer = sgd()
     with pytest.raises(InvalidValueError, match=message):
@@ -205,9 +192,7 @@ def test_steps_that_only_make_state_for_a_checkpoint_do_not_count(tmp_path, make
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when it compiles
-def test_a_compiled_step_counts_on_the_users_own_clock_and_the_tracker_is_not_compiled(
-    tmp_path,
-):
+def test_a_compiled_step_counts_on_the_users_own_clock_and_the_tracker_is_not_compiled(tmp_path):
     model, optimizer = sgd()
     compiled = torch.compile(optimizer.step, backend="eager")
     compiling = []
@@ -228,9 +213,7 @@ def test_a_compiled_step_counts_on_the_users_own_clock_and_the_tracker_is_not_co
         assert tracker.t == 256
 
 
-def test_a_detached_tracker_counts_no_steps_and_may_be_attached_to_another_optimizer(
-    tmp_path,
-):
+def test_a_detached_tracker_counts_no_steps_and_may_be_attached_to_another_optimizer(tmp_path):
     model, first = sgd()
     second = sgd_of(model)
     with attached(model, tmp_path, first) as tracker:
@@ -255,9 +238,7 @@ def test_a_detached_tracker_counts_no_steps_and_may_be_attached_to_another_optim
             tracker.attach(second)
 
 
-def test_a_call_of_update_of_an_attached_tracker_is_refused_and_not_counted(
-    tmp_path,
-):
+def test_a_call_of_update_of_an_attached_tracker_is_refused_and_not_counted(tmp_path):
     """Trackers of several directories may be attached to one optimizer."""
     model, optimizer = sgd()
     with (
@@ -300,9 +281,7 @@ class WithoutRates(torch.optim.Optimizer):
                 parameter.grad = None
 
 
-def test_steps_of_an_optimizer_without_rates_that_frees_its_gradients_count(
-    tmp_path,
-):
+def test_steps_of_an_optimizer_without_rates_that_frees_its_gradients_count(tmp_path):
     model = network()
     optimizer = WithoutRates(model.parameters())
     with attached(model, tmp_path, optimizer) as tracker:

@@ -159,10 +159,7 @@ def interrupted(after, times=1):
         signal.signal(signal.SIGALRM, before)
 
 
-def test_an_interrupted_end_releases_the_directory_when_all_is_written(
-    tmp_path,
-    slow_disk,
-):
+def test_an_interrupted_end_releases_the_directory_when_all_is_written(tmp_path, slow_disk):
     training, tracker = begin(tmp_path)
     training.run(4, tracker)
     threading.Timer(1.0, slow_disk.set).start()
@@ -207,10 +204,7 @@ def test_a_value_that_is_not_finite_is_raised_by_the_next_update_however_slow_th
         assert tracker.state_dict()["standing"]["step"] == 6
 
 
-def test_a_call_from_another_thread_during_an_update_is_refused(
-    tmp_path,
-    gate,
-):
+def test_a_call_from_another_thread_during_an_update_is_refused(tmp_path, gate):
     training, tracker = begin(tmp_path)
     with tracker, ThreadPoolExecutor(1) as other:
         updates = other.submit(training.run, 2, tracker)
@@ -222,10 +216,7 @@ def test_a_call_from_another_thread_during_an_update_is_refused(
 
 
 @EITHER_DEVICE
-def test_a_write_that_fails_is_raised_once_at_the_next_call_which_does_its_work(
-    tmp_path,
-    device,
-):
+def test_a_write_that_fails_is_raised_once_at_the_next_call_which_does_its_work(tmp_path, device):
     """A call that fails itself is none."""
     training, tracker = begin(tmp_path, device)
     with tracker:
@@ -272,10 +263,7 @@ def test_what_a_killed_write_has_left_is_removed_when_it_is_old_enough(tmp_path)
         assert not left.exists()
 
 
-def test_an_error_in_the_block_is_not_hidden_by_one_of_the_disk(
-    tmp_path,
-    caplog,
-):
+def test_an_error_in_the_block_is_not_hidden_by_one_of_the_disk(tmp_path, caplog):
     training, tracker = begin(tmp_path)
     with failing("fsync", errno.ENOSPC), pytest.raises(ZeroDivisionError), tracker:
         training.run(4, tracker)
@@ -393,9 +381,7 @@ def test_updates_inside_and_outside_of_inference_mode(tmp_path):
     assert contents(tmp_path / "mixed") == contents(tmp_path / "plain")
 
 
-def test_work_that_a_block_has_queued_is_waited_for_also_after_an_error(
-    monkeypatch,
-):
+def test_work_that_a_block_has_queued_is_waited_for_also_after_an_error(monkeypatch):
     """Else the next update could change what an earlier reader still copies, or begin before the
     work of one that ran out of memory has ended."""
     cuda = Mock()
@@ -416,10 +402,7 @@ def test_work_that_a_block_has_queued_is_waited_for_also_after_an_error(
     own.synchronize.assert_called_once_with()
 
 
-def test_threads_have_the_training_s_accelerator(
-    tmp_path,
-    monkeypatch,
-):
+def test_threads_have_the_training_s_accelerator(tmp_path, monkeypatch):
     """A thread begins with the first one as its current device, on which each process of a group
     would make a context of some hundred megabytes."""
     chosen = set()
@@ -438,10 +421,7 @@ def test_threads_have_the_training_s_accelerator(
 
 
 @pytest.mark.cuda
-def test_averages_on_the_host_use_the_cores_that_an_accelerator_leaves_idle(
-    tmp_path,
-    monkeypatch,
-):
+def test_averages_on_the_host_use_the_cores_that_an_accelerator_leaves_idle(tmp_path, monkeypatch):
     """Also where torch has one thread, as under torchrun."""
     monkeypatch.setattr(pipeline, "worker_count", lambda: 6)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")

@@ -55,10 +55,7 @@ def errors(
     return relative_distance(average["w"], exact), average.predicted_error
 
 
-def test_what_snapshots_do_not_know_of_a_clock_is_in_the_predicted_error(
-    tmp_path,
-    monkeypatch,
-):
+def test_what_snapshots_do_not_know_of_a_clock_is_in_the_predicted_error(tmp_path, monkeypatch):
     """The batch changes twice between two snapshots of an earlier version, whose sketches do not
     say the steps of their windows."""
     monkeypatch.setattr(plan, "target_clock", run_clock)

@@ -312,10 +312,7 @@ def test_an_earlier_checkpoint_resumes_from_its_own_step(
     assert "training continues from t = 40: 12 snapshots, later, of another attempt" in caplog.text
 
 
-def test_a_checkpoint_in_half_precision_or_weights_that_do_not_move_resume(
-    finished,
-    tmp_path,
-):
+def test_a_checkpoint_in_half_precision_or_weights_that_do_not_move_resume(finished, tmp_path):
     for dtype in (torch.bfloat16, torch.float16):
         again = finished.at(80)
         again.model.to(dtype).float()
@@ -340,10 +337,7 @@ def test_a_snapshot_on_request_is_a_place_to_resume_from(tmp_path):
         assert again.error(ema, [10, 20, 25, 30, 40, 50]) < 1e-6
 
 
-def test_a_time_that_lacks_a_profile_is_none_to_resume_from(
-    finished,
-    tmp_path,
-):
+def test_a_time_that_lacks_a_profile_is_none_to_resume_from(finished, tmp_path):
     """Its snapshots are set aside."""
     remove(tmp_path, 100)
     ema = resume(finished.model, tmp_path)
@@ -361,9 +355,7 @@ def test_a_time_that_lacks_a_profile_is_none_to_resume_from(
         resume(finished.model, tmp_path)
 
 
-def test_a_run_that_was_killed_while_it_wrote_its_first_snapshots_begins_again(
-    tmp_path,
-):
+def test_a_run_that_was_killed_while_it_wrote_its_first_snapshots_begins_again(tmp_path):
     """With its warm-up."""
     begun(tmp_path, 40, update_after_step=35)
     remove(tmp_path, 40)
@@ -415,10 +407,7 @@ def test_a_state_is_exact_whatever_the_weights_with_one_warning(
     assert caplog.text.count(OTHER_NETWORK) == (restored == 54)
 
 
-def test_rounded_snapshots_that_a_run_resumes_from_are_one_warning(
-    tmp_path,
-    caplog,
-):
+def test_rounded_snapshots_that_a_run_resumes_from_are_one_warning(tmp_path, caplog):
     training = begun(tmp_path, 20, checkpoint_dtype="float16")
     with resume(training.model, tmp_path) as ema:
         training.run(25, ema)
@@ -516,10 +505,7 @@ def test_a_run_that_does_not_fit_is_refused_at_once(
     assert contents(tmp_path) == before
 
 
-def test_a_folder_that_cannot_be_made_or_read_is_refused_at_once(
-    tmp_path,
-    monkeypatch,
-):
+def test_a_folder_that_cannot_be_made_or_read_is_refused_at_once(tmp_path, monkeypatch):
     model = Training().model
     (tmp_path / "file").write_text("")
     (tmp_path / "nowhere").symlink_to(tmp_path / "absent")
@@ -542,9 +528,7 @@ def test_another_model_is_refused_at_once_and_a_frozen_one_read(tmp_path):
         training.run(12, third)
 
 
-def test_a_directory_in_which_a_tracker_of_this_process_writes_is_refused_to_others(
-    tmp_path,
-):
+def test_a_directory_in_which_a_tracker_of_this_process_writes_is_refused_to_others(tmp_path):
     training = Training()
     first = begin(training.model, tmp_path)
     training.run(9, first)
@@ -613,9 +597,7 @@ def test_a_failing_resume_releases_the_directory(finished, tmp_path):
     PostHocEMA.from_path(tmp_path, model, step=10).update_(model)
 
 
-def test_a_training_killed_before_its_first_checkpoint_is_told_to_begin_anew_and_does(
-    tmp_path,
-):
+def test_a_training_killed_before_its_first_checkpoint_is_told_to_begin_anew_and_does(tmp_path):
     """A script runs again, with weights of its beginning, which no snapshot has."""
     begun(tmp_path, 13)
     again = Training()

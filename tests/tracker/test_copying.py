@@ -95,24 +95,13 @@ class SimulatedDevice:
                 simulated.used_by.add((self.data_ptr(), stream))
 
             @classmethod
-            def __torch_function__(
-                cls,
-                call,
-                types,
-                args=(),
-                kwargs=None,
-            ):
+            def __torch_function__(cls, call, types, args=(), kwargs=None):
                 if call.__name__ not in ("copy_", "_foreach_copy_"):
                     return super().__torch_function__(call, types, args, kwargs or {})
                 simulated.current.work.append(partial(call, *map(as_plain, args)))
                 return args[0]
 
-        def empty(
-            elements,
-            dtype,
-            device=None,
-            pin_memory=False,
-        ):
+        def empty(elements, dtype, device=None, pin_memory=False):
             made = torch.zeros(elements, dtype=dtype)
             is_on_device = device is not None and device.type == "cuda"
             return made.as_subclass(OnDevice) if is_on_device else made

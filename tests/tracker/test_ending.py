@@ -59,10 +59,7 @@ def test_the_end_of_the_process_writes_the_last_snapshot_also_of_a_forgotten_tra
     assert written(tmp_path) == ["10", "20", "24 off"]
 
 
-def test_a_training_without_an_update_says_that_it_leaves_no_snapshot(
-    tmp_path,
-    caplog,
-):
+def test_a_training_without_an_update_says_that_it_leaves_no_snapshot(tmp_path, caplog):
     training = Training()
     with begin(training, tmp_path) as tracker:
         training.run(1, tracker)
@@ -71,9 +68,7 @@ def test_a_training_without_an_update_says_that_it_leaves_no_snapshot(
     assert "no snapshot: the first update is at call 2 of update_" in caplog.text
 
 
-def test_snapshots_are_written_on_request_and_at_the_end_unless_there_is_no_new_update(
-    tmp_path,
-):
+def test_snapshots_are_written_on_request_and_at_the_end_unless_there_is_no_new_update(tmp_path):
     training = Training()
     with begin(training, tmp_path) as tracker:
         training.run(4, tracker)

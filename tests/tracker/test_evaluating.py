@@ -30,9 +30,7 @@ def trained(folder, last, **settings):
     return training, tracker
 
 
-def test_the_average_is_of_the_last_update_and_not_of_the_last_snapshot_and_needs_no_disk(
-    tmp_path,
-):
+def test_the_average_is_of_the_last_update_and_not_of_the_last_snapshot_and_needs_no_disk(tmp_path):
     training, tracker = trained(tmp_path / "run", 38)
     shutil.rmtree(tmp_path / "run")
     with tracker.model(training.model, 0.28) as averaged:
@@ -66,9 +64,7 @@ def test_blocks_of_several_lengths_are_as_exact_as_the_log_predicts_and_made_whe
             assert distance(averaged.state_dict(), exact) < 4 * predicted + 1e-6
 
 
-def test_without_an_update_or_before_one_of_a_resumed_run_there_is_no_live_average(
-    tmp_path,
-):
+def test_without_an_update_or_before_one_of_a_resumed_run_there_is_no_live_average(tmp_path):
     """The truth value of a compiled model raises an error."""
     training = Training()
     model = torch.compile(training.model, backend="eager")
@@ -187,9 +183,7 @@ def test_metrics_include_the_measurements_of_the_last_snapshots(tmp_path):
     assert {*map(type, found.values())} == {float}
 
 
-def test_callbacks_run_in_the_training_thread_once_after_each_time_with_snapshots(
-    tmp_path,
-):
+def test_callbacks_run_in_the_training_thread_once_after_each_time_with_snapshots(tmp_path):
     training = Training()
     calls = []
     ema = track(training.model, tmp_path, checkpoint_every=10)

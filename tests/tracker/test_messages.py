@@ -100,10 +100,7 @@ def test_no_thread_of_a_tracker_logs(tmp_path, caplog):
         assert record.thread == threading.main_thread().ident
 
 
-def test_an_error_in_the_background_is_logged_at_the_latest_when_the_process_ends(
-    tmp_path,
-    caplog,
-):
+def test_an_error_in_the_background_is_logged_at_the_latest_when_the_process_ends(tmp_path, caplog):
     model = nn.Linear(2, 2)
     ema = track(model, tmp_path, checkpoint_every=1)
     with failing("fsync", errno.ENOSPC):
@@ -121,10 +118,7 @@ def _two_threads():
 
 
 @pytest.mark.usefixtures("_two_threads")
-def test_where_no_thread_can_be_started_those_of_the_training_stay_as_many(
-    tmp_path,
-    monkeypatch,
-):
+def test_where_no_thread_can_be_started_those_of_the_training_stay_as_many(tmp_path, monkeypatch):
     """As at the end of the process, or at a limit of threads: the calling thread does the work."""
 
     def refuse(_):

@@ -55,9 +55,7 @@ def run(tmp_path_factory):
     return model, tracker
 
 
-def test_parameters_and_statistics_are_averaged_counts_copied_tied_tensors_stored_once(
-    run,
-):
+def test_parameters_and_statistics_are_averaged_counts_copied_tied_tensors_stored_once(run):
     _, tracker = run
     info = tracker.run.snapshots[-1]
     roles = {name: tensor.role for name, tensor in info.tensors.items()}
@@ -206,11 +204,7 @@ def test_the_constructor_names_the_two_ways_to_make_a_tracker(tmp_path):
         (tiny_model().to("meta"), r"'embed\.weight': is on the meta device .*assign=True"),
     ],
 )
-def test_a_model_that_cannot_hold_the_average_is_refused_and_not_changed(
-    run,
-    other,
-    message,
-):
+def test_a_model_that_cannot_hold_the_average_is_refused_and_not_changed(run, other, message):
     _, tracker = run
     before = deepcopy(other.state_dict())
     with pytest.raises(PostHocError, match=message):

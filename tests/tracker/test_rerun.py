@@ -57,11 +57,7 @@ def test_a_function_that_is_run_again_continues(tmp_path):
     assert training.error(ema) < ROUNDED
 
 
-def test_an_interrupted_cell_is_run_again(
-    tmp_path,
-    monkeypatch,
-    caplog,
-):
+def test_an_interrupted_cell_is_run_again(tmp_path, monkeypatch, caplog):
     """A step that was taken, and not counted, is named."""
     training = Training()
     optimizer = torch.optim.SGD(training.model.parameters(), lr=1.0)

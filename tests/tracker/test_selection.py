@@ -55,11 +55,7 @@ ALL = {
         ({"include": ["*.weight", "2.*"], "exclude": ("1.*", "0.*")}, {"2.weight", "2.bias"}),
     ],
 )
-def test_filters_take_what_they_name_and_the_header_lists_the_rest(
-    tmp_path,
-    filters,
-    taken,
-):
+def test_filters_take_what_they_name_and_the_header_lists_the_rest(tmp_path, filters, taken):
     tracked(network(), tmp_path, **filters)
     info = newest(tmp_path)
     assert set(info.tensors) == taken
@@ -82,12 +78,7 @@ NOT_IN_MODEL = r"include 'conv\.\*': matches no tensor of the model; .* such as 
         ("buffers", "mean", "buffers 'mean': must be one of statistics, copy, average"),
     ],
 )
-def test_filters_that_make_no_sense_are_refused(
-    tmp_path,
-    argument,
-    value,
-    message,
-):
+def test_filters_that_make_no_sense_are_refused(tmp_path, argument, value, message):
     filters = {argument: value}
     with pytest.raises(InvalidValueError, match=message):
         PostHocEMA.from_model(network(), tmp_path, **filters)
@@ -233,11 +224,7 @@ def test_the_name_that_safetensors_reserves_is_refused(tmp_path):
         ("a\ud800b", False),
     ],
 )
-def test_a_name_that_no_header_can_hold_is_refused_before_training(
-    tmp_path,
-    name,
-    trained,
-):
+def test_a_name_that_no_header_can_hold_is_refused_before_training(tmp_path, name, trained):
     """Names of tensors that are left out are in the header, too."""
     model = nn.Linear(3, 2)
     own = nn.Parameter(torch.ones(2), requires_grad=trained)

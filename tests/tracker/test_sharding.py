@@ -114,11 +114,7 @@ for kind in arguments:
         (2, ["tp"]),
     ],
 )
-def test_averages_of_a_sharded_model_are_those_of_one_process(
-    ranks,
-    kinds,
-    tmp_path,
-):
+def test_averages_of_a_sharded_model_are_those_of_one_process(ranks, kinds, tmp_path):
     """The parts of snapshots are bit for bit; a model has them in a block, and its own weights
     after it."""
     averages(tmp_path, 8, 10)
@@ -250,9 +246,7 @@ with tracker("late", max_checkpoints=1) as ema:
     assert 4 not in late
 
 
-def test_an_error_of_one_process_is_raised_in_all_and_each_model_keeps_its_weights(
-    tmp_path,
-):
+def test_an_error_of_one_process_is_raised_in_all_and_each_model_keeps_its_weights(tmp_path):
     """Also an error within the block, an interrupt of a process that waits for the other one, and a
     full disk."""
     code = """
@@ -481,10 +475,7 @@ else:
 
 
 @pytest.mark.parametrize("last", [8, 6])
-def test_a_clock_that_differs_between_processes_is_named_at_a_snapshot(
-    last,
-    tmp_path,
-):
+def test_a_clock_that_differs_between_processes_is_named_at_a_snapshot(last, tmp_path):
     """Each process would write its part for another time, and none would be complete: of snapshots
     on the schedule, and off it."""
     first, second = check_group(CLOCKS, 2, tmp_path, last)
@@ -552,9 +543,7 @@ def train_stages(kinds, name, *stages):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_run_resumes_bit_for_bit_on_one_arrangement_of_processes_after_the_other(
-    tmp_path,
-):
+def test_a_run_resumes_bit_for_bit_on_one_arrangement_of_processes_after_the_other(tmp_path):
     """From one process to FSDP, HSDP, tensor parallelism and back."""
     for ranks, stages in (
         (1, 'train_stages(["single"], "run", 0, 3)'),
@@ -585,9 +574,7 @@ train_stages(["fsdp"], "straight", 0, 8)
     assert resumed.sketch == straight.sketch
 
 
-def test_a_state_of_complete_or_equally_sharded_tensors_is_loaded_and_others_are_named(
-    tmp_path,
-):
+def test_a_state_of_complete_or_equally_sharded_tensors_is_loaded_and_others_are_named(tmp_path):
     single = alone(tmp_path / "one", 5)
     torch.save(single.state_dict(), tmp_path / "state.pt")
     code = """
@@ -806,11 +793,7 @@ BROKE = RankError("a", "broke")
         (None, (True, 1, "b"), VanishedError),
     ],
 )
-def test_processes_try_again_only_if_snapshots_vanished_and_nothing_else_failed(
-    own,
-    other,
-    raised,
-):
+def test_processes_try_again_only_if_snapshots_vanished_and_nothing_else_failed(own, other, raised):
     """All processes of a group must do the same."""
 
     class Two(Group):

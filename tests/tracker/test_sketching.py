@@ -212,10 +212,7 @@ def test_measurements_are_those_of_a_direct_computation(
 
 
 @pytest.mark.parametrize("scale", [1e6, 1e-6])
-def test_a_tensor_that_is_stored_in_float32_counts_as_not_rounded(
-    tmp_path,
-    scale,
-):
+def test_a_tensor_that_is_stored_in_float32_counts_as_not_rounded(tmp_path, scale):
     """Its values would be too large or too small in float16."""
     model = nn.Linear(4, 4)
     with torch.no_grad():
@@ -227,9 +224,7 @@ def test_a_tensor_that_is_stored_in_float32_counts_as_not_rounded(
         assert snapshot.entries["bias"].dtype == "F16"
 
 
-def test_values_that_only_float64_can_hold_are_stored_in_it_and_not_measured(
-    tmp_path,
-):
+def test_values_that_only_float64_can_hold_are_stored_in_it_and_not_measured(tmp_path):
     model = nn.Linear(2, 2, dtype=torch.float64)
     with torch.no_grad():
         model.bias.fill_(1e200)

@@ -99,11 +99,7 @@ except PostHocError as error:
 """
 
 
-def stages(
-    folder,
-    kind,
-    late=False,
-):
+def stages(folder, kind, late=False):
     return check_group(PLAIN, 2, folder, kind, late)
 
 

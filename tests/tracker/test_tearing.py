@@ -82,11 +82,7 @@ def train(tracker, model, steps):
         tracker.update_(model)
 
 
-def check(
-    tensors,
-    right,
-    tolerance=TOLERANCE,
-):
+def check(tensors, right, tolerance=TOLERANCE):
     for name, tensor in tensors.items():
         off = tensor.double() - right
         assert float(off.abs().max()) <= tolerance * right, name
@@ -109,10 +105,7 @@ def check_equal(weights):
 
 
 @EITHER_DEVICE
-def test_averages_that_another_thread_reads_are_those_of_one_update(
-    tmp_path,
-    device,
-):
+def test_averages_that_another_thread_reads_are_those_of_one_update(tmp_path, device):
     model = Equal(300_000)
     other = Equal(300_000)
     chance = random.Random(0)
@@ -179,10 +172,7 @@ class Interruptions:
 
 
 @EITHER_DEVICE
-def test_an_update_that_a_signal_interrupts_was_made_or_was_not(
-    tmp_path,
-    device,
-):
+def test_an_update_that_a_signal_interrupts_was_made_or_was_not(tmp_path, device):
     """Handlers raise, read, flush; the last one closes the tracker."""
     model = Equal(3_000)
     tracker = start(tmp_path, model, device, 10 * EVERY)

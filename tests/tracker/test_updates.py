@@ -76,10 +76,7 @@ def test_any_stride_warm_up_and_clock_give_the_exact_profile(
         np.testing.assert_allclose(tracked(tracker, sigma_rel), exact, atol=1e-11)
 
 
-def test_folds_do_not_lose_steps_below_half_a_last_digit(
-    tmp_path,
-    monkeypatch,
-):
+def test_folds_do_not_lose_steps_below_half_a_last_digit(tmp_path, monkeypatch):
     """At t = 10^6 a fold of 104 steps moves an average by 0.1 last digits of a change of 1e-4:
     rounded to nearest, by none."""
     monkeypatch.setattr(profiles, "WINDOW", 8)
@@ -307,10 +304,7 @@ def test_a_model_that_changes_is_refused_and_nothing_written(
         assert not list(tmp_path.glob("*.safetensors"))
 
 
-def test_a_step_that_a_cuda_graph_captures_is_refused(
-    tmp_path,
-    monkeypatch,
-):
+def test_a_step_that_a_cuda_graph_captures_is_refused(tmp_path, monkeypatch):
     """It would count once, however often the graph is replayed."""
     model = nn.Linear(2, 2)
     ema = track(model, tmp_path)

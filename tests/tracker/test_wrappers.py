@@ -184,11 +184,7 @@ def with_compiled_part(model):
         ("loha", nn.DataParallel),
     ],
 )
-def test_an_adapter_alone_is_tracked_under_the_names_that_peft_saves(
-    tmp_path,
-    kind,
-    wrap,
-):
+def test_an_adapter_alone_is_tracked_under_the_names_that_peft_saves(tmp_path, kind, wrap):
     model = get_peft_model(Adapted(), CONFIGS[kind])
     saved = get_peft_model_state_dict(model, save_embedding_layers=False)
     weights = average_of(wrap(model), tmp_path)
@@ -303,13 +299,7 @@ class Quantized(torch.Tensor):
         self.values = values.half()
 
     @classmethod
-    def __torch_dispatch__(
-        cls,
-        operation,
-        _types,
-        arguments,
-        _=None,
-    ):
+    def __torch_dispatch__(cls, operation, _types, arguments, _=None):
         if operation is torch.ops.aten.detach.default:
             return cls(arguments[0].values)
         return cls.other(operation, arguments)
@@ -329,10 +319,7 @@ class Computed(Quantized):
 
 
 @pytest.mark.parametrize("kind", [Quantized, Computed])
-def test_quantized_weights_may_be_frozen_and_are_refused_by_name_if_tracked(
-    tmp_path,
-    kind,
-):
+def test_quantized_weights_may_be_frozen_and_are_refused_by_name_if_tracked(tmp_path, kind):
     model = nn.Module()
     values = kind(torch.ones(3, 3))
     model.base = nn.Parameter(values, requires_grad=False)
