@@ -85,3 +85,4 @@ def test_a_directory_that_is_prepared_again_takes_its_earlier_place(tmp_path):
     saved = sorted((tmp_path / "saved").glob("posthoc_ema*"))
     states = [torch.load(path)["run_id"] for path in saved]
     assert states == [again.run_id, critic.run_id]
+    accelerator.load_state(str(tmp_path / "saved"))

@@ -73,7 +73,8 @@ def test_an_interrupted_cell_is_run_again(tmp_path, monkeypatch, caplog):
     ema = begin(training.model, tmp_path)
     training.run(14, ema)
     assert ema.step == 13
-    assert "the model has moved since step 7, the last that was counted" in caplog.text
+    moved = "the model has moved since step 7, the last that was counted"
+    assert f"{tmp_path}: {moved}" in caplog.messages
 
 
 def test_weights_of_a_snapshot_count_more_than_the_last_step(tmp_path):
