@@ -4,18 +4,19 @@ import ast
 import io
 import tokenize
 from collections import Counter
-from pathlib import Path
 
-LAYOUT = {
-    tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
-    tokenize.ENDMARKER,
-}  # fmt: skip
-LOOPS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Lambda)
+LOOPS = (
+    ast.ListComp,
+    ast.SetComp,
+    ast.DictComp,
+    ast.GeneratorExp,
+    ast.Lambda,
+)
 BIG = 300
 """Most syntax nodes of a function that is not big."""
 
 
-def density(folder: Path) -> Counter[str]:
+def density(folder):
     """Return the counts of a folder's modules.
 
     tokens  names, numbers, operators and texts, without comments and docstrings
@@ -25,20 +26,21 @@ def density(folder: Path) -> Counter[str]:
     inner   comprehensions and lambdas that contain others
     big     functions of more than `BIG` syntax nodes
     """
-    counts = Counter[str]()
+    counts = Counter()
     for path in folder.rglob("*.py"):
         counts.update(_density_of_module(path.read_text()))
     return counts
 
 
-def _density_of_module(text: str) -> Counter[str]:
+def _density_of_module(text):
     nodes = [*ast.walk(ast.parse(text))]
     documented = _docstring_lines(nodes)
-    counts = Counter[str]()
-    lines = set[int]()
+    counts = Counter()
+    lines = set()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         line = token.start[0]
-        if token.type not in LAYOUT and line not in documented:
+        is_layout = token.type == tokenize.COMMENT or not token.string.strip()
+        if not is_layout and line not in documented:
             counts["tokens"] += 1
             lines.add(line)
     counts["lines"] = len(lines)
@@ -51,9 +53,9 @@ def _density_of_module(text: str) -> Counter[str]:
     return counts
 
 
-def _docstring_lines(nodes: list[ast.AST]) -> set[int]:
+def _docstring_lines(nodes):
     """Return the lines of texts that stand alone as statements."""
-    lines = set[int]()
+    lines = set()
     for node in nodes:
         if isinstance(node, ast.Expr) and _is_text(node.value):
             assert node.end_lineno
@@ -61,24 +63,21 @@ def _docstring_lines(nodes: list[ast.AST]) -> set[int]:
     return lines
 
 
-def _is_text(node: ast.AST) -> bool:
+def _is_text(node):
     return isinstance(node, ast.Constant) and isinstance(node.value, str | bytes)
 
 
-def _size(
-    node: ast.AST,
-    kinds: type | tuple[type, ...],
-) -> int:
+def _size(node, kinds):
     return sum(isinstance(each, kinds) for each in ast.walk(node))
 
 
-def _is_packed(node: ast.AST) -> bool:
+def _is_packed(node):
     if not isinstance(node, ast.Assign):
         return False
     return isinstance(node.value, ast.Tuple) and isinstance(node.targets[0], ast.Tuple)
 
 
-def _is_multiplied_text(node: ast.AST) -> bool:
+def _is_multiplied_text(node):
     if not (isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult)):
         return False
     sides = (node.left, node.right)
@@ -88,7 +87,7 @@ def _is_multiplied_text(node: ast.AST) -> bool:
     return has_text and (any(map(_is_condition, sides)) or isinstance(node.right, ast.Attribute))
 
 
-def _is_condition(node: ast.AST) -> bool:
+def _is_condition(node):
     if isinstance(node, ast.Call):
         return getattr(node.func, "id", "") in ("bool", "any", "all")
     is_not = isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not)

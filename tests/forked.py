@@ -8,8 +8,6 @@ interpreter starts (its options, `sitecustomize`, what is imported and when) or 
 its modules needs `subprocess` still.
 """
 
-from __future__ import annotations
-
 import atexit
 import functools
 import gc
@@ -24,11 +22,9 @@ import threading
 import time
 import types
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 from ema_command import Result, unmeasured_environment
@@ -62,12 +58,12 @@ class Forked:
 
     def __init__(
         self,
-        code: str,
-        *arguments: object,
-        cwd: Path | None = None,
-        env: Mapping[str, str] | None = None,
-        modules: tuple[str, ...] = (),
-    ) -> None:
+        code,
+        *arguments,
+        cwd=None,
+        env=None,
+        modules=(),
+    ):
         self._files = [_folder() / f"{next(_numbers)}" for _ in range(2)]
         for file in self._files:
             file.touch()
@@ -89,24 +85,24 @@ class Forked:
         self.pid = self._process.pid
 
     @property
-    def returncode(self) -> int | None:
+    def returncode(self):
         return self._process.exitcode
 
-    def poll(self, timeout: float = 0) -> int | None:
+    def poll(self, timeout=0):
         self._process.join(timeout)
         return self._process.exitcode
 
-    def wait(self, timeout: float = 250) -> int:
+    def wait(self, timeout=250):
         ended = self.poll(timeout)
         assert ended is not None, f"still runs after {timeout} s"
         return ended
 
-    def communicate(self, timeout: float = 250) -> tuple[str, str]:
+    def communicate(self, timeout=250):
         self.wait(timeout)
         out, err = (file.read_text(errors="replace") for file in self._files)
         return out, err
 
-    def first_line(self, timeout: float = 60) -> str:
+    def first_line(self, timeout=60):
         """Wait for the first line on stdout and return it; what there is, if the process ends or
         the time is over."""
         until = time.monotonic() + timeout
@@ -118,35 +114,35 @@ class Forked:
             pass
         return self._files[0].read_text(errors="replace").partition("\n")[0]
 
-    def __enter__(self) -> Forked:
+    def __enter__(self):
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_):
         self.kill()
         self.wait()
 
-    def send_signal(self, number: int) -> None:
+    def send_signal(self, number):
         if self.poll() is None:
             os.kill(self.pid, number)
 
-    def kill(self) -> None:
+    def kill(self):
         self.send_signal(signal.SIGKILL)
 
 
-def run(code: str, *arguments: object, **options: Any) -> Result:
+def run(code, *arguments, **options):
     process = Forked(code, *arguments, **options)
     out, err = process.communicate()
     return Result(process.wait(), out, err)
 
 
-def check(code: str, *arguments: object, **options: Any) -> Result:
+def check(code, *arguments, **options):
     done = run(code, *arguments, **options)
     assert done.code == 0, done.err
     return done
 
 
 @contextmanager
-def waiting(code: str, *arguments: object) -> Iterator[Forked]:
+def waiting(code, *arguments):
     """Yield a process that has run code and printed a line, and waits; kill it at the end of the
     block."""
     with Forked(f"{code}\nimport signal; signal.pause()", *arguments) as process:
@@ -158,7 +154,7 @@ _numbers = itertools.count()
 
 
 @functools.cache
-def _folder() -> Path:
+def _folder():
     """Return a folder of this test process for what its processes print."""
     folder = Path(tempfile.mkdtemp(prefix="printed-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -166,7 +162,7 @@ def _folder() -> Path:
 
 
 @functools.cache
-def _server(modules: tuple[str, ...]) -> forkserver.ForkServer:
+def _server(modules):
     """Return a server of this test process, which ends with it."""
     server = forkserver.ForkServer()
     # those that are not installed are left out
@@ -184,19 +180,11 @@ def _server(modules: tuple[str, ...]) -> forkserver.ForkServer:
     return server
 
 
-def _become(
-    code: str,
-    arguments: Sequence[str],
-    cwd: str,
-    environment: dict[str, str],
-    streams: list[str],
-) -> None:
+def _become(code, arguments, cwd, environment, streams):
     """Set up a new process as if this interpreter had been started for `code`, and run it."""
     gc.freeze()  # collections would go through all that the server has imported, and so copy it
-    for number, (name, mode) in enumerate(
-        [(os.devnull, os.O_RDONLY), *((stream, os.O_WRONLY) for stream in streams)]
-    ):
-        os.dup2(os.open(name, mode), number)
+    for number, name in enumerate([os.devnull, *streams]):
+        os.dup2(os.open(name, os.O_RDWR), number)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
@@ -218,7 +206,7 @@ def _become(
         sys.excepthook(*sys.exc_info())
         status = 1
     # As Python ends, but without taking apart all that the server has imported, which takes 0.35 s.
-    threading._shutdown()  # type: ignore[attr-defined]
+    threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

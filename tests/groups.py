@@ -10,11 +10,8 @@ import sys
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from textwrap import indent
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,27 +24,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from posthoc_cli import PostHocEMA, PostHocError, Run
+from posthoc_cli import PostHocEMA, PostHocError
 
-__all__ = [
-    "SETTINGS",
-    "Net",
-    "Path",
-    "PostHocEMA",
-    "PostHocError",
-    "Run",
-    "close",
-    "dist",
-    "equal",
-    "filled",
-    "held",
-    "move",
-    "refused",
-    "restore",
-    "spread",
-    "torch",
-    "train",
-]
 SETTINGS = {
     "sigma_rels": (0.1, 0.2),
     "update_every": 2,
@@ -56,12 +34,12 @@ SETTINGS = {
 }
 
 
-def start_group(code: str, ranks: int, folder: Path, *arguments: object) -> list[Forked]:
+def start_group(code, ranks, folder, *arguments):
     """Start processes that run `code` with `rank`, `world`, `folder` and `arguments`, in a gloo
     group.
 
-    All that is in `__all__` here is at hand. The group is left at the end of the code unless the
-    code did so itself.
+    All names of this module, Path and Run are at hand. The group is left at the end of the code
+    unless the code did so itself.
     """
     folder.mkdir(parents=True, exist_ok=True)
     # a killed group leaves its own behind
@@ -73,7 +51,9 @@ def start_group(code: str, ranks: int, folder: Path, *arguments: object) -> list
 
 PROGRAM = """
 import sys, groups
+from pathlib import Path
 from groups import *
+from posthoc_cli import Run
 rank, world, meeting, folder, *arguments = sys.argv[1:]
 with groups.joined(int(rank), int(world), meeting) as (rank, world):
     folder = Path(folder)
@@ -81,18 +61,17 @@ with groups.joined(int(rank), int(world), meeting) as (rank, world):
 
 
 def run_group(
-    code: str,
-    ranks: int,
-    folder: Path,
-    *arguments: object,
-    timeout: float = 120,
-) -> list[Result]:
+    code,
+    ranks,
+    folder,
+    *arguments,
+):
     """Run processes as `start_group` does until they end; return the result of each."""
     processes = start_group(code, ranks, folder, *arguments)
     results = []
     try:
         for process in processes:
-            exit_code = process.wait(timeout)
+            exit_code = process.wait(120)
             out, err = process.communicate()
             results.append(Result(exit_code, out, err))
         return results
@@ -101,7 +80,7 @@ def run_group(
             process.kill()
 
 
-def check_group(code: str, ranks: int, folder: Path, *arguments: object) -> list[str]:
+def check_group(code, ranks, folder, *arguments):
     results = run_group(code, ranks, folder, *arguments)
     errors = "\n".join(result.err for result in results)
     assert all(result.code == 0 for result in results), errors
@@ -110,10 +89,10 @@ def check_group(code: str, ranks: int, folder: Path, *arguments: object) -> list
 
 @contextmanager
 def joined(
-    rank: int,
-    world: int,
-    meeting: str,
-) -> Iterator[tuple[int, int]]:
+    rank,
+    world,
+    meeting,
+):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
     try:
@@ -131,7 +110,7 @@ class Net(nn.Module):
     """A network of uneven shapes: 5 and 7 rows, fewer rows than processes, a frozen tensor,
     buffers."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.first = nn.Linear(6, 8)
         self.second = nn.Linear(8, 7, bias=False)
@@ -141,13 +120,13 @@ class Net(nn.Module):
         self.register_buffer("mean", torch.zeros(4))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         hidden = self.first(x).relu()
         logits = self.second(hidden)
         return logits.sum() + self.odd.sum() + self.short.sum()
 
 
-def spread(model: nn.Module, kind: str) -> nn.Module:
+def spread(model, kind):
     """Return the model wrapped for a kind of parallel training: fsdp, hsdp, tp, fsdp-tp, ddp; else
     unchanged."""
     world = dist.get_world_size() if dist.is_initialized() else 1
@@ -171,12 +150,12 @@ def spread(model: nn.Module, kind: str) -> nn.Module:
     return model
 
 
-def own_part(tensor: torch.Tensor) -> torch.Tensor:
+def own_part(tensor):
     """Return this process's part of a tensor, in the same memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def value(name: str, step: int, like: torch.Tensor) -> torch.Tensor:
+def value(name, step, like):
     """Return the complete value of a tensor after a step: a walk from a start that depends on the
     name."""
     total = _draw(f"{name}/0", like.shape)
@@ -187,13 +166,13 @@ def value(name: str, step: int, like: torch.Tensor) -> torch.Tensor:
     return total.to(like.dtype)
 
 
-def _draw(text: str, shape: torch.Size) -> torch.Tensor:
+def _draw(text, shape):
     seed = zlib.crc32(text.encode())
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-def local(tensor: torch.Tensor, complete: torch.Tensor) -> torch.Tensor:
+def local(tensor, complete):
     """Return this process's part of a complete tensor that is distributed as `tensor` is."""
     if not isinstance(tensor, DTensor):
         return complete
@@ -205,7 +184,7 @@ def local(tensor: torch.Tensor, complete: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def move(model: nn.Module, step: int) -> None:
+def move(model, step):
     bare = getattr(model, "module", model)
     for name, tensor in [*bare.named_parameters(), *bare.named_buffers()]:
         complete = value(name, step, tensor)
@@ -213,14 +192,14 @@ def move(model: nn.Module, step: int) -> None:
         own_part(tensor).copy_(part)
 
 
-def train(model: nn.Module, first: int, last: int, *trackers: PostHocEMA) -> None:
+def train(model, first, last, *trackers):
     for step in range(first, last + 1):
         move(model, step)
         for tracker in trackers:
             tracker.update_(model)
 
 
-def restore(model: nn.Module, directory: Path) -> None:
+def restore(model, directory):
     """Move a model to the newest time that has all snapshots, as a training restores its own
     checkpoint."""
     stored = Counter(snapshot.step for snapshot in snapshots_in(directory))
@@ -229,7 +208,7 @@ def restore(model: nn.Module, directory: Path) -> None:
     move(model, max(complete, default=0))
 
 
-def alone(folder: Path, last: int, **options: Any) -> PostHocEMA:
+def alone(folder, last, **options):
     """Return the closed tracker of the same training in one process, continued from the folder."""
     net = Net()
     restore(net, folder)
@@ -238,7 +217,7 @@ def alone(folder: Path, last: int, **options: Any) -> PostHocEMA:
     return ema
 
 
-def averages(folder: Path, *steps: int) -> None:
+def averages(folder, *steps):
     """Return averages of one process at these steps: a synthesized one, a tracked one, and the true
     one."""
     net = Net()
@@ -256,30 +235,24 @@ def averages(folder: Path, *steps: int) -> None:
 # --- what a process holds
 
 
-def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+def _tensors(model):
     bare = getattr(model, "module", model)
     parameters = dict(bare.named_parameters(remove_duplicate=False))
     buffers = dict(bare.named_buffers())
     return parameters | buffers
 
 
-def held(model: nn.Module) -> dict[str, torch.Tensor]:
+def held(model):
     return {name: own_part(tensor).clone() for name, tensor in _tensors(model).items()}
 
 
-def equal(
-    one: Mapping[str, torch.Tensor],
-    other: Mapping[str, torch.Tensor],
-) -> bool:
+def equal(one, other):
     if one.keys() != other.keys():
         return False
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-def filled(
-    model: nn.Module,
-    complete: Mapping[str, torch.Tensor],
-) -> bool:
+def filled(model, complete):
     tensors = _tensors(model)
     for name, value in complete.items():
         tensor = tensors[name]
@@ -289,7 +262,7 @@ def filled(
     return True
 
 
-def close(model: nn.Module, path: Path, tolerance: float = 1e-6) -> None:
+def close(model, path, tolerance=1e-6):
     """Fail if a model's tensors differ from the complete tensors of a file."""
     tensors = _tensors(model)
     for name, value in torch.load(path).items():
@@ -299,10 +272,7 @@ def close(model: nn.Module, path: Path, tolerance: float = 1e-6) -> None:
         assert torch.allclose(found, wanted, rtol=tolerance, atol=tolerance), name
 
 
-def refused(
-    work: Callable[[], object],
-    kind: type[Exception] = PostHocError,
-) -> None:
+def refused(work, kind=PostHocError):
     try:
         work()
     except kind as error:
@@ -314,11 +284,7 @@ def refused(
 # --- what averages must be
 
 
-def truth(
-    sigma_rel: float,
-    updates: Sequence[int],
-    dtype: torch.dtype = torch.float32,
-) -> dict[str, torch.Tensor]:
+def truth(sigma_rel, updates):
     """Return the float64 power-function average of each parameter over updates at these steps."""
     shares = exact_weights(sigma_rel, updates).tolist()
     averages = {}
@@ -327,7 +293,7 @@ def truth(
             continue
         average = torch.zeros(parameter.shape, dtype=torch.float64)
         for share, step in zip(shares, updates, strict=True):
-            weights = value(name, step, parameter.to(dtype))
+            weights = value(name, step, parameter)
             average += share * weights.double()
         averages[name] = average
     return averages

@@ -1,14 +1,12 @@
 """Sums that a synthesis makes of the tensors in snapshots, in NumPy float64, and their errors."""
 
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 
 from posthoc_cli.synthesis.engine import synthesize
-from posthoc_cli.synthesis.plan import Plan
 
 UNIT = {
     torch.float64: 2.0**-53,
@@ -20,18 +18,15 @@ UNIT = {
 
 
 @lru_cache(maxsize=8)
-def _loaded(path: Path) -> dict[str, torch.Tensor]:
+def _loaded(path):
     return load_file(path)
 
 
-def exact_sums(
-    plan: Plan,
-    name: str,
-) -> tuple[np.ndarray, np.ndarray]:
+def exact_sums(plan, name):
     """For each target, sum_i c_i x_i and sum_i |c_i x_i| in float64, over the stored values x_i."""
     stored = []
     for source in plan.sources:
-        tensors = _loaded(source.path)  # type: ignore[attr-defined]
+        tensors = _loaded(source.path)
         stored.append(tensors[source.aliases.get(name, name)].double().numpy())
     values = np.stack(stored)
     columns = plan.reconstruction.coefficients.T
@@ -40,7 +35,7 @@ def exact_sums(
     return sums, sizes
 
 
-def error_share(plan: Plan, dtype: torch.dtype) -> float:
+def error_share(plan, dtype):
     """The largest error of a sum in `dtype`, as a share of sum |c_i x_i|: m u / (1 - m u) for m
     consecutive roundings.
 
@@ -52,11 +47,11 @@ def error_share(plan: Plan, dtype: torch.dtype) -> float:
 
 
 def assert_sums(
-    plan: Plan,
-    wide: torch.dtype,
-    rounding: float = 0.0,
-    device: str = "cpu",
-) -> None:
+    plan,
+    wide,
+    rounding=0.0,
+    device="cpu",
+):
     """Assert that results are sums in the dtype `wide`, within the errors of these and of the exact
     ones, and rounded once more by the unit `rounding`."""
     share = error_share(plan, wide) + error_share(plan, torch.float64)

@@ -4,16 +4,14 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import gpu
-import pytest
 import torch
 
 CPU = torch.device("cpu")
 
 
-def run_python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def run_python(*arguments, **variables):
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=gpu.ROOT,
@@ -24,14 +22,14 @@ def run_python(*arguments: str, **variables: str) -> subprocess.CompletedProcess
     )
 
 
-def test_without_a_device_one_line_says_so_and_nothing_is_run() -> None:
+def test_without_a_device_one_line_says_so_and_nothing_is_run():
     done = run_python("scripts/gpu.py", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr == "gpu: no CUDA device is here, so nothing was run\n"
 
 
-def test_every_row_of_the_table_is_measured() -> None:
+def test_every_row_of_the_table_is_measured():
     rows = [*gpu.measure(CPU, 300_000, 3, repeats=2, until=math.inf)]
     labels = [row.label for row in rows]
     if gpu.is_installed("ema_pytorch"):
@@ -50,20 +48,17 @@ def test_every_row_of_the_table_is_measured() -> None:
     assert gpu.table(rows).count("\n") == len(rows) + 2
 
 
-def test_no_row_begins_when_the_time_is_over() -> None:
+def test_no_row_begins_when_the_time_is_over():
     assert [*gpu.measure(CPU, 300_000, 3, repeats=2, until=0.0)] == []
 
 
-def test_a_program_that_takes_too_long_is_stopped(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_program_that_takes_too_long_is_stopped(monkeypatch, capsys):
     monkeypatch.setattr(gpu, "PART_LIMIT", 0.2)
     assert gpu.run_program(["-c", "import time; time.sleep(60)"]) is None
     assert capsys.readouterr().out == "stopped after 0 s\n"
 
 
-def test_tests_for_a_device_are_found_without_plug_ins(tmp_path: Path) -> None:
+def test_tests_for_a_device_are_found_without_plug_ins(tmp_path):
     absent = {"pytest_timeout", "pytest_randomly", "xdist", "pytest_cov", "hypothesis"}
     absent |= {"ema_pytorch", "posthoc_ema", "torch_ema", "flint", "sklearn"}
     # None in the place of a module means that it does not exist

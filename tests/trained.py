@@ -4,7 +4,6 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +17,9 @@ EVERY = 100
 TIMES = range(EVERY, STEPS + 1, EVERY)
 Average = Callable[[int, np.ndarray, np.ndarray], np.ndarray]
 """What an average becomes at a step, from what it was and the weights after the step."""
-Weights = dict[str, torch.Tensor]
-Form = Callable[[int, Weights, Weights], object]
-"""What a training saves at a step, of the weights and their average."""
 
 
-def network() -> nn.Module:
+def network():
     torch.manual_seed(0)
     layers = (
         nn.Linear(20, 40),
@@ -36,11 +32,11 @@ def network() -> nn.Module:
 
 @functools.cache
 def train(
-    rate: float = 3e-3,
-    falls: bool = False,
-    optimizer: str = "Adam",
-    seed: int = 1,
-) -> np.ndarray:
+    rate=3e-3,
+    falls=False,
+    optimizer="Adam",
+    seed=1,
+):
     model = network()
     random = torch.Generator().manual_seed(seed)
     first = nn.Linear(20, 40)
@@ -64,11 +60,11 @@ def train(
 
 
 @functools.cache
-def shapes() -> dict[str, torch.Size]:
+def shapes():
     return {name: parameter.shape for name, parameter in network().named_parameters()}
 
 
-def named(vector: np.ndarray, dtype: torch.dtype = torch.float32) -> Weights:
+def named(vector, dtype=torch.float32):
     found = {}
     begin = 0
     for name, shape in shapes().items():
@@ -79,29 +75,25 @@ def named(vector: np.ndarray, dtype: torch.dtype = torch.float32) -> Weights:
     return found
 
 
-def by(decay: Callable[[int], float]) -> Average:
+def by(decay):
     """Return an EMA whose n-th update keeps decay(n)."""
 
-    def update(
-        step: int,
-        average: np.ndarray,
-        weights: np.ndarray,
-    ) -> np.ndarray:
+    def update(step, average, weights):
         kept = decay(step)
         return kept * average + (1 - kept) * weights
 
     return update
 
 
-def ema(decay: float) -> Average:
+def ema(decay):
     return by(lambda _: decay)
 
 
-def ratio(n: float) -> float:
+def ratio(n):
     return (1 + n) / (10 + n)
 
 
-def follow(update: Average, weights: np.ndarray | None = None) -> np.ndarray:
+def follow(update, weights=None):
     """Return an average that begins with the first weights after every step: [STEPS,
     parameters]."""
     weights = train() if weights is None else weights
@@ -111,21 +103,17 @@ def follow(update: Average, weights: np.ndarray | None = None) -> np.ndarray:
     return np.array(averages[1:])
 
 
-def timm(
-    step: int,
-    weights: Weights,
-    average: Weights,
-) -> dict[str, Any]:
+def timm(step, weights, average):
     return {"state_dict": weights, "state_dict_ema": average, "step": step}
 
 
 def write(
-    folder: Path,
-    weights: np.ndarray,
-    update: Average,
-    dtype: torch.dtype = torch.float32,
-    form: Form = timm,
-) -> Path:
+    folder,
+    weights,
+    update,
+    dtype=torch.float32,
+    form=timm,
+):
     folder.mkdir(exist_ok=True)
     averages = follow(update, weights)
     for step in TIMES:
@@ -136,24 +124,18 @@ def write(
     return folder
 
 
-def settings_of(run: Path) -> dict[str, Any]:
+def settings_of(run):
     """Return the settings in the manifest of an import."""
     manifest = run / "ema-import.json"
-    settings: dict[str, Any] = json.loads(manifest.read_text())["settings"]
-    return settings
+    return json.loads(manifest.read_text())["settings"]
 
 
-def true_average(weights: np.ndarray, sigma_rel: float) -> np.ndarray:
+def true_average(weights, sigma_rel):
     """Return the power function's sum over every step, in float64."""
     return exact_weights(sigma_rel, range(1, STEPS + 1)) @ weights
 
 
-def error_of(
-    run: Run,
-    sigma_rel: float = 0.15,
-    prefix: str = "",
-    weights: np.ndarray | None = None,
-) -> tuple[float, float]:
+def error_of(run, sigma_rel=0.15, prefix="", weights=None):
     """Return the relative distance of an average from the sum over every step in float64, and the
     predicted error."""
     made = run.average(sigma_rel, dtype="float64")
@@ -165,13 +147,13 @@ def error_of(
 
 
 def check(
-    run: Run | Path,
-    *of: float,
-    most: float = 2e-3,
-    low: float = 0.3,
-    high: float = 2.5,
-    **where: Any,
-) -> None:
+    run,
+    *of,
+    most=2e-3,
+    low=0.3,
+    high=2.5,
+    **where,
+):
     """Check that an average is exact, and as exact as predicted: its error over the predicted one
     has bounds."""
     if isinstance(run, Path):

@@ -3,11 +3,9 @@
 import copy
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from checking import refused, saved_and_loaded
-from factories import FloatArray
 from numpy.testing import assert_allclose
 from torch import nn
 
@@ -30,16 +28,16 @@ MODES = {
 """The number of values whose derivatives count."""
 
 
-def value_of(step: int, weight: torch.Tensor) -> torch.Tensor:
+def value_of(step, weight):
     """Return A_i w_i**2, whose derivative is 2 A_i w_i."""
     return torch.as_tensor(DATA[step]) @ weight**2
 
 
-def leaf() -> nn.Parameter:
+def leaf():
     return nn.Parameter(torch.tensor(START))
 
 
-def coefficients(count: int) -> FloatArray:
+def coefficients(count):
     """Return the coefficient of each value: 1 - decay, but for the first, times all later
     decays."""
     later = DECAY ** np.arange(count)[::-1]
@@ -48,22 +46,18 @@ def coefficients(count: int) -> FloatArray:
     return later * own
 
 
-def assert_near(found: npt.ArrayLike, expected: npt.ArrayLike) -> None:
+def assert_near(found, expected):
     """A sum of products of numbers up to about 10, with 8 roundings a step."""
     within = 10 * 8 * STEPS * ROWS * WEIGHTS * np.finfo(np.float64).eps
     assert_allclose(found, expected, rtol=0, atol=within)
 
 
-def make(mode: str) -> DifferentiableEMA:
+def make(mode):
     window = 7 if mode == "window" else None
     return DifferentiableEMA(ROWS, DECAY, mode, window, dtype=torch.float64)
 
 
-def take(
-    ema: DifferentiableEMA,
-    value: torch.Tensor,
-    weight: torch.Tensor,
-) -> torch.Tensor:
+def take(ema, value, weight):
     """Call the module; pass the leaf in the mode that needs it."""
     if ema.mode == "carried":
         return ema(value, leaves=[weight])
@@ -127,7 +121,7 @@ def test_carried_reaches_every_leaf_that_it_was_given_and_no_other():
     assert other.grad is None
 
 
-def by_state(first: DifferentiableEMA) -> DifferentiableEMA:
+def by_state(first):
     second = make(first.mode)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     return second

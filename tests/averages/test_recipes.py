@@ -1,20 +1,16 @@
 """Switch EMA, and Hare and Tortoise: trajectories against NumPy, float64, over both kinds of
 averages."""
 
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 from checking import refused
-from factories import FloatArray, exact_average
+from factories import exact_average
 from numpy.testing import assert_allclose
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tracker.runs import track
 
-from posthoc_cli import PostHocEMA
 from posthoc_cli.averages import HareAndTortoise, SwitchEMA
 
 STEPS = 30
@@ -33,20 +29,20 @@ ROUNDING = 8 * STEPS * 10 * np.finfo(np.float64).eps
 class Quadratic(nn.Module):
     """The loss sum curvature weight**2 / 2, whose gradient is curvature weight."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor(START))
 
-    def loss(self) -> torch.Tensor:
+    def loss(self):
         return (torch.tensor(CURVATURE) * self.weight**2).sum() / 2
 
 
 def train(
-    model: Quadratic,
-    optimizer: torch.optim.Optimizer,
-    recipe: Any,
-    steps: int = STEPS,
-) -> Iterator[tuple[FloatArray, bool]]:
+    model,
+    optimizer,
+    recipe,
+    steps=STEPS,
+):
     """Take steps; yield after each the weights before a switch at that step, and whether there was
     a switch."""
     for _ in range(steps):
@@ -57,20 +53,20 @@ def train(
         yield weights, recipe.update(model)
 
 
-def sgd(model: nn.Module) -> torch.optim.SGD:
+def sgd(model):
     return torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM)
 
 
-def averaged(model: nn.Module) -> AveragedModel:
+def averaged(model):
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
 
 
 def check_path(
-    model: Quadratic,
-    optimizer: torch.optim.Optimizer,
-    recipe: Any,
-    forget_momentum: bool,
-) -> None:
+    model,
+    optimizer,
+    recipe,
+    forget_momentum,
+):
     """Compare with the path of SGD with momentum and an average, with a switch at every 6th
     step."""
     weight = START
@@ -104,19 +100,9 @@ def test_the_hares_optimizer_forgets_its_momentum():
     check_path(model, optimizer, recipe, forget_momentum=True)
 
 
-def tracker(model: nn.Module, folder: Path, **options: Any) -> PostHocEMA:
-    options = {
-        "sigma_rels": (SIGMA_REL, 0.28),
-        "update_every": 1,
-        "checkpoint_every": 6,
-        **options,
-    }
-    return PostHocEMA.from_model(model, folder, **options)
-
-
 def test_a_switch_gives_the_trackers_average_and_later_ones_go_on_over_the_jumps(tmp_path):
     model = Quadratic()
-    with tracker(model, tmp_path) as ema:
+    with track(model, tmp_path, (SIGMA_REL, 0.28)) as ema:
         recipe = SwitchEMA(ema, EVERY, sigma_rel=SIGMA_REL)
         seen = []
         for step, (weights, switched) in enumerate(train(model, sgd(model), recipe), 1):
@@ -152,7 +138,7 @@ def test_a_bad_period_or_length_is_named(kind, name, tmp_path):
     model = Quadratic()
     with refused(name):
         kind(averaged(model), 0)
-    ema = tracker(model, tmp_path, update_every=3)
+    ema = track(model, tmp_path, update_every=3, checkpoint_every=6)
     with refused(name, "multiple of the tracker's update_every 3"):
         kind(ema, 4, sigma_rel=SIGMA_REL)
     with refused("sigma_rel", "must be given"):
@@ -163,7 +149,8 @@ def test_a_bad_period_or_length_is_named(kind, name, tmp_path):
 
 def test_nothing_is_switched_before_there_is_an_average(tmp_path):
     model = Quadratic()
-    with tracker(model, tmp_path, update_every=3, update_after_step=9) as ema:
+    schedule = {"update_every": 3, "update_after_step": 9, "checkpoint_every": 6}
+    with track(model, tmp_path, **schedule) as ema:
         recipe = SwitchEMA(ema, EVERY, sigma_rel=SIGMA_REL)
         switches = [switched for _, switched in train(model, sgd(model), recipe, steps=12)]
     assert switches == [False] * 11 + [True]

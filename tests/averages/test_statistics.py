@@ -6,17 +6,15 @@ import numpy as np
 import pytest
 import torch
 from checking import assert_same_tensors, refused, saved_and_loaded
-from factories import FloatArray
 from numpy.testing import assert_allclose
 
 from posthoc_cli.averages import EMAStats
 from posthoc_cli.errors import NotReadyError
 
 NAMES = ("mean_x", "mean_y", "cov_xx", "cov_yy", "cov_xy")
-Batch = tuple[FloatArray, FloatArray]
 
 
-def batches(count: int, rows: int) -> list[Batch]:
+def batches(count, rows):
     """Return correlated batches of 4 and 3 columns with a nonzero, moving mean."""
     random = np.random.default_rng(0)
     mixing = random.normal(size=(4, 3))
@@ -29,21 +27,21 @@ def batches(count: int, rows: int) -> list[Batch]:
 
 
 def feed(
-    stats: EMAStats,
-    data: list[Batch],
-    dtype: torch.dtype = torch.float32,
-) -> EMAStats:
+    stats,
+    data,
+    dtype=torch.float32,
+):
     for x, y in data:
         stats(torch.tensor(x, dtype=dtype), torch.tensor(y, dtype=dtype))
     return stats
 
 
 def check(
-    stats: EMAStats,
-    data: list[Batch],
-    running_mean: bool,
-    within: float,
-) -> None:
+    stats,
+    data,
+    running_mean,
+    within,
+):
     """Compare with the statistics by definition."""
     momentum = stats.momentum
     state = {}
@@ -131,14 +129,14 @@ def test_statistics_are_float32_of_half_precision_batches_under_autocast_and_in_
     assert stats.cov_xy.dtype == torch.float32
 
 
-def by_state(stats: EMAStats) -> EMAStats:
+def by_state(stats):
     twin = EMAStats(4, 3)
     twin.load_state_dict(stats.state_dict())
     return twin
 
 
 @pytest.fixture
-def stats() -> EMAStats:
+def stats():
     """Return statistics of two batches."""
     return feed(EMAStats(4, 3), batches(2, 8))
 

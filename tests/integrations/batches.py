@@ -1,8 +1,5 @@
 """A training within accelerate, also as a program that kills itself."""
 
-from pathlib import Path
-from typing import Any
-
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from integrations.programs import end, task, use_fsdp_on_the_cpu
@@ -14,7 +11,7 @@ from posthoc_cli.integrations.accelerate import prepare
 X = torch.randn(60, 4, generator=torch.manual_seed(5))
 
 
-def batch(number: int) -> torch.Tensor:
+def batch(number):
     return X[4 * number : 4 * number + 4]
 
 
@@ -24,12 +21,12 @@ class Training:
 
     def __init__(
         self,
-        folder: Path,
-        before: bool = False,
-        sharded: bool = False,
-        resume: str | None = None,
-        **arguments: Any,
-    ) -> None:
+        folder,
+        before=False,
+        sharded=False,
+        resume=None,
+        **arguments,
+    ):
         torch.manual_seed(0)
         every = EVERY | {"resume": resume}
         if sharded:
@@ -50,9 +47,9 @@ class Training:
             self.ema = prepare(
                 self.accelerator, self.model, folder / "ema", self.optimizer, **every
             )
-        self.weights: list[dict[str, torch.Tensor]] = []
+        self.weights = []
 
-    def run(self, first: int = 0, killed_at: int = 0) -> None:
+    def run(self, first=0, killed_at=0):
         for number in range(first, 15):
             with self.accelerator.accumulate(self.model):
                 output = self.model(batch(number))

@@ -1,7 +1,6 @@
 """A small regression in Lightning, also as a program that kills itself."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from integrations.programs import end, task
@@ -15,7 +14,7 @@ from truth import recorded
 
 from posthoc_cli.integrations.lightning import PostHocWeightAveraging
 
-EVERY: dict[str, Any] = {
+EVERY = {
     "update_every_n_steps": 1,
     "checkpoint_every": 4,
     "sigma_rels": (0.1, 0.2),
@@ -24,45 +23,45 @@ X = torch.randn(24, 4, generator=torch.manual_seed(5))
 Y = X @ torch.randn(4, 1, generator=torch.manual_seed(6))
 
 
-def loader() -> DataLoader[Any]:
+def loader():
     return DataLoader(TensorDataset(X, Y), batch_size=4)  # six batches an epoch
 
 
 class Regression(LightningModule):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         torch.manual_seed(0)
         layers = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1)
         self.net = nn.Sequential(*layers)
 
-    def loss(self, batch: Any) -> torch.Tensor:
+    def loss(self, batch):
         x, y = batch
         error = self.net(x) - y
         return error.square().mean()
 
-    def training_step(self, batch: Any, _: int) -> torch.Tensor:
+    def training_step(self, batch, _):
         return self.loss(batch)
 
-    def validation_step(self, batch: Any, _: int) -> None:
+    def validation_step(self, batch, _):
         self.log("val_loss", self.loss(batch))
         self.validated = recorded(self)
 
-    def test_step(self, batch: Any, _: int) -> None:
+    def test_step(self, batch, _):
         self.log("test_loss", self.loss(batch))
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
+    def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), lr=0.05)
 
 
 class Recorder(Callback):
     """Records the weights after each optimizer step, and kills the process at one."""
 
-    def __init__(self, killed_at: int = 0) -> None:
-        self.weights: list[dict[str, torch.Tensor]] = []
+    def __init__(self, killed_at=0):
+        self.weights = []
         self._killed_at = killed_at
         self._step = 0
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer, pl_module, *_):
         if trainer.global_step > self._step:
             self._step = trainer.global_step
             self.weights.append(recorded(pl_module))
@@ -70,7 +69,7 @@ class Recorder(Callback):
             end(Path(trainer.default_root_dir), self.weights)
 
 
-def make_trainer(folder: Path, *callbacks: Callback, **arguments: Any) -> Trainer:
+def make_trainer(folder, *callbacks, **arguments):
     """Return a trainer of three epochs of six steps, with a checkpoint every fourth step."""
     saving = ModelCheckpoint(folder / "out", "{step}", every_n_train_steps=4, save_top_k=-1)
     settings = {
@@ -86,7 +85,7 @@ def make_trainer(folder: Path, *callbacks: Callback, **arguments: Any) -> Traine
 
 
 class Sharded(Regression):
-    def configure_model(self) -> None:
+    def configure_model(self):
         if not hasattr(self.net, "reshard"):
             fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
 
@@ -94,7 +93,7 @@ class Sharded(Regression):
 if __name__ == "__main__":
     folder, kind, resumes = task()
     recorder = Recorder(killed_at=0 if resumes else 7)
-    group: dict[str, Any] = {}
+    group = {}
     module = Regression()
     if kind != "alone":
         group = {"strategy": "ddp", "devices": 2}

@@ -1,9 +1,7 @@
 """A small language model, and its training by the transformers Trainer, also as a program that
 kills itself."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from integrations.programs import end, task, use_fsdp_on_the_cpu
@@ -26,16 +24,16 @@ DATA = [
 class Recorder(TrainerCallback):
     """Records the weights after each step, and kills the process, or raises an error, at one."""
 
-    def __init__(self, killed_at: int = 0, fails_at: int = 0) -> None:
-        self.weights: list[dict[str, torch.Tensor]] = []
+    def __init__(self, killed_at=0, fails_at=0):
+        self.weights = []
         self._killed_at = killed_at
         self._fails_at = fails_at
-        self.before_end: Callable[[], None] = lambda: None
+        self.before_end = lambda: None
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+    def on_optimizer_step(self, args, state, control, model, **_):
         self.weights.append(recorded(model))
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args, state, control, **_):
         if state.global_step == self._killed_at:
             self.before_end()
             end(Path(args.output_dir).parent, self.weights)
@@ -43,7 +41,7 @@ class Recorder(TrainerCallback):
             raise KeyError("the training fails here")
 
 
-def network() -> LlamaForCausalLM:
+def network():
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=32,
@@ -56,12 +54,7 @@ def network() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def make_trainer(
-    folder: Path,
-    *callbacks: TrainerCallback,
-    model: Any = None,
-    **arguments: Any,
-) -> Trainer:
+def make_trainer(folder, *callbacks, model=None, **arguments):
     settings = {
         "max_steps": 10,
         "save_steps": 4,
@@ -87,7 +80,7 @@ def make_trainer(
 
 
 class Evaluated(TrainerCallback):
-    def on_prediction_step(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+    def on_prediction_step(self, args, state, control, model, **_):
         self.weights = recorded(model)
 
 

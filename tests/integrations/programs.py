@@ -5,7 +5,6 @@ import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ FRAMEWORKS = ("accelerate", "diffusers", "lightning.pytorch", "transformers.trai
 """What processes have imported when they start: that takes ten seconds of processor time."""
 
 
-def start(program: str, *arguments: object, **environment: str) -> Forked:
+def start(program, *arguments, **environment):
     """Start a program of Python, or a module of this folder by its name."""
     if program.isidentifier():
         options = f"'integrations.{program}', run_name='__main__', alter_sys=True"
@@ -26,7 +25,7 @@ def start(program: str, *arguments: object, **environment: str) -> Forked:
     return Forked(program, *arguments, env=os.environ | environment, modules=FRAMEWORKS)
 
 
-def exit_codes_of_two(program: str, *arguments: object, **environment: str) -> list[int]:
+def exit_codes_of_two(program, *arguments, **environment):
     """Run a program in two processes, which meet at a store of this one; print their errors."""
     store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     environment |= {
@@ -45,19 +44,14 @@ def exit_codes_of_two(program: str, *arguments: object, **environment: str) -> l
     return [process.wait() for process in processes]
 
 
-def task() -> tuple[Path, str, bool]:
+def task():
     """Return what this program is asked for: see `train`."""
     warnings.simplefilter("ignore")
     folder, kind, resumes = sys.argv[1:]
     return Path(folder), kind, resumes == "True"
 
 
-def train(
-    program: str,
-    folder: Path,
-    kind: str,
-    resumes: bool,
-) -> list[int]:
+def train(program, folder, kind, resumes):
     """Run a module of this folder, "alone" or in two processes that are replicas ("ddp") or have a
     "sharded" model. It kills itself unless it resumes.
 
@@ -70,13 +64,13 @@ def train(
     return exit_codes_of_two(program, folder, kind, resumes)
 
 
-def end(folder: Path, weights: list[Any]) -> None:
+def end(folder, weights):
     """Save the weights after each step, and kill this process."""
     torch.save(weights, folder / f"before-{os.environ.get('RANK')}.pt")
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def forget() -> None:
+def forget():
     """Reset the state that accelerate's objects share, as in a new process."""
     module = sys.modules.get("accelerate.state")
     if module is not None:
@@ -85,7 +79,7 @@ def forget() -> None:
         module.PartialState._reset_state()
 
 
-def use_fsdp_on_the_cpu() -> None:
+def use_fsdp_on_the_cpu():
     """Let accelerate shard models on the CPU: it can, but accepts its FSDP plugin for accelerators
     only."""
     from accelerate.state import AcceleratorState, PartialState
@@ -93,7 +87,7 @@ def use_fsdp_on_the_cpu() -> None:
 
     real = AcceleratorState.__init__
 
-    def init(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+    def init(self, *args, fsdp_plugin=None, **kwargs):
         real(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
             self.fsdp_plugin = fsdp_plugin

@@ -2,7 +2,6 @@
 state to resume."""
 
 import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -63,16 +62,16 @@ ema.close()
 
 
 def train(
-    folder: Path,
-    stage: int,
-    resumes: int = 0,
-    killed_at: int = -1,
-) -> list[int]:
+    folder,
+    stage,
+    resumes=0,
+    killed_at=-1,
+):
     return exit_codes_of_two(PROGRAM, folder, stage, resumes, killed_at, DS_ACCELERATOR="cpu")
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_updates_are_exact_and_a_killed_training_resumes(tmp_path: Path, stage: int) -> None:
+def test_updates_are_exact_and_a_killed_training_resumes(tmp_path, stage):
     assert train(tmp_path, stage, killed_at=9) == [-signal.SIGKILL, -signal.SIGKILL]
     assert train(tmp_path, stage, resumes=1) == [0, 0]
     weights, step, average = torch.load(tmp_path / "made.pt")

@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,18 +18,14 @@ for _framework, _code in BLOCK.findall(GUIDE.read_text()):
     EXAMPLES[_framework] += _code
 
 
-def train_step(
-    model: torch.nn.Module,
-    batch: Any,
-    optimizer: torch.optim.Optimizer,
-) -> None:
+def train_step(model, batch, optimizer):
     output = model(batch, 1).sample if hasattr(model, "config") else model(batch)
     output.square().mean().backward()
     optimizer.step()
     optimizer.zero_grad()
 
 
-def names_for(framework: str) -> dict[str, Any]:
+def names_for(framework):
     """Return the names that an example uses without defining them."""
     if framework == "transformers":
         from integrations.llama import DATA, network
@@ -72,7 +67,7 @@ def names_for(framework: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_an_example_runs(framework: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_example_runs(framework, tmp_path, monkeypatch):
     pytest.importorskip(framework)
     monkeypatch.chdir(tmp_path)
     names = names_for(framework)

@@ -1,8 +1,6 @@
 """The callback for Lightning's Trainer, with the real library."""
 
 import copy
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -10,10 +8,10 @@ import torch
 pytest.importorskip("lightning.pytorch")
 
 from integrations.digits import EVERY, Recorder, Regression, loader, make_trainer
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from tracker.runs import times
-from truth import assert_exact, distance, exact, live
+from truth import assert_exact, distance, exact, live, recorded
 
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.integrations.lightning import PostHocWeightAveraging
@@ -22,12 +20,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # the library's own
 
 
 def fit(
-    folder: Path,
-    *callbacks: Any,
-    module: LightningModule | None = None,
-    ckpt_path: Path | None = None,
-    **arguments: Any,
-) -> LightningModule:
+    folder,
+    *callbacks,
+    module=None,
+    ckpt_path=None,
+    **arguments,
+):
     if module is None:
         module = Regression()
     trainer = make_trainer(folder, *callbacks, **arguments)
@@ -36,21 +34,18 @@ def fit(
 
 
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.Tensor]]:
+def expected(tmp_path_factory):
     """The weights of 18 steps without interruption, and without a tracker."""
     recorder = Recorder()
     fit(tmp_path_factory.mktemp("expected"), recorder)
     return recorder.weights
 
 
-def test_validation_and_checkpoints_hold_the_average_and_training_does_not(
-    tmp_path: Path,
-    expected: list[Any],
-) -> None:
-    seen: list[dict[str, Any]] = []
+def test_validation_and_checkpoints_hold_the_average_and_training_does_not(tmp_path, expected):
+    seen = []
 
     class Watching(Regression):
-        def validation_step(self, batch: Any, index: int) -> None:
+        def validation_step(self, batch, index):
             if index == 0:
                 seen.append(copy.deepcopy(parameters(self)))
 
@@ -71,23 +66,13 @@ def test_validation_and_checkpoints_hold_the_average_and_training_does_not(
     assert distance(parameters(module), exact(expected[:8], 0.2)) < 1e-6
 
 
-def parameters(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+def parameters(module):
     return dict(module.named_parameters())
 
 
 class Failing(Regression):
-    def validation_step(self, batch: Any, index: int) -> None:
+    def validation_step(self, batch, index):
         raise KeyError("the validation fails")
-
-
-def test_an_average_that_needs_more_steps_is_left_out_of_checkpoints(
-    tmp_path: Path,
-    expected: list[Any],
-) -> None:
-    callback = PostHocWeightAveraging(tmp_path / "ema", validate="window:5", **EVERY)
-    fit(tmp_path, callback, max_epochs=1)
-    stored = torch.load(tmp_path / "out/step=4.ckpt", weights_only=True)
-    assert distance(stored["state_dict"], expected[3]) == 0
 
 
 class Manual(Regression):
@@ -95,21 +80,21 @@ class Manual(Regression):
 
     automatic_optimization = False
 
-    def training_step(self, batch: Any, index: int) -> None:
+    def training_step(self, batch, index):
         for optimizer in self.optimizers():
             optimizer.zero_grad()
             self.manual_backward(self.loss(batch))
             if index % 2 == 0:
                 optimizer.step()
 
-    def configure_optimizers(self) -> Any:
+    def configure_optimizers(self):
         optimizers = []
         for layer in (self.net[0], self.net[-1]):
             optimizers.append(torch.optim.SGD(layer.parameters(), lr=0.05))
         return optimizers
 
 
-def test_a_step_counts_once_with_two_optimizers_and_not_without_a_step(tmp_path: Path) -> None:
+def test_a_step_counts_once_with_two_optimizers_and_not_without_a_step(tmp_path):
     callback = PostHocWeightAveraging(tmp_path / "ema", **EVERY)
     recorder = Recorder()
     module = fit(tmp_path, callback, recorder, module=Manual())
@@ -117,7 +102,7 @@ def test_a_step_counts_once_with_two_optimizers_and_not_without_a_step(tmp_path:
     assert_exact(callback.ema, module, recorder.weights)
 
 
-def test_accumulation_and_a_stride(tmp_path: Path) -> None:
+def test_accumulation_and_a_stride(tmp_path):
     options = EVERY | {"update_every_n_steps": 2}
     callback = PostHocWeightAveraging(tmp_path / "ema", **options)
     recorder = Recorder()
@@ -133,15 +118,11 @@ def test_accumulation_and_a_stride(tmp_path: Path) -> None:
 
 
 class AtEpochEnds(PostHocWeightAveraging):
-    def should_update(
-        self,
-        step_idx: int | None = None,
-        epoch_idx: int | None = None,
-    ) -> bool:
+    def should_update(self, step_idx=None, epoch_idx=None):
         return epoch_idx is not None
 
 
-def test_updates_at_the_ends_of_epochs(tmp_path: Path, expected: list[Any]) -> None:
+def test_updates_at_the_ends_of_epochs(tmp_path, expected):
     callback = AtEpochEnds(tmp_path / "ema", **EVERY)
     module = fit(tmp_path, callback)
     assert callback.ema.step == 3
@@ -151,24 +132,25 @@ def test_updates_at_the_ends_of_epochs(tmp_path: Path, expected: list[Any]) -> N
 
 
 class Always(PostHocWeightAveraging):
-    def should_update(
-        self,
-        step_idx: int | None = None,
-        epoch_idx: int | None = None,
-    ) -> bool:
+    def should_update(self, step_idx=None, epoch_idx=None):
         return True
 
 
-def test_a_step_that_ends_an_epoch_is_one_update(tmp_path: Path) -> None:
+def test_a_step_that_ends_an_epoch_is_one_update(tmp_path):
     callback = Always(tmp_path / "ema", **EVERY)
     fit(tmp_path, callback)
     assert callback.ema.step == 18
 
 
+class Beginning(Callback):
+    def on_train_start(self, trainer, pl_module):
+        self.weights = recorded(pl_module)
+
+
 def test_an_exception_closes_the_tracker_and_a_resumed_training_copies_the_average_at_its_end(
-    tmp_path: Path,
-    expected: list[Any],
-) -> None:
+    tmp_path,
+    expected,
+):
     options = EVERY | {"validate": 0.2, "copy_at_end": True}
     callback = PostHocWeightAveraging(tmp_path / "ema", **options)
     module = Failing()
@@ -177,31 +159,14 @@ def test_an_exception_closes_the_tracker_and_a_resumed_training_copies_the_avera
     assert distance(parameters(module), expected[5]) == 0  # the raw weights
     assert times(tmp_path / "ema") == {4, 6}
     again = PostHocWeightAveraging(tmp_path / "ema", **options)
-    module = fit(tmp_path, again, Recorder(), ckpt_path=tmp_path / "out/step=4.ckpt")
+    beginning = Beginning()
+    module = fit(tmp_path, again, beginning, ckpt_path=tmp_path / "out/step=4.ckpt")
+    assert distance(beginning.weights, expected[3]) == 0  # the raw ones, too
     with again.ema.model(Regression(), 0.2) as average:
         assert distance(parameters(module), parameters(average)) == 0
 
 
-def test_a_resumed_training_goes_on_from_the_raw_weights(
-    tmp_path: Path,
-    expected: list[Any],
-) -> None:
-    begun: list[Any] = []
-
-    class Beginning(Callback):
-        def on_train_start(self, _: Any, pl_module: LightningModule) -> None:
-            begun.append(copy.deepcopy(parameters(pl_module)))
-
-    for checkpoint in (None, tmp_path / "out/step=4.ckpt"):
-        callback = PostHocWeightAveraging(tmp_path / "ema", validate=0.2, **EVERY)
-        fit(tmp_path, callback, Beginning(), ckpt_path=checkpoint, max_steps=5)
-    assert distance(begun[1], expected[3]) == 0
-
-
-def test_a_checkpoint_without_the_callback_is_accepted_and_figures_are_logged(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_checkpoint_without_the_callback_is_accepted_and_figures_are_logged(tmp_path, caplog):
     fit(tmp_path, max_epochs=1)
     callback = PostHocWeightAveraging(tmp_path / "ema", validate=0.15, **EVERY)
     logger = CSVLogger(tmp_path / "logs", flush_logs_every_n_steps=1)
@@ -211,14 +176,12 @@ def test_a_checkpoint_without_the_callback_is_accepted_and_figures_are_logged(
     assert "ema/predicted_error_0.15" in metrics.read_text()
 
 
-def test_bad_arguments_are_errors(tmp_path: Path) -> None:
+def test_a_copy_at_the_end_needs_a_length(tmp_path):
     with pytest.raises(InvalidValueError, match=r"validate=0\.15"):
         PostHocWeightAveraging(tmp_path, copy_at_end=True)
-    with pytest.raises(InvalidValueError, match="must be a sigma_rel"):
-        PostHocWeightAveraging(tmp_path, validate=[0.2])
 
 
-def test_a_fast_dev_run_writes_nothing_and_training_then_begins(tmp_path: Path) -> None:
+def test_a_fast_dev_run_writes_nothing_and_training_then_begins(tmp_path):
     callback = PostHocWeightAveraging(
         tmp_path / "ema",
         validate=0.2,
@@ -232,7 +195,7 @@ def test_a_fast_dev_run_writes_nothing_and_training_then_begins(tmp_path: Path) 
     assert times(tmp_path / "ema") == {2}
 
 
-def test_a_training_that_goes_on_continues_the_clock(tmp_path: Path) -> None:
+def test_a_training_that_goes_on_continues_the_clock(tmp_path):
     module = Regression()
     for t in (2, 4):
         callback = PostHocWeightAveraging(tmp_path / "ema", resume="auto", **EVERY)
@@ -240,7 +203,7 @@ def test_a_training_that_goes_on_continues_the_clock(tmp_path: Path) -> None:
         assert callback.ema.t == t
 
 
-def test_a_training_has_only_one_averaging_callback(tmp_path: Path) -> None:
+def test_a_training_has_only_one_averaging_callback(tmp_path):
     """Checkpoints have room for one average: of two, each would take the average of the other for
     the raw weights."""
     one = PostHocWeightAveraging(tmp_path / "ema", **EVERY)

@@ -2,18 +2,14 @@
 compute the same."""
 
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 pytest.importorskip("transformers")
 
 from checking import assert_same_tensors
-from ema_command import Ema
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tracker import runs
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -32,11 +28,11 @@ TEXT = {
 }
 
 
-def llama(**options: Any) -> nn.Module:
+def llama(**options):
     return LlamaForCausalLM(LlamaConfig(**TEXT, **options))
 
 
-def track(model: nn.Module, folder: Path, **options: Any) -> None:
+def track(model, folder, **options):
     """Write a run of six steps that move every parameter at random."""
     with runs.track(model, folder, checkpoint_every=2, checkpoint_dtype=None, **options) as ema:
         for _ in range(6):
@@ -47,16 +43,16 @@ def track(model: nn.Module, folder: Path, **options: Any) -> None:
 
 
 @torch.no_grad()
-def answer(model: nn.Module) -> torch.Tensor:
+def answer(model):
     tokens = torch.arange(1, 9)[None]
     return model.eval()(input_ids=tokens).logits
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_folder_loads_without_warnings_and_computes_the_same_as_a_filled_model(
-    tmp_path: Path,
-    tied: bool,
-) -> None:
+    tmp_path,
+    tied,
+):
     model = llama(tie_word_embeddings=tied)
     like = tmp_path / "like"
     new = tmp_path / "new"
@@ -76,9 +72,9 @@ def test_a_folder_loads_without_warnings_and_computes_the_same_as_a_filled_model
 
 
 def test_dtypes_and_tensors_that_the_run_lacks_are_those_of_the_folder(
-    tmp_path: Path,
-    ema: Ema,
-) -> None:
+    tmp_path,
+    ema,
+):
     model = llama()
     model.model.norm.weight.requires_grad_(False)
     like = tmp_path / "like"
@@ -95,8 +91,8 @@ def test_dtypes_and_tensors_that_the_run_lacks_are_those_of_the_folder(
 
 
 def test_tensors_that_transformers_renames_on_disk_are_refused_with_a_way_out(
-    tmp_path: Path,
-) -> None:
+    tmp_path,
+):
     """In memory the experts of a mixture are one tensor."""
     model = MixtralForCausalLM(MixtralConfig(**TEXT, num_local_experts=2))
     model.save_pretrained(tmp_path / "like")
@@ -106,7 +102,7 @@ def test_tensors_that_transformers_renames_on_disk_are_refused_with_a_way_out(
     assert not (tmp_path / "new").exists()
 
 
-def test_the_component_of_a_pipeline(tmp_path: Path) -> None:
+def test_the_component_of_a_pipeline(tmp_path):
     diffusers = pytest.importorskip("diffusers")
     from integrations.unet import network
 
@@ -120,33 +116,25 @@ def test_the_component_of_a_pipeline(tmp_path: Path) -> None:
     assert_same_tensors(loaded.unet.state_dict(), unet.state_dict())
 
 
-def renamed(folder: Path) -> None:
-    """Give a tensor a name that only a library could know."""
-    weights = load_file(folder / "model.safetensors")
-    weights["model.norm.scale"] = weights.pop("model.norm.weight")
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-
-
-def quantized(folder: Path) -> None:
+def quantized(folder):
     config = folder / "config.json"
     content = json.loads(config.read_text())
     content["quantization_config"] = {"bits": 8}
     config.write_text(json.dumps(content))
 
 
-def without_weights(folder: Path) -> None:
+def without_weights(folder):
     (folder / "model.safetensors").unlink()
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (renamed, r"like: 1 tensors .*'model\.norm\.weight'.*save_pretrained"),
         (quantized, r"like: .* quantization_config"),
         (without_weights, "holds no weights"),
     ],
 )
-def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path, change: Any, words: str) -> None:
+def test_a_folder_that_does_not_fit_is_refused(tmp_path, change, words):
     model = llama()
     track(model, tmp_path / "run")
     model.save_pretrained(tmp_path / "like")

@@ -1,8 +1,6 @@
 """Trainings of the frameworks in processes of their own, of which some are killed."""
 
 import signal
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -35,11 +33,11 @@ KINDS = [
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("program", SAVED)
 def test_a_killed_training_resumes_exactly_and_evaluates_the_average(
-    tmp_path: Path,
-    program: str,
-    kind: str,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    tmp_path,
+    program,
+    kind,
+    capsys,
+):
     """Each step counts once, also those before the kill that the checkpoint lacks, which are
     repeated; every process has one average, and none waits for processes that have no tracker."""
     is_sharded = kind == "sharded"
@@ -79,11 +77,7 @@ if accelerate.__version__.startswith("1.10."):
     RESTARTING.add("batches")  # it saves no state of the optimizer with FSDP2
 
 
-def check_averages(
-    made: Path,
-    before: list[Any],
-    within: float,
-) -> list[dict[str, torch.Tensor]]:
+def check_averages(made, before, within):
     """Check the averages of a program that began after some steps; return its weights."""
     weights, average, step, evaluated, *stored = torch.load(made)
     history = before + weights

@@ -3,9 +3,6 @@
 import gc
 import shutil
 import weakref
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +11,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from integrations.llama import BEST, DATA, Recorder, make_trainer, network
-from transformers import EarlyStoppingCallback, LlamaForCausalLM, Trainer
+from transformers import EarlyStoppingCallback
 from truth import EVERY, assert_exact, distance, exact, recorded
 
 from posthoc_cli import Run
@@ -24,25 +21,25 @@ from posthoc_cli.integrations.transformers import PostHocCallback
 pytestmark = pytest.mark.filterwarnings("ignore")  # the library's own
 
 
-def with_weights(weights: Mapping[str, torch.Tensor]) -> LlamaForCausalLM:
+def with_weights(weights):
     model = network()
     model.load_state_dict(weights, strict=False)
     return model
 
 
-def loss(weights: Mapping[str, torch.Tensor], folder: Path) -> float:
+def loss(weights, folder):
     """Return the library's loss of weights without a callback; releases weigh the last tokens
     differently."""
     trainer = make_trainer(folder, model=with_weights(weights))
     return float(trainer.evaluate()["eval_loss"])
 
 
-def logged(trainer: Trainer, name: str = "eval_ema_loss") -> dict[int, float]:
+def logged(trainer, name="eval_ema_loss"):
     return {entry["step"]: entry[name] for entry in trainer.state.log_history if name in entry}
 
 
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.Tensor]]:
+def expected(tmp_path_factory):
     """The weights of ten steps without interruption, and without a tracker."""
     recorder = Recorder()
     make_trainer(
@@ -54,10 +51,10 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.T
 
 
 def test_a_checkpoint_elsewhere_does_not_take_the_state_of_another_training(
-    tmp_path: Path,
-    expected: list[Any],
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+    tmp_path,
+    expected,
+    caplog,
+):
     """`output_dir` holds a checkpoint of the same step of another training, whose averages differ;
     neither has logged anything yet. The first tracker is still open, since an exception has ended
     its training."""
@@ -82,15 +79,12 @@ def test_a_checkpoint_elsewhere_does_not_take_the_state_of_another_training(
     assert_exact(callback.ema, resumed.model, expected)
 
 
-def test_a_training_that_begins_again_with_smaller_batches_continues_its_averages(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_training_that_begins_again_with_smaller_batches_continues_its_averages(tmp_path, caplog):
     """There were steps and snapshots with larger batches; the trainer does not reset the weights
     either."""
 
     class Large(Recorder):
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_step_end(self, args, state, control, **_):
             if len(self.weights) == 5:
                 raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB")
 
@@ -106,11 +100,7 @@ def test_a_training_that_begins_again_with_smaller_batches_continues_its_average
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
-def test_steps_that_a_scaler_skips_do_not_count(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    optim: str,
-) -> None:
+def test_steps_that_a_scaler_skips_do_not_count(tmp_path, monkeypatch, optim):
     """accelerate counts those of a fused optimizer, the default, which a GradScaler calls even
     then."""
     from accelerate.optimizer import AcceleratedOptimizer
@@ -118,15 +108,13 @@ def test_steps_that_a_scaler_skips_do_not_count(
     scaler = torch.amp.GradScaler("cpu")
     real = AcceleratedOptimizer.__init__
 
-    def init(self: Any, inner: Any, *_: Any, **__: Any) -> None:
+    def init(self, inner, *_, **__):
         real(self, inner, False, scaler=scaler)
 
     monkeypatch.setattr(AcceleratedOptimizer, "__init__", init)
 
     class Infinite(Recorder):
-        def on_pre_optimizer_step(
-            self, _: Any, state: Any, __: Any, model: Any, **___: Any
-        ) -> None:
+        def on_pre_optimizer_step(self, _, state, __, model, **___):
             if state.global_step in (1, 2):
                 next(model.parameters()).grad.fill_(torch.inf)
 
@@ -141,10 +129,7 @@ def test_steps_that_a_scaler_skips_do_not_count(
     assert_exact(callback.ema, trainer.model, recorder.weights)
 
 
-def test_several_averages_are_evaluated_and_one_of_them_chooses_the_best_model(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_several_averages_are_evaluated_and_one_of_them_chooses_the_best_model(tmp_path, caplog):
     """A linear decay over the last half is the mean of that half; a window is left out while
     training is too short."""
     wanted = [0.2, "decay:linear:50%", "window:5"]
@@ -172,7 +157,7 @@ def test_several_averages_are_evaluated_and_one_of_them_chooses_the_best_model(
     assert (tmp_path / f"out/checkpoint-{best}/ema_decay-linear-50%").exists()
 
 
-def mean(weights: Sequence[Any]) -> dict[str, torch.Tensor]:
+def mean(weights):
     """Return the average at the last of these steps, by definition."""
     mean = {}
     for name in weights[0]:
@@ -181,7 +166,7 @@ def mean(weights: Sequence[Any]) -> dict[str, torch.Tensor]:
     return mean
 
 
-def test_several_evaluation_sets_and_figures_in_the_log(tmp_path: Path) -> None:
+def test_several_evaluation_sets_and_figures_in_the_log(tmp_path):
     callback = PostHocCallback(tmp_path / "ema", evaluate=0.15, **EVERY)
     trainer = make_trainer(
         tmp_path,
@@ -199,7 +184,7 @@ def test_several_evaluation_sets_and_figures_in_the_log(tmp_path: Path) -> None:
     assert [*logged(trainer, "loss")] == [*range(1, 11)]
 
 
-def test_an_adapter_is_tracked_saved_and_loaded_alone(tmp_path: Path) -> None:
+def test_an_adapter_is_tracked_saved_and_loaded_alone(tmp_path):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     model = peft.get_peft_model(network(), config)
@@ -215,9 +200,7 @@ def test_an_adapter_is_tracked_saved_and_loaded_alone(tmp_path: Path) -> None:
     assert set(Run(tmp_path / "ema").tensors) == set(saved)
 
 
-def test_bad_arguments_and_callbacks_are_errors_at_once(tmp_path: Path) -> None:
-    with pytest.raises(InvalidValueError, match="target None: must be a sigma_rel"):
-        PostHocCallback(tmp_path / "ema", evaluate=[0.1, None])
+def test_wrong_callbacks_are_errors_at_once(tmp_path):
     one = PostHocCallback(tmp_path / "one")
     two = PostHocCallback(tmp_path / "two")
     with pytest.raises(InvalidValueError, match="leave one out"):
@@ -228,10 +211,7 @@ def test_bad_arguments_and_callbacks_are_errors_at_once(tmp_path: Path) -> None:
         trainer.train()
 
 
-def test_averages_begin_where_a_checkpoint_has_none_and_not_with_other_weights(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_averages_begin_where_a_checkpoint_has_none_and_not_with_other_weights(tmp_path, caplog):
     make_trainer(tmp_path, max_steps=4).train()
     callback = PostHocCallback(tmp_path / "ema", **EVERY)
     make_trainer(tmp_path, callback).train(resume_from_checkpoint=True)
@@ -242,7 +222,7 @@ def test_averages_begin_where_a_checkpoint_has_none_and_not_with_other_weights(
         make_trainer(tmp_path, again).train()
 
 
-def test_early_stopping_on_the_averages_metric(tmp_path: Path) -> None:
+def test_early_stopping_on_the_averages_metric(tmp_path):
     """That callback counts its calls, and is disabled by one without the metric; here it is before
     ours."""
     stopping = EarlyStoppingCallback(early_stopping_patience=2)
@@ -258,7 +238,7 @@ def test_early_stopping_on_the_averages_metric(tmp_path: Path) -> None:
     assert min(one, other) >= better[-1]
 
 
-def test_a_finished_training_frees_its_model_and_trainer(tmp_path: Path) -> None:
+def test_a_finished_training_frees_its_model_and_trainer(tmp_path):
     callback = PostHocCallback(tmp_path / "ema", evaluate=0.15, **EVERY)
     trainer = make_trainer(tmp_path, save_strategy="no", max_steps=4)
     callback.install(trainer)

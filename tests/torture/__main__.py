@@ -4,10 +4,7 @@ the results.
 cd tests
 python -m torture                     # all of them, long
 python -m torture --only kill         # those with "kill" in their names
-python -m torture --share 0.1         # a tenth of each
 """
-
-from __future__ import annotations
 
 import argparse
 import logging
@@ -20,11 +17,10 @@ from pathlib import Path
 from torture.test_torture import EXPERIMENTS
 
 
-def main() -> int:
+def main():
     """Run the experiments; print the table and every failure. Return 1 if there is one."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="experiments with this in their names")
-    parser.add_argument("--share", type=float, default=1.0, help="of all cases, above 0, up to 1")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of random choices")
     options = parser.parse_args()
     # thousands of messages that say what is wrong
@@ -32,13 +28,13 @@ def main() -> int:
     print(f"seed {options.seed}\n")
     print("| experiment | tried | lost | missed | executed | time |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    failures = list[str]()
+    failures = []
     for name, (experiment, _) in EXPERIMENTS.items():
         if options.only not in name:
             continue
         started = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
-            tally = experiment(Path(folder), options.share, options.seed)
+            tally = experiment(Path(folder), 1.0, options.seed)
         found = (tally.lost, tally.missed, tally.executed)
         counts = " | ".join(str(len(lines)) for lines in found)
         seconds = time.monotonic() - started

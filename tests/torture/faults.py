@@ -9,12 +9,10 @@ import os
 import random
 import shutil
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 from factories import snapshots_in
@@ -42,7 +40,7 @@ class Work:
     errors: list[str] = field(default_factory=list)
     done: list[Path] = field(default_factory=list)  # the outputs that have been made
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         self.root.mkdir(exist_ok=True)
         self.run = self.root / "run"
         self.outputs = [
@@ -51,25 +49,19 @@ class Work:
             self.root / "shards",
         ]
 
-    def do(self) -> None:
+    def do(self):
         """Do all stages; repeat a stage that fails once."""
         if not (self.run / STATE).exists():
             self._twice(lambda: self._train(STOPS))
         self._twice(lambda: self._train(STEPS))
-        self._twice(self._synthesize)
+        self._twice(lambda: Run(self.run).write([0.1, 0.2], self.root / "out", overwrite=True))
         self.done += self.outputs[:2]
-        self._twice(self._export)
+        first, _, shards = self.outputs
+        self._twice(lambda: export_file(first, shards, max_shard_size="40", overwrite=True))
         self.done += self.outputs[2:]
         self._twice(lambda: Run(self.run).prune(keep=2))
 
-    def _synthesize(self) -> None:
-        Run(self.run).write([0.1, 0.2], self.root / "out", overwrite=True)
-
-    def _export(self) -> None:
-        first, _, shards = self.outputs
-        export_file(first, shards, max_shard_size="40", overwrite=True)
-
-    def _twice(self, stage: Callable[[], object]) -> None:
+    def _twice(self, stage):
         try:
             stage()
         except PostHocError as error:
@@ -78,15 +70,15 @@ class Work:
             stage()
         self.make_room()
 
-    def _train(self, until: int) -> None:
+    def _train(self, until):
         self.errors += train(
             self.run, until, (SAVES,), self.note, checkpoint_every=1, max_checkpoints=3
         )
 
-    def snapshots(self) -> set[str]:
+    def snapshots(self):
         return {snapshot.path.name for snapshot in snapshots_in(self.run)}
 
-    def wrong(self) -> list[str]:
+    def wrong(self):
         """Return the problems of all snapshots, and of the outputs that exist or have been made."""
         problems = [*wrong_snapshots(self.run)]
         for path in self.outputs:
@@ -98,7 +90,7 @@ class Work:
 # --- errors
 
 
-def errors_at_every_operation(folder: Path, share: float, seed: int) -> Tally:
+def errors_at_every_operation(folder, share, seed):
     """Raise each kind of error at each operation of reading and writing; the user repeats what has
     failed."""
     tally = Tally()
@@ -120,7 +112,7 @@ def errors_at_every_operation(folder: Path, share: float, seed: int) -> Tally:
     return tally
 
 
-def _judge(tally: Tally, fault: str, work: Work, reference: Work) -> None:
+def _judge(tally, fault, work, reference):
     """Count the work that a fault has met, and what is wrong after it."""
     tally.tried += 1
     tally.lost += [f"{fault}: {line}" for line in work.wrong()]
@@ -135,18 +127,18 @@ def _judge(tally: Tally, fault: str, work: Work, reference: Work) -> None:
 class Watched:
     """A file system whose operations are calls of `do` with their names and arguments."""
 
-    def do(self, name: str, *arguments: Any) -> Any:
+    def do(self, name, *arguments):
         raise NotImplementedError
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
+    def __getattr__(self, name):
         return partial(self.do, name)
 
 
-def installed(system: Watched) -> AbstractContextManager[object]:
+def installed(system):
     return mock.patch.object(files, "system", system)
 
 
-def really(name: str, *arguments: Any) -> Any:
+def really(name, *arguments):
     """Do a file operation; skip all syncs."""
     if name.startswith("fsync"):
         return None
@@ -165,7 +157,7 @@ TAKE_ROOM = ("open_new", "write", "make_directory")
 disk."""
 
 
-def can_fail(name: str, kind: str) -> bool:
+def can_fail(name, kind):
     """Return whether an operation can fail with a fault of this kind."""
     return name not in NEVER and name in HALVED.get(kind, (name,))
 
@@ -174,18 +166,18 @@ class Faulty(Watched):
     """A file system that fails with a fault of KINDS at the operation number `at`, counted from 0,
     if given."""
 
-    def __init__(self, at: int | None = None, kind: str = "EIO") -> None:
+    def __init__(self, at=None, kind="EIO"):
         self._at = at
         self._kind = kind
         self._full = False
         self._lock = threading.Lock()
-        self.operations: list[str] = []
+        self.operations = []
         self.failed = ""  # the fault in words, once it has happened
 
-    def make_room(self) -> None:
+    def make_room(self):
         self._full = False
 
-    def do(self, name: str, *arguments: Any) -> Any:
+    def do(self, name, *arguments):
         with self._lock:
             fails = len(self.operations) == self._at and can_fail(name, self._kind)
             if name not in NEVER:
@@ -209,14 +201,14 @@ class Faulty(Watched):
 # --- crashes
 
 
-def crashes_at_every_operation(folder: Path, share: float, seed: int) -> Tally:
+def crashes_at_every_operation(folder, share, seed):
     """Kill the process, or cut the power, between any two operations; then the user starts
     again."""
     tally = Tally()
     chance = random.Random(seed)
-    crashes = list[Crash]()
+    crashes = []
 
-    def crash(after: str) -> None:
+    def crash(after):
         for kind in ("kill", "nothing", "names", "some"):
             if chance.random() <= share:
                 work = Work(folder / f"crash-{len(crashes)}")
@@ -251,7 +243,7 @@ class Crash:
     work: Work
     kept: dict[str, bytes]
 
-    def gone(self) -> Iterator[str]:
+    def gone(self):
         current = contents(self.work.run)
         superseded = contents(self.work.run / "superseded")
         for name, content in self.kept.items():
@@ -275,27 +267,23 @@ class Disk(Watched):
     """The real file system without syncs, and what a crash would leave of all below `root`; it
     calls `after`."""
 
-    def __init__(
-        self,
-        root: Path,
-        after: Callable[[str], None],
-    ) -> None:
+    def __init__(self, root, after):
         self._root = root
         self._after = after
         self._lock = threading.Lock()
         # snapshots that were durable and have not been removed or replaced since
-        self.kept: dict[str, bytes] = {}
-        self._files: dict[int, File] = {}  # by the number of their inode
-        self._now: Entries = {}
-        self._durable: Entries = {}
+        self.kept = {}
+        self._files = {}  # by the number of their inode
+        self._now = {}
+        self._durable = {}
         # atomic operations on directories that are not synced yet
-        self._pending: list[Entries] = []
+        self._pending = []
 
-    def keep(self, contents: dict[str, bytes]) -> None:
+    def keep(self, contents):
         with self._lock:
             self.kept = contents
 
-    def do(self, name: str, *arguments: Any) -> Any:
+    def do(self, name, *arguments):
         if name in ("list", "read"):
             return really(name, *arguments)
         with self._lock:
@@ -304,8 +292,9 @@ class Disk(Watched):
                 self._files[os.fstat(done).st_ino] = File()
             elif name in ("write", "fsync"):
                 self._change(name, arguments[0])
-            elif name in ("unlink", "rename"):
-                self._forget(arguments[-1])
+            elif name in ("unlink", "rename") and arguments[-1].parent == self._root / "run":
+                # what is removed or replaced need not last
+                self.kept.pop(arguments[-1].name, None)
             self._compare()
             if name == "fsync_directory":
                 self._sync(arguments[0])
@@ -313,7 +302,7 @@ class Disk(Watched):
                 self._after(f"{name} {arguments[0]}")
             return done
 
-    def _change(self, name: str, descriptor: int) -> None:
+    def _change(self, name, descriptor):
         status = os.fstat(descriptor)
         file = self._files[status.st_ino]
         if name == "write":
@@ -321,27 +310,22 @@ class Disk(Watched):
         else:
             file.durable = file.data
 
-    def _forget(self, path: Path) -> None:
-        """What is removed or replaced need not last."""
-        if path.parent == self._root / "run":
-            self.kept.pop(path.name, None)
-
-    def _compare(self) -> None:
+    def _compare(self):
         """Take the changes of names for one operation."""
-        now: Entries = {}
+        now = {}
         for path in self._root.rglob("*"):
             if path.is_dir():
                 now[path] = FOLDER
             elif path.suffix in WATCHED:
                 now[path] = self._files[path.lstat().st_ino]
-        edits: Entries = {}
+        edits = {}
         for path in now.keys() | self._now.keys():
             if now.get(path) is not self._now.get(path):
                 edits[path] = now.get(path)
         self._pending.append(edits)
         self._now = now
 
-    def _sync(self, directory: Path) -> None:
+    def _sync(self, directory):
         pending = []
         for edits in self._pending:
             if any(entry.parent == directory for entry in edits):
@@ -350,7 +334,7 @@ class Disk(Watched):
                 pending.append(edits)
         self._pending = pending
 
-    def leave(self, place: Path, crash: str, chance: random.Random) -> None:
+    def leave(self, place, crash, chance):
         """Build in `place` what is on the disk after a "kill" of the process, or after a loss of
         power.
 

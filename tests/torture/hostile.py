@@ -12,16 +12,14 @@ import random
 import re
 import shutil
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from checkpoint_layouts import LAYOUTS, walk
 from ema_command import run_ema
 from factories import INDEX, contents, random_walk, split_snapshot, write_run
-from snapshots.recorded import SMALL, Content, examine, small_output, small_snapshot, used
+from snapshots.recorded import SMALL, examine, small_output, small_snapshot, used
 from tracker.runs import track
 
 from posthoc_cli import Run, export_file
@@ -31,7 +29,7 @@ from torture.training import Tally
 class Bomb(str):
     """The path of a file that is created when this is unpickled."""
 
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    def __reduce__(self):
         return open, (str(self), "w")
 
 
@@ -59,7 +57,7 @@ THINGS = (
 )
 
 
-def put(thing: str, path: Path, home: Path) -> None:
+def put(thing, path, home):
     """Put a special file at a path in a folder that contains all others."""
     bomb = Bomb(home / "executed")
     if thing in LINKS:
@@ -125,7 +123,7 @@ PLACES = {
 with --overwrite."""
 
 
-def replace_files(folder: Path, share: float, seed: int) -> Tally:
+def replace_files(folder, share, seed):
     """Put every special file at every place, and use it."""
     tally = Tally()
     home = folder / "home"
@@ -152,7 +150,7 @@ def replace_files(folder: Path, share: float, seed: int) -> Tally:
     return tally
 
 
-def all_meetings() -> list[tuple[str, str, str]]:
+def all_meetings():
     """Return every place, thing and command."""
     meetings = []
     for place, commands in PLACES.items():
@@ -162,13 +160,7 @@ def all_meetings() -> list[tuple[str, str, str]]:
     return meetings
 
 
-def _meet(
-    home: Path,
-    place: str,
-    thing: str,
-    command: str,
-    tally: Tally,
-) -> None:
+def _meet(home, place, thing, command, tally):
     path = home / place
     what = f"{thing} as {place}: {command}"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -193,7 +185,7 @@ def _meet(
         tally.lost.append(f"{what}: temporaries were left")
 
 
-def _unclear(what: str, command: str) -> list[str]:
+def _unclear(what, command):
     """Run a command; return a line unless it ends as usual, with one error if it fails."""
     result = run_ema(*command.split())
     errors = [line for line in result.err.splitlines() if line.startswith("ema: error: ")]
@@ -204,7 +196,7 @@ def _unclear(what: str, command: str) -> list[str]:
     return [f"{what}: ended with {result.code}: {result.err[-500:]!a}"]
 
 
-def _track(home: Path) -> None:
+def _track(home):
     """Train in a directory, and return to an earlier state, which sets snapshots aside."""
     model = torch.nn.Linear(2, 2)
     with track(model, home / "fresh", checkpoint_every=1) as tracker:
@@ -220,7 +212,7 @@ def _track(home: Path) -> None:
 DAMAGES = 400  # for each layout
 
 
-def damage_checkpoints(folder: Path, share: float, seed: int) -> Tally:
+def damage_checkpoints(folder, share, seed):
     """Truncate files of each layout, flip bits, replace files by a bomb."""
     tally = Tally()
     chance = random.Random(seed)
@@ -249,7 +241,7 @@ def damage_checkpoints(folder: Path, share: float, seed: int) -> Tally:
     return tally
 
 
-def _changed(intact: bytes, chance: random.Random, marker: Path) -> bytes:
+def _changed(intact, chance, marker):
     kind = chance.choice(["cut", "flip", "flip", "bomb"])
     if kind == "bomb":
         model = {"w": torch.ones(2)}
@@ -262,7 +254,7 @@ def _changed(intact: bytes, chance: random.Random, marker: Path) -> bytes:
     return _flipped(intact, 8 * place + chance.randrange(8))
 
 
-def _flipped(data: bytes, place: int) -> bytes:
+def _flipped(data, place):
     byte, bit = divmod(place, 8)
     changed = bytearray(data)
     changed[byte] ^= 1 << bit
@@ -282,9 +274,9 @@ class Victim:
     source: Path
     named: Path
 
-    def results(self, tally: Tally, what: str) -> list[Content | None]:
+    def results(self, tally, what):
         """Return what `examine` and `used` return; None after an error."""
-        found: list[Content | None] = [None, None]
+        found = [None, None]
         out = self.source.with_name("out.safetensors")
         with tally.judged(what, str(self.named)):
             found[0] = examine(self.path)
@@ -296,7 +288,7 @@ class Victim:
         return found
 
 
-def all_victims(folder: Path) -> dict[str, Victim]:
+def all_victims(folder):
     """Write one file of each kind."""
     snapshot = small_snapshot(folder / "snapshot")
     output = small_output(folder / "output")
@@ -316,23 +308,17 @@ def all_victims(folder: Path) -> dict[str, Victim]:
     }
 
 
-def flip_bits(folder: Path, share: float, seed: int) -> Tally:
+def flip_bits(folder, share, seed):
     """Flip every single bit of every small file."""
     return _harm(folder, _flipped, 8, share, seed)
 
 
-def truncate(folder: Path, share: float, seed: int) -> Tally:
+def truncate(folder, share, seed):
     """Cut every small file to every shorter length."""
     return _harm(folder, lambda data, length: data[:length], 1, share, seed)
 
 
-def _harm(
-    folder: Path,
-    change: Callable[[bytes, int], bytes],
-    ways: int,
-    share: float,
-    seed: int,
-) -> Tally:
+def _harm(folder, change, ways, share, seed):
     """Damage each file in a share of the `ways` a byte: each damage is found or, in an index,
     changes nothing."""
     tally = Tally()

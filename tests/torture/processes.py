@@ -4,8 +4,6 @@ import itertools
 import random
 import shutil
 import time
-from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from factories import snapshots_in
 from forked import EMA, Forked
@@ -36,7 +34,7 @@ train(Path(sys.argv[1]), {STEPS}, saves, **settings)
 """
 
 
-def killed_trainings(folder: Path, share: float, seed: int) -> Tally:
+def killed_trainings(folder, share, seed):
     """Kill trainings 1,000 times in total; each is killed at random moments until it completes."""
     return Kills(SingleTraining(folder / "run"), seed).count(1_000 * share)
 
@@ -44,14 +42,14 @@ def killed_trainings(folder: Path, share: float, seed: int) -> Tally:
 class SingleTraining:
     """A training by one process in a folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder):
         self.folder = folder
 
-    def start(self, most: int) -> tuple[str, list[Forked]]:
+    def start(self, most):
         """Start or resume it, with a number of snapshots a profile, 0 for all."""
         return "alone", [Forked(TRAIN, self.folder, most)]
 
-    def wrong(self, most: int, is_complete: bool) -> list[str]:
+    def wrong(self, most, is_complete):
         """Return what is wrong, given that number and whether the training is complete."""
         first = STEPS if most else 4  # the others may be thinned
         due = range(first, STEPS + 1, 4) if is_complete else ()
@@ -62,13 +60,13 @@ class Kills:
     """Kills of processes of trainings at random moments; each training is resumed until it
     completes."""
 
-    def __init__(self, training: SingleTraining, seed: int) -> None:
+    def __init__(self, training, seed):
         self.tally = Tally()
         self.chance = random.Random(seed)
         self.training = training
         self.seconds = 0.0  # of a training without a kill
 
-    def count(self, times: float) -> Tally:
+    def count(self, times):
         """Kill so many times, at least once."""
         Forked("").wait()  # starts the server of processes
         started = time.monotonic()
@@ -85,7 +83,7 @@ class Kills:
             shutil.rmtree(self.training.folder)
         return self.tally
 
-    def _ends_early(self, most: int, is_killed: bool) -> bool:
+    def _ends_early(self, most, is_killed):
         """Run a training until it ends; return whether it has to be resumed."""
         kind, processes = self.training.start(most)
         if is_killed:
@@ -106,7 +104,7 @@ class Kills:
         return False
 
 
-def _end(processes: list[Forked], patience: float) -> list[int]:
+def _end(processes, patience):
     """Wait for all processes, kill those that are left, as a launcher does, and return the exit
     codes."""
     until = time.monotonic() + patience
@@ -117,11 +115,7 @@ def _end(processes: list[Forked], patience: float) -> list[int]:
     return [process.wait() for process in processes]
 
 
-def _missing(
-    run: Path,
-    sigma_rels: Sequence[float],
-    steps: Iterable[int],
-) -> list[str]:
+def _missing(run, sigma_rels, steps):
     found = {(snapshot.step, snapshot.sigma_rel) for snapshot in snapshots_in(run)}
     missing = {*itertools.product(steps, sigma_rels)} - found
     return [f"sigma_rel {sigma_rel} at {step} is missing" for step, sigma_rel in sorted(missing)]
@@ -157,7 +151,7 @@ with PostHocEMA.from_model(
 """
 
 
-def killed_ranks(folder: Path, share: float, seed: int) -> Tally:
+def killed_ranks(folder, share, seed):
     """Kill any one process, 100 times in total; each training is resumed in other processes until
     it completes."""
     return Kills(ShardedTraining(folder / "killed", seed), seed).count(100 * share)
@@ -166,37 +160,31 @@ def killed_ranks(folder: Path, share: float, seed: int) -> Tally:
 class ShardedTraining(SingleTraining):
     """A training by several processes in a folder, which are others each time."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    def __init__(self, folder, seed):
         super().__init__(folder)
         self.chance = random.Random(seed)
 
-    def start(self, most: int) -> tuple[str, list[Forked]]:
+    def start(self, most):
         kind, ranks = self.chance.choice(SPREAD)
         processes = start_group(TRAIN_SHARDED, ranks, self.folder, kind, most)
         return f"{kind} on {ranks}", processes
 
-    def wrong(self, most: int, is_complete: bool) -> list[str]:
-        due: Sequence[int] = [LAST] if is_complete else []
+    def wrong(self, most, is_complete):
+        due = [LAST] if is_complete else []
         note = self.folder / "durable"  # the last step whose snapshots are
         if not most and note.exists():
             due = range(4, int(note.read_text() or 0) + 1, 4)
-        return _wrong_averages(self.folder / "run", due)
-
-
-def _wrong_averages(run: Path, steps: Iterable[int]) -> list[str]:
-    """Return a line for each missing snapshot at these steps, and each tensor that is not its
-    average."""
-    lines = _missing(run, SETTINGS["sigma_rels"], steps) if run.exists() else []
-    for snapshot in snapshots_in(run):
-        updates = [*range(2, snapshot.step + 1, 2)]
-        exact = truth(snapshot.sigma_rel, updates)
-        with snapshot:
-            for name, right in exact.items():
-                # A float32 average is rounded once when stored, and each time that a training is
-                # resumed from it.
-                what = f"{snapshot.path.name}: {name}"
-                lines += away(what, snapshot.tensor(name).numpy(), right.numpy(), 1e-6)
-    return lines
+        run = self.folder / "run"
+        lines = _missing(run, SETTINGS["sigma_rels"], due) if run.exists() else []
+        for snapshot in snapshots_in(run):
+            exact = truth(snapshot.sigma_rel, range(2, snapshot.step + 1, 2))
+            with snapshot:
+                for name, right in exact.items():
+                    # A float32 average is rounded once when stored, and each time that a training
+                    # is resumed from it.
+                    what = f"{snapshot.path.name}: {name}"
+                    lines += away(what, snapshot.tensor(name).numpy(), right.numpy(), 1e-6)
+        return lines
 
 
 # --- trainings, readers and prunings in one directory
@@ -234,7 +222,7 @@ except LockedError as error:
 exists."""
 
 
-def readers(folder: Path, share: float, seed: int) -> Tally:
+def readers(folder, share, seed):
     """Synthesize 1,000 times: while a training writes and thins, and after it while another process
     prunes."""
     tally = Tally()
@@ -244,7 +232,7 @@ def readers(folder: Path, share: float, seed: int) -> Tally:
     stop = folder / "stop"
     out = folder / "out.safetensors"
 
-    def read(most: int) -> None:
+    def read(most):
         for _ in range(min(most, times - tally.tried)):
             tally.tried += 1
             with tally.judged(f"reading {tally.tried}", refusable=False):
@@ -270,7 +258,7 @@ def readers(folder: Path, share: float, seed: int) -> Tally:
     return tally
 
 
-def writers(folder: Path, share: float, seed: int) -> Tally:
+def writers(folder, share, seed):
     """Start two writers 300 times: one holds the directory, the other is refused; a third takes
     over when it ends."""
     tally = Tally()

@@ -5,15 +5,13 @@ formula in float64.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
-from factories import FloatArray, exact_weights, read_output, snapshots_in
+from factories import exact_weights, read_output, snapshots_in
 from safetensors.numpy import load_file
 from torch import nn
 
@@ -40,10 +38,10 @@ class Tally:
     @contextmanager
     def judged(
         self,
-        what: str,
-        named: str = "",
-        refusable: bool = True,
-    ) -> Iterator[None]:
+        what,
+        named="",
+        refusable=True,
+    ):
         """Require that the block ends without an error or with one short error that contains
         `named`."""
         try:
@@ -67,14 +65,14 @@ PLACES = {"weight": slice(0, 16), "bias": slice(16, 19)}
 class Network(nn.Module):
     """A network of two parameters and a buffer."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(4, 4))
         self.bias = nn.Parameter(torch.zeros(3))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
-    def go_to(self, step: int) -> None:
+    def go_to(self, step):
         weights = torch.from_numpy(WALK[step - 1])
         for name, parameter in self.named_parameters():
             parameter.copy_(weights[PLACES[name]].view_as(parameter))
@@ -82,7 +80,7 @@ class Network(nn.Module):
 
 
 @lru_cache(maxsize=1000)
-def exact_average(step: int, sigma_rel: float, every: int = 1) -> FloatArray:
+def exact_average(step, sigma_rel, every=1):
     """Return the average of all weights at a step with updates `every` so many."""
     shares = exact_weights(sigma_rel, range(every, step + 1, every))
     return shares @ WALK[every - 1 : step : every]
@@ -91,25 +89,25 @@ def exact_average(step: int, sigma_rel: float, every: int = 1) -> FloatArray:
 # --- what the user does
 
 
-def begin(directory: Path, network: Network, **settings: object) -> PostHocEMA:
+def begin(directory, network, **settings):
     """Return a tracker that resumes the run in a directory as the README shows."""
     state = directory / STATE
     if times := complete_times(directory):
         network.go_to(max(times))
     defaults = {"update_every": 1, "checkpoint_dtype": torch.float32, "resume": "auto"}
     settings = defaults | settings
-    tracker = PostHocEMA.from_model(network, directory, SIGMA_RELS, **settings)  # type: ignore[arg-type]
+    tracker = PostHocEMA.from_model(network, directory, SIGMA_RELS, **settings)
     if state.exists():
         tracker.load_state_dict(torch.load(state, weights_only=True))
     return tracker
 
 
-def complete_times(directory: Path) -> list[int]:
+def complete_times(directory):
     stored = Counter(snapshot.step for snapshot in snapshots_in(directory))
     return [step for step, count in stored.items() if count == len(SIGMA_RELS)]
 
 
-def remove_half_begun(directory: Path) -> None:
+def remove_half_begun(directory):
     """Remove the first snapshots of a training that was killed while writing them: it cannot be
     resumed from there."""
     if not (complete_times(directory) or (directory / STATE).exists()):
@@ -118,12 +116,12 @@ def remove_half_begun(directory: Path) -> None:
 
 
 def train(
-    directory: Path,
-    until: int,
-    save_at: Collection[int],
-    note: Callable[[dict[str, bytes]], None] | None = None,
-    **settings: object,
-) -> list[str]:
+    directory,
+    until,
+    save_at,
+    note=None,
+    **settings,
+):
     """Resume the run in a directory and train to step `until`; return the errors of writing that
     training survived.
 
@@ -154,23 +152,23 @@ def train(
     return errors
 
 
-def contents(directory: Path) -> dict[str, bytes]:
+def contents(directory):
     return {path.name: path.read_bytes() for path in sorted(directory.glob("*.safetensors"))}
 
 
 # --- checks
 
 
-def problems(path: Path) -> list[str]:
+def problems(path):
     found = Run(path).check()
     broken = [file for file in found.files if not file.is_fine]
     return [*found.problems, *(f"{file.path.name}: {file.detail}" for file in broken)]
 
 
-def wrong_snapshots(directory: Path) -> list[str]:
+def wrong_snapshots(directory):
     """Return a line for each snapshot that is damaged, or differs from the average that it
     claims."""
-    wrong = list[str]()
+    wrong = []
     for path in directory.glob("superseded/*.safetensors"):
         wrong += problems(path)
     if any(directory.glob("*.safetensors")):
@@ -191,7 +189,7 @@ def wrong_snapshots(directory: Path) -> list[str]:
     return wrong
 
 
-def wrong_output(path: Path) -> list[str]:
+def wrong_output(path):
     """Return what is wrong with an output, or with shards, by the snapshots and coefficients that
     they name."""
     try:
@@ -220,11 +218,11 @@ def wrong_output(path: Path) -> list[str]:
 
 
 def away(
-    what: str,
-    value: FloatArray,
-    exact: FloatArray,
-    most: float,
-) -> list[str]:
+    what,
+    value,
+    exact,
+    most,
+):
     """Return a line if values differ by more than updates and sums in float32 can: a missing update
     shows."""
     distance = float(np.abs(value - exact).max() / np.abs(exact).max())

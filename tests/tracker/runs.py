@@ -1,14 +1,9 @@
 """Trainings whose steps depend on their numbers only, so that two runs can be compared, and what
 they leave on disk."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,7 +15,6 @@ from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import DirectoryError
 from posthoc_cli.snapshots.tensorfile import tensor_bytes
 
-Weights = dict[str, torch.Tensor]
 EITHER_DEVICE = pytest.mark.parametrize("device", ["cpu", "model"])
 """Averages on the host or on the model's own device."""
 
@@ -29,27 +23,22 @@ class Training:
     """A network whose steps depend on their numbers and a `salt`; `path` holds its state after each
     step."""
 
-    def __init__(
-        self,
-        seed: int = 0,
-        model: Any = None,
-        size: float = 0.003,
-    ) -> None:
+    def __init__(self, seed=0, model=None, size=0.003):
         torch.manual_seed(seed)
-        self.model: Any = model
+        self.model = model
         if model is None:
             layers = nn.Linear(8, 24), nn.BatchNorm1d(24), nn.Linear(24, 4)
             self.model = nn.Sequential(*layers)
-        self.path = list[Weights]()
+        self.path = []
         self.size = size
 
     def run(
         self,
-        last: int,
-        ema: PostHocEMA | None = None,
-        salt: int = 0,
-        scale: float = 0.0,
-    ) -> Training:
+        last,
+        ema=None,
+        salt=0,
+        scale=0.0,
+    ):
         """Go on to a step; with `scale`, on a clock of that interval."""
         for number in range(len(self.path) + 1, last + 1):
             generator = torch.Generator().manual_seed(1000 * salt + number)
@@ -64,17 +53,17 @@ class Training:
                 ema.update_(self.model, scale * number or None)
         return self
 
-    def state(self) -> Weights:
+    def state(self):
         return deepcopy(self.model.state_dict())
 
-    def at(self, number: int) -> Training:
+    def at(self, number):
         """Return a new training that was restored from the checkpoint of a step."""
         made = Training(seed=3)
         made.path = self.path[:number]
         made.model.load_state_dict(made.path[-1])
         return made
 
-    def exact(self, sigma_rel: float, updates: Sequence[int] = ()) -> Weights:
+    def exact(self, sigma_rel, updates=()):
         """Return the average of all but counters over updates at these steps, or at every second
         one, in float64."""
         updates = updates or range(2, len(self.path) + 1, 2)
@@ -86,7 +75,7 @@ class Training:
                 exact[name] = torch.from_numpy(average)
         return exact
 
-    def error(self, ema: PostHocEMA, updates: Sequence[int] = ()) -> float:
+    def error(self, ema, updates=()):
         """Return the largest relative distance of a tracked average from the exact one."""
         assert ema.step == len(self.path)
         distances = []
@@ -96,37 +85,37 @@ class Training:
         return max(distances)
 
 
-def track(model: nn.Module, folder: Path, *sigma_rels: Any, **settings: Any) -> PostHocEMA:
+def track(model, folder, *sigma_rels, **settings):
     """Return a tracker that by default takes in every step."""
     return PostHocEMA.from_model(model, folder, *sigma_rels, **{"update_every": 1} | settings)
 
 
-def update(tracker: PostHocEMA, model: nn.Module, steps: int) -> None:
+def update(tracker, model, steps):
     for _ in range(steps):
         tracker.update_(model)
 
 
-def wait_for_writers(folder: Path) -> None:
+def wait_for_writers(folder):
     """Wait until this process's trackers have written all due snapshots to a folder, or failed
     to."""
     with suppress(DirectoryError):  # the folder has no snapshot yet
         PostHocEMA.from_path(folder)
 
 
-def times(folder: Path) -> set[float]:
+def times(folder):
     return {snapshot.t for snapshot in Run(folder).snapshots}
 
 
-def steps(folder: Path) -> list[int]:
+def steps(folder):
     """Return the step of each snapshot, in the order of time."""
     return [snapshot.step for snapshot in Run(folder).snapshots]
 
 
-def superseded(folder: Path) -> int:
+def superseded(folder):
     return len([*folder.glob("superseded/*")])
 
 
-def contents(folder: Path) -> dict[str, tuple[Any, dict[str, bytes]]]:
+def contents(folder):
     """Return the headers, but for the run's id, and the tensors of the snapshots on the
     schedule."""
     result = {}
@@ -140,11 +129,7 @@ def contents(folder: Path) -> dict[str, tuple[Any, dict[str, bytes]]]:
     return result
 
 
-def assert_near(
-    found: Mapping[str, torch.Tensor],
-    exact: Mapping[str, torch.Tensor],
-    within: float = 1e-6,
-) -> None:
+def assert_near(found, exact, within=1e-06):
     """Fail unless all exact tensors are found within a relative and absolute tolerance."""
     for name, tensor in exact.items():
         own = found[name].double()

@@ -9,12 +9,10 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import forked
@@ -35,7 +33,7 @@ SETTINGS = {
 }
 
 
-def begin(folder: Path, device: str = "model", **settings: Any) -> tuple[Training, PostHocEMA]:
+def begin(folder, device="model", **settings):
     training = Training()
     training.model[2].bfloat16()
     settings = SETTINGS | settings
@@ -44,26 +42,26 @@ def begin(folder: Path, device: str = "model", **settings: Any) -> tuple[Trainin
 
 
 @pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+def gate(monkeypatch):
     """Hold the averages' thread at the beginning of each update while the event is clear."""
     yield from held(monkeypatch, torch.linalg, "vector_norm")
 
 
 @pytest.fixture
-def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+def slow_disk(monkeypatch):
     """Hold the writing of snapshots while the event is clear."""
     yield from held(monkeypatch, files.system, "open_new")
 
 
 def held(
-    monkeypatch: pytest.MonkeyPatch,
-    owner: Any,
-    name: str,
-) -> Iterator[threading.Event]:
+    monkeypatch,
+    owner,
+    name,
+):
     gate = threading.Event()
     real = getattr(owner, name)
 
-    def wait(*arguments: Any, **keywords: Any) -> Any:
+    def wait(*arguments, **keywords):
         gate.wait(60)
         return real(*arguments, **keywords)
 
@@ -72,7 +70,7 @@ def held(
     gate.set()
 
 
-def plain(folder: Path, steps: int, device: str = "model") -> None:
+def plain(folder, steps, device="model"):
     """Track a run in which every call waits for all background work."""
     training, tracker = begin(folder, device)
     with tracker:
@@ -81,7 +79,7 @@ def plain(folder: Path, steps: int, device: str = "model") -> None:
             tracker.flush()
 
 
-def test_a_slow_worker_changes_no_byte(tmp_path: Path, gate: threading.Event) -> None:
+def test_a_slow_worker_changes_no_byte(tmp_path, gate):
     """The model's values change before the worker begins with its copy of them."""
     training, tracker = begin(tmp_path / "background", "cpu")
     with tracker:
@@ -99,27 +97,11 @@ def test_a_slow_worker_changes_no_byte(tmp_path: Path, gate: threading.Event) ->
     assert len(contents(tmp_path / "plain")) == 20
 
 
-@EITHER_DEVICE
-def test_late_snapshots_hold_the_averages_of_their_time(
-    tmp_path: Path,
-    device: str,
-    slow_disk: threading.Event,
-) -> None:
-    """Three more updates are taken in while the first snapshots wait for the disk."""
-    training, late = begin(tmp_path / "late", device)
-    with late:
-        training.run(7, late)
-        slow_disk.set()
-        training.run(20, late)
-    plain(tmp_path / "prompt", 20)
-    assert contents(tmp_path / "late") == contents(tmp_path / "prompt")
-
-
 def test_a_reader_in_the_same_process_waits_for_due_snapshots(
-    tmp_path: Path,
-    slow_disk: threading.Event,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    tmp_path,
+    slow_disk,
+    monkeypatch,
+):
     """The working directory changes in the meantime."""
     monkeypatch.chdir(tmp_path)
     training, tracker = begin(Path("run"), "cpu")
@@ -135,10 +117,12 @@ def test_a_reader_in_the_same_process_waits_for_due_snapshots(
 
 @EITHER_DEVICE
 def test_an_interrupted_wait_for_disk_counts_nothing(
-    tmp_path: Path,
-    device: str,
-    slow_disk: threading.Event,
-) -> None:
+    tmp_path,
+    device,
+    slow_disk,
+):
+    """Three updates are taken in while the first snapshots wait, which hold the averages of their
+    time."""
     training, tracker = begin(tmp_path / "cut", device)
     with tracker:
         training.run(7, tracker)
@@ -156,10 +140,10 @@ def test_an_interrupted_wait_for_disk_counts_nothing(
 
 
 @contextmanager
-def interrupted(after: float, times: int = 1) -> Iterator[None]:
+def interrupted(after, times=1):
     """Raise KeyboardInterrupt in the block after some seconds, and after as many again."""
 
-    def interrupt(*_: object) -> None:
+    def interrupt(*_):
         nonlocal times
         times -= 1
         if times:
@@ -175,10 +159,7 @@ def interrupted(after: float, times: int = 1) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def test_an_interrupted_end_releases_the_directory_when_all_is_written(
-    tmp_path: Path,
-    slow_disk: threading.Event,
-) -> None:
+def test_an_interrupted_end_releases_the_directory_when_all_is_written(tmp_path, slow_disk):
     training, tracker = begin(tmp_path)
     training.run(4, tracker)
     threading.Timer(1.0, slow_disk.set).start()
@@ -187,11 +168,11 @@ def test_an_interrupted_end_releases_the_directory_when_all_is_written(
     assert times(tmp_path) == {4}
 
 
-def test_work_that_has_begun_is_waited_for_however_often_the_wait_is_interrupted() -> None:
-    done = list[bool]()
+def test_work_that_has_begun_is_waited_for_however_often_the_wait_is_interrupted():
+    done = []
     proceed = threading.Event()
 
-    def work() -> None:
+    def work():
         done.append(proceed.wait(60))
 
     with pytest.raises(KeyboardInterrupt), interrupted(after=0.2, times=2):
@@ -201,9 +182,9 @@ def test_work_that_has_begun_is_waited_for_however_often_the_wait_is_interrupted
 
 
 def test_a_value_that_is_not_finite_is_raised_by_the_next_update_however_slow_the_worker_is(
-    tmp_path: Path,
-    gate: threading.Event,
-) -> None:
+    tmp_path,
+    gate,
+):
     training, tracker = begin(tmp_path, "cpu", checkpoint_every=100)
     model = training.model
     with tracker:
@@ -223,10 +204,7 @@ def test_a_value_that_is_not_finite_is_raised_by_the_next_update_however_slow_th
         assert tracker.state_dict()["standing"]["step"] == 6
 
 
-def test_a_call_from_another_thread_during_an_update_is_refused(
-    tmp_path: Path,
-    gate: threading.Event,
-) -> None:
+def test_a_call_from_another_thread_during_an_update_is_refused(tmp_path, gate):
     training, tracker = begin(tmp_path)
     with tracker, ThreadPoolExecutor(1) as other:
         updates = other.submit(training.run, 2, tracker)
@@ -238,10 +216,7 @@ def test_a_call_from_another_thread_during_an_update_is_refused(
 
 
 @EITHER_DEVICE
-def test_a_write_that_fails_is_raised_once_at_the_next_call_which_does_its_work(
-    tmp_path: Path,
-    device: str,
-) -> None:
+def test_a_write_that_fails_is_raised_once_at_the_next_call_which_does_its_work(tmp_path, device):
     """A call that fails itself is none."""
     training, tracker = begin(tmp_path, device)
     with tracker:
@@ -259,7 +234,7 @@ def test_a_write_that_fails_is_raised_once_at_the_next_call_which_does_its_work(
 
 
 @EITHER_DEVICE
-def test_errors_of_a_closed_tracker_are_raised_once(tmp_path: Path, device: str) -> None:
+def test_errors_of_a_closed_tracker_are_raised_once(tmp_path, device):
     """A due snapshot has failed, and so has the last one."""
     training, tracker = begin(tmp_path, device)
     with failing("fsync", errno.ENOSPC):
@@ -273,7 +248,7 @@ def test_errors_of_a_closed_tracker_are_raised_once(tmp_path: Path, device: str)
         tracker.close()
 
 
-def test_what_a_killed_write_has_left_is_removed_when_it_is_old_enough(tmp_path: Path) -> None:
+def test_what_a_killed_write_has_left_is_removed_when_it_is_old_enough(tmp_path):
     """The training goes on at once, when another process could still be writing the file."""
     training, tracker = begin(tmp_path)
     with tracker:
@@ -288,10 +263,7 @@ def test_what_a_killed_write_has_left_is_removed_when_it_is_old_enough(tmp_path:
         assert not left.exists()
 
 
-def test_an_error_in_the_block_is_not_hidden_by_one_of_the_disk(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_an_error_in_the_block_is_not_hidden_by_one_of_the_disk(tmp_path, caplog):
     training, tracker = begin(tmp_path)
     with failing("fsync", errno.ENOSPC), pytest.raises(ZeroDivisionError), tracker:
         training.run(4, tracker)
@@ -326,19 +298,18 @@ raise SystemExit(7)
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
 @EITHER_DEVICE
 def test_a_process_that_ends_finishes_background_work_which_a_forked_one_leaves_alone(
-    tmp_path: Path,
-    device: str,
-) -> None:
+    tmp_path,
+    device,
+):
     """The work includes jobs that other jobs submit, and the last snapshot. A forked process has
     none of the tracker's threads, and would wait for them forever."""
     assert forked.run(FORKS, tmp_path, device).code == 7
     assert steps(tmp_path) == [3, 3, 6, 6, 7, 7]
 
 
-def test_threads_end_with_their_tracker_which_does_not_keep_the_model_alive(tmp_path: Path) -> None:
+def test_threads_end_with_their_tracker_which_does_not_keep_the_model_alive(tmp_path):
     before = set(threading.enumerate())
     training, tracker = begin(tmp_path, "cpu")
     reference = weakref.ref(training.model)
@@ -355,11 +326,11 @@ def test_threads_end_with_their_tracker_which_does_not_keep_the_model_alive(tmp_
 
 
 def test_a_training_that_waits_gets_one_warning_with_the_times(
-    tmp_path: Path,
-    gate: threading.Event,
-    slow_disk: threading.Event,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    tmp_path,
+    gate,
+    slow_disk,
+    monkeypatch,
+):
     """One of updates, and one of snapshots."""
     monkeypatch.setattr(background, "PATIENCE", 0.2)
     training, tracker = begin(tmp_path, "cpu", update_every=1, checkpoint_every=1)
@@ -376,7 +347,7 @@ def test_a_training_that_waits_gets_one_warning_with_the_times(
 
 @pytest.mark.usefixtures("small_tiles")
 @EITHER_DEVICE
-def test_tensors_that_were_replaced_are_followed(tmp_path: Path, device: str) -> None:
+def test_tensors_that_were_replaced_are_followed(tmp_path, device):
     """By equal ones, also of other strides: the elements of a tile are then not in row-major
     order."""
     training, tracker = begin(tmp_path / "changed", device)
@@ -400,7 +371,7 @@ def test_tensors_that_were_replaced_are_followed(tmp_path: Path, device: str) ->
     assert contents(tmp_path / "changed") == contents(tmp_path / "plain")
 
 
-def test_updates_inside_and_outside_of_inference_mode(tmp_path: Path) -> None:
+def test_updates_inside_and_outside_of_inference_mode(tmp_path):
     training, tracker = begin(tmp_path / "mixed")
     with tracker:
         for number in range(1, 13):
@@ -410,9 +381,7 @@ def test_updates_inside_and_outside_of_inference_mode(tmp_path: Path) -> None:
     assert contents(tmp_path / "mixed") == contents(tmp_path / "plain")
 
 
-def test_work_that_a_block_has_queued_is_waited_for_also_after_an_error(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_work_that_a_block_has_queued_is_waited_for_also_after_an_error(monkeypatch):
     """Else the next update could change what an earlier reader still copies, or begin before the
     work of one that ran out of memory has ended."""
     cuda = Mock()
@@ -433,15 +402,12 @@ def test_work_that_a_block_has_queued_is_waited_for_also_after_an_error(
     own.synchronize.assert_called_once_with()
 
 
-def test_threads_have_the_training_s_accelerator(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_threads_have_the_training_s_accelerator(tmp_path, monkeypatch):
     """A thread begins with the first one as its current device, on which each process of a group
     would make a context of some hundred megabytes."""
-    chosen = set[tuple[str, int]]()
+    chosen = set()
 
-    def choose(device: int) -> None:
+    def choose(device):
         chosen.add((threading.current_thread().name, device))
 
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
@@ -455,10 +421,7 @@ def test_threads_have_the_training_s_accelerator(
 
 
 @pytest.mark.cuda
-def test_averages_on_the_host_use_the_cores_that_an_accelerator_leaves_idle(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_averages_on_the_host_use_the_cores_that_an_accelerator_leaves_idle(tmp_path, monkeypatch):
     """Also where torch has one thread, as under torchrun."""
     monkeypatch.setattr(pipeline, "worker_count", lambda: 6)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
@@ -480,10 +443,10 @@ NO_STREAMS = [
 
 @pytest.mark.parametrize("stream", NO_STREAMS)
 def test_a_warning_that_cannot_be_printed_ends_no_training(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    stream: Any,
-) -> None:
+    tmp_path,
+    monkeypatch,
+    stream,
+):
     """A service may have no stderr, and that of a long job may lie on a full disk."""
     monkeypatch.setattr(logging.root, "handlers", [])
     monkeypatch.setattr("sys.stderr", stream)

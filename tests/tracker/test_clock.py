@@ -1,19 +1,15 @@
 """The clock of a run that counts images while its batch size changes: its snapshots' pairs."""
 
-from pathlib import Path
-
 import numpy as np
-import pytest
 import torch
 from factories import relative_distance
 
 from posthoc_cli import Beta, PostHocEMA, Run, Window
 from posthoc_cli.snapshots.sources import run_clock
 from posthoc_cli.synthesis import plan
-from posthoc_cli.targets import Target
 
 STEPS = 2000
-SETTINGS: dict = {
+SETTINGS = {
     "sigma_rels": (0.03, 0.05, 0.10, 0.15, 0.20, 0.28),
     "update_every": 1,
     "checkpoint_every": 250,
@@ -22,7 +18,7 @@ SETTINGS: dict = {
 }
 
 
-def changing_twice() -> np.ndarray:
+def changing_twice():
     """Return the images seen after each step; the batch grows, and shrinks again, between two
     snapshots."""
     batch = np.full(STEPS, 64.0)
@@ -30,7 +26,7 @@ def changing_twice() -> np.ndarray:
     return np.cumsum(batch)
 
 
-def path(times: np.ndarray) -> np.ndarray:
+def path(times):
     """Return the weights after each step: one settles, one drifts, one oscillates slowly; shape
     [steps, 3]."""
     s = times / 156_800
@@ -39,7 +35,7 @@ def path(times: np.ndarray) -> np.ndarray:
     return np.stack([settles, 1 + s, oscillates], axis=1)
 
 
-def track(folder: Path, times: np.ndarray, **settings: object) -> None:
+def track(folder, times, **settings):
     values = torch.from_numpy(path(times))
     model = torch.nn.ParameterDict({"w": values[0]})
     with PostHocEMA.from_model(model, folder, **SETTINGS | settings) as tracker:
@@ -49,20 +45,17 @@ def track(folder: Path, times: np.ndarray, **settings: object) -> None:
 
 
 def errors(
-    folder: Path,
-    target: Target,
-    exact: np.ndarray,
-) -> tuple[float, float]:
+    folder,
+    target,
+    exact,
+):
     """Return the relative distance of the synthesized weights, and the predicted one."""
     average = Run(folder).average(target)
     assert average.predicted_error is not None
     return relative_distance(average["w"], exact), average.predicted_error
 
 
-def test_what_snapshots_do_not_know_of_a_clock_is_in_the_predicted_error(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_snapshots_do_not_know_of_a_clock_is_in_the_predicted_error(tmp_path, monkeypatch):
     """The batch changes twice between two snapshots of an earlier version, whose sketches do not
     say the steps of their windows."""
     monkeypatch.setattr(plan, "target_clock", run_clock)
@@ -73,7 +66,7 @@ def test_what_snapshots_do_not_know_of_a_clock_is_in_the_predicted_error(
     assert 1e-3 < actual < 3 * predicted < 0.15
 
 
-def test_averages_of_steps_are_exact_where_each_step_has_a_snapshot(tmp_path: Path) -> None:
+def test_averages_of_steps_are_exact_where_each_step_has_a_snapshot(tmp_path):
     """Batches of random size; a clock from every fourth snapshot alone is off by 1e-4 and more."""
     batches = np.random.default_rng(0).integers(100, 2400, 60)
     times = np.cumsum(batches).astype(np.float64)

@@ -3,8 +3,6 @@
 import gc
 import sys
 from copy import deepcopy
-from pathlib import Path
-from typing import Any
 
 import forked
 import pytest
@@ -19,16 +17,16 @@ MOVED = "the model has moved since step "
 SAME = "the weights of step "
 
 
-def network() -> nn.Module:
+def network():
     layers = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)
     return nn.Sequential(*layers)
 
 
 def train(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    steps: int = 1,
-) -> None:
+    model,
+    optimizer,
+    steps=1,
+):
     for _ in range(steps):
         optimizer.zero_grad()
         x = torch.randn(8, 3)
@@ -36,11 +34,11 @@ def train(
         optimizer.step()
 
 
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
+def sgd(model):
     return torch.optim.SGD(model.parameters(), lr=0.1)
 
 
-def made(folder: Path, steps: int = 5, **settings: Any) -> tuple[nn.Module, PostHocEMA]:
+def made(folder, steps=5, **settings):
     """Return a model after some steps that were counted, and its tracker."""
     model = network()
     ema = track(model, folder, checkpoint_every=100, **settings)
@@ -51,9 +49,9 @@ def made(folder: Path, steps: int = 5, **settings: Any) -> tuple[nn.Module, Post
 
 
 def test_a_replaced_optimizer_is_noticed_when_averages_are_asked_for(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+    tmp_path,
+    caplog,
+):
     """As where phases of a training have an optimizer each."""
     model = network()
     ema = track(model, tmp_path, checkpoint_every=100)
@@ -72,9 +70,9 @@ def test_a_replaced_optimizer_is_noticed_when_averages_are_asked_for(
 
 
 def test_an_average_between_a_step_and_its_call_is_no_forgotten_call(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+    tmp_path,
+    caplog,
+):
     """Of one optimizer, or of several that step in turn. A call that does not follow is named."""
     model, ema = made(tmp_path)
     optimizer = sgd(model)
@@ -94,13 +92,13 @@ def test_an_average_between_a_step_and_its_call_is_no_forgotten_call(
 
 
 def test_a_step_that_a_scaler_skips_is_no_forgotten_call(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+    tmp_path,
+    caplog,
+):
     """Such as two skipped steps of a fused optimizer, whose third is taken."""
     model, ema = made(tmp_path)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    optimizer.found_inf = torch.tensor(1.0)  # type: ignore[attr-defined]
+    optimizer.found_inf = torch.tensor(1.0)
     for _ in range(2):
         train(model, optimizer)
         ema.state_dict(0.15)
@@ -112,9 +110,9 @@ def test_a_step_that_a_scaler_skips_is_no_forgotten_call(
 
 
 def test_what_moves_no_weights_by_a_step_is_no_forgotten_call(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+    tmp_path,
+    caplog,
+):
     model, ema = made(tmp_path)
     best = deepcopy(model.state_dict())
     with ema.model(model, 0.05):
@@ -134,16 +132,16 @@ def test_what_moves_no_weights_by_a_step_is_no_forgotten_call(
 
 
 def test_a_tracker_whose_steps_were_never_counted_says_so_at_its_end(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+    tmp_path,
+    caplog,
+):
     model, ema = made(tmp_path / "run", steps=0)
     train(model, sgd(model))
     ema.close()
     assert f"run: {MOVED}0," in caplog.text
 
 
-def test_the_end_of_the_process_says_it_too(tmp_path: Path) -> None:
+def test_the_end_of_the_process_says_it_too(tmp_path):
     code = """
 import sys, torch
 from posthoc_cli import PostHocEMA
@@ -160,10 +158,10 @@ for step in range(4):
 
 
 def test_an_interrupt_between_a_step_and_its_call_is_no_forgotten_call(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    tmp_path,
+    caplog,
+    monkeypatch,
+):
     model, ema = made(tmp_path / "block")
     with pytest.raises(KeyboardInterrupt), ema:
         train(model, sgd(model))
@@ -180,10 +178,10 @@ def test_an_interrupt_between_a_step_and_its_call_is_no_forgotten_call(
 
 @EITHER_DEVICE
 def test_weights_that_never_change_are_said_once(
-    tmp_path: Path,
-    device: str,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+    tmp_path,
+    device,
+    caplog,
+):
     """As where the optimizer is that of another model."""
     other = network()
     optimizer = sgd(other)
@@ -199,9 +197,9 @@ def test_weights_that_never_change_are_said_once(
 
 
 def test_weights_that_stand_between_two_snapshots_are_said_once(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+    tmp_path,
+    caplog,
+):
     """As those of a copy that the optimizer does not know, which takes the model's place."""
     model = network()
     optimizer = sgd(model)

@@ -1,7 +1,5 @@
 """Updates on an accelerator."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -11,7 +9,7 @@ from posthoc_cli.errors import NotReadyError
 
 
 @pytest.mark.cuda
-def test_a_captured_step_is_refused_on_a_device(tmp_path: Path) -> None:
+def test_a_captured_step_is_refused_on_a_device(tmp_path):
     model = nn.Linear(2, 2, device="cuda")
     ema = track(model, tmp_path)
     ema.update_(model)
@@ -21,7 +19,7 @@ def test_a_captured_step_is_refused_on_a_device(tmp_path: Path) -> None:
 
 
 @pytest.mark.cuda
-def test_an_update_by_copy_never_waits_for_the_device(tmp_path: Path) -> None:
+def test_an_update_by_copy_never_waits_for_the_device(tmp_path):
     """Nor one with snapshots due, whose averages are on the host; torch names a call that waits."""
     model = nn.Sequential(nn.Linear(300, 300), nn.BatchNorm1d(300)).cuda()
     ema = track(model, tmp_path, checkpoint_every=4)

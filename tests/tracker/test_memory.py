@@ -1,7 +1,5 @@
 """How the elements of a model are divided into tiles, and pinned memory into slabs."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from itertools import pairwise
 
@@ -9,16 +7,16 @@ import pytest
 import torch
 
 from posthoc_cli.tracker import memory
-from posthoc_cli.tracker.memory import Bucket, Place, layout_of
+from posthoc_cli.tracker.memory import Bucket, Place
 
 
 @pytest.fixture
-def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_sizes(monkeypatch):
     monkeypatch.setattr(memory, "TILE", 16)
     monkeypatch.setattr(memory, "DEVICE_TILE", 128)
 
 
-def buckets(sizes: list[int]) -> tuple[Bucket, Bucket]:
+def buckets(sizes):
     """Return a bucket of tensors of these sizes on the host, and one on an accelerator."""
     places = {}
     end = 0
@@ -30,7 +28,7 @@ def buckets(sizes: list[int]) -> tuple[Bucket, Bucket]:
 
 
 @pytest.mark.usefixtures("small_sizes")
-def test_tiles_of_the_accelerator_consist_of_tiles_of_the_host() -> None:
+def test_tiles_of_the_accelerator_consist_of_tiles_of_the_host():
     """On the host a tensor larger than a tile shares none."""
     small = [4, 4, 4, 4, 3]
     large = [17, 0, 40, 1, 700, 16, 64, 150, 7]
@@ -44,14 +42,9 @@ def test_tiles_of_the_accelerator_consist_of_tiles_of_the_host() -> None:
 
 
 @pytest.mark.usefixtures("small_sizes")
-def test_pinned_memory_is_hardly_larger_than_a_model_of_large_tensors() -> None:
+def test_pinned_memory_is_hardly_larger_than_a_model_of_large_tensors():
     bucket, _ = buckets([150, 8] * 20)
     rounded = 0
     for begin, end in pairwise(bucket.device_edges):
         rounded += 2 ** (end - begin - 1).bit_length()
     assert rounded < 1.25 * bucket.size
-
-
-def test_a_model_without_elements_has_no_tiles() -> None:
-    (bucket,) = layout_of({"empty": torch.zeros(0)})
-    assert bucket.tile_edges == bucket.device_edges == [0]

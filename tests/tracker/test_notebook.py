@@ -4,7 +4,6 @@ IPython keeps what a cell displays and the frames of its last exception, and so 
 of cells that have run."""
 
 import json
-from pathlib import Path
 
 import forked
 import pytest
@@ -74,16 +73,16 @@ for sigma_rel, own in averages_in(ema.state_dict()).items():
 """
 
 
-def run_cells(folder: Path, *cells: str) -> list[str]:
+def run_cells(folder, *cells):
     """Return the error of each cell, "" for none."""
     env = {"IPYTHONDIR": str(folder), "OMP_NUM_THREADS": "1"}
     forked.check(SHELL, json.dumps(cells), cwd=folder, env=env)
-    errors: list[str] = json.loads((folder / "errors.json").read_text())
+    errors = json.loads((folder / "errors.json").read_text())
     assert len(errors) == len(cells)
     return errors
 
 
-def test_cells_that_train_are_run_again(tmp_path: Path) -> None:
+def test_cells_that_train_are_run_again(tmp_path):
     (tmp_path / "net.py").touch()
     errors = run_cells(
         tmp_path,

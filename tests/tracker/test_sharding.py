@@ -5,7 +5,6 @@ Each agrees with the averages of one process.
 """
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from tracker.runs import assert_near, steps, times
 
 from posthoc_cli import Run
 from posthoc_cli.errors import RankError, VanishedError
-from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.tracker.processes import Group
 
 BEGIN = """
@@ -116,11 +114,7 @@ for kind in arguments:
         (2, ["tp"]),
     ],
 )
-def test_averages_of_a_sharded_model_are_those_of_one_process(
-    ranks: int,
-    kinds: list[str],
-    tmp_path: Path,
-) -> None:
+def test_averages_of_a_sharded_model_are_those_of_one_process(ranks, kinds, tmp_path):
     """The parts of snapshots are bit for bit; a model has them in a block, and its own weights
     after it."""
     averages(tmp_path, 8, 10)
@@ -135,7 +129,7 @@ def test_averages_of_a_sharded_model_are_those_of_one_process(
         assert_same_tensors(run.average(0.15), single.average(0.15))
 
 
-def check_same_snapshot(found: Snapshot, true: Snapshot) -> None:
+def check_same_snapshot(found, true):
     assert found.t == true.t
     assert found.sigma_rel == true.sigma_rel
     for name in true.entries:
@@ -148,7 +142,7 @@ def check_same_snapshot(found: Snapshot, true: Snapshot) -> None:
 @pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="the system does not report peak memory"
 )
-def test_a_process_holds_its_share_and_no_complete_tensor_set(tmp_path: Path) -> None:
+def test_a_process_holds_its_share_and_no_complete_tensor_set(tmp_path):
     """Memory in units of a process's share of the float32 parameters; a complete set would be one
     unit more, of two.
 
@@ -202,7 +196,7 @@ print(*found)
         assert resuming < 6.5, out
 
 
-def test_processes_write_and_thin_one_after_the_other(tmp_path: Path) -> None:
+def test_processes_write_and_thin_one_after_the_other(tmp_path):
     """A collective operation in any thread would wait forever. Nothing is thinned before all have
     written the next."""
     code = """
@@ -252,9 +246,7 @@ with tracker("late", max_checkpoints=1) as ema:
     assert 4 not in late
 
 
-def test_an_error_of_one_process_is_raised_in_all_and_each_model_keeps_its_weights(
-    tmp_path: Path,
-) -> None:
+def test_an_error_of_one_process_is_raised_in_all_and_each_model_keeps_its_weights(tmp_path):
     """Also an error within the block, an interrupt of a process that waits for the other one, and a
     full disk."""
     code = """
@@ -321,7 +313,7 @@ ema.close() if rank == 1 else refused(ema.close)
     assert full.startswith("WriteError ")
 
 
-def test_tied_parameters_and_half_precision_of_a_sharded_model(tmp_path: Path) -> None:
+def test_tied_parameters_and_half_precision_of_a_sharded_model(tmp_path):
     code = """
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -429,7 +421,7 @@ if rank == 1:
 """
 
 
-def test_what_processes_of_a_sharded_model_cannot_do_is_named_in_all(tmp_path: Path) -> None:
+def test_what_processes_of_a_sharded_model_cannot_do_is_named_in_all(tmp_path):
     alone(tmp_path / "taken", 4)
     outs = check_group(BEGIN + REFUSED, 2, tmp_path)
     asks = "RankError rank 1: asks for model(sigma_rel 0."
@@ -483,10 +475,7 @@ else:
 
 
 @pytest.mark.parametrize("last", [8, 6])
-def test_a_clock_that_differs_between_processes_is_named_at_a_snapshot(
-    last: int,
-    tmp_path: Path,
-) -> None:
+def test_a_clock_that_differs_between_processes_is_named_at_a_snapshot(last, tmp_path):
     """Each process would write its part for another time, and none would be complete: of snapshots
     on the schedule, and off it."""
     first, second = check_group(CLOCKS, 2, tmp_path, last)
@@ -521,7 +510,7 @@ with PostHocEMA.from_model(
 """
 
 
-def test_a_late_part_of_a_process_that_has_outlived_its_training_is_named(tmp_path: Path) -> None:
+def test_a_late_part_of_a_process_that_has_outlived_its_training_is_named(tmp_path):
     check_group(LATE, 2, tmp_path, 0)
     for part in (tmp_path / "run").glob("*8-*/*2-of*"):
         late = tmp_path / "late" / part.parent.name
@@ -539,7 +528,7 @@ def train_stages(kinds, name, *stages):
         model = spread(Net(), kind)
         ema = tracker(name, resume="auto")
         if before:
-            move(model, before)
+            move(model, 1000 if kind == "fsdp-tp" else before)  # a state is exact whatever weights
             dcp.load({"ema": ema}, checkpoint_id=folder / f"{name}-{before}")
             assert ema.step == before
         else:
@@ -554,9 +543,7 @@ def train_stages(kinds, name, *stages):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_run_resumes_bit_for_bit_on_one_arrangement_of_processes_after_the_other(
-    tmp_path: Path,
-) -> None:
+def test_a_run_resumes_bit_for_bit_on_one_arrangement_of_processes_after_the_other(tmp_path):
     """From one process to FSDP, HSDP, tensor parallelism and back."""
     for ranks, stages in (
         (1, 'train_stages(["single"], "run", 0, 3)'),
@@ -574,33 +561,7 @@ def test_a_run_resumes_bit_for_bit_on_one_arrangement_of_processes_after_the_oth
     assert_near(run.average(0.2, t=12), truth(0.2, [2, 4, 6, 8, 10, 12]))
 
 
-def test_a_loaded_state_is_exact_whatever_the_weights_of_the_model(tmp_path: Path) -> None:
-    """On other processes than those that saved it, with a model that was not restored: stored and
-    synthesized averages are those of one process."""
-    code = """
-before, after = map(int, arguments)
-ema = tracker("run", resume="auto")
-if before:
-    move(model, 1000)
-    dcp.load({"ema": ema}, checkpoint_id=folder / "saved")
-train(model, before + 1, after, ema)
-dcp.save({"ema": ema}, checkpoint_id=folder / "saved")
-ema.close()
-"""
-    check_group(BEGIN + code, 2, tmp_path, 0, 9)
-    check_group(BEGIN + code, 3, tmp_path, 9, 16)
-    alone(tmp_path / "single", 16)
-    run = Run(tmp_path / "run")
-    single = Run(tmp_path / "single")
-    for t in (12, 16):
-        exact = truth(0.2, [*range(2, t + 1, 2)])
-        stored = run.average(0.2, t=t)
-        assert_near(stored, exact)
-        assert stored.predicted_error < 1e-6
-    assert_near(run.average(0.15), single.average(0.15), within=1e-5)
-
-
-def test_each_process_resumes_the_path_of_its_part(tmp_path: Path) -> None:
+def test_each_process_resumes_the_path_of_its_part(tmp_path):
     stages = """
 train_stages(["fsdp", "fsdp"], "resumed", 0, 5, 8)
 train_stages(["fsdp"], "straight", 0, 8)
@@ -613,9 +574,7 @@ train_stages(["fsdp"], "straight", 0, 8)
     assert resumed.sketch == straight.sketch
 
 
-def test_a_state_of_complete_or_equally_sharded_tensors_is_loaded_and_others_are_named(
-    tmp_path: Path,
-) -> None:
+def test_a_state_of_complete_or_equally_sharded_tensors_is_loaded_and_others_are_named(tmp_path):
     single = alone(tmp_path / "one", 5)
     torch.save(single.state_dict(), tmp_path / "state.pt")
     code = """
@@ -678,7 +637,7 @@ refused(ema.state_dict)
 
 
 @pytest.mark.cuda
-def test_averages_with_nccl_are_those_of_one_process(tmp_path: Path) -> None:
+def test_averages_with_nccl_are_those_of_one_process(tmp_path):
     """As many processes as accelerators, at most two, make every exchange of tensors."""
     ranks = min(torch.cuda.device_count(), 2)
     code = """
@@ -726,7 +685,7 @@ def go(ema, first, last):
 """
 
 
-def test_every_replica_gets_the_same_weights_and_the_first_keeps_them(tmp_path: Path) -> None:
+def test_every_replica_gets_the_same_weights_and_the_first_keeps_them(tmp_path):
     """The tracker may be made before the model is wrapped, as in the training scripts of
     diffusers."""
     averages(tmp_path, 10, 14)
@@ -788,7 +747,7 @@ ema.close()
     check_group(TRAINED + code, 2, tmp_path)
 
 
-def test_a_process_that_does_not_make_the_call_or_fails_in_it_is_named(tmp_path: Path) -> None:
+def test_a_process_that_does_not_make_the_call_or_fails_in_it_is_named(tmp_path):
     averages(tmp_path, 8)
     code = """
 processes.GRACE, processes.WARNING, processes.LIMIT = 0.1, 0.3, 2.0
@@ -834,18 +793,14 @@ BROKE = RankError("a", "broke")
         (None, (True, 1, "b"), VanishedError),
     ],
 )
-def test_processes_try_again_only_if_snapshots_vanished_and_nothing_else_failed(
-    own: Exception | None,
-    other: tuple[bool, int, str],
-    raised: type[Exception],
-) -> None:
+def test_processes_try_again_only_if_snapshots_vanished_and_nothing_else_failed(own, other, raised):
     """All processes of a group must do the same."""
 
     class Two(Group):
-        def from_all(self, value: Any) -> list[Any]:
+        def from_all(self, value):
             return [value, other]
 
-    def work() -> None:
+    def work():
         if own is not None:
             raise own
 

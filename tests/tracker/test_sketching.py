@@ -1,13 +1,11 @@
 """The sketch of the weights' path that the tracker makes at folds."""
 
 import errno
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from factories import FloatArray, exact_average, relative_distance, sketch_of, tiny_model
+from factories import exact_average, relative_distance, sketch_of, tiny_model
 from safetensors.torch import load_file
 from snapshots.recorded import call_number, failing
 from torch import nn
@@ -18,13 +16,13 @@ from posthoc_cli.errors import WriteError
 from posthoc_cli.snapshots.snapshot import decode_path
 
 
-def squared_moves(sketch: Any) -> FloatArray:
+def squared_moves(sketch):
     """Return the squared distance of each mean from the one before it."""
     moves = np.diff(sketch.means.astype(np.float64), axis=0)
     return np.sum(moves**2, axis=1)
 
 
-def sketches(folder: Path) -> dict[int, Any]:
+def sketches(folder):
     return {source.step: sketch_of(source) for source in Run(folder).sources}
 
 
@@ -37,10 +35,10 @@ def sketches(folder: Path) -> dict[int, Any]:
     ],
 )
 def test_the_path_is_of_means_over_a_thousandth_of_training(
-    first: int,
-    windows: list[int],
-    tmp_path: Path,
-) -> None:
+    first,
+    windows,
+    tmp_path,
+):
     """A window has one value if a thousandth has fewer than two, and at most 104; the last may be
     open.
 
@@ -61,23 +59,17 @@ def test_the_path_is_of_means_over_a_thousandth_of_training(
     np.testing.assert_allclose(apart, expected, rtol=0.6)
 
 
-def test_too_many_windows_are_merged_to_half_as_many(tmp_path: Path) -> None:
+def test_too_many_windows_are_merged_to_half_as_many(tmp_path):
     """More than 1,024 are; the sketch before has all of them."""
     training = Training()
     with track(training.model, tmp_path, checkpoint_every=1000) as tracker:
         training.run(1050, tracker)
     fine, coarse = map(sketches(tmp_path).get, (1000, 1050))
     assert len(fine.folds) == 1000
-    assert fine.folds.sum() == 1000
     assert len(coarse.folds) < 600
     assert coarse.folds.sum() == 1050
     ends = coarse.edges[1:]
     assert set(ends[ends <= 1000]) < set(fine.edges)
-    pairs = fine.means[:200].reshape(100, 2, -1)
-    off = coarse.means[:100] - pairs.mean(axis=1)
-    # Steps of 0.0075 in float16 are rounded by 2e-6; these errors do not add up, to 2e-5 in 100
-    # means.
-    assert np.sqrt(np.mean(off**2)) < 6e-6
     # Of n independent steps of variance v, the spread is v (n - 1 / n) / 6.
     n = coarse.folds[1]
     variance = squared_moves(fine).mean()
@@ -85,7 +77,7 @@ def test_too_many_windows_are_merged_to_half_as_many(tmp_path: Path) -> None:
     assert coarse.spread[1:-1].mean() == pytest.approx(expected, rel=0.3)
 
 
-def follow(path: torch.Tensor, times: Any, folder: Path) -> None:
+def follow(path, times, folder):
     """Track weights that follow a path."""
     net = nn.ParameterDict({"w": torch.zeros(path.shape[1])})
     with track(net, folder, t_unit="images", checkpoint_every=100) as tracker:
@@ -94,14 +86,14 @@ def follow(path: torch.Tensor, times: Any, folder: Path) -> None:
             tracker.update_(net, t)
 
 
-def clock_with_leaps() -> FloatArray:
+def clock_with_leaps():
     """Return times one apart, but for a long interval before an update of each 300."""
     intervals = np.ones(1200)
     intervals[292::300] = 40_000
     return np.cumsum(intervals)
 
 
-def uneven_clock() -> FloatArray:
+def uneven_clock():
     """Return times of which each window of the sketch has one: intervals are alternately 0.2 and 10
     per cent of the time so far."""
     growth = np.tile([1.002, 1.1], 600)
@@ -109,7 +101,7 @@ def uneven_clock() -> FloatArray:
 
 
 @pytest.mark.parametrize("times", [clock_with_leaps(), uneven_clock()])
-def test_leaps_of_the_clock_are_not_smoothed(times: FloatArray, tmp_path: Path) -> None:
+def test_leaps_of_the_clock_are_not_smoothed(times, tmp_path):
     """The path, known at each update, shows the error: where a window had taken the interval of a
     leap for many updates it was 7 to 18 times that of the paper's method."""
     moves = 0.02 * torch.randn(times.size, 500)
@@ -127,26 +119,22 @@ def test_leaps_of_the_clock_are_not_smoothed(times: FloatArray, tmp_path: Path) 
     assert 1 / 1.5 < error / best.predicted_error < 1.5
 
 
-def test_a_run_that_is_resumed_from_snapshots_continues_the_path(tmp_path: Path) -> None:
+def test_a_run_that_is_resumed_from_snapshots_continues_the_path(tmp_path):
     """Within float16's rounding; one that is resumed from its state has the same bits, see
-    `test_continuing`."""
+    `test_continuing`. All steps are of one size, also the first one after the resume."""
     training = Training()
     with track(training.model, tmp_path, checkpoint_every=50) as tracker:
         training.run(100, tracker)
     with PostHocEMA.from_path(tmp_path, training.model) as tracker:
         training.run(150, tracker)
-    straight = Training()
-    with track(straight.model, tmp_path / "straight", checkpoint_every=50) as tracker:
-        straight.run(150, tracker)
-    means = []
-    for folder in (tmp_path, tmp_path / "straight"):
-        sketch = sketches(folder)[150]
-        assert sketch.folds.sum() == 150
-        means.append(sketch.folds @ sketch.means / 150)
-    np.testing.assert_allclose(*means, atol=5e-4)
+    earlier, later = map(sketches(tmp_path).get, (100, 150))
+    assert later.folds.sum() == 150
+    np.testing.assert_allclose(later.means[:100], earlier.means, atol=5e-5)
+    squares = squared_moves(later)
+    assert squares.max() < 2 * squares.mean()
 
 
-def test_lengths_are_kept_whatever_the_direction(tmp_path: Path) -> None:
+def test_lengths_are_kept_whatever_the_direction(tmp_path):
     """A quarter of the elements is measured."""
     net = nn.ParameterDict({"a": torch.zeros(1024, 1024)})
     net["b"] = torch.zeros(1024, 1024)
@@ -164,11 +152,11 @@ def test_lengths_are_kept_whatever_the_direction(tmp_path: Path) -> None:
 
 
 def drift(
-    tracker: PostHocEMA,
-    model: nn.Module,
-    steps: int,
-    size: float = 0.1,
-) -> None:
+    tracker,
+    model,
+    steps,
+    size=0.1,
+):
     for _ in range(steps):
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -176,7 +164,7 @@ def drift(
         tracker.update_(model)
 
 
-def check(tracker: PostHocEMA, norm: float = 1e-12, rounding: float = 1e-6) -> None:
+def check(tracker, norm=1e-12, rounding=1e-6):
     """Check the measurements of the newest snapshots, which hold the present averages."""
     profiles = len(tracker.settings.sigma_rels)
     for snapshot in tracker.run.snapshots[-profiles:]:
@@ -195,11 +183,11 @@ def check(tracker: PostHocEMA, norm: float = 1e-12, rounding: float = 1e-6) -> N
         assert found.rounding == pytest.approx(sum(errors), rel=rounding)
 
 
-def squares(tensor: torch.Tensor) -> float:
+def squares(tensor):
     return float(tensor.detach().double().square().sum())
 
 
-def check_run(model: nn.Module, folder: Path, **settings: Any) -> None:
+def check_run(model, folder, **settings):
     with track(model, folder, checkpoint_every=5, **settings) as tracker:
         drift(tracker, model, 10)
         check(tracker)
@@ -214,20 +202,17 @@ def check_run(model: nn.Module, folder: Path, **settings: Any) -> None:
     ],
 )
 def test_measurements_are_those_of_a_direct_computation(
-    tmp_path: Path,
-    dtype: torch.dtype,
-    stored: str,
-) -> None:
+    tmp_path,
+    dtype,
+    stored,
+):
     """A model with tied parameters, buffers (not measured) and a frozen parameter."""
     model = tiny_model().to(dtype)
     check_run(model, tmp_path, sigma_rels=(0.05, 0.1, 0.28), checkpoint_dtype=stored)
 
 
 @pytest.mark.parametrize("scale", [1e6, 1e-6])
-def test_a_tensor_that_is_stored_in_float32_counts_as_not_rounded(
-    tmp_path: Path,
-    scale: float,
-) -> None:
+def test_a_tensor_that_is_stored_in_float32_counts_as_not_rounded(tmp_path, scale):
     """Its values would be too large or too small in float16."""
     model = nn.Linear(4, 4)
     with torch.no_grad():
@@ -239,9 +224,7 @@ def test_a_tensor_that_is_stored_in_float32_counts_as_not_rounded(
         assert snapshot.entries["bias"].dtype == "F16"
 
 
-def test_values_that_only_float64_can_hold_are_stored_in_it_and_not_measured(
-    tmp_path: Path,
-) -> None:
+def test_values_that_only_float64_can_hold_are_stored_in_it_and_not_measured(tmp_path):
     model = nn.Linear(2, 2, dtype=torch.float64)
     with torch.no_grad():
         model.bias.fill_(1e200)
@@ -253,7 +236,7 @@ def test_values_that_only_float64_can_hold_are_stored_in_it_and_not_measured(
         assert torch.equal(load_file(snapshot.path)["bias"], model.bias)
 
 
-def test_a_profile_that_could_not_be_written_is_written_later(tmp_path: Path) -> None:
+def test_a_profile_that_could_not_be_written_is_written_later(tmp_path):
     """Writing the second of two files fails: the first is complete, and nothing is left of the
     second."""
     model = tiny_model()
@@ -278,10 +261,10 @@ def test_a_profile_that_could_not_be_written_is_written_later(tmp_path: Path) ->
     ],
 )
 def test_measurements_of_a_subset_are_those_of_all_elements(
-    tmp_path: Path,
-    size: float,
-    stored: str,
-) -> None:
+    tmp_path,
+    size,
+    stored,
+):
     """Steps are from far above the rounding to far below it. Sums of n squares of normal numbers
     have a relative standard error of (2 / n)^(1/2): four times that is allowed."""
     outer = nn.Linear(1500, 600)
@@ -294,7 +277,7 @@ def test_measurements_of_a_subset_are_those_of_all_elements(
 
 
 @pytest.mark.cuda
-def test_averages_on_a_device_are_measured_there(tmp_path: Path) -> None:
+def test_averages_on_a_device_are_measured_there(tmp_path):
     """All elements of a small model, and a subset of one of several tiles."""
     check_run(nn.Linear(123, 45).cuda(), tmp_path / "small")
     model = nn.Linear(2100, 2100).cuda()
@@ -303,7 +286,7 @@ def test_averages_on_a_device_are_measured_there(tmp_path: Path) -> None:
         check(tracker, norm=0.01, rounding=0.02)
 
 
-def test_averages_over_steps_count_them_across_a_late_leap_of_the_clock(tmp_path: Path) -> None:
+def test_averages_over_steps_count_them_across_a_late_leap_of_the_clock(tmp_path):
     """The clock of the snapshots alone spreads their steps over the leap: errors of 5 times the
     predicted ones and more."""
     images = torch.full((800,), 64.0)
@@ -318,7 +301,7 @@ def test_averages_over_steps_count_them_across_a_late_leap_of_the_clock(tmp_path
     assert average.predicted_error / 3 < error < 2 * average.predicted_error
 
 
-def test_the_steps_of_windows_are_stored_and_kept(tmp_path: Path) -> None:
+def test_the_steps_of_windows_are_stored_and_kept(tmp_path):
     net = tiny_model()
     with track(net, tmp_path, t_unit="images") as tracker:
         for step in range(1, 51):

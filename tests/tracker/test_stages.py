@@ -1,7 +1,5 @@
 """Stages of a pipeline: processes whose models have different tensors."""
 
-from pathlib import Path
-
 import torch
 from groups import check_group, truth
 from tracker.runs import assert_near, steps
@@ -57,7 +55,7 @@ with PostHocEMA.from_model(model, folder / "run", resume="auto", **groups.SETTIN
 """
 
 
-def test_sharded_stages_are_tracked_together_and_continue(tmp_path: Path) -> None:
+def test_sharded_stages_are_tracked_together_and_continue(tmp_path):
     """Two stages on two processes each, which have a buffer in common."""
     exact = truth(0.2, [2, 4, 6, 8])
     torch.save(dict(exact), tmp_path / "truth.pt")
@@ -101,15 +99,11 @@ except PostHocError as error:
 """
 
 
-def stages(
-    folder: Path,
-    kind: str,
-    late: bool = False,
-) -> list[str]:
+def stages(folder, kind, late=False):
     return check_group(PLAIN, 2, folder, kind, late)
 
 
-def test_stages_that_are_not_sharded_are_refused_at_the_first_update(tmp_path: Path) -> None:
+def test_stages_that_are_not_sharded_are_refused_at_the_first_update(tmp_path):
     """By every process that sees the other's tracker, and so by at least one."""
     for out in stages(tmp_path / "names", "names"):
         assert "RankError" in out
@@ -120,7 +114,7 @@ def test_stages_that_are_not_sharded_are_refused_at_the_first_update(tmp_path: P
     assert second.startswith("RankError rank 0: has other tensors than rank 1")
 
 
-def test_a_process_that_only_counts_needs_one_that_writes(tmp_path: Path) -> None:
+def test_a_process_that_only_counts_needs_one_that_writes(tmp_path):
     """Of stages in directories of their own only the first process's would be written."""
     first, second = stages(tmp_path, "directories")
     assert first == "closed True\n"
@@ -147,7 +141,7 @@ assert time.monotonic() - begin < 50
 """
 
 
-def test_models_in_directories_of_their_own_wait_for_their_replicas_alone(tmp_path: Path) -> None:
+def test_models_in_directories_of_their_own_wait_for_their_replicas_alone(tmp_path):
     """One has two replicas; two others are trained by one process each."""
     check_group(OWN_MODELS, 4, tmp_path)
     for own in range(3):
@@ -156,7 +150,7 @@ def test_models_in_directories_of_their_own_wait_for_their_replicas_alone(tmp_pa
         assert run.average(0.1).keys() == {"weight", "bias"}
 
 
-def test_replicas_are_no_stages(tmp_path: Path) -> None:
+def test_replicas_are_no_stages(tmp_path):
     first, second = stages(tmp_path, "same", late=True)
     assert first.endswith("closed True\n")
     assert second.endswith("closed False\n")
@@ -194,13 +188,13 @@ with PostHocEMA.from_model(model, folder / "run", update_every=1, checkpoint_eve
 """
 
 
-def test_a_process_that_only_counts_waits_for_the_one_that_writes(tmp_path: Path) -> None:
+def test_a_process_that_only_counts_waits_for_the_one_that_writes(tmp_path):
     """Its first snapshot is due before the first process has made its tracker."""
     check_group(FIRST_LATE, 2, tmp_path)
     assert len(Run(tmp_path / "run").snapshots) == 2
 
 
-def test_a_process_that_makes_its_tracker_late_is_waited_for_or_told(tmp_path: Path) -> None:
+def test_a_process_that_makes_its_tracker_late_is_waited_for_or_told(tmp_path):
     """The first one asks for an average before."""
     outs = check_group(LATE, 2, tmp_path / "waits", 60, 1)
     assert outs == ["evaluated twice\n"] * 2

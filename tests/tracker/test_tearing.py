@@ -11,10 +11,8 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -39,11 +37,11 @@ TOLERANCE = 40 * 2.0**-24
 average is off by 1e-5."""
 
 
-def value_at(step: int) -> float:
+def value_at(step):
     return float(np.float32(1 + (step * 0.6180339887) % 1))
 
 
-def truth(sigma_rel: float, step: int) -> float:
+def truth(sigma_rel, step):
     """Return the average after the last update up to a step by the definition."""
     steps = range(EVERY, step + 1, EVERY)
     values = [value_at(number) for number in steps]
@@ -53,19 +51,19 @@ def truth(sigma_rel: float, step: int) -> float:
 class Equal(nn.Module):
     """A model in which all elements of all parameters are equal."""
 
-    def __init__(self, elements: int) -> None:
+    def __init__(self, elements):
         super().__init__()
         self.large = nn.Parameter(torch.zeros(elements))
         self.small = nn.ParameterList([torch.zeros(7, 3) for _ in range(5)])
         self.wide = nn.Parameter(torch.zeros(100, dtype=torch.float64))
 
-    def go_to(self, step: int) -> None:
+    def go_to(self, step):
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.fill_(value_at(step))
 
 
-def start(folder: Path, model: Equal, device: str, checkpoint_every: int) -> PostHocEMA:
+def start(folder, model, device, checkpoint_every):
     return PostHocEMA.from_model(
         model,
         folder,
@@ -78,23 +76,19 @@ def start(folder: Path, model: Equal, device: str, checkpoint_every: int) -> Pos
     )
 
 
-def train(tracker: PostHocEMA, model: Equal, steps: int) -> None:
+def train(tracker, model, steps):
     for _ in range(steps):
         model.go_to(tracker.step + 1)
         tracker.update_(model)
 
 
-def check(
-    tensors: Mapping[str, torch.Tensor],
-    right: float,
-    tolerance: float = TOLERANCE,
-) -> None:
+def check(tensors, right, tolerance=TOLERANCE):
     for name, tensor in tensors.items():
         off = tensor.double() - right
         assert float(off.abs().max()) <= tolerance * right, name
 
 
-def check_state(state: Mapping[str, Any]) -> None:
+def check_state(state):
     step = state["step"]
     updates = step // EVERY
     assert state["t"] == step
@@ -104,23 +98,20 @@ def check_state(state: Mapping[str, Any]) -> None:
         check(tensors, truth(float(sigma_rel), step))
 
 
-def check_equal(weights: Mapping[str, torch.Tensor]) -> None:
+def check_equal(weights):
     """Check that all elements of an average of any length are equal: it is a sum of tracked ones
     with coefficients up to about 4."""
     check(weights, float(weights["wide"][0]), 8 * TOLERANCE)
 
 
 @EITHER_DEVICE
-def test_averages_that_another_thread_reads_are_those_of_one_update(
-    tmp_path: Path,
-    device: str,
-) -> None:
+def test_averages_that_another_thread_reads_are_those_of_one_update(tmp_path, device):
     model = Equal(300_000)
     other = Equal(300_000)
     chance = random.Random(0)
     tracker = start(tmp_path, model, device, 10**6)
 
-    def read() -> None:
+    def read():
         for _ in range(10):
             time.sleep(chance.uniform(0, 0.001))
             check_state(tracker.state_dict())
@@ -146,13 +137,13 @@ class Stop(BaseException):
 class Interruptions:
     """Updates that a signal interrupts, whose handler does something once."""
 
-    def __init__(self, tracker: PostHocEMA, model: Equal) -> None:
+    def __init__(self, tracker, model):
         self._tracker = tracker
         self._model = model
         self._chance = random.Random(0)
         self._way = ""
 
-    def update(self, way: str = "") -> None:
+    def update(self, way=""):
         """Make an update, and within it what a way says, by default one at random."""
         self._way = way or self._chance.choice(("stop", "read", "flush"))
         self._model.go_to(self._tracker.step + 1)
@@ -167,7 +158,7 @@ class Interruptions:
             assert way == "close"
         self._way = ""
 
-    def handle(self, *_: object) -> None:
+    def handle(self, *_):
         way = self._way
         self._way = ""
         if way == "stop":
@@ -181,10 +172,7 @@ class Interruptions:
 
 
 @EITHER_DEVICE
-def test_an_update_that_a_signal_interrupts_was_made_or_was_not(
-    tmp_path: Path,
-    device: str,
-) -> None:
+def test_an_update_that_a_signal_interrupts_was_made_or_was_not(tmp_path, device):
     """Handlers raise, read, flush; the last one closes the tracker."""
     model = Equal(3_000)
     tracker = start(tmp_path, model, device, 10 * EVERY)
@@ -209,7 +197,7 @@ def test_an_update_that_a_signal_interrupts_was_made_or_was_not(
 
 
 @pytest.mark.usefixtures("small_tiles")
-def test_bits_are_the_same_for_any_number_of_threads(tmp_path: Path) -> None:
+def test_bits_are_the_same_for_any_number_of_threads(tmp_path):
     for threads in (1, 7):
         torch.set_num_threads(threads)
         training = Training()
@@ -221,13 +209,13 @@ def test_bits_are_the_same_for_any_number_of_threads(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("small_tiles")
 @EITHER_DEVICE
-def test_threads_of_training_are_left_alone(device: str, tmp_path: Path) -> None:
+def test_threads_of_training_are_left_alone(device, tmp_path):
     """Their number stays, also in threads that start during an update or later."""
     torch.set_num_threads(2)  # conftest sets the number to 1 for each test
     seen = set()
     model = nn.Linear(60, 60)
 
-    def see() -> None:
+    def see():
         seen.add(torch.get_num_threads())
 
     with track(model, tmp_path, device=device, checkpoint_every=2) as tracker:
@@ -246,7 +234,7 @@ TASKS = Path("/proc/self/task")
 
 @pytest.mark.skipif(not TASKS.exists(), reason="the system does not list threads")
 @EITHER_DEVICE
-def test_threads_of_averages_use_no_more_of_torchs_own(device: str, tmp_path: Path) -> None:
+def test_threads_of_averages_use_no_more_of_torchs_own(device, tmp_path):
     """On busy cores those wait for each other at every operation. Operations on a tile of this
     model would use some."""
     torch.set_num_threads(4)
