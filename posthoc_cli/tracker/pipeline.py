@@ -236,6 +236,8 @@ class Pipeline:
             self._update_by_copy(values, copies, progress)
         else:
             self._update_in_place(values, copies, progress)
+        if self.tracking.progress.step < progress.step:  # queued, or refused as after `close`
+            self.check_open()
         self._calls = progress, ()
         self._updates.warn_of_waiting("updates of the averages (update_every)")
         self._writes.warn_of_waiting("snapshots (checkpoint_every)")
@@ -286,7 +288,10 @@ class Pipeline:
         take_in: Callable[[], str | None],
         progress: TrainingProgress,
     ) -> None:
-        """Take in values, and queue due snapshots, also if the values are refused."""
+        """Take in values, and queue due snapshots, also if the values are refused; do nothing after
+        `close`, which a signal handler may have called since the update began."""
+        if self.closed:
+            return
         name = take_in()
         now = self.tracking
         if self._settings.snapshot_is_due(progress.step):
@@ -492,7 +497,6 @@ class Pipeline:
     ) -> str | None:
         """Update averages and counters; if a value is not finite, only count, and return the first
         tensor with such a value."""
-        self.check_open()
         now = self.tracking
         averages = now.averages
         storage = self._storage_of(values.layout)

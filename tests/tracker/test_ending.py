@@ -8,7 +8,7 @@ from collections import defaultdict
 import forked
 import pytest
 from safetensors.torch import load_file
-from tracker.runs import Training, assert_near, contents, track
+from tracker.runs import EITHER_DEVICE, Training, assert_near, contents, track
 
 from posthoc_cli import PostHocEMA, Run, files
 from posthoc_cli.errors import LockedError, NotReadyError, WriteError
@@ -47,6 +47,28 @@ def test_an_error_in_the_block_writes_a_last_snapshot(tmp_path):
     for snapshot in Run(tmp_path).snapshots[-2:]:
         exact = training.exact(snapshot.sigma_rel, range(2, 25, 2))
         assert_near(load_file(snapshot.path), exact)
+
+
+@EITHER_DEVICE
+def test_an_update_in_which_a_signal_handler_closes_the_tracker_is_refused(
+    tmp_path,
+    device,
+    monkeypatch,
+):
+    """Its refusal was raised by the next `close`, where averages are on the host."""
+    training = Training()
+    tracker = begin(training, tmp_path, device=device)
+    training.run(10, tracker)
+
+    def handle(*_):
+        tracker.close()
+        return {}
+
+    monkeypatch.setattr(pipeline.DeviceStreams, "current", handle)
+    with pytest.raises(NotReadyError, match="this tracker was closed"):
+        training.run(12, tracker)
+    tracker.close()
+    assert written(tmp_path) == ["10"]
 
 
 def test_the_end_of_the_process_writes_the_last_snapshot_also_of_a_forgotten_tracker(tmp_path):
