@@ -3,26 +3,24 @@ tensors."""
 
 import io
 import json
-from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TypeVar
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from posthoc_cli.errors import InvalidValueError, PostHocError
+from posthoc_cli.errors import InvalidValueError
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 
 
 @contextmanager
 def refused(
-    subject: str,
-    *words: str,
-    kind: type[PostHocError] = InvalidValueError,
-) -> Iterator[None]:
+    subject,
+    *words,
+    kind=InvalidValueError,
+):
     """Expect an error of this kind about `subject`, in one line that contains all of these
     words."""
     with pytest.raises(kind) as raised:
@@ -34,9 +32,9 @@ def refused(
 
 
 def assert_same_tensors(
-    found: Mapping[str, torch.Tensor],
-    expected: Mapping[str, torch.Tensor],
-) -> None:
+    found,
+    expected,
+):
     """Assert that both have the same names, and the same dtype and bits for each."""
     assert set(found) == set(expected)
     for name, value in expected.items():
@@ -44,7 +42,7 @@ def assert_same_tensors(
         assert torch.equal(found[name], value), name
 
 
-def load_output(path: Path) -> dict[str, torch.Tensor]:
+def load_output(path):
     """Load an output with the usual library: torch for .pt, safetensors for files and shards."""
     if path.suffix == ".pt":
         return torch.load(path, weights_only=True)  # type: ignore[no-any-return]
@@ -57,9 +55,8 @@ def load_output(path: Path) -> dict[str, torch.Tensor]:
     return {name: shards[shard][name] for name, shard in weight_map.items()}
 
 
-def saved_and_loaded(module: Module) -> Module:
+def saved_and_loaded(module):
     file = io.BytesIO()
     torch.save(module, file)
     file.seek(0)
-    loaded: Module = torch.load(file, weights_only=False)
-    return loaded
+    return torch.load(file, weights_only=False)

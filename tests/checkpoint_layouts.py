@@ -5,10 +5,7 @@ import json
 import operator
 import pickle
 import warnings
-from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -16,13 +13,11 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.testing import assert_close
 
-from posthoc_cli import Run
-
 Weights = dict[str, torch.Tensor]
 STEPS = (20, 40, 100, 200)
 
 
-def walk() -> dict[int, Weights]:
+def walk():
     generator = torch.Generator().manual_seed(0)
     parts = (nn.Linear(40, 30), nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
     layers = nn.Sequential(*parts)
@@ -39,7 +34,7 @@ def walk() -> dict[int, Weights]:
     return found
 
 
-def filled(folder: Path, *steps: int, size: int = 3) -> Path:
+def filled(folder, *steps, size=3):
     """Write files of one tensor whose elements equal the step; return the folder."""
     folder.mkdir(exist_ok=True)
     for step in steps:
@@ -49,13 +44,13 @@ def filled(folder: Path, *steps: int, size: int = 3) -> Path:
 
 
 def check_average(
-    run: Run,
-    states: Mapping[Any, Weights],
-    target: float = 0.2,
-    strip: str = "",
-    at: str = "step",
-    exact: float = 1e-12,
-) -> None:
+    run,
+    states,
+    target=0.2,
+    strip="",
+    at="step",
+    exact=1e-12,
+):
     """Check that an average is the planned combination of weights, with the newest values of all
     other tensors."""
     plan = run.plan(target)
@@ -75,7 +70,7 @@ def check_average(
         assert_close(value, expected, rtol=exact, atol=exact, check_dtype=False)
 
 
-def shards(run: Path, step: int, weights: Weights, ending: str) -> None:
+def shards(run, step, weights, ending):
     """Write two shards and their index, as transformers does."""
     folder = run / f"checkpoint-{step}"
     folder.mkdir(parents=True)
@@ -93,7 +88,7 @@ def shards(run: Path, step: int, weights: Weights, ending: str) -> None:
     trainer(folder, step)
 
 
-def trainer(folder: Path, step: int) -> None:
+def trainer(folder, step):
     """Write what a Trainer writes next to the weights."""
     torch.save({"state": {}}, folder / "optimizer.pt")
     torch.save({"x": torch.ones(3)}, folder / "rng_state.pth")
@@ -102,10 +97,10 @@ def trainer(folder: Path, step: int) -> None:
 
 
 def distributed(
-    folder: Path,
-    content: Mapping[str, object],
-    in_chunks: bool = False,
-) -> None:
+    folder,
+    content,
+    in_chunks=False,
+):
     """Write a folder of torch.distributed.checkpoint, by one process; `in_chunks` as safetensors
     files of chunks."""
     place = {"checkpoint_id": str(folder)}

@@ -7,7 +7,6 @@ its state, where unpickling in Python would run that source.
 import pickle
 import sys
 import types
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -22,7 +21,7 @@ class EasyDict(dict[str, Any]):
 class Persistent(nn.Module):
     """A module that is pickled with its source."""
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self):
         meta = EasyDict(
             type="class",
             version=6,
@@ -36,11 +35,11 @@ class Persistent(nn.Module):
 SOURCE = "raise SystemExit('the source of a pickle was executed')"
 
 
-def _reconstruct_persistent_obj(meta: EasyDict) -> None:
+def _reconstruct_persistent_obj(meta):
     raise SystemExit("a pickle was executed")
 
 
-def network() -> nn.Module:
+def network():
     inner = Persistent()
     inner.weight = nn.Parameter(torch.randn(20, 30))
     inner.register_buffer("freqs", torch.randn(7))
@@ -67,12 +66,12 @@ for value, name in (
 
 
 def save(
-    path: Path,
-    net: nn.Module,
-    half: bool = True,
-    under: str = "ema",
-    **others: nn.Module,
-) -> None:
+    path,
+    net,
+    half=True,
+    under="ema",
+    **others,
+):
     """Write a pickle of EDM2; or of EDM or StyleGAN, which do not round, and have other networks in
     it."""
     content = EasyDict(

@@ -8,10 +8,9 @@ import signal
 import socket
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from typing import Any
 from unittest import mock
 
 from posthoc_cli.cli import main
@@ -26,12 +25,12 @@ class Result:
     err: str
 
     @property
-    def json(self) -> Any:
+    def json(self):
         """The object printed with --json."""
         return json.loads(self.out)
 
     @property
-    def error(self) -> str:
+    def error(self):
         """The error message, which must be the only line on stderr."""
         lines = self.err.splitlines()
         assert len(lines) == 1, self.err
@@ -43,7 +42,7 @@ Ema = Callable[..., Result]
 
 
 @contextmanager
-def as_command(*arguments: object) -> Iterator[None]:
+def as_command(*arguments):
     """Make this process look like `ema` with these arguments, and restore its signal handlers and
     hooks afterwards."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
@@ -60,7 +59,7 @@ def as_command(*arguments: object) -> Iterator[None]:
                 signal.signal(number, handler)
 
 
-def run_ema(*arguments: object) -> Result:
+def run_ema(*arguments):
     """Run `ema` and return its result; an uncaught exception is printed as by the interpreter."""
     out = io.StringIO()
     err = io.StringIO()
@@ -76,13 +75,13 @@ def run_ema(*arguments: object) -> Result:
     return Result(code, out.getvalue(), err.getvalue())
 
 
-def unmeasured_environment() -> dict[str, str]:
+def unmeasured_environment():
     """Return the environment without coverage's variables, for processes that are killed or must
     not write it."""
     return {name: value for name, value in os.environ.items() if not name.startswith("COV")}
 
 
-def environments_of_ranks(count: int) -> list[dict[str, str]]:
+def environments_of_ranks(count):
     """Return the environments of the processes of a torchrun job."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -5,21 +5,17 @@ The averages here are NumPy float64 straight from the formulas, never this packa
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import xxhash
 from safetensors.torch import load_file
 from torch import nn
 
 from posthoc_cli.dtypes import stored_name
-from posthoc_cli.profiles import PowerFunction, Profile
-from posthoc_cli.reconstruction import Measurements, Problem, Sketch
+from posthoc_cli.profiles import PowerFunction
+from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots.directory import find_snapshots, snapshot_path
 from posthoc_cli.snapshots.snapshot import (
     OutputInfo,
@@ -31,10 +27,8 @@ from posthoc_cli.snapshots.snapshot import (
     decode_snapshot,
     encode_path,
 )
-from posthoc_cli.snapshots.sources import Source, TrackedTensor
+from posthoc_cli.snapshots.sources import TrackedTensor
 from posthoc_cli.snapshots.tensorfile import Chunk, Entry, TensorFileWriter, read_file, tensor_bytes
-
-FloatArray = npt.NDArray[np.float64]
 
 SIGMA_RELS = (0.05, 0.10, 0.15, 0.28)
 """What a run in a test tracks, unless it says otherwise."""
@@ -49,7 +43,7 @@ OTHER_RUN_ID = "0ddd" * 8
 # -----------------------------------------------------------
 
 
-def exact_gamma(sigma_rel: float) -> float:
+def exact_gamma(sigma_rel):
     """Return gamma of a power function: for x = gamma + 1 the largest root of (x + 1)**2 (x + 2) =
     x / sigma_rel**2."""
     linear = 5.0 - sigma_rel**-2
@@ -57,7 +51,7 @@ def exact_gamma(sigma_rel: float) -> float:
     return float(max(roots.real)) - 1.0
 
 
-def exact_weights(sigma_rel: float, times: Sequence[float]) -> FloatArray:
+def exact_weights(sigma_rel, times):
     """Return the discrete weights of updates at `times`, the last of which is the time of the
     average: [len(times)].
 
@@ -70,10 +64,10 @@ def exact_weights(sigma_rel: float, times: Sequence[float]) -> FloatArray:
 
 
 def exact_average(
-    values: Sequence[npt.ArrayLike],
-    sigma_rel: float,
-    times: Sequence[float],
-) -> FloatArray:
+    values,
+    sigma_rel,
+    times,
+):
     """Return the power-function average of `values` taken at `times`, at the last of these
     times."""
     shares = exact_weights(sigma_rel, times)
@@ -81,16 +75,16 @@ def exact_average(
     return np.tensordot(shares, stacked, axes=1)
 
 
-def relative_distance(found: npt.ArrayLike, exact: npt.ArrayLike) -> float:
+def relative_distance(found, exact):
     """Return the L2 distance of a vector from the exact one, relative to the norm of that."""
     apart = np.asarray(found, dtype=np.float64) - exact
     return float(np.linalg.norm(apart) / np.linalg.norm(exact))
 
 
 def power_functions(
-    times: npt.ArrayLike,
-    sigma_rels: Sequence[float] = (0.05, 0.28),
-) -> list[PowerFunction]:
+    times,
+    sigma_rels=(0.05, 0.28),
+):
     """Return the profiles of the snapshots that a run has at these times, in the order of time."""
     profiles = []
     for t in np.atleast_1d(times).tolist():
@@ -103,12 +97,12 @@ def power_functions(
 
 
 def make_info(
-    values: Mapping[str, torch.Tensor],
-    t: float = 10.0,
-    sigma_rel: float = 0.05,
-    run_id: str = RUN_ID,
-    **overrides: Any,
-) -> Snapshot:
+    values,
+    t=10.0,
+    sigma_rel=0.05,
+    run_id=RUN_ID,
+    **overrides,
+):
     """Describe a snapshot of `values`: floating-point tensors are averages in their dtype, others
     are copies.
 
@@ -148,11 +142,11 @@ EVERY_STEP = TrackingSchedule(
 
 
 def write_tensors(
-    path: Path,
-    values: Mapping[str, torch.Tensor],
-    info: Snapshot | OutputInfo,
-    overwrite: bool,
-) -> None:
+    path,
+    values,
+    info,
+    overwrite,
+):
     entries = {}
     for name, value in values.items():
         entries[name] = Entry(stored_name(value.dtype), tuple(value.shape))
@@ -164,14 +158,14 @@ def write_tensors(
 
 
 def write_snapshot(
-    directory: Path,
-    t: float,
-    sigma_rel: float,
-    run_id: str,
-    values: Mapping[str, torch.Tensor],
-    name: str | None = None,
-    **overrides: Any,
-) -> Path:
+    directory,
+    t,
+    sigma_rel,
+    run_id,
+    values,
+    name=None,
+    **overrides,
+):
     """Write a snapshot file of `values` without conversion; return its path.
 
     `name` is the file's, in place of its usual one; `overrides` as in `make_info`.
@@ -186,10 +180,10 @@ def write_snapshot(
 
 
 def split_snapshot(
-    path: Path,
-    parts: int = 3,
-    grids: Mapping[str, tuple[int, ...]] | None = None,
-) -> Path:
+    path,
+    parts=3,
+    grids=None,
+):
     """Replace a snapshot by a folder of parts, as several processes write them; return the folder.
 
     A tensor is cut along its first dimension as `torch.chunk` does, or into a grid of `grids`; its
@@ -216,10 +210,10 @@ def split_snapshot(
 
 
 def part_of(
-    info: Snapshot,
-    chunks: Mapping[str, Chunk],
-    part: tuple[int, int],
-) -> Snapshot:
+    info,
+    chunks,
+    part,
+):
     """Return the header of a part, its number and the count, that holds these chunks."""
     _, count = part
     return replace(
@@ -232,7 +226,7 @@ def part_of(
     )
 
 
-def without_measurements(info: Snapshot) -> Snapshot:
+def without_measurements(info):
     """Return the header of a part that measured nothing, where others did."""
     if info.measurements:
         info = replace(info, measurements=Measurements(0.0, 0.0))
@@ -245,9 +239,9 @@ def without_measurements(info: Snapshot) -> Snapshot:
 
 
 def cut(
-    value: torch.Tensor,
-    grid: tuple[int, ...],
-) -> list[tuple[tuple[int, ...], torch.Tensor]]:
+    value,
+    grid,
+):
     """Return the cells of a grid that have elements, each with the position of its first
     element."""
     whole = ((0,) * value.dim(), value)
@@ -267,10 +261,10 @@ def cut(
 
 
 def rewrite_snapshot(
-    path: Path,
-    change: Callable[[dict[str, torch.Tensor]], object] = lambda _: None,
-    **fields: object,
-) -> None:
+    path,
+    change=lambda _: None,
+    **fields,
+):
     """Write a snapshot again, with correct checksums and other values or other `fields` of its
     Snapshot."""
     info = read_snapshot(path)
@@ -279,25 +273,25 @@ def rewrite_snapshot(
     write_tensors(path, values, replace(info, **fields), overwrite=True)  # type: ignore[arg-type]
 
 
-def read_snapshot(path: Path) -> Snapshot:
+def read_snapshot(path):
     return decode_snapshot(read_file(path))
 
 
-def snapshots_in(run: Path) -> list[Snapshot]:
+def snapshots_in(run):
     """Return the snapshots of a run; none for a missing or empty directory."""
     return find_snapshots(run)
 
 
-def sketch_of(source: Source) -> Sketch:
+def sketch_of(source):
     """Return the sketch of the weights' path in a header."""
     return decode_path(source.sketch).sketch
 
 
 def write_output(
-    path: Path,
-    tensors: Mapping[str, torch.Tensor],
-    copies: tuple[str, ...] = (),
-) -> Path:
+    path,
+    tensors,
+    copies=(),
+):
     """Write an output, as of a synthesis, of any values; `copies` names the tensors that are no
     averages."""
     info = OutputInfo(
@@ -317,18 +311,18 @@ def write_output(
     return path
 
 
-def read_output(path: Path) -> OutputInfo:
+def read_output(path):
     return decode(read_file(path), "output", OutputInfo)
 
 
 def write_run(
-    directory: Path,
-    trajectory: Sequence[Mapping[str, npt.ArrayLike]],
-    snapshot_times: Sequence[int],
-    sigma_rels: Sequence[float] = (0.05, 0.28),
-    dtype: torch.dtype = torch.float32,
-    run_id: str = RUN_ID,
-) -> list[Path]:
+    directory,
+    trajectory,
+    snapshot_times,
+    sigma_rels=(0.05, 0.28),
+    dtype=torch.float32,
+    run_id=RUN_ID,
+):
     """Write the snapshots of a run with the weights of `trajectory` and one update at each of the
     steps 1, 2, ...
 
@@ -361,9 +355,9 @@ def write_run(
 
 
 def random_walk(
-    steps: int,
-    shapes: Mapping[str, tuple[int, ...]],
-) -> list[dict[str, FloatArray]]:
+    steps,
+    shapes,
+):
     """Return weights that walk randomly as a network's do: after each step, by name, float64."""
     generator = np.random.default_rng(0)
     walk = [{} for _ in range(steps)]
@@ -381,7 +375,7 @@ def random_walk(
 class TinyModel(nn.Module):
     """A small model with tensors of every kind, see `tiny_model`."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.embed = nn.Embedding(5, 3)
         self.norm = nn.BatchNorm1d(3)
@@ -389,13 +383,13 @@ class TinyModel(nn.Module):
         self.head = nn.Linear(3, 5)
         self.head.weight = self.embed.weight
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens):
         """Return logits, shape [batch, 5], of tokens 0 .. 4, shape [batch]."""
         hidden = self.norm(self.embed(tokens))
         return self.head(hidden + self.frozen)
 
 
-def tiny_model(seed: int = 0) -> TinyModel:
+def tiny_model(seed=0):
     """Make a model with tied parameters (`embed.weight`, `head.weight`), float parameters,
     BatchNorm buffers (two of float, one of int64) and a frozen parameter."""
     with torch.random.fork_rng(devices=[]):
@@ -403,7 +397,7 @@ def tiny_model(seed: int = 0) -> TinyModel:
         return TinyModel()
 
 
-def averages_in(state: Mapping[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
+def averages_in(state):
     """Return the averages in a tracker's state by sigma_rel and name, in float64."""
     found = {}
     standing = state["standing"]
@@ -418,7 +412,7 @@ def averages_in(state: Mapping[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
     return found
 
 
-def contents(folder: Path) -> dict[str, bytes]:
+def contents(folder):
     found = {}
     for path in folder.rglob("*"):
         if path.is_file():
@@ -430,11 +424,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 # --- damage ---------------------------------------------------------------------------------------
 
 
-def snapshot_files(run: Path) -> list[Path]:
+def snapshot_files(run):
     return sorted(run.glob("0*.safetensors"))
 
 
-def forge(path: Path, changes: Mapping[str, str | None]) -> Path:
+def forge(path, changes):
     """Change values, given as JSON, in the object of a file's header, or remove them (None), and
     seal it again."""
     data = path.read_bytes()
@@ -458,7 +452,7 @@ def forge(path: Path, changes: Mapping[str, str | None]) -> Path:
     return path
 
 
-def flip_bit(path: Path, position: int = -1) -> None:
+def flip_bit(path, position=-1):
     data = bytearray(path.read_bytes())
     data[position] ^= 4
     path.write_bytes(data)
@@ -468,12 +462,12 @@ def flip_bit(path: Path, position: int = -1) -> None:
 # ------------------------------------------------------------------------------------
 
 
-def solved(solver: Problem, target: Profile) -> FloatArray:
+def solved(solver, target):
     """Return the coefficients for one target: shape [n]."""
     return solver.optimum(solver.goal(target))
 
 
-def squared_error(solver: Problem, coefficients: FloatArray, target: Profile) -> float:
+def squared_error(solver, coefficients, target):
     """Return the expected squared error of any coefficients for one target."""
     goal = solver.goal(target)
     squares = solver.expected_squares(coefficients, goal)
@@ -487,6 +481,6 @@ class Span:
     start: float
     end: float
 
-    def tail(self, s: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    def tail(self, s):
         left = self.end - np.asarray(s)
         return np.clip(left / (self.end - self.start), 0.0, 1.0)

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from truth import distance
-from walks import STEPS, Save, Tensors, constant, saves, true_average
+from walks import STEPS, constant, saves, true_average
 
 from posthoc_cli import Run, export_file, import_checkpoints
-from posthoc_cli.checkpoints.import_run import Import
-from posthoc_cli.checkpoints.source import Checkpoint
 from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError
 from posthoc_cli.profiles import OrdinaryEMA, Point
 
 
-def all_steps() -> list[int]:
+def all_steps():
     return [save.step for save in saves()]
 
 
-def named(prefix: str, tensors: Tensors) -> Tensors:
+def named(prefix, tensors):
     return {f"{prefix}{name}": value for name, value in tensors.items()}
 
 
-def store(file: Path, content: Any) -> None:
+def store(file, content):
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix == ".safetensors":
         save_file(content, file)
@@ -36,11 +30,11 @@ def store(file: Path, content: Any) -> None:
 
 
 def write_each(
-    folder: Path,
-    name: str,
-    content: Callable[[Save], object],
-    decay: Callable[[int], float] = constant,
-) -> Path:
+    folder,
+    name,
+    content,
+    decay=constant,
+):
     """Write a file at each save, whose name has places for its fields; return the last one."""
     for save in saves(decay):
         file = folder / name.format(save=save)
@@ -48,30 +42,30 @@ def write_each(
     return file
 
 
-def read(place: Path, **settings: Any) -> Import:
+def read(place, **settings):
     """Return what an import finds."""
     return import_checkpoints(place, None, dry_run=True, **settings)
 
 
-def times(place: Path, **settings: Any) -> list[float]:
+def times(place, **settings):
     return [one.t for one in read(place, **settings).checkpoints]
 
 
-def asked(place: Path, **settings: Any) -> str:
+def asked(place, **settings):
     """Return what an import asks for."""
     with pytest.raises(InvalidValueError) as raised:
         read(place, **settings)
     return str(raised.value)
 
 
-def fault(place: Path, **settings: Any) -> str:
+def fault(place, **settings):
     """Return what an import says is wrong with files."""
     with pytest.raises((FileFormatError, MismatchError)) as raised:
         read(place, **settings)
     return str(raised.value)
 
 
-def values_of(source: Checkpoint) -> Tensors:
+def values_of(source):
     """Return the tensors of a source, under all their names."""
     found = {}
     with source:
@@ -83,20 +77,20 @@ def values_of(source: Checkpoint) -> Tensors:
     return found
 
 
-def assert_equal(made: Tensors, stored: Tensors) -> None:
+def assert_equal(made, stored):
     assert made.keys() == stored.keys()
     for name, value in stored.items():
         assert torch.equal(made[name].double(), value.double()), name
 
 
 def check(
-    place: Path,
-    average: Tensors,
-    weights: Tensors,
-    decay: float | None = 0.95,
+    place,
+    average,
+    weights,
+    decay=0.95,
     /,
-    **settings: Any,
-) -> None:
+    **settings,
+):
     """Check what an import finds at the last step; `decay` None if the file does not say it."""
     given = dict(settings)
     if decay is None:
@@ -112,7 +106,7 @@ def check(
     assert len(found) >= 19  # an average that has not begun is none
 
 
-def check_last(place: Path, **settings: Any) -> None:
+def check_last(place, **settings):
     """Check that an import finds the last weights and their average, of a decay that no file
     says."""
     last = saves()[-1]
@@ -120,25 +114,25 @@ def check_last(place: Path, **settings: Any) -> None:
 
 
 def check_error(
-    place: Path,
-    most: float = 0.02,
-) -> None:
+    place,
+    most=0.02,
+):
     """Check that an average's error is the predicted one, which is at most half of `most`."""
     made = Run(place).average(0.1, dtype="float64")
     error = distance(made, true_average(0.1))
     assert error < 2 * made.predicted_error < most
 
 
-def exported(file: Path, **options: Any) -> Tensors:
+def exported(file, **options):
     out = file.with_name("exported.safetensors")
     export_file(file, out, overwrite=True, **options)
     return load_file(out)
 
 
 def check_export(
-    file: Path,
-    average: Tensors,
-    weights: Tensors,
-) -> None:
+    file,
+    average,
+    weights,
+):
     assert_equal(exported(file), average)
     assert_equal(exported(file, weights=True), weights)

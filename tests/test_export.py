@@ -39,7 +39,7 @@ from posthoc_cli.export.writing import OutputOptions
 
 Tensors = dict[str, torch.Tensor]
 
-WEIGHTS: Tensors = {
+WEIGHTS = {
     "a": torch.arange(10) / 3,
     "b": torch.arange(20).reshape(4, 5) / 7,
     "var": torch.tensor([1 / 3, 2 / 3]),  # a buffer, which is never cast
@@ -49,7 +49,7 @@ COPIES = ("var", "count")
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
+def source(tmp_path):
     return write_output(tmp_path / "in.safetensors", WEIGHTS, COPIES)
 
 
@@ -232,7 +232,7 @@ def test_a_snapshot_is_exported_in_the_models_own_dtypes_under_all_names(tmp_pat
 # --- a base
 # ----------------------------------------------------------------------------------------
 
-BASE: Tensors = {
+BASE = {
     "a": torch.zeros(10),
     "frozen": torch.arange(3) / 4,
     "ids": torch.arange(4),
@@ -240,7 +240,7 @@ BASE: Tensors = {
 
 
 @pytest.fixture
-def base(tmp_path: Path) -> Path:
+def base(tmp_path):
     """A folder with an index, and a file for each tensor."""
     folder = tmp_path / "base"
     folder.mkdir()
@@ -356,7 +356,7 @@ def test_a_folder_for_torch_distributed_is_written_with_the_function_of_older_re
 ):
     """The `save` of torch 2.4 to 2.6 has no argument that leaves a process group alone."""
 
-    def save_of_26(state_dict: object, *, checkpoint_id: object = None) -> None:
+    def save_of_26(state_dict, *, checkpoint_id=None):
         pytest.fail("would wait for all processes of a group")
 
     export_file(source, tmp_path / "new", "dcp")
@@ -397,11 +397,11 @@ def test_a_disk_that_is_full_is_named_and_nothing_is_left(tmp_path, name, layout
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
+def run(tmp_path):
     return Run(filled(tmp_path / "run", 1, 2))
 
 
-def make_folder(folder: Path) -> Path:
+def make_folder(folder):
     (folder / "assets").mkdir(parents=True)
     save_file({"w": torch.zeros(3)}, folder / "model.safetensors")
     for name in ("config.json", "assets/merges.txt", ".gitattributes"):
@@ -477,10 +477,10 @@ def test_a_pipe_in_the_folder_is_not_read(tmp_path, run):
 
 
 def check_refused(
-    run: Run,
-    like: Path,
-    name: str,
-) -> None:
+    run,
+    like,
+    name,
+):
     out = run.directory / "new"
     leads_out = f"like {like}: {name} is not a file of this folder, or leads out"
     with pytest.raises(InvalidValueError, match=leads_out):

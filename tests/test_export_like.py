@@ -12,10 +12,7 @@ import shutil
 import tracemalloc
 import warnings
 import zipfile
-from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -51,10 +48,10 @@ SHAPES = {
 
 
 def values(
-    seed: int,
-    prefix: str = "",
-    dtype: torch.dtype = torch.float32,
-) -> Tensors:
+    seed,
+    prefix="",
+    dtype=torch.float32,
+):
     """Return tensors whose elements take 12 bits, so that sums of them are exact."""
     generator = torch.Generator().manual_seed(seed)
     found = {}
@@ -65,7 +62,7 @@ def values(
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
+def run(tmp_path):
     """A run of two checkpoints."""
     for step in (1, 2):
         stored(tmp_path, step, values(step))
@@ -73,17 +70,17 @@ def run(tmp_path: Path) -> Run:
 
 
 def stored(
-    folder: Path,
-    step: int,
-    tensors: Tensors,
-) -> Run:
+    folder,
+    step,
+    tensors,
+):
     run = folder / "run"
     run.mkdir(exist_ok=True)
     save_file(tensors, run / f"step{step}.safetensors")
     return Run(run)
 
 
-def check_replaced(tensors: Tensors, prefix: str = "") -> None:
+def check_replaced(tensors, prefix=""):
     """Check that tensors are the mean of both checkpoints in float64, rounded once."""
     first = values(1)
     second = values(2)
@@ -93,39 +90,39 @@ def check_replaced(tensors: Tensors, prefix: str = "") -> None:
         assert torch.equal(tensor, mean.to(tensor.dtype)), name
 
 
-def saved(folder: Path, **content: Any) -> Path:
+def saved(folder, **content):
     """Write a checkpoint by torch.save; return its path."""
     torch.save(content, folder / "last.pt")
     return folder / "last.pt"
 
 
 @pytest.fixture
-def like(tmp_path: Path) -> Path:
+def like(tmp_path):
     return saved(tmp_path, model=values(5))
 
 
-def load(path: Path) -> Any:
+def load(path):
     """Load a checkpoint as a careful training does."""
     return torch.load(path, weights_only=True)
 
 
 def copied(
-    run: Run,
-    like: Path,
-    target: str | float = TARGET,
-    **options: Any,
-) -> Any:
+    run,
+    like,
+    target=TARGET,
+    **options,
+):
     """Write a copy of a file next to it; return what is said about it, and what it holds."""
     out = like.with_name(f"new{like.suffix}")
-    report: Any = run.write(target, out, like=like, overwrite=True, **options)
+    report = run.write(target, out, like=like, overwrite=True, **options)
     return report.to_dict()["like"], load(out)
 
 
 def check_archive(
-    before: bytes,
-    after: bytes,
-    replaced: int,
-) -> None:
+    before,
+    after,
+    replaced,
+):
     """Check that two archives differ in the contents of so many storages, and in their CRC-32, by
     the standard library's reader."""
     expected = before
@@ -144,7 +141,7 @@ def check_archive(
     assert members == replaced
 
 
-def as_bytes(crc: int) -> bytes:
+def as_bytes(crc):
     return crc.to_bytes(4, "little")
 
 
@@ -316,7 +313,7 @@ def test_the_output_of_a_trainer_is_copied_without_its_checkpoints(tmp_path, run
     check_replaced(load(out / "pytorch_model.bin"))
 
 
-def changed_files(before: Path, after: Path) -> set[str]:
+def changed_files(before, after):
     """Return the names of the files that differ in two folders, which have the same names."""
     old = contents(before)
     new = contents(after)
@@ -342,7 +339,7 @@ def test_the_average_of_diffusers_in_a_folder_of_its_own(tmp_path, run):
 # --- torch.distributed.checkpoint
 
 
-def loaded_distributed(folder: Path, *keys: str) -> dict[str, Any]:
+def loaded_distributed(folder, *keys):
     """Load a folder into tensors with other values, as a training does."""
     state = {key: values(3) for key in keys}
     with warnings.catch_warnings():
@@ -387,7 +384,7 @@ def test_a_folder_of_torch_distributed_checkpoint_keeps_every_other_byte(tmp_pat
         check_archives((out / name).read_bytes())
 
 
-def check_archives(content: bytes) -> None:
+def check_archives(content):
     """Check the checksums of all archives in a file."""
     while content:
         end = content.index(b"PK\5\6") + 22
@@ -400,7 +397,7 @@ def check_archives(content: bytes) -> None:
 
 
 @contextmanager
-def nothing_left(folder: Path) -> Iterator[None]:
+def nothing_left(folder):
     """Check that a block changes no file in a folder."""
     before = contents(folder)
     yield
@@ -514,7 +511,7 @@ def test_a_checkpoint_that_a_training_replaces_meanwhile_is_noticed(
     """Before the copy begins, and while it is made."""
     original = getattr(files.system, call)
 
-    def after_a_change(*arguments: Any) -> Any:
+    def after_a_change(*arguments):
         with like.open("ab") as file:
             file.write(b" ")
         return original(*arguments)

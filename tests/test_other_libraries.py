@@ -1,8 +1,5 @@
 """The profiles of other libraries' averages, against runs of the installed packages."""
 
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -19,23 +16,23 @@ STEPS = 1000
 EVERY = 250
 
 
-def normal(*shape: int) -> torch.Tensor:
+def normal(*shape):
     return torch.randn(shape, dtype=torch.float64)
 
 
-def walk() -> torch.Tensor:
+def walk():
     return normal(STEPS, 8).cumsum(0)
 
 
-def network_of(path: torch.Tensor) -> torch.nn.Module:
+def network_of(path):
     return torch.nn.Linear(path.shape[1], 1, bias=False, dtype=torch.float64)
 
 
 def by_nextml(
-    folder: Path,
-    path: torch.Tensor,
-    **settings: Any,
-) -> None:
+    folder,
+    path,
+    **settings,
+):
     """Let pytorch-posthoc-ema store averages every `EVERY` steps of a path."""
     network = network_of(path)
     ema = NextmlEMA.from_model(
@@ -52,11 +49,11 @@ def by_nextml(
 
 
 def by_lucidrains(
-    folder: Path,
-    path: torch.Tensor,
-    every: int = EVERY,
-    **settings: Any,
-) -> None:
+    folder,
+    path,
+    every=EVERY,
+    **settings,
+):
     """Let ema-pytorch do so; after about half of the steps another object continues from the state
     of the first one."""
     network = network_of(path)
@@ -80,12 +77,12 @@ def by_lucidrains(
 
 
 def check_profiles(
-    folder: Path,
-    name: str,
-    path: torch.Tensor,
-    update_every: int,
-    first: int,
-) -> None:
+    folder,
+    name,
+    path,
+    update_every,
+    first,
+):
     """Check that each file has the average of the profile whose first update is at a step."""
     for index, width in enumerate(WIDTHS):
         for step in range(EVERY, STEPS + 1, EVERY):
@@ -138,7 +135,7 @@ def test_a_step_before_the_first_update_is_refused():
 # --- the motion between stored averages
 
 
-def drifting_walk() -> torch.Tensor:
+def drifting_walk():
     """Return weights of norm about 1 whose steps fall to a tenth and have a common drift: shape
     [STEPS, 1000]."""
     elements = 1000

@@ -1,15 +1,11 @@
 """The exact averages: float64 sums over weights that the test has recorded."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from factories import exact_weights
-from torch import nn
 
-from posthoc_cli import PostHocEMA
-
-EVERY: dict[str, Any] = {
+EVERY = {
     "update_every": 1,
     "checkpoint_every": 4,
     "sigma_rels": (0.1, 0.2),
@@ -19,7 +15,7 @@ Recorded = Sequence[Mapping[str, torch.Tensor]]
 """The weights after each optimizer step, the first one at index 0."""
 
 
-def recorded(model: nn.Module) -> dict[str, torch.Tensor]:
+def recorded(model):
     """Return copies of the trainable parameters, complete and in float64, in every process of a
     sharded model."""
     weights = {}
@@ -32,10 +28,10 @@ def recorded(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def exact(
-    history: Recorded,
-    sigma_rel: float,
-    every: int = 1,
-) -> dict[str, torch.Tensor]:
+    history,
+    sigma_rel,
+    every=1,
+):
     """Return the power-function average: an update at t has the profile's mass since the last
     update."""
     times = range(every, len(history) + 1, every)
@@ -48,9 +44,9 @@ def exact(
 
 
 def distance(
-    found: Mapping[str, torch.Tensor],
-    truth: Mapping[str, torch.Tensor],
-) -> float:
+    found,
+    truth,
+):
     """Return the relative L2 distance of weights from the exact ones, over all tensors of those."""
     off = 0.0
     norm = 0.0
@@ -62,20 +58,20 @@ def distance(
 
 
 def live(
-    ema: PostHocEMA | None,
-    model: nn.Module,
-    sigma_rel: float,
-) -> dict[str, torch.Tensor]:
+    ema,
+    model,
+    sigma_rel,
+):
     with ema.model(model, sigma_rel):
         return {name: value.detach().clone() for name, value in model.named_parameters()}
 
 
 def assert_exact(
-    ema: PostHocEMA | None,
-    model: nn.Module,
-    weights: Recorded,
-    every: int = 1,
-) -> None:
+    ema,
+    model,
+    weights,
+    every=1,
+):
     """Assert that every step has counted once and that each tracked average is exact."""
     assert ema.step == len(weights)
     for sigma_rel in ema.settings.sigma_rels:

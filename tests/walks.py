@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ class Net(nn.Module):
     """A model whose tensors have pairs of equal shapes, so that shapes do not tell which is
     which."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.body = nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 24))
         self.head = nn.Linear(
@@ -32,12 +32,12 @@ class Net(nn.Module):
         )
 
 
-def new_net() -> Net:
+def new_net():
     torch.manual_seed(0)
     return Net()
 
 
-def walk(net: nn.Module) -> Iterator[int]:
+def walk(net):
     """Move the parameters of a model at random, and yield the number of each step."""
     generator = torch.Generator().manual_seed(1)
     for step in range(1, STEPS + 1):
@@ -48,22 +48,22 @@ def walk(net: nn.Module) -> Iterator[int]:
         yield step
 
 
-def copied(tensors: Tensors) -> Tensors:
+def copied(tensors):
     return {name: value.detach().clone() for name, value in tensors.items()}
 
 
-def weights_of(net: nn.Module) -> Tensors:
+def weights_of(net):
     return copied(dict(net.named_parameters()))
 
 
 @functools.cache
-def history() -> list[Tensors]:
+def history():
     """Return the weights after every step."""
     net = new_net()
     return [weights_of(net) for _ in walk(net)]
 
 
-def true_average(sigma_rel: float) -> Tensors:
+def true_average(sigma_rel):
     """Return the power function's sum over every step, in float64."""
     return exact(history(), sigma_rel)
 
@@ -78,16 +78,16 @@ class Save:
     average: Tensors
 
 
-def constant(_: int) -> float:
+def constant(_):
     return 0.95
 
 
-def ratio(n: int) -> float:
+def ratio(n):
     return min(0.95, (1 + n) / (10 + n))
 
 
 @functools.cache
-def saves(decay: Decay = constant) -> list[Save]:
+def saves(decay=constant):
     """Return what there is every `EVERY` steps, the average in float32 from the first weights."""
     average = copied(dict(new_net().named_parameters()))
     saved = []

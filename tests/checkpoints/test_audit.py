@@ -7,7 +7,6 @@ import math
 import re
 import tracemalloc
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,11 +56,11 @@ def two_stuck(step, average, weights):
 
 
 def audited(
-    folder: Path,
-    weights: np.ndarray,
-    update: Average,
+    folder,
+    weights,
+    update,
     claimed=None,
-) -> Audit:
+):
     """Return the audit of a training's only average."""
     run = Run(write(folder, weights, update))
     (found,) = run.audit(claimed)
@@ -72,18 +71,18 @@ AuditOf = Callable[[Average], Audit]
 
 
 @pytest.fixture(scope="module")
-def audit_of(tmp_path_factory: pytest.TempPathFactory) -> AuditOf:
+def audit_of(tmp_path_factory):
     """Return a function that audits an average of the same training, once."""
 
     @functools.cache
-    def audit(update: Average) -> Audit:
+    def audit(update):
         folder = tmp_path_factory.mktemp("audited")
         return audited(folder, train(**HELD_OUT), update, DECAY)
 
     return audit
 
 
-def log_error(found: Audit, decay: float) -> float:
+def log_error(found, decay):
     """Return the error of a found decay, as the logarithm of the ratio of time constants."""
     ratio = (1 - found.found) / (1 - decay)
     return abs(math.log(ratio))
@@ -247,7 +246,7 @@ def test_the_command_fails_for_a_bad_average(tmp_path, ema):
 
 
 @pytest.fixture(scope="module")
-def healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def healthy(tmp_path_factory):
     """Return the files of a healthy average."""
     return write(tmp_path_factory.mktemp("healthy"), train(), every_step)
 

@@ -4,13 +4,11 @@ here in float64."""
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
 import walks
 from saved import check_error, check_last, fault, named, store, write_each
-from walks import Decay
 
 from posthoc_cli import Run, import_checkpoints
 from posthoc_cli.errors import InvalidValueError
@@ -30,11 +28,11 @@ def late_cap(n):
 
 
 def save(
-    folder: Path,
-    decay: Decay,
-    claim: float | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Path:
+    folder,
+    decay,
+    claim=None,
+    dtype=torch.float32,
+):
     """Write the weights and their average, kept in a dtype, as OpenFold does."""
     folder.mkdir()
     first = walks.weights_of(walks.new_net())

@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from saved import asked, check_error, fault, read, times, write_each
-from walks import EVERY, STEPS, Save
+from walks import EVERY, STEPS
 
 from posthoc_cli import Run
 
@@ -23,7 +20,7 @@ BEST = [3, 7, 9, 20]
 """The epochs of files that were kept because they are the best."""
 
 
-def store(path: Path, **values: Any) -> None:
+def store(path, **values):
     """Write weights, and values beside them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     model = {
@@ -33,29 +30,29 @@ def store(path: Path, **values: Any) -> None:
     torch.save({"model": model, **values}, path)
 
 
-def write(folder: Path, name: str, numbers: Iterable[int], **values: Any) -> Path:
+def write(folder, name, numbers, **values):
     """Write weights by the numbers in names; return the folder."""
     for number in numbers:
         store(folder / name.format(number), **values)
     return folder
 
 
-def of_unit(unit: str, place: Path, **settings: Any) -> list[float]:
+def of_unit(unit, place, **settings):
     """Return the times of an import, which are of this unit."""
     found = read(place, **settings).checkpoints
     assert {one.t_unit for one in found} == {unit}
     return [one.t for one in found]
 
 
-def epochs_of(place: Path) -> list[float]:
+def epochs_of(place):
     return of_unit("epochs", place)
 
 
-def steps_of(place: Path, **settings: Any) -> list[float]:
+def steps_of(place, **settings):
     return of_unit("steps", place, **settings)
 
 
-def says(place: Path, **settings: Any) -> str:
+def says(place, **settings):
     return read(place, **settings).numbers
 
 
@@ -135,7 +132,7 @@ def test_numbers_that_are_steps_take_no_epochs(tmp_path):
     assert reason in asked(tmp_path, steps_per_epoch=20)
 
 
-def with_decay(save: Save) -> object:
+def with_decay(save):
     """Return weights and their average, whose decay is stated."""
     return {
         "model": save.weights,
@@ -159,7 +156,7 @@ def test_a_decay_and_numbers_that_may_be_epochs(tmp_path, caplog):
 
 
 @pytest.fixture
-def epochs(tmp_path: Path) -> Path:
+def epochs(tmp_path):
     """Return a folder with the weights of all epochs."""
     return write(tmp_path / "epochs", "epoch_{}.pt", ALL)
 
@@ -418,7 +415,7 @@ def test_the_number_of_an_experiment_is_no_step_of_a_glob(tmp_path):
     assert reason in asked(tmp_path / "*" / "last.pt")
 
 
-def lora(folder: Path, files: int, states: int) -> Path:
+def lora(folder, files, states):
     """Write series of weights as kohya does: of the last step without a number in the name."""
     names = [f"lora-step{100 * number:08}" for number in range(1, states + 1)]
     for name in names:

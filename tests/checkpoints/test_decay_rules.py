@@ -5,7 +5,6 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -163,13 +162,13 @@ def form(step, weights, average):
     return {"model": weights, "ema": average, "step": step}
 
 
-def saved(folder: Path, decay: Any, **training: Any) -> Path:
+def saved(folder, decay, **training):
     """Write the files of a training whose n-th update keeps decay(n)."""
     folder.mkdir()
     return write(folder, train(**training), by(decay), form=form)
 
 
-def last_profile(run: Path) -> OrdinaryEMA:
+def last_profile(run):
     last = [one.profile for one in Run(run).sources if one.t == STEPS]
     (profile,) = (one for one in last if isinstance(one, OrdinaryEMA))
     return profile
@@ -227,7 +226,7 @@ def test_a_rule_that_nobody_says_is_found(decay, files, run):
 # --- what the files do not show
 
 
-def drifting(noise: float) -> np.ndarray:
+def drifting(noise):
     """Return weights that drift, with white noise."""
     random = np.random.default_rng(0)
     direction = random.standard_normal(train().shape[1])

@@ -23,7 +23,7 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(tmp_path_factory):
     """Return checkpoints of a random walk, and their import."""
     folder = tmp_path_factory.mktemp("walk")
     weights = torch.full((3000,), 4.0)

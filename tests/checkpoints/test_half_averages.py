@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -19,16 +17,16 @@ SIGMA = 0.1
 
 
 def write(
-    folder: Path,
-    dtype: torch.dtype,
-    decay: float,
-    rate: float,
-    moving: float = 1.0,
-    is_kept: bool = False,
-    noise: float = 0.0,
-    beside: torch.dtype | None = None,
-    size: float = 1.0,
-) -> np.ndarray:
+    folder,
+    dtype,
+    decay,
+    rate,
+    moving=1.0,
+    is_kept=False,
+    noise=0.0,
+    beside=None,
+    size=1.0,
+):
     """Write averages of a random walk of some elements, with noise of ten steps, and return the
     true average of `SIGMA`.
 
@@ -72,9 +70,7 @@ def test_the_error_of_averages_of_which_most_stands_still_is_predicted(
     assert_predicted(tmp_path, truth, decay, 1 / 6, 1.3)
 
 
-def assert_predicted(
-    folder: Path, truth: np.ndarray, decay: float, low: float, high: float
-) -> None:
+def assert_predicted(folder, truth, decay, low, high):
     """Check that the error of an average, over the predicted one, has bounds."""
     import_checkpoints(folder, folder / "run", ema_decay=decay)
     made = Run(folder / "run").average(SIGMA, dtype="float64")

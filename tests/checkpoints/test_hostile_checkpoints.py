@@ -9,9 +9,7 @@ import shutil
 import time
 import tracemalloc
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import edm2_layout
 import pytest
@@ -26,7 +24,7 @@ from posthoc_cli import Run
 from posthoc_cli.errors import PostHocError
 
 
-def read(run: Path) -> str:
+def read(run):
     """Return the message of the error that a synthesis ends with; empty if it succeeds."""
     try:
         Run(run).average(0.2)
@@ -254,7 +252,7 @@ def test_an_index_leads_to_no_other_folder(write, tmp_path):
 SHARD = "checkpoint-20/model-00001-of-00002.safetensors"
 
 
-def read_with_shard(run: Path, name: str) -> str:
+def read_with_shard(run, name):
     """Read a run whose index has one more tensor, 'x', in a shard of this name."""
     index = run / "checkpoint-20" / "model.safetensors.index.json"
     content = json.loads(index.read_text())
@@ -279,13 +277,13 @@ def test_a_shard_that_is_no_file_is_named(write):
 
 
 @pytest.fixture
-def metadata_of_chunks(tmp_path: Path) -> Path:
+def metadata_of_chunks(tmp_path):
     """Return the metadata of a checkpoint of torch.distributed with one tensor in one chunk."""
     distributed(tmp_path / "step-10", {"w": torch.ones(300)})
     return tmp_path / "step-10" / ".metadata"
 
 
-def read_with(metadata: Path, change: Callable[[Any], object]) -> str:
+def read_with(metadata, change):
     """Read a checkpoint after a change of its metadata."""
     content = pickle.loads(metadata.read_bytes())
     change(content)
@@ -372,10 +370,10 @@ def test_chunks_make_a_complete_tensor_of_one_dtype(offset, dtype, problem, tmp_
 
 
 def save_chunk(
-    file: Path,
-    offset: list[int],
-    dtype: torch.dtype,
-) -> None:
+    file,
+    offset,
+    dtype,
+):
     file.parent.mkdir(exist_ok=True)
     info = json.dumps({"w": {"saved_offsets": offset}})
     save_file({"w": torch.ones(3, dtype=dtype)}, file, {"DCP_SHARDING_INFO": info})
@@ -384,11 +382,11 @@ def save_chunk(
 VALUES = torch.arange(1_000_000.0)
 
 
-def views(count: int) -> dict[str, torch.Tensor]:
+def views(count):
     return {f"w{begin}": VALUES[begin : 990_000 + begin] for begin in range(count)}
 
 
-def with_ema(**settings: object) -> dict[str, object]:
+def with_ema(**settings):
     average = {
         "decay": 0.9,
         "num_updates": 3,
@@ -440,16 +438,16 @@ def test_a_configuration_of_diffusers_that_has_no_numbers_is_one_line(setting, t
     assert "holds an EMA whose settings cannot be read" in read(tmp_path)
 
 
-def members_of(path: Path) -> dict[str, bytes]:
+def members_of(path):
     with zipfile.ZipFile(path) as archive:
         return {name: archive.read(name) for name in archive.namelist()}
 
 
 def read_archive(
-    path: Path,
-    members: dict[str, bytes],
-    compression: int = 0,
-) -> str:
+    path,
+    members,
+    compression=0,
+):
     with zipfile.ZipFile(path, "w", compression) as archive:
         for name, data in members.items():
             archive.writestr(name, data)
@@ -457,7 +455,7 @@ def read_archive(
 
 
 @pytest.fixture
-def archived(tmp_path: Path) -> Path:
+def archived(tmp_path):
     """Return a file of torch.save, written anew as another program would."""
     path = tmp_path / "step1.pt"
     torch.save({"w": torch.ones(300)}, path)

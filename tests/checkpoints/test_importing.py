@@ -6,7 +6,6 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -50,11 +49,11 @@ def test_an_import_and_its_files_can_be_moved_together_only(write, tmp_path, ema
     assert refused.error == f"{missing}: {reason}"
 
 
-def replace(path: Path) -> None:
+def replace(path):
     torch.save({"w": torch.full((3000,), -1.0)}, path)
 
 
-def turn_into_a_pipe(path: Path) -> None:
+def turn_into_a_pipe(path):
     path.unlink()
     os.mkfifo(path)
 
@@ -110,12 +109,12 @@ def test_an_index_that_was_replaced_is_found(write, tmp_path):
 
 
 @pytest.fixture
-def folder(write: Write) -> Path:
+def folder(write):
     return write("safetensors")
 
 
 @pytest.fixture
-def new(folder: Path, tmp_path: Path) -> Path:
+def new(folder, tmp_path):
     """Return an import of the weights without their biases."""
     out = tmp_path / "new"
     import_checkpoints(folder, out, exclude="*.bias")
@@ -228,7 +227,7 @@ def test_a_setting_that_cannot_be_used_is_named(name, value, reason, tmp_path):
 # --- hostile manifests
 
 
-def rewritten(path: Path, **changed: Any) -> None:
+def rewritten(path, **changed):
     """Change values of a manifest, or remove those that are None; with a correct checksum."""
     values = json.loads(path.read_text()) | changed
     del values["checksum"]
@@ -238,7 +237,7 @@ def rewritten(path: Path, **changed: Any) -> None:
     path.write_text(json.dumps(values))
 
 
-def listed(place: str) -> dict[str, Any]:
+def listed(place):
     """Return changes that make a manifest refer to one file, as if it were empty."""
     empty = [0, "0" * 16]
     return {"checkpoints": [[place, "checkpoints", 1]], "files": {place: empty}}
@@ -248,9 +247,9 @@ FIRST = "../ck/step1.pt"
 
 
 def first(
-    kind: Any = "checkpoints",
-    step: Any = 1,
-) -> dict[str, Any]:
+    kind="checkpoints",
+    step=1,
+):
     return {"checkpoints": [[FIRST, kind, step]]}
 
 
@@ -270,7 +269,7 @@ HOSTILE = {
 
 
 @pytest.fixture
-def manifest(tmp_path: Path) -> Path:
+def manifest(tmp_path):
     """Return the manifest of an import of two checkpoints, in a folder with a pipe."""
     out = tmp_path / "new"
     import_checkpoints(filled(tmp_path / "ck", 1, 2), out)
@@ -318,7 +317,7 @@ def test_a_manifest_has_a_limited_size(manifest):
 
 
 @pytest.fixture
-def opens(monkeypatch: pytest.MonkeyPatch) -> Counter[Path]:
+def opens(monkeypatch):
     """Return how often each file is opened."""
     counted = Counter[Path]()
     system_open = files.system.open

@@ -19,7 +19,7 @@ Tensors = dict[str, torch.Tensor]
 Save = Callable[[Path, int, Tensors], Any]
 
 
-def weights_at(step: int) -> Tensors:
+def weights_at(step):
     return {
         "a.weight": torch.arange(6.0) * step,
         "a.bias": torch.ones(2) + step,
@@ -50,7 +50,7 @@ def lightning_deepspeed(folder, step, weights):
     (place.parent / "latest").write_text("checkpoint")
 
 
-def write(folder: Path, save: Save) -> Path:
+def write(folder, save):
     for step in STEPS:
         save(folder, step, weights_at(step))
     return folder
@@ -93,7 +93,7 @@ def test_weights_below_numbered_folders_have_their_numbers(save, tmp_path):
     assert_equal(values_of(sources[-1]), weights_at(STEPS[-1]))
 
 
-def write_at(folder: Path, *places: str) -> Path:
+def write_at(folder, *places):
     """Write the weights of each step into places of it."""
     for step in STEPS:
         for place in places:

@@ -8,7 +8,6 @@ import os
 import pickle
 import re
 from collections import defaultdict, namedtuple
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +19,6 @@ from groups import Net, check_group, move
 from safetensors.torch import load_file
 from saved import asked, fault, read, store, times
 from torch import nn
-from walks import Tensors
 
 from posthoc_cli import Run, export_file, import_checkpoints
 from posthoc_cli.errors import (
@@ -111,7 +109,7 @@ def test_a_far_step_costs_no_memory(tmp_path):
 
 
 @pytest.fixture
-def choice(tmp_path: Path) -> Path:
+def choice(tmp_path):
     """Return a checkpoint of two modules, of which one has tied tensors."""
     tied = torch.ones(4)
     state = {
@@ -155,7 +153,7 @@ def test_a_choice_of_no_tensor_is_refused(settings, reason, choice):
 class AmbiguousNames(torch.nn.Module):
     """A module whose parts have names that checkpoints use for something else."""
 
-    def __init__(self, fill: int) -> None:
+    def __init__(self, fill):
         super().__init__()
         self.model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
         self.head = nn.ModuleDict({"x": nn.Linear(2, 1)})
@@ -192,10 +190,10 @@ def test_the_model_is_found_in_the_state_of_a_trainer(tmp_path):
 class Keyed:
     """A class with keyword arguments, whose old pickles call the result of a call."""
 
-    def __new__(cls, *_: int, **__: int) -> Keyed:
+    def __new__(cls, *_, **__):
         return super().__new__(cls)
 
-    def __getnewargs_ex__(self) -> tuple[tuple[int, ...], dict[str, int]]:
+    def __getnewargs_ex__(self):
         return (1,), {"k": 2}
 
 
@@ -244,7 +242,7 @@ def test_objects_of_any_class_may_accompany_the_weights(protocol, tmp_path):
         check_model(file, model)
 
 
-def check_model(file: Path, model: Tensors) -> None:
+def check_model(file, model):
     run = Run(file)
     assert run.step == 7
     assert_same_tensors(run.average(0.2), model)
@@ -365,7 +363,7 @@ REFUSED = {
 """Names that may mean something else, and parts of their errors."""
 
 
-def save_step(folder: Path, *names: str) -> Path:
+def save_step(folder, *names):
     for name in names:
         store(folder / f"{name}.pt", {"w": torch.rand(3)})
     return folder

@@ -2,9 +2,6 @@
 in their format."""
 
 import warnings
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,7 +21,6 @@ from trained import (
 )
 
 from posthoc_cli import Run, export_file, import_checkpoints
-from posthoc_cli.checkpoints.import_run import Import
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import DecayRule, Point
 
@@ -32,9 +28,9 @@ DECAY = 0.995
 
 
 def replay(
-    update: Callable[[torch.nn.Module], None],
-    save: Callable[[int, torch.nn.Module], None],
-) -> None:
+    update,
+    save,
+):
     """Repeat the recorded training with a model; call `update` after each step, and `save` at
     `TIMES`."""
     model = network()
@@ -96,11 +92,11 @@ def diffusers(folder, **settings):
 
 
 def ema_pytorch(
-    folder: Path,
-    update_every: int = 5,
-    update_after_step: int = 20,
-    **rule: Any,
-) -> dict[str, Any]:
+    folder,
+    update_every=5,
+    update_after_step=20,
+    **rule,
+):
     library = pytest.importorskip("ema_pytorch")
     online = network()
     intervals = {"update_every": update_every, "update_after_step": update_after_step}
@@ -189,7 +185,7 @@ def mmengine(folder):
 LIBRARIES = [plain, diffusers, lightning, ema_pytorch, mmengine]
 
 
-def averages_in(run: Path) -> list[Any]:
+def averages_in(run):
     return [one for one in Run(run).sources if not isinstance(one.profile, Point)]
 
 
@@ -228,7 +224,7 @@ def test_averages_of_an_unknown_decay_are_left_out(tmp_path, ema, caplog):
     assert "left out" not in ema("audit", tmp_path).err  # it makes no averages
 
 
-def decays_of(done: Import) -> set[float]:
+def decays_of(done):
     """Return the decays of the averages in an import."""
     return {one.decay for one in done.checkpoints if one.decay}
 
@@ -290,7 +286,7 @@ def test_a_decay_that_the_files_show_too_vaguely_is_asked_for(files, run):
 
 
 @pytest.fixture
-def begun_at_51(files: Path) -> Path:
+def begun_at_51(files):
     """Return files whose counts of updates do not show the interval: 50 at step 100 may mean one
     update in 2 steps, or an average that began at step 51."""
     files.mkdir()

@@ -21,7 +21,7 @@ from saved import (
     values_of,
     write_each,
 )
-from walks import STEPS, Save, Tensors, saves
+from walks import STEPS, saves
 
 from posthoc_cli import Run, import_checkpoints
 from posthoc_cli.errors import FileFormatError
@@ -30,7 +30,7 @@ TIMES = [float(save.step) for save in saves()]
 EPOCHS = [float(save.epoch) for save in saves()]
 
 
-def weights(save: Save) -> Tensors:
+def weights(save):
     return save.weights
 
 
@@ -69,7 +69,7 @@ def test_a_number_that_is_always_0_is_asked_about(tmp_path):
     assert times(tmp_path / "*" / "*.pt", step_from=r"/s_(\d+)") == TIMES
 
 
-def with_count(save: Save) -> object:
+def with_count(save):
     """Return what RT-DETR and D-FINE store."""
     return {
         "model": save.weights,

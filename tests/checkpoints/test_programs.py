@@ -4,7 +4,6 @@ was updated; written by the programs' libraries, or in their published structure
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -23,7 +22,7 @@ from saved import (
     values_of,
     write_each,
 )
-from walks import EVERY, Save, Tensors, constant, new_net, ratio, saves, walk, weights_of
+from walks import EVERY, constant, new_net, ratio, saves, walk, weights_of
 
 from posthoc_cli import Run
 from posthoc_cli.errors import FileFormatError
@@ -54,10 +53,10 @@ PLACES = [
 
 
 def at_places(
-    save: Save,
-    weights_place: str,
-    average_place: str,
-) -> dict[str, Any]:
+    save,
+    weights_place,
+    average_place,
+):
     """Return a content with an optimizer, which only its form shows."""
     content = {
         "adam": OPTIMIZER,
@@ -190,7 +189,7 @@ def ace(save):
     }
 
 
-def of_lightning(save: Save, **state: torch.Tensor) -> dict[str, Any]:
+def of_lightning(save, **state):
     return {
         "state_dict": state,
         "global_step": save.step,
@@ -234,7 +233,7 @@ def nemo(save):
     return of_lightning(save, **save.weights) | {"optimizer_states": [optimizer]}
 
 
-def torch_ema(updates: int, *averages: torch.Tensor) -> dict[str, Any]:
+def torch_ema(updates, *averages):
     return {
         "decay": 0.95,
         "num_updates": updates,
@@ -242,7 +241,7 @@ def torch_ema(updates: int, *averages: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def torch_ema_with(save: Save, weights: Tensors, set_aside: Tensors) -> object:
+def torch_ema_with(save, weights, set_aside):
     ema = torch_ema(save.step, *save.average.values())
     ema["collected_params"] = [*set_aside.values()]
     return {
@@ -357,7 +356,7 @@ def ramp(n):
     return 0.9999 * risen
 
 
-def half(tensors: Tensors) -> torch.nn.Module:
+def half(tensors):
     net = new_net()
     net.load_state_dict(tensors)
     return net.half()
@@ -400,7 +399,7 @@ def test_counts_of_torchvision_begin_after_its_warm_up(tmp_path):
     assert {*times(tmp_path, steps_per_epoch=EVERY, **settings)} == {*all_steps()[5:]}
 
 
-def tied(tensors: Tensors) -> Tensors:
+def tied(tensors):
     return tensors | {"embed.weight": tensors["head.weight"]}
 
 

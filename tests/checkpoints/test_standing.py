@@ -1,14 +1,11 @@
 """Weights or averages that stand still within an interval, or swing about a minimum, are no fault
 of the average."""
 
-from collections.abc import Iterable
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from factories import FloatArray
 from saved import store
 
 from posthoc_cli import Run
@@ -17,7 +14,7 @@ STEPS = 2000
 SIZE = 300
 
 
-def walk(rate: FloatArray) -> FloatArray:
+def walk(rate):
     """Return the weights after each step, [STEPS, SIZE], which move by this rate."""
     random = np.random.default_rng(0)
     moves = random.standard_normal((STEPS, SIZE))
@@ -27,13 +24,13 @@ def walk(rate: FloatArray) -> FloatArray:
 
 
 def save(
-    folder: Path,
-    path: FloatArray,
-    steps: Iterable[int],
-    decay: float = 0.99,
-    every: int = 1,
-    reset: int | None = None,
-) -> Path:
+    folder,
+    path,
+    steps,
+    decay=0.99,
+    every=1,
+    reset=None,
+):
     """Write the weights and their average, which every so many steps takes them in, and at `reset`
     is replaced by them."""
     written = set(steps)
@@ -56,7 +53,7 @@ LATE = [*range(75, 1776, 100), STEPS]
 """Of the last interval, 225 steps, the weights of `falling` hardly move in the second half."""
 
 
-def falling() -> FloatArray:
+def falling():
     left = 1 - np.arange(1, STEPS + 1) / STEPS
     return walk(np.clip(left / 0.1, 0, 1))
 

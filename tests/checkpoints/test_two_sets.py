@@ -6,7 +6,6 @@ from __future__ import annotations
 import pickle
 import sys
 from collections import namedtuple
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -32,7 +31,7 @@ from saved import (
 from torch import nn
 from torch.nn import utils
 from trained import by, error_of, train
-from walks import EVERY, Tensors, copied, saves
+from walks import EVERY, copied, saves
 
 from posthoc_cli import Run, import_checkpoints
 from posthoc_cli.errors import FileFormatError, InvalidValueError
@@ -48,7 +47,7 @@ AVERAGE = LAST.average
 OTHER = FIRST.weights
 
 
-def negated(tensors: Tensors) -> Tensors:
+def negated(tensors):
     return {name: -value for name, value in tensors.items()}
 
 
@@ -160,7 +159,7 @@ def test_a_set_that_is_named_counts_where_the_layout_of_lightning_has_another(tm
 # --- parts, and what no word says
 
 
-def in_parts(tensors: Tensors, body: str, head: str) -> Tensors:
+def in_parts(tensors, body, head):
     parts = {}
     for name, value in tensors.items():
         key = body if name.startswith("body") else head
@@ -200,7 +199,7 @@ REST = {
 }
 
 
-def in_two_parts(tensors: Tensors, form: str = "{}_encoder") -> Tensors:
+def in_two_parts(tensors, form="{}_encoder"):
     parts = in_parts(tensors, form.format("visual"), form.format("text"))
     return named("module.", parts)
 
@@ -251,7 +250,7 @@ def test_parts_that_are_alike_are_weights(model, tmp_path):
     assert run.tensors.keys() == model(LAST).keys()
 
 
-def of_mmcv(step: int, model: Tensors, buffers: Tensors) -> object:
+def of_mmcv(step, model, buffers):
     state = dict(model)
     for name, value in buffers.items():
         flat = name.replace(".", "_")
@@ -310,7 +309,7 @@ def test_an_average_of_a_part_of_the_model(tmp_path):
 class Shadow:
     """An average of one's own, as programs keep it in an object."""
 
-    def __init__(self, average: Tensors) -> None:
+    def __init__(self, average):
         self.shadow = average
         self.decay = 0.95
         self.scale = torch.ones(3)  # no set
@@ -324,7 +323,7 @@ class Shadow:
 class WithSlots:
     __slots__ = ("__dict__", "shadow")
 
-    def __init__(self, average: Tensors) -> None:
+    def __init__(self, average):
         self.decay = 0.95
         self.shadow = average
 
@@ -355,14 +354,14 @@ def test_an_average_that_is_not_used_is_named(tmp_path, caplog):
 class Reconstructed:
     """An array of JAX, as a pickle has it."""
 
-    def __init__(self, array: np.ndarray) -> None:
+    def __init__(self, array):
         self.parts = (*array.__reduce__(), {"weak_type": False})
 
-    def __reduce__(self) -> object:
+    def __reduce__(self):
         return (make_array, self.parts)
 
 
-def make_array(*_: object) -> None:
+def make_array(*_):
     """Stand for the function that JAX names."""
 
 
@@ -627,7 +626,7 @@ def test_the_sums_of_a_codebook_are_copied(tmp_path):
 # --- two sets in files by epoch
 
 
-def write(folder: Path, **sets: list[Tensors]) -> Path:
+def write(folder, **sets):
     """Write a file an epoch, with a set of tensors under each key."""
     for epoch, tensors in enumerate(zip(*sets.values(), strict=True), 1):
         content = dict(zip(sets, tensors, strict=True))

@@ -3,8 +3,6 @@ them."""
 
 import json
 import re
-from collections.abc import Callable
-from pathlib import Path
 
 import edm2_layout
 import numpy as np
@@ -14,7 +12,6 @@ from trained import (
     EVERY,
     STEPS,
     TIMES,
-    Average,
     by,
     check,
     error_of,
@@ -33,9 +30,9 @@ from posthoc_cli.profiles import Point
 
 
 def again(
-    decay: Callable[[int], float],
-    begin: int = 850,
-) -> Average:
+    decay,
+    begin=850,
+):
     """Return an EMA that restarts from the weights at a step, and then counts its updates from
     0."""
 
@@ -49,7 +46,7 @@ def again(
     return updated
 
 
-def late(begin: int) -> Average:
+def late(begin):
     """Return copies of the weights up to a step, and then an EMA."""
     return by(lambda step: 0.995 if step > begin else 0.0)
 
@@ -62,7 +59,7 @@ def long_power(n):
     return 1 - (1 + n) ** -0.75
 
 
-def imported_line(folder: Path, run: Path, update: Average) -> str:
+def imported_line(folder, run, update):
     """Import a training's files; return what the import says."""
     write(folder, train(), update)
     done = import_checkpoints(folder, run)
@@ -148,10 +145,10 @@ def test_a_start_after_the_last_file_is_refused(files):
 
 
 def of_power(
-    folder: Path,
-    exponent: float,
-    weights: np.ndarray,
-) -> tuple[Path, float]:
+    folder,
+    exponent,
+    weights,
+):
     """Write averages whose n-th update keeps (1 - 1/n)^exponent; return their folder and width."""
     write(folder, weights, by(lambda n: (1 - 1 / n) ** exponent))
     variance = exponent / ((exponent + 1) ** 2 * (exponent + 2))
@@ -202,7 +199,7 @@ def half_life(step):
     return 0.5 ** (BATCH / max(length, 1e-8))
 
 
-def persistent(vector: np.ndarray) -> torch.nn.Module:
+def persistent(vector):
     net = edm2_layout.Persistent()
     net.model = network()
     net.model.load_state_dict(named(vector))
@@ -210,10 +207,10 @@ def persistent(vector: np.ndarray) -> torch.nn.Module:
 
 
 def edm(
-    folder: Path,
-    library: str = "edm",
-    decay: Callable[[int], float] = half_life,
-) -> Path:
+    folder,
+    library="edm",
+    decay=half_life,
+):
     """Write files in these trainings' format: pickles of objects with their source, named by
     thousands of images."""
     folder.mkdir()
@@ -269,7 +266,7 @@ def test_half_lives_in_images(library, decay, options, files):
 
 
 @pytest.fixture(scope="module")
-def of_edm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def of_edm(tmp_path_factory):
     """Return files that do not say the half-life."""
     return edm(tmp_path_factory.mktemp("edm") / "files")
 

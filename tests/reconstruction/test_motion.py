@@ -1,18 +1,14 @@
 """The fitted motion: from distances that are exact by construction, from simulated paths, and from
 too little."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
-from factories import FloatArray, exact_weights, power_functions, solved, squared_error
+from factories import exact_weights, power_functions, solved, squared_error
 from numpy.testing import assert_allclose
 from reconstruction.quadrature import expected_square
 from safetensors.torch import load_file
@@ -32,7 +28,6 @@ from posthoc_cli.reconstruction import (
 )
 from posthoc_cli.reconstruction.motion import (
     ASSUMED_STRETCH,
-    Pair,
     fit_motion,
     sampling_errors,
     with_floor,
@@ -46,17 +41,17 @@ TIMES = np.arange(100.0, 1001, 100)
 EDGES = np.append(START, TIMES)
 
 
-def distance(p: PowerFunction, q: PowerFunction, motion: Motion) -> Pair:
+def distance(p, q, motion):
     """The distance of two averages, the later one first."""
     squared = expected_square([p], np.ones(1), q, motion, q.t)
     return (p, Distance(q, squared, 0.0))
 
 
 def neighbours(
-    times: Sequence[float],
-    motion: Motion,
-    sigma_rels: tuple[float, ...] = (0.05, 0.28),
-) -> list[Pair]:
+    times,
+    motion,
+    sigma_rels=(0.05, 0.28),
+):
     """The distances that a tracker measures: between the profiles of one time, and to the two
     previous times."""
     distances = []
@@ -149,7 +144,7 @@ def test_the_errors_of_sampled_values_are_those_of_each_update():
 # ------------------------------------------------------------------------
 
 
-def average(t: float, sigma_rel: float, norm: float, *distances: Distance) -> StoredAverage:
+def average(t, sigma_rel, norm, *distances):
     profile = power(sigma_rel, t)
     measurements = Measurements(norm, 0.0, distances)
     return StoredAverage(
@@ -160,7 +155,7 @@ def average(t: float, sigma_rel: float, norm: float, *distances: Distance) -> St
     )
 
 
-def pair_at_10(squared: float, norm: float) -> list[StoredAverage]:
+def pair_at_10(squared, norm):
     """Two averages at time 10 that agree on the squared distance between them."""
     short = Distance(power(0.05, 10.0), squared, 0.0)
     long = Distance(power(0.25, 10.0), squared, 0.0)
@@ -232,7 +227,7 @@ T = 600
 SIZE = 40
 
 
-def averages(path: FloatArray, profiles: list[PowerFunction]) -> FloatArray:
+def averages(path, profiles):
     """Return averages of the weights after each step: shape [profiles, SIZE]."""
     steps = np.arange(T + 1)
     rows = []
@@ -243,7 +238,7 @@ def averages(path: FloatArray, profiles: list[PowerFunction]) -> FloatArray:
     return np.array(rows) @ path
 
 
-def sketch_of(path: FloatArray, length: int) -> Sketch:
+def sketch_of(path, length):
     """Return windows as the hook makes them: the first step alone, then `length` steps each;
     without projection."""
     whole = range(1 + length, T, length)
@@ -252,7 +247,7 @@ def sketch_of(path: FloatArray, length: int) -> Sketch:
     return windows_of(np.append(1.0, ends), windows)
 
 
-def windows_of(edges: FloatArray, windows: Sequence[FloatArray]) -> Sketch:
+def windows_of(edges, windows):
     """Return the sketch of windows of folds, without projection."""
     folds = np.array([len(window) for window in windows], dtype=float)
     means = np.array([window.mean(axis=0) for window in windows])
@@ -264,7 +259,7 @@ RATE = 0.02**2 * SIZE
 """The expected square of a step of `walk`."""
 
 
-def walk() -> FloatArray:
+def walk():
     random = np.random.default_rng(2)
     steps = 0.02 * random.standard_normal((T, SIZE))
     return 1 + np.cumsum(steps, axis=0)
@@ -275,11 +270,11 @@ TARGETS = power_functions(T, (0.03, 0.08, 0.15, 0.28))
 
 
 def prior_of(
-    path: FloatArray,
-    length: int,
-    walk: float,
-    rounding: FloatArray | float,
-) -> Prior:
+    path,
+    length,
+    walk,
+    rounding,
+):
     """Return the prior of snapshots whose motion by their distances is `walk`; `rounding` is
     relative to squares."""
     stored = averages(path, SNAPSHOTS)
@@ -309,7 +304,7 @@ def test_the_error_of_single_updates_is_measured_exactly():
     assert not unseen.any()
 
 
-def track(path: FloatArray, folder: Path, first: int = 1, **settings: Any) -> None:
+def track(path, folder, first=1, **settings):
     """Write the snapshots of a model with these weights at the times from `first` on."""
     _, size = path.shape
     model = torch.nn.Linear(size, 1, bias=False)
@@ -320,7 +315,7 @@ def track(path: FloatArray, folder: Path, first: int = 1, **settings: Any) -> No
             ema.update_(model, t=t)
 
 
-def distance_to(truth: FloatArray, weights: torch.Tensor) -> float:
+def distance_to(truth, weights):
     vector = weights.double().numpy().ravel()
     return float(np.linalg.norm(vector - truth))
 
@@ -340,7 +335,7 @@ def test_what_windows_do_not_show_is_as_large_as_predicted(kind):
     assert 0.3 < missed @ missed / predicted < 1.5
 
 
-def assert_least(square: Callable[[FloatArray], float], c: FloatArray) -> None:
+def assert_least(square, c):
     """Assert that a step in any direction raises a square alike on both sides."""
     least = square(c)
     random = np.random.default_rng(0)
@@ -442,7 +437,7 @@ LARGEST = 17.0
 """The exponent whose weights the older values of a fold have."""
 
 
-def path_of(motion: str) -> FloatArray:
+def path_of(motion):
     """Return weights that scatter, or walk: shape [UPDATES, SIZE]."""
     random = np.random.default_rng(6)
     free = random.standard_normal((UPDATES, SIZE))
@@ -452,10 +447,10 @@ def path_of(motion: str) -> FloatArray:
 
 
 def error_of_shared_means(
-    profile: PowerFunction,
-    ends: npt.NDArray[np.int64],
-    path: FloatArray,
-) -> FloatArray:
+    profile,
+    ends,
+    path,
+):
     """Return how far an average of folds between `ends` is off whose older values have the weights
     of `LARGEST`: shape [SIZE]."""
     error = np.zeros(SIZE)
@@ -472,7 +467,7 @@ def error_of_shared_means(
     return error
 
 
-def older_weights(times: FloatArray, gamma: float) -> FloatArray:
+def older_weights(times, gamma):
     """Return the weights of a power function's updates at times, without the last one."""
     passed = times / times[-1]
     until = passed ** (gamma + 1)
@@ -520,9 +515,9 @@ def test_means_that_cover_more_than_a_thousandth_of_training_are_not_shared():
 
 
 def sketch_of_folds(
-    path: FloatArray,
-    ends: npt.NDArray[np.int64],
-) -> tuple[npt.NDArray[np.int64], Sketch]:
+    path,
+    ends,
+):
     """Return the updates until each edge of windows of four folds, and their sketch."""
     *whole, _ = np.split(path, ends)
     folds = [fold.mean(axis=0) for fold in whole]

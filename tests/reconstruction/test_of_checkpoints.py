@@ -3,13 +3,12 @@
 Files are written as a training writes them; the truth is summed here over every step, in float64.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from factories import FloatArray, exact_gamma, exact_weights, relative_distance
+from factories import exact_gamma, exact_weights, relative_distance
 
 from posthoc_cli import Run, import_checkpoints
 
@@ -18,7 +17,7 @@ STEPS = 2000
 WIDTHS = (0.03, 0.1, 0.25)
 
 
-def walk(steps: int = STEPS, rate: float | FloatArray = 0.001) -> FloatArray:
+def walk(steps=STEPS, rate=0.001):
     """Return the weights after steps 0 to `steps`, as a float32 training has them."""
     random = np.random.default_rng(0)
     moves = rate * random.standard_normal((steps + 1, SIZE))
@@ -26,43 +25,43 @@ def walk(steps: int = STEPS, rate: float | FloatArray = 0.001) -> FloatArray:
     return in_float32(start + np.cumsum(moves, axis=0))
 
 
-def in_float32(path: FloatArray) -> FloatArray:
+def in_float32(path):
     return path.astype(np.float32).astype(np.float64)
 
 
-def cooled() -> FloatArray:
+def cooled():
     """Return a walk whose learning rate falls to 0 by a cosine: late, weights hardly move."""
     angle = np.linspace(0, np.pi, STEPS + 1)
     rate = 0.0025 * (1 + np.cos(angle))
     return walk(rate=rate[:, None])
 
 
-def truth(path: FloatArray, width: float) -> FloatArray:
+def truth(path, width):
     """Return the average over all steps: step k has the profile's mass between k - 1 and k."""
     shares = exact_weights(width, range(1, len(path)))
     return shares @ path[1:]
 
 
 def weights(
-    path: FloatArray,
-    step: int,
-    dtype: torch.dtype = torch.float32,
-) -> dict[str, object]:
+    path,
+    step,
+    dtype=torch.float32,
+):
     values = torch.from_numpy(path[step])
     return {"model": {"w": values.to(dtype)}}
 
 
-def save(file: Path, content: Mapping[str, object]) -> None:
+def save(file, content):
     file.parent.mkdir(exist_ok=True)
     torch.save(dict(content), file)
 
 
 def save_weights(
-    folder: Path,
-    path: FloatArray,
-    every: int,
-    dtype: torch.dtype = torch.float32,
-) -> Path:
+    folder,
+    path,
+    every,
+    dtype=torch.float32,
+):
     """Write files that say their step; return their folder."""
     for step in range(every, len(path), every):
         content = weights(path, step, dtype)
@@ -72,10 +71,10 @@ def save_weights(
 
 
 def errors(
-    run: Run,
-    path: FloatArray,
-    width: float,
-) -> tuple[float, float]:
+    run,
+    path,
+    width,
+):
     """Return the actual and the predicted error of an average, relative to the truth."""
     made = run.average(width, dtype="float64")
     vector = made["w"].double().numpy()
@@ -84,11 +83,11 @@ def errors(
 
 
 def assert_predicted(
-    place: Path,
-    path: FloatArray,
-    most: float,
-    widths: Sequence[float] = WIDTHS,
-) -> None:
+    place,
+    path,
+    most,
+    widths=WIDTHS,
+):
     """Check that actual and predicted errors differ by at most a factor."""
     run = Run(place)
     for width in widths:
@@ -152,7 +151,7 @@ def test_weights_beside_an_average_of_known_decay_are_steps_apart(tmp_path):
 EVEN_STEPS = range(100, STEPS + 1, 100)
 
 
-def remove(key: str, folder: Path) -> None:
+def remove(key, folder):
     """Remove what a key holds from all files."""
     for file in folder.iterdir():
         content = torch.load(file)
@@ -192,7 +191,7 @@ def test_weights_that_stand_still_keep_their_rounding(tmp_path):
 # --- uneven steps
 
 
-def about_a_minimum(memory: float, seed: int) -> FloatArray:
+def about_a_minimum(memory, seed):
     """Return weights that are pulled back to a minimum within so many steps."""
     random = np.random.default_rng(seed)
     kept = np.exp(-1 / memory)
@@ -206,12 +205,12 @@ def about_a_minimum(memory: float, seed: int) -> FloatArray:
 
 
 def save_both(
-    folder: Path,
-    path: FloatArray,
-    steps: Sequence[int],
-    decay: float,
-    every: int = 1,
-) -> FloatArray:
+    folder,
+    path,
+    steps,
+    decay,
+    every=1,
+):
     """Write files of weights and their EMA; return the averages."""
     average = path[0]
     stored = []
@@ -228,12 +227,12 @@ def save_both(
 
 
 def nearest(
-    path: FloatArray,
-    averages: FloatArray,
-    steps: FloatArray,
-    decay: float,
-    width: float,
-) -> FloatArray:
+    path,
+    averages,
+    steps,
+    decay,
+    width,
+):
     """Return the combination of weights and their EMAs, with the sum 1, whose tail is nearest to
     that of a power function."""
     before = np.arange(STEPS)
@@ -269,11 +268,11 @@ Update = Callable[[int, torch.Tensor, torch.Tensor], object]
 
 
 def save_alone(
-    folder: Path,
-    path: FloatArray,
-    update: Update,
-    dtype: torch.dtype,
-) -> None:
+    folder,
+    path,
+    update,
+    dtype,
+):
     """Write files of an average of weights, kept in a dtype, and stored in float32."""
     average = torch.from_numpy(path[0]).to(dtype, copy=True)
     for step in range(1, STEPS + 1):
@@ -283,7 +282,7 @@ def save_alone(
             save(folder / f"{step}.pt", content)
 
 
-def as_dino(step: int, average: torch.Tensor, weights: torch.Tensor) -> None:
+def as_dino(step, average, weights):
     angle = np.pi * (step - 1) / STEPS
     average.lerp_(weights, 0.004 * (1 + np.cos(angle)) / 2)
 
@@ -298,11 +297,11 @@ def test_a_teacher_alone_shows_late_motion_of_which_it_takes_in_little(rate, tmp
     assert_predicted(tmp_path / "run", path, 2, (0.01, 0.05, 0.15))
 
 
-def multiplied(_, average: torch.Tensor, weights: torch.Tensor) -> None:
+def multiplied(_, average, weights):
     average.mul_(0.9999).add_(weights, alpha=1 - 0.9999)
 
 
-def interpolated(_, average: torch.Tensor, weights: torch.Tensor) -> None:
+def interpolated(_, average, weights):
     average.lerp_(weights, 1 - 0.9999)
 
 
