@@ -156,10 +156,11 @@ def searched(
     repeats=1,
     raw=False,
     repeats_known=True,
+    before=(),
 ):
     """Search for the metric of each length, and return the report."""
     search = Search(
-        report=SweepReport(axis=axis, metric="", minimize=True, settings={}),
+        report=SweepReport(axis=axis, metric="", minimize=True, settings={}, trials=before),
         budget=budget,
         repeats=repeats,
         repeats_known=repeats_known,
@@ -221,6 +222,13 @@ def test_a_search_measures_as_many_lengths_as_its_budget(repeats, raw):
             counts.add(count)
     assert counts
     assert counts <= {most, most - repeats}
+
+
+def test_a_search_that_is_continued_measures_with_the_missing_seeds():
+    known = trial(LOW, bowl(LOW))
+    report = searched(bowl, repeats=2, before=(known,))
+    seeds = [one.seed for one in report.trials if one.x == LOW]
+    assert seeds == [0, 1]
 
 
 OF_THE_README = {  # the metric of its `train.py`, as a sweep has measured it
