@@ -38,10 +38,12 @@ def begin_by_path(model, folder):
 @pytest.mark.parametrize("make", [begin_by_path, begin_wrapped])
 def test_a_cell_that_is_run_again_continues(tmp_path, make):
     """After 4, 5 and 7 steps, some of them in the middle between two updates and snapshots. Cells
-    with `from_model` are in `test_notebook`."""
+    with `from_model` are in `test_notebook`. Other names keep the earlier trackers."""
     training = Training()
+    kept = []
     for last in (4, 9, 16):
         ema = make(training.model, tmp_path / "run")
+        kept.append(ema)
         training.run(last, ema)
     assert training.error(ema) < ROUNDED
     assert ema.t == 16
