@@ -8,7 +8,6 @@ import signal
 import socket
 import sys
 import warnings
-from collections.abc import Callable
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from unittest import mock
@@ -36,9 +35,6 @@ class Result:
         assert len(lines) == 1, self.err
         assert lines[0].startswith("ema: error: "), self.err
         return lines[0].removeprefix("ema: error: ")
-
-
-Ema = Callable[..., Result]
 
 
 @contextmanager

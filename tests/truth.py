@@ -1,7 +1,5 @@
 """The exact averages: float64 sums over weights that the test has recorded."""
 
-from collections.abc import Mapping, Sequence
-
 import torch
 from factories import exact_weights
 
@@ -11,8 +9,6 @@ EVERY = {
     "sigma_rels": (0.1, 0.2),
 }
 """The options of every tracker here."""
-Recorded = Sequence[Mapping[str, torch.Tensor]]
-"""The weights after each optimizer step, the first one at index 0."""
 
 
 def recorded(model):

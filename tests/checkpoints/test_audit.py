@@ -6,16 +6,14 @@ import json
 import math
 import re
 import tracemalloc
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from factories import RUN_ID, write_snapshot
-from trained import EVERY, STEPS, TIMES, Average, by, ema, follow, named, timm, train, write
+from trained import EVERY, STEPS, TIMES, by, ema, follow, named, timm, train, write
 
 from posthoc_cli import Run
-from posthoc_cli.checkpoints.audit import Audit
 from posthoc_cli.errors import DirectoryError, InvalidValueError, NonFiniteError
 
 DECAY = 0.995
@@ -31,6 +29,7 @@ eight_times_a_step = ema(DECAY**8)
 every_tenth_step = by(lambda step: 1.0 if step % 10 else DECAY)
 set_back_once = by(lambda step: 0.0 if step == 850 else DECAY)
 in_the_first_half = by(lambda step: 1.0 if step > STEPS // 2 else DECAY)
+longer_in_the_second_half = by(lambda step: DECAY if step > STEPS // 2 else 0.97)
 stay = ema(1.0)
 copy = ema(0.0)
 
@@ -65,9 +64,6 @@ def audited(
     run = Run(write(folder, weights, update))
     (found,) = run.audit(claimed)
     return found
-
-
-AuditOf = Callable[[Average], Audit]
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +156,23 @@ def test_what_nothing_explains_is_undetermined(update, audit_of):
     assert found.verdict == "undetermined", found.text
     assert not found.is_bad
     assert UNDETERMINED[update] in found.text
+
+
+def test_a_decay_that_changes_is_told_by_where(audit_of):
+    found = audit_of(longer_in_the_second_half)
+    assert found.verdict == "another rule"
+    assert re.search("changes near step (7|8)[0-9]0", found.text)
+
+
+def test_a_claim_that_is_nearly_right_is_no_fault(tmp_path):
+    """It is 9 % longer than the average, which smooth weights show within 1 %."""
+    random = np.random.default_rng(0)
+    phases = random.standard_normal(train().shape[1])
+    weights = np.sin(np.arange(STEPS)[:, None] / 400 + phases)
+    claimed = 1 - (1 - DECAY) / 1.09
+    found = audited(tmp_path, weights, every_step, claimed)
+    assert found.verdict == "as claimed"
+    assert found.difference > 3 * found.uncertainty
 
 
 def test_a_tensor_that_moves_by_rounding_alone_need_not_be_followed(tmp_path):

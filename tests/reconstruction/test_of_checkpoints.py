@@ -3,8 +3,6 @@
 Files are written as a training writes them; the truth is summed here over every step, in float64.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
@@ -261,10 +259,6 @@ def test_at_uneven_steps_no_interval_moves_for_nothing(tmp_path):
 
 
 # --- averages alone
-
-
-Update = Callable[[int, torch.Tensor, torch.Tensor], object]
-"""Changes an average at a step, by the weights after it."""
 
 
 def save_alone(
