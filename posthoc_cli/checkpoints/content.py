@@ -255,10 +255,10 @@ def _of_folder(folder: Path) -> Content:
             content = _of_distributed(model)
         else:
             content = open_checkpoint(model)
-    return replace(content, values={**content.values, **_beside(folder)})
+    return replace(content, values={**content.values, **_counts_in(folder)})
 
 
-def _beside(folder: Path) -> Values:
+def _counts_in(folder: Path) -> Values:
     """Return the step and the epoch in files beside a model: the state of a Trainer, and the texts
     of SpeechBrain."""
     values = Values()

@@ -88,7 +88,7 @@ class Found:
     asks: Mapping[str, str] = field(default_factory=dict)
     # keys of the average and the weights if nothing tells which is which
     undecided: tuple[str, ...] = ()
-    whole: Tensors = field(default_factory=dict)  # the weights, if an undecided set is no average
+    model: Tensors = field(default_factory=dict)  # the weights, if an undecided set is no average
     unused: tuple[str, ...] = ()  # paths of the sets that are neither of these
     weights_key: str = ""  # what leads to the weights in the checkpoint
 
@@ -117,7 +117,7 @@ class Found:
         return Found(
             self.content,
             self.kind,
-            weights=self.whole or self.weights,
+            weights=self.model or self.weights,
             reading=self.reading,
             time=self.time,
             unused=self.unused,
@@ -234,7 +234,7 @@ class Stored:
     @cached_property
     def _found(self) -> Found:
         found = recognise(self._content, self._settings)
-        if found.whole:  # one file does not show how parts move
+        if found.model:  # one file does not show how parts move
             return found.without_average
         return found
 
@@ -452,7 +452,7 @@ def _find_twin_parts(sets: Sets, path: str) -> Found | None:
         weights,
         Updates(),
         undecided=names,
-        whole=model,
+        model=model,
         weights_key=path,
     )
 

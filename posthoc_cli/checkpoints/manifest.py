@@ -126,8 +126,8 @@ def _absolute(
     path = files.given_path("path", place)
     if files.is_url(path):
         return path
-    whole = (base or Path.cwd()) / path
-    return files.as_path(os.path.normpath(str(whole)))
+    absolute = (base or Path.cwd()) / path
+    return files.as_path(os.path.normpath(str(absolute)))
 
 
 def _checksum(values: Values) -> str:

@@ -520,7 +520,7 @@ def _decided(opened: list[Found]) -> list[Found]:
     ours, theirs = np.swapaxes(rows, 0, 1)
     follows = slower > 0 and slower <= _SLOWER * faster and are_near(ours, theirs)
     first = opened[0]
-    if np.array_equal(ours, theirs) or (first.whole and not follows):
+    if np.array_equal(ours, theirs) or (first.model and not follows):
         return [file.without_average for file in opened]
     is_still = slower == 0 and faster > 0
     if not (follows or is_still):

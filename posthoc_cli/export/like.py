@@ -135,8 +135,8 @@ class Like:
         return {file.path: file for file in self.source.files}
 
     @cached_property
-    def beside(self) -> tuple[list[Path], list[str]]:
-        """The other files of a folder to copy, and the names in it of what is left out."""
+    def other_files(self) -> tuple[list[Path], list[str]]:
+        """The files of a folder that are copied unchanged, and the names of what is left out."""
         copied = []
         left_out = []
         folders = []
@@ -179,8 +179,8 @@ class Like:
                 reason = f"{path.name} was written by this package, with checksums"
                 hint = "name a file that the training or its library wrote"
                 raise InvalidValueError("like", reason, hint, value=self.path)
-        beside, _ = self.beside
-        for path in (*beside, *self.files):
+        others, _ = self.other_files
+        for path in (*others, *self.files):
             if self.is_folder and not _is_own(path, self.path):
                 name = path.relative_to(self.path)
                 reason = f"{name} is not a file of this folder, or leads out of it"
@@ -450,11 +450,11 @@ class Replacement:
 
     @property
     def nbytes(self) -> int:
-        beside, _ = self.like.beside
-        return sum(path.stat().st_size for path in (*self.like.files, *beside))
+        others, _ = self.like.other_files
+        return sum(path.stat().st_size for path in (*self.like.files, *others))
 
     def to_dict(self) -> dict[str, Any]:
-        _, left_out = self.like.beside
+        _, left_out = self.like.other_files
         return {
             "path": str(self.like.path),
             "replaced": self.like.word,

@@ -534,10 +534,10 @@ class FileOutput(Output):
 
     def __init__(
         self,
-        whole: Pending | None,
+        published: Pending | None,
         inside: Iterable[Pending] = (),
     ) -> None:
-        self._whole = whole  # None of a folder that another process publishes
+        self._published = published  # None of a folder that another process publishes
         self._inside = inside
 
     def complete(self) -> None:
@@ -545,8 +545,8 @@ class FileOutput(Output):
             file.publish()
 
     def publish(self) -> None:
-        if self._whole is not None:
-            self._whole.publish()
+        if self._published is not None:
+            self._published.publish()
 
 
 class TensorFiles(FileOutput):
@@ -555,10 +555,10 @@ class TensorFiles(FileOutput):
     def __init__(
         self,
         writers: Sequence[TensorFileWriter],
-        whole: Pending | None,
+        published: Pending | None,
         inside: Iterable[Pending] = (),
     ) -> None:
-        super().__init__(whole, inside)
+        super().__init__(published, inside)
         self._writers = dict[str, TensorFileWriter]()
         for writer in writers:
             self._writers |= dict.fromkeys(writer.entries, writer)
@@ -597,9 +597,9 @@ def cut_shards(
 class Collected(InMemory, FileOutput):
     """Tensors that are collected in memory, since their library writes them in one call."""
 
-    def __init__(self, parts: Sequence[Combination], whole: Pending) -> None:
+    def __init__(self, parts: Sequence[Combination], folder: Pending) -> None:
         InMemory.__init__(self, CPU)
-        FileOutput.__init__(self, whole)
+        FileOutput.__init__(self, folder)
         self._parts = parts
         for plan in parts:
             self.make_room(plan, plan.tensors)
@@ -617,7 +617,7 @@ class Collected(InMemory, FileOutput):
 class PickledFile(Collected):
     """A .pt file, which torch.load(weights_only=True) takes."""
 
-    _whole: files.PendingFile
+    _published: files.PendingFile
     _end = 0
 
     def complete(self) -> None:
@@ -629,7 +629,7 @@ class PickledFile(Collected):
             raise error.__context__ or error from None
 
     def _append(self, data: Any) -> int:
-        self._whole.write_at(data, self._end)
+        self._published.write_at(data, self._end)
         size = memoryview(data).nbytes
         self._end += size
         return size
@@ -638,13 +638,13 @@ class PickledFile(Collected):
 class DistributedFolder(Collected):
     """A folder of torch.distributed.checkpoint."""
 
-    _whole: files.PendingFolder
+    _published: files.PendingFolder
 
     def complete(self) -> None:
         from torch.distributed.checkpoint.api import CheckpointException  # slow to import
 
-        folder = str(self._whole.temporary)
-        with files.reported_as_write_error(self._whole.path), warnings.catch_warnings():
+        folder = str(self._published.temporary)
+        with files.reported_as_write_error(self._published.path), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns that there is only one process
             try:
                 _save_alone(self.state, folder)
@@ -701,8 +701,8 @@ class Copy(FileOutput):
         for copied, file in like.files.items():
             pending = stack.enter_context(files.PendingFile(place(copied), overwrite))
             self._files[copied] = CopiedFile(file, chunks[copied], pending)
-        beside, _ = like.beside
-        for other in beside:
+        others, _ = like.other_files
+        for other in others:
             with files.reported_as_write_error(other, "copied"):
                 shutil.copyfile(other, place(other))
         copies = [*self._files.values()]
@@ -721,19 +721,19 @@ class Copy(FileOutput):
         begin: int,
     ) -> None:
         """Write bytes of a tensor, from byte `begin` on, to its chunks."""
-        whole = Box.full(entry.shape)
+        full = Box.full(entry.shape)
         item = ITEM_BYTES[entry.dtype]
         first = begin // item
         values = np.frombuffer(data, items(entry.dtype))
         for chunk in chunks:
             file = self._files[chunk.path]
-            if chunk.box == whole:
+            if chunk.box == full:
                 file.write(chunk, data, begin)
                 continue
-            for piece in boxes_of_range(whole, first, first + values.size):
+            for piece in boxes_of_range(full, first, first + values.size):
                 part = chunk.box.intersection(piece)
                 if part.size:
-                    content = whole.view(values, part, first).tobytes()
+                    content = full.view(values, part, first).tobytes()
                     at, _ = chunk.box.span(part)  # in a row: `piece` has all of its last axes
                     file.write(chunk, memoryview(content), at * item)
 
