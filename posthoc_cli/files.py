@@ -191,7 +191,10 @@ def check_parent(path: Path) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Raise InvalidValueError if the folder of outputs `path` exists, and is none."""
+    """Raise InvalidValueError if the folder of outputs `path` exists, and is none, or if it is a
+    pipe's usual name."""
+    if path == Path("-"):
+        raise InvalidValueError("out", "outputs are files; name a file or a folder", value=path)
     if path.exists() and not path.is_dir():
         raise InvalidValueError("out", "is a file; name a folder", value=path)
 
