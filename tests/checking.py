@@ -16,11 +16,7 @@ Module = TypeVar("Module", bound=torch.nn.Module)
 
 
 @contextmanager
-def refused(
-    subject,
-    *words,
-    kind=InvalidValueError,
-):
+def refused(subject, *words, kind=InvalidValueError):
     """Expect an error of this kind about `subject`, in one line that contains all of these
     words."""
     with pytest.raises(kind) as raised:
@@ -31,10 +27,7 @@ def refused(
         assert word in str(raised.value)
 
 
-def assert_same_tensors(
-    found,
-    expected,
-):
+def assert_same_tensors(found, expected):
     """Assert that both have the same names, and the same dtype and bits for each."""
     assert set(found) == set(expected)
     for name, value in expected.items():

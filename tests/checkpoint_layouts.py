@@ -43,14 +43,7 @@ def filled(folder, *steps, size=3):
     return folder
 
 
-def check_average(
-    run,
-    states,
-    target=0.2,
-    strip="",
-    at="step",
-    exact=1e-12,
-):
+def check_average(run, states, target=0.2, strip="", at="step", exact=1e-12):
     """Check that an average is the planned combination of weights, with the newest values of all
     other tensors."""
     plan = run.plan(target)
@@ -96,11 +89,7 @@ def trainer(folder, step):
     (folder / "trainer_state.json").write_text(state)
 
 
-def distributed(
-    folder,
-    content,
-    in_chunks=False,
-):
+def distributed(folder, content, in_chunks=False):
     """Write a folder of torch.distributed.checkpoint, by one process; `in_chunks` as safetensors
     files of chunks."""
     place = {"checkpoint_id": str(folder)}

@@ -65,13 +65,7 @@ for value, name in (
     setattr(MODULES[name], value.__name__, value)
 
 
-def save(
-    path,
-    net,
-    half=True,
-    under="ema",
-    **others,
-):
+def save(path, net, half=True, under="ema", **others):
     """Write a pickle of EDM2; or of EDM or StyleGAN, which do not round, and have other networks in
     it."""
     content = EasyDict(

@@ -63,11 +63,7 @@ def exact_weights(sigma_rel, times):
     return np.diff(until)
 
 
-def exact_average(
-    values,
-    sigma_rel,
-    times,
-):
+def exact_average(values, sigma_rel, times):
     """Return the power-function average of `values` taken at `times`, at the last of these
     times."""
     shares = exact_weights(sigma_rel, times)
@@ -81,10 +77,7 @@ def relative_distance(found, exact):
     return float(np.linalg.norm(apart) / np.linalg.norm(exact))
 
 
-def power_functions(
-    times,
-    sigma_rels=(0.05, 0.28),
-):
+def power_functions(times, sigma_rels=(0.05, 0.28)):
     """Return the profiles of the snapshots that a run has at these times, in the order of time."""
     profiles = []
     for t in np.atleast_1d(times).tolist():
@@ -96,13 +89,7 @@ def power_functions(
 # -------------------------------------------------------------------------------------
 
 
-def make_info(
-    values,
-    t=10.0,
-    sigma_rel=0.05,
-    run_id=RUN_ID,
-    **overrides,
-):
+def make_info(values, t=10.0, sigma_rel=0.05, run_id=RUN_ID, **overrides):
     """Describe a snapshot of `values`: floating-point tensors are averages in their dtype, others
     are copies.
 
@@ -141,12 +128,7 @@ EVERY_STEP = TrackingSchedule(
 )
 
 
-def write_tensors(
-    path,
-    values,
-    info,
-    overwrite,
-):
+def write_tensors(path, values, info, overwrite):
     entries = {}
     for name, value in values.items():
         entries[name] = Entry(stored_name(value.dtype), tuple(value.shape))
@@ -157,15 +139,7 @@ def write_tensors(
         writer.publish()
 
 
-def write_snapshot(
-    directory,
-    t,
-    sigma_rel,
-    run_id,
-    values,
-    name=None,
-    **overrides,
-):
+def write_snapshot(directory, t, sigma_rel, run_id, values, name=None, **overrides):
     """Write a snapshot file of `values` without conversion; return its path.
 
     `name` is the file's, in place of its usual one; `overrides` as in `make_info`.
@@ -179,11 +153,7 @@ def write_snapshot(
     return path
 
 
-def split_snapshot(
-    path,
-    parts=3,
-    grids=None,
-):
+def split_snapshot(path, parts=3, grids=None):
     """Replace a snapshot by a folder of parts, as several processes write them; return the folder.
 
     A tensor is cut along its first dimension as `torch.chunk` does, or into a grid of `grids`; its
@@ -209,11 +179,7 @@ def split_snapshot(
     return file.parent
 
 
-def part_of(
-    info,
-    chunks,
-    part,
-):
+def part_of(info, chunks, part):
     """Return the header of a part, its number and the count, that holds these chunks."""
     _, count = part
     return replace(
@@ -238,10 +204,7 @@ def without_measurements(info):
     return replace(info, sketch=encode_path(path._replace(sketch=still)))
 
 
-def cut(
-    value,
-    grid,
-):
+def cut(value, grid):
     """Return the cells of a grid that have elements, each with the position of its first
     element."""
     whole = ((0,) * value.dim(), value)
@@ -260,11 +223,7 @@ def cut(
     return filled or [whole]
 
 
-def rewrite_snapshot(
-    path,
-    change=lambda _: None,
-    **fields,
-):
+def rewrite_snapshot(path, change=lambda _: None, **fields):
     """Write a snapshot again, with correct checksums and other values or other `fields` of its
     Snapshot."""
     info = read_snapshot(path)
@@ -287,11 +246,7 @@ def sketch_of(source):
     return decode_path(source.sketch).sketch
 
 
-def write_output(
-    path,
-    tensors,
-    copies=(),
-):
+def write_output(path, tensors, copies=()):
     """Write an output, as of a synthesis, of any values; `copies` names the tensors that are no
     averages."""
     info = OutputInfo(
@@ -354,10 +309,7 @@ def write_run(
     return paths
 
 
-def random_walk(
-    steps,
-    shapes,
-):
+def random_walk(steps, shapes):
     """Return weights that walk randomly as a network's do: after each step, by name, float64."""
     generator = np.random.default_rng(0)
     walk = [{} for _ in range(steps)]

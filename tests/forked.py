@@ -56,14 +56,7 @@ class Forked:
         modules: what else the server has imported, one server each.
     """
 
-    def __init__(
-        self,
-        code,
-        *arguments,
-        cwd=None,
-        env=None,
-        modules=(),
-    ):
+    def __init__(self, code, *arguments, cwd=None, env=None, modules=()):
         self._files = [_folder() / f"{next(_numbers)}" for _ in range(2)]
         for file in self._files:
             file.touch()

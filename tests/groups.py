@@ -60,12 +60,7 @@ with groups.joined(int(rank), int(world), meeting) as (rank, world):
 """
 
 
-def run_group(
-    code,
-    ranks,
-    folder,
-    *arguments,
-):
+def run_group(code, ranks, folder, *arguments):
     """Run processes as `start_group` does until they end; return the result of each."""
     processes = start_group(code, ranks, folder, *arguments)
     results = []
@@ -88,11 +83,7 @@ def check_group(code, ranks, folder, *arguments):
 
 
 @contextmanager
-def joined(
-    rank,
-    world,
-    meeting,
-):
+def joined(rank, world, meeting):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
     try:

@@ -29,12 +29,7 @@ def store(file, content):
         torch.save(content, file)
 
 
-def write_each(
-    folder,
-    name,
-    content,
-    decay=constant,
-):
+def write_each(folder, name, content, decay=constant):
     """Write a file at each save, whose name has places for its fields; return the last one."""
     for save in saves(decay):
         file = folder / name.format(save=save)
@@ -83,14 +78,7 @@ def assert_equal(made, stored):
         assert torch.equal(made[name].double(), value.double()), name
 
 
-def check(
-    place,
-    average,
-    weights,
-    decay=0.95,
-    /,
-    **settings,
-):
+def check(place, average, weights, decay=0.95, /, **settings):
     """Check what an import finds at the last step; `decay` None if the file does not say it."""
     given = dict(settings)
     if decay is None:
@@ -113,10 +101,7 @@ def check_last(place, **settings):
     check(place, last.average, last.weights, None, **settings)
 
 
-def check_error(
-    place,
-    most=0.02,
-):
+def check_error(place, most=0.02):
     """Check that an average's error is the predicted one, which is at most half of `most`."""
     made = Run(place).average(0.1, dtype="float64")
     error = distance(made, true_average(0.1))
@@ -129,10 +114,6 @@ def exported(file, **options):
     return load_file(out)
 
 
-def check_export(
-    file,
-    average,
-    weights,
-):
+def check_export(file, average, weights):
     assert_equal(exported(file), average)
     assert_equal(exported(file, weights=True), weights)

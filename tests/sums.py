@@ -46,12 +46,7 @@ def error_share(plan, dtype):
     return error / (1 - error)
 
 
-def assert_sums(
-    plan,
-    wide,
-    rounding=0.0,
-    device="cpu",
-):
+def assert_sums(plan, wide, rounding=0.0, device="cpu"):
     """Assert that results are sums in the dtype `wide`, within the errors of these and of the exact
     ones, and rounded once more by the unit `rounding`."""
     share = error_share(plan, wide) + error_share(plan, torch.float64)

@@ -316,12 +316,7 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path, operation, source):
 
 
 @pytest.mark.parametrize("layout", ["sharded", "dcp"])
-def test_a_folder_that_holds_other_files_is_not_replaced(
-    tmp_path,
-    monkeypatch,
-    layout,
-    source,
-):
+def test_a_folder_that_holds_other_files_is_not_replaced(tmp_path, monkeypatch, layout, source):
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "config.json").write_text("{}")
     (tmp_path / "folder" / "model.safetensors").mkdir(parents=True)
@@ -476,11 +471,7 @@ def test_a_pipe_in_the_folder_is_not_read(tmp_path, run):
     check_refused(run, like, "a pipe.json")
 
 
-def check_refused(
-    run,
-    like,
-    name,
-):
+def check_refused(run, like, name):
     out = run.directory / "new"
     leads_out = f"like {like}: {name} is not a file of this folder, or leads out"
     with pytest.raises(InvalidValueError, match=leads_out):

@@ -47,11 +47,7 @@ SHAPES = {
 """A tensor of more than one tile, small ones, one without axes and one without elements."""
 
 
-def values(
-    seed,
-    prefix="",
-    dtype=torch.float32,
-):
+def values(seed, prefix="", dtype=torch.float32):
     """Return tensors whose elements take 12 bits, so that sums of them are exact."""
     generator = torch.Generator().manual_seed(seed)
     found = {}
@@ -69,11 +65,7 @@ def run(tmp_path):
     return Run(tmp_path / "run")
 
 
-def stored(
-    folder,
-    step,
-    tensors,
-):
+def stored(folder, step, tensors):
     run = folder / "run"
     run.mkdir(exist_ok=True)
     save_file(tensors, run / f"step{step}.safetensors")
@@ -106,23 +98,14 @@ def load(path):
     return torch.load(path, weights_only=True)
 
 
-def copied(
-    run,
-    like,
-    target=TARGET,
-    **options,
-):
+def copied(run, like, target=TARGET, **options):
     """Write a copy of a file next to it; return what is said about it, and what it holds."""
     out = like.with_name(f"new{like.suffix}")
     report = run.write(target, out, like=like, overwrite=True, **options)
     return report.to_dict()["like"], load(out)
 
 
-def check_archive(
-    before,
-    after,
-    replaced,
-):
+def check_archive(before, after, replaced):
     """Check that two archives differ in the contents of so many storages, and in their CRC-32, by
     the standard library's reader."""
     expected = before
@@ -412,11 +395,7 @@ def nothing_left(folder):
         (values(5, "a.") | values(5, "b."), r"fit under a\. and b\."),
     ],
 )
-def test_tensors_that_do_not_fit_are_errors_before_anything_is_written(
-    tmp_path,
-    tensors,
-    message,
-):
+def test_tensors_that_do_not_fit_are_errors_before_anything_is_written(tmp_path, tensors, message):
     weights = {"conv.bias": torch.zeros(4)}
     like = saved(tmp_path, model=tensors)
     run = stored(tmp_path, 1, weights)

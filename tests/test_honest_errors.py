@@ -36,11 +36,7 @@ def restarts(passed):
     return 1.0 - 0.97 * of_cycle
 
 
-def walk(
-    speed,
-    steps=STEPS,
-    seed=0,
-):
+def walk(speed, steps=STEPS, seed=0):
     """Return weights of norm about 1 that move a quarter of that in a random walk: [steps,
     elements].
 
@@ -57,11 +53,7 @@ def walk(
     return path.astype(np.float32)
 
 
-def wave(
-    periods,
-    amplitude,
-    phase=1.0,
-):
+def wave(periods, amplitude, phase=1.0):
     """Return weights of norm about 1 that swing in one direction."""
     random = np.random.default_rng(0)
     place, direction = random.normal(size=(2, SIZE)) / SIZE**0.5
@@ -71,13 +63,7 @@ def wave(
     return path.astype(np.float32)
 
 
-def track(
-    folder,
-    path,
-    stride=STRIDE,
-    times=None,
-    **options,
-):
+def track(folder, path, stride=STRIDE, times=None, **options):
     _, size = path.shape
     model = torch.nn.Linear(size, 1, bias=False)
     settings = {
@@ -98,11 +84,7 @@ def track(
     return Run(folder)
 
 
-def made(
-    run,
-    wanted,
-    method="minvar",
-):
+def made(run, wanted, method="minvar"):
     """Return averages, shape [targets, elements], and their predicted errors."""
     plan = run.plan(wanted, method=method, dtype="float64")
     ((_, tensors),) = synthesize(plan)
@@ -111,11 +93,7 @@ def made(
     return averages.numpy(), np.array(predicted)
 
 
-def true(
-    path,
-    stride=STRIDE,
-    times=None,
-):
+def true(path, stride=STRIDE, times=None):
     """Return the exact averages of WIDTHS over all updates: shape [targets, elements]."""
     if times is None:
         times = np.arange(1.0, len(path) + 1)
@@ -132,47 +110,28 @@ def errors(found, truth):
     return apart / np.linalg.norm(truth, axis=1)
 
 
-def judged(
-    run,
-    truth,
-    wanted=WIDTHS,
-):
+def judged(run, truth, wanted=WIDTHS):
     """Return the errors, the published method's errors, and the predicted errors."""
     found, predicted = made(run, wanted)
     published, _ = made(run, wanted, "paper")
     return errors(found, truth), errors(published, truth), predicted
 
 
-def assert_honest(
-    actual,
-    theirs,
-    predicted,
-    within=3,
-):
+def assert_honest(actual, theirs, predicted, within=3):
     """Require errors no larger than the published method's and than predicted, up to the last digit
     of float32."""
     assert np.all(actual <= 1.05 * theirs + 3e-8)
     assert np.all(actual < within * predicted + 3e-8)
 
 
-def assert_near(
-    actual,
-    predicted,
-    factor,
-):
+def assert_near(actual, predicted, factor):
     """Require errors that are as predicted up to a factor."""
     ratios = actual / predicted
     assert ratios.max() < factor, ratios
     assert ratios.min() > 1 / factor, ratios
 
 
-def check(
-    folder,
-    path,
-    within=3,
-    times=None,
-    **options,
-):
+def check(folder, path, within=3, times=None, **options):
     run = track(folder, path, times=times, **options)
     truth = true(path, times=times)
     assert_honest(*judged(run, truth), within)
@@ -318,11 +277,7 @@ def test_predictions_allow_for_oscillations_that_files_do_not_show(tmp_path):
     assert sum(within) >= 9
 
 
-def assert_known(
-    folder,
-    path,
-    every,
-):
+def assert_known(folder, path, every):
     """Write checkpoints of weights, and check that errors of averages are the predicted ones."""
     path = path.astype(np.float32)
     for step in {*range(every, STEPS + 1, every), len(path)}:

@@ -28,11 +28,7 @@ def network_of(path):
     return torch.nn.Linear(path.shape[1], 1, bias=False, dtype=torch.float64)
 
 
-def by_nextml(
-    folder,
-    path,
-    **settings,
-):
+def by_nextml(folder, path, **settings):
     """Let pytorch-posthoc-ema store averages every `EVERY` steps of a path."""
     network = network_of(path)
     ema = NextmlEMA.from_model(
@@ -48,12 +44,7 @@ def by_nextml(
         ema.update_(network)
 
 
-def by_lucidrains(
-    folder,
-    path,
-    every=EVERY,
-    **settings,
-):
+def by_lucidrains(folder, path, every=EVERY, **settings):
     """Let ema-pytorch do so; after about half of the steps another object continues from the state
     of the first one."""
     network = network_of(path)
@@ -76,13 +67,7 @@ def by_lucidrains(
         state = ema.state_dict()
 
 
-def check_profiles(
-    folder,
-    name,
-    path,
-    update_every,
-    first,
-):
+def check_profiles(folder, name, path, update_every, first):
     """Check that each file has the average of the profile whose first update is at a step."""
     for index, width in enumerate(WIDTHS):
         for step in range(EVERY, STEPS + 1, EVERY):

@@ -28,11 +28,7 @@ from posthoc_cli.reconstruction import (
 )
 
 
-def kept(
-    snapshots,
-    prior,
-    keep,
-):
+def kept(snapshots, prior, keep):
     dropped = snapshots_to_drop(snapshots, prior, keep)
     assert len(set(dropped)) == len(dropped)
     return [p for index, p in enumerate(snapshots) if index not in dropped]

@@ -20,11 +20,7 @@ TIMES = (10, 20, 30, 40)
 TARGETS = (0.04, 0.1, 0.2)
 
 
-def write_random(
-    directory,
-    dtype=torch.float32,
-    **fields,
-):
+def write_random(directory, dtype=torch.float32, **fields):
     """Write snapshots of two profiles at TIMES, each with random weights and a counter equal to its
     time."""
     for t in TIMES:
@@ -39,11 +35,7 @@ def write_random(
             write_snapshot(directory, t, sigma_rel, RUN_ID, values, **fields)
 
 
-def plan_of(
-    directory,
-    targets=TARGETS,
-    **options,
-):
+def plan_of(directory, targets=TARGETS, **options):
     return plan_synthesis(disk_sources(directory), targets, **options)
 
 

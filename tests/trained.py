@@ -31,12 +31,7 @@ def network():
 
 
 @functools.cache
-def train(
-    rate=3e-3,
-    falls=False,
-    optimizer="Adam",
-    seed=1,
-):
+def train(rate=3e-3, falls=False, optimizer="Adam", seed=1):
     model = network()
     random = torch.Generator().manual_seed(seed)
     first = nn.Linear(20, 40)
@@ -107,13 +102,7 @@ def timm(step, weights, average):
     return {"state_dict": weights, "state_dict_ema": average, "step": step}
 
 
-def write(
-    folder,
-    weights,
-    update,
-    dtype=torch.float32,
-    form=timm,
-):
+def write(folder, weights, update, dtype=torch.float32, form=timm):
     folder.mkdir(exist_ok=True)
     averages = follow(update, weights)
     for step in TIMES:
@@ -146,14 +135,7 @@ def error_of(run, sigma_rel=0.15, prefix="", weights=None):
     return relative_distance(vector, truth), made.predicted_error
 
 
-def check(
-    run,
-    *of,
-    most=2e-3,
-    low=0.3,
-    high=2.5,
-    **where,
-):
+def check(run, *of, most=2e-3, low=0.3, high=2.5, **where):
     """Check that an average is exact, and as exact as predicted: its error over the predicted one
     has bounds."""
     if isinstance(run, Path):

@@ -23,11 +23,7 @@ def recorded(model):
     return weights
 
 
-def exact(
-    history,
-    sigma_rel,
-    every=1,
-):
+def exact(history, sigma_rel, every=1):
     """Return the power-function average: an update at t has the profile's mass since the last
     update."""
     times = range(every, len(history) + 1, every)
@@ -39,10 +35,7 @@ def exact(
     return averages
 
 
-def distance(
-    found,
-    truth,
-):
+def distance(found, truth):
     """Return the relative L2 distance of weights from the exact ones, over all tensors of those."""
     off = 0.0
     norm = 0.0
@@ -53,21 +46,12 @@ def distance(
     return (off / norm) ** 0.5
 
 
-def live(
-    ema,
-    model,
-    sigma_rel,
-):
+def live(ema, model, sigma_rel):
     with ema.model(model, sigma_rel):
         return {name: value.detach().clone() for name, value in model.named_parameters()}
 
 
-def assert_exact(
-    ema,
-    model,
-    weights,
-    every=1,
-):
+def assert_exact(ema, model, weights, every=1):
     """Assert that every step has counted once and that each tracked average is exact."""
     assert ema.step == len(weights)
     for sigma_rel in ema.settings.sigma_rels:

@@ -60,8 +60,8 @@ _DATE = re.compile(
     r"(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])(?:[0-9]{4}|[0-9]{6})?"
     r"|1[5-9][0-9]{8}(?:[0-9]{3})?"  # seconds, or thousandths, of 2017 to 2033
 )
-_THOUSANDS = re.compile(r"[0-9]+(?:\.[0-9]+)?[km]", re.IGNORECASE)
-_GOES_ON = re.compile(r"[.,_-]?[0-9]")
+_THOUSANDS = re.compile(r"[0-9]+(?:\.[0-9]+)?[km]", re.IGNORECASE)  # steps as 10k or 1.5M
+_GOES_ON = re.compile(r"[.,_-]?[0-9]")  # behind such a unit: it is none, as in 1k5
 _ANEW = {"", "step", "steps", "iteration"}  # values that may begin anew in each epoch, or a name's
 _SHARD = re.compile(r"[0-9]+-of-[0-9]+")
 _LONE = re.compile(r"[0-9]{3,}")  # the whole name of a folder; a shorter one may be an experiment's

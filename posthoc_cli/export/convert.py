@@ -112,11 +112,11 @@ def export_file(
     )
     options.check_like(dtype)
     source = files.given_path("source", source)
-    path = files.local_path("out", out)
-    is_folder = options.layout_of(path) in FOLDERS or options.makes_folders
-    if str(out).endswith("/") and not is_folder:
-        raise InvalidValueError("out", "is a folder; name a file", value=out)
-    out = path
+    given = str(out)
+    out = files.local_path("out", out)
+    is_folder = options.layout_of(out) in FOLDERS or options.makes_folders
+    if given.endswith("/") and not is_folder:
+        raise InvalidValueError("out", "is a folder; name a file", value=given)
     files.check_parent(out)
     model = _read_source(source, weights, average) if like is None else _read_source(source)
     plan = _combination(model, target_dtype, prefix, strip_prefix)

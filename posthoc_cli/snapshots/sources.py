@@ -94,7 +94,7 @@ class StoredTensors:
     # further names of tensors, each with the name under which the tensor is stored
     aliases: dict[str, str]
     t: float
-    knows_buffers = True  # they are copies
+    knows_buffers = True  # which are copied; other programs average theirs, masks too
 
     @property
     def copies(self) -> list[str]:

@@ -37,12 +37,7 @@ class Quadratic(nn.Module):
         return (torch.tensor(CURVATURE) * self.weight**2).sum() / 2
 
 
-def train(
-    model,
-    optimizer,
-    recipe,
-    steps=STEPS,
-):
+def train(model, optimizer, recipe, steps=STEPS):
     """Take steps; yield after each the weights before a switch at that step, and whether there was
     a switch."""
     for _ in range(steps):
@@ -61,12 +56,7 @@ def averaged(model):
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
 
 
-def check_path(
-    model,
-    optimizer,
-    recipe,
-    forget_momentum,
-):
+def check_path(model, optimizer, recipe, forget_momentum):
     """Compare with the path of SGD with momentum and an average, with a switch at every 6th
     step."""
     weight = START

@@ -26,22 +26,13 @@ def batches(count, rows):
     return found
 
 
-def feed(
-    stats,
-    data,
-    dtype=torch.float32,
-):
+def feed(stats, data, dtype=torch.float32):
     for x, y in data:
         stats(torch.tensor(x, dtype=dtype), torch.tensor(y, dtype=dtype))
     return stats
 
 
-def check(
-    stats,
-    data,
-    running_mean,
-    within,
-):
+def check(stats, data, running_mean, within):
     """Compare with the statistics by definition."""
     momentum = stats.momentum
     state = {}

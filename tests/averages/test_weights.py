@@ -21,11 +21,7 @@ def numbers(tensor):
     return tensor.detach().double().numpy().copy()
 
 
-def random_steps(
-    model,
-    steps,
-    seed=1,
-):
+def random_steps(model, steps, seed=1):
     """Move every floating-point tensor and count every integer up, as a training would; yield each
     step."""
     torch.manual_seed(seed)
@@ -49,11 +45,7 @@ def assert_near(found, expected, updates):
 # --- ExponentialMovingAverage
 
 
-def check_average(
-    found,
-    values,
-    momenta,
-):
+def check_average(found, values, momenta):
     """Compare with the average by definition; `momenta[0]` belongs to the first value, and changes
     nothing."""
     expected = values[0]

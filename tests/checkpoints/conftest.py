@@ -22,10 +22,7 @@ def run(tmp_path):
 
 
 @pytest.fixture
-def write(
-    tmp_path,
-    weights,
-):
+def write(tmp_path, weights):
     """Return a function that writes all steps in a layout, and returns the folder."""
 
     def make(layout):

@@ -54,12 +54,7 @@ def two_stuck(step, average, weights):
     return updated
 
 
-def audited(
-    folder,
-    weights,
-    update,
-    claimed=None,
-):
+def audited(folder, weights, update, claimed=None):
     """Return the audit of a training's only average."""
     run = Run(write(folder, weights, update))
     (found,) = run.audit(claimed)
@@ -158,7 +153,7 @@ def test_what_nothing_explains_is_undetermined(update, audit_of):
     assert UNDETERMINED[update] in found.text
 
 
-def test_a_decay_that_changes_is_told_by_where(audit_of):
+def test_the_step_at_which_a_decay_changes_is_named(audit_of):
     found = audit_of(longer_in_the_second_half)
     assert found.verdict == "another rule"
     assert re.search("changes near step (7|8)[0-9]0", found.text)

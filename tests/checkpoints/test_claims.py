@@ -27,12 +27,7 @@ def late_cap(n):
     return min(0.97, rising)
 
 
-def save(
-    folder,
-    decay,
-    claim=None,
-    dtype=torch.float32,
-):
+def save(folder, decay, claim=None, dtype=torch.float32):
     """Write the weights and their average, kept in a dtype, as OpenFold does."""
     folder.mkdir()
     first = walks.weights_of(walks.new_net())

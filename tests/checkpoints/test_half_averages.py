@@ -16,17 +16,7 @@ ELEMENTS = 2000
 SIGMA = 0.1
 
 
-def write(
-    folder,
-    dtype,
-    decay,
-    rate,
-    moving=1.0,
-    is_kept=False,
-    noise=0.0,
-    beside=None,
-    size=1.0,
-):
+def write(folder, dtype, decay, rate, moving=1.0, is_kept=False, noise=0.0, beside=None, size=1.0):
     """Write averages of a random walk of some elements, with noise of ten steps, and return the
     true average of `SIGMA`.
 

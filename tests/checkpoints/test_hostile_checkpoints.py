@@ -369,11 +369,7 @@ def test_chunks_make_a_complete_tensor_of_one_dtype(offset, dtype, problem, tmp_
     assert problem in read(tmp_path)
 
 
-def save_chunk(
-    file,
-    offset,
-    dtype,
-):
+def save_chunk(file, offset, dtype):
     file.parent.mkdir(exist_ok=True)
     info = json.dumps({"w": {"saved_offsets": offset}})
     save_file({"w": torch.ones(3, dtype=dtype)}, file, {"DCP_SHARDING_INFO": info})
@@ -443,11 +439,7 @@ def members_of(path):
         return {name: archive.read(name) for name in archive.namelist()}
 
 
-def read_archive(
-    path,
-    members,
-    compression=0,
-):
+def read_archive(path, members, compression=0):
     with zipfile.ZipFile(path, "w", compression) as archive:
         for name, data in members.items():
             archive.writestr(name, data)

@@ -246,10 +246,7 @@ def listed(place):
 FIRST = "../ck/step1.pt"
 
 
-def first(
-    kind="checkpoints",
-    step=1,
-):
+def first(kind="checkpoints", step=1):
     return {"checkpoints": [[FIRST, kind, step]]}
 
 

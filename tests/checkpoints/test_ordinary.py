@@ -27,10 +27,7 @@ from posthoc_cli.profiles import DecayRule, Point
 DECAY = 0.995
 
 
-def replay(
-    update,
-    save,
-):
+def replay(update, save):
     """Repeat the recorded training with a model; call `update` after each step, and `save` at
     `TIMES`."""
     model = network()
@@ -91,12 +88,7 @@ def diffusers(folder, **settings):
     return {"prefix": "net."}
 
 
-def ema_pytorch(
-    folder,
-    update_every=5,
-    update_after_step=20,
-    **rule,
-):
+def ema_pytorch(folder, update_every=5, update_after_step=20, **rule):
     library = pytest.importorskip("ema_pytorch")
     online = network()
     intervals = {"update_every": update_every, "update_after_step": update_after_step}

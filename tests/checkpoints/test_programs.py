@@ -52,11 +52,7 @@ PLACES = [
 """Keys and prefixes of the weights and of their average, and the prefix of names in both."""
 
 
-def at_places(
-    save,
-    weights_place,
-    average_place,
-):
+def at_places(save, weights_place, average_place):
     """Return a content with an optimizer, which only its form shows."""
     content = {
         "adam": OPTIMIZER,

@@ -23,14 +23,7 @@ def walk(rate):
     return start + np.cumsum(moves, axis=0)
 
 
-def save(
-    folder,
-    path,
-    steps,
-    decay=0.99,
-    every=1,
-    reset=None,
-):
+def save(folder, path, steps, decay=0.99, every=1, reset=None):
     """Write the weights and their average, which every so many steps takes them in, and at `reset`
     is replaced by them."""
     written = set(steps)

@@ -29,10 +29,7 @@ from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import Point
 
 
-def again(
-    decay,
-    begin=850,
-):
+def again(decay, begin=850):
     """Return an EMA that restarts from the weights at a step, and then counts its updates from
     0."""
 
@@ -144,11 +141,7 @@ def test_a_start_after_the_last_file_is_refused(files):
         import_checkpoints(files, None, dry_run=True, **settings)
 
 
-def of_power(
-    folder,
-    exponent,
-    weights,
-):
+def of_power(folder, exponent, weights):
     """Write averages whose n-th update keeps (1 - 1/n)^exponent; return their folder and width."""
     write(folder, weights, by(lambda n: (1 - 1 / n) ** exponent))
     variance = exponent / ((exponent + 1) ** 2 * (exponent + 2))
@@ -206,11 +199,7 @@ def persistent(vector):
     return net
 
 
-def edm(
-    folder,
-    library="edm",
-    decay=half_life,
-):
+def edm(folder, library="edm", decay=half_life):
     """Write files in these trainings' format: pickles of objects with their source, named by
     thousands of images."""
     folder.mkdir()

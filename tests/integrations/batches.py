@@ -19,14 +19,7 @@ class Training:
     """A training of fifteen batches with a step after every third one, which saves after the second
     step."""
 
-    def __init__(
-        self,
-        folder,
-        before=False,
-        sharded=False,
-        resume=None,
-        **arguments,
-    ):
+    def __init__(self, folder, before=False, sharded=False, resume=None, **arguments):
         torch.manual_seed(0)
         every = EVERY | {"resume": resume}
         if sharded:

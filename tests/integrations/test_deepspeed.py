@@ -61,12 +61,7 @@ ema.close()
 """
 
 
-def train(
-    folder,
-    stage,
-    resumes=0,
-    killed_at=-1,
-):
+def train(folder, stage, resumes=0, killed_at=-1):
     return exit_codes_of_two(PROGRAM, folder, stage, resumes, killed_at, DS_ACCELERATOR="cpu")
 
 

@@ -19,13 +19,7 @@ from posthoc_cli.integrations.lightning import PostHocWeightAveraging
 pytestmark = pytest.mark.filterwarnings("ignore")  # the library's own
 
 
-def fit(
-    folder,
-    *callbacks,
-    module=None,
-    ckpt_path=None,
-    **arguments,
-):
+def fit(folder, *callbacks, module=None, ckpt_path=None, **arguments):
     if module is None:
         module = Regression()
     trainer = make_trainer(folder, *callbacks, **arguments)

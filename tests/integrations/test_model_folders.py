@@ -49,10 +49,7 @@ def answer(model):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_folder_loads_without_warnings_and_computes_the_same_as_a_filled_model(
-    tmp_path,
-    tied,
-):
+def test_a_folder_loads_without_warnings_and_computes_the_same_as_a_filled_model(tmp_path, tied):
     model = llama(tie_word_embeddings=tied)
     like = tmp_path / "like"
     new = tmp_path / "new"
@@ -71,10 +68,7 @@ def test_a_folder_loads_without_warnings_and_computes_the_same_as_a_filled_model
             assert (new / path.name).read_bytes() == path.read_bytes(), path
 
 
-def test_dtypes_and_tensors_that_the_run_lacks_are_those_of_the_folder(
-    tmp_path,
-    ema,
-):
+def test_dtypes_and_tensors_that_the_run_lacks_are_those_of_the_folder(tmp_path, ema):
     model = llama()
     model.model.norm.weight.requires_grad_(False)
     like = tmp_path / "like"
@@ -90,9 +84,7 @@ def test_dtypes_and_tensors_that_the_run_lacks_are_those_of_the_folder(
     assert_same_tensors(loaded.state_dict(), raw | average)
 
 
-def test_tensors_that_transformers_renames_on_disk_are_refused_with_a_way_out(
-    tmp_path,
-):
+def test_tensors_that_transformers_renames_on_disk_are_refused_with_a_way_out(tmp_path):
     """In memory the experts of a mixture are one tensor."""
     model = MixtralForCausalLM(MixtralConfig(**TEXT, num_local_experts=2))
     model.save_pretrained(tmp_path / "like")

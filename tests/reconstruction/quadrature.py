@@ -10,13 +10,7 @@ from posthoc_cli.profiles import PowerFunction
 QUADRATURE = {"epsabs": 1e-15, "epsrel": 1e-10, "limit": 200}
 
 
-def expected_square(
-    snapshots,
-    coefficients,
-    target,
-    motion,
-    *kinks,
-):
+def expected_square(snapshots, coefficients, target, motion, *kinks):
     """Integrate between the edges of the motion, the ends of snapshots, and kinks of the target."""
 
     def square(s, value):

@@ -30,12 +30,7 @@ def uneven_motion(noise=0.0):
     return Motion(edges, walk, noise * growing)
 
 
-def prior_of(
-    snapshots,
-    motion,
-    rounding=0.0,
-    steps=None,
-):
+def prior_of(snapshots, motion, rounding=0.0, steps=None):
     zeros = np.zeros(len(snapshots))
     return Prior(
         motion,

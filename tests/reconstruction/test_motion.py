@@ -47,11 +47,7 @@ def distance(p, q, motion):
     return (p, Distance(q, squared, 0.0))
 
 
-def neighbours(
-    times,
-    motion,
-    sigma_rels=(0.05, 0.28),
-):
+def neighbours(times, motion, sigma_rels=(0.05, 0.28)):
     """The distances that a tracker measures: between the profiles of one time, and to the two
     previous times."""
     distances = []
@@ -269,12 +265,7 @@ SNAPSHOTS = power_functions(range(30, T + 1, 30))
 TARGETS = power_functions(T, (0.03, 0.08, 0.15, 0.28))
 
 
-def prior_of(
-    path,
-    length,
-    walk,
-    rounding,
-):
+def prior_of(path, length, walk, rounding):
     """Return the prior of snapshots whose motion by their distances is `walk`; `rounding` is
     relative to squares."""
     stored = averages(path, SNAPSHOTS)
@@ -446,11 +437,7 @@ def path_of(motion):
     return np.cumsum(0.1 * free, axis=0)
 
 
-def error_of_shared_means(
-    profile,
-    ends,
-    path,
-):
+def error_of_shared_means(profile, ends, path):
     """Return how far an average of folds between `ends` is off whose older values have the weights
     of `LARGEST`: shape [SIZE]."""
     error = np.zeros(SIZE)
@@ -514,10 +501,7 @@ def test_means_that_cover_more_than_a_thousandth_of_training_are_not_shared():
     assert not unseen.any()
 
 
-def sketch_of_folds(
-    path,
-    ends,
-):
+def sketch_of_folds(path, ends):
     """Return the updates until each edge of windows of four folds, and their sketch."""
     *whole, _ = np.split(path, ends)
     folds = [fold.mean(axis=0) for fold in whole]

@@ -40,11 +40,7 @@ def truth(path, width):
     return shares @ path[1:]
 
 
-def weights(
-    path,
-    step,
-    dtype=torch.float32,
-):
+def weights(path, step, dtype=torch.float32):
     values = torch.from_numpy(path[step])
     return {"model": {"w": values.to(dtype)}}
 
@@ -54,12 +50,7 @@ def save(file, content):
     torch.save(dict(content), file)
 
 
-def save_weights(
-    folder,
-    path,
-    every,
-    dtype=torch.float32,
-):
+def save_weights(folder, path, every, dtype=torch.float32):
     """Write files that say their step; return their folder."""
     for step in range(every, len(path), every):
         content = weights(path, step, dtype)
@@ -68,11 +59,7 @@ def save_weights(
     return folder
 
 
-def errors(
-    run,
-    path,
-    width,
-):
+def errors(run, path, width):
     """Return the actual and the predicted error of an average, relative to the truth."""
     made = run.average(width, dtype="float64")
     vector = made["w"].double().numpy()
@@ -80,12 +67,7 @@ def errors(
     return actual, made.predicted_error
 
 
-def assert_predicted(
-    place,
-    path,
-    most,
-    widths=WIDTHS,
-):
+def assert_predicted(place, path, most, widths=WIDTHS):
     """Check that actual and predicted errors differ by at most a factor."""
     run = Run(place)
     for width in widths:
@@ -202,13 +184,7 @@ def about_a_minimum(memory, seed):
     return in_float32(place + away)
 
 
-def save_both(
-    folder,
-    path,
-    steps,
-    decay,
-    every=1,
-):
+def save_both(folder, path, steps, decay, every=1):
     """Write files of weights and their EMA; return the averages."""
     average = path[0]
     stored = []
@@ -224,13 +200,7 @@ def save_both(
     return np.array(stored)
 
 
-def nearest(
-    path,
-    averages,
-    steps,
-    decay,
-    width,
-):
+def nearest(path, averages, steps, decay, width):
     """Return the combination of weights and their EMAs, with the sum 1, whose tail is nearest to
     that of a power function."""
     before = np.arange(STEPS)
@@ -261,12 +231,7 @@ def test_at_uneven_steps_no_interval_moves_for_nothing(tmp_path):
 # --- averages alone
 
 
-def save_alone(
-    folder,
-    path,
-    update,
-    dtype,
-):
+def save_alone(folder, path, update, dtype):
     """Write files of an average of weights, kept in a dtype, and stored in float32."""
     average = torch.from_numpy(path[0]).to(dtype, copy=True)
     for step in range(1, STEPS + 1):

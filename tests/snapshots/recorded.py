@@ -23,12 +23,7 @@ def network():
     return nn.Sequential(nn.Linear(30, 20), nn.BatchNorm1d(20))
 
 
-def train(
-    tracker,
-    model,
-    steps,
-    scale=0.1,
-):
+def train(tracker, model, steps, scale=0.1):
     """Let the weights follow the same walk whenever they are trained."""
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
@@ -47,11 +42,7 @@ def record(folder, steps=60, scale=0.1, **options):
 
 
 @contextmanager
-def failing(
-    operation,
-    error,
-    when=lambda *_: True,
-):
+def failing(operation, error, when=lambda *_: True):
     """Let an operation of `files.system` fail within the block at the calls for which `when`
     returns True."""
     original = getattr(files.system, operation)
@@ -109,10 +100,7 @@ def used(source, out):
     return {name: value.tolist() for name, value in load_file(out).items()}
 
 
-def small_snapshot(
-    folder,
-    values=SMALL,
-):
+def small_snapshot(folder, values=SMALL):
     """Write a snapshot with most of what a header can have; return its path, in `folder`/run."""
     means = np.array([[0.0, 0.0], [0.5, 0.25]])
     edges = np.array([1.0, 5.0, 10.0])

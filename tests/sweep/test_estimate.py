@@ -149,15 +149,7 @@ def test_the_shown_curve_ends_before_a_far_value_at_an_end():
 # --- the rounds of a search
 
 
-def searched(
-    value_of,
-    axis=AXIS,
-    budget=7,
-    repeats=1,
-    raw=False,
-    repeats_known=True,
-    before=(),
-):
+def searched(value_of, axis=AXIS, budget=7, repeats=1, raw=False, repeats_known=True, before=()):
     """Search for the metric of each length, and return the report."""
     search = Search(
         report=SweepReport(axis=axis, metric="", minimize=True, settings={}, trials=before),

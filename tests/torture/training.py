@@ -36,12 +36,7 @@ class Tally:
     executed: list[str] = field(default_factory=list)
 
     @contextmanager
-    def judged(
-        self,
-        what,
-        named="",
-        refusable=True,
-    ):
+    def judged(self, what, named="", refusable=True):
         """Require that the block ends without an error or with one short error that contains
         `named`."""
         try:
@@ -115,13 +110,7 @@ def remove_half_begun(directory):
             snapshot.path.unlink()
 
 
-def train(
-    directory,
-    until,
-    save_at,
-    note=None,
-    **settings,
-):
+def train(directory, until, save_at, note=None, **settings):
     """Resume the run in a directory and train to step `until`; return the errors of writing that
     training survived.
 
@@ -217,12 +206,7 @@ def wrong_output(path):
     return wrong
 
 
-def away(
-    what,
-    value,
-    exact,
-    most,
-):
+def away(what, value, exact, most):
     """Return a line if values differ by more than updates and sums in float32 can: a missing update
     shows."""
     distance = float(np.abs(value - exact).max() / np.abs(exact).max())

@@ -32,13 +32,7 @@ class Training:
         self.path = []
         self.size = size
 
-    def run(
-        self,
-        last,
-        ema=None,
-        salt=0,
-        scale=0.0,
-    ):
+    def run(self, last, ema=None, salt=0, scale=0.0):
         """Go on to a step; with `scale`, on a clock of that interval."""
         for number in range(len(self.path) + 1, last + 1):
             generator = torch.Generator().manual_seed(1000 * salt + number)

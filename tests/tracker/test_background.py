@@ -53,11 +53,7 @@ def slow_disk(monkeypatch):
     yield from held(monkeypatch, files.system, "open_new")
 
 
-def held(
-    monkeypatch,
-    owner,
-    name,
-):
+def held(monkeypatch, owner, name):
     gate = threading.Event()
     real = getattr(owner, name)
 
@@ -97,11 +93,7 @@ def test_a_slow_worker_changes_no_byte(tmp_path, gate):
     assert len(contents(tmp_path / "plain")) == 20
 
 
-def test_a_reader_in_the_same_process_waits_for_due_snapshots(
-    tmp_path,
-    slow_disk,
-    monkeypatch,
-):
+def test_a_reader_in_the_same_process_waits_for_due_snapshots(tmp_path, slow_disk, monkeypatch):
     """The working directory changes in the meantime."""
     monkeypatch.chdir(tmp_path)
     training, tracker = begin(Path("run"), "cpu")
@@ -116,11 +108,7 @@ def test_a_reader_in_the_same_process_waits_for_due_snapshots(
 
 
 @EITHER_DEVICE
-def test_an_interrupted_wait_for_disk_counts_nothing(
-    tmp_path,
-    device,
-    slow_disk,
-):
+def test_an_interrupted_wait_for_disk_counts_nothing(tmp_path, device, slow_disk):
     """Three updates are taken in while the first snapshots wait, which hold the averages of their
     time."""
     training, tracker = begin(tmp_path / "cut", device)
@@ -442,11 +430,7 @@ NO_STREAMS = [
 
 
 @pytest.mark.parametrize("stream", NO_STREAMS)
-def test_a_warning_that_cannot_be_printed_ends_no_training(
-    tmp_path,
-    monkeypatch,
-    stream,
-):
+def test_a_warning_that_cannot_be_printed_ends_no_training(tmp_path, monkeypatch, stream):
     """A service may have no stderr, and that of a long job may lie on a full disk."""
     monkeypatch.setattr(logging.root, "handlers", [])
     monkeypatch.setattr("sys.stderr", stream)

@@ -52,10 +52,7 @@ def part_of(model):
 
 
 @pytest.mark.parametrize("other_of", [part_of, nn.DataParallel])
-def test_a_block_is_refused_while_another_thread_has_one_of_the_same_tensors(
-    tmp_path,
-    other_of,
-):
+def test_a_block_is_refused_while_another_thread_has_one_of_the_same_tensors(tmp_path, other_of):
     model, ema = tracked(tmp_path / "run")
     other, others = tracked(tmp_path / "other", other_of(model))
     raw = deepcopy(model.state_dict())
@@ -82,9 +79,7 @@ def test_a_block_is_refused_while_another_thread_has_one_of_the_same_tensors(
     )  # one after the other
 
 
-def test_a_model_is_not_filled_for_good_within_a_block_whose_end_would_undo_it(
-    tmp_path,
-):
+def test_a_model_is_not_filled_for_good_within_a_block_whose_end_would_undo_it(tmp_path):
     model, ema = tracked(tmp_path / "run")
     with (
         ema.model(model, 0.28),
@@ -138,9 +133,7 @@ def test_nested_blocks_restore_what_was_around_them(tmp_path):
     assert_same_tensors(model.state_dict(), raw)
 
 
-def test_a_parameter_whose_elements_share_memory_has_its_values_again_after_the_block(
-    tmp_path,
-):
+def test_a_parameter_whose_elements_share_memory_has_its_values_again_after_the_block(tmp_path):
     row = torch.ones(1, 4)
     model = nn.Module()
     model.rows = nn.Parameter(row.expand(3, 4))

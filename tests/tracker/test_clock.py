@@ -44,11 +44,7 @@ def track(folder, times, **settings):
             tracker.update_(model, t=t)
 
 
-def errors(
-    folder,
-    target,
-    exact,
-):
+def errors(folder, target, exact):
     """Return the relative distance of the synthesized weights, and the predicted one."""
     average = Run(folder).average(target)
     assert average.predicted_error is not None

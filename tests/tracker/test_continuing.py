@@ -147,11 +147,7 @@ def test_the_last_snapshots_of_another_attempt_do_not_belong_to_a_state(tmp_path
 
 
 @pytest.mark.parametrize("exactly", [True, False])
-def test_a_resumed_run_takes_its_new_settings_and_stays_exact(
-    tmp_path,
-    exactly,
-    ema,
-):
+def test_a_resumed_run_takes_its_new_settings_and_stays_exact(tmp_path, exactly, ema):
     """From its state, or from the last snapshots; profiles that are dropped end there."""
     training = Training()
     with begin(training.model, tmp_path, sigma_rels=(0.05, 0.15, 0.28)) as first:
@@ -227,11 +223,7 @@ def same(one, other):
         ({"run_id": "0" * 32}, "holds snapshots of run .*, this tracker is run 0000"),
     ],
 )
-def test_an_altered_state_or_one_of_another_run_is_refused(
-    tmp_path,
-    change,
-    message,
-):
+def test_an_altered_state_or_one_of_another_run_is_refused(tmp_path, change, message):
     """The alteration is of an entry, or of one tensor."""
     training = begun(tmp_path, 10)
     with resume(training.model, tmp_path) as ema:
@@ -289,12 +281,7 @@ def test_a_run_is_not_resumed_with_fresh_weights(finished, tmp_path):
 
 
 @pytest.mark.parametrize("step", [40, "auto"])
-def test_an_earlier_checkpoint_resumes_from_its_own_step(
-    finished,
-    tmp_path,
-    step,
-    caplog,
-):
+def test_an_earlier_checkpoint_resumes_from_its_own_step(finished, tmp_path, step, caplog):
     """The checkpoint may be loaded after the tracker was made. Later snapshots are set aside."""
     again = finished.at(100)
     ema = begin(again.model, tmp_path, resume=step)
@@ -373,11 +360,7 @@ OTHER_NETWORK = (
 )
 
 
-def test_a_step_continues_whatever_the_weights_with_one_warning(
-    finished,
-    tmp_path,
-    caplog,
-):
+def test_a_step_continues_whatever_the_weights_with_one_warning(finished, tmp_path, caplog):
     again = finished.at(54)
     with begin(again.model, tmp_path, resume=40) as ema:
         again.path = finished.path[:40]
@@ -387,11 +370,7 @@ def test_a_step_continues_whatever_the_weights_with_one_warning(
 
 
 @pytest.mark.parametrize("restored", [40, 54])
-def test_a_state_is_exact_whatever_the_weights_with_one_warning(
-    tmp_path,
-    restored,
-    caplog,
-):
+def test_a_state_is_exact_whatever_the_weights_with_one_warning(tmp_path, restored, caplog):
     """The model is restored after the state; to the state's own step there is no warning."""
     training = Training()
     with begin(training.model, tmp_path, t_unit="images") as ema:
@@ -492,12 +471,7 @@ WAYS_TO_RESUME = (
         ),
     ],
 )
-def test_a_run_that_does_not_fit_is_refused_at_once(
-    tmp_path,
-    wrong,
-    kind,
-    message,
-):
+def test_a_run_that_does_not_fit_is_refused_at_once(tmp_path, wrong, kind, message):
     model = begun(tmp_path, 10).model
     before = contents(tmp_path)
     with pytest.raises(kind, match=message):

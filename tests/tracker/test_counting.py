@@ -22,11 +22,7 @@ def network():
     return nn.Sequential(*layers)
 
 
-def train(
-    model,
-    optimizer,
-    steps=1,
-):
+def train(model, optimizer, steps=1):
     for _ in range(steps):
         optimizer.zero_grad()
         x = torch.randn(8, 3)
@@ -48,10 +44,7 @@ def made(folder, steps=5, **settings):
     return model, ema
 
 
-def test_a_replaced_optimizer_is_noticed_when_averages_are_asked_for(
-    tmp_path,
-    caplog,
-):
+def test_a_replaced_optimizer_is_noticed_when_averages_are_asked_for(tmp_path, caplog):
     """As where phases of a training have an optimizer each."""
     model = network()
     ema = track(model, tmp_path, checkpoint_every=100)
@@ -69,10 +62,7 @@ def test_a_replaced_optimizer_is_noticed_when_averages_are_asked_for(
     assert caplog.text.count(MOVED) == 1
 
 
-def test_an_average_between_a_step_and_its_call_is_no_forgotten_call(
-    tmp_path,
-    caplog,
-):
+def test_an_average_between_a_step_and_its_call_is_no_forgotten_call(tmp_path, caplog):
     """Of one optimizer, or of several that step in turn. A call that does not follow is named."""
     model, ema = made(tmp_path)
     optimizer = sgd(model)
@@ -91,10 +81,7 @@ def test_an_average_between_a_step_and_its_call_is_no_forgotten_call(
     assert f"{MOVED}8, the last that was counted" in caplog.text
 
 
-def test_a_step_that_a_scaler_skips_is_no_forgotten_call(
-    tmp_path,
-    caplog,
-):
+def test_a_step_that_a_scaler_skips_is_no_forgotten_call(tmp_path, caplog):
     """Such as two skipped steps of a fused optimizer, whose third is taken."""
     model, ema = made(tmp_path)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -109,10 +96,7 @@ def test_a_step_that_a_scaler_skips_is_no_forgotten_call(
     assert f"{MOVED}5," in caplog.text
 
 
-def test_what_moves_no_weights_by_a_step_is_no_forgotten_call(
-    tmp_path,
-    caplog,
-):
+def test_what_moves_no_weights_by_a_step_is_no_forgotten_call(tmp_path, caplog):
     model, ema = made(tmp_path)
     best = deepcopy(model.state_dict())
     with ema.model(model, 0.05):
@@ -131,10 +115,7 @@ def test_what_moves_no_weights_by_a_step_is_no_forgotten_call(
     assert MOVED not in caplog.text
 
 
-def test_a_tracker_whose_steps_were_never_counted_says_so_at_its_end(
-    tmp_path,
-    caplog,
-):
+def test_a_tracker_whose_steps_were_never_counted_says_so_at_its_end(tmp_path, caplog):
     model, ema = made(tmp_path / "run", steps=0)
     train(model, sgd(model))
     ema.close()
@@ -177,11 +158,7 @@ def test_an_interrupt_between_a_step_and_its_call_is_no_forgotten_call(
 
 
 @EITHER_DEVICE
-def test_weights_that_never_change_are_said_once(
-    tmp_path,
-    device,
-    caplog,
-):
+def test_weights_that_never_change_are_said_once(tmp_path, device, caplog):
     """As where the optimizer is that of another model."""
     other = network()
     optimizer = sgd(other)
@@ -196,10 +173,7 @@ def test_weights_that_never_change_are_said_once(
     assert caplog.text.count(f"{SAME}22 are those of step 2: does an optimizer") == 1
 
 
-def test_weights_that_stand_between_two_snapshots_are_said_once(
-    tmp_path,
-    caplog,
-):
+def test_weights_that_stand_between_two_snapshots_are_said_once(tmp_path, caplog):
     """As those of a copy that the optimizer does not know, which takes the model's place."""
     model = network()
     optimizer = sgd(model)

@@ -34,11 +34,7 @@ def sketches(folder):
         (300_000, [1, 104, 104, 5]),
     ],
 )
-def test_the_path_is_of_means_over_a_thousandth_of_training(
-    first,
-    windows,
-    tmp_path,
-):
+def test_the_path_is_of_means_over_a_thousandth_of_training(first, windows, tmp_path):
     """A window has one value if a thousandth has fewer than two, and at most 104; the last may be
     open.
 
@@ -151,12 +147,7 @@ def test_lengths_are_kept_whatever_the_direction(tmp_path):
 # --- the measurements in a snapshot's header agree with a direct computation in float64
 
 
-def drift(
-    tracker,
-    model,
-    steps,
-    size=0.1,
-):
+def drift(tracker, model, steps, size=0.1):
     for _ in range(steps):
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -201,11 +192,7 @@ def check_run(model, folder, **settings):
         (torch.bfloat16, "float32"),
     ],
 )
-def test_measurements_are_those_of_a_direct_computation(
-    tmp_path,
-    dtype,
-    stored,
-):
+def test_measurements_are_those_of_a_direct_computation(tmp_path, dtype, stored):
     """A model with tied parameters, buffers (not measured) and a frozen parameter."""
     model = tiny_model().to(dtype)
     check_run(model, tmp_path, sigma_rels=(0.05, 0.1, 0.28), checkpoint_dtype=stored)
@@ -260,11 +247,7 @@ def test_a_profile_that_could_not_be_written_is_written_later(tmp_path):
         ("float16", 1e-5),
     ],
 )
-def test_measurements_of_a_subset_are_those_of_all_elements(
-    tmp_path,
-    size,
-    stored,
-):
+def test_measurements_of_a_subset_are_those_of_all_elements(tmp_path, size, stored):
     """Steps are from far above the rounding to far below it. Sums of n squares of normal numbers
     have a relative standard error of (2 / n)^(1/2): four times that is allowed."""
     outer = nn.Linear(1500, 600)

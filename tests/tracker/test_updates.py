@@ -23,11 +23,7 @@ from posthoc_cli.snapshots.snapshot import TrackingSchedule
 
 
 class Scalar(nn.Module):
-    def __init__(
-        self,
-        dtype=torch.float64,
-        size=3,
-    ):
+    def __init__(self, dtype=torch.float64, size=3):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(size, dtype=dtype))
 
@@ -175,12 +171,7 @@ def test_defaults_are_those_of_the_contract(tmp_path):
         ("device", "cuda", "'cuda': must be 'cpu', or 'model' for the model's own device"),
     ],
 )
-def test_an_impossible_setting_is_a_value_error_that_names_it(
-    tmp_path,
-    argument,
-    value,
-    message,
-):
+def test_an_impossible_setting_is_a_value_error_that_names_it(tmp_path, argument, value, message):
     arguments = {"update_every": 4, argument: value}
     with pytest.raises(InvalidValueError, match=re.escape(message)):
         PostHocEMA.from_model(Scalar(), tmp_path / "run", **arguments)
@@ -226,11 +217,7 @@ def test_a_clock_must_grow_and_stay_the_same_clock(tmp_path):
         ("cpu", -torch.inf),
     ],
 )
-def test_a_refused_update_leaves_the_averages_as_they_are(
-    tmp_path,
-    device,
-    bad,
-):
+def test_a_refused_update_leaves_the_averages_as_they_are(tmp_path, device, bad):
     """The bad value is in the last of many tiles, at first beside values so large that a trace of
     them would show. The clock leaps, so that windows have one update and later many."""
     model = Scalar(torch.float32, size=1000)
@@ -286,11 +273,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize(("change", "message"), CHANGES)
-def test_a_model_that_changes_is_refused_and_nothing_written(
-    tmp_path,
-    change,
-    message,
-):
+def test_a_model_that_changes_is_refused_and_nothing_written(tmp_path, change, message):
     model = Scalar()
     model.other_weight = parameter(2)
     model.frozen = parameter(2).requires_grad_(False)
