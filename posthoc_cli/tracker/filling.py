@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError, NotReadyError
 from posthoc_cli.tracker.model import ON_META, NamedTensor, check_model, named_tensors
@@ -191,6 +192,7 @@ def _keep_raw(
     undo: ExitStack,
 ) -> None:
     """Have `undo` restore a model, the values of those of its tensors with `replaced` ids too."""
+    undo.callback(_forget_computed)  # is called last
     for module in model.modules():
         undo.callback(setattr, module, "training", module.training)
         for contents in (module._parameters, module._buffers):
@@ -214,6 +216,14 @@ def fill_in(
     for device in {target.tensor.device for target in targets.values()}:
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()
+    _forget_computed()
+
+
+def _forget_computed() -> None:
+    """Have torch compute anew what it has from weights that have changed: autocast's copies of
+    parameters, and the tensors of `parametrize.cached`."""
+    torch.clear_autocast_cache()
+    parametrize._cache.clear()
 
 
 def _holders(

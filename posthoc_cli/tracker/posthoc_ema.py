@@ -715,6 +715,7 @@ class PostHocEMA:
             return  # the threads and the directory belong to another process
         if self._has_begun:
             self._last.progress = self._pipeline.progress
+            self._members.note_end(self.step)
         self._note_uncounted(is_end=sys.exc_info()[0] is None)
         if self.step and not self.has_average:
             log.warning("%s: no snapshot: %s", self.checkpoint_dir, self.settings.first_update(0))
@@ -1174,8 +1175,8 @@ class PostHocEMA:
         device = HOST if parameter is None else parameter.device
         arguments = [as_target(length).title for length in lengths]
         arguments += [f"{name}={value}" for name, value in asked.items()]
-        is_tracking = not self._pipeline.tracking.resumes
-        return self._members.callers(f"{call}({', '.join(arguments)})", is_tracking, device)
+        step = None if self._pipeline.tracking.resumes else self.step
+        return self._members.callers(f"{call}({', '.join(arguments)})", step, device)
 
     def _tracked_model(
         self,

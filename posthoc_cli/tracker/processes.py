@@ -303,6 +303,7 @@ class Rendezvous:
         self._all: Store = PrefixStore("ema-all", _get_default_store())
         self._hint = hint
         self._calls = 0
+        self._is_behind = False  # whether steps were seen that the averages lack
         self._rank = dist.get_rank()
         self._ranks: Sequence[int] = range(dist.get_world_size())  # those that take part
         self._tensors = tensors  # identifies the tensors of this process's model
@@ -371,6 +372,28 @@ class Rendezvous:
         except BaseException as error:
             self.store.set(f"{prefix}/{self._rank}", f"left this call by {type(error).__name__}")
             raise
+
+    def note_steps(self, occasion: str, step: int) -> None:
+        """Warn, once, if the process that keeps averages has counted fewer steps than another one
+        at an occasion, at which the last one sees those of all."""
+        key = f"{occasion} {self._calls}"
+        self.store.set(f"{key}/{self._rank}", str(step))
+        roles = self._roles()
+        steps = {rank: int(self._value(key, rank)) for rank in roles if self._has(key, rank)}
+        most = max(steps, key=lambda rank: steps[rank])
+        for rank, counted in steps.items():
+            if roles[rank] == "keeps" and counted < steps[most] and not self._is_behind:
+                self._is_behind = True
+                log.warning(
+                    "rank %d keeps the averages, and has counted %d steps, rank %d has %d: the "
+                    "averages lack the others; of uneven inputs, as with DDP's join, give rank %d "
+                    "the most",
+                    rank,
+                    counted,
+                    most,
+                    steps[most],
+                    rank,
+                )
 
     @cached_property
     def _processes(self) -> Any:
@@ -514,16 +537,24 @@ class Members:
     def callers(
         self,
         call: str,
-        is_tracking: bool,
+        step: int | None,
         device: torch.device,
     ) -> Group:
-        """Return the processes that make a call for averages; this one before it tracks."""
+        """Return the processes that make a call for averages after this many steps; this one before
+        it tracks."""
         meeting = self._meeting
-        if meeting is None or not is_tracking or not dist.is_initialized():
+        if meeting is None or step is None or not dist.is_initialized():
             return THIS_PROCESS
         if meeting.is_alone:
             return THIS_PROCESS
+        meeting.note_steps("asks", step)
         return meeting.gather(device, call)
+
+    def note_end(self, step: int) -> None:
+        """Warn if other processes have counted more steps than the one that keeps the averages."""
+        if self._meeting is not None and dist.is_initialized():
+            with suppress(RuntimeError):  # the group's first process has ended
+                self._meeting.note_steps("ends", step)
 
 
 class ShardOwners(Members):
