@@ -50,9 +50,13 @@ def test_a_cell_that_is_run_again_continues(tmp_path, make):
 
 
 def test_a_function_that_is_run_again_continues(tmp_path):
-    """Its tracker has not stayed."""
+    """Its tracker has not stayed, nor the wrapper of its model."""
     training = Training()
-    training.run(5, begin(training.model, tmp_path))
+    ema = begin(training.model, tmp_path)
+    for step in range(1, 6):
+        training.run(step)
+        ema.update_(torch.nn.DataParallel(training.model))
+    del ema
     gc.collect()
     ema = begin(training.model, tmp_path)
     training.run(9, ema)

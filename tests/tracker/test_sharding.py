@@ -798,6 +798,7 @@ def test_processes_try_again_only_if_snapshots_vanished_and_nothing_else_failed(
 
     class Two(Group):
         def from_all(self, value):
+            assert value is None or value[0] == (own is GONE)  # what the others are told
             return [value, other]
 
     def work():
