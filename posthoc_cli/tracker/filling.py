@@ -195,10 +195,12 @@ def _keep_raw(
     undo.callback(_forget_computed)  # is called last
     for module in model.modules():
         undo.callback(setattr, module, "training", module.training)
-        for contents in (module._parameters, module._buffers):
-            for key, tensor in contents.items():
-                is_replaced = id(tensor) in replaced
-                undo.callback(_restorer(contents, key, is_replaced))
+        undo.callback(setattr, module, "__class__", type(module))  # which parametrizations change
+        for registry in (module._modules, module._parameters, module._buffers):
+            undo.callback(_restore, registry, {**registry})
+        for tensor in chain(module._parameters.values(), module._buffers.values()):
+            if tensor is not None:
+                undo.callback(_restorer(tensor, id(tensor) in replaced))
     # is called first: a forward pass may have replaced chunks by complete tensors
     undo.callback(reshard, model)
 
@@ -239,15 +241,16 @@ def _holders(
             yield id(module)
 
 
-def _restorer(
-    contents: dict[str, Any],
-    key: str,
-    is_replaced: bool,
-) -> Callable[[], None]:
-    """Return a function that restores a module's tensor, whose values weights replace or not."""
-    tensor: Tensor | None = contents[key]
-    if tensor is None:
-        return lambda: contents.__setitem__(key, None)
+def _restore(registry: dict[str, Any], contents: Mapping[str, Any]) -> None:
+    """Restore what a module has: moving it between kinds of devices may replace parameters, fusing
+    or quantizing it modules."""
+    for name in registry.keys() - contents.keys():
+        del registry[name]
+    registry.update(contents)
+
+
+def _restorer(tensor: Tensor, is_replaced: bool) -> Callable[[], None]:
+    """Return a function that restores a tensor, whose values weights replace or not."""
     part = held_part(tensor)
     gradients: tuple[bool, Tensor | None] | None = None
     if isinstance(tensor, nn.Parameter):
@@ -262,8 +265,6 @@ def _restorer(
         values = storage.to("cpu", non_blocking=part.is_cuda, copy=True)
 
     def restore() -> None:
-        # moving a module between kinds of devices may replace the Parameter itself
-        contents[key] = tensor
         if values is not None:
             storage.copy_(values, non_blocking=storage.is_cuda)
         if part is tensor:

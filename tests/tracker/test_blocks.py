@@ -170,6 +170,25 @@ def test_a_block_computes_anew_what_torch_has_computed_of_other_weights(tmp_path
     assert not torch.equal(raw, averaged)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model, "0", nn.Sequential(model[0])),  # as quantizing in place does
+        lambda model: model.register_parameter("more", nn.Parameter(torch.ones(1))),
+        lambda model: delattr(model[0], "bias"),
+        lambda model: orthogonal(model[0]),
+    ],
+)
+def test_a_block_restores_modules_that_were_changed_within_it(tmp_path, change):
+    model, ema = tracked(tmp_path)
+    raw = deepcopy(model.state_dict())
+    with ema.model(model, 0.28) as averaged:
+        change(averaged)
+    assert_same_tensors(model.state_dict(), raw)
+    model(torch.ones(2, 3))
+    ema.update_(model)
+
+
 def test_a_block_that_is_called_like_a_model_says_that_it_needs_with(tmp_path):
     model, ema = tracked(tmp_path)
     needs_with = r"only within a `with` block; with ema\.model"
