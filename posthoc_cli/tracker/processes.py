@@ -33,6 +33,7 @@ from posthoc_cli.errors import (
     VanishedError,
 )
 from posthoc_cli.snapshots.tensorfile import Box, row_major
+from posthoc_cli.tracker.clock import TrainingProgress
 from posthoc_cli.tracker.memory import HOST
 
 Result = TypeVar("Result")
@@ -177,24 +178,6 @@ class Group:
         if not self.is_alone:
             dist.all_gather_object(values, value, self.processes)
         return values
-
-    def from_all_at(
-        self,
-        step: int,
-        t: float,
-        value: Result,
-    ) -> list[Result]:
-        """Return the value of each process, by rank; raise a RankError that names a process at
-        another step or t."""
-        now = f"step {step:,}, t = {t:,.12g}"
-        pairs = self.from_all((now, value))
-        times, values = zip(*pairs, strict=True)
-        for rank, other in enumerate(times):
-            if other != times[0]:
-                reason = f"is at {other}, and rank 0 at {times[0]}"
-                hint = "make this call in every process between the same two calls of update_"
-                raise RankError(f"rank {rank}", reason, f"{hint}, with the same t")
-        return [*values]
 
     def together(self, work: Callable[[], Result]) -> Result:
         """Return the result of work in every process; if one fails, all raise its error or a
@@ -356,7 +339,8 @@ class Rendezvous:
                 raise RankError(f"rank {rank}", other, self._hint)
             if other != calls[first]:
                 reason = f"{other}, and rank {first} {calls[first].removeprefix('asks ')}"
-                raise RankError(f"rank {rank}", reason, "make the same call in every process")
+                hint = "make the same call in every process, between the same calls of update_"
+                raise RankError(f"rank {rank}", reason, hint)
         others = [rank for rank in self._ranks if rank != first]
         return Group(self._rank, (first, *others), device, self._processes)
 
@@ -537,17 +521,17 @@ class Members:
     def callers(
         self,
         call: str,
-        step: int | None,
+        now: TrainingProgress,
+        is_tracking: bool,
         device: torch.device,
     ) -> Group:
-        """Return the processes that make a call for averages after this many steps; this one before
-        it tracks."""
+        """Return the processes that make a call for averages; this one before it tracks."""
         meeting = self._meeting
-        if meeting is None or step is None or not dist.is_initialized():
+        if meeting is None or not is_tracking or not dist.is_initialized():
             return THIS_PROCESS
         if meeting.is_alone:
             return THIS_PROCESS
-        meeting.note_steps("asks", step)
+        meeting.note_steps("asks", now.step)
         return meeting.gather(device, call)
 
     def note_end(self, step: int) -> None:
@@ -668,8 +652,8 @@ class ShardOwners(Members):
             raise NotReadyError("averages of which each process keeps a part", reason, hint)
         return self._owners_meeting.gather(self._device, call)
 
-    def callers(self, call: str, *_: object) -> Group:
-        return self.keepers(call)
+    def callers(self, call: str, now: TrainingProgress, *_: object) -> Group:
+        return self.keepers(f"{call} at {now}")
 
 
 class _Presence(NamedTuple):
