@@ -166,8 +166,7 @@ def swapped_in(
                 "model", f"its tensor {name!r} was made in inference mode, and is read-only", hint
             )
     replaced = {id(target.tensor) for target in targets.values()}
-    holders = _holders(model, replaced)
-    block = Block(frozenset(chain(replaced, holders)))
+    block = Block(frozenset(chain(replaced, _holders(model, replaced))))
     with ExitStack() as stack:
         stack.callback(block.leave)
         block.enter()
@@ -194,10 +193,7 @@ def _keep_raw(
     """Have `undo` restore a model, the values of those of its tensors with `replaced` ids too."""
     undo.callback(_forget_computed)  # is called last
     for module in model.modules():
-        undo.callback(setattr, module, "training", module.training)
-        undo.callback(setattr, module, "__class__", type(module))  # which parametrizations change
-        for registry in (module._modules, module._parameters, module._buffers):
-            undo.callback(_restore, registry, {**registry})
+        undo.callback(_module_restorer(module))
         for tensor in chain(module._parameters.values(), module._buffers.values()):
             if tensor is not None:
                 undo.callback(_restorer(tensor, id(tensor) in replaced))
@@ -235,18 +231,29 @@ def _holders(
     """Yield the ids of the modules that hold some of these tensors, which may be replaced while the
     weights are swapped; the modules may not."""
     for module in model.modules():
-        parameters = module.parameters(recurse=False)
-        buffers = module.buffers(recurse=False)
-        if any(id(tensor) in tensors for tensor in chain(parameters, buffers)):
+        own = chain(module._parameters.values(), module._buffers.values())
+        if any(id(tensor) in tensors for tensor in own):
             yield id(module)
 
 
-def _restore(registry: dict[str, Any], contents: Mapping[str, Any]) -> None:
-    """Restore what a module has: moving it between kinds of devices may replace parameters, fusing
-    or quantizing it modules."""
-    for name in registry.keys() - contents.keys():
-        del registry[name]
-    registry.update(contents)
+def _module_restorer(module: nn.Module) -> Callable[[], None]:
+    """Return a function that restores what a module has and is: moving it between kinds of devices
+    may replace parameters, quantizing it modules, and parametrizing it its class."""
+    kind = type(module)
+    training = module.training
+    registries: list[dict[str, Any]] = [module._modules, module._parameters, module._buffers]
+    contents = [{**registry} for registry in registries]
+
+    def restore() -> None:
+        if type(module) is not kind:
+            module.__class__ = kind
+        module.training = training
+        for registry, before in zip(registries, contents, strict=True):
+            for name in registry.keys() - before.keys():
+                del registry[name]
+            registry.update(before)
+
+    return restore
 
 
 def _restorer(tensor: Tensor, is_replaced: bool) -> Callable[[], None]:
