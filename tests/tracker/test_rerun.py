@@ -70,7 +70,8 @@ def test_an_interrupted_cell_is_run_again(tmp_path, monkeypatch, caplog):
     ema = begin(training.model, tmp_path)
     training.run(7, ema)
     training.run(8)
-    optimizer.step()  # which has no gradients, and stands for what has moved the weights
+    training.model[0].bias.grad = torch.zeros(24)
+    optimizer.step()  # which stands for what has moved the weights
     interrupt = Mock(side_effect=KeyboardInterrupt)
     monkeypatch.setattr(ema._pipeline, "wait_for_turn", interrupt)
     with pytest.raises(KeyboardInterrupt):
