@@ -246,13 +246,12 @@ def _module_restorer(module: nn.Module) -> Callable[[], None]:
 def _restorer(tensor: Tensor, is_replaced: bool) -> Callable[[], None]:
     """Return a function that restores a tensor, whose values weights replace or not."""
     part = held_part(tensor)
-    gradients: tuple[bool, Tensor | None] | None = None
-    if isinstance(tensor, nn.Parameter):
-        gradients = tensor.requires_grad, tensor.grad
-        # Where elements share memory it is not written to: other memory takes its place.
-        saves = is_replaced and _is_writable(part)
-    else:  # a forward pass may change a buffer; on meta it has no values to save
-        saves = not tensor.is_meta and _is_writable(tensor)
+    is_parameter = isinstance(tensor, nn.Parameter)
+    requires_grad = tensor.requires_grad
+    grad = tensor.grad if is_parameter else None
+    # A forward pass may change a buffer. On meta it has no values to save; where elements share
+    # memory it is not written to: other memory takes its place.
+    saves = (is_replaced or not is_parameter) and not tensor.is_meta and _is_writable(part)
     storage = part.data
     values = None
     if saves:  # asynchronous copies are waited for together
@@ -263,8 +262,8 @@ def _restorer(tensor: Tensor, is_replaced: bool) -> Callable[[], None]:
             storage.copy_(values, non_blocking=storage.is_cuda)
         if part is tensor:
             tensor.data = storage
-        if gradients is not None:
-            tensor.requires_grad_(gradients[0])
-            tensor.grad = gradients[1]
+        if is_parameter:
+            tensor.requires_grad_(requires_grad)
+            tensor.grad = grad
 
     return restore

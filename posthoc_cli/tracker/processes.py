@@ -364,19 +364,16 @@ class Rendezvous:
         self.store.set(f"{key}/{self._rank}", str(step))
         roles = self._roles()
         steps = {rank: int(self._value(key, rank)) for rank in roles if self._has(key, rank)}
-        most = max(steps, key=lambda rank: steps[rank])
+        most = max(steps.values())
         for rank, counted in steps.items():
-            if roles[rank] == "keeps" and counted < steps[most] and not self._is_behind:
+            if roles[rank] == "keeps" and counted < most and not self._is_behind:
                 self._is_behind = True
                 log.warning(
-                    "rank %d keeps the averages, and has counted %d steps, rank %d has %d: the "
-                    "averages lack the others; of uneven inputs, as with DDP's join, give rank %d "
-                    "the most",
+                    "rank %d keeps the averages, and has counted %d steps, another one %d: they "
+                    "lack the rest; of uneven inputs, as with DDP's join, give it the most",
                     rank,
                     counted,
                     most,
-                    steps[most],
-                    rank,
                 )
 
     @cached_property
