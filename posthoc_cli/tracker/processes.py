@@ -302,27 +302,18 @@ class Rendezvous:
 
         Of two processes, the one whose first update is the later sees the other's tracker.
         """
-        others = self._ranks if self._rank == 0 else (0,)
-        for rank in others:
-            if self._has("tensors", rank) and self._value("tensors", rank) != self._tensors:
+        for rank, tensors in self._values("tensors").items():
+            if 0 in (rank, self._rank) and tensors != self._tensors:
                 reason = f"has other tensors than rank {self._rank}, as stages of a pipeline have"
                 raise RankError(f"rank {rank}", reason, _STAGES)
 
     def check_keeper(self) -> None:
         """Raise a RankError if no process keeps averages, as far as trackers are made when
         `_wait_for_trackers` returns."""
-        self._wait_for_trackers(lambda: "keeps" in self._roles().values())
-        if "keeps" not in self._roles().values():
+        self._wait_for_trackers(lambda: "keeps" in self._values("made").values())
+        if "keeps" not in self._values("made").values():
             reason = "only counts steps, and no process that keeps averages has made a tracker"
             raise RankError(f"rank {self._rank}", reason, f"{self._hint}; {_STAGES}")
-
-    def _roles(self) -> dict[int, str]:
-        """Return the roles of the processes that have announced theirs, by rank."""
-        roles = {}
-        for rank in self._ranks:
-            if self._has("made", rank):
-                roles[rank] = self._value("made", rank)
-        return roles
 
     def gather(self, device: torch.device, call: str) -> Group:
         """Return all processes, which make this `call`; a RankError names one that does not, or
@@ -331,9 +322,9 @@ class Rendezvous:
         self._calls += 1
         prefix = f"call/{self._calls}"
         self._wait_for_calls(prefix, call)
-        keepers = [rank for rank, role in self._roles().items() if role == "keeps"]
+        keepers = [rank for rank, role in self._values("made").items() if role == "keeps"]
         first = next(iter(keepers), self._ranks[0])
-        calls = {rank: self._value(prefix, rank) for rank in self._ranks}
+        calls = self._values(prefix)
         for rank, other in calls.items():
             if other.startswith("left"):
                 raise RankError(f"rank {rank}", other, self._hint)
@@ -358,12 +349,14 @@ class Rendezvous:
             raise
 
     def note_steps(self, occasion: str, step: int) -> None:
-        """Warn, once, if the process that keeps averages has counted fewer steps than another one
-        at an occasion, at which the last one sees those of all."""
+        """Warn, once, if the process that keeps averages has counted fewer steps than another one,
+        in the process that comes last to an occasion."""
         key = f"{occasion} {self._calls}"
         self.store.set(f"{key}/{self._rank}", str(step))
-        roles = self._roles()
-        steps = {rank: int(self._value(key, rank)) for rank in roles if self._has(key, rank)}
+        if not self._is_set(key):
+            return
+        roles = self._values("made")
+        steps = {rank: int(value) for rank, value in self._values(key).items()}
         most = max(steps.values())
         for rank, counted in steps.items():
             if roles[rank] == "keeps" and counted < most and not self._is_behind:
@@ -388,7 +381,7 @@ class Rendezvous:
         """Whether no other process has made a tracker of this directory when `_wait_for_trackers`
         returns; they are told. Else those that have made one take part from here on."""
         self._wait_for_trackers(lambda: False)
-        trackers = [rank for rank, role in self._roles().items() if role != "abstains"]
+        trackers = [rank for rank, role in self._values("made").items() if role != "abstains"]
         if len(trackers) > 1:
             if self._all_have_made_theirs():
                 self._ranks = trackers
@@ -454,8 +447,14 @@ class Rendezvous:
     def _has(self, prefix: str, rank: int) -> bool:
         return bool(self.store.check([f"{prefix}/{rank}"]))
 
-    def _value(self, prefix: str, rank: int) -> str:
-        return self.store.get(f"{prefix}/{rank}").decode()
+    def _values(self, prefix: str) -> dict[int, str]:
+        """Return the values of a key by rank, of the processes that have set it: by two requests if
+        all have."""
+        ranks = self._ranks
+        if not self._is_set(prefix):
+            ranks = [rank for rank in ranks if self._has(prefix, rank)]
+        values = self.store.multi_get([f"{prefix}/{rank}" for rank in ranks])
+        return {rank: value.decode() for rank, value in zip(ranks, values, strict=True)}
 
 
 class Members:
