@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError, NotReadyError
-from posthoc_cli.tracker.model import ON_META, NamedTensor, check_model, named_tensors, swapped
+from posthoc_cli.tracker.model import ON_META, NamedTensor, check_model, named_tensors
 from posthoc_cli.tracker.processes import held_part, is_sharded, reshard
 
 
@@ -132,6 +132,19 @@ class Block:
         if within:
             reason = "a block was left before one that was entered within it; both are undone"
             raise NotReadyError("model", reason, "leave blocks in reverse order")
+
+
+swapped: list[Block] = []
+"""The open blocks of this process."""
+
+
+def is_swapped(model: nn.Module) -> bool:
+    """Return whether a model, a part of it, or one that it is a part of, holds averaged weights."""
+    if not swapped:
+        return False
+    objects = chain(model.modules(), model.parameters(), model.buffers())
+    ids = frozenset(map(id, objects))
+    return any(ids & block.held for block in [*swapped])
 
 
 @contextmanager

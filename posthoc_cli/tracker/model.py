@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -38,9 +38,6 @@ from posthoc_cli.tracker.processes import (
     local_tensors,
     reshard,
 )
-
-if TYPE_CHECKING:
-    from posthoc_cli.tracker.filling import Block
 
 Value = TypeVar("Value")
 Shape = tuple[int, ...]
@@ -211,19 +208,6 @@ def check_model(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise InvalidValueError("model", f"must be a torch.nn.Module, not {type(model).__name__}")
     return model
-
-
-swapped: list[Block] = []
-"""The open blocks of this process in which models hold averaged weights."""
-
-
-def is_swapped(model: nn.Module) -> bool:
-    """Return whether a model, a part of it, or one that it is a part of, holds averaged weights."""
-    if not swapped:
-        return False
-    objects = chain(model.modules(), model.parameters(), model.buffers())
-    ids = frozenset(map(id, objects))
-    return any(ids & block.held for block in [*swapped])
 
 
 # --- the selection of a model's tensors ---

@@ -70,14 +70,13 @@ from posthoc_cli.tracker.attach import (
     stepping_optimizer,
 )
 from posthoc_cli.tracker.clock import Settings, TrainingProgress
-from posthoc_cli.tracker.filling import check_weights, fill_in, swapped_in
+from posthoc_cli.tracker.filling import check_weights, fill_in, is_swapped, swapped_in
 from posthoc_cli.tracker.memory import HOST
 from posthoc_cli.tracker.model import (
     ModelWatch,
     check_model,
     collect_tensors,
     into_dtensors,
-    is_swapped,
     unwrapped,
 )
 from posthoc_cli.tracker.pipeline import Pipeline, wait_for_writers
