@@ -238,7 +238,8 @@ def _holders(
 
 def _module_restorer(module: nn.Module) -> Callable[[], None]:
     """Return a function that restores what a module has and is: moving it between kinds of devices
-    may replace parameters, quantizing it modules, and parametrizing it its class."""
+    may replace parameters, quantizing it modules, and parametrizing it its class. A buffer that a
+    forward pass has added, such as a table of longer positions, stays."""
     kind = type(module)
     training = module.training
     registries: list[dict[str, Any]] = [module._modules, module._parameters, module._buffers]
@@ -249,8 +250,9 @@ def _module_restorer(module: nn.Module) -> Callable[[], None]:
             module.__class__ = kind
         module.training = training
         for registry, before in zip(registries, contents, strict=True):
-            for name in registry.keys() - before.keys():
-                del registry[name]
+            if registry is not module._buffers:
+                for name in registry.keys() - before.keys():
+                    del registry[name]
             registry.update(before)
 
     return restore

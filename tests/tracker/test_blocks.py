@@ -184,6 +184,8 @@ def test_a_block_restores_modules_that_were_changed_within_it(tmp_path, change):
     raw = deepcopy(model.state_dict())
     with ema.model(model, 0.28) as averaged:
         change(averaged)
+        averaged.register_buffer("table", torch.ones(2), persistent=False)
+    assert model.table is not None  # as a forward pass registers that does so once
     assert_same_tensors(model.state_dict(), raw)
     model(torch.ones(2, 3))
     ema.update_(model)
