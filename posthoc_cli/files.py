@@ -59,10 +59,18 @@ class FileSystem:
 
     close = staticmethod(os.close)
     fsync = staticmethod(os.fsync)
-    rename = staticmethod(os.replace)
     link = staticmethod(os.link)
     remove_directory = staticmethod(os.rmdir)
     unlink = staticmethod(os.unlink)
+
+    def rename(self, path: Path, target: Path) -> None:
+        """Rename a file or folder; a network file system may have done so and lost its answer."""
+        own = path.lstat()
+        try:
+            path.replace(target)
+        except OSError:
+            if not (os.path.lexists(target) and os.path.samestat(own, target.lstat())):
+                raise
 
     def open_new(self, path: Path) -> int:
         """Create a file that does not exist yet and return a descriptor for reading and writing."""
@@ -457,7 +465,8 @@ class PendingFile(_Pending):
                 system.rename(self.temporary, self.path)
             try:
                 if linked:
-                    system.unlink(self.temporary)
+                    with suppress(FileNotFoundError):  # its answer was lost, as in `rename`
+                        system.unlink(self.temporary)
                 system.fsync_directory(self.path.parent)
                 _unfinished.pop(self.temporary, None)
             except BaseException:

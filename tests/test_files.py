@@ -188,17 +188,28 @@ def test_a_discard_that_is_refused_is_completed_at_the_end_of_the_process(tmp_pa
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("error", [errno.EEXIST, errno.EIO])
-def test_a_link_that_was_made_though_its_answer_was_lost_is_no_other_s_file(tmp_path, error):
+@pytest.mark.parametrize(
+    ("write", "place", "operation", "error"),
+    [
+        (write_new, files.system, "link", errno.EEXIST),
+        (write_new, files.system, "link", errno.EIO),
+        (write_new, files.system, "unlink", errno.ENOENT),
+        (replace, os, "replace", errno.ENOENT),
+        (write_folder, os, "replace", errno.EIO),
+    ],
+)
+def test_what_was_done_though_its_answer_was_lost_is_no_error(
+    tmp_path, write, place, operation, error
+):
     """As by a network file system that repeats a request."""
+    do = getattr(place, operation)
 
-    def link(source, target):
-        os.link(source, target)
+    def do_and_lose_the_answer(*paths):
+        do(*paths)
         raise OSError(error, os.strerror(error))
 
-    with mock.patch.object(files.system, "link", link):
-        write_new(tmp_path / "a")
-    assert (tmp_path / "a").read_bytes() == NEW
+    with mock.patch.object(place, operation, do_and_lose_the_answer):
+        write(tmp_path / "a")
     assert names(tmp_path) == ["a"]
 
 

@@ -11,7 +11,7 @@ import inspect
 import sys
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -170,23 +170,27 @@ class LastCount:
         self._stepping.clear()
         _watching.add(self)
 
-    def begin_step(self, optimizer: Optimizer) -> None:
-        """Note that an optimizer is about to step."""
+    def begin_step(self, optimizer: Optimizer, has_closure: bool) -> None:
+        """Note that an optimizer is about to step; a closure may compute gradients."""
         groups = len(optimizer.param_groups)
         known = self._optimizers.get(optimizer)
         if known is None or known.groups != groups:
             known = _Stepping(groups)
             self._optimizers[optimizer] = known
-            if self._has_parameter(optimizer):
+            if any(True for _ in self._own(optimizer)):
                 self._stepping.append(known)
-        if known in self._stepping and changes_weights(optimizer):
+        if known not in self._stepping or not changes_weights(optimizer):
+            return
+        # a step may be of other parts of the network, or of a phase in which the model is frozen
+        if has_closure or any(parameter.grad is not None for parameter in self._own(optimizer)):
             known.add(self.progress, getattr(optimizer, "found_inf", None))
 
-    def _has_parameter(self, optimizer: Optimizer) -> bool:
+    def _own(self, optimizer: Optimizer) -> Iterator[Tensor]:
+        """Yield those of an optimizer's parameters that are the model's."""
         for group in optimizer.param_groups:
-            if any(id(parameter) in self._parameters for parameter in group["params"]):
-                return True
-        return False
+            for parameter in group["params"]:
+                if id(parameter) in self._parameters:
+                    yield parameter
 
 
 class _Stepping:
@@ -219,10 +223,15 @@ _watching: WeakSet[LastCount] = WeakSet()
 
 
 @not_compiled
-def _before_step(optimizer: Optimizer, *_: Any) -> None:
+def _before_step(
+    optimizer: Optimizer,
+    arguments: tuple[Any, ...],
+    options: dict[str, Any],
+) -> None:
     """Let those that watch know of a step: before it, since a hook after it may count it."""
+    has_closure = len(arguments) > 1 or bool(options)  # after the optimizer itself
     for last in [*_watching]:
-        last.begin_step(optimizer)
+        last.begin_step(optimizer, has_closure)
 
 
 register_optimizer_step_pre_hook(_before_step)

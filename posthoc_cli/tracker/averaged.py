@@ -133,12 +133,11 @@ def with_replicas(
     own: Weights,
     tensors: Mapping[str, Tensor],
     members: ShardOwners,
-    now: tuple[int, float],
 ) -> Weights:
     """Return the chunks of all `tensors` that this process holds, from its `own` averages and from
-    those of other processes at the same step and time."""
+    those of other processes."""
     own_dtypes = {name: value.dtype for name, value in own.items()}
-    answers = group.from_all_at(*now, (own_dtypes, own.predicted_error))
+    answers = group.from_all((own_dtypes, own.predicted_error))
     dtypes, errors = zip(*answers, strict=True)
     dtype = ChainMap(*dtypes)
     weights = Weights(own)

@@ -104,6 +104,9 @@ class TrainingProgress:
     updated: int = 0  # the last call at which an update was due
     own_clock: bool | None = None  # whether the calls pass `t`; None while unknown
 
+    def __str__(self) -> str:
+        return f"step {self.step:,}, t = {self.t:,.12g}"
+
     @classmethod
     def resumed(
         cls,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError, NotReadyError
 from posthoc_cli.tracker.model import ON_META, NamedTensor, check_model, named_tensors
@@ -165,8 +166,7 @@ def swapped_in(
                 "model", f"its tensor {name!r} was made in inference mode, and is read-only", hint
             )
     replaced = {id(target.tensor) for target in targets.values()}
-    holders = _holders(model, replaced)
-    block = Block(frozenset(chain(replaced, holders)))
+    block = Block(frozenset(chain(replaced, _holders(model, replaced))))
     with ExitStack() as stack:
         stack.callback(block.leave)
         block.enter()
@@ -191,12 +191,12 @@ def _keep_raw(
     undo: ExitStack,
 ) -> None:
     """Have `undo` restore a model, the values of those of its tensors with `replaced` ids too."""
+    undo.callback(_forget_computed)  # is called last
     for module in model.modules():
-        undo.callback(setattr, module, "training", module.training)
-        for contents in (module._parameters, module._buffers):
-            for key, tensor in contents.items():
-                is_replaced = id(tensor) in replaced
-                undo.callback(_restorer(contents, key, is_replaced))
+        undo.callback(_module_restorer(module))
+        for tensor in chain(module._parameters.values(), module._buffers.values()):
+            if tensor is not None:
+                undo.callback(_restorer(tensor, id(tensor) in replaced))
     # is called first: a forward pass may have replaced chunks by complete tensors
     undo.callback(reshard, model)
 
@@ -214,6 +214,14 @@ def fill_in(
     for device in {target.tensor.device for target in targets.values()}:
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()
+    _forget_computed()
+
+
+def _forget_computed() -> None:
+    """Have torch compute anew what it has from weights that have changed: autocast's copies of
+    parameters, and the tensors of `parametrize.cached`."""
+    torch.clear_autocast_cache()
+    parametrize._cache.clear()
 
 
 def _holders(
@@ -223,43 +231,54 @@ def _holders(
     """Yield the ids of the modules that hold some of these tensors, which may be replaced while the
     weights are swapped; the modules may not."""
     for module in model.modules():
-        parameters = module.parameters(recurse=False)
-        buffers = module.buffers(recurse=False)
-        if any(id(tensor) in tensors for tensor in chain(parameters, buffers)):
+        own = chain(module._parameters.values(), module._buffers.values())
+        if any(id(tensor) in tensors for tensor in own):
             yield id(module)
 
 
-def _restorer(
-    contents: dict[str, Any],
-    key: str,
-    is_replaced: bool,
-) -> Callable[[], None]:
-    """Return a function that restores a module's tensor, whose values weights replace or not."""
-    tensor: Tensor | None = contents[key]
-    if tensor is None:
-        return lambda: contents.__setitem__(key, None)
+def _module_restorer(module: nn.Module) -> Callable[[], None]:
+    """Return a function that restores what a module has and is: moving it between kinds of devices
+    may replace parameters, quantizing it modules, and parametrizing it its class. A buffer that a
+    forward pass has added, such as a table of longer positions, stays."""
+    kind = type(module)
+    training = module.training
+    registries: list[dict[str, Any]] = [module._modules, module._parameters, module._buffers]
+    contents = [{**registry} for registry in registries]
+
+    def restore() -> None:
+        if type(module) is not kind:
+            module.__class__ = kind
+        module.training = training
+        for registry, before in zip(registries, contents, strict=True):
+            if registry is not module._buffers:
+                for name in registry.keys() - before.keys():
+                    del registry[name]
+            registry.update(before)
+
+    return restore
+
+
+def _restorer(tensor: Tensor, is_replaced: bool) -> Callable[[], None]:
+    """Return a function that restores a tensor, whose values weights replace or not."""
     part = held_part(tensor)
-    gradients: tuple[bool, Tensor | None] | None = None
-    if isinstance(tensor, nn.Parameter):
-        gradients = tensor.requires_grad, tensor.grad
-        # Where elements share memory it is not written to: other memory takes its place.
-        saves = is_replaced and _is_writable(part)
-    else:  # a forward pass may change a buffer; on meta it has no values to save
-        saves = not tensor.is_meta and _is_writable(tensor)
+    is_parameter = isinstance(tensor, nn.Parameter)
+    requires_grad = tensor.requires_grad
+    grad = tensor.grad if is_parameter else None
+    # A forward pass may change a buffer. On meta it has no values to save; where elements share
+    # memory it is not written to: other memory takes its place.
+    saves = (is_replaced or not is_parameter) and not tensor.is_meta and _is_writable(part)
     storage = part.data
     values = None
     if saves:  # asynchronous copies are waited for together
         values = storage.to("cpu", non_blocking=part.is_cuda, copy=True)
 
     def restore() -> None:
-        # moving a module between kinds of devices may replace the Parameter itself
-        contents[key] = tensor
         if values is not None:
             storage.copy_(values, non_blocking=storage.is_cuda)
         if part is tensor:
             tensor.data = storage
-        if gradients is not None:
-            tensor.requires_grad_(gradients[0])
-            tensor.grad = gradients[1]
+        if is_parameter:
+            tensor.requires_grad_(requires_grad)
+            tensor.grad = grad
 
     return restore

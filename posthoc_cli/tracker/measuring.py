@@ -346,7 +346,6 @@ class Sketcher:
         windows = _windows_of(path)
         first_t = float(path.sketch.edges[0])
         self._t = windows[-1].t
-        self._step = windows[-1].step
         if not windows[-1].folds:
             self._open = windows.pop().mean
         self._begin = first_t

@@ -51,6 +51,9 @@ _OTHER_DTYPE = (
     "convert the model before the tracker is made; or use torch.autocast, which does "
     "not change parameters"
 )
+_SHAPED_BY_DATA = (
+    "if the first batch gives it its shape, run one through the model before the tracker is made"
+)
 _FROZEN_TOO = "make the tracker with include='*', which tracks frozen parameters, too"
 
 
@@ -152,6 +155,9 @@ class TrackedModel:
                 return _OTHER_DTYPE
         elif name in current.frozen or (name in self.left_out and is_found):
             return _FROZEN_TOO
+        known = self.tensors | current.tensors
+        if name in known and known[name].role == "copy":
+            return f"{_SHAPED_BY_DATA}, or leave it out with exclude={name!r}"
         return ""
 
     def _described(self, name: str) -> str:

@@ -376,10 +376,10 @@ class Pipeline:
         def work() -> None:
             self._writes.wait()
             current = self._current()
-            snapshotter = self.snapshotter
-            if snapshotter is not None and snapshotter.is_behind(current):
-                step = current.averages.standing.step
-                self._submit_snapshots(current, not self._settings.snapshot_is_due(step))
+            standing = current.averages.standing
+            if self.snapshotter is not None and not self.snapshotter.has(standing.t):
+                off_schedule = not self._settings.snapshot_is_due(standing.step)
+                self._submit_snapshots(current, off_schedule)
 
         self._updates.submit(work)
 

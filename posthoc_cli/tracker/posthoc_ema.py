@@ -715,6 +715,7 @@ class PostHocEMA:
             return  # the threads and the directory belong to another process
         if self._has_begun:
             self._last.progress = self._pipeline.progress
+            self._members.note_end(self.step)
         self._note_uncounted(is_end=sys.exc_info()[0] is None)
         if self.step and not self.has_average:
             log.warning("%s: no snapshot: %s", self.checkpoint_dir, self.settings.first_update(0))
@@ -949,7 +950,7 @@ class PostHocEMA:
     def _own_state(self) -> dict[str, Any]:
         if not self._has_state:
             return {}
-        group = self._members.keepers("state_dict()")
+        group = self._members.keepers(f"state_dict() at {self._pipeline.progress}")
 
         def read() -> Tracking:
             self.flush()
@@ -964,7 +965,7 @@ class PostHocEMA:
         snapshotter = self._pipeline.snapshotter
         # Each process knows the path of its own part, and some processes have no average.
         own_path = encode_path(averages.known_path, exact=True)
-        paths = group.from_all_at(self.step, self.t, own_path)
+        paths = group.from_all(own_path)
         weights = self._present_weights(group)
 
         def read_info() -> StateInfo:
@@ -1067,9 +1068,7 @@ class PostHocEMA:
                 source = sources[live]
                 return make_weights(plan_synthesis([source], [source.sigma_rel], **asked))
 
-            now = self._pipeline.progress
-            chunks = group.together(own)
-            return averaged.with_replicas(group, chunks, tensors, members, (now.step, now.t))
+            return averaged.with_replicas(group, group.together(own), tensors, members)
         group.together(self.flush)
 
         def plan() -> averaged.SentPlan:
@@ -1175,7 +1174,8 @@ class PostHocEMA:
         arguments = [as_target(length).title for length in lengths]
         arguments += [f"{name}={value}" for name, value in asked.items()]
         is_tracking = not self._pipeline.tracking.resumes
-        return self._members.callers(f"{call}({', '.join(arguments)})", is_tracking, device)
+        asks = f"{call}({', '.join(arguments)})"
+        return self._members.callers(asks, self._pipeline.progress, is_tracking, device)
 
     def _tracked_model(
         self,

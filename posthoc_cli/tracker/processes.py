@@ -33,6 +33,7 @@ from posthoc_cli.errors import (
     VanishedError,
 )
 from posthoc_cli.snapshots.tensorfile import Box, row_major
+from posthoc_cli.tracker.clock import TrainingProgress
 from posthoc_cli.tracker.memory import HOST
 
 Result = TypeVar("Result")
@@ -178,24 +179,6 @@ class Group:
             dist.all_gather_object(values, value, self.processes)
         return values
 
-    def from_all_at(
-        self,
-        step: int,
-        t: float,
-        value: Result,
-    ) -> list[Result]:
-        """Return the value of each process, by rank; raise a RankError that names a process at
-        another step or t."""
-        now = f"step {step:,}, t = {t:,.12g}"
-        pairs = self.from_all((now, value))
-        times, values = zip(*pairs, strict=True)
-        for rank, other in enumerate(times):
-            if other != times[0]:
-                reason = f"is at {other}, and rank 0 at {times[0]}"
-                hint = "make this call in every process between the same two calls of update_"
-                raise RankError(f"rank {rank}", reason, f"{hint}, with the same t")
-        return [*values]
-
     def together(self, work: Callable[[], Result]) -> Result:
         """Return the result of work in every process; if one fails, all raise its error or a
         RankError with it.
@@ -303,6 +286,7 @@ class Rendezvous:
         self._all: Store = PrefixStore("ema-all", _get_default_store())
         self._hint = hint
         self._calls = 0
+        self._is_behind = False  # whether steps were seen that the averages lack
         self._rank = dist.get_rank()
         self._ranks: Sequence[int] = range(dist.get_world_size())  # those that take part
         self._tensors = tensors  # identifies the tensors of this process's model
@@ -318,27 +302,18 @@ class Rendezvous:
 
         Of two processes, the one whose first update is the later sees the other's tracker.
         """
-        others = self._ranks if self._rank == 0 else (0,)
-        for rank in others:
-            if self._has("tensors", rank) and self._value("tensors", rank) != self._tensors:
+        for rank, tensors in self._values("tensors").items():
+            if 0 in (rank, self._rank) and tensors != self._tensors:
                 reason = f"has other tensors than rank {self._rank}, as stages of a pipeline have"
                 raise RankError(f"rank {rank}", reason, _STAGES)
 
     def check_keeper(self) -> None:
         """Raise a RankError if no process keeps averages, as far as trackers are made when
         `_wait_for_trackers` returns."""
-        self._wait_for_trackers(lambda: "keeps" in self._roles().values())
-        if "keeps" not in self._roles().values():
+        self._wait_for_trackers(lambda: "keeps" in self._values("made").values())
+        if "keeps" not in self._values("made").values():
             reason = "only counts steps, and no process that keeps averages has made a tracker"
             raise RankError(f"rank {self._rank}", reason, f"{self._hint}; {_STAGES}")
-
-    def _roles(self) -> dict[int, str]:
-        """Return the roles of the processes that have announced theirs, by rank."""
-        roles = {}
-        for rank in self._ranks:
-            if self._has("made", rank):
-                roles[rank] = self._value("made", rank)
-        return roles
 
     def gather(self, device: torch.device, call: str) -> Group:
         """Return all processes, which make this `call`; a RankError names one that does not, or
@@ -347,15 +322,16 @@ class Rendezvous:
         self._calls += 1
         prefix = f"call/{self._calls}"
         self._wait_for_calls(prefix, call)
-        keepers = [rank for rank, role in self._roles().items() if role == "keeps"]
+        keepers = [rank for rank, role in self._values("made").items() if role == "keeps"]
         first = next(iter(keepers), self._ranks[0])
-        calls = {rank: self._value(prefix, rank) for rank in self._ranks}
+        calls = self._values(prefix)
         for rank, other in calls.items():
             if other.startswith("left"):
                 raise RankError(f"rank {rank}", other, self._hint)
             if other != calls[first]:
                 reason = f"{other}, and rank {first} {calls[first].removeprefix('asks ')}"
-                raise RankError(f"rank {rank}", reason, "make the same call in every process")
+                hint = "make the same call in every process, between the same calls of update_"
+                raise RankError(f"rank {rank}", reason, hint)
         others = [rank for rank in self._ranks if rank != first]
         return Group(self._rank, (first, *others), device, self._processes)
 
@@ -372,6 +348,27 @@ class Rendezvous:
             self.store.set(f"{prefix}/{self._rank}", f"left this call by {type(error).__name__}")
             raise
 
+    def note_steps(self, occasion: str, step: int) -> None:
+        """Warn, once, if the process that keeps averages has counted fewer steps than another one,
+        in the process that comes last to an occasion."""
+        key = f"{occasion} {self._calls}"
+        self.store.set(f"{key}/{self._rank}", str(step))
+        if not self._is_set(key):
+            return
+        roles = self._values("made")
+        steps = {rank: int(value) for rank, value in self._values(key).items()}
+        most = max(steps.values())
+        for rank, counted in steps.items():
+            if roles[rank] == "keeps" and counted < most and not self._is_behind:
+                self._is_behind = True
+                log.warning(
+                    "rank %d keeps the averages, and has counted %d steps, another one %d: they "
+                    "lack the rest; of uneven inputs, as with DDP's join, give it the most",
+                    rank,
+                    counted,
+                    most,
+                )
+
     @cached_property
     def _processes(self) -> Any:
         """torch's group of the processes that take part; None for all of the training."""
@@ -384,7 +381,7 @@ class Rendezvous:
         """Whether no other process has made a tracker of this directory when `_wait_for_trackers`
         returns; they are told. Else those that have made one take part from here on."""
         self._wait_for_trackers(lambda: False)
-        trackers = [rank for rank, role in self._roles().items() if role != "abstains"]
+        trackers = [rank for rank, role in self._values("made").items() if role != "abstains"]
         if len(trackers) > 1:
             if self._all_have_made_theirs():
                 self._ranks = trackers
@@ -450,8 +447,14 @@ class Rendezvous:
     def _has(self, prefix: str, rank: int) -> bool:
         return bool(self.store.check([f"{prefix}/{rank}"]))
 
-    def _value(self, prefix: str, rank: int) -> str:
-        return self.store.get(f"{prefix}/{rank}").decode()
+    def _values(self, prefix: str) -> dict[int, str]:
+        """Return the values of a key by rank, of the processes that have set it: by two requests if
+        all have."""
+        ranks = self._ranks
+        if not self._is_set(prefix):
+            ranks = [rank for rank in ranks if self._has(prefix, rank)]
+        values = self.store.multi_get([f"{prefix}/{rank}" for rank in ranks])
+        return {rank: value.decode() for rank, value in zip(ranks, values, strict=True)}
 
 
 class Members:
@@ -514,6 +517,7 @@ class Members:
     def callers(
         self,
         call: str,
+        now: TrainingProgress,
         is_tracking: bool,
         device: torch.device,
     ) -> Group:
@@ -523,7 +527,14 @@ class Members:
             return THIS_PROCESS
         if meeting.is_alone:
             return THIS_PROCESS
+        meeting.note_steps("asks", now.step)
         return meeting.gather(device, call)
+
+    def note_end(self, step: int) -> None:
+        """Warn if other processes have counted more steps than the one that keeps the averages."""
+        if self._meeting is not None and dist.is_initialized():
+            with suppress(RuntimeError):  # the group's first process has ended
+                self._meeting.note_steps("ends", step)
 
 
 class ShardOwners(Members):
@@ -637,8 +648,8 @@ class ShardOwners(Members):
             raise NotReadyError("averages of which each process keeps a part", reason, hint)
         return self._owners_meeting.gather(self._device, call)
 
-    def callers(self, call: str, *_: object) -> Group:
-        return self.keepers(call)
+    def callers(self, call: str, now: TrainingProgress, *_: object) -> Group:
+        return self.keepers(f"{call} at {now}")
 
 
 class _Presence(NamedTuple):

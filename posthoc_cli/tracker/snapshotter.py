@@ -266,10 +266,6 @@ class Snapshotter:
             )
         self._stored = own
 
-    def is_behind(self, tracking: Tracking) -> bool:
-        """Return whether the averages are not stored."""
-        return not self._has(tracking.averages.standing.t)
-
     def record(
         self,
         infos: Sequence[Snapshot],
@@ -282,7 +278,7 @@ class Snapshotter:
         again.
         """
         first = infos[0]
-        if self._has(first.t, scheduled=not first.off_schedule):
+        if self.has(first.t, scheduled=not first.off_schedule):
             return
         try:
             self._check_directory(first)
@@ -370,7 +366,7 @@ class Snapshotter:
         times = unfinished.union(s.t for s in kept)
         self._stored = [s for s in self._stored if s.t in times]
 
-    def _has(self, t: float, scheduled: bool = False) -> bool:
+    def has(self, t: float, scheduled: bool = False) -> bool:
         """Return whether each profile has a snapshot of a time, or with `scheduled` one on the
         schedule."""
         profiles = set()

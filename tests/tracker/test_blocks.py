@@ -8,6 +8,8 @@ import pytest
 import torch
 from checking import assert_same_tensors
 from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import orthogonal
 from tracker.runs import track
 
 from posthoc_cli.errors import NotReadyError
@@ -146,6 +148,47 @@ def test_a_parameter_whose_elements_share_memory_has_its_values_again_after_the_
     assert torch.equal(model.rows, torch.full((3, 4), 5.0))
     assert model.rows.data_ptr() == row.data_ptr()
     assert model.rows.stride() == (0, 1)
+
+
+def test_a_block_computes_anew_what_torch_has_computed_of_other_weights(tmp_path):
+    """Copies in lower precision that autocast keeps, and parametrized tensors that are cached."""
+    model, ema = tracked(tmp_path, orthogonal(nn.Linear(4, 4)))
+    x = torch.randn(3, 4)
+
+    def outputs():
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x).detach()
+
+    raw = outputs()
+    with ema.model(model, 0.28):
+        averaged = outputs()
+    with torch.autocast("cpu", torch.bfloat16), parametrize.cached():
+        model(x)
+        with ema.model(model, 0.28):
+            assert torch.equal(outputs(), averaged)
+        assert torch.equal(outputs(), raw)
+    assert not torch.equal(raw, averaged)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model, "0", nn.Sequential(model[0])),  # as quantizing in place does
+        lambda model: model.register_parameter("more", nn.Parameter(torch.ones(1))),
+        lambda model: delattr(model[0], "bias"),
+        lambda model: orthogonal(model[0]),
+    ],
+)
+def test_a_block_restores_modules_that_were_changed_within_it(tmp_path, change):
+    model, ema = tracked(tmp_path)
+    raw = deepcopy(model.state_dict())
+    with ema.model(model, 0.28) as averaged:
+        change(averaged)
+        averaged.register_buffer("table", torch.ones(2), persistent=False)
+    assert model.table is not None  # as a forward pass registers that does so once
+    assert_same_tensors(model.state_dict(), raw)
+    model(torch.ones(2, 3))
+    ema.update_(model)
 
 
 def test_a_block_that_is_called_like_a_model_says_that_it_needs_with(tmp_path):

@@ -108,6 +108,10 @@ def test_what_moves_no_weights_by_a_step_is_no_forgotten_call(tmp_path, caplog):
         parameter.data.clamp_(-5, 5)
     other = network()
     train(other, sgd(other))
+    both = torch.optim.SGD([*model.parameters(), *other.parameters()], lr=0.1)
+    for parameter in model.parameters():
+        parameter.grad = None
+    train(other, both, 3)
     ema.state_dict(0.15)
     ema.close()
     train(model, sgd(model))

@@ -50,9 +50,13 @@ def test_a_cell_that_is_run_again_continues(tmp_path, make):
 
 
 def test_a_function_that_is_run_again_continues(tmp_path):
-    """Its tracker has not stayed."""
+    """Its tracker has not stayed, nor the wrapper of its model."""
     training = Training()
-    training.run(5, begin(training.model, tmp_path))
+    ema = begin(training.model, tmp_path)
+    for step in range(1, 6):
+        training.run(step)
+        ema.update_(torch.nn.DataParallel(training.model))
+    del ema
     gc.collect()
     ema = begin(training.model, tmp_path)
     training.run(9, ema)
@@ -66,7 +70,8 @@ def test_an_interrupted_cell_is_run_again(tmp_path, monkeypatch, caplog):
     ema = begin(training.model, tmp_path)
     training.run(7, ema)
     training.run(8)
-    optimizer.step()  # which has no gradients, and stands for what has moved the weights
+    training.model[0].bias.grad = torch.zeros(24)
+    optimizer.step()  # which stands for what has moved the weights
     interrupt = Mock(side_effect=KeyboardInterrupt)
     monkeypatch.setattr(ema._pipeline, "wait_for_turn", interrupt)
     with pytest.raises(KeyboardInterrupt):

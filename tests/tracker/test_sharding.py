@@ -425,7 +425,10 @@ def test_what_processes_of_a_sharded_model_cannot_do_is_named_in_all(tmp_path):
     alone(tmp_path / "taken", 4)
     outs = check_group(BEGIN + REFUSED, 2, tmp_path)
     asks = "RankError rank 1: asks for model(sigma_rel 0."
-    hint = "rank 0 for model(sigma_rel 0.15); make the same call"
+    other_calls = []
+    for now in (" at step 8, t = 8", ""):  # which replicas do not compare
+        first = f"rank 0 for model(sigma_rel 0.15){now}; make the same call"
+        other_calls += [f"{asks}2){now}, and {first}", f"{asks}15, t=4){now}, and {first}"]
     expected = [
         "holds snapshots of run",
         "RankError rank 1: has sigma_rels (0.1,), and rank 0 has (0.05, 0.28)",
@@ -434,7 +437,7 @@ def test_what_processes_of_a_sharded_model_cannot_do_is_named_in_all(tmp_path):
         "tensor 'weight': has the placement P",
         "tensor 'weight': has 8 rows in dimension 0, of which _S",
         "tensor 'weight': has 7 rows in dimension 0, of which _S",
-        *[f"{asks}2), and {hint}", f"{asks}15, t=4), and {hint}"] * 2,
+        *other_calls,
         "was not when this tracker was made; shard the model first; then make the tracker in every",
         "is sharded over processes, and this tracker was made before that, or without the model",
     ]
@@ -630,7 +633,7 @@ refused(ema.state_dict)
         assert "tensor 'odd': is torch.float32 of shape [7, 3] in the state, not " in odd
         assert "'odd': is sharded over the processes in another way in the state than in" in apart
         assert "state: " in lacks
-        assert late.startswith("RankError rank 1: is at step 6, t = 6, and rank 0 at step 5")
+        assert late.startswith("RankError rank 1: asks for state_dict() at step 6, t = 6, and ")
         assert figure.endswith("; tracked: 0.1, 0.2")
         for line in ended:
             assert "their group was destroyed" in line
@@ -798,6 +801,7 @@ def test_processes_try_again_only_if_snapshots_vanished_and_nothing_else_failed(
 
     class Two(Group):
         def from_all(self, value):
+            assert value is None or value[0] == (own is GONE)  # what the others are told
             return [value, other]
 
     def work():

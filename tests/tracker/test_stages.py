@@ -1,7 +1,7 @@
 """Stages of a pipeline: processes whose models have different tensors."""
 
 import torch
-from groups import check_group, truth
+from groups import check_group, run_group, truth
 from tracker.runs import assert_near, steps
 
 from posthoc_cli import Run
@@ -176,6 +176,26 @@ except PostHocError as error:
     print(type(error).__name__, error)
 dist.barrier()
 """
+
+
+UNEVEN = """
+model = torch.nn.Linear(2, 2)
+with PostHocEMA.from_model(model, folder / "run", update_every=1, checkpoint_every=9) as ema:
+    for _ in range(int(arguments[rank])):
+        ema.update_(model)
+    if len(arguments) > world:
+        ema.state_dict(0.05)
+"""
+
+
+def test_steps_that_the_first_process_has_not_counted_are_said(tmp_path):
+    """With DDP's `join` its inputs may end before those of others; the averages are its own."""
+    behind = "rank 0 keeps the averages, and has counted 2 steps, another one 3: they lack"
+    for number, arguments in enumerate([(2, 3), (2, 3, "evaluate"), (3, 2, "evaluate")]):
+        results = run_group(UNEVEN, 2, tmp_path / str(number), *arguments)
+        said = results[0].err + results[1].err
+        assert (behind in said) == (arguments[0] == 2), said
+        assert said.count("lack") <= 2
 
 
 FIRST_LATE = """

@@ -269,6 +269,10 @@ CHANGES = [
         lambda m: m.frozen.requires_grad_(True),
         r"'frozen': is averaged, .*, and was left out.*include='\*'.*directory",
     ),
+    (
+        lambda m: m.scale.resize_(4),
+        r"'scale': is copied, .*\[4\].* first batch .* is made, or .* exclude='scale'",
+    ),
 ]
 
 
@@ -277,6 +281,7 @@ def test_a_model_that_changes_is_refused_and_nothing_written(tmp_path, change, m
     model = Scalar()
     model.other_weight = parameter(2)
     model.frozen = parameter(2).requires_grad_(False)
+    model.register_buffer("scale", torch.ones(1))
     with track(model, tmp_path, checkpoint_every=2) as tracker:
         tracker.update_(model)
         change(model)
