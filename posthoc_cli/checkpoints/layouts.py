@@ -105,8 +105,10 @@ class Found:
 
     @property
     def starts(self) -> tuple[FloatArray, FloatArray]:
-        """The first elements of the average, and of its weights."""
-        names = self.averaged.keys() & self.weights.keys()
+        """The first elements of the average, and of its weights: of matrices if there are any, as
+        the vectors of two networks may be near each other, such as those of norms."""
+        shared = self.averaged.keys() & self.weights.keys()
+        names = {name for name in shared if len(self.weights[name].shape) > 1} or shared
         averaged = {name: self.averaged[name] for name in names}
         weights = {name: self.weights[name] for name in names}
         ours = first_values(make_checkpoint(self.content, averaged))
@@ -157,6 +159,23 @@ def _found(sets: Sets, settings: ImportSettings) -> Found:
     if settings.kind in (None, "checkpoints"):
         return _weights(sets, settings)
     raise UnsuitableError(sets.content.path, f"is no file of {settings.kind}")
+
+
+def without_words(found: Found, settings: ImportSettings) -> Found:
+    """Return a checkpoint as the weights of a model in which no word says that a set is an average;
+    without that set if it lies outside of the model."""
+    sets = Sets(found.content)
+    averages = sets.averages
+    sets.averages = []
+    try:
+        weights = sets.model(settings.prefix)
+        key = sets.model_path()
+    except UnsuitableError:
+        weights = found.weights
+        key = found.weights_key
+        sets.averages = averages
+    unused = sets.without(weights.values())
+    return replace(found.without_average, weights=weights, weights_key=key, unused=unused)
 
 
 def _averages(sets: Sets, settings: ImportSettings) -> Iterator[Found]:
@@ -248,9 +267,7 @@ class Stored:
     def _warn_if_unrelated(self) -> None:
         """Warn if the average is as far from the weights as another network is, such as the other
         tower of a model, whose key is `target_encoder`."""
-        ours, theirs = self._found.starts
-        are_alike = ours.shape == theirs.shape  # unless some are tied
-        if are_alike and not are_near(ours, theirs):
+        if not are_near(*self._found.starts):
             reason = "the set that its key calls an average is unrelated to the weights"
             hint = "name it by `average` if it is one"
             log.warning("%s: %s; %s", self._content.path, reason, hint)

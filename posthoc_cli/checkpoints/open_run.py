@@ -51,6 +51,7 @@ from posthoc_cli.checkpoints.layouts import (
     named_decay,
     recognise,
     select,
+    without_words,
 )
 from posthoc_cli.checkpoints.lost_updates import MOST_LOST, digits_of, lost_share
 from posthoc_cli.checkpoints.manifest import Manifest, read_manifest
@@ -92,6 +93,9 @@ _GROWTH = 1.3
 """Least factor between the norms of successive averages that is no average's: of weights that grow
 evenly from 0 for the whole training, averages grow by less after three files."""
 _SLOWER = 0.8  # averages of any length move by a third less than the weights
+_TOWARDS = 0.5
+"""Least cosine between the motion of a far average and its way to the weights: 1 if these stay, and
+0 of networks of their own."""
 _LATEST = 20  # averages whose motion shows whether they lose updates: fewer show it less often
 _LOST = 0.5  # largest share of an average that the next one has lost if its motion goes on
 _DIGITS = 8  # motion in one interval after which none in the next is unlikely
@@ -169,7 +173,7 @@ def _opened_again(manifest: Manifest) -> list[Checkpoint]:
         opened.append(replace(found, time=time))
     unit, is_stated = manifest.unit
     clock = Times(unit, is_stated, "", ())
-    return _all_made(_decided(opened), clock, manifest.settings)
+    return _all_made(_decided(opened, manifest.settings), clock, manifest.settings)
 
 
 # --- all checkpoints at a place
@@ -217,7 +221,7 @@ def read_place(
         raise DirectoryError(place, "holds no checkpoints", hint)
     check_settings({file.kind for file in run}, settings)
     times = times_of([file.reading for file in run], settings)
-    used = _decided(_begun(run, times.numbers))
+    used = _decided(_begun(run, times.numbers), settings)
     lacks_steps = ""
     has_decays = any(file.updates is not None for file in used)
     if has_decays or settings.ema_decay:
@@ -503,7 +507,7 @@ def _largest_group(
 # --- which of two sets is the average
 
 
-def _decided(opened: list[Found]) -> list[Found]:
+def _decided(opened: list[Found], settings: ImportSettings) -> list[Found]:
     """Return the checkpoints; where files do not say which of two sets is the average, it is the
     one that moves less from file to file, and near the other. There is none if the sets are equal,
     or one never moves.
@@ -511,7 +515,7 @@ def _decided(opened: list[Found]) -> list[Found]:
     Raise InvalidValueError if there may be another one; of parts of a model there is none then.
     """
     if not any(file.undecided for file in opened):
-        return opened
+        return _related(opened, settings)
     in_order = sorted(opened, key=lambda file: file.time)
     rows = np.stack([file.starts for file in in_order])
     motion = np.diff(rows, axis=0)
@@ -530,6 +534,27 @@ def _decided(opened: list[Found]) -> list[Found]:
     if weights < average:
         opened = [file.swapped() for file in opened]
     return _with_slower(opened, is_still)
+
+
+def _related(opened: list[Found], settings: ImportSettings) -> list[Found]:
+    """Return the checkpoints; as weights alone if the set that a word calls an average is another
+    network, such as the second of two encoders: far from the weights, and not moving there."""
+    pairs = [file for file in opened if file.kind == "ema" and file.averaged and file.weights]
+    pairs.sort(key=lambda file: file.time)
+    if settings.average or len(pairs) < 2 or are_near(*pairs[-1].starts):
+        return opened
+    rows = np.stack([file.starts for file in pairs])
+    ours, theirs = np.swapaxes(rows, 0, 1)
+    motion = np.diff(ours, axis=0)
+    ways = theirs - ours
+    way = ways[1:] + ways[:-1]
+    lengths = np.sqrt(np.square(motion).sum() * np.square(way).sum())
+    if (motion * way).sum() >= _TOWARDS * lengths:
+        return opened
+    tensor = next(iter(pairs[-1].averaged.values()))
+    reason = "is taken for no average: it is far from the weights, and does not move towards them"
+    log.warning("%s: %s %s", pairs[-1].path, tensor.name, reason)
+    return [without_words(file, settings) for file in opened]
 
 
 def _with_slower(
