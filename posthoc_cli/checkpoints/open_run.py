@@ -755,15 +755,31 @@ def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
         if difference := model_difference(first, other):
             raise _mismatch(first, other, difference, _OF_MODELS)
     kept = _without_duplicates(ordered)
-    weights = {checkpoint.t for checkpoint in kept if isinstance(checkpoint.profile, Point)}
-    run = [
-        checkpoint for checkpoint in kept if checkpoint.t not in weights or not is_copy(checkpoint)
-    ]
+    weights = {
+        checkpoint.t: checkpoint for checkpoint in kept if isinstance(checkpoint.profile, Point)
+    }
+    run = []
+    copies = []
+    for checkpoint in kept:
+        is_useless = checkpoint.t in weights and is_copy(checkpoint)
+        (copies if is_useless else run).append(checkpoint)
+    _check_copies(copies, weights)
     _check_averages(run)
     shapes = [(name, entry.shape) for name, entry in sorted(first.entries.items())]
     known = repr((shapes, first.identity))
     run_id = xxhash.xxh3_128_hexdigest(known.encode())
     return by_time([replace(checkpoint, run_id=run_id) for checkpoint in run])
+
+
+def _check_copies(copies: Sequence[Checkpoint], weights: Mapping[float, Checkpoint]) -> None:
+    """Raise InvalidValueError if averages that have not begun are no copies of the weights, but
+    stand still: they go on from earlier weights."""
+    for earlier, later in pairwise(by_time(copies)):
+        if _are_unequal(weights[earlier.t], weights[later.t]) and not _are_unequal(earlier, later):
+            names = f"{earlier.path.name} and {later.path.name}"
+            reason = f"{names} hold the same average, and other weights, from which it cannot begin"
+            hint = "name by a glob the files in which its first value has faded"
+            raise InvalidValueError("update_after_step", reason, hint)
 
 
 def _without_duplicates(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
