@@ -40,6 +40,9 @@ _VAGUE = 0.05
 # as all true lengths of `any_ema.py`.
 _NEAR = 0.1
 
+_STRIDES = (2, 4, 5, 8, 10, 16, 20)
+"""Usual intervals of an average's updates, in steps, of decays of 0.9 and more."""
+
 # uncertainty of the time of a restart that was found, relative to the time between two checkpoints
 _LATE = 0.1
 
@@ -191,6 +194,9 @@ def _found_decay(
     if decay != audit.found:  # it is probably exact
         sigma /= 2
         text += f"; taken as {decay:g}"
+    elif audit.length is not None and not audit.warm_up and given.update_every is None:
+        if all(update.count is None and update.every == 1 for update in updates):
+            _warn_of_stride(decay, min(2 * sigma, _NEAR))
     given = replace(given, ema_uncertainty=sigma)
     if any(update.calls == "counted" for update in updates):
         after = given.update_after_step or 0
@@ -200,6 +206,21 @@ def _found_decay(
         return replace(given, ema_warmup=f"{schedule}:{decay:.12g}", last_step=last), text
     warm_up = given.ema_warmup or audit.warm_up or "none"
     return replace(given, ema_decay=decay, ema_warmup=warm_up), text
+
+
+def _warn_of_stride(decay: float, distance: float) -> None:
+    """Warn if an average looks like one of a round decay that is updated at every n-th step, whose
+    weights have the same mean age: errors are then several times larger than predicted."""
+    age = decay / (1 - decay)
+    choices = []
+    for every in _STRIDES:
+        for near in _round_decays(age / (age + every), distance):
+            if near >= 0.9:
+                choices.append(f"{near:g} in every {every} steps")
+    if choices:
+        reason = f"decay {decay:.7g} is no round one, as {' or '.join(choices)} is"
+        hint = "if it is that, give `update_every`: errors are else larger than predicted"
+        log.warning("%s; %s", reason, hint)
 
 
 def _schedule_in(audit: Audit) -> str:

@@ -758,8 +758,8 @@ def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     weights = {
         checkpoint.t: checkpoint for checkpoint in kept if isinstance(checkpoint.profile, Point)
     }
-    run = []
-    copies = []
+    run = list[Checkpoint]()
+    copies = list[Checkpoint]()
     for checkpoint in kept:
         is_useless = checkpoint.t in weights and is_copy(checkpoint)
         (copies if is_useless else run).append(checkpoint)

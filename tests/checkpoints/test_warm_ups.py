@@ -144,8 +144,21 @@ def test_a_start_after_the_last_file_is_refused(files):
 def test_a_late_start_from_the_first_weights_is_refused(files):
     """Averages were taken to begin from the weights at the start: 5 times as wrong as predicted."""
     write(files, train(), by(lambda n: 1.0 if n <= 430 else 0.995))
-    with pytest.raises(InvalidValueError, match=r"step100\.pt and step200\.pt hold the same average"):
+    with pytest.raises(
+        InvalidValueError, match=r"step100\.pt and step200\.pt hold the same average"
+    ):
         import_checkpoints(files, None, dry_run=True, update_after_step=430)
+
+
+@pytest.mark.parametrize("every", [5, 10])
+def test_a_decay_of_every_nth_step_is_told_by_its_mean_age(every, files, run, caplog):
+    """As if updated at every step it was 3 to 9 times as wrong as predicted."""
+    write(files, train(), by(lambda n: 1.0 if n % every else 0.99))
+    import_checkpoints(files, run)
+    assert f"as 0.99 in every {every} steps is; if it is that, give `update_every`" in caplog.text
+    import_checkpoints(files, run, overwrite=True, update_every=every)
+    assert settings_of(run)["ema_decay"] == 0.99
+    check(run, low=0.2)
 
 
 def of_power(folder, exponent, weights):
