@@ -187,16 +187,15 @@ def _found_decay(
     if audit.what == "sigma_rel":
         width = float(f"{decay:.4g}")
         return replace(given, sigma_rels=(width,), ema_uncertainty=sigma), text
+    near = []
     if audit.length is not None:
         near = _round_decays(decay, min(2 * sigma, _NEAR))
-        if near:
-            decay = near[0]
-    if decay != audit.found:  # it is probably exact
+    if near:  # it is probably exact
+        decay = near[0]
         sigma /= 2
         text += f"; taken as {decay:g}"
-    elif audit.length is not None and not audit.warm_up and given.update_every is None:
-        if all(update.count is None and update.every == 1 for update in updates):
-            _warn_of_stride(decay, min(2 * sigma, _NEAR))
+    elif given.update_every is None:
+        _warn_of_stride(audit, updates)
     given = replace(given, ema_uncertainty=sigma)
     if any(update.calls == "counted" for update in updates):
         after = given.update_after_step or 0
@@ -208,10 +207,15 @@ def _found_decay(
     return replace(given, ema_decay=decay, ema_warmup=warm_up), text
 
 
-def _warn_of_stride(decay: float, distance: float) -> None:
+def _warn_of_stride(audit: Audit, updates: Sequence[Updates]) -> None:
     """Warn if an average looks like one of a round decay that is updated at every n-th step, whose
     weights have the same mean age: errors are then several times larger than predicted."""
+    is_said = any(update.count is not None or update.every > 1 for update in updates)
+    if is_said or audit.length is None or audit.warm_up:
+        return
+    decay = audit.found or 0.0
     age = decay / (1 - decay)
+    distance = min(2 * (audit.uncertainty or 0.0), _NEAR)
     choices = []
     for every in _STRIDES:
         for near in _round_decays(age / (age + every), distance):

@@ -516,12 +516,10 @@ def _decided(opened: list[Found], settings: ImportSettings) -> list[Found]:
     """
     if not any(file.undecided for file in opened):
         return _related(opened, settings)
-    in_order = sorted(opened, key=lambda file: file.time)
-    rows = np.stack([file.starts for file in in_order])
-    motion = np.diff(rows, axis=0)
-    average, weights = np.square(motion).sum(axis=(0, 2)).tolist()
+    ours, theirs = _starts(opened)
+    average = np.square(np.diff(ours, axis=0)).sum()
+    weights = np.square(np.diff(theirs, axis=0)).sum()
     slower, faster = sorted((average, weights))
-    ours, theirs = np.swapaxes(rows, 0, 1)
     follows = slower > 0 and slower <= _SLOWER * faster and are_near(ours, theirs)
     first = opened[0]
     if np.array_equal(ours, theirs) or (first.model and not follows):
@@ -536,24 +534,32 @@ def _decided(opened: list[Found], settings: ImportSettings) -> list[Found]:
     return _with_slower(opened, is_still)
 
 
+def _starts(opened: Sequence[Found]) -> FloatArray:
+    """Return the first elements of averages and weights, by time: [two, times, elements]."""
+    in_order = sorted(opened, key=lambda file: file.time)
+    rows = np.stack([file.starts for file in in_order])
+    return np.swapaxes(rows, 0, 1)
+
+
 def _related(opened: list[Found], settings: ImportSettings) -> list[Found]:
     """Return the checkpoints; as weights alone if the set that a word calls an average is another
     network, such as the second of two encoders: far from the weights, and not moving there."""
     pairs = [file for file in opened if file.kind == "ema" and file.averaged and file.weights]
-    pairs.sort(key=lambda file: file.time)
-    if settings.average or len(pairs) < 2 or are_near(*pairs[-1].starts):
+    if settings.average or len(pairs) < 2:
         return opened
-    rows = np.stack([file.starts for file in pairs])
-    ours, theirs = np.swapaxes(rows, 0, 1)
+    newest = max(pairs, key=lambda file: file.time)
+    if are_near(*newest.starts):
+        return opened
+    ours, theirs = _starts(pairs)
     motion = np.diff(ours, axis=0)
     ways = theirs - ours
     way = ways[1:] + ways[:-1]
     lengths = np.sqrt(np.square(motion).sum() * np.square(way).sum())
     if (motion * way).sum() >= _TOWARDS * lengths:
         return opened
-    tensor = next(iter(pairs[-1].averaged.values()))
+    tensor = next(iter(newest.averaged.values()))
     reason = "is taken for no average: it is far from the weights, and does not move towards them"
-    log.warning("%s: %s %s", pairs[-1].path, tensor.name, reason)
+    log.warning("%s: %s %s", newest.path, tensor.name, reason)
     return [without_words(file, settings) for file in opened]
 
 
