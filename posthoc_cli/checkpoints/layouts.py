@@ -874,9 +874,9 @@ def check_given(found: Found, settings: ImportSettings) -> None:
         raise InvalidValueError("sigma_rels", reason)
 
 
-def select(found: Found, settings: ImportSettings) -> tuple[Tensors, Tensors]:
-    """Return the tensors of the average and of the weights that settings choose, by their names
-    without the prefix; each may be empty."""
+def within(found: Found, settings: ImportSettings) -> tuple[Tensors, Tensors]:
+    """Return the tensors of the average and of the weights by their names without the prefix that
+    settings give; each may be empty."""
     averaged = found.tensors if found.averaged else {}
     prefix = settings.prefix
     if f".{found.weights_key}.".endswith(f".{prefix}"):  # the set lies there
@@ -887,5 +887,5 @@ def select(found: Found, settings: ImportSettings) -> tuple[Tensors, Tensors]:
         if tensors and not named:
             reason = f"no tensor's name begins with {shown(prefix)}; it has {names_in([*tensors])}"
             raise UnsuitableError(found.path, reason)
-        chosen.append(settings.select(named) if named else {})
+        chosen.append(named)
     return chosen[0], chosen[1]

@@ -50,7 +50,7 @@ from posthoc_cli.checkpoints.layouts import (
     check_settings,
     named_decay,
     recognise,
-    select,
+    within,
     without_words,
 )
 from posthoc_cli.checkpoints.lost_updates import MOST_LOST, digits_of, lost_share
@@ -79,12 +79,12 @@ from posthoc_cli.errors import (
 from posthoc_cli.profiles import FloatArray, OrdinaryEMA, Point, StoredProfile
 from posthoc_cli.snapshots.directory import is_import, is_snapshot_name
 from posthoc_cli.snapshots.outputs import describe_tensors
+from posthoc_cli.snapshots.snapshot import check_globs
 from posthoc_cli.snapshots.sources import by_time, model_difference
 
 log = logging.getLogger(__name__)
 
-_OF_MODELS = "name the files of one run by a glob, or import with `include`, `exclude` or `prefix`"
-_OF_NUMBERS = "name the files of one run by a glob, or import with `step_from`"
+_BY_GLOB = "name the files of one run by a glob"
 _NO_STEP = "no step"  # why a file is left out
 _EPOCHS = 1000  # largest number that is read as perhaps epochs: few trainings have more
 _SCALE = re.compile(r"_scale(?:_inv)?$|(?<=\.)scale_(?=weight$)")  # in the name of a scale
@@ -215,7 +215,7 @@ def read_place(
     """
     left_out = _LeftOut()
     paths = _of_one_average(_candidates(place, left_out), settings)
-    run = _one_run(*_open_all(paths, settings), left_out)
+    run = _one_run(*_open_all(paths, settings), settings, left_out)
     if not run:
         hint = "name their folder, a file, or a glob such as 'out/step*.pt'"
         raise DirectoryError(place, "holds no checkpoints", hint)
@@ -281,7 +281,7 @@ def _begun(
     """Return the checkpoints of a training that has begun, with their times."""
     if max(times) <= 0:
         reason = "its number is 0, as that of all files, so that it may be something else"
-        raise InvalidValueError(run[0].path, reason, _OF_NUMBERS)
+        raise InvalidValueError(run[0].path, reason, f"{_BY_GLOB}, or import with `step_from`")
     used = []
     for file, time in zip(run, times, strict=True):
         if time > 0:
@@ -404,6 +404,7 @@ def _of_one_unit(opened: list[Found]) -> list[Found]:
 def _one_run(
     opened: list[Found],
     errors: Mapping[Path, PostHocError],
+    settings: ImportSettings,
     left_out: _LeftOut,
 ) -> list[Found]:
     """Return the checkpoints that are one run; raise an error of the others if none is, or if a
@@ -418,7 +419,11 @@ def _one_run(
         is_stepless = isinstance(error, InvalidValueError)
         left_out[name] = _NO_STEP if is_stepless else error.reason
     opened = _aligned(_with_numbers(opened, left_out))
-    opened = _largest_group(opened, _model, "another model", left_out)
+
+    def model(file: Found) -> object:
+        return _model(file, settings)
+
+    opened = _largest_group(opened, model, "another model", left_out)
     opened = _largest_group(opened, _kind_of_number, "another kind of number", left_out)
     units = {file.reading.unit: file for file in opened}
     for unit, name in {"steps": "steps", "": "an unknown unit"}.items():
@@ -476,10 +481,15 @@ def _kind_of_number(file: Found) -> object:
     return file.reading.unit or file.reading.is_marked
 
 
-def _model(file: Found) -> object:
-    """Return the names and shapes of the tensors of a checkpoint, without wrappers."""
-    tensors = file.tensors
-    return frozenset((unwrapped(name), tensor.shape) for name, tensor in tensors.items())
+def _model(file: Found, settings: ImportSettings) -> object:
+    """Return the names and shapes of the tensors of a checkpoint that settings choose, without
+    wrappers."""
+    shapes = set()
+    chosen = settings.selection
+    for name, tensor in file.tensors.items():
+        if chosen.names(name.removeprefix(settings.prefix)):
+            shapes.add((unwrapped(name), tensor.shape))
+    return frozenset(shapes)
 
 
 def _largest_group(
@@ -584,6 +594,11 @@ def _all_made(
 ) -> list[Checkpoint]:
     newest = max(opened, key=lambda file: file.time)
     checkpoints = []
+    names = dict[str, None]()
+    for file in opened:
+        for tensors in within(file, settings):
+            names.update(dict.fromkeys(tensors))
+    check_globs(settings.selection, names)
     for file in opened:
         checkpoints += _made(_named_as(newest, file), times, settings)
     _warn_of_copies(checkpoints[-1])
@@ -615,7 +630,9 @@ def _made(
     """Return the sources in a checkpoint: the weights, the average, or both."""
     check_given(found, settings)
     time = found.time
-    averaged, weights = select(found, settings)
+    averaged, weights = (
+        settings.select(tensors) if tensors else {} for tensors in within(found, settings)
+    )
     profile: StoredProfile = Point(float(time))
     about = {
         "kind": found.kind,
@@ -759,7 +776,7 @@ def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     first = ordered[0]
     for other in ordered:
         if difference := model_difference(first, other):
-            raise _mismatch(first, other, difference, _OF_MODELS)
+            raise _mismatch(first, other, difference, "`include`, `exclude` or `prefix`")
     kept = _without_duplicates(ordered)
     weights = {
         checkpoint.t: checkpoint for checkpoint in kept if isinstance(checkpoint.profile, Point)
@@ -807,8 +824,13 @@ def _mismatch(
     first: Checkpoint | Found,
     other: Checkpoint | Found,
     difference: str,
-    hint: str = _OF_NUMBERS,
+    settings: str = "`step_from`",
 ) -> MismatchError:
+    ours, theirs = (re.sub("[0-9]+", "*", file.path.name) for file in (first, other))
+    hint = _BY_GLOB
+    if ours != theirs:
+        hint += f", such as '{ours}' or '{theirs}'"
+    hint += f", or import with {settings}"
     return MismatchError(f"{first.path} and {other.path}", difference, hint)
 
 
