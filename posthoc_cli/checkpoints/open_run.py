@@ -558,7 +558,9 @@ def _related(opened: list[Found], settings: ImportSettings) -> list[Found]:
     if settings.average or len(pairs) < 2:
         return opened
     newest = max(pairs, key=lambda file: file.time)
-    if are_near(*newest.starts):
+    tensor = next(iter(newest.averaged.values()))
+    is_sure = "ema" in tensor.name.lower()  # no word for anything else
+    if is_sure or are_near(*newest.starts):
         return opened
     ours, theirs = _starts(pairs)
     motion = np.diff(ours, axis=0)
@@ -567,7 +569,6 @@ def _related(opened: list[Found], settings: ImportSettings) -> list[Found]:
     lengths = np.sqrt(np.square(motion).sum() * np.square(way).sum())
     if (motion * way).sum() >= _TOWARDS * lengths:
         return opened
-    tensor = next(iter(newest.averaged.values()))
     reason = "is taken for no average: it is far from the weights, and does not move towards them"
     log.warning("%s: %s %s", newest.path, tensor.name, reason)
     return [without_words(file, settings) for file in opened]
