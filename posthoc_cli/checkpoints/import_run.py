@@ -119,12 +119,25 @@ def import_checkpoints(
     place = read_place(origin, given)
     checkpoints = checked_run(place.checkpoints)
     given, checks = _with_decay(checkpoints, given)
+    if place.may_be_epochs:
+        _check_unit(given, place.says)
     checkpoints = checked_run([checkpoint.with_settings(given) for checkpoint in checkpoints])
     written = False
     if target is not None and not dry_run:
         files.check_parent(target)
         written = write_manifest(target, origin, given, checkpoints, overwrite)
     return Import(tuple(checkpoints), target, place.says, tuple(checks), written)
+
+
+def _check_unit(given: ImportSettings, says: str) -> None:
+    """Raise InvalidValueError if an import has found a decay that is no round one where numbers may
+    be epochs."""
+    found = given.ema_decay
+    was_given = given.without_findings.ema_decay is not None
+    if was_given or found is None or _round_decays(found, 1e-9):
+        return
+    reason = f"must be given: decay {found:.6g} is no round one of steps, and numbers are {says}"
+    raise InvalidValueError("steps_per_epoch", reason, "1 if they are steps")
 
 
 # --- the decay
@@ -155,9 +168,7 @@ def _with_decay(
     or found; and lines about it."""
     averages = [source for source in sources if not isinstance(source.profile, Point)]
     last = sources[-1].step
-    if given.update_after_step and all(map(is_copy, averages)):
-        reason = f"is not before the last checkpoint, of step {last:,}: no average has begun"
-        raise InvalidValueError("update_after_step", reason, value=given.update_after_step)
+    _check_begun(averages, given, last)
     updates = [source.updates for source in averages if source.updates is not None]
     checks: list[str] = []
     if any(source.needs_steps(given) for source in updates):
@@ -166,12 +177,20 @@ def _with_decay(
         checks = [f"steps: taken as {last:,}, the last checkpoint's"]
     if not all(source.is_known for source in sources):
         audit = _audit(sources, given)
+        _warn_of_stride(audit, given, updates)
         given, text = _found_decay(audit, _with_starts(given, audit), updates)
         checks.append(text)
     elif any(isinstance(source.profile, OrdinaryEMA) for source in averages):
         given, texts = _check_decay(sources, given)
         checks += texts
     return given, checks
+
+
+def _check_begun(averages: Sequence[Checkpoint], given: ImportSettings, last: int) -> None:
+    """Raise InvalidValueError if averages are said to begin after the last checkpoint."""
+    if given.update_after_step and all(map(is_copy, averages)):
+        reason = f"is not before the last checkpoint, of step {last:,}: no average has begun"
+        raise InvalidValueError("update_after_step", reason, value=given.update_after_step)
 
 
 def _found_decay(
@@ -194,8 +213,6 @@ def _found_decay(
         decay = near[0]
         sigma /= 2
         text += f"; taken as {decay:g}"
-    elif given.update_every is None:
-        _warn_of_stride(audit, updates)
     given = replace(given, ema_uncertainty=sigma)
     if any(update.calls == "counted" for update in updates):
         after = given.update_after_step or 0
@@ -207,15 +224,17 @@ def _found_decay(
     return replace(given, ema_decay=decay, ema_warmup=warm_up), text
 
 
-def _warn_of_stride(audit: Audit, updates: Sequence[Updates]) -> None:
+def _warn_of_stride(audit: Audit, given: ImportSettings, updates: Sequence[Updates]) -> None:
     """Warn if an average looks like one of a round decay that is updated at every n-th step, whose
     weights have the same mean age: errors are then several times larger than predicted."""
     is_said = any(update.count is not None or update.every > 1 for update in updates)
-    if is_said or audit.length is None or audit.warm_up:
+    if is_said or given.update_every or audit.length is None or audit.warm_up:
         return
     decay = audit.found or 0.0
     age = decay / (1 - decay)
     distance = min(2 * (audit.uncertainty or 0.0), _NEAR)
+    if _round_decays(decay, distance):
+        return
     choices = []
     for every in _STRIDES:
         for near in _round_decays(age / (age + every), distance):

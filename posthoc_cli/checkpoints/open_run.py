@@ -188,6 +188,7 @@ class Place:
     written_by: str = ""  # the programs that a layout or the name of a step shows
     notes: tuple[str, ...] = ()  # what is not used
     lacks_steps: str = ""  # why profiles of EMAs cannot be known
+    may_be_epochs: bool = False  # whether few numbers of no stated unit are taken for steps
 
 
 _LeftOut = dict[str, str]
@@ -222,19 +223,26 @@ def read_place(
     check_settings({file.kind for file in run}, settings)
     times = times_of([file.reading for file in run], settings)
     used = _decided(_begun(run, times.numbers), settings)
-    lacks_steps = ""
     has_decays = any(file.updates is not None for file in used)
+    doubt = ""
     if has_decays or settings.ema_decay:
-        lacks_steps = _lacks_steps(times, used, asks)
+        doubt = _lacks_steps(times, used, asks)
+    lacks_steps = "" if asks else doubt
     if has_decays and times.unit == "steps" and not lacks_steps:
         times = replace(times, is_stated=True)
-    notes = [note for note in (_text_of(left_out), _unused(used)) if note]
-    for note in notes:
-        log.warning("%s: %s", place, note)
+    notes = _noted(place, left_out, used)
     if lacks_steps:
         used = [replace(file, updates=file.updates and Updates()) for file in used]
     checkpoints = _all_made(used, times, settings)
-    return Place(checkpoints, times.says, _programs(run), tuple(notes), lacks_steps)
+    return Place(checkpoints, times.says, _programs(run), notes, lacks_steps, bool(doubt))
+
+
+def _noted(place: str | Path, left_out: _LeftOut, used: Sequence[Found]) -> tuple[str, ...]:
+    """Log, and return, what is not used."""
+    notes = tuple(filter(None, (_text_of(left_out), _unused(used))))
+    for note in notes:
+        log.warning("%s: %s", place, note)
+    return notes
 
 
 def _programs(run: Sequence[Found]) -> str:
@@ -307,7 +315,7 @@ def _lacks_steps(
         return f"{decays} {times.says}; import with `steps_per_epoch`"
     has_counts = any(file.reading.count for file in used)
     is_said = times.is_stated or has_counts or times.unit != "steps"
-    if asks or is_said or max(times.numbers) > _EPOCHS:
+    if is_said or max(times.numbers) > _EPOCHS:
         return ""
     return f"{decays} {times.says}; `ema import` checks it"
 

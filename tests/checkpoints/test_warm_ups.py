@@ -161,6 +161,21 @@ def test_a_decay_of_every_nth_step_is_told_by_its_mean_age(every, files, run, ca
     check(run, low=0)
 
 
+def without_a_step(_, weights, average):
+    return {"net": weights, "ema": average}
+
+
+def test_a_decay_that_is_none_of_steps_asks_whether_numbers_are_epochs(files):
+    """With epochs for steps it was 6 times as wrong as predicted."""
+    write(files, train(), by(lambda _: 0.995), form=without_a_step)
+    for step in TIMES:  # epochs of 20 steps
+        (files / f"step{step}.pt").rename(files / f"{step // 20}.pt")
+    with pytest.raises(InvalidValueError, match=r"^steps_per_epoch: .* decay 0\.90\d+ is no"):
+        import_checkpoints(files, None, dry_run=True)
+    found = import_checkpoints(files, None, dry_run=True, steps_per_epoch=20)
+    assert {round(one.decay, 3) for one in found.checkpoints} == {0.0, 0.995}
+
+
 def of_power(folder, exponent, weights):
     """Write averages whose n-th update keeps (1 - 1/n)^exponent; return their folder and width."""
     write(folder, weights, by(lambda n: (1 - 1 / n) ** exponent))
