@@ -432,9 +432,9 @@ def _find_twin(sets: Sets) -> Found | None:
                 pairs.setdefault(frozenset((other, path)), (other, path))
     if len(pairs) == 1:
         ((twin, path),) = pairs.values()
-        averaged = sets.below(twin)
         model = sets.below(path)
-        if len(model) > 1:
+        averaged = match_names(sets.below(twin), model)
+        if averaged and len(model) > 1:
             return Found(
                 sets.content,
                 "ema",

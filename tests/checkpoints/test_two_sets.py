@@ -669,10 +669,13 @@ AVERAGES = [one.average for one in saves()]
 STILL = [OTHER] * len(WEIGHTS)
 
 
-def test_the_set_that_moves_less_is_the_average(files, caplog):
-    """As in RoseTTAFold2, whose `model_state_dict` is the average."""
-    write(files, model_state_dict=AVERAGES, non_ema_state_dict=WEIGHTS)
-    check_last(files, steps_per_epoch=EVERY)
+@pytest.mark.parametrize("wrapper", ["", "module."])
+def test_the_set_that_moves_less_is_the_average(wrapper, files, caplog):
+    """As in RoseTTAFold2, whose `model_state_dict` is the average, and DDIM with its wrapper."""
+    averages = [named(wrapper, average) for average in AVERAGES]
+    write(files, model_state_dict=averages, non_ema_state_dict=WEIGHTS)
+    last = named(wrapper, LAST.weights)
+    check(files, averages[-1], last, None, steps_per_epoch=EVERY)
     assert "the average is model_state_dict, which moves less" in caplog.text
 
 
