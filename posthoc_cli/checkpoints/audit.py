@@ -85,6 +85,7 @@ _DIGITS = 2  # by which weights move an average that cannot stand still but by c
 DOES_NOT_MOVE = "does not move"
 LOSES_UPDATES = "loses updates"
 SET_BACK = "set back"
+ONCE = "updated once a file"
 SOME_TENSORS = "some tensors"
 _OTHER_WEIGHTS = (
     "the weights at these checkpoints do not explain how the average moves between them: they "
@@ -100,6 +101,7 @@ BAD = (
     "another rule",
     SET_BACK,
     LOSES_UPDATES,
+    ONCE,
 )
 """Verdicts that name a fault; the others are "as claimed", "found" and "undetermined"."""
 
@@ -692,6 +694,9 @@ def _judge(
     if moves.fault is not None:
         verdict, text = moves.fault
         return replace(audit, verdict=verdict, text=text)
+    if model.every < 0.9 * series.spacing and series.intervals().are_single:
+        text = "the average takes in only the weights of these files, as if it is updated once at "
+        return replace(audit, verdict=ONCE, text=f"{text}each: every {series.spacing:,.0f} {unit}")
     averaged = ~moves.still.all(axis=0) & ~moves.equal
     explanation = _explanation(series, moves, averaged, model, rules)
     if explanation.stands:

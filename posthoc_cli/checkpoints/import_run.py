@@ -15,6 +15,7 @@ from posthoc_cli import files
 from posthoc_cli.checkpoints.audit import (
     DOES_NOT_MOVE,
     LOSES_UPDATES,
+    ONCE,
     SET_BACK,
     SOME_TENSORS,
     Audit,
@@ -341,6 +342,8 @@ def _check_is_average(audit: Audit) -> None:
         hint += ", and `update_every` says that it is updated less often"
     if audit.verdict in (SET_BACK, DOES_NOT_MOVE):
         raise InvalidValueError("average", audit.text, f"name files of one side by a glob; {hint}")
+    if audit.verdict == ONCE:
+        raise InvalidValueError("update_every", f"must be given: {audit.text}")
     if audit.verdict == LOSES_UPDATES:
         raise InvalidValueError("average", audit.text, hint)
     if audit.verdict == SOME_TENSORS:

@@ -161,6 +161,17 @@ def test_a_decay_of_every_nth_step_is_told_by_its_mean_age(every, files, run, ca
     check(run, low=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_an_average_of_the_weights_in_the_files_asks_for_its_interval(dtype, files, run):
+    """As if updated at every step it was 6 times as wrong as predicted."""
+    write(files, train(), by(lambda n: 1.0 if n % EVERY else 0.9), dtype)
+    with pytest.raises(InvalidValueError, match=r"update_every: .* each: every 100"):
+        import_checkpoints(files, run)
+    import_checkpoints(files, run, update_every=EVERY)
+    assert settings_of(run)["ema_decay"] == 0.9
+    check(run, most=0.02)
+
+
 def without_a_step(_, weights, average):
     return {"net": weights, "ema": average}
 
