@@ -691,12 +691,10 @@ def _judge(
     audit = Audit(name, "undetermined", "", _what(model))
     if model.claimed is not None:
         audit = replace(audit, claimed=model.claim.parameter)
-    if moves.fault is not None:
-        verdict, text = moves.fault
+    fault = moves.fault or _updated_once(series, model, unit)
+    if fault:
+        verdict, text = fault
         return replace(audit, verdict=verdict, text=text)
-    if model.every < 0.9 * series.spacing and series.intervals().are_single:
-        text = "the average takes in only the weights of these files, as if it is updated once at "
-        return replace(audit, verdict=ONCE, text=f"{text}each: every {series.spacing:,.0f} {unit}")
     averaged = ~moves.still.all(axis=0) & ~moves.equal
     explanation = _explanation(series, moves, averaged, model, rules)
     if explanation.stands:
@@ -714,6 +712,15 @@ def _judge(
     if verdict != SOME_TENSORS:
         lost = ()
     return replace(audit, tensors=lost)
+
+
+def _updated_once(series: Series, model: Model, unit: str) -> Verdict | None:
+    """Return the verdict on an average that is updated once in each interval, and more often by its
+    model."""
+    if model.every > 0.9 * series.spacing or not series.intervals().are_single:
+        return None
+    text = "the average takes in only the weights of these files, as if it is updated once at each"
+    return ONCE, f"{text}: every {series.spacing:,.0f} {unit}"
 
 
 def _what(model: Model) -> str:

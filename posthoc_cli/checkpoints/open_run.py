@@ -534,9 +534,9 @@ def _decided(opened: list[Found], settings: ImportSettings) -> list[Found]:
     """
     if not any(file.undecided for file in opened):
         return _related(opened, settings)
-    ours, theirs = _starts(opened)
-    average = np.square(np.diff(ours, axis=0)).sum()
-    weights = np.square(np.diff(theirs, axis=0)).sum()
+    both = _starts(opened)
+    ours, theirs = both
+    average, weights = np.square(np.diff(both, axis=1)).sum(axis=(1, 2)).tolist()
     slower, faster = sorted((average, weights))
     follows = slower > 0 and slower <= _SLOWER * faster and are_near(ours, theirs)
     first = opened[0]
@@ -549,7 +549,13 @@ def _decided(opened: list[Found], settings: ImportSettings) -> list[Found]:
         raise InvalidValueError("average", f"{reason}: {what}")
     if weights < average:
         opened = [file.swapped() for file in opened]
-    return _with_slower(opened, is_still)
+    name, _ = opened[0].undecided
+    says = f"the average is {name}, which moves less from file to file"
+    if is_still:
+        says = f"{name} never moves, and is not used"
+        opened = [file.without_average for file in opened]
+    log.warning("%s: %s", first.path.parent, says)
+    return opened
 
 
 def _starts(opened: Sequence[Found]) -> FloatArray:
@@ -580,20 +586,6 @@ def _related(opened: list[Found], settings: ImportSettings) -> list[Found]:
     reason = "is taken for no average: it is far from the weights, and does not move towards them"
     log.warning("%s: %s %s", newest.path, tensor.name, reason)
     return [without_words(file, settings) for file in opened]
-
-
-def _with_slower(
-    opened: list[Found],
-    is_still: bool,
-) -> list[Found]:
-    """Return the checkpoints with the slower set as the average, or without it if it is still."""
-    folder = opened[0].path.parent
-    name, _ = opened[0].undecided
-    if is_still:
-        log.warning("%s: %s never moves, and is not used", folder, name)
-        return [file.without_average for file in opened]
-    log.warning("%s: the average is %s, which moves less from file to file", folder, name)
-    return opened
 
 
 def _all_made(
@@ -662,11 +654,6 @@ def _made(
 
 
 # --- what is at a place
-
-
-def has_candidates(directory: Path) -> bool:
-    """Return whether a directory exists and holds files that may be checkpoints."""
-    return directory.exists() and bool(_candidates(directory, _LeftOut()))
 
 
 def holds_checkpoints(place: str | Path) -> bool:
