@@ -187,7 +187,11 @@ def _with_decay(
     return given, checks
 
 
-def _check_begun(averages: Sequence[Checkpoint], given: ImportSettings, last: int) -> None:
+def _check_begun(
+    averages: Sequence[Checkpoint],
+    given: ImportSettings,
+    last: int,
+) -> None:
     """Raise InvalidValueError if averages are said to begin after the last checkpoint."""
     if given.update_after_step and all(map(is_copy, averages)):
         reason = f"is not before the last checkpoint, of step {last:,}: no average has begun"
@@ -225,7 +229,11 @@ def _found_decay(
     return replace(given, ema_decay=decay, ema_warmup=warm_up), text
 
 
-def _warn_of_stride(audit: Audit, given: ImportSettings, updates: Sequence[Updates]) -> None:
+def _warn_of_stride(
+    audit: Audit,
+    given: ImportSettings,
+    updates: Sequence[Updates],
+) -> None:
     """Warn if an average looks like one of a round decay that is updated at every n-th step, whose
     weights have the same mean age: errors are then several times larger than predicted."""
     is_said = any(update.count is not None or update.every > 1 for update in updates)

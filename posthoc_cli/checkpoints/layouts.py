@@ -167,15 +167,14 @@ def without_words(found: Found, settings: ImportSettings) -> Found:
     sets = Sets(found.content)
     averages = sets.averages
     sets.averages = []
-    try:
-        weights = sets.model(settings.prefix)
-        key = sets.model_path()
-    except UnsuitableError:
-        weights = found.weights
-        key = found.weights_key
+    if len(sets.models) == 1:
+        (key,) = sets.models
+        whole = replace(found, model={}, weights=sets.model(settings.prefix), weights_key=key)
+    else:
         sets.averages = averages
-    unused = sets.without(weights.values())
-    return replace(found.without_average, weights=weights, weights_key=key, unused=unused)
+        whole = found
+    unused = sets.without(whole.weights.values())
+    return replace(whole.without_average, unused=unused)
 
 
 def _averages(sets: Sets, settings: ImportSettings) -> Iterator[Found]:

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -237,7 +238,11 @@ def read_place(
     return Place(checkpoints, times.says, _programs(run), notes, lacks_steps, bool(doubt))
 
 
-def _noted(place: str | Path, left_out: _LeftOut, used: Sequence[Found]) -> tuple[str, ...]:
+def _noted(
+    place: str | Path,
+    left_out: _LeftOut,
+    used: Sequence[Found],
+) -> tuple[str, ...]:
     """Log, and return, what is not used."""
     notes = tuple(filter(None, (_text_of(left_out), _unused(used))))
     for note in notes:
@@ -427,10 +432,7 @@ def _one_run(
         is_stepless = isinstance(error, InvalidValueError)
         left_out[name] = _NO_STEP if is_stepless else error.reason
     opened = _aligned(_with_numbers(opened, left_out))
-
-    def model(file: Found) -> object:
-        return _model(file, settings)
-
+    model = partial(_model, settings=settings)
     opened = _largest_group(opened, model, "another model", left_out)
     opened = _largest_group(opened, _kind_of_number, "another kind of number", left_out)
     units = {file.reading.unit: file for file in opened}
@@ -549,7 +551,16 @@ def _decided(opened: list[Found], settings: ImportSettings) -> list[Found]:
         raise InvalidValueError("average", f"{reason}: {what}")
     if weights < average:
         opened = [file.swapped() for file in opened]
-    name, _ = opened[0].undecided
+    return _with_slower(opened, is_still)
+
+
+def _with_slower(
+    opened: list[Found],
+    is_still: bool,
+) -> list[Found]:
+    """Return the checkpoints with the slower set as the average, or without it if it is still."""
+    first = opened[0]
+    name, _ = first.undecided
     says = f"the average is {name}, which moves less from file to file"
     if is_still:
         says = f"{name} never moves, and is not used"
@@ -631,9 +642,7 @@ def _made(
     """Return the sources in a checkpoint: the weights, the average, or both."""
     check_given(found, settings)
     time = found.time
-    averaged, weights = (
-        settings.select(tensors) if tensors else {} for tensors in within(found, settings)
-    )
+    averaged, weights = map(settings.select, within(found, settings))
     profile: StoredProfile = Point(float(time))
     about = {
         "kind": found.kind,
@@ -780,9 +789,12 @@ def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     run = list[Checkpoint]()
     copies = list[Checkpoint]()
     for checkpoint in kept:
-        is_useless = checkpoint.t in weights and is_copy(checkpoint)
-        (copies if is_useless else run).append(checkpoint)
-    _check_copies(copies, weights)
+        if checkpoint.t in weights and is_copy(checkpoint):
+            copies.append(checkpoint)
+        else:
+            run.append(checkpoint)
+    if copies:
+        _check_copies(by_time(copies), weights)
     _check_averages(run)
     shapes = [(name, entry.shape) for name, entry in sorted(first.entries.items())]
     known = repr((shapes, first.identity))
@@ -790,15 +802,19 @@ def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     return by_time([replace(checkpoint, run_id=run_id) for checkpoint in run])
 
 
-def _check_copies(copies: Sequence[Checkpoint], weights: Mapping[float, Checkpoint]) -> None:
+def _check_copies(
+    copies: Sequence[Checkpoint],
+    weights: Mapping[float, Checkpoint],
+) -> None:
     """Raise InvalidValueError if averages that have not begun are no copies of the weights, but
     stand still: they go on from earlier weights."""
-    for earlier, later in pairwise(by_time(copies)):
-        if _are_unequal(weights[earlier.t], weights[later.t]) and not _are_unequal(earlier, later):
-            names = f"{earlier.path.name} and {later.path.name}"
-            reason = f"{names} hold the same average, and other weights, from which it cannot begin"
-            hint = "name by a glob the files in which its first value has faded"
-            raise InvalidValueError("update_after_step", reason, hint)
+    earlier = copies[0]
+    later = copies[-1]
+    if _are_unequal(weights[earlier.t], weights[later.t]) and not _are_unequal(earlier, later):
+        names = f"{earlier.path.name} and {later.path.name}"
+        reason = f"{names} hold the same average, and other weights, from which it cannot begin"
+        hint = "name by a glob the files in which its first value has faded"
+        raise InvalidValueError("update_after_step", reason, hint)
 
 
 def _without_duplicates(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:

@@ -233,7 +233,7 @@ class ImportSettings:
     def select(self, tensors: Tensors) -> Tensors:
         names = self.selection.names
         selected = {name: tensor for name, tensor in tensors.items() if names(name)}
-        if not selected:
+        if tensors and not selected:
             raise InvalidValueError("include and exclude", "leave no tensor of the model")
         return selected
 

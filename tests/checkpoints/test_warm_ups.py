@@ -145,7 +145,7 @@ def test_a_late_start_from_the_first_weights_is_refused(files):
     """Averages were taken to begin from the weights at the start: 5 times as wrong as predicted."""
     write(files, train(), by(lambda n: 1.0 if n <= 430 else 0.995))
     with pytest.raises(
-        InvalidValueError, match=r"step100\.pt and step200\.pt hold the same average"
+        InvalidValueError, match=r"step100\.pt and step400\.pt hold the same average"
     ):
         import_checkpoints(files, None, dry_run=True, update_after_step=430)
 
