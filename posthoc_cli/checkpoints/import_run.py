@@ -42,7 +42,8 @@ _VAGUE = 0.05
 _NEAR = 0.1
 
 _STRIDES = (2, 4, 5, 8, 10, 16, 20)
-"""Usual intervals of an average's updates, in steps, of decays of 0.9 and more."""
+"""Usual intervals of an average's updates, in steps, of decays of 0.9 and more, besides an epoch
+and half the time between two files."""
 
 # uncertainty of the time of a restart that was found, relative to the time between two checkpoints
 _LATE = 0.1
@@ -135,7 +136,8 @@ def _check_unit(given: ImportSettings, says: str) -> None:
     be epochs."""
     found = given.ema_decay
     was_given = given.without_findings.ema_decay is not None
-    if was_given or found is None or _round_decays(found, 1e-9):
+    is_limit = given.ema_warmup == "none"  # and not the last of a warm-up
+    if found is None or was_given or not is_limit or _round_decays(found, 1e-9):
         return
     reason = f"must be given: decay {found:.6g} is no round one of steps, and numbers are {says}"
     raise InvalidValueError("steps_per_epoch", reason, "1 if they are steps")
@@ -245,7 +247,7 @@ def _warn_of_stride(
     if _round_decays(decay, distance):
         return
     choices = []
-    for every in _STRIDES:
+    for every in sorted({*_STRIDES, round(audit.spacing / 2), given.steps_per_epoch or 1}):
         for near in _round_decays(age / (age + every), distance):
             if near >= 0.9:
                 choices.append(f"{near:g} in every {every} steps")
