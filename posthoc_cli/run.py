@@ -16,7 +16,6 @@ from posthoc_cli.checkpoints.manifest import Manifest, read_manifest
 from posthoc_cli.checkpoints.open_run import (
     describe_checkpoints,
     describe_files,
-    has_candidates,
     holds_checkpoints,
     open_checkpoints,
 )
@@ -133,7 +132,7 @@ def disk_sources(
         try:
             return [*read_directory(path)]
         except DirectoryError:
-            if not has_candidates(path):
+            if not holds_checkpoints(path):
                 raise
     return [*open_checkpoints(path, unclaimed=unclaimed)]
 

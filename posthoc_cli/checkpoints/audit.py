@@ -85,6 +85,7 @@ _DIGITS = 2  # by which weights move an average that cannot stand still but by c
 DOES_NOT_MOVE = "does not move"
 LOSES_UPDATES = "loses updates"
 SET_BACK = "set back"
+ONCE = "updated once a file"
 SOME_TENSORS = "some tensors"
 _OTHER_WEIGHTS = (
     "the weights at these checkpoints do not explain how the average moves between them: they "
@@ -100,6 +101,7 @@ BAD = (
     "another rule",
     SET_BACK,
     LOSES_UPDATES,
+    ONCE,
 )
 """Verdicts that name a fault; the others are "as claimed", "found" and "undetermined"."""
 
@@ -689,8 +691,9 @@ def _judge(
     audit = Audit(name, "undetermined", "", _what(model))
     if model.claimed is not None:
         audit = replace(audit, claimed=model.claim.parameter)
-    if moves.fault is not None:
-        verdict, text = moves.fault
+    fault = moves.fault or _updated_once(series, model, unit)
+    if fault:
+        verdict, text = fault
         return replace(audit, verdict=verdict, text=text)
     averaged = ~moves.still.all(axis=0) & ~moves.equal
     explanation = _explanation(series, moves, averaged, model, rules)
@@ -709,6 +712,15 @@ def _judge(
     if verdict != SOME_TENSORS:
         lost = ()
     return replace(audit, tensors=lost)
+
+
+def _updated_once(series: Series, model: Model, unit: str) -> Verdict | None:
+    """Return the verdict on an average that is updated once in each interval, and more often by its
+    model."""
+    if model.every > 0.9 * series.spacing or not series.intervals().are_single:
+        return None
+    text = "the average takes in only the weights of these files, as if it is updated once at each"
+    return ONCE, f"{text}: every {series.spacing:,.0f} {unit}"
 
 
 def _what(model: Model) -> str:

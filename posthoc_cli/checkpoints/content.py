@@ -85,9 +85,11 @@ _INFO = "training_info"  # key of the metadata of ai-toolkit
 _USUAL = ("model", "diffusion_pytorch_model", "adapter_model", "pytorch_model")
 """Names of weights in folders of Hugging Face's libraries."""
 _PARTITION = re.compile(
-    r"^zero_pp_rank_|^layer_\d+-model_|_pp-rank-.*_tp-rank-|_world_size_(?!1_)\d+_rank_"
+    r"^zero_pp_rank_|^layer_\d+(?:-model|_expert)_|_pp-rank-.*_tp-rank-|_world_size_(?!1_)\d+_rank_"
+    r"|^consolidated\.\d*[1-9]\."
 )
-"""In names of the partitions of ZeRO-3, of DeepSpeed's pipelines, of nanotron and of verl."""
+"""In names of the partitions of ZeRO-3, of DeepSpeed's pipelines and experts, of nanotron, of verl,
+and of Llama."""
 _COUNT = re.compile(rb"^(epoch|optimizer_step): (\d{1,18})$", re.MULTILINE)
 _MOST_CONFIG = 10_000_000
 _MOST_STATE = 1_000_000_000
@@ -400,9 +402,10 @@ def model_in(
 
 def _several_models(folder: Path, names: Sequence[str]) -> UnsuitableError:
     hint = f"name one by a glob such as */{names[0]}"
-    series = {re.sub("[0-9]+", "*", name) for name in names}
-    if len(series) == 1:  # the files of a training
-        hint = f"name this folder, or a glob such as */{series.pop()}"
+    series = [*dict.fromkeys(re.sub("[0-9]+", "*", name) for name in names)]
+    if len(series) < len(names):  # the files of a training
+        names = series
+        hint = f"name this folder, or a glob such as */{series[0]}"
     return UnsuitableError(folder, f"holds several models: {names_in(names)}", hint)
 
 

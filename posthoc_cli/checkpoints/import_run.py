@@ -15,6 +15,7 @@ from posthoc_cli import files
 from posthoc_cli.checkpoints.audit import (
     DOES_NOT_MOVE,
     LOSES_UPDATES,
+    ONCE,
     SET_BACK,
     SOME_TENSORS,
     Audit,
@@ -39,6 +40,10 @@ _VAGUE = 0.05
 # all odd decays are as near to one by chance. It must also be as likely, within two uncertainties,
 # as all true lengths of `any_ema.py`.
 _NEAR = 0.1
+
+_STRIDES = (2, 4, 5, 8, 10, 16, 20)
+"""Usual intervals of an average's updates, in steps, of decays of 0.9 and more, besides an epoch
+and half the time between two files."""
 
 # uncertainty of the time of a restart that was found, relative to the time between two checkpoints
 _LATE = 0.1
@@ -116,12 +121,26 @@ def import_checkpoints(
     place = read_place(origin, given)
     checkpoints = checked_run(place.checkpoints)
     given, checks = _with_decay(checkpoints, given)
+    if place.may_be_epochs:
+        _check_unit(given, place.says)
     checkpoints = checked_run([checkpoint.with_settings(given) for checkpoint in checkpoints])
     written = False
     if target is not None and not dry_run:
         files.check_parent(target)
         written = write_manifest(target, origin, given, checkpoints, overwrite)
     return Import(tuple(checkpoints), target, place.says, tuple(checks), written)
+
+
+def _check_unit(given: ImportSettings, says: str) -> None:
+    """Raise InvalidValueError if an import has found a decay that is no round one where numbers may
+    be epochs."""
+    found = given.ema_decay
+    was_given = given.without_findings.ema_decay is not None
+    is_limit = given.ema_warmup == "none"  # and not the last of a warm-up
+    if found is None or was_given or not is_limit or _round_decays(found, 1e-9):
+        return
+    reason = f"must be given: decay {found:.6g} is no round one of steps, and numbers are {says}"
+    raise InvalidValueError("steps_per_epoch", reason, "1 if they are steps")
 
 
 # --- the decay
@@ -152,9 +171,7 @@ def _with_decay(
     or found; and lines about it."""
     averages = [source for source in sources if not isinstance(source.profile, Point)]
     last = sources[-1].step
-    if given.update_after_step and all(map(is_copy, averages)):
-        reason = f"is not before the last checkpoint, of step {last:,}: no average has begun"
-        raise InvalidValueError("update_after_step", reason, value=given.update_after_step)
+    _check_begun(averages, given, last)
     updates = [source.updates for source in averages if source.updates is not None]
     checks: list[str] = []
     if any(source.needs_steps(given) for source in updates):
@@ -163,12 +180,24 @@ def _with_decay(
         checks = [f"steps: taken as {last:,}, the last checkpoint's"]
     if not all(source.is_known for source in sources):
         audit = _audit(sources, given)
+        _warn_of_stride(audit, given, updates)
         given, text = _found_decay(audit, _with_starts(given, audit), updates)
         checks.append(text)
     elif any(isinstance(source.profile, OrdinaryEMA) for source in averages):
         given, texts = _check_decay(sources, given)
         checks += texts
     return given, checks
+
+
+def _check_begun(
+    averages: Sequence[Checkpoint],
+    given: ImportSettings,
+    last: int,
+) -> None:
+    """Raise InvalidValueError if averages are said to begin after the last checkpoint."""
+    if given.update_after_step and all(map(is_copy, averages)):
+        reason = f"is not before the last checkpoint, of step {last:,}: no average has begun"
+        raise InvalidValueError("update_after_step", reason, value=given.update_after_step)
 
 
 def _found_decay(
@@ -184,11 +213,11 @@ def _found_decay(
     if audit.what == "sigma_rel":
         width = float(f"{decay:.4g}")
         return replace(given, sigma_rels=(width,), ema_uncertainty=sigma), text
+    near = []
     if audit.length is not None:
         near = _round_decays(decay, min(2 * sigma, _NEAR))
-        if near:
-            decay = near[0]
-    if decay != audit.found:  # it is probably exact
+    if near:  # it is probably exact
+        decay = near[0]
         sigma /= 2
         text += f"; taken as {decay:g}"
     given = replace(given, ema_uncertainty=sigma)
@@ -200,6 +229,32 @@ def _found_decay(
         return replace(given, ema_warmup=f"{schedule}:{decay:.12g}", last_step=last), text
     warm_up = given.ema_warmup or audit.warm_up or "none"
     return replace(given, ema_decay=decay, ema_warmup=warm_up), text
+
+
+def _warn_of_stride(
+    audit: Audit,
+    given: ImportSettings,
+    updates: Sequence[Updates],
+) -> None:
+    """Warn if an average looks like one of a round decay that is updated at every n-th step, whose
+    weights have the same mean age: errors are then several times larger than predicted."""
+    is_said = any(update.count is not None or update.every > 1 for update in updates)
+    if is_said or given.update_every or audit.length is None or audit.warm_up:
+        return
+    decay = audit.found or 0.0
+    age = decay / (1 - decay)
+    distance = min(2 * (audit.uncertainty or 0.0), _NEAR)
+    if _round_decays(decay, distance):
+        return
+    choices = []
+    for every in sorted({*_STRIDES, round(audit.spacing / 2), given.steps_per_epoch or 1}):
+        for near in _round_decays(age / (age + every), distance):
+            if near >= 0.9:
+                choices.append(f"{near:g} in every {every} steps")
+    if choices:
+        reason = f"decay {decay:.7g} is no round one, as {' or '.join(choices)} is"
+        hint = "if it is that, give `update_every`: errors are else larger than predicted"
+        log.warning("%s; %s", reason, hint)
 
 
 def _schedule_in(audit: Audit) -> str:
@@ -297,6 +352,8 @@ def _check_is_average(audit: Audit) -> None:
         hint += ", and `update_every` says that it is updated less often"
     if audit.verdict in (SET_BACK, DOES_NOT_MOVE):
         raise InvalidValueError("average", audit.text, f"name files of one side by a glob; {hint}")
+    if audit.verdict == ONCE:
+        raise InvalidValueError("update_every", f"must be given: {audit.text}")
     if audit.verdict == LOSES_UPDATES:
         raise InvalidValueError("average", audit.text, hint)
     if audit.verdict == SOME_TENSORS:

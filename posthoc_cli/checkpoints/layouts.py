@@ -105,8 +105,10 @@ class Found:
 
     @property
     def starts(self) -> tuple[FloatArray, FloatArray]:
-        """The first elements of the average, and of its weights."""
-        names = self.averaged.keys() & self.weights.keys()
+        """The first elements of the average, and of its weights: of matrices if there are any, as
+        the vectors of two networks may be near each other, such as those of norms."""
+        shared = self.averaged.keys() & self.weights.keys()
+        names = {name for name in shared if len(self.weights[name].shape) > 1} or shared
         averaged = {name: self.averaged[name] for name in names}
         weights = {name: self.weights[name] for name in names}
         ours = first_values(make_checkpoint(self.content, averaged))
@@ -157,6 +159,22 @@ def _found(sets: Sets, settings: ImportSettings) -> Found:
     if settings.kind in (None, "checkpoints"):
         return _weights(sets, settings)
     raise UnsuitableError(sets.content.path, f"is no file of {settings.kind}")
+
+
+def without_words(found: Found, settings: ImportSettings) -> Found:
+    """Return a checkpoint as the weights of a model in which no word says that a set is an average;
+    without that set if it lies outside of the model."""
+    sets = Sets(found.content)
+    averages = sets.averages
+    sets.averages = []
+    if len(sets.models) == 1:
+        (key,) = sets.models
+        whole = replace(found, model={}, weights=sets.model(settings.prefix), weights_key=key)
+    else:
+        sets.averages = averages
+        whole = found
+    unused = sets.without(whole.weights.values())
+    return replace(whole.without_average, unused=unused)
 
 
 def _averages(sets: Sets, settings: ImportSettings) -> Iterator[Found]:
@@ -248,9 +266,7 @@ class Stored:
     def _warn_if_unrelated(self) -> None:
         """Warn if the average is as far from the weights as another network is, such as the other
         tower of a model, whose key is `target_encoder`."""
-        ours, theirs = self._found.starts
-        are_alike = ours.shape == theirs.shape  # unless some are tied
-        if are_alike and not are_near(ours, theirs):
+        if not are_near(*self._found.starts):
             reason = "the set that its key calls an average is unrelated to the weights"
             hint = "name it by `average` if it is one"
             log.warning("%s: %s; %s", self._content.path, reason, hint)
@@ -415,9 +431,9 @@ def _find_twin(sets: Sets) -> Found | None:
                 pairs.setdefault(frozenset((other, path)), (other, path))
     if len(pairs) == 1:
         ((twin, path),) = pairs.values()
-        averaged = sets.below(twin)
         model = sets.below(path)
-        if len(model) > 1:
+        averaged = match_names(sets.below(twin), model)
+        if averaged and len(model) > 1:
             return Found(
                 sets.content,
                 "ema",
@@ -857,9 +873,9 @@ def check_given(found: Found, settings: ImportSettings) -> None:
         raise InvalidValueError("sigma_rels", reason)
 
 
-def select(found: Found, settings: ImportSettings) -> tuple[Tensors, Tensors]:
-    """Return the tensors of the average and of the weights that settings choose, by their names
-    without the prefix; each may be empty."""
+def within(found: Found, settings: ImportSettings) -> tuple[Tensors, Tensors]:
+    """Return the tensors of the average and of the weights by their names without the prefix that
+    settings give; each may be empty."""
     averaged = found.tensors if found.averaged else {}
     prefix = settings.prefix
     if f".{found.weights_key}.".endswith(f".{prefix}"):  # the set lies there
@@ -870,5 +886,5 @@ def select(found: Found, settings: ImportSettings) -> tuple[Tensors, Tensors]:
         if tensors and not named:
             reason = f"no tensor's name begins with {shown(prefix)}; it has {names_in([*tensors])}"
             raise UnsuitableError(found.path, reason)
-        chosen.append(settings.select(named) if named else {})
+        chosen.append(named)
     return chosen[0], chosen[1]

@@ -4,6 +4,7 @@ a user has to look for them."""
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -35,20 +36,19 @@ def nested_in(
     or only a glob can name files; DirectoryError if a folder within holds checkpoints.
     """
     numbered = []
-    places = dict[str, None]()
+    places = Counter[str]()
     for entry in entries:
         below = _places_in(entry)
         if below:
             numbered.append(entry)
             last = below[-1]
-        for path in below:
-            places[str(path.relative_to(entry))] = None
+        places.update(str(path.relative_to(entry)) for path in below)
     # a number in the place may be another one than that of the outer folder
     is_other = any(re.search("[1-9]", path) for path in places)
     if len(places) == 1 and not is_other and all(map(_has_step, numbered)):
         return numbered
     if places:
-        _ask_which(folder, [*places], last)
+        _ask_which(folder, places, last)
     if endings := _without_endings(entries):
         _ask(folder, "its files of tensors are named as shards, or have no usual endings", endings)
     foreign = []
@@ -73,16 +73,20 @@ def _has_step(entry: Path) -> bool:
 
 def _ask_which(
     folder: Path,
-    places: Sequence[str],
+    places: Counter[str],
     last: Path,
 ) -> None:
-    globs = dict.fromkeys(re.sub("[0-9]+", "*", f"*/{path}") for path in places)
+    globs = dict[str, None]()
+    for path, count in places.items():
+        # numbers of the parts of a model are the same in all folders
+        name = path if count > 1 else re.sub("[0-9]+", "*", path)
+        globs[f"*/{name}"] = None
     readings = map(time_in_name, last.iterdir())
     if any(reading is not None and reading.is_marked for reading in readings):
         globs = {f"{pattern}/*": None for pattern in globs}
     else:
         open_checkpoint(last)  # its error says more
-    _ask(folder, f"its folders hold models in {names_in(places)}", [*globs])
+    _ask(folder, f"its folders hold models in {names_in([*places])}", [*globs])
 
 
 def _ask(

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -50,7 +51,8 @@ from posthoc_cli.checkpoints.layouts import (
     check_settings,
     named_decay,
     recognise,
-    select,
+    within,
+    without_words,
 )
 from posthoc_cli.checkpoints.lost_updates import MOST_LOST, digits_of, lost_share
 from posthoc_cli.checkpoints.manifest import Manifest, read_manifest
@@ -78,12 +80,12 @@ from posthoc_cli.errors import (
 from posthoc_cli.profiles import FloatArray, OrdinaryEMA, Point, StoredProfile
 from posthoc_cli.snapshots.directory import is_import, is_snapshot_name
 from posthoc_cli.snapshots.outputs import describe_tensors
+from posthoc_cli.snapshots.snapshot import check_globs
 from posthoc_cli.snapshots.sources import by_time, model_difference
 
 log = logging.getLogger(__name__)
 
-_OF_MODELS = "name the files of one run by a glob, or import with `include`, `exclude` or `prefix`"
-_OF_NUMBERS = "name the files of one run by a glob, or import with `step_from`"
+_BY_GLOB = "name the files of one run by a glob"
 _NO_STEP = "no step"  # why a file is left out
 _EPOCHS = 1000  # largest number that is read as perhaps epochs: few trainings have more
 _SCALE = re.compile(r"_scale(?:_inv)?$|(?<=\.)scale_(?=weight$)")  # in the name of a scale
@@ -92,6 +94,9 @@ _GROWTH = 1.3
 """Least factor between the norms of successive averages that is no average's: of weights that grow
 evenly from 0 for the whole training, averages grow by less after three files."""
 _SLOWER = 0.8  # averages of any length move by a third less than the weights
+_TOWARDS = 0.5
+"""Least cosine between the motion of a far average and its way to the weights: 1 if these stay, and
+0 of networks of their own."""
 _LATEST = 20  # averages whose motion shows whether they lose updates: fewer show it less often
 _LOST = 0.5  # largest share of an average that the next one has lost if its motion goes on
 _DIGITS = 8  # motion in one interval after which none in the next is unlikely
@@ -169,7 +174,7 @@ def _opened_again(manifest: Manifest) -> list[Checkpoint]:
         opened.append(replace(found, time=time))
     unit, is_stated = manifest.unit
     clock = Times(unit, is_stated, "", ())
-    return _all_made(_decided(opened), clock, manifest.settings)
+    return _all_made(_decided(opened, manifest.settings), clock, manifest.settings)
 
 
 # --- all checkpoints at a place
@@ -184,6 +189,7 @@ class Place:
     written_by: str = ""  # the programs that a layout or the name of a step shows
     notes: tuple[str, ...] = ()  # what is not used
     lacks_steps: str = ""  # why profiles of EMAs cannot be known
+    may_be_epochs: bool = False  # whether few numbers of no stated unit are taken for steps
 
 
 _LeftOut = dict[str, str]
@@ -211,26 +217,37 @@ def read_place(
     """
     left_out = _LeftOut()
     paths = _of_one_average(_candidates(place, left_out), settings)
-    run = _one_run(*_open_all(paths, settings), left_out)
+    run = _one_run(*_open_all(paths, settings), settings, left_out)
     if not run:
         hint = "name their folder, a file, or a glob such as 'out/step*.pt'"
         raise DirectoryError(place, "holds no checkpoints", hint)
     check_settings({file.kind for file in run}, settings)
     times = times_of([file.reading for file in run], settings)
-    used = _decided(_begun(run, times.numbers))
-    lacks_steps = ""
+    used = _decided(_begun(run, times.numbers), settings)
     has_decays = any(file.updates is not None for file in used)
+    doubt = ""
     if has_decays or settings.ema_decay:
-        lacks_steps = _lacks_steps(times, used, asks)
+        doubt = _lacks_steps(times, used, asks)
+    lacks_steps = "" if asks else doubt
     if has_decays and times.unit == "steps" and not lacks_steps:
         times = replace(times, is_stated=True)
-    notes = [note for note in (_text_of(left_out), _unused(used)) if note]
-    for note in notes:
-        log.warning("%s: %s", place, note)
+    notes = _noted(place, left_out, used)
     if lacks_steps:
         used = [replace(file, updates=file.updates and Updates()) for file in used]
     checkpoints = _all_made(used, times, settings)
-    return Place(checkpoints, times.says, _programs(run), tuple(notes), lacks_steps)
+    return Place(checkpoints, times.says, _programs(run), notes, lacks_steps, bool(doubt))
+
+
+def _noted(
+    place: str | Path,
+    left_out: _LeftOut,
+    used: Sequence[Found],
+) -> tuple[str, ...]:
+    """Log, and return, what is not used."""
+    notes = tuple(filter(None, (_text_of(left_out), _unused(used))))
+    for note in notes:
+        log.warning("%s: %s", place, note)
+    return notes
 
 
 def _programs(run: Sequence[Found]) -> str:
@@ -277,7 +294,7 @@ def _begun(
     """Return the checkpoints of a training that has begun, with their times."""
     if max(times) <= 0:
         reason = "its number is 0, as that of all files, so that it may be something else"
-        raise InvalidValueError(run[0].path, reason, _OF_NUMBERS)
+        raise InvalidValueError(run[0].path, reason, f"{_BY_GLOB}, or import with `step_from`")
     used = []
     for file, time in zip(run, times, strict=True):
         if time > 0:
@@ -303,7 +320,7 @@ def _lacks_steps(
         return f"{decays} {times.says}; import with `steps_per_epoch`"
     has_counts = any(file.reading.count for file in used)
     is_said = times.is_stated or has_counts or times.unit != "steps"
-    if asks or is_said or max(times.numbers) > _EPOCHS:
+    if is_said or max(times.numbers) > _EPOCHS:
         return ""
     return f"{decays} {times.says}; `ema import` checks it"
 
@@ -400,6 +417,7 @@ def _of_one_unit(opened: list[Found]) -> list[Found]:
 def _one_run(
     opened: list[Found],
     errors: Mapping[Path, PostHocError],
+    settings: ImportSettings,
     left_out: _LeftOut,
 ) -> list[Found]:
     """Return the checkpoints that are one run; raise an error of the others if none is, or if a
@@ -414,7 +432,8 @@ def _one_run(
         is_stepless = isinstance(error, InvalidValueError)
         left_out[name] = _NO_STEP if is_stepless else error.reason
     opened = _aligned(_with_numbers(opened, left_out))
-    opened = _largest_group(opened, _model, "another model", left_out)
+    model = partial(_model, settings=settings)
+    opened = _largest_group(opened, model, "another model", left_out)
     opened = _largest_group(opened, _kind_of_number, "another kind of number", left_out)
     units = {file.reading.unit: file for file in opened}
     for unit, name in {"steps": "steps", "": "an unknown unit"}.items():
@@ -472,10 +491,15 @@ def _kind_of_number(file: Found) -> object:
     return file.reading.unit or file.reading.is_marked
 
 
-def _model(file: Found) -> object:
-    """Return the names and shapes of the tensors of a checkpoint, without wrappers."""
-    tensors = file.tensors
-    return frozenset((unwrapped(name), tensor.shape) for name, tensor in tensors.items())
+def _model(file: Found, settings: ImportSettings) -> object:
+    """Return the names and shapes of the tensors of a checkpoint that settings choose, without
+    wrappers."""
+    shapes = set()
+    chosen = settings.selection
+    for name, tensor in file.tensors.items():
+        if chosen.names(name.removeprefix(settings.prefix)):
+            shapes.add((unwrapped(name), tensor.shape))
+    return frozenset(shapes)
 
 
 def _largest_group(
@@ -503,7 +527,7 @@ def _largest_group(
 # --- which of two sets is the average
 
 
-def _decided(opened: list[Found]) -> list[Found]:
+def _decided(opened: list[Found], settings: ImportSettings) -> list[Found]:
     """Return the checkpoints; where files do not say which of two sets is the average, it is the
     one that moves less from file to file, and near the other. There is none if the sets are equal,
     or one never moves.
@@ -511,13 +535,11 @@ def _decided(opened: list[Found]) -> list[Found]:
     Raise InvalidValueError if there may be another one; of parts of a model there is none then.
     """
     if not any(file.undecided for file in opened):
-        return opened
-    in_order = sorted(opened, key=lambda file: file.time)
-    rows = np.stack([file.starts for file in in_order])
-    motion = np.diff(rows, axis=0)
-    average, weights = np.square(motion).sum(axis=(0, 2)).tolist()
+        return _related(opened, settings)
+    both = _starts(opened)
+    ours, theirs = both
+    average, weights = np.square(np.diff(both, axis=1)).sum(axis=(1, 2)).tolist()
     slower, faster = sorted((average, weights))
-    ours, theirs = np.swapaxes(rows, 0, 1)
     follows = slower > 0 and slower <= _SLOWER * faster and are_near(ours, theirs)
     first = opened[0]
     if np.array_equal(ours, theirs) or (first.model and not follows):
@@ -537,13 +559,44 @@ def _with_slower(
     is_still: bool,
 ) -> list[Found]:
     """Return the checkpoints with the slower set as the average, or without it if it is still."""
-    folder = opened[0].path.parent
-    name, _ = opened[0].undecided
+    first = opened[0]
+    name, _ = first.undecided
+    says = f"the average is {name}, which moves less from file to file"
     if is_still:
-        log.warning("%s: %s never moves, and is not used", folder, name)
-        return [file.without_average for file in opened]
-    log.warning("%s: the average is %s, which moves less from file to file", folder, name)
+        says = f"{name} never moves, and is not used"
+        opened = [file.without_average for file in opened]
+    log.warning("%s: %s", first.path.parent, says)
     return opened
+
+
+def _starts(opened: Sequence[Found]) -> FloatArray:
+    """Return the first elements of averages and weights, by time: [two, times, elements]."""
+    in_order = sorted(opened, key=lambda file: file.time)
+    rows = np.stack([file.starts for file in in_order])
+    return np.swapaxes(rows, 0, 1)
+
+
+def _related(opened: list[Found], settings: ImportSettings) -> list[Found]:
+    """Return the checkpoints; as weights alone if the set that a word calls an average is another
+    network, such as the second of two encoders: far from the weights, and not moving there."""
+    pairs = [file for file in opened if file.kind == "ema" and file.averaged and file.weights]
+    if settings.average or len(pairs) < 2:
+        return opened
+    newest = max(pairs, key=lambda file: file.time)
+    tensor = next(iter(newest.averaged.values()))
+    is_sure = "ema" in tensor.name.lower()  # no word for anything else
+    if is_sure or are_near(*newest.starts):
+        return opened
+    ours, theirs = _starts(pairs)
+    motion = np.diff(ours, axis=0)
+    ways = theirs - ours
+    way = ways[1:] + ways[:-1]
+    lengths = np.sqrt(np.square(motion).sum() * np.square(way).sum())
+    if (motion * way).sum() >= _TOWARDS * lengths:
+        return opened
+    reason = "is taken for no average: it is far from the weights, and does not move towards them"
+    log.warning("%s: %s %s", newest.path, tensor.name, reason)
+    return [without_words(file, settings) for file in opened]
 
 
 def _all_made(
@@ -553,6 +606,11 @@ def _all_made(
 ) -> list[Checkpoint]:
     newest = max(opened, key=lambda file: file.time)
     checkpoints = []
+    names = dict[str, None]()
+    for file in opened:
+        for tensors in within(file, settings):
+            names.update(dict.fromkeys(tensors))
+    check_globs(settings.selection, names)
     for file in opened:
         checkpoints += _made(_named_as(newest, file), times, settings)
     _warn_of_copies(checkpoints[-1])
@@ -584,7 +642,7 @@ def _made(
     """Return the sources in a checkpoint: the weights, the average, or both."""
     check_given(found, settings)
     time = found.time
-    averaged, weights = select(found, settings)
+    averaged, weights = map(settings.select, within(found, settings))
     profile: StoredProfile = Point(float(time))
     about = {
         "kind": found.kind,
@@ -605,11 +663,6 @@ def _made(
 
 
 # --- what is at a place
-
-
-def has_candidates(directory: Path) -> bool:
-    """Return whether a directory exists and holds files that may be checkpoints."""
-    return directory.exists() and bool(_candidates(directory, _LeftOut()))
 
 
 def holds_checkpoints(place: str | Path) -> bool:
@@ -728,17 +781,40 @@ def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     first = ordered[0]
     for other in ordered:
         if difference := model_difference(first, other):
-            raise _mismatch(first, other, difference, _OF_MODELS)
+            raise _mismatch(first, other, difference, "`include`, `exclude` or `prefix`")
     kept = _without_duplicates(ordered)
-    weights = {checkpoint.t for checkpoint in kept if isinstance(checkpoint.profile, Point)}
-    run = [
-        checkpoint for checkpoint in kept if checkpoint.t not in weights or not is_copy(checkpoint)
-    ]
+    weights = {
+        checkpoint.t: checkpoint for checkpoint in kept if isinstance(checkpoint.profile, Point)
+    }
+    run = list[Checkpoint]()
+    copies = list[Checkpoint]()
+    for checkpoint in kept:
+        if checkpoint.t in weights and is_copy(checkpoint):
+            copies.append(checkpoint)
+        else:
+            run.append(checkpoint)
+    if copies:
+        _check_copies(by_time(copies), weights)
     _check_averages(run)
     shapes = [(name, entry.shape) for name, entry in sorted(first.entries.items())]
     known = repr((shapes, first.identity))
     run_id = xxhash.xxh3_128_hexdigest(known.encode())
     return by_time([replace(checkpoint, run_id=run_id) for checkpoint in run])
+
+
+def _check_copies(
+    copies: Sequence[Checkpoint],
+    weights: Mapping[float, Checkpoint],
+) -> None:
+    """Raise InvalidValueError if averages that have not begun are no copies of the weights, but
+    stand still: they go on from earlier weights."""
+    earlier = copies[0]
+    later = copies[-1]
+    if _are_unequal(weights[earlier.t], weights[later.t]) and not _are_unequal(earlier, later):
+        names = f"{earlier.path.name} and {later.path.name}"
+        reason = f"{names} hold the same average, and other weights, from which it cannot begin"
+        hint = "name by a glob the files in which its first value has faded"
+        raise InvalidValueError("update_after_step", reason, hint)
 
 
 def _without_duplicates(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
@@ -760,8 +836,13 @@ def _mismatch(
     first: Checkpoint | Found,
     other: Checkpoint | Found,
     difference: str,
-    hint: str = _OF_NUMBERS,
+    settings: str = "`step_from`",
 ) -> MismatchError:
+    ours, theirs = (re.sub("[0-9]+", "*", file.path.name) for file in (first, other))
+    hint = _BY_GLOB
+    if ours != theirs:
+        hint += f", such as '{ours}' or '{theirs}'"
+    hint += f", or import with {settings}"
     return MismatchError(f"{first.path} and {other.path}", difference, hint)
 
 

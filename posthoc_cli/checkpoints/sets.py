@@ -182,7 +182,7 @@ class Sets:
         self,
         path: str,
     ) -> dict[str, tuple[int, ...]]:
-        return {name: tensor.shape for name, tensor in self.below(path).items()}
+        return {unwrapped(name): tensor.shape for name, tensor in self.below(path).items()}
 
     def without(
         self,

@@ -22,7 +22,13 @@ from posthoc_cli.profiles import (
     check_sigma_rel,
     gamma_from_sigma_rel,
 )
-from posthoc_cli.snapshots.snapshot import Count, check_globs, converted, kinds_of, make_selection
+from posthoc_cli.snapshots.snapshot import (
+    Count,
+    Selection,
+    converted,
+    kinds_of,
+    make_selection,
+)
 from posthoc_cli.snapshots.sources import Rule
 
 Arguments = dict[str, Any]
@@ -219,11 +225,15 @@ class ImportSettings:
             names += ("ema_decay", "ema_warmup", "sigma_rels", "ema_uncertainty")
         return replace(self, **{name: getattr(UNSPECIFIED, name) for name in names})
 
+    @property
+    def selection(self) -> Selection:
+        """What `include` and `exclude` choose of the names without the prefix."""
+        return make_selection(self.include, self.exclude, "copy")
+
     def select(self, tensors: Tensors) -> Tensors:
-        selection = make_selection(self.include, self.exclude, "copy")
-        check_globs(selection, tensors)
-        selected = {name: tensor for name, tensor in tensors.items() if selection.names(name)}
-        if not selected:
+        names = self.selection.names
+        selected = {name: tensor for name, tensor in tensors.items() if names(name)}
+        if tensors and not selected:
             raise InvalidValueError("include and exclude", "leave no tensor of the model")
         return selected
 

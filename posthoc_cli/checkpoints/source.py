@@ -207,7 +207,9 @@ def first_values(source: Checkpoint) -> FloatArray:
 
 def are_near(ours: FloatArray, theirs: FloatArray) -> bool:
     """Return whether values are nearer to others than those of another network are, whose squared
-    distance is the sum of the squared norms of both."""
+    distance is the sum of the squared norms of both; also if there are others, of tied tensors."""
+    if ours.shape != theirs.shape:
+        return True
     norms = np.square(ours).sum() + np.square(theirs).sum()
     return bool(np.square(ours - theirs).sum() <= norms / 2)
 

@@ -478,7 +478,7 @@ def of_modules_without_tensors(folder):
 UNCLEAR = {
     two_unknown_sets: "--steps-per-epoch",
     of_no_time: "its step",
-    of_one_time: "are both of step 5; name the files of one run by a glob, or import with",
+    of_one_time: "are both of step 5; name the files of one run by a glob, such as 'a_*.pt' or 'b_",
     of_modules_without_tensors: "no tensors",
 }
 

@@ -112,8 +112,8 @@ TWO_MODELS = ("{}/student/model.safetensors", "{}/critic/model.safetensors")
             r"models in 'critic', 'student'; name .* '\S+run/\*/critic' or '\S+/student'",
         ),
         (
-            ["try{}/stage2/model.safetensors"],
-            r"models in 'stage2'; name .* glob, such as '\S+run/\*/stage\*'",
+            ["s{}/mp_rank_00/model.pt", "s{}/mp_rank_01/model.pt"],
+            r"models in 'mp_rank_00', .* such as '\S+run/\*/mp_rank_00' or '\S+/mp_rank_01'",
         ),
         (
             ["exp{}/final/model.safetensors"],
@@ -122,6 +122,10 @@ TWO_MODELS = ("{}/student/model.safetensors", "{}/critic/model.safetensors")
         (
             ["s{}/actor/model_world_size_2_rank_0.pt", "s{}/actor/model_world_size_2_rank_1.pt"],
             r"actor: holds partitions .*; convert .*own script",
+        ),
+        (
+            ["s{}/consolidated.00.pth", "s{}/consolidated.01.pth"],
+            "holds partitions",
         ),
         (
             ["{}/model/body/model_weight_pp-rank-0-of-1_tp-rank-0-of-1.safetensors"],

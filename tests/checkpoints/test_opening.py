@@ -150,6 +150,17 @@ def test_a_choice_of_no_tensor_is_refused(settings, reason, choice):
         read(choice, **settings)
 
 
+@pytest.mark.parametrize("last", [2, 5])
+def test_a_tensor_that_came_later_can_be_left_out(last, tmp_path):
+    """The error about it names `exclude`, which was refused as it matched no name of a file."""
+    for step in range(1, 6):
+        state = {"body": torch.full((3,), float(step))}
+        if step >= last:
+            state["head"] = torch.ones(2)
+        torch.save(state, tmp_path / f"step{step}.pt")
+    assert times(tmp_path, exclude="head") == [1, 2, 3, 4, 5]
+
+
 class AmbiguousNames(torch.nn.Module):
     """A module whose parts have names that checkpoints use for something else."""
 

@@ -507,6 +507,36 @@ def test_two_towers_are_no_average_and_its_weights(tmp_path, caplog):
     assert_equal(exported(file, average="target_encoder"), towers["target_encoder"])
 
 
+def scaled(tensors, factor):
+    return {name: factor * value for name, value in tensors.items()}
+
+
+def a_second_encoder(save):
+    return {"encoder": save.weights, "target_encoder": negated(save.weights)}
+
+
+def a_long_average(save):
+    """Return weights that grow evenly from 0, and what an average of 4,000 steps has of them."""
+    t = save.step
+    return {"encoder": scaled(OTHER, t), "target_encoder": scaled(OTHER, t**2 / 8000)}
+
+
+@pytest.mark.parametrize("content", [a_second_encoder, a_long_average])
+def test_a_second_network_is_a_part_of_the_model_whatever_its_name_says(content, tmp_path, caplog):
+    """It is far from the weights, as a long average may be, but does not move towards them."""
+
+    def state(save):
+        sets = content(save)
+        encoder = named("encoder.", sets["encoder"])
+        return {"state_dict": encoder | named("target_encoder.", sets["target_encoder"])}
+
+    write_each(tmp_path, STEP, state)
+    found = set(Run(tmp_path).tensors)
+    is_part = content is a_second_encoder
+    assert (found == state(LAST)["state_dict"].keys()) == is_part
+    assert ("does not move towards them" in caplog.text) == is_part
+
+
 # --- averages without weights, and weights without averages
 
 
@@ -639,10 +669,13 @@ AVERAGES = [one.average for one in saves()]
 STILL = [OTHER] * len(WEIGHTS)
 
 
-def test_the_set_that_moves_less_is_the_average(files, caplog):
-    """As in RoseTTAFold2, whose `model_state_dict` is the average."""
-    write(files, model_state_dict=AVERAGES, non_ema_state_dict=WEIGHTS)
-    check_last(files, steps_per_epoch=EVERY)
+@pytest.mark.parametrize("wrapper", ["", "module."])
+def test_the_set_that_moves_less_is_the_average(wrapper, files, caplog):
+    """As in RoseTTAFold2, whose `model_state_dict` is the average, and DDIM with its wrapper."""
+    averages = [named(wrapper, average) for average in AVERAGES]
+    write(files, model_state_dict=averages, non_ema_state_dict=WEIGHTS)
+    last = named(wrapper, LAST.weights)
+    check(files, averages[-1], last, None, steps_per_epoch=EVERY)
     assert "the average is model_state_dict, which moves less" in caplog.text
 
 

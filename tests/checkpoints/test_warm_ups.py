@@ -141,6 +141,52 @@ def test_a_start_after_the_last_file_is_refused(files):
         import_checkpoints(files, None, dry_run=True, **settings)
 
 
+def test_a_late_start_from_the_first_weights_is_refused(files):
+    """Averages were taken to begin from the weights at the start: 5 times as wrong as predicted."""
+    write(files, train(), by(lambda n: 1.0 if n <= 430 else 0.995))
+    with pytest.raises(
+        InvalidValueError, match=r"step100\.pt and step400\.pt hold the same average"
+    ):
+        import_checkpoints(files, None, dry_run=True, update_after_step=430)
+
+
+@pytest.mark.parametrize(("every", "decay"), [(5, 0.99), (10, 0.99), (50, 0.9)])
+def test_a_decay_of_every_nth_step_is_told_by_its_mean_age(every, decay, files, run, caplog):
+    """As if updated at every step it was 3 to 9 times as wrong as predicted."""
+    write(files, train(), by(lambda n: 1.0 if n % every else decay))
+    import_checkpoints(files, run)
+    assert f"as {decay} in every {every} steps is; if it is that, give `upd" in caplog.text
+    import_checkpoints(files, run, overwrite=True, update_every=every)
+    assert settings_of(run)["ema_decay"] == decay
+    check(run, most=0.02, low=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_an_average_of_the_weights_in_the_files_asks_for_its_interval(dtype, files, run):
+    """As if updated at every step it was 6 times as wrong as predicted."""
+    write(files, train(), by(lambda n: 1.0 if n % EVERY else 0.9), dtype)
+    with pytest.raises(InvalidValueError, match=r"update_every: .* each: every 100"):
+        import_checkpoints(files, run)
+    import_checkpoints(files, run, update_every=EVERY)
+    assert settings_of(run)["ema_decay"] == 0.9
+    check(run, most=0.02)
+
+
+def without_a_step(_, weights, average):
+    return {"net": weights, "ema": average}
+
+
+def test_a_decay_that_is_none_of_steps_asks_whether_numbers_are_epochs(files):
+    """With epochs for steps it was 6 times as wrong as predicted."""
+    write(files, train(), by(lambda _: 0.995), form=without_a_step)
+    for step in TIMES:  # epochs of 20 steps
+        (files / f"step{step}.pt").rename(files / f"{step // 20}.pt")
+    with pytest.raises(InvalidValueError, match=r"^steps_per_epoch: .* decay 0\.90\d+ is no"):
+        import_checkpoints(files, None, dry_run=True)
+    found = import_checkpoints(files, None, dry_run=True, steps_per_epoch=20)
+    assert {round(one.decay, 3) for one in found.checkpoints} == {0.0, 0.995}
+
+
 def of_power(folder, exponent, weights):
     """Write averages whose n-th update keeps (1 - 1/n)^exponent; return their folder and width."""
     write(folder, weights, by(lambda n: (1 - 1 / n) ** exponent))
