@@ -228,9 +228,11 @@ def audit_sources(
         raise DirectoryError(sources[0].path.parent, reason)
     if audits := list(audits_of(sources, claimed)):
         return audits
-    reason = "holds no two times at which there are an average and the weights"
+    reason = "holds no average"
+    if any(not isinstance(source.profile, Point) for source in sources):
+        reason = "holds no two checkpoints with both an average and the weights"
     raise InvalidValueError(
-        sources[0].path.parent, reason, "an audit compares the two between checkpoints"
+        sources[0].path.parent, reason, "an audit compares the average with the weights"
     )
 
 

@@ -565,7 +565,7 @@ def import_(
     from posthoc_cli.checkpoints.import_run import import_checkpoints
 
     done = import_checkpoints(
-        options.open_run(directory, directory=False).directory,
+        options.open_place(directory).directory,
         out,
         overwrite=overwrite,
         dry_run=dry_run,

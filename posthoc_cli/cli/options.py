@@ -218,24 +218,31 @@ def new_picture(out: str | None, overwrite: bool) -> Path | None:
     return None if out is None else files.new_file(out, plots.PICTURES, overwrite)
 
 
-def open_run(given: str, directory: bool = True) -> Run:
-    """Open the run of DIR, which may be a file unless `directory`."""
-
+def open_place(given: str, directory: bool = False) -> Run:
+    """Open DIR, a glob or, unless `directory`, a file, whatever it holds."""
     from posthoc_cli.run import Run
 
     path = files.given_path("DIR", given)
-    if files.is_glob(path):
-        return Run(path)
-    path = existing(path, directory)
-    if path.is_dir() and not holds_snapshots(path):
-        if directory and (path / "sweep.json").is_file():
-            raise InvalidValueError(path, "is the folder of a sweep", "name that of the run")
-        for folder in sorted(path.iterdir()):
-            if folder.is_dir() and holds_snapshots(folder):
-                raise InvalidValueError(
-                    path, "holds no snapshots itself", f"did you mean {folder}?"
-                )
-    return Run(path)
+    return Run(path if files.is_glob(path) else existing(path, directory))
+
+
+def open_run(given: str, directory: bool = True) -> Run:
+    """Open the run of DIR, which may be a file unless `directory`."""
+    run = open_place(given, directory)
+    path = run.directory
+    if files.is_glob(path) or not path.is_dir() or holds_snapshots(path):
+        return run
+    if directory and (path / "sweep.json").is_file():
+        raise InvalidValueError(path, "is the folder of a sweep", "name that of the run")
+    check_not_above_run(path)
+    return run
+
+
+def check_not_above_run(path: Path) -> None:
+    """Raise an InvalidValueError if a folder in this one holds snapshots."""
+    for folder in sorted(path.iterdir()):
+        if folder.is_dir() and holds_snapshots(folder):
+            raise InvalidValueError(path, "holds no snapshots itself", f"did you mean {folder}?")
 
 
 def holds_snapshots(folder: Path) -> bool:

@@ -7,16 +7,25 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from typer import Argument
 
 from posthoc_cli import files, resources
 from posthoc_cli.cli import options, output
-from posthoc_cli.errors import InvalidValueError, PostHocError, check_alone, check_word
+from posthoc_cli.errors import (
+    DirectoryError,
+    InvalidValueError,
+    PostHocError,
+    check_alone,
+    check_word,
+)
 from posthoc_cli.planning import ErrorCurve
 from posthoc_cli.report.facts import facts
 from posthoc_cli.targets import bad, parse_numbers, parse_targets
+
+if TYPE_CHECKING:
+    from posthoc_cli.snapshots.verify import Verification
 
 
 def info(
@@ -85,14 +94,12 @@ def verify(
 
     Move a broken snapshot out of its directory: the others work without it.
     """
-    from posthoc_cli.run import Run
-
     reports: list[dict[str, Any]] = []
     is_fine = True
     code = 0
     for path in paths:
         try:
-            check = Run(options.existing(path, name="DIR|FILE")).check(output.progress_bar())
+            check = _checked(options.existing(path, name="DIR|FILE"))
         except PostHocError as error:
             if len(paths) == 1:
                 raise
@@ -112,6 +119,16 @@ def verify(
             reports[0] if len(reports) == 1 else {"kind": "several", "paths": reports}
         )
     return max(code, int(not is_fine))
+
+
+def _checked(path: Path) -> Verification:
+    from posthoc_cli.run import Run
+
+    try:
+        return Run(path).check(output.progress_bar())
+    except DirectoryError:
+        options.check_not_above_run(path)
+        raise
 
 
 def _print_verify(report: dict[str, Any]) -> None:
@@ -183,7 +200,7 @@ def audit(
     Exit code 1 if an average is not what it claims to be.
     """
     picture = options.new_picture(out, overwrite)
-    audits = options.open_run(directory, directory=False).audit(claimed)
+    audits = options.open_place(directory).audit(claimed)
     report = {"audits": [audit.to_dict() for audit in audits]}
     if not audits[0].intervals:
         picture = None  # there is nothing to draw
