@@ -673,7 +673,7 @@ def _is_trained_leaf(leaf: object) -> bool:
 
 def _warn_of_unreached(value: Tensor, leaves: Sequence[Tensor]) -> None:
     """Warn of leaves that the first value does not depend on; a module that is skipped at a later
-    update is no mistake."""
+    update is not a mistake."""
     reached = torch.autograd.grad(value.sum(), leaves, retain_graph=True, allow_unused=True)
     for number, gradient in enumerate(reached):
         if gradient is None:

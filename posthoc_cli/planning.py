@@ -297,7 +297,7 @@ class _Chosen:
         return float(_combined(self._losses.squares[:, None])[0])
 
     def of(self, among: Sequence[SameTime]) -> _Chosen:
-        """Return the same for some of them."""
+        """Return the choice among some of its times."""
         indices = [index for time in among for index in time.indices]
         columns = [self._column[index] for index in indices]
         chosen = copy(self)
@@ -320,7 +320,7 @@ def _closest_together(
     left: Sequence[SameTime],
     equals: Sequence[SameTime],
 ) -> SameTime:
-    """Return the one whose neighbours are closest together; `left` is in order."""
+    """Return the time whose neighbours are closest together; `left` is in order."""
     gaps = dict.fromkeys(equals, math.inf)  # infinity without two neighbours
     for before, time, after in zip(left, left[1:], left[2:], strict=False):
         if time in gaps:

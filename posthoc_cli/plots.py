@@ -161,7 +161,7 @@ def _draw_points(
     least: float,
     colour: str,
 ) -> None:
-    """Draw the averages of a curve that are no power functions."""
+    """Draw the averages of a curve that are not power functions."""
     for number, point in enumerate(curve.others, start=1):
         error = point.predicted_error
         label = f"{point.label}: {100 * error:.2g} %"

@@ -139,9 +139,9 @@ class Audit:
     claimed: float | None = None  # claimed parameter
     difference: float = 0.0  # between the lengths found and claimed, of their logarithms
     warm_up: str = ""  # rule by which the decay rose, as `ImportSettings.ema_warmup` names it
-    # times after the begin of the training at which it started from the weights
+    # times after the beginning of the training at which it started from the weights
     starts: tuple[float, ...] = ()
-    is_late: bool = False  # whether the first of these is its begin, and not a restart
+    is_late: bool = False  # whether the first of these is its beginning, not a restart
     # names of the tensors that the verdict is about; empty for all tensors
     tensors: tuple[str, ...] = ()
     intervals: tuple[Interval, ...] = ()

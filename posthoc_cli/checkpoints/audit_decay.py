@@ -24,7 +24,7 @@ each times a variance q: one for each response and interval. With S the covarian
 P the inverse of that sum, the variances follow from q <- q sqrt(tr(P S P C) / tr(P C)).
 
 The earlier half of the checkpoints and the later one are explained alone, too. What each of them
-says of the length is the uncertainty, so that it holds for a rule that is none of the table.
+says of the length is the uncertainty, so that it holds for a rule that is not in the table, too.
 """
 
 from __future__ import annotations
@@ -609,7 +609,7 @@ def _parts(series: Series) -> list[Series]:
 
 
 def _edges_of_cells(times: FloatArray) -> FloatArray:
-    """Return the ends of the cells up to each checkpoint, and their begin."""
+    """Return the ends of the cells up to each checkpoint, and their beginning."""
     cells = np.arange(len(times) * _CELLS + 1) / _CELLS
     past = 2 * times[0] - times[1]  # which counts for one interval
     begun = np.append(past, times)

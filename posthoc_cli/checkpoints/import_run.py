@@ -128,9 +128,9 @@ def import_checkpoints(
 
 
 def with_checked_decays(sources: Sequence[Source]) -> Sequence[Source]:
-    """Return the sources of a run that is no import, after a comparison of the decays that files
-    say with the weights beside the averages, if there are any; raise an InvalidValueError if they
-    do not fit."""
+    """Return the sources of a run that is not an import, after comparing the decays that files say
+    with the weights beside the averages, if there are any; raise an InvalidValueError if they do
+    not fit."""
     checkpoints = [checkpoint for checkpoint in sources if isinstance(checkpoint, Checkpoint)]
     weights = {checkpoint.t for checkpoint in checkpoints if isinstance(checkpoint.profile, Point)}
     averages = [

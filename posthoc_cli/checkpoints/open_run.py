@@ -89,7 +89,7 @@ _EPOCHS = 1000  # largest number that is read as perhaps epochs: few trainings h
 _SCALE = re.compile(r"_scale(?:_inv)?$|(?<=\.)scale_(?=weight$)")  # in the name of a scale
 _STATE = re.compile(r"[-_]states?$")  # of folders with the state of a training, and its weights
 _GROWTH = 1.3
-"""Least factor between the norms of successive averages that is no average's: of weights that grow
+"""Least factor between the norms of successive files that no averages have: of weights that grow
 evenly from 0 for the whole training, averages grow by less after three files."""
 _SLOWER = 0.8  # averages of any length move by a third less than the weights
 _LATEST = 20  # averages whose motion shows whether they lose updates: fewer show it less often
@@ -143,7 +143,7 @@ def _warn_if_equal(checkpoints: Sequence[Checkpoint]) -> None:
     newest = by_time(checkpoints)[-2:]
     paths = {checkpoint.path for checkpoint in newest}
     if len(newest) > len(paths) and not _are_unequal(*newest):
-        reason = "its weights equal its average: they are no raw weights if it has begun"
+        reason = "its weights equal its average: they are not raw weights if it has begun"
         log.warning("%s: %s; an import takes others by `weights`", newest[0].path, reason)
 
 
@@ -665,7 +665,7 @@ def _candidates_in(folder: Path, left_out: _LeftOut) -> list[Path]:
     if not folders and not loose:
         of_weights = [entry for entry in entries if WEIGHTS_STATES.fullmatch(entry.name)]
         return of_weights or nested_in(folder, entries)
-    # Next to files, a folder without a number, such as "averages", is no checkpoint; next to
+    # Next to files, a folder without a number, such as "averages", is not a checkpoint; next to
     # folders, no file is one.
     numbered = [entry for entry in folders if re.search(r"\d", entry.name)]
     if _is_series_beside_states(folder, loose, folders):
@@ -901,7 +901,7 @@ def describe_checkpoints(place: Path) -> Values:
 
 
 def describe_files(place: Path, error: PostHocError) -> Values:
-    """Return what files hold that are no run as they are, for JSON, and what an import would have
+    """Return what files hold that need an import, for JSON, and what that import would have
     to be told; raise the error that says so if none can be opened."""
     paths = _candidates(place, _LeftOut())
     rows: list[Values] = []
@@ -925,7 +925,7 @@ def describe_files(place: Path, error: PostHocError) -> Values:
             checkpoint = make_checkpoint(opened[0], tensors)
             described |= {**describe_tensors(checkpoint), "bytes": checkpoint.file_bytes}
     if isinstance(error, InvalidValueError):
-        return {**described, "notes": [f"no run as it is: {error}"]}
+        return {**described, "notes": [f"cannot be used as it is: {error}"]}
     return {**described, "problems": [str(error)]}
 
 

@@ -38,7 +38,7 @@ _NO_THREAD = "can't start new thread"  # of Python's RuntimeError
 
 
 class _Flags:
-    """Parameters whose help shows no type behind options without a value, and not --help, which was
+    """Parameters whose help shows no type after options without a value, and not --help, which was
     just used."""
 
     def get_params(self, ctx: Any) -> list[Any]:

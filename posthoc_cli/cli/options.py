@@ -183,7 +183,7 @@ def existing(
     name: str = "DIR",
 ) -> Path:
     """Return the path of an existing input, with ~ expanded; an error without one, or a `directory`
-    that is none."""
+    that is not one."""
     path = files.given_path(name, given)
     try:
         mode = path.stat().st_mode

@@ -269,7 +269,7 @@ def report(
     page = files.new_file(out, (".html",), overwrite)
     runs = list(map(options.open_run, directories))
     folders = [files.expanded(folder) for folder in sweep]
-    # a name that is no valid text holds lone surrogates
+    # a name that is not valid text holds lone surrogates
     text = render(runs, folders, page).encode(errors="backslashreplace")
     files.write_atomically(page, text, overwrite)
     output.show({"output": str(page), "bytes": len(text)}, as_json, lambda _: None, page)

@@ -267,18 +267,18 @@ def _read_source(
         stored = Stored(source, average)
         checkpoint = stored.weights if weights else stored.average
         if checkpoint is None:
-            reason = f"holds no average that its keys name ({stored.groups})"
+            reason = f"none of its keys names an average ({stored.groups})"
             hint = "name its key by `average`, or take its tensors as they are by `weights`"
             raise UnsuitableError(source, reason, hint)
         return checkpoint
     if weights:
-        reason = f"is for a training's checkpoint, and {source.name} is none"
+        reason = f"is for a training's checkpoint, and {source.name} is not one"
         raise InvalidValueError("weights", reason)
     return _read_model(source)
 
 
 def _is_checkpoint(source: Path) -> bool:
-    """Return whether a source is a training's checkpoint: a file or folder that is no safetensors,
+    """Return whether a source is a training's checkpoint: a file or folder that is not safetensors,
     or weights next to an average; they may lie deeper in it."""
     if source.is_dir():
         if sets_in(source):

@@ -61,7 +61,7 @@ METHODS = ("minvar", "paper")  # the solvers; the first one is the default
 
 def check_method(method: str | None) -> str:
     """Return `method`, or the default for None; raise an InvalidValueError that lists the methods
-    if it is none."""
+    if it is not one."""
     if method is None:
         return METHODS[0]
     check_word("method", method, METHODS)
@@ -136,7 +136,7 @@ def reconstruct(
             unknown: predicted errors contain the distance.
 
     Raises:
-        InvalidValueError: no snapshots, one after `t`, or a target that is no profile or has no
+        InvalidValueError: no snapshots, one after `t`, or a target that is not a profile or has no
             mass before them.
     """
     method = check_method(method)

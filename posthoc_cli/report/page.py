@@ -172,7 +172,7 @@ def _describe_sweep(
         RecursionError,
         ArithmeticError,
     ) as error:
-        raise FileFormatError(path, "is no result of a sweep") from error
+        raise FileFormatError(path, "is not the result of a sweep") from error
     part["sweeps"].append(swept)
     return swept
 
@@ -293,7 +293,7 @@ def _image(path: Path) -> str:
     content = read_small_file(path, images.MOST_BYTES)
     kind = images.image_type(content)
     if kind is None:
-        raise FileFormatError(path, "is no PNG, JPEG, WebP or GIF image")
+        raise FileFormatError(path, "is not a PNG, JPEG, WebP or GIF image")
     return _as_url(kind, content)
 
 

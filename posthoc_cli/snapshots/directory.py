@@ -140,7 +140,7 @@ def is_parts_folder(path: Path) -> bool:
 
 
 def list_directory(directory: Path) -> tuple[Path, ...]:
-    """Return the paths in a directory; raise DirectoryError if it is none, or cannot be read."""
+    """Return the paths in a directory; raise DirectoryError if it is not one, or cannot be read."""
     try:
         return tuple(sorted(files.system.list(directory)))
     except OSError as error:
@@ -248,7 +248,7 @@ def read_snapshot(path: Path) -> Snapshot:
     headers = [*map(_read, paths)]
     content = joined(path, headers)
     if not isinstance(content, Snapshot):
-        raise FileFormatError(path, f"is no complete snapshot: it has {content or 'no parts'}")
+        raise FileFormatError(path, f"is not a complete snapshot: it has {content or 'no parts'}")
     return content
 
 

@@ -138,7 +138,7 @@ def models_at(path: Path) -> list[Path]:
 
 def read_model(path: Path) -> tuple[list[TensorFile], OutputInfo | None]:
     """Return a model's files and their header as an output; raise an error if one is damaged,
-    missing or of another."""
+    missing or of another model."""
     read = list[TensorFile]()
     infos = list[OutputInfo | None]()
     for file_path, names in model_files(weights_at(path) or path).items():

@@ -168,7 +168,7 @@ class Sweep:
         if not any("{weights}" in word for word in words):
             raise self._unusable("must contain {weights}, which becomes the path of the average")
         if self.minimize is None and self.images == "none":
-            raise InvalidValueError("images", "are what one looks at: keep some", value="none")
+            raise InvalidValueError("images", "would leave nothing to look at", value="none")
         if "{dir}" not in self.command:
             if self.metric.file is not None:
                 file = "the folder that is searched for the file with the metric"
@@ -313,7 +313,7 @@ class Sweep:
                 if trial.error is None:
                     recorded[trial.target, trial.seed] = trial
         except (ValueError, TypeError) as error:
-            raise FileFormatError(path, "is no record of a sweep", "name another folder") from error
+            raise FileFormatError(path, "is not a sweep's record", "name another folder") from error
         if not recorded:  # nothing to lose: the call may have been wrong
             self._write_lines([json.dumps(asked)])
             return []

@@ -479,7 +479,7 @@ def _target_time(
     if t is not None:
         return check_within("t", t, times.values())
     if step is not None and sources[0].t_unit == "epochs":
-        reason = "says nothing: the numbers of these checkpoints are epochs"
+        reason = "does not apply: the numbers of these checkpoints are epochs"
         raise InvalidValueError("step", reason, "give t in epochs", value=step)
     if step is None:
         return max(times.values())

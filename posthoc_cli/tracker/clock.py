@@ -140,7 +140,7 @@ class TrainingProgress:
 
 
 def _number(t: Any) -> float:
-    """Return a time as a float; nan if it is none."""
+    """Return a time as a float; nan if it is not a number."""
     if isinstance(t, str):
         return math.nan
     try:

@@ -132,7 +132,7 @@ def test_a_folder_in_which_no_trial_has_succeeded_takes_another_question(run, ou
 def test_a_record_that_is_none_is_refused(run, tmp_path):
     path = tmp_path / "trials.jsonl"
     path.write_text('{"run": 1}\n{"target": "a"}')
-    with refused(str(path), "is no record of a sweep", kind=FileFormatError):
+    with refused(str(path), "is not a sweep's record", kind=FileFormatError):
         swept(run, tmp_path)
     assert '{"target": "a"}' in path.read_text()
 
