@@ -194,6 +194,14 @@ def brief(value: object) -> str:
     return " ".join(repr(value)[:40].split()).removesuffix(".0")
 
 
+def first_of(texts: Iterable[str], most: int = 5) -> str:
+    """Return the first texts in one line, and how many more there are."""
+    every = [*texts]
+    listed = ", ".join(every[:most])
+    left = len(every) - most
+    return f"{listed} and {left:,} more" if left > 0 else listed
+
+
 def percent(error: float | None) -> str:
     """Return a relative error as text; tiny errors (rounding) and huge ones (weights near 0) become
     bounds."""

@@ -388,6 +388,7 @@ def audit_figure(audit: dict[str, Any]) -> Figure:
     _draw_claims(axes, claims)
     unit = "time constant (steps)" if audit["what"] == "decay" else "sigma_rel"
     axes.set(xlabel="training time", ylabel=unit)
+    axes.xaxis.set_major_formatter(FuncFormatter(_tick))
     if intervals or claims:
         axes.set_yscale("log")
     title = f"Length of the average {audit['name']}".rstrip()

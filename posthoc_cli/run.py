@@ -308,7 +308,7 @@ class Run:
         The tensors are made on `device`; the other arguments and errors are those of
         `plan_synthesis`, and a NonFiniteError for a result that is not finite.
         """
-        plan = functools.partial(self.plan, target, t=t, step=step, method=method, dtype=dtype)
+        plan = functools.partial(self.plan, [target], t=t, step=step, method=method, dtype=dtype)
         make = functools.partial(make_weights, device=device)
         return with_consistent_plan(plan, make)
 

@@ -26,7 +26,7 @@ import numpy as np
 
 from posthoc_cli.checkpoints.pickles import Keys, Node, read_pickled, read_tensors
 from posthoc_cli.checkpoints.programs import AVERAGE_STATES, COUNTERS, MODEL_FILES
-from posthoc_cli.errors import FileFormatError, UnsuitableError, shown
+from posthoc_cli.errors import FileFormatError, UnsuitableError, first_of, shown
 from posthoc_cli.snapshots.directory import PICKLES
 from posthoc_cli.snapshots.outputs import decode_index
 from posthoc_cli.snapshots.tensorfile import (
@@ -213,10 +213,7 @@ def stripped(
 
 def names_in(names: Sequence[str], most: int = 5) -> str:
     """Return a few names, for a message."""
-    text = ", ".join(map(shown, names[:most]))
-    if len(names) > most:
-        text += f" and {len(names) - most} more"
-    return text
+    return first_of(map(shown, names), most)
 
 
 # --- files and folders

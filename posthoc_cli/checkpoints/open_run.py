@@ -73,6 +73,7 @@ from posthoc_cli.errors import (
     MismatchError,
     PostHocError,
     VanishedError,
+    first_of,
     shown,
 )
 from posthoc_cli.profiles import FloatArray, OrdinaryEMA, Point, StoredProfile
@@ -193,10 +194,7 @@ _LeftOut = dict[str, str]
 def _text_of(left_out: _LeftOut) -> str:
     """Return what is left out in one line; empty if there is nothing."""
     named = [f"{name} ({reason})" for name, reason in left_out.items()]
-    text = ", ".join(named[:6])
-    if len(named) > 6:
-        text += f" and {len(named) - 6:,} more"
-    return f"left out: {text}" if text else ""
+    return f"left out: {first_of(named, 6)}" if named else ""
 
 
 def read_place(
@@ -937,4 +935,4 @@ def _sets_in(content: Content) -> str:
         count = sets.counts[key]
         if count > 1:
             named.append(f"{key} ({count})")
-    return ", ".join(named[:4]) or f"{len(content.tensors)} tensors"
+    return first_of(named, 4) or f"{len(content.tensors)} tensors"

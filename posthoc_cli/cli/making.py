@@ -15,7 +15,7 @@ from typer import Argument
 from posthoc_cli import files, resources
 from posthoc_cli.checkpoints import KINDS
 from posthoc_cli.cli import options, output
-from posthoc_cli.errors import InvalidValueError, check_alone, percent
+from posthoc_cli.errors import InvalidValueError, check_alone, first_of, percent
 from posthoc_cli.report.facts import title_of
 from posthoc_cli.targets import RANGES, Groups, parse_numbers
 
@@ -179,12 +179,7 @@ def _largest(errors: list[float | None]) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    return f"{output.counted(len(names), 'tensor')} ({_first(names)})"
-
-
-def _first(names: list[str]) -> str:
-    more = ", ..." if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+    return f"{output.counted(len(names), 'tensor')} ({first_of(names, 3)})"
 
 
 def _note_left_out(names: list[str], path: Path) -> None:
@@ -447,7 +442,7 @@ def _print_export(
 
 
 def _note_copied(copied: dict[str, Any]) -> None:
-    """Print what a copy of a checkpoint has of it."""
+    """Print what a copy of a checkpoint has from the average, and what of the checkpoint."""
     name = Path(copied["path"]).resolve().name
     if copied["replaced"] == "average":
         output.print_note(f"replaced the average in {name}; its weights stay as they are")
@@ -456,9 +451,9 @@ def _note_copied(copied: dict[str, Any]) -> None:
     if kept := copied["kept"]:
         output.print_note(f"kept {_listed(kept)} of {name}, which the run does not have")
     if shared := copied["shared"]:
-        output.print_note(f"not written: {_listed(shared)}, which the average does not have apart")
+        output.print_note(f"not written: {_listed(shared)}, of which {name} has the weights alone")
     if left_out := copied["left_out"]:
-        output.print_note(f"not copied: {_first(left_out)}")
+        output.print_note(f"not copied: {first_of(left_out)}")
 
 
 def import_(
@@ -466,7 +461,7 @@ def import_(
         ..., metavar="DIR", help="The checkpoints or averages: a folder, a file or a glob."
     ),
     out: str | None = options.OUTPUT(
-        None, "--out", "-o", metavar="RUN", help="The folder or URL of the new run."
+        None, "--out", "-o", metavar="RUN", help="The folder of the new run."
     ),
     kind: str | None = options.RUN(
         None,

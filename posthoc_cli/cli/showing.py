@@ -95,7 +95,6 @@ def verify(
     Move a broken snapshot out of its directory: the others work without it.
     """
     reports: list[dict[str, Any]] = []
-    is_fine = True
     code = 0
     for path in paths:
         try:
@@ -107,7 +106,8 @@ def verify(
             code = max(code, error.exit_code)
             continue
         reports.append(check.to_dict())
-        is_fine = is_fine and check.is_fine
+        if not check.is_fine:
+            code = max(code, 1)
         if not as_json:
             if len(paths) > 1:  # files are named relative to their path
                 if len(reports) > 1:
@@ -118,7 +118,7 @@ def verify(
         output.print_json(
             reports[0] if len(reports) == 1 else {"kind": "several", "paths": reports}
         )
-    return max(code, int(not is_fine))
+    return code
 
 
 def _checked(path: Path) -> Verification:
@@ -194,8 +194,8 @@ def audit(
     """Find which decay an average really has.
 
     Compares averages with the weights in the same checkpoints, from one to the next, on a sample of
-    100,000 elements. Shows the decay of each interval, and what is wrong: a wrong sign, an update
-    per microbatch, an average that does not move or that was restarted at a resume.
+    100,000 elements. Shows the decay of each interval, and what is wrong: an average that is too
+    long or too short, as if updated once a microbatch, does not move, or began again at a resume.
 
     Exit code 1 if an average is not what it claims to be.
     """

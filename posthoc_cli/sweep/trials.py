@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from posthoc_cli import files
-from posthoc_cli.errors import InvalidValueError, printable, shown
+from posthoc_cli.errors import InvalidValueError, first_of, printable, shown
 
 _GRACE = 0.5  # seconds between SIGTERM and SIGKILL
 _TICK = 0.01  # seconds between looks at a process
 _TAIL = 10_000_000  # bytes at the end of standard output that are searched for the metric
 _END_OF_LOG = 300  # bytes at the end of a log that a message shows
-_MOST_NAMES = 5  # names that a message shows
 _BEGIN_OF_JSON = re.compile(r'[^\S\n]*(?=\{\s*["}]|\[)')
 _REST_OF_LINE = re.compile(r"[^\S\n]*(?=\n|$)")
 _NUMBER = r"([-+]?(?:\d*\.?\d+(?:e[-+]?\d+)?|nan|inf))(?!\w|[.,]\d)"
@@ -171,7 +170,7 @@ class Metric:
                 if name in members:
                     return _checked(members, name)
         names = dict.fromkeys(chain.from_iterable(objects))
-        closest = get_close_matches(key, names, _MOST_NAMES, 0)
+        closest = get_close_matches(key, names, 5, 0)
         raise TrialError(reason + _listed(closest))
 
 
@@ -281,5 +280,4 @@ def _number(value: Any) -> float | None:
 
 def _listed(names: list[str]) -> str:
     """Return the end of a message that lists the first names."""
-    first = [shown(name) for name in names[:_MOST_NAMES]]
-    return f"; found {', '.join(first)}" if first else ""
+    return f"; found {first_of(map(shown, names))}" if names else ""

@@ -22,6 +22,7 @@ from posthoc_cli.errors import (
     check_alone,
     check_max_error,
     check_number,
+    first_of,
     percent,
     shown,
 )
@@ -164,7 +165,7 @@ class Plan(Combination):
         for index, target in enumerate(self.targets):
             error = percent(self.predicted_error(index))
             parts.append(f"{target.title} (predicted error {error})")
-        return f"Plan(at t = {self.t:,.12g} from {counted(self.sources)}: {_first_of(parts)})"
+        return f"Plan(at t = {self.t:,.12g} from {counted(self.sources)}: {first_of(parts)})"
 
     @property
     def choice(self) -> str | None:
@@ -232,8 +233,7 @@ class Plan(Combination):
         for columns in self.columns:
             for glob, column in columns.items():
                 if column not in used:
-                    first = list(self.names)[:3]
-                    examples = ", ".join(map(shown, first))
+                    examples = first_of(map(shown, self.names), 3)
                     reason = "matches no tensor that is not in a group before it; there are "
                     raise InvalidValueError("group", reason + examples, value=repr(glob))
 
@@ -500,13 +500,6 @@ def _target_time(
     )
 
 
-def _first_of(texts: Sequence[str]) -> str:
-    first = ", ".join(texts[:5])
-    if len(texts) > 5:
-        first += f" and {len(texts) - 5} more"
-    return first
-
-
 def _warn_of_poor_targets(
     plan: Plan,
     known: Sequence[Source],
@@ -533,4 +526,4 @@ def _warn_of_poor_targets(
     if curve.assumption:
         origin += f", if {curve.assumption}"
     hint = f"below 1 % for sigma_rel {below}" if below else "no sigma_rel is below 1 %"
-    log.warning("%s: predicted error %s %s; %s", _first_of(titles), worst, origin, hint)
+    log.warning("%s: predicted error %s %s; %s", first_of(titles), worst, origin, hint)

@@ -15,6 +15,7 @@ from posthoc_cli.errors import (
     InvalidValueError,
     ModelMismatchError,
     NonFiniteError,
+    first_of,
     shown,
 )
 from posthoc_cli.planning import listed
@@ -179,7 +180,7 @@ def _checked_info(state: Any, settings: Settings) -> StateInfo:
     """Return the numbers and texts of a state; raise an InvalidValueError for another object."""
     version = state.get("version") if isinstance(state, Mapping) else None
     if isinstance(state, Mapping) and version is None:
-        names = ", ".join(map(shown, [*state][:3]))
+        names = first_of(map(shown, state), 3) or "nothing"
         reason = f"is not a tracker's, but that of a model or optimizer: it holds {names}"
         raise InvalidValueError("state", reason, "load what ema.state_dict() has returned")
     if version != STATE_VERSION:

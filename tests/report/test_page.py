@@ -237,7 +237,7 @@ def test_a_file_that_is_no_result_of_a_sweep_is_refused(swept, tmp_path, name, v
     result = json.loads((out / "sweep.json").read_text())
     path = tmp_path / "sweep.json"
     path.write_text(json.dumps(result | {name: value}))
-    with refused(str(path), "no result of a sweep", kind=FileFormatError):
+    with refused(str(path), "not the result of a sweep", kind=FileFormatError):
         render(run, [tmp_path])
 
 

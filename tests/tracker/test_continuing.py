@@ -463,7 +463,7 @@ WAYS_TO_RESUME = (
             InvalidValueError,
             r"t_unit 'images': the run in .* counts",
         ),
-        ({"resume": "yes"}, InvalidValueError, "resume 'yes': must be 'auto', to go on"),
+        ({"resume": "yes"}, InvalidValueError, "resume 'yes': must be 'auto'"),
         (
             {"resume": 5},
             InvalidValueError,
