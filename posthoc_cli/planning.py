@@ -353,6 +353,11 @@ def _combined(squares: FloatArray) -> FloatArray:
 EVENLY = "the network moves evenly"  # the default assumption of the predicted errors of a schedule
 
 
+GOOD_ERROR = 0.01
+"""Predicted error up to which averages are taken for exact: beyond it a synthesis warns, and a
+search does not look."""
+
+
 @dataclass(frozen=True)
 class ErrorPoint:
     """The errors of one target; `sigma_rel` is its standard deviation / t."""
@@ -378,9 +383,7 @@ class ErrorCurve:
     assumption: str = ""  # of the predicted errors; empty if the motion was measured
 
     def __repr__(self) -> str:
-        return (
-            f"ErrorCurve({self.label}: below 1 % for sigma_rel {self.ranges_text(0.01) or 'none'})"
-        )
+        return f"ErrorCurve({self.label}: {self.good_range})"
 
     @property
     def worst(self) -> float:
@@ -415,7 +418,7 @@ class ErrorCurve:
             "t": self.t,
             "tracked": list(self.tracked),
             "assumption": self.assumption or None,
-            "below_1_percent": [list(ends) for ends in self.ranges_below(0.01)],
+            "below_1_percent": [list(ends) for ends in self.ranges_below(GOOD_ERROR)],
             "sigma_rel": self.sigma_rels.tolist(),
             "predicted_error": [finite(error) for error in self.predicted_error.tolist()],
             "profile_error": self.profile_error.tolist(),
@@ -430,18 +433,21 @@ class ErrorCurve:
             ],
         }
 
-    def ranges_text(self, threshold: float) -> str:
-        """Return `ranges_below` as text, "0.051 to 0.278", rounded inwards to the fewest digits
-        that leave some."""
+    @property
+    def good_range(self) -> str:
+        """Where the predicted error is below `GOOD_ERROR`, in words: "below 1 % for sigma_rel 0.051
+        to 0.278", rounded inwards to the fewest digits that leave a range."""
         texts = []
-        for low, high in self.ranges_below(threshold):
+        for low, high in self.ranges_below(GOOD_ERROR):
             for digits in range(3, 9):
                 first = math.ceil(round(low * 10**digits, 9))
                 last = math.floor(round(high * 10**digits, 9))
                 if first < last:
                     break
             texts.append(f"{first / 10**digits:.{digits}f} to {last / 10**digits:.{digits}f}")
-        return ", ".join(texts)
+        if not texts:
+            return "nowhere below 1 %"
+        return f"below 1 % for sigma_rel {', '.join(texts)}"
 
 
 def finite(value: float) -> float | None:

@@ -20,7 +20,7 @@ from posthoc_cli.errors import (
     check_alone,
     check_word,
 )
-from posthoc_cli.planning import ErrorCurve
+from posthoc_cli.planning import ErrorCurve, listed
 from posthoc_cli.report.facts import facts
 from posthoc_cli.targets import bad, parse_numbers, parse_targets
 
@@ -324,12 +324,11 @@ def _print_curves(curves: Sequence[ErrorCurve], is_paper: bool) -> None:
     if is_paper:
         columns.append("profile_error")
     for curve in curves:
-        tracked = ", ".join(f"{width:g}" for width in curve.tracked) or "none"
-        below = curve.ranges_text(0.01) or "none"
         output.print_line(curve.label)
-        output.print_pairs(
-            [("  tracked", tracked), ("  predicted error below 1 %", f"sigma_rel {below}")]
-        )
+        pairs = [("  predicted error", curve.good_range)]
+        if curve.tracked:
+            pairs.append(("  tracked", listed(curve.tracked)))
+        output.print_pairs(pairs)
         rows = curve.to_dict()["others"]
         for row in rows:
             row["target"] = f"  {row['target']}"

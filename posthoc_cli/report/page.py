@@ -131,7 +131,7 @@ def _describe_run(run: Run) -> dict[str, Any]:
         "info": info,
         "facts": facts(info),
         "curve": curve,
-        "good": curve.ranges_text(plots.GOOD_ERROR),
+        "good": curve.good_range,
         "error": _picture(partial(plots.error_figure, [curve])),
         "sweeps": [],
         "commands": [],

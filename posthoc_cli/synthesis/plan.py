@@ -26,7 +26,7 @@ from posthoc_cli.errors import (
     percent,
     shown,
 )
-from posthoc_cli.planning import check_within, error_curve
+from posthoc_cli.planning import GOOD_ERROR, check_within, error_curve
 from posthoc_cli.profiles import Clock, FloatArray, PowerFunction, Profile
 from posthoc_cli.reconstruction import (
     ROUNDING,
@@ -55,8 +55,6 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
-
-POOR_ERROR = 0.01  # the predicted error above which planning logs a warning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -505,11 +503,11 @@ def _warn_of_poor_targets(
     known: Sequence[Source],
     prior: Prior,
 ) -> None:
-    """Log the targets with a predicted error above POOR_ERROR, and the sigma_rels with a smaller
+    """Log the targets with a predicted error above GOOD_ERROR, and the sigma_rels with a smaller
     one."""
     errors = np.hypot(plan.reconstruction.predicted_error, plan.output_rounding)
     targets = separate(plan.targets)
-    titles = [targets[index].title for index in np.flatnonzero(errors > POOR_ERROR)]
+    titles = [targets[index].title for index in np.flatnonzero(errors > GOOD_ERROR)]
     if not titles:
         return
     worst = percent(float(errors.max()))
@@ -517,7 +515,6 @@ def _warn_of_poor_targets(
         worst = f"up to {worst}"
     snapshots = [source.profile for source in known]
     curve = error_curve("", snapshots, prior, t=plan.t, method=plan.method)
-    below = curve.ranges_text(POOR_ERROR)
     sources = counted(plan.sources, plan.solved)
     origin = f"from the {sources} up to t = {plan.t:,.12g}"
     first = seen_from(0.0, [source.profile for source in plan.sources])
@@ -525,5 +522,4 @@ def _warn_of_poor_targets(
         origin += f", which show nothing of the training before t = {first:,.4g}"
     if curve.assumption:
         origin += f", if {curve.assumption}"
-    hint = f"below 1 % for sigma_rel {below}" if below else "no sigma_rel is below 1 %"
-    log.warning("%s: predicted error %s %s; %s", first_of(titles), worst, origin, hint)
+    log.warning("%s: predicted error %s %s; %s", first_of(titles), worst, origin, curve.good_range)

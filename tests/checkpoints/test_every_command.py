@@ -88,12 +88,11 @@ def test_a_run_of_a_tracker_is_not_imported(ema, tmp_path):
 
 
 def test_checkpoints_beside_snapshots_are_audited_and_imported(ema, tmp_path):
-    for step in (10, 20, 30):
-        store(tmp_path / f"step{step}.pt", {"w": torch.full((9,), float(step))})
-    write_run(tmp_path / "ema", [{"w": [1.0]}] * 2, [2])
-    assert "did you mean" in ema("error-plot", tmp_path, "--json").error
+    for step in (10, 20):
+        store(tmp_path / f"step{step}.pt", {"w": torch.ones(9)})
+    write_run(tmp_path / "ema", [{"w": [1.0]}], [1])
     assert f"{tmp_path}: holds no average" in ema("audit", tmp_path).err
-    assert "3 x weights" in ema("import", tmp_path, "--out", tmp_path / "new").out
+    assert "2 x weights" in ema("import", tmp_path, "--out", tmp_path / "new").out
 
 
 @pytest.mark.parametrize(
