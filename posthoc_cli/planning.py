@@ -169,9 +169,9 @@ def snapshots_to_drop(
     if len(snapshots) > MOST_SOLVED:
         most = _SIMULATED * keep * len(snapshots) // len(times)
         unused = unused_times(snapshots, needed, keep, min(most, MOST_SOLVED))
-    left = [time for time in times if time not in unused]
-    dropped = removal_order(snapshots, prior, left, keep, needed, sigma_range)
-    kept = [time for time in left if time not in dropped]
+    remaining = [time for time in times if time not in unused]
+    dropped = removal_order(snapshots, prior, remaining, keep, needed, sigma_range)
+    kept = [time for time in remaining if time not in dropped]
     better = exchanged(snapshots, prior, kept, dropped, needed, sigma_range)
     return [index for time in (*unused, *better) for index in time.indices]
 
@@ -198,17 +198,17 @@ def removal_order(
 ) -> list[SameTime]:
     """Return which times to drop, the least needed first, until `keep` remain; `needed` ones
     stay."""
-    left = list(among)
+    remaining = list(among)
     chosen = _Chosen(snapshots, prior, among, sigma_range)
     dropped: list[SameTime] = []
-    may_go = [time for time in left if time not in needed]
-    while may_go and len(left) > keep:
+    may_go = [time for time in remaining if time not in needed]
+    while may_go and len(remaining) > keep:
         errors = chosen.errors_without(may_go)
         is_least = errors == errors.min()
-        equals = [may_go[index] for index in np.flatnonzero(is_least)]
-        least = _closest_together(left, equals)
+        candidates = [may_go[index] for index in np.flatnonzero(is_least)]
+        least = _closest_together(remaining, candidates)
         chosen.lose(least)
-        left.remove(least)
+        remaining.remove(least)
         may_go.remove(least)
         dropped.append(least)
     return dropped
@@ -240,10 +240,10 @@ def exchanged(
     count = sum(len(time.indices) for time in kept)
     if not order or count > _MOST_EXCHANGED or len(order) > _MOST_TRIED // 2:
         return order
-    everyone = _Chosen(snapshots, prior, [*kept, *order], sigma_range)
-    least = everyone.of(kept).error
+    all_times = _Chosen(snapshots, prior, [*kept, *order], sigma_range)
+    least = all_times.of(kept).error
     for _ in range(_MOST_TRIED // len(order)):
-        exchanges = _exchanges(everyone, kept, order, needed)
+        exchanges = _exchanges(all_times, kept, order, needed)
         best = min(exchanges, key=lambda exchange: exchange.error, default=None)
         if best is None or best.error >= _LEAST_GAIN * least:
             break
@@ -262,7 +262,7 @@ class _Exchange(NamedTuple):
 
 
 def _exchanges(
-    everyone: _Chosen,
+    all_times: _Chosen,
     kept: Sequence[SameTime],
     dropped: Sequence[SameTime],
     needed: Collection[SameTime],
@@ -272,7 +272,7 @@ def _exchanges(
     if not may_go:
         return
     for coming in dropped:
-        errors = everyone.of([*kept, coming]).errors_without(may_go)
+        errors = all_times.of([*kept, coming]).errors_without(may_go)
         leaving = may_go[int(errors.argmin())]
         yield _Exchange(coming, leaving, float(errors.min()))
 
@@ -317,15 +317,15 @@ class _Chosen:
 
 
 def _closest_together(
-    left: Sequence[SameTime],
-    equals: Sequence[SameTime],
+    remaining: Sequence[SameTime],
+    candidates: Sequence[SameTime],
 ) -> SameTime:
-    """Return the time whose neighbours are closest together; `left` is in order."""
-    gaps = dict.fromkeys(equals, math.inf)  # infinity without two neighbours
-    for before, time, after in zip(left, left[1:], left[2:], strict=False):
+    """Return the time whose neighbours are closest together; `remaining` is in order."""
+    gaps = dict.fromkeys(candidates, math.inf)  # infinity without two neighbours
+    for before, time, after in zip(remaining, remaining[1:], remaining[2:], strict=False):
         if time in gaps:
             gaps[time] = after.t - before.t
-    return min(equals, key=gaps.__getitem__)
+    return min(candidates, key=gaps.__getitem__)
 
 
 def losses_of(

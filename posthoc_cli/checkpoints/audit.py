@@ -337,8 +337,8 @@ def _unsaid_rules(newest: Checkpoint, given: ImportSettings) -> list[DecayRule]:
         if not rule.warm_up:
             return possible
         number = RULES[rule.warm_up].number
-        said = newest.updates.rule if newest.updates else {}
-        if number and number not in said:  # one of ema-pytorch's powers, which counts calls
+        arguments = newest.updates.rule if newest.updates else {}
+        if number and number not in arguments:  # one of ema-pytorch's powers, which counts calls
             alike = [model for model in possible if model.warm_up == rule.warm_up]
             return [replace(model, copies=rule.copies, stride=rule.stride) for model in alike]
     steps = rule.steps if rule.steps < math.inf else last

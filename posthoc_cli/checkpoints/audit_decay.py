@@ -391,7 +391,7 @@ class Intervals:
     ) -> float:
         """Return the value whose model has the smallest residuals, each weighted by its inverse, by
         that of no less than 1e-4 of the motion."""
-        left = self._moved
+        remaining = self._moved
         motion = self.gram[..., 2, 2]
         least = 1e-4 * motion + self._nothing
 
@@ -400,20 +400,20 @@ class Intervals:
             return self.residuals(model_of(value))
 
         for _ in range(4):
-            left = np.maximum(left, 0) + self.rounding
-            weights = 1 / np.maximum(left, least)
+            remaining = np.maximum(remaining, 0) + self.rounding
+            weights = 1 / np.maximum(remaining, least)
 
             def cost(value: float, weights: FloatArray = weights) -> float:
                 return float((residuals(value) * weights).sum())
 
             costs = [cost(value) for value in grid.tolist()]
             best = int(np.argmin(costs))
-            beside = grid[max(best - 1, 0) : best + 2]
-            low = beside[0]
-            high = beside[-1]
+            neighbours = grid[max(best - 1, 0) : best + 2]
+            low = neighbours[0]
+            high = neighbours[-1]
             exact = 1e-5 * (high - low)
             value = float(_least(cost, low, high, exact).x)
-            left = residuals(value)
+            remaining = residuals(value)
             after = int(np.searchsorted(grid, value))
             grid = grid[max(after - 6, 0) : after + 6]
         return value

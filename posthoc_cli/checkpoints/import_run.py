@@ -283,10 +283,10 @@ def _round_decays(decay: float, distance: float) -> list[float]:
     power = 10.0 ** math.floor(math.log10(rest))
     near = []
     for digit in (0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0):
-        other = digit * power
-        far = abs(math.log(other / rest))
-        if far <= distance and other <= 0.5:
-            near.append((far, round(1 - other, 15)))
+        candidate = digit * power
+        log_ratio = abs(math.log(candidate / rest))
+        if log_ratio <= distance and candidate <= 0.5:
+            near.append((log_ratio, round(1 - candidate, 15)))
     return [decay for _, decay in sorted(near)]
 
 

@@ -559,7 +559,7 @@ def import_(
     """
     from posthoc_cli.checkpoints.import_run import import_checkpoints
 
-    done = import_checkpoints(
+    report = import_checkpoints(
         options.open_place(directory).directory,
         out,
         overwrite=overwrite,
@@ -582,23 +582,23 @@ def import_(
         weights=weights,
     )
     if as_json:
-        output.print_json(done.to_dict())
+        output.print_json(report.to_dict())
     else:
-        _print_import(done, dry_run)
+        _print_import(report, dry_run)
 
 
-def _print_import(done: Import, dry_run: bool) -> None:
-    output.print_line(f"numbers are {done.numbers}")
-    for what, count in done.counts.items():
+def _print_import(report: Import, dry_run: bool) -> None:
+    output.print_line(f"numbers are {report.numbers}")
+    for what, count in report.counts.items():
         output.print_line(f"{count:,} x {what}")
-    for check in done.checks:
+    for check in report.checks:
         output.print_line(check)
-    if done.written:
-        output.print_line(f"wrote a run that refers to these files: {done.out}")
+    if report.written:
+        output.print_line(f"wrote a run that refers to these files: {report.out}")
     elif dry_run:
         output.print_line("nothing was written")
     else:
-        output.print_line(f"nothing was written: {done.out} is this import already")
+        output.print_line(f"nothing was written: {report.out} is this import already")
 
 
 def _parse_decay(text: str) -> float | str:
@@ -653,14 +653,14 @@ def prune(
         agree=agree,
         progress=output.progress_bar(),
     )
-    done = pruning.to_dict()
+    report = pruning.to_dict()
     if as_json:
-        output.print_json(done)
+        output.print_json(report)
     else:
-        if dry_run or not done["gone"]:
-            _print_prune(done, ends)
-        _print_end(done, dry_run)
-    return int(bool(done["gone"]) and not (done["deleted"] or dry_run))
+        if dry_run or not report["gone"]:
+            _print_prune(report, ends)
+        _print_end(report, dry_run)
+    return int(bool(report["gone"]) and not (report["deleted"] or dry_run))
 
 
 def _print_prune(
@@ -673,17 +673,20 @@ def _print_prune(
         rows = sorted(gone, key=lambda snapshot: (snapshot["t"], snapshot["sigma_rel"]))
         output.print_rows(rows, ["to delete:file", "t", "sigma_rel", "size:bytes"])
         output.print_line()
-    both = {
+    all_snapshots = {
         "when": "now",
         "count": len(kept) + len(gone),
         "bytes": report["bytes"] + report["gone_bytes"],
     }
-    left = {"when": "afterwards", "count": len(kept), "bytes": report["bytes"]}
+    remaining = {"when": "afterwards", "count": len(kept), "bytes": report["bytes"]}
     columns = [":when", "snapshots:count", "size:bytes", "worst_error", "median_error"]
-    output.print_rows([both | report["before"], left | report["after"]], columns)
+    output.print_rows([all_snapshots | report["before"], remaining | report["after"]], columns)
     low, high = sigma_range
-    how = {"assumed": ", if the network moves evenly", "sampled": ", from a sample of the weights"}
-    basis = how.get(report["prior"], "")
+    assumptions = {
+        "assumed": ", if the network moves evenly",
+        "sampled": ", from a sample of the weights",
+    }
+    basis = assumptions.get(report["prior"], "")
     output.print_line(f"predicted errors for sigma_rel {low:g} to {high:g}{basis}")
 
 

@@ -155,8 +155,8 @@ def parse_groups(texts: Sequence[str]) -> dict[str, float]:
     """Return sigma_rel by glob from the values of --group, each GLOB=SIGMA_REL."""
     groups: dict[str, float] = {}
     for text in texts:
-        glob, equals, width = text.rpartition("=")
-        widths = parse_numbers(width, "--group") if glob and equals else []
+        glob, separator, width = text.rpartition("=")
+        widths = parse_numbers(width, "--group") if glob and separator else []
         if len(widths) != 1 or glob in groups:
             raise bad(
                 "--group", text, "must be GLOB=SIGMA_REL, each glob once, such as 'unet.up.*=0.12'"

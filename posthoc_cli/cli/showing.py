@@ -511,7 +511,7 @@ def guide(
         shown = [{"guide": page, "about": about[page]} | text for page in chosen]
         output.print_json({"guides": shown})
     elif name is None:
-        rows = [{"guide": page, "about": said} for page, said in about.items()]
+        rows = [{"guide": page, "about": description} for page, description in about.items()]
         output.print_rows(rows, ["guide", "about"])
     elif not sys.stdout.isatty():
         output.write(guides[name])

@@ -112,11 +112,11 @@ def export_file(
     )
     options.check_like(dtype)
     source = files.given_path("source", source)
-    given = str(out)
+    output_name = str(out)
     out = files.local_path("out", out)
     is_folder = options.layout_of(out) in FOLDERS or options.makes_folders
-    if given.endswith("/") and not is_folder:
-        raise InvalidValueError("out", "is a folder; name a file", value=given)
+    if output_name.endswith("/") and not is_folder:
+        raise InvalidValueError("out", "is a folder; name a file", value=output_name)
     files.check_parent(out)
     model = _read_source(source, weights, average) if like is None else _read_source(source)
     plan = _combination(model, target_dtype, prefix, strip_prefix)

@@ -71,7 +71,7 @@ def facts(description: dict[str, Any]) -> list[tuple[str, str]]:
     for key, value in description.items():
         if key in hidden:
             continue
-        said = text(key, value)
-        if said:
-            pairs.append((title_of(key), said))
+        shown = text(key, value)
+        if shown:
+            pairs.append((title_of(key), shown))
     return pairs
