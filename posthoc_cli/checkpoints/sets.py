@@ -222,9 +222,9 @@ class Sets:
             raise FileFormatError(self.content.path, reason)
         choices = names_in([*self.keys])
         if not choices:
-            tensors = names_in([*self.content.tensors])
-            choices = f"only tensors {tensors}"
-        raise UnsuitableError(self.content.path, f"has no set of tensors {shown(text)}: {choices}")
+            choices = f"only the tensors {names_in([*self.content.tensors])}"
+        reason = f"has no set of tensors {shown(text)}; there are {choices}"
+        raise UnsuitableError(self.content.path, reason)
 
     # --- the model
 

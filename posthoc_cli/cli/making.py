@@ -560,7 +560,7 @@ def import_(
     from posthoc_cli.checkpoints.import_run import import_checkpoints
 
     report = import_checkpoints(
-        options.open_place(directory).directory,
+        options.open_path(directory).directory,
         out,
         overwrite=overwrite,
         dry_run=dry_run,

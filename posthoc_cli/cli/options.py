@@ -218,7 +218,7 @@ def new_picture(out: str | None, overwrite: bool) -> Path | None:
     return None if out is None else files.new_file(out, plots.PICTURES, overwrite)
 
 
-def open_place(given: str, directory: bool = False) -> Run:
+def open_path(given: str, directory: bool = False) -> Run:
     """Open DIR, a glob or, unless `directory`, a file, whatever it holds."""
     from posthoc_cli.run import Run
 
@@ -228,7 +228,7 @@ def open_place(given: str, directory: bool = False) -> Run:
 
 def open_run(given: str, directory: bool = True) -> Run:
     """Open the run of DIR, which may be a file unless `directory`."""
-    run = open_place(given, directory)
+    run = open_path(given, directory)
     path = run.directory
     if files.is_glob(path) or not path.is_dir() or holds_snapshots(path):
         return run

@@ -200,7 +200,7 @@ def audit(
     Exit code 1 if an average is not what it claims to be.
     """
     picture = options.new_picture(out, overwrite)
-    audits = options.open_place(directory).audit(claimed)
+    audits = options.open_path(directory).audit(claimed)
     report = {"audits": [audit.to_dict() for audit in audits]}
     if not audits[0].intervals:
         picture = None  # there is nothing to draw
