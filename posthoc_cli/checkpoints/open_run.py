@@ -649,31 +649,36 @@ def _matches(pattern: Path) -> list[Path]:
 
 def _candidates_in(folder: Path, left_out: _LeftOut) -> list[Path]:
     """Return the entries of a folder that may each be a checkpoint."""
-    folders = []
     entries = sorted(files.system.list(folder))
     others = [entry for entry in entries if entry.name[0] != "." and not is_snapshot_name(entry)]
-    for entry in others:
-        if not entry.is_dir() or NO_MODEL.search(entry.name):
-            continue
-        if holds_model(entry):
-            folders.append(entry)
-        elif any(may_be_weights(inner.name) for inner in files.system.list(entry)):
-            left_out[entry.name] = "a folder of files"
+    folders = _folders_among(others, left_out)
     loose = _files_among(others)
     if not folders and not loose:
         of_weights = [entry for entry in entries if WEIGHTS_STATES.fullmatch(entry.name)]
         return of_weights or nested_in(folder, entries)
     # Next to files, a folder without a number, such as "averages", is not a checkpoint; next to
     # folders, no file is one.
-    numbered = [entry for entry in folders if re.search(r"\d", entry.name)]
-    if _is_series_beside_states(folder, loose, folders):
-        numbered = []
-    if loose and not numbered:
+    is_series = _is_series_beside_states(folder, loose, folders)
+    has_numbers = any(re.search(r"\d", entry.name) for entry in folders)
+    if loose and (is_series or not has_numbers):
         for entry in folders:
             left_out[entry.name] = "a folder beside files"
         return loose
     for entry in loose:
         left_out[entry.name] = "a file beside folders"
+    return folders
+
+
+def _folders_among(entries: Sequence[Path], left_out: _LeftOut) -> list[Path]:
+    """Return the folders that each hold a model."""
+    folders = []
+    for entry in entries:
+        if not entry.is_dir() or NO_MODEL.search(entry.name):
+            continue
+        if holds_model(entry):
+            folders.append(entry)
+        elif any(may_be_weights(inner.name) for inner in files.system.list(entry)):
+            left_out[entry.name] = "a folder of files"
     return folders
 
 

@@ -131,7 +131,7 @@ def models_at(path: Path) -> list[Path]:
             "name one of them, or make an average of them",
         )
     if not models:
-        hint = "name a .safetensors file, an index of shards, or a folder of these"
+        hint = "name a checkpoint, a .safetensors file, an index of shards, or a folder of these"
         raise DirectoryError(path, "holds no snapshots, outputs or models", hint)
     return models
 
