@@ -321,17 +321,17 @@ def check_count(
     name: str,
     value: object,
     least: int = 1,
+    hint: str = "",
 ) -> int:
-    """Return `value` as an int; raise InvalidValueError unless it is a whole number of at least
-    `least`."""
+    """Return `value` as an int; raise InvalidValueError, with a hint, unless it is a whole number
+    of at least `least`."""
     count = least - 1
     if not isinstance(value, bool):
         with suppress(TypeError):
             count = operator.index(value)  # type: ignore[arg-type]
     if count < least:
-        raise InvalidValueError(
-            name, f"must be a whole number, at least {least}", value=shown(value)
-        )
+        reason = f"must be a whole number, at least {least}"
+        raise InvalidValueError(name, reason, hint, value=shown(value))
     return count
 
 

@@ -496,9 +496,9 @@ class Search:
     measures_raw: bool
 
     def __post_init__(self) -> None:
-        # a search begins with FIRST lengths, and measures the best one last
         least = 1 if self.report.axis.values else FIRST + 1
-        check_count("budget", self.budget, least)
+        hint = f"a search begins with {FIRST} lengths, and measures the best one last"
+        check_count("budget", self.budget, least, hint)
         check_count("repeats", self.repeats)
 
     @property

@@ -54,13 +54,18 @@ def measure(
     for path in (out, err):
         # the process of a killed sweep may still write to the old file
         files.unlink_if_exists(path)
+    logs = [err, out]
     try:
         _run(words, out, err)
+        logs.reverse()  # the metric is looked for on standard output
         return (None, None) if metric is None else metric.read(out, folder)
     except TrialError as error:
-        for path in (err, out):
-            if text := " ".join(_read_tail(path, _END_OF_LOG).split()):
-                raise TrialError(f"{error}: {printable(text)}") from error
+        for path in logs:
+            text = _read_tail(path, _END_OF_LOG).strip()
+            if path == err:  # of a traceback the last line says most
+                text = text[text.rfind("\n") + 1 :]
+            if text:
+                raise TrialError(f"{error}: {printable(' '.join(text.split()))}") from error
         raise TrialError(f"{error}: it wrote nothing") from error
 
 

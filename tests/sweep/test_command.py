@@ -140,7 +140,12 @@ def test_a_record_that_is_none_is_refused(run, tmp_path):
 @pytest.mark.parametrize(
     ("script", "message"),
     [
-        ("echo broken >&2; exit 3", "ended with exit code 3: broken"),
+        ("echo traceback >&2; echo broken >&2; exit 3", "ended with exit code 3: broken"),
+        (
+            "echo warned >&2; echo none",
+            "no line of its standard output is a number alone (--metric names the word before "
+            "one): none",
+        ),
         ("kill -9 $$", "ended by signal 9: it wrote nothing"),
     ],
 )
@@ -418,7 +423,11 @@ def test_a_look_without_images_says_so(run, out):
         (float, {"values": [0.1, 0.1]}, "values .*: name at least two lengths"),
         (float, {"values": [0.3]}, "sigma_rel 0.3: must lie in"),
         (float, {"values": ["0.1", 0.2]}, "sigma_rel .*: must be a number"),
-        (float, {"low": 0.1, "high": 0.2, "budget": 3}, "budget 3: must be .*, at least 7"),
+        (
+            float,
+            {"low": 0.1, "high": 0.2, "budget": 3},
+            "budget 3: .* at least 7; a search begins with 6",
+        ),
     ],
 )
 def test_in_python_arguments_are_checked(run, metric, arguments, message):
