@@ -500,18 +500,17 @@ def guide(
     guides = _read_guides()
     if name is not None:
         check_word("guide", name, guides)
-    # Each guide begins with a line such as "# Training: record averages while a model trains".
-    about = {}
-    for page, source in guides.items():
-        title, *_ = source.splitlines()
-        _, _, about[page] = title.partition(": ")
+    rows = []
+    for page in guides if name is None else [name]:
+        # A guide begins with a line such as "# Training: record averages while a model trains".
+        title, *_ = guides[page].splitlines()
+        _, _, about = title.partition(": ")
+        rows.append({"guide": page, "about": about})
     if as_json:
-        chosen = guides if name is None else [name]
-        text = {} if name is None else {"text": guides[name]}
-        shown = [{"guide": page, "about": about[page]} | text for page in chosen]
-        output.print_json({"guides": shown})
+        if name is not None:
+            rows[0]["text"] = guides[name]
+        output.print_json({"guides": rows})
     elif name is None:
-        rows = [{"guide": page, "about": description} for page, description in about.items()]
         output.print_rows(rows, ["guide", "about"])
     elif not sys.stdout.isatty():
         output.write(guides[name])

@@ -322,8 +322,9 @@ def _command(
     t = result["settings"]["t"]
     if t != run.t:
         words += ["--t", f"{t:.12g}"]
-    out = "model.safetensors"
+    ending = ".safetensors"
     if like := result["settings"].get("like"):
         words += ["--like", str(like)]
-        out = f"model{Path(like).suffix}" if Path(like).is_file() else "model"
-    return shlex.join([*words, "--out", out])
+        ending = Path(like).suffix if Path(like).is_file() else ""
+    name = f"{kind}-{best}".replace(":", "-")  # apart from those of other sweeps
+    return shlex.join([*words, "--out", f"{name}{ending}"])

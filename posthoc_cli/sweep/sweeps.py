@@ -111,7 +111,7 @@ class Sweep:
             budget=self.budget,
             repeats=self.repeats,
             repeats_known=self.repeats > 1 or "{seed}" in self.command,
-            measures_raw=self.raw is not None or has_raw(self.run, self.t),
+            measures_raw=self._measures_raw(self.t),
         )
         with self._locked_folder():
             self._search(search)
@@ -123,6 +123,15 @@ class Sweep:
                 raise PostHocError("the sweep", f"{reason}: {', '.join(images.ENDINGS)}")
             report.write(self.out)
             return report
+
+    def _measures_raw(self, t: float) -> bool:
+        """Return whether there are raw weights to measure; raise an InvalidValueError if some are
+        named although the run contains those of time `t`."""
+        contains_raw = has_raw(self.run, t)
+        if contains_raw and self.raw is not None:
+            reason = "is not needed: the run contains the raw weights of this time"
+            raise InvalidValueError("raw", reason, value=self.raw)
+        return contains_raw or self.raw is not None
 
     def _describe(self, kind: str) -> dict[str, Any]:
         """Return what all trials of the folder have in common."""
@@ -173,10 +182,8 @@ class Sweep:
             if self.metric.file is not None:
                 file = "the folder that is searched for the file with the metric"
                 raise self._unusable(f"must contain {{dir}}, {file}")
-            if self.minimize is None:
-                raise self._unusable("must contain {dir}, the folder for the images to look at")
-            if self.images not in (None, "none"):
-                raise self._unusable("must contain {dir}, the folder for the images to keep")
+            if self.minimize is None or self.images not in (None, "none"):
+                raise self._unusable("must contain {dir}, the folder for the images")
         _check_program(words)
 
     def _unusable(self, reason: str) -> InvalidValueError:

@@ -76,7 +76,7 @@ def test_a_sweep_and_its_page_name_what_to_repeat(ema, run, tmp_path, monkeypatc
     commands = text.replace("<span>", "").replace("</span>", "")
     again, make = re.findall("<code>ema (.*?)</code>", commands)
     assert ema(*shlex.split(make)).code == 0
-    assert_same_tensors(load_file("model.safetensors"), wanted)
+    assert_same_tensors(load_file("sigma_rel-0.1.safetensors"), wanted)
     assert ema(*shlex.split(again), "--sigma-rel", "0.1,0.2").code == 0
 
 

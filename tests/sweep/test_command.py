@@ -213,6 +213,12 @@ def test_the_command_says_what_was_measured(ema, run, out):
     assert re.search(r"raw weights +not measured: the run lacks them", done.out)
 
 
+def test_raw_weights_beside_those_that_the_run_contains_are_refused(tmp_path, out):
+    run = of_raw_weights(tmp_path)
+    with refused("raw", "is not needed: the run contains the raw weights"):
+        swept(run, out, raw=tmp_path / "step-5.safetensors")
+
+
 def test_raw_weights_whose_trial_fails_are_not_said_to_be_lacking(tmp_path, out):
     run = of_raw_weights(tmp_path)
     report = swept(run, out, shell("if [ $2 = raw ]; then exit 3; else echo $2; fi"))
