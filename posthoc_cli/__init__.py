@@ -47,7 +47,7 @@ _HOMES = {
     "reconstruct": "reconstruction", "sigma_rel_from_gamma": "profiles",
     "synthesize": "synthesis.engine",
 }  # fmt: skip
-"""The module of each name that is no module itself."""
+"""The module of each name that is not a module itself."""
 
 logging.getLogger(__name__).addHandler(EachOnce(show_unhandled))
 

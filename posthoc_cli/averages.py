@@ -613,23 +613,23 @@ class DifferentiableEMA(Wide):
     ) -> Tensor:
         """Average the value, and J: for each leaf a tensor of the shape [elements of the average,
         *leaf]."""
-        given = self._checked_leaves(leaves)
+        chosen_leaves = self._checked_leaves(leaves)
         if not value.requires_grad:
             raise InvalidValueError(
                 "value", "has no graph to take the derivative from", "make it outside of no_grad"
             )
         if not self._leaves:
-            _warn_of_unreached(value, given)
+            _warn_of_unreached(value, chosen_leaves)
         average = self.average if self._has_average else None
         share = 1.0 if average is None else 1 - self.decay
-        earlier = self._jacobians or [torch.zeros(())] * len(given)
+        earlier = self._jacobians or [torch.zeros(())] * len(chosen_leaves)
         jacobians = []
-        for gradients, old in zip(_derivatives(value, given), earlier, strict=True):
+        for gradients, old in zip(_derivatives(value, chosen_leaves), earlier, strict=True):
             jacobians.append(share * gradients + self.decay * old)
-        self._leaves = given
+        self._leaves = chosen_leaves
         self._jacobians = jacobians
         result = self._next(average, value.detach())
-        for leaf, jacobian in zip(given, jacobians, strict=True):
+        for leaf, jacobian in zip(chosen_leaves, jacobians, strict=True):
             # 0, with the derivative J with respect to the leaf
             zero = (leaf - leaf.detach()).to(jacobian)
             nothing = torch.tensordot(jacobian, zero, dims=leaf.dim())
@@ -640,14 +640,14 @@ class DifferentiableEMA(Wide):
         self,
         leaves: Iterable[Tensor] | None,
     ) -> tuple[Tensor, ...]:
-        given: tuple[Tensor, ...] = ()
+        chosen: tuple[Tensor, ...] = ()
         if leaves is not None and not isinstance(leaves, Tensor):
-            given = tuple(leaves)
-        ids = [*map(id, given)]
+            chosen = tuple(leaves)
+        ids = [*map(id, chosen)]
         is_same = not self._leaves or ids == [*map(id, self._leaves)]
         are_different = len({*ids}) == len(ids)
-        if given and is_same and are_different and all(map(_is_trained_leaf, given)):
-            return given
+        if chosen and is_same and are_different and all(map(_is_trained_leaf, chosen)):
+            return chosen
         reason = (
             "must be different leaves that require gradients, such as [w], and the same ones at "
             "every update in mode 'carried'"
@@ -673,7 +673,7 @@ def _is_trained_leaf(leaf: object) -> bool:
 
 def _warn_of_unreached(value: Tensor, leaves: Sequence[Tensor]) -> None:
     """Warn of leaves that the first value does not depend on; a module that is skipped at a later
-    update is no mistake."""
+    update is not a mistake."""
     reached = torch.autograd.grad(value.sum(), leaves, retain_graph=True, allow_unused=True)
     for number, gradient in enumerate(reached):
         if gradient is None:

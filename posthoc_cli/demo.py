@@ -101,7 +101,7 @@ def _make_empty(out: Path) -> None:
     files.check_parent(out)
     is_empty = out.is_dir() and not any(out.iterdir())
     if out.exists() and not is_empty:
-        raise OutputExistsError(out, "already exists, and is no empty folder", "name another one")
+        raise OutputExistsError(out, "exists, and is not an empty folder", "name another one")
     files.make_directory(out)
 
 

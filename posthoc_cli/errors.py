@@ -194,6 +194,14 @@ def brief(value: object) -> str:
     return " ".join(repr(value)[:40].split()).removesuffix(".0")
 
 
+def first_of(texts: Iterable[str], most: int = 5) -> str:
+    """Return the first texts in one line, and how many more there are."""
+    every = [*texts]
+    listed = ", ".join(every[:most])
+    left = len(every) - most
+    return f"{listed} and {left:,} more" if left > 0 else listed
+
+
 def percent(error: float | None) -> str:
     """Return a relative error as text; tiny errors (rounding) and huge ones (weights near 0) become
     bounds."""
@@ -313,17 +321,17 @@ def check_count(
     name: str,
     value: object,
     least: int = 1,
+    hint: str = "",
 ) -> int:
-    """Return `value` as an int; raise InvalidValueError unless it is a whole number of at least
-    `least`."""
+    """Return `value` as an int; raise InvalidValueError, with a hint, unless it is a whole number
+    of at least `least`."""
     count = least - 1
     if not isinstance(value, bool):
         with suppress(TypeError):
             count = operator.index(value)  # type: ignore[arg-type]
     if count < least:
-        raise InvalidValueError(
-            name, f"must be a whole number, at least {least}", value=shown(value)
-        )
+        reason = f"must be a whole number, at least {least}"
+        raise InvalidValueError(name, reason, hint, value=shown(value))
     return count
 
 

@@ -169,9 +169,9 @@ def snapshots_to_drop(
     if len(snapshots) > MOST_SOLVED:
         most = _SIMULATED * keep * len(snapshots) // len(times)
         unused = unused_times(snapshots, needed, keep, min(most, MOST_SOLVED))
-    left = [time for time in times if time not in unused]
-    dropped = removal_order(snapshots, prior, left, keep, needed, sigma_range)
-    kept = [time for time in left if time not in dropped]
+    remaining = [time for time in times if time not in unused]
+    dropped = removal_order(snapshots, prior, remaining, keep, needed, sigma_range)
+    kept = [time for time in remaining if time not in dropped]
     better = exchanged(snapshots, prior, kept, dropped, needed, sigma_range)
     return [index for time in (*unused, *better) for index in time.indices]
 
@@ -198,17 +198,17 @@ def removal_order(
 ) -> list[SameTime]:
     """Return which times to drop, the least needed first, until `keep` remain; `needed` ones
     stay."""
-    left = list(among)
+    remaining = list(among)
     chosen = _Chosen(snapshots, prior, among, sigma_range)
     dropped: list[SameTime] = []
-    may_go = [time for time in left if time not in needed]
-    while may_go and len(left) > keep:
+    may_go = [time for time in remaining if time not in needed]
+    while may_go and len(remaining) > keep:
         errors = chosen.errors_without(may_go)
         is_least = errors == errors.min()
-        equals = [may_go[index] for index in np.flatnonzero(is_least)]
-        least = _closest_together(left, equals)
+        candidates = [may_go[index] for index in np.flatnonzero(is_least)]
+        least = _closest_together(remaining, candidates)
         chosen.lose(least)
-        left.remove(least)
+        remaining.remove(least)
         may_go.remove(least)
         dropped.append(least)
     return dropped
@@ -240,10 +240,10 @@ def exchanged(
     count = sum(len(time.indices) for time in kept)
     if not order or count > _MOST_EXCHANGED or len(order) > _MOST_TRIED // 2:
         return order
-    everyone = _Chosen(snapshots, prior, [*kept, *order], sigma_range)
-    least = everyone.of(kept).error
+    all_times = _Chosen(snapshots, prior, [*kept, *order], sigma_range)
+    least = all_times.of(kept).error
     for _ in range(_MOST_TRIED // len(order)):
-        exchanges = _exchanges(everyone, kept, order, needed)
+        exchanges = _exchanges(all_times, kept, order, needed)
         best = min(exchanges, key=lambda exchange: exchange.error, default=None)
         if best is None or best.error >= _LEAST_GAIN * least:
             break
@@ -262,7 +262,7 @@ class _Exchange(NamedTuple):
 
 
 def _exchanges(
-    everyone: _Chosen,
+    all_times: _Chosen,
     kept: Sequence[SameTime],
     dropped: Sequence[SameTime],
     needed: Collection[SameTime],
@@ -272,7 +272,7 @@ def _exchanges(
     if not may_go:
         return
     for coming in dropped:
-        errors = everyone.of([*kept, coming]).errors_without(may_go)
+        errors = all_times.of([*kept, coming]).errors_without(may_go)
         leaving = may_go[int(errors.argmin())]
         yield _Exchange(coming, leaving, float(errors.min()))
 
@@ -297,7 +297,7 @@ class _Chosen:
         return float(_combined(self._losses.squares[:, None])[0])
 
     def of(self, among: Sequence[SameTime]) -> _Chosen:
-        """Return the same for some of them."""
+        """Return the choice among some of its times."""
         indices = [index for time in among for index in time.indices]
         columns = [self._column[index] for index in indices]
         chosen = copy(self)
@@ -317,15 +317,15 @@ class _Chosen:
 
 
 def _closest_together(
-    left: Sequence[SameTime],
-    equals: Sequence[SameTime],
+    remaining: Sequence[SameTime],
+    candidates: Sequence[SameTime],
 ) -> SameTime:
-    """Return the one whose neighbours are closest together; `left` is in order."""
-    gaps = dict.fromkeys(equals, math.inf)  # infinity without two neighbours
-    for before, time, after in zip(left, left[1:], left[2:], strict=False):
+    """Return the time whose neighbours are closest together; `remaining` is in order."""
+    gaps = dict.fromkeys(candidates, math.inf)  # infinity without two neighbours
+    for before, time, after in zip(remaining, remaining[1:], remaining[2:], strict=False):
         if time in gaps:
             gaps[time] = after.t - before.t
-    return min(equals, key=gaps.__getitem__)
+    return min(candidates, key=gaps.__getitem__)
 
 
 def losses_of(
@@ -353,6 +353,11 @@ def _combined(squares: FloatArray) -> FloatArray:
 EVENLY = "the network moves evenly"  # the default assumption of the predicted errors of a schedule
 
 
+GOOD_ERROR = 0.01
+"""Predicted error up to which averages are taken for exact: beyond it a synthesis warns, and a
+search does not look."""
+
+
 @dataclass(frozen=True)
 class ErrorPoint:
     """The errors of one target; `sigma_rel` is its standard deviation / t."""
@@ -378,9 +383,7 @@ class ErrorCurve:
     assumption: str = ""  # of the predicted errors; empty if the motion was measured
 
     def __repr__(self) -> str:
-        return (
-            f"ErrorCurve({self.label}: below 1 % for sigma_rel {self.ranges_text(0.01) or 'none'})"
-        )
+        return f"ErrorCurve({self.label}: {self.good_range})"
 
     @property
     def worst(self) -> float:
@@ -415,7 +418,7 @@ class ErrorCurve:
             "t": self.t,
             "tracked": list(self.tracked),
             "assumption": self.assumption or None,
-            "below_1_percent": [list(ends) for ends in self.ranges_below(0.01)],
+            "below_1_percent": [list(ends) for ends in self.ranges_below(GOOD_ERROR)],
             "sigma_rel": self.sigma_rels.tolist(),
             "predicted_error": [finite(error) for error in self.predicted_error.tolist()],
             "profile_error": self.profile_error.tolist(),
@@ -430,18 +433,21 @@ class ErrorCurve:
             ],
         }
 
-    def ranges_text(self, threshold: float) -> str:
-        """Return `ranges_below` as text, "0.051 to 0.278", rounded inwards to the fewest digits
-        that leave some."""
+    @property
+    def good_range(self) -> str:
+        """Where the predicted error is below `GOOD_ERROR`, in words: "below 1 % for sigma_rel 0.051
+        to 0.278", rounded inwards to the fewest digits that leave a range."""
         texts = []
-        for low, high in self.ranges_below(threshold):
+        for low, high in self.ranges_below(GOOD_ERROR):
             for digits in range(3, 9):
                 first = math.ceil(round(low * 10**digits, 9))
                 last = math.floor(round(high * 10**digits, 9))
                 if first < last:
                     break
             texts.append(f"{first / 10**digits:.{digits}f} to {last / 10**digits:.{digits}f}")
-        return ", ".join(texts)
+        if not texts:
+            return "nowhere below 1 %"
+        return f"below 1 % for sigma_rel {', '.join(texts)}"
 
 
 def finite(value: float) -> float | None:

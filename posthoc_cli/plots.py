@@ -12,7 +12,7 @@ import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -25,9 +25,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from posthoc_cli.errors import printable
-
-if TYPE_CHECKING:
-    from posthoc_cli.planning import ErrorCurve
+from posthoc_cli.planning import GOOD_ERROR, ErrorCurve
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -43,7 +41,6 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#5
 STYLES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
-GOOD_ERROR = 0.01  # the error below which ranges of sigma_rel are shaded and named in the title
 _LEAST_ERRORS = (1e-8, 1e-4)
 _MOST_ERROR = 2.0
 """Bounds of the lower end of the error axis, and of the upper one; errors beyond the ends are drawn
@@ -118,7 +115,7 @@ def error_figure(curves: Sequence[ErrorCurve], profile_error: bool = False) -> F
     _scale_errors(axes, np.concatenate(errors), least)
     title = "Predicted error"
     if len(curves) == 1:
-        title += f": {_good_range(curves[0])}"
+        title += f": {curves[0].good_range}"
     return _finish(figure, axes.xaxis, title)
 
 
@@ -161,7 +158,7 @@ def _draw_points(
     least: float,
     colour: str,
 ) -> None:
-    """Draw the averages of a curve that are no power functions."""
+    """Draw the averages of a curve that are not power functions."""
     for number, point in enumerate(curve.others, start=1):
         error = point.predicted_error
         label = f"{point.label}: {100 * error:.2g} %"
@@ -191,7 +188,7 @@ def _draw_curve(
         tracked = [f"{width:g}" for width in curve.tracked]
         label += f"; tracked: {', '.join(tracked)}"
     if not alone:
-        label += f"; {_good_range(curve)}"
+        label += f"; {curve.good_range}"
     heights = np.maximum(_heights(curve), least)
     style = _line(index)
     axes.plot(curve.sigma_rels, heights, linewidth=1.8, label=_text(label), **style)
@@ -223,13 +220,6 @@ def _draw_profile_errors(axes: Axes, curves: Sequence[ErrorCurve]) -> None:
             label=label,
             **_line(index),
         )
-
-
-def _good_range(curve: ErrorCurve) -> str:
-    ranges = curve.ranges_text(GOOD_ERROR)
-    if not ranges:
-        return "nowhere below 1 %"
-    return f"below 1 % for sigma_rel {ranges}"
 
 
 def sweep_figure(report: dict[str, Any]) -> Figure:
@@ -388,6 +378,7 @@ def audit_figure(audit: dict[str, Any]) -> Figure:
     _draw_claims(axes, claims)
     unit = "time constant (steps)" if audit["what"] == "decay" else "sigma_rel"
     axes.set(xlabel="training time", ylabel=unit)
+    axes.xaxis.set_major_formatter(FuncFormatter(_tick))
     if intervals or claims:
         axes.set_yscale("log")
     title = f"Length of the average {audit['name']}".rstrip()

@@ -434,7 +434,7 @@ RULES = WARM_UPS | {
 class DecayRule:
     """The decay of each update of an ordinary EMA: a row of `WARM_UPS`, and the row's numbers.
 
-    The first update that is no copy has n = 1; in a schedule the first one, copy or not.
+    The first update that is not a copy has n = 1; in a schedule the first one, copy or not.
     """
 
     # the constant decay, or the one that a warm-up leads to; unused by a schedule

@@ -150,7 +150,7 @@ def with_consistent_plan(
     Readers take no lock, so a tracker may thin away snapshots of the plan. Open files stay readable
     when they are removed, and all are opened before they are used.
 
-    `use` must leave nothing behind when it raises an error.
+    `use` must leave nothing when it raises an error.
     """
     for _ in range(ATTEMPTS - 1):
         try:
@@ -242,7 +242,7 @@ class Run:
     def info(self) -> dict[str, Any]:
         """Return a description of the directory and its problems, from headers: see `describe`.
 
-        For checkpoints see `describe_checkpoints`, and `describe_files` if they are no run.
+        For checkpoints see `describe_checkpoints`, and `describe_files` if they need an import.
         """
         directory = self.directory
         if is_import(directory):
@@ -254,7 +254,7 @@ class Run:
             return describe_checkpoints(directory)
         except PostHocError as error:
             with suppress(PostHocError):
-                # outputs, or a model of another program that is no checkpoint
+                # outputs, or a model of another program that is not a checkpoint
                 described = describe(directory)
                 others = [item for item in described.get("outputs", []) if item["kind"] != "output"]
                 if not others:
@@ -307,7 +307,7 @@ class Run:
         The tensors are made on `device`; the other arguments and errors are those of
         `plan_synthesis`, and a NonFiniteError for a result that is not finite.
         """
-        plan = functools.partial(self.plan, target, t=t, step=step, method=method, dtype=dtype)
+        plan = functools.partial(self.plan, [target], t=t, step=step, method=method, dtype=dtype)
         make = functools.partial(make_weights, device=device)
         return with_consistent_plan(plan, make)
 
@@ -449,7 +449,7 @@ class Run:
             progress: opens a progress bar.
 
         Raises:
-            InvalidValueError: the directory is a URL, and this is no dry run.
+            InvalidValueError: the directory is a URL, and this is not a dry run.
             LockedError: a tracker is writing to the directory.
             MismatchError: the directory has changed in the meantime; nothing was deleted.
         """

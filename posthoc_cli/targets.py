@@ -321,7 +321,7 @@ class Mean(Target):
         if not usable:
             times = {profile.t for profile in stored}
             if len(times) < len(stored):
-                reason = "is for checkpoints; this run has none, but more than one average"
+                reason = "needs checkpoints of weights; this run has averages, more than one"
                 raise self._error(f"{reason} at each time")
             usable = list(everything)
         if len(usable) < self.last:

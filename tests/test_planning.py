@@ -131,7 +131,7 @@ def test_the_curve_touches_zero_at_tracked_profiles():
 )
 def test_ranges_are_rounded_inwards(low, high, shown):
     curve = curve_of([low, high], [1e-3, 1e-3])
-    assert curve.ranges_text(0.01) == shown
+    assert curve.good_range == f"below 1 % for sigma_rel {shown}"
 
 
 @pytest.mark.parametrize(

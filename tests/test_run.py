@@ -86,6 +86,11 @@ def test_an_average_of_another_time_and_dtype(run):
     assert_same_tensors(run.average(0.1, t=50, dtype="bfloat16"), weights)
 
 
+def test_one_average_is_made_at_a_time(run):
+    with pytest.raises(InvalidValueError, match=r"^target \[0.1, 0.2\]: must be a sigma_rel"):
+        run.average([0.1, 0.2])
+
+
 def test_writing_several_averages_returns_what_the_command_prints(run, ema, tmp_path):
     report = run.write([0.1, Beta(0.9)], tmp_path / "new", max_error=0.9)
     names = [path.name for path in report.outputs]

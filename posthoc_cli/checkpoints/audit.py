@@ -141,9 +141,9 @@ class Audit:
     claimed: float | None = None  # claimed parameter
     difference: float = 0.0  # between the lengths found and claimed, of their logarithms
     warm_up: str = ""  # rule by which the decay rose, as `ImportSettings.ema_warmup` names it
-    # times after the begin of the training at which it started from the weights
+    # times after the beginning of the training at which it started from the weights
     starts: tuple[float, ...] = ()
-    is_late: bool = False  # whether the first of these is its begin, and not a restart
+    is_late: bool = False  # whether the first of these is its beginning, not a restart
     # names of the tensors that the verdict is about; empty for all tensors
     tensors: tuple[str, ...] = ()
     intervals: tuple[Interval, ...] = ()
@@ -230,9 +230,11 @@ def audit_sources(
         raise DirectoryError(sources[0].path.parent, reason)
     if audits := list(audits_of(sources, claimed)):
         return audits
-    reason = "holds no two times at which there are an average and the weights"
+    reason = "holds no average"
+    if any(not isinstance(source.profile, Point) for source in sources):
+        reason = "holds no two checkpoints with both an average and the weights"
     raise InvalidValueError(
-        sources[0].path.parent, reason, "an audit compares the two between checkpoints"
+        sources[0].path.parent, reason, "an audit compares the average with the weights"
     )
 
 
@@ -337,8 +339,8 @@ def _unsaid_rules(newest: Checkpoint, given: ImportSettings) -> list[DecayRule]:
         if not rule.warm_up:
             return possible
         number = RULES[rule.warm_up].number
-        said = newest.updates.rule if newest.updates else {}
-        if number and number not in said:  # one of ema-pytorch's powers, which counts calls
+        arguments = newest.updates.rule if newest.updates else {}
+        if number and number not in arguments:  # one of ema-pytorch's powers, which counts calls
             alike = [model for model in possible if model.warm_up == rule.warm_up]
             return [replace(model, copies=rule.copies, stride=rule.stride) for model in alike]
     steps = rule.steps if rule.steps < math.inf else last

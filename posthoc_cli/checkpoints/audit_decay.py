@@ -24,7 +24,7 @@ each times a variance q: one for each response and interval. With S the covarian
 P the inverse of that sum, the variances follow from q <- q sqrt(tr(P S P C) / tr(P C)).
 
 The earlier half of the checkpoints and the later one are explained alone, too. What each of them
-says of the length is the uncertainty, so that it holds for a rule that is none of the table.
+says of the length is the uncertainty, so that it holds for a rule that is not in the table, too.
 """
 
 from __future__ import annotations
@@ -409,7 +409,7 @@ class Intervals:
     ) -> float:
         """Return the value whose model has the smallest residuals, each weighted by its inverse, by
         that of no less than 1e-4 of the motion."""
-        left = self._moved
+        remaining = self._moved
         motion = self.gram[..., 2, 2]
         least = 1e-4 * motion + self._nothing
 
@@ -418,20 +418,20 @@ class Intervals:
             return self.residuals(model_of(value))
 
         for _ in range(4):
-            left = np.maximum(left, 0) + self.rounding
-            weights = 1 / np.maximum(left, least)
+            remaining = np.maximum(remaining, 0) + self.rounding
+            weights = 1 / np.maximum(remaining, least)
 
             def cost(value: float, weights: FloatArray = weights) -> float:
                 return float((residuals(value) * weights).sum())
 
             costs = [cost(value) for value in grid.tolist()]
             best = int(np.argmin(costs))
-            beside = grid[max(best - 1, 0) : best + 2]
-            low = beside[0]
-            high = beside[-1]
+            neighbours = grid[max(best - 1, 0) : best + 2]
+            low = neighbours[0]
+            high = neighbours[-1]
             exact = 1e-5 * (high - low)
             value = float(_least(cost, low, high, exact).x)
-            left = residuals(value)
+            remaining = residuals(value)
             after = int(np.searchsorted(grid, value))
             grid = grid[max(after - 6, 0) : after + 6]
         return value
@@ -627,7 +627,7 @@ def _parts(series: Series) -> list[Series]:
 
 
 def _edges_of_cells(times: FloatArray) -> FloatArray:
-    """Return the ends of the cells up to each checkpoint, and their begin."""
+    """Return the ends of the cells up to each checkpoint, and their beginning."""
     cells = np.arange(len(times) * _CELLS + 1) / _CELLS
     past = 2 * times[0] - times[1]  # which counts for one interval
     begun = np.append(past, times)

@@ -61,7 +61,7 @@ _DATE = re.compile(
     r"|1[5-9][0-9]{8}(?:[0-9]{3})?"  # seconds, or thousandths, of 2017 to 2033
 )
 _THOUSANDS = re.compile(r"[0-9]+(?:\.[0-9]+)?[km]", re.IGNORECASE)  # steps as 10k or 1.5M
-_GOES_ON = re.compile(r"[.,_-]?[0-9]")  # behind such a unit: it is none, as in 1k5
+_GOES_ON = re.compile(r"[.,_-]?[0-9]")  # after such a letter: it is no unit then, as in 1k5
 _ANEW = {"", "step", "steps", "iteration"}  # values that may begin anew in each epoch, or a name's
 _SHARD = re.compile(r"[0-9]+-of-[0-9]+")
 _LONE = re.compile(r"[0-9]{3,}")  # the whole name of a folder; a shorter one may be an experiment's
@@ -298,7 +298,7 @@ def _by_names(readings: Sequence[Reading]) -> Sequence[Reading]:
 def times_of(readings: Sequence[Reading], settings: ImportSettings) -> Times:
     """Return the times of a run's checkpoints, and what their numbers count.
 
-    Raise InvalidValueError if `steps_per_epoch` is given, and the numbers are no epochs.
+    Raise InvalidValueError if `steps_per_epoch` is given, and the numbers are not epochs.
     """
     numbers = _by_names(readings)
     origin = numbers[0].origin
@@ -312,7 +312,7 @@ def times_of(readings: Sequence[Reading], settings: ImportSettings) -> Times:
         if settings.step_from is None and _begin_anew(numbers):
             return _times_within_epochs(numbers, settings)
         if settings.steps_per_epoch:
-            reason = f"says nothing about numbers that are {unit}, by {origin}"
+            reason = f"does not apply to numbers that are {unit}, by {origin}"
             raise InvalidValueError("steps_per_epoch", reason, value=settings.steps_per_epoch)
         return Times(unit, True, f"{unit}, by {origin}", as_they_are)
     why = _why_epochs(numbers)
@@ -327,7 +327,7 @@ def times_of(readings: Sequence[Reading], settings: ImportSettings) -> Times:
 
 
 def _begin_anew(numbers: Sequence[Reading]) -> bool:
-    """Return whether steps begin anew in each epoch: a later epoch has a step that is no later. It
+    """Return whether steps begin anew in each epoch: a later epoch has a step that is not later. It
     may be that epochs begin anew at a resume, if names hold the same steps, and nothing else."""
     if any(reading.epoch is None or reading.value not in _ANEW for reading in numbers):
         return False

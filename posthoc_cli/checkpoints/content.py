@@ -26,7 +26,7 @@ import numpy as np
 
 from posthoc_cli.checkpoints.pickles import Keys, Node, read_pickled, read_tensors
 from posthoc_cli.checkpoints.programs import AVERAGE_STATES, COUNTERS, MODEL_FILES
-from posthoc_cli.errors import FileFormatError, UnsuitableError, shown
+from posthoc_cli.errors import FileFormatError, UnsuitableError, first_of, shown
 from posthoc_cli.snapshots.directory import PICKLES
 from posthoc_cli.snapshots.outputs import decode_index
 from posthoc_cli.snapshots.tensorfile import (
@@ -76,7 +76,7 @@ _KEPT_KEY = re.compile(
 )
 """The key, in a pickle (where `q` or `r` follows) or in JSON, of an average among the state of an
 optimizer, whose own are called `exp_avg` and `momentum`."""
-_KEYS = 4 << 20  # bytes at the begin of a file: the pickle of 30,000 tensors
+_KEYS = 4 << 20  # bytes at the beginning of a file: the pickle of 30,000 tensors
 FOREIGN = re.compile(r"\.(?:gguf|onnx|np[yz]|msgpack|h5|hdf5|keras|tflite|nemo|index|gz|zip)$")
 """Pattern of names of other programs' files of weights, and of archives."""
 READ = "save the tensors as .safetensors, or by torch.save; unpack archives"
@@ -215,10 +215,7 @@ def stripped(
 
 def names_in(names: Sequence[str], most: int = 5) -> str:
     """Return a few names, for a message."""
-    text = ", ".join(map(shown, names[:most]))
-    if len(names) > most:
-        text += f" and {len(names) - most} more"
-    return text
+    return first_of(map(shown, names), most)
 
 
 # --- files and folders
@@ -295,7 +292,7 @@ def _is_state(name: str) -> bool:
 
 def holds_average(path: Path) -> bool:
     """Return whether a file of the state of a training, though not of one process, seems to hold an
-    average, by the keys at its begin: to read all takes seconds."""
+    average, by the keys at its beginning: to read all takes seconds."""
     name = path.name
     if not (name.endswith(ENDINGS) and _is_state(name)) or "rank" in name:
         return False
@@ -332,7 +329,7 @@ def sets_in(folder: Path) -> dict[str, Path]:
     averages = _averages_among(entries)
     if not averages:
         for entry in filter(holds_average, entries):
-            stem = re.sub("^train(ing)?[_-]", "", stem_of(entry.name))  # that of a state is no set
+            stem = re.sub("^train(ing)?[_-]", "", stem_of(entry.name))  # a state's is not a set
             averages[stem] = entry
     if not averages:
         return {}
@@ -461,7 +458,7 @@ def _are_chunks(folder: Path, names: Sequence[str]) -> bool:
 
 
 def _of_file(path: Path) -> Content:
-    """Return the content of a file that is no snapshot; the values include the metadata of
+    """Return the content of a file that is not a snapshot; the values include the metadata of
     safetensors."""
     values = Values()
     tensors = {}
@@ -471,7 +468,7 @@ def _of_file(path: Path) -> Content:
             header = decode_file(file)
             if header.kind == "snapshot":
                 raise UnsuitableError(
-                    path, "is a snapshot of this package, no checkpoint", "name its directory"
+                    path, "is a snapshot of this package, not a checkpoint", "name its directory"
                 )
             values.update(header.metadata)
             values.update(_training_info(path, header.metadata))
@@ -620,7 +617,7 @@ def _of_distributed(metadata: Path) -> Content:
     listed = state.get("state_dict_metadata")
     stored = state.get("storage_data")
     if not (isinstance(listed, dict) and isinstance(stored, dict)):
-        raise FileFormatError(metadata, "is no metadata of torch.distributed.checkpoint")
+        raise FileFormatError(metadata, "is not the metadata of torch.distributed.checkpoint")
     objects = _Objects(metadata, _places_in(stored), {metadata: identity})
     tensors = {}
     values = {}

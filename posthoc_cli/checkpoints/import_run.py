@@ -147,9 +147,9 @@ def _check_unit(given: ImportSettings, says: str) -> None:
 
 
 def with_checked_decays(sources: Sequence[Source]) -> Sequence[Source]:
-    """Return the sources of a run that is no import, after a comparison of the decays that files
-    say with the weights beside the averages, if there are any; raise an InvalidValueError if they
-    do not fit."""
+    """Return the sources of a run that is not an import, after comparing the decays that files say
+    with the weights beside the averages, if there are any; raise an InvalidValueError if they do
+    not fit."""
     checkpoints = [checkpoint for checkpoint in sources if isinstance(checkpoint, Checkpoint)]
     weights = {checkpoint.t for checkpoint in checkpoints if isinstance(checkpoint.profile, Point)}
     averages = [
@@ -338,10 +338,10 @@ def _round_decays(decay: float, distance: float) -> list[float]:
     power = 10.0 ** math.floor(math.log10(rest))
     near = []
     for digit in (0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0):
-        other = digit * power
-        far = abs(math.log(other / rest))
-        if far <= distance and other <= 0.5:
-            near.append((far, round(1 - other, 15)))
+        candidate = digit * power
+        log_ratio = abs(math.log(candidate / rest))
+        if log_ratio <= distance and candidate <= 0.5:
+            near.append((log_ratio, round(1 - candidate, 15)))
     return [decay for _, decay in sorted(near)]
 
 

@@ -7,11 +7,11 @@ word in a key says which is the average (`content.AVERAGE_WORD`). Then
 2. if the two sets lie under fixed keys that no word tells apart: add a row to `FIXED`;
 3. if names of files or tensors need more than that: write a function, and add it to `FINDERS`;
 4. new names of the step, of a model's file, or of a training's state, or an average in the model's
-   place: add a row to `programs.PROGRAMS`; a word for a state that is no model: to
+   place: add a row to `programs.PROGRAMS`; a word for a state that is not a model: to
    `content.NO_MODEL`; the key of an average that an optimizer keeps of each parameter: to
    `sets._KEPT_BY_OPTIMIZERS`;
-5. add the kind to `KINDS` in `checkpoints/__init__.py`, and to `TAKES` if it is no ordinary EMA;
-   a line to the guide `checkpoints`, and a test that writes such files beside
+5. add the kind to `KINDS` in `checkpoints/__init__.py`, and to `TAKES` if it is not an ordinary
+   EMA; a line to the guide `checkpoints`, and a test that writes such files beside
    `tests/checkpoints/test_programs.py`;
 6. for a warm-up of its own: a row of `profiles.WARM_UPS`, which every import then tries, too; the
    help of `--ema-warmup` in `cli/making.py`, the table in the guide, and the tables of
@@ -88,7 +88,8 @@ class Found:
     asks: Mapping[str, str] = field(default_factory=dict)
     # keys of the average and the weights if nothing tells which is which
     undecided: tuple[str, ...] = ()
-    model: Tensors = field(default_factory=dict)  # the weights, if an undecided set is no average
+    # the weights, if an undecided set is not an average
+    model: Tensors = field(default_factory=dict)
     unused: tuple[str, ...] = ()  # paths of the sets that are neither of these
     weights_key: str = ""  # what leads to the weights in the checkpoint
 
@@ -158,7 +159,7 @@ def _found(sets: Sets, settings: ImportSettings) -> Found:
         return _all_averaged(sets, settings)
     if settings.kind in (None, "checkpoints"):
         return _weights(sets, settings)
-    raise UnsuitableError(sets.content.path, f"is no file of {settings.kind}")
+    raise UnsuitableError(sets.content.path, f"is not a file of {settings.kind}")
 
 
 def without_words(found: Found, settings: ImportSettings) -> Found:

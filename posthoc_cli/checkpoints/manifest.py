@@ -205,5 +205,5 @@ def _relative(path: Path, folder: Path) -> str:
     if not files.is_url(path):
         text = os.path.relpath(path, os.path.realpath(folder))
     if text.encode(errors="ignore").decode() != text:
-        raise InvalidValueError(repr(text), "its name is no valid text", "rename it")
+        raise InvalidValueError(repr(text), "its name is not valid text", "rename it")
     return text

@@ -75,6 +75,7 @@ from posthoc_cli.errors import (
     MismatchError,
     PostHocError,
     VanishedError,
+    first_of,
     shown,
 )
 from posthoc_cli.profiles import FloatArray, OrdinaryEMA, Point, StoredProfile
@@ -91,7 +92,7 @@ _EPOCHS = 1000  # largest number that is read as perhaps epochs: few trainings h
 _SCALE = re.compile(r"_scale(?:_inv)?$|(?<=\.)scale_(?=weight$)")  # in the name of a scale
 _STATE = re.compile(r"[-_]states?$")  # of folders with the state of a training, and its weights
 _GROWTH = 1.3
-"""Least factor between the norms of successive averages that is no average's: of weights that grow
+"""Least factor between the norms of successive files that no averages have: of weights that grow
 evenly from 0 for the whole training, averages grow by less after three files."""
 _SLOWER = 0.8  # averages of any length move by a third less than the weights
 _TOWARDS = 0.5
@@ -148,7 +149,7 @@ def _warn_if_equal(checkpoints: Sequence[Checkpoint]) -> None:
     newest = by_time(checkpoints)[-2:]
     paths = {checkpoint.path for checkpoint in newest}
     if len(newest) > len(paths) and not _are_unequal(*newest):
-        reason = "its weights equal its average: they are no raw weights if it has begun"
+        reason = "its weights equal its average: they are not raw weights if it has begun"
         log.warning("%s: %s; an import takes others by `weights`", newest[0].path, reason)
 
 
@@ -199,10 +200,7 @@ _LeftOut = dict[str, str]
 def _text_of(left_out: _LeftOut) -> str:
     """Return what is left out in one line; empty if there is nothing."""
     named = [f"{name} ({reason})" for name, reason in left_out.items()]
-    text = ", ".join(named[:6])
-    if len(named) > 6:
-        text += f" and {len(named) - 6:,} more"
-    return f"left out: {text}" if text else ""
+    return f"left out: {first_of(named, 6)}" if named else ""
 
 
 def read_place(
@@ -704,31 +702,36 @@ def _matches(pattern: Path) -> list[Path]:
 
 def _candidates_in(folder: Path, left_out: _LeftOut) -> list[Path]:
     """Return the entries of a folder that may each be a checkpoint."""
-    folders = []
     entries = sorted(files.system.list(folder))
     others = [entry for entry in entries if entry.name[0] != "." and not is_snapshot_name(entry)]
-    for entry in others:
+    folders = _folders_among(others, left_out)
+    loose = _files_among(others)
+    if not folders and not loose:
+        of_weights = [entry for entry in entries if WEIGHTS_STATES.fullmatch(entry.name)]
+        return of_weights or nested_in(folder, entries)
+    # Next to files, a folder without a number, such as "averages", is not a checkpoint; next to
+    # folders, no file is one.
+    is_series = _is_series_beside_states(folder, loose, folders)
+    has_numbers = any(re.search(r"\d", entry.name) for entry in folders)
+    if loose and (is_series or not has_numbers):
+        for entry in folders:
+            left_out[entry.name] = "a folder beside files"
+        return loose
+    for entry in loose:
+        left_out[entry.name] = "a file beside folders"
+    return folders
+
+
+def _folders_among(entries: Sequence[Path], left_out: _LeftOut) -> list[Path]:
+    """Return the folders that each hold a model."""
+    folders = []
+    for entry in entries:
         if not entry.is_dir() or NO_MODEL.search(entry.name):
             continue
         if holds_model(entry):
             folders.append(entry)
         elif any(may_be_weights(inner.name) for inner in files.system.list(entry)):
             left_out[entry.name] = "a folder of files"
-    loose = _files_among(others)
-    if not folders and not loose:
-        of_weights = [entry for entry in entries if WEIGHTS_STATES.fullmatch(entry.name)]
-        return of_weights or nested_in(folder, entries)
-    # Next to files, a folder without a number, such as "averages", is no checkpoint; next to
-    # folders, no file is one.
-    numbered = [entry for entry in folders if re.search(r"\d", entry.name)]
-    if _is_series_beside_states(folder, loose, folders):
-        numbered = []
-    if loose and not numbered:
-        for entry in folders:
-            left_out[entry.name] = "a folder beside files"
-        return loose
-    for entry in loose:
-        left_out[entry.name] = "a file beside folders"
     return folders
 
 
@@ -982,7 +985,7 @@ def describe_checkpoints(place: Path) -> Values:
 
 
 def describe_files(place: Path, error: PostHocError) -> Values:
-    """Return what files hold that are no run as they are, for JSON, and what an import would have
+    """Return what files hold that need an import, for JSON, and what that import would have
     to be told; raise the error that says so if none can be opened."""
     paths = _candidates(place, _LeftOut())
     rows: list[Values] = []
@@ -1006,7 +1009,7 @@ def describe_files(place: Path, error: PostHocError) -> Values:
             checkpoint = make_checkpoint(opened[0], tensors)
             described |= {**describe_tensors(checkpoint), "bytes": checkpoint.file_bytes}
     if isinstance(error, InvalidValueError):
-        return {**described, "notes": [f"no run as it is: {error}"]}
+        return {**described, "notes": [f"cannot be used as it is: {error}"]}
     return {**described, "problems": [str(error)]}
 
 
@@ -1018,4 +1021,4 @@ def _sets_in(content: Content) -> str:
         count = sets.counts[key]
         if count > 1:
             named.append(f"{key} ({count})")
-    return ", ".join(named[:4]) or f"{len(content.tensors)} tensors"
+    return first_of(named, 4) or f"{len(content.tensors)} tensors"

@@ -28,12 +28,12 @@ class Program:
 
 
 PROGRAMS = {
-    "Lightning, transformers": Program(step="global_step"),
+    "Lightning or transformers": Program(step="global_step"),
     "DeepSpeed": Program(step="global_steps"),
     "": Program(step="step", epoch="epoch"),
-    "torch-ema, k-diffusion and others": Program(step="steps"),
-    "nanoGPT and others": Program(step="iter_num"),
-    "Megatron and others": Program(step="iteration", model="model_optim_rng.pt"),
+    "torch-ema, k-diffusion or others": Program(step="steps"),
+    "nanoGPT or others": Program(step="iter_num"),
+    "Megatron or others": Program(step="iteration", model="model_optim_rng.pt"),
     "torchtitan": Program(step="train_state.step"),
     "mmengine": Program(step="meta.iter", epoch="meta.epoch"),
     "kohya": Program(step="ss_steps"),
@@ -45,7 +45,7 @@ PROGRAMS = {
     "SpeechBrain": Program(step="optimizer_step"),
     "icefall": Program(step="batch_idx_train"),
     "EDM": Program(step="state.cur_nimg", unit="images", weights_state=r"training-state-\d+\.pt"),
-    "RT-DETR, D-FINE": Program(epoch="last_epoch"),
+    "RT-DETR or D-FINE": Program(epoch="last_epoch"),
     "nnU-Net": Program(epoch="current_epoch"),
     "YOLOX": Program(epoch="start_epoch", in_place=frozenset({"start_epoch", "best_ap"})),
     "timm": Program(from_0=frozenset({"arch", "version", "epoch"})),

@@ -39,7 +39,7 @@ _MODEL_GROUPS = ("current_model_state", "state_dict", "model_state_dict", "model
 """Keys of the model in a checkpoint; the first present one counts. If Lightning's `state_dict` is
 an average, its weights are under `current_model_state`."""
 _STATES = re.compile(NO_MODEL.pattern.replace("opt|", "", 1), re.IGNORECASE)
-"""Pattern of prefixes of names that are no model's: `opt` may be a module."""
+"""Pattern of prefixes of names that are not a model's: `opt` may be a module."""
 _RANDOM = re.compile(r"(?<![a-z])(?:rng|random)_states?$")
 """Pattern of names of the states of generators of random numbers."""
 _PARTS = re.compile(r"^(?:named_)?(?:parameter|buffer)s_dict\.")  # of a model, in Composer
@@ -86,7 +86,7 @@ class Sets:
         self.tensors = _Named()
         self.counts = Counter[str]()
         self.keys = dict[str, str]()  # the last key of each path of whole keys
-        self._groups = set[str]()  # first keys of tensors that are no optimizer's
+        self._groups = set[str]()  # first keys of tensors that are not an optimizer's
         self.kept = set[str]()  # what one keeps of each parameter, perhaps averages of gradients
         named_paths = [path for path in named if path]
         keys = _KEPT_BY_OPTIMIZERS.union(path.rpartition(".")[2] for path in named_paths)
@@ -171,7 +171,7 @@ class Sets:
 
     def are_alike(self, path: str, other: str) -> bool:
         """Return whether two sets that lie apart have the same names and shapes. (A copy of the
-        best model so far is no set of its own, nor what an optimizer keeps.)"""
+        best model so far is not a set of its own, nor what an optimizer keeps.)"""
         if lies_in(path, other) or lies_in(other, path):
             return False
         if self.keys[path].startswith("best_") or path in self.kept:
@@ -188,7 +188,7 @@ class Sets:
         self,
         used: Iterable[StoredTensor],
     ) -> tuple[str, ...]:
-        """Return the outermost paths of sets that hold none of these tensors, and are no parts of
+        """Return the outermost paths of sets that hold none of these tensors, and are not parts of
         an average."""
         used = {*used}
         outer = {""}
@@ -222,9 +222,9 @@ class Sets:
             raise FileFormatError(self.content.path, reason)
         choices = names_in([*self.keys])
         if not choices:
-            tensors = names_in([*self.content.tensors])
-            choices = f"only tensors {tensors}"
-        raise UnsuitableError(self.content.path, f"has no set of tensors {shown(text)}: {choices}")
+            choices = f"only the tensors {names_in([*self.content.tensors])}"
+        reason = f"has no set of tensors {shown(text)}; there are {choices}"
+        raise UnsuitableError(self.content.path, reason)
 
     # --- the model
 
@@ -576,7 +576,7 @@ def _twins_by_word(shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> list[
 
 
 def _common_start(names: Sequence[str]) -> str:
-    """Return the first parts of names that all have, with a dot behind them."""
+    """Return the first parts of names that all have, with a dot after them."""
     parts = [name.split(".")[:-1] for name in names]
     start = ""
     for heads in zip(*parts, strict=False):
@@ -588,7 +588,7 @@ def _common_start(names: Sequence[str]) -> str:
 
 
 def _different_words(first: str, other: str) -> tuple[str, str]:
-    """Return what is left of two names without their common begin and end."""
+    """Return what is left of two names without their common beginning and end."""
     while first and first[:1] == other[:1]:
         first = first[1:]
         other = other[1:]

@@ -106,7 +106,7 @@ class Checkpoint(Source):
         if isinstance(self.profile, Point):
             return "weights"
         if self.decay:
-            return f"EMA of decay {self.decay:.12g}"
+            return f"EMA of decay {self.decay:.7g}"
         known = "of" if isinstance(self.profile, PowerFunction) else "tracked as"
         return f"average {known} sigma_rel {self.sigma_rel:g}"
 

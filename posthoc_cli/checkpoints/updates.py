@@ -79,17 +79,17 @@ class Updates:
         return DecayRule(**rule).profile(step, count, every, first)
 
     def _rule(self, settings: ImportSettings, every: int) -> Arguments:
-        said = settings.rule(every)
-        if "decay" not in said:
-            return self.rule | said
+        arguments = settings.rule(every)
+        if "decay" not in arguments:
+            return self.rule | arguments
         of_file = self.rule.get("warm_up")
-        is_other = said.get("warm_up", "") != of_file
+        is_other = arguments.get("warm_up", "") != of_file
         is_replaced = settings.ema_warmup is not None and is_other
         if of_file and is_replaced:
-            return said
+            return arguments
         if self.rule.get("decay") == UNLIMITED:
-            return said  # another kind of rule
-        return self.rule | said
+            return arguments  # another kind of rule
+        return self.rule | arguments
 
     def _place(
         self,

@@ -38,7 +38,7 @@ _NO_THREAD = "can't start new thread"  # of Python's RuntimeError
 
 
 class _Flags:
-    """Parameters whose help shows no type behind options without a value, and not --help, which was
+    """Parameters whose help shows no type after options without a value, and not --help, which was
     just used."""
 
     def get_params(self, ctx: Any) -> list[Any]:
@@ -233,7 +233,10 @@ def _report_error(error: PostHocError | OSError) -> int:
     if isinstance(error, PostHocError):
         _print_message("error", error)
         return error.exit_code
-    _print_message("error", _system_text(error))
+    if error.filename == output.STDOUT:
+        _drop_output()
+    reason = (error.strerror or str(error)).lower()
+    _print_message("error", f"{error.filename}: {reason}" if error.filename else reason)
     return 1
 
 
@@ -244,13 +247,6 @@ def _report_usage(error: Any) -> int:
         text += f" (see {context.command_path} --help)"
     _print_message("error", text)
     return 2
-
-
-def _system_text(error: OSError) -> str:
-    if error.filename == output.STDOUT:
-        _drop_output()
-    reason = (error.strerror or str(error)).lower()
-    return f"{error.filename}: {reason}" if error.filename else reason
 
 
 def _print_message(kind: str, message: object) -> None:

@@ -15,7 +15,7 @@ from typer import Argument
 from posthoc_cli import files, resources
 from posthoc_cli.checkpoints import KINDS
 from posthoc_cli.cli import options, output
-from posthoc_cli.errors import InvalidValueError, check_alone, percent
+from posthoc_cli.errors import InvalidValueError, check_alone, first_of, percent
 from posthoc_cli.report.facts import title_of
 from posthoc_cli.targets import RANGES, Groups, parse_numbers
 
@@ -179,12 +179,7 @@ def _largest(errors: list[float | None]) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    return f"{output.counted(len(names), 'tensor')} ({_first(names)})"
-
-
-def _first(names: list[str]) -> str:
-    more = ", ..." if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+    return f"{output.counted(len(names), 'tensor')} ({first_of(names, 3)})"
 
 
 def _note_left_out(names: list[str], path: Path) -> None:
@@ -447,7 +442,7 @@ def _print_export(
 
 
 def _note_copied(copied: dict[str, Any]) -> None:
-    """Print what a copy of a checkpoint has of it."""
+    """Print what a copy of a checkpoint has from the average, and what of the checkpoint."""
     name = Path(copied["path"]).resolve().name
     if copied["replaced"] == "average":
         output.print_note(f"replaced the average in {name}; its weights stay as they are")
@@ -456,9 +451,9 @@ def _note_copied(copied: dict[str, Any]) -> None:
     if kept := copied["kept"]:
         output.print_note(f"kept {_listed(kept)} of {name}, which the run does not have")
     if shared := copied["shared"]:
-        output.print_note(f"not written: {_listed(shared)}, which the average does not have apart")
+        output.print_note(f"not written: {_listed(shared)}, of which {name} has the weights alone")
     if left_out := copied["left_out"]:
-        output.print_note(f"not copied: {_first(left_out)}")
+        output.print_note(f"not copied: {first_of(left_out)}")
 
 
 def import_(
@@ -466,7 +461,7 @@ def import_(
         ..., metavar="DIR", help="The checkpoints or averages: a folder, a file or a glob."
     ),
     out: str | None = options.OUTPUT(
-        None, "--out", "-o", metavar="RUN", help="The folder or URL of the new run."
+        None, "--out", "-o", metavar="RUN", help="The folder of the new run."
     ),
     kind: str | None = options.RUN(
         None,
@@ -564,8 +559,8 @@ def import_(
     """
     from posthoc_cli.checkpoints.import_run import import_checkpoints
 
-    done = import_checkpoints(
-        options.open_run(directory, directory=False).directory,
+    report = import_checkpoints(
+        options.open_path(directory).directory,
         out,
         overwrite=overwrite,
         dry_run=dry_run,
@@ -587,23 +582,23 @@ def import_(
         weights=weights,
     )
     if as_json:
-        output.print_json(done.to_dict())
+        output.print_json(report.to_dict())
     else:
-        _print_import(done, dry_run)
+        _print_import(report, dry_run)
 
 
-def _print_import(done: Import, dry_run: bool) -> None:
-    output.print_line(f"numbers are {done.numbers}")
-    for what, count in done.counts.items():
+def _print_import(report: Import, dry_run: bool) -> None:
+    output.print_line(f"numbers are {report.numbers}")
+    for what, count in report.counts.items():
         output.print_line(f"{count:,} x {what}")
-    for check in done.checks:
+    for check in report.checks:
         output.print_line(check)
-    if done.written:
-        output.print_line(f"wrote a run that refers to these files: {done.out}")
+    if report.written:
+        output.print_line(f"wrote a run that refers to these files: {report.out}")
     elif dry_run:
         output.print_line("nothing was written")
     else:
-        output.print_line(f"nothing was written: {done.out} is this import already")
+        output.print_line(f"nothing was written: {report.out} is this import already")
 
 
 def _parse_decay(text: str) -> float | str:
@@ -658,14 +653,14 @@ def prune(
         agree=agree,
         progress=output.progress_bar(),
     )
-    done = pruning.to_dict()
+    report = pruning.to_dict()
     if as_json:
-        output.print_json(done)
+        output.print_json(report)
     else:
-        if dry_run or not done["gone"]:
-            _print_prune(done, ends)
-        _print_end(done, dry_run)
-    return int(bool(done["gone"]) and not (done["deleted"] or dry_run))
+        if dry_run or not report["gone"]:
+            _print_prune(report, ends)
+        _print_end(report, dry_run)
+    return int(bool(report["gone"]) and not (report["deleted"] or dry_run))
 
 
 def _print_prune(
@@ -678,17 +673,20 @@ def _print_prune(
         rows = sorted(gone, key=lambda snapshot: (snapshot["t"], snapshot["sigma_rel"]))
         output.print_rows(rows, ["to delete:file", "t", "sigma_rel", "size:bytes"])
         output.print_line()
-    both = {
+    all_snapshots = {
         "when": "now",
         "count": len(kept) + len(gone),
         "bytes": report["bytes"] + report["gone_bytes"],
     }
-    left = {"when": "afterwards", "count": len(kept), "bytes": report["bytes"]}
+    remaining = {"when": "afterwards", "count": len(kept), "bytes": report["bytes"]}
     columns = [":when", "snapshots:count", "size:bytes", "worst_error", "median_error"]
-    output.print_rows([both | report["before"], left | report["after"]], columns)
+    output.print_rows([all_snapshots | report["before"], remaining | report["after"]], columns)
     low, high = sigma_range
-    how = {"assumed": ", if the network moves evenly", "sampled": ", from a sample of the weights"}
-    basis = how.get(report["prior"], "")
+    assumptions = {
+        "assumed": ", if the network moves evenly",
+        "sampled": ", from a sample of the weights",
+    }
+    basis = assumptions.get(report["prior"], "")
     output.print_line(f"predicted errors for sigma_rel {low:g} to {high:g}{basis}")
 
 

@@ -155,8 +155,8 @@ def parse_groups(texts: Sequence[str]) -> dict[str, float]:
     """Return sigma_rel by glob from the values of --group, each GLOB=SIGMA_REL."""
     groups: dict[str, float] = {}
     for text in texts:
-        glob, equals, width = text.rpartition("=")
-        widths = parse_numbers(width, "--group") if glob and equals else []
+        glob, separator, width = text.rpartition("=")
+        widths = parse_numbers(width, "--group") if glob and separator else []
         if len(widths) != 1 or glob in groups:
             raise bad(
                 "--group", text, "must be GLOB=SIGMA_REL, each glob once, such as 'unet.up.*=0.12'"
@@ -183,7 +183,7 @@ def existing(
     name: str = "DIR",
 ) -> Path:
     """Return the path of an existing input, with ~ expanded; an error without one, or a `directory`
-    that is none."""
+    that is not one."""
     path = files.given_path(name, given)
     try:
         mode = path.stat().st_mode
@@ -218,24 +218,31 @@ def new_picture(out: str | None, overwrite: bool) -> Path | None:
     return None if out is None else files.new_file(out, plots.PICTURES, overwrite)
 
 
-def open_run(given: str, directory: bool = True) -> Run:
-    """Open the run of DIR, which may be a file unless `directory`."""
-
+def open_path(given: str, directory: bool = False) -> Run:
+    """Open DIR, a glob or, unless `directory`, a file, whatever it holds."""
     from posthoc_cli.run import Run
 
     path = files.given_path("DIR", given)
-    if files.is_glob(path):
-        return Run(path)
-    path = existing(path, directory)
-    if path.is_dir() and not holds_snapshots(path):
-        if directory and (path / "sweep.json").is_file():
-            raise InvalidValueError(path, "is the folder of a sweep", "name that of the run")
-        for folder in sorted(path.iterdir()):
-            if folder.is_dir() and holds_snapshots(folder):
-                raise InvalidValueError(
-                    path, "holds no snapshots itself", f"did you mean {folder}?"
-                )
-    return Run(path)
+    return Run(path if files.is_glob(path) else existing(path, directory))
+
+
+def open_run(given: str, directory: bool = True) -> Run:
+    """Open the run of DIR, which may be a file unless `directory`."""
+    run = open_path(given, directory)
+    path = run.directory
+    if files.is_glob(path) or not path.is_dir() or holds_snapshots(path):
+        return run
+    if directory and (path / "sweep.json").is_file():
+        raise InvalidValueError(path, "is the folder of a sweep", "name that of the run")
+    check_not_above_run(path)
+    return run
+
+
+def check_not_above_run(path: Path) -> None:
+    """Raise an InvalidValueError if a folder in this one holds snapshots."""
+    for folder in sorted(path.iterdir()):
+        if folder.is_dir() and holds_snapshots(folder):
+            raise InvalidValueError(path, "holds no snapshots itself", f"did you mean {folder}?")
 
 
 def holds_snapshots(folder: Path) -> bool:

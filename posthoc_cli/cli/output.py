@@ -131,9 +131,7 @@ def print_some(
         print_rows(rows, columns)
         return
     half = MOST_ROWS // 2
-    first = rows[:half]
-    last = rows[-half:]
-    print_rows([*first, *last], columns)
+    print_rows([*rows[:half], *rows[-half:]], columns)
     print_line(f"and {len(rows) - MOST_ROWS:,} more; --json lists them")
 
 

@@ -7,16 +7,25 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from typer import Argument
 
 from posthoc_cli import files, resources
 from posthoc_cli.cli import options, output
-from posthoc_cli.errors import InvalidValueError, PostHocError, check_alone, check_word
-from posthoc_cli.planning import ErrorCurve
+from posthoc_cli.errors import (
+    DirectoryError,
+    InvalidValueError,
+    PostHocError,
+    check_alone,
+    check_word,
+)
+from posthoc_cli.planning import ErrorCurve, listed
 from posthoc_cli.report.facts import facts
 from posthoc_cli.targets import bad, parse_numbers, parse_targets
+
+if TYPE_CHECKING:
+    from posthoc_cli.snapshots.verify import Verification
 
 
 def info(
@@ -85,14 +94,11 @@ def verify(
 
     Move a broken snapshot out of its directory: the others work without it.
     """
-    from posthoc_cli.run import Run
-
     reports: list[dict[str, Any]] = []
-    is_fine = True
     code = 0
     for path in paths:
         try:
-            check = Run(options.existing(path, name="DIR|FILE")).check(output.progress_bar())
+            check = _checked(options.existing(path, name="DIR|FILE"))
         except PostHocError as error:
             if len(paths) == 1:
                 raise
@@ -100,7 +106,8 @@ def verify(
             code = max(code, error.exit_code)
             continue
         reports.append(check.to_dict())
-        is_fine = is_fine and check.is_fine
+        if not check.is_fine:
+            code = max(code, 1)
         if not as_json:
             if len(paths) > 1:  # files are named relative to their path
                 if len(reports) > 1:
@@ -111,7 +118,17 @@ def verify(
         output.print_json(
             reports[0] if len(reports) == 1 else {"kind": "several", "paths": reports}
         )
-    return max(code, int(not is_fine))
+    return code
+
+
+def _checked(path: Path) -> Verification:
+    from posthoc_cli.run import Run
+
+    try:
+        return Run(path).check(output.progress_bar())
+    except DirectoryError:
+        options.check_not_above_run(path)
+        raise
 
 
 def _print_verify(report: dict[str, Any]) -> None:
@@ -177,13 +194,13 @@ def audit(
     """Find which decay an average really has.
 
     Compares averages with the weights in the same checkpoints, from one to the next, on a sample of
-    100,000 elements. Shows the decay of each interval, and what is wrong: a wrong sign, an update
-    per microbatch, an average that does not move or that was restarted at a resume.
+    100,000 elements. Shows the decay of each interval, and what is wrong: an average that is too
+    long or too short, as if updated once a microbatch, does not move, or began again at a resume.
 
     Exit code 1 if an average is not what it claims to be.
     """
     picture = options.new_picture(out, overwrite)
-    audits = options.open_run(directory, directory=False).audit(claimed)
+    audits = options.open_path(directory).audit(claimed)
     report = {"audits": [audit.to_dict() for audit in audits]}
     if not audits[0].intervals:
         picture = None  # there is nothing to draw
@@ -252,7 +269,7 @@ def report(
     page = files.new_file(out, (".html",), overwrite)
     runs = list(map(options.open_run, directories))
     folders = [files.expanded(folder) for folder in sweep]
-    # a name that is no valid text holds lone surrogates
+    # a name that is not valid text holds lone surrogates
     text = render(runs, folders, page).encode(errors="backslashreplace")
     files.write_atomically(page, text, overwrite)
     output.show({"output": str(page), "bytes": len(text)}, as_json, lambda _: None, page)
@@ -307,12 +324,11 @@ def _print_curves(curves: Sequence[ErrorCurve], is_paper: bool) -> None:
     if is_paper:
         columns.append("profile_error")
     for curve in curves:
-        tracked = ", ".join(f"{width:g}" for width in curve.tracked) or "none"
-        below = curve.ranges_text(0.01) or "none"
         output.print_line(curve.label)
-        output.print_pairs(
-            [("  tracked", tracked), ("  predicted error below 1 %", f"sigma_rel {below}")]
-        )
+        pairs = [("  predicted error", curve.good_range)]
+        if curve.tracked:
+            pairs.append(("  tracked", listed(curve.tracked)))
+        output.print_pairs(pairs)
         rows = curve.to_dict()["others"]
         for row in rows:
             row["target"] = f"  {row['target']}"
@@ -484,18 +500,17 @@ def guide(
     guides = _read_guides()
     if name is not None:
         check_word("guide", name, guides)
-    # Each guide begins with a line such as "# Training: record averages while a model trains".
-    about = {}
-    for page, source in guides.items():
-        title, *_ = source.splitlines()
-        _, _, about[page] = title.partition(": ")
+    rows = []
+    for page in guides if name is None else [name]:
+        # A guide begins with a line such as "# Training: record averages while a model trains".
+        title, *_ = guides[page].splitlines()
+        _, _, about = title.partition(": ")
+        rows.append({"guide": page, "about": about})
     if as_json:
-        chosen = guides if name is None else [name]
-        text = {} if name is None else {"text": guides[name]}
-        shown = [{"guide": page, "about": about[page]} | text for page in chosen]
-        output.print_json({"guides": shown})
+        if name is not None:
+            rows[0]["text"] = guides[name]
+        output.print_json({"guides": rows})
     elif name is None:
-        rows = [{"guide": page, "about": said} for page, said in about.items()]
         output.print_rows(rows, ["guide", "about"])
     elif not sys.stdout.isatty():
         output.write(guides[name])

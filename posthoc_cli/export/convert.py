@@ -112,11 +112,11 @@ def export_file(
     )
     options.check_like(dtype)
     source = files.given_path("source", source)
-    given = str(out)
+    output_name = str(out)
     out = files.local_path("out", out)
     is_folder = options.layout_of(out) in FOLDERS or options.makes_folders
-    if given.endswith("/") and not is_folder:
-        raise InvalidValueError("out", "is a folder; name a file", value=given)
+    if output_name.endswith("/") and not is_folder:
+        raise InvalidValueError("out", "is a folder; name a file", value=output_name)
     files.check_parent(out)
     model = _read_source(source, weights, average) if like is None else _read_source(source)
     plan = _combination(model, target_dtype, prefix, strip_prefix)
@@ -267,18 +267,18 @@ def _read_source(
         stored = Stored(source, average)
         checkpoint = stored.weights if weights else stored.average
         if checkpoint is None:
-            reason = f"holds no average that its keys name ({stored.groups})"
+            reason = f"none of its keys names an average ({stored.groups})"
             hint = "name its key by `average`, or take its tensors as they are by `weights`"
             raise UnsuitableError(source, reason, hint)
         return checkpoint
     if weights:
-        reason = f"is for a training's checkpoint, and {source.name} is none"
+        reason = f"is for a training's checkpoint, and {source.name} is not one"
         raise InvalidValueError("weights", reason)
     return _read_model(source)
 
 
 def _is_checkpoint(source: Path) -> bool:
-    """Return whether a source is a training's checkpoint: a file or folder that is no safetensors,
+    """Return whether a source is a training's checkpoint: a file or folder that is not safetensors,
     or weights next to an average; they may lie deeper in it."""
     if source.is_dir():
         if sets_in(source):

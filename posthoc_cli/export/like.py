@@ -67,7 +67,7 @@ of date."""
 _OTHER_FOLDERS = re.compile(
     r"(?:checkpoint|ckpt|epoch|step)[-_]?\d+|runs|logs|wandb", re.IGNORECASE
 )
-"""The names of folders in the output of a training that are no part of its model: other
+"""The names of folders in the output of a training that are not part of its model: other
 checkpoints, of which a Trainer keeps many, and logs."""
 
 

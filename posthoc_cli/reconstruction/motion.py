@@ -60,7 +60,7 @@ class Distance:
     other: StoredProfile
     squared: float
     rounding: float
-    # whether it is from what an average would be if weights were as two intervals before
+    # whether `other` takes the weights of two intervals before for the newest ones
     is_far: bool = False
 
 
@@ -692,15 +692,15 @@ each have distances to the two previous ones has nearly 2."""
 _FIRST = (1.0, 0.1)
 _UPDATES = 1000
 """First walk, and first noise or scatter, each relative to what would explain the distances alone,
-and the number of updates of a fit. Of 120 averages of checkpoints, all were within 2 of the
-predicted error, with a first noise of 1 or 0.01 99 %, and with 100 updates in place of 300 to 3,000
-93 %."""
+and the number of updates of a fit. Of 120 averages of checkpoints all were within 2 of the
+predicted error; with a first noise of 1 or 0.01, 99 % were, and with 100 updates in place of 300 to
+3,000, 93 %."""
 
 _LEAST_OF_NEIGHBOURS = 0.3
 """Least walk of a segment, relative to the median of the five about it. Where distances overlap,
-the best fit may have segments without any motion, which then cost nothing: coefficients of 46 used
-one, and were 50 times as far off as predicted. Of the 252 cells of `bench_checkpoints.py` with
-uneven steps, 5 are beyond 3 of predicted without it, and 2 with it."""
+the best fit may have segments without any motion, which then cost nothing: coefficients as large
+as 46 used one, and were 50 times as far off as predicted. Of the 252 cells of
+`bench_checkpoints.py` with uneven steps, 5 are beyond 3 of predicted without it, and 2 with it."""
 
 _MOST_RAISED = 2.0
 """Most that the least walk may raise an expected distance to, relative to the measured one: then a

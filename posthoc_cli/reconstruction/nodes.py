@@ -192,7 +192,7 @@ class Nodes:
         self.weight = np.append(by_time, by_update)
 
     def _place_in_cells(self) -> FloatArray:
-        """Place nodes in the intervals whose updates are none, and return their weights:
+        """Place nodes in the intervals whose updates are not nodes; return their weights:
         [cells, order]."""
         x, w = _gauss(self._order)
         begin = self.edges[self._cells, None]

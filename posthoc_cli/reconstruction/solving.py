@@ -61,7 +61,7 @@ METHODS = ("minvar", "paper")  # the solvers; the first one is the default
 
 def check_method(method: str | None) -> str:
     """Return `method`, or the default for None; raise an InvalidValueError that lists the methods
-    if it is none."""
+    if it is not one."""
     if method is None:
         return METHODS[0]
     check_word("method", method, METHODS)
@@ -136,7 +136,7 @@ def reconstruct(
             unknown: predicted errors contain the distance.
 
     Raises:
-        InvalidValueError: no snapshots, one after `t`, or a target that is no profile or has no
+        InvalidValueError: no snapshots, one after `t`, or a target that is not a profile or has no
             mass before them.
     """
     method = check_method(method)
@@ -324,9 +324,9 @@ class _Solver:
         squares = problem.expected_squares(optimal, goal, solved=True)
         other_squares = problem.expected_squares(others, goal)
         for deviation in (-problem.unsure, problem.unsure):
-            shown = np.array([1 + deviation, 1.0])
-            least = np.min(shown @ other_squares)
-            if not shown @ squares < _CLEARLY * least:
+            factors = np.array([1 + deviation, 1.0])
+            least = np.min(factors @ other_squares)
+            if not factors @ squares < _CLEARLY * least:
                 totals = other_squares.sum(axis=0)
                 best = int(totals.argmin())
                 return others[:, best], other_squares[:, best]
@@ -341,14 +341,14 @@ class _Solver:
         """Return coefficients between both, nearer to the other ones for a smaller gain, and their
         squares."""
         problem = self.problem
-        both = np.column_stack((optimal, others))
-        squares = problem.expected_squares(both, goal)
-        least, usual = squares.sum(axis=0).tolist()
-        gain = np.sqrt(least / usual) if usual > 0 else 0.0
+        candidates = np.column_stack((optimal, others))
+        squares = problem.expected_squares(candidates, goal)
+        optimal_square, other_square = squares.sum(axis=0).tolist()
+        gain = np.sqrt(optimal_square / other_square) if other_square > 0 else 0.0
         doubt = max(0.0, problem.prior.doubt - SURE)
         gain *= np.exp(_CAUTION * doubt)
-        sure, none = self._gains
-        passed = (gain - sure) / (none - sure)
+        lowest, highest = self._gains
+        passed = (gain - lowest) / (highest - lowest)
         share = np.clip(passed, 0.0, 1.0)
         coefficients = optimal + share * (others - optimal)
         return coefficients, problem.expected_squares(coefficients, goal)

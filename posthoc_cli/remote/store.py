@@ -66,7 +66,7 @@ def open_bucket(bucket: str, endpoint: str) -> Any:
     try:
         from obstore.store import from_url
     except ImportError:
-        reason = f"obstore is needed for {bucket} and is not installed"
+        reason = f"is needed for {bucket}, and is not installed"
         raise MissingDependencyError(
             "obstore", reason, 'pip install "posthoc-cli[remote]"'
         ) from None
@@ -98,7 +98,7 @@ class RemotePath(PosixPath):
         return f"{scheme}://{rest}" if colon else scheme
 
     def __fspath__(self) -> str:
-        """Raise an error: the path is no name for the operating system."""
+        """Raise an error: the operating system cannot open a URL."""
         raise PostHocError(self, "is a URL; must be a path on a file system of this machine")
 
     def absolute(self) -> RemotePath:
@@ -188,7 +188,7 @@ def remote_path(text: str) -> RemotePath:
     scheme = scheme.lower()
     user = ""
     problem = ""
-    if scheme != "hf":  # whose revisions are behind an @
+    if scheme != "hf":  # whose revisions follow an @
         user, _, host = host.rpartition("@")
     if scheme not in SCHEMES:
         path = path.partition("?")[0]

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from posthoc_cli.errors import percent
+from posthoc_cli.errors import first_of, percent
 from posthoc_cli.resources import size_text
 
 _LONGEST_TEXT = 200
@@ -52,8 +52,7 @@ def text(key: str, value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {text(name, item)}" for name, item in value.items())
     if isinstance(value, list):
-        listed = ", ".join(text("", item) for item in value[:5])
-        return f"{listed} and {len(value) - 5} more" if len(value) > 5 else listed
+        return first_of(text("", item) for item in value)
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int | float):
@@ -72,7 +71,7 @@ def facts(description: dict[str, Any]) -> list[tuple[str, str]]:
     for key, value in description.items():
         if key in hidden:
             continue
-        said = text(key, value)
-        if said:
-            pairs.append((title_of(key), said))
+        shown = text(key, value)
+        if shown:
+            pairs.append((title_of(key), shown))
     return pairs

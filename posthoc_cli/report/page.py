@@ -131,7 +131,7 @@ def _describe_run(run: Run) -> dict[str, Any]:
         "info": info,
         "facts": facts(info),
         "curve": curve,
-        "good": curve.ranges_text(plots.GOOD_ERROR),
+        "good": curve.good_range,
         "error": _picture(partial(plots.error_figure, [curve])),
         "sweeps": [],
         "commands": [],
@@ -172,7 +172,7 @@ def _describe_sweep(
         RecursionError,
         ArithmeticError,
     ) as error:
-        raise FileFormatError(path, "is no result of a sweep") from error
+        raise FileFormatError(path, "is not the result of a sweep") from error
     part["sweeps"].append(swept)
     return swept
 
@@ -293,7 +293,7 @@ def _image(path: Path) -> str:
     content = read_small_file(path, images.MOST_BYTES)
     kind = images.image_type(content)
     if kind is None:
-        raise FileFormatError(path, "is no PNG, JPEG, WebP or GIF image")
+        raise FileFormatError(path, "is not a PNG, JPEG, WebP or GIF image")
     return _as_url(kind, content)
 
 
@@ -322,8 +322,9 @@ def _command(
     t = result["settings"]["t"]
     if t != run.t:
         words += ["--t", f"{t:.12g}"]
-    out = "model.safetensors"
+    ending = ".safetensors"
     if like := result["settings"].get("like"):
         words += ["--like", str(like)]
-        out = f"model{Path(like).suffix}" if Path(like).is_file() else "model"
-    return shlex.join([*words, "--out", out])
+        ending = Path(like).suffix if Path(like).is_file() else ""
+    name = f"{kind}-{best}".replace(":", "-")  # apart from those of other sweeps
+    return shlex.join([*words, "--out", f"{name}{ending}"])

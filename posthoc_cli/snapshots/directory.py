@@ -140,7 +140,7 @@ def is_parts_folder(path: Path) -> bool:
 
 
 def list_directory(directory: Path) -> tuple[Path, ...]:
-    """Return the paths in a directory; raise DirectoryError if it is none, or cannot be read."""
+    """Return the paths in a directory; raise DirectoryError if it is not one, or cannot be read."""
     try:
         return tuple(sorted(files.system.list(directory)))
     except OSError as error:
@@ -248,7 +248,7 @@ def read_snapshot(path: Path) -> Snapshot:
     headers = [*map(_read, paths)]
     content = joined(path, headers)
     if not isinstance(content, Snapshot):
-        raise FileFormatError(path, f"is no complete snapshot: it has {content or 'no parts'}")
+        raise FileFormatError(path, f"is not a complete snapshot: it has {content or 'no parts'}")
     return content
 
 
@@ -700,23 +700,23 @@ def thin(
         return list(stored)
     scheduled = [snapshot for snapshot in stored if not snapshot.off_schedule]
     count = len({snapshot.t for snapshot in scheduled})
-    gone = set[float]()
+    dropped = set[float]()
     if count > max_checkpoints:
-        gone = _least_needed(scheduled, max_checkpoints, sigma_range)
+        dropped = _least_needed(scheduled, max_checkpoints, sigma_range)
     times = sorted({snapshot.t for snapshot in stored})
     spared = times[-SPARED_TIMES:]
     off_schedule = sorted({snapshot.t for snapshot in stored if snapshot.off_schedule})
     room = max(max_checkpoints - count, 0)
     excess = max(len(off_schedule) - room, 0)
-    gone |= {t for t in off_schedule[:excess] if t < spared[0]}
-    left = list[Snapshot]()
+    dropped |= {t for t in off_schedule[:excess] if t < spared[0]}
+    remaining = list[Snapshot]()
     for snapshot in stored:
-        if snapshot.t in gone:
+        if snapshot.t in dropped:
             log.debug("thinning: removing %s", snapshot.path)
             remove_snapshot(snapshot.path)
         else:
-            left.append(snapshot)
-    return left
+            remaining.append(snapshot)
+    return remaining
 
 
 def _least_needed(

@@ -131,14 +131,14 @@ def models_at(path: Path) -> list[Path]:
             "name one of them, or make an average of them",
         )
     if not models:
-        hint = "name a .safetensors file, an index of shards, or a folder of these"
+        hint = "name a checkpoint, a .safetensors file, an index of shards, or a folder of these"
         raise DirectoryError(path, "holds no snapshots, outputs or models", hint)
     return models
 
 
 def read_model(path: Path) -> tuple[list[TensorFile], OutputInfo | None]:
     """Return a model's files and their header as an output; raise an error if one is damaged,
-    missing or of another."""
+    missing or of another model."""
     read = list[TensorFile]()
     infos = list[OutputInfo | None]()
     for file_path, names in model_files(weights_at(path) or path).items():

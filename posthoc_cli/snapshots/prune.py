@@ -198,7 +198,7 @@ class _Choice:
             low, high = self._sigma_range
             reason = (
                 f"all {len(self._profiles)} snapshots together have a predicted error of up to "
-                f"{self.before.worst:.2g} for sigma_rel {low:g} to {high:g}; nothing can go"
+                f"{self.before.worst:.2g} for sigma_rel {low:g} to {high:g}; none can be deleted"
             )
             raise InexactError("max_error", reason, value=f"{max_error:g}")
 

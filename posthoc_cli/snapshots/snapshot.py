@@ -31,7 +31,7 @@ import numpy.typing as npt
 import xxhash
 
 from posthoc_cli.dtypes import EPS
-from posthoc_cli.errors import FileFormatError, InvalidValueError, check_word, shown
+from posthoc_cli.errors import FileFormatError, InvalidValueError, check_word, first_of, shown
 from posthoc_cli.planning import USEFUL_RANGE
 from posthoc_cli.profiles import (
     Clock,
@@ -405,8 +405,7 @@ def _globs(
 def check_globs(selection: Selection, names: Iterable[str]) -> None:
     """Raise InvalidValueError if a glob matches none of a model's names: it is usually misspelt."""
     names = list(names)
-    quoted = map(repr, names[:3])
-    examples = ", ".join(quoted) or "none"
+    examples = first_of(map(shown, names), 3) or "none"
     for argument in ("include", "exclude", "copy_only"):
         for glob in getattr(selection, argument):
             if not any(fnmatchcase(name, glob) for name in names):

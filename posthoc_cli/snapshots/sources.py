@@ -837,10 +837,10 @@ def _recent_motion(sample: _Sample, before: Sequence[_Sample]) -> list[Distance]
             continue
         share = since[0]
         kept = since[-1]
-        taken = (1 - kept) / (1 - share)
+        new_share = (1 - kept) / (1 - share)
         coefficients = np.zeros(len(before))
         coefficients[-1] = kept
-        coefficients[index : index + 2] += -share * taken, taken
+        coefficients[index : index + 2] += -share * new_share, new_share
         unmoved = _Mixture(tuple(profiles[:-1]), coefficients)
         distances.append(_distance(sample, before, unmoved))
     return distances

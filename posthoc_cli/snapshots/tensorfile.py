@@ -776,7 +776,7 @@ def _decode_entry(name: str, value: Any, start: int) -> Entry:
         raise ValueError(f"tensor {shown(name)}: its header entry is malformed")
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         accepted = ", ".join(ITEM_BYTES)
-        raise ValueError(f"tensor {shown(name)}: dtype {shown(dtype)} is none of {accepted}")
+        raise ValueError(f"tensor {shown(name)}: dtype {shown(dtype)} is not one of {accepted}")
     entry = Entry(dtype, tuple(shape), start + begin)
     if end - begin != entry.nbytes:
         reason = f"{end - begin:,} bytes do not make {dtype} of shape {shape}"
@@ -853,7 +853,7 @@ def check_text(text: str) -> None:
     if bad := _NO_TEXT.search(text):
         begin = max(0, bad.start() - 40)
         near = ascii(text[begin : bad.end() + 40])
-        raise ValueError(f"a name or value has a zero byte or is no Unicode text: {near}")
+        raise ValueError(f"a name or value has a zero byte or is not Unicode text: {near}")
 
 
 def compact(value: object) -> str:
@@ -970,7 +970,7 @@ def encode_header(
     try:
         _require_few(len(entries))
         for name, entry in entries.items():
-            problem = "the name '__metadata__' is no tensor's in a safetensors file"
+            problem = "no tensor in a safetensors file can be named '__metadata__'"
             _require(name not in header, problem)
             offsets = [entry.begin, entry.begin + entry.nbytes]
             header[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": offsets}

@@ -40,7 +40,7 @@ def keep_images(
 ) -> None:
     """Move the newest MOST images of a trial from its folder to `kept`, which is made anew.
 
-    `glob` is a pattern of their names, by default ENDINGS. Files that are no images, or are larger
+    `glob` is a pattern of their names, by default ENDINGS. Files that are not images, or are larger
     than MOST_BYTES, are left, with a warning.
     """
     remove(kept)
@@ -63,7 +63,7 @@ def _images(folder: Path, glob: str | None) -> Iterator[Path]:
             most = size_text(MOST_BYTES)
             log.warning("%s: %s, too large to be kept: at most %s", name, size_text(size), most)
         elif image_type(path.read_bytes()) is None:
-            log.warning("%s: not kept, since it is no PNG, JPEG, WebP or GIF image", name)
+            log.warning("%s: not kept, since it is not a PNG, JPEG, WebP or GIF image", name)
         else:
             yield path
 

@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from posthoc_cli import files
 from posthoc_cli.errors import InvalidValueError, PostHocError, check_count, check_number, percent
+from posthoc_cli.planning import GOOD_ERROR
 from posthoc_cli.profiles import FloatArray, Point
 from posthoc_cli.run import Run
 from posthoc_cli.sweep.curves import GRID, POINTS, clipped, draw_curves
@@ -43,7 +44,6 @@ NEXT = 2  # lengths in each further batch
 USUAL = 12  # lengths after which 97 % of searches have found the best (scripts/bench_sweep.py)
 
 CONFIDENCE = 0.95  # the probability that the best length lies in the stated range
-GOOD_ERROR = 0.01  # the largest predicted error in the default range
 
 _SAME = 0.02
 """The distance from a measured length, as a fraction of the range, below which that length is
@@ -496,9 +496,9 @@ class Search:
     measures_raw: bool
 
     def __post_init__(self) -> None:
-        # a search begins with FIRST lengths, and measures the best one last
         least = 1 if self.report.axis.values else FIRST + 1
-        check_count("budget", self.budget, least)
+        hint = f"a search begins with {FIRST} lengths, and measures the best one last"
+        check_count("budget", self.budget, least, hint)
         check_count("repeats", self.repeats)
 
     @property

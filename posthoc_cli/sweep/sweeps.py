@@ -111,7 +111,7 @@ class Sweep:
             budget=self.budget,
             repeats=self.repeats,
             repeats_known=self.repeats > 1 or "{seed}" in self.command,
-            measures_raw=self.raw is not None or has_raw(self.run, self.t),
+            measures_raw=self._measures_raw(self.t),
         )
         with self._locked_folder():
             self._search(search)
@@ -123,6 +123,15 @@ class Sweep:
                 raise PostHocError("the sweep", f"{reason}: {', '.join(images.ENDINGS)}")
             report.write(self.out)
             return report
+
+    def _measures_raw(self, t: float) -> bool:
+        """Return whether there are raw weights to measure; raise an InvalidValueError if some are
+        named although the run contains those of time `t`."""
+        contains_raw = has_raw(self.run, t)
+        if contains_raw and self.raw is not None:
+            reason = "is not needed: the run contains the raw weights of this time"
+            raise InvalidValueError("raw", reason, value=self.raw)
+        return contains_raw or self.raw is not None
 
     def _describe(self, kind: str) -> dict[str, Any]:
         """Return what all trials of the folder have in common."""
@@ -168,15 +177,13 @@ class Sweep:
         if not any("{weights}" in word for word in words):
             raise self._unusable("must contain {weights}, which becomes the path of the average")
         if self.minimize is None and self.images == "none":
-            raise InvalidValueError("images", "are what one looks at: keep some", value="none")
+            raise InvalidValueError("images", "would leave nothing to look at", value="none")
         if "{dir}" not in self.command:
             if self.metric.file is not None:
                 file = "the folder that is searched for the file with the metric"
                 raise self._unusable(f"must contain {{dir}}, {file}")
-            if self.minimize is None:
-                raise self._unusable("must contain {dir}, the folder for the images to look at")
-            if self.images not in (None, "none"):
-                raise self._unusable("must contain {dir}, the folder for the images to keep")
+            if self.minimize is None or self.images not in (None, "none"):
+                raise self._unusable("must contain {dir}, the folder for the images")
         _check_program(words)
 
     def _unusable(self, reason: str) -> InvalidValueError:
@@ -313,7 +320,7 @@ class Sweep:
                 if trial.error is None:
                     recorded[trial.target, trial.seed] = trial
         except (ValueError, TypeError) as error:
-            raise FileFormatError(path, "is no record of a sweep", "name another folder") from error
+            raise FileFormatError(path, "is not a sweep's record", "name another folder") from error
         if not recorded:  # nothing to lose: the call may have been wrong
             self._write_lines([json.dumps(asked)])
             return []

@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from posthoc_cli import files
-from posthoc_cli.errors import InvalidValueError, printable, shown
+from posthoc_cli.errors import InvalidValueError, first_of, printable, shown
 
 _GRACE = 0.5  # seconds between SIGTERM and SIGKILL
 _TICK = 0.01  # seconds between looks at a process
 _TAIL = 10_000_000  # bytes at the end of standard output that are searched for the metric
 _END_OF_LOG = 300  # bytes at the end of a log that a message shows
-_MOST_NAMES = 5  # names that a message shows
 _BEGIN_OF_JSON = re.compile(r'[^\S\n]*(?=\{\s*["}]|\[)')
 _REST_OF_LINE = re.compile(r"[^\S\n]*(?=\n|$)")
 _NUMBER = r"([-+]?(?:\d*\.?\d+(?:e[-+]?\d+)?|nan|inf))(?!\w|[.,]\d)"
@@ -55,13 +54,18 @@ def measure(
     for path in (out, err):
         # the process of a killed sweep may still write to the old file
         files.unlink_if_exists(path)
+    logs = [err, out]
     try:
         _run(words, out, err)
+        logs.reverse()  # the metric is looked for on standard output
         return (None, None) if metric is None else metric.read(out, folder)
     except TrialError as error:
-        for path in (err, out):
-            if text := " ".join(_read_tail(path, _END_OF_LOG).split()):
-                raise TrialError(f"{error}: {printable(text)}") from error
+        for path in logs:
+            text = _read_tail(path, _END_OF_LOG).strip()
+            if path == err:  # of a traceback the last line says most
+                text = text[text.rfind("\n") + 1 :]
+            if text:
+                raise TrialError(f"{error}: {printable(' '.join(text.split()))}") from error
         raise TrialError(f"{error}: it wrote nothing") from error
 
 
@@ -171,7 +175,7 @@ class Metric:
                 if name in members:
                     return _checked(members, name)
         names = dict.fromkeys(chain.from_iterable(objects))
-        closest = get_close_matches(key, names, _MOST_NAMES, 0)
+        closest = get_close_matches(key, names, 5, 0)
         raise TrialError(reason + _listed(closest))
 
 
@@ -281,5 +285,4 @@ def _number(value: Any) -> float | None:
 
 def _listed(names: list[str]) -> str:
     """Return the end of a message that lists the first names."""
-    first = [shown(name) for name in names[:_MOST_NAMES]]
-    return f"; found {', '.join(first)}" if first else ""
+    return f"; found {first_of(map(shown, names))}" if names else ""

@@ -174,7 +174,7 @@ class Tile:
 
     @cached_property
     def spans(self) -> list[tuple[str, int, int]]:
-        """The name of each tensor, with its begin and its end in the tile."""
+        """The name of each tensor, with its beginning and its end in the tile."""
         begins = self.bounds[:-1]
         ends = self.bounds[1:]
         return list(zip(self.names, begins, ends, strict=True))
@@ -501,7 +501,7 @@ def check_device(device: torch.device | str) -> torch.device:
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = f"cannot be used: {str(error).partition(chr(10))[0]}"
         if "device string" in reason:  # torch lists some twenty kinds
-            reason = "is no device"
+            reason = "is not a device"
     available = ["auto", "cpu"]
     for index in range(torch.cuda.device_count()):
         available.append(f"cuda:{index}")

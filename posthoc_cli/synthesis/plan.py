@@ -22,10 +22,11 @@ from posthoc_cli.errors import (
     check_alone,
     check_max_error,
     check_number,
+    first_of,
     percent,
     shown,
 )
-from posthoc_cli.planning import check_within, error_curve
+from posthoc_cli.planning import GOOD_ERROR, check_within, error_curve
 from posthoc_cli.profiles import Clock, FloatArray, PowerFunction, Profile
 from posthoc_cli.reconstruction import (
     ROUNDING,
@@ -54,8 +55,6 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
-
-POOR_ERROR = 0.01  # the predicted error above which planning logs a warning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +163,7 @@ class Plan(Combination):
         for index, target in enumerate(self.targets):
             error = percent(self.predicted_error(index))
             parts.append(f"{target.title} (predicted error {error})")
-        return f"Plan(at t = {self.t:,.12g} from {counted(self.sources)}: {_first_of(parts)})"
+        return f"Plan(at t = {self.t:,.12g} from {counted(self.sources)}: {first_of(parts)})"
 
     @property
     def choice(self) -> str | None:
@@ -232,8 +231,7 @@ class Plan(Combination):
         for columns in self.columns:
             for glob, column in columns.items():
                 if column not in used:
-                    first = list(self.names)[:3]
-                    examples = ", ".join(map(shown, first))
+                    examples = first_of(map(shown, self.names), 3)
                     reason = "matches no tensor that is not in a group before it; there are "
                     raise InvalidValueError("group", reason + examples, value=repr(glob))
 
@@ -479,7 +477,7 @@ def _target_time(
     if t is not None:
         return check_within("t", t, times.values())
     if step is not None and sources[0].t_unit == "epochs":
-        reason = "says nothing: the numbers of these checkpoints are epochs"
+        reason = "does not apply: the numbers of these checkpoints are epochs"
         raise InvalidValueError("step", reason, "give t in epochs", value=step)
     if step is None:
         return max(times.values())
@@ -500,23 +498,16 @@ def _target_time(
     )
 
 
-def _first_of(texts: Sequence[str]) -> str:
-    first = ", ".join(texts[:5])
-    if len(texts) > 5:
-        first += f" and {len(texts) - 5} more"
-    return first
-
-
 def _warn_of_poor_targets(
     plan: Plan,
     known: Sequence[Source],
     prior: Prior,
 ) -> None:
-    """Log the targets with a predicted error above POOR_ERROR, and the sigma_rels with a smaller
+    """Log the targets with a predicted error above GOOD_ERROR, and the sigma_rels with a smaller
     one."""
     errors = np.hypot(plan.reconstruction.predicted_error, plan.output_rounding)
     targets = separate(plan.targets)
-    titles = [targets[index].title for index in np.flatnonzero(errors > POOR_ERROR)]
+    titles = [targets[index].title for index in np.flatnonzero(errors > GOOD_ERROR)]
     if not titles:
         return
     worst = percent(float(errors.max()))
@@ -524,7 +515,6 @@ def _warn_of_poor_targets(
         worst = f"up to {worst}"
     snapshots = [source.profile for source in known]
     curve = error_curve("", snapshots, prior, t=plan.t, method=plan.method)
-    below = curve.ranges_text(POOR_ERROR)
     sources = counted(plan.sources, plan.solved)
     origin = f"from the {sources} up to t = {plan.t:,.12g}"
     first = seen_from(0.0, [source.profile for source in plan.sources])
@@ -532,5 +522,4 @@ def _warn_of_poor_targets(
         origin += f", which show nothing of the training before t = {first:,.4g}"
     if curve.assumption:
         origin += f", if {curve.assumption}"
-    hint = f"below 1 % for sigma_rel {below}" if below else "no sigma_rel is below 1 %"
-    log.warning("%s: predicted error %s %s; %s", _first_of(titles), worst, origin, hint)
+    log.warning("%s: predicted error %s %s; %s", first_of(titles), worst, origin, curve.good_range)

@@ -1,7 +1,7 @@
 """The layout of a model's tensors in flat memory, and the tiles that work is divided into.
 
 Tensors of one device and dtype form a bucket and lie end to end in it, each with its elements in
-the order of its own memory: reading weights in `channels_last` is no transposition. A tile is a
+the order of its own memory: reading weights in `channels_last` does not transpose them. A tile is a
 range of a bucket that stays in the cache while a thread works on it, so that thousands of small
 tensors cost no more calls than a few large ones.
 """

@@ -204,7 +204,7 @@ class ModelTensors:
 
 
 def check_model(model: nn.Module) -> nn.Module:
-    """Return `model`, or raise an InvalidValueError if it is no module."""
+    """Return `model`, or raise an InvalidValueError if it is not a module."""
     if not isinstance(model, nn.Module):
         raise InvalidValueError("model", f"must be a torch.nn.Module, not {type(model).__name__}")
     return model
@@ -593,7 +593,7 @@ def _named_modules(model: nn.Module) -> Iterator[NamedModule]:
 
 
 def wrapped_child(module: nn.Module) -> str | None:
-    """Return the name of the child that a wrapper wraps; None if the module is no wrapper."""
+    """Return the name of the child that a wrapper wraps; None if the module is not a wrapper."""
     for defined_in, name in _WRAPPERS:
         # A class that nobody has imported wraps nothing. A release of torch without the class is an
         # error.

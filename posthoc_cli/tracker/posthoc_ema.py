@@ -839,7 +839,7 @@ class PostHocEMA:
     def _note_uncounted(self, is_end: bool = False) -> None:
         """Warn, once, of steps of the model that were not counted.
 
-        The call for a single step may be about to come, except at an end that is no error: an
+        The call for a single step may be about to come, except at an end without an error: an
         interrupt leaves a step without its call. A tracker that has counted none may only read.
         """
         step = self._last.progress.step

@@ -214,8 +214,8 @@ class Start:
         times = f"{len(steps):,} times, step {steps[0]:,} to {steps[-1]:,}"
         elements = f"{compared} elements compared, also rounded to half precision"
         reason = f"its weights are those of no snapshot of the run in {self.directory}"
-        anew = "to begin anew say resume=0, which sets the snapshots aside"
-        hint = f"{anew}; else {_RESTORE}; {_rarer_ways(steps[-1])}"
+        anew = "to begin anew, pass resume=0, which sets the snapshots aside"
+        hint = f"{anew}; {_RESTORE}; {_rarer_ways(steps[-1])}"
         return ModelMismatchError("model", f"{reason} ({times}; {elements})", hint)
 
 
@@ -246,8 +246,8 @@ def _checked_step(resume: str | int | None) -> int | None:
     if resume in (None, "auto"):
         return None
     if isinstance(resume, bool | str):
-        reason = "must be 'auto', to go on where the weights fit, a step that has snapshots, "
-        reason += "0, to begin anew, or None"
+        reason = "must be 'auto' (continue where the weights fit), a step that has snapshots, "
+        reason += "0 (begin anew), or None"
         raise InvalidValueError("resume", reason, value=f"{resume!r}")
     return check_count("resume", resume, 0)
 
@@ -337,8 +337,8 @@ def _with_members(
     return replace(tracking, run_id=owners.run_id, tracked=part)
 
 
-_RESTORE = "restore the model's checkpoint first, then from_model(..., resume='auto')"
-_ANEW = "for a new run resume=0, which sets these snapshots aside, or another directory"
+_RESTORE = "to continue, restore the model's checkpoint, then call from_model(..., resume='auto')"
+_ANEW = "for a new run, pass resume=0, which sets these snapshots aside, or name another directory"
 
 
 def ways_to_resume(step: int) -> str:
@@ -347,8 +347,8 @@ def ways_to_resume(step: int) -> str:
 
 
 def _rarer_ways(step: int) -> str:
-    state = "or ema.load_state_dict(state), if the checkpoint holds ema.state_dict()"
-    anyway = f"or whatever the weights with resume={step} or from_path(..., step={step})"
+    state = "or, if the checkpoint holds ema.state_dict(), call ema.load_state_dict(state)"
+    anyway = f"or, whatever the weights, pass resume={step} or call from_path(..., step={step})"
     return f"{state}; {anyway}"
 
 

@@ -15,6 +15,7 @@ from posthoc_cli.errors import (
     InvalidValueError,
     ModelMismatchError,
     NonFiniteError,
+    first_of,
     shown,
 )
 from posthoc_cli.planning import listed
@@ -176,11 +177,11 @@ def _fill(
 
 
 def _checked_info(state: Any, settings: Settings) -> StateInfo:
-    """Return the numbers and texts of a state; raise an InvalidValueError if it is none."""
+    """Return the numbers and texts of a state; raise an InvalidValueError for another object."""
     version = state.get("version") if isinstance(state, Mapping) else None
     if isinstance(state, Mapping) and version is None:
-        names = ", ".join(map(shown, [*state][:3]))
-        reason = f"is none of a tracker, but of a model or optimizer: it holds {names}"
+        names = first_of(map(shown, state), 3) or "nothing"
+        reason = f"is not a tracker's, but that of a model or optimizer: it holds {names}"
         raise InvalidValueError("state", reason, "load what ema.state_dict() has returned")
     if version != STATE_VERSION:
         reason = (
@@ -238,7 +239,7 @@ def check_profiles(
     for sigma_rel in widths:
         if sigma_rel not in stored:
             reason = (
-                f"{sigma_rel:g} is none of the tracked ones, {listed(stored)}: an average "
+                f"{sigma_rel:g} is not among the tracked ones, {listed(stored)}: an average "
                 f"cannot begin in mid-run"
             )
             raise InvalidValueError(

@@ -275,6 +275,6 @@ def test_a_claim_that_is_no_decay_is_refused(healthy, ema):
 
 def test_a_lone_checkpoint_cannot_be_audited(healthy):
     run = Run(healthy / "step300.pt")
-    reason = "no two times at which there are an average and the weights"
+    reason = "no two checkpoints with both an average and the weights"
     with pytest.raises(InvalidValueError, match=reason):
         run.audit()

@@ -128,7 +128,7 @@ def test_weights_before_the_training_are_left_out(tmp_path, caplog):
 def test_numbers_that_are_steps_take_no_epochs(tmp_path):
     write(tmp_path, "step_{}.pt", ALL)
     assert steps_of(tmp_path) == ALL
-    reason = "says nothing about numbers that are steps, by the word for steps in names"
+    reason = "does not apply to numbers that are steps, by the word for steps in names"
     assert reason in asked(tmp_path, steps_per_epoch=20)
 
 

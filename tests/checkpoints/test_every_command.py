@@ -76,7 +76,7 @@ def test_a_sweep_and_its_page_name_what_to_repeat(ema, run, tmp_path, monkeypatc
     commands = text.replace("<span>", "").replace("</span>", "")
     again, make = re.findall("<code>ema (.*?)</code>", commands)
     assert ema(*shlex.split(make)).code == 0
-    assert_same_tensors(load_file("model.safetensors"), wanted)
+    assert_same_tensors(load_file("sigma_rel-0.1.safetensors"), wanted)
     assert ema(*shlex.split(again), "--sigma-rel", "0.1,0.2").code == 0
 
 
@@ -85,6 +85,14 @@ def test_a_run_of_a_tracker_is_not_imported(ema, tmp_path):
     refused = ema("import", tmp_path, "--prefix", "w", "--out", tmp_path / "new")
     assert refused.code == 2
     assert f"{tmp_path}: holds a run already" in refused.error
+
+
+def test_checkpoints_beside_snapshots_are_audited_and_imported(ema, tmp_path):
+    for step in (10, 20):
+        store(tmp_path / f"step{step}.pt", {"w": torch.ones(9)})
+    write_run(tmp_path / "ema", [{"w": [1.0]}], [1])
+    assert f"{tmp_path}: holds no average" in ema("audit", tmp_path).err
+    assert "2 x weights" in ema("import", tmp_path, "--out", tmp_path / "new").out
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def metadata(run, bomb):
         (edm2, ""),
         (of_torch_distributed, ""),
         (root, "holds no tensors"),
-        (metadata, "is no metadata of torch.distributed.checkpoint"),
+        (metadata, "is not the metadata of torch.distributed.checkpoint"),
     ],
 )
 def test_a_bomb_is_read_as_data(write, message, run, tmp_path):

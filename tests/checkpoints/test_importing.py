@@ -193,7 +193,7 @@ def test_files_behind_links_are_read(weights, tmp_path):
 def test_a_name_that_is_no_text_is_refused(tmp_path):
     folder = filled(tmp_path / "ck", 40)
     (folder / "step40.pt").rename(folder / os.fsdecode(b"step40-\xff.pt"))
-    with pytest.raises(InvalidValueError, match="its name is no valid text"):
+    with pytest.raises(InvalidValueError, match="its name is not valid text"):
         import_checkpoints(folder / "step40*", tmp_path / "run")
 
 

@@ -81,4 +81,4 @@ def test_a_published_file_of_edm2_has_its_time_and_width_in_its_name(tmp_path):
 def test_a_file_of_another_name_is_not_of_edm2(tmp_path):
     file = tmp_path / "other.pkl"
     edm2_layout.save(file, edm2_layout.network())
-    assert "other.pkl: is no file of edm2" in fault(file, kind="edm2")
+    assert "other.pkl: is not a file of edm2" in fault(file, kind="edm2")

@@ -126,7 +126,7 @@ def test_info_of_safetensors_that_are_no_run_as_they_are(tmp_path, ema):
     write_each(tmp_path, "2024-05-01_12-{save.epoch:02}-00-save-{save.step}.safetensors", weights)
     report = ema("info", tmp_path, "--json").json
     assert report["kind"] == "checkpoints"
-    assert "no run as it is: " in report["notes"][0]
+    assert "cannot be used as it is: " in report["notes"][0]
     assert times(tmp_path, step_from=r"save-(\d+)") == TIMES
 
 

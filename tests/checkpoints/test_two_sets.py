@@ -216,7 +216,7 @@ def test_the_values_show_that_parts_of_a_model_are_averages(tmp_path):
     weights = in_two_parts(LAST.weights) | REST
     check(tmp_path, average, weights, None)
     assert_equal(exported(file, weights=True), content(LAST)["model"])
-    with pytest.raises(FileFormatError, match="holds no average"):
+    with pytest.raises(FileFormatError, match="none of its keys names an average"):
         exported(file)
 
 
@@ -558,7 +558,7 @@ def test_a_checkpoint_without_an_average_is_not_exported_as_one(tmp_path, ema):
     torch.save({"model": LAST.weights, "ema": other}, file)
     refused = ema("export", file, "--out", out)
     assert refused.code == 2
-    reason = "holds no average that its keys name ('model', 'ema'); name its key by --average"
+    reason = "none of its keys names an average ('model', 'ema'); name its key by --average"
     assert f"last.pt: {reason}" in refused.err
     assert not out.exists()
 

@@ -215,8 +215,8 @@ def test_the_picture_of_a_directory(typed):
     assert Path("error.png").read_bytes().startswith(b"\x89PNG")
     first, *lines = result.out.splitlines()
     assert first == "run: 40 snapshots up to 2,000 steps"
-    assert lines[0].split() == ["tracked", "0.05,", "0.28"]
-    assert re.fullmatch(r"  predicted error below 1 %  sigma_rel 0\.\d+ to 0\.\d+", lines[1])
+    assert re.fullmatch(r"  predicted error  below 1 % for sigma_rel 0\.\d+ to 0\.\d+", lines[0])
+    assert lines[1].split() == ["tracked", "0.05,", "0.28"]
     assert has_line(r" +window:1 +0\.000144 ", result.out)
     assert "profile error" in result.out
 

@@ -205,8 +205,8 @@ def test_a_page_needs_no_sweep_and_replaces_none_unasked(ema, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "options", "words"),
     [
-        ("sigma_rel", {"t": 12}, r"--sigma-rel 0\.1 --t 12 --out model.safetensors"),
-        ("decay:linear", {}, r"--target decay:linear:0\.1 --out model.safetensors"),
+        ("sigma_rel", {"t": 12}, r"--sigma-rel 0\.1 --t 12 --out sigma_rel-0\.1\.safetensors"),
+        ("decay:linear", {}, r"--target decay:linear:0\.1 --out decay-linear-0\.1\.safetensors"),
     ],
 )
 def test_the_command_of_a_page_makes_the_same_average(
@@ -219,7 +219,7 @@ def test_the_command_of_a_page_makes_the_same_average(
     assert re.search(f"{words}$", command)
     monkeypatch.chdir(tmp_path)
     ema(*shlex.split(command))
-    made = Path("model.safetensors").read_bytes()
+    made = Path(shlex.split(command)[-1]).read_bytes()
     assert made == Path("out/best.safetensors").read_bytes()
 
 
@@ -237,7 +237,7 @@ def test_a_file_that_is_no_result_of_a_sweep_is_refused(swept, tmp_path, name, v
     result = json.loads((out / "sweep.json").read_text())
     path = tmp_path / "sweep.json"
     path.write_text(json.dumps(result | {name: value}))
-    with refused(str(path), "no result of a sweep", kind=FileFormatError):
+    with refused(str(path), "not the result of a sweep", kind=FileFormatError):
         render(run, [tmp_path])
 
 

@@ -105,7 +105,7 @@ def test_an_incomplete_snapshot_is_a_leftover(run, newest):
 def test_an_incomplete_snapshot_that_is_named_is_an_error(newest):
     parts_of(newest)[1].unlink()
     assert not verify(newest).is_fine
-    with pytest.raises(FileFormatError, match="is no complete snapshot: it has 3 of 4 parts"):
+    with pytest.raises(FileFormatError, match="is not a complete snapshot: it has 3 of 4 parts"):
         directories.read_snapshot(newest)
     reason = r"no snapshots here; part-\S+: has 1 of 4 parts; name the directory"
     with pytest.raises(DirectoryError, match=reason):

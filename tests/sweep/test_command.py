@@ -132,7 +132,7 @@ def test_a_folder_in_which_no_trial_has_succeeded_takes_another_question(run, ou
 def test_a_record_that_is_none_is_refused(run, tmp_path):
     path = tmp_path / "trials.jsonl"
     path.write_text('{"run": 1}\n{"target": "a"}')
-    with refused(str(path), "is no record of a sweep", kind=FileFormatError):
+    with refused(str(path), "is not a sweep's record", kind=FileFormatError):
         swept(run, tmp_path)
     assert '{"target": "a"}' in path.read_text()
 
@@ -140,7 +140,12 @@ def test_a_record_that_is_none_is_refused(run, tmp_path):
 @pytest.mark.parametrize(
     ("script", "message"),
     [
-        ("echo broken >&2; exit 3", "ended with exit code 3: broken"),
+        ("echo traceback >&2; echo broken >&2; exit 3", "ended with exit code 3: broken"),
+        (
+            "echo warned >&2; echo none",
+            "no line of its standard output is a number alone (--metric names the word before "
+            "one): none",
+        ),
         ("kill -9 $$", "ended by signal 9: it wrote nothing"),
     ],
 )
@@ -206,6 +211,12 @@ def test_the_command_says_what_was_measured(ema, run, out):
     done = ema(*command, "--sigma-rel", "0.05,0.1,0.2")
     assert "trial 2 of about 3: sigma_rel 0.1, seed 0: 0 (" in done.out
     assert re.search(r"raw weights +not measured: the run lacks them", done.out)
+
+
+def test_raw_weights_beside_those_that_the_run_contains_are_refused(tmp_path, out):
+    run = of_raw_weights(tmp_path)
+    with refused("raw", "is not needed: the run contains the raw weights"):
+        swept(run, out, raw=tmp_path / "step-5.safetensors")
 
 
 def test_raw_weights_whose_trial_fails_are_not_said_to_be_lacking(tmp_path, out):
@@ -418,7 +429,11 @@ def test_a_look_without_images_says_so(run, out):
         (float, {"values": [0.1, 0.1]}, "values .*: name at least two lengths"),
         (float, {"values": [0.3]}, "sigma_rel 0.3: must lie in"),
         (float, {"values": ["0.1", 0.2]}, "sigma_rel .*: must be a number"),
-        (float, {"low": 0.1, "high": 0.2, "budget": 3}, "budget 3: must be .*, at least 7"),
+        (
+            float,
+            {"low": 0.1, "high": 0.2, "budget": 3},
+            "budget 3: .* at least 7; a search begins with 6",
+        ),
     ],
 )
 def test_in_python_arguments_are_checked(run, metric, arguments, message):

@@ -171,7 +171,7 @@ def test_a_profile_cannot_begin_in_mid_run(tmp_path):
     training = Training()
     with begin(training.model, tmp_path / "early") as ema:
         state = state_after(training, 4, ema)
-    refused = r"sigma_rels: 0\.15 is none of the tracked ones, 0\.05, 0\.28"
+    refused = r"sigma_rels: 0\.15 is not among the tracked ones, 0\.05, 0\.28"
     more = {"sigma_rels": (0.05, 0.15)}
     with pytest.raises(InvalidValueError, match=refused):
         resume(training.model, tmp_path / "early", **more)
@@ -449,7 +449,7 @@ def test_processes_decide_together_with_the_samples_of_another_arrangement(tmp_p
 
 
 WAYS_TO_RESUME = (
-    r"restore the model's checkpoint first, .*resume='auto'.*; for a new run resume=0, .* "
+    r"restore the model's checkpoint, .*resume='auto'.*; for a new run, pass resume=0, .* "
     r"another directory; .*load_state_dict.*resume=10 .*step=10\)$"
 )
 
@@ -463,7 +463,7 @@ WAYS_TO_RESUME = (
             InvalidValueError,
             r"t_unit 'images': the run in .* counts",
         ),
-        ({"resume": "yes"}, InvalidValueError, "resume 'yes': must be 'auto', to go on"),
+        ({"resume": "yes"}, InvalidValueError, "resume 'yes': must be 'auto'"),
         (
             {"resume": 5},
             InvalidValueError,
@@ -576,7 +576,9 @@ def test_a_training_killed_before_its_first_checkpoint_is_told_to_begin_anew_and
     begun(tmp_path, 13)
     again = Training()
     tracker = resume(again.model, tmp_path)
-    anew = r"\); to begin anew say resume=0, which sets the snapshots aside; else restore "
+    anew = (
+        r"\); to begin anew, pass resume=0, which sets the snapshots aside; to continue, restore "
+    )
     with pytest.raises(ModelMismatchError, match=anew):
         tracker.update_(again.model)
     model = nn.Linear(3, 2)  # any other

@@ -107,6 +107,6 @@ def test_cells_that_train_are_run_again(tmp_path):
     assert len(refused) == 2
     for error in refused:
         assert error.startswith("ModelMismatchError")
-        assert "to begin anew say resume=0" in error
+        assert "to begin anew, pass resume=0" in error
     assert len([error for error in errors if error.startswith("KeyboardInterrupt")]) == 2
     assert [*(tmp_path / "run" / "superseded").iterdir()]
