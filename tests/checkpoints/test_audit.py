@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from factories import RUN_ID, write_snapshot
-from trained import EVERY, STEPS, TIMES, by, ema, follow, named, timm, train, write
+from trained import EVERY, STEPS, TIMES, by, ema, follow, named, ratio, timm, train, write
 
 from posthoc_cli import Run
 from posthoc_cli.errors import DirectoryError, InvalidValueError, NonFiniteError
@@ -222,11 +222,11 @@ def test_a_trackers_snapshots_need_no_audit(tmp_path):
 
 
 def test_an_audit_of_many_checkpoints_takes_little_memory(tmp_path):
-    """One likelihood of 48 of them takes 70 MB."""
+    """One likelihood of 48 of them takes 70 MB; the first 28 do not show the end of the warm-up."""
     moves = 0.01 * np.random.default_rng(0).standard_normal((480, 200))
     moves[0] *= 100
     weights = moves.cumsum(axis=0)
-    averages = follow(ema(0.95), weights)
+    averages = follow(by(lambda n: min(0.97, ratio(n))), weights)
     for step in range(10, 481, 10):
         now = {"w": torch.tensor(weights[step - 1])}
         average = {"w": torch.tensor(averages[step - 1])}
@@ -236,7 +236,7 @@ def test_an_audit_of_many_checkpoints_takes_little_memory(tmp_path):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 55e6
-    assert log_error(audit, 0.95) < 2 * audit.uncertainty < 0.05
+    assert log_error(audit, 0.97) < 3 * audit.uncertainty < 0.02
 
 
 def test_the_command_fails_for_a_bad_average(tmp_path, ema):

@@ -277,10 +277,12 @@ def test_agrees_with_sixty_digits(count, sigma_rels):
         assert ours.profile_error[k] == pytest.approx(error, rel=1e-5, abs=1e-7)
 
 
-def test_the_stated_error_is_the_distance_of_the_profiles():
-    """The mass of the target after the last snapshot included, which no coefficients reach."""
+@pytest.mark.parametrize(("sigma_rel", "end"), [(0.15, 1.05), (0.002, 1)])
+def test_the_stated_error_is_the_distance_of_the_profiles(sigma_rel, end):
+    """The mass of the target after the last snapshot included, which no coefficients reach, and
+    the part of a short one that no polynomial does."""
     snapshots = uniform_snapshots(8)
-    target = power(0.15, 1.05 * LAST)
+    target = power(sigma_rel, end * LAST)
     result = reconstruct(snapshots, [target], "paper")
     even = Motion(
         np.array([0.0, target.t]),
