@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pickle
 import stat
 from pathlib import Path
 from unittest import mock
@@ -99,8 +100,9 @@ def test_a_refused_step_or_ctrl_c_leaves_nothing(tmp_path, operation, error):
 def test_a_refused_step_of_a_replacement_keeps_the_old_file(tmp_path, operation):
     (tmp_path / "a").write_bytes(OLD)
     reason = "a: cannot be written: input/output error; nothing partial is left"
-    with first(operation), pytest.raises(WriteError, match=reason):
+    with first(operation), pytest.raises(WriteError, match=reason) as raised:
         replace(tmp_path / "a")
+    assert pickle.loads(pickle.dumps(raised.value)).errno == errno.EIO
     assert names(tmp_path) == ["a"]
     assert (tmp_path / "a").read_bytes() == OLD
 

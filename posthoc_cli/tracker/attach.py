@@ -172,10 +172,9 @@ class LastCount:
 
     def begin_step(self, optimizer: Optimizer) -> None:
         """Note that an optimizer is about to step."""
-        groups = len(optimizer.param_groups)
         known = self._optimizers.get(optimizer)
-        if known is None or known.groups != groups:
-            known = _Stepping(groups)
+        if known is None:
+            known = _Stepping()
             self._optimizers[optimizer] = known
             if self._has_parameter(optimizer):
                 self._stepping.append(known)
@@ -192,8 +191,7 @@ class LastCount:
 class _Stepping:
     """The last steps of an optimizer after one counted call."""
 
-    def __init__(self, groups: int) -> None:
-        self.groups = groups
+    def __init__(self) -> None:
         self._call: TrainingProgress | None = None
         # 1 for a step that a GradScaler has skipped, of which few follow each other; None if it may
         # skip none

@@ -63,11 +63,13 @@ def test_an_average_whose_updates_round_to_nothing_is_refused(claim, files, run)
 def test_an_average_that_was_set_back_is_refused(files):
     """From step 300 on, the files are those of a training that went on from step 200."""
     save(files, claimed, CLAIMED)
+    run = Run(files)
+    run.average(0.1)
     for step in range(400, 280, -EVERY):
         content = torch.load(files / f"{step - 100}.ckpt")
         torch.save(content | {"global_step": step}, files / f"{step}.ckpt")
     with pytest.raises(InvalidValueError, match="step 300 does not follow from that of 280"):
-        Run(files).average(0.1)
+        run.average(0.1)
 
 
 def test_a_decay_that_a_warm_up_reaches_only_near_the_end_is_found(files, run):
