@@ -454,8 +454,7 @@ class _Moves:
     @property
     def equal(self) -> Bools:
         """Which pieces are always copied: [pieces]."""
-        copied = self.copied[1:] | ~self.weights
-        return np.asarray(copied.all(axis=0))
+        return np.asarray(self.copied[1:].all(axis=0))
 
     def lost(
         self,

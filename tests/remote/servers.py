@@ -116,8 +116,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(200, json.dumps(facts).encode(), {})
 
     def _list(self, bucket, prefix, delimiter):
+        """Answer with the object that stands for a folder, too, as some tools make it."""
         folders = set()
-        text = ""
+        text = _contents_of_listing(prefix, 0)
         for path in sorted(bucket.rglob("*")):
             key = path.relative_to(bucket).as_posix()
             if not path.is_file() or not key.startswith(prefix):

@@ -11,7 +11,7 @@ from checking import assert_same_tensors
 from factories import contents, random_walk, split_snapshot, write_run
 from safetensors.torch import save_file
 
-from posthoc_cli import Run
+from posthoc_cli import Run, files
 from posthoc_cli.errors import FileFormatError, PostHocError, RemoteError
 from posthoc_cli.remote import store
 from posthoc_cli.remote.store import remote_path
@@ -142,6 +142,13 @@ def test_an_object_is_read_by_ranges(bucket):
     assert caught.value.errno == errno.ESTALE
     with pytest.raises(FileNotFoundError):
         store.head(f"{url}/none")
+
+
+def test_an_object_that_was_listed_and_is_gone_is_absent(bucket):
+    path = remote_path(FILE)
+    (listed,) = [each for each in path.parent.iterdir() if each == path]
+    (bucket / "run" / path.name).unlink()
+    assert files.is_absent(listed)
 
 
 def test_functions_that_do_not_know_about_urls_fail_and_touch_nothing(tmp_path, monkeypatch):
