@@ -86,10 +86,6 @@ def unknown_rise(n):
     return 0.99 * risen
 
 
-def change(n):
-    return 0.9 if n <= walks.STEPS // 2 else 0.98
-
-
 def test_a_decay_that_rises_by_a_rule_of_no_library_is_no_restart(files, run):
     save(files, unknown_rise)
     (line,) = import_checkpoints(files, run).checks
@@ -97,10 +93,17 @@ def test_a_decay_that_rises_by_a_rule_of_no_library_is_no_restart(files, run):
     check_error(run)
 
 
-def test_a_decay_that_changes_is_refused_with_the_time(files, run):
-    save(files, change)
-    with pytest.raises(InvalidValueError, match=r"step \d+.*: name the files .* by a glob"):
-        import_checkpoints(files, run, ema_decay=0.98, ema_warmup="none")
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        (0.9, 0.98, r"rises until step \d+ .*: name the files after it by a glob"),
+        (0.97, 0.99, "changes near step 200: name the files of one side by a glob"),
+    ],
+)
+def test_a_decay_that_changes_is_refused_with_the_time(before, after, said, files, run):
+    save(files, lambda n: before if n <= walks.STEPS // 2 else after)
+    with pytest.raises(InvalidValueError, match=said):
+        import_checkpoints(files, run, ema_decay=after, ema_warmup="none")
 
 
 def test_the_part_that_an_average_and_the_weights_share_is_named(files):
