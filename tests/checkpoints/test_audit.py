@@ -79,14 +79,14 @@ def log_error(found, decay):
 
 
 HEALTHY = [
-    (HELD_OUT, 0.995, torch.float16),
+    ({}, 0.97, torch.float32),
     (
         {
             "rate": 1e-2,
             "optimizer": "SGD",
         },
         0.999,
-        torch.float32,
+        torch.float16,
     ),
 ]
 

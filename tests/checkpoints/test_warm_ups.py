@@ -180,7 +180,7 @@ def test_a_power_function_that_files_show_too_vaguely_is_asked_for(files, run):
         import_checkpoints(folder, run)
 
 
-@pytest.mark.parametrize("begin", [850, 800])
+@pytest.mark.parametrize("begin", [250, 800])
 def test_a_restart_that_is_said_makes_the_true_profile(begin, files, run):
     """The file of step 800 holds the average before the restart."""
     write(files, train(), again(lambda _: 0.995, begin))
