@@ -326,7 +326,7 @@ def even_prior(count, t, noise=0.0):
 def test_a_known_motion_has_the_exact_expectation():
     """For a walk with noise, by sums over steps."""
     stored = [
-        Point(500.0),
+        Point(510.0),
         Point(990.0),
         PowerFunction(5.0, 800.0),
         ema_pytorch_profile(2.0, 300, 25),
@@ -335,13 +335,13 @@ def test_a_known_motion_has_the_exact_expectation():
     ]
     target = PowerFunction(9.0, T)
     c = np.random.default_rng(0).dirichlet(np.ones(6))
-    solver = Problem(stored, even_prior(6, T, 15.0), T)
+    solver = Problem(stored, even_prior(6, T, 150.0), T)
     error = squared_error(solver, c, target)
     steps = np.arange(1001)
     tails = [profile.tail(steps) for profile in stored]
     missed = c @ tails - target.tail(steps)
     of_walk = np.sum(missed[1:] ** 2)
-    of_noise = 15.0 * np.sum(np.diff(missed) ** 2)
+    of_noise = 150.0 * np.sum(np.diff(missed) ** 2)
     assert error == pytest.approx(of_walk + of_noise, rel=0.03)
 
 
