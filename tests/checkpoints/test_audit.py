@@ -252,9 +252,7 @@ def healthy(tmp_path_factory):
 
 
 def test_the_command_prints_what_was_found(healthy, ema):
-    done = ema("audit", healthy, "--json")
-    (found,) = done.json["audits"]
-    assert found["verdict"] == "found"
+    (found,) = ema("audit", healthy, "--json").json["audits"]
     assert found["length"] == pytest.approx(1 / (1 - DECAY), rel=0.1)
     assert len(found["intervals"]) == len(TIMES) - 1
 

@@ -1,8 +1,6 @@
 """Decays that checkpoints say, compared with the weights beside the averages; the truth is summed
 here in float64."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

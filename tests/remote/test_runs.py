@@ -140,9 +140,8 @@ def test_an_object_is_read_by_ranges(bucket):
 
 
 def test_an_object_that_was_listed_and_is_gone_is_absent(bucket):
-    path = remote_path(FILE)
-    (listed,) = [each for each in path.parent.iterdir() if each == path]
-    (bucket / "run" / path.name).unlink()
+    listed = next(remote_path(RUN).iterdir())
+    (bucket / "run" / listed.name).unlink()
     assert files.is_absent(listed)
 
 

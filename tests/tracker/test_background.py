@@ -181,7 +181,6 @@ def test_an_error_in_another_thread_of_a_pool_is_raised():
 
     with pytest.raises(KeyError):
         pool.each(work, range(9))
-    pool.close()
 
 
 def test_a_value_that_is_not_finite_is_raised_by_the_next_update_however_slow_the_worker_is(
