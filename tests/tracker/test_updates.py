@@ -216,6 +216,16 @@ def test_a_refused_update_leaves_the_averages_as_they_are(tmp_path, device, bad)
                 tracker.flush()
 
 
+def test_an_average_that_overflows_is_not_written(tmp_path):
+    model = Scalar(torch.float32)
+    tracker = track(model, tmp_path, checkpoint_every=2)
+    for value in (3e38, -3e38):
+        model.weight.data.fill_(value)
+        tracker.update_(model)
+    with pytest.raises(NonFiniteError, match="no snapshot of it is written"):
+        tracker.close()
+
+
 def parameter(elements):
     return Scalar(size=elements).weight
 
