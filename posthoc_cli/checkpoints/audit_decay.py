@@ -480,7 +480,8 @@ def best_models(
     """Return the model of the rule that explains the intervals best, then those of other rules that
     explain them about as well.
 
-    Rules that few libraries have count as worse by as much as is about equal.
+    Rules that few libraries have, and those that begin as the mean of all weights, count as worse
+    by as much as is about equal.
     """
     alike = _ALIKE / math.sqrt(len(rows.begin))
     misfits = []
