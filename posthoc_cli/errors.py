@@ -62,9 +62,6 @@ class PostHocError(Exception):
         error.hint = f"{self.hint}; {hint}" if self.hint else hint
         return error
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.subject, self.reason, self.hint), self.__dict__
-
 
 class InvalidValueError(PostHocError, ValueError):
     """An argument or option outside what is accepted."""
@@ -141,6 +138,9 @@ class _SystemError(PostHocError, OSError):
         # OSError would take them from its positional arguments
         self.errno = errno
         self.strerror = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.subject, self.reason), {**vars(self), "errno": self.errno}
 
 
 class WriteError(_SystemError):

@@ -46,7 +46,6 @@ NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 
 # of `os.open`; 0 where the system has no such flag, as Windows
-CLOSED_IN_CHILDREN: int = getattr(os, "O_CLOEXEC", 0)
 NO_LINK: int = getattr(os, "O_NOFOLLOW", 0)
 _NO_WAIT: int = getattr(os, "O_NONBLOCK", 0)
 _BYTES: int = getattr(os, "O_BINARY", 0)
@@ -74,12 +73,12 @@ class FileSystem:
 
     def open_new(self, path: Path) -> int:
         """Create a file that does not exist yet and return a descriptor for reading and writing."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | CLOSED_IN_CHILDREN | _BYTES
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _BYTES
         return os.open(path, flags, 0o666)
 
     def open(self, path: Path) -> int:
         # Without O_NONBLOCK, opening a FIFO waits for a writer that may never come.
-        return os.open(path, os.O_RDONLY | _NO_WAIT | CLOSED_IN_CHILDREN | _BYTES)
+        return os.open(path, os.O_RDONLY | _NO_WAIT | _BYTES)
 
     def read(
         self,

@@ -1,7 +1,5 @@
 """Files of a training's saves, and checks that both sets of tensors in them are found."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file

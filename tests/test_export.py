@@ -304,6 +304,12 @@ def test_a_replaced_folder_holds_the_new_model_and_no_file_of_the_old_one(tmp_pa
         assert contents(out) == contents(tmp_path / size)
 
 
+def test_a_snapshot_is_not_replaced(tmp_path, source):
+    snapshot = write_snapshot(tmp_path, 10, 0.05, RUN_ID, WEIGHTS)
+    with pytest.raises(OutputExistsError, match="is a snapshot of a run and is not replaced"):
+        export_file(source, snapshot, overwrite=True)
+
+
 @pytest.mark.parametrize("operation", ["fsync", "rename"])
 def test_a_folder_that_cannot_be_replaced_stays(tmp_path, operation, source):
     out = tmp_path / "out"
@@ -426,15 +432,16 @@ def test_a_folder_of_the_hubs_cache_is_copied_as_files(tmp_path, run):
 
 
 def test_links_to_a_folder_and_to_its_own_files_are_followed(tmp_path, run):
-    """A repository's .git and weights in another format are not copied."""
-    folder = make_folder(tmp_path / "folder")
-    out = tmp_path / "out"
+    """A repository's .git and weights in another format are not copied. The model's folder is named
+    as those of other checkpoints."""
+    folder = make_folder(tmp_path / "folder/step-10")
+    out = tmp_path / "out/step-10"
     (folder / ".git").mkdir()
     (folder / ".git/config").touch()
     (folder / "pytorch_model.bin").touch()
     (folder / "vocab.json").symlink_to("config.json")
     (tmp_path / "link").symlink_to("folder")
-    run.write(0.2, out, like=tmp_path / "link")
+    run.write(0.2, out.parent, like=tmp_path / "link")
     assert not (out / "vocab.json").is_symlink()
     left_out = contents(folder).keys() - contents(out).keys()
     assert left_out == {".git/config", "pytorch_model.bin"}

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pickle
 import stat
 from pathlib import Path
 from unittest import mock
@@ -95,12 +96,21 @@ def test_a_refused_step_or_ctrl_c_leaves_nothing(tmp_path, operation, error):
     assert free_descriptor() == before  # none stays open
 
 
+def test_the_end_of_a_forked_child_removes_no_file_of_its_parent(tmp_path, monkeypatch):
+    with files.PendingFile(tmp_path / "a") as pending:
+        with monkeypatch.context() as child:
+            child.setattr(os, "getpid", lambda: 1)
+            files.remove_unfinished()
+        pending.publish()
+
+
 @pytest.mark.parametrize("operation", ["write", "fsync", "rename"])
 def test_a_refused_step_of_a_replacement_keeps_the_old_file(tmp_path, operation):
     (tmp_path / "a").write_bytes(OLD)
     reason = "a: cannot be written: input/output error; nothing partial is left"
-    with first(operation), pytest.raises(WriteError, match=reason):
+    with first(operation), pytest.raises(WriteError, match=reason) as raised:
         replace(tmp_path / "a")
+    assert pickle.loads(pickle.dumps(raised.value)).errno == errno.EIO
     assert names(tmp_path) == ["a"]
     assert (tmp_path / "a").read_bytes() == OLD
 

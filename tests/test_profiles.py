@@ -200,6 +200,7 @@ def test_a_number_is_a_sigma_rel_and_an_object_with_tail_a_profile():
         ("beta:0.99,0.999", "must name one average, not 2"),
         ("0.9", "for a decay of 0.9 per step use beta:0.9"),
         ("0.1,0.2,...", "... must be a number, a list such as"),
+        ("0.1,...,0.3", "... must be a number, a list such as"),
         ("decay:linear:50:20", "must be a part of training in (0, 1], such as 0.2, or two"),
         ("decay:linear:5%:20%", "must be a part of training such as 20%, two times"),
     ],

@@ -13,7 +13,7 @@ from factories import Span, random_walk, write_run
 from safetensors.torch import load_file
 from tracker.runs import track, update
 
-from posthoc_cli import Beta, Groups, PostHocEMA, PowerFunction, Run, Window
+from posthoc_cli import Beta, Groups, PowerFunction, Run, Window
 from posthoc_cli.errors import DirectoryError, InvalidValueError, OutputExistsError
 from posthoc_cli.snapshots.tensorfile import Entry
 from posthoc_cli.targets import GivenProfile
@@ -66,13 +66,9 @@ assert not {"torch", "scipy"} & set(sys.modules)
         GIVEN,
     ],
 )
-def test_an_average_equals_that_of_the_tracker_and_that_in_a_file(run, tmp_path, target):
+def test_an_average_equals_that_in_a_file(run, tmp_path, target):
     out = tmp_path / "a.safetensors"
     weights = run.average(target, dtype="float64")
-    tracker = PostHocEMA.from_path(run.directory)
-    expected = tracker.state_dict(sigma_rel=target, dtype="float64")
-    assert_same_tensors(weights, expected)
-    assert weights.predicted_error == expected.predicted_error
     report = run.write(target, out, dtype="float64")
     (made,) = report.to_dict()["targets"]
     assert_same_tensors(load_file(out), weights)

@@ -2,7 +2,6 @@
 
 import functools
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +14,6 @@ from posthoc_cli import Run
 STEPS = 1500
 EVERY = 100
 TIMES = range(EVERY, STEPS + 1, EVERY)
-Average = Callable[[int, np.ndarray, np.ndarray], np.ndarray]
-"""What an average becomes at a step, from what it was and the weights after the step."""
 
 
 def network():

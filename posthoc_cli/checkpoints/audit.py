@@ -458,8 +458,7 @@ class _Moves:
     @property
     def equal(self) -> Bools:
         """Which pieces are always copied: [pieces]."""
-        copied = self.copied[1:] | ~self.weights
-        return np.asarray(copied.all(axis=0))
+        return np.asarray(self.copied[1:].all(axis=0))
 
     def lost(
         self,
@@ -670,7 +669,7 @@ def _as_plain(model: Model, begin: float, end: float) -> Model:
     """Return a model that forgets as much in an interval, but evenly."""
     if model.is_power:
         return replace(model, starts=(0.0,))
-    starts = tuple(start for start in model.starts if start <= begin)
+    starts = tuple(start for start in model.starts if start < begin)
     began = replace(model, starts=starts or (begin,))
     before, after = began.forgotten(np.array([begin, end])).tolist()
     lost = max(after - before, 1e-12)

@@ -181,7 +181,7 @@ class Model:
         """Return -log of the share that remains of an earlier mass, at each time, up to a
         constant."""
         starts = np.array(self.starts)
-        begun = np.searchsorted(starts, t, "right")
+        begun = np.searchsorted(starts, t)  # at the time of a restart the earlier average is stored
         last = np.maximum(begun - 1, 0)
         since = t
         if not self.rule.is_schedule:
@@ -498,8 +498,8 @@ def best_models(
     """Return the model of the rule that explains the intervals best, then those of other rules that
     explain them about as well.
 
-    Rules that few libraries have count as worse by as much as is about equal. Of those that begin
-    as the mean of all weights, and differ little afterwards, the better one counts.
+    Rules that few libraries have, and those that begin as the mean of all weights, count as worse
+    by as much as is about equal.
     """
     alike = _ALIKE / math.sqrt(len(rows.begin))
     misfits = []
@@ -511,11 +511,7 @@ def best_models(
         misfits.append((misfit, fitted))
     misfits.sort(key=operator.itemgetter(0))
     least, _ = misfits[0]
-    likely = [fitted for misfit, fitted in misfits if misfit <= least + alike]
-    best, *others = likely
-    if best.rule.begins_as_mean:
-        others = [other for other in others if not other.rule.begins_as_mean]
-    return [best, *others]
+    return [fitted for misfit, fitted in misfits if misfit <= least + alike]
 
 
 def are_the_same(one: Model, other: Model, times: FloatArray) -> bool:

@@ -205,7 +205,7 @@ def _check_content(path: Path) -> None:
     if not beginning:
         raise InvalidValueError(path, "is an empty file")
     text = beginning.decode(errors="replace")
-    is_text = "\ufffd" not in text and all(c.isprintable() or c.isspace() for c in text)
+    is_text = all(c.isprintable() or c.isspace() for c in text)
     if is_text and not path.name.endswith(".index.json"):
         reason = f"is a text, not a file of tensors: {errors.shown(text[:40])}"
         raise InvalidValueError(path, reason)

@@ -630,9 +630,8 @@ class PickledFile(Collected):
 
     def _append(self, data: Any) -> int:
         self._published.write_at(data, self._end)
-        size = memoryview(data).nbytes
-        self._end += size
-        return size
+        self._end += len(data)
+        return len(data)
 
 
 class DistributedFolder(Collected):

@@ -70,8 +70,7 @@ def open_bucket(bucket: str, endpoint: str) -> Any:
         raise MissingDependencyError(
             "obstore", reason, 'pip install "posthoc-cli[remote]"'
         ) from None
-    is_plain = bucket.startswith("s3:") and endpoint.startswith("http:")
-    client: Any = CLIENT | {"allow_http": is_plain}
+    client: Any = CLIENT | {"allow_http": endpoint.startswith("http:")}
     options: Any = {"client_options": client, "retry_config": RETRIES}
     return from_url(bucket, **options)
 
@@ -271,23 +270,14 @@ def listed(url: str) -> dict[str, ObjectInfo]:
     return {path.rpartition("/")[2]: info for path, info in entries.items()}
 
 
-def get(
-    url: str,
-    begin: int,
-    end: int,
-    tag: str = "",
-) -> tuple[memoryview, ObjectInfo]:
-    """Return the bytes `begin` to `end` of an object, fewer at its end; with a tag only if it still
-    has that tag."""
+def get(url: str, begin: int, end: int) -> tuple[memoryview, ObjectInfo]:
+    """Return the bytes `begin` to `end` of an object, fewer at its end."""
     store, key = _place(url)
     if not key:
         raise _system_error(errno.ENOENT, url)  # a bucket
-    options: dict[str, Any] = {"range": (begin, end)}
-    if tag:
-        options["if_match"] = tag
     try:
         with request_errors(url):
-            answer = store.get(key, options=options)
+            answer = store.get(key, options={"range": (begin, end)})
             return memoryview(answer.bytes()), _info(answer.meta)
     except RemoteError as error:
         if error.errno != errno.ERANGE:
@@ -334,7 +324,7 @@ class RemoteBytes:
         end = min(end, self.size)
         if begin >= end:
             return memoryview(b"")
-        data, info = get(self._url, begin, end, self.tag)
+        data, info = get(self._url, begin, end)
         if (info.size, info.tag) != (self.size, self.tag):
             raise RemoteError(self._url, "was replaced while it was being used", "run again")
         if len(data) != end - begin:
@@ -391,7 +381,6 @@ _REASONS = (
         r"access is denied \1",
         "",
     ),
-    ("status code: 412", errno.ESTALE, "was replaced while it was being used", "run again"),
     (r"status code: (400)(?:.*<Code>(\w{1,60})<)?", errno.EACCES, r"the server answers \1 \2", ""),
     (
         r"status code: (\d{3})(?:.*<Code>(\w{1,60})<)?|<Code>(\w{1,60})<",
@@ -430,10 +419,8 @@ def request_errors(url: str, verb: str = "read") -> Iterator[None]:
         number, reason, hint = _reason(error)
         if number == errno.ENOENT:
             raise _system_error(number, url) from None
-        if number != errno.ESTALE:
-            reason = f"cannot be {verb}: {reason}"
         # the library's text holds the request
-        raise RemoteError(url, reason, hint, errno=number) from None
+        raise RemoteError(url, f"cannot be {verb}: {reason}", hint, errno=number) from None
 
 
 def _reason(error: Exception) -> tuple[int, str, str]:

@@ -513,7 +513,7 @@ class DirectoryLock(AbstractContextManager["DirectoryLock"]):
         own = f"process {os.getpid()} on {socket.gethostname()}"
         with files.reported_as_write_error(directory), ExitStack() as stack:
             # A link would lead to a file of somebody else.
-            flags = os.O_RDWR | os.O_CREAT | files.CLOSED_IN_CHILDREN | files.NO_LINK
+            flags = os.O_RDWR | os.O_CREAT | files.NO_LINK
             descriptor = os.open(directory / LOCK_NAME, flags, 0o666)
             stack.callback(os.close, descriptor)
             if os.fstat(descriptor).st_nlink > 1:

@@ -668,7 +668,7 @@ def recorded_weights(snapshots: Sequence[Snapshot]) -> dict[int, Floats]:
     complete = {}
     for snapshot in snapshots:
         weights, _ = decode_sample(snapshot.sample)
-        if len(weights) == count and np.isfinite(weights).all():
+        if len(weights) == count:
             complete[snapshot.step] = weights
     return complete
 

@@ -172,17 +172,13 @@ class LastCount:
 
     def begin_step(self, optimizer: Optimizer, has_closure: bool) -> None:
         """Note that an optimizer is about to step; a closure may compute gradients."""
-        groups = len(optimizer.param_groups)
-        known = self._optimizers.get(optimizer)
-        if known is None or known.groups != groups:
-            known = _Stepping(groups)
-            self._optimizers[optimizer] = known
-            if any(True for _ in self._own(optimizer)):
-                self._stepping.append(known)
-        if known not in self._stepping or not changes_weights(optimizer):
+        known = self._optimizers.setdefault(optimizer, _Stepping())
+        if not changes_weights(optimizer):
             return
         # a step may be of other parts of the network, or of a phase in which the model is frozen
-        if has_closure or any(parameter.grad is not None for parameter in self._own(optimizer)):
+        if any(has_closure or parameter.grad is not None for parameter in self._own(optimizer)):
+            if known not in self._stepping:
+                self._stepping.append(known)
             known.add(self.progress, getattr(optimizer, "found_inf", None))
 
     def _own(self, optimizer: Optimizer) -> Iterator[Tensor]:
@@ -196,8 +192,7 @@ class LastCount:
 class _Stepping:
     """The last steps of an optimizer after one counted call."""
 
-    def __init__(self, groups: int) -> None:
-        self.groups = groups
+    def __init__(self) -> None:
         self._call: TrainingProgress | None = None
         # 1 for a step that a GradScaler has skipped, of which few follow each other; None if it may
         # skip none

@@ -227,10 +227,10 @@ STATISTICS = partial(averages.EMAStats, dim_x=2)
 DIFFERENTIABLE = partial(averages.DifferentiableEMA, 2, decay=0.9)
 BAD = [
     (AVERAGE, "momentum", [0.0, 1.0, "0.1"]),
-    (AVERAGE, "interval", [0, 1.5]),
+    (AVERAGE, "interval", [0, 1.5, True]),
     (SHADOW, "decay", [-0.1, 1.0]),
     (SHADOW, "num_updates", [-1]),
-    (STATISTICS, "momentum", [0.0, 2]),
+    (STATISTICS, "momentum", [0.0, 2, True]),
     (STATISTICS, "eps", [-1e-9, math.inf]),
     (STATISTICS, "dim_y", [0]),
     (DIFFERENTIABLE, "decay", [-0.1, 1.0]),

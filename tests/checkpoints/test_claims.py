@@ -1,8 +1,6 @@
 """Decays that checkpoints say, compared with the weights beside the averages; the truth is summed
 here in float64."""
 
-from __future__ import annotations
-
 import re
 
 import pytest
@@ -63,11 +61,13 @@ def test_an_average_whose_updates_round_to_nothing_is_refused(claim, files, run)
 def test_an_average_that_was_set_back_is_refused(files):
     """From step 300 on, the files are those of a training that went on from step 200."""
     save(files, claimed, CLAIMED)
+    run = Run(files)
+    run.average(0.1)
     for step in range(400, 280, -EVERY):
         content = torch.load(files / f"{step - 100}.ckpt")
         torch.save(content | {"global_step": step}, files / f"{step}.ckpt")
     with pytest.raises(InvalidValueError, match="step 300 does not follow from that of 280"):
-        Run(files).average(0.1)
+        run.average(0.1)
 
 
 def test_a_decay_that_a_warm_up_reaches_only_near_the_end_is_found(files, run):
@@ -84,10 +84,6 @@ def unknown_rise(n):
     return 0.99 * risen
 
 
-def change(n):
-    return 0.9 if n <= walks.STEPS // 2 else 0.98
-
-
 def test_a_decay_that_rises_by_a_rule_of_no_library_is_no_restart(files, run):
     save(files, unknown_rise)
     (line,) = import_checkpoints(files, run).checks
@@ -95,10 +91,17 @@ def test_a_decay_that_rises_by_a_rule_of_no_library_is_no_restart(files, run):
     check_error(run)
 
 
-def test_a_decay_that_changes_is_refused_with_the_time(files, run):
-    save(files, change)
-    with pytest.raises(InvalidValueError, match=r"step \d+.*: name the files .* by a glob"):
-        import_checkpoints(files, run, ema_decay=0.98, ema_warmup="none")
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        (0.9, 0.98, r"rises until step \d+ .*: name the files after it by a glob"),
+        (0.97, 0.99, "changes near step 200: name the files of one side by a glob"),
+    ],
+)
+def test_a_decay_that_changes_is_refused_with_the_time(before, after, said, files, run):
+    save(files, lambda n: before if n <= walks.STEPS // 2 else after)
+    with pytest.raises(InvalidValueError, match=said):
+        import_checkpoints(files, run, ema_decay=after, ema_warmup="none")
 
 
 def test_the_part_that_an_average_and_the_weights_share_is_named(files):

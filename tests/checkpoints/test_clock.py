@@ -1,7 +1,5 @@
 """What the numbers of checkpoints count, and which files are a run."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -33,7 +33,8 @@ def constant(_):
 
 
 def long_ratio(n):
-    return min(0.999, ratio(n))
+    """As diffusers with `min_decay`."""
+    return max(0.9, min(0.999, ratio(n)))
 
 
 def power(n):
@@ -78,7 +79,7 @@ def beyond(n):
 
 RULES = {
     constant: DecayRule(0.99),
-    long_ratio: DecayRule(0.999, "ratio"),
+    long_ratio: DecayRule(0.999, "ratio", least=0.9),
     power_after_three_copies: DecayRule(0.99, "power", copies=3),
     slow_power: DecayRule(0.99, "power", inv_gamma=20.0, power=0.8),
     exponential: DecayRule(0.995, "exp", tau=500.0),

@@ -1,7 +1,5 @@
 """Averages that files hold in half precision, with and without weights beside them."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Checkpoints that lie below numbered folders, and the lines that say where others lie."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,8 +1,6 @@
 """Checkpoints of other programs as runs: what is found, and that averages are those of the weights
 in them."""
 
-from __future__ import annotations
-
 import copy
 import os
 import pickle

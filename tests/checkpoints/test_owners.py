@@ -1,8 +1,6 @@
 """What owners of checkpoints do with files of further programs: what opens, and what is asked for
 and then works."""
 
-from __future__ import annotations
-
 import re
 import zipfile
 

@@ -1,8 +1,6 @@
 """What programs save is found: the average and the weights, tensor for tensor, and how the average
 was updated; written by the programs' libraries, or in their published structure."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,8 +1,6 @@
 """Which of a file's sets of tensors is the average: what names and values say, what is asked for,
 and what a user then names."""
 
-from __future__ import annotations
-
 import pickle
 import sys
 from collections import namedtuple

@@ -30,13 +30,12 @@ from posthoc_cli.profiles import Point
 
 
 def again(decay, begin=850):
-    """Return an EMA that restarts from the weights at a step, and then counts its updates from
-    0."""
+    """Return an EMA that goes on from the weights of a step, and then counts its updates from 0."""
 
     def updated(step, average, weights):
-        if step == begin:
-            return weights.copy()
-        counted = step if step < begin else step - begin
+        if step == begin + 1:
+            average = train()[begin - 1]
+        counted = step if step <= begin else step - begin
         kept = decay(counted)
         return kept * average + (1 - kept) * weights
 
@@ -133,6 +132,17 @@ def test_files_before_a_late_start_are_weights(files, run):
     check(run, 0.25, most=1.159e-2, low=0.4, high=2)
 
 
+def counted(step, weights, average):
+    ema = {"decay": 0.999, "num_updates": step, "shadow_params": [*average.values()]}
+    return {"model": weights, "step": step, "ema": ema if step > 700 else {}}
+
+
+def test_an_average_that_counts_its_updates_began_before_its_first_file(files):
+    write(files, train(), by(ratio), form=counted)
+    (audit,) = Run(files).audit()
+    assert audit.verdict == "as claimed", audit.text
+
+
 def test_a_start_after_the_last_file_is_refused(files):
     write(files, train(), late(1000))
     settings = {"ema_decay": 0.995, "update_after_step": 1600}
@@ -214,13 +224,15 @@ def test_a_power_function_that_files_show_too_vaguely_is_asked_for(files, run):
         import_checkpoints(folder, run)
 
 
-def test_a_restart_that_is_said_makes_the_true_profile(files, run):
-    """All of the average at step 900 is of step 850 and later."""
-    write(files, train(), again(lambda _: 0.995))
-    import_checkpoints(files, run, ema_decay=0.995, ema_restarts=[850])
+@pytest.mark.parametrize("begin", [250, 800])
+def test_a_restart_that_is_said_makes_the_true_profile(begin, files, run):
+    """The file of step 800 holds the average before the restart."""
+    write(files, train(), again(lambda _: 0.995, begin))
+    done = import_checkpoints(files, run, ema_decay=0.995, ema_restarts=[begin])
+    assert done.checks[0].endswith(f"near step {begin}, as claimed")
     at_900 = [one.profile for one in Run(run).sources if one.t == 900]
     (profile,) = [one for one in at_900 if not isinstance(one, Point)]
-    assert profile.tail(849) == pytest.approx(1, abs=1e-12)
+    assert profile.tail(begin - 1) == pytest.approx(1, abs=1e-12)
     assert profile.tail(870) == pytest.approx(1 - 0.995**30, abs=1e-12)
     check(run, low=0.4)
 

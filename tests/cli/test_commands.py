@@ -108,7 +108,7 @@ def test_tables_are_aligned(capsys):
     rows = [
         {"file": "名\x1b", "bytes": 0, "predicted_error": 0.0},
         {"file": "長い名前です", "bytes": 999, "predicted_error": 1e-8},
-        {"file": "a", "bytes": 2.5e6, "predicted_error": 0.00123},
+        {"file": "a", "bytes": 2.5e6, "predicted_error": 2e-7},
         {"file": "b", "bytes": 4e12, "predicted_error": 12.0},
         {"file": "", "predicted_error": None},
     ]
@@ -117,7 +117,7 @@ def test_tables_are_aligned(capsys):
         "file            size  predicted error",
         "名\\x1b           0 B              0 %",
         "長い名前です   999 B         < 1e-5 %",
-        "a             2.5 MB           0.12 %",
+        "a             2.5 MB          2e-05 %",
         "b               4 TB        > 1,000 %",
         "                              unknown",
     ]

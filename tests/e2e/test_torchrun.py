@@ -28,10 +28,11 @@ WORLD = 3
 def run(tmp_path):
     for t in (10, 20):
         values = {}
-        for k in range(9):
+        for k in range(1, 9):
             values[f"layer.{k}"] = torch.full((700, 500), float(t + k))
         for sigma_rel in (0.05, 0.28):
-            write_snapshot(tmp_path / "run", t, sigma_rel, RUN_ID, values, sigma_rels=(0.05, 0.28))
+            fields = {"sigma_rels": (0.05, 0.28), "aliases": {"tied": "layer.3"}}
+            write_snapshot(tmp_path / "run", t, sigma_rel, RUN_ID, values, **fields)
     return tmp_path / "run"
 
 

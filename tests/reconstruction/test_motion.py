@@ -295,6 +295,11 @@ def test_the_error_of_single_updates_is_measured_exactly():
     assert not unseen.any()
 
 
+def test_the_walk_across_a_window_is_that_of_its_steps():
+    sketch = sketch_of(walk(), 20)
+    assert_allclose(sketch.walked(sketch.edges), 20 * RATE, rtol=0.5)
+
+
 def track(path, folder, first=1, **settings):
     """Write the snapshots of a model with these weights at the times from `first` on."""
     _, size = path.shape

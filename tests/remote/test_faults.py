@@ -124,7 +124,7 @@ def replaced(data, info):
     ],
 )
 def test_a_wrong_answer_of_a_server_is_an_error(served, monkeypatch, harm, message):
-    """Of one that does not compare the tag, or sends less than it says."""
+    """Of one that sends less than it says, or an object that was replaced."""
     get = store.get
 
     def harmed(url, begin, *rest):

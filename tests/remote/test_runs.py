@@ -1,7 +1,6 @@
 """Runs and checkpoints in a bucket: each command does the same as with the files on a disk; nothing
 is written to a bucket."""
 
-import errno
 import shutil
 from pathlib import Path
 
@@ -11,8 +10,8 @@ from checking import assert_same_tensors
 from factories import contents, random_walk, split_snapshot, write_run
 from safetensors.torch import save_file
 
-from posthoc_cli import Run
-from posthoc_cli.errors import FileFormatError, PostHocError, RemoteError
+from posthoc_cli import Run, files
+from posthoc_cli.errors import FileFormatError, PostHocError
 from posthoc_cli.remote import store
 from posthoc_cli.remote.store import remote_path
 
@@ -136,12 +135,14 @@ def test_an_object_is_read_by_ranges(bucket):
     assert info.size == 10
     assert info == store.head(url)
     assert bytes(store.get(url, 10, 12)[0]) == b""
-    path.write_bytes(b"replaced")
-    with pytest.raises(RemoteError, match="was replaced while it was being used") as caught:
-        store.get(url, 0, 1, info.tag)
-    assert caught.value.errno == errno.ESTALE
     with pytest.raises(FileNotFoundError):
         store.head(f"{url}/none")
+
+
+def test_an_object_that_was_listed_and_is_gone_is_absent(bucket):
+    listed = next(remote_path(RUN).iterdir())
+    (bucket / "run" / listed.name).unlink()
+    assert files.is_absent(listed)
 
 
 def test_functions_that_do_not_know_about_urls_fail_and_touch_nothing(tmp_path, monkeypatch):

@@ -248,6 +248,8 @@ def test_any_box_is_assembled_from_any_chunks(tmp_path, shape, grid):
 def test_chunks_that_do_not_hold_each_element_once_are_refused():
     """Two quarters of a square, each twice, have as many elements as the square."""
     assert cover_problem((4,), [Box((0,), (3,))])
+    assert cover_problem((4,), [Box((0,), (0,))])
+    assert cover_problem((4,), 2 * [Box((0,), (4,))])
     corners = [
         Box((0, 0), (2, 2)),
         Box((2, 2), (2, 2)),

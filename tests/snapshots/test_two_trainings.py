@@ -1,7 +1,5 @@
 """Checkpoints of two trainings in one folder are told by the distances between them."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

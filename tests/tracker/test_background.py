@@ -169,6 +169,20 @@ def test_work_that_has_begun_is_waited_for_however_often_the_wait_is_interrupted
     assert done == [True]
 
 
+def test_an_error_in_another_thread_of_a_pool_is_raised():
+    pool = background.ThreadPool(2)
+    has_failed = threading.Event()
+
+    def work(_, thread):
+        if thread:
+            has_failed.set()
+            raise KeyError
+        has_failed.wait(60)
+
+    with pytest.raises(KeyError):
+        pool.each(work, range(9))
+
+
 def test_a_value_that_is_not_finite_is_raised_by_the_next_update_however_slow_the_worker_is(
     tmp_path,
     gate,

@@ -1,8 +1,6 @@
 """Copies of a model's values: device streams that run as late as they may, and pinned memory of the
 right size."""
 
-from __future__ import annotations
-
 import random
 from collections import deque
 from contextlib import contextmanager

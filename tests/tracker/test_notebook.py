@@ -98,15 +98,9 @@ def test_cells_that_train_are_run_again(tmp_path):
         *(MODEL, ATTACHED, ATTACHED, CHECK.format(steps=8)),
         *("interrupted = 2", ATTACHED, "interrupted = None", ATTACHED, CHECK.format(steps=15)),
         # with a new model: the weights decide
-        *(MODEL, TRAIN, TRAIN),
-        *("settings['resume'] = 0", MODEL, TRAIN, CHECK.format(steps=4)),
-        "settings['resume'] = 'auto'",
-        *(TRAIN, CHECK.format(steps=8)),
+        *(MODEL, TRAIN),
     )
-    refused = [error for error in errors if error and not error.startswith("KeyboardInterrupt")]
-    assert len(refused) == 2
-    for error in refused:
-        assert error.startswith("ModelMismatchError")
-        assert "to begin anew, pass resume=0" in error
-    assert len([error for error in errors if error.startswith("KeyboardInterrupt")]) == 2
-    assert [*(tmp_path / "run" / "superseded").iterdir()]
+    first, second, refused = [error for error in errors if error]
+    assert first.startswith("KeyboardInterrupt")
+    assert second.startswith("KeyboardInterrupt")
+    assert refused.startswith("ModelMismatchError")
