@@ -635,7 +635,8 @@ class _Explanation:
 
 def _locate_start(model: Model, row: Intervals) -> float:
     """Return the time in an interval at which the average started from the weights."""
-    times = np.linspace(row.begin[0], row.end[0], 51)
+    last = np.nextafter(row.end[0], row.begin[0])  # at the end itself it is of the next interval
+    times = np.linspace(row.begin[0], last, 51)
     return row.search(model.begun, times)
 
 

@@ -336,6 +336,8 @@ class Intervals:
         each = counts / points
         updates = (np.arange(points) + 0.5) * each - 0.5
         inner = begin + updates * length / counts
+        # a restart at `begin` comes after the average is stored, and before the first update
+        inner = np.nextafter(inner, end)
         times = np.hstack([inner, begin, end])
         forgotten = model.forgotten(times)
         by_end = forgotten[:, -1:]

@@ -133,7 +133,11 @@ def test_files_before_a_late_start_are_weights(files, run):
 
 
 def counted(step, weights, average):
-    ema = {"decay": 0.999, "num_updates": step, "shadow_params": [*average.values()]}
+    ema = {
+        "decay": 0.999,
+        "num_updates": step,
+        "shadow_params": [*average.values()],
+    }
     return {"model": weights, "step": step, "ema": ema if step > 700 else {}}
 
 

@@ -428,7 +428,10 @@ def test_what_processes_of_a_sharded_model_cannot_do_is_named_in_all(tmp_path):
     other_calls = []
     for now in (" at step 8, t = 8", ""):  # which replicas do not compare
         first = f"rank 0 for model(sigma_rel 0.15){now}; make the same call"
-        other_calls += [f"{asks}2){now}, and {first}", f"{asks}15, t=4){now}, and {first}"]
+        other_calls += [
+            f"{asks}2){now}, and {first}",
+            f"{asks}15, t=4){now}, and {first}",
+        ]
     expected = [
         "holds snapshots of run",
         "RankError rank 1: has sigma_rels (0.1,), and rank 0 has (0.05, 0.28)",
