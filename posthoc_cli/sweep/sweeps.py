@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import math
 import re
 import shlex
@@ -13,10 +14,14 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors import safe_open
 
 from posthoc_cli import files
 from posthoc_cli.errors import (
@@ -29,11 +34,18 @@ from posthoc_cli.errors import (
     warn,
 )
 from posthoc_cli.export.convert import export_file
+from posthoc_cli.export.like import check_shape
 from posthoc_cli.export.writing import SynthesisReport
 from posthoc_cli.resources import ProgressBar, no_bar
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots.directory import LOCK_NAME, DirectoryLock
-from posthoc_cli.snapshots.snapshot import statistics_notice
+from posthoc_cli.snapshots.snapshot import (
+    Snapshot,
+    are_equal,
+    places,
+    recorded_weights,
+    statistics_notice,
+)
 from posthoc_cli.snapshots.tensorfile import read_file
 from posthoc_cli.sweep import images
 from posthoc_cli.sweep.search import (
@@ -50,6 +62,8 @@ from posthoc_cli.sweep.trials import Metric, TrialError, measure
 from posthoc_cli.targets import Mean, SigmaRel, Target
 from posthoc_cli.tracker import PostHocEMA
 from posthoc_cli.tracker.filling import swapped_in
+
+log = logging.getLogger(__name__)
 
 TRIALS = "trials.jsonl"  # the settings of the sweep, then a trial a line
 LOGS = "logs"
@@ -263,10 +277,40 @@ class Sweep:
         if lacking:
             reason = f"lacks tensor {shown(min(lacking))} of the averages"
             raise MismatchError(raw, reason)
+        self._warn_of_other_step(raw, plain)
         if self.like is None:
             plain.rename(weights)
         else:
             export_file(plain, weights, like=self.like)
+
+    def _warn_of_other_step(self, raw: Path, plain: Path) -> None:
+        """Warn if raw weights are not those that the hook has recorded with the snapshots of the
+        averages' time."""
+        snapshots = []
+        for source in self.run.sources:
+            if isinstance(source, Snapshot) and source.t == self.t:
+                snapshots.append(source)
+        if not snapshots:
+            return
+        newest = snapshots[-1]
+        recorded = recorded_weights(snapshots).get(newest.step)
+        if recorded is None:
+            return
+        shapes = {name: newest.entries[name].shape for name in newest.averages}
+        values = []
+        with safe_open(plain, "pt") as file:
+            for name, elements in groupby(places(shapes), key=itemgetter(0)):
+                tensor = file.get_tensor(name)
+                check_shape(raw, name, tuple(tensor.shape), shapes[name])
+                flat = tensor.flatten().float()
+                values += [float(flat[index]) for _, index in elements]
+        if not are_equal(np.array(values, np.float32), recorded):
+            log.warning(
+                "%s: holds other weights than the model had at step %d, of the averages; the gain "
+                "is over those",
+                raw,
+                newest.step,
+            )
 
     def _evaluate(
         self,

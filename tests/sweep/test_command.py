@@ -235,6 +235,25 @@ def test_raw_weights_in_a_checkpoint_are_measured(run, tmp_path, out):
     assert first == Trial("raw weights", None, 0, 7.0, seconds=first.seconds)
 
 
+@pytest.mark.parametrize(
+    ("raw", "is_said"),
+    [
+        (1, True),
+        (2, False),
+    ],
+)
+def test_raw_weights_of_another_step_are_warned_of(tmp_path, out, raw, is_said, caplog):
+    model = torch.nn.Linear(2, 2)
+    with PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=2) as ema:
+        for step in (1, 2):
+            torch.nn.init.constant_(model.weight, step)
+            save_file(model.state_dict(), tmp_path / f"{step}.safetensors")
+            ema.update_(model)
+    swept(Run(tmp_path / "run"), out, raw=tmp_path / f"{raw}.safetensors")
+    said = "holds other weights than the model had at step 2, of the averages"
+    assert (said in caplog.text) == is_said
+
+
 def test_a_file_without_the_tensors_of_the_averages_is_refused(run, tmp_path, out):
     raw = tmp_path / "other.safetensors"
     save_file({"b": torch.zeros(7)}, raw)
