@@ -132,15 +132,15 @@ def import_checkpoints(
 
 
 def _check_unit(given: ImportSettings, says: str) -> None:
-    """Raise InvalidValueError if an import has found a decay that is no round one where numbers may
+    """Raise InvalidValueError if an import has found a decay that is not a round one where numbers may
     be epochs."""
     found = given.ema_decay
     was_given = given.without_findings.ema_decay is not None
     is_limit = given.ema_warmup == "none"  # and not the last of a warm-up
     if found is None or was_given or not is_limit or _round_decays(found, 1e-9):
         return
-    reason = f"must be given: decay {found:.6g} is no round one of steps, and numbers are {says}"
-    raise InvalidValueError("steps_per_epoch", reason, "1 if they are steps")
+    reason = f"must be given: numbers are {says}, but decay {found:.6g} a step is not a round one"
+    raise InvalidValueError("steps_per_epoch", reason, "give 1 if they are steps")
 
 
 # --- the decay
@@ -250,10 +250,10 @@ def _warn_of_stride(
     for every in sorted({*_STRIDES, round(audit.spacing / 2), given.steps_per_epoch or 1}):
         for near in _round_decays(age / (age + every), distance):
             if near >= 0.9:
-                choices.append(f"{near:g} in every {every} steps")
+                choices.append(f"{near:g} at every {every} steps")
     if choices:
-        reason = f"decay {decay:.7g} is no round one, as {' or '.join(choices)} is"
-        hint = "if it is that, give `update_every`: errors are else larger than predicted"
+        reason = f"decay {decay:.7g} was found, but {' or '.join(choices)} would look alike"
+        hint = "in that case give `update_every`, or errors are larger than predicted"
         log.warning("%s; %s", reason, hint)
 
 

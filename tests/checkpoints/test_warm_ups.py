@@ -169,7 +169,7 @@ def test_a_decay_of_every_nth_step_is_told_by_its_mean_age(every, decay, files, 
     """As if updated at every step it was 3 to 9 times as wrong as predicted."""
     write(files, train(), by(lambda n: 1.0 if n % every else decay))
     import_checkpoints(files, run)
-    assert f"as {decay} in every {every} steps is; if it is that, give `upd" in caplog.text
+    assert f"{decay} at every {every} steps would look alike; in that case" in caplog.text
     import_checkpoints(files, run, overwrite=True, update_every=every)
     assert settings_of(run)["ema_decay"] == decay
     check(run, most=0.02, low=0)
@@ -195,7 +195,7 @@ def test_a_decay_that_is_none_of_steps_asks_whether_numbers_are_epochs(files):
     write(files, train(), by(lambda _: 0.995), form=without_a_step)
     for step in TIMES:  # epochs of 20 steps
         (files / f"step{step}.pt").rename(files / f"{step // 20}.pt")
-    with pytest.raises(InvalidValueError, match=r"^steps_per_epoch: .* decay 0\.90\d+ is no"):
+    with pytest.raises(InvalidValueError, match=r"^steps_per_epoch: .* decay 0\.90\d+ a step is"):
         import_checkpoints(files, None, dry_run=True)
     found = import_checkpoints(files, None, dry_run=True, steps_per_epoch=20)
     assert {round(one.decay, 3) for one in found.checkpoints} == {0.0, 0.995}
