@@ -132,8 +132,8 @@ def import_checkpoints(
 
 
 def _check_unit(given: ImportSettings, says: str) -> None:
-    """Raise InvalidValueError if an import has found a decay that is not a round one where numbers may
-    be epochs."""
+    """Raise InvalidValueError if numbers may be epochs: the decay that an import has found is not a
+    round one."""
     found = given.ema_decay
     was_given = given.without_findings.ema_decay is not None
     is_limit = given.ema_warmup == "none"  # and not the last of a warm-up
