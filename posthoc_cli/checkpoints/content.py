@@ -311,6 +311,11 @@ def stem_of(name: str) -> str:
     return name
 
 
+def glob_of(name: str) -> str:
+    """Return a glob of the names that differ from this one in their numbers."""
+    return re.sub("[0-9]+", "*", name)
+
+
 def holds_model(folder: Path) -> bool:
     """Return whether a folder seems to hold a model, and not the checkpoints of a training."""
     try:
@@ -399,7 +404,7 @@ def model_in(
 
 def _several_models(folder: Path, names: Sequence[str]) -> UnsuitableError:
     hint = f"name one by a glob such as */{names[0]}"
-    series = [*dict.fromkeys(re.sub("[0-9]+", "*", name) for name in names)]
+    series = [*dict.fromkeys(glob_of(name) for name in names)]
     if len(series) < len(names):  # the files of a training
         names = series
         hint = f"name this folder, or a glob such as */{series[0]}"

@@ -15,6 +15,7 @@ from posthoc_cli.checkpoints.content import (
     FOREIGN,
     NO_MODEL,
     READ,
+    glob_of,
     holds_model,
     names_in,
     open_checkpoint,
@@ -79,7 +80,7 @@ def _ask_which(
     globs = dict[str, None]()
     for path, count in places.items():
         # numbers of the parts of a model are the same in all folders
-        name = path if count > 1 else re.sub("[0-9]+", "*", path)
+        name = path if count > 1 else glob_of(path)
         globs[f"*/{name}"] = None
     readings = map(time_in_name, last.iterdir())
     if any(reading is not None and reading.is_marked for reading in readings):
@@ -126,7 +127,7 @@ def _without_endings(entries: Sequence[Path]) -> list[str]:
     first = dict[str, Path]()
     for entry in entries:
         if re.search("[0-9]", entry.name) and entry.is_file():
-            first.setdefault(re.sub("[0-9]+", "*", entry.name), entry)
+            first.setdefault(glob_of(entry.name), entry)
     names = []
     for pattern, entry in first.items():
         with suppress(FileFormatError):

@@ -38,6 +38,7 @@ from posthoc_cli.checkpoints.content import (
     SHARD,
     Content,
     Values,
+    glob_of,
     has_tensors,
     holds_average,
     holds_model,
@@ -841,7 +842,8 @@ def _mismatch(
     difference: str,
     settings: str = "`step_from`",
 ) -> MismatchError:
-    ours, theirs = (re.sub("[0-9]+", "*", file.path.name) for file in (first, other))
+    ours = glob_of(first.path.name)
+    theirs = glob_of(other.path.name)
     hint = _BY_GLOB
     if ours != theirs:
         hint += f", such as '{ours}' or '{theirs}'"
