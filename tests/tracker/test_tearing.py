@@ -145,10 +145,13 @@ class Interruptions:
 
     def update(self, way=""):
         """Make an update, and within it what a way says, by default one at random."""
-        self._way = way or self._chance.choice(("stop", "read", "flush"))
+        chosen = way or self._chance.choice(("stop", "read", "flush"))
         self._model.go_to(self._tracker.step + 1)
         delay = self._chance.uniform(1e-6, 0.004)
-        try:  # The statement after the update is inside, for a signal that comes just then.
+        # The signal of an earlier update may come at any time: outside it does nothing. The
+        # statement after the update is inside, for one that comes just then.
+        try:
+            self._way = chosen
             signal.setitimer(signal.ITIMER_REAL, delay)
             self._tracker.update_(self._model)
             self._way = ""
