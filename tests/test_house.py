@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import typer
-from density import density
 
 import posthoc_cli
 from posthoc_cli.cli import app
@@ -241,23 +240,3 @@ def test_nothing_that_executes_a_file_is_imported_or_called(path):
     assert "allow_pickle" not in text
     assert "load_file" not in calls or "from safetensors.torch import load_file" in text
     assert "import_module" not in text or path == PACKAGE / "__init__.py"
-
-
-LIMITS = {
-    PACKAGE: {"tokens a line": 8.09, "packed": 0, "times": 1, "inner": 3, "big": 7},
-    ROOT / "scripts": {"tokens a line": 8.79, "packed": 0, "times": 0, "inner": 0, "big": 0},
-    ROOT / "tests": {"tokens a line": 8.62, "packed": 0, "times": 0, "inner": 0, "big": 11},
-}
-"""The most that `density` may count. Lower a limit when code falls below it; never raise one."""
-
-
-@pytest.mark.skipif(sys.version_info >= (3, 12), reason="there an f-string is several tokens")
-@pytest.mark.parametrize("folder", LIMITS, ids=lambda folder: folder.name)
-def test_code_is_not_denser_than_before(folder):
-    counts = density(folder)
-    found = {"tokens a line": round(counts["tokens"] / counts["lines"], 2)}
-    for name in ("packed", "times", "inner", "big"):
-        found[name] = counts[name]
-    limits = LIMITS[folder]
-    too_many = {name: count for name, count in found.items() if count > limits[name]}
-    assert not too_many
