@@ -14,7 +14,7 @@ word in a key says which is the average (`content.AVERAGE_WORD`). Then
    EMA; a line to the guide `checkpoints`, and a test that writes such files beside
    `tests/checkpoints/test_programs.py`;
 6. for a warm-up of its own: a row of `profiles.WARM_UPS`, which every import then tries, too; the
-   help of `--ema-warmup` in `cli/making.py`, the table in the guide, and the tables of
+   help of `--ema-warmup` in `cli/import_.py`, the table in the guide, and the tables of
    `tests/checkpoints/test_decay_rules.py`.
 """
 

@@ -25,7 +25,23 @@ import typer
 from typer import Option
 
 import posthoc_cli
-from posthoc_cli.cli import making, output, showing
+from posthoc_cli.cli import (
+    audit,
+    demo,
+    error_plot,
+    export,
+    guide,
+    import_,
+    info,
+    output,
+    plan,
+    profile,
+    prune,
+    report,
+    sweep,
+    synthesize,
+    verify,
+)
 from posthoc_cli.errors import PostHocError, one_line
 
 # typer bundles click or uses the installed one, depending on its release; this is the base class of
@@ -91,61 +107,61 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 EXAMPLES: dict[Callable[..., int | None], tuple[str, ...]] = {
-    making.synthesize: (
+    synthesize.synthesize: (
         "ema synthesize run/ema --sigma-rel 0.15 --out model.safetensors",
         "ema synthesize run/ema --sigma-rel 0.05,0.06,...,0.25 --target beta:0.9999 --out "
         "averages/",
         "ema synthesize run/ema --sigma-rel 0.1 --like last.pt --out averaged.pt",
     ),
-    making.sweep: (
+    sweep.sweep: (
         "ema sweep run/ema --run 'python eval.py {weights}' --metric loss --minimize --out sweep",
     ),
-    showing.report: (
+    report.report: (
         "ema report run/ema --sweep sweep --out report.html",
         "ema report run/a run/b --sweep sweep-a --sweep sweep-b",
     ),
-    showing.error_plot: ("ema error-plot run/ema --out error.png",),
-    showing.info: ("ema info run/ema", "ema info model.safetensors --json"),
-    showing.verify: ("ema verify run/ema", "ema verify out/ m.safetensors --json"),
-    making.export: (
+    error_plot.error_plot: ("ema error-plot run/ema --out error.png",),
+    info.info: ("ema info run/ema", "ema info model.safetensors --json"),
+    verify.verify: ("ema verify run/ema", "ema verify out/ m.safetensors --json"),
+    export.export: (
         "ema export model.safetensors --out model.pt",
         "ema export last.pt --out average.safetensors",
         "ema export avg.safetensors --base full.safetensors --out folder/",
         "ema export avg.safetensors --like last.pt --out averaged.pt",
     ),
-    showing.plan: (
+    plan.plan: (
         "ema plan --steps 400000 --params 1.2e9 --disk 60GB",
         "ema plan --steps 400000 --params 1.2B --disk 60GB --out plan.png",
     ),
-    making.prune: (
+    prune.prune: (
         "ema prune run/ema --keep 20 --dry-run",
         "ema prune run/ema --max-error 1e-3 --yes",
     ),
-    showing.profile: (
+    profile.profile: (
         "ema profile --sigma-rel 0.05,0.10,0.28 --steps 100000",
         "ema profile --target beta:0.9999 --steps 100000",
     ),
-    making.import_: ("ema import old --sigma-rels 0.05,0.28 --update-every 10 --out run",),
-    showing.audit: ("ema audit checkpoints --claimed 0.9999 --out audit.png",),
-    making.demo: ("ema demo --out ema-demo",),
-    showing.guide: ("ema guide training",),
+    import_.import_: ("ema import old --sigma-rels 0.05,0.28 --update-every 10 --out run",),
+    audit.audit: ("ema audit checkpoints --claimed 0.9999 --out audit.png",),
+    demo.demo: ("ema demo --out ema-demo",),
+    guide.guide: ("ema guide training",),
 }
 """The examples at the end of each command's help."""
 
 _PANELS = {
     "Checkpoints that you have": (
-        showing.audit,
-        making.import_,
-        making.synthesize,
-        making.sweep,
-        showing.error_plot,
-        showing.report,
-        making.export,
-        showing.info,
-        showing.verify,
+        audit.audit,
+        import_.import_,
+        synthesize.synthesize,
+        sweep.sweep,
+        error_plot.error_plot,
+        report.report,
+        export.export,
+        info.info,
+        verify.verify,
     ),
-    "A training with the hook": (showing.plan, making.prune, showing.profile),
-    "Learn": (making.demo, showing.guide),
+    "A training with the hook": (plan.plan, prune.prune, profile.profile),
+    "Learn": (demo.demo, guide.guide),
 }
 """The commands in the order of the help."""
 

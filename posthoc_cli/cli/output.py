@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from posthoc_cli import errors, files
-from posthoc_cli.errors import printable
+from posthoc_cli.errors import first_of, printable
 from posthoc_cli.report.facts import text, title_of
 from posthoc_cli.resources import ProgressBar, no_bar
 
@@ -180,6 +180,26 @@ def write_picture(
 def counted(count: int, what: str) -> str:
     """Return a count with its noun: "1 file", "1,200 files"."""
     return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
+
+
+def list_tensors(names: list[str]) -> str:
+    """Count tensors and name the first ones."""
+    return f"{counted(len(names), 'tensor')} ({first_of(names, 3)})"
+
+
+def note_copied(copied: dict[str, Any]) -> None:
+    """Print what a copy of a checkpoint has from the average, and what of the checkpoint."""
+    name = Path(copied["path"]).resolve().name
+    if copied["replaced"] == "average":
+        print_note(f"replaced the average in {name}; its weights stay as they are")
+    else:
+        print_note(f"replaced the weights in {name}")
+    if kept := copied["kept"]:
+        print_note(f"kept {list_tensors(kept)} of {name}, which the run does not have")
+    if shared := copied["shared"]:
+        print_note(f"not written: {list_tensors(shared)}, of which {name} has the weights alone")
+    if left_out := copied["left_out"]:
+        print_note(f"not copied: {first_of(left_out)}")
 
 
 def log_to_stderr() -> None:

@@ -1,0 +1,73 @@
+"""`ema error-plot`: draw how exact averages of any length will be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from typer import Argument
+
+from posthoc_cli.cli import options, output
+from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.planning import ErrorCurve, listed
+
+
+def error_plot(
+    directories: list[str] = Argument(
+        ...,
+        metavar="DIR",
+        help="Directories of snapshots or of checkpoints, or globs of checkpoints.",
+    ),
+    out: str | None = options.PICTURE,
+    overwrite: bool = options.OVERWRITE,
+    as_json: bool = options.JSON,
+    target: list[str] = options.TARGETS(
+        [], metavar="TARGET", help="Also this average: window:1000. Repeatable."
+    ),
+    sigma_range: str = options.TARGETS(
+        "0.01:0.2886", metavar="LOW:HIGH", help="The curve's range of sigma_rel."
+    ),
+    t: float | None = options.TIME,
+    method: options.Method | None = options.METHOD,
+) -> None:
+    """Draw how exact averages of any length will be.
+
+    The curve is the predicted error: the expected relative L2 distance of the weights from the true
+    average. Tracked profiles are marked; the range below 1 % is shaded and named in the title.
+    --method paper adds the profile error, the published measure: the relative L2 distance between
+    the target profile and the reconstructed one.
+
+    ema plan draws the same curve before a training.
+    """
+    from posthoc_cli import plots
+
+    if out is None and not as_json:
+        raise InvalidValueError("--out", "name a picture (.png, .svg, .pdf), or add --json")
+    picture = options.new_picture(out, overwrite)
+    targets = options.parse_targets([], target)
+    ends = options.parse_sigma_range(sigma_range)
+    runs = list(map(options.open_run, directories))
+    curves = [run.error_curve(ends, t=t, method=method, others=targets) for run in runs]
+    if picture is not None:
+        output.write_picture(
+            lambda: plots.error_figure(curves, method == "paper"), picture, overwrite
+        )
+    report = {"curves": [curve.to_dict() for curve in curves]}
+    output.show(report, as_json, lambda _: _print_curves(curves, method == "paper"), picture)
+
+
+def _print_curves(curves: Sequence[ErrorCurve], is_paper: bool) -> None:
+    columns = ["  target:target", "width", "predicted_error"]
+    if is_paper:
+        columns.append("profile_error")
+    for curve in curves:
+        output.print_line(curve.label)
+        pairs = [("  predicted error", curve.good_range)]
+        if curve.tracked:
+            pairs.append(("  tracked", listed(curve.tracked)))
+        output.print_pairs(pairs)
+        rows = curve.to_dict()["others"]
+        for row in rows:
+            row["target"] = f"  {row['target']}"
+            row["width"] = f"{row['sigma_rel']:.3g}"
+        if rows:
+            output.print_rows(rows, columns)
