@@ -175,7 +175,7 @@ def as_path(path: str | Path) -> Path:
     """Return a text as a Path, a URL as a RemotePath."""
     if not is_url(path):
         return Path(path)
-    from posthoc_cli.remote.store import RemotePath, remote_path
+    from posthoc_cli.remote import RemotePath, remote_path
 
     return path if isinstance(path, RemotePath) else remote_path(str(path))
 

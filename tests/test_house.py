@@ -152,7 +152,7 @@ LIGHT = {
 }
 
 
-HEAVY = {"torch", "matplotlib", "obstore", "huggingface_hub", "posthoc_cli.remote"}
+HEAVY = {"torch", "matplotlib", "fsspec", "huggingface_hub", "posthoc_cli.remote"}
 
 
 @pytest.mark.parametrize("what", LIGHT)

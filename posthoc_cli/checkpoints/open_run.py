@@ -694,9 +694,7 @@ def _matches(pattern: Path) -> list[Path]:
     if not files.is_glob(pattern):
         return [pattern] if pattern.exists() else []
     if files.is_url(pattern):
-        from posthoc_cli.remote.store import matching
-
-        return matching(pattern)
+        return [*pattern.parent.glob(pattern.name)]
     # Path.glob takes no absolute patterns
     return sorted(map(Path, glob.glob(str(pattern), recursive=True)))  # noqa: PTH207
 

@@ -177,6 +177,7 @@ def test_wrong_input_is_one_line_and_changes_nothing(ema, places, command, monke
             assert result.out == "" or result.code == 1, line
     assert contents(places) == before
     if os.environ.get("EMA_RECORD_MESSAGES"):
+        assert "install" not in "".join(found.values()), "record where every extra is installed"
         head, *_ = MESSAGES.read_text().split("\n")
         cases = [f"$ ema {line}\n{answer}\n" for line, answer in found.items()]
         MESSAGES.write_text(f"{head}\n\n{''.join(cases)}")
