@@ -18,18 +18,16 @@ import math
 import operator
 import sys
 import threading
-import warnings
 from collections import deque
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from numbers import Real
 from typing import Any, TypeVar
 
 _LONGEST = 200
 _LONGEST_LINE = 5_000
-_BETWEEN = {__name__.partition(".")[0], "contextlib", "threading", "torch"}
-"""Packages whose stack frames are skipped to find the user's line that a warning is about."""
+_PACKAGE = __name__.partition(".")[0]
 _Error = TypeVar("_Error", bound="PostHocError")
 
 
@@ -113,6 +111,10 @@ class OutputExistsError(PostHocError):
 
 class InexactError(PostHocError):
     """A target whose predicted error is above the accepted one."""
+
+
+class WarnedError(PostHocError):
+    """A warning, where the caller accepts none."""
 
 
 class MissingDependencyError(PostHocError):
@@ -215,17 +217,31 @@ def percent(error: float | None) -> str:
 
 
 def warn(message: str) -> None:
-    """Issue a RuntimeWarning that begins with the package's name and points to the line of the
-    user's code."""
-    frame = sys._getframe(1)
-    level = 2
-    while (
-        frame.f_back is not None
-        and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN
-    ):
-        frame = frame.f_back
-        level = level + 1
-    warnings.warn(f"posthoc_cli: {message}", RuntimeWarning, level)
+    """Log a warning about a call of the user's."""
+    Log(_PACKAGE).warning("%s", message)
+
+
+@contextmanager
+def collect_warnings(strict: bool = False) -> Iterator[list[str]]:
+    """Collect what this package warns of in the block, each text once.
+
+    Raises:
+        WarnedError: with `strict`, at the first warning; a call that raises it leaves no output.
+    """
+    texts: list[str] = []
+
+    def take(_: str, text: str) -> None:
+        texts.append(text)
+        if strict:
+            raise WarnedError("strict", text)
+
+    handler = EachOnce(take)
+    logger = logging.getLogger(_PACKAGE)
+    logger.addHandler(handler)
+    try:
+        yield texts
+    finally:
+        logger.removeHandler(handler)
 
 
 class EachOnce(logging.Handler):

@@ -42,12 +42,13 @@ from posthoc_cli.cli import (
     synthesize,
     verify,
 )
-from posthoc_cli.errors import PostHocError, one_line
+from posthoc_cli.errors import PostHocError, collect_warnings, one_line
 
 # typer bundles click or uses the installed one, depending on its release; this is the base class of
 # all usage errors in either case.
 _USAGE_ERROR: Any = typer.BadParameter.__base__
 _DEBUG = "--debug"
+_STRICT = "--strict"
 # of torch's RuntimeError, and of the ImportError of a library
 _NO_MEMORY = ("DefaultCPUAllocator: ", "failed to map segment")
 _NO_THREAD = "can't start new thread"  # of Python's RuntimeError
@@ -190,6 +191,7 @@ def _root(
         False, "--version", "-V", callback=_print_version, is_eager=True, help="Print the version."
     ),
     debug: bool = Option(False, _DEBUG, help="Show a traceback when something goes wrong."),
+    strict: bool = Option(False, _STRICT, help="Take a warning as an error: nothing is written."),
 ) -> None:
     """Choose the length of a model's weight average after training."""
 
@@ -220,9 +222,9 @@ def main() -> NoReturn:
     try:
         # Not app(...): that would install typer's own excepthook.
         command: Any = typer.main.get_command(app)
-        code = command.main(
-            [a for a in arguments if a != _DEBUG], prog_name="ema", standalone_mode=False
-        )
+        words = [word for word in arguments if word not in (_DEBUG, _STRICT)]
+        with collect_warnings(strict=_STRICT in arguments) as output.warnings:
+            code = command.main(words, prog_name="ema", standalone_mode=False)
         output.write("", flush=True)
     except (KeyboardInterrupt, typer.Abort):
         code = 130

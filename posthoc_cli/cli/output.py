@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 STDOUT = "standard output"
 OPTIONS = dict[str, str]()  # by the names of their arguments in the library
 _QUOTED = re.compile(r"`(\w+)`")
+warnings: list[str] = []  # what the command has warned of
 MOST_ROWS = 10  # the number of rows that are shown of a long table; --json lists all
 
 
@@ -77,10 +78,13 @@ def show(
     as_text: Callable[[dict[str, Any]], None],
     wrote: Path | None = None,
 ) -> None:
-    """Print a report's `to_dict`: as JSON, or by a function that prints the same fields as text,
-    and a file's path."""
-    (print_json if as_json else as_text)(report)
-    if wrote is not None and not as_json:
+    """Print a report's `to_dict`: as JSON, with the warnings, or by a function that prints the same
+    fields as text, and a file's path."""
+    if as_json:
+        print_json(report | {"warnings": warnings})
+        return
+    as_text(report)
+    if wrote is not None:
         print_line(f"wrote {wrote}")
 
 
@@ -154,15 +158,6 @@ def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
     for name, value in pairs:
         space = " " * (width - cell_len(name))
         write(f"{name}{space}  {_shown(value)}\n")
-
-
-def warn_of_statistics(copies: Iterable[str]) -> None:
-    """Print to stderr what to do about BatchNorm statistics, if the names of copied tensors contain
-    any."""
-    from posthoc_cli.snapshots.snapshot import statistics_notice
-
-    if notice := statistics_notice(copies):
-        print_note(f"ema: warning: {notice}")
 
 
 def write_picture(

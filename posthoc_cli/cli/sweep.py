@@ -103,7 +103,6 @@ def sweep(
     axis = options.optional(Axis.parse, target, "--target") or widths
     folder = files.local_path("--out", out)
     run = options.open_run(directory)
-    output.warn_of_statistics(run.sources[-1].copies)
     show = output.print_note if as_json else output.print_line
 
     def say(trial: Trial, number: int, expected: int) -> None:

@@ -91,7 +91,6 @@ def synthesize(
         progress=output.progress_bar(),
     )
     if report is not None:
-        output.warn_of_statistics(report.plan.newest.copies)
         output.show(report.to_dict(), as_json, _print_synthesize)
 
 

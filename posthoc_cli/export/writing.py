@@ -51,6 +51,7 @@ from posthoc_cli.errors import (
 from posthoc_cli.export.like import Chunk, CopiedFile, Like, Replacement
 from posthoc_cli.resources import ProgressBar, no_bar, worker_count
 from posthoc_cli.snapshots.outputs import INDEX_NAME
+from posthoc_cli.snapshots.snapshot import warn_of_statistics
 from posthoc_cli.snapshots.sources import counted
 from posthoc_cli.snapshots.tensorfile import (
     SUFFIX,
@@ -341,6 +342,8 @@ def write_synthesis(
     """
     started = time.perf_counter()
     device, workers = _resources(options, ranks)
+    if not ranks.rank:
+        warn_of_statistics(plan.newest.copies)
     copied = None
     if like is not None:
         plan, copied = like.fitted(plan)

@@ -31,7 +31,14 @@ import numpy.typing as npt
 import xxhash
 
 from posthoc_cli.dtypes import EPS
-from posthoc_cli.errors import FileFormatError, InvalidValueError, check_word, first_of, shown
+from posthoc_cli.errors import (
+    FileFormatError,
+    InvalidValueError,
+    check_word,
+    first_of,
+    shown,
+    warn,
+)
 from posthoc_cli.planning import USEFUL_RANGE
 from posthoc_cli.profiles import (
     Clock,
@@ -438,6 +445,12 @@ def statistics_notice(copies: Iterable[str]) -> str | None:
         "recompute them with torch.optim.swa_utils.update_bn(loader, model) before you measure or "
         "use an average"
     )
+
+
+def warn_of_statistics(copies: Iterable[str]) -> None:
+    """Warn of BatchNorm statistics that an average has from the raw weights."""
+    if notice := statistics_notice(copies):
+        warn(notice)
 
 
 # --- the snapshot

@@ -31,7 +31,6 @@ from posthoc_cli.errors import (
     OutputExistsError,
     PostHocError,
     shown,
-    warn,
 )
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.export.like import check_shape
@@ -44,7 +43,6 @@ from posthoc_cli.snapshots.snapshot import (
     are_equal,
     places,
     recorded_weights,
-    statistics_notice,
 )
 from posthoc_cli.snapshots.tensorfile import read_file
 from posthoc_cli.sweep import images
@@ -443,8 +441,6 @@ def sweep(
     averages = _Averages(run, model)
     stored = averages.run
     newest = stored.sources[-1]
-    if notice := statistics_notice(newest.copies):
-        warn(notice)
     report = SweepReport(
         axis=_axis(stored, low, high, values),
         metric=name,

@@ -197,6 +197,19 @@ def test_a_warning_comes_once_for_one_cause(ema, tmp_path):
     assert done.err.count("left out of averages") == 1
 
 
+def test_strict_takes_a_warning_as_an_error_and_writes_nothing(typed, run):
+    line = "synthesize run --sigma-rel 0.01 --out a.safetensors"
+    warned = typed(f"{line} --json")
+    (warning,) = warned.json["warnings"]
+    assert "predicted error" in warning
+    assert warned.err == f"ema: warning: {warning}\n"
+    Path("a.safetensors").unlink()
+    refused = typed(f"{line} --strict")
+    assert refused.code == 1
+    assert refused.error == f"--strict: {warning}"
+    assert [path.name for path in run.parent.iterdir()] == ["run"]
+
+
 def test_notes_name_options(typed):
     torch.save({"w": torch.ones(3)}, "m.pt")
     assert "import with --step-from, a pattern" in typed("info m.pt").out

@@ -122,7 +122,6 @@ def assert_same_copies(found, model):
         assert torch.equal(found[name], model[name]), name
 
 
-@pytest.mark.filterwarnings("ignore:.*running statistics:RuntimeWarning")
 def test_copied_tensors_have_the_values_of_the_time_of_the_average(tmp_path):
     """The average may be of float16 snapshots, of the live tracker or of a resumed one."""
     model = network()
