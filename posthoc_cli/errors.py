@@ -233,7 +233,7 @@ def collect_warnings(strict: bool = False) -> Iterator[list[str]]:
     def take(_: str, text: str) -> None:
         texts.append(text)
         if strict:
-            raise WarnedError("strict", text)
+            raise WarnedError("warning", text)
 
     handler = EachOnce(take)
     logger = logging.getLogger(_PACKAGE)

@@ -206,7 +206,7 @@ def test_strict_takes_a_warning_as_an_error_and_writes_nothing(typed, run):
     Path("a.safetensors").unlink()
     refused = typed(f"{line} --strict")
     assert refused.code == 1
-    assert refused.error == f"--strict: {warning}"
+    assert refused.error == f"warning: {warning}"
     assert [path.name for path in run.parent.iterdir()] == ["run"]
 
 
