@@ -100,7 +100,6 @@ def import_(
     overwrite: bool = options.OUTPUT(
         False,
         "--overwrite",
-        "--force",
         "-f",
         help="Replace an import of other files, or with other settings.",
     ),

@@ -89,7 +89,7 @@ DIRECTORY_OR_CHECKPOINTS = Argument(
     ..., metavar="DIR", help="The directory of the tracker's snapshots, or of checkpoints."
 )
 PICTURE = OUTPUT(None, "--out", "-o", metavar="FILE", help="The picture: .png, .svg or .pdf.")
-OVERWRITE = OUTPUT(False, "--overwrite", "--force", "-f", help="Replace existing outputs.")
+OVERWRITE = OUTPUT(False, "--overwrite", "-f", help="Replace existing outputs.")
 JSON = OUTPUT(False, "--json", help="Print one JSON object.")
 
 
