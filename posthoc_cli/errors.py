@@ -161,26 +161,23 @@ class NotReadyError(PostHocError, RuntimeError):
 
 
 def printable(text: str) -> str:
-    """Return `text` with characters that control a terminal escaped: control codes, line ends,
-    changes of direction."""
-    shown = []
+    """Escape characters that control a terminal: control codes, line ends, changes of direction."""
+    characters = []
     for character in text:
-        if character.isprintable():
-            shown.append(character)
-        else:
-            escaped = character.encode("unicode_escape")
-            shown.append(escaped.decode())
-    return "".join(shown)
+        if not character.isprintable():
+            character = character.encode("unicode_escape").decode()
+        characters.append(character)
+    return "".join(characters)
 
 
 def one_line(text: str) -> str:
-    """Return a message with control characters escaped, and of limited length."""
+    """Escape control characters of a message, and limit its length."""
     line = printable(text[:_LONGEST_LINE])
     return f"{line}..." if len(text) > _LONGEST_LINE else line
 
 
 def shown(value: object) -> str:
-    """Return a name or value from a file for a message: escaped, in one line, and shortened."""
+    """Quote a name or value from a file for a message: escaped, in one line, and shortened."""
     if isinstance(value, str):
         quoted = repr(value[:_LONGEST])
         return f"{quoted}..." if len(value) > _LONGEST else quoted
@@ -192,12 +189,12 @@ def shown(value: object) -> str:
 
 
 def brief(value: object) -> str:
-    """Return an argument's value for a message: in one line, and shortened."""
+    """Shorten an argument's value for a message, in one line."""
     return " ".join(repr(value)[:40].split()).removesuffix(".0")
 
 
 def first_of(texts: Iterable[str], most: int = 5) -> str:
-    """Return the first texts in one line, and how many more there are."""
+    """List the first texts in one line, and how many more there are."""
     every = [*texts]
     listed = ", ".join(every[:most])
     left = len(every) - most
@@ -205,8 +202,7 @@ def first_of(texts: Iterable[str], most: int = 5) -> str:
 
 
 def percent(error: float | None) -> str:
-    """Return a relative error as text; tiny errors (rounding) and huge ones (weights near 0) become
-    bounds."""
+    """Write a relative error; tiny (rounding) and huge ones (weights near 0) become bounds."""
     if error is None:
         return "unknown"
     if 0 < error < 1e-7:
@@ -323,8 +319,8 @@ def check_number(
     accepts: Callable[[float], bool],
     accepted: str,
 ) -> float:
-    """Return `value` as a float; raise InvalidValueError ("must {accepted}") unless `accepts` it,
-    which refuses nan."""
+    """Convert to a float; raise InvalidValueError ("must {accepted}") unless `accepts` it, which
+    refuses nan."""
     number = math.nan
     if isinstance(value, Real) and not isinstance(value, bool):
         number = float(value)
@@ -339,8 +335,8 @@ def check_count(
     least: int = 1,
     hint: str = "",
 ) -> int:
-    """Return `value` as an int; raise InvalidValueError, with a hint, unless it is a whole number
-    of at least `least`."""
+    """Convert to an int; raise InvalidValueError, with a hint, unless it is a whole number of at
+    least `least`."""
     count = least - 1
     if not isinstance(value, bool):
         with suppress(TypeError):
@@ -373,7 +369,7 @@ def check_word(
 
 
 def likely(value: object, words: Iterable[object]) -> str:
-    """Return a hint with the word that may be meant; empty if none is like the value."""
+    """Suggest the word that may be meant; nothing if none is like the value."""
     for word in get_close_matches(str(value), map(str, words), 1):
         if word != str(value):
             return f"did you mean {word}?"
