@@ -13,11 +13,10 @@ import os
 import re
 import socket
 import sys
-import time
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal
 from itertools import count
@@ -499,82 +498,88 @@ LOCK_NAME = ".ema.lock"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
-class DirectoryLock(AbstractContextManager["DirectoryLock"]):
-    """The exclusive right to write to a directory, held from construction to `release`; a context
-    manager.
+class LockFile:
+    """The open lock file of a directory, by which a process knows that the path still leads there.
 
-    It is a `flock` on a file that also names its holder; the system releases it when the holder
-    dies. On a file system without locks, or one that keeps them to one host, a second writer cannot
-    be excluded; a warning says so if that can be detected. Raises LockedError if another tracker or
-    command holds it.
+    A directory may be moved, deleted or replaced while a training goes on. What then lies at its
+    path belongs to somebody else: `check` comes before each write and each deletion.
     """
 
     def __init__(self, directory: Path) -> None:
-        own = f"process {os.getpid()} on {socket.gethostname()}"
-        with files.reported_as_write_error(directory), ExitStack() as stack:
-            # A link would lead to a file of somebody else.
-            flags = os.O_RDWR | os.O_CREAT | files.NO_LINK
-            descriptor = os.open(directory / LOCK_NAME, flags, 0o666)
-            stack.callback(os.close, descriptor)
-            if os.fstat(descriptor).st_nlink > 1:
-                raise OSError(
-                    errno.EMLINK,
-                    f"{LOCK_NAME} is not a lock: it is a hard link to another file",
-                )
-            try:
-                _take(descriptor, directory, own)
-            except OSError as error:
-                if error.errno not in _NO_LOCKS:
-                    raise
-                why = (error.strerror or str(error)).lower()
-                text = "%s: no locks on this file system (%s): make sure that nothing else writes"
-                log.warning(text, directory, why)
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, own.encode())
-            stack.pop_all()
-        # Releases it also when the process ends or the last reference is gone.
-        self.release = weakref.finalize(self, _release, descriptor, os.getpid())
-        self._descriptor = descriptor
+        self._directory = directory
+        # A link would lead to a file of somebody else.
+        flags = os.O_RDWR | os.O_CREAT | files.NO_LINK
+        with files.reported_as_write_error(directory):
+            self._descriptor = os.open(directory / LOCK_NAME, flags, 0o666)
+        self.release = weakref.finalize(self, _release, self._descriptor, 0)
 
-    @property
-    def is_deleted(self) -> bool:
-        """Whether the lock's file was deleted: it excludes nobody any more."""
-        return os.fstat(self._descriptor).st_nlink == 0
+    def check(self) -> None:
+        """Raise LockedError unless the lock file at the directory's path is the open one."""
+        with files.reported_as_write_error(self._directory), suppress(FileNotFoundError):
+            at_path = os.lstat(self._directory / LOCK_NAME)
+            if os.path.samestat(at_path, os.fstat(self._descriptor)):
+                return
+        reason = f"was moved, replaced, or lost its {LOCK_NAME}: nothing is written or deleted here"
+        raise LockedError(self._directory, reason, "move it back, or take another directory")
+
+
+class DirectoryLock(LockFile, AbstractContextManager["DirectoryLock"]):
+    """The exclusive right to write to a directory, held from construction to `release`; a context
+    manager.
+
+    It is a `flock` on the lock file, which also names its holder; the system releases it when the
+    holder dies. On a file system without locks, or one that keeps them to one host, a second writer
+    cannot be excluded; a warning says so if that can be detected. Raises LockedError if another
+    tracker or command holds it.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        own = f"process {os.getpid()} on {socket.gethostname()}"
+        try:
+            with files.reported_as_write_error(directory):
+                self._take(own)
+                os.ftruncate(self._descriptor, 0)
+                os.write(self._descriptor, own.encode())
+        except BaseException:
+            self.release()
+            raise
+        self.release.detach()
+        # Releases it also when the process ends or the last reference is gone.
+        self.release = weakref.finalize(self, _release, self._descriptor, os.getpid())
+
+    def _take(self, own: str) -> None:
+        """Lock the file; warn on a file system without locks."""
+        try:
+            _lock(self._descriptor)
+        except BlockingIOError:
+            name = _read_holder(self._descriptor)
+            holder = f"another tracker of this {own}" if name == own else shown(name)[1:-1]
+            reason = f"{holder or 'another process'} is writing here"
+            hint = "end that first, or take another directory"
+            raise LockedError(self._directory, reason, hint) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            why = (error.strerror or str(error)).lower()
+            text = "%s: no locks on this file system (%s): make sure that nothing else writes"
+            log.warning(text, self._directory, why)
 
     def __exit__(self, *_: object) -> None:
         self.release()
 
 
-def _take(descriptor: int, directory: Path, own: str) -> None:
-    """Take the lock of an open file; raise a LockedError if another process holds it.
-
-    Without a name in the file, its holder is about to write it or to release the lock.
-    """
-    for wait in (*[0.01] * 100, 0):
-        with suppress(BlockingIOError):
-            _lock(descriptor)
-            return
-        name = _holder(descriptor)
-        if name or not wait:
-            holder = shown(name)[1:-1] or "another process"
-            if name == own:
-                holder = f"another tracker of this {own}"
-            hint = "end that first, or take another directory"
-            raise LockedError(directory, f"{holder} is writing here", hint)
-        time.sleep(wait)
-
-
-def _release(descriptor: int, process: int) -> None:
-    """Release a lock; in a forked child, which has not taken it, only close the file."""
+def _release(descriptor: int, holder: int) -> None:
+    """Release the lock of the process `holder` and close the file; in a forked child only close."""
     with suppress(OSError):
-        if os.getpid() == process:
+        if os.getpid() == holder:
             os.ftruncate(descriptor, 0)
             _unlock(descriptor)
     os.close(descriptor)
 
 
-def _holder(descriptor: int) -> str:
-    """Return the name in a lock's file; empty while its holder takes or releases the lock."""
+def _read_holder(descriptor: int) -> str:
+    """Read the name in a lock file; empty while its holder takes or releases the lock."""
     name = bytearray(100)
     count = files.system.read(descriptor, memoryview(name), 0)
     return name[:count].decode(errors="replace")
@@ -614,26 +619,61 @@ def _unlock(descriptor: int) -> None:
 # --- removing from a directory
 
 
-def remove_snapshot(path: Path) -> None:
-    """Delete a snapshot if it exists; raise WriteError if the system refuses.
+def remove_snapshot(snapshot: Snapshot, lock: LockFile) -> None:
+    """Delete a snapshot; raise LockedError if the directory is another one now, and WriteError if
+    the system refuses.
 
-    A folder of parts remains if it holds anything else, or if a network file system keeps a file
-    that is being read.
+    Files that are not of the snapshot's run stay.
     """
-    with files.reported_as_write_error(path, "removed"), suppress(FileNotFoundError):
-        if not files.is_own_folder(path):
-            files.system.unlink(path)
-            return
-        for file in sorted(files.system.list(path)):
-            if is_tensor_file(file) or files.is_temporary(file.name):
+    lock.check()
+    with files.reported_as_write_error(snapshot.path, "removed"):
+        for file in _tensor_files(snapshot.path):
+            if _read_run_id(file) == snapshot.run_id:
                 files.unlink_if_exists(file)
-        if not files.system.list(path):
-            files.system.remove_directory(path)
+            elif not files.is_absent(file):
+                log.warning("%s: is not of this run any more, and is not removed", file)
+        _remove_empty_folder(snapshot.path)
 
 
-def remove_leftovers(directory: Path) -> None:
+def remove_incomplete(folder: Path, lock: LockFile) -> None:
+    """Delete the parts of a snapshot that was never complete; raise as `remove_snapshot` does."""
+    lock.check()
+    with files.reported_as_write_error(folder, "removed"):
+        for file in _tensor_files(folder):
+            files.unlink_if_exists(file)
+        _remove_empty_folder(folder)
+
+
+def _tensor_files(path: Path) -> list[Path]:
+    """Return the files of a snapshot: the path itself, or the parts in a folder."""
+    if not files.is_own_folder(path):
+        return [path]
+    return [file for file in sorted(files.system.list(path)) if is_tensor_file(file)]
+
+
+def _read_run_id(path: Path) -> str:
+    """Read the id of the run that wrote a file; empty if that is unknown."""
+    with suppress(FileFormatError):
+        return str(read_file(path).content.get("run_id", ""))
+    return ""
+
+
+def _remove_empty_folder(path: Path) -> None:
+    """Remove a folder of parts unless it holds anything else, such as a file that a network file
+    system keeps while it is being read."""
+    if not files.is_own_folder(path):
+        return
+    for file in files.system.list(path):
+        if files.is_temporary(file.name):
+            files.unlink_if_exists(file)
+    if not files.system.list(path):
+        files.system.remove_directory(path)
+
+
+def remove_leftovers(directory: Path, lock: LockFile) -> None:
     """Remove temporary files of interrupted writes from a locked directory and from the snapshots
     in it."""
+    lock.check()
     folders = [directory]
     for path, paths in listed(directory).candidates.items():
         if path not in paths:
@@ -642,11 +682,11 @@ def remove_leftovers(directory: Path) -> None:
         files.remove_leftovers(folder, STILL_SECONDS)
 
 
-def set_aside(stored: Sequence[Snapshot]) -> list[Path]:
+def set_aside(stored: Sequence[Snapshot], lock: LockFile) -> list[Path]:
     """Move snapshots durably to the folder `superseded` of their directory; return their new paths.
 
-    Nothing in the folder is replaced; missing paths are skipped. Raises DirectoryError if
-    `superseded` is not a folder.
+    Nothing in the folder is replaced; missing paths are skipped. Raises LockedError if the
+    directory is another one now, and DirectoryError if `superseded` is not a folder.
     """
     if not stored:
         return []
@@ -655,6 +695,7 @@ def set_aside(stored: Sequence[Snapshot]) -> list[Path]:
     if not (files.is_absent(folder) or files.is_own_folder(folder)):
         reason = "is a link or no directory; snapshots are set aside in a directory of that name"
         raise DirectoryError(folder, reason, "move it away")
+    lock.check()
     files.make_directory(folder)
     with files.reported_as_write_error(folder):
         moved = []
@@ -686,6 +727,7 @@ def _free_path(folder: Path, name: str) -> Path:
 def thin(
     stored: Sequence[Snapshot],
     max_checkpoints: int | None,
+    lock: LockFile,
     sigma_range: tuple[float, float] = USEFUL_RANGE,
 ) -> list[Snapshot]:
     """Keep the snapshots of the `max_checkpoints` times that reconstruction needs most; delete the
@@ -713,7 +755,7 @@ def thin(
     for snapshot in stored:
         if snapshot.t in dropped:
             log.debug("thinning: removing %s", snapshot.path)
-            remove_snapshot(snapshot.path)
+            remove_snapshot(snapshot, lock)
         else:
             remaining.append(snapshot)
     return remaining

@@ -213,8 +213,8 @@ def prune(
     If the directory is locked or has changed, or a survivor is damaged, an error says so, and
     nothing is deleted.
     """
-    with DirectoryLock(directory):
-        remove_leftovers(directory)
+    with DirectoryLock(directory) as lock:
+        remove_leftovers(directory, lock)
         planned = _identities([*pruning.kept, *pruning.to_delete])
         if _identities(read_directory(directory)) != planned:
             raise MismatchError(
@@ -226,7 +226,7 @@ def prune(
             for file in snapshot.files:
                 file.verify(progress)
         for snapshot in pruning.to_delete:
-            remove_snapshot(snapshot.path)
+            remove_snapshot(snapshot, lock)
         with files.reported_as_write_error(directory):
             files.system.fsync_directory(directory)
     return replace(pruning, deleted=True)

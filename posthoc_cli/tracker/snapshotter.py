@@ -31,10 +31,11 @@ from posthoc_cli.snapshots.directory import (
     LOCK_NAME,
     ON_ONE_FILE_SYSTEM,
     DirectoryLock,
+    LockFile,
     find_snapshots,
     inspect_directory,
+    remove_incomplete,
     remove_leftovers,
-    remove_snapshot,
     set_aside,
     snapshot_path,
     thin,
@@ -207,7 +208,9 @@ class Snapshotter:
         self._members = members
         self._leads = members.rank == 0
         files.make_directory(directory)
-        self._lock = DirectoryLock(directory) if self._leads else None
+        self._lock: LockFile
+        if self._leads:
+            self._lock = DirectoryLock(directory)
         until = time.monotonic() + PATIENCE
         # a network file system may show rank 0's file late
         while not (directory / LOCK_NAME).exists():
@@ -215,9 +218,11 @@ class Snapshotter:
                 reason = "is not the directory of that name in which rank 0 writes"
                 raise DirectoryError(directory, reason, ON_ONE_FILE_SYSTEM)
             time.sleep(0.1)
+        if not self._leads:
+            self._lock = LockFile(directory)
         try:
             if self._leads:
-                _clean(directory)
+                _clean(directory, self._lock)
             # Nobody else writes here from now on. By time: later ones are set aside before an
             # earlier one is written.
             self._stored = [*find_snapshots(directory)]
@@ -226,8 +231,7 @@ class Snapshotter:
             raise
 
     def close(self) -> None:
-        if self._lock is not None:
-            self._lock.release()
+        self._lock.release()
 
     @property
     def checksums(self) -> frozenset[str]:
@@ -256,7 +260,7 @@ class Snapshotter:
                 own.append(snapshot)
             else:
                 others.append(snapshot)
-        if self._leads and (moved := set_aside(others)):
+        if self._leads and (moved := set_aside(others, self._lock)):
             log.warning(
                 "training continues from t = %.12g: %d snapshots, later, of another attempt or of "
                 "a dropped profile, moved to %s",
@@ -301,14 +305,12 @@ class Snapshotter:
             raise
 
     def _check_directory(self, info: Snapshot) -> None:
-        """Raise a WriteError if the directory was deleted; lock it if it was made again."""
+        """Raise a WriteError if the directory was deleted, and a LockedError if another one is at
+        its path."""
         if files.is_absent(self.directory):
-            reason = f"was deleted: the averages of step {info.step} are lost"
+            reason = f"was moved or deleted: the averages of step {info.step} are lost"
             raise WriteError(self.directory, reason, errno=errno.ENOENT)
-        if self._lock is not None and self._lock.is_deleted:
-            self._lock = DirectoryLock(self.directory)
-            self._stored = [*find_snapshots(self.directory)]
-            self.check_run(info.run_id)
+        self._lock.check()
 
     def _write(
         self,
@@ -331,6 +333,7 @@ class Snapshotter:
             staged.write_rounded(writer)
             for name, tensor in others.items():
                 writer.write(name, [tensor_bytes(tensor)])
+            self._lock.check()  # a large file takes a while
             file = writer.publish()
         written = replace(info, path=path, files=(file,), entries=file.entries)
         self._stored = [*kept, written]
@@ -350,7 +353,8 @@ class Snapshotter:
         written its part."""
         schedule = self._settings.schedule
         if self._leads:
-            remove_leftovers(self.directory)  # which were too young when the training began
+            # which were too young when the training began
+            remove_leftovers(self.directory, self._lock)
         if self._members.is_chunked:
             self._stored = [snapshot for snapshot in self._stored if snapshot.path.exists()]
         if not self._leads or schedule.max_checkpoints is None:
@@ -362,7 +366,7 @@ class Snapshotter:
             if (snapshot.t, snapshot.sigma_rel) not in complete:
                 unfinished.add(snapshot.t)
         finished = [s for s in snapshots if s.t not in unfinished]
-        kept = thin(finished, schedule.max_checkpoints, schedule.sigma_range)
+        kept = thin(finished, schedule.max_checkpoints, self._lock, schedule.sigma_range)
         times = unfinished.union(s.t for s in kept)
         self._stored = [s for s in self._stored if s.t in times]
 
@@ -376,13 +380,13 @@ class Snapshotter:
         return profiles.issuperset(self._settings.sigma_rels)
 
 
-def _clean(directory: Path) -> None:
+def _clean(directory: Path, lock: LockFile) -> None:
     """Remove what an interrupted training has left: its parts, and those of this one, could look
     like one snapshot."""
-    remove_leftovers(directory)
+    remove_leftovers(directory, lock)
     for folder, parts in inspect_directory(directory).incomplete.items():
         log.warning("%s: has %s, left by an interrupted training, and is removed", folder, parts)
-        remove_snapshot(folder)
+        remove_incomplete(folder, lock)
 
 
 def entries_of(tensors: Mapping[str, Tensor]) -> dict[str, Entry]:

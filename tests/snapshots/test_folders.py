@@ -24,6 +24,7 @@ from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError
 from posthoc_cli.snapshots import directory as directories
 from posthoc_cli.snapshots.directory import (
+    DirectoryLock,
     find_snapshots,
     inspect_directory,
     read_directory,
@@ -196,7 +197,8 @@ def test_pruning_deletes_folders(run):
 
 def test_a_folder_with_another_file_in_it_stays(run, newest):
     (newest / "notes.txt").write_text("mine")
-    remove_snapshot(newest)
+    with DirectoryLock(run) as lock:
+        remove_snapshot(directories.read_snapshot(newest), lock)
     assert [path.name for path in newest.iterdir()] == ["notes.txt"]
     assert inspect_directory(run).incomplete == {newest: "no parts"}
 
