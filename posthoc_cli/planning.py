@@ -289,7 +289,7 @@ class _Chosen:
     ) -> None:
         indices = sorted(index for time in among for index in time.indices)
         usable = [snapshots[index] for index in indices]
-        self._losses = losses_of(usable, prior.of(indices), sigma_range)
+        self._losses = losses_of(usable, prior.subset(indices), sigma_range)
         self._column = {index: number for number, index in enumerate(indices)}
 
     @property
@@ -479,8 +479,8 @@ def error_curve(
     grid = _grid(low, high, points, tracked)
     further = dict(others or {})
     targets = [*powers(grid, t), *further.values()]
-    errors = reconstruct(usable, targets, method, prior.of(among), t)
-    assumption = EVENLY if prior.source == ASSUMED else ""
+    errors = reconstruct(usable, targets, method, prior.subset(among), t)
+    assumption = EVENLY if prior.evidence == ASSUMED else ""
     if assumption:
         label = f"{label}, if {assumption}"
     return ErrorCurve(

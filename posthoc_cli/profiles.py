@@ -594,14 +594,6 @@ class OrdinaryEMA(Discrete):
         masses = -np.expm1(later)
         return np.where(s < self._start, 1.0, masses)
 
-    @cached_property
-    def updates(self) -> tuple[FloatArray, FloatArray]:
-        """The decay of each update, and the share of the average after it that is left in this one;
-        without updates of which nothing is left: shape [updates] each."""
-        left = self._logs[1:] - self._logs[-1]
-        numbers = 1 + np.flatnonzero(left < _FORGOTTEN)
-        return self.rule.at(numbers.astype(np.float64)), np.exp(-left[numbers - 1])
-
     @property
     def others(self) -> tuple[OrdinaryEMA, OrdinaryEMA]:
         """The averages with a longer time constant and a later start, by their uncertainties;
@@ -727,13 +719,6 @@ def _row(sigma_rel: float, steps: int) -> dict[str, float]:
 
 # --- steps over training time, for averages over steps on a clock in images or tokens
 
-BENT = 0.25
-"""The error of a clock between two pairs, as a share of the steps by which the rate of its steps
-changes: between that of a ramp and that of random batches, see `Clock.bent`."""
-
-EQUAL_STEPS = 1e-9
-"""Bends below this share of all steps are rounding errors."""
-
 
 @dataclass(frozen=True)
 class Clock:
@@ -767,48 +752,11 @@ class Clock:
         times, steps = self._nodes
         return _interpolated(_floats(step), steps, times)
 
-    def bent(self) -> Clock:
-        """Return the clock that is off as far as is probable between known pairs: with more steps
-        at the middle of each. It is the same where steps are equally long.
-
-        A clock that turns evenly is off by 1/8 of the change of steps per time, times the time
-        between two pairs; one of random batches by some 0.35 of it. The change is the largest of
-        the nearest four.
-        """
-        times, steps = self._nodes
-        intervals = np.diff(times)
-        counts = np.diff(steps)
-        change = _nearest_changes(counts / intervals)
-        # steps at the middle are between those at both ends
-        most = 0.4 * np.maximum(counts - 1, 0.0)
-        probable = BENT * change * intervals
-        errors = np.minimum(probable, most)
-        least = EQUAL_STEPS * steps[-1]
-        bends = np.flatnonzero(errors > least)
-        if not bends.size:
-            return self
-        middle_times = times[bends] + intervals[bends] / 2
-        even_steps = (steps[bends] + steps[bends + 1]) / 2
-        middle_steps = even_steps + errors[bends]
-        _, *all_steps = np.insert(steps, bends + 1, middle_steps).tolist()
-        _, *all_times = np.insert(times, bends + 1, middle_times).tolist()
-        return Clock(all_steps, all_times)
-
     @cached_property
     def _nodes(self) -> tuple[FloatArray, FloatArray]:
         times = np.array([0.0, *self.times])
         steps = np.array([0.0, *self.steps])
         return times, steps
-
-
-def _nearest_changes(rates: FloatArray) -> FloatArray:
-    """Return the largest change among the four nearest to each rate."""
-    changes = np.abs(np.diff(rates))
-    largest = np.zeros(rates.size)
-    for k in range(rates.size):
-        nearest = changes[max(0, k - 2) : k + 2]
-        largest[k] = nearest.max(initial=0)
-    return largest
 
 
 class EpochClock(Clock):
@@ -896,23 +844,3 @@ def sketched_window_ends(
     if begin == before:
         covered *= 2
     return covered > _reach(gammas) * t
-
-
-def roundings(gamma: float, updates: int) -> float:
-    """Return the number of independent roundings, each of the average's size, that remain in it
-    after the updates.
-
-    Reading the average rounds once. A mean of n updates is rounded at each; the k-th rounding
-    decays as k / n, which leaves n / 3. If the mean covers most of the average, they decay as the
-    average does, (s / t)^(gamma + 1), which leaves `updates` / (2 gamma + 3). The average over many
-    means reduces this by the sum of their squared masses p(s) n dt, n dt integral p^2 ds = (gamma +
-    1)^2 / (2 gamma + 1) n / `updates`. Each fold rounds once more; `updates` / n / (2 gamma + 3) of
-    these remain.
-    """
-    n = min(WINDOW, max(1.0, LONGEST_OWN * updates))
-    fading = 2 * gamma + 3
-    of_mean = min(n / 3, updates / fading)
-    square = (gamma + 1) ** 2
-    squared_masses = n / updates * square / (2 * gamma + 1)
-    of_means = of_mean * min(1.0, squared_masses)
-    return 1 + of_means + updates / n / fading

@@ -206,16 +206,6 @@ def test_pruning_to_an_error_leaves_that_error(tmp_path):
     assert np.all(actual < 3 * predicted)
 
 
-def test_the_rounding_of_updates_is_predicted(tmp_path):
-    """Of averages that are stored in float32, and so exactly; values, folds and a read are
-    rounded."""
-    path = walk(np.ones_like, 1000)
-    run = track(tmp_path, path, 1, checkpoint_every=1000, **EXACT)
-    found, predicted = made(run, WIDTHS)
-    actual = errors(found, true(path, 1))
-    assert_near(actual[[0, -1]], predicted[[0, -1]], 1.6)
-
-
 def test_the_error_of_a_decay_that_begins_steeply_is_not_overestimated(tmp_path):
     """A 1-sqrt decay's density grows without bound at its start; its predicted error was 2 to 3
     times too large."""

@@ -54,7 +54,7 @@ def test_thinning_makes_nearly_the_best_choice_of_its_size():
     def error(choice):
         """The 8-norm over twelve targets, by which thinning chooses."""
         chosen = [snapshots[index] for index in choice]
-        solver = Problem(chosen, prior.of(choice), 16.0)
+        solver = Problem(chosen, prior.subset(choice), 16.0)
         squares = []
         for target in targets:
             coefficients = solved(solver, target)

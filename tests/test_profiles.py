@@ -114,12 +114,6 @@ def test_steps_outside_of_known_pairs_have_the_length_of_the_nearest():
     assert_allclose(found, [[0, 0], [160, 460]])
 
 
-def test_a_clock_that_knows_every_step_is_not_bent():
-    lengths = np.random.default_rng(0).integers(8, 129, 100)
-    clock = Clock(range(1, 101), np.cumsum(lengths))
-    assert clock.bent() is clock
-
-
 # --- other profiles ------------------------------------------------------------------------------
 
 

@@ -98,7 +98,7 @@ class Checkpoint(Source):
         steps = None
         if self.has_step_unit or not isinstance(profile, Point):
             steps = Steps(Clock([self.step], [self.t]), 1)
-        return StoredAverage(profile, self.step, eps, None, steps, t_first=self.t_first)
+        return StoredAverage(profile, eps, None, steps, self.t_first)
 
     @property
     def holds(self) -> str:

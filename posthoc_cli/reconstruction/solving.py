@@ -28,7 +28,7 @@ the other directions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -102,14 +102,14 @@ class Reconstruction:
             self.coefficients[part],
             self.profile_error[columns],
             self.predicted_error[columns],
-            self.prior.of(rows),
+            self.prior.subset(rows),
         )
 
     def known_error(self, target: int) -> float | None:
         """Return the `predicted_error` of one target; None if it is not finite or rests on assumed
         motion."""
         error = float(self.predicted_error[target])
-        if self.prior.source == ASSUMED or not np.isfinite(error):
+        if self.prior.evidence == ASSUMED or not np.isfinite(error):
             return None
         return error
 
@@ -120,7 +120,6 @@ def reconstruct(
     method: str | None = None,
     prior: Prior | None = None,
     t: float | None = None,
-    others: Mapping[int, Profile] | None = None,
 ) -> Reconstruction:
     """Return the coefficients of the snapshots that reconstruct each target.
 
@@ -132,8 +131,6 @@ def reconstruct(
         prior: of the snapshots; by default even motion without rounding.
         t: the time of the targets; by default that of the wanted power functions, else of the last
             snapshot.
-        others: by the index of a target what it may be as well, as far as the run's clock is
-            unknown: predicted errors contain the distance.
 
     Raises:
         InvalidValueError: no snapshots, one after `t`, or a target that is not a profile or has no
@@ -149,13 +146,12 @@ def reconstruct(
         raise InvalidValueError("snapshots", "must be at or before the time of the target")
     prior = prior or assumed_prior(snapshots)
     solver = _Solver(snapshots, prior, t, method)
-    others = others or {}
     coefficients = np.zeros((len(snapshots), len(targets)))
     profile_errors = np.zeros(len(targets))
     predicted_errors = np.zeros(len(targets))
     # One at a time, so that no bit of a target's coefficients depends on the other targets.
     for k, target in enumerate(targets):
-        solution = solver.solve(target, others.get(k))
+        solution = solver.solve(target)
         coefficients[:, k] = solution.coefficients
         profile_errors[k] = solution.profile_error
         predicted_errors[k] = solution.predicted_error
@@ -207,7 +203,7 @@ weights oscillate, an earlier one may be nearest (measured: 5 times nearer, for 
 steps and snapshots of 100)."""
 
 _CAUTION = 6.0
-"""Each unit of doubt beyond SURE makes a gain e**6 times less certain."""
+"""Each unit of misfit beyond TRUSTED_MISFIT makes a gain e**6 times less certain."""
 
 
 class _Solution(NamedTuple):
@@ -250,12 +246,7 @@ class _Solver:
         return Published(problem.snapshots, problem.prior, self._t)
 
     @np.errstate(under="ignore")  # of negligible masses, also where a program lets NumPy raise
-    def solve(
-        self,
-        target: Profile | FloatArray,
-        other: Profile | None,
-    ) -> _Solution:
-        """Return the solution for a target, which may be the `other` one as well."""
+    def solve(self, target: Profile | FloatArray) -> _Solution:
         problem = self.problem
         if isinstance(target, np.ndarray):
             error = problem.error_of(target)
@@ -276,12 +267,6 @@ class _Solver:
         used = np.flatnonzero(coefficients)
         if used.tolist() == [goal.stored]:
             profile_error = 0.0
-        if other is not None:
-            apart = problem.apart(target, other)
-            squares = np.append(squares, apart)
-        if problem.prior.lasting is not None:
-            lasting = coefficients @ problem.prior.lasting
-            squares = np.append(squares, lasting**2)
         predicted = problem.relative(squares, coefficients, goal)
         return _Solution(coefficients, profile_error, predicted)
 
@@ -345,8 +330,8 @@ class _Solver:
         squares = problem.expected_squares(candidates, goal)
         optimal_square, other_square = squares.sum(axis=0).tolist()
         gain = np.sqrt(optimal_square / other_square) if other_square > 0 else 0.0
-        doubt = max(0.0, problem.prior.doubt - SURE)
-        gain *= np.exp(_CAUTION * doubt)
+        excess = max(0.0, problem.prior.misfit - TRUSTED_MISFIT)
+        gain *= np.exp(_CAUTION * excess)
         lowest, highest = self._gains
         passed = (gain - lowest) / (highest - lowest)
         share = np.clip(passed, 0.0, 1.0)
@@ -370,9 +355,9 @@ _NO_ROUNDING = 1e-30
 """Squared rounding, relative to the squared norm, below which a copy is exact; that of any dtype is
 far larger."""
 
-SURE = 0.25
+TRUSTED_MISFIT = 0.25
 _WIDENING = 1.3
-"""Doubt up to which the motion is trusted: for recorded runs it is 0.05 to 0.29, for oscillations
+"""Misfit up to which the motion is trusted: for recorded runs it is 0.05 to 0.29, for oscillations
 0.6 to 3. Each unit beyond widens errors from motion by e**1.3 (measured: for oscillations in step
 with the snapshots they were up to 80 times off; a larger number would hold, and be too high, more
 often)."""
@@ -485,11 +470,8 @@ class Problem:
         squared = _squared_lengths(motion)
         sums = squared[:, None] + squared
         products = 2 * motion.T @ motion
-        apart = np.maximum(sums - products, 0.0)
-        separate = rounding_factor(prior.rounding, prior.arithmetic, apart)
-        if prior.shared is None:
-            return separate
-        return np.vstack((separate, prior.shared.T))
+        squared_distances = np.maximum(sums - products, 0.0)
+        return rounding_factor(prior.rounding, prior.floor, squared_distances)
 
     def _estimate_rows(self, expected: FloatArray) -> Iterator[FloatArray]:
         """Yield the rows of the errors of decays and beginnings that were estimated.
@@ -591,7 +573,7 @@ class Problem:
         [2, candidates].
 
         The parts are from motion, measured if there is a sketch, otherwise expected and widened by
-        the doubt, and from rounding. Residuals of `solved` coefficients are scaled to what they
+        the misfit, and from rounding. Residuals of `solved` coefficients are scaled to what they
         would be without their rows.
         """
         reached = self._factor @ coefficients
@@ -600,9 +582,9 @@ class Problem:
         errors = missed[..., self._error_rows]
         rounding = np.sum(errors**2, axis=-1)
         if self.prior.sketch is None:
-            doubt = max(0.0, self.prior.doubt - SURE)
+            excess = max(0.0, self.prior.misfit - TRUSTED_MISFIT)
             expected = goal.unreachable + np.sum(motion**2, axis=-1)
-            widened = expected * np.exp(2 * _WIDENING * doubt)
+            widened = expected * np.exp(2 * _WIDENING * excess)
             return np.stack((widened, rounding))
         if solved:
             leverage = self._problem.leverage[self._motion_rows]
@@ -635,17 +617,6 @@ class Problem:
         goal = Goal(column, no_tail, 0.0, None)
         return self.relative(squares, coefficients, goal)
 
-    def apart(self, target: Profile, other: Profile) -> float:
-        """Return the expected squared distance between the averages of two targets."""
-        if self.prior.sketch is None:
-            _, first, _ = self._rows_of_target(target)
-            _, second, _ = self._rows_of_target(other)
-        else:
-            seen, unseen = self.prior.sketch.measured([target, other])
-            first, second = np.vstack((seen, unseen)).T
-        difference = first - second
-        return float(np.sum(difference**2))
-
     @property
     def unsure(self) -> float:
         """The relative standard deviation of a squared length that D numbers show: sqrt(2 / D)."""
@@ -662,7 +633,7 @@ class Problem:
         """
         norms = self.prior.norm
         end = len(self._expected)
-        if self.prior.source == ASSUMED or not norms.any():
+        if self.prior.evidence == ASSUMED or not norms.any():
             return float(np.sqrt(norms.mean()))
         sketch = self.prior.sketch
         if sketch is None:
@@ -718,23 +689,27 @@ _LARGEST = 0.99
 opposite signs could cancel errors whose sizes differ a little, and grow without bound."""
 
 
-def rounding_factor(rounding: FloatArray, arithmetic: FloatArray, apart: FloatArray) -> FloatArray:
+def rounding_factor(
+    rounding: FloatArray,
+    floor: FloatArray,
+    squared_distances: FloatArray,
+) -> FloatArray:
     """Return a matrix B such that B^T B is the covariance of the stored copies' errors: shape [n,
     n].
 
-    `rounding` and `arithmetic` are variances, [n], the latter of independent errors; `apart` are
-    expected squared distances, [n, n].
+    `rounding` and `floor` are variances, [n], the latter of independent errors; the expected
+    `squared_distances` are [n, n].
     """
     root = np.sqrt(rounding)
     scale = root[:, None] * root
-    near = apart < _FAR * scale
+    near = squared_distances < _FAR * scale
     np.fill_diagonal(near, val=False)
-    variance = rounding + arithmetic
+    variance = rounding + floor
     if not near.any():
         return np.diag(np.sqrt(variance))
     covariance = np.diag(variance)
     scales = scale[near]
-    correlation = _correlation(apart[near] / scales)
+    correlation = _correlation(squared_distances[near] / scales)
     covariance[near] = _LARGEST * scales * correlation
     # NumPy's eigh uses divide and conquer; the QR driver fails on about 1 % of these clustered
     # spectra.

@@ -62,7 +62,7 @@ class Pruning:
 
     `before` and `after` are the expected errors from all snapshots and from the survivors, with the
     prior from all headers; of very many snapshots only some are used, see `unused_times`.
-    `source` is that of `Prior`.
+    `source` is `Prior.evidence`.
     """
 
     kept: tuple[Snapshot, ...]
@@ -142,7 +142,7 @@ def plan_pruning(
         to_delete=tuple(snapshots[index] for time in gone for index in time.indices),
         before=choice.before,
         after=choice.without(order),
-        source=choice.prior.source,
+        source=choice.prior.evidence,
     )
 
 
@@ -183,7 +183,7 @@ class _Choice:
     def _curve(self, left: Sequence[SameTime]) -> ErrorCurve:
         indices = [index for time in left for index in time.indices]
         profiles = [self._profiles[index] for index in indices]
-        prior = self.prior.of(indices)
+        prior = self.prior.subset(indices)
         return error_curve("", profiles, prior, self._sigma_range, points=_POINTS)
 
     def without(self, gone: Collection[SameTime]) -> ErrorCurve:

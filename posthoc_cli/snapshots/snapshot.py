@@ -44,7 +44,6 @@ from posthoc_cli.profiles import (
     Clock,
     FloatArray,
     PowerFunction,
-    gamma_from_sigma_rel,
 )
 from posthoc_cli.reconstruction import Measurements, Sketch, Steps, StoredAverage
 from posthoc_cli.snapshots.sources import Dtype, PathSketch, Rule, Source, TrackedTensor
@@ -555,18 +554,14 @@ class Snapshot(Source):
         # Averages of float64 tensors are accumulated in float64, all others in float32.
         dtypes = {self.tensors[name].dtype for name in self.averages}
         eps = EPS["F64"]
-        gammas: tuple[float, ...] = ()
         if dtypes != {"F64"}:
             eps = EPS["F32"]
-            gammas = tuple(map(gamma_from_sigma_rel, self.sigma_rels))
         clock = Clock([self.step], [self.t])
         return StoredAverage(
             profile=self.profile,
-            updates=self.updates,
             eps=eps,
             measurements=self.measurements,
             steps=Steps(clock, self.schedule.update_every),
-            gammas=gammas,
             t_first=self.t_first,
         )
 

@@ -430,8 +430,8 @@ def source_prior(sources: Sequence[Source]) -> Prior:
             measured = next(sampled)
             averages[index] = replace(averages[index], measurements=measured)
     prior = measured_prior(averages, sketch)
-    if prior.source == MEASURED:
-        return replace(prior, source=SAMPLED)
+    if prior.evidence == MEASURED:
+        return replace(prior, evidence=SAMPLED)
     return prior
 
 

@@ -312,7 +312,7 @@ class Plan(Combination):
         return {
             "run": self.sources[-1].run_id,
             "movement": {
-                "source": prior.source,
+                "source": prior.evidence,
                 "pieces": motion.walk.size,
                 "has_noise": bool(motion.noise.any()),
             },
@@ -429,22 +429,17 @@ def _solved(
     method: str,
     prior: Prior,
 ) -> Reconstruction:
-    """Return the coefficients of the usable sources; errors contain what targets may also be, as
-    far as the clock is unknown."""
+    """Return the coefficients of the usable sources, and their errors."""
     snapshots = [source.profile for source in usable]
     first = min(source.t_first for source in usable)
-    bent = clock.bent()
     profiles = list[Any]()
-    others = dict[int, Profile]()
-    for index, target in enumerate(separate(targets)):
+    for target in separate(targets):
         if isinstance(target, Mean):
             profiles.append(target.coefficients_of(snapshots))
-            continue
-        profiles.append(target.profile(t, clock, first))
-        if bent is not clock and target.counts_steps:
-            others[index] = target.profile(t, bent, first)
-    known = prior.of(range(len(usable)))
-    return reconstruct(snapshots, profiles, method, known, t, others)
+        else:
+            profiles.append(target.profile(t, clock, first))
+    known = prior.subset(range(len(usable)))
+    return reconstruct(snapshots, profiles, method, known, t)
 
 
 def _check_errors(plan: Plan, max_error: float | None) -> None:

@@ -107,7 +107,7 @@ def test_copies_between_which_nothing_moved_do_not_cancel():
     rounding = np.array([1.0e-6, 1.1e-6, 1.0e-6, 1.2e-6])
     prior = prior_of(snapshots, uneven_motion(5.0), rounding, Steps(STEPS))
     for t, count in ((START, 2), (10.0, 4)):
-        known = prior.of(range(count))
+        known = prior.subset(range(count))
         target = power(0.1, t)
         result = reconstruct(snapshots[:count], [target], prior=known)
         assert np.abs(result.coefficients).sum() < 10
@@ -136,7 +136,7 @@ def test_errors_after_losses_are_those_of_solving_without_the_lost():
         ((expected,),) = losses.squares_without([[lost]])
         losses.lose(lost)
         others = [snapshots[index] for index in left]
-        anew = Problem(others, prior.of(left), T)
+        anew = Problem(others, prior.subset(left), T)
         c = solved(anew, target)
         error = squared_error(anew, c, target)
         same = pytest.approx(error, rel=1e-3)
@@ -144,31 +144,21 @@ def test_errors_after_losses_are_those_of_solving_without_the_lost():
         assert losses.squares[0] == same
 
 
-def test_the_error_of_a_target_that_may_be_another_one_is_their_distance():
-    target = power(0.28, T)
-    other = power(0.2, T)
-    motion = uneven_motion()
-    prior = prior_of([target], motion)
-    result = reconstruct([target], [target], prior=prior, others={0: other})
-    apart = expected_square([target], np.ones(1), other, motion)
-    assert result.predicted_error**2 == pytest.approx(apart, rel=1e-6)
-
-
 @pytest.mark.parametrize(
-    ("arithmetic", "expected"),
+    ("floor", "expected"),
     [
         (0.0, 0.0),
         (1.0, np.nan),
     ],
 )
-def test_the_relative_error_of_weights_that_are_all_0_is_0_or_undefined(arithmetic, expected):
+def test_the_relative_error_of_weights_that_are_all_0_is_0_or_undefined(floor, expected):
     """It is 0 if no error is expected, and otherwise nan, since the norm is 0."""
     zeros = np.zeros(4)
     still = Motion.even(T, 0.0)
     prior = Prior(
         still,
         zeros,
-        zeros + arithmetic,
+        zeros + floor,
         zeros,
         "measured",
     )
