@@ -24,15 +24,12 @@ from posthoc_cli.errors import (
     FileFormatError,
     PostHocError,
     VanishedError,
-    check_count,
     percent,
 )
 from posthoc_cli.planning import (
     USEFUL_RANGE,
     ErrorCurve,
-    PlanReport,
     error_curve,
-    propose,
     time_between,
 )
 from posthoc_cli.profiles import PowerFunction, Profile
@@ -432,8 +429,7 @@ class Run:
     def prune(
         self,
         *,
-        keep: int | None = None,
-        max_error: float | None = None,
+        keep: int,
         sigma_range: tuple[float, float] = USEFUL_RANGE,
         dry_run: bool = False,
         agree: Callable[[Pruning], bool] = lambda _: True,
@@ -459,31 +455,11 @@ class Run:
             raise DirectoryError(
                 self.directory, "refers to files of other programs, which are never deleted"
             )
-        planned = plan_pruning(self.snapshots, keep, max_error, sigma_range)
+        planned = plan_pruning(self.snapshots, keep, sigma_range)
         if dry_run or not planned.to_delete or not agree(planned):
             return planned
         with progress("verifying what stays", file_bytes(planned.kept)) as advance:
             return prune_directory(self.directory, planned, advance)
-
-
-def plan_training(
-    steps: int,
-    params: int,
-    disk: int | None = None,
-    *,
-    sigma_range: tuple[float, float] = USEFUL_RANGE,
-) -> PlanReport:
-    """Return named schedules of a training with their sizes and predicted errors, as `ema plan`
-    does.
-
-    Arguments:
-        steps: length of training, in calls of `update_`.
-        params: averaged elements of the network.
-        disk: the most bytes of snapshots at any moment.
-    """
-    if disk is not None:
-        check_count("disk", disk)
-    return PlanReport(tuple(propose(steps, params, sigma_range)), disk)
 
 
 def _check_import(manifest: Manifest) -> Verification:

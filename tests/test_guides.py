@@ -15,6 +15,7 @@ from torch import nn
 from torture.test_torture import EXPERIMENTS
 
 from posthoc_cli import PostHocEMA, Run
+from posthoc_cli.planning import Schedule
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "posthoc_cli"
@@ -146,12 +147,15 @@ def test_the_code_of_all_pages_runs_in_one_folder_in_the_order_of_the_readme(ema
         assert last_point(f"loss/{width}") == (20, 0.5)
 
 
-def test_the_guide_shows_the_table_that_ema_plan_prints(ema):
-    page = (PACKAGE / "guides/synthesis.md").read_text()
-    (line,) = re.findall(r"^\$ ema (plan .*)$", page, re.MULTILINE)
-    (table,) = re.findall(r"^```text\n([^`]*)^```$", page, re.MULTILINE)
-    printed = ema(*shlex.split(line)).out
-    assert {*table.splitlines()} <= {*printed.splitlines()}
+def test_the_guide_shows_the_errors_of_schedules():
+    page = (PACKAGE / "guides/training.md").read_text()
+    rows = re.findall(
+        r"^\| (\d+) \| 1/(\d+) of .* \| ([\d.]+) % \| ([\d.]+) % \|$", page, re.MULTILINE
+    )
+    assert len(rows) == 3
+    for keep, times, worst, median in rows:
+        curve = Schedule(400_000, 400_000 // int(times), int(keep)).error_curve((0.05, 0.28))
+        assert (f"{100 * curve.worst:.2g}", f"{100 * curve.median:.2g}") == (worst, median)
 
 
 SAVE = """

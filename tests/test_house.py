@@ -172,7 +172,6 @@ def test_command_names():
         "error-plot",
         "info",
         "export",
-        "plan",
         "prune",
         "profile",
         "verify",

@@ -34,7 +34,6 @@ from posthoc_cli.cli import (
     import_,
     info,
     output,
-    plan,
     profile,
     prune,
     report,
@@ -121,7 +120,10 @@ EXAMPLES: dict[Callable[..., int | None], tuple[str, ...]] = {
         "ema report run/ema --sweep sweep --out report.html",
         "ema report run/a run/b --sweep sweep-a --sweep sweep-b",
     ),
-    error_plot.error_plot: ("ema error-plot run/ema --out error.png",),
+    error_plot.error_plot: (
+        "ema error-plot run/ema --out error.png",
+        "ema error-plot --steps 200000 --every 1000 --keep 20 --out error.png",
+    ),
     info.info: ("ema info run/ema", "ema info model.safetensors --json"),
     verify.verify: ("ema verify run/ema", "ema verify out/ m.safetensors --json"),
     export.export: (
@@ -130,13 +132,9 @@ EXAMPLES: dict[Callable[..., int | None], tuple[str, ...]] = {
         "ema export avg.safetensors --base full.safetensors --out folder/",
         "ema export avg.safetensors --like last.pt --out averaged.pt",
     ),
-    plan.plan: (
-        "ema plan --steps 400000 --params 1.2e9 --disk 60GB",
-        "ema plan --steps 400000 --params 1.2B --disk 60GB --out plan.png",
-    ),
     prune.prune: (
         "ema prune run/ema --keep 20 --dry-run",
-        "ema prune run/ema --max-error 1e-3 --yes",
+        "ema prune run/ema --keep 10 --yes",
     ),
     profile.profile: (
         "ema profile --sigma-rel 0.05,0.10,0.28 --steps 100000",
@@ -161,7 +159,7 @@ _PANELS = {
         info.info,
         verify.verify,
     ),
-    "A training with the hook": (plan.plan, prune.prune, profile.profile),
+    "A training with the hook": (prune.prune, profile.profile),
     "Learn": (demo.demo, guide.guide),
 }
 """The commands in the order of the help."""

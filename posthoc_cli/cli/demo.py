@@ -63,11 +63,10 @@ def _print_next_commands(out: Path, seconds: float) -> None:
     output.print_line()
     output.print_line(f"done in {seconds:.0f} s. Open {out / 'report.html'}, and try:")
     mine = ["--sigma-rel", "0.13", "--out", out / "mine.safetensors"]
-    schedule = ["--steps", "100000", "--params", "100K", "--disk", "10MB"]
     for words in (
         ["synthesize", out / "snapshots", *mine],
         ["info", out / "best.safetensors"],
-        ["plan", *schedule, "--out", out / "plan.png"],
+        ["error-plot", "--steps", "100000", "--out", out / "schedule.png"],
     ):
         line = shlex.join([command_name(), *map(str, words)])
         output.print_line(f"  {line}")

@@ -8,13 +8,13 @@ from typer import Argument
 
 from posthoc_cli.cli import options, output
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.planning import ErrorCurve, listed
+from posthoc_cli.planning import ErrorCurve, Schedule, format_widths
 
 
 def error_plot(
     directories: list[str] = Argument(
-        ...,
-        metavar="DIR",
+        None,
+        metavar="[DIR]...",
         help="Directories of snapshots or of checkpoints, or globs of checkpoints.",
     ),
     out: str | None = options.PICTURE,
@@ -28,6 +28,15 @@ def error_plot(
     ),
     t: float | None = options.TIME,
     method: options.Method | None = options.METHOD,
+    steps: str | None = options.SCHEDULE(
+        None, metavar="COUNT", help="Steps of a training to come, in place of DIR: 400000, 400K."
+    ),
+    every: str = options.SCHEDULE(
+        "1000", metavar="COUNT", help="Steps between two snapshots, checkpoint_every."
+    ),
+    keep: str = options.SCHEDULE(
+        "20", metavar="COUNT", help="Times whose snapshots are kept, max_checkpoints."
+    ),
 ) -> None:
     """Draw how exact averages of any length will be.
 
@@ -36,7 +45,9 @@ def error_plot(
     --method paper adds the profile error, the published measure: the relative L2 distance between
     the target profile and the reconstructed one.
 
-    ema plan draws the same curve before a training.
+    With --steps it is the curve of a training to come, with the default profiles and float16
+    snapshots, if the network moves evenly: as a random walk that covers a quarter of the norm of
+    its weights.
     """
     from posthoc_cli import plots
 
@@ -45,8 +56,18 @@ def error_plot(
     picture = options.new_picture(out, overwrite)
     targets = options.parse_targets([], target)
     ends = options.parse_sigma_range(sigma_range)
-    runs = list(map(options.open_run, directories))
-    curves = [run.error_curve(ends, t=t, method=method, others=targets) for run in runs]
+    if bool(directories) == bool(steps):
+        raise InvalidValueError("DIR", "name a directory, or give --steps of a training to come")
+    if steps:
+        schedule = Schedule(
+            options.parse_count(steps, "--steps"),
+            options.parse_count(every, "--every"),
+            options.parse_count(keep, "--keep", "20"),
+        )
+        curves = [schedule.error_curve(ends)]
+    else:
+        runs = list(map(options.open_run, directories))
+        curves = [run.error_curve(ends, t=t, method=method, others=targets) for run in runs]
     if picture is not None:
         output.write_picture(
             lambda: plots.error_figure(curves, method == "paper"), picture, overwrite
@@ -63,7 +84,7 @@ def _print_curves(curves: Sequence[ErrorCurve], is_paper: bool) -> None:
         output.print_line(curve.label)
         pairs = [("  predicted error", curve.good_range)]
         if curve.tracked:
-            pairs.append(("  tracked", listed(curve.tracked)))
+            pairs.append(("  tracked", format_widths(curve.tracked)))
         output.print_pairs(pairs)
         rows = curve.to_dict()["others"]
         for row in rows:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from posthoc_cli.run import Run
 
 _T = TypeVar("_T")
-_PANELS = "Targets", "Output", "Which run", "How"
-TARGETS, OUTPUT, RUN, HOW = (partial(Option, rich_help_panel=panel) for panel in _PANELS)
+_PANELS = "Targets", "Output", "Which run", "How", "Before a training"
+TARGETS, OUTPUT, RUN, HOW, SCHEDULE = (partial(Option, rich_help_panel=panel) for panel in _PANELS)
 """Options by the panel of the help in which they appear; the panel that most users need comes
 first."""
 

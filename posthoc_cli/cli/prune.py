@@ -17,11 +17,8 @@ if TYPE_CHECKING:
 
 def prune(
     directory: str = options.DIRECTORY,
-    keep: str | None = options.HOW(
-        None, metavar="COUNT", help="Keep the snapshots of this number of times."
-    ),
-    max_error: str | None = options.HOW(
-        None, metavar="ERROR", help="Or as few as keep the predicted errors below: 1e-3."
+    keep: str = options.HOW(
+        ..., metavar="COUNT", help="Keep the snapshots of this number of times."
     ),
     yes: bool = options.HOW(False, "--yes", "-y", help="Do not ask."),
     dry_run: bool = options.HOW(
@@ -37,9 +34,8 @@ def prune(
     after every remaining snapshot was read and verified, and never while a tracker writes to the
     directory; an interruption leaves a valid directory.
     """
-    count = options.optional(options.parse_count, keep, "--keep", "20")
+    count = options.parse_count(keep, "--keep", "20")
     can_ask = sys.stdin.isatty() and not as_json
-    error = options.optional(options.parse_max_error, max_error)
     ends = options.parse_sigma_range(sigma_range)
     run = options.open_run(directory)
 
@@ -54,7 +50,6 @@ def prune(
 
     pruning = run.prune(
         keep=count,
-        max_error=error,
         sigma_range=ends,
         dry_run=dry_run,
         agree=agree,

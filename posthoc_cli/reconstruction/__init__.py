@@ -24,7 +24,7 @@ from posthoc_cli.reconstruction.sketch import Sketch
 from posthoc_cli.reconstruction.solving import (
     METHODS,
     MOST_SOLVED,
-    Losses,
+    Eliminator,
     Problem,
     Reconstruction,
     check_method,
@@ -34,8 +34,8 @@ from posthoc_cli.reconstruction.solving import (
 )
 
 __all__ = [
-    "ASSUMED", "MEASURED", "METHODS", "MOST_SOLVED", "ROUNDING", "SAMPLED", "Distance", "Losses",
-    "Measurements", "Motion", "Prior", "Problem", "Reconstruction", "Sketch", "Steps",
+    "ASSUMED", "MEASURED", "METHODS", "MOST_SOLVED", "ROUNDING", "SAMPLED", "Distance",
+    "Eliminator", "Measurements", "Motion", "Prior", "Problem", "Reconstruction", "Sketch", "Steps",
     "StoredAverage", "assumed_prior", "check_method", "measured_prior",
     "one_blas_thread", "reconstruct", "relative_width", "seen_from", "thinned_subset",
 ]  # fmt: skip

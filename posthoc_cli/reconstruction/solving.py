@@ -551,7 +551,8 @@ class Problem:
         roots = np.sqrt(self._nodes.weight)
         return SumOfOne(roots[:, None] * tails)
 
-    def losses(self, targets: Sequence[Profile]) -> Losses:
+    def eliminator(self, targets: Sequence[Profile]) -> Eliminator:
+        """Return the errors of targets as snapshots are dropped."""
         columns = []
         unreachable = []
         for target in targets:
@@ -559,7 +560,7 @@ class Problem:
             columns.append(goal.column)
             unreachable.append(goal.unreachable)
         goals = np.stack(columns, axis=1)
-        return Losses(self._factor, goals, np.array(unreachable))
+        return Eliminator(self._factor, goals, np.array(unreachable))
 
     # --- the error of any coefficients
 
@@ -873,8 +874,8 @@ class SumOfOne:
 _REFRESH = 0.25
 
 
-class Losses:
-    """The expected squared errors of targets as snapshots are lost one after another, from one
+class Eliminator:
+    """The expected squared errors of targets as snapshots are dropped one after another, from one
     factorisation.
 
     All coefficients but the last are the unknowns of a least-squares problem whose squared
@@ -904,8 +905,8 @@ class Losses:
         self._solve()
 
     def squares_without(self, groups: Sequence[Sequence[int]]) -> FloatArray:
-        """Return the expected squared errors after the loss of each group of snapshots; `squares`
-        if they are lost: [targets, groups]."""
+        """Return the expected squared errors after each group of snapshots is dropped alone:
+        [targets, groups]."""
         squares = np.repeat(self.squares[:, None], len(groups), axis=1)
         sizes = np.array([len(group) for group in groups])
         for size in set(sizes.tolist()):
@@ -920,7 +921,7 @@ class Losses:
             squares[:, is_of_size] += added
         return squares
 
-    def lose(self, snapshot: int) -> None:
+    def drop(self, snapshot: int) -> None:
         """Continue without one of the remaining snapshots."""
         self._left = self._left[self._left != snapshot]
         least = (1 - _REFRESH) * self._solved
@@ -936,10 +937,6 @@ class Losses:
         self._columns -= np.multiply.outer(lost, pivot)
         self._root -= np.multiply.outer(pivot, row)
         self._columns[:, snapshot] = self._root[snapshot] = 0.0
-
-    def of(self, snapshots: Sequence[int]) -> Losses:
-        """Return the losses for a subset of all the snapshots, which are renumbered."""
-        return Losses(self._factor[:, snapshots], self._goals, self._unreachable)
 
     def _solve(self) -> None:
         """Solve the problem for the remaining snapshots, and set `squares`, the coefficients and

@@ -34,7 +34,13 @@ from posthoc_cli.errors import (
     PostHocError,
     shown,
 )
-from posthoc_cli.planning import SPARED_TIMES, USEFUL_RANGE, snapshots_to_drop, spared_times
+from posthoc_cli.planning import (
+    SPARED_TIMES,
+    USEFUL_RANGE,
+    newest_times,
+    spared_times,
+    times_to_drop,
+)
 from posthoc_cli.reconstruction import Measurements, measured_prior
 from posthoc_cli.snapshots.snapshot import (
     Snapshot,
@@ -770,5 +776,5 @@ def _least_needed(
     path = snapshots[-1].path_sketch
     prior = measured_prior(averages_of(snapshots), path and path.sketch)
     profiles = [snapshot.profile for snapshot in snapshots]
-    dropped = snapshots_to_drop(profiles, prior, keep, sigma_range, spared_times(keep))
-    return {snapshots[index].t for index in dropped}
+    needed = newest_times(profiles, spared_times(keep))
+    return {time.t for time in times_to_drop(profiles, prior, keep, needed, sigma_range)}

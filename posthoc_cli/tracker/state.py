@@ -18,7 +18,7 @@ from posthoc_cli.errors import (
     first_of,
     shown,
 )
-from posthoc_cli.planning import listed
+from posthoc_cli.planning import format_widths
 from posthoc_cli.snapshots.snapshot import ANY_SIGN, RunId, SketchText, converted, path_of_part
 from posthoc_cli.tracker.averages import Averages, AverageTensors, Standing
 from posthoc_cli.tracker.clock import Settings, TrainingProgress
@@ -239,7 +239,7 @@ def check_profiles(
     for sigma_rel in widths:
         if sigma_rel not in stored:
             reason = (
-                f"{sigma_rel:g} is not among the tracked ones, {listed(stored)}: an average "
+                f"{sigma_rel:g} is not among the tracked ones, {format_widths(stored)}: an average "
                 f"cannot begin in mid-run"
             )
             raise InvalidValueError(

@@ -199,8 +199,7 @@ def test_no_error_is_predicted_from_one_snapshot_without_a_sketch(typed):
     assert target["predicted_error"] is None
 
 
-# --- `ema error-plot`: the picture and the numbers; and `ema plan`: its proposals and the call to
-# paste
+# --- `ema error-plot`: the picture and the numbers
 
 
 @pytest.mark.usefixtures("single")
@@ -221,35 +220,20 @@ def test_the_picture_of_a_directory(typed):
     assert "profile error" in result.out
 
 
+def test_the_picture_of_a_training_to_come(typed):
+    result = typed("error-plot --steps 4K --every 100 --keep 8 --out e.png")
+    assert result.out.splitlines()[0].startswith("8 snapshots of 4,000 steps, one every 100, if")
+    assert Path("e.png").exists()
+    assert typed("error-plot run --steps 4K --json").code == 2
+    assert typed("error-plot --json").code == 2
+
+
 def test_the_picture_and_a_warning_name_the_same_range(typed):
     typed("error-plot run --out e.svg")
     (shown,) = set(re.findall(r"below 1 % for sigma_rel (.*?) -->", Path("e.svg").read_text()))
     # rounding to the model's dtypes is no part of the errors of a picture
     made = typed("synthesize run --sigma-rel 0.01 --dtype float64 --dry-run")
     assert made.err.rstrip().endswith(f"; below 1 % for sigma_rel {shown}")
-
-
-PLAN = "plan --steps 400 --params 1M --disk"
-
-
-def test_a_plan_marks_what_fits_and_draws_a_picture(typed):
-    result = typed(f"{PLAN} 50MB --out plan.png")
-    assert result.err == ""
-    assert result.out.splitlines()[-1] == "wrote plan.png"
-    assert Path("plan.png").read_bytes().startswith(b"\x89PNG")
-    assert has_line(r"small \* ", result.out)
-    assert result.out.count(" * ") == 1
-    assert has_line("ema = PostHocEMA.from_model", result.out)
-    assert "none is within --disk" in typed(f"{PLAN} 1kB").out
-
-
-def test_each_schedule_of_a_plan_has_a_call_that_runs(typed):
-    names = {"PostHocEMA": PostHocEMA, "model": torch.nn.Linear(2, 1)}
-    for each in typed(f"{PLAN} 50MB --json").json["schedules"]:
-        settings = eval(each["call"], names).settings
-        assert settings.sigma_rels == tuple(each["sigma_rels"])
-        assert settings.schedule.checkpoint_every == each["checkpoint_every"]
-        assert settings.schedule.max_checkpoints == each["max_checkpoints"]
 
 
 # --- `ema verify` and `ema prune`: their reports, and the questions that they ask before they
@@ -304,7 +288,7 @@ def test_nothing_is_pruned_while_a_tracker_writes(typed, run):
 
 def test_json_says_what_was_deleted(typed, run):
     before = {path.name for path in snapshot_files(run)}
-    line = "prune run --max-error 30% --json"
+    line = "prune run --keep 5 --json"
     assert typed(f"{line} --dry-run").json["deleted"] is False
     assert {path.name for path in snapshot_files(run)} == before
     report = typed(f"{line} --yes").json

@@ -22,8 +22,8 @@ from posthoc_cli.reconstruction import METHODS
 
 def test_every_command_takes_counts_as_people_write_them(typed):
     assert typed("profile --steps 1e6 --json").json["steps"] == 1_000_000
-    plan = typed("plan --steps 1e3 --params 1.2B --json").json
-    assert plan["schedules"][0]["bytes"] == 11 * 2 * 1_200_000_000
+    (curve,) = typed("error-plot --steps 1e4 --json").json["curves"]
+    assert curve["t"] == 10_000
     made = typed("synthesize run --sigma-rel 0.15 --step 2K --dry-run --json")
     assert made.json["targets"][0]["t"] == 2000
 
@@ -74,7 +74,7 @@ def test_every_command_that_reports_has_json_and_each_output_a_short_option():
 
 def test_help_and_version(ema):
     assert ema("--help") == ema("help") == ema()
-    assert ema("plan", "--help") == ema("help", "plan")
+    assert ema("prune", "--help") == ema("help", "prune")
     version = f"ema {posthoc_cli.__version__}\n"
     assert ema("-V").out == ema("--version").out == ema("version").out == version
     groups = re.findall("Checkpoints that you have|A training with the hook|Learn", ema("-h").out)
@@ -92,7 +92,7 @@ COMMANDS = (
     "export a.safetensors --out b.pt", "info run", "info run/0000000000000100-0.05.safetensors",
     "info a.safetensors", "info shards", "verify run", "verify run a.safetensors",
     "prune run --keep 5 --dry-run", "error-plot run --target window:500",
-    "plan --steps 300 --params 100K --disk 100MB", "profile", "guide", "guide sweep",
+    "error-plot --steps 300 --every 100", "profile", "guide", "guide sweep",
     "sweep run --run 'basename {sigma_rel} {weights}' --minimize --sigma-rel 0.05,0.1,0.2",
     "report run --sweep sweep --out page.html",
 )  # fmt: skip

@@ -129,19 +129,19 @@ def test_errors_after_losses_are_those_of_solving_without_the_lost():
     rounding = np.geomspace(1e-8, 1e-4, 16)
     prior = prior_of(snapshots, uneven_motion(5.0), rounding)
     target = power(0.15, T)
-    losses = Problem(snapshots, prior, T).losses([target])
+    eliminator = Problem(snapshots, prior, T).eliminator([target])
     left = np.random.default_rng(0).permutation(16).tolist()
     while len(left) > 1:
         lost = left.pop()
-        ((expected,),) = losses.squares_without([[lost]])
-        losses.lose(lost)
+        ((expected,),) = eliminator.squares_without([[lost]])
+        eliminator.drop(lost)
         others = [snapshots[index] for index in left]
         anew = Problem(others, prior.subset(left), T)
         c = solved(anew, target)
         error = squared_error(anew, c, target)
         same = pytest.approx(error, rel=1e-3)
         assert expected == same
-        assert losses.squares[0] == same
+        assert eliminator.squares[0] == same
 
 
 @pytest.mark.parametrize(
@@ -174,9 +174,9 @@ def test_the_worse_motion_explains_distances_the_nearer_coefficients_are_to_publ
     prior = prior_of(snapshots, uneven_motion(), 1e-6)
     paper = reconstruct(snapshots, [target], "paper", prior).coefficients
     apart = []
-    for doubt in (0.0, 0.3, 5.0):
-        doubted = replace(prior, doubt=doubt)
-        result = reconstruct(snapshots, [target], None, doubted)
+    for misfit in (0.0, 0.3, 5.0):
+        misfitting = replace(prior, misfit=misfit)
+        result = reconstruct(snapshots, [target], None, misfitting)
         difference = result.coefficients - paper
         apart.append(np.abs(difference).sum())
     own, between, published = apart

@@ -4,9 +4,7 @@ import numpy as np
 import torch
 from factories import relative_distance
 
-from posthoc_cli import Beta, PostHocEMA, Run, Window
-from posthoc_cli.snapshots.sources import run_clock
-from posthoc_cli.synthesis import plan
+from posthoc_cli import Beta, PostHocEMA, Run
 
 STEPS = 2000
 SETTINGS = {
@@ -49,17 +47,6 @@ def errors(folder, target, exact):
     average = Run(folder).average(target)
     assert average.predicted_error is not None
     return relative_distance(average["w"], exact), average.predicted_error
-
-
-def test_what_snapshots_do_not_know_of_a_clock_is_in_the_predicted_error(tmp_path, monkeypatch):
-    """The batch changes twice between two snapshots of an earlier version, whose sketches do not
-    say the steps of their windows."""
-    monkeypatch.setattr(plan, "target_clock", run_clock)
-    times = changing_twice()
-    track(tmp_path, times)
-    exact = path(times)[-600:].mean(axis=0)
-    actual, predicted = errors(tmp_path, Window(600), exact)
-    assert 1e-3 < actual < 3 * predicted < 0.15
 
 
 def test_averages_of_steps_are_exact_where_each_step_has_a_snapshot(tmp_path):

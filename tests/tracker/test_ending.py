@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tracker.runs import EITHER_DEVICE, Training, assert_near, contents, track
 
 from posthoc_cli import PostHocEMA, Run, files
-from posthoc_cli.errors import NotReadyError, WriteError
+from posthoc_cli.errors import LockedError, NotReadyError, WriteError
 from posthoc_cli.tracker import pipeline
 
 SETTINGS = {
