@@ -52,7 +52,7 @@ from posthoc_cli.snapshots.sources import (
     target_clock,
 )
 from posthoc_cli.snapshots.tensorfile import Entry
-from posthoc_cli.snapshots.verify import DAMAGED, UNCHECKED, FileReport, Verification, verify
+from posthoc_cli.snapshots.verify import DAMAGED, UNCHANGED, FileReport, Verification, verify
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.targets import Target, as_target
 
@@ -466,17 +466,13 @@ def _check_import(manifest: Manifest) -> Verification:
     """Check that the files that an import refers to are unchanged since the import."""
     reports = []
     for path in manifest.files:
-        report = FileReport(path, "checkpoint", UNCHECKED)
+        report = FileReport(path, "checkpoint", UNCHANGED)
         try:
             manifest.check_file(path)
         except FileFormatError as error:
             report = replace(report, state=DAMAGED, detail=f"{error.reason}; {error.hint}")
         reports.append(report)
-    note = (
-        "of other programs' files, which have no checksums, only the size and a sample of "
-        "the content were compared"
-    )
-    return Verification(manifest.folder, False, tuple(reports), notes=(note,))
+    return Verification(manifest.folder, False, tuple(reports))
 
 
 def as_targets(targets: Wanted | Sequence[Wanted]) -> tuple[Target, ...]:

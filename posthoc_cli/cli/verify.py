@@ -11,6 +11,8 @@ from posthoc_cli import resources
 from posthoc_cli.cli import options, output
 from posthoc_cli.errors import DirectoryError, PostHocError
 
+_FINE = "intact", "unchanged", "unchecked"  # states of files, see `snapshots.verify`
+
 if TYPE_CHECKING:
     from posthoc_cli.snapshots.verify import Verification
 
@@ -67,7 +69,7 @@ def _checked(path: Path) -> Verification:
 
 
 def _print_verify(report: dict[str, Any]) -> None:
-    fine = [file for file in report["files"] if file["state"] in ("intact", "unchecked")]
+    fine = [file for file in report["files"] if file["state"] in _FINE]
     wrong = [file for file in report["files"] if file not in fine]
     if len(fine) > output.MOST_ROWS:
         output.print_line(
@@ -102,11 +104,15 @@ def _verdict(
         verdict = states.pop() if len(states) == 1 else "not in order"
         verb = "is" if len(wrong) == 1 else "are"
         return f"{len(wrong):,} of {total} {verb} {verdict}"
-    unchecked = sum(file["state"] == "unchecked" for file in files)
+    intact = sum(file["state"] == "intact" for file in files)
     if report["bytes"]:
         size = resources.size_text(report["bytes"])
-        verb = "read" if unchecked else "verified"
+        verb = "verified" if intact == len(files) else "read"
         total += f", {size} {verb} in {report['seconds']:.1f} s"
-    if not unchecked:
+    if intact == len(files):
         return f"{total}: all intact"
-    return f"{total}: {len(files) - unchecked:,} intact, {unchecked:,} without checksums"
+    if all(file["state"] == "unchanged" for file in files):
+        return f"{total}: all as they were at the import, by size and a sample of the content"
+    if not intact:
+        return f"{total}: none damaged as far as files without checksums show"
+    return f"{total}: {intact:,} intact, {len(files) - intact:,} without checksums"

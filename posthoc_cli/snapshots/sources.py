@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, chain, groupby, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -57,20 +57,16 @@ class Rule(NamedTuple):
     accepts: Callable[[Any], object]
 
 
-ROLES = ("average", "statistic", "copy")
-"""The roles of tensors. A statistic is averaged but is not a weight: neither measured nor stored in
-fewer bits."""
-
-Role = Annotated[str, Rule(f"one of {', '.join(ROLES)}", lambda role: role in ROLES)]
-Dtype = Annotated[str, Rule(f"one of {', '.join(ITEM_BYTES)}", lambda name: name in ITEM_BYTES)]
-
-
 @dataclass(frozen=True)
 class TrackedTensor:
-    """How a run tracks one tensor."""
+    """How a run tracks one tensor.
 
-    role: Role
-    dtype: Dtype  # in the model
+    Its role is "average", "statistic" or "copy". A statistic is averaged but is not a weight:
+    neither measured nor stored in fewer bits.
+    """
+
+    role: str
+    dtype: str  # in the model, a safetensors name
 
 
 class ElementRange(NamedTuple):

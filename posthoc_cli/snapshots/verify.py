@@ -41,6 +41,7 @@ ACCEPTED = (
 
 # The states of a file.
 INTACT = "intact"  # unchanged since it was written
+UNCHANGED = "unchanged"  # of an import: its size and a sample of its content are as they were
 UNCHECKED = "unchecked"  # has no checksums: only its structure was checked
 DAMAGED = "damaged"  # changed since it was written, or not a file of this format
 # its content is unknown: the system refused to read it, or it is of a later release
@@ -69,7 +70,7 @@ class FileReport:
 
     @property
     def is_fine(self) -> bool:
-        return self.state in (INTACT, UNCHECKED)
+        return self.state in (INTACT, UNCHANGED, UNCHECKED)
 
 
 @dataclass(frozen=True)
