@@ -43,12 +43,12 @@ from posthoc_cli.snapshots.directory import (
 from posthoc_cli.snapshots.outputs import describe
 from posthoc_cli.snapshots.prune import Pruning, plan_pruning
 from posthoc_cli.snapshots.prune import prune as prune_directory
+from posthoc_cli.snapshots.sampling import source_prior
 from posthoc_cli.snapshots.snapshot import Snapshot, file_bytes
 from posthoc_cli.snapshots.sources import (
     Source,
     chosen_up_to,
     counted,
-    source_prior,
     target_clock,
 )
 from posthoc_cli.snapshots.tensorfile import Entry

@@ -32,8 +32,8 @@ from posthoc_cli.snapshots.directory import (
     remove_leftovers,
     remove_snapshot,
 )
+from posthoc_cli.snapshots.sampling import source_prior
 from posthoc_cli.snapshots.snapshot import Snapshot, file_bytes
-from posthoc_cli.snapshots.sources import source_prior
 
 _POINTS = 41  # sigma_rels whose errors are compared
 
@@ -137,7 +137,8 @@ def _curve(
 ) -> ErrorCurve:
     """Return the expected errors from some of the snapshots; of very many from an even choice."""
     left = [*indices]
-    chosen = [left[number] for number in thinned_subset([profiles[index] for index in left])]
+    remaining = [profiles[index] for index in left]
+    chosen = [left[number] for number in thinned_subset(remaining)]
     usable = [profiles[index] for index in chosen]
     return error_curve("", usable, prior.subset(chosen), sigma_range, points=_POINTS)
 

@@ -36,6 +36,7 @@ from posthoc_cli.reconstruction import (
     reconstruct,
     seen_from,
 )
+from posthoc_cli.snapshots.sampling import source_prior
 from posthoc_cli.snapshots.snapshot import OutputInfo, Used
 from posthoc_cli.snapshots.sources import (
     Source,
@@ -44,7 +45,6 @@ from posthoc_cli.snapshots.sources import (
     by_time,
     chosen_up_to,
     counted,
-    source_prior,
     target_clock,
 )
 from posthoc_cli.snapshots.tensorfile import Box, Entry

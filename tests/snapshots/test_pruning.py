@@ -14,7 +14,7 @@ from posthoc_cli.errors import FileFormatError, MismatchError
 from posthoc_cli.reconstruction import thinned_subset
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.prune import plan_pruning, prune
-from posthoc_cli.snapshots.sources import source_prior
+from posthoc_cli.snapshots.sampling import source_prior
 
 
 @pytest.fixture(scope="session")
