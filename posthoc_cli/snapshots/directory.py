@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import secrets
 import socket
 import sys
 import weakref
@@ -19,7 +20,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,6 @@ from posthoc_cli.errors import (
     shown,
 )
 from posthoc_cli.planning import (
-    SPARED_TIMES,
     USEFUL_RANGE,
     newest_times,
     spared_times,
@@ -45,8 +44,8 @@ from posthoc_cli.reconstruction import Measurements, measured_prior
 from posthoc_cli.snapshots.snapshot import (
     Snapshot,
     decode_snapshot,
+    join_samples,
     joined_paths,
-    joined_sample,
 )
 from posthoc_cli.snapshots.sources import TrackedTensor, averages_of, by_time, model_difference
 from posthoc_cli.snapshots.tensorfile import (
@@ -158,7 +157,7 @@ def list_directory(directory: Path) -> tuple[Path, ...]:
         raise DirectoryError(directory, f"cannot be read: {reason.lower()}") from error
 
 
-def listed(directory: Path) -> Directory:
+def list_candidates(directory: Path) -> Directory:
     """List a directory and the folders of parts in it; raise the errors of `list_directory` about
     the directory."""
     entries = list_directory(directory)
@@ -192,13 +191,13 @@ def _read(path: Path) -> Snapshot | FileFormatError | None:
 def inspect_directory(directory: Path) -> Directory:
     """Read the headers of all snapshots in a directory, continuing after errors; raise errors of
     `list_directory`."""
-    listing = listed(directory)
+    listing = list_candidates(directory)
     headers = in_turn(_read, listing.files, files.is_url(directory))
-    return inspected(listing, headers)
+    return inspect_listing(listing, headers)
 
 
-def inspected(listing: Directory, headers: Iterable[object]) -> Directory:
-    """Return a listing with what the headers of its files say, see `joined`."""
+def inspect_listing(listing: Directory, headers: Iterable[object]) -> Directory:
+    """Return a listing with what the headers of its files say, see `join_parts`."""
     snapshots = list[Snapshot]()
     problems = list[PostHocError]()
     notes = list[str]()
@@ -206,7 +205,7 @@ def inspected(listing: Directory, headers: Iterable[object]) -> Directory:
     header_of = dict(zip(listing.files, headers, strict=True))
     for path, paths in listing.candidates.items():
         try:
-            content = joined(path, [header_of[file] for file in paths])
+            content = join_parts(path, [header_of[file] for file in paths])
         except PostHocError as error:
             if not files.is_absent(path):
                 problems.append(error)
@@ -251,7 +250,7 @@ def read_snapshot(path: Path) -> Snapshot:
     if path.is_dir():
         paths = [*filter(is_tensor_file, list_directory(path))]
     headers = [*map(_read, paths)]
-    content = joined(path, headers)
+    content = join_parts(path, headers)
     if not isinstance(content, Snapshot):
         raise FileFormatError(path, f"is not a complete snapshot: it has {content or 'no parts'}")
     return content
@@ -297,7 +296,7 @@ _OWN = (
 )  # fmt: skip
 
 
-def joined(path: Path, headers: Sequence[object]) -> Snapshot | str:
+def join_parts(path: Path, headers: Sequence[object]) -> Snapshot | str:
     """Return the snapshot in a file or a folder of parts from what was read there: headers; errors
     are raised.
 
@@ -315,45 +314,49 @@ def joined(path: Path, headers: Sequence[object]) -> Snapshot | str:
         return "" if headers else "no parts"
     if parts[0].path == path and parts[0].part is None:
         return parts[0]
-    sets = _sets(parts)
+    sets = _group_parts(parts)
     complete = []
     texts = []
-    for (number, *_), of_set in sorted(sets.items()):
-        if len(of_set) == number:
-            complete.append(of_set)
-        texts.append(f"{len(of_set)} of {number} parts")
+    for (number, _), members in sorted(sets.items()):
+        if len(members) == number:
+            complete.append(members)
+        texts.append(f"{len(members)} of {number} parts")
     if len(complete) > 1:
         first, other = complete[:2]
-        raise _apart(first[0], other[0], "are parts of two complete snapshots", "remove one")
+        raise _mismatch(first[0], other[0], "are parts of two complete snapshots", "remove one")
     if complete:
-        return _join(path, complete[0])
-    sessions = {session for _, session, _ in sets}
+        return _merge(path, complete[0])
+    sessions = {session for _, session in sets}
     if len(sessions) > 1:
         texts.append("of different sessions of the training")
     return ", ".join(texts)
 
 
-def _sets(parts: Sequence[Snapshot]) -> dict[tuple[int, int, bool], list[Snapshot]]:
-    """Return the parts of each snapshot, by their number and the session of the training; one off
-    the schedule may be in the course of being replaced, part by part, by the same one on it."""
-    sets = defaultdict[tuple[int, int, bool], list[Snapshot]](list)
+def _group_parts(parts: Sequence[Snapshot]) -> dict[tuple[int, int], list[Snapshot]]:
+    """Return the parts of each snapshot, by their number and the session of the training."""
+    sets = defaultdict[tuple[int, int], list[Snapshot]](list)
     shared = [each.name for each in fields(Snapshot) if each.name not in _OWN]
     for part in sorted(parts, key=lambda part: part.part or (0, 0)):
         if part.part is None:
             reason = "is in a folder of parts but is not a part of a snapshot"
             raise FileFormatError(part.path, reason, "move it to the directory")
-        of_set = sets[part.part[1], part.session, part.off_schedule]
-        for before in of_set[-1:]:
-            reason = "are both part {} of {}".format(*part.part)
-            if part.part != before.part:
-                reason = _difference(before, part, shared)
-            if reason:
-                raise _apart(before, part, reason)
-        of_set.append(part)
+        members = sets[part.part[1], part.session]
+        if members:
+            _check_parts(members[-1], part, shared)
+        members.append(part)
     return sets
 
 
-def _apart(
+def _check_parts(before: Snapshot, part: Snapshot, shared: Sequence[str]) -> None:
+    """Raise MismatchError unless two parts are different ones of the same snapshot."""
+    reason = _difference(before, part, shared)
+    if part.part == before.part:
+        reason = "are both part {} of {}".format(*part.part or ())
+    if reason:
+        raise _mismatch(before, part, reason)
+
+
+def _mismatch(
     first: Snapshot,
     other: Snapshot,
     reason: str,
@@ -363,19 +366,19 @@ def _apart(
     return MismatchError(f"{first.path} and {other.path}", reason, hint)
 
 
-def _join(folder: Path, parts: Sequence[Snapshot]) -> Snapshot:
+def _merge(folder: Path, parts: Sequence[Snapshot]) -> Snapshot:
     """Return the snapshot of these parts, whose chunks must hold each element of a tensor exactly
     once."""
     shared = shared_fields(parts)
-    entries = {name: _joined_entry(folder, name, parts) for name in shared["tensors"]}
+    entries = {name: _merge_entry(folder, name, parts) for name in shared["tensors"]}
     boxes = list[dict[str, Box]]()
-    joined_files = list[TensorFile]()
+    part_files = list[TensorFile]()
     for part in parts:
         chunks = {}
         for name, chunk in part.chunks.items():
             chunks[name] = chunk.box(part.entries[name].shape)
         boxes.append(chunks)
-        joined_files.append(replace(part.files[0], boxes=chunks))
+        part_files.append(replace(part.files[0], boxes=chunks))
     shapes = dict[str, tuple[int, ...]]()
     for name, tensor in shared["tensors"].items():
         if tensor.role == "average":
@@ -385,15 +388,15 @@ def _join(folder: Path, parts: Sequence[Snapshot]) -> Snapshot:
     return replace(
         parts[0],
         **shared,
-        sample=joined_sample(samples, boxes, shapes),
+        sample=join_samples(samples, boxes, shapes),
         sketch=joined_paths(sketches),
         path=folder,
         entries=entries,
-        files=tuple(joined_files),
+        files=tuple(part_files),
     )
 
 
-def _joined_entry(
+def _merge_entry(
     folder: Path,
     name: str,
     parts: Sequence[Snapshot],
@@ -456,11 +459,11 @@ def contradictions(snapshots: Sequence[Snapshot]) -> list[MismatchError]:
         reason = _difference(first, snapshot, ("run_id", "t_unit"))
         reason = reason or model_difference(first, snapshot)
         if reason:
-            errors.append(_apart(first, snapshot, reason, "keep one run a directory"))
+            errors.append(_mismatch(first, snapshot, reason, "keep one run a directory"))
         same = seen.setdefault((snapshot.t, snapshot.sigma_rel), snapshot)
         if same is not snapshot:
             reason = f"both hold sigma_rel {same.sigma_rel:g} at t = {same.t:,.12g}"
-            errors.append(_apart(same, snapshot, reason, "remove one"))
+            errors.append(_mismatch(same, snapshot, reason, "remove one"))
     return errors
 
 
@@ -681,7 +684,7 @@ def remove_leftovers(directory: Path, lock: LockFile) -> None:
     in it."""
     lock.check()
     folders = [directory]
-    for path, paths in listed(directory).candidates.items():
+    for path, paths in list_candidates(directory).candidates.items():
         if path not in paths:
             folders.append(path)
     for folder in folders:
@@ -717,13 +720,10 @@ def set_aside(stored: Sequence[Snapshot], lock: LockFile) -> list[Path]:
 
 
 def _free_path(folder: Path, name: str) -> Path:
-    """Return the path of that name in a folder, with a number before its suffix if it is taken."""
+    """Return the path of that name in a folder, with a random word before it if it is taken."""
     path = folder / name
-    stem = name.removesuffix(SUFFIX)
-    suffix = name[len(stem) :]
-    numbers = count(1)
     while not files.is_absent(path):
-        path = folder / f"{stem}.{next(numbers)}{suffix}"
+        path = folder / f"{secrets.token_hex(4)}-{name}"
     return path
 
 
@@ -739,24 +739,12 @@ def thin(
     """Keep the snapshots of the `max_checkpoints` times that reconstruction needs most; delete the
     others.
 
-    Times on the schedule are chosen as if there were no others, so that a training that was stopped
-    in between keeps the same ones. Of those off the schedule, the latest stay if there is room, and
-    in any case the newest `SPARED_TIMES`: a checkpoint of the training may belong to them. Returns
-    the remaining snapshots in order of time.
+    Returns the remaining snapshots in order of time.
     """
-    if max_checkpoints is None or not stored:
+    times = {snapshot.t for snapshot in stored}
+    if max_checkpoints is None or len(times) <= max_checkpoints:
         return list(stored)
-    scheduled = [snapshot for snapshot in stored if not snapshot.off_schedule]
-    count = len({snapshot.t for snapshot in scheduled})
-    dropped = set[float]()
-    if count > max_checkpoints:
-        dropped = _least_needed(scheduled, max_checkpoints, sigma_range)
-    times = sorted({snapshot.t for snapshot in stored})
-    spared = times[-SPARED_TIMES:]
-    off_schedule = sorted({snapshot.t for snapshot in stored if snapshot.off_schedule})
-    room = max(max_checkpoints - count, 0)
-    excess = max(len(off_schedule) - room, 0)
-    dropped |= {t for t in off_schedule[:excess] if t < spared[0]}
+    dropped = _least_needed(stored, max_checkpoints, sigma_range)
     remaining = list[Snapshot]()
     for snapshot in stored:
         if snapshot.t in dropped:

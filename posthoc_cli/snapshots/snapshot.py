@@ -112,7 +112,7 @@ def index_within(
     return begin
 
 
-def joined_sample(
+def join_samples(
     samples: Sequence[str],
     boxes: Sequence[Mapping[str, Box]],
     shapes: Mapping[str, Sequence[int]],
@@ -460,9 +460,10 @@ class Snapshot(Source):
 
     A snapshot of a model that several processes hold in chunks is a folder with the name of the
     file, without the suffix. Each process that owns a chunk writes one file to it,
-    `part-00003-of-00008.safetensors`, a snapshot of its own tensors; `directory.joined` says what
-    parts share. Chunks of one tensor may have different stored dtypes, of which the widest holds
-    all values exactly; readers use that one. The snapshot is complete if all parts exist and belong
+    `part-00003-of-00008.safetensors`, a snapshot of its own tensors; `directory.join_parts` says
+    what parts share. Chunks of one tensor may have different stored dtypes, of which the widest
+    holds all values exactly; readers use that one. The snapshot is complete if all parts exist and
+    belong
     together, and the chunks of each tensor hold every element once, as the cells of a grid;
     otherwise readers ignore it. For the HuggingFaceStorageReader of torch.distributed.checkpoint,
     the metadata of each part also have DCP_SHARDING_INFO, a JSON object: name -> {"saved_offsets":
@@ -492,8 +493,6 @@ class Snapshot(Source):
     aliases: dict[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()  # names in the model's state that the run does not track
     selection: Selection | None = None  # which tensors the run tracks
-    # written at the end or on request; later ones on the schedule do not depend on it
-    off_schedule: bool = False
     # Float64 sums over the elements of all averages in the file (not of statistics and copies), for
     # a large model estimated from a sample: of the squares of the exact average, and of (stored -
     # exact).

@@ -378,8 +378,7 @@ class Pipeline:
             current = self._current()
             standing = current.averages.standing
             if self.snapshotter is not None and not self.snapshotter.has(standing.t):
-                off_schedule = not self._settings.snapshot_is_due(standing.step)
-                self._submit_snapshots(current, off_schedule)
+                self._submit_snapshots(current)
 
         self._updates.submit(work)
 
@@ -557,7 +556,7 @@ class Pipeline:
                 before.step,
             )
 
-    def _submit_snapshots(self, current: Tracking, off_schedule: bool = False) -> None:
+    def _submit_snapshots(self, current: Tracking) -> None:
         """Stage the averages, and queue their snapshots."""
         averages = current.averages
         tensors = averages.tensors
@@ -572,7 +571,7 @@ class Pipeline:
             staged = stage(storage, averages, pool)
             measured = [(average.measurements, average.sample) for average in staged]
             copies = _on_cpu(averages.copies)
-            infos = headers(self._settings, current, averages.path(pool), measured, off_schedule)
+            infos = headers(self._settings, current, averages.path(pool), measured)
         self._writes.submit(lambda: snapshotter.record(infos, staged, copies))
 
 

@@ -142,7 +142,6 @@ def headers(
     state: Tracking,
     path: PathSketch | None,
     measured: Sequence[tuple[Measurements | None, str]],
-    off_schedule: bool = False,
 ) -> list[Snapshot]:
     """Return the headers of snapshots of a state's averages, one a profile, from the measurements
     and the sample of each."""
@@ -172,7 +171,6 @@ def headers(
             left_out=tracked.left_out,
             selection=settings.selection,
             updates=standing.updates,
-            off_schedule=off_schedule,
             measurements=measurements,
             sample=sample,
             sketch=sketch,
@@ -253,9 +251,7 @@ class Snapshotter:
         own = []
         others = []
         for snapshot in self._complete():
-            is_known = snapshot.identity in state.snapshots or (
-                snapshot.off_schedule and _holds_average(snapshot, state)
-            )
+            is_known = snapshot.identity in state.snapshots or _holds_average(snapshot, state)
             if is_known and snapshot.t <= t:
                 own.append(snapshot)
             else:
@@ -278,11 +274,10 @@ class Snapshotter:
     ) -> None:
         """Write the snapshots of one time durably, and thin; none if an average is not finite.
 
-        Averages that are stored on the schedule already, as after skipped updates, are not written
-        again.
+        Averages that are stored already, as after skipped updates, are not written again.
         """
         first = infos[0]
-        if self.has(first.t, scheduled=not first.off_schedule):
+        if self.has(first.t):
             return
         try:
             self._check_directory(first)
@@ -370,12 +365,11 @@ class Snapshotter:
         times = unfinished.union(s.t for s in kept)
         self._stored = [s for s in self._stored if s.t in times]
 
-    def has(self, t: float, scheduled: bool = False) -> bool:
-        """Return whether each profile has a snapshot of a time, or with `scheduled` one on the
-        schedule."""
+    def has(self, t: float) -> bool:
+        """Return whether each profile has a snapshot of a time."""
         profiles = set()
         for snapshot in self._stored:
-            if snapshot.t == t and not (scheduled and snapshot.off_schedule):
+            if snapshot.t == t:
                 profiles.add(snapshot.sigma_rel)
         return profiles.issuperset(self._settings.sigma_rels)
 

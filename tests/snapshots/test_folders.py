@@ -180,11 +180,6 @@ def test_parts_of_another_attempt_neither_complete_a_snapshot_nor_hide_one(run, 
         read_directory(run)
 
 
-def test_a_snapshot_that_is_being_replaced_by_one_on_the_schedule_is_incomplete(run, newest):
-    rewrite_snapshot(parts_of(newest)[0], off_schedule=True)
-    assert list(inspect_directory(run).incomplete) == [newest]
-
-
 # --- moved as one
 
 

@@ -31,7 +31,7 @@ def written(folder):
     schedule."""
     found = defaultdict(list)
     for snapshot in Run(folder).snapshots:
-        kind = " off" if snapshot.off_schedule else ""
+        kind = " off" if snapshot.step % snapshot.schedule.checkpoint_every else ""
         found[snapshot.sigma_rel].append(f"{snapshot.t:g}{kind}")
     assert found[0.05] == found[0.28]
     return found[0.05]
