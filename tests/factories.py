@@ -416,13 +416,13 @@ def flip_bit(path, position=-1):
 
 def solved(solver, target):
     """Return the coefficients for one target: shape [n]."""
-    return solver.optimum(solver.goal(target))
+    return solver.optimum(solver.right_hand_side(target))
 
 
 def squared_error(solver, coefficients, target):
     """Return the expected squared error of any coefficients for one target."""
-    goal = solver.goal(target)
-    squares = solver.expected_squares(coefficients, goal)
+    rhs = solver.right_hand_side(target)
+    squares = solver.expected_squares(coefficients, rhs)
     return float(squares.sum())
 
 

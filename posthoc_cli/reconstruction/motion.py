@@ -748,10 +748,10 @@ def sampling_errors(profiles: Sequence[StoredProfile], motion: Motion) -> FloatA
     deviation = np.sqrt(variance[:, None] / updates)
     errors = deviation * masses
     rows = np.where(intervals > 1, errors, 0.0)
-    return root_of(rows)
+    return compress_rows(rows)
 
 
-def root_of(rows: FloatArray) -> FloatArray:
+def compress_rows(rows: FloatArray) -> FloatArray:
     """Return rows of the same covariance, at most as many as there are columns."""
     triangle = np.linalg.qr(rows, mode="r")
     return np.asarray(triangle)

@@ -209,7 +209,7 @@ class Plan(Combination):
                 self,
                 targets=tuple(separated[column] for column in columns),
                 subset=frozenset(names),
-                reconstruction=self.reconstruction.of(targets=columns),
+                reconstruction=self.reconstruction.subset(targets=columns),
             )
             passes.append(plan)
         return passes
@@ -369,7 +369,7 @@ def plan_synthesis(
         targets=wished,
         t=time,
         method=method,
-        reconstruction=result.of(snapshots=used),
+        reconstruction=result.subset(snapshots=used),
         dtype=output_dtype,
         solved=len(usable),
         available=sum(each <= time for each in times),

@@ -352,11 +352,11 @@ def test_the_mean_of_expected_and_measured_squares_is_minimised():
     target = TARGETS[1]
     without_sketch = replace(prior, sketch=None)
     expected = Problem(SNAPSHOTS, without_sketch, T)
-    goal = expected.goal(target)
+    rhs = expected.right_hand_side(target)
     rows = np.vstack(prior.sketch.measured([*SNAPSHOTS, target]))
 
     def square(c):
-        motion, _ = expected.expected_squares(c, goal)
+        motion, _ = expected.expected_squares(c, rhs)
         missed = rows @ np.append(c, -1)
         measured = missed @ missed
         return (motion + measured) / 2 + c**2 @ prior.rounding
