@@ -314,15 +314,9 @@ def test_the_development_guide_names_the_files_that_a_synthesis_enters(finished_
     assert len(entered) <= 18
 
 
-def test_every_test_and_experiment_that_the_durability_guide_names_exists():
-    _, _, table = (PACKAGE / "guides/durability.md").read_text().partition("## What holds")
-    tests = set(re.findall(r"`(test_\w+)`", table))
-    assert len(tests) >= 15
-    defined = set()
-    for path in (ROOT / "tests").rglob("*.py"):
-        defined.update(re.findall(r"def (test_\w+)", path.read_text()))
-    assert tests - defined == set()
-    assert set(re.findall(r"\*([^*|]+)\* \([\d,]+\)", table)) == EXPERIMENTS.keys()
+def test_the_durability_guide_names_every_experiment():
+    text = " ".join((PACKAGE / "guides/durability.md").read_text().split())
+    assert set(re.findall(r"\*([^*]+)\* \([\d,]+\)", text)) == EXPERIMENTS.keys()
 
 
 def test_ema_guide_lists_every_guide_with_its_subject(ema):
