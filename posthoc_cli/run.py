@@ -49,7 +49,7 @@ from posthoc_cli.snapshots.sources import (
     Source,
     chosen_up_to,
     counted,
-    target_clock,
+    run_clock,
 )
 from posthoc_cli.snapshots.tensorfile import Entry
 from posthoc_cli.snapshots.verify import DAMAGED, UNCHANGED, FileReport, Verification, verify
@@ -384,7 +384,7 @@ class Run:
         available = sum(source.t <= last for source in sources)
         counts = counted(sources, len(usable), available)
         label = f"{self.directory}: {counts} up to {last:,.12g} {sources[0].t_unit}"
-        clock = target_clock(sources)
+        clock = run_clock(sources)
         first = min(source.t_first for source in sources)
         named_profiles = {}
         for target in as_targets(others):

@@ -179,19 +179,10 @@ def encode_path(path: PathSketch | None, exact: bool = False) -> str:
     steps = np.diff(means.astype(np.float64), axis=0)
     factor = float(np.abs(steps).max(initial=0.0)) / _LARGEST or 1.0
     moves = _moves(means[: windows - full + 1] / factor)
-    clock = _own_clock(path)
-    parts = sketch.edges, sketch.folds, sketch.spread, factor, means[:full], moves, clock
+    parts = sketch.edges, sketch.folds, sketch.spread, factor, means[:full], moves
     counts = np.array([windows, numbers, 4 if exact else 2, path.projection], "<i8")
-    stored = np.array(parts, _layout(windows, numbers, full, len(clock)))
+    stored = np.array(parts, _layout(windows, numbers, full))
     return base64.b64encode(counts.tobytes() + stored.tobytes()).decode()
-
-
-def _own_clock(path: PathSketch) -> FloatArray:
-    """Return the steps of windows; none if times are just their numbers, as far as they are
-    known."""
-    known = np.isfinite(path.steps)
-    is_usual = np.array_equal(path.steps[known], path.sketch.edges[1:][known])
-    return path.steps[:0] if is_usual else path.steps
 
 
 def _moves(places: FloatArray) -> npt.NDArray[np.float16]:
@@ -205,14 +196,9 @@ def _moves(places: FloatArray) -> npt.NDArray[np.float16]:
     return moves
 
 
-def _layout(
-    windows: int,
-    numbers: int,
-    full: int,
-    clock: int,
-) -> np.dtype[Any]:
-    """Return the layout of a sketch after its counts: so many full means, the moves from each to
-    the next, in units of `factor`; and so many steps."""
+def _layout(windows: int, numbers: int, full: int) -> np.dtype[Any]:
+    """Return the layout of a sketch after its counts: so many full means, and the moves from each
+    to the next, in units of `factor`."""
     fields: list[Any] = [
         ("edges", "<f8", (windows + 1,)),
         ("folds", "<f8", (windows,)),
@@ -220,7 +206,6 @@ def _layout(
         ("factor", "<f8"),
         ("means", "<f4", (full, numbers)),
         ("moves", "<f2", (windows - full, numbers)),
-        ("steps", "<f8", (clock,)),
     ]
     return np.dtype(fields)
 
@@ -269,30 +254,22 @@ def joined_paths(texts: Sequence[str]) -> str:
 def _decoded(text: str) -> PathSketch:
     """Return the path that the sketch of one part encodes; raise ValueError if it is invalid."""
     data = base64.b64decode(text, validate=True)
-    windows, projection, layout = _checked_layout(data)
-    stored = np.frombuffer(data, layout, offset=_COUNTS_BYTES)[0]
-    edges, folds, spread, factor, means, moves, steps = (
+    if len(data) < _COUNTS_BYTES:
+        raise ValueError(_LIMITS)
+    windows, numbers, size, projection = np.frombuffer(data[:_COUNTS_BYTES], "<i8").tolist()
+    are_few = 0 < windows <= MOST_WINDOWS and 0 < numbers <= MOST_NUMBERS
+    if not (are_few and size in (2, 4)):
+        raise ValueError(_LIMITS)
+    layout = _layout(windows, numbers, windows if size == 4 else 1)
+    if len(data) < _COUNTS_BYTES + layout.itemsize:
+        raise ValueError(_LIMITS)
+    # Earlier versions appended the step of each window.
+    stored = np.frombuffer(data, layout, 1, _COUNTS_BYTES)[0]
+    edges, folds, spread, factor, means, moves = (
         stored[name].astype(np.float64) for name in layout.names or ()
     )
     later = means[:1] + np.cumsum(moves * factor, axis=0)
-    sketch = Sketch(edges, folds, np.concatenate((means, later)), spread)
-    unknown = np.full(windows, np.nan)
-    return PathSketch(projection, sketch, steps if steps.size else unknown)
-
-
-def _checked_layout(data: bytes) -> tuple[int, int, np.dtype[Any]]:
-    """Return the number of windows, the projection and the layout of a sketch; raise ValueError if
-    it has another length."""
-    if len(data) >= _COUNTS_BYTES:
-        windows, numbers, size, projection = np.frombuffer(data[:_COUNTS_BYTES], "<i8").tolist()
-        are_few = 0 < windows <= MOST_WINDOWS and 0 < numbers <= MOST_NUMBERS
-        if are_few and size in (2, 4):
-            full = windows if size == 4 else 1
-            for clock in (0, windows):
-                layout = _layout(windows, numbers, full, clock)
-                if len(data) == _COUNTS_BYTES + layout.itemsize:
-                    return windows, projection, layout
-    raise ValueError(_LIMITS)
+    return PathSketch(projection, Sketch(edges, folds, np.concatenate((means, later)), spread))
 
 
 # --- values

@@ -226,12 +226,11 @@ class StoredTensors:
 
 
 class PathSketch(NamedTuple):
-    """A sketch, the identifier of its projection, which depends on the tensors and the random
-    signs, and the step at the end of each window, nan if unknown: [K]."""
+    """A sketch, and the identifier of its projection, which depends on the tensors and the random
+    signs."""
 
     projection: int
     sketch: Sketch
-    steps: FloatArray
 
 
 class Source(StoredTensors, ABC):
@@ -305,14 +304,10 @@ def _thinned(items: Sequence[_Source]) -> list[_Source]:
     return [items[index] for index in thinned_subset(profiles)]
 
 
-def run_clock(
-    sources: Sequence[Source],
-    others: Iterable[tuple[float, float]] = (),
-) -> Clock:
-    """Return the run's clock from the steps and times of all its snapshots, and other pairs; raise
-    MismatchError if two contradict each other."""
-    known = {(source.step, source.t) for source in sources}
-    pairs = sorted(known.union(others))
+def run_clock(sources: Sequence[Source]) -> Clock:
+    """Return the run's clock from the steps and times of all its snapshots; raise MismatchError if
+    two contradict each other."""
+    pairs = sorted({(source.step, source.t) for source in sources})
     for (step, t), (next_step, next_t) in pairwise(pairs):
         if step == next_step or t >= next_t:
             pair = f"step {step} was at t = {t:,.12g}, and step {next_step} at t = {next_t:,.12g}"
@@ -348,22 +343,6 @@ def averages_of(sources: Sequence[Source]) -> list[StoredAverage]:
             steps = replace(average.steps, clock=clock)
             averages[index] = replace(average, steps=steps)
     return averages
-
-
-def target_clock(sources: Sequence[Source]) -> Clock:
-    """Return the clock for averages over steps: that of the snapshots, and of the windows of the
-    newest sketch.
-
-    Between two snapshots `t` may leap, as if it goes on from elsewhere after a restart: with their
-    clock alone an error was 5.8 times the predicted one.
-    """
-    path = newest_path(sources)
-    if path is None:
-        return run_clock(sources)
-    is_known = np.isfinite(path.steps)
-    steps = path.steps[is_known].tolist()
-    times = path.sketch.edges[1:][is_known].tolist()
-    return run_clock(sources, zip(steps, times, strict=True))
 
 
 def model_difference(one: Source, other: Source) -> str:

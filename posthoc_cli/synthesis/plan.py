@@ -45,7 +45,7 @@ from posthoc_cli.snapshots.sources import (
     by_time,
     chosen_up_to,
     counted,
-    target_clock,
+    run_clock,
 )
 from posthoc_cli.snapshots.tensorfile import Box, Entry
 from posthoc_cli.targets import Groups, Mean, Target, as_target, separate
@@ -361,7 +361,7 @@ def plan_synthesis(
     usable, later = _chosen(sources, wished, time)
     known = [*usable, *later]  # later snapshots also measure the motion
     prior = source_prior(known)
-    result = _solved(wished, usable, target_clock(sources), time, method, prior)
+    result = _solved(wished, usable, run_clock(sources), time, method, prior)
     used = _used(result, usable)
     times = [source.t for source in sources]
     plan = Plan(

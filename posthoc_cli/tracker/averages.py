@@ -270,9 +270,9 @@ class Averages:
         mean that profiles share."""
         now = self.standing
         if not was_shared:
-            sketcher.end_value(self.gammas, now.t, now.step, now.shared)
+            sketcher.end_value(self.gammas, now.t, now.shared)
         elif folds:
-            sketcher.end(now.t, now.step, 1.0, ends=True)
+            sketcher.end(now.t, 1.0, ends=True)
 
     def _take_limits(self, layout: Layout, shares: Shares) -> list[float]:
         """Return the norms up to which tiles need no check; none if all values are to be checked
@@ -359,7 +359,7 @@ class Averages:
 
                 pool.each(take, tiles_of(tensors.layout))
                 last_t = standing.t
-            path = sketcher.path(last_t, standing.step)
+            path = sketcher.path(last_t)
         return path if exact or path is None else closed(path)
 
     def _allocate(self, layout: Layout, threads: int) -> None:
