@@ -347,13 +347,11 @@ def check_count(
     return count
 
 
-def check_alone(least: int = 0, **given: object) -> None:
-    """Raise InvalidValueError unless `least` to 1 of these arguments are given; None and False
-    count as not given."""
+def check_alone(**given: object) -> None:
+    """Raise InvalidValueError if several of these arguments are given; None and False are not."""
     count = sum(value is not None and value is not False for value in given.values())
-    if not least <= count <= 1:
-        reason = "give one of them" if least else "give at most one of them"
-        raise InvalidValueError(" and ".join(given), reason)
+    if count > 1:
+        raise InvalidValueError(" and ".join(given), "give at most one of them")
 
 
 def check_word(

@@ -537,7 +537,8 @@ class Snapshot(Source):
             if each.name in OUTSIDE_HEADER:
                 continue
             value = getattr(self, each.name)
-            if value or not _is_optional(each):
+            is_zero = value == 0 and each.default is None
+            if value or is_zero or not _is_optional(each):
                 values[each.name] = value
         names = defaultdict(list)
         for name, tensor in self.tensors.items():

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import dataclass, fields
 
 import pytest
 from checking import refused
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 from snapshots.recorded import examine
 
 from posthoc_cli.errors import FileFormatError
+from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.outputs import INDEX_NAME, describe
-from posthoc_cli.snapshots.snapshot import running_statistics
+from posthoc_cli.snapshots.snapshot import Snapshot, running_statistics
 from posthoc_cli.snapshots.tensorfile import read_file
 
 
@@ -52,6 +54,19 @@ HEADERS = [
     b"\xff\xfe{}",
     b"{%b} x" % A,
 ]
+
+
+@dataclass(frozen=True)
+class Rated(Snapshot):
+    rate: float | None = None
+
+
+@pytest.mark.parametrize(("rate", "stored"), [(None, {}), (0.0, {"rate": 0.0}), (2.0, {"rate": 2})])
+def test_a_header_has_an_optional_number_also_if_it_is_zero(run, rate, stored):
+    snapshot = read_directory(run)[0]
+    values = {each.name: getattr(snapshot, each.name) for each in fields(Snapshot)}
+    rated = Rated(**values, rate=rate)
+    assert rated.encoded() == snapshot.encoded() | stored
 
 
 @pytest.mark.parametrize("header", [*HEADERS, *(b'{"a":%b}' % lie for lie in LIES)])
