@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,10 +28,13 @@ from torch import nn
 
 from posthoc_cli import files, plots
 from posthoc_cli.errors import InvalidValueError, OutputExistsError, PostHocError
+from posthoc_cli.report.page import PAGE, render
 from posthoc_cli.resources import ProgressBar
 from posthoc_cli.run import Run
-from posthoc_cli.sweep import SweepReport, images, sweep
-from posthoc_cli.sweep.search import RAW, Trial
+from posthoc_cli.sweep import Lengths, SweepReport, images
+from posthoc_cli.sweep.search import USUAL_BUDGET, Trial
+from posthoc_cli.sweep.sweeps import LAST_WEIGHTS
+from posthoc_cli.targets import SigmaRel
 from posthoc_cli.tracker import PostHocEMA
 
 Say = Callable[[str], None]  # prints a line
@@ -76,21 +78,19 @@ def run(
         swept, first = _train_and_measure(out, steps, say, watch)
     finally:
         torch.set_num_threads(threads)
-    estimate = swept.found
-    lines = [first, *_run_commands(out, estimate.best, say)]
+    lines = [first, *_run_commands(out, swept.best, say)]
     averages = []
     for trial in swept.trials:
-        if trial.x is not None:
-            averages.append({"sigma_rel": trial.x, "loss": trial.value})
+        if trial.sigma_rel is not None:
+            averages.append({"sigma_rel": trial.sigma_rel, "loss": trial.value})
     return {
         "out": str(out),
         "steps": steps,
         "checkpoint_every": checkpoint_every(steps),
         "tracked": list(TRACKED),
-        "raw": swept.raw,
+        "raw": swept.trials[0].value,
         "averages": averages,
-        "best": estimate.best,
-        "equal_within_noise": [estimate.low, estimate.high],
+        "best": swept.best,
         "commands": lines,
         "files": list(map(str, sorted(out.iterdir()))),
         "seconds": time.perf_counter() - started,
@@ -121,7 +121,7 @@ def _train_and_measure(
         model = train(steps, data, snapshots, advance)
     line = run_command(say, "info", snapshots)
     say("")
-    say(f"measuring {len(SIGMA_RELS)} averages and the raw weights on images that training")
+    say(f"measuring {len(SIGMA_RELS)} averages and the last weights on images that training")
     say("never saw")
     swept = _measured(model, snapshots)
     swept.write(out / "sweep")
@@ -129,6 +129,8 @@ def _train_and_measure(
     figure = partial(plots.sweep_figure, swept.to_dict())
     picture = plots.as_file(figure, ".png")
     files.write_atomically(out / "loss.png", picture)
+    page = render(Run(snapshots), swept, out / "sweep")
+    files.write_atomically(out / PAGE, page.encode())
     return swept, line
 
 
@@ -137,31 +139,38 @@ def _run_commands(
     best: float,
     say: Say,
 ) -> list[str]:
-    """Make the best average, the picture of errors and the page; return the command lines."""
+    """Make the best average and the picture of errors; return the command lines."""
     snapshots = out / "snapshots"
     average = out / "best.safetensors"
-    page = out / "report.html"
     return [
         run_command(say, *words, "--overwrite")
         for words in (
             ("synthesize", snapshots, "--sigma-rel", f"{best:.6g}", "--out", average),
             ("error-plot", snapshots, "--out", out / "error.png"),
-            ("report", snapshots, "--sweep", out / "sweep", "--out", page),
         )
     ]
 
 
 def _measured(model: Denoiser, snapshots: Path) -> SweepReport:
-    """Measure the loss of averages and of the raw weights, which the model has."""
+    """Measure the loss of the last weights, which the model has, and of averages."""
     data = make_waves(VALIDATION_IMAGES, seed=1)
     validation = Validation(data, seed=0, draws=16)
-
-    def loss(measured: Denoiser) -> float:
-        return float(validation(measured).mean())
-
-    raw = Trial(RAW, None, 0, loss(model))
-    swept = sweep(snapshots, loss, model=model, values=SIGMA_RELS, name="validation loss")
-    return replace(swept, trials=(raw, *swept.trials))
+    run = Run(snapshots)
+    trials = [Trial(LAST_WEIGHTS, None, 0, float(validation(model).mean()))]
+    averaged = make_denoiser(seed=0)
+    for sigma_rel in SIGMA_RELS:
+        averaged.load_state_dict(run.average(sigma_rel))
+        loss = float(validation(averaged).mean())
+        trials.append(Trial(SigmaRel(sigma_rel).title, sigma_rel, 0, loss))
+    return SweepReport(
+        lengths=Lengths.from_list(SIGMA_RELS),
+        budget=USUAL_BUDGET,
+        compared=(LAST_WEIGHTS,),
+        metric="validation loss",
+        minimize=True,
+        settings={"run": run.sources[-1].run_id, "t": run.t, "like": None},
+        trials=tuple(trials),
+    )
 
 
 def command_name() -> str:
@@ -243,21 +252,21 @@ def _draw_samples(
     swept: SweepReport,
     out: Path,
 ) -> None:
-    """Draw samples of the raw weights and of five lengths, each from the same noise: as images of
+    """Draw samples of the last weights and of five lengths, each from the same noise: as images of
     the sweep, and as samples.png."""
     labels = torch.arange(DRAWN_CLASSES)
-    candidates = [swept.found.best, *TRACKED, 0.1, 0.2, 0.025]
+    candidates = [swept.best, *TRACKED, 0.1, 0.2, 0.025]
     widths = list(dict.fromkeys(candidates))[:5]
     run = Run(snapshots)
     rows = {}
     for trial in swept.trials:
-        if trial.x is not None and trial.x not in widths:
+        if trial.sigma_rel is not None and trial.sigma_rel not in widths:
             continue
         averaged = make_denoiser(seed=0)
-        if trial.x is None:
+        if trial.sigma_rel is None:
             averaged.load_state_dict(model.state_dict())
         else:
-            averaged.load_state_dict(run.average(trial.x))
+            averaged.load_state_dict(run.average(trial.sigma_rel))
         samples = sample(averaged, labels, seed=0)
         pictures = samples.reshape(-1, SIDE, SIDE).numpy()
         rows[trial.target] = pictures
@@ -266,7 +275,7 @@ def _draw_samples(
         for number, picture in enumerate(pictures):
             content = plots.as_picture(picture, _SCALE)
             files.write_atomically(folder / f"class-{number}.png", content)
-    figure = partial(plots.samples_figure, rows, best=swept.best.title)
+    figure = partial(plots.samples_figure, rows, best=SigmaRel(swept.best).title)
     all_samples = plots.as_file(figure, ".png")
     files.write_atomically(out / "samples.png", all_samples)
 

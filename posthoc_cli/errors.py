@@ -117,6 +117,10 @@ class WarnedError(PostHocError):
     """A warning, where the caller accepts none."""
 
 
+class CommandError(PostHocError):
+    """A user's own command that failed or printed no metric. The reason quotes its output."""
+
+
 class MissingDependencyError(PostHocError):
     """An optional library that is not installed; the message says how to install it."""
 

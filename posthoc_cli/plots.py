@@ -11,7 +11,6 @@ import io
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import matplotlib
@@ -47,8 +46,8 @@ _MOST_ERROR = 2.0
 there."""
 _LEAST_WIDTH = 1e-4  # the sigma_rel at which narrower targets are drawn
 _FAR = 3.0
-"""Distance of the raw weights' metric, or of the estimate's band, as a multiple of the averages'
-spread, beyond which it is not drawn."""
+"""Distance of a compared metric, or of the estimate's band, as a multiple of the averages' spread,
+beyond which it is not drawn."""
 _LONGEST_TEXT = 200
 # inches of a figure without legend, and the height of a line of the legend
 _WIDTH = 6.4
@@ -223,55 +222,51 @@ def _draw_profile_errors(axes: Axes, curves: Sequence[ErrorCurve]) -> None:
 
 
 def sweep_figure(report: dict[str, Any]) -> Figure:
-    """Draw a metric against the length of the average, on a logarithmic axis, from
-    `SweepReport.to_dict`.
+    """Draw a metric against sigma_rel, on a logarithmic axis, from `SweepReport.to_dict`.
 
-    Of a beta the time constant in steps is drawn, 1 / (1 - beta).
+    What the averages are compared with are lines; those far from all averages are only named.
     """
-    kind = report["axis"]
-    length = partial(_drawn_length, kind)
     figure, axes = _figure()
-    low, high = map(length, report["equal_within_noise"])
-    label = f"equal within the noise: {low:g} to {high:g}"
     green = _colour(2)
-    axes.axvspan(low, high, color=green, alpha=0.15, linewidth=0, label=label)
-    band = _draw_estimate(axes, report["curve"], length)
-    bars = _draw_trials(axes, report["trials"], report["noise"], length)
-    best = length(report["best"][kind])
-    label = f"best: {best:g}"
-    axes.axvline(best, color=green, linewidth=1.6, label=label)
-    raw = report["raw"]
-    if raw is not None:
-        _draw_reference(axes, raw, f"raw weights: {raw:.5g}")
-        band.append(raw)
-    low, high = _metric_range(bars, band)
+    if report["tied"] is not None:
+        low, high = report["tied"]
+        label = f"statistically tied: {low:g} to {high:g}"
+        axes.axvspan(low, high, color=green, alpha=0.15, linewidth=0, label=label)
+    band = _draw_estimate(axes, report["curve"])
+    bars = _draw_trials(axes, report["trials"], report["noise"] or 0.0)
+    best = report["best"]["sigma_rel"]
+    axes.axvline(best, color=green, linewidth=1.6, label=f"best: {best:g}")
+    compared = [each for each in report["compared"] if each["value"] is not None]
+    low, high = _metric_range(bars, [*band, *(each["value"] for each in compared)])
+    for index, each in enumerate(compared):
+        label = f"{each['title']}: {each['value']:.5g}"
+        if not low <= each["value"] <= high:
+            label += ", beyond this range"
+        axes.axhline(
+            each["value"],
+            label=_text(label),
+            linewidth=1.6,
+            color=_colour((1, 3)[index]),
+            linestyle=STYLES[index + 1],
+        )
     axes.set_ylim(low, high)
-    title = "steps of the decay, 1 / (1 - beta)" if kind == "beta" else _text(kind)
-    axes.set(xscale="log", xlabel=title)
+    axes.set(xscale="log", xlabel="sigma_rel (width, as a fraction of training)")
     axes.set_ylabel(_text(report["metric"]))
     return _finish(figure, axes.xaxis)
 
 
-def _drawn_length(kind: str, value: float) -> float:
-    if kind == "beta":
-        return 1 / (1 - value)
-    return value
-
-
-def _draw_estimate(
-    axes: Axes,
-    curve: Sequence[dict[str, Any]],
-    length: Callable[[float], float],
-) -> list[float]:
+def _draw_estimate(axes: Axes, curve: Sequence[dict[str, Any]]) -> list[float]:
     """Draw the estimate of the metric, and return the ends of its band."""
-    lengths = [length(point["x"]) for point in curve]
+    lengths = [point["sigma_rel"] for point in curve]
     means = np.array([point["estimate"] for point in curve])
-    errors = np.array([point["standard_error"] for point in curve])
+    errors = np.array([point.get("standard_error", 0.0) for point in curve])
     low = means - 2 * errors
     high = means + 2 * errors
     blue = _colour(0)
-    axes.fill_between(lengths, low, high, color=blue, alpha=0.2, linewidth=0)
-    label = "estimate, band: two standard errors"
+    label = "estimate"
+    if errors.any():
+        label += ", band: two standard errors"
+        axes.fill_between(lengths, low, high, color=blue, alpha=0.2, linewidth=0)
     axes.plot(lengths, means, color=blue, linewidth=1.6, label=label)
     return [*low, *high]
 
@@ -280,30 +275,30 @@ def _draw_trials(
     axes: Axes,
     trials: Sequence[dict[str, Any]],
     noise: float,
-    length: Callable[[float], float],
 ) -> list[float]:
     """Draw the measured metrics of averages, and return the ends of their bars."""
     lengths = []
     metrics = []
     errors = []
     for trial in trials:
-        if trial["value"] is None or trial["x"] is None:
+        if trial["value"] is None or trial["sigma_rel"] is None:
             continue
-        lengths.append(length(trial["x"]))
+        lengths.append(trial["sigma_rel"])
         metrics.append(trial["value"])
         errors.append(trial["standard_error"] or noise)
     values = np.array(metrics)
     noises = np.array(errors)
+    has_bars = bool(noises.any())
     axes.errorbar(
         lengths,
         values,
-        noises,
+        noises if has_bars else None,
         color=_colour(4),
         marker="o",
         markersize=4,
         linestyle="none",
         capsize=3,
-        label="measured, bars: noise",
+        label="measured, bars: noise" if has_bars else "measured",
     )
     return [*(values - noises), *(values + noises)]
 
@@ -443,11 +438,6 @@ def _colour(index: int) -> str:
 def _line(index: int) -> dict[str, Any]:
     style = STYLES[index % len(STYLES)]
     return {"color": _colour(index), "linestyle": style}
-
-
-def _draw_reference(axes: Axes, height: float, label: str) -> None:
-    """Draw what the averages are compared with."""
-    axes.axhline(height, label=label, **_reference())
 
 
 def _reference() -> dict[str, Any]:

@@ -684,39 +684,6 @@ def sigma_rel_from_classical_beta(beta: float, steps: int) -> float:
     return sigma_rel_from_gamma(math.expm1(log_x))
 
 
-def convert(
-    steps: int,
-    sigma_rels: Sequence[float] = (),
-    betas: Sequence[float] = (),
-) -> list[dict[str, float]]:
-    """Return the power functions with these widths, then those with the mean ages of these
-    classical decays.
-
-    Each has `sigma_rel` and `gamma`, the mean age of the averaged values and the standard deviation
-    `std` of their times in steps, and `beta`, the decay of the classical EMA with the same mean age
-    after `steps` steps.
-    """
-    check_number("steps", steps, lambda count: 1 <= count <= 10**15, "be from 1 to 1e15")
-    rows = [_row(sigma_rel, steps) for sigma_rel in sigma_rels]
-    for beta in betas:
-        sigma_rel = sigma_rel_from_classical_beta(beta, steps)
-        row = _row(sigma_rel, steps)
-        rows.append(row | {"beta": beta})
-    return rows
-
-
-def _row(sigma_rel: float, steps: int) -> dict[str, float]:
-    gamma = gamma_from_sigma_rel(sigma_rel)
-    age = mean_age(gamma, steps)
-    return {
-        "sigma_rel": sigma_rel,
-        "gamma": gamma,
-        "mean_age": age,
-        "std": sigma_rel * steps,
-        "beta": age / (1 + age),
-    }
-
-
 # --- steps over training time, for averages over steps on a clock in images or tokens
 
 

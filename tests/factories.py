@@ -436,3 +436,19 @@ class Span:
     def tail(self, s):
         left = self.end - np.asarray(s)
         return np.clip(left / (self.end - self.start), 0.0, 1.0)
+
+
+def write_ema_checkpoints(folder, steps=200, decay=0.9):
+    """Write checkpoints of a random walk with its EMA, every tenth step, and of the last step with
+    weights alone; return the newest EMA."""
+    random = torch.Generator().manual_seed(0)
+    weights = torch.zeros(50)
+    average = torch.zeros(50)
+    for step in range(1, steps + 1):
+        weights = weights + 0.1 * torch.randn(50, generator=random)
+        average = decay * average + (1 - decay) * weights
+        state = {"n_averaged": torch.tensor(step), "module.w": average}
+        if step % 10 == 0:
+            torch.save({"model": {"w": weights}, "ema": state}, folder / f"step{step}.pt")
+    torch.save({"model": {"w": weights + 0.1}}, folder / f"step{steps + 10}.pt")
+    return average

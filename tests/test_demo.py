@@ -78,7 +78,7 @@ def test_a_demo_makes_snapshots_pictures_and_the_best_average_whose_loss_is_the_
     for name in ("loss.png", "error.png", "samples.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     width = f"{demo.report['best']:g}"
-    assert f"Best: sigma_rel {width}" in (out / "report.html").read_text()
+    assert f'<dd class="best">sigma_rel {width}</dd>' in (out / "report.html").read_text()
     average = Run(out / "snapshots").average(demo.report["best"])
     assert_same_tensors(best.state_dict(), dict(average))
     validation = Validation(make_waves(VALIDATION_IMAGES, seed=1), seed=0, draws=16)
@@ -88,22 +88,22 @@ def test_a_demo_makes_snapshots_pictures_and_the_best_average_whose_loss_is_the_
     assert f"yours, of {width}: {named}" in demo.text
 
 
-def test_a_demo_has_a_loss_of_each_length_and_of_raw_weights(demo):
+def test_a_demo_has_a_loss_of_each_length_and_of_the_last_weights(demo):
     result = json.loads((demo.out / "sweep" / "sweep.json").read_text())
     losses = {}
     for trial in result["trials"]:
-        losses[trial["x"]] = f"{trial['value']:.5f}"
+        losses[trial["sigma_rel"]] = f"{trial['value']:.5f}"
     assert [*losses] == [None, *SIGMA_RELS]
     for width, loss in losses.items():
-        name = "raw weights" if width is None else f"{width:g}"
+        name = "last weights" if width is None else f"{width:g}"
         assert re.search(rf"^{name} +{loss}", demo.text, re.MULTILINE)
     assert f"a plain EMA of 0.05 or 0.28: {losses[0.05]} or {losses[0.28]};" in demo.text
 
 
-def test_the_page_of_a_demo_shows_eight_samples_of_the_raw_weights_and_five_lengths(demo, best):
+def test_the_page_of_a_demo_shows_eight_samples_and_five_lengths(demo, best):
     page = (demo.out / "report.html").read_text()
-    titles = re.findall(r"<figcaption>(raw weights|sigma_rel [\d.]+),", page)
-    assert titles[0] == "raw weights"
+    titles = re.findall(r"<figcaption>(last weights|sigma_rel [\d.]+),", page)
+    assert titles[0] == "last weights"
     width = f"sigma_rel {demo.report['best']:g}"
     assert {"sigma_rel 0.05", "sigma_rel 0.28", width} <= {*titles}
     assert len(titles) == 6
@@ -163,7 +163,7 @@ def test_every_command_that_a_demo_prints_can_be_repeated(demo):
     """The commands that it suggests to try next work, too."""
     assert demo.commands == demo.report["commands"]
     names = [shlex.split(command)[1] for command in demo.commands]
-    assert names == ["info", "synthesize", "error-plot", "report"]
+    assert names == ["info", "synthesize", "error-plot"]
     _, _, end = demo.text.partition("and try:")
     suggested = re.findall(r"^  (ema .*)$", end, re.MULTILINE)
     assert len(suggested) == 3

@@ -51,7 +51,6 @@ def test_public_names():
         "plan_synthesis",
         "reconstruct",
         "sigma_rel_from_gamma",
-        "sweep",
         "synthesize",
     ]
     assert posthoc_cli.averages.__all__ == [
@@ -168,12 +167,10 @@ def test_command_names():
     assert {*commands()} == {
         "synthesize",
         "sweep",
-        "report",
         "error-plot",
         "info",
         "export",
         "prune",
-        "profile",
         "verify",
         "import",
         "audit",

@@ -34,14 +34,12 @@ from posthoc_cli.cli import (
     import_,
     info,
     output,
-    profile,
     prune,
-    report,
     sweep,
     synthesize,
     verify,
 )
-from posthoc_cli.errors import PostHocError, collect_warnings, one_line
+from posthoc_cli.errors import CommandError, PostHocError, collect_warnings, one_line
 
 # typer bundles click or uses the installed one, depending on its release; this is the base class of
 # all usage errors in either case.
@@ -84,6 +82,9 @@ class _Command(_Flags, typer.core.TyperCommand):
             if isinstance(error.args[0], str):  # else a path, which may be named like an option
                 names = error.subject.split(" and ")
                 error.subject = " and ".join(own.get(name, name) for name in names)
+            error.hint = output.name_options(error.hint)
+            if not isinstance(error, CommandError):  # which quotes the user's own output
+                error.reason = output.name_options(error.reason)
             raise
 
 
@@ -114,11 +115,8 @@ EXAMPLES: dict[Callable[..., int | None], tuple[str, ...]] = {
         "ema synthesize run/ema --sigma-rel 0.1 --like last.pt --out averaged.pt",
     ),
     sweep.sweep: (
-        "ema sweep run/ema --run 'python eval.py {weights}' --metric loss --minimize --out sweep",
-    ),
-    report.report: (
-        "ema report run/ema --sweep sweep --out report.html",
-        "ema report run/a run/b --sweep sweep-a --sweep sweep-b",
+        "ema sweep checkpoints/ --run 'python eval.py {weights}' --minimize --out best",
+        "ema sweep run/ema --run 'python eval.py {weights}' --metric acc --maximize --raw last.pt",
     ),
     error_plot.error_plot: (
         "ema error-plot run/ema --out error.png",
@@ -136,10 +134,6 @@ EXAMPLES: dict[Callable[..., int | None], tuple[str, ...]] = {
         "ema prune run/ema --keep 20 --dry-run",
         "ema prune run/ema --keep 10 --yes",
     ),
-    profile.profile: (
-        "ema profile --sigma-rel 0.05,0.10,0.28 --steps 100000",
-        "ema profile --target beta:0.9999 --steps 100000",
-    ),
     import_.import_: ("ema import old --sigma-rels 0.05,0.28 --update-every 10 --out run",),
     audit.audit: ("ema audit checkpoints --claimed 0.9999 --out audit.png",),
     demo.demo: ("ema demo --out ema-demo",),
@@ -154,12 +148,11 @@ _PANELS = {
         synthesize.synthesize,
         sweep.sweep,
         error_plot.error_plot,
-        report.report,
         export.export,
         info.info,
         verify.verify,
     ),
-    "A training with the hook": (prune.prune, profile.profile),
+    "A training with the hook": (prune.prune,),
     "Learn": (demo.demo, guide.guide),
 }
 """The commands in the order of the help."""
@@ -212,7 +205,9 @@ def main() -> NoReturn:
         arguments = ["--version"]
     debug = _DEBUG in arguments
     sys.excepthook = _show_traceback if debug else _report_unexpected
-    warnings.showwarning = lambda message, *_, **__: _print_message("warning", message)
+    warnings.showwarning = lambda message, *_, **__: _print_message(
+        "warning", output.name_options(str(message))
+    )
     output.log_to_stderr()
     _prepare_streams()
     _clean_up_on_signals()

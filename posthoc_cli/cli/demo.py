@@ -39,7 +39,7 @@ def demo(
 def _print_demo(results: dict[str, Any]) -> None:
     output.print_line()
     output.print_line("Which length is best? The loss on images that the training has not seen:")
-    rows = [{"what": "raw weights", "loss": f"{results['raw']:.5f}", "versus": "", "mark": ""}]
+    rows = [{"what": "last weights", "loss": f"{results['raw']:.5f}", "versus": "", "mark": ""}]
     best = results["best"]
     losses = {}
     for average in results["averages"]:
@@ -48,9 +48,7 @@ def _print_demo(results: dict[str, Any]) -> None:
         versus = f"{100 * (average['loss'] / results['raw'] - 1):+.2f} %"
         mark = "<- best" if width == best else ""
         rows.append({"what": f"{width:g}", "loss": losses[width], "versus": versus, "mark": mark})
-    output.print_rows(rows, ["sigma_rel:what", "validation loss:loss", "vs raw:versus", ":mark"])
-    low, high = results["equal_within_noise"]
-    output.print_line(f"sigma_rel {low:g} to {high:g} are equal within the noise")
+    output.print_rows(rows, ["sigma_rel:what", "validation loss:loss", "vs last:versus", ":mark"])
     tracked = " or ".join(f"{width:g}" for width in results["tracked"])
     plain = " or ".join(losses[width] for width in results["tracked"])
     output.print_line(f"a plain EMA of {tracked}: {plain}; yours, of {best:g}: {losses[best]}")

@@ -45,26 +45,26 @@ def write(text: str, flush: bool = False) -> None:
 
 def print_line(text: str = "") -> None:
     """Print one line to stdout and flush it."""
-    write(f"{_shown(text)}\n", flush=True)
+    write(f"{printable(text)}\n", flush=True)
 
 
 def print_note(text: str) -> None:
     """Print one line to stderr; a stream that is full changes no result or exit code."""
     try:
-        sys.stderr.write(f"{_shown(text)}\n")
+        sys.stderr.write(f"{printable(text)}\n")
     except BrokenPipeError:
         raise
     except OSError:
         pass
 
 
-def _shown(text: str) -> str:
-    """Return a text with control characters escaped, and options in place of quoted arguments."""
+def name_options(text: str) -> str:
+    """Return a text of the library with options in place of quoted arguments."""
 
     def option(match: re.Match[str]) -> str:
         return OPTIONS.get(match[1], match[0])
 
-    return printable(_QUOTED.sub(option, text))
+    return _QUOTED.sub(option, text)
 
 
 def print_json(value: Any) -> None:
@@ -157,7 +157,7 @@ def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
     width = max(cell_len(name) for name, _ in pairs)
     for name, value in pairs:
         space = " " * (width - cell_len(name))
-        write(f"{name}{space}  {_shown(value)}\n")
+        write(f"{name}{space}  {printable(value)}\n")
 
 
 def write_picture(
@@ -199,7 +199,7 @@ def note_copied(copied: dict[str, Any]) -> None:
 
 def log_to_stderr() -> None:
     """Print the library's warnings to stderr, each once."""
-    show = errors.EachOnce(lambda level, text: print_note(f"ema: {level}: {text}"))
+    show = errors.EachOnce(lambda level, text: print_note(f"ema: {level}: {name_options(text)}"))
     # which prints its messages itself
     show.addFilter(lambda record: not record.name.startswith("huggingface_hub"))
     logging.basicConfig(handlers=[show], force=True)

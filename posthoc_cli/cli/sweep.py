@@ -6,14 +6,14 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from posthoc_cli import files
 from posthoc_cli.cli import options, output
 from posthoc_cli.errors import InvalidValueError, check_alone
-from posthoc_cli.targets import RANGES
 
 if TYPE_CHECKING:
+    from posthoc_cli.sweep import SweepReport
     from posthoc_cli.sweep.search import Trial
 
 
@@ -23,11 +23,6 @@ def sweep(
         None,
         show_default="all exact within 1 %",
         help="A range to search, 0.02:0.28, or a list to measure.",
-    ),
-    target: str | None = options.TARGETS(
-        None,
-        metavar="KIND:VALUE",
-        help=f"Or of another kind: {RANGES}",
     ),
     command: str = options.HOW(
         ...,
@@ -52,10 +47,12 @@ def sweep(
     look: bool = options.HOW(
         False, "--look", help="No metric: only show the images of some lengths, side by side."
     ),
-    repeats: int = options.HOW(
-        1, metavar="COUNT", help="Trials of each length, with the seeds 0, 1, ..."
+    budget: int | None = options.HOW(
+        None,
+        metavar="COUNT",
+        show_default="12; of a look 6",
+        help="The lengths to measure first; the best of them once more.",
     ),
-    budget: int = options.HOW(20, metavar="COUNT", help="The most lengths to measure."),
     out: str = options.OUTPUT(
         "sweep",
         "--out",
@@ -64,33 +61,27 @@ def sweep(
     ),
     like: str | None = options.LIKE_MODEL,
     as_json: bool = options.JSON,
-    images: str | None = options.OUTPUT(
-        None,
-        metavar="GLOB",
-        show_default="png, jpg, webp, gif",
-        help="The images in {dir} to keep, the newest 16 of each trial; or none.",
-    ),
     t: float | None = options.TIME,
     raw: str | None = options.RUN(
-        None, metavar="CHECKPOINT", help="The raw weights, to measure them too: last.pt."
+        None, metavar="CHECKPOINT", help="The last weights, to measure them too: last.pt."
     ),
 ) -> None:
     """Find the best length by your own metric, or by eye.
 
-    Runs the command for averages of several lengths, one after another, and measures more lengths
-    where the best may be, until it is known within the noise of the metric. It also prints the
-    range that is equal within the noise.
+    Runs the command for averages of twelve lengths, one after another, then where the best may lie
+    between them, and once more where the metric is noisy. Your own EMA and the last weights are
+    measured, too, if they are there.
 
-    Images that the command writes to {dir} are kept, and a page shows them with a slider over the
-    length. --look makes this page without a metric.
+    Images that the command writes to {dir} are kept, and the page shows them side by side. --look
+    makes this page without a metric.
 
-    A standard error next to the metric (acc_stderr) is used as its noise. A failed trial does not
-    count; two in a row that fail alike end the sweep. The same call continues an earlier one. OUT
-    receives trials.jsonl, sweep.json, logs, images, their page and the best average.
+    A standard error next to the metric (acc_stderr) bounds its noise. A failed trial does not
+    count; two in a row that fail alike end the sweep. The same command continues an earlier one.
+    OUT receives trials.jsonl, sweep.json, logs, images, report.html and the best average.
     """
-    from posthoc_cli.report.page import render
-    from posthoc_cli.sweep import Axis, Sweep
-    from posthoc_cli.sweep.trials import Metric
+    from posthoc_cli.report.page import PAGE, render
+    from posthoc_cli.sweep import Lengths, Metric, Sweep
+    from posthoc_cli.sweep.search import USUAL_BUDGET
 
     check_alone(minimize=minimize, maximize=maximize, look=look)
     if not (minimize or maximize or look):
@@ -98,9 +89,7 @@ def sweep(
         hint = "add --minimize or --maximize; or --look, to compare images without a metric"
         raise InvalidValueError("--minimize", reason, hint)
     check_alone(look=look, metric=metric)
-    check_alone(sigma_rel=sigma_rel, target=target)
-    widths = options.optional(Axis.parse, sigma_rel, "--sigma-rel", "sigma_rel")
-    axis = options.optional(Axis.parse, target, "--target") or widths
+    lengths = options.optional(Lengths.parse, sigma_rel, "--sigma-rel")
     folder = files.local_path("--out", out)
     run = options.open_run(directory)
     show = output.print_note if as_json else output.print_line
@@ -111,29 +100,37 @@ def sweep(
         left = _time_left(trial.seconds * (expected - number))
         show(f"trial {number} of about {expected}: {_result(trial)}{left}")
 
-    report = Sweep(
+    search = Sweep(
         run,
         command,
         Metric() if metric is None else Metric.parse(metric),
         folder,
-        axis=axis,
+        lengths=lengths,
         minimize=None if look else minimize,
-        repeats=repeats,
-        budget=budget,
+        budget=budget or (_LOOK if look else USUAL_BUDGET),
         t=t,
         like=options.optional(options.existing, like),
         raw=options.optional(options.existing, raw),
-        images=images,
         again=shlex.join(["ema", *sys.argv[1:]]),
         say=say,
         progress=output.progress_bar("trials"),
-    ).run_all()
-    if (folder / "images").is_dir():
-        page = folder / "report.html"
-        content = render(run, [folder], page)
-        files.write_atomically(page, content.encode(), overwrite=True)
-        report = replace(report, outputs=(*report.outputs, page))
-    output.show(report.to_dict(), as_json, _print_sweep)
+    )
+    try:
+        report = search.run_all()
+    except KeyboardInterrupt:
+        output.print_note("the same command continues")
+        raise
+    page = folder / PAGE
+    content = render(run, report, folder).encode(errors="backslashreplace")
+    files.write_atomically(page, content, overwrite=True)
+    report = replace(report, outputs=(*report.outputs, page))
+    if as_json:
+        output.print_json(report.to_dict())
+    else:
+        _print_sweep(report)
+
+
+_LOOK = 6  # lengths that fit side by side
 
 
 def _warn_of_failure(trial: Trial, out: Path) -> None:
@@ -143,7 +140,9 @@ def _warn_of_failure(trial: Trial, out: Path) -> None:
 
 
 def _result(trial: Trial) -> str:
-    title = f"{trial.target}, seed {trial.seed}"
+    title = trial.target
+    if trial.seed:
+        title += f", seed {trial.seed}"
     if trial.error is not None:
         return f"{title} failed"
     if trial.value is not None:
@@ -161,25 +160,12 @@ def _time_left(seconds: float) -> str:
     return f", about {seconds:.0f} s left"
 
 
-def _print_sweep(report: dict[str, Any]) -> None:
-    from posthoc_cli.sweep.search import answer
+def _print_sweep(report: SweepReport) -> None:
+    from posthoc_cli.sweep.report import summarize
 
-    texts = answer(report)
-    pairs = [
-        ("measured", texts["measured"]),
-        ("wrote", ", ".join(report["outputs"])),
-    ]
-    if "best" in texts:
-        if texts["raw"] == "not measured":
-            texts["raw"] += ": the run lacks them; name their file by --raw"
-        pairs = [
-            ("best", texts["best"]),
-            (texts["metric"], texts["value"]),
-            ("raw weights", texts["raw"]),
-            ("gain", texts["gain"]),
-            ("estimate", texts["estimate"]),
-            ("equal within the noise", texts["equal"]),
-            *pairs,
-        ]
+    pairs = summarize(report)
+    if report.minimize is not None and not report.compared:
+        pairs.insert(0, ("last weights", "not measured: name a checkpoint with them by --raw"))
+    pairs.append(("wrote", ", ".join(map(str, report.outputs))))
     output.print_line()
-    output.print_pairs([(name, text) for name, text in pairs if text])
+    output.print_pairs(pairs)

@@ -84,22 +84,7 @@ def test_info_of_a_folder_of_outputs_and_of_shards(typed):
         assert report["bytes"] == size_of(shards)
 
 
-# --- the command `ema profile`, and tables
-
-
-def test_common_lengths_are_shown_as_other_libraries_name_them(typed):
-    header, *lines = typed("profile").out.splitlines()
-    assert header.split() == ["sigma_rel", "gamma", "mean_age", "std", "beta"]
-    widths = [line.split()[0] for line in lines[:8]]
-    assert widths == ["0.001", "0.01", "0.03", "0.05", "0.1", "0.15", "0.2", "0.27"]
-
-
-def test_lengths_are_converted_in_both_directions(typed):
-    line = "profile --steps 100000 --json"
-    (row,) = typed(f"{line} --target half-life:5000").json["profiles"]
-    assert row["beta"] ** 5000 == pytest.approx(0.5, rel=1e-9)
-    (back,) = typed(f"{line} --sigma-rel {row['sigma_rel']}").json["profiles"]
-    assert back["beta"] == pytest.approx(row["beta"], rel=1e-12)
+# --- tables
 
 
 def test_tables_are_aligned(capsys):
@@ -359,7 +344,7 @@ def test_a_lack_of_memory_or_of_threads_is_named(typed, monkeypatch, fault, mess
 
 
 def test_messages_that_cannot_be_printed_change_no_exit_code():
-    command = [sys.executable, *shlex.split("-m posthoc_cli profile --steps none")]
+    command = [sys.executable, *shlex.split("-m posthoc_cli demo --steps none")]
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run(command, stderr=full, check=False)
     assert done.returncode == 2

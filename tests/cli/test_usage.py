@@ -21,7 +21,6 @@ from posthoc_cli.reconstruction import METHODS
 
 
 def test_every_command_takes_counts_as_people_write_them(typed):
-    assert typed("profile --steps 1e6 --json").json["steps"] == 1_000_000
     (curve,) = typed("error-plot --steps 1e4 --json").json["curves"]
     assert curve["t"] == 10_000
     made = typed("synthesize run --sigma-rel 0.15 --step 2K --dry-run --json")
@@ -92,9 +91,8 @@ COMMANDS = (
     "export a.safetensors --out b.pt", "info run", "info run/0000000000000100-0.05.safetensors",
     "info a.safetensors", "info shards", "verify run", "verify run a.safetensors",
     "prune run --keep 5 --dry-run", "error-plot run --target window:500",
-    "error-plot --steps 300 --every 100", "profile", "guide", "guide sweep",
+    "error-plot --steps 300 --every 100", "guide", "guide sweep",
     "sweep run --run 'basename {sigma_rel} {weights}' --minimize --sigma-rel 0.05,0.1,0.2",
-    "report run --sweep sweep --out page.html",
 )  # fmt: skip
 COLUMNS = {"sigma_rel", "predicted_error", "profile_error"}
 """These are lists in curves, with a number for each point, and single numbers elsewhere."""
@@ -186,13 +184,13 @@ def test_wrong_input_is_one_line_and_changes_nothing(ema, places, command, monke
 
 
 def test_a_warning_comes_once_for_one_cause(ema, tmp_path):
-    """A report reads the checkpoints several times; here they contain EMAs with an unknown
+    """A plot reads the checkpoints several times; here they contain EMAs with an unknown
     decay."""
     for step in (10, 20):
         weights = torch.full((3, 2), float(step))
         average = {"n_averaged": torch.tensor(step), "module.w": weights}
         torch.save({"model": {"w": weights}, "ema": average}, tmp_path / f"{step}.pt")
-    done = ema("report", tmp_path, "--out", tmp_path / "page.html")
+    done = ema("error-plot", tmp_path, "--out", tmp_path / "errors.png")
     assert done.code == 0, done.err
     assert done.err.count("left out of averages") == 1
 
