@@ -12,7 +12,6 @@ import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -144,14 +143,9 @@ def changes_weights(optimizer: Optimizer) -> bool:
 
 
 class LastCount:
-    """The last counted call of a run.
-
-    It is kept as long as the model: a tracker that takes an earlier one's place in the same
-    process, as where a notebook's cell runs again, continues from that step.
-    """
+    """The last counted call of a run."""
 
     def __init__(self) -> None:
-        self.run_id = ""
         self.progress = TrainingProgress()  # another object after each call
         self._parameters = frozenset[int]()  # the ids of the model's
         self._optimizers: WeakKeyDictionary[Optimizer, _Stepping] = WeakKeyDictionary()
@@ -210,9 +204,6 @@ class _Stepping:
             return 0
         return sum(found_inf is None or not bool(found_inf) for found_inf in self._found_inf)
 
-
-last_counts: WeakKeyDictionary[nn.Module, dict[Path, LastCount]] = WeakKeyDictionary()
-"""By the bare model and the directory."""
 
 _watching: WeakSet[LastCount] = WeakSet()
 

@@ -21,7 +21,7 @@ import os
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -57,6 +57,7 @@ from posthoc_cli.snapshots.snapshot import (
     joined_paths,
     make_selection,
     places,
+    recorded_weights,
     statistics_notice,
 )
 from posthoc_cli.snapshots.sources import Source
@@ -66,7 +67,6 @@ from posthoc_cli.tracker import averaged
 from posthoc_cli.tracker.attach import (
     Attachment,
     LastCount,
-    last_counts,
     stepping_optimizer,
 )
 from posthoc_cli.tracker.clock import Settings, TrainingProgress
@@ -81,7 +81,12 @@ from posthoc_cli.tracker.model import (
 )
 from posthoc_cli.tracker.pipeline import Pipeline, wait_for_writers
 from posthoc_cli.tracker.processes import Group
-from posthoc_cli.tracker.resume import Start, check_path, sample_of_all
+from posthoc_cli.tracker.resume import (
+    Start,
+    check_path,
+    sample_of_all,
+    warn_of_other_weights,
+)
 from posthoc_cli.tracker.snapshotter import LiveSource
 from posthoc_cli.tracker.state import StateInfo, Tracking, pack_state, unpack_state
 
@@ -140,18 +145,7 @@ class PostHocEMA:
         self._last = LastCount()
         _all.add(self)
         if model is not None:
-            self._track(model)
-
-    def _track(self, model: nn.Module) -> None:
-        """Become a tracker of the model."""
-        bare: Any = unwrapped(model)
-        self._model = weakref.ref(bare)
-        if self._start.tracking.resumes:
-            self._start.counted = self._counted_before(model)
-            self._choose_start(model, is_first_call=False)
-        hooks: Any = bare._load_state_dict_post_hooks
-        if not any(isinstance(hook, _RestoredHook) for hook in hooks.values()):
-            bare.register_load_state_dict_post_hook(_RestoredHook())
+            self._model = weakref.ref(unwrapped(model))
 
     @classmethod
     def from_model(
@@ -204,13 +198,13 @@ class PostHocEMA:
                 "cpu" for averages on the host, updated by background threads; None for "cpu" on
                 accelerators.
             resume: "auto" to continue the directory's run, if it holds one, from the newest
-                snapshots at whose time the network had the model's weights, exactly or as float16
-                or bfloat16, or from the last step that an earlier tracker of this model and
-                directory has counted in this process, which is closed; for any other weights the
-                first `update_` raises an error, unless `load_state_dict` was called. A number to
-                continue from the snapshots of that call of `update_`, whatever the weights; 0 to
-                begin anew, with the directory's snapshots set aside at the first `update_`. None
-                for a new run.
+                snapshots at whose time the network had the weights that the model has now, exactly
+                or as float16 or bfloat16; for other weights the first `update_` raises an error,
+                unless `load_state_dict` was called. A number to continue from the snapshots of
+                that call of `update_`; other weights are a warning. 0 to begin anew, with the
+                directory's snapshots set aside at the first `update_`. None for a new run. With
+                `resume` an earlier tracker of the directory in this process is closed first, which
+                writes a snapshot of its model's weights, so that a notebook's cell continues.
 
         Raises:
             InvalidValueError: (a ValueError) naming the argument and what would be accepted.
@@ -229,7 +223,7 @@ class PostHocEMA:
         )
         directory = check_path(checkpoint_dir)
         if resume is not None:
-            _end_earlier(directory)
+            _close_earlier(directory)
         wait_for_writers(directory)
         tracker = cls(
             Start.of_model(check_model(model), directory, settings, resume), model, device
@@ -249,14 +243,13 @@ class PostHocEMA:
         continue tracking.
 
         Tracking continues as with `resume="auto"` of `from_model`, or from the snapshots of a
-        `step`, whatever the weights; later ones are moved to the folder `superseded` at the first
-        `update_`. The model's tensors are checked against the snapshots. The call closes an earlier
-        tracker of the model and the directory in this process, and waits for due snapshots of
-        others.
+        `step`; later ones are moved to the folder `superseded` at the first `update_`. The model's
+        tensors are checked against the snapshots. The call waits for due snapshots of other
+        trackers of this process.
         """
         directory = check_path(checkpoint_dir)
         if model is not None:
-            _end_earlier(directory, check_model(model))
+            check_model(model)
         wait_for_writers(directory)
         return cls(Start.of_run(directory, model, step), model, device)
 
@@ -373,10 +366,7 @@ class PostHocEMA:
                     self._advance(model, t, found_inf)
                 finally:
                     if self._pipeline.latest is not before:
-                        self._last.run_id = self.run_id
                         self._last.progress = self._pipeline.latest
-                        of_model = last_counts.setdefault(unwrapped(model), {})
-                        of_model[self.checkpoint_dir] = self._last
         finally:  # a signal handler can raise just before torch.no_grad() restores the mode
             torch.set_grad_enabled(grad_mode)
         self._raise_pending()
@@ -668,9 +658,9 @@ class PostHocEMA:
 
         Later snapshots, or those of another attempt that continued from an earlier state, move to
         the folder `superseded`. This tracker's settings hold, such as another `update_every`, or
-        fewer `sigma_rels`. Where the model has other weights than the network had then, the first
-        `update_` warns. For a sharded model all processes make the call, also with a state of
-        complete tensors.
+        fewer `sigma_rels`. Load the model's weights first: others than the network had then are a
+        warning. For a sharded model all processes make the call, also with a state of complete
+        tensors.
         """
         self._pipeline.check_open()
         now = self._pipeline.tracking
@@ -689,19 +679,23 @@ class PostHocEMA:
         with self._pipeline.lock("load_state_dict"):
             loaded, weights = group.together(unpack)
             self._become_writer(group, loaded.run_id, lambda: loaded)
-            self._start.recorded = np.array(weights, np.float32)
-            model = self._tracked_model()
-            if weights and model is not None:
-                self._start.sample = self._watch.sample(model, loaded.tracked)
+            self._start.refusal = None
+            if self._tracked_model() is not None and not self._fits(group, weights) and group.leads:
+                warn_of_other_weights(self.checkpoint_dir, loaded.progress.step)
 
     def fits(self, state: Mapping[str, Any]) -> bool:
         """Return whether the model has the weights that the network had when a tracker's own state
         was taken, as far as it knows them; of a sharded model all processes make the call."""
-        recorded = np.array(state.get("weights", ()), np.float32)
-        group = self._members.keepers("fits(...)")
+        return self._fits(self._members.keepers("fits(...)"), state.get("weights", ()))
+
+    def _fits(self, group: Group, weights: Sequence[float]) -> bool:
+        recorded = np.array(weights, np.float32)
+        if not recorded.size:
+            return True
         model = self._present_model("fits")
-        own = group.together(lambda: self._first_sample(model))
-        return not recorded.size or are_equal(sample_of_all(group, own), recorded)
+        tracked = self._pipeline.tracking.tracked
+        own = group.together(lambda: self._watch.sample(model, tracked))
+        return are_equal(sample_of_all(group, own), recorded)
 
     @not_compiled
     def close(self) -> None:
@@ -769,8 +763,8 @@ class PostHocEMA:
     def _begin(self, model: nn.Module) -> None:
         """Become the directory's writer at the first call."""
         self._note_error()
-        if self._pipeline.tracking.resumes:
-            self._choose_start(model, is_first_call=True)
+        if self._start.refusal is not None and self._pipeline.tracking.resumes:
+            raise self._start.refusal
         if not self._has_begun:
             self._last.watch(unwrapped(model))
             self._members.check_model()
@@ -780,8 +774,6 @@ class PostHocEMA:
                 return self._start.read(now) if now.resumes and self.keeps_averages else None
 
             self._become_writer(self._members.keepers("update_"), now.run_id, read)
-        if self._start.recorded.size and self._has_state:
-            self._note_other_network(model)
 
     def _advance(
         self,
@@ -855,10 +847,18 @@ class PostHocEMA:
                 step,
             )
 
-    def _counts(self, model: nn.Module | None) -> bool:
-        """Return whether this tracker counts steps, or is to, of this model if one is given."""
-        counts = self._has_begun or self._attached is not None
-        return counts and (model is None or self._tracked_model() is unwrapped(model))
+    def _keep_present(self) -> None:
+        """Write a snapshot of the model's present weights, unless one has them."""
+        model = self._tracked_model()
+        tracking = self._pipeline.tracking
+        if model is None or tracking.resumes or not self.has_average:
+            return
+        self.flush()
+        sample = np.array([*self._watch.sample(model, tracking.tracked).values()], np.float32)
+        stored = self._stored()
+        recorded = recorded_weights(stored).values() if stored else ()
+        if not any(are_equal(sample, own) for own in recorded):
+            self.snapshot()
 
     def _is_first_warning(self, cause: str) -> bool:
         is_first = cause not in self._warned_of
@@ -885,61 +885,6 @@ class PostHocEMA:
         self._pending = None
         if failure is not None:
             raise failure
-
-    # --- where a resumed run continues
-
-    def _counted_before(self, model: nn.Module) -> TrainingProgress | None:
-        """Return the last call that an earlier tracker of this model and directory has counted in
-        this process."""
-        last = last_counts.get(unwrapped(model), {}).get(self.checkpoint_dir)
-        if last is None or last.run_id != self.run_id:
-            return None
-        if last.steps:
-            log.warning(
-                "%s: the model has moved since step %d, the last that was counted",
-                self.checkpoint_dir,
-                last.progress.step,
-            )
-        return last.progress
-
-    def _choose_start(self, model: nn.Module, is_first_call: bool) -> None:
-        """Note the model's values, and resume from the newest time at which the network had them,
-        see `Start.choose`."""
-        start = self._start
-        now = self._pipeline.tracking
-        group = self._members.keepers("update_" if is_first_call else "this tracker")
-        if start.sample is None:
-            start.sample = group.together(lambda: self._first_sample(model))
-        if start.is_given:
-            return
-        if is_first_call:
-            wait_for_writers(self.checkpoint_dir)
-        chosen = start.choose(now, group, self.keeps_averages, is_first_call)
-        if chosen is not now:
-            self._pipeline.set(chosen)
-
-    def _first_sample(self, model: nn.Module) -> dict[int, float]:
-        try:
-            return self._watch.sample(model, self._pipeline.tracking.tracked)
-        except ModelMismatchError as error:
-            hint = (
-                f"the run in {self.checkpoint_dir} is of another model; use its model, or another "
-                f"directory"
-            )
-            raise error if error.hint else error.with_hint(hint) from None
-
-    def _note_other_network(self, model: nn.Module) -> None:
-        """Warn if the model is not the network of the loaded state or of the given step."""
-        group = self._members.keepers("update_")
-        tracked = self._pipeline.tracking.tracked
-        present = group.together(lambda: self._watch.sample(model, tracked))
-        if self._start.is_other_network(group, present) and group.leads:
-            log.warning(
-                "%s: the averages continue from step %d; the model has other weights than the "
-                "network had then",
-                self.checkpoint_dir,
-                self._pipeline.progress.step,
-            )
 
     # --- the tracker's own state
 
@@ -987,10 +932,9 @@ class PostHocEMA:
     def _present_weights(self, group: Group) -> tuple[float, ...]:
         """Return the network's sampled weights at the last call; empty if they are unknown."""
         now = self._pipeline.tracking
-        recorded = self._start.recorded
         model = self._tracked_model()
-        if recorded.size or not self._pipeline.progress.updated:
-            return tuple(recorded.tolist())
+        if not self._pipeline.progress.updated:
+            return ()
         own: dict[int, float] = {}
         if model is not None and not now.resumes and not is_swapped(model):
             with suppress(ModelMismatchError):
@@ -1243,24 +1187,23 @@ def _check_raw(model: nn.Module, call: str) -> None:
 _all: WeakSet[PostHocEMA] = WeakSet()
 
 
-def _end_earlier(
-    directory: Path,
-    model: nn.Module | None = None,
-) -> None:
-    """Close the trackers of a directory in this process that count steps, or those of a model."""
+def _close_earlier(directory: Path) -> None:
+    """Close the trackers of a directory in this process, with a snapshot of their models' present
+    weights."""
     for tracker in [*_all]:
         is_same = str(tracker.checkpoint_dir) == os.path.realpath(directory)
-        if tracker.closed or not is_same or not tracker._counts(model):
+        if tracker.closed or not is_same or not (tracker._has_begun or tracker._attached):
             continue
         log.warning(
             "%s: its earlier tracker is closed at step %d, as another one takes its place",
             directory,
             tracker.step,
         )
-        try:
-            tracker.close()
-        except PostHocError as error:
-            log.error("%s", error)
+        for end in (tracker._keep_present, tracker.close):
+            try:
+                end()
+            except PostHocError as error:
+                log.error("%s", error)
 
 
 @atexit.register
@@ -1269,26 +1212,3 @@ def _note_uncounted_steps() -> None:
     for tracker in [*_all]:
         if not tracker._pipeline.is_forked:
             tracker._note_uncounted(is_end=not hasattr(sys, "last_value"))
-
-
-class _RestoredHook:
-    """The hook that a tracker adds to its model. In a pickle or a copy of the model a method of the
-    standard library takes its place that does nothing: they need no release of this package."""
-
-    def __call__(self, model: nn.Module, _: object) -> None:
-        """Handle the end of the model's `load_state_dict`."""
-        for tracker in [*_all]:
-            if tracker._tracked_model() is not model:
-                continue
-            resumes = tracker._pipeline.tracking.resumes
-            start = tracker._start
-            start.counted = None
-            tracker._last.watch(model)
-            if (resumes or start.recorded.size) and not tracker.closed:
-                start.sample = tracker._watch.sample(model, tracker._pipeline.tracking.tracked)
-                # else other processes would have to take part
-                if resumes and not tracker._members.is_chunked:
-                    tracker._choose_start(model, is_first_call=False)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (nullcontext(), "__exit__")

@@ -42,7 +42,7 @@ SETTINGS = {
     "checkpoint_dtype": None,
 }
 OF_NO_SNAPSHOT = (
-    r"model: its weights are those of no snapshot of .*restore the model's checkpoint.*resume=\d+"
+    r"model: its weights are those of no snapshot of .*load the checkpoint's weights.*resume=\d+"
 )
 
 
@@ -282,11 +282,9 @@ def test_a_run_is_not_resumed_with_fresh_weights(finished, tmp_path):
 
 @pytest.mark.parametrize("step", [40, "auto"])
 def test_an_earlier_checkpoint_resumes_from_its_own_step(finished, tmp_path, step, caplog):
-    """The checkpoint may be loaded after the tracker was made. Later snapshots are set aside."""
-    again = finished.at(100)
+    """Later snapshots are set aside."""
+    again = finished.at(40)
     ema = begin(again.model, tmp_path, resume=step)
-    again.path = finished.path[:40]
-    again.model.load_state_dict(again.path[-1])
     state = ema.state_dict()
     assert ema.step == state["step"] == 40
     assert_near(ema.state_dict(0.28), averages_in(state)["0.28"])
@@ -371,15 +369,14 @@ def test_a_step_continues_whatever_the_weights_with_one_warning(finished, tmp_pa
 
 @pytest.mark.parametrize("restored", [40, 54])
 def test_a_state_is_exact_whatever_the_weights_with_one_warning(tmp_path, restored, caplog):
-    """The model is restored after the state; to the state's own step there is no warning."""
+    """With those of the state's own step there is none."""
     training = Training()
     with begin(training.model, tmp_path, t_unit="images") as ema:
         state = state_after(training, 40, ema, scale=10.0)
         training.run(54, ema, scale=10.0)
-    again = training.at(10)
+    again = training.at(restored)
     with resume(again.model, tmp_path, t_unit="images") as ema:
         ema.load_state_dict(state)
-        again.model.load_state_dict(training.path[restored - 1])
         again.path = training.path[:40]
         again.run(42, ema, scale=10.0)
         assert again.error(ema) < 1e-6
@@ -449,8 +446,8 @@ def test_processes_decide_together_with_the_samples_of_another_arrangement(tmp_p
 
 
 WAYS_TO_RESUME = (
-    r"restore the model's checkpoint, .*resume='auto'.*; for a new run, pass resume=0, .* "
-    r"another directory; .*load_state_dict.*resume=10 .*step=10\)$"
+    r"load the checkpoint's weights .*resume='auto'.*; or pass resume=10, .*; for a new run pass "
+    r"resume=0, .* another directory$"
 )
 
 
@@ -510,9 +507,8 @@ def test_a_directory_in_which_a_tracker_of_this_process_writes_is_refused_to_oth
     with pytest.raises(LockedError, match=writes):
         begin(training.model, tmp_path).update_(training.model)
     first.snapshot()
-    other = Training(1)  # that the training goes on is said before any other reason
     with pytest.raises(LockedError, match=writes):
-        PostHocEMA.from_path(tmp_path, other.model).update_(other.model)
+        PostHocEMA.from_path(tmp_path, training.model).update_(training.model)
     first.close()
     assert repr(first) == f"PostHocEMA({str(tmp_path)!r}, step 9, sigma_rels 0.05, 0.28, closed)"
 
@@ -550,6 +546,14 @@ def test_one_writer_and_any_number_of_readers(tmp_path):
     PostHocEMA.from_path(tmp_path, again.model, step=10).update_(again.model)
 
 
+def test_a_tracker_without_a_model_reads_and_takes_no_updates(tmp_path):
+    training = begun(tmp_path, 10)
+    reader = PostHocEMA.from_path(tmp_path)
+    assert reader.state_dict(0.15).keys() == training.path[0].keys()
+    with pytest.raises(NotReadyError, match=r"was made without a model.* pass the model to from_pa"):
+        reader.update_(training.model)
+
+
 def test_a_closed_tracker_reads_but_does_not_write(tmp_path):
     training = Training()
     with begin(training.model, tmp_path) as ema:
@@ -576,9 +580,7 @@ def test_a_training_killed_before_its_first_checkpoint_is_told_to_begin_anew_and
     begun(tmp_path, 13)
     again = Training()
     tracker = resume(again.model, tmp_path)
-    anew = (
-        r"\); to begin anew, pass resume=0, which sets the snapshots aside; to continue, restore "
-    )
+    anew = "; for a new run pass resume=0, which sets these snapshots aside"
     with pytest.raises(ModelMismatchError, match=anew):
         tracker.update_(again.model)
     model = nn.Linear(3, 2)  # any other
