@@ -84,6 +84,7 @@ class Weights(OrderedDict[str, "torch.Tensor"]):
     predicted_error: float | None = None
     # relative L2 distance between the wanted profile and the one made from the snapshots
     profile_error: float = 0.0
+    t: float | None = None  # the training time of the average
 
     def __repr__(self) -> str:
         error = "unknown" if self.predicted_error is None else percent(self.predicted_error)
@@ -110,6 +111,7 @@ def make_weights(
     weights = Weights((name, tensors[name]) for name in plan.entries)
     weights.predicted_error = plan.predicted_error(0)
     weights.profile_error = plan.profile_error(0)
+    weights.t = plan.t
     return weights
 
 

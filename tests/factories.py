@@ -29,6 +29,7 @@ from posthoc_cli.snapshots.snapshot import (
 )
 from posthoc_cli.snapshots.sources import TrackedTensor
 from posthoc_cli.snapshots.tensorfile import Chunk, Entry, TensorFileWriter, read_file, tensor_bytes
+from posthoc_cli.tracker.averages import Standing
 
 SIGMA_RELS = (0.05, 0.10, 0.15, 0.28)
 """What a run in a test tracks, unless it says otherwise."""
@@ -349,10 +350,16 @@ def tiny_model(seed=0):
         return TinyModel()
 
 
+def info_of(state):
+    """Return the numbers of a tracker's own state, those that equal their default, too."""
+    info = {"step": 0, "t": 0.0} | json.loads(state["info"])
+    return info | {"standing": vars(Standing()) | info.get("standing", {})}
+
+
 def averages_in(state):
     """Return the averages in a tracker's state by sigma_rel and name, in float64."""
     found = {}
-    standing = state["standing"]
+    standing = info_of(state)["standing"]
     folded = standing["folded_t"] / (standing["t"] or 1.0)
     for key, high in state["high"].items():
         mass = 1 - folded ** (exact_gamma(float(key)) + 1)

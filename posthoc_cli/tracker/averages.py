@@ -44,7 +44,7 @@ import torch
 from torch import Tensor
 
 from posthoc_cli.profiles import gamma_from_sigma_rel, may_share_mean, new_value_share, window_ends
-from posthoc_cli.snapshots.sources import ElementRange, PathSketch
+from posthoc_cli.snapshots.sources import PathSketch
 from posthoc_cli.tracker.background import SINGLE_THREAD, ThreadPool
 from posthoc_cli.tracker.measuring import Sketcher, closed
 from posthoc_cli.tracker.memory import (
@@ -55,7 +55,6 @@ from posthoc_cli.tracker.memory import (
     Tile,
     is_on_host,
     places_of,
-    row_major_range,
     tiles_of,
 )
 
@@ -147,7 +146,7 @@ class AverageTensors:
         self.mean = [FlatTensors(wide) for _ in range(profiles)]
         self.high = [FlatTensors(wide) for _ in range(profiles)]
         for tensors in self.mean + self.high:
-            for (flat,) in tensors.slabs:
+            for flat in tensors.flats:
                 flat.zero_()  # so that the system allocates the memory now, not at the first write
 
     @property
@@ -309,33 +308,14 @@ class Averages:
         return new_value_share(self.gammas[profile], standing.folded_t, standing.t)
 
     @torch.no_grad()
-    def read(
-        self,
-        index: int,
-        ranges: Sequence[ElementRange],
-        pool: ThreadPool = SINGLE_THREAD,
-    ) -> list[Tensor]:
-        """Return ranges of the average of that index, rounded once, or of the copies, on the
-        host."""
-        tensors = self.tensors
+    def read(self, profile: int, name: str) -> Tensor:
+        """Return the average of a tensor, rounded once, on the host."""
         standing = self.standing
-        parts = [torch.empty(0)] * len(ranges)
-        mass = self._mass(index)
-
-        def read(number: int, _: int) -> None:
-            name, begin, end = ranges[number]
-            is_copy = name in self.copies
-            kept = self.copies if is_copy else tensors.high[index].views
-            part = row_major_range(kept[name], begin, end)
-            if standing.window and not is_copy:
-                mean = tensors.mean_view(index, name, standing.shared)
-                part = torch.lerp(part, row_major_range(mean, begin, end), mass)
-            else:
-                part = part.clone()
-            parts[number] = part.to("cpu")
-
-        pool.each(read, range(len(ranges)))
-        return parts
+        average = self.tensors.high[profile].views[name]
+        if standing.window:
+            mean = self.tensors.mean_view(profile, name, standing.shared)
+            average = torch.lerp(average, mean, self._mass(profile))
+        return average.to("cpu", copy=True, memory_format=torch.contiguous_format)
 
     @torch.no_grad()
     def path(

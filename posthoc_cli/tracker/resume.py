@@ -15,6 +15,7 @@ from collections import ChainMap, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,10 +50,11 @@ from posthoc_cli.tracker.model import (
     ModelTensors,
     ModelWatch,
     TrackedModel,
+    check_averages,
     collect_tensors,
     named_tensors,
 )
-from posthoc_cli.tracker.processes import Group, Members, ShardOwners, is_first_of_group
+from posthoc_cli.tracker.processes import Group, Members, Notes, ShardOwners, group_of
 from posthoc_cli.tracker.state import Tracking, check_profiles, zero_averages
 
 log = logging.getLogger(__name__)
@@ -84,6 +86,7 @@ class Start:
         directory: Path,
         settings: Settings,
         resume: str | int | None,
+        group: Any = None,
     ) -> Start:
         """Return the start of a new run, or with `resume`, see `PostHocEMA.from_model`, of the run
         in the directory."""
@@ -101,17 +104,19 @@ class Start:
                 step = 0
         _check_names(model, settings.selection)
         tensors = collect_tensors(model, settings.selection)
-        if tensors.tracked.is_sharded or is_first_of_group(model):
+        check_averages(tensors.tracked, settings.selection)
+        processes = group_of(model, group)
+        if tensors.tracked.is_sharded or processes.leads:
             _check_directory(directory, is_new=resume is None)
         if not stored or step == 0:
             run_id = stored[-1].run_id if stored else secrets.token_hex(16)
             none = Averages(settings.sigma_rels)
             tracking = Tracking(run_id, tensors.tracked, none, resumes=bool(stored))
-            tracking = _with_members(tracking, model, tensors, settings, directory)
+            tracking = _with_members(tracking, model, tensors, settings, directory, processes)
             return cls(directory, settings, step if stored else None, tracking)
         complete = _until(_complete(stored, settings.sigma_rels), step, "resume")
         tracking = _resumed(complete[-1], settings.sigma_rels)
-        tracking = _with_members(tracking, model, tensors, settings, directory)
+        tracking = _with_members(tracking, model, tensors, settings, directory, processes)
         start = cls(directory, settings, step, tracking)
         start.look(model, complete)
         return start
@@ -122,6 +127,7 @@ class Start:
         directory: Path,
         model: nn.Module | None,
         step: int | None,
+        group: Any = None,
     ) -> Start:
         """Return the start at a call, or at the newest snapshots, of the run in a directory, with
         its settings."""
@@ -138,7 +144,8 @@ class Start:
             return cls(directory, settings, step, tracking, NotReadyError(directory, reason, hint))
         # By the names in the snapshots: a model that is only to be filled may be frozen.
         tensors = collect_tensors(model, selection, tracking.tracked.known_names)
-        tracking = _with_members(tracking, model, tensors, settings, directory)
+        processes = group_of(model, group)
+        tracking = _with_members(tracking, model, tensors, settings, directory, processes)
         start = cls(directory, settings, step, tracking)
         start.look(model, _complete(stored, settings.sigma_rels))
         return start
@@ -150,7 +157,7 @@ class Start:
         than at a given one.
         """
         tracking = self.tracking
-        group = tracking.tracked.members.keepers("this tracker")
+        group = tracking.tracked.members.keepers()
         sample = sample_of_all(group, group.together(lambda: self._sample(model)))
 
         def find_equal() -> tuple[list[int], list[int]]:
@@ -298,11 +305,13 @@ def _with_members(
     tensors: ModelTensors,
     settings: Settings,
     directory: Path,
+    group: Group,
 ) -> Tracking:
     """Return `tracking` with the processes of the model; of a sharded one this process's part,
-    after a rendezvous."""
+    after they have met."""
     if not tensors.tracked.is_sharded:
-        members = Members(model, directory, tensors.tracked.shapes)
+        notes = None if group.is_alone else Notes(group, directory, tensors.tracked.shapes)
+        members = Members(group, notes)
         return replace(tracking, tracked=replace(tracking.tracked, members=members))
     values = vars(settings) | vars(settings.schedule) | vars(settings.selection)
     # the last one says whether there is an `include`
@@ -312,7 +321,7 @@ def _with_members(
     options["to resume"] = "nothing"
     if tracking.resumes:
         options["to resume"] = f"run {tracking.run_id[:8]} at step {tracking.progress.step}"
-    owners = ShardOwners(model, tensors.tracked, options, tracking.run_id)
+    owners = ShardOwners(group, model, tensors.tracked, options, tracking.run_id)
     if tracking.resumes:
         tracking.tracked.check(tensors.tracked, owners.names)
     part = replace(tensors.tracked.of(owners), everywhere=owners.shapes)
@@ -414,8 +423,7 @@ def _load(
         folded_t=newest.t,
     )
     averages.known_path = path_of_part(newest.sketch, tracked.members.part)
-    known = frozenset(snapshot.identity for snapshot in snapshots)
-    return Tracking(newest.run_id, tracked, averages, _progress_at(newest), snapshots=known)
+    return Tracking(newest.run_id, tracked, averages, _progress_at(newest))
 
 
 def _fill(

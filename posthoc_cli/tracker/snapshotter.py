@@ -6,8 +6,8 @@ from __future__ import annotations
 import errno
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from posthoc_cli import files
-from posthoc_cli.dtypes import ITEM_BYTES, stored_name, torch_dtype
+from posthoc_cli.dtypes import stored_name, torch_dtype
 from posthoc_cli.errors import (
     DirectoryError,
     FileFormatError,
     Log,
     MismatchError,
     NonFiniteError,
-    PostHocError,
     WriteError,
 )
 from posthoc_cli.profiles import FloatArray
@@ -42,14 +41,12 @@ from posthoc_cli.snapshots.directory import (
 )
 from posthoc_cli.snapshots.snapshot import (
     Snapshot,
-    decode_sample,
     decode_snapshot,
     encode_path,
     encode_sample,
 )
-from posthoc_cli.snapshots.sources import ElementRange, PathSketch
+from posthoc_cli.snapshots.sources import PathSketch
 from posthoc_cli.snapshots.tensorfile import (
-    Box,
     Chunk,
     Entry,
     TensorFileWriter,
@@ -79,62 +76,6 @@ from posthoc_cli.tracker.state import Tracking
 log = Log(__name__)
 
 PATIENCE = 60.0  # seconds that a network file system may take to show a file
-
-
-@dataclass(frozen=True, repr=False)
-class LiveSource(Snapshot):
-    """One running average, with its copies: the snapshot that would be written now.
-
-    It is read in place until the next update, which has it copied first; `call` runs `read`, which
-    returns flat ranges.
-    """
-
-    read: Callable[[Sequence[ElementRange]], list[Tensor]] = lambda _: []
-    call: Callable[[Callable[[], list[Tensor]]], list[Tensor]] = lambda work: work()
-    copied: dict[str, Tensor] = field(default_factory=dict)  # all tensors, flat, from then on
-
-    @property
-    def name(self) -> str:
-        return f"live average of sigma_rel {self.sigma_rel:g}"
-
-    def read_box(
-        self,
-        name: str,
-        box: Box,  # noqa: ARG002
-        out: memoryview,
-        begin: int = 0,
-        verify: bool = True,  # noqa: ARG002
-    ) -> None:
-        """Fill `out` with the elements from `begin` on of the box that this process holds, the only
-        one."""
-        end = begin + len(out) // ITEM_BYTES[self.entries[name].dtype]
-        self._fill(out, [ElementRange(name, begin, end)])
-
-    def read_many(self, names: Sequence[str], out: memoryview) -> None:
-        self._fill(out, self._complete(names))
-
-    def copy(self) -> None:
-        """Copy what would be read in place; called in the thread that changes the averages, before
-        it does."""
-        if not self.copied:
-            names = [*self.entries]
-            copies = self.read(self._complete(names))
-            self.copied.update(zip(names, copies, strict=True))
-
-    def _complete(self, names: Sequence[str]) -> list[ElementRange]:
-        """Return the ranges of all elements of tensors."""
-        return [ElementRange(name, 0, self.entries[name].size) for name in names]
-
-    def _fill(self, out: memoryview, ranges: Sequence[ElementRange]) -> None:
-        for values in self.call(lambda: self._values(ranges)):
-            data = tensor_bytes(values)
-            out[: len(data)] = data
-            out = out[len(data) :]
-
-    def _values(self, ranges: Sequence[ElementRange]) -> list[Tensor]:
-        if not self.copied:
-            return self.read(ranges)
-        return [self.copied[name][begin:end] for name, begin, end in ranges]
 
 
 def headers(
@@ -231,10 +172,6 @@ class Snapshotter:
     def close(self) -> None:
         self._lock.release()
 
-    @property
-    def checksums(self) -> frozenset[str]:
-        return frozenset(snapshot.identity for snapshot in self._complete())
-
     def check_run(self, run_id: str) -> None:
         newest = self._stored[-1] if self._stored else None
         if newest is not None and newest.run_id != run_id:
@@ -242,29 +179,17 @@ class Snapshotter:
             raise MismatchError(self.directory, reason, ways_to_resume(newest.step))
 
     def continue_from(self, state: Tracking) -> None:
-        """Set aside the snapshots that are later than a state, or of another attempt, which the
-        state does not list.
-
-        Those that `close` wrote after it was saved belong to it if they hold its averages.
-        """
+        """Set aside the snapshots that are later than a state."""
         t = state.progress.t
-        own = []
-        others = []
-        for snapshot in self._complete():
-            is_known = snapshot.identity in state.snapshots or _holds_average(snapshot, state)
-            if is_known and snapshot.t <= t:
-                own.append(snapshot)
-            else:
-                others.append(snapshot)
-        if self._leads and (moved := set_aside(others, self._lock)):
+        later = [snapshot for snapshot in self._complete() if snapshot.t > t]
+        if self._leads and (moved := set_aside(later, self._lock)):
             log.warning(
-                "training continues from t = %.12g: %d snapshots, later, of another attempt or of "
-                "a dropped profile, moved to %s",
+                "training continues from t = %.12g: %d later snapshots moved to %s",
                 t,
                 len(moved),
                 moved[0].parent,
             )
-        self._stored = own
+        self._stored = [snapshot for snapshot in self._stored if snapshot.t <= t]
 
     def record(
         self,
@@ -279,25 +204,21 @@ class Snapshotter:
         first = infos[0]
         if self.has(first.t):
             return
-        try:
-            self._check_directory(first)
-            self._members.check_part(first.step, first.t)
-            for average in staged:
-                if average.nonfinite is not None:
-                    subject = f"average of {average.nonfinite!r}"
-                    reason = "holds nan or infinity; no snapshot of it is written"
-                    raise NonFiniteError(subject, reason)
-            for name, copy in copies.items():
-                if copy.is_floating_point() and bool(copy.isnan().any()):
-                    log.warning("tensor %r holds nan, and is copied unchanged", name)
-            self.nbytes = 0
-            for info, average in zip(infos, staged, strict=True):
-                self.nbytes += self._write(info, average, copies)
-            self.times_written += 1
-            self._thin()
-        except PostHocError as error:
-            self._members.announce_failure(error)
-            raise
+        self._check_directory(first)
+        self._members.check_part(first.step, first.t)
+        for average in staged:
+            if average.nonfinite is not None:
+                subject = f"average of {average.nonfinite!r}"
+                reason = "holds nan or infinity; no snapshot of it is written"
+                raise NonFiniteError(subject, reason)
+        for name, copy in copies.items():
+            if copy.is_floating_point() and bool(copy.isnan().any()):
+                log.warning("tensor %r holds nan, and is copied unchanged", name)
+        self.nbytes = 0
+        for info, average in zip(infos, staged, strict=True):
+            self.nbytes += self._write(info, average, copies)
+        self.times_written += 1
+        self._thin()
 
     def _check_directory(self, info: Snapshot) -> None:
         """Raise a WriteError if the directory was deleted, and a LockedError if another one is at
@@ -398,25 +319,6 @@ def _is_of_earlier_session(path: Path, session: int) -> bool:
         return decode_snapshot(read_file(path)).session < session
     except FileFormatError:
         return False
-
-
-def _holds_average(snapshot: Snapshot, state: Tracking) -> bool:
-    """Return whether a snapshot's sample of its average equals a state's values, as far as this
-    process has them."""
-    averages = state.averages
-    sampled = state.tracked.sampled
-    if snapshot.t != averages.standing.t:
-        return False
-    if snapshot.sigma_rel not in averages.sigma_rels:
-        return False
-    _, recorded = decode_sample(snapshot.sample)
-    if len(recorded) <= max(sampled, default=-1):
-        return False
-    profile = averages.sigma_rels.index(snapshot.sigma_rel)
-    ranges = [ElementRange(name, at, at + 1) for name, at in sampled.values()]
-    values = averages.read(profile, ranges)
-    own = np.array([float(value) for value in values], np.float32)
-    return np.array_equal(recorded[list(sampled)], own)
 
 
 class Storage:
@@ -527,10 +429,9 @@ class StagedAverage:
             self.sample = encode_sample(weights, storage.in_order(self._sample))
 
     def write_rounded(self, writer: TensorFileWriter) -> None:
-        for name, (bucket, _) in self.storage.places.items():
+        for name in self.storage.places:
             if name not in self.others:
-                parts = self.memory.row_major(bucket, name)
-                writer.write(name, map(tensor_bytes, parts))
+                writer.write(name, [tensor_bytes(self.memory.row_major(name))])
 
 
 @torch.no_grad()
@@ -585,16 +486,15 @@ def _stored_exactly(
     """Return running statistics, and those of the doubtful weights that the storage dtype cannot
     hold."""
     others = {}
-    for name, (_, place) in storage.places.items():
+    for name in storage.places:
         if name in storage.weights and name not in doubtful:
             continue
         dtype = storage.dtype(name)
-        complete = ElementRange(name, 0, place.end - place.begin)
-        (exact,) = averages.read(index, [complete])
+        exact = averages.read(index, name)
         error = exact - exact.to(dtype).to(exact.dtype)
         is_held = _is_accurate(_squared_norm(exact), _squared_norm(error), dtype)
         if name not in storage.weights or not is_held:
-            others[name] = exact.view(place.shape)
+            others[name] = exact
     return others
 
 
@@ -612,21 +512,3 @@ def _is_accurate(
     the dtype's range."""
     relative = torch.finfo(dtype).eps / 2
     return math.isfinite(rounding) and rounding <= relative**2 * norm
-
-
-def measured_now(
-    subset: Subset,
-    averages: Averages,
-    pool: ThreadPool,
-) -> list[Measurements | None]:
-    """Return the measurements of the averages as they are now, not rounded."""
-    buffers = [subset.buffers() for _ in averages.sigma_rels]
-
-    def take(tile: Tile, thread: int) -> None:
-        for index, own in enumerate(buffers):
-            exact = averages.values(tile, index, thread)
-            subset.take(tile, exact, own)
-
-    pool.each(take, tiles_of(subset.layout))
-    squares = [subset.sums(joined(values)) for values in buffers]
-    return [*map(measured_as, squares)]

@@ -1,7 +1,6 @@
 """Averages during training, BatchNorm's running statistics among them: their values, from memory
 and from snapshots."""
 
-import logging
 import shutil
 import threading
 from pathlib import Path
@@ -16,7 +15,7 @@ from tracker.runs import Training, track
 from truth import distance
 
 from posthoc_cli import PostHocEMA, Run, Window
-from posthoc_cli.errors import InvalidValueError, NonFiniteError
+from posthoc_cli.errors import InvalidValueError, NonFiniteError, NotReadyError
 
 SETTINGS = {"update_every": 2, "checkpoint_every": 10}
 STATISTICS = ("1.running_mean", "1.running_var")
@@ -42,11 +41,11 @@ def test_the_average_is_of_the_last_update_and_not_of_the_last_snapshot_and_need
     assert 0 < tracker.state_dict(sigma_rel=0.05).predicted_error < 2**-24
 
 
-def test_blocks_of_several_lengths_are_as_exact_as_the_log_predicts_and_made_when_they_are_entered(
+def test_blocks_of_several_lengths_are_as_exact_as_predicted_and_made_when_they_are_entered(
     tmp_path,
     caplog,
 ):
-    """However often, also within itself. A window longer than the run is left out."""
+    """However often; they say their time. A window longer than the run is left out."""
     training, tracker = trained(tmp_path, 300)
     wanted = [0.1, 0.28, "window:400"]
     blocks = tracker.models(training.model, wanted)
@@ -55,29 +54,43 @@ def test_blocks_of_several_lengths_are_as_exact_as_the_log_predicts_and_made_whe
     assert caplog.text.count("window:400") == 1
     for label, block in (*blocks.items(), *blocks.items()):
         training.run(len(training.path) + 10, tracker)
-        with caplog.at_level(logging.INFO), block, block as averaged:
-            line = next(text for text in reversed(caplog.messages) if "predicted" in text)
-            # A prediction is a root mean square over runs; DESIGN.md, 6.2: 0.74 to 3.6 of it in 540
-            # measured cases.
-            predicted = float(line.rpartition(" ")[2])
+        # A prediction is a root mean square over runs; DESIGN.md, 6.2: 0.74 to 3.6 of it in 540
+        # measured cases.
+        predicted = tracker.state_dict(float(label)).predicted_error
+        with block as averaged:
+            assert block.t == len(training.path)
             exact = training.exact(float(label))
             assert distance(averaged.state_dict(), exact) < 4 * predicted + 1e-6
 
 
-def test_without_an_update_or_before_one_of_a_resumed_run_there_is_no_live_average(
-    tmp_path, caplog
-):
+def test_an_untracked_length_is_of_the_newest_snapshots_and_says_their_time(tmp_path):
+    training, tracker = trained(tmp_path, 36)
+    weights = tracker.state_dict(0.15)
+    assert weights.t == 30
+    assert_same_tensors(weights, tracker.run.average(0.15))
+    assert tracker.state_dict(0.05).t == 36
+    with tracker.model(training.model, "window:20") as averaged:
+        assert_same_tensors(averaged.state_dict(), tracker.state_dict("window:20"))
+
+
+def test_without_a_snapshot_an_untracked_length_is_refused_with_a_way_out(tmp_path):
+    _, tracker = trained(tmp_path, 9)
+    with pytest.raises(NotReadyError, match=r"no snapshot yet.*; ema\.snapshot\(\) writes one"):
+        tracker.state_dict(0.15)
+    tracker.snapshot()
+    assert tracker.state_dict(0.15).t == 9
+
+
+def test_without_an_update_or_before_one_of_a_resumed_run_there_is_no_live_average(tmp_path):
     """The truth value of a compiled model raises an error."""
     training = Training()
     model = torch.compile(training.model, backend="eager")
     tracker = PostHocEMA.from_model(model, tmp_path, **SETTINGS)
-    block = tracker.model(model, 0.05)
-    with block:
-        pass
-    (warning,) = caplog.messages
-    assert warning.startswith("no average yet, so the raw weights are used")
-    weights = tracker.state_dict(sigma_rel=0.1)
-    assert torch.equal(weights["0.weight"], training.model[0].weight)
+    early = "no average yet: the first update is at call 2 of update_.*has_average says when"
+    for call in (tracker.model(model, 0.05).__enter__, lambda: tracker.state_dict(0.1)):
+        with pytest.raises(NotReadyError, match=early):
+            call()
+    assert not tracker.has_average
     training.run(10, tracker)
     tracker.close()
     expected = PostHocEMA.from_path(tmp_path).state_dict(0.05)

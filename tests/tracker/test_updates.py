@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from factories import exact_average, exact_gamma, relative_distance
+from factories import exact_average, exact_gamma, info_of, relative_distance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -113,8 +113,8 @@ def test_averages_stay_exact_when_profiles_begin_to_share_a_mean(tmp_path):
                 exact = exact_average(path, sigma_rel, times)
                 assert relative_distance(tracked(tracker, sigma_rel), exact) < 1.5e-7
             state = tracker.state_dict()
-        assert state["standing"]["window"] > 0
-    assert state["standing"]["shared"]
+        assert info_of(state)["standing"]["window"] > 0
+    assert info_of(state)["standing"]["shared"]
 
 
 def test_defaults_are_those_of_the_contract(tmp_path, caplog):
