@@ -30,6 +30,7 @@ from posthoc_cli.snapshots.snapshot import (
 from posthoc_cli.snapshots.sources import TrackedTensor
 from posthoc_cli.snapshots.tensorfile import Chunk, Entry, TensorFileWriter, read_file, tensor_bytes
 from posthoc_cli.tracker.averages import Standing
+from posthoc_cli.tracker.clock import Moment
 
 SIGMA_RELS = (0.05, 0.10, 0.15, 0.28)
 """What a run in a test tracks, unless it says otherwise."""
@@ -352,8 +353,11 @@ def tiny_model(seed=0):
 
 def info_of(state):
     """Return the numbers of a tracker's own state, those that equal their default, too."""
-    info = {"step": 0, "t": 0.0} | json.loads(state["info"])
-    return info | {"standing": vars(Standing()) | info.get("standing", {})}
+    info = json.loads(state["info"])
+    standing = vars(Standing()) | info.get("standing", {})
+    nothing = vars(Moment())
+    standing |= nothing | info.get("standing", {}).get("last", {})
+    return nothing | info.get("last", {}) | info | {"standing": standing}
 
 
 def averages_in(state):

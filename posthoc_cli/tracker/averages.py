@@ -46,6 +46,7 @@ from torch import Tensor
 from posthoc_cli.profiles import gamma_from_sigma_rel, may_share_mean, new_value_share, window_ends
 from posthoc_cli.snapshots.sources import PathSketch
 from posthoc_cli.tracker.background import SINGLE_THREAD, ThreadPool
+from posthoc_cli.tracker.clock import Moment
 from posthoc_cli.tracker.measuring import Sketcher, closed
 from posthoc_cli.tracker.memory import (
     Elements,
@@ -71,8 +72,7 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 class Standing:
     """The state of the averages, except their tensors, at the last update."""
 
-    t: float = 0.0
-    step: int = 0
+    last: Moment = field(default_factory=Moment)
     t_first: float = 0.0  # the time of the first update
     max_interval: float = 0.0  # the longest time between two updates so far
     updates: int = 0
@@ -81,20 +81,23 @@ class Standing:
     folded_t: float = 0.0  # the time of the last fold
     shared: bool = False  # whether the first profile's mean serves all profiles since the last fold
 
-    def after(
-        self,
-        t: float,
-        step: int,
-        folds: bool,
-    ) -> Standing:
+    @property
+    def t(self) -> float:
+        return self.last.t
+
+    @property
+    def step(self) -> int:
+        return self.last.step
+
+    def after(self, last: Moment, folds: bool) -> Standing:
         """Return the standing after an update, which folds the means or not."""
+        t = last.t
         max_interval = 0.0
         if self.t:
             max_interval = max(self.max_interval, t - self.t)
         after = replace(
             self,
-            t=t,
-            step=step,
+            last=last,
             t_first=self.t_first or t,
             window=self.window + 1,
             max_interval=max_interval,
@@ -223,20 +226,19 @@ class Averages:
         self,
         values: Reader,
         copies: Mapping[str, Tensor],
-        t: float,
-        step: int,
+        moment: Moment,
         pool: ThreadPool,
         sampled: Elements,
         sketcher: Sketcher | None,
     ) -> str | None:
-        """Take in the model's values at time `t`: averages <- averages + (1 - beta) (values -
+        """Take in the model's values of a moment: averages <- averages + (1 - beta) (values -
         averages).
 
         If a value is nan or infinite, nothing changes, and the first tensor with such a value is
         returned.
         """
         before = self.standing
-        shares = before.shares(self.gammas, t)
+        shares = before.shares(self.gammas, moment.t)
         limits = self._take_limits(values.layout, shares)
         norms = [0.0] * len(limits)
         if not limits:
@@ -254,7 +256,7 @@ class Averages:
             self._limits = [min(2 * norm, LARGEST) for norm in norms]
         self.copies = copies
         self.sample = update.sample
-        self.standing = before.after(t, step, shares.folds)
+        self.standing = before.after(moment, shares.folds)
         if sketcher is not None:
             self._sketch(sketcher, before.shared, shares.folds)
         return None

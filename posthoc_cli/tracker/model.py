@@ -437,8 +437,7 @@ class ModelWatch:
         try:
             tracked.check(collected.tracked)
         except ModelMismatchError as error:
-            way = "begin a new directory for the changed model"
-            raise error if error.hint else error.with_hint(way) from None
+            raise error.with_hint("begin a new directory for the changed model") from None
         return collected
 
     def forget(self) -> None:

@@ -444,7 +444,7 @@ class Pipeline:
         pool = self._pool_for(values.layout)
         sample = storage.sample
         sketcher = self._sketcher(averages, storage)
-        name = averages.update_(values, copies, progress.t, progress.step, pool, sample, sketcher)
+        name = averages.update_(values, copies, progress.last, pool, sample, sketcher)
         self.tracking = replace(now, progress=progress)
         return name
 

@@ -919,8 +919,7 @@ class PostHocEMA:
                 t_unit=self.settings.t_unit,
                 sigma_rels=averages.sigma_rels,
                 standing=averages.standing,
-                step=tracking.progress.step,
-                t=tracking.progress.t,
+                last=tracking.progress.last,
                 sketch=joined_paths([path for path in paths if path]),
                 weights=weights,
             )

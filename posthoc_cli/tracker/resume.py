@@ -45,7 +45,7 @@ from posthoc_cli.snapshots.snapshot import (
 )
 from posthoc_cli.snapshots.tensorfile import Box, check_text, compact
 from posthoc_cli.tracker.averages import Averages, Standing
-from posthoc_cli.tracker.clock import Settings, TrainingProgress
+from posthoc_cli.tracker.clock import Moment, Settings, TrainingProgress
 from posthoc_cli.tracker.model import (
     ModelTensors,
     ModelWatch,
@@ -391,7 +391,7 @@ def _resumed(last: Snapshot, sigma_rels: Sequence[float]) -> Tracking:
 
 
 def _progress_at(snapshot: Snapshot) -> TrainingProgress:
-    return TrainingProgress.resumed(snapshot.step, snapshot.t, snapshot.step)
+    return TrainingProgress.resumed(Moment.of(snapshot), snapshot.step)
 
 
 def _are_rounded(snapshot: Snapshot) -> bool:
@@ -415,8 +415,7 @@ def _load(
         _fill(high.views, chosen[sigma_rel], tracked)
     _fill(averages.copies, newest, tracked)
     averages.standing = Standing(
-        newest.t,
-        newest.step,
+        Moment.of(newest),
         newest.t_first,
         newest.max_interval,
         newest.updates,

@@ -21,7 +21,7 @@ from posthoc_cli.errors import (
 from posthoc_cli.planning import format_widths
 from posthoc_cli.snapshots.snapshot import ANY_SIGN, RunId, SketchText, converted, path_of_part
 from posthoc_cli.tracker.averages import Averages, AverageTensors, Standing
-from posthoc_cli.tracker.clock import Settings, TrainingProgress
+from posthoc_cli.tracker.clock import Moment, Settings, TrainingProgress
 from posthoc_cli.tracker.memory import layout_of, on_host
 from posthoc_cli.tracker.model import TrackedModel, into_dtensors, nonfinite_name
 from posthoc_cli.tracker.processes import held_box
@@ -53,8 +53,7 @@ class StateInfo:
     t_unit: str
     sigma_rels: tuple[float, ...]
     standing: Standing = field(default_factory=Standing)
-    step: int = 0  # of the last call
-    t: float = 0.0
+    last: Moment = field(default_factory=Moment)  # the last call
     sketch: SketchText = ""
     # of a snapshot's sample at the last call; empty if unknown
     weights: tuple[Annotated[float, ANY_SIGN], ...] = ()
@@ -149,7 +148,7 @@ def unpack_state(
     if standing.t > 0 and tracked.tensors:
         check_profiles(info.sigma_rels, settings.sigma_rels)
         averages = _unpacked_averages(state, info, settings.sigma_rels, tracked)
-    progress = TrainingProgress.resumed(info.step, info.t, standing.step)
+    progress = TrainingProgress.resumed(info.last, standing.step)
     loaded = Tracking(info.run_id, tracked, averages, progress)
     return loaded, info.weights
 

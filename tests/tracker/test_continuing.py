@@ -179,8 +179,8 @@ def same(one, other):
             r"state: counts time in 'images', this tracker in 'steps'",
         ),
         (
-            {"info": {"standing": {"t": float("nan")}}},
-            r"state: standing: t: must be a finite number",
+            {"info": {"last": {"step": 2, "t": float("nan")}}},
+            "state: last: t: must be a finite number",
         ),
         ({"copies": {"more": torch.zeros(1)}}, "is in the state or in the model, but not in both"),
         (
