@@ -1,7 +1,8 @@
 """Worker threads that run jobs in order, a pool for large updates, and the lock of a call.
 
-A signal handler runs in the main thread, between any two steps of its code. It may raise an
-exception, and must not find a lock that the code around it holds: so locks are reentrant.
+A signal handler runs in the main thread, between any two steps of its code, and may raise an
+exception. So no lock is taken but by a `with` statement of its own, which cannot be interrupted
+before it holds, and those that a handler may find taken are reentrant.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import CancelledError, Future, wait
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, suppress
 from functools import lru_cache, partial
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar, cast
@@ -38,21 +38,15 @@ class CallLock:
     a signal handler, is refused: it would wait for itself."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._is_held = False
+        self._lock: Any = threading.RLock()
 
-    @contextmanager
-    def hold(self, call: str) -> Iterator[None]:
-        """Hold the lock for a block."""
-        with self._lock:
-            if self._is_held:
-                reason = "the code that this signal handler or callback interrupts is in a call"
-                raise NotReadyError(call, reason, "set a flag, and make the call after it")
-            try:
-                self._is_held = True
-                yield
-            finally:
-                self._is_held = False
+    def hold(self, call: str) -> AbstractContextManager[Any]:
+        """Return the lock, for a `with` statement; a NotReadyError if this thread holds it."""
+        if self._lock._is_owned():  # which threading.Condition asks, too
+            reason = "the code that this signal handler or callback interrupts is in a call"
+            raise NotReadyError(call, reason, "set a flag, and make the call after it")
+        lock: AbstractContextManager[Any] = self._lock
+        return lock
 
 
 class Job(Generic[Result]):
@@ -60,39 +54,51 @@ class Job(Generic[Result]):
 
     def __init__(self, work: Callable[[], Result]) -> None:
         self._work: Callable[[], Result] | None = work
-        self._future: Future[Result] = Future()
+        self._owner: dict[None, str] = {}  # `setdefault` is atomic, and cannot be interrupted
+        self._finished = False
+        self._error: BaseException | None = None
+        self._value: Result | None = None
+        self._gate = threading.Lock()
+        self._gate.acquire()
 
     def run(self) -> None:
         """Do the work; called by a worker."""
-        work = self._work
-        self._work = None  # it may hold a model
-        if work is None or not self._future.set_running_or_notify_cancel():
+        if self._owner.setdefault(None, "worker") != "worker" or self._work is None:
             return
         try:
-            self._future.set_result(work())
+            self._value = self._work()
         except BaseException as error:  # noqa: BLE001  # raised by `result`
-            self._future.set_exception(error)
+            self._error = error
+        self._work = None  # it may hold a model
+        self._finished = True
+        self._gate.release()
 
     def wait(self) -> None:
         """Wait until the work is done."""
         # Again and again: a signal that arrives just before a wait for a lock begins does not end
         # that wait, and its handler would run only after the job.
-        while not self._future.done():
-            wait([self._future], SIGNAL_DELAY)
+        while not self._finished:
+            if self._gate.acquire(timeout=SIGNAL_DELAY):
+                self._gate.release()
 
     def settle(self) -> None:
         """Withdraw the work, or wait until it is done, even if an exception is raised meanwhile."""
         try:
-            if not self._future.cancel():
+            if not self._withdraw():
                 self.wait()
         finally:
-            if not self._future.done():
+            if not (self._finished or self._withdraw()):
                 self.settle()
 
     def result(self) -> Result:
-        """Return the result of work that is done, or raise its error; a CancelledError if it was
-        withdrawn."""
-        return self._future.result()
+        """Return the result of work that is done, None if it was withdrawn, or raise its error."""
+        if self._error is not None:
+            raise self._error
+        return cast("Result", self._value)
+
+    def _withdraw(self) -> bool:
+        """Withdraw the work; return False if a worker has already started it."""
+        return self._owner.setdefault(None, "caller") == "caller"
 
 
 class Worker:
@@ -299,8 +305,7 @@ class ThreadPool:
             for job in jobs:
                 job.settle()
         for job in jobs:
-            with suppress(CancelledError):
-                job.result()
+            job.result()
 
     def close(self) -> None:
         for helper in self._helpers:

@@ -109,12 +109,12 @@ def swapped_in(
     kept = {id(target.tensor): target.tensor for target in targets.values()}
     kept |= {id(buffer): buffer for buffer in model.buffers()}  # a forward pass may change them
     held = frozenset(kept)
-    with _entering:
-        if is_swapped(model):
-            reason = "holds averaged weights now"
-            raise NotReadyError("model", reason, "evaluate one average after the other")
-        _swapped.append(held)
     try:
+        with _entering:
+            if is_swapped(model):
+                reason = "holds averaged weights now"
+                raise NotReadyError("model", reason, "evaluate one average after the other")
+            _swapped.append(held)
         raw = [_RawTensor(tensor) for tensor in kept.values() if not tensor.is_meta]
         modes = [(module, module.training) for module in model.modules()]
         gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
@@ -134,7 +134,8 @@ def swapped_in(
             for parameter, gradient in gradients:
                 parameter.grad = gradient
     finally:
-        _swapped.remove(held)
+        with _entering:
+            _swapped[:] = [each for each in _swapped if each is not held]
 
 
 class _RawTensor:

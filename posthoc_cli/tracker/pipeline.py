@@ -467,7 +467,7 @@ class Pipeline:
     def _warn_of_standstill(self, storage: Storage, averages: Averages) -> None:
         """Warn if the weights are those of the last snapshots."""
         before = self._last_sample
-        if averages.sample is None:
+        if averages.sample is None or not storage.sample_size:
             return
         step = averages.standing.step
         sample = storage.in_order(averages.sample)

@@ -757,7 +757,7 @@ class PostHocEMA:
 
     # --- one call of `update_`
 
-    def _call(self, name: str) -> AbstractContextManager[None]:
+    def _call(self, name: str) -> AbstractContextManager[Any]:
         """Return a block that holds the tracker for the time of a call."""
         self._pipeline.check_process()
         return self._lock.hold(name)

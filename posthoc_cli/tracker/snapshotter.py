@@ -367,6 +367,11 @@ class Storage:
             entries[name] = Entry(dtype, place.shape)
         return entries
 
+    @property
+    def sample_size(self) -> int:
+        """The number of sampled elements, none in some processes of a sharded model."""
+        return len(self._order)
+
     def allocate(self, profiles: int) -> None:
         pinned = any(bucket.device.type == "cuda" for bucket in self.layout)
         while len(self.memory) < profiles:
