@@ -109,7 +109,8 @@ def average_blocks(
     first update. Lengths that are not tracked are made of a snapshot of this step."""
     if not ema.has_average:
         return {}
-    if any(target.sigma_rel not in ema.settings.sigma_rels for target in targets):
+    tracked = ema.settings.sigma_rels
+    if not ema.closed and any(target.sigma_rel not in tracked for target in targets):
         ema.snapshot()
     return ema.models(model, targets)
 
