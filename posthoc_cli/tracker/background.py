@@ -1,8 +1,8 @@
 """Worker threads that run jobs in order, a pool for large updates, and the lock of a call.
 
 A signal handler runs in the main thread, between any two steps of its code, and may raise an
-exception. So no lock is taken but by a `with` statement of its own, which cannot be interrupted
-before it holds, and those that a handler may find taken are reentrant.
+exception. So locks are taken by `with` statements, which cannot be interrupted before they hold,
+and those that a handler may find taken are reentrant.
 """
 
 from __future__ import annotations
