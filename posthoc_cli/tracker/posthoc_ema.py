@@ -428,8 +428,8 @@ class PostHocEMA:
         it is durable.
 
         Call it when you save a checkpoint of the model, so that `resume="auto"` can continue from
-        that checkpoint. Between two updates it takes in the model's weights first. Thinning spares
-        it until five later times have some.
+        that checkpoint. Between two updates it takes in the model's weights first. It is thinned
+        as any other.
         """
         with self._call("snapshot"):
             self._pipeline.check_open()

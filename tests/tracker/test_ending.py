@@ -8,7 +8,7 @@ from collections import defaultdict
 import forked
 import pytest
 from safetensors.torch import load_file
-from tracker.runs import EITHER_DEVICE, Training, assert_near, contents, track
+from tracker.runs import EITHER_DEVICE, Training, assert_near, track
 
 from posthoc_cli import PostHocEMA, Run, files
 from posthoc_cli.errors import LockedError, NotReadyError, WriteError
@@ -109,38 +109,6 @@ def test_snapshots_are_written_on_request_and_at_the_end_unless_there_is_no_new_
 
 def inodes(folder):
     return {path.stat().st_ino for path in folder.glob("*.safetensors")}
-
-
-def test_snapshots_off_the_schedule_change_no_others(tmp_path):
-    """Headers hold distances, the motion so far and what thinning has left, none of them from those
-    snapshots.
-
-    A snapshot between two updates would add an update, see `test_continuing`.
-    """
-    for name in ("complete", "run"):
-        training = Training()
-        with begin(training, tmp_path / name, device="cpu") as tracker:
-            for step in (2, 8, 12, 18, 20, 44, 46, 50):
-                training.run(step, tracker)
-                if name == "run":
-                    tracker.snapshot()
-    assert contents(tmp_path / "run") == contents(tmp_path / "complete")
-
-
-def test_thinning_spares_snapshots_on_request(tmp_path):
-    """They stay while they are among the newest five times, as a checkpoint of the training may
-    belong to them."""
-    training = Training()
-    with begin(training, tmp_path) as tracker:
-        for step in (4, 14):
-            training.run(step, tracker)
-            tracker.snapshot()
-        training.run(30, tracker)
-        tracker.flush()
-        assert written(tmp_path) == ["4 off", "10", "14 off", "20", "30"]
-        training.run(40, tracker)
-    assert len(written(tmp_path)) == 4
-    assert written(tmp_path)[0] == "14 off"
 
 
 INTERRUPTED = """
