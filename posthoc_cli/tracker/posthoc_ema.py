@@ -528,13 +528,16 @@ class PostHocEMA:
         """Return by label ("0.15", "decay-linear-20%") blocks like that of `model`, each made when
         it is entered.
 
-        Targets that the run is too short for, such as a window of more steps, are left out, with a
-        warning. In a group of processes all make the call, and enter the blocks in their order.
+        Targets that cannot be made yet, such as a window of more steps than the run has, are left
+        out, with a warning. In a group of processes all make the call, and enter the blocks in
+        their order.
         """
         targets = {target.label: target for target in as_targets(sigma_rels)}
         group = self._callers({})
 
         def find_refusals() -> dict[str, str]:
+            if not self.has_average:
+                return dict.fromkeys(targets, self.settings.first_update(self.step))
             others = {}
             for label, target in targets.items():
                 if self._tracked_profile(target, {}) is None:
@@ -545,7 +548,10 @@ class PostHocEMA:
             _, reasons = averaged.plan_possible(stored, others)
             return reasons
 
-        refusals = group.from_first(find_refusals)
+        check_model(model)
+        with self._call("models"):
+            group.together(self._flush)
+            refusals = group.from_first(find_refusals)
         blocks = {}
         for label, target in targets.items():
             if label not in refusals:

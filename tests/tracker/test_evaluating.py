@@ -91,6 +91,7 @@ def test_without_an_update_or_before_one_of_a_resumed_run_there_is_no_live_avera
         with pytest.raises(NotReadyError, match=early):
             call()
     assert not tracker.has_average
+    assert tracker.models(model, [0.05]) == {}
     training.run(10, tracker)
     tracker.close()
     expected = PostHocEMA.from_path(tmp_path).state_dict(0.05)
