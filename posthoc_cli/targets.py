@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from posthoc_cli.clock import Clock
 from posthoc_cli.errors import InvalidValueError, brief, check_number, check_word, likely
 from posthoc_cli.profiles import (
-    Clock,
     FloatArray,
     Point,
     PowerFunction,

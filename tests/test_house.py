@@ -18,7 +18,8 @@ from posthoc_cli.cli import app
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "posthoc_cli"
 ROOMS = (
-    "errors", "remote", "files", "resources", "dtypes", "profiles", "targets", "reconstruction",
+    "errors", "remote", "files", "resources", "dtypes", "profiles", "clock", "targets",
+    "reconstruction",
     "planning", "snapshots", "checkpoints", "synthesis", "export", "plots", "run", "tracker",
     "averages", "integrations", "sweep", "report", "demo", "cli",
 )  # fmt: skip

@@ -11,9 +11,9 @@ from checking import refused
 from factories import Span
 from numpy.testing import assert_allclose
 
+from posthoc_cli.clock import Clock
 from posthoc_cli.profiles import (
     UNIFORM_SIGMA_REL,
-    Clock,
     Point,
     PowerFunction,
     gamma_from_sigma_rel,

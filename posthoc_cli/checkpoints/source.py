@@ -14,12 +14,12 @@ import xxhash
 from posthoc_cli.checkpoints.content import Chunk, Content, Identity, Tensors
 from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.checkpoints.updates import Updates
+from posthoc_cli.clock import Clock
 from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import FileFormatError, shown
 from posthoc_cli.profiles import (
     POWER_FUNCTION,
     UNLIMITED,
-    Clock,
     FloatArray,
     Point,
     PowerFunction,

@@ -30,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from posthoc_cli.clock import Clock
 from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import (
     FileFormatError,
@@ -40,11 +41,7 @@ from posthoc_cli.errors import (
     warn,
 )
 from posthoc_cli.planning import USEFUL_RANGE
-from posthoc_cli.profiles import (
-    Clock,
-    FloatArray,
-    PowerFunction,
-)
+from posthoc_cli.profiles import FloatArray, PowerFunction
 from posthoc_cli.reconstruction import Measurements, Sketch, Steps, StoredAverage
 from posthoc_cli.snapshots.sources import PathSketch, Rule, Source, TrackedTensor
 from posthoc_cli.snapshots.tensorfile import FORMAT, Box, Chunk, Entry, TensorFile, compact

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from posthoc_cli.clock import Clock, EpochClock
 from posthoc_cli.dtypes import DTYPES, ITEM_BYTES
 from posthoc_cli.errors import MismatchError, NonFiniteError, shown
-from posthoc_cli.profiles import Clock, EpochClock, FloatArray, Point, StoredProfile
+from posthoc_cli.profiles import FloatArray, Point, StoredProfile
 from posthoc_cli.reconstruction import (
     Measurements,
     Sketch,

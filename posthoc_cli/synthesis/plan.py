@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from posthoc_cli.clock import Clock
 from posthoc_cli.dtypes import EPS, parse_dtype
 from posthoc_cli.errors import (
     InexactError,
@@ -27,7 +28,7 @@ from posthoc_cli.errors import (
     shown,
 )
 from posthoc_cli.planning import GOOD_ERROR, check_within, error_curve
-from posthoc_cli.profiles import Clock, FloatArray, PowerFunction, Profile
+from posthoc_cli.profiles import FloatArray, PowerFunction, Profile
 from posthoc_cli.reconstruction import (
     ROUNDING,
     Prior,
