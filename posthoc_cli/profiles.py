@@ -684,8 +684,6 @@ def sigma_rel_from_classical_beta(beta: float, steps: int) -> float:
     return sigma_rel_from_gamma(math.expm1(log_x))
 
 
-
-
 # --- folding updates into tracked averages
 
 WINDOW = 104
