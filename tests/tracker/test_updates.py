@@ -283,3 +283,30 @@ def test_a_step_that_a_cuda_graph_captures_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(NotReadyError, match=r"graph is being captured.*graph\.replay"):
         ema.update_(model)
+
+
+def test_a_model_that_is_frozen_as_a_whole_is_said_to_be_and_continues_when_it_is_trained(tmp_path):
+    """As the generator of a GAN while the discriminator is trained."""
+    model = nn.Linear(2, 2)
+    with track(model, tmp_path) as ema:
+        ema.update_(model)
+        model.requires_grad_(False)
+        frozen = (
+            "'weight': is left out, as it requires no gradients, and was averaged, .*call update_"
+        )
+        with pytest.raises(ModelMismatchError, match=frozen):
+            ema.update_(model)
+        model.requires_grad_(True)
+        ema.update_(model)
+
+
+def test_another_model_is_refused_at_its_first_call(tmp_path):
+    """Which is not counted, though no update is due."""
+    model = nn.Linear(2, 2)
+    with track(model, tmp_path, update_every=10) as ema:
+        ema.update_(model)
+        with pytest.raises(
+            ModelMismatchError, match=r"'weight': is averaged, .* \[3, 2\], and was"
+        ):
+            ema.update_(nn.Linear(2, 3))
+        assert ema.step == 1
