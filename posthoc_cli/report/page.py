@@ -49,7 +49,7 @@ def render(run: Run, report: SweepReport, folder: Path) -> str:
         answer=_definition_list(summarize(report)),
         samples=gallery.render(),
         column=gallery.column,
-        image=gallery.image,
+        images_a_row=str(gallery.images_a_row),
         chart=_render_chart(report),
         trials=_render_trials(report, folder),
         commands=escape("\n".join(_list_commands(run, report))),
@@ -107,7 +107,7 @@ class _Gallery:
         most = max(map(len, self._paths.values()), default=1)
         # three trials side by side also on a telephone, if each has a single image
         self.column = "6.5rem" if most == 1 else "17rem"
-        self.image = "6rem" if most <= 4 else "4rem"
+        self.images_a_row = _images_a_row(most)
 
     def render(self) -> str:
         if not self._paths:
@@ -148,6 +148,15 @@ class _Gallery:
             f'<figure{kind}><div class="images">{row}</div><figcaption>{caption}</figcaption>'
             "</figure>"
         )
+
+
+def _images_a_row(count: int) -> int:
+    """Return how many images of a trial fill rows of a square best."""
+    side = math.ceil(math.sqrt(count))
+    for columns in range(side, 2 * side):
+        if count % columns == 0:
+            return columns
+    return side
 
 
 def _read_image(path: Path) -> str:
