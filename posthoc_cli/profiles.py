@@ -451,7 +451,6 @@ class DecayRule:
     least: float = 0.0  # lower limit of the decay
     # relative, of the time constant 1 / (1 - decay), if the decay was estimated
     uncertainty: float = 0.0
-    late: int = 0  # steps by which the first update may be later, if its step was estimated
 
     def __post_init__(self) -> None:
         check_number("ema_decay", self.decay, lambda decay: 0 < decay < 1, "lie in (0, 1)")
@@ -594,23 +593,12 @@ class OrdinaryEMA(Discrete):
         masses = -np.expm1(later)
         return np.where(s < self._start, 1.0, masses)
 
-    @property
-    def others(self) -> tuple[OrdinaryEMA, OrdinaryEMA]:
-        """The averages with a longer time constant and a later start, by their uncertainties;
-        itself for 0."""
-        sure = replace(self.rule, uncertainty=0.0, late=0)
-        longer = self
-        if self.rule.uncertainty:
-            factor = 1 + self.rule.uncertainty
-            longer = self._with_rule(sure.longer(factor))
-        later = self
-        late = min(self.rule.late // self._every, self._count - 1)
-        if late > 0:
-            copies = sure.copies + late
-            later = self._with_rule(replace(sure, copies=copies))
-        return longer, later
-
-    def _with_rule(self, rule: DecayRule) -> OrdinaryEMA:
+    @cached_property
+    def longer(self) -> OrdinaryEMA:
+        """The average whose time constant is longer by its uncertainty; itself for 0."""
+        if not self.rule.uncertainty:
+            return self
+        rule = replace(self.rule, uncertainty=0.0).longer(1 + self.rule.uncertainty)
         return OrdinaryEMA(rule, int(self.t), self._count, self._every, self._first)
 
 

@@ -261,16 +261,16 @@ class Run:
             return describe_files(directory, error)
 
     def _checked_sources(self) -> Sequence[Source]:
-        """Return the sources; the decays that other programs' files say are compared with the
-        weights, once for the same files. An import has done so."""
+        """Return the sources; checkpoints with the decays that an import would take, once for the
+        same files."""
         sources = self.sources
         if is_import(self.directory) or isinstance(sources[-1], Snapshot):
             return sources
-        from posthoc_cli.checkpoints.import_run import with_checked_decays
+        from posthoc_cli.checkpoints.import_run import open_with_decays
 
         identities = [source.identity for source in sources]
         if identities != self._identities:
-            self._checked = with_checked_decays(sources)
+            self._checked = open_with_decays(self.directory)
             self._identities = identities
         return self._checked
 

@@ -55,14 +55,12 @@ from posthoc_cli.checkpoints.layouts import (
     within,
     without_words,
 )
-from posthoc_cli.checkpoints.lost_updates import MOST_LOST, digits_of, lost_share
 from posthoc_cli.checkpoints.manifest import Manifest, read_manifest
 from posthoc_cli.checkpoints.nested import nested_in
 from posthoc_cli.checkpoints.programs import WEIGHTS_STATES, program_of
 from posthoc_cli.checkpoints.sets import Sets, unwrapped
 from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings
 from posthoc_cli.checkpoints.source import (
-    COMPARED,
     Checkpoint,
     are_near,
     first_values,
@@ -99,10 +97,6 @@ _SLOWER = 0.8  # averages of any length move by a third less than the weights
 _TOWARDS = 0.5
 """Least cosine between the motion of a far average and its way to the weights: 1 if these stay, and
 0 of networks of their own."""
-_LATEST = 20  # averages whose motion shows whether they lose updates: fewer show it less often
-_LOST = 0.5  # largest share of an average that the next one has lost if its motion goes on
-_DIGITS = 8  # motion in one interval after which none in the next is unlikely
-_STILL = 0.9
 
 
 def open_checkpoints(
@@ -121,11 +115,16 @@ def open_checkpoints(
     found = read_place(place, UNSPECIFIED, asks=unclaimed)
     if unclaimed:
         return checked_run(found.checkpoints)
-    return _known_run(place, found)
+    return known_run(place, found)
 
 
-def _known_run(place: str | Path, found: Place) -> list[Checkpoint]:
-    """Return the checkpoints of a place as a run, without averages of unknown decay."""
+def known_run(
+    place: str | Path,
+    found: Place,
+    why: str = "their files do not say the decay; `ema import` finds it, or takes `ema_decay`",
+) -> list[Checkpoint]:
+    """Return the checkpoints of a place as a run, without averages of unknown decay, and warn why
+    these are left out."""
     known = [checkpoint for checkpoint in found.checkpoints if checkpoint.is_known]
     left_out = [checkpoint for checkpoint in found.checkpoints if not checkpoint.is_known]
     if not known:
@@ -137,10 +136,7 @@ def _known_run(place: str | Path, found: Place) -> list[Checkpoint]:
         what = f"{len(left_out):,} EMAs, such as {left_out[0].path.name}"
         if len(left_out) == 1:
             what = f"1 EMA, {left_out[0].path.name}"
-        reason = "their files do not say the decay; `ema import` finds it, or takes `ema_decay`"
-        if found.lacks_steps:
-            reason = found.lacks_steps
-        log.warning("%s: %s, left out of averages: %s", place, what, reason)
+        log.warning("%s: %s, left out of averages: %s", place, what, found.lacks_steps or why)
     _warn_if_equal(found.checkpoints)
     return checked_run(known)
 
@@ -866,8 +862,6 @@ def _check_averages(run: Sequence[Checkpoint]) -> None:
     if len(averages) < 4 or len(averages) < len(run):
         return
     _warn_of_growth(averages[-1], _first_values(averages[-4:]))
-    if all(average.is_known for average in averages[-4:]):
-        _check_updates(averages[-_LATEST:])
 
 
 def _first_values(averages: Sequence[Checkpoint]) -> FloatArray:
@@ -885,44 +879,6 @@ def _warn_of_growth(newest: Checkpoint, values: FloatArray) -> None:
         log.warning(
             "%s: norms grow by %.3g from file to file: is this an average?", name, factors[-1]
         )
-
-
-def _check_updates(averages: Sequence[Checkpoint]) -> None:
-    """Raise InvalidValueError if long averages in half precision lose updates; warn if short ones
-    seem to, or if they move too little to show that."""
-    newest = averages[-1]
-    moves = _moves(averages)
-    if not moves.size:
-        return
-    is_expected = np.abs(moves[:-1]) > _DIGITS
-    following = moves[1:]
-    # Where the average keeps little, elements may stand still with their weights.
-    tails = [later.profile.tail(earlier.t) for earlier, later in pairwise(averages[1:])]
-    is_long = np.array(tails) < _LOST
-    share = lost_share(following[is_long], is_expected[is_long])
-    where = f"{newest.path.name}: the average of decay {newest.decay:.12g} is in half precision"
-    if share > MOST_LOST:
-        reason = f"{where}, and loses updates: {share:.0%} of the elements that move by {_DIGITS}"
-        hint = "`kind` checkpoints with `weights` takes it"
-        raise InvalidValueError("average", f"{reason} digits then stand still", hint)
-    stands = moves == 0
-    if lost_share(following, is_expected) > MOST_LOST or stands.mean() > _STILL:
-        log.warning("%s, and much of it stands still: errors hold if only files are", where)
-
-
-def _moves(averages: Sequence[Checkpoint]) -> FloatArray:
-    """Return the motion of averages between times in digits of F16 or BF16, of the elements of
-    `first_values` that are stored so: [times, elements]."""
-    newest = averages[-1]
-    entries = [newest.entries[name] for name in sorted(newest.averages)]
-    counts = [min(entry.size, COMPARED) for entry in entries]
-    dtypes = np.repeat([entry.dtype for entry in entries], counts)
-    values = _first_values(averages)
-    moves = []
-    for dtype in ("F16", "BF16"):
-        of_dtype = values[:, dtypes == dtype]
-        moves.append(np.diff(of_dtype, axis=0) / digits_of(of_dtype[:-1], dtype))
-    return np.concatenate(moves, axis=1)
 
 
 def _with_names(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
@@ -950,7 +906,7 @@ def describe_checkpoints(place: Path) -> Values:
         checkpoints = open_checkpoints(place)
     else:
         found = read_place(place, UNSPECIFIED, asks=False)
-        checkpoints = _known_run(place, found)
+        checkpoints = known_run(place, found)
     newest = checkpoints[-1]
     rows = []
     for checkpoint in checkpoints:

@@ -62,7 +62,7 @@ def _print_audit(audit: dict[str, Any]) -> None:
         output.print_rows(rows, ["from:begin", "to:end", "found", *claim, "unexplained", "note"])
         output.print_line()
     text = audit["text"]
-    if not text.endswith(audit["verdict"]):
+    if not text.startswith(audit["verdict"]) and not text.endswith(audit["verdict"]):
         text = f"{audit['verdict']}: {text}"
     output.print_line(f"{name}: {text}" if name else text)
 

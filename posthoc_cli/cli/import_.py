@@ -55,8 +55,8 @@ def import_(
         metavar="DECAY",
         show_default="from the files, else by comparison",
         help=(
-            "The decay of ordinary EMAs: 0.9999, half-life:500000, or half-life:5% of the "
-            "training so far."
+            "The decay of ordinary EMAs: 0.9999, half-life:500000, half-life:5% of the training so "
+            "far, or found for what the weights beside them show."
         ),
     ),
     ema_warmup: str | None = options.RUN(
@@ -72,12 +72,6 @@ def import_(
         None,
         show_default="the last checkpoint's",
         help="Steps of the whole training, after which cosine and linear are at 1.",
-    ),
-    ema_restarts: list[int] = options.RUN(
-        [],
-        metavar="STEP",
-        show_default="by comparison",
-        help="A step at which the EMAs began anew. Repeatable.",
     ),
     steps_per_epoch: int | None = options.RUN(
         None, help="Steps per epoch, for files whose numbers are epochs."
@@ -132,7 +126,6 @@ def import_(
         ema_decay=options.optional(_parse_decay, ema_decay),
         ema_warmup=ema_warmup,
         steps=steps,
-        ema_restarts=ema_restarts,
         steps_per_epoch=steps_per_epoch,
         first_epoch=first_epoch,
         average=average,

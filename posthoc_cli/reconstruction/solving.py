@@ -478,24 +478,19 @@ class Problem:
         return rounding_factor(self.prior.rounding, self.prior.floor, squared_distances)
 
     def _estimate_rows(self, at_nodes: FloatArray) -> Iterator[FloatArray]:
-        """Yield the rows of the errors of decays and beginnings that were estimated.
+        """Yield the rows of the errors of decays that were estimated.
 
         If an estimated time constant is off by a factor 1 + e, each tail changes by e d tail / d
         log(tau), with the same e for all averages and the standard deviation that the profiles
-        state. The motion turns these changes into errors that add up over the averages. The same
-        holds for an estimated beginning that is off.
+        state. The motion turns these changes into errors that add up over the averages.
         """
         longer: list[StoredProfile] = []
-        later: list[StoredProfile] = []
         for profile in self.snapshots:
-            variants = profile.others if isinstance(profile, OrdinaryEMA) else (profile, profile)
-            longer.append(variants[0])
-            later.append(variants[1])
-        for others in (longer, later):
-            pairs = zip(others, self.snapshots, strict=True)
-            if any(other is not stored for other, stored in pairs):
-                change = self._expected_at_nodes(others) - at_nodes
-                yield compress_rows(change / self._scale)
+            longer.append(profile.longer if isinstance(profile, OrdinaryEMA) else profile)
+        pairs = zip(longer, self.snapshots, strict=True)
+        if any(other is not stored for other, stored in pairs):
+            change = self._expected_at_nodes(longer) - at_nodes
+            yield compress_rows(change / self._scale)
 
     # --- a target, and the best coefficients for it
 

@@ -115,10 +115,10 @@ FILE = Path("x")
 
 
 def test_a_schedule_counts_the_steps_of_the_training():
-    """Not the updates, which are rarer, nor those since a restart."""
+    """Not the updates, which are rarer, nor those since an average began."""
     settings = ImportSettings(ema_warmup="linear:0.9", steps=1000, update_every=10)
-    restarted = replace(settings, ema_restarts=(400,))
-    profile = Updates().profile(FILE, 500, restarted)
+    late = replace(settings, update_after_step=400)
+    profile = Updates().profile(FILE, 500, late)
     for s, first in ((405, 40), (455, 45)):
         passed = np.arange(first, 50) / 100
         decays = 0.9 + 0.1 * passed
@@ -210,7 +210,7 @@ def test_a_base_that_is_wrong_does_not_fit(files, run):
 @pytest.mark.parametrize("given", [0.1, 0.02])
 def test_a_width_that_files_refute_by_a_decay_or_another_width_is_named(given, files, run):
     saved(files, constant)
-    pattern = rf"sigma_rels {given}: does not fit the files: .*; without it the import finds"
+    pattern = rf"sigma_rels {given}: does not fit the files: .*; paste: .* --ema-decay 0\.99 "
     with pytest.raises(InvalidValueError, match=pattern):
         import_checkpoints(files, run, sigma_rels=(given,))
 
