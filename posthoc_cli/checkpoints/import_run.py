@@ -22,13 +22,14 @@ from posthoc_cli.checkpoints.audit import (
     Audit,
     Candidate,
     audits_of,
+    round_decays,
 )
 from posthoc_cli.checkpoints.manifest import write_manifest
 from posthoc_cli.checkpoints.open_run import checked_run, is_copy, known_run, read_place
 from posthoc_cli.checkpoints.settings import FOUND, UNSPECIFIED, ImportSettings
 from posthoc_cli.checkpoints.source import Checkpoint, first_values
 from posthoc_cli.errors import DirectoryError, InvalidValueError
-from posthoc_cli.profiles import POWER_FUNCTION, RULES
+from posthoc_cli.profiles import POWER_FUNCTION, RULES, OrdinaryEMA
 from posthoc_cli.snapshots.directory import inspect_directory, is_import
 
 log = logging.getLogger(__name__)
@@ -231,11 +232,12 @@ class _Decays:
 
     def _taken(self, changes: Settings, uncertainty: float) -> ImportSettings:
         """Return the settings with those of a decay that was found."""
-        changes = {"ema_decay": None, "ema_uncertainty": uncertainty} | changes
+        found: Settings = {"ema_decay": None, "ema_uncertainty": uncertainty}
+        found |= changes
         if any(source.updates.calls == "counted" for source in self.averages if source.updates):
-            changes["update_every"] = self.given.update_every or 1
-            changes["update_after_step"] = self.given.update_after_step or 0
-        return replace(self.given, **changes)
+            found["update_every"] = self.given.update_every or 1
+            found["update_after_step"] = self.given.update_after_step or 0
+        return replace(self.given, **found)
 
     def _rounded(self, audit: Audit) -> list[Settings]:
         """Return the settings of round decays that fit what was found, the most likely ones first;
@@ -246,8 +248,13 @@ class _Decays:
             if candidate.rises:
                 highest = 10.0 ** math.floor(math.log10(1 - candidate.value) - 1)
                 rounded.append(_settings(candidate, round(1 - highest, 12)))
+            elif candidate.every > 1:
+                rounded.append(_settings(candidate, candidate.value))
             elif candidate.warm_up != POWER_FUNCTION and sigma <= _CLEAR:
-                near = _round_decays(candidate.value, sigma)
+                near = round_decays(candidate.value, sigma)
+                usual = RULES[candidate.warm_up.replace("none", "")].usual or 0.0
+                if abs(math.log((1 - usual) / (1 - candidate.value))) <= sigma:
+                    near.append(usual)  # the first decay of a schedule
                 rounded += [_settings(candidate, decay) for decay in near]
         return rounded
 
@@ -322,9 +329,10 @@ class _Decays:
             return 0.0
         earlier = [source.t for source in self.checkpoints if source.t < first.t]
         last = max([*earlier, audit.copied_until or 0.0])
-        settings = getattr(first.profile, "settings", {"first": 0, "every": 0})
-        is_said = settings["first"] - settings["every"] >= last or first.profile.rule.copies
-        return 0.0 if is_said else last
+        if not isinstance(first.profile, OrdinaryEMA) or first.profile.rule.copies:
+            return 0.0
+        settings = first.profile.settings
+        return 0.0 if settings["first"] - settings["every"] >= last else last
 
     # --- questions
 
@@ -368,26 +376,15 @@ def _settings(candidate: Candidate, value: float) -> Settings:
         return {"sigma_rels": (float(f"{value:.4g}"),)}
     if RULES[candidate.warm_up.replace("none", "")].is_schedule:
         return {"ema_warmup": f"{candidate.warm_up}:{value:.12g}"}
-    return {"ema_decay": value, "ema_warmup": candidate.warm_up}
+    changes: Settings = {"ema_decay": value, "ema_warmup": candidate.warm_up}
+    if candidate.every > 1:
+        changes["update_every"] = candidate.every
+    return changes
 
 
 def _options(changes: Settings) -> str:
     options = [f"`{name}` {value}" for name, value in changes.items() if value not in ((), "none")]
     return " ".join(options)
-
-
-def _round_decays(decay: float, distance: float) -> list[float]:
-    """Return the decays 1 - 10^-k, 1 - 2 10^-k and 1 - 5 10^-k whose time constants are within a
-    relative distance, and the usual first one of a schedule, 0.996; the nearest first."""
-    rest = 1 - decay
-    power = 10.0 ** math.floor(math.log10(rest))
-    near = []
-    for digit in (0.5, 1.0, 2.0, 5.0, 10.0, 20.0):
-        candidate = digit * power
-        log_ratio = abs(math.log(candidate / rest))
-        if log_ratio <= distance and candidate <= 0.5:
-            near.append((log_ratio, round(1 - candidate, 15)))
-    return [decay for _, decay in sorted(near)]
 
 
 def _check_alone(averages: Sequence[Checkpoint]) -> None:
