@@ -18,7 +18,9 @@ from posthoc_cli.checkpoints.open_run import (
     describe_files,
     holds_checkpoints,
     open_checkpoints,
+    read_place,
 )
+from posthoc_cli.checkpoints.settings import UNSPECIFIED
 from posthoc_cli.errors import (
     DirectoryError,
     FileFormatError,
@@ -117,14 +119,14 @@ def make_weights(
 
 def disk_sources(
     directory: str | Path,
-    unclaimed: bool = False,
+    open_place: Callable[[Path], Sequence[Source]] = open_checkpoints,
 ) -> list[Source]:
     """Return the sources in the directory of a run or of an import, or those that a file or a glob
     names.
 
-    They are snapshots of a tracker, or checkpoints; for `unclaimed` see `open_checkpoints`. Raise
-    DirectoryError if there are none, FileFormatError or MismatchError if a file is damaged or of
-    another model, InvalidValueError if an import must be given a setting.
+    They are snapshots of a tracker, or checkpoints that `open_place` opens. Raise DirectoryError if
+    there are none, FileFormatError or MismatchError if a file is damaged or of another model,
+    InvalidValueError if an import must be given a setting.
     """
     path = files.expanded(directory)
     if not (files.is_glob(path) or is_import(path)):
@@ -133,7 +135,7 @@ def disk_sources(
         except DirectoryError:
             if not holds_checkpoints(path):
                 raise
-    return [*open_checkpoints(path, unclaimed=unclaimed)]
+    return [*open_place(path)]
 
 
 ATTEMPTS = 100  # largest number of plans; no training removes a snapshot after every one of them
@@ -260,17 +262,20 @@ class Run:
                     return described
             return describe_files(directory, error)
 
-    def _checked_sources(self) -> Sequence[Source]:
+    def _checked_sources(self) -> list[Source]:
         """Return the sources; checkpoints with the decays that an import would take, once for the
         same files."""
-        sources = self.sources
-        if is_import(self.directory) or isinstance(sources[-1], Snapshot):
-            return sources
-        from posthoc_cli.checkpoints.import_run import open_with_decays
+        if is_import(self.directory):
+            return self.sources
+        return disk_sources(self.directory, self._with_decays)
 
-        identities = [source.identity for source in sources]
+    def _with_decays(self, place: Path) -> Sequence[Source]:
+        from posthoc_cli.checkpoints.import_run import run_with_decays
+
+        found = read_place(place, UNSPECIFIED, asks=False)
+        identities = [checkpoint.identity for checkpoint in found.checkpoints]
         if identities != self._identities:
-            self._checked = open_with_decays(self.directory)
+            self._checked = run_with_decays(place, found)
             self._identities = identities
         return self._checked
 
@@ -426,7 +431,8 @@ class Run:
         """
         from posthoc_cli.checkpoints.audit import audit_sources
 
-        return audit_sources(disk_sources(self.directory, unclaimed=True), claimed)
+        open_unclaimed = functools.partial(open_checkpoints, unclaimed=True)
+        return audit_sources(disk_sources(self.directory, open_unclaimed), claimed)
 
     def prune(
         self,

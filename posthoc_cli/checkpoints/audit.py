@@ -82,6 +82,7 @@ _JUMPS = 3.0  # and the least factor to that of other intervals
 # has no gradient and moves by rounding alone.
 _FOLLOWED = 1e-4
 
+_CLEAR = 0.1  # largest uncertainty of a length that may show the interval of updates
 # usual steps between updates, of decays of no less than this
 _STRIDES = (2, 4, 5, 8, 10, 16, 20)
 _LEAST_RARE = 0.9
@@ -118,7 +119,6 @@ class Interval:
     # L2 norm of the residual of the average's motion, divided by that of the motion; None if the
     # average stands still
     unexplained: float | None
-    note: str = ""  # what is wrong in this interval
 
 
 @dataclass(frozen=True)
@@ -373,7 +373,8 @@ class _Judge:
         self.may_be_rarer = self.every == 1 and given.update_every is None and not is_counted
         moves = sample.moves
         follows = (~sample.stays & moves).any(axis=0)
-        self.is_averaged: Bools = follows & ~sample.copied[1:].all(axis=0)
+        is_copied = sample.copied[1:].all(axis=0)
+        self.is_averaged: Bools = np.logical_and(follows, np.logical_not(is_copied))
         is_copy = (sample.copied[:-1] | ~moves).all(axis=1)
         self.copies = int(np.argmin(np.append(is_copy, False)))
 
@@ -449,7 +450,7 @@ class _Judge:
         sigma = self._uncertainty(rows, best)
         audit = self._with_findings(audit, rows, best, sigma)
         candidates = [self._candidate(fit, sigma) for fit in self._rivals(rows, fits)]
-        if self.may_be_rarer and not best.family.rule.warm_up:
+        if self.may_be_rarer and sigma <= _CLEAR and not best.family.rule.warm_up:
             candidates = [*self._rarer(rows, best, sigma), *candidates]
         audit = replace(audit, candidates=tuple(candidates))
         if self.claim:

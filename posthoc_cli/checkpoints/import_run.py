@@ -25,7 +25,13 @@ from posthoc_cli.checkpoints.audit import (
     round_decays,
 )
 from posthoc_cli.checkpoints.manifest import write_manifest
-from posthoc_cli.checkpoints.open_run import checked_run, is_copy, known_run, read_place
+from posthoc_cli.checkpoints.open_run import (
+    Place,
+    checked_run,
+    is_copy,
+    known_run,
+    read_place,
+)
 from posthoc_cli.checkpoints.settings import FOUND, UNSPECIFIED, ImportSettings
 from posthoc_cli.checkpoints.source import Checkpoint, first_values
 from posthoc_cli.errors import DirectoryError, InvalidValueError
@@ -127,25 +133,22 @@ def import_checkpoints(
 # --- the decay
 
 
-def open_with_decays(place: str | Path) -> list[Checkpoint]:
-    """Return the checkpoints at a place that is not an import, as an import would take them,
-    without averages whose decay it would ask for."""
-    found = read_place(place, UNSPECIFIED, asks=False)
+def run_with_decays(place: str | Path, found: Place) -> list[Checkpoint]:
+    """Return the checkpoints that were found at a place as an import would take them, without
+    averages whose decay it would ask for."""
     checkpoints = checked_run(found.checkpoints)
-    reason = found.lacks_steps
-    if not reason:
-        numbers = found.says if found.may_be_epochs else ""
-        try:
-            given, lines = check_decays(place, checkpoints, UNSPECIFIED, numbers)
-        except InvalidValueError as error:
-            if all(checkpoint.is_known for checkpoint in checkpoints):
-                raise
-            reason = str(error)
-        else:
-            for line in lines:
-                log.info("%s: %s", place, line)
-            return checked_run([checkpoint.with_settings(given) for checkpoint in checkpoints])
-    return known_run(place, found, reason)
+    if found.lacks_steps:
+        return known_run(place, found)
+    numbers = found.says if found.may_be_epochs else ""
+    try:
+        given, lines = check_decays(place, checkpoints, UNSPECIFIED, numbers)
+    except InvalidValueError as error:
+        if all(checkpoint.is_known for checkpoint in checkpoints):
+            raise
+        return known_run(place, found, str(error))
+    for line in lines:
+        log.info("%s: %s", place, line)
+    return checked_run([checkpoint.with_settings(given) for checkpoint in checkpoints])
 
 
 def check_decays(
@@ -234,6 +237,8 @@ class _Decays:
         """Return the settings with those of a decay that was found."""
         found: Settings = {"ema_decay": None, "ema_uncertainty": uncertainty}
         found |= changes
+        if replace(self.given, **found).warm_up_row.is_schedule and not self.given.steps:
+            found["last_step"] = self.checkpoints[-1].step
         if any(source.updates.calls == "counted" for source in self.averages if source.updates):
             found["update_every"] = self.given.update_every or 1
             found["update_after_step"] = self.given.update_after_step or 0
@@ -252,9 +257,11 @@ class _Decays:
                 rounded.append(_settings(candidate, candidate.value))
             elif candidate.warm_up != POWER_FUNCTION and sigma <= _CLEAR:
                 near = round_decays(candidate.value, sigma)
-                usual = RULES[candidate.warm_up.replace("none", "")].usual or 0.0
-                if abs(math.log((1 - usual) / (1 - candidate.value))) <= sigma:
-                    near.append(usual)  # the first decay of a schedule
+                row = RULES[candidate.warm_up.replace("none", "")]
+                if row.is_schedule and row.usual:
+                    ratio = (1 - row.usual) / (1 - candidate.value)
+                    if abs(math.log(ratio)) <= sigma:
+                        near.append(row.usual)
                 rounded += [_settings(candidate, decay) for decay in near]
         return rounded
 
@@ -327,7 +334,10 @@ class _Decays:
         first = self.averages[0]
         if first.updates is None or first.updates.count is not None:
             return 0.0
-        earlier = [source.t for source in self.checkpoints if source.t < first.t]
+        weights = [source.t for source in self.checkpoints if source.updates is None]
+        earlier = [t for t in weights if t < first.t]
+        if len(weights) - len(earlier) != len(self.averages):
+            earlier = []  # averages are in some files only
         last = max([*earlier, audit.copied_until or 0.0])
         if not isinstance(first.profile, OrdinaryEMA) or first.profile.rule.copies:
             return 0.0

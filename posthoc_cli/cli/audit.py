@@ -59,7 +59,7 @@ def _print_audit(audit: dict[str, Any]) -> None:
         if audit["what"] == "decay":
             title = f"time constant{of}, in steps, by interval"
         output.print_line(title)
-        output.print_rows(rows, ["from:begin", "to:end", "found", *claim, "unexplained", "note"])
+        output.print_rows(rows, ["from:begin", "to:end", "found", *claim, "unexplained"])
         output.print_line()
     text = audit["text"]
     if not text.startswith(audit["verdict"]) and not text.endswith(audit["verdict"]):
