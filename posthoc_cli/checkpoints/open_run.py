@@ -121,10 +121,10 @@ def open_checkpoints(
 def known_run(
     place: str | Path,
     found: Place,
-    why: str = "their files do not say the decay; `ema import` finds it, or takes `ema_decay`",
+    why: str = "",
 ) -> list[Checkpoint]:
-    """Return the checkpoints of a place as a run, without averages of unknown decay, and warn why
-    these are left out."""
+    """Return the checkpoints of a place as a run, without averages of unknown decay; if they are
+    left out for a reason, warn of it."""
     known = [checkpoint for checkpoint in found.checkpoints if checkpoint.is_known]
     left_out = [checkpoint for checkpoint in found.checkpoints if not checkpoint.is_known]
     if not known:
@@ -132,11 +132,12 @@ def known_run(
         if found.lacks_steps:
             reason = f"holds EMAs, and {found.lacks_steps}"
         raise InvalidValueError(place, reason, "give ema_decay to an import")
-    if left_out:
+    why = found.lacks_steps or why
+    if left_out and why:
         what = f"{len(left_out):,} EMAs, such as {left_out[0].path.name}"
         if len(left_out) == 1:
             what = f"1 EMA, {left_out[0].path.name}"
-        log.warning("%s: %s, left out of averages: %s", place, what, found.lacks_steps or why)
+        log.warning("%s: %s, left out of averages: %s", place, what, why)
     _warn_if_equal(found.checkpoints)
     return checked_run(known)
 
@@ -908,6 +909,10 @@ def describe_checkpoints(place: Path) -> Values:
         found = read_place(place, UNSPECIFIED, asks=False)
         checkpoints = known_run(place, found)
     newest = checkpoints[-1]
+    notes = [*found.notes]
+    unknown = sum(not checkpoint.is_known for checkpoint in found.checkpoints)
+    if unknown and not found.lacks_steps:
+        notes.append(f"{unknown} EMAs, of a decay that no file says: `ema audit` shows it")
     rows = []
     for checkpoint in checkpoints:
         row = {
@@ -930,7 +935,7 @@ def describe_checkpoints(place: Path) -> Values:
         **describe_tensors(newest),
         "bytes": sum(checkpoint.file_bytes for checkpoint in checkpoints),
         "checkpoints": rows,
-        "notes": list(found.notes),
+        "notes": notes,
     }
     if is_import(place):
         manifest = read_manifest(place)

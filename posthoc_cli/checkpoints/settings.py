@@ -229,7 +229,7 @@ class ImportSettings:
         """Return the command line of an import of a place with these settings, some of them
         changed."""
         words = ["ema", "import", str(place)]
-        for name, value in (self.given | changes).items():
+        for name, value in (self.without_findings.given | changes).items():
             if value in ((), "none", None):
                 continue
             option = "--from" if name == "kind" else f"--{name.replace('_', '-')}"
