@@ -144,6 +144,7 @@ class Audit:
     length: float | None = None  # the time constant that explains all intervals
     uncertainty: float | None = None  # of the length, relative
     claimed: float | None = None  # claimed parameter
+    difference: float = 0.0  # between the lengths found and claimed, of their logarithms
     warm_up: str = ""  # rule by which the decay rose, as `ImportSettings.ema_warmup` names it
     # rules that explain the files about equally, the best first; none for a claim
     candidates: tuple[Candidate, ...] = ()
@@ -416,8 +417,10 @@ class _Judge:
             count = len(set(self.sample.names))
             text = f"{len(lost)} of {count} tensors are not followed, or copied, while the others "
             return SOME_TENSORS, f"{text}are averaged: {names_in([*lost], 3)}"
-        stopped = moves.any(axis=1) & (stays | ~moves).all(axis=1)
-        stopped &= np.diff(self.updates) > 1  # a shorter one may lie between two updates
+        stands = (stays | ~moves).all(axis=1)
+        spacings = np.diff(self.sample.times)
+        shortest = spacings[~stands].min()  # a shorter one may lie between two updates
+        stopped = moves.any(axis=1) & stands & (spacings >= shortest)
         if stopped.any():
             where = np.flatnonzero(stopped)
             begin = self.sample.times[where[0]]
@@ -444,7 +447,7 @@ class _Judge:
         if self.claim:
             claim = self._fits(rows, [self.claim])[0]
             is_other = fits[0].misfit < claim.misfit - _clearly(rows)
-            if not is_other or self._are_same(fits[0], claim):
+            if not is_other or rows.are_noise or self._are_same(fits[0], claim):
                 return self._compared(audit, rows, claim, fits)
         best = fits[0]
         sigma = self._uncertainty(rows, best)
@@ -624,10 +627,12 @@ class _Judge:
             at_strides = Intervals(updates, rows.gram, rows.rounding)
             for decay in round_decays((length - 1) / (length - 1 + every), sigma):
                 rule = Family(DecayRule(decay), is_known=True)
-                if decay >= _LEAST_RARE and at_strides.misfit(rule, 0.0) < plain:
+                misfit = at_strides.misfit(rule, 0.0)
+                if decay >= _LEAST_RARE and misfit < plain:
                     text = f"decay {decay:g} at every {every} {self.unit}"
-                    rarer.append(Candidate("none", decay, False, text, every))
-        return rarer
+                    candidate = Candidate("none", decay, False, text, every)
+                    rarer.append((misfit, candidate))
+        return [candidate for _, candidate in sorted(rarer, key=lambda row: row[0])]
 
     # --- verdicts
 
@@ -674,6 +679,8 @@ class _Judge:
         found = self._candidate(best, sigma).text
         claimed = _claim_text(best.family.rule)
         difference = abs(best.log)
+        if not rows.are_noise:
+            audit = replace(audit, difference=difference)
         is_better = best.misfit < rows.misfit(best.family, 0.0) - _BETTER
         if is_better and difference > max(3 * sigma, _SLACK):
             verdict = "too long" if best.log > 0 else "too short"

@@ -35,7 +35,7 @@ from posthoc_cli.checkpoints.open_run import (
 from posthoc_cli.checkpoints.settings import FOUND, UNSPECIFIED, ImportSettings
 from posthoc_cli.checkpoints.source import Checkpoint, first_values
 from posthoc_cli.errors import DirectoryError, InvalidValueError
-from posthoc_cli.profiles import POWER_FUNCTION, RULES, OrdinaryEMA
+from posthoc_cli.profiles import POWER_FUNCTION, RULES, OrdinaryEMA, WarmUp
 from posthoc_cli.snapshots.directory import inspect_directory, is_import
 
 log = logging.getLogger(__name__)
@@ -257,7 +257,7 @@ class _Decays:
                 rounded.append(_settings(candidate, candidate.value))
             elif candidate.warm_up != POWER_FUNCTION and sigma <= _CLEAR:
                 near = round_decays(candidate.value, sigma)
-                row = RULES[candidate.warm_up.replace("none", "")]
+                row = _row(candidate)
                 if row.is_schedule and row.usual:
                     ratio = (1 - row.usual) / (1 - candidate.value)
                     if abs(math.log(ratio)) <= sigma:
@@ -283,6 +283,7 @@ class _Decays:
             if audit.verdict == "undetermined":
                 reason = "is taken as given, and could not be checked: predicted errors hold if it"
                 log.warning("%s %s is right: %s", name, reason, audit.text)
+                given = replace(given, ema_doubt=min(audit.difference, 3.0) or None)
             lines.append(f"given: {audit.text}")
         if not lines:
             _check_alone(self.averages)
@@ -294,12 +295,13 @@ class _Decays:
         """Return the error that names the setting which an audit refutes."""
         reason = f"does not fit the files: {audit.text}"
         given = self.given
-        proposals = []
+        proposals: list[Settings] = []
         for candidate in audit.candidates:
-            same = {"ema_warmup": candidate.warm_up, "ema_decay": given.ema_decay}
             if given.ema_decay and candidate.warm_up != POWER_FUNCTION:
+                same = {"ema_decay": given.ema_decay, "ema_warmup": candidate.warm_up}
                 proposals.append(same)
-        proposals += self._rounded(audit)
+        rounded = self._rounded(audit)
+        proposals += [{"ema_warmup": "none"} | changes for changes in rounded]
         if len(audit.candidates) == 1 and (audit.uncertainty or 1.0) <= _CLEAR:
             proposals.append({"ema_decay": FOUND})
         if given.warm_up_row.is_schedule:
@@ -384,12 +386,19 @@ def _settings(candidate: Candidate, value: float) -> Settings:
     """Return the settings that say a rule with another value."""
     if candidate.warm_up == POWER_FUNCTION:
         return {"sigma_rels": (float(f"{value:.4g}"),)}
-    if RULES[candidate.warm_up.replace("none", "")].is_schedule:
+    if _row(candidate).is_schedule:
         return {"ema_warmup": f"{candidate.warm_up}:{value:.12g}"}
-    changes: Settings = {"ema_decay": value, "ema_warmup": candidate.warm_up}
+    changes: Settings = {"ema_decay": value}
+    if candidate.warm_up != "none":
+        changes["ema_warmup"] = candidate.warm_up
     if candidate.every > 1:
         changes["update_every"] = candidate.every
     return changes
+
+
+def _row(candidate: Candidate) -> WarmUp:
+    name, _, _ = candidate.warm_up.partition(":")
+    return RULES[name.replace("none", "")]
 
 
 def _options(changes: Settings) -> str:

@@ -161,6 +161,8 @@ class ImportSettings:
     last_step: Count | None = None  # the last checkpoint's, if an import takes it as `steps`
     # relative, of the time constant, if an import found the decay
     ema_uncertainty: float | None = None
+    # the same of a given decay, if an import found another one, but not clearly
+    ema_doubt: float | None = None
     steps_per_epoch: Count | None = None  # for files whose numbers are epochs
     first_epoch: _FirstEpoch | None = None  # the number of their first epoch
     average: str | None = None  # key or prefix of the average's tensors in a file, such as "ema"
@@ -205,8 +207,9 @@ class ImportSettings:
         elif self.sigma_rels:
             power = gamma_from_sigma_rel(self.sigma_rels[0]) + 1
             rule = {"decay": UNLIMITED, "warm_up": POWER_FUNCTION, "power": power, "copies": 1}
-        if self.ema_uncertainty is not None:
-            rule["uncertainty"] = self.ema_uncertainty
+        uncertainty = self.ema_uncertainty or self.ema_doubt
+        if uncertainty is not None:
+            rule["uncertainty"] = uncertainty
         if steps := self.steps or self.last_step:
             rule["steps"] = steps
         return rule | (warm_up_of(self.ema_warmup or "") or {})
@@ -220,7 +223,7 @@ class ImportSettings:
     def without_findings(self) -> ImportSettings:
         """The settings without what an import found: with more files it finds
         others."""
-        names = ["last_step"]
+        names = ["last_step", "ema_doubt"]
         if self.ema_uncertainty is not None:
             names += ["ema_decay", "ema_warmup", "sigma_rels", "ema_uncertainty"]
         return replace(self, **{name: getattr(UNSPECIFIED, name) for name in names})
@@ -230,7 +233,7 @@ class ImportSettings:
         changed."""
         words = ["ema", "import", str(place)]
         for name, value in (self.without_findings.given | changes).items():
-            if value in ((), "none", None):
+            if value in ((), None):
                 continue
             option = "--from" if name == "kind" else f"--{name.replace('_', '-')}"
             if name in ("include", "exclude"):
