@@ -91,6 +91,7 @@ _OTHER_WEIGHTS = (
     "forget faster than checkpoints are apart, or are of another run"
 )
 DOES_NOT_MOVE = "does not move"
+EQUALS = "equals the weights"
 SET_BACK = "set back"
 ONCE = "updated once a file"
 SOME_TENSORS = "some tensors"
@@ -98,7 +99,7 @@ BAD = (
     "too long",
     "too short",
     DOES_NOT_MOVE,
-    "equals the weights",
+    EQUALS,
     SOME_TENSORS,
     "another rule",
     SET_BACK,
@@ -412,7 +413,7 @@ class _Judge:
             return DOES_NOT_MOVE, text
         if self.sample.copied[1:].all():
             text = "the average is equal to the weights: it is copied, or its decay is 0"
-            return "equals the weights", text
+            return EQUALS, text
         if lost := self._lost:
             count = len(set(self.sample.names))
             text = f"{len(lost)} of {count} tensors are not followed, or copied, while the others "

@@ -16,6 +16,7 @@ import numpy as np
 from posthoc_cli import files
 from posthoc_cli.checkpoints.audit import (
     DOES_NOT_MOVE,
+    EQUALS,
     ONCE,
     SET_BACK,
     SOME_TENSORS,
@@ -320,6 +321,8 @@ class _Decays:
             reason = f"{audit.text}; name files of one side by a glob, later ones with "
             reason += "`update_after_step`, or take the weights alone"
             raise InvalidValueError("average", reason, weights)
+        if audit.verdict == EQUALS:
+            raise InvalidValueError("average", f"{audit.text}; take the weights alone", weights)
         if audit.verdict == ONCE:
             raise self._question("update_every", audit.text)
         if audit.verdict == SOME_TENSORS:
