@@ -13,14 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints.manifest import Manifest, read_manifest
-from posthoc_cli.checkpoints.open_run import (
-    describe_checkpoints,
-    describe_files,
-    holds_checkpoints,
-    open_checkpoints,
-    read_place,
-)
-from posthoc_cli.checkpoints.settings import UNSPECIFIED
+from posthoc_cli.checkpoints.open_run import holds_checkpoints
 from posthoc_cli.errors import (
     DirectoryError,
     FileFormatError,
@@ -119,14 +112,15 @@ def make_weights(
 
 def disk_sources(
     directory: str | Path,
-    open_place: Callable[[Path], Sequence[Source]] = open_checkpoints,
+    unclaimed: bool = False,
 ) -> list[Source]:
     """Return the sources in the directory of a run or of an import, or those that a file or a glob
     names.
 
-    They are snapshots of a tracker, or checkpoints that `open_place` opens. Raise DirectoryError if
-    there are none, FileFormatError or MismatchError if a file is damaged or of another model,
-    InvalidValueError if an import must be given a setting.
+    They are snapshots of a tracker, or checkpoints as an import would take them; with `unclaimed`
+    no values are read, and averages of unknown decay have a placeholder of a profile. Raise
+    DirectoryError if there are none, FileFormatError or MismatchError if a file is damaged or of
+    another model, InvalidValueError if an import must be given a setting.
     """
     path = files.expanded(directory)
     if not (files.is_glob(path) or is_import(path)):
@@ -135,7 +129,9 @@ def disk_sources(
         except DirectoryError:
             if not holds_checkpoints(path):
                 raise
-    return [*open_place(path)]
+    from posthoc_cli.checkpoints.import_run import open_checkpoints, open_unclaimed
+
+    return [*(open_unclaimed(path) if unclaimed else open_checkpoints(path))]
 
 
 ATTEMPTS = 100  # largest number of plans; no training removes a snapshot after every one of them
@@ -200,8 +196,17 @@ class Run:
 
     @property
     def sources(self) -> list[Source]:
-        """The snapshots or checkpoints to make averages from, by time."""
-        return disk_sources(self.directory)
+        """The snapshots or checkpoints to make averages from, by time. The decays of averages in
+        checkpoints are looked for once for the same files."""
+        sources = disk_sources(self.directory, unclaimed=True)
+        are_known = all(isinstance(source, Snapshot) for source in sources)
+        if are_known or is_import(self.directory):
+            return sources
+        identities = [source.identity for source in sources]
+        if identities != self._identities:
+            self._checked = disk_sources(self.directory)
+            self._identities = identities
+        return [*self._checked]
 
     @property
     def snapshots(self) -> list[Snapshot]:
@@ -246,11 +251,15 @@ class Run:
         For checkpoints see `describe_checkpoints`, and `describe_files` if they need an import.
         """
         directory = self.directory
-        if is_import(directory):
+        is_foreign = is_import(directory)
+        if not is_foreign:
+            is_own = directory.is_dir() and any(map(is_snapshot_name, list_directory(directory)))
+            if is_own or not holds_checkpoints(directory):
+                return describe(directory)
+        from posthoc_cli.checkpoints.describe import describe_checkpoints, describe_files
+
+        if is_foreign:
             return describe_checkpoints(directory)
-        is_own = directory.is_dir() and any(map(is_snapshot_name, list_directory(directory)))
-        if is_own or not holds_checkpoints(directory):
-            return describe(directory)
         try:
             return describe_checkpoints(directory)
         except PostHocError as error:
@@ -261,23 +270,6 @@ class Run:
                 if not others:
                     return described
             return describe_files(directory, error)
-
-    def _checked_sources(self) -> list[Source]:
-        """Return the sources; checkpoints with the decays that an import would take, once for the
-        same files."""
-        if is_import(self.directory):
-            return self.sources
-        return disk_sources(self.directory, self._with_decays)
-
-    def _with_decays(self, place: Path) -> Sequence[Source]:
-        from posthoc_cli.checkpoints.import_run import run_with_decays
-
-        found = read_place(place, UNSPECIFIED, asks=False)
-        identities = [checkpoint.identity for checkpoint in found.checkpoints]
-        if identities != self._identities:
-            self._checked = run_with_decays(place, found)
-            self._identities = identities
-        return self._checked
 
     # --- averages
 
@@ -293,7 +285,7 @@ class Run:
     ) -> Plan:
         """Compute the coefficients and errors of averages. Arguments and errors are those of
         `plan_synthesis`."""
-        sources = self._checked_sources()
+        sources = self.sources
         return plan_synthesis(sources, as_targets(targets), t, step, method, max_error, dtype)
 
     def average(
@@ -383,7 +375,7 @@ class Run:
         If the run has more snapshots than a solve can take, those are used that a synthesis at `t`
         uses. A sample of the tensors is read if headers have no measurements.
         """
-        sources = self._checked_sources()
+        sources = self.sources
         t = time_between([source.profile for source in sources], t)
         usable, later = chosen_up_to(sources, t)
         last = usable[-1].t
@@ -431,8 +423,7 @@ class Run:
         """
         from posthoc_cli.checkpoints.audit import audit_sources
 
-        open_unclaimed = functools.partial(open_checkpoints, unclaimed=True)
-        return audit_sources(disk_sources(self.directory, open_unclaimed), claimed)
+        return audit_sources(disk_sources(self.directory, unclaimed=True), claimed)
 
     def prune(
         self,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from posthoc_cli import files
+from posthoc_cli.checkpoints.ask import with_command
 from posthoc_cli.checkpoints.audit import (
     DOES_NOT_MOVE,
     EQUALS,
@@ -25,12 +26,12 @@ from posthoc_cli.checkpoints.audit import (
     audits_of,
     round_decays,
 )
-from posthoc_cli.checkpoints.manifest import write_manifest
+from posthoc_cli.checkpoints.manifest import read_manifest, write_manifest
 from posthoc_cli.checkpoints.open_run import (
     Place,
     checked_run,
+    imported_checkpoints,
     is_copy,
-    known_run,
     read_place,
 )
 from posthoc_cli.checkpoints.settings import FOUND, UNSPECIFIED, ImportSettings
@@ -120,36 +121,84 @@ def import_checkpoints(
     if is_import(origin) or (origin.is_dir() and inspect_directory(origin).snapshots):
         reason = "holds a run already, of a tracker or an import, which needs no import"
         raise DirectoryError(origin, reason, "import the files of other programs themselves")
-    place = read_place(origin, given)
-    numbers = place.says if place.may_be_epochs else ""
-    given, checks = check_decays(origin, checked_run(place.checkpoints), given, numbers)
-    checkpoints = checked_run([checkpoint.with_settings(given) for checkpoint in place.checkpoints])
+    found = find_run(origin, given)
+    checkpoints = found.checkpoints
+    given = found.settings
     written = False
     if target is not None and not dry_run:
         files.check_parent(target)
         written = write_manifest(target, origin, given, checkpoints, overwrite)
-    return Import(tuple(checkpoints), target, place.says, tuple(checks), written)
+    return Import(tuple(checkpoints), target, found.says, found.checks, written)
+
+
+@dataclass(frozen=True)
+class FoundRun:
+    """The run that files at a place are, with some settings."""
+
+    checkpoints: list[Checkpoint]
+    settings: ImportSettings  # those that were given, or found
+    says: str  # what the numbers of files are taken for
+    checks: tuple[str, ...]  # lines about the decay
+    notes: tuple[str, ...]  # what is not used
+
+
+def find_run(place: str | Path, given: ImportSettings) -> FoundRun:
+    """Return the run at a place; a question about what its files leave open ends in the command
+    that answers it."""
+    found = with_command(place, given.given, _find)
+    _log_notes(place, found.notes)
+    return found
+
+
+def _log_notes(place: str | Path, notes: Sequence[str]) -> None:
+    for note in notes:
+        log.warning("%s: %s", place, note)
+
+
+def _find(origin: str | Path, values: Mapping[str, Any]) -> FoundRun:
+    given = ImportSettings(**values)
+    place = read_place(origin, given)
+    numbers = place.says if place.may_be_epochs else ""
+    given, checks = check_decays(origin, checked_run(place.checkpoints), given, numbers)
+    checkpoints = checked_run([checkpoint.with_settings(given) for checkpoint in place.checkpoints])
+    return FoundRun(checkpoints, given, place.says, tuple(checks), place.notes)
+
+
+def open_checkpoints(place: str | Path) -> list[Checkpoint]:
+    """Return the checkpoints of an import, or those at a place as an import would take them."""
+    path = files.expanded(place)
+    if is_import(path):
+        return checked_run(imported_checkpoints(read_manifest(path)))
+    found = find_run(place, UNSPECIFIED)
+    for line in found.checks:
+        log.info("%s: %s", place, line)
+    return found.checkpoints
+
+
+def open_unclaimed(place: str | Path) -> list[Checkpoint]:
+    """Return the checkpoints at a place without a look at values: profiles of averages of which
+    files do not say the decay are placeholders."""
+    path = files.expanded(place)
+    if is_import(path):
+        return checked_run(imported_checkpoints(read_manifest(path)))
+    return checked_run(place_at(place).checkpoints)
+
+
+def place_at(place: str | Path) -> Place:
+    """Read a place without settings; a question ends in the command of the import that answers
+    it."""
+
+    def attempt(origin: str | Path, values: Mapping[str, Any]) -> Place:
+        if values:
+            _find(origin, values)
+        return read_place(origin, ImportSettings(**values))
+
+    found = with_command(place, {}, attempt)
+    _log_notes(place, found.notes)
+    return found
 
 
 # --- the decay
-
-
-def run_with_decays(place: str | Path, found: Place) -> list[Checkpoint]:
-    """Return the checkpoints that were found at a place as an import would take them, without
-    averages whose decay it would ask for."""
-    checkpoints = checked_run(found.checkpoints)
-    if found.lacks_steps:
-        return known_run(place, found)
-    numbers = found.says if found.may_be_epochs else ""
-    try:
-        given, lines = check_decays(place, checkpoints, UNSPECIFIED, numbers)
-    except InvalidValueError as error:
-        if all(checkpoint.is_known for checkpoint in checkpoints):
-            raise
-        return known_run(place, found, str(error))
-    for line in lines:
-        log.info("%s: %s", place, line)
-    return checked_run([checkpoint.with_settings(given) for checkpoint in checkpoints])
 
 
 def check_decays(

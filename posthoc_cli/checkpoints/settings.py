@@ -145,8 +145,7 @@ class ImportSettings:
     kind: _Kind | None = None  # None to recognise the kind of each file
     # what to search in a path; its group is the step, also as 1_500 or 1.5k
     step_from: _Pattern | None = None
-    prefix: str = ""  # of the names of the model's tensors; it is removed
-    include: tuple[str, ...] = ()  # globs on the names without the prefix
+    include: tuple[str, ...] = ()  # globs on names
     exclude: tuple[str, ...] = ()
     # Widths of power functions: of averages in the order of the numbers in their names, or of the
     # one in each file.
@@ -247,7 +246,7 @@ class ImportSettings:
 
     @property
     def selection(self) -> Selection:
-        """What `include` and `exclude` choose of the names without the prefix."""
+        """What `include` and `exclude` choose of the names."""
         return make_selection(self.include, self.exclude, "copy")
 
     def select(self, tensors: Tensors) -> Tensors:

@@ -34,9 +34,6 @@ def import_(
         show_default="content or name",
         help=r"A pattern of the steps in names: 'step(\d+)'.",
     ),
-    prefix: str = options.RUN(
-        "", help="Take only tensors with this prefix, such as model., and remove it."
-    ),
     include: list[str] = options.RUN(
         [], metavar="GLOB", help="Take only tensors with these names."
     ),
@@ -117,7 +114,6 @@ def import_(
         dry_run=dry_run,
         kind=kind,
         step_from=step_from,
-        prefix=prefix,
         include=include,
         exclude=exclude,
         sigma_rels=options.optional(parse_numbers, sigma_rels, "--sigma-rels") or (),

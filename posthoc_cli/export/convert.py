@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.content import FOREIGN, model_in, places_below, sets_in
+from posthoc_cli.checkpoints.folders import AVERAGE_WORD, Layout, Sets, layout_at
 from posthoc_cli.checkpoints.layouts import Stored
 from posthoc_cli.dtypes import EPS, parse_dtype
 from posthoc_cli.errors import (
@@ -26,7 +25,7 @@ from posthoc_cli.errors import (
 from posthoc_cli.export.like import Like, Replacement, check_shape
 from posthoc_cli.export.writing import FOLDERS, OutputOptions, Writing
 from posthoc_cli.resources import ProgressBar, no_bar
-from posthoc_cli.snapshots.directory import PICKLES, is_parts_folder, read_snapshot
+from posthoc_cli.snapshots.directory import is_parts_folder, read_snapshot
 from posthoc_cli.snapshots.outputs import models_at, read_model
 from posthoc_cli.snapshots.snapshot import OutputInfo, Snapshot, Used, running_statistics
 from posthoc_cli.snapshots.sources import StoredTensors, TrackedTensor
@@ -279,18 +278,18 @@ def _read_source(
 
 def _is_checkpoint(source: Path) -> bool:
     """Return whether a source is a training's checkpoint: a file or folder that is not safetensors,
-    or weights next to an average; they may lie deeper in it."""
-    if source.is_dir():
-        if sets_in(source):
-            return True
-        with suppress(FileFormatError):
-            model = model_in(source)
-            if model is not None:
-                return SUFFIX not in model.name
-        places = places_below(source)
-        return len(places) == 1 and _is_checkpoint(places[0])
-    is_pickle = source.name.endswith(PICKLES) or FOREIGN.search(source.name)
-    return bool(is_pickle) and source.is_file()
+    or an average among several models; they may lie deeper in it."""
+    if not source.exists():
+        return False
+    layout = layout_at(source)
+    if isinstance(layout, Sets):
+        has_average = any(map(AVERAGE_WORD.search, layout.members))
+        return has_average or any(map(_is_pickled, layout.members.values()))
+    return layout is not None and _is_pickled(layout)
+
+
+def _is_pickled(layout: Layout) -> bool:
+    return isinstance(layout, Sets) or SUFFIX not in layout.path.name
 
 
 def _read_model(path: Path) -> StoredTensors:

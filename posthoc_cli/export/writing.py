@@ -36,7 +36,7 @@ import torch.distributed as dist
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from posthoc_cli import files, resources
-from posthoc_cli.checkpoints.content import INDEX_ENDING
+from posthoc_cli.checkpoints.containers import INDEX_ENDING
 from posthoc_cli.dtypes import ITEM_BYTES, parse_dtype
 from posthoc_cli.errors import (
     FileFormatError,

@@ -4,7 +4,7 @@ here in float64."""
 import pytest
 import torch
 import walks
-from saved import check_error, check_last, fault, named, store, write_each
+from saved import check, check_error, check_last, named, read, store, write_each
 
 from posthoc_cli import Run, import_checkpoints
 from posthoc_cli.errors import InvalidValueError
@@ -85,8 +85,8 @@ def test_a_decay_that_changes_is_refused(before, after, files, run):
         import_checkpoints(files, run, ema_decay=after, ema_warmup="none")
 
 
-def test_the_part_that_an_average_and_the_weights_share_is_named(files):
-    """F5-TTS keeps a buffer in its average that the weights lack."""
+def test_buffers_that_an_average_alone_has_are_left_out(files):
+    """F5-TTS keeps one in its average that the weights lack."""
 
     def content(one):
         average = named("net.", one.average) | {"window": torch.ones(4)}
@@ -96,23 +96,22 @@ def test_the_part_that_an_average_and_the_weights_share_is_named(files):
         }
 
     write_each(files, "model_{save.step}.pt", content)
-    said = fault(files)
-    assert "an EMA and weights of different models: only the EMA has 'window'" in said
-    assert "'ema_model.net' with `weights` 'model.net'" in said
-    check_last(files, average="ema_model.net", weights="model.net")
+    last = walks.saves()[-1]
+    check(files, named("net.", last.average), named("net.", last.weights), None)
 
 
-def test_an_average_of_another_model_is_refused(files):
+def test_an_average_of_another_model_is_not_used_and_said(files, caplog):
     model = {
         "a.w": torch.ones(3),
         "b.w": torch.ones(2),
     }
     average = model | {"c": torch.ones(4)}
     store(files / "step1.pt", {"model": model, "ema": average})
-    assert "only the EMA has 'c'; `kind` checkpoints takes the weights alone" in fault(files)
+    assert read(files).counts == {"weights": 1}
+    assert "also holds 'ema', not used: an import with `average` 'ema' takes it" in caplog.text
 
 
-def test_a_prefix_tells_which_weights_a_list_of_averages_is_of(files):
+def test_weights_that_are_named_are_those_of_a_list_of_averages(files):
     """As of FastGAN, whose generator `g` has an average in a list."""
 
     def content(one):
@@ -124,4 +123,4 @@ def test_a_prefix_tells_which_weights_a_list_of_averages_is_of(files):
         }
 
     write_each(files, "all_{save.step}.pth", content)
-    check_last(files, prefix="g.")
+    check_last(files, weights="g")

@@ -17,8 +17,7 @@ from posthoc_cli.errors import InvalidValueError
 
 SETTINGS = {
     "step_from": r"at(\d+)",
-    "prefix": "net.",
-    "exclude": "skip.*",
+    "exclude": "*skip.*",
 }
 
 
@@ -50,7 +49,7 @@ def test_checkpoints_are_not_called_snapshots(ema, run):
     assert len(described["checkpoints"]) == 40
     assert described["files"] == 40
     assert described["refers_to"] == str(run / "ck")
-    assert described["settings"] == SETTINGS | {"exclude": ["skip.*"]}
+    assert described["settings"] == SETTINGS | {"exclude": ["*skip.*"]}
     assert re.search(r"predicted error \S+ % from the 40 checkpoints up to t = 400", made.err)
     assert "snapshot" not in made.out + made.err
 
@@ -79,7 +78,7 @@ def test_a_sweep_and_its_page_name_what_to_repeat(ema, run, tmp_path, monkeypatc
 
 def test_a_run_of_a_tracker_is_not_imported(ema, tmp_path):
     write_run(tmp_path, [{"w": [1.0]}] * 2, [2])
-    refused = ema("import", tmp_path, "--prefix", "w", "--out", tmp_path / "new")
+    refused = ema("import", tmp_path, "--exclude", "w", "--out", tmp_path / "new")
     assert refused.code == 2
     assert f"{tmp_path}: holds a run already" in refused.error
 
@@ -101,7 +100,7 @@ def test_checkpoints_beside_snapshots_are_audited_and_imported(ema, tmp_path):
 )
 def test_a_setting_that_would_do_nothing_is_refused(setting, run):
     (name,) = setting
-    reason = f"^{name}: does not apply to files that are taken for checkpoints"
+    reason = f"^{name}: does not apply to files that are taken for weights"
     with pytest.raises(InvalidValueError, match=reason):
         read(run / "ck", step_from=r"at(\d+)", **setting)
 

@@ -17,7 +17,6 @@ import pytest
 import torch
 from checking import assert_same_tensors
 from checkpoint_layouts import LAYOUTS, distributed
-from safetensors.torch import save_file
 from saved import store
 from torture.hostile import Bomb
 
@@ -386,26 +385,6 @@ def test_a_place_that_is_none_is_refused(name, value, problem, metadata_of_chunk
         vars(place)[name] = value
 
     assert problem in read_with(metadata_of_chunks, change)
-
-
-@pytest.mark.parametrize(
-    ("offset", "dtype", "problem"),
-    [
-        ([2], torch.float32, "'w': "),
-        ([3], torch.float16, "are of several dtypes"),
-        ([3, 0], torch.float32, "must give its offsets"),
-    ],
-)
-def test_chunks_make_a_complete_tensor_of_one_dtype(offset, dtype, problem, tmp_path):
-    save_chunk(tmp_path / "step-1" / "model-0.safetensors", [0], torch.float32)
-    save_chunk(tmp_path / "step-1" / "model-1.safetensors", offset, dtype)
-    assert problem in read(tmp_path)
-
-
-def save_chunk(file, offset, dtype):
-    file.parent.mkdir(exist_ok=True)
-    info = json.dumps({"w": {"saved_offsets": offset}})
-    save_file({"w": torch.ones(3, dtype=dtype)}, file, {"DCP_SHARDING_INFO": info})
 
 
 VALUES = torch.arange(1_000_000.0)

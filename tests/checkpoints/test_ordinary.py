@@ -1,6 +1,7 @@
 """Averages of any length from ordinary EMAs, as the libraries that are installed write them, else
 in their format."""
 
+import re
 import warnings
 
 import pytest
@@ -85,7 +86,7 @@ def diffusers(folder, **settings):
         average.step(model.parameters())
 
     replay(update, save)
-    return {"prefix": "net."}
+    return {}
 
 
 def ema_pytorch(folder, update_every=5, update_after_step=20, **rule):
@@ -135,7 +136,7 @@ def lightning(folder):
         warnings.simplefilter("ignore")  # the library's own
         trainer = library.Trainer(max_steps=STEPS, accelerator="cpu", callbacks=callbacks, **off)
         trainer.fit(Replay(), torch.utils.data.DataLoader(range(STEPS)))
-    return {"ema_decay": DECAY, "prefix": "net."}
+    return {"ema_decay": DECAY}
 
 
 def mmengine(folder):
@@ -171,7 +172,7 @@ def mmengine(folder):
         custom_hooks=[{"type": "EMAHook", "momentum": 1 - DECAY}],
         log_level="ERROR",
     ).train()
-    return {"ema_decay": DECAY, "prefix": "net."}
+    return {"ema_decay": DECAY}
 
 
 LIBRARIES = [plain, diffusers, lightning, ema_pytorch, mmengine]
@@ -191,7 +192,7 @@ def test_an_ordinary_ema_makes_other_lengths(library, files, run):
     averages = averages_in(run)
     assert len(averages) == len(TIMES)
     assert any(one.decay == DECAY for one in averages)
-    check(run)
+    check(run, prefix="net." if library in (diffusers, lightning, mmengine) else "")
     if library is not plain:
         assert all("as claimed" in line for line in done.checks), done.checks
 
@@ -214,13 +215,15 @@ def test_a_folder_is_opened_as_an_import_opens_it(tmp_path):
     check(tmp_path)
 
 
-def test_averages_of_a_decay_that_is_asked_for_are_left_out(tmp_path, ema, caplog):
+def test_every_command_asks_for_a_decay_as_an_import_does(tmp_path, ema):
     write(tmp_path, train(), ema_of(0.9873))
-    assert len(Run(tmp_path).sources) == len(TIMES)  # the weights alone
-    Run(tmp_path).average(0.1)
-    assert f"{len(TIMES)} EMAs, such as " in caplog.text
-    assert f"ema import {tmp_path} --ema-decay found --out run" in caplog.text
-    assert "left out" not in ema("audit", tmp_path).err  # it makes no averages
+    line = f"paste: ema import {tmp_path} --ema-decay N --out run"
+    with pytest.raises(InvalidValueError, match=re.escape(line)):
+        _ = Run(tmp_path).sources
+    out = tmp_path / "out.pt"
+    assert ema("synthesize", tmp_path, "--sigma-rel", "0.1", "--out", out).error.endswith(line)
+    assert "EMA of unknown decay" in ema("info", tmp_path).out
+    assert "ema: error" not in ema("audit", tmp_path).err
 
 
 def decays_of(done):
@@ -238,7 +241,7 @@ def decays_of(done):
 def test_the_begin_and_the_interval_of_ema_pytorch_are_not_guessed(said, asked, tmp_path):
     """Its files count calls, and do not say how many there are between two updates."""
     ema_pytorch(tmp_path)
-    reason = rf"{asked}: must be given: step\d+\.pt .* default of the library"
+    reason = rf"{asked}: must be given: files of its library, such as step\d+\.pt"
     with pytest.raises(InvalidValueError, match=reason):
         import_checkpoints(tmp_path, None, dry_run=True, **said)
 

@@ -184,15 +184,14 @@ def test_wrong_input_is_one_line_and_changes_nothing(ema, places, command, monke
 
 
 def test_a_warning_comes_once_for_one_cause(ema, tmp_path):
-    """A plot reads the checkpoints several times; here they contain EMAs with an unknown
-    decay."""
+    """A plot reads the checkpoints several times; here they hold a set that is not used."""
     for step in (10, 20):
         weights = torch.full((3, 2), float(step))
-        average = {"n_averaged": torch.tensor(step), "module.w": weights}
-        torch.save({"model": {"w": weights}, "ema": average}, tmp_path / f"{step}.pt")
+        other = {"v": torch.ones(2)}
+        torch.save({"model": {"w": weights}, "critic": other}, tmp_path / f"{step}.pt")
     done = ema("error-plot", tmp_path, "--out", tmp_path / "errors.png")
     assert done.code == 0, done.err
-    assert done.err.count("left out of averages") == 1
+    assert done.err.count("also holds 'critic', not used") == 1
 
 
 def test_strict_takes_a_warning_as_an_error_and_writes_nothing(typed, run):
