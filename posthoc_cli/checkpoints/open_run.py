@@ -556,7 +556,7 @@ def _check_roles(run: list[Found], settings: ImportSettings) -> list[Found]:
     for key in _twins(both[0]):
         others.append({"average": pair.average_key, "weights": key})
     alone: Answer = {"kind": "checkpoints"}
-    if np.array_equal(ours, theirs):
+    if weights > 0 and np.array_equal(ours, theirs):
         reason = f"must be given: {named} equals {model} in all files, as if they were written "
         reason += "while the average was swapped in"
         raise QuestionError("weights", reason, *others, alone)
