@@ -644,7 +644,11 @@ class _Judge:
         if np.median(shares) > _FOREIGN:
             return "undetermined", _OTHER_WEIGHTS
         own = self._own(rows, best)
-        differs = [abs(fit.log - best.log) > _APART and fit.misfit < -_OWN for fit in own]
+        moves = ~self.sample.stays[self.copies :].all(axis=1)  # else it is between two updates
+        differs = [
+            bool(is_moved) and abs(fit.log - best.log) > _APART and fit.misfit < -_OWN
+            for is_moved, fit in zip(moves, own, strict=True)
+        ]
         if sum(differs) > len(own) / 2:
             lengths = [self._length(fit, self.last) for fit in own]
             text = f"each interval alone shows another length, from {min(lengths):,.3g} to "
