@@ -241,7 +241,8 @@ search does not look."""
 
 @dataclass(frozen=True)
 class ErrorPoint:
-    """The errors of one target; `sigma_rel` is its standard deviation / t."""
+    """The errors of one target; `sigma_rel` is its own, that of an ordinary EMA's mean age, or its
+    standard deviation / t."""
 
     label: str
     sigma_rel: float
@@ -394,7 +395,7 @@ def _points(
     for title, profile_error, predicted in zip(
         others, profile_errors, predicted_errors, strict=True
     ):
-        width = relative_width(others[title], t)
+        width = getattr(others[title], "sigma_rel", None) or relative_width(others[title], t)
         points.append(ErrorPoint(title, width, profile_error, predicted))
     return tuple(points)
 

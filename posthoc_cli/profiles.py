@@ -131,6 +131,23 @@ def sigma_rel_from_gamma(gamma: float) -> float:
     return math.sqrt(ratio) / (gamma + 2)
 
 
+def sigma_rel_from_decay(decay: float, steps: float) -> float | None:
+    """Return the width of the power function that is as long, after so many steps, as an ordinary
+    EMA of this decay in (0, 1): their mean ages are equal.
+
+    An ordinary EMA has the mean age -1 / ln(decay), about 1 / (1 - decay), in steps; a power
+    function steps / (gamma + 2). None of an EMA that is longer than the uniform average.
+    """
+    gamma = -steps * math.log(decay) - 2
+    return sigma_rel_from_gamma(gamma) if gamma > 0 else None
+
+
+def decay_from_sigma_rel(sigma_rel: float, steps: float) -> float:
+    """Return the decay of the ordinary EMA that is as long as a power function: the inverse of
+    `sigma_rel_from_decay`."""
+    return math.exp(-(gamma_from_sigma_rel(sigma_rel) + 2) / steps)
+
+
 def new_value_share(gamma: float, t_prev: float, t: float) -> float:
     """Return 1 - beta, the share of the new value in an update at time `t`; at the first one
     `t_prev` is 0.
@@ -621,55 +638,6 @@ def _group_ends(logs: FloatArray) -> npt.NDArray[np.bool_]:
     has_next = np.diff(groups * size) > 0
     # also the last update
     return np.append(has_fallen | has_next, [True])
-
-
-# --- classical averages of the same mean age
-
-
-def mean_age(gamma: float, steps: int) -> float:
-    """Return the mean age, in steps, of the values in a power-function average updated at every
-    step 1 .. `steps`.
-
-    With the discrete weights w it is sum_k w_k (T - k) = sum_{j=1}^{T-1} (j/T)**(gamma+1). The last
-    100,000 terms are added, those before by Euler-Maclaurin, which leaves out at most 1 / (6 T**2)
-    of the age.
-    """
-    x = gamma + 1
-    count = min(steps, 100_001)
-    ages = np.arange(1, count)
-    logs = x * np.log1p(-ages / steps)
-    age = float(np.sum(np.exp(logs)))
-    before = steps - count
-    if before > 0:
-        log_of_last = x * math.log1p((before - steps) / steps)
-        integral = before / (x + 1)
-        slope = x / (12 * before)
-        age += math.exp(log_of_last) * (integral + 0.5 + slope)
-    return age
-
-
-def sigma_rel_from_classical_beta(beta: float, steps: int) -> float:
-    """Return the width whose mean age is that of a classical decay, beta / (1 - beta)."""
-    longest = 1 - 2 / (steps + 1)
-    if not 0 < beta < longest:
-        reason = (
-            f"after {steps:,} steps beta must lie in (0, {longest:.7g}), below the mean "
-            f"age of the uniform average"
-        )
-        raise InvalidValueError("target", reason, value=f"beta:{beta!r}")
-    from scipy.optimize import brentq  # slow to import
-
-    age = beta / (1 - beta)
-    # The mean age falls from (T-1)/2 at x = 1 roughly as T/(x+1), and for huge x as exp(-x/T).
-    shorter = max(0.0, -math.log(age))
-    largest = 2 * steps * (2 + shorter)
-
-    def excess(log_x: float) -> float:
-        return mean_age(math.expm1(log_x), steps) - age
-
-    bound = math.log(largest)
-    log_x = brentq(excess, 0.0, bound, xtol=1e-15, rtol=1e-14)
-    return sigma_rel_from_gamma(math.expm1(log_x))
 
 
 # --- folding updates into tracked averages

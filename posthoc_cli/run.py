@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -48,8 +47,8 @@ from posthoc_cli.snapshots.sources import (
 )
 from posthoc_cli.snapshots.tensorfile import Entry
 from posthoc_cli.snapshots.verify import DAMAGED, UNCHANGED, FileReport, Verification, verify
-from posthoc_cli.synthesis.plan import Plan, plan_synthesis
-from posthoc_cli.targets import Target, as_target
+from posthoc_cli.synthesis.plan import Plan, check_steps, plan_synthesis
+from posthoc_cli.targets import Target, as_targets
 
 if TYPE_CHECKING:
     import torch
@@ -137,24 +136,28 @@ def disk_sources(
 ATTEMPTS = 100  # largest number of plans; no training removes a snapshot after every one of them
 
 
+def retry_vanished(attempt: Callable[[], _T]) -> _T:
+    """Return the result of `attempt`, which makes a plan and uses it, and try again if snapshots of
+    the plan are removed before they are opened.
+
+    Readers take no lock, so a tracker may thin away snapshots of the plan. Open files stay readable
+    when they are removed, and all are opened before they are used. `attempt` must leave nothing
+    when it raises an error.
+    """
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return attempt()
+        except VanishedError as error:
+            log.warning("%s; planning again with the snapshots that remain", error)
+    return attempt()
+
+
 def with_consistent_plan(
     make: Callable[[], _Planned],
     use: Callable[[_Planned], _T],
 ) -> _T:
-    """Return `use(make())`, and try again if snapshots of the plan are removed before they are
-    opened.
-
-    Readers take no lock, so a tracker may thin away snapshots of the plan. Open files stay readable
-    when they are removed, and all are opened before they are used.
-
-    `use` must leave nothing when it raises an error.
-    """
-    for _ in range(ATTEMPTS - 1):
-        try:
-            return use(make())
-        except VanishedError as error:
-            log.warning("%s; planning again with the snapshots that remain", error)
-    return use(make())
+    """Return `use(make())`, see `retry_vanished`."""
+    return retry_vanished(lambda: use(make()))
 
 
 class Run:
@@ -162,9 +165,9 @@ class Run:
     averages read tensors.
 
     Arguments:
-        directory: the directory of a tracker's snapshots, which need not exist yet; or a directory,
-            a file or a glob of checkpoints or averages of other programs; or the run that
-            `import_checkpoints` made of them.
+        directory: the directory of a tracker's snapshots; or a directory, a file or a glob of
+            checkpoints or averages of other programs; or the run that `import_checkpoints` made of
+            them. It is looked at by each call, not before: a training may begin later.
 
     Errors of all methods and properties that read snapshots:
         DirectoryError: the directory does not exist, or holds no snapshot.
@@ -303,9 +306,12 @@ class Run:
         The tensors are made on `device`; the other arguments and errors are those of
         `plan_synthesis`, and a NonFiniteError for a result that is not finite.
         """
-        plan = functools.partial(self.plan, [target], t=t, step=step, method=method, dtype=dtype)
-        make = functools.partial(make_weights, device=device)
-        return with_consistent_plan(plan, make)
+
+        def make() -> Weights:
+            plan = self.plan([target], t=t, step=step, method=method, dtype=dtype)
+            return make_weights(plan, device)
+
+        return retry_vanished(make)
 
     def write(
         self,
@@ -317,17 +323,24 @@ class Run:
         method: str | None = None,
         max_error: float | None = None,
         dtype: torch.dtype | str | None = None,
+        device: torch.device | str = "auto",
+        workers: int | None = None,
+        layout: str | None = None,
+        max_shard_size: int | str | None = None,
+        overwrite: bool = False,
+        dry_run: bool = False,
+        distributed: bool = False,
+        like: str | Path | None = None,
+        weights: bool = False,
+        average: str | None = None,
         progress: ProgressBar = no_bar,
-        **options: Any,
     ) -> SynthesisReport | None:
         """Write averages to files, as `ema synthesize` does. Each file appears complete or not at
         all.
 
-        Arguments as in `plan_synthesis`, and:
+        Arguments as in `plan_synthesis`, in `export.writing.OutputOptions`, and:
             out: a file, or a folder for a file per target; may be None in a dry run.
             progress: opens a progress bar.
-            options: the fields of `export.writing.OutputOptions`: device, layout, overwrite,
-                dry_run, like, ...
 
         Returns the report; None in every rank of a torchrun job but the first.
         """
@@ -339,25 +352,35 @@ class Run:
             write_synthesis,
         )
 
-        parsed = as_targets(targets)
-        asked = OutputOptions(**options)
-        like = None
-        paths = output_paths(parsed, out, dtype, asked)
-        if asked.like is not None:
-            like = Like.find(asked.like, self.tensors, asked.weights, asked.average)
-            dtype = like.dtype
-        plan = functools.partial(
-            self.plan, parsed, t=t, step=step, method=method, max_error=max_error, dtype=dtype
+        wished = as_targets(targets)
+        options = OutputOptions(
+            device=device,
+            workers=workers,
+            layout=layout,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            distributed=distributed,
+            like=like,
+            weights=weights,
+            average=average,
         )
-        use = functools.partial(
-            write_synthesis, paths=paths, options=asked, like=like, progress=progress
+        paths = output_paths(wished, out, dtype, options)
+        copied = None
+        if like is not None:
+            copied = Like.find(like, self.tensors, weights, average)
+            dtype = copied.dtype
+        asked: dict[str, Any] = {"t": t, "step": step, "method": method, "max_error": max_error}
+        if distributed:
+            with all_ranks() as ranks:
+                with ranks.together():
+                    plan = self.plan(wished, dtype=dtype, **asked)
+                return write_synthesis(plan, paths, options, copied, ranks, progress)
+        return retry_vanished(
+            lambda: write_synthesis(
+                self.plan(wished, dtype=dtype, **asked), paths, options, copied, progress=progress
+            )
         )
-        if not asked.distributed:
-            return with_consistent_plan(plan, use)
-        with all_ranks() as ranks:
-            with ranks.together():
-                planned = plan()
-            return use(planned, ranks=ranks)
 
     # --- errors
 
@@ -384,9 +407,11 @@ class Run:
         counts = counted(sources, len(usable), available)
         label = f"{self.directory}: {counts} up to {last:,.12g} {sources[0].t_unit}"
         clock = run_clock(sources)
+        wished = as_targets(others)
+        check_steps(wished, clock, t, sources[0].t_unit)
         first = min(source.t_first for source in sources)
         named_profiles = {}
-        for target in as_targets(others):
+        for target in wished:
             named_profiles[target.title] = target.profile(t, clock, first)
         profiles = [source.profile for source in known]
         return error_curve(
@@ -472,10 +497,3 @@ def _check_import(manifest: Manifest) -> Verification:
             report = replace(report, state=DAMAGED, detail=f"{error.reason}; {error.hint}")
         reports.append(report)
     return Verification(manifest.folder, False, tuple(reports))
-
-
-def as_targets(targets: Wanted | Sequence[Wanted]) -> tuple[Target, ...]:
-    """Convert one or several averages, as a user names them, to targets."""
-    if isinstance(targets, Sequence) and not isinstance(targets, str):
-        return tuple(map(as_target, targets))
-    return (as_target(targets),)

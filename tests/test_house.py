@@ -34,7 +34,6 @@ def test_public_names():
     assert posthoc_cli.__all__ == [
         "Beta",
         "Decay",
-        "Groups",
         "HalfLife",
         "Mean",
         "PostHocEMA",

@@ -110,8 +110,7 @@ app = typer.Typer(
 EXAMPLES: dict[Callable[..., int | None], tuple[str, ...]] = {
     synthesize.synthesize: (
         "ema synthesize run/ema --sigma-rel 0.15 --out model.safetensors",
-        "ema synthesize run/ema --sigma-rel 0.05,0.06,...,0.25 --target beta:0.9999 --out "
-        "averages/",
+        "ema synthesize run/ema --sigma-rel 0.05,0.06,...,0.25 --decay 0.9999 --out averages/",
         "ema synthesize run/ema --sigma-rel 0.1 --like last.pt --out averaged.pt",
     ),
     sweep.sweep: (
@@ -127,7 +126,7 @@ EXAMPLES: dict[Callable[..., int | None], tuple[str, ...]] = {
     export.export: (
         "ema export model.safetensors --out model.pt",
         "ema export last.pt --out average.safetensors",
-        "ema export avg.safetensors --base full.safetensors --out folder/",
+        "ema export avg.safetensors --like model/ --out folder/",
         "ema export avg.safetensors --like last.pt --out averaged.pt",
     ),
     prune.prune: (

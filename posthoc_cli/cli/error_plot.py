@@ -20,6 +20,7 @@ def error_plot(
     out: str | None = options.PICTURE,
     overwrite: bool = options.OVERWRITE,
     as_json: bool = options.JSON,
+    decay: list[str] = options.DECAY,
     target: list[str] = options.TARGETS(
         [], metavar="TARGET", help="Also this average: window:1000. Repeatable."
     ),
@@ -54,7 +55,7 @@ def error_plot(
     if out is None and not as_json:
         raise InvalidValueError("--out", "name a picture (.png, .svg, .pdf), or add --json")
     picture = options.new_picture(out, overwrite)
-    targets = options.parse_targets([], target)
+    targets = options.parse_targets([], decay, target)
     ends = options.parse_sigma_range(sigma_range)
     if bool(directories) == bool(steps):
         raise InvalidValueError("DIR", "name a directory, or give --steps of a training to come")

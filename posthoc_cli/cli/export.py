@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from typer import Argument
@@ -28,9 +27,6 @@ def export(
     like: str | None = options.LIKE_MODEL,
     overwrite: bool = options.OVERWRITE,
     as_json: bool = options.JSON,
-    base: str | None = options.HOW(
-        None, help="A full model (a file or folder), from which missing tensors are taken."
-    ),
     weights: bool = options.HOW(
         False, "--weights", help="Take, or with --like replace, a checkpoint's raw weights."
     ),
@@ -40,14 +36,11 @@ def export(
         show_default="by its name",
         help="The key, prefix or glob of a checkpoint's average, that of --like if given.",
     ),
-    prefix: str = options.HOW("", help="Put this in front of every name in FILE."),
-    strip_prefix: str = options.HOW("", help="Remove this from the front of the names in FILE."),
 ) -> None:
     """Write averaged weights in another layout or dtype.
 
-    Of a training's checkpoint, the average that it contains is written. Tensors can be renamed, and
-    a full model can supply the tensors that were not tracked. --like writes them into a copy of a
-    checkpoint, from which the training can go on.
+    Of a training's checkpoint, the average that it contains is written. --like writes the tensors
+    into a copy of a checkpoint or model, which also holds what was not tracked.
 
     Layouts: one safetensors file; shards with an index, under the names that Hugging Face libraries
     expect (one file if all tensors fit into it); a .pt state dict for
@@ -61,9 +54,6 @@ def export(
         out,
         layout,
         dtype,
-        options.optional(options.existing, base),
-        prefix,
-        strip_prefix,
         overwrite,
         max_shard_size,
         weights,
@@ -71,18 +61,14 @@ def export(
         options.optional(options.existing, like),
         output.progress_bar(),
     )
-    output.show(report.to_dict(), as_json, functools.partial(_print_export, base))
+    output.show(report.to_dict(), as_json, _print_export)
 
 
-def _print_export(
-    base: str | None,
-    report: dict[str, Any],
-) -> None:
+def _print_export(report: dict[str, Any]) -> None:
     if copied := report.get("like"):
         output.note_copied(copied)
-    added = f", {report['from_base']} of them from {base}" if base is not None else ""
     size = resources.size_text(report["bytes"])
     output.print_line(
-        f"wrote {report['tensors']} tensors{added}, {size}, in {report['seconds']:.1f} s: "
+        f"wrote {report['tensors']} tensors, {size}, in {report['seconds']:.1f} s: "
         f"{report['output']}"
     )

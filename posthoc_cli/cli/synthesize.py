@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +9,13 @@ from posthoc_cli import resources
 from posthoc_cli.cli import options, output
 from posthoc_cli.errors import InvalidValueError, percent
 from posthoc_cli.report.facts import title_of
-from posthoc_cli.targets import Groups
 
 
 def synthesize(
     directory: str = options.DIRECTORY_OR_CHECKPOINTS,
     sigma_rel: list[str] = options.SIGMA_REL,
+    decay: list[str] = options.DECAY,
     target: list[str] = options.TARGET,
-    group: list[str] = options.TARGETS(
-        [],
-        metavar="GLOB=SIGMA_REL",
-        help="The length of tensors by name: 'unet.up.*=0.12'. The first match counts.",
-    ),
     out: str | None = options.OUTPUT(
         None, "--out", "-o", help="A file; or a folder, for a file per target."
     ),
@@ -51,8 +45,8 @@ def synthesize(
 ) -> None:
     """Make the average of any length from snapshots.
 
-    Name one or more targets by --sigma-rel and --target. The snapshots are read once for all
-    targets, each block is verified, and an output appears complete or not at all.
+    Name one or more targets by --sigma-rel, --decay and --target. The snapshots are read once for
+    all targets, each block is verified, and an output appears complete or not at all.
 
     The predicted error is the expected relative L2 distance of the weights from the true average.
     --method paper also shows the profile error: the distance between the target profile and the
@@ -65,9 +59,7 @@ def synthesize(
     """
     from posthoc_cli.export.writing import is_rank
 
-    targets = options.parse_targets(sigma_rel, target)
-    if group:
-        targets.append(Groups(options.parse_groups(group)))
+    targets = options.parse_targets(sigma_rel, decay, target)
     run = options.open_run(directory)
     if not targets:
         raise InvalidValueError("no target", _NO_TARGET)
@@ -95,8 +87,8 @@ def synthesize(
 
 
 _NO_TARGET = (
-    "name at least one by --sigma-rel 0.15, --target beta:0.9999 (`ema guide synthesis` lists the "
-    "kinds) or --group '*=0.1'"
+    "name at least one by --sigma-rel 0.15, --decay 0.9999 or --target window:1000 (`ema guide "
+    "synthesis` lists the kinds)"
 )
 
 
@@ -136,7 +128,11 @@ def _print_origin(report: dict[str, Any]) -> None:
     if copied := report.get("like"):
         output.note_copied(copied)
     elif report["left_out"] and path:
-        _note_left_out(report["left_out"], Path(path))
+        lacks = output.list_tensors(report["left_out"])
+        output.print_note(
+            f"the output lacks {lacks} of the model, which the run does not track; for a complete "
+            "model add --like MODEL, which makes a copy of it with the average in it"
+        )
 
 
 def _summary(
@@ -147,6 +143,8 @@ def _summary(
     targets = report["targets"]
     first = targets[0]
     what = first["target"]
+    if first["as"] is not None:
+        what += f" (as {first['as']})"
     size = resources.size_text(first["bytes"])
     if len(targets) > 1:
         what = output.counted(len(targets), "average")
@@ -163,17 +161,3 @@ def _largest(errors: list[float | None]) -> str:
         return percent(None)
     largest = percent(max(filter(None, errors), default=0.0))
     return f"up to {largest}" if len(errors) > 1 else largest
-
-
-def _note_left_out(names: list[str], path: Path) -> None:
-    """Print the names of the tensors that an output lacks, and the command that adds them."""
-    file = path
-    before = ""
-    if path.suffix in (".pt", ".pth", ".bin"):
-        file = path.with_suffix(".safetensors")
-        before = f"make {file.name} instead of {path.name}, then: "
-    quoted = shlex.quote(str(file))
-    command = f"{before}ema export {quoted} --base FULL.safetensors --out NEW.safetensors"
-    tensors = output.list_tensors(names)
-    lacks = f"the output lacks {tensors} of the model, which the run does not track"
-    output.print_note(f"{lacks}; to add it from a full model: {command}")

@@ -378,9 +378,12 @@ def counted(
     count: int | None = None,
     total: int | None = None,
 ) -> str:
-    """Return number and kinds, "1 snapshot", or "20 of 80 checkpoints" with counts."""
+    """Return number and kinds, "1 snapshot", or "20 of 80 checkpoints" with counts.
+
+    A checkpoint of weights and an average is one.
+    """
     if count is None:
-        count = len(sources)
+        count = len({source.path for source in sources})
     if total is None:
         total = count
     number = f"{count:,}" if count == total else f"{count:,} of {total:,}"

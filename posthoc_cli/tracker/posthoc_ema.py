@@ -47,7 +47,7 @@ from posthoc_cli.errors import (
     warn,
 )
 from posthoc_cli.reconstruction import check_method
-from posthoc_cli.run import Run, Wanted, Weights, as_targets, make_weights, with_consistent_plan
+from posthoc_cli.run import Run, Wanted, Weights, make_weights, with_consistent_plan
 from posthoc_cli.snapshots.directory import find_snapshots
 from posthoc_cli.snapshots.snapshot import (
     Snapshot,
@@ -60,7 +60,7 @@ from posthoc_cli.snapshots.snapshot import (
     statistics_notice,
 )
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
-from posthoc_cli.targets import as_target
+from posthoc_cli.targets import as_target, as_targets
 from posthoc_cli.tracker import averaged
 from posthoc_cli.tracker.attach import Attachment
 from posthoc_cli.tracker.background import CallLock

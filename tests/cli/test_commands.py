@@ -14,7 +14,7 @@ import pytest
 import torch
 from checking import assert_same_tensors
 from factories import OTHER_RUN_ID, contents, flip_bit, forge, rewrite_snapshot, snapshot_files
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.cli.output import print_rows
@@ -114,7 +114,7 @@ def test_tables_are_aligned(capsys):
 def test_one_average_into_one_file(typed, run):
     result = typed("synthesize run --sigma-rel 0.15 --out m.safetensors")
     last = result.out.splitlines()[-1]
-    made = r"made sigma_rel 0\.15 at t = 2,000 from 40 snapshots"
+    made = r"made sigma_rel 0\.15 \(as decay 0\.\d+\) at t = 2,000 from 40 snapshots"
     assert re.fullmatch(rf"{made}, predicted error 0\.\d+ %, 128 B, in .*: m.safetensors", last)
     found = load_file("m.safetensors")
     assert_same_tensors(found, PostHocEMA.from_path(run).state_dict(sigma_rel=0.15))
@@ -122,18 +122,23 @@ def test_one_average_into_one_file(typed, run):
     assert found["1.num_batches_tracked"].dtype == torch.int64
 
 
-def test_the_command_that_completes_an_output_works(typed):
+def test_an_output_that_lacks_tensors_is_completed_by_a_copy_of_a_model(typed):
     made = typed("synthesize run --sigma-rel 0.15 --out m.pt")
     (note,) = [line for line in made.err.splitlines() if "the output lacks" in line]
     assert "the output lacks 1 tensor (2.bias) of the model" in note
-    advice = "from a full model: make m.safetensors instead of m.pt, then: ema "
-    _, _, command = note.partition(advice)
-    typed("synthesize run --sigma-rel 0.15 --out m.safetensors")
-    full = load_file("m.safetensors")
-    full["2.bias"] = torch.ones(2).half()
-    save_file(full, "FULL.safetensors")
-    assert "wrote 9 tensors, 1 of them from" in typed(command).out
-    assert_same_tensors(load_file("NEW.safetensors"), full)
+    full = torch.load("m.pt") | {"2.bias": torch.ones(2).half()}
+    torch.save(full, "FULL.pt")
+    typed("synthesize run --sigma-rel 0.15 --like FULL.pt --out complete.pt")
+    assert_same_tensors(torch.load("complete.pt"), full)
+
+
+def test_an_average_is_named_by_its_length_as_a_decay_too(typed):
+    made = typed("synthesize run --sigma-rel 0.1 --dry-run").out
+    assert "would make sigma_rel 0.1 (as decay 0.9955) at t = 2,000" in made
+    made = typed("synthesize run --decay 0.99,0.999 --out decays --json").json["targets"]
+    assert [target["target"] for target in made] == ["decay 0.99", "decay 0.999"]
+    assert made[0]["as"] == "sigma_rel 0.0473"
+    assert Path("decays/decay-0.99.safetensors").is_file()
 
 
 @pytest.fixture

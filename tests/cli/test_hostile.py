@@ -165,7 +165,6 @@ READING = """\
 info run
 verify run
 synthesize run --sigma-rel 0.1 --layout sharded --out shards
-synthesize run --sigma-rel 0.1 --layout dcp --out dcp
 export shards --out a.pt
 error-plot run --out a.svg"""
 

@@ -354,7 +354,7 @@ def test_a_decay_of_dense_checkpoints_is_the_closed_form(shape, multipliers):
     By WSM the sums of the later coefficients are the multipliers.
     """
     stored = [Point(float(t)) for t in range(380, 601)]
-    decay = Decay(shape, (400, 600))
+    decay = Decay(shape, 1 / 3)  # from 400 on
     target = decay.profile(600, STEPS, 1.0)
     prior = even_prior(len(stored), 600.0)
     result = reconstruct(stored, [target], None, prior, 600.0)

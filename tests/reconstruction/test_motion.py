@@ -12,7 +12,7 @@ from numpy.testing import assert_allclose
 from reconstruction.quadrature import expected_square
 from safetensors.torch import load_file
 
-from posthoc_cli import PostHocEMA, Run
+from posthoc_cli import Beta, PostHocEMA, Run
 from posthoc_cli.profiles import DecayRule, PowerFunction
 from posthoc_cli.reconstruction import (
     Distance,
@@ -378,7 +378,7 @@ def test_the_share_of_the_first_value_is_known(tmp_path):
     truth = path[0]
     for weights in path:
         truth = 0.9999 * truth + 0.0001 * weights
-    made = Run(tmp_path).average("beta:0.9999", dtype="float64")
+    made = Run(tmp_path).average(Beta(0.9999), dtype="float64")
     error = distance_to(truth, made["weight"])
     assert error / np.linalg.norm(truth) < 2 * made.predicted_error
 
