@@ -21,12 +21,12 @@ from torch.optim.swa_utils import AveragedModel
 
 from posthoc_cli.errors import (
     InvalidValueError,
+    Log,
     ModelMismatchError,
     NotReadyError,
     check_count,
     check_number,
     check_word,
-    warn,
 )
 from posthoc_cli.run import Wanted
 from posthoc_cli.tracker import PostHocEMA
@@ -41,6 +41,8 @@ __all__ = [
     "ShadowModel",
     "SwitchEMA",
 ]
+
+log = Log(__name__)
 
 SUSPICIOUS_MOMENTUM = 0.5
 
@@ -104,7 +106,7 @@ class ExponentialMovingAverage(Wide):
         accepted = "lie in (0, 1); usual values are 0.0001 to 0.1"
         self.momentum = check_number("momentum", momentum, lambda m: 0 < m < 1, accepted)
         if self.momentum > SUSPICIOUS_MOMENTUM:
-            warn(
+            log.warning(
                 f"momentum {momentum:g}: is the share of the new value and usually small; "
                 f"for a decay of {momentum:g} pass {1 - momentum:.4g}"
             )
@@ -204,7 +206,7 @@ class ShadowModel(Wide):
     def update(self) -> None:
         """Average the model's parameters into the shadow. In eval mode only warn."""
         if not self.training:
-            warn(
+            log.warning(
                 "update: the module is in eval mode, and the shadow stays; call train() before "
                 "training"
             )
@@ -597,7 +599,7 @@ class DifferentiableEMA(Wide):
         # it may be a view of a parameter, which the optimizer changes
         self._kept.append(value.clone())
         if self.mode == "full" and len(self._kept) > _LONGEST_QUIET_GRAPH:
-            warn(
+            log.warning(
                 f"mode 'full' holds the graphs of {len(self._kept)} values, and one more with "
                 f"each; use 'window' or 'carried' for training, or call reset()"
             )
@@ -679,7 +681,7 @@ def _warn_of_unreached(value: Tensor, leaves: Sequence[Tensor]) -> None:
     for number, gradient in enumerate(reached):
         if gradient is None:
             shape = list(leaves[number].shape)
-            warn(
+            log.warning(
                 f"the value does not depend on leaves[{number}] of the shape {shape}: it gets no "
                 f"gradient; leave it out, or look for a detach()"
             )

@@ -216,11 +216,6 @@ def percent(error: float | None) -> str:
     return f"{100 * error:.2g} %" if error < 0.995 else f"{100 * error:,.0f} %"
 
 
-def warn(message: str) -> None:
-    """Log a warning about a call of the user's."""
-    Log(_PACKAGE).warning("%s", message)
-
-
 @contextmanager
 def collect_warnings(strict: bool = False) -> Iterator[list[str]]:
     """Collect what this package warns of in the block, each text once.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
@@ -55,11 +55,6 @@ _HEIGHT = 4.0
 _LINE = 0.16
 # margin in inches, since the edges of the white background are visible on a dark page
 _MARGIN = 0.1
-# of samples: a fifth of the width for their titles
-_SAMPLES_WIDTH = 8.0
-_CLOSE = {
-    "wspace": 0.05, "hspace": 0.05, "left": 0.19, "right": 0.99, "bottom": 0.01, "top": 0.99,
-}  # fmt: skip
 
 
 class _Figure(Figure):
@@ -320,29 +315,6 @@ def _metric_range(
     high = max(drawn)
     margin = 0.1 * (high - low or 1)
     return low - margin, high + margin
-
-
-def samples_figure(
-    rows: Mapping[str, npt.NDArray[np.floating[Any]]],
-    best: str | None = None,
-) -> Figure:
-    """Draw images of shape [columns, height, width] and values in -1 .. 1, a row for each title."""
-    columns = max(map(len, rows.values()))
-    height = 0.1 + len(rows) * 0.8 * _SAMPLES_WIDTH / columns
-    figure = _Figure(figsize=(_SAMPLES_WIDTH, height), dpi=150, facecolor="white")
-    layout = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw=_CLOSE)
-    for line, title in zip(layout, rows, strict=True):
-        for axes, image in zip(line, rows[title], strict=False):
-            axes.imshow(image, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
-            axes.set(xticks=[], yticks=[])
-        line[0].set_ylabel(
-            _text(title, 16),
-            rotation=0,
-            horizontalalignment="right",
-            verticalalignment="center",
-            fontweight="bold" if title == best else "normal",
-        )
-    return figure
 
 
 def as_picture(

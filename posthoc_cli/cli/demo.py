@@ -24,8 +24,8 @@ def demo(
     """Train a small diffusion model and choose its average.
 
     Takes less than a minute and downloads nothing. Trains with the hook on generated images,
-    measures the validation loss of averages of many lengths, makes the best one, and draws
-    pictures, samples and a page. Prints every command that it runs.
+    measures the validation loss of averages of many lengths, writes the best one, and a page with
+    samples. Prints commands to go on with.
     """
     from posthoc_cli.demo import free_folder, run
 
@@ -56,8 +56,6 @@ def _print_demo(results: dict[str, Any]) -> None:
 
 
 def _print_next_commands(out: Path, seconds: float) -> None:
-    from posthoc_cli.demo import command_name
-
     output.print_line()
     output.print_line(f"done in {seconds:.0f} s. Open {out / 'report.html'}, and try:")
     mine = ["--sigma-rel", "0.13", "--out", out / "mine.safetensors"]
@@ -66,5 +64,5 @@ def _print_next_commands(out: Path, seconds: float) -> None:
         ["info", out / "best.safetensors"],
         ["error-plot", "--steps", "100000", "--out", out / "schedule.png"],
     ):
-        line = shlex.join([command_name(), *map(str, words)])
+        line = shlex.join(["ema", *map(str, words)])
         output.print_line(f"  {line}")

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 from posthoc_cli import files
 from posthoc_cli.cli import options, output
-from posthoc_cli.errors import InvalidValueError, check_alone
+from posthoc_cli.errors import InvalidValueError, Log, check_alone
 
 if TYPE_CHECKING:
     from posthoc_cli.sweep import SweepReport
     from posthoc_cli.sweep.search import Trial
+
+log = Log(__name__)
 
 
 def sweep(
@@ -125,7 +127,7 @@ def sweep(
     files.write_atomically(page, content, overwrite=True)
     report = replace(report, outputs=(*report.outputs, page))
     if as_json:
-        output.print_json(report.to_dict())
+        output.print_json(report.to_dict() | {"warnings": output.warnings})
     else:
         _print_sweep(report)
 
@@ -134,9 +136,8 @@ _LOOK = 6  # lengths that fit side by side
 
 
 def _warn_of_failure(trial: Trial, out: Path) -> None:
-    log = out / "logs" / f"{trial.name}.*"
-    reason = f"{trial.target}, seed {trial.seed}: {trial.error}"
-    output.print_note(f"ema: warning: {reason}; see {log}")
+    logs = out / "logs" / f"{trial.name}.*"
+    log.warning("%s, seed %d: %s; see %s", trial.target, trial.seed, trial.error, logs)
 
 
 def _result(trial: Trial) -> str:

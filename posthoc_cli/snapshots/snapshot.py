@@ -35,16 +35,18 @@ from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import (
     FileFormatError,
     InvalidValueError,
+    Log,
     check_word,
     first_of,
     shown,
-    warn,
 )
 from posthoc_cli.planning import USEFUL_RANGE
 from posthoc_cli.profiles import FloatArray, PowerFunction
 from posthoc_cli.reconstruction import Measurements, Sketch, Steps, StoredAverage
 from posthoc_cli.snapshots.sources import PathSketch, Rule, Source, TrackedTensor
 from posthoc_cli.snapshots.tensorfile import FORMAT, Box, Chunk, Entry, TensorFile, compact
+
+log = Log(__name__)
 
 # --- the sample
 
@@ -414,7 +416,7 @@ def statistics_notice(copies: Iterable[str]) -> str | None:
 def warn_of_statistics(copies: Iterable[str]) -> None:
     """Warn of BatchNorm statistics that an average has from the raw weights."""
     if notice := statistics_notice(copies):
-        warn(notice)
+        log.warning(notice)
 
 
 # --- the snapshot
