@@ -644,10 +644,10 @@ class _Judge:
         if np.median(shares) > _FOREIGN:
             return "undetermined", _OTHER_WEIGHTS
         own = self._own(rows, best)
-        moves = ~self.sample.stays[self.copies :].all(axis=1)  # else it is between two updates
+        is_still = np.asarray(self.sample.stays[self.copies :].all(axis=1))  # between two updates
         differs = [
-            bool(is_moved) and abs(fit.log - best.log) > _APART and fit.misfit < -_OWN
-            for is_moved, fit in zip(moves, own, strict=True)
+            not stands and abs(fit.log - best.log) > _APART and fit.misfit < -_OWN
+            for stands, fit in zip(is_still.tolist(), own, strict=True)
         ]
         if sum(differs) > len(own) / 2:
             lengths = [self._length(fit, self.last) for fit in own]

@@ -22,7 +22,7 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 from threadpoolctl import ThreadpoolController
 
-from posthoc_cli.errors import Log, NotReadyError, WriteError, keep_messages, warn
+from posthoc_cli.errors import Log, NotReadyError, WriteError, keep_messages
 
 log = Log(__name__)
 
@@ -200,7 +200,9 @@ class Worker:
             times = (
                 f"{waited:.3g} s of {passed:.3g} s; the last one took {self.job_seconds[0]:.3g} s"
             )
-            warn(f"training has waited for {what} for {times}: a larger interval makes them rarer")
+            log.warning(
+                f"training has waited for {what} for {times}: a larger interval makes them rarer"
+            )
 
     def take_error(self) -> Exception | None:
         with suppress(IndexError):

@@ -44,7 +44,6 @@ from posthoc_cli.errors import (
     kept_messages,
     log_kept_messages,
     shown,
-    warn,
 )
 from posthoc_cli.reconstruction import check_method
 from posthoc_cli.run import Run, Wanted, Weights, make_weights, with_consistent_plan
@@ -515,7 +514,7 @@ class PostHocEMA:
                 group.together(lambda: check_weights(model, weights))
             notice = statistics_notice(self._pipeline.tracking.tracked.dtypes(copied=True))
             if notice is not None and self._is_first_warning("statistics"):
-                warn(notice)
+                log.warning("%s", notice)
             return weights
 
         return AveragedModel(model, make)
