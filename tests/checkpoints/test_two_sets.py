@@ -51,6 +51,7 @@ def negated(tensors):
 SEVERAL = [
     ({"emas": [AVERAGE, OTHER]}, "emas.0", "emas.1"),
     ({"emas": {"0.95": AVERAGE, "0.99": OTHER}}, "emas.0.95", "emas.0.99"),
+    ({"emas": {0.95: AVERAGE, 0.99: OTHER}}, "emas.0.95", "emas.0.99"),
     (
         {
             "G_ema": AVERAGE,
