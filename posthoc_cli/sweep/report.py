@@ -115,7 +115,9 @@ class SweepReport:
         return points
 
     def write(self, folder: Path) -> None:
-        """Write the report to a folder; raise a WriteError if that fails."""
+        """Write the report to a folder, made where it is missing; raise a WriteError if that
+        fails."""
+        files.make_directory(folder)
         text = f"{json.dumps(self.to_dict(), indent=1, allow_nan=False)}\n"
         files.write_atomically(folder / RESULT, text.encode(), overwrite=True)
 
