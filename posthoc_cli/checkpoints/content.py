@@ -115,7 +115,7 @@ class Content:
 
     path: Path  # the file or folder
     tensors: Tensors  # by their keys, joined by dots
-    values: Values = field(default_factory=dict)  # numbers and texts, by their keys
+    values: Values = field(default_factory=dict)  # mostly numbers and texts, by their keys
     files: dict[Path, Identity] = field(default_factory=dict)
 
     @property
@@ -198,7 +198,8 @@ def _read(layout: Layout, opened: Files) -> Content:
 
 
 def _settings_in(folders: Iterable[Path], name: str, opened: Files) -> Values:
-    """Return the values in a file beside a model, in the folders that have it."""
+    """Return the values in a file beside a model, in the folders that have it; of any kind, so that
+    a setting that is no number is not taken for a missing one."""
     values = Values()
     for folder in folders:
         file = folder / name
@@ -207,7 +208,7 @@ def _settings_in(folders: Iterable[Path], name: str, opened: Files) -> Values:
         text = read_small_file(file, _MOST_SETTINGS)
         settings = parse_object(file, text, name, most=_MOST_SETTINGS)
         for key, value in settings.items():
-            if isinstance(value, int | float | str):
+            if value is not None:
                 values[key] = value
         opened[file] = _identity(file)
     return values
