@@ -613,10 +613,11 @@ class _Judge:
 
     def _rarer(self, rows: Intervals, best: _Fit, sigma: float) -> list[Candidate]:
         """Return round decays of updates at every few steps, of the same mean age, that explain the
-        intervals better.
+        intervals better, and not about equally.
 
-        Of 18 paths with updates at every 5th or 10th step they did in all but two kinds of noise,
-        and with updates at every step in one kind.
+        Of one training with 15 files and updates at every step, decays of 0.99 to 0.999, they
+        explained them better by at most 0.009; about equal is 0.023. With 0.95 at every 5th step by
+        0.028.
         """
         length = best.family.length(best.log, self.last)
         plain = best.misfit
@@ -629,7 +630,7 @@ class _Judge:
             for decay in round_decays((length - 1) / (length - 1 + every), sigma):
                 rule = Family(DecayRule(decay), is_known=True)
                 misfit = at_strides.misfit(rule, 0.0)
-                if decay >= _LEAST_RARE and misfit < plain:
+                if decay >= _LEAST_RARE and misfit < plain - _alike(rows):
                     text = f"decay {decay:g} at every {every} {self.unit}"
                     candidate = Candidate("none", decay, False, text, every)
                     rarer.append((misfit, candidate))

@@ -120,6 +120,7 @@ def possible_families(updates: float) -> list[Family]:
 # Of one update an interval, the share of the weights' motion that is left unexplained: rounding. Of
 # one update a step it is 0.08 to 0.4 in some interval of trainings, of two an interval as well.
 _SINGLE = 0.01
+_ROUNDED = 0.04  # largest share of rounding that leaves the two apart
 _REMAINS = 0.1  # least share of an average that is left, so that it differs from the weights
 _DIFFER = 0.05  # least squared sine between two directions
 
@@ -267,7 +268,10 @@ class Intervals:
         share = both / np.maximum(ways, _NOTHING)
         left = apart - share * both
         taken_in = (1 - share) ** 2 * gram[:, 2, 2]
-        is_single = left <= _SINGLE * taken_in + self.rounding.sum(axis=1)
+        rounding = self.rounding.sum(axis=1)
+        is_single = left <= _SINGLE * taken_in + rounding
+        is_exact = rounding <= _ROUNDED * taken_in
         squares = gram[:, 1, 1] * gram[:, 2, 2]
         differ = (squares - gram[:, 1, 2] ** 2 > _DIFFER * squares) & (share > _REMAINS)
-        return differ.sum() > 1 and bool(is_single[differ].all())
+        shown = differ & is_exact
+        return shown.sum() > 1 and bool(is_single[shown].all())

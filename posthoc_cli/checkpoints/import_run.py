@@ -181,17 +181,17 @@ def open_unclaimed(place: str | Path) -> list[Checkpoint]:
     path = files.expanded(place)
     if is_import(path):
         return checked_run(imported_checkpoints(read_manifest(path)))
-    return checked_run(place_at(place).checkpoints)
+    return checked_run(place_at(place, is_audit=True).checkpoints)
 
 
-def place_at(place: str | Path) -> Place:
-    """Read a place without settings; a question ends in the command of the import that answers
-    it."""
+def place_at(place: str | Path, is_audit: bool = False) -> Place:
+    """Read a place without settings; a question ends in the command of the import that answers it.
+    See `read_place` for audits."""
 
     def attempt(origin: str | Path, values: Mapping[str, Any]) -> Place:
         if values:
             _find(origin, values)
-        return read_place(origin, ImportSettings(**values))
+        return read_place(origin, ImportSettings(**values), is_audit)
 
     found = with_command(place, {}, attempt)
     _log_notes(place, found.notes)

@@ -116,15 +116,22 @@ class Place:
     may_be_epochs: bool = False  # whether few numbers of no stated unit are taken for steps
 
 
-def read_place(place: str | Path, settings: ImportSettings) -> Place:
+def read_place(
+    place: str | Path,
+    settings: ImportSettings,
+    is_audit: bool = False,
+) -> Place:
     """Return all checkpoints at a place, without outputs of this package, with the profiles that
-    are known. Raise a QuestionError about what the files leave open."""
+    are known. Raise a QuestionError about what the files leave open; for an audit, which says how
+    an average moves, not about its motion."""
     reader = _Reader(place, settings)
     run = reader.run()
     for file in run:
         check_given(file, settings)
     times = _times(run, settings)
-    run = _check_roles(_begun(run, times.numbers), settings)
+    run = _begun(run, times.numbers)
+    if not is_audit:
+        run = _check_roles(run, settings)
     check_applies(any(file.averaged for file in run), settings)
     has_decays = any(file.updates is not None for file in run)
     may_be_epochs = False
@@ -564,7 +571,8 @@ def _check_roles(run: list[Found], settings: ImportSettings) -> list[Found]:
     if not is_named and not are_near(ours[-1], theirs[-1]):
         reason = f"must be given: {named} is unrelated to {model}, as no average is"
         raise QuestionError("average", reason, *others, alone)
-    if average > _SLOWER * weights:
+    is_said = is_named and settings.ema_decay is not None  # two signs, which the audit compares
+    if average > _SLOWER * weights and not is_said:
         reason = f"must be given: {named} moves no less than {model}, as no average does"
         if pair.average_key and pair.weights_key:
             others.insert(0, {"average": pair.weights_key, "weights": pair.average_key})
