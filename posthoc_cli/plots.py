@@ -24,7 +24,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from posthoc_cli.errors import printable
-from posthoc_cli.planning import GOOD_ERROR, ErrorCurve
+from posthoc_cli.planning import SMALL_LOSS, ErrorCurve
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -90,24 +90,25 @@ def as_file(
 
 
 def error_figure(curves: Sequence[ErrorCurve], profile_error: bool = False) -> Figure:
-    """Draw the reconstruction error against sigma_rel; with `profile_error`, thin lines show that
-    of the profiles."""
+    """Draw the reconstruction error, and dashed the gain that it loses, against sigma_rel; with
+    `profile_error`, thin lines show the error of the profiles."""
     figure, axes = _figure()
     least = _lowest_error(curves)
     for index, curve in enumerate(curves):
         _draw_curve(axes, curve, least, index, alone=len(curves) == 1)
+        _draw_lost_gain(axes, curve, least, index)
         _draw_points(axes, curve, least, _colour(index))
     if profile_error:
         _draw_profile_errors(axes, curves)
     dots = (0, (1, 3))
-    axes.axhline(GOOD_ERROR, color="0.35", linestyle=dots, linewidth=1.2)
+    axes.axhline(SMALL_LOSS, color="0.35", linestyle=dots, linewidth=1.2)
     axes.set(xscale="log", yscale="log")
     axes.set_xlabel("sigma_rel (width, as a fraction of training)")
     axes.margins(x=0.01)  # for marks at the ends
-    axes.set_ylabel("expected relative L2 error of the weights")
+    axes.set_ylabel("error of the weights, share of gain lost")
     errors = [_all_errors(curve) for curve in curves]
     _scale_errors(axes, np.concatenate(errors), least)
-    title = "Predicted error"
+    title = "Lost gain"
     if len(curves) == 1:
         title += f": {curves[0].good_range}"
     return _finish(figure, axes.xaxis, title)
@@ -127,13 +128,13 @@ def _heights(curve: ErrorCurve) -> FloatArray:
 
 def _all_errors(curve: ErrorCurve) -> FloatArray:
     points = [point.predicted_error for point in curve.others]
-    return np.append(_heights(curve), points)
+    return np.concatenate([_heights(curve), curve.lost_gain, points])
 
 
 def _scale_errors(axes: Axes, errors: FloatArray, least: float) -> None:
     """Set the range of the error axis, and say at its lower end if errors below it are drawn
     there."""
-    most = np.clip(2 * errors.max(), 2 * GOOD_ERROR, _MOST_ERROR)
+    most = np.clip(2 * errors.max(), 2 * SMALL_LOSS, _MOST_ERROR)
     axes.set_ylim(least, most)
     is_cut = errors.min() < least
 
@@ -198,8 +199,16 @@ def _draw_curve(
         zorder=5,
     )
     if alone:  # those of several curves would overlap
-        for begin, end in curve.ranges_below(GOOD_ERROR):
+        for begin, end in curve.ranges_below(SMALL_LOSS):
             axes.axvspan(begin, end, color=_colour(index), alpha=0.10, linewidth=0)
+
+
+def _draw_lost_gain(axes: Axes, curve: ErrorCurve, least: float, index: int) -> None:
+    label = None if index else "dashed: the share of the gain that the error loses"
+    heights = np.clip(curve.lost_gain, least, None)
+    dashes = (0, (4, 2))
+    colour = _colour(index)
+    axes.plot(curve.sigma_rels, heights, color=colour, linestyle=dashes, linewidth=1.2, label=label)
 
 
 def _draw_profile_errors(axes: Axes, curves: Sequence[ErrorCurve]) -> None:

@@ -24,6 +24,7 @@ def curve(low=0.01, high=0.2886, label="run", others=()):
         sigma_rels=widths,
         profile_error=np.full(50, 0.05),
         predicted_error=1e-4 / widths,
+        lost_gain=1e-3 / widths,
         tracked=(0.05, 0.28),
         others=others,
     )
@@ -41,8 +42,8 @@ def test_tracked_profiles_in_the_range_are_dots_and_all_are_named(ends, inside):
     (marked,) = [line for line in axes.lines if line.get_marker() == "o"]
     dots = [f"{dot:g}" for dot in marked.get_xdata()]
     assert ", ".join(dots) == inside
-    (text,) = axes.get_legend().get_texts()
-    assert text.get_text() == "run; tracked: 0.05, 0.28"
+    texts = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert texts[0] == "run; tracked: 0.05, 0.28"
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,7 @@ def test_a_metric_without_noise_has_no_bars_and_no_band():
 
 @pytest.mark.parametrize("label", [LONG, "W" * 120])
 def test_texts_stay_within_the_figure(label):
-    other = ErrorPoint("profile " + "w" * 110, 0.1, 0.1, 0.01)
+    other = ErrorPoint("profile " + "w" * 110, 0.1, 0.1, 0.01, 0.1)
     figure = plots.error_figure([curve(label=label, others=[other])])
     figure.draw_without_rendering()
     width, height = figure.get_size_inches() * figure.dpi

@@ -42,7 +42,9 @@ def error_plot(
     """Draw how exact averages of any length will be.
 
     The curve is the predicted error: the expected relative L2 distance of the weights from the true
-    average. Tracked profiles are marked; the range below 1 % is shaded and named in the title.
+    average. Dashed is about the share of what averaging gains in a metric that this error loses
+    (`ema guide exactness`); the range below 5 % is shaded and named in the title. Tracked profiles
+    are marked.
     --method paper adds the profile error, the published measure: the relative L2 distance between
     the target profile and the reconstructed one.
 
@@ -78,12 +80,12 @@ def error_plot(
 
 
 def _print_curves(curves: Sequence[ErrorCurve], is_paper: bool) -> None:
-    columns = ["  target:target", "width", "predicted_error"]
+    columns = ["  target:target", "width", "predicted_error", "lost_gain"]
     if is_paper:
         columns.append("profile_error")
     for curve in curves:
         output.print_line(curve.label)
-        pairs = [("  predicted error", curve.good_range)]
+        pairs = [("  lost gain", curve.good_range)]
         if curve.tracked:
             pairs.append(("  tracked", format_widths(curve.tracked)))
         output.print_pairs(pairs)

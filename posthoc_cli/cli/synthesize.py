@@ -48,7 +48,8 @@ def synthesize(
     Name one or more targets by --sigma-rel, --decay and --target. The snapshots are read once for
     all targets, each block is verified, and an output appears complete or not at all.
 
-    The predicted error is the expected relative L2 distance of the weights from the true average.
+    The predicted error is the expected relative L2 distance of the weights from the true average,
+    the lost gain about the share of what averaging gains in a metric that it costs.
     --method paper also shows the profile error: the distance between the target profile and the
     reconstructed one; --json shows both.
 
@@ -95,7 +96,7 @@ _NO_TARGET = (
 def _print_synthesize(report: dict[str, Any]) -> None:
     targets = report["targets"]
     first = targets[0]
-    errors = ["predicted_error"]
+    errors = ["predicted_error", "lost_gain"]
     if first["method"] == "paper":
         errors.append("profile_error")
     _print_origin(report)

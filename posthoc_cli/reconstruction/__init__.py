@@ -28,6 +28,7 @@ from posthoc_cli.reconstruction.solving import (
     Problem,
     Reconstruction,
     check_method,
+    lost_gain,
     one_blas_thread,
     reconstruct,
     thinned_subset,
@@ -36,6 +37,6 @@ from posthoc_cli.reconstruction.solving import (
 __all__ = [
     "ASSUMED", "MEASURED", "METHODS", "MOST_SOLVED", "ROUNDING", "SAMPLED", "Distance",
     "Eliminator", "Measurements", "Motion", "Prior", "Problem", "Reconstruction", "Sketch", "Steps",
-    "StoredAverage", "assumed_prior", "check_method", "measured_prior",
+    "StoredAverage", "assumed_prior", "check_method", "lost_gain", "measured_prior",
     "one_blas_thread", "reconstruct", "relative_width", "seen_from", "thinned_subset",
 ]  # fmt: skip

@@ -35,6 +35,7 @@ from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from threadpoolctl import ThreadpoolController
 
 from posthoc_cli.errors import InvalidValueError, brief, check_word
@@ -75,12 +76,15 @@ class Reconstruction:
 
     `profile_error`, [targets], is the paper's measure || sum_i c_i p_i - p || / || p ||; float64
     limits it to about 1e-7. For checkpoints, whose mass is at single steps, it is far above 1 and
-    says little. `predicted_error`, [targets], is the expected relative L2 error of the weights.
+    says little. `predicted_error`, [targets], is the expected relative L2 error of the weights, and
+    `distance`, [targets], the expected distance of the average from the weights at `t`, relative to
+    the same norm.
     """
 
     coefficients: FloatArray
     profile_error: FloatArray
     predicted_error: FloatArray
+    distance: FloatArray
     prior: Prior
 
     def subset(
@@ -102,8 +106,14 @@ class Reconstruction:
             self.coefficients[part],
             self.profile_error[columns],
             self.predicted_error[columns],
+            self.distance[columns],
             self.prior.subset(rows),
         )
+
+    @property
+    def lost_gain(self) -> FloatArray:
+        """The expected loss of the metric's gain, [targets], see `lost_gain`."""
+        return lost_gain(self.predicted_error, self.distance)
 
     def known_error(self, target: int) -> float | None:
         """Return the `predicted_error` of one target; None if it is not finite or rests on assumed
@@ -112,6 +122,18 @@ class Reconstruction:
         if self.prior.evidence == ASSUMED or not np.isfinite(error):
             return None
         return error
+
+
+def lost_gain(error: npt.ArrayLike, distance: npt.ArrayLike) -> FloatArray:
+    """Return the expected loss of what averaging gains in a metric, as a share of it, at most 1.
+
+    Over the distance from the last weights to an average the metric gains all; an error moves the
+    average by a part of that distance, in any direction, and loses about this part of the gain.
+    Measured: `scripts/lost_gain.py`.
+    """
+    error = np.asarray(error)
+    lost = np.divide(error, distance, out=np.ones_like(error), where=error < distance)
+    return np.where(error > 0, lost, 0.0)
 
 
 def reconstruct(
@@ -149,13 +171,15 @@ def reconstruct(
     coefficients = np.zeros((len(snapshots), len(targets)))
     profile_errors = np.zeros(len(targets))
     predicted_errors = np.zeros(len(targets))
+    distances = np.zeros(len(targets))
     # One at a time, so that no bit of a target's coefficients depends on the other targets.
     for k, target in enumerate(targets):
         solution = solver.solve(target)
         coefficients[:, k] = solution.coefficients
         profile_errors[k] = solution.profile_error
         predicted_errors[k] = solution.predicted_error
-    return Reconstruction(coefficients, profile_errors, predicted_errors, prior)
+        distances[k] = solution.distance
+    return Reconstruction(coefficients, profile_errors, predicted_errors, distances, prior)
 
 
 def _check_profiles(
@@ -210,6 +234,7 @@ class _Solution(NamedTuple):
     coefficients: FloatArray  # [snapshots], of sum 1
     profile_error: float
     predicted_error: float
+    distance: float
 
 
 class _Solver:
@@ -249,8 +274,9 @@ class _Solver:
     def solve(self, target: Profile | FloatArray) -> _Solution:
         problem = self.problem
         if isinstance(target, np.ndarray):
-            error = problem.error_of_copies(target)
-            return _Solution(target, 0.0, error)
+            rhs = problem.combine(target)
+            error = problem.error_of_copies(target, rhs)
+            return _Solution(target, 0.0, error, self._distance(target, rhs))
         rhs = problem.right_hand_side(target)
         published_rhs = self.published.right_hand_side(target)
         published = self._published_coefficients(rhs, published_rhs)
@@ -268,7 +294,17 @@ class _Solver:
         if used.tolist() == [rhs.stored]:
             profile_error = 0.0
         predicted = problem.relative(squares, coefficients, rhs)
-        return _Solution(coefficients, profile_error, predicted)
+        distance = self._distance(coefficients, rhs)
+        return _Solution(coefficients, profile_error, predicted, distance)
+
+    def _distance(self, coefficients: FloatArray, rhs: RightHandSide) -> float:
+        """Return the expected relative distance of a target from the weights at `t`."""
+        square = self.problem.squared_distance(rhs, self._last_weights)
+        return self.problem.relative(np.array([square]), coefficients, rhs)
+
+    @cached_property
+    def _last_weights(self) -> RightHandSide:
+        return self.problem.right_hand_side(Point(self._t))
 
     def _published_coefficients(
         self, rhs: RightHandSide, published_rhs: PublishedSide
@@ -589,14 +625,27 @@ class Problem:
             return error / norm
         return np.nan if error > 0 else 0.0
 
-    def error_of_copies(self, coefficients: FloatArray) -> float:
-        """Return the predicted error of given coefficients from the errors of the stored copies
-        alone."""
-        squares = (self._rounding @ coefficients) ** 2
+    def combine(self, coefficients: FloatArray) -> RightHandSide:
+        """Return the sum of the snapshots with given coefficients as a target."""
         expected = self._expected @ coefficients
         projected = self._projected @ coefficients
-        rhs = RightHandSide(expected, projected, np.zeros(0), 0.0, None)
+        return RightHandSide(expected, projected, np.zeros(0), 0.0, None)
+
+    def error_of_copies(self, coefficients: FloatArray, rhs: RightHandSide) -> float:
+        """Return the predicted error of given coefficients, the target, from the errors of the
+        stored copies alone."""
+        squares = (self._rounding @ coefficients) ** 2
         return self.relative(squares, coefficients, rhs)
+
+    def squared_distance(self, rhs: RightHandSide, other: RightHandSide) -> float:
+        """Return the expected squared distance between two targets, measured if there is a
+        sketch."""
+        if self.prior.sketch is not None:
+            difference = rhs.projected - other.projected
+            return float(difference @ difference)
+        difference = rhs.expected - other.expected
+        unreachable = rhs.unreachable + other.unreachable
+        return float(difference @ difference) + unreachable
 
     @property
     def spread_of_lengths(self) -> float:

@@ -37,7 +37,7 @@ from posthoc_cli.errors import (
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.export.like import check_shape
 from posthoc_cli.export.writing import SynthesisReport
-from posthoc_cli.planning import GOOD_ERROR
+from posthoc_cli.planning import SMALL_LOSS
 from posthoc_cli.profiles import UNIFORM_SIGMA_REL, Point
 from posthoc_cli.resources import ProgressBar, no_bar
 from posthoc_cli.run import Run
@@ -480,13 +480,13 @@ def muted_warnings() -> Iterator[None]:
 
 
 def searchable_lengths(run: Run, t: float) -> Lengths:
-    """Return the widest range of sigma_rel whose predicted error is below GOOD_ERROR.
+    """Return the widest range of sigma_rel whose lost gain is below SMALL_LOSS.
 
     Without one, return the range from the mean of the last two stored times to the mean of all, and
-    warn of its errors.
+    warn of what they lose.
     """
     curve = run.error_curve(t=t)
-    ranges = curve.ranges_below(GOOD_ERROR)
+    ranges = curve.ranges_below(SMALL_LOSS)
     if ranges:
         low, high = max(ranges, key=lambda ends: ends[1] / ends[0])
         return Lengths(round(low, 4), round(high, 4))
@@ -499,15 +499,15 @@ def searchable_lengths(run: Run, t: float) -> Lengths:
     whole = UNIFORM_SIGMA_REL * (t - times[0] + t - times[-2]) / t
     lengths = Lengths(round(spacing, 4), min(round(whole, 4), 0.28))
     is_searched = (curve.sigma_rels >= lengths.low) & (curve.sigma_rels <= lengths.high)
-    errors = curve.predicted_error[is_searched]
+    losses = curve.lost_gain[is_searched]
     log.warning(
         "%s: searching sigma_rel %g to %g, from the mean of the last two files to that of all: "
-        "predicted error %s to %s; %s",
+        "lost gain %s to %s; %s",
         run.directory,
         lengths.low,
         lengths.high,
-        percent(float(errors.min())),
-        percent(float(errors.max())),
+        percent(float(losses.min())),
+        percent(float(losses.max())),
         "`ema guide exactness` says what that costs",
     )
     return lengths

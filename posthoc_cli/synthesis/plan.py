@@ -23,7 +23,7 @@ from posthoc_cli.errors import (
     first_of,
     percent,
 )
-from posthoc_cli.planning import GOOD_ERROR, check_within, error_curve
+from posthoc_cli.planning import SMALL_LOSS, check_within, error_curve
 from posthoc_cli.profiles import (
     FloatArray,
     PowerFunction,
@@ -36,6 +36,7 @@ from posthoc_cli.reconstruction import (
     Prior,
     Reconstruction,
     check_method,
+    lost_gain,
     reconstruct,
     seen_from,
 )
@@ -194,6 +195,19 @@ class Plan(Combination):
         error = self.reconstruction.known_error(target)
         return None if error is None else math.hypot(error, self.output_rounding)
 
+    def lost_gain(self, target: int) -> float | None:
+        """Return the share of what averaging gains in a metric that the error is expected to lose;
+        None if the motion of the run is not known."""
+        if self.reconstruction.known_error(target) is None:
+            return None
+        return float(self.lost_gains[target])
+
+    @cached_property
+    def lost_gains(self) -> FloatArray:
+        """The expected loss of gain of each target, with the rounding of the outputs."""
+        errors = np.hypot(self.reconstruction.predicted_error, self.output_rounding)
+        return lost_gain(errors, self.reconstruction.distance)
+
     def profile_error(self, target: int) -> float:
         """Return the relative L2 distance between a target's profile and the one made."""
         return float(self.reconstruction.profile_error[target])
@@ -249,6 +263,7 @@ class Plan(Combination):
             values: dict[str, Any] = {"target": info.profile, "as": self.alike(index)}
             for name in ("sigma_rel", "t", "method", "profile_error", "predicted_error"):
                 values[name] = getattr(info, name)
+            values["lost_gain"] = self.lost_gain(index)
             values["snapshots"] = [vars(used) for used in info.snapshots]
             targets.append(values)
         return {
@@ -460,15 +475,18 @@ def _warn_of_poor_targets(
     known: Sequence[Source],
     prior: Prior,
 ) -> None:
-    """Log the targets with a predicted error above GOOD_ERROR, and the sigma_rels with a smaller
-    one."""
-    errors = np.hypot(plan.reconstruction.predicted_error, plan.output_rounding)
-    titles = [plan.targets[index].title for index in np.flatnonzero(errors > GOOD_ERROR)]
+    """Log the targets whose errors lose more than SMALL_LOSS of the gain, and the sigma_rels that
+    lose less."""
+    losses = plan.lost_gains
+    titles = [plan.targets[index].title for index in np.flatnonzero(losses > SMALL_LOSS)]
     if not titles:
         return
-    worst = percent(float(errors.max()))
+    errors = np.hypot(plan.reconstruction.predicted_error, plan.output_rounding)
+    error = percent(float(errors.max()))
+    loss = percent(float(losses.max()))
     if len(titles) > 1:
-        worst = f"up to {worst}"
+        error = f"up to {error}"
+        loss = f"up to {loss}"
     snapshots = [source.profile for source in known]
     curve = error_curve("", snapshots, prior, t=plan.t, method=plan.method)
     sources = counted(plan.sources, plan.solved)
@@ -478,4 +496,11 @@ def _warn_of_poor_targets(
         origin += f", which show nothing of the training before t = {first:,.4g}"
     if curve.assumption:
         origin += f", if {curve.assumption}"
-    log.warning("%s: predicted error %s %s; %s", first_of(titles), worst, origin, curve.good_range)
+    log.warning(
+        "%s: predicted error %s %s; it loses about %s of what averaging gains, %s",
+        first_of(titles),
+        error,
+        origin,
+        loss,
+        curve.good_range,
+    )

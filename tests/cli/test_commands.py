@@ -115,7 +115,8 @@ def test_one_average_into_one_file(typed, run):
     result = typed("synthesize run --sigma-rel 0.15 --out m.safetensors")
     last = result.out.splitlines()[-1]
     made = r"made sigma_rel 0\.15 \(as decay 0\.\d+\) at t = 2,000 from 40 snapshots"
-    assert re.fullmatch(rf"{made}, predicted error 0\.\d+ %, 128 B, in .*: m.safetensors", last)
+    errors = r"predicted error 0\.\d+ %, lost gain 0\.\d+ %"
+    assert re.fullmatch(rf"{made}, {errors}, 128 B, in .*: m.safetensors", last)
     found = load_file("m.safetensors")
     assert_same_tensors(found, PostHocEMA.from_path(run).state_dict(sigma_rel=0.15))
     assert found["2.weight"].dtype == torch.float16
@@ -184,9 +185,11 @@ def test_no_error_is_predicted_from_one_snapshot_without_a_sketch(typed):
     line = "synthesize run --sigma-rel 0.051 --out m.safetensors"
     assert "cannot be predicted" in typed(f"{line} --max-error 0.5").error
     assert not Path("m.safetensors").exists()
-    assert has_line("made .* from 1 snapshot, predicted error unknown, ", typed(line).out)
+    errors = "predicted error unknown, lost gain unknown"
+    assert has_line(f"made .* from 1 snapshot, {errors}, ", typed(line).out)
     (target,) = typed(f"{line} --overwrite --json").json["targets"]
     assert target["predicted_error"] is None
+    assert target["lost_gain"] is None
 
 
 # --- `ema error-plot`: the picture and the numbers
@@ -204,7 +207,7 @@ def test_the_picture_of_a_directory(typed):
     assert Path("error.png").read_bytes().startswith(b"\x89PNG")
     first, *lines = result.out.splitlines()
     assert first == "run: 40 snapshots up to 2,000 steps"
-    assert re.fullmatch(r"  predicted error  below 1 % for sigma_rel 0\.\d+ to 0\.\d+", lines[0])
+    assert re.fullmatch(r"  lost gain  below 5 % for sigma_rel 0\.\d+ to 0\.\d+", lines[0])
     assert lines[1].split() == ["tracked", "0.05,", "0.28"]
     assert has_line(r" +window:1 +0\.000144 ", result.out)
     assert "profile error" in result.out
@@ -220,10 +223,10 @@ def test_the_picture_of_a_training_to_come(typed):
 
 def test_the_picture_and_a_warning_name_the_same_range(typed):
     typed("error-plot run --out e.svg")
-    (shown,) = set(re.findall(r"below 1 % for sigma_rel (.*?) -->", Path("e.svg").read_text()))
+    (shown,) = set(re.findall(r"below 5 % for sigma_rel (.*?) -->", Path("e.svg").read_text()))
     # rounding to the model's dtypes is no part of the errors of a picture
     made = typed("synthesize run --sigma-rel 0.01 --dtype float64 --dry-run")
-    assert made.err.rstrip().endswith(f"; below 1 % for sigma_rel {shown}")
+    assert made.err.rstrip().endswith(f"gains, below 5 % for sigma_rel {shown}")
 
 
 # --- `ema verify` and `ema prune`: their reports, and the questions that they ask before they

@@ -94,7 +94,7 @@ COMMANDS = (
     "error-plot --steps 300 --every 100", "guide", "guide sweep",
     "sweep run --run 'basename {sigma_rel} {weights}' --minimize --sigma-rel 0.05,0.1,0.2",
 )  # fmt: skip
-COLUMNS = {"sigma_rel", "predicted_error", "profile_error"}
+COLUMNS = {"sigma_rel", "predicted_error", "lost_gain", "profile_error"}
 """These are lists in curves, with a number for each point, and single numbers elsewhere."""
 SYNONYMS = {"nbytes", "size", "time", "sigma", "error", "width", "mean"}
 

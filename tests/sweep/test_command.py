@@ -265,7 +265,7 @@ def test_a_run_of_plain_weights_is_searched_over_what_its_files_show(tmp_path, o
     report = swept(run, out, shell("echo $2 | sed s/raw/9/"), lengths=None)
     # means of the last two of ten files and of all are uniform over a fifth and all of training
     assert report.lengths == Lengths(round(0.2 * 12**-0.5, 4), 0.28)
-    said = "from the mean of the last two files to that of all: predicted error"
+    said = "from the mean of the last two files to that of all: lost gain"
     assert said in caplog.text
 
 
