@@ -1,1 +1,2 @@
-"""Results for people: facts as texts, and the HTML page of a sweep."""
+"""A description of a run for people: its facts as texts, and an HTML page about it and its
+sweeps."""

@@ -114,7 +114,7 @@ def contents(folder):
     schedule."""
     result = {}
     for snapshot in Run(folder).snapshots:
-        if snapshot.step % snapshot.schedule.checkpoint_every:
+        if snapshot.off_schedule:
             continue
         tensors = {}
         for name in snapshot.entries:
