@@ -3,16 +3,11 @@
 # make bench    the measurements that the guides quote
 # make gpu      on a machine with a CUDA device: the tests that need one, and one table of times, in 8 minutes;
 #               without `.venv` and a network it runs with PYTHON, whose torch must know the device
-# make evidence  the trainings that the guide `gain` quotes; a call that was stopped is continued
 # make torture  every experiment on the guarantees of snapshots and outputs, at full count
-# make coverage the tests with branch coverage, which takes half as long again
 # make integrations  the heavy tests with training frameworks, in an environment of their own
 # make dist     the package's two files in dist/, checked
 # make wheel    dist, then the wheel tried in an environment of its own; PYTHON and TORCH choose others
 # make compat   the wheel with the oldest Python and torch, and with the newest
-# make oldest   tests with the oldest release of each requirement, on PYTHON (python3.10); those of some ten files fail
-#               or are not collected, which use newer releases themselves
-# make audit    known security holes in what is installed; asks a database on the network
 #
 # Needs Python >= 3.10 with venv; the rest goes into .venv, made once and again when the requirements change.
 
@@ -30,7 +25,7 @@ INSTALL := python -m pip install --quiet --disable-pip-version-check --no-compil
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit coverage bench gpu evidence torture integrations dist wheel compat oldest audit clean
+.PHONY: help demo test lint types unit bench gpu torture integrations dist wheel compat clean
 
 help:
 	@sed -n '/^$$/q; s/^# //p' Makefile
@@ -65,9 +60,6 @@ types: $(READY)
 unit: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --max-worker-restart 0
 
-coverage: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --max-worker-restart 0 --cov --cov-report=term
-
 bench: $(READY)
 	$(BIN)/python scripts/compare_peers.py
 	$(BIN)/python scripts/bench_fidelity.py
@@ -79,9 +71,6 @@ bench: $(READY)
 # Not `$(READY)`, which needs a network.
 gpu:
 	$(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) scripts/gpu.py
-
-evidence: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python scripts/evidence.py
 
 $(FRAMEWORKS)/.ready: pyproject.toml Makefile
 	$(PYTHON) -m venv $(FRAMEWORKS)
@@ -111,23 +100,5 @@ compat:
 	$(MAKE) wheel PYTHON=python3.10 TORCH=torch==2.4.0
 	$(MAKE) wheel PYTHON=python3.13
 
-# Requirements as "name==oldest". Newer releases of click and pyparsing warn of uses by old typer and matplotlib.
-OLDEST = $(shell sed -n '/^dependencies/,/^]/s/.*"\(.*\)>=\([0-9.]*\)".*/\1==\2/p' pyproject.toml) "click<8.2" "pyparsing<3.3"
-NEED_NEWER = accelerate Adafactor fully_shard lightning peft transformers
-
-oldest:
-	rm -rf $(VENV)-oldest
-	$(PYTHON) -m venv $(VENV)-oldest
-	$(VENV)-oldest/bin/$(INSTALL) $(OLDEST) \
-	  obstore==0.8.0 pytest pytest-xdist pytest-randomly pytest-timeout hypothesis mpmath python-flint scikit-learn ipython
-	$(VENV)-oldest/bin/$(INSTALL) --no-deps --editable .
-	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n $(JOBS) --dist loadgroup -W ignore::FutureWarning --continue-on-collection-errors \
-	  $(shell grep -rLE "$(shell echo $(NEED_NEWER) | tr ' ' '|')" --include='test_*.py' --exclude-dir=remote tests) \
-	  -k "not 8_bit and not truncated_file_is_always_found"
-
-audit: $(READY)
-	$(BIN)/$(INSTALL) pip-audit
-	$(BIN)/pip-audit --skip-editable
-
 clean:
-	rm -rf $(VENV) $(VENV)-wheel $(FRAMEWORKS) build dist .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-wheel $(FRAMEWORKS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

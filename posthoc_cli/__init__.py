@@ -17,7 +17,7 @@ from posthoc_cli.errors import EachOnce, show_unhandled
 __version__ = "0.3.0"
 
 if TYPE_CHECKING:
-    from posthoc_cli import averages, errors, sweep
+    from posthoc_cli import averages, errors
     from posthoc_cli.checkpoints.import_run import import_checkpoints
     from posthoc_cli.errors import PostHocError
     from posthoc_cli.export.convert import export_file
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
     from posthoc_cli.run import Run, disk_sources
     from posthoc_cli.synthesis.engine import synthesize
     from posthoc_cli.synthesis.plan import plan_synthesis
-    from posthoc_cli.targets import Beta, Decay, Groups, HalfLife, Mean, Window
+    from posthoc_cli.targets import Beta, Decay, HalfLife, Mean, Window
     from posthoc_cli.tracker import PostHocEMA
 
 __all__ = [
-    "Beta", "Decay", "Groups", "HalfLife", "Mean", "PostHocEMA", "PostHocError",
+    "Beta", "Decay", "HalfLife", "Mean", "PostHocEMA", "PostHocError",
     "PowerFunction", "Run", "Window", "averages", "disk_sources", "error_curve", "errors",
     "export_file", "gamma_from_sigma_rel", "import_checkpoints", "plan_synthesis", "reconstruct",
-    "sigma_rel_from_gamma", "sweep", "synthesize",
+    "sigma_rel_from_gamma", "synthesize",
 ]  # fmt: skip
 
 _HOMES = {
-    "Beta": "targets", "Decay": "targets", "Groups": "targets",
+    "Beta": "targets", "Decay": "targets",
     "HalfLife": "targets", "Mean": "targets", "Window": "targets", "PostHocEMA": "tracker",
     "PostHocError": "errors", "PowerFunction": "profiles", "Run": "run",
     "disk_sources": "run", "error_curve": "planning",

@@ -21,12 +21,12 @@ from torch.optim.swa_utils import AveragedModel
 
 from posthoc_cli.errors import (
     InvalidValueError,
+    Log,
     ModelMismatchError,
     NotReadyError,
     check_count,
     check_number,
     check_word,
-    warn,
 )
 from posthoc_cli.run import Wanted
 from posthoc_cli.tracker import PostHocEMA
@@ -41,6 +41,8 @@ __all__ = [
     "ShadowModel",
     "SwitchEMA",
 ]
+
+log = Log(__name__)
 
 SUSPICIOUS_MOMENTUM = 0.5
 
@@ -104,7 +106,7 @@ class ExponentialMovingAverage(Wide):
         accepted = "lie in (0, 1); usual values are 0.0001 to 0.1"
         self.momentum = check_number("momentum", momentum, lambda m: 0 < m < 1, accepted)
         if self.momentum > SUSPICIOUS_MOMENTUM:
-            warn(
+            log.warning(
                 f"momentum {momentum:g}: is the share of the new value and usually small; "
                 f"for a decay of {momentum:g} pass {1 - momentum:.4g}"
             )
@@ -122,7 +124,7 @@ class ExponentialMovingAverage(Wide):
     def update_parameters(self, model: nn.Module) -> None:
         """Average the model's weights. Call it after every optimizer step."""
         steps = int(self.steps)
-        parameters, buffers = paired(self.module, model)
+        parameters, buffers = pair_tensors(self.module, model)
         share = self.momentum
         if self.warmup:
             share = max(share, 9 / (10 + steps))
@@ -204,12 +206,12 @@ class ShadowModel(Wide):
     def update(self) -> None:
         """Average the model's parameters into the shadow. In eval mode only warn."""
         if not self.training:
-            warn(
+            log.warning(
                 "update: the module is in eval mode, and the shadow stays; call train() before "
                 "training"
             )
             return
-        parameters, buffers = paired(self.shadow, self.model)
+        parameters, buffers = pair_tensors(self.shadow, self.model)
         decay = self.decay
         if self.num_updates is not None:
             count = int(self.num_updates)
@@ -247,7 +249,7 @@ class ShadowModel(Wide):
 
 
 def check_decay(decay: float, examples: str) -> float:
-    """Return a decay, or raise an InvalidValueError unless it lies in [0, 1)."""
+    """Raise an InvalidValueError unless a decay lies in [0, 1)."""
     return check_number("decay", decay, lambda d: 0 <= d < 1, f"lie in [0, 1); {examples}")
 
 
@@ -266,18 +268,20 @@ def make_average(model: nn.Module) -> nn.Module:
     return average
 
 
-def paired(
+def pair_tensors(
     average: nn.Module,
     model: nn.Module,
 ) -> tuple[list[Pair], list[Pair]]:
-    """Return the parameters and the buffers of both, tied ones once; raise a ModelMismatchError if
-    they differ."""
+    """Pair the parameters and the buffers of both by name, tied ones once.
+
+    Raises a ModelMismatchError if names or shapes differ.
+    """
     bare = unwrapped(check_model(model))
-    parameters = _paired("parameters", average.named_parameters(), bare.named_parameters())
-    return parameters, _paired("buffers", average.named_buffers(), bare.named_buffers())
+    parameters = _pair_by_name("parameters", average.named_parameters(), bare.named_parameters())
+    return parameters, _pair_by_name("buffers", average.named_buffers(), bare.named_buffers())
 
 
-def _paired(
+def _pair_by_name(
     kind: str,
     averages: Iterable[Named],
     others: Iterable[Named],
@@ -298,13 +302,12 @@ def _paired(
 
 
 def is_averaged(tensor: Tensor) -> bool:
-    """Return whether such tensors are averaged: integers and booleans are not."""
+    """Tell floating-point and complex tensors from integers and booleans, which are copied."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 
 def is_narrow(dtype: torch.dtype) -> bool:
-    """Return whether averages in this dtype would stop moving: floating point of fewer than 32
-    bits."""
+    """Tell dtypes in which averages would stop moving: floating point of fewer than 32 bits."""
     return dtype.is_floating_point and torch.finfo(dtype).bits < 32
 
 
@@ -399,7 +402,7 @@ class SwitchEMA:
             fill_in(check_weights(model, weights), weights)
 
     def state_dict(self) -> dict[str, int]:
-        """Return the number of calls; the average and the optimizer have their own states."""
+        """Save the number of calls; the average and the optimizer have their own states."""
         return {"step": self.step}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
@@ -536,8 +539,8 @@ class DifferentiableEMA(Wide):
 
         In mode "carried", `leaves` are those that gradients shall reach, the same at every update.
         """
-        actual = _described(value)
-        own = _described(self.average)
+        actual = _describe(value)
+        own = _describe(self.average)
         if actual != own:
             raise InvalidValueError("value", f"is {actual}; must be {own} as the average is")
         if not self.training:
@@ -547,7 +550,7 @@ class DifferentiableEMA(Wide):
                 )
             return self.average.clone()
         if self.mode == "carried":
-            result = self._carried(value, leaves)
+            result = self._carry(value, leaves)
         elif leaves is not None:
             raise InvalidValueError(
                 "leaves", "only mode 'carried' takes them; others follow the value's own graph"
@@ -555,7 +558,7 @@ class DifferentiableEMA(Wide):
         elif self.mode == "truncated":
             result = self._next(self.average if self._has_average else None, value)
         else:
-            result = self._recomputed(value)
+            result = self._recompute(value)
         self.average = result.detach().clone()  # the caller may change the result in place
         self.num_updates += 1
         self._has_average = True
@@ -585,7 +588,7 @@ class DifferentiableEMA(Wide):
             return value.clone()
         return average * self.decay + value * (1 - self.decay)
 
-    def _recomputed(self, value: Tensor) -> Tensor:
+    def _recompute(self, value: Tensor) -> Tensor:
         """Average the kept values with their graphs after `_before`, the average of all earlier
         ones without one."""
         if not self._kept:
@@ -596,7 +599,7 @@ class DifferentiableEMA(Wide):
         # it may be a view of a parameter, which the optimizer changes
         self._kept.append(value.clone())
         if self.mode == "full" and len(self._kept) > _LONGEST_QUIET_GRAPH:
-            warn(
+            log.warning(
                 f"mode 'full' holds the graphs of {len(self._kept)} values, and one more with "
                 f"each; use 'window' or 'carried' for training, or call reset()"
             )
@@ -606,14 +609,14 @@ class DifferentiableEMA(Wide):
         assert running is not None
         return running
 
-    def _carried(
+    def _carry(
         self,
         value: Tensor,
         leaves: Iterable[Tensor] | None,
     ) -> Tensor:
         """Average the value, and J: for each leaf a tensor of the shape [elements of the average,
         *leaf]."""
-        chosen_leaves = self._checked_leaves(leaves)
+        chosen_leaves = self._check_leaves(leaves)
         if not value.requires_grad:
             raise InvalidValueError(
                 "value", "has no graph to take the derivative from", "make it outside of no_grad"
@@ -636,7 +639,7 @@ class DifferentiableEMA(Wide):
             result = result + nothing.view_as(result)
         return result
 
-    def _checked_leaves(
+    def _check_leaves(
         self,
         leaves: Iterable[Tensor] | None,
     ) -> tuple[Tensor, ...]:
@@ -678,7 +681,7 @@ def _warn_of_unreached(value: Tensor, leaves: Sequence[Tensor]) -> None:
     for number, gradient in enumerate(reached):
         if gradient is None:
             shape = list(leaves[number].shape)
-            warn(
+            log.warning(
                 f"the value does not depend on leaves[{number}] of the shape {shape}: it gets no "
                 f"gradient; leave it out, or look for a detach()"
             )
@@ -688,7 +691,7 @@ def _derivatives(
     value: Tensor,
     leaves: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Return the derivative with respect to each leaf: shape [elements of the value, *leaf]."""
+    """Differentiate by each leaf: shape [elements of the value, *leaf]."""
     elements = torch.eye(value.numel(), dtype=value.dtype, device=value.device)
     gradients: list[list[Tensor]] = [[] for _ in leaves]
     for element in elements.view(-1, *value.shape):
@@ -705,7 +708,7 @@ def _no_graphs() -> dict[str, Any]:
     return {"_before": None, "_kept": deque(), "_leaves": (), "_jacobians": []}
 
 
-def _described(tensor: Tensor) -> str:
+def _describe(tensor: Tensor) -> str:
     return f"{tensor.dtype} of shape {list(tensor.shape)} on {tensor.device}"
 
 
@@ -822,7 +825,7 @@ class EMAStats(Wide):
         raise InvalidValueError(name, reason, "double() makes the statistics float64")
 
     def correlation(self) -> Tensor:
-        """Return Pearson correlations of x and y, [dim_x, dim_y]: cov_xy / sqrt((var_x + eps)
+        """Compute Pearson correlations of x and y, [dim_x, dim_y]: cov_xy / sqrt((var_x + eps)
         (var_y + eps)).
 
         A constant column has correlation 0. The result is differentiable like the statistics.

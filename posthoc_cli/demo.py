@@ -1,5 +1,5 @@
-"""The demo from end to end: train, search the best length, make that average, draw. Printing is up
-to the caller.
+"""The demo from end to end: train, search the best length, write that average and a page with
+samples. Printing is up to the caller.
 
 The training is that of a small diffusion model on made-up data, after Karras et al., arXiv
 2206.00364, table 1: a network F with preconditioning is the denoiser
@@ -13,14 +13,8 @@ from __future__ import annotations
 
 import itertools
 import math
-import shlex
-import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,11 +22,14 @@ import torch
 from torch import nn
 
 from posthoc_cli import files, plots
-from posthoc_cli.errors import InvalidValueError, OutputExistsError, PostHocError
+from posthoc_cli.errors import InvalidValueError, OutputExistsError
+from posthoc_cli.report.page import PAGE, render
 from posthoc_cli.resources import ProgressBar
 from posthoc_cli.run import Run
-from posthoc_cli.sweep import SweepReport, images, sweep
-from posthoc_cli.sweep.search import RAW, Trial
+from posthoc_cli.sweep import Lengths, SweepReport, images
+from posthoc_cli.sweep.search import USUAL_BUDGET, Trial
+from posthoc_cli.sweep.sweeps import LAST_WEIGHTS
+from posthoc_cli.targets import SigmaRel
 from posthoc_cli.tracker import PostHocEMA
 
 Say = Callable[[str], None]  # prints a line
@@ -46,7 +43,7 @@ SIGMA_RELS = (0.025, 0.05, 0.075, 0.1, 0.125, 0.15, 0.175, 0.2, 0.225, 0.25, 0.2
 
 
 def free_folder() -> Path:
-    """Return the first of ema-demo, ema-demo-2, ... that does not exist."""
+    """Find the first of ema-demo, ema-demo-2, ... that does not exist."""
     folder = Path("ema-demo")
     for number in itertools.count(2):
         if not folder.exists():
@@ -73,25 +70,17 @@ def run(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # faster for so small a network, and the same sums on every machine
     try:
-        swept, first = _train_and_measure(out, steps, say, watch)
+        report = _train_and_search(out, steps, say, watch)
     finally:
         torch.set_num_threads(threads)
-    estimate = swept.found
-    lines = [first, *_run_commands(out, estimate.best, say)]
-    averages = []
-    for trial in swept.trials:
-        if trial.x is not None:
-            averages.append({"sigma_rel": trial.x, "loss": trial.value})
+    last, *averages = report.trials
     return {
         "out": str(out),
         "steps": steps,
-        "checkpoint_every": checkpoint_every(steps),
         "tracked": list(TRACKED),
-        "raw": swept.raw,
-        "averages": averages,
-        "best": estimate.best,
-        "equal_within_noise": [estimate.low, estimate.high],
-        "commands": lines,
+        "raw": last.value,
+        "averages": [{"sigma_rel": trial.sigma_rel, "loss": trial.value} for trial in averages],
+        "best": report.best,
         "files": list(map(str, sorted(out.iterdir()))),
         "seconds": time.perf_counter() - started,
     }
@@ -105,91 +94,51 @@ def _make_empty(out: Path) -> None:
     files.make_directory(out)
 
 
-def _train_and_measure(
+def _train_and_search(
     out: Path,
     steps: int,
     say: Say,
     watch: ProgressBar,
-) -> tuple[SweepReport, str]:
-    """Train, measure and draw; return the sweep, and the command line of `ema info`."""
+) -> SweepReport:
+    """Train, measure lengths, and write the best average and the page with samples."""
     snapshots = out / "snapshots"
+    every = checkpoint_every(steps)
     say(f"training a diffusion model on {IMAGES:,} made-up images, {steps:,} steps; the hook")
     say(f"updates two averages every {UPDATE_EVERY} steps and writes snapshots of both every")
-    say(f"{checkpoint_every(steps):,} steps to {snapshots}")
-    data = make_waves(IMAGES, seed=0)
+    say(f"{every:,} steps to {snapshots}")
     with watch("training", steps) as advance:
-        model = train(steps, data, snapshots, advance)
-    line = run_command(say, "info", snapshots)
-    say("")
-    say(f"measuring {len(SIGMA_RELS)} averages and the raw weights on images that training")
+        model = train(steps, make_waves(IMAGES, seed=0), snapshots, advance)
+    say(f"measuring {len(SIGMA_RELS)} averages and the last weights on images that training")
     say("never saw")
-    swept = _measured(model, snapshots)
-    swept.write(out / "sweep")
-    _draw_samples(model, snapshots, swept, out)
-    figure = partial(plots.sweep_figure, swept.to_dict())
-    picture = plots.as_file(figure, ".png")
-    files.write_atomically(out / "loss.png", picture)
-    return swept, line
+    run = Run(snapshots)
+    report = _search(model, run)
+    run.write([report.best], out / "best.safetensors")
+    report.write(out / "sweep")
+    _draw_samples(model, run, report, out / "sweep")
+    page = render(run, report, out / "sweep")
+    files.write_atomically(out / PAGE, page.encode())
+    return report
 
 
-def _run_commands(
-    out: Path,
-    best: float,
-    say: Say,
-) -> list[str]:
-    """Make the best average, the picture of errors and the page; return the command lines."""
-    snapshots = out / "snapshots"
-    average = out / "best.safetensors"
-    page = out / "report.html"
-    return [
-        run_command(say, *words, "--overwrite")
-        for words in (
-            ("synthesize", snapshots, "--sigma-rel", f"{best:.6g}", "--out", average),
-            ("error-plot", snapshots, "--out", out / "error.png"),
-            ("report", snapshots, "--sweep", out / "sweep", "--out", page),
-        )
-    ]
-
-
-def _measured(model: Denoiser, snapshots: Path) -> SweepReport:
-    """Measure the loss of averages and of the raw weights, which the model has."""
+def _search(model: Denoiser, run: Run) -> SweepReport:
+    """Measure the loss of the last weights, which the model has, and of averages."""
     data = make_waves(VALIDATION_IMAGES, seed=1)
     validation = Validation(data, seed=0, draws=16)
-
-    def loss(measured: Denoiser) -> float:
-        return float(validation(measured).mean())
-
-    raw = Trial(RAW, None, 0, loss(model))
-    swept = sweep(snapshots, loss, model=model, values=SIGMA_RELS, name="validation loss")
-    return replace(swept, trials=(raw, *swept.trials))
-
-
-def command_name() -> str:
-    """Return how this program was called, so that a command line works as pasted."""
-    given = Path(sys.argv[0])
-    if given.name not in ("ema", "posthoc-cli"):
-        return "ema"
-    on_path = shutil.which(given.name)
-    is_on_path = on_path is not None and Path(on_path).samefile(given)
-    if is_on_path or not given.exists():
-        return given.name
-    return str(given)
-
-
-def run_command(say: Say, *words: str | Path) -> str:
-    """Run `ema` in another process, print its output, and return the command line; a PostHocError
-    if it fails."""
-    arguments = list(map(str, words))
-    line = shlex.join([command_name(), *arguments])
-    say("")
-    say(f"$ {line}")
-    command = [sys.executable, "-m", "posthoc_cli", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    for printed in (done.stdout + done.stderr).splitlines():
-        say(printed)
-    if done.returncode != 0:
-        raise PostHocError(f"`{line}`", f"ended with exit code {done.returncode}")
-    return line
+    trials = [Trial(LAST_WEIGHTS, None, 0, float(validation(model).mean()))]
+    averaged = make_denoiser(seed=0)
+    for sigma_rel in SIGMA_RELS:
+        averaged.load_state_dict(run.average(sigma_rel))
+        loss = float(validation(averaged).mean())
+        trials.append(Trial(SigmaRel(sigma_rel).title, sigma_rel, 0, loss))
+    return SweepReport(
+        lengths=Lengths.from_list(SIGMA_RELS),
+        budget=USUAL_BUDGET,
+        compared=(LAST_WEIGHTS,),
+        metric="validation loss",
+        minimize=True,
+        settings={"run": run.sources[-1].run_id, "t": run.t, "like": None},
+        trials=tuple(trials),
+    )
 
 
 # --- samples
@@ -239,36 +188,29 @@ def sample(
 
 def _draw_samples(
     model: Denoiser,
-    snapshots: Path,
-    swept: SweepReport,
-    out: Path,
+    run: Run,
+    report: SweepReport,
+    folder: Path,
 ) -> None:
-    """Draw samples of the raw weights and of five lengths, each from the same noise: as images of
-    the sweep, and as samples.png."""
-    labels = torch.arange(DRAWN_CLASSES)
-    candidates = [swept.found.best, *TRACKED, 0.1, 0.2, 0.025]
+    """Draw samples of the last weights and of five lengths, each from the same noise, as images of
+    the search."""
+    candidates = [report.best, *TRACKED, 0.1, 0.2, 0.025]
     widths = list(dict.fromkeys(candidates))[:5]
-    run = Run(snapshots)
-    rows = {}
-    for trial in swept.trials:
-        if trial.x is not None and trial.x not in widths:
+    for trial in report.trials:
+        if trial.sigma_rel is None:
+            weights = model.state_dict()
+        elif trial.sigma_rel in widths:
+            weights = run.average(trial.sigma_rel)
+        else:
             continue
         averaged = make_denoiser(seed=0)
-        if trial.x is None:
-            averaged.load_state_dict(model.state_dict())
-        else:
-            averaged.load_state_dict(run.average(trial.x))
-        samples = sample(averaged, labels, seed=0)
-        pictures = samples.reshape(-1, SIDE, SIDE).numpy()
-        rows[trial.target] = pictures
-        folder = out / "sweep" / images.FOLDER / trial.name
-        files.make_directory(folder)
-        for number, picture in enumerate(pictures):
+        averaged.load_state_dict(weights)
+        samples = sample(averaged, torch.arange(DRAWN_CLASSES), seed=0)
+        place = folder / images.FOLDER / trial.name
+        files.make_directory(place)
+        for number, picture in enumerate(samples.reshape(-1, SIDE, SIDE).numpy()):
             content = plots.as_picture(picture, _SCALE)
-            files.write_atomically(folder / f"class-{number}.png", content)
-    figure = partial(plots.samples_figure, rows, best=swept.best.title)
-    all_samples = plots.as_file(figure, ".png")
-    files.write_atomically(out / "samples.png", all_samples)
+            files.write_atomically(place / f"class-{number}.png", content)
 
 
 # --- the model and its data
@@ -440,7 +382,7 @@ def _noise_levels(normal: torch.Tensor) -> torch.Tensor:
 # ------------------------------------------------------------------------------------
 
 UPDATE_EVERY = 10
-SNAPSHOTS = 40  # kept a tracked profile; no more are taken if the number of steps allows that
+SNAPSHOTS = 40  # kept a tracked profile
 
 BATCH = 32
 LEARNING_RATE = 8e-3
@@ -449,14 +391,9 @@ any of them. With 12e-3 the best length is 0.05, which is tracked."""
 
 
 def checkpoint_every(steps: int) -> int:
-    """Return the steps between snapshots: a divisor of `steps`, so that the last step has one."""
+    """Space the snapshots evenly, SNAPSHOTS of them where there are as many updates."""
     updates = steps // UPDATE_EVERY
-    most = max(1, updates // SNAPSHOTS)
-    divisors = []
-    for count in range(1, most + 1):
-        if updates % count == 0:
-            divisors.append(count)
-    return UPDATE_EVERY * divisors[-1]
+    return UPDATE_EVERY * max(1, updates // SNAPSHOTS)
 
 
 def train(

@@ -61,8 +61,7 @@ def parse_dtype(
     dtype: torch.dtype | str | None,
     option: str = "dtype",
 ) -> str | None:
-    """Return the safetensors name of a dtype given as a word or a torch dtype; None for None and
-    "keep"."""
+    """Find the safetensors name of a word or a torch dtype; None for None and "keep"."""
     word = "keep" if dtype is None else str(dtype).removeprefix("torch.")
     check_word(option, word, [*WORDS, "keep"])
     return WORDS.get(word)
@@ -72,8 +71,7 @@ _NAMES = {f"torch.{dtype.torch_name}": name for name, dtype in DTYPES.items()}
 
 
 def stored_name(dtype: torch.dtype, tensor: str = "") -> str:
-    """Return the safetensors name of a dtype; raise InvalidValueError, naming the `tensor`, if it
-    has none."""
+    """Find the safetensors name of a dtype; an InvalidValueError about `tensor` if it has none."""
     name = _NAMES.get(str(dtype))
     if name is None:
         reason = f"dtype {dtype} cannot be stored; one of {', '.join(_NAMES)} can"
@@ -83,7 +81,7 @@ def stored_name(dtype: torch.dtype, tensor: str = "") -> str:
 
 @lru_cache
 def torch_dtype(name: str) -> torch.dtype:
-    """Return the torch dtype with this safetensors name."""
+    """Find the torch dtype with this safetensors name."""
     import torch
 
     dtype: torch.dtype = getattr(torch, DTYPES[name].torch_name)

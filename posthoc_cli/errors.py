@@ -18,18 +18,16 @@ import math
 import operator
 import sys
 import threading
-import warnings
 from collections import deque
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from numbers import Real
 from typing import Any, TypeVar
 
 _LONGEST = 200
 _LONGEST_LINE = 5_000
-_BETWEEN = {__name__.partition(".")[0], "contextlib", "threading", "torch"}
-"""Packages whose stack frames are skipped to find the user's line that a warning is about."""
+_PACKAGE = __name__.partition(".")[0]
 _Error = TypeVar("_Error", bound="PostHocError")
 
 
@@ -115,6 +113,14 @@ class InexactError(PostHocError):
     """A target whose predicted error is above the accepted one."""
 
 
+class WarnedError(PostHocError):
+    """A warning, where the caller accepts none."""
+
+
+class CommandError(PostHocError):
+    """A user's own command that failed or printed no metric. The reason quotes its output."""
+
+
 class MissingDependencyError(PostHocError):
     """An optional library that is not installed; the message says how to install it."""
 
@@ -159,26 +165,23 @@ class NotReadyError(PostHocError, RuntimeError):
 
 
 def printable(text: str) -> str:
-    """Return `text` with characters that control a terminal escaped: control codes, line ends,
-    changes of direction."""
-    shown = []
+    """Escape characters that control a terminal: control codes, line ends, changes of direction."""
+    characters = []
     for character in text:
-        if character.isprintable():
-            shown.append(character)
-        else:
-            escaped = character.encode("unicode_escape")
-            shown.append(escaped.decode())
-    return "".join(shown)
+        if not character.isprintable():
+            character = character.encode("unicode_escape").decode()
+        characters.append(character)
+    return "".join(characters)
 
 
 def one_line(text: str) -> str:
-    """Return a message with control characters escaped, and of limited length."""
+    """Escape control characters of a message, and limit its length."""
     line = printable(text[:_LONGEST_LINE])
     return f"{line}..." if len(text) > _LONGEST_LINE else line
 
 
 def shown(value: object) -> str:
-    """Return a name or value from a file for a message: escaped, in one line, and shortened."""
+    """Quote a name or value from a file for a message: escaped, in one line, and shortened."""
     if isinstance(value, str):
         quoted = repr(value[:_LONGEST])
         return f"{quoted}..." if len(value) > _LONGEST else quoted
@@ -190,12 +193,12 @@ def shown(value: object) -> str:
 
 
 def brief(value: object) -> str:
-    """Return an argument's value for a message: in one line, and shortened."""
+    """Shorten an argument's value for a message, in one line."""
     return " ".join(repr(value)[:40].split()).removesuffix(".0")
 
 
 def first_of(texts: Iterable[str], most: int = 5) -> str:
-    """Return the first texts in one line, and how many more there are."""
+    """List the first texts in one line, and how many more there are."""
     every = [*texts]
     listed = ", ".join(every[:most])
     left = len(every) - most
@@ -203,8 +206,7 @@ def first_of(texts: Iterable[str], most: int = 5) -> str:
 
 
 def percent(error: float | None) -> str:
-    """Return a relative error as text; tiny errors (rounding) and huge ones (weights near 0) become
-    bounds."""
+    """Write a relative error; tiny (rounding) and huge ones (weights near 0) become bounds."""
     if error is None:
         return "unknown"
     if 0 < error < 1e-7:
@@ -214,18 +216,27 @@ def percent(error: float | None) -> str:
     return f"{100 * error:.2g} %" if error < 0.995 else f"{100 * error:,.0f} %"
 
 
-def warn(message: str) -> None:
-    """Issue a RuntimeWarning that begins with the package's name and points to the line of the
-    user's code."""
-    frame = sys._getframe(1)
-    level = 2
-    while (
-        frame.f_back is not None
-        and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN
-    ):
-        frame = frame.f_back
-        level = level + 1
-    warnings.warn(f"posthoc_cli: {message}", RuntimeWarning, level)
+@contextmanager
+def collect_warnings(strict: bool = False) -> Iterator[list[str]]:
+    """Collect what this package warns of in the block, each text once.
+
+    Raises:
+        WarnedError: with `strict`, at the first warning; a call that raises it leaves no output.
+    """
+    texts: list[str] = []
+
+    def take(_: str, text: str) -> None:
+        texts.append(text)
+        if strict:
+            raise WarnedError("warning", text)
+
+    handler = EachOnce(take)
+    logger = logging.getLogger(_PACKAGE)
+    logger.addHandler(handler)
+    try:
+        yield texts
+    finally:
+        logger.removeHandler(handler)
 
 
 class EachOnce(logging.Handler):
@@ -307,8 +318,8 @@ def check_number(
     accepts: Callable[[float], bool],
     accepted: str,
 ) -> float:
-    """Return `value` as a float; raise InvalidValueError ("must {accepted}") unless `accepts` it,
-    which refuses nan."""
+    """Convert to a float; raise InvalidValueError ("must {accepted}") unless `accepts` it, which
+    refuses nan."""
     number = math.nan
     if isinstance(value, Real) and not isinstance(value, bool):
         number = float(value)
@@ -323,8 +334,8 @@ def check_count(
     least: int = 1,
     hint: str = "",
 ) -> int:
-    """Return `value` as an int; raise InvalidValueError, with a hint, unless it is a whole number
-    of at least `least`."""
+    """Convert to an int; raise InvalidValueError, with a hint, unless it is a whole number of at
+    least `least`."""
     count = least - 1
     if not isinstance(value, bool):
         with suppress(TypeError):
@@ -335,13 +346,11 @@ def check_count(
     return count
 
 
-def check_alone(least: int = 0, **given: object) -> None:
-    """Raise InvalidValueError unless `least` to 1 of these arguments are given; None and False
-    count as not given."""
+def check_alone(**given: object) -> None:
+    """Raise InvalidValueError if several of these arguments are given; None and False are not."""
     count = sum(value is not None and value is not False for value in given.values())
-    if not least <= count <= 1:
-        reason = "give one of them" if least else "give at most one of them"
-        raise InvalidValueError(" and ".join(given), reason)
+    if count > 1:
+        raise InvalidValueError(" and ".join(given), "give at most one of them")
 
 
 def check_word(
@@ -357,7 +366,7 @@ def check_word(
 
 
 def likely(value: object, words: Iterable[object]) -> str:
-    """Return a hint with the word that may be meant; empty if none is like the value."""
+    """Suggest the word that may be meant; nothing if none is like the value."""
     for word in get_close_matches(str(value), map(str, words), 1):
         if word != str(value):
             return f"did you mean {word}?"

@@ -144,13 +144,12 @@ is a drive."""
 
 
 def is_url(path: str | Path) -> bool:
-    """Return whether a path is a URL, which names something in an object store."""
+    """Tell a URL, which names something in a store, from a path."""
     return _URL.match(str(path)) is not None
 
 
 def given_path(name: str, path: str | Path) -> Path:
-    """Return an argument as a path, expanded; raise InvalidValueError, naming the argument, for an
-    empty or invalid one."""
+    """Make a path of an argument, expanded; an InvalidValueError names an empty or invalid one."""
     is_empty = path == ""  # which `Path` would take for the working directory
     if is_empty or not isinstance(path, str | os.PathLike) or "\0" in str(path):
         reason = "is empty; for the working directory give '.'" if is_empty else "must be a path"
@@ -159,30 +158,28 @@ def given_path(name: str, path: str | Path) -> Path:
 
 
 def expanded(path: str | Path) -> Path:
-    """Return a path with a leading ~ replaced by the home directory, unchanged for an unknown
-    user."""
+    """Replace a leading ~ by the home directory, unless the user is unknown."""
     path = as_path(path)
     return path if is_url(path) else Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib raises for an unknown user
 
 
 def is_glob(pattern: str | Path) -> bool:
-    """Return whether a name is a pattern, and no file or directory has this name."""
+    """Tell a pattern from a file or directory that has this name."""
     path = expanded(pattern)
     return glob.has_magic(str(path)) and not path.exists()
 
 
 def as_path(path: str | Path) -> Path:
-    """Return a text as a Path, a URL as a RemotePath."""
+    """Make a Path of a text, a RemotePath of a URL."""
     if not is_url(path):
         return Path(path)
-    from posthoc_cli.remote.store import RemotePath, remote_path
+    from posthoc_cli.remote import RemotePath, remote_path
 
     return path if isinstance(path, RemotePath) else remote_path(str(path))
 
 
 def local_path(name: str, path: str | Path) -> Path:
-    """Return an argument as a path of this machine as `given_path` does; raise InvalidValueError
-    also for a URL."""
+    """Make a path of an argument as `given_path` does; a URL is an InvalidValueError, too."""
     local = given_path(name, path)
     if is_url(local):
         reason = "is a URL; must be a path on a file system of this machine"
@@ -211,8 +208,7 @@ def new_file(
     endings: Sequence[str],
     overwrite: bool,
 ) -> Path:
-    """Return the path of an output after checking its ending, that its folder exists, and that it
-    may be written."""
+    """Check the ending of an output, that its folder exists, and that it may be written."""
     path = local_path("out", out)
     if path.suffix not in endings:
         raise InvalidValueError("out", f"must end in {', '.join(endings)}", value=path)
@@ -225,12 +221,12 @@ def new_file(
 
 
 def is_own_folder(path: Path) -> bool:
-    """Return whether a path is a folder; a link may lead elsewhere."""
+    """Tell a folder from a link, which may lead elsewhere."""
     return path.is_dir() and not path.is_symlink()
 
 
 def is_absent(path: Path) -> bool:
-    """Return whether a path no longer exists; False if that is unknown, as in a folder without
+    """Find out whether a path no longer exists; False if that is unknown, as in a folder without
     permission."""
     try:
         path.lstat()
@@ -330,7 +326,7 @@ def remove_unfinished() -> None:
 
 
 def is_temporary(name: str) -> bool:
-    """Return whether a name is that of a temporary file or folder."""
+    """Tell the names of temporary files and folders."""
     return name.startswith(TEMPORARY_PREFIX) and name.endswith(".tmp")
 
 
@@ -505,8 +501,7 @@ class PendingFolder(_Pending):
             system.make_directory(self.temporary)
 
     def _is_taken(self) -> bool:
-        """Return whether something is at `path`; raise OutputExistsError unless it may be
-        replaced."""
+        """Find out whether `path` is taken; an OutputExistsError if it may not be replaced."""
         path = self.path
         if not os.path.lexists(path):
             return False

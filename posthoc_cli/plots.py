@@ -10,8 +10,7 @@ from __future__ import annotations
 import io
 import math
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
@@ -25,7 +24,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from posthoc_cli.errors import printable
-from posthoc_cli.planning import GOOD_ERROR, ErrorCurve
+from posthoc_cli.planning import SMALL_LOSS, ErrorCurve
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -47,8 +46,8 @@ _MOST_ERROR = 2.0
 there."""
 _LEAST_WIDTH = 1e-4  # the sigma_rel at which narrower targets are drawn
 _FAR = 3.0
-"""Distance of the raw weights' metric, or of the estimate's band, as a multiple of the averages'
-spread, beyond which it is not drawn."""
+"""Distance of a compared metric, or of the estimate's band, as a multiple of the averages' spread,
+beyond which it is not drawn."""
 _LONGEST_TEXT = 200
 # inches of a figure without legend, and the height of a line of the legend
 _WIDTH = 6.4
@@ -56,11 +55,6 @@ _HEIGHT = 4.0
 _LINE = 0.16
 # margin in inches, since the edges of the white background are visible on a dark page
 _MARGIN = 0.1
-# of samples: a fifth of the width for their titles
-_SAMPLES_WIDTH = 8.0
-_CLOSE = {
-    "wspace": 0.05, "hspace": 0.05, "left": 0.19, "right": 0.99, "bottom": 0.01, "top": 0.99,
-}  # fmt: skip
 
 
 class _Figure(Figure):
@@ -96,24 +90,25 @@ def as_file(
 
 
 def error_figure(curves: Sequence[ErrorCurve], profile_error: bool = False) -> Figure:
-    """Draw the reconstruction error against sigma_rel; with `profile_error`, thin lines show that
-    of the profiles."""
+    """Draw the reconstruction error, and dashed the gain that it loses, against sigma_rel; with
+    `profile_error`, thin lines show the error of the profiles."""
     figure, axes = _figure()
     least = _lowest_error(curves)
     for index, curve in enumerate(curves):
         _draw_curve(axes, curve, least, index, alone=len(curves) == 1)
+        _draw_lost_gain(axes, curve, least, index)
         _draw_points(axes, curve, least, _colour(index))
     if profile_error:
         _draw_profile_errors(axes, curves)
     dots = (0, (1, 3))
-    axes.axhline(GOOD_ERROR, color="0.35", linestyle=dots, linewidth=1.2)
+    axes.axhline(SMALL_LOSS, color="0.35", linestyle=dots, linewidth=1.2)
     axes.set(xscale="log", yscale="log")
     axes.set_xlabel("sigma_rel (width, as a fraction of training)")
     axes.margins(x=0.01)  # for marks at the ends
-    axes.set_ylabel("expected relative L2 error of the weights")
+    axes.set_ylabel("error of the weights, share of gain lost")
     errors = [_all_errors(curve) for curve in curves]
     _scale_errors(axes, np.concatenate(errors), least)
-    title = "Predicted error"
+    title = "Lost gain"
     if len(curves) == 1:
         title += f": {curves[0].good_range}"
     return _finish(figure, axes.xaxis, title)
@@ -133,13 +128,13 @@ def _heights(curve: ErrorCurve) -> FloatArray:
 
 def _all_errors(curve: ErrorCurve) -> FloatArray:
     points = [point.predicted_error for point in curve.others]
-    return np.append(_heights(curve), points)
+    return np.concatenate([_heights(curve), curve.lost_gain, points])
 
 
 def _scale_errors(axes: Axes, errors: FloatArray, least: float) -> None:
     """Set the range of the error axis, and say at its lower end if errors below it are drawn
     there."""
-    most = np.clip(2 * errors.max(), 2 * GOOD_ERROR, _MOST_ERROR)
+    most = np.clip(2 * errors.max(), 2 * SMALL_LOSS, _MOST_ERROR)
     axes.set_ylim(least, most)
     is_cut = errors.min() < least
 
@@ -204,8 +199,16 @@ def _draw_curve(
         zorder=5,
     )
     if alone:  # those of several curves would overlap
-        for begin, end in curve.ranges_below(GOOD_ERROR):
+        for begin, end in curve.ranges_below(SMALL_LOSS):
             axes.axvspan(begin, end, color=_colour(index), alpha=0.10, linewidth=0)
+
+
+def _draw_lost_gain(axes: Axes, curve: ErrorCurve, least: float, index: int) -> None:
+    label = None if index else "dashed: the share of the gain that the error loses"
+    heights = np.clip(curve.lost_gain, least, None)
+    dashes = (0, (4, 2))
+    colour = _colour(index)
+    axes.plot(curve.sigma_rels, heights, color=colour, linestyle=dashes, linewidth=1.2, label=label)
 
 
 def _draw_profile_errors(axes: Axes, curves: Sequence[ErrorCurve]) -> None:
@@ -223,55 +226,51 @@ def _draw_profile_errors(axes: Axes, curves: Sequence[ErrorCurve]) -> None:
 
 
 def sweep_figure(report: dict[str, Any]) -> Figure:
-    """Draw a metric against the length of the average, on a logarithmic axis, from
-    `SweepReport.to_dict`.
+    """Draw a metric against sigma_rel, on a logarithmic axis, from `SweepReport.to_dict`.
 
-    Of a beta the time constant in steps is drawn, 1 / (1 - beta).
+    What the averages are compared with are lines; those far from all averages are only named.
     """
-    kind = report["axis"]
-    length = partial(_drawn_length, kind)
     figure, axes = _figure()
-    low, high = map(length, report["equal_within_noise"])
-    label = f"equal within the noise: {low:g} to {high:g}"
     green = _colour(2)
-    axes.axvspan(low, high, color=green, alpha=0.15, linewidth=0, label=label)
-    band = _draw_estimate(axes, report["curve"], length)
-    bars = _draw_trials(axes, report["trials"], report["noise"], length)
-    best = length(report["best"][kind])
-    label = f"best: {best:g}"
-    axes.axvline(best, color=green, linewidth=1.6, label=label)
-    raw = report["raw"]
-    if raw is not None:
-        _draw_reference(axes, raw, f"raw weights: {raw:.5g}")
-        band.append(raw)
-    low, high = _metric_range(bars, band)
+    if report["tied"] is not None:
+        low, high = report["tied"]
+        label = f"statistically tied: {low:g} to {high:g}"
+        axes.axvspan(low, high, color=green, alpha=0.15, linewidth=0, label=label)
+    band = _draw_estimate(axes, report["curve"])
+    bars = _draw_trials(axes, report["trials"], report["noise"] or 0.0)
+    best = report["best"]["sigma_rel"]
+    axes.axvline(best, color=green, linewidth=1.6, label=f"best: {best:g}")
+    compared = [each for each in report["compared"] if each["value"] is not None]
+    low, high = _metric_range(bars, [*band, *(each["value"] for each in compared)])
+    for index, each in enumerate(compared):
+        label = f"{each['title']}: {each['value']:.5g}"
+        if not low <= each["value"] <= high:
+            label += ", beyond this range"
+        axes.axhline(
+            each["value"],
+            label=_text(label),
+            linewidth=1.6,
+            color=_colour((1, 3)[index]),
+            linestyle=STYLES[index + 1],
+        )
     axes.set_ylim(low, high)
-    title = "steps of the decay, 1 / (1 - beta)" if kind == "beta" else _text(kind)
-    axes.set(xscale="log", xlabel=title)
+    axes.set(xscale="log", xlabel="sigma_rel (width, as a fraction of training)")
     axes.set_ylabel(_text(report["metric"]))
     return _finish(figure, axes.xaxis)
 
 
-def _drawn_length(kind: str, value: float) -> float:
-    if kind == "beta":
-        return 1 / (1 - value)
-    return value
-
-
-def _draw_estimate(
-    axes: Axes,
-    curve: Sequence[dict[str, Any]],
-    length: Callable[[float], float],
-) -> list[float]:
+def _draw_estimate(axes: Axes, curve: Sequence[dict[str, Any]]) -> list[float]:
     """Draw the estimate of the metric, and return the ends of its band."""
-    lengths = [length(point["x"]) for point in curve]
+    lengths = [point["sigma_rel"] for point in curve]
     means = np.array([point["estimate"] for point in curve])
-    errors = np.array([point["standard_error"] for point in curve])
+    errors = np.array([point.get("standard_error", 0.0) for point in curve])
     low = means - 2 * errors
     high = means + 2 * errors
     blue = _colour(0)
-    axes.fill_between(lengths, low, high, color=blue, alpha=0.2, linewidth=0)
-    label = "estimate, band: two standard errors"
+    label = "estimate"
+    if errors.any():
+        label += ", band: two standard errors"
+        axes.fill_between(lengths, low, high, color=blue, alpha=0.2, linewidth=0)
     axes.plot(lengths, means, color=blue, linewidth=1.6, label=label)
     return [*low, *high]
 
@@ -280,30 +279,30 @@ def _draw_trials(
     axes: Axes,
     trials: Sequence[dict[str, Any]],
     noise: float,
-    length: Callable[[float], float],
 ) -> list[float]:
     """Draw the measured metrics of averages, and return the ends of their bars."""
     lengths = []
     metrics = []
     errors = []
     for trial in trials:
-        if trial["value"] is None or trial["x"] is None:
+        if trial["value"] is None or trial["sigma_rel"] is None:
             continue
-        lengths.append(length(trial["x"]))
+        lengths.append(trial["sigma_rel"])
         metrics.append(trial["value"])
         errors.append(trial["standard_error"] or noise)
     values = np.array(metrics)
     noises = np.array(errors)
+    has_bars = bool(noises.any())
     axes.errorbar(
         lengths,
         values,
-        noises,
+        noises if has_bars else None,
         color=_colour(4),
         marker="o",
         markersize=4,
         linestyle="none",
         capsize=3,
-        label="measured, bars: noise",
+        label="measured, bars: noise" if has_bars else "measured",
     )
     return [*(values - noises), *(values + noises)]
 
@@ -325,29 +324,6 @@ def _metric_range(
     high = max(drawn)
     margin = 0.1 * (high - low or 1)
     return low - margin, high + margin
-
-
-def samples_figure(
-    rows: Mapping[str, npt.NDArray[np.floating[Any]]],
-    best: str | None = None,
-) -> Figure:
-    """Draw images of shape [columns, height, width] and values in -1 .. 1, a row for each title."""
-    columns = max(map(len, rows.values()))
-    height = 0.1 + len(rows) * 0.8 * _SAMPLES_WIDTH / columns
-    figure = _Figure(figsize=(_SAMPLES_WIDTH, height), dpi=150, facecolor="white")
-    layout = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw=_CLOSE)
-    for line, title in zip(layout, rows, strict=True):
-        for axes, image in zip(line, rows[title], strict=False):
-            axes.imshow(image, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
-            axes.set(xticks=[], yticks=[])
-        line[0].set_ylabel(
-            _text(title, 16),
-            rotation=0,
-            horizontalalignment="right",
-            verticalalignment="center",
-            fontweight="bold" if title == best else "normal",
-        )
-    return figure
 
 
 def as_picture(
@@ -443,11 +419,6 @@ def _colour(index: int) -> str:
 def _line(index: int) -> dict[str, Any]:
     style = STYLES[index % len(STYLES)]
     return {"color": _colour(index), "linestyle": style}
-
-
-def _draw_reference(axes: Axes, height: float, label: str) -> None:
-    """Draw what the averages are compared with."""
-    axes.axhline(height, label=label, **_reference())
 
 
 def _reference() -> dict[str, Any]:

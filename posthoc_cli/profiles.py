@@ -7,8 +7,8 @@ tail(step k-1) - tail(step k). A tail is also what multiplies updates: sum_k w_k
 sum_k tail(step k-1) (theta_k - theta_k-1).
 
 Below: the power function, which runs track; averages over known times, which other programs store;
-the clock of a run; and how updates are folded into tracked averages. `targets` has the profiles
-that a user may ask for.
+and how updates are folded into tracked averages. `targets` has the profiles that a user may ask
+for.
 """
 
 from __future__ import annotations
@@ -129,6 +129,23 @@ def sigma_rel_from_gamma(gamma: float) -> float:
         raise InvalidValueError("gamma", reason, value=f"{gamma:g}")
     ratio = (gamma + 1) / (gamma + 3)
     return math.sqrt(ratio) / (gamma + 2)
+
+
+def sigma_rel_from_decay(decay: float, steps: float) -> float | None:
+    """Return the width of the power function that is as long, after so many steps, as an ordinary
+    EMA of this decay in (0, 1): their mean ages are equal.
+
+    An ordinary EMA has the mean age -1 / ln(decay), about 1 / (1 - decay), in steps; a power
+    function steps / (gamma + 2). None of an EMA that is longer than the uniform average.
+    """
+    gamma = -steps * math.log(decay) - 2
+    return sigma_rel_from_gamma(gamma) if gamma > 0 else None
+
+
+def decay_from_sigma_rel(sigma_rel: float, steps: float) -> float:
+    """Return the decay of the ordinary EMA that is as long as a power function: the inverse of
+    `sigma_rel_from_decay`."""
+    return math.exp(-(gamma_from_sigma_rel(sigma_rel) + 2) / steps)
 
 
 def new_value_share(gamma: float, t_prev: float, t: float) -> float:
@@ -451,7 +468,6 @@ class DecayRule:
     least: float = 0.0  # lower limit of the decay
     # relative, of the time constant 1 / (1 - decay), if the decay was estimated
     uncertainty: float = 0.0
-    late: int = 0  # steps by which the first update may be later, if its step was estimated
 
     def __post_init__(self) -> None:
         check_number("ema_decay", self.decay, lambda decay: 0 < decay < 1, "lie in (0, 1)")
@@ -595,30 +611,11 @@ class OrdinaryEMA(Discrete):
         return np.where(s < self._start, 1.0, masses)
 
     @cached_property
-    def updates(self) -> tuple[FloatArray, FloatArray]:
-        """The decay of each update, and the share of the average after it that is left in this one;
-        without updates of which nothing is left: shape [updates] each."""
-        left = self._logs[1:] - self._logs[-1]
-        numbers = 1 + np.flatnonzero(left < _FORGOTTEN)
-        return self.rule.at(numbers.astype(np.float64)), np.exp(-left[numbers - 1])
-
-    @property
-    def others(self) -> tuple[OrdinaryEMA, OrdinaryEMA]:
-        """The averages with a longer time constant and a later start, by their uncertainties;
-        itself for 0."""
-        sure = replace(self.rule, uncertainty=0.0, late=0)
-        longer = self
-        if self.rule.uncertainty:
-            factor = 1 + self.rule.uncertainty
-            longer = self._with_rule(sure.longer(factor))
-        later = self
-        late = min(self.rule.late // self._every, self._count - 1)
-        if late > 0:
-            copies = sure.copies + late
-            later = self._with_rule(replace(sure, copies=copies))
-        return longer, later
-
-    def _with_rule(self, rule: DecayRule) -> OrdinaryEMA:
+    def longer(self) -> OrdinaryEMA:
+        """The average whose time constant is longer by its uncertainty; itself for 0."""
+        if not self.rule.uncertainty:
+            return self
+        rule = replace(self.rule, uncertainty=0.0).longer(1 + self.rule.uncertainty)
         return OrdinaryEMA(rule, int(self.t), self._count, self._every, self._first)
 
 
@@ -641,193 +638,6 @@ def _group_ends(logs: FloatArray) -> npt.NDArray[np.bool_]:
     has_next = np.diff(groups * size) > 0
     # also the last update
     return np.append(has_fallen | has_next, [True])
-
-
-# --- classical averages of the same mean age
-
-
-def mean_age(gamma: float, steps: int) -> float:
-    """Return the mean age, in steps, of the values in a power-function average updated at every
-    step 1 .. `steps`.
-
-    With the discrete weights w it is sum_k w_k (T - k) = sum_{j=1}^{T-1} (j/T)**(gamma+1). The last
-    100,000 terms are added, those before by Euler-Maclaurin, which leaves out at most 1 / (6 T**2)
-    of the age.
-    """
-    x = gamma + 1
-    count = min(steps, 100_001)
-    ages = np.arange(1, count)
-    logs = x * np.log1p(-ages / steps)
-    age = float(np.sum(np.exp(logs)))
-    before = steps - count
-    if before > 0:
-        log_of_last = x * math.log1p((before - steps) / steps)
-        integral = before / (x + 1)
-        slope = x / (12 * before)
-        age += math.exp(log_of_last) * (integral + 0.5 + slope)
-    return age
-
-
-def sigma_rel_from_classical_beta(beta: float, steps: int) -> float:
-    """Return the width whose mean age is that of a classical decay, beta / (1 - beta)."""
-    longest = 1 - 2 / (steps + 1)
-    if not 0 < beta < longest:
-        reason = (
-            f"after {steps:,} steps beta must lie in (0, {longest:.7g}), below the mean "
-            f"age of the uniform average"
-        )
-        raise InvalidValueError("target", reason, value=f"beta:{beta!r}")
-    from scipy.optimize import brentq  # slow to import
-
-    age = beta / (1 - beta)
-    # The mean age falls from (T-1)/2 at x = 1 roughly as T/(x+1), and for huge x as exp(-x/T).
-    shorter = max(0.0, -math.log(age))
-    largest = 2 * steps * (2 + shorter)
-
-    def excess(log_x: float) -> float:
-        return mean_age(math.expm1(log_x), steps) - age
-
-    bound = math.log(largest)
-    log_x = brentq(excess, 0.0, bound, xtol=1e-15, rtol=1e-14)
-    return sigma_rel_from_gamma(math.expm1(log_x))
-
-
-def convert(
-    steps: int,
-    sigma_rels: Sequence[float] = (),
-    betas: Sequence[float] = (),
-) -> list[dict[str, float]]:
-    """Return the power functions with these widths, then those with the mean ages of these
-    classical decays.
-
-    Each has `sigma_rel` and `gamma`, the mean age of the averaged values and the standard deviation
-    `std` of their times in steps, and `beta`, the decay of the classical EMA with the same mean age
-    after `steps` steps.
-    """
-    check_number("steps", steps, lambda count: 1 <= count <= 10**15, "be from 1 to 1e15")
-    rows = [_row(sigma_rel, steps) for sigma_rel in sigma_rels]
-    for beta in betas:
-        sigma_rel = sigma_rel_from_classical_beta(beta, steps)
-        row = _row(sigma_rel, steps)
-        rows.append(row | {"beta": beta})
-    return rows
-
-
-def _row(sigma_rel: float, steps: int) -> dict[str, float]:
-    gamma = gamma_from_sigma_rel(sigma_rel)
-    age = mean_age(gamma, steps)
-    return {
-        "sigma_rel": sigma_rel,
-        "gamma": gamma,
-        "mean_age": age,
-        "std": sigma_rel * steps,
-        "beta": age / (1 + age),
-    }
-
-
-# --- steps over training time, for averages over steps on a clock in images or tokens
-
-BENT = 0.25
-"""The error of a clock between two pairs, as a share of the steps by which the rate of its steps
-changes: between that of a ramp and that of random batches, see `Clock.bent`."""
-
-EQUAL_STEPS = 1e-9
-"""Bends below this share of all steps are rounding errors."""
-
-
-@dataclass(frozen=True)
-class Clock:
-    """A run's steps (calls of `update_`) over its training time, interpolated linearly from step 0
-    at time 0.
-
-    The known pairs are at least one, both ascending. After the last one, steps are as long as just
-    before it.
-    """
-
-    steps: Sequence[float]
-    times: Sequence[float]
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "times"):
-            values = map(float, getattr(self, name))
-            object.__setattr__(self, name, tuple(values))
-
-    @classmethod
-    def of_steps(cls) -> Clock:
-        """Return the step clock: the time of a step is its number."""
-        return cls((1.0,), (1.0,))
-
-    def step_at(self, s: npt.ArrayLike) -> FloatArray:
-        """Return the step at times `s`, any shape, with fractions; 0 up to time 0."""
-        times, steps = self._nodes
-        return _interpolated(_floats(s), times, steps)
-
-    def time_at(self, step: npt.ArrayLike) -> FloatArray:
-        """Return the time of steps, any shape: the inverse of `step_at`."""
-        times, steps = self._nodes
-        return _interpolated(_floats(step), steps, times)
-
-    def bent(self) -> Clock:
-        """Return the clock that is off as far as is probable between known pairs: with more steps
-        at the middle of each. It is the same where steps are equally long.
-
-        A clock that turns evenly is off by 1/8 of the change of steps per time, times the time
-        between two pairs; one of random batches by some 0.35 of it. The change is the largest of
-        the nearest four.
-        """
-        times, steps = self._nodes
-        intervals = np.diff(times)
-        counts = np.diff(steps)
-        change = _nearest_changes(counts / intervals)
-        # steps at the middle are between those at both ends
-        most = 0.4 * np.maximum(counts - 1, 0.0)
-        probable = BENT * change * intervals
-        errors = np.minimum(probable, most)
-        least = EQUAL_STEPS * steps[-1]
-        bends = np.flatnonzero(errors > least)
-        if not bends.size:
-            return self
-        middle_times = times[bends] + intervals[bends] / 2
-        even_steps = (steps[bends] + steps[bends + 1]) / 2
-        middle_steps = even_steps + errors[bends]
-        _, *all_steps = np.insert(steps, bends + 1, middle_steps).tolist()
-        _, *all_times = np.insert(times, bends + 1, middle_times).tolist()
-        return Clock(all_steps, all_times)
-
-    @cached_property
-    def _nodes(self) -> tuple[FloatArray, FloatArray]:
-        times = np.array([0.0, *self.times])
-        steps = np.array([0.0, *self.steps])
-        return times, steps
-
-
-def _nearest_changes(rates: FloatArray) -> FloatArray:
-    """Return the largest change among the four nearest to each rate."""
-    changes = np.abs(np.diff(rates))
-    largest = np.zeros(rates.size)
-    for k in range(rates.size):
-        nearest = changes[max(0, k - 2) : k + 2]
-        largest[k] = nearest.max(initial=0)
-    return largest
-
-
-class EpochClock(Clock):
-    """The clock of checkpoints whose numbers are epochs: nothing says the steps of one."""
-
-    def step_at(self, s: npt.ArrayLike) -> FloatArray:  # noqa: ARG002
-        reason = "must be given to an import: the target is of steps, and the checkpoints of epochs"
-        raise InvalidValueError("steps_per_epoch", reason)
-
-
-def _interpolated(x: FloatArray, knots: FloatArray, values: FloatArray) -> FloatArray:
-    """Interpolate linearly between knots: constant before the first one, with the last slope after
-    the last."""
-    last = knots[-1]
-    change = values[-1] - values[-2]
-    slope = change / (last - knots[-2])
-    later = values[-1] + (x - last) * slope
-    between = np.interp(x, knots, values)
-    return np.where(x > last, later, between)
 
 
 # --- folding updates into tracked averages
@@ -896,23 +706,3 @@ def sketched_window_ends(
     if begin == before:
         covered *= 2
     return covered > _reach(gammas) * t
-
-
-def roundings(gamma: float, updates: int) -> float:
-    """Return the number of independent roundings, each of the average's size, that remain in it
-    after the updates.
-
-    Reading the average rounds once. A mean of n updates is rounded at each; the k-th rounding
-    decays as k / n, which leaves n / 3. If the mean covers most of the average, they decay as the
-    average does, (s / t)^(gamma + 1), which leaves `updates` / (2 gamma + 3). The average over many
-    means reduces this by the sum of their squared masses p(s) n dt, n dt integral p^2 ds = (gamma +
-    1)^2 / (2 gamma + 1) n / `updates`. Each fold rounds once more; `updates` / n / (2 gamma + 3) of
-    these remain.
-    """
-    n = min(WINDOW, max(1.0, LONGEST_OWN * updates))
-    fading = 2 * gamma + 3
-    of_mean = min(n / 3, updates / fading)
-    square = (gamma + 1) ** 2
-    squared_masses = n / updates * square / (2 * gamma + 1)
-    of_means = of_mean * min(1.0, squared_masses)
-    return 1 + of_means + updates / n / fading

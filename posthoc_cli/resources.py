@@ -16,7 +16,7 @@ MAX_WORKERS = 16
 
 
 def worker_count(count: int | None = None) -> int:
-    """Return the number of threads to use: `count`, or this process's cores up to MAX_WORKERS."""
+    """Count the threads to use: `count`, or this process's cores up to MAX_WORKERS."""
     if count is not None:
         return max(1, count)
     cores = os.cpu_count() or 1
@@ -36,7 +36,7 @@ MOST = 2**63 - 1  # the largest count or size that is accepted
 
 
 def parse_bytes(size: str, option: str) -> int:
-    """Return the bytes of a size such as 60GB, 500MiB, 1.5TB or a plain number.
+    """Parse a size such as 60GB, 500MiB, 1.5TB or a plain number of bytes.
 
     Raises:
         InvalidValueError: the text is something else, or below 1; the message names `option`.
@@ -49,7 +49,7 @@ def parse_bytes(size: str, option: str) -> int:
 
 
 def size_text(nbytes: float) -> str:
-    """Return a number of bytes as text, in powers of 1000."""
+    """Write a number of bytes in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if nbytes < 1000:
             return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.3g} {unit}"
@@ -61,8 +61,7 @@ def parse_amount(
     text: str,
     units: dict[str, int],
 ) -> Decimal | None:
-    """Return a number with one of `units` (upper-case names) as a Decimal; None if it is
-    invalid."""
+    """Parse a number with one of `units` (upper-case names); None if it is invalid."""
     match = re.fullmatch(r"(-?[\d.,_]+(?:[eE][+-]?\d{1,2})?)\s*([a-zA-Z]*)", text.strip())
     if match is None:
         return None
@@ -82,5 +81,5 @@ ProgressBar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]
 
 @contextmanager
 def no_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:  # noqa: ARG001
-    """Return a progress bar that shows nothing."""
+    """Show nothing."""
     yield lambda _: None

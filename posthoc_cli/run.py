@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -13,26 +12,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints.manifest import Manifest, read_manifest
-from posthoc_cli.checkpoints.open_run import (
-    describe_checkpoints,
-    describe_files,
-    holds_checkpoints,
-    open_checkpoints,
-)
+from posthoc_cli.checkpoints.open_run import holds_checkpoints
 from posthoc_cli.errors import (
     DirectoryError,
     FileFormatError,
     PostHocError,
     VanishedError,
-    check_count,
     percent,
 )
 from posthoc_cli.planning import (
     USEFUL_RANGE,
     ErrorCurve,
-    PlanReport,
     error_curve,
-    propose,
     time_between,
 )
 from posthoc_cli.profiles import PowerFunction, Profile
@@ -46,18 +37,18 @@ from posthoc_cli.snapshots.directory import (
 from posthoc_cli.snapshots.outputs import describe
 from posthoc_cli.snapshots.prune import Pruning, plan_pruning
 from posthoc_cli.snapshots.prune import prune as prune_directory
+from posthoc_cli.snapshots.sampling import source_prior
 from posthoc_cli.snapshots.snapshot import Snapshot, file_bytes
 from posthoc_cli.snapshots.sources import (
     Source,
     chosen_up_to,
     counted,
-    source_prior,
-    target_clock,
+    run_clock,
 )
 from posthoc_cli.snapshots.tensorfile import Entry
-from posthoc_cli.snapshots.verify import DAMAGED, UNCHECKED, FileReport, Verification, verify
-from posthoc_cli.synthesis.plan import Plan, plan_synthesis
-from posthoc_cli.targets import Target, as_target
+from posthoc_cli.snapshots.verify import DAMAGED, UNCHANGED, FileReport, Verification, verify
+from posthoc_cli.synthesis.plan import Plan, check_steps, plan_synthesis
+from posthoc_cli.targets import Target, as_targets
 
 if TYPE_CHECKING:
     import torch
@@ -87,6 +78,7 @@ class Weights(OrderedDict[str, "torch.Tensor"]):
     predicted_error: float | None = None
     # relative L2 distance between the wanted profile and the one made from the snapshots
     profile_error: float = 0.0
+    t: float | None = None  # the training time of the average
 
     def __repr__(self) -> str:
         error = "unknown" if self.predicted_error is None else percent(self.predicted_error)
@@ -113,6 +105,7 @@ def make_weights(
     weights = Weights((name, tensors[name]) for name in plan.entries)
     weights.predicted_error = plan.predicted_error(0)
     weights.profile_error = plan.profile_error(0)
+    weights.t = plan.t
     return weights
 
 
@@ -123,7 +116,8 @@ def disk_sources(
     """Return the sources in the directory of a run or of an import, or those that a file or a glob
     names.
 
-    They are snapshots of a tracker, or checkpoints; for `unclaimed` see `open_checkpoints`. Raise
+    They are snapshots of a tracker, or checkpoints as an import would take them; with `unclaimed`
+    no values are read, and averages of unknown decay have a placeholder of a profile. Raise
     DirectoryError if there are none, FileFormatError or MismatchError if a file is damaged or of
     another model, InvalidValueError if an import must be given a setting.
     """
@@ -134,30 +128,36 @@ def disk_sources(
         except DirectoryError:
             if not holds_checkpoints(path):
                 raise
-    return [*open_checkpoints(path, unclaimed=unclaimed)]
+    from posthoc_cli.checkpoints.import_run import open_checkpoints, open_unclaimed
+
+    return [*(open_unclaimed(path) if unclaimed else open_checkpoints(path))]
 
 
 ATTEMPTS = 100  # largest number of plans; no training removes a snapshot after every one of them
+
+
+def retry_vanished(attempt: Callable[[], _T]) -> _T:
+    """Return the result of `attempt`, which makes a plan and uses it, and try again if snapshots of
+    the plan are removed before they are opened.
+
+    Readers take no lock, so a tracker may thin away snapshots of the plan. Open files stay readable
+    when they are removed, and all are opened before they are used. `attempt` must leave nothing
+    when it raises an error.
+    """
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return attempt()
+        except VanishedError as error:
+            log.warning("%s; planning again with the snapshots that remain", error)
+    return attempt()
 
 
 def with_consistent_plan(
     make: Callable[[], _Planned],
     use: Callable[[_Planned], _T],
 ) -> _T:
-    """Return `use(make())`, and try again if snapshots of the plan are removed before they are
-    opened.
-
-    Readers take no lock, so a tracker may thin away snapshots of the plan. Open files stay readable
-    when they are removed, and all are opened before they are used.
-
-    `use` must leave nothing when it raises an error.
-    """
-    for _ in range(ATTEMPTS - 1):
-        try:
-            return use(make())
-        except VanishedError as error:
-            log.warning("%s; planning again with the snapshots that remain", error)
-    return use(make())
+    """Return `use(make())`, see `retry_vanished`."""
+    return retry_vanished(lambda: use(make()))
 
 
 class Run:
@@ -165,9 +165,9 @@ class Run:
     averages read tensors.
 
     Arguments:
-        directory: the directory of a tracker's snapshots, which need not exist yet; or a directory,
-            a file or a glob of checkpoints or averages of other programs; or the run that
-            `import_checkpoints` made of them.
+        directory: the directory of a tracker's snapshots; or a directory, a file or a glob of
+            checkpoints or averages of other programs; or the run that `import_checkpoints` made of
+            them. It is looked at by each call, not before: a training may begin later.
 
     Errors of all methods and properties that read snapshots:
         DirectoryError: the directory does not exist, or holds no snapshot.
@@ -199,8 +199,17 @@ class Run:
 
     @property
     def sources(self) -> list[Source]:
-        """The snapshots or checkpoints to make averages from, by time."""
-        return disk_sources(self.directory)
+        """The snapshots or checkpoints to make averages from, by time. The decays of averages in
+        checkpoints are looked for once for the same files."""
+        sources = disk_sources(self.directory, unclaimed=True)
+        are_known = all(isinstance(source, Snapshot) for source in sources)
+        if are_known or is_import(self.directory):
+            return sources
+        identities = [source.identity for source in sources]
+        if identities != self._identities:
+            self._checked = disk_sources(self.directory)
+            self._identities = identities
+        return [*self._checked]
 
     @property
     def snapshots(self) -> list[Snapshot]:
@@ -245,11 +254,15 @@ class Run:
         For checkpoints see `describe_checkpoints`, and `describe_files` if they need an import.
         """
         directory = self.directory
-        if is_import(directory):
+        is_foreign = is_import(directory)
+        if not is_foreign:
+            is_own = directory.is_dir() and any(map(is_snapshot_name, list_directory(directory)))
+            if is_own or not holds_checkpoints(directory):
+                return describe(directory)
+        from posthoc_cli.checkpoints.describe import describe_checkpoints, describe_files
+
+        if is_foreign:
             return describe_checkpoints(directory)
-        is_own = directory.is_dir() and any(map(is_snapshot_name, list_directory(directory)))
-        if is_own or not holds_checkpoints(directory):
-            return describe(directory)
         try:
             return describe_checkpoints(directory)
         except PostHocError as error:
@@ -260,20 +273,6 @@ class Run:
                 if not others:
                     return described
             return describe_files(directory, error)
-
-    def _checked_sources(self) -> Sequence[Source]:
-        """Return the sources; the decays that other programs' files say are compared with the
-        weights, once for the same files. An import has done so."""
-        sources = self.sources
-        if is_import(self.directory) or isinstance(sources[-1], Snapshot):
-            return sources
-        from posthoc_cli.checkpoints.import_run import with_checked_decays
-
-        identities = [source.identity for source in sources]
-        if identities != self._identities:
-            self._checked = with_checked_decays(sources)
-            self._identities = identities
-        return self._checked
 
     # --- averages
 
@@ -289,7 +288,7 @@ class Run:
     ) -> Plan:
         """Compute the coefficients and errors of averages. Arguments and errors are those of
         `plan_synthesis`."""
-        sources = self._checked_sources()
+        sources = self.sources
         return plan_synthesis(sources, as_targets(targets), t, step, method, max_error, dtype)
 
     def average(
@@ -307,9 +306,12 @@ class Run:
         The tensors are made on `device`; the other arguments and errors are those of
         `plan_synthesis`, and a NonFiniteError for a result that is not finite.
         """
-        plan = functools.partial(self.plan, [target], t=t, step=step, method=method, dtype=dtype)
-        make = functools.partial(make_weights, device=device)
-        return with_consistent_plan(plan, make)
+
+        def make() -> Weights:
+            plan = self.plan([target], t=t, step=step, method=method, dtype=dtype)
+            return make_weights(plan, device)
+
+        return retry_vanished(make)
 
     def write(
         self,
@@ -321,17 +323,24 @@ class Run:
         method: str | None = None,
         max_error: float | None = None,
         dtype: torch.dtype | str | None = None,
+        device: torch.device | str = "auto",
+        workers: int | None = None,
+        layout: str | None = None,
+        max_shard_size: int | str | None = None,
+        overwrite: bool = False,
+        dry_run: bool = False,
+        distributed: bool = False,
+        like: str | Path | None = None,
+        weights: bool = False,
+        average: str | None = None,
         progress: ProgressBar = no_bar,
-        **options: Any,
     ) -> SynthesisReport | None:
         """Write averages to files, as `ema synthesize` does. Each file appears complete or not at
         all.
 
-        Arguments as in `plan_synthesis`, and:
+        Arguments as in `plan_synthesis`, in `export.writing.OutputOptions`, and:
             out: a file, or a folder for a file per target; may be None in a dry run.
             progress: opens a progress bar.
-            options: the fields of `export.writing.OutputOptions`: device, layout, overwrite,
-                dry_run, like, ...
 
         Returns the report; None in every rank of a torchrun job but the first.
         """
@@ -343,25 +352,35 @@ class Run:
             write_synthesis,
         )
 
-        parsed = as_targets(targets)
-        asked = OutputOptions(**options)
-        like = None
-        paths = output_paths(parsed, out, dtype, asked)
-        if asked.like is not None:
-            like = Like.find(asked.like, self.tensors, asked.weights, asked.average)
-            dtype = like.dtype
-        plan = functools.partial(
-            self.plan, parsed, t=t, step=step, method=method, max_error=max_error, dtype=dtype
+        wished = as_targets(targets)
+        options = OutputOptions(
+            device=device,
+            workers=workers,
+            layout=layout,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            distributed=distributed,
+            like=like,
+            weights=weights,
+            average=average,
         )
-        use = functools.partial(
-            write_synthesis, paths=paths, options=asked, like=like, progress=progress
+        paths = output_paths(wished, out, dtype, options)
+        copied = None
+        if like is not None:
+            copied = Like.find(like, self.tensors, weights, average)
+            dtype = copied.dtype
+        asked: dict[str, Any] = {"t": t, "step": step, "method": method, "max_error": max_error}
+        if distributed:
+            with all_ranks() as ranks:
+                with ranks.together():
+                    plan = self.plan(wished, dtype=dtype, **asked)
+                return write_synthesis(plan, paths, options, copied, ranks, progress)
+        return retry_vanished(
+            lambda: write_synthesis(
+                self.plan(wished, dtype=dtype, **asked), paths, options, copied, progress=progress
+            )
         )
-        if not asked.distributed:
-            return with_consistent_plan(plan, use)
-        with all_ranks() as ranks:
-            with ranks.together():
-                planned = plan()
-            return use(planned, ranks=ranks)
 
     # --- errors
 
@@ -379,7 +398,7 @@ class Run:
         If the run has more snapshots than a solve can take, those are used that a synthesis at `t`
         uses. A sample of the tensors is read if headers have no measurements.
         """
-        sources = self._checked_sources()
+        sources = self.sources
         t = time_between([source.profile for source in sources], t)
         usable, later = chosen_up_to(sources, t)
         last = usable[-1].t
@@ -387,10 +406,12 @@ class Run:
         available = sum(source.t <= last for source in sources)
         counts = counted(sources, len(usable), available)
         label = f"{self.directory}: {counts} up to {last:,.12g} {sources[0].t_unit}"
-        clock = target_clock(sources)
+        clock = run_clock(sources)
+        wished = as_targets(others)
+        check_steps(wished, clock, t, sources[0].t_unit)
         first = min(source.t_first for source in sources)
         named_profiles = {}
-        for target in as_targets(others):
+        for target in wished:
             named_profiles[target.title] = target.profile(t, clock, first)
         profiles = [source.profile for source in known]
         return error_curve(
@@ -432,8 +453,7 @@ class Run:
     def prune(
         self,
         *,
-        keep: int | None = None,
-        max_error: float | None = None,
+        keep: int,
         sigma_range: tuple[float, float] = USEFUL_RANGE,
         dry_run: bool = False,
         agree: Callable[[Pruning], bool] = lambda _: True,
@@ -459,52 +479,21 @@ class Run:
             raise DirectoryError(
                 self.directory, "refers to files of other programs, which are never deleted"
             )
-        planned = plan_pruning(self.snapshots, keep, max_error, sigma_range)
+        planned = plan_pruning(self.snapshots, keep, sigma_range)
         if dry_run or not planned.to_delete or not agree(planned):
             return planned
         with progress("verifying what stays", file_bytes(planned.kept)) as advance:
             return prune_directory(self.directory, planned, advance)
 
 
-def plan_training(
-    steps: int,
-    params: int,
-    disk: int | None = None,
-    *,
-    sigma_range: tuple[float, float] = USEFUL_RANGE,
-) -> PlanReport:
-    """Return named schedules of a training with their sizes and predicted errors, as `ema plan`
-    does.
-
-    Arguments:
-        steps: length of training, in calls of `update_`.
-        params: averaged elements of the network.
-        disk: the most bytes of snapshots at any moment.
-    """
-    if disk is not None:
-        check_count("disk", disk)
-    return PlanReport(tuple(propose(steps, params, sigma_range)), disk)
-
-
 def _check_import(manifest: Manifest) -> Verification:
     """Check that the files that an import refers to are unchanged since the import."""
     reports = []
     for path in manifest.files:
-        report = FileReport(path, "checkpoint", UNCHECKED)
+        report = FileReport(path, "checkpoint", UNCHANGED)
         try:
             manifest.check_file(path)
         except FileFormatError as error:
             report = replace(report, state=DAMAGED, detail=f"{error.reason}; {error.hint}")
         reports.append(report)
-    note = (
-        "of other programs' files, which have no checksums, only the size and a sample of "
-        "the content were compared"
-    )
-    return Verification(manifest.folder, False, tuple(reports), notes=(note,))
-
-
-def as_targets(targets: Wanted | Sequence[Wanted]) -> tuple[Target, ...]:
-    """Convert one or several averages, as a user names them, to targets."""
-    if isinstance(targets, Sequence) and not isinstance(targets, str):
-        return tuple(map(as_target, targets))
-    return (as_target(targets),)
+    return Verification(manifest.folder, False, tuple(reports))

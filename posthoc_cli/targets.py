@@ -12,23 +12,23 @@ import functools
 import math
 import numbers
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from posthoc_cli.clock import Clock
 from posthoc_cli.errors import InvalidValueError, brief, check_number, check_word, likely
 from posthoc_cli.profiles import (
-    Clock,
     FloatArray,
     Point,
     PowerFunction,
     Profile,
     StoredProfile,
     check_sigma_rel,
+    sigma_rel_from_decay,
+    sigma_rel_from_gamma,
 )
 
 SHORTEST_BETA = 0.5  # the decay whose average has a mean age, beta / (1 - beta), of one step
@@ -48,11 +48,13 @@ class Formula:
     """A profile given by its tail in closed form for times from 0 to the time of the average.
 
     The tail is 1 before 0 and 0 from `t` on. In between the formula must never grow; its values
-    outside [0, 1] are clipped.
+    outside [0, 1] are clipped. `sigma_rel` is that of a power function of the same length, if one
+    is known.
     """
 
     formula: Function
     t: float
+    sigma_rel: float | None = None
 
     def tail(self, s: npt.ArrayLike) -> FloatArray:
         times = np.asarray(s, dtype=np.float64)
@@ -67,10 +69,10 @@ class Target:
     """An average that the user wants: one of the classes below.
 
     Attributes:
-        title: its name in messages, `sigma_rel 0.15`; or its text form, `beta:0.9999`.
-        label: its name in tables and file names: `0.15`, `beta-0.9999`.
+        title: its name in messages, `sigma_rel 0.15`, `decay 0.9999`; or its text form.
+        label: its name in tables and file names: `0.15`, `decay-0.9999`.
         sigma_rel: the width of a power function; None for any other profile.
-        beta: the decay of one step of a classical average; None for any other profile.
+        beta: the decay of one step of an ordinary EMA; None for any other profile.
         counts_steps: whether it depends on how many steps there were in a time.
     """
 
@@ -80,7 +82,7 @@ class Target:
 
     def __init__(self, title: str) -> None:
         self.title = title
-        self.label = title.replace(":", "-")
+        self.label = re.sub("[: ]", "-", title)
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and vars(other) == vars(self)
@@ -105,6 +107,11 @@ class Target:
         """
         raise NotImplementedError
 
+    def on_clock(self, t: float, clock: Clock) -> str:
+        """Return the options that name about the same average without steps; of a target in
+        steps."""
+        raise NotImplementedError
+
     def _error(self, reason: str) -> InvalidValueError:
         return InvalidValueError("target", reason, value=self.title)
 
@@ -119,9 +126,7 @@ class SigmaRel(Target):
             self.sigma_rel = check_sigma_rel(sigma_rel)
         except InvalidValueError as error:
             if isinstance(sigma_rel, numbers.Real) and SHORTEST_BETA <= sigma_rel < 1:
-                decay = repr(float(sigma_rel))
-                hint = f"for a decay of {decay} per step use beta:{decay}"
-                raise error.with_hint(hint) from error
+                raise error.with_hint(_decay_hint(repr(float(sigma_rel)))) from error
             raise
         super().__init__(f"sigma_rel {self.sigma_rel!r}")
         self.label = repr(self.sigma_rel)
@@ -135,24 +140,12 @@ class SigmaRel(Target):
         return PowerFunction.from_sigma_rel(self.sigma_rel, float(t))
 
 
-class HalfLifeShare(SigmaRel):
-    """The power function whose half-life is a share f of the training so far: gamma + 1 = ln 2 / f.
-
-    torchtitan's `half_life_fraction` and arXiv 2602.03702 name averages so; f = 0.05 is sigma_rel
-    0.0629.
-    """
-
-    def __init__(self, share: float) -> None:
-        most = math.log(2)
-        accepted = f"lie in (0, {most:.2%}), a share of training; the bound is the uniform average"
-        share = check_number("half-life", share, lambda value: 0 < value < most, accepted)
-        power = PowerFunction(most / share - 1, 1.0)
-        super().__init__(power.sigma_rel)
-        Target.__init__(self, f"half-life:{_plain(100 * share)}%")
+def _decay_hint(decay: str) -> str:
+    return f"for an ordinary EMA use `decay` {decay}, in Python Beta({decay})"
 
 
 class Beta(Target):
-    """The classical average x <- beta x + (1 - beta) theta at every step, with a beta in [0.5, 1).
+    """The ordinary EMA x <- beta x + (1 - beta) theta at every step, with a decay beta in [0.5, 1).
 
     Below 0.5 the mean age is less than a step. It starts as a copy of the weights at the first
     update. With n(s) the step at time s, the mass after s is 1 - beta**(n(t) - n(s)).
@@ -163,8 +156,8 @@ class Beta(Target):
 
     def __init__(self, beta: float) -> None:
         accepted = f"lie in [{SHORTEST_BETA:g}, 1); below that the mean age is less than one step"
-        self.beta = check_number("beta", beta, lambda value: SHORTEST_BETA <= value < 1, accepted)
-        super().__init__(f"beta:{self.beta!r}")
+        self.beta = check_number("decay", beta, lambda value: SHORTEST_BETA <= value < 1, accepted)
+        super().__init__(f"decay {self.beta!r}")
 
     def profile(
         self,
@@ -182,12 +175,17 @@ class Beta(Target):
             # all mass before the first update is on the value then
             return np.where(s < start, 1.0, later)
 
-        return Formula(tail, float(t))
+        return Formula(tail, float(t), sigma_rel_from_decay(self.beta, now))
+
+    def on_clock(self, t: float, clock: Clock) -> str:
+        gamma = 1 / _share(-1 / math.log(self.beta), t, clock) - 2  # of the same mean age
+        sigma_rel = sigma_rel_from_gamma(max(gamma, 1e-3))
+        return f"`sigma_rel` {sigma_rel:.4g}"
 
 
 class HalfLife(Beta):
-    """The classical average in which weights lose half of their share every `steps` steps, from 1
-    to 1e15."""
+    """The ordinary EMA in which weights lose half of their share every `steps` steps, from 1 to
+    1e15."""
 
     def __init__(self, steps: float) -> None:
         accepted = "be from 1 to 1e15 steps"
@@ -226,43 +224,33 @@ class Window(Target):
 
         return Formula(tail, float(t))
 
+    def on_clock(self, t: float, clock: Clock) -> str:
+        return f"`target` decay:linear:{100 * _share(self.steps, t, clock):.4g}%"
+
 
 class Decay(Target):
     """The average that emulates a decay of the learning rate that was not run.
 
     An average multiplies the update at time s by tail(s). So one with tail(s) = d(x), x = (s -
-    start) / (end - start), equals the weights of a run whose learning rate is multiplied by d from
+    start) / (t - start), equals the weights of a run whose learning rate is multiplied by d from
     `start` on, if the updates themselves are otherwise the same. `SHAPES` has d. As a combination
     of checkpoints, sum_j c_j theta_j, it has the sums w_i = sum_(j >= i) c_j, the multiplier of the
     updates up to theta_i (WSM, arXiv 2507.17634, for evenly spaced ones).
 
     Arguments:
-        shape: one of `SHAPES`.
-        over: the fraction of training at its end, in (0, 1], or two times (start, end) on the run's
-            clock.
+        shape: one of `SHAPES`; "linear" is the plain mean over that part of training.
+        over: the fraction of training at its end, in (0, 1].
 
     Raises:
         InvalidValueError: an unknown shape, or a part of training that is out of range.
     """
 
-    def __init__(
-        self,
-        shape: str = "1-sqrt",
-        over: float | tuple[float, float] = 0.2,
-    ) -> None:
+    def __init__(self, shape: str = "1-sqrt", over: float = 0.2) -> None:
         check_word("decay", shape, SHAPES)
+        accepted = "be a part of training in (0, 1], such as 0.2 or 20%"
         self.shape = shape
-        accepted = "be a part of training in (0, 1], such as 0.2, or two ascending times"
-        if isinstance(over, tuple):
-            start, end = over if len(over) == 2 else (None, None)
-            begin = check_number("over", start, lambda time: 0 <= time < math.inf, accepted)
-            finish = check_number("over", end, lambda time: begin < time < math.inf, accepted)
-            self.over: float | tuple[float, float] = (begin, finish)
-            text = _plain(begin, finish)
-        else:
-            self.over = check_number("over", over, lambda value: 0 < value <= 1, accepted)
-            text = f"{_plain(100 * self.over)}%"
-        super().__init__(f"decay:{shape}:{text}")
+        self.over = check_number("over", over, lambda value: 0 < value <= 1, accepted)
+        super().__init__(f"decay:{shape}:{_plain(100 * self.over)}%")
 
     def profile(
         self,
@@ -270,21 +258,14 @@ class Decay(Target):
         clock: Clock,
         t_first: float,
     ) -> Profile:
-        t = float(t)
-        if isinstance(self.over, tuple):
-            start, end = self.over
-        else:
-            start = t * (1 - self.over)
-            end = t
-        if end > t:
-            raise self._error(f"ends after t = {t:,.12g}; must end at t or before")
+        start = t * (1 - self.over)
         multiplier = SHAPES[self.shape]
 
         def tail(s: FloatArray) -> FloatArray:
-            passed = (s - start) / (end - start)
+            passed = (s - start) / (t - start)
             return multiplier(np.clip(passed, 0.0, 1.0))
 
-        return Formula(tail, end)
+        return Formula(tail, float(t))
 
 
 class Mean(Target):
@@ -404,43 +385,6 @@ def _tail_of(profile: Profile, times: FloatArray, title: str) -> FloatArray:
     return tail
 
 
-class Groups(Target):
-    """Averages with different lengths by tensor: sigma_rels by glob on tensors' names; the first
-    match counts.
-
-    `Groups({"unet.up.*": 0.12, "*": 0.08})`
-    """
-
-    def __init__(self, widths: Mapping[str, float]) -> None:
-        if not widths or not all(isinstance(glob, str) for glob in widths):
-            accepted = "must be globs on names, each with its sigma_rel, such as {'unet.*': 0.1}"
-            raise InvalidValueError("group", accepted, value=brief(widths))
-        self.widths = {glob: check_sigma_rel(width, "group") for glob, width in widths.items()}
-        named = [f"{width!r} ({glob})" for glob, width in self.widths.items()]
-        super().__init__(f"sigma_rel {', '.join(named)}")
-        self.label = f"groups-{'-'.join(map(repr, self.widths.values()))}"
-
-    def profile(
-        self,
-        t: float,
-        clock: Clock,
-        t_first: float,
-    ) -> Profile:
-        raise self._error("has a profile for each group; name one sigma_rel")
-
-
-def separate(targets: Sequence[Target]) -> list[Target]:
-    """Return the targets, with those of `Groups` replaced by the power functions of their
-    groups."""
-    single: list[Target] = []
-    for target in targets:
-        if isinstance(target, Groups):
-            single += map(SigmaRel, target.widths.values())
-        else:
-            single.append(target)
-    return single
-
-
 def as_target(value: object) -> Target:
     """Return the target for a sigma_rel, a text that names one target, a target, or an object with
     `tail`.
@@ -461,14 +405,27 @@ def as_target(value: object) -> Target:
     if isinstance(value, numbers.Real) or hasattr(value, "__float__"):
         return SigmaRel(value)  # type: ignore[arg-type]  # which checks the value
     accepted = (
-        "a sigma_rel in (0, 0.2887), a text such as 'beta:0.9999', or an object with a "
-        "function tail(s)"
+        "a sigma_rel in (0, 0.2887), a text such as 'window:1000', or an object with a function "
+        "tail(s)"
     )
     raise InvalidValueError("target", f"must be {accepted}", value=brief(value))
 
 
-def _plain(*values: float) -> str:
-    return ":".join(f"{value:.12g}" for value in values)
+def as_targets(values: object) -> tuple[Target, ...]:
+    """Return the targets for one value or for several, see `as_target`."""
+    if isinstance(values, Sequence) and not isinstance(values, str):
+        return tuple(map(as_target, values))
+    return (as_target(values),)
+
+
+def _share(steps: float, t: float, clock: Clock) -> float:
+    """Return the part of training until `t` that the last steps took."""
+    begin = max(float(clock.step_at(t)) - steps, 0.0)
+    return 1 - float(clock.time_at(begin)) / t
+
+
+def _plain(value: float) -> str:
+    return f"{value:.12g}"
 
 
 def _is_count(value: float) -> bool:
@@ -478,181 +435,141 @@ def _is_count(value: float) -> bool:
 # --- the table of kinds
 
 
-def _unchanged(value: Any) -> Any:
-    return value
-
-
-def _complement(value: Any) -> Any:
-    return 1 - value
-
-
 @dataclass(frozen=True)
 class Kind:
-    """Targets that one number distinguishes, which a text names as NAME:VALUES.
+    """Targets that one number distinguishes, which a text names as NAME:VALUES."""
 
-    Attributes:
-        make: the target of a number.
-        example: a text form, which help and messages show.
-        accepted: what a value is: the end of "must be ...".
-        range: an example of a range to search, for a run of a million steps.
-        make_of_share: the target of a number that is written with a percent sign, if it is
-            another one.
-        make_of_span: the target of two times START:END, if there is one.
-        is_whole: whether the numbers are whole ones.
-        length, value: a search is even in the logarithm of length(number); value is its inverse.
-    """
-
-    name: str
-    make: Callable[[float], Target]
-    example: str
-    accepted: str
-    range: str
-    make_of_share: Callable[[float], Target] | None = None
-    make_of_span: Callable[[tuple[float, float]], Target] | None = None
-    is_whole: bool = False
-    length: Callable[[Any], Any] = _unchanged
-    value: Callable[[Any], Any] = _unchanged
-
-    def parse(self, text: str) -> list[Target]:
-        """Return the targets of the text after the colon, or raise an InvalidValueError about a
-        part of it."""
-        if self.make_of_span is None:
-            make = self.make
-            if self.make_of_share and "%" in text:
-                make = self.make_of_share
-            return [*map(make, _numbers(text, self.accepted))]
-        targets: list[Target] = []
-        for part in text.split(","):
-            if ":" in part and "%" not in part:
-                span = _span(part, self.accepted)
-                targets.append(self.make_of_span(span))
-            else:
-                numbers = _numbers(part, self.accepted)
-                targets += map(self.make, numbers)
-        return targets
+    make: Callable[[float], Target]  # the target of a number
+    example: str  # a text form, which help and messages show
+    accepted: str  # what a value is: the end of "must be ..."
 
 
 _MANY = "a list such as 5,10 or a range START:STOP:STEP"
-_SIGMA_FORMS = (
+SIGMA_FORMS = (
     "a number, a list such as 0.05,0.10 or 0.05,0.06,...,0.25, or a range such as 0.05:0.25:0.05"
 )
-
-WIDTH = Kind("sigma_rel", SigmaRel, "0.15", _SIGMA_FORMS, "0.02:0.28")
-"""The kind whose name is left out."""
-
-_NAMED = [
-    Kind(
-        "beta",
-        Beta,
-        "beta:0.9999",
-        f"a number, {_MANY}",
-        "0.99:0.9999",
-        length=_complement,
-        value=_complement,
-    ),
-    Kind(
-        "half-life",
-        HalfLife,
-        "half-life:5000",
-        f"a number of steps or a share such as 5%, {_MANY}",
-        "500:10000",
-        make_of_share=HalfLifeShare,
-    ),
-    Kind(
-        "window",
-        Window,  # type: ignore[arg-type]  # which checks that the number is whole
-        "window:1000",
-        f"a whole number of steps, {_MANY}",
-        "1000:50000",
-        is_whole=True,
-    ),
-    Kind(
-        "last",
-        Mean,  # type: ignore[arg-type]  # as `Window`
-        "last:10",
-        f"a whole number of checkpoints, {_MANY}",
-        "2:20",
-        is_whole=True,
-    ),
-    *(
-        Kind(
-            f"decay:{shape}",
+KINDS = {
+    "half-life": Kind(HalfLife, "half-life:5000", f"a number of steps, {_MANY}"),
+    # the classes check that the number is whole
+    "window": Kind(Window, "window:1000", f"a whole number of steps, {_MANY}"),  # type: ignore[arg-type]
+    "last": Kind(Mean, "last:10", f"a whole number of checkpoints, {_MANY}"),  # type: ignore[arg-type]
+    **{
+        f"decay:{shape}": Kind(
             functools.partial(Decay, shape),
             f"decay:{shape}:20%",
-            f"a part of training such as 20%, two times START:END, {_MANY}",
-            "5%:50%",
-            make_of_span=functools.partial(Decay, shape),
+            f"a part of training such as 20%, {_MANY}",
         )
         for shape in SHAPES
-    ),
-]
-KINDS = {kind.name: kind for kind in _NAMED}
+    },
+}
 """The kinds of targets that a text can name, by the part of the text before the values."""
-EXAMPLES = ", ".join(kind.example for kind in _NAMED)
-RANGES = ", ".join(f"{kind.name}:{kind.range}" for kind in _NAMED)
+EXAMPLES = ", ".join(kind.example for kind in KINDS.values())
 
 MOST_VALUES = 10_000
-_MOST_DIGITS = 1_000
-"""Limit of the digits before and after the point: far more than a float has, and few enough for
-exact arithmetic."""
-
-
-def kind_of(text: str) -> tuple[Kind, str] | None:
-    """Return the kind that a text names, and the rest of the text; None if it names none."""
-    for name, kind in KINDS.items():
-        before, colon, values = text.partition(f"{name}:")
-        if colon and not before.strip():
-            return kind, values.strip()
-    return None
 
 
 def parse_targets(text: str, name: str = "target") -> list[Target]:
     """Return the distinct targets of a text NAME:VALUES, see `KINDS`, or of numbers, which are
     sigma_rels.
 
-    VALUES are a number, a list 0.999,0.9999 or a range START:STOP:STEP (for `decay` in percent);
-    `decay` takes lists of START:END, too. For other texts, raise an InvalidValueError about `name`
-    that says what is accepted.
+    VALUES are a number, a list 50,100 or a range START:STOP:STEP. For other texts, raise an
+    InvalidValueError about `name` that says what is accepted.
     """
-    kind, values = kind_of(text) or (WIDTH, text)
-    first, _, _ = text.partition(":")
-    if kind is WIDTH and any(character.isalpha() for character in first):
+    for word, kind in KINDS.items():
+        before, colon, values = text.partition(f"{word}:")
+        if colon and not before.strip():
+            return parse_values(values, name, kind.make, kind.accepted, text)
+    if any(character.isalpha() for character in text.partition(":")[0]):
+        before, _, after = text.rpartition(":")
         reason = f"must be a sigma_rel in (0, 0.2887), or one of {EXAMPLES}"
-        before, _, _ = text.rpartition(":")
-        raise bad(name, text, reason, likely(before or text, KINDS))
-    try:
-        targets = kind.parse(values)
-    except InvalidValueError as error:
-        reason = error.reason
-        if "," in text and error.value:  # the number that is refused
-            reason = f"{error.value} {reason}"
-        raise bad(name, text, reason, error.hint) from error
+        hint = likely(before or text, KINDS)
+        if before.strip() in ("beta", "decay"):
+            hint = _decay_hint(after.strip())
+        raise bad(name, text, reason, hint)
+    return parse_values(text, name, SigmaRel, SIGMA_FORMS)
+
+
+def parse_values(
+    text: str,
+    name: str,
+    make: Callable[[float], Target],
+    accepted: str = f"a number, {_MANY}",
+    whole: str = "",
+) -> list[Target]:
+    """Return the distinct targets of the numbers in a text, which is the end of a `whole` text;
+    raise an InvalidValueError about `name`."""
+    whole = whole or text
+    targets = list[Target]()
+    for number in parse_numbers(text, name, accepted, whole):
+        try:
+            targets.append(make(number))
+        except InvalidValueError as error:
+            reason = error.reason
+            if "," in whole and error.value:  # the number that is refused
+                reason = f"{error.value} {reason}"
+            raise bad(name, whole, reason, error.hint) from error
     return list(dict.fromkeys(targets))
-
-
-def _span(text: str, accepted: str) -> tuple[float, float]:
-    start, _, end = text.partition(":")
-    first = _decimal(start, accepted)
-    last = _decimal(end, accepted)
-    return float(first), float(last)
 
 
 def parse_numbers(
     text: str,
     name: str,
-    form: str = _SIGMA_FORMS,
+    form: str = SIGMA_FORMS,
+    whole: str = "",
 ) -> list[float]:
     """Return the distinct numbers of `0.05,0.10`, `0.05:0.25:0.05` or `0.05,0.06,...,0.25`, in the
-    order given.
+    order given; 5% is 0.05.
 
-    Steps are exact decimals, so that `0.05:0.25:0.05` ends at 0.25 and contains 0.15, not
+    Numbers of a range are rounded to 12 digits, so that `0.05:0.25:0.05` contains 0.15, not
     0.15000000000000002. If the text is not accepted, raise an InvalidValueError about `name` that
-    describes the accepted `form`.
+    describes the accepted `form` and quotes the `whole` text.
     """
+    items = [item.strip() for item in text.split(",")]
+    numbers: list[float] = []
     try:
-        return _numbers(text, form)
+        for index, item in enumerate(items):
+            ends = [end.strip() for end in item.split(":")]
+            if item == "..." and 2 <= index < len(items) - 1:
+                *_, before, last = numbers
+                numbers += _range(last, _number(items[index + 1], form), last - before)
+            elif len(ends) == 3:
+                start, stop, step = (_number(end, form) for end in ends)
+                numbers += _range(start, stop, step)
+            else:
+                numbers.append(_number(item, form))
     except InvalidValueError as error:
-        raise bad(name, text, error.reason) from error
+        reason = error.reason
+        if len(items) > 1 and error.value:
+            reason = f"{error.value} {reason}"
+        raise bad(name, whole or text, reason) from error
+    return list(dict.fromkeys(numbers))
+
+
+def _number(text: str, form: str) -> float:
+    """Return a finite number, 5% as 0.05."""
+    try:
+        number = float(text.removesuffix("%"))
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise InvalidValueError("number", f"must be {form}", value=text or "(empty)")
+    return float(f"{number / 100:.12g}") if text.endswith("%") else number
+
+
+def _range(
+    start: float,
+    stop: float,
+    step: float,
+) -> list[float]:
+    """Return start, start + step, ... up to stop, which may miss it by a rounding error."""
+    if step == 0 or (stop - start) * step < 0:
+        reason = "the step must lead from the start to the stop, and not be 0"
+        raise InvalidValueError("step", reason)
+    intervals = (stop - start) / step
+    if intervals >= MOST_VALUES:
+        raise InvalidValueError("step", f"makes more than {MOST_VALUES:,} values")
+    count = math.floor(intervals + 1e-9) + 1
+    return [float(f"{start + index * step:.12g}") for index in range(count)]
 
 
 def bad(
@@ -663,55 +580,3 @@ def bad(
 ) -> InvalidValueError:
     """Return the error for an argument or option whose text is not accepted."""
     return InvalidValueError(name, reason, hint, value=text.strip() or "(empty)")
-
-
-def _numbers(text: str, form: str) -> list[float]:
-    """Return the distinct numbers of a text, see `parse_numbers`; raise an InvalidValueError about
-    `form`."""
-    items = [item.strip() for item in text.split(",")]
-    numbers: list[Decimal] = []
-    for index, item in enumerate(items):
-        ends = item.split(":")
-        if item == "..." and 2 <= index < len(items) - 1:
-            *_, before, last = numbers
-            step = last - before
-            stop = _decimal(items[index + 1], form)
-            numbers += _steps(last + step, stop, step)
-        elif len(ends) == 3:
-            start, stop, step = (_decimal(end, form) for end in ends)
-            numbers += _steps(start, stop, step)
-        else:
-            numbers.append(_decimal(item, form))
-    return list(dict.fromkeys(map(float, numbers)))
-
-
-def _decimal(text: str, form: str) -> Decimal:
-    """Return a finite number of a moderate size, 5% as 0.05; raise an InvalidValueError about
-    `form` for others."""
-    digits = text.strip()
-    try:
-        number = Decimal(digits.removesuffix("%"))
-        if digits.endswith("%"):
-            number = number.scaleb(-2)
-    except InvalidOperation:
-        number = Decimal("nan")
-    is_moderate = number.is_finite() and abs(number.adjusted()) <= _MOST_DIGITS
-    if not is_moderate or math.isinf(float(number)):
-        raise InvalidValueError("number", f"must be {form}", value=digits)
-    return number
-
-
-def _steps(
-    start: Decimal,
-    stop: Decimal,
-    step: Decimal,
-) -> list[Decimal]:
-    """Return start, start + step, ... up to stop, at most `MOST_VALUES` numbers."""
-    span = stop - start
-    if step == 0 or span * step < 0:
-        reason = "the step must lead from the start to the stop, and not be 0"
-        raise InvalidValueError("step", reason)
-    count = int(span / step) + 1
-    if count > MOST_VALUES:
-        raise InvalidValueError("step", f"makes more than {MOST_VALUES:,} values")
-    return [start + index * step for index in range(count)]

@@ -1,9 +1,10 @@
 """Measure averages of other lengths that are made from the EMA that a training saved anyway.
 
 An EMA of four time constants follows each recorded training. It is stored 20 times in float16, with
-the weights in float32, as a plain loop does; the import finds its decay. *Raw* are least squares
-over the weights, which fit the tails of the profiles with coefficients of sum 1. The truth is the
-sum over every step in float64; averages come from the folder alone, through the public interface.
+the weights in float32, as a plain loop does; the import is told its decay where it asks. *Raw* are
+least squares over the weights, which fit the tails of the profiles with coefficients of sum 1. The
+truth is the sum over every step in float64; averages come from the folder alone, through the public
+interface.
 
     OMP_NUM_THREADS=1 python scripts/any_ema.py [--steps 6000] [--only TRAINING]
 """

@@ -1,6 +1,6 @@
-"""Measure what averaging gains in three trainings that people know, against what they do today.
+"""Print what averaging gained in three trainings that people know, and draw it.
 
-    python scripts/evidence.py [--out evidence] [--tables]
+    python scripts/evidence.py
 
 - A language model on the source text of Python's standard library: a decoder of 3.4 M parameters,
   AdamW in bfloat16, with a constant learning rate, with one that falls over the last fifth, and
@@ -8,42 +8,26 @@
 - A diffusion model on scikit-learn's digits: the denoiser of `ema demo`, larger and longer.
 - A classifier of digits with BatchNorm, SGD with momentum, constant rate and cosine.
 
-Each is trained with three seeds. What is compared averages the same training, so that differences
-are taken seed by seed; the length of ours is searched by the loss on validation data, and all are
-measured on test data. Where the rate falls to zero, lengths from 0.002 are measured, too, of
-averages that are tracked at every step.
-
-Trainings and measurements are kept in the folder `--out`, some 4 GB; a call that was stopped goes
-on with what is not there. The result and its picture replace those of the repository; `--tables`
-prints and draws the kept ones."""
+Each was trained with three seeds, and every average of a training was measured on test data; the
+measurements are `evidence.json`. Differences are taken seed by seed."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import platform
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from tables import in_processes, markdown
-from tasks import TASKS, Language, Task, descend
-from torch import Tensor
-from torch.nn import Module
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+from tables import markdown
 
-from posthoc_cli import PostHocEMA, Run, plots
-from posthoc_cli.sweep import sweep
+from posthoc_cli import plots
 
-SEEDS = 3
 TICKS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25)
 RECORD = Path(__file__).with_name("evidence.json")
 PICTURE = Path(__file__).parent.parent / ".assets" / "gain-language.svg"
@@ -57,193 +41,24 @@ ROWS = {
 }
 SCHEDULES = {"constant": "constant rate", "decayed": "warm-up, stable, decay", "cosine": "cosine"}
 
-WEIGHTS = "weights.pt"
-MEASURED = "measured.json"
-"""Written last, when the records and the measurements of a folder are complete."""
-
-CHECKPOINTS = 40
-"""Evenly spaced checkpoints of a training; snapshots are written at the same steps."""
-
-LAST = 5
-"""Checkpoints of the weights themselves, whose mean is measured."""
-
 LENGTHS = (0.03, 0.05, 0.07, 0.10, 0.15, 0.20, 0.25)
-"""Lengths that are measured in every training."""
+"""Lengths that were measured in every training."""
 
 SHORT = (0.002, 0.003, 0.005, 0.007, 0.01, 0.014, 0.02)
-"""Lengths that are also measured where the learning rate falls to zero."""
-
-TRACKED = (0.002, 0.005, 0.01, 0.05, 0.28)
-"""There, at every step; elsewhere the default."""
-
-BUDGET = 12
-"""Lengths that a search may measure."""
-
-Weights = Mapping[str, Tensor]
+"""Lengths that were also measured where the learning rate falls to zero."""
 
 Measured = dict[str, Any]
 """The measurements of one training."""
 
 
 def main() -> None:
-    """Train, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--out", type=Path, default=Path("evidence"), help="folder for all records (evidence)"
-    )
-    parser.add_argument(
-        "--tables", action="store_true", help="print and draw the kept result, and train nothing"
-    )
-    options = parser.parse_args()
-    if not options.tables:
-        make(options.out)
-    found = json.loads(RECORD.read_text())["trainings"]
-    PICTURE.write_bytes(plots.as_file(partial(draw, found), ".svg"))
-    print("\n\n".join(tables(found)))
-
-
-# --- one training
-# ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Training:
-    """One training of a task, recorded in its folder."""
-
-    task: str
-    schedule: str
-    seed: int
-
-    @property
-    def falls(self) -> bool:
-        """Whether the learning rate falls to zero."""
-        return self.schedule in ("decayed", "cosine")
-
-
-def make(root: Path) -> None:
-    """Train and measure what is missing in the folder `root`; write the record."""
-    root.mkdir(parents=True, exist_ok=True)
-    Language(root)  # makes the text once, before the processes need it
-    trainings = []
-    for seed in range(SEEDS):
-        for name, task in TASKS.items():
-            trainings += [Training(name, schedule, seed) for schedule in task.schedules]
-    measured = in_processes(partial(work, root), trainings)
-    content = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "trainings": [*measured],
-    }
-    RECORD.write_text(json.dumps(content))
-
-
-def work(root: Path, training: Training) -> Measured:
-    """Return the measurements of a training, made unless that is done."""
-    task = TASKS[training.task](root)
-    folder = root / f"{training.task}-{training.schedule}-{training.seed}"
-    if not (folder / WEIGHTS).exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        train(task, training, folder)
-    file = folder / MEASURED
-    if not file.exists():
-        measured = asdict(training) | measure(task, training, folder)
-        file.write_text(json.dumps(measured))
-        print(f"{folder.name}: measured", flush=True)
-    content: Measured = json.loads(file.read_text())
-    return content
-
-
-def train(task: Task, training: Training, folder: Path) -> None:
-    """Train and record."""
-    torch.manual_seed(training.seed)
-    model = task.model()
-    classical = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
-    mean = AveragedModel(model)
-    every = task.steps // CHECKPOINTS
-    settings: dict[str, Any] = {"max_checkpoints": task.max_checkpoints}
-    if training.falls:
-        settings |= {"sigma_rels": TRACKED, "update_every": 1}
-    ema = PostHocEMA.from_model(model, folder / "ema", checkpoint_every=every, **settings)
-    for step, loss in steps(task, training, model):
-        ema.update_(model)
-        classical.update_parameters(model)
-        if step % every == 0:
-            if step > task.steps - LAST * every:
-                mean.update_parameters(model)
-            print(f"{folder.name}: {step} of {task.steps}, loss {loss:.4f}", flush=True)
-    ema.close()
-    weights = {
-        "last": model.state_dict(),
-        "0.999": classical.module.state_dict(),
-        f"mean-{LAST}": mean.module.state_dict(),
-    }
-    torch.save(weights, folder / WEIGHTS)
-
-
-def steps(
-    task: Task,
-    training: Training,
-    model: Module,
-) -> Iterator[tuple[int, float]]:
-    """Train a model; yield after each step its number and its loss."""
-    optimizer = task.optimizer(model)
-    random = torch.Generator()
-    for step in range(1, task.steps + 1):
-        random.manual_seed(1_000_003 * training.seed + step)
-        loss = task.loss(model, random)
-        descend(optimizer, loss, task.rate(training.schedule, step))
-        yield step, loss.item()
-
-
-class Measure:
-    """Measures weights of a task on held-out data, with BatchNorm's statistics of its own."""
-
-    def __init__(self, task: Task) -> None:
-        self._task = task
-        self._model = task.model()
-        self._batches = task.batches()
-
-    def averaged(self, weights: Weights, part: str = "test") -> dict[str, float]:
-        """Measure averaged weights, for which the statistics of BatchNorm are measured first."""
-        self._model.load_state_dict(weights)
-        update_bn(self._batches, self._model)
-        return self._task.measure(self._model, part)
-
-    def raw(self, weights: Weights) -> dict[str, float]:
-        """Measure weights as they were trained."""
-        self._model.load_state_dict(weights)
-        return self._task.measure(self._model, "test")
-
-    def validation_loss(self, weights: Weights) -> float:
-        """Return what a search minimises."""
-        measured = self.averaged(weights, "validation")
-        return measured["loss"]
-
-
-def measure(task: Task, training: Training, folder: Path) -> Measured:
-    """Measure every average of a training on the test data."""
-    measured = Measure(task)
-    weights = torch.load(folder / WEIGHTS)
-    rows = {"last": measured.raw(weights.pop("last"))}
-    for name, averaged in weights.items():
-        rows[name] = measured.averaged(averaged)
-    lengths = LENGTHS
-    low = 0.02
-    if training.falls:
-        lengths = SHORT + LENGTHS
-        low = min(SHORT)
-    run = Run(folder / "ema")
-    report = sweep(run, measured.validation_loss, low=low, high=0.28, budget=BUDGET)
-    best = report.found.best
-    rows["best"] = measured.averaged(run.average(best))
-    for length in lengths:
-        rows[f"{length:g}"] = measured.averaged(run.average(length))
-    return {"rows": rows, "best": best}
+    """Print the tables, and draw the picture."""
+    measured = json.loads(RECORD.read_text())["trainings"]
+    PICTURE.write_bytes(plots.as_file(partial(draw, measured), ".svg"))
+    print("\n\n".join(tables(measured)))
 
 
 # --- tables
-# ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -346,7 +161,6 @@ def _error(values: Sequence[float]) -> float:
 
 
 # --- the picture
-# ----------------------------------------------------------------------------------------
 
 
 def draw(found: Sequence[Measured]) -> Figure:

@@ -94,7 +94,6 @@ def mass_until(
         inside = seen - begin
         return np.clip(inside / target.steps, 0.0, 1.0)
     if isinstance(target, Decay):
-        assert isinstance(target.over, float)
         inside = passed - 1 + target.over
         fallen = np.clip(inside / target.over, 0.0, 1.0)
         if target.shape == "1-sqrt":

@@ -8,12 +8,11 @@ figures depend on every random number that is drawn here, and on their order.
 
 from __future__ import annotations
 
-import itertools
 import math
 import sysconfig
 import zlib
 from collections import defaultdict
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Generator, Tensor, nn
 from torch.nn import Module, init
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import Adam, Optimizer
 
 from posthoc_cli import demo
 from posthoc_cli.demo import Images
@@ -241,120 +240,8 @@ def loss_of_next(logits: Tensor, tokens: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), following)
 
 
-# --- the tasks of `evidence`
-# ------------------------------------------------------------------------------
-
-
-class Task:
-    """A network, its data and its measures; made from a folder for cached data.
-
-    Each has `model()`, weights drawn from torch's global random numbers; `optimizer(model)`, at the
-    highest learning rate; `loss(model, random)`, on a batch that is drawn; and `measure(model,
-    part)`: measures on the held-out part "validation" or "test", each lower the better, of which
-    `loss` is searched by.
-
-    Attributes:
-        steps: of one training.
-        schedules: of the learning rate, each a training.
-        max_checkpoints: of the tracker.
-    """
-
-    steps: int
-    schedules: tuple[str, ...]
-    max_checkpoints: int | None = 20
-
-    def batches(self) -> list[Tensor]:
-        """Return inputs to measure the averaged weights' BatchNorm statistics on; none without
-        BatchNorm."""
-        return []
-
-    def rate(self, schedule: str, step: int) -> float:
-        """Return the learning rate of step 1, 2, ..., relative to the highest."""
-        fraction = (step - 1) / self.steps
-        warm = min(1.0, step / WARM_UP)
-        if schedule == "cosine":
-            return warm * half_wave(fraction)
-        if schedule == "decayed":
-            passed = (fraction - STABLE) / (1 - STABLE)
-            fallen = math.sqrt(max(0.0, passed))
-            return warm * (1 - fallen)
-        if schedule == "inverse-sqrt":
-            passed = max(fraction / 0.3, 1.0)
-            return warm / math.sqrt(passed)
-        return warm
-
-
-WARM_UP = 100
-"""Steps in which the rate rises."""
-
-STABLE = 0.8
-"""The fraction of training at which the rate of the decayed run begins to fall."""
-
-
 # --- a language model
 # --------------------------------------------------------------------------------
-
-
-class Language(Task):
-    """Predict the next token of the standard library's source text: byte pairs, contexts of 128."""
-
-    steps = 1600
-    schedules = ("constant", "decayed", "cosine")
-    context = 128
-    # of the test part to measure on, evenly over it; half as many of the validation part
-    contexts = 512
-
-    def __init__(self, folder: Path) -> None:
-        self.tokens = tokens(folder)
-
-    def model(self) -> Module:
-        """Make a decoder of 3.4 M parameters."""
-        return Decoder(width=256, depth=4)
-
-    def optimizer(self, model: Module) -> Optimizer:
-        """Make AdamW without weight decay of the norms."""
-        matrices = []
-        scales = []
-        for parameter in model.parameters():
-            group = matrices if parameter.ndim > 1 else scales
-            group.append(parameter)
-        groups = [
-            {"params": matrices, "weight_decay": 0.1},
-            {"params": scales, "weight_decay": 0.0},
-        ]
-        betas = (0.9, 0.95)
-        return AdamW(groups, lr=1.5e-3, betas=betas, fused=True)
-
-    def loss(self, model: Module, random: Generator) -> Tensor:
-        """Return the cross-entropy in nats a token."""
-        count = self._places("training")
-        starts = torch.randint(count, (8,), generator=random)
-        return self._loss(model, "training", starts)
-
-    @torch.no_grad()
-    def measure(self, model: Module, part: str) -> dict[str, float]:
-        """Return the loss on contexts of modules that training never saw."""
-        count = self.contexts
-        if part == "validation":
-            count //= 2
-        places = torch.linspace(0, self._places(part), count)
-        total = 0.0
-        for starts in places.long().split(32):
-            mean = self._loss(model, part, starts)
-            total += float(mean) * len(starts)
-        return {"loss": total / count}
-
-    def _places(self, part: str) -> int:
-        """Return the number of places at which a context of a part may begin."""
-        return len(self.tokens[part]) - self.context - 1
-
-    def _loss(self, model: Module, part: str, starts: Tensor) -> Tensor:
-        """Return the mean loss on the contexts that begin at the places `starts` of a part."""
-        places = starts[:, None] + torch.arange(self.context + 1)
-        text = self.tokens[part][places]
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = model(text[:, :-1])
-        return loss_of_next(logits.float(), text)
 
 
 LEFT_OUT = {
@@ -484,10 +371,8 @@ def rotated(heads: Tensor, rotation: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------
 
 
-HALF = 180
-HELD_OUT = 2 * HALF
-"""Images for validation and test of the diffusion model, half each; as many for each of the
-classifier."""
+HELD_OUT = 360
+"""Images that the diffusion model is measured on."""
 
 
 def shuffled_digits() -> Images:
@@ -517,31 +402,15 @@ def shifted(images: Tensor, random: Generator) -> Tensor:
     return padded[numbers[:, None, None], rows, columns].flatten(1)
 
 
-class Diffusion(Task):
-    """Denoise shifted digits with the demo's denoiser, larger and longer."""
+class Diffusion:
+    """Denoise shifted digits as the demo does."""
 
-    steps = 12_000
-    schedules = ("inverse-sqrt",)
-    max_checkpoints = None
-    batch = 128
-
-    def __init__(self, _: Path) -> None:
+    def __init__(self) -> None:
         standardised, labels = shuffled_digits()
         images = pixels(standardised) / 8 - 1
         self.training = Images(images[HELD_OUT:], labels[HELD_OUT:])
-        repeated = images[:HELD_OUT].repeat(6, 1)
-        self.real = shifted(repeated, seeded())
-        held_out = Images(self.real[:HELD_OUT], labels[:HELD_OUT])
-        validation = rows_of(held_out, slice(HALF))
-        test = rows_of(held_out, slice(HALF, None))
-        self.validations = {
-            "validation": demo.Validation(validation, seed=0),
-            "test": demo.Validation(test, seed=0),
-        }
-
-    def model(self) -> Module:
-        """Make a denoiser of 0.48 M parameters."""
-        return demo.Denoiser(width=192, blocks=4)
+        held_out = Images(shifted(images[:HELD_OUT], seeded()), labels[:HELD_OUT])
+        self.validation = demo.Validation(held_out, seed=0, draws=8)
 
     def optimizer(self, model: Module) -> Optimizer:
         """Make the demo's optimizer."""
@@ -550,163 +419,9 @@ class Diffusion(Task):
 
     def loss(self, model: Module, random: Generator) -> Tensor:
         """Return the demo's loss."""
-        clean, labels = drawn(self.training, self.batch, random)
-        sigma = demo.random_noise_levels(self.batch, random)
+        clean, labels = drawn(self.training, 64, random)
+        sigma = demo.random_noise_levels(64, random)
         images = shifted(clean, random)
         batch = Images(images, labels)
         noise = torch.randn(images.shape, generator=random)
         return demo.losses(model, batch, sigma, noise).mean()
-
-    @torch.no_grad()
-    def measure(self, model: Module, part: str) -> dict[str, float]:
-        """Return the loss on unseen images, and for "test" the Frechet distance of samples from all
-        of them."""
-        losses = self.validations[part](model)
-        found = {"loss": float(losses.mean())}
-        if part == "test":
-            labels = torch.arange(2000) % CLASSES
-            samples = self.features(sample(model, labels))
-            found["frechet"] = frechet(self.features(self.real), samples)
-        return found
-
-    @cached_property
-    def features(self) -> Module:
-        """Return the features of a classifier before its last layer: [images, 64] -> [images,
-        32]."""
-        random = seeded()
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.manual_seed(0)
-            square = nn.Unflatten(1, (1, SIDE, SIDE))
-            model = nn.Sequential(square, *network())
-            optimizer = AdamW(model.parameters(), lr=2e-3)
-            for _ in range(600):
-                clean, labels = drawn(self.training, 64)
-                images = shifted(clean, random)
-                noisy = images + 0.2 * torch.randn_like(images)
-                loss = F.cross_entropy(model(noisy), labels)
-                descend(optimizer, loss)
-        return model[:-1].eval()
-
-
-SAMPLING_STEPS = 24
-
-
-@torch.no_grad()
-def sample(model: Module, labels: Tensor) -> Tensor:
-    """Return an image for each label by Heun's method, noise from 40 to 0.01 (algorithm 1 of arXiv
-    2206.00364)."""
-    highest = 40.0 ** (1 / 7)
-    lowest = 0.01 ** (1 / 7)
-    ramp = torch.linspace(highest, lowest, SAMPLING_STEPS)
-    levels = ramp.pow(7).tolist()
-    noise = torch.randn(len(labels), demo.PIXELS, generator=seeded())
-    images = levels[0] * noise
-
-    def slope(images: Tensor, level: float) -> Tensor:
-        levels = torch.full((len(labels), 1), level)
-        return (images - model(images, levels, labels)) / level
-
-    for level, following in itertools.pairwise(levels):
-        step = following - level
-        first = slope(images, level)
-        ahead = images + step * first
-        second = slope(ahead, following)
-        images = images + step * (first + second) / 2
-    return images
-
-
-def frechet(real: Tensor, made: Tensor) -> float:
-    """Return the Frechet distance of two normal distributions with the means and covariances of the
-    features."""
-    real = real.double()
-    made = made.double()
-    apart = real.mean(dim=0) - made.mean(dim=0)
-    covariance = torch.cov(real.T)
-    other = torch.cov(made.T)
-    squares = torch.linalg.eigvals(covariance @ other).real
-    root = squares.clamp(min=0).sqrt().sum()
-    distance = apart.square().sum() + covariance.trace() + other.trace()
-    return float(distance - 2 * root)
-
-
-# --- a classifier
-# ------------------------------------------------------------------------------------
-
-
-def network() -> nn.Sequential:
-    """Make three convolutions with BatchNorm, 14,458 parameters: [batch, 1, 8, 8] -> [batch,
-    10]."""
-    layers = list[Module]()
-    widths = (1, 16, 32, 32)
-    for channels, wider in itertools.pairwise(widths):
-        convolution = nn.Conv2d(channels, wider, 3, padding=1, bias=False)
-        layers += [convolution, nn.BatchNorm2d(wider), nn.ReLU()]
-    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    return nn.Sequential(*layers, nn.Linear(32, CLASSES))
-
-
-class Classifier(Task):
-    """Classify digits under noise and shifts with three convolutions with BatchNorm and SGD with
-    momentum."""
-
-    steps = 4000
-    schedules = ("constant", "cosine")
-    draws = 20
-
-    def __init__(self, _: Path) -> None:
-        data = shuffled_digits()
-        end = 2 * HELD_OUT
-        self.training = rows_of(data, slice(end, None))
-        self.held_out = {
-            "validation": rows_of(data, slice(HELD_OUT)),
-            "test": rows_of(data, slice(HELD_OUT, end)),
-        }
-
-    def model(self) -> Module:
-        """Make a network of 14,458 parameters."""
-        return network()
-
-    def optimizer(self, model: Module) -> Optimizer:
-        """Make SGD with momentum."""
-        return SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-
-    def loss(self, model: Module, random: Generator) -> Tensor:
-        """Return the cross-entropy."""
-        clean, labels = drawn(self.training, 64, random)
-        logits = model(disturbed(clean, random))
-        return F.cross_entropy(logits, labels)
-
-    @torch.no_grad()
-    def measure(self, model: Module, part: str) -> dict[str, float]:
-        """Return the cross-entropy, and the share of wrong classes, of each image `draws` times."""
-        images, labels = self.held_out[part]
-        repeated = images.repeat(self.draws, 1)
-        expected = labels.repeat(self.draws)
-        model.eval()
-        disturbed_images = disturbed(repeated, seeded())
-        logits = model(disturbed_images).double()
-        model.train()
-        loss = F.cross_entropy(logits, expected)
-        wrong = logits.argmax(dim=1) != expected
-        error = wrong.double().mean()
-        return {"loss": float(loss), "error": float(error)}
-
-    def batches(self) -> list[Tensor]:
-        """Return batches as in training."""
-        random = seeded()
-        batches = []
-        for _ in range(10):
-            clean, _ = drawn(self.training, 512, random)
-            batches.append(disturbed(clean, random))
-        return batches
-
-
-def disturbed(images: Tensor, random: Generator) -> Tensor:
-    """Return each image shifted by up to a pixel and noisy: [images, 1, 8, 8]."""
-    moved = shifted(images, random)
-    noise = torch.randn(moved.shape, generator=random)
-    noisy = moved + 0.8 * noise
-    return noisy.reshape(-1, 1, SIDE, SIDE)
-
-
-TASKS = {"language": Language, "diffusion": Diffusion, "classifier": Classifier}

@@ -89,16 +89,11 @@ def trainer(folder, step):
     (folder / "trainer_state.json").write_text(state)
 
 
-def distributed(folder, content, in_chunks=False):
-    """Write a folder of torch.distributed.checkpoint, by one process; `in_chunks` as safetensors
-    files of chunks."""
-    place = {"checkpoint_id": str(folder)}
-    if in_chunks:
-        writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        place = {"storage_writer": writer}
+def distributed(folder, content):
+    """Write a folder of torch.distributed.checkpoint, by one process."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.save(dict(content), **place)
+        dcp.save(dict(content), checkpoint_id=str(folder))
 
 
 def pickled_folder(run, step, weights):
@@ -154,10 +149,6 @@ def flat(run, step, weights):
     distributed(run / f"step-{step}", weights)
 
 
-def chunks(run, step, weights):
-    distributed(run / f"iter_{step}", weights, in_chunks=True)
-
-
 LAYOUTS = {
     "safetensors": files_of_safetensors,
     "archives": archives,
@@ -169,6 +160,5 @@ LAYOUTS = {
     "pickled folders": pickled_folder,
     "distributed": with_an_optimizer,
     "distributed flat": flat,
-    "chunks": chunks,
 }
 """A function for each layout that writes the weights of a step into the folder of a run."""

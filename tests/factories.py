@@ -29,6 +29,8 @@ from posthoc_cli.snapshots.snapshot import (
 )
 from posthoc_cli.snapshots.sources import TrackedTensor
 from posthoc_cli.snapshots.tensorfile import Chunk, Entry, TensorFileWriter, read_file, tensor_bytes
+from posthoc_cli.tracker.averages import Standing
+from posthoc_cli.tracker.clock import Moment
 
 SIGMA_RELS = (0.05, 0.10, 0.15, 0.28)
 """What a run in a test tracks, unless it says otherwise."""
@@ -349,10 +351,19 @@ def tiny_model(seed=0):
         return TinyModel()
 
 
+def info_of(state):
+    """Return the numbers of a tracker's own state, those that equal their default, too."""
+    info = json.loads(state["info"])
+    standing = vars(Standing()) | info.get("standing", {})
+    nothing = vars(Moment())
+    standing |= nothing | info.get("standing", {}).get("last", {})
+    return nothing | info.get("last", {}) | info | {"standing": standing}
+
+
 def averages_in(state):
     """Return the averages in a tracker's state by sigma_rel and name, in float64."""
     found = {}
-    standing = state["standing"]
+    standing = info_of(state)["standing"]
     folded = standing["folded_t"] / (standing["t"] or 1.0)
     for key, high in state["high"].items():
         mass = 1 - folded ** (exact_gamma(float(key)) + 1)
@@ -416,13 +427,13 @@ def flip_bit(path, position=-1):
 
 def solved(solver, target):
     """Return the coefficients for one target: shape [n]."""
-    return solver.optimum(solver.goal(target))
+    return solver.optimum(solver.right_hand_side(target))
 
 
 def squared_error(solver, coefficients, target):
     """Return the expected squared error of any coefficients for one target."""
-    goal = solver.goal(target)
-    squares = solver.expected_squares(coefficients, goal)
+    rhs = solver.right_hand_side(target)
+    squares = solver.expected_squares(coefficients, rhs)
     return float(squares.sum())
 
 
@@ -436,3 +447,19 @@ class Span:
     def tail(self, s):
         left = self.end - np.asarray(s)
         return np.clip(left / (self.end - self.start), 0.0, 1.0)
+
+
+def write_ema_checkpoints(folder, steps=200, decay=0.9):
+    """Write checkpoints of a random walk with its EMA, every tenth step, and of the last step with
+    weights alone; return the newest EMA."""
+    random = torch.Generator().manual_seed(0)
+    weights = torch.zeros(50)
+    average = torch.zeros(50)
+    for step in range(1, steps + 1):
+        weights = weights + 0.1 * torch.randn(50, generator=random)
+        average = decay * average + (1 - decay) * weights
+        state = {"n_averaged": torch.tensor(step), "module.w": average}
+        if step % 10 == 0:
+            torch.save({"model": {"w": weights}, "ema": state}, folder / f"step{step}.pt")
+    torch.save({"model": {"w": weights + 0.1}}, folder / f"step{steps + 10}.pt")
+    return average

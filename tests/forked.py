@@ -34,8 +34,8 @@ EMA = "from posthoc_cli.__main__ import main; main()"
 SLOW = """
 import time
 from posthoc_cli.synthesis import engine
-make = engine.Maker.make
-engine.Maker.make = lambda *arguments: (time.sleep(0.5), make(*arguments))
+compute = engine.Calculator.compute
+engine.Calculator.compute = lambda *arguments: (time.sleep(0.5), compute(*arguments))
 """
 """Code to run before a synthesis: every tile takes half a second."""
 ROOT = Path(__file__).resolve().parent.parent

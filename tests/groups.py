@@ -217,6 +217,7 @@ def averages(folder, *steps):
         for step in steps:
             train(net, before + 1, step, ema)
             before = step
+            ema.snapshot()
             average = dict(ema.state_dict(0.15))
             torch.save(average, folder / f"average-{step}.pt")
             exact = truth(0.2, range(2, step + 1, 2))

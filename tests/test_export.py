@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,17 +23,15 @@ from factories import (
 )
 from safetensors.torch import load_file, save_file
 from snapshots.recorded import call_number, failing
-from torch.distributed.checkpoint import state_dict_saver
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from posthoc_cli import Run, export_file
+from posthoc_cli import Run, export_file, import_checkpoints
 from posthoc_cli.errors import (
     FileFormatError,
     InexactError,
     InvalidValueError,
-    MismatchError,
     NonFiniteError,
     OutputExistsError,
+    UnsuitableError,
     WriteError,
 )
 from posthoc_cli.export.writing import OutputOptions
@@ -84,31 +83,6 @@ def test_every_layout_holds_averages_in_the_dtype_and_copies_in_their_own(
     assert made.nbytes == 30 * own.itemsize + 8 + 8
 
 
-def test_a_prefix_is_added_after_another_is_removed_and_before_a_base_is_added(tmp_path):
-    out = tmp_path / "out.pt"
-    base = tmp_path / "base.safetensors"
-    ones = torch.ones(2)
-    source = write_output(tmp_path / "in.safetensors", {"model.w": ones, "b": ones})
-    save_file({"n.w": 0 * ones, "model.w": 3 * ones}, base)
-    export_file(source, out, base=base, prefix="n.", strip_prefix="model.")
-    expected = {
-        "n.w": ones,
-        "n.b": ones,
-        "model.w": 3 * ones,
-    }
-    assert_same_tensors(load_output(out), expected)
-
-
-def test_names_that_a_removed_prefix_makes_alike_are_refused(tmp_path):
-    tensors = {
-        "model.w": torch.ones(1),
-        "w": torch.ones(1),
-    }
-    source = write_output(tmp_path / "in.safetensors", tensors)
-    with refused("strip_prefix", "make no two alike"):
-        export_file(source, tmp_path / "out.pt", strip_prefix="model.")
-
-
 def test_a_folder_of_shards_is_laid_out_as_the_hugging_face_libraries_do(tmp_path, source):
     out = tmp_path / "out"
     export_file(source, out, max_shard_size="100")
@@ -126,6 +100,9 @@ def test_a_folder_of_shards_is_laid_out_as_the_hugging_face_libraries_do(tmp_pat
 
 
 def test_a_name_must_not_have_the_ending_of_another_layout_but_a_folder_may(tmp_path):
+    with refused("x.onnx", "unknown extension; use .safetensors or .pt"):
+        OutputOptions().layout_of(Path("x.onnx"))
+    assert OutputOptions().layout_of(Path("x.ckpt")) == "pt"
     path = tmp_path / "x.bin"
     options = OutputOptions(layout="sharded")
     with refused(str(path), "sharded"):
@@ -209,7 +186,7 @@ def test_a_snapshot_is_exported_in_the_models_own_dtypes_under_all_names(tmp_pat
         "tensors": {"w": "average F32", "var": "copy F32"},
         "aliases": {"tied": "w", "var too": "var"},
     }
-    snapshot = write_snapshot(tmp_path, 10, 0.05, RUN_ID, values, **fields)
+    snapshot = write_snapshot(tmp_path / "run", 10, 0.05, RUN_ID, values, **fields)
     of_file = tmp_path / "file.safetensors"
     of_parts = tmp_path / "parts.safetensors"
     export_file(snapshot, of_file)
@@ -229,66 +206,50 @@ def test_a_snapshot_is_exported_in_the_models_own_dtypes_under_all_names(tmp_pat
     assert sorted(info.copies) == ["var", "var too"]
 
 
-# --- a base
-# ----------------------------------------------------------------------------------------
-
-BASE = {
-    "a": torch.zeros(10),
-    "frozen": torch.arange(3) / 4,
-    "ids": torch.arange(4),
-}
-
-
-@pytest.fixture
-def base(tmp_path):
-    """A folder with an index, and a file for each tensor."""
-    folder = tmp_path / "base"
-    folder.mkdir()
-    weight_map = {}
-    for name, tensor in BASE.items():
-        weight_map[name] = f"{name}.safetensors"
-        save_file({name: tensor}, folder / weight_map[name])
-    index = json.dumps({"weight_map": weight_map})
-    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(index)
-    return folder
-
-
-def test_a_base_adds_the_tensors_that_were_not_averaged(tmp_path, base, source):
-    out = tmp_path / "out.pt"
-    made = export_file(str(source), str(out), base=str(base))
-    assert_same_tensors(load_output(out), BASE | WEIGHTS)
-    assert made.tensors == 6
-    assert made.from_base == 2
+# --- wrong sources
+# ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("tensors", "fault"),
     [
-        ({"a": BASE["a"]}, "'ids' is not in it, as the index says"),
-        (BASE, r"is in .* too"),
+        ({"a": torch.zeros(10)}, "'ids' is not in it, as the index says"),
+        ({"a": torch.zeros(10), "ids": torch.arange(4)}, r"is in .* too"),
     ],
 )
-def test_an_index_that_is_wrong_is_refused(tmp_path, base, tensors, fault):
-    save_file(tensors, base / "ids.safetensors")
+def test_an_index_that_is_wrong_is_refused(tmp_path, tensors, fault):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file({"a": torch.zeros(10)}, folder / "a.safetensors")
+    save_file(tensors, folder / "ids.safetensors")
+    index = {"weight_map": {"a": "a.safetensors", "ids": "ids.safetensors"}}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(FileFormatError, match=fault):
-        export_file(base, tmp_path / "other.safetensors")
+        export_file(folder, tmp_path / "other.safetensors")
 
 
-@pytest.mark.parametrize(
-    ("tensors", "message"),
-    [
-        ({"a": torch.ones(5, 2)}, r"tensor 'a' has the shape \[10\], the average \[5, 2\]"),
-        (
-            {"model.a": torch.ones(10)},
-            "none of the averaged tensors is in it.*'a'.*'model.a'.*rename",
-        ),
-    ],
-)
-def test_a_base_of_another_model_is_refused(tmp_path, base, tensors, message):
-    source = write_output(tmp_path / "in.safetensors", tensors)
-    with pytest.raises(MismatchError, match=f"{base}: {message}"):
-        export_file(source, tmp_path / "out", base=base)
-    assert not (tmp_path / "out").exists()
+def test_the_run_of_an_import_is_no_model(tmp_path):
+    """An average that lies in its folder is not exported in its place."""
+    imported = filled(tmp_path / "checkpoints", 1, 2)
+    run = tmp_path / "run"
+    import_checkpoints(imported, run)
+    write_output(run / "average.safetensors", WEIGHTS)
+    with refused(str(run), "is the run of an import", kind=UnsuitableError):
+        export_file(run, tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize("name", ["new.safetensors", "new.pt", "new"])
+def test_nothing_is_written_into_the_folder_of_a_run(tmp_path, name, source):
+    run = tmp_path / "run"
+    write_snapshot(run, 10, 0.05, RUN_ID, WEIGHTS)
+    before = contents(run)
+    with refused("out", f"{run} is the folder of a run"):
+        export_file(source, run / name)
+    with refused("out", f"{run} is the folder of a run"):
+        Run(run).write(0.05, run / name)
+    with refused("out", f"{run} is the folder of a run"):
+        Run(run).write([0.04, 0.05], run)
+    assert contents(run) == before
 
 
 # --- existing outputs
@@ -305,9 +266,10 @@ def test_a_replaced_folder_holds_the_new_model_and_no_file_of_the_old_one(tmp_pa
 
 
 def test_a_snapshot_is_not_replaced(tmp_path, source):
-    snapshot = write_snapshot(tmp_path, 10, 0.05, RUN_ID, WEIGHTS)
+    copy = tmp_path / "copy.safetensors"
+    shutil.copy(write_snapshot(tmp_path / "run", 10, 0.05, RUN_ID, WEIGHTS), copy)
     with pytest.raises(OutputExistsError, match="is a snapshot of a run and is not replaced"):
-        export_file(source, snapshot, overwrite=True)
+        export_file(source, copy, overwrite=True)
 
 
 @pytest.mark.parametrize("operation", ["fsync", "rename"])
@@ -321,8 +283,7 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path, operation, source):
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("layout", ["sharded", "dcp"])
-def test_a_folder_that_holds_other_files_is_not_replaced(tmp_path, monkeypatch, layout, source):
+def test_a_folder_that_holds_other_files_is_not_replaced(tmp_path, monkeypatch, source):
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "config.json").write_text("{}")
     (tmp_path / "folder" / "model.safetensors").mkdir(parents=True)
@@ -336,7 +297,7 @@ def test_a_folder_that_holds_other_files_is_not_replaced(tmp_path, monkeypatch, 
         (".", "the working directory"),
     ):
         with pytest.raises(OutputExistsError, match=message):
-            export_file(source, Path(out), layout, overwrite=True)
+            export_file(source, Path(out), "sharded", overwrite=True)
     assert contents(tmp_path) == before
 
 
@@ -349,46 +310,14 @@ def test_an_interruption_of_a_pt_file_stays_an_interruption_and_leaves_nothing(t
     assert [*tmp_path.iterdir()] == [source]
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_folder_for_torch_distributed_is_written_with_the_function_of_older_releases(
-    tmp_path,
-    source,
-    monkeypatch,
-):
-    """The `save` of torch 2.4 to 2.6 has no argument that leaves a process group alone."""
-
-    def save_of_26(state_dict, *, checkpoint_id=None):
-        pytest.fail("would wait for all processes of a group")
-
-    export_file(source, tmp_path / "new", "dcp")
-    with pytest.raises(OutputExistsError, match=r"already exists, and holds '\.metadata'"):
-        export_file(source, tmp_path / "new", "dcp")
-    export_file(source, tmp_path / "new", "dcp", overwrite=True)
-    monkeypatch.setattr(state_dict_saver, "save", save_of_26)
-    export_file(source, tmp_path / "old", "dcp")
-    for name in ("new", "old"):
-        dcp_to_torch_save(tmp_path / name, tmp_path / f"{name}.pt")
-        assert_same_tensors(load_output(tmp_path / f"{name}.pt"), WEIGHTS)
-
-
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-@pytest.mark.parametrize(
-    ("name", "layout", "limit"),
-    [
-        ("out", "dcp", 0),
-        ("out", "dcp", 100_000),
-        ("out.pt", None, 100_000),
-    ],
-)
-def test_a_disk_that_is_full_is_named_and_nothing_is_left(tmp_path, name, layout, limit):
-    """At the first bytes, or within a tensor: torch's writer itself raises an error about
-    unexpected positions."""
+def test_a_disk_that_is_full_is_named_and_nothing_is_left(tmp_path):
+    """Within a tensor: torch's writer itself raises an error about unexpected positions."""
     source = write_output(tmp_path / "in.safetensors", {"w": torch.ones(100_000)})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(WriteError, match=f"{name}: cannot be written: file too large"):
-            export_file(source, tmp_path / name, layout=layout)
+        with pytest.raises(WriteError, match=r"out.pt: cannot be written: file too large"):
+            export_file(source, tmp_path / "out.pt")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [*tmp_path.iterdir()] == [source]
@@ -479,7 +408,7 @@ def test_a_pipe_in_the_folder_is_not_read(tmp_path, run):
 
 
 def check_refused(run, like, name):
-    out = run.directory / "new"
+    out = like.parent / "new"
     leads_out = f"like {like}: {name} is not a file of this folder, or leads out"
     with pytest.raises(InvalidValueError, match=leads_out):
         run.write(0.2, out, like=like)

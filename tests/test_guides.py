@@ -15,6 +15,7 @@ from torch import nn
 from torture.test_torture import EXPERIMENTS
 
 from posthoc_cli import PostHocEMA, Run
+from posthoc_cli.planning import Schedule
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "posthoc_cli"
@@ -29,7 +30,7 @@ PROGRAM = re.compile(r"# (\w+\.py)\n")
 EVALUATION = """
 import array, json, sys
 loss = 0.0
-with open(sys.argv[2], "rb") as file:  # --weights FILE
+with open(sys.argv[1], "rb") as file:
     loss += sum(weight**2 for weight in array.array("f", file.read()[-64:]))
 print(loss)
 print(json.dumps({"loss": loss, "loss_stderr": 1e-3}))
@@ -146,12 +147,15 @@ def test_the_code_of_all_pages_runs_in_one_folder_in_the_order_of_the_readme(ema
         assert last_point(f"loss/{width}") == (20, 0.5)
 
 
-def test_the_guide_shows_the_table_that_ema_plan_prints(ema):
-    page = (PACKAGE / "guides/synthesis.md").read_text()
-    (line,) = re.findall(r"^\$ ema (plan .*)$", page, re.MULTILINE)
-    (table,) = re.findall(r"^```text\n([^`]*)^```$", page, re.MULTILINE)
-    printed = ema(*shlex.split(line)).out
-    assert {*table.splitlines()} <= {*printed.splitlines()}
+def test_the_guide_shows_the_errors_of_schedules():
+    page = (PACKAGE / "guides/training.md").read_text()
+    rows = re.findall(
+        r"^\| (\d+) \| 1/(\d+) of .* \| ([\d.]+) % \| ([\d.]+) % \|$", page, re.MULTILINE
+    )
+    assert len(rows) == 3
+    for keep, times, worst, median in rows:
+        curve = Schedule(400_000, 400_000 // int(times), int(keep)).error_curve((0.05, 0.28))
+        assert (f"{100 * curve.worst:.2g}", f"{100 * curve.median:.2g}") == (worst, median)
 
 
 SAVE = """
@@ -208,18 +212,16 @@ def test_the_readme_runs_as_pasted_in_an_empty_folder(ema, tmp_path, monkeypatch
             done = forked.check(programs[arguments[0]])
             assert done.err == ""
         printed += done.out.splitlines()
-    shown = [line for line in console.splitlines() if line[0] != "$"]
-    # These lines do not depend on the evaluation, which is replaced here, nor on times and
-    # machines.
-    fixed = ("20 x", "numbers are", "wrote a run")
-    assert set(printed) >= {line for line in shown if line.startswith(fixed)}
-    # Both examples end with the same training, whose losses are those shown, up to the last digits.
+    shown = [line for line in console.splitlines() if line[0] not in "$."]
+    # The numbers depend on the evaluation, which is replaced here, and on machines.
+    names = {line.split("  ")[0] for line in shown if "  " in line}
+    assert names <= {line.split("  ")[0] for line in printed}
+    # The losses of the second training are those shown, up to the last digits.
     for name in ("last weights", "average"):
         expected = number_after(name, shown)
         assert number_after(name, printed) == pytest.approx(expected, rel=0.1)
-    for name in ("averaged", "from-hook"):  # the same length, from checkpoints and from snapshots
-        evaluated = forked.check(programs["eval.py"], "--weights", f"{name}.safetensors")
-        assert float(evaluated.out) == pytest.approx(expected, rel=0.1)
+    evaluated = forked.check(programs["eval.py"], "from-hook.safetensors")
+    assert float(evaluated.out) == pytest.approx(expected, rel=0.1)
 
 
 def number_after(name, lines):
@@ -261,10 +263,9 @@ def test_the_readme_is_short_and_links_to_every_guide_and_links_to_files_lead_so
             assert link.startswith("https://") or (page.parent / link).exists(), link
 
 
-def test_a_guide_begins_with_what_the_reader_can_do_after_it():
+def test_a_guide_begins_with_its_name_and_subject():
     for guide in GUIDES:
-        beginning = rf"# {guide.stem.capitalize()}.*: .*\n\nAfter this guide you "
-        assert re.match(beginning, guide.read_text())
+        assert re.match(rf"# {guide.stem.capitalize()}.*: .*\n\n", guide.read_text())
 
 
 def test_the_development_guide_names_every_room():
@@ -311,15 +312,9 @@ def test_the_development_guide_names_the_files_that_a_synthesis_enters(finished_
     assert len(entered) <= 18
 
 
-def test_every_test_and_experiment_that_the_durability_guide_names_exists():
-    _, _, table = (PACKAGE / "guides/durability.md").read_text().partition("## What holds")
-    tests = set(re.findall(r"`(test_\w+)`", table))
-    assert len(tests) >= 15
-    defined = set()
-    for path in (ROOT / "tests").rglob("*.py"):
-        defined.update(re.findall(r"def (test_\w+)", path.read_text()))
-    assert tests - defined == set()
-    assert set(re.findall(r"\*([^*|]+)\* \([\d,]+\)", table)) == EXPERIMENTS.keys()
+def test_the_durability_guide_names_every_experiment():
+    text = " ".join((PACKAGE / "guides/durability.md").read_text().split())
+    assert set(re.findall(r"\*([^*]+)\* \([\d,]+\)", text)) == EXPERIMENTS.keys()
 
 
 def test_ema_guide_lists_every_guide_with_its_subject(ema):

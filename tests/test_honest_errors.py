@@ -193,29 +193,6 @@ def test_a_real_training(tmp_path):
 # --- what else is predicted
 
 
-def test_pruning_to_an_error_leaves_that_error(tmp_path):
-    """A judgement by the survivors alone left errors of 5 to 15 % for a bound of 1 %."""
-    path = walk(cosine, seed=1)
-    run = track(tmp_path, path, checkpoint_every=100)
-    pruning = run.prune(max_error=0.01, sigma_range=(0.05, 0.28))
-    assert pruning.to_delete
-    assert pruning.before.worst <= pruning.after.worst <= 0.01
-    found, predicted = made(run, WIDTHS)
-    actual = errors(found, true(path))
-    assert actual.max() <= 0.01
-    assert np.all(actual < 3 * predicted)
-
-
-def test_the_rounding_of_updates_is_predicted(tmp_path):
-    """Of averages that are stored in float32, and so exactly; values, folds and a read are
-    rounded."""
-    path = walk(np.ones_like, 1000)
-    run = track(tmp_path, path, 1, checkpoint_every=1000, **EXACT)
-    found, predicted = made(run, WIDTHS)
-    actual = errors(found, true(path, 1))
-    assert_near(actual[[0, -1]], predicted[[0, -1]], 1.6)
-
-
 def test_the_error_of_a_decay_that_begins_steeply_is_not_overestimated(tmp_path):
     """A 1-sqrt decay's density grows without bound at its start; its predicted error was 2 to 3
     times too large."""

@@ -24,6 +24,7 @@ def curve(low=0.01, high=0.2886, label="run", others=()):
         sigma_rels=widths,
         profile_error=np.full(50, 0.05),
         predicted_error=1e-4 / widths,
+        lost_gain=1e-3 / widths,
         tracked=(0.05, 0.28),
         others=others,
     )
@@ -41,8 +42,8 @@ def test_tracked_profiles_in_the_range_are_dots_and_all_are_named(ends, inside):
     (marked,) = [line for line in axes.lines if line.get_marker() == "o"]
     dots = [f"{dot:g}" for dot in marked.get_xdata()]
     assert ", ".join(dots) == inside
-    (text,) = axes.get_legend().get_texts()
-    assert text.get_text() == "run; tracked: 0.05, 0.28"
+    texts = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert texts[0] == "run; tracked: 0.05, 0.28"
 
 
 @pytest.mark.parametrize(
@@ -67,25 +68,52 @@ def test_curves_stay_within_the_axes_and_the_lowest_tick_says_if_errors_are_smal
     assert lowest in ticks
 
 
-def test_a_beta_is_drawn_as_its_time_constant():
+def swept(**changed):
+    """A report of a sweep with two trials."""
+    trials = []
+    for sigma_rel, value in ((0.05, 2.0), (0.1, 1.0)):
+        trials.append({"sigma_rel": sigma_rel, "value": value, "standard_error": None})
+    compared = [
+        {"title": "your EMA (0.99)", "value": 1.5, "gain": 1 / 3},
+        {"title": "last weights", "value": 40.0, "gain": 0.975},
+    ]
     report = {
-        "axis": "beta",
         "metric": "loss",
-        "best": {"beta": 0.9},
-        "raw": None,
-        "noise": 0.1,
-        "equal_within_noise": [0.8, 0.95],
-        "trials": [{"x": 0.9, "value": 1.0, "standard_error": None}],
-        "curve": [{"x": 0.9, "estimate": 1.0, "standard_error": 0.1}],
+        "best": {"sigma_rel": 0.1},
+        "compared": compared,
+        "noise": None,
+        "tied": None,
+        "trials": trials,
+        "curve": [{"sigma_rel": 0.05, "estimate": 2.0}, {"sigma_rel": 0.1, "estimate": 1.0}],
     }
-    (axes,) = plots.sweep_figure(report).axes
-    line, *_ = axes.lines
-    assert line.get_xdata() == pytest.approx([10])
+    return report | changed
+
+
+def test_what_averages_are_compared_with_is_a_line_and_named_if_it_is_far_away():
+    (axes,) = plots.sweep_figure(swept()).axes
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert "your EMA (0.99): 1.5" in labels
+    assert "last weights: 40, beyond this range" in labels
+    low, high = axes.get_ylim()
+    assert low < 1.0 < 2.0 < high < 40
+    heights = [line.get_ydata()[0] for line in axes.lines if line.get_label().startswith("your")]
+    assert heights == [1.5]
+
+
+def test_a_metric_without_noise_has_no_bars_and_no_band():
+    (axes,) = plots.sweep_figure(swept(noise=0.0)).axes
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert "measured" in labels
+    assert "estimate" in labels
+    (axes,) = plots.sweep_figure(swept(noise=0.2, tied=[0.05, 0.1])).axes
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert "measured, bars: noise" in labels
+    assert "statistically tied: 0.05 to 0.1" in labels
 
 
 @pytest.mark.parametrize("label", [LONG, "W" * 120])
 def test_texts_stay_within_the_figure(label):
-    other = ErrorPoint("profile " + "w" * 110, 0.1, 0.1, 0.01)
+    other = ErrorPoint("profile " + "w" * 110, 0.1, 0.1, 0.01, 0.1)
     figure = plots.error_figure([curve(label=label, others=[other])])
     figure.draw_without_rendering()
     width, height = figure.get_size_inches() * figure.dpi

@@ -11,25 +11,22 @@ from checking import refused
 from factories import Span
 from numpy.testing import assert_allclose
 
+from posthoc_cli.clock import Clock
 from posthoc_cli.profiles import (
     UNIFORM_SIGMA_REL,
-    Clock,
     Point,
     PowerFunction,
-    convert,
+    decay_from_sigma_rel,
     gamma_from_sigma_rel,
-    mean_age,
     new_value_share,
-    sigma_rel_from_classical_beta,
+    sigma_rel_from_decay,
     sigma_rel_from_gamma,
 )
-from posthoc_cli.sweep.search import Axis
 from posthoc_cli.targets import (
     KINDS,
     Beta,
     Decay,
     GivenProfile,
-    Groups,
     HalfLife,
     Mean,
     SigmaRel,
@@ -70,21 +67,17 @@ def test_the_share_of_a_new_value_keeps_its_digits_late_in_training():
     assert share == pytest.approx(exact, rel=1e-14, abs=0)
 
 
-@pytest.mark.parametrize("sigma_rel", [1e-8, 1.1e-5, 1e-3, 0.05, 0.288675])
-def test_the_mean_age_is_that_of_the_discrete_weights(sigma_rel):
-    gamma = gamma_from_sigma_rel(sigma_rel)
-    # 100,001 are summed term by term; 1 / (6 steps**2) is left out
-    for steps in (1000, 100_001, 100_002, 1_000_001):
-        passed = np.arange(1, steps) / steps
-        until = passed ** (gamma + 1)  # the mass until each step but the last
-        age = until.sum()
-        assert mean_age(gamma, steps) == pytest.approx(age, rel=1e-10)
-        (row,) = convert(steps, [sigma_rel])
-        beta = row["beta"]
-        assert beta == pytest.approx(age / (1 + age), rel=1e-10)
-        if sigma_rel > 1e-3:
-            found = sigma_rel_from_classical_beta(beta, steps)
-            assert found == pytest.approx(sigma_rel, rel=1e-9)
+def test_a_decay_is_the_power_function_of_the_same_mean_age():
+    steps = 10_000
+    for sigma_rel in (1e-3, 0.05, 0.2, 0.28):
+        decay = decay_from_sigma_rel(sigma_rel, steps)
+        assert sigma_rel_from_decay(decay, steps) == pytest.approx(sigma_rel, rel=1e-9)
+        passed = np.arange(steps) / steps
+        until = passed ** (gamma_from_sigma_rel(sigma_rel) + 1)
+        ages = np.arange(30 * steps)
+        forgetting = (1 - decay) * decay**ages
+        assert until.sum() == pytest.approx(forgetting @ ages, rel=1e-3, abs=0.05)
+    assert sigma_rel_from_decay(0.99999, 10_000) is None  # longer than the uniform average
 
 
 # --- the clock -----------------------------------------------------------------------------------
@@ -112,12 +105,6 @@ def test_steps_outside_of_known_pairs_have_the_length_of_the_nearest():
     outside = [[-3.0, 0.0], [100.0, 150.0]]
     found = UNEVEN.step_at(outside)
     assert_allclose(found, [[0, 0], [160, 460]])
-
-
-def test_a_clock_that_knows_every_step_is_not_bent():
-    lengths = np.random.default_rng(0).integers(8, 129, 100)
-    clock = Clock(range(1, 101), np.cumsum(lengths))
-    assert clock.bent() is clock
 
 
 # --- other profiles ------------------------------------------------------------------------------
@@ -197,12 +184,16 @@ def test_a_number_is_a_sigma_rel_and_an_object_with_tail_a_profile():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("beta:0.99,0.999", "must name one average, not 2"),
-        ("0.9", "for a decay of 0.9 per step use beta:0.9"),
+        ("window:10,20", "must name one average, not 2"),
+        ("0.9", "for an ordinary EMA use `decay` 0.9, in Python Beta(0.9)"),
+        ("beta:0.99", "for an ordinary EMA use `decay` 0.99, in Python Beta(0.99)"),
         ("0.1,0.2,...", "... must be a number, a list such as"),
         ("0.1,...,0.3", "... must be a number, a list such as"),
-        ("decay:linear:50:20", "must be a part of training in (0, 1], such as 0.2, or two"),
-        ("decay:linear:5%:20%", "must be a part of training such as 20%, two times"),
+        ("decay:linear:50", "must be a part of training in (0, 1], such as 0.2 or 20%"),
+        ("decay:linear:5%:20%", "must be a part of training such as 20%, a list"),
+        ("half-life:5%", "must be from 1 to 1e15 steps"),
+        ("window:1:1e5:1", "makes more than 10,000 values"),
+        ("window:1:5:-1", "the step must lead from the start to the stop"),
     ],
 )
 def test_a_text_that_names_no_target_is_refused(text, words):
@@ -214,8 +205,8 @@ def test_a_text_that_names_no_target_is_refused(text, words):
     ("make", "arguments", "subject", "words"),
     [
         (as_target, [None], "target", "None"),
-        (Groups, [{1: 0.1}], "group", "{1: 0.1}: must be globs on names"),
-        (Decay, ["linear", ()], "over", "two ascending times"),
+        (Beta, [0.4], "decay", "0.4: must lie in [0.5, 1)"),
+        (Decay, ["linear", ()], "over", "a part of training in (0, 1]"),
         (Mean, [2.5], "last", "must be a whole number of checkpoints"),
         (GivenProfile, [NINE, "../a b"], "profile", "'../a b'"),
     ],
@@ -229,7 +220,6 @@ def test_a_value_that_makes_no_target_is_refused(make, arguments, subject, words
     ("target", "words"),
     [
         (Mean(3), "target last:3: names checkpoints"),
-        (Decay("linear", (5, 2e6)), "target decay:linear:5:2000000: ends after t"),
         (Window(10**4 + 1), "target window:10001: the run has 10,000"),
     ],
 )
@@ -282,13 +272,15 @@ def test_the_mean_is_of_the_last_checkpoints():
 @pytest.mark.parametrize(
     ("text", "targets"),
     [
-        (" beta: 0.99 , 0.999,0.99", [Beta(0.99), Beta(0.999)]),
+        (" 0.1 , 0.2,0.1", [SigmaRel(0.1), SigmaRel(0.2)]),
+        ("0.05:0.25:0.05", [SigmaRel(width) for width in (0.05, 0.1, 0.15, 0.2, 0.25)]),
+        ("0.25,0.24,...,0.22", [SigmaRel(width) for width in (0.25, 0.24, 0.23, 0.22)]),
         ("half-life:100,200,...,400", [HalfLife(100), HalfLife(200), HalfLife(300), HalfLife(400)]),
         (
             "decay:1-sqrt:5%:15%:5%",
             [Decay("1-sqrt", 0.05), Decay("1-sqrt", 0.1), Decay("1-sqrt", 0.15)],
         ),
-        ("decay:cosine:100:200,5%", [Decay("cosine", (100, 200)), Decay("cosine", 0.05)]),
+        ("decay:cosine:0.1,5%", [Decay("cosine", 0.1), Decay("cosine", 0.05)]),
     ],
 )
 def test_a_text_names_targets(text, targets):
@@ -296,26 +288,24 @@ def test_a_text_names_targets(text, targets):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_each_kind_is_made_named_and_searched(name):
-    """Its text form gives it back, it has a profile or coefficients in a small run, and a search of
-    its range proposes values that it takes."""
-    kind = KINDS[name]
-    (target,) = parse_targets(kind.example)
+def test_each_kind_is_made_and_named(name):
+    """Its text form gives it back, and it has a profile or coefficients in a small run."""
+    (target,) = parse_targets(KINDS[name].example)
     assert parse_targets(target.title) == [target]
     assert target.label == target.title.replace(":", "-")
-    axis = Axis.parse(f"{name}:{kind.range}", "target")
-    assert axis.kind == name
-    assert axis.low < axis.high
-    for place in (0.0, 0.3, 1.0):
-        length = float(axis.at(place))
-        assert axis.place([length]) == pytest.approx([place], abs=1e-12)
-        searched = axis.target(axis.value_at(place))
-        assert type(searched) is type(target)
-        if isinstance(searched, Mean):
-            stored = [Point(float(t)) for t in range(20)]
-            assert searched.coefficients_of(stored).sum() == pytest.approx(1)
-        else:
-            check_profile_of(searched)
+    if isinstance(target, Mean):
+        stored = [Point(float(t)) for t in range(20)]
+        assert target.coefficients_of(stored).sum() == pytest.approx(1)
+    else:
+        check_profile_of(target)
+
+
+def test_a_decay_is_a_target_with_the_same_length_as_a_sigma_rel():
+    assert Beta(0.9999).title == "decay 0.9999"
+    assert Beta(0.9999).label == "decay-0.9999"
+    check_profile_of(Beta(0.9999))
+    profile = Beta(0.9999).profile(1e6, STEPS, 1.0)
+    assert profile.sigma_rel == sigma_rel_from_decay(0.9999, 1e6)
 
 
 def check_profile_of(target):
@@ -331,14 +321,5 @@ def check_profile_of(target):
     assert target.counts_steps == differs
 
 
-def test_a_half_life_is_a_decay_in_steps_and_a_power_function_in_percent():
-    """Then an update at step n keeps 2^(-1 / (share n)), as (1 - 1 / n)^(gamma + 1) does for many
-    steps."""
-    beta = 0.5 ** (1 / 2000)
-    assert HalfLife(2000).beta == pytest.approx(beta, rel=1e-15)
-    (target,) = parse_targets("half-life:5%")
-    assert target.title == "half-life:5%"
-    assert target.sigma_rel == pytest.approx(0.0629, abs=5e-5)
-    profile = target.profile(1000.0, STEPS, 1.0)
-    kept = 1 - profile.tail(999.0)
-    assert kept == pytest.approx(2 ** (-1 / 50), rel=2e-5)
+def test_a_half_life_is_a_decay():
+    assert HalfLife(2000).beta == pytest.approx(0.5 ** (1 / 2000), rel=1e-15)

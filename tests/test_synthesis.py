@@ -4,12 +4,12 @@ import re
 
 import pytest
 import torch
-from checking import assert_same_tensors, refused
-from factories import RUN_ID, exact_gamma, random_walk, write_run, write_snapshot
-from safetensors.torch import load_file
+from checking import refused
+from factories import RUN_ID, exact_gamma, write_snapshot
 from sums import UNIT, assert_sums
 
-from posthoc_cli import Groups, PostHocEMA, PowerFunction, Run, disk_sources
+from posthoc_cli import Beta, HalfLife, PowerFunction, Run, Window, disk_sources
+from posthoc_cli.clock import Clock
 from posthoc_cli.dtypes import parse_dtype, stored_name, torch_dtype
 from posthoc_cli.errors import InvalidValueError, NonFiniteError
 from posthoc_cli.snapshots.tensorfile import Entry
@@ -127,6 +127,44 @@ def test_a_step_is_a_time_on_the_clock_of_steps_and_must_be_a_snapshots_on_anoth
         plan_of(tmp_path, [0.04], step=15)
 
 
+# --- targets in steps
+
+
+def write_clock(folder, times):
+    """Write snapshots of steps 10, 20, ... at these times, in images."""
+    for number, t in enumerate(times, 1):
+        clock = {"step": 10 * number, "t_unit": "images"}
+        write_snapshot(folder, float(t), 0.05, RUN_ID, {"w": torch.randn(30)}, **clock)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("target", "instead"),
+    [
+        (Window(5), "`target` decay:linear:20%"),
+        (Beta(0.9), "`sigma_rel` 0.2546"),
+        (HalfLife(4), "`sigma_rel` 0.1825"),
+    ],
+)
+def test_a_target_in_steps_is_refused_where_steps_are_not_equally_long(tmp_path, target, instead):
+    """Between the last two snapshots a step has 40 images: the last 5 steps took 200 of 1,000. The
+    mean ages of the others are 9.49 and 5.77 steps, or 0.380 and 0.231 of the images."""
+    folder = write_clock(tmp_path, [100, 600, 1000])
+    with refused("target", target.title, "not equally long in images", instead):
+        Run(folder).plan(target)
+    with refused("target", target.title, instead):
+        Run(folder).error_curve(others=target)
+    assert Run(folder).plan([0.1]).steps is None
+
+
+def test_a_target_in_steps_is_made_where_all_steps_are_equally_long(tmp_path):
+    plan = Run(write_clock(tmp_path, [640, 1280, 1920])).plan([Window(5), Beta(0.9), 0.1])
+    assert plan.steps == 30
+    same = [Window(5).profile(1920.0, Clock((30,), (1920.0,)), 64.0).tail(1700.0)]
+    assert same == [pytest.approx(220 / 320)]
+    assert [plan.alike(index) for index in range(3)] == [None, "sigma_rel 0.228", "decay 0.74"]
+
+
 @pytest.mark.parametrize(
     ("value", "dtype", "message"),
     [
@@ -168,75 +206,6 @@ def test_a_device_that_does_not_exist_is_refused_with_the_devices_that_do():
     for device in ("", "cuda:99", "meta", "CPU "):
         with refused("device", f"device '{device}': ", "; choose from auto, cpu"):
             check_device(device)
-
-
-# --- groups: averages of different lengths for different tensors
-
-SHAPES = {
-    "up.a": (30, 10),
-    "down.b": (7,),
-    "up.c": (5,),
-    "down.d": (300, 40),
-}
-GROUPS = {"up.*": 0.2, "*": 0.1}
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("grouped") / "run"
-    write_run(folder, random_walk(12, SHAPES), range(1, 13))
-    return Run(folder)
-
-
-def grouped(run):
-    wide = run.average(0.2)
-    narrow = run.average(0.1)
-    for name in SHAPES:
-        if name.startswith("up"):
-            narrow[name] = wide[name]
-    return narrow
-
-
-def test_each_tensor_has_the_length_of_its_group_in_a_pass_with_other_targets(run, tmp_path):
-    groups = Groups(GROUPS)
-    others = Groups({"*.d": 0.05, "*": 0.1})
-    report = run.write([groups, 0.15, others], tmp_path / "new")
-    first, plain, last = map(load_file, report.outputs)
-    assert_same_tensors(first, grouped(run))
-    assert_same_tensors(plain, run.average(0.15))
-    expected = run.average(0.1) | {"down.d": run.average(0.05)["down.d"]}
-    assert_same_tensors(last, expected)
-    errors = [run.plan(width).predicted_error(0) for width in GROUPS.values()]
-    assert report.plan.predicted_error(0) == max(errors)
-    tracker = PostHocEMA.from_path(run.directory)
-    assert_same_tensors(tracker.state_dict(groups), first)
-
-
-def test_a_group_may_name_a_tensor_by_any_of_its_names(tmp_path):
-    write_random(tmp_path, aliases={"tied": "w"})
-    groups = Groups({"tied": 0.1, "*": 0.2})
-    plan = plan_of(tmp_path, [groups])
-    assert len(plan.passes()) == 2
-
-
-def test_the_command_makes_outputs_that_name_their_groups_and_verify(ema, run, tmp_path):
-    path = tmp_path / "model.safetensors"
-    groups = ("--group", "up.*=0.2", "--group", "*=0.1")
-    ema("synthesize", run.directory, *groups, "--out", path)
-    assert_same_tensors(load_file(path), grouped(run))
-    assert ema("verify", path).code == 0
-    found = ema("info", path, "--json").json
-    assert found["profile"] == "sigma_rel 0.2 (up.*), 0.1 (*)"
-    assert found["sigma_rel"] is None
-    used = {snapshot["file"] for snapshot in found["snapshots"]}  # by several groups
-    assert f"\nsnapshots {len(used)}\n" in re.sub(" +", " ", ema("info", path).out)
-
-
-def test_a_tensor_without_a_group_and_a_group_without_a_tensor_are_refused(run):
-    with refused("group", "tensor 'down.b' matches no group", "add '*=0.1'"):
-        run.plan(Groups({"up.*": 0.1}))
-    with refused("group", "matches no tensor"):
-        run.plan(Groups({"*": 0.1, "up.*": 0.2}))
 
 
 # --- the names of the dtypes of safetensors files for users and in torch

@@ -2,10 +2,12 @@
 
 import functools
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
 import torch
+from ema_command import run_ema
 from factories import exact_weights, relative_distance
 from torch import nn
 
@@ -114,6 +116,14 @@ def settings_of(run):
     """Return the settings in the manifest of an import."""
     manifest = run / "ema-import.json"
     return json.loads(manifest.read_text())["settings"]
+
+
+def paste(error, run):
+    """Run the command that an error ends with, into a folder."""
+    *_, command = str(error).partition("ema import ")
+    *words, _ = shlex.split(command)
+    done = run_ema("import", *words, run)
+    assert done.code == 0, done.err
 
 
 def true_average(weights, sigma_rel):

@@ -1,12 +1,13 @@
 """Checkpoints and averages that other programs wrote, as sources of a synthesis. Nothing in a file
 is executed.
 
-    programs                    the names of values, files and folders that programs use
-    pickles, content            the tensors and values of a file or folder
+    pickles, containers         the tensors and values of a file, by its kind
+    folders, content            what a folder is; its tensors and values
     sets, clock                 the weights and an average among them; the times of files
     settings, updates           what an import adds to files; how an ordinary EMA was updated
     source, layouts             a checkpoint as a source; what programs write
-    open_run                    all checkpoints of a folder as one run
+    open_run, describe          all checkpoints at a place as one run; what `ema info` says of it
+    ask                         questions about what files leave open
     import_run, manifest        the work of `ema import`, and its output
     audit, audit_decay          the check of an average, and the search for its decay
 
@@ -14,10 +15,5 @@ A file is read once for its index; a synthesis then streams the bytes of its ten
 those of snapshots.
 """
 
-KINDS = (
-    "edm2", "ema-pytorch", "posthoc-ema", "torchtitan", "diffusers-ema", "lightning-ema",
-    "averaged-model", "ema-pytorch-ema", "torch-ema", "mmengine", "mmcv", "edm", "ultralytics",
-    "audiocraft", "composer", "ema", "checkpoints",
-)  # fmt: skip
-"""The kinds of files; `checkpoints` are files or folders of weights, also of LoRA series.
-"""
+KINDS = ("ema", "checkpoints", "ema-pytorch", "posthoc-ema", "edm2")
+"""The kinds of files: averages, weights, and averages whose names say their profile."""

@@ -1,37 +1,31 @@
-"""Check that an average is what it claims to be, from checkpoints of it and of the weights; NumPy
-float64 on a sample.
+"""Check that an average is what it claims to be, or find its decay, from checkpoints of it and of
+the weights; NumPy float64 on a sample.
 
-`audit_decay` finds the decay that explains how the average moved. This module finds the warm-up and
-the restarts, and recognises faults: the average, or some of its tensors, do not move or equal the
-weights. An average that restarted from the weights remembers nothing from before the restart; how
-far it has moved between two checkpoints gives its time.
+`audit_decay` finds the length that explains how the average moved. This module says which rule it
+follows, and recognises faults: an average that does not move, equals the weights, or does not
+follow from the one before it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import compress
+from itertools import chain, compress
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from posthoc_cli.checkpoints.audit_decay import (
+    Bools,
+    Family,
     Intervals,
-    Model,
-    Series,
-    are_the_same,
-    best_models,
-    explains_more,
-    is_likelier,
-    possible_rules,
-    refine,
+    possible_families,
 )
 from posthoc_cli.checkpoints.content import names_in
-from posthoc_cli.checkpoints.lost_updates import MOST_LOST, digits_of, lost_share
 from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings, warm_up_text
 from posthoc_cli.checkpoints.source import Checkpoint
 from posthoc_cli.errors import (
@@ -43,12 +37,12 @@ from posthoc_cli.errors import (
 from posthoc_cli.profiles import (
     POWER_FUNCTION,
     RULES,
-    UNLIMITED,
     DecayRule,
     FloatArray,
     OrdinaryEMA,
     Point,
     gamma_from_sigma_rel,
+    sigma_rel_from_gamma,
 )
 from posthoc_cli.snapshots.sources import (
     ElementRange,
@@ -57,50 +51,58 @@ from posthoc_cli.snapshots.sources import (
     finite_values,
 )
 
-Bools = npt.NDArray[np.bool_]
-Verdict = tuple[str, str]
-"""A word of `BAD` or another one, and its text."""
-
 _MOST_ELEMENTS = 100_000  # in the sample
-# In a piece, if its tensor has so many: the inverse of what a piece leaves unexplained is its
-# weight, and what one element leaves may be 0 by chance.
-_LEAST_ELEMENTS = 64
+_LEAST_ELEMENTS = 64  # of a piece, if its tensor has so many: what one element leaves may be 0
 _PIECES = 32  # least pieces of tensors, if the sample has enough elements
-# largest factor between the found and the claimed length of an average that is as claimed
-_SLACK = 1.1
-_FAR = 3.0  # factor in length that no noise explains
-_FOREIGN = 0.8  # largest unexplained share of the motion of an average that belongs to the weights
-# smallest length that can be determined, as a share of the time between two checkpoints
-_SHORTEST = 0.1
-_ALL = 0.999  # share of equal elements that counts as all elements
-# an explanation is clearly better if its residuals are below this share of another one's
-_CLEARLY = 0.5
-_RISES = 1e-9  # a decay that its warm-up has not reached is at least so far below it
-_CHANGED = 1.5  # least factor between lengths before and after a change of the decay
-_JUMP = 1.0  # unexplained share of motion that does not follow from the checkpoint before: all
+# Rules explain n intervals about equally if their misfits, times n, differ by less than this /
+# sqrt(n). Of 13 rules and 10 recorded trainings the true rule was within 0.42 of the best one with
+# 5 files, and within 0.23 with 20.
+_ALIKE = 1.2
+# Another rule explains n intervals clearly better than a claimed one if its misfit, times n, is
+# less by 1 and this for each interval: of 13 rules and 4 trainings with files 20, 100 and 300 steps
+# apart no other one explained them better than the true rule by more than 0.7 with 15 files, and
+# 1.9 with 75; a constant decay was worse than a schedule by 3.6.
+_CLEARLY = 0.05
+_BETTER = 0.05  # and a length if its misfit is so much less than that of the claimed one
+_SAME = 0.06  # rules are the same if their tails differ by less
+_SLACK = math.log(1.1)  # between the found and the claimed length of an average that is as claimed
 _VAGUE = 0.25  # above this uncertainty, or difference within it, a length is undetermined
+_RISES = 0.02  # a decay rises if its limit is longer by more than this than what it has reached
+_FOREIGN = 0.8  # largest unexplained share of the motion of an average that belongs to the weights
+_SHORTEST = 0.1  # least length that can be determined, as a share of an interval
+# An interval shows another length by itself if that is so far from the length of all, and leaves so
+# much less of its residuals.
+_APART = math.log(2.5)
+_OWN = math.log(4)
+_JUMP = 1.0  # unexplained share of motion that does not follow from the checkpoint before: all
+_JUMPS = 3.0  # and the least factor to that of other intervals
 
-_STILL = "was not updated"
-_DIGITS = 2  # by which weights move an average that cannot stand still but by chance
-DOES_NOT_MOVE = "does not move"
-LOSES_UPDATES = "loses updates"
-SET_BACK = "set back"
-ONCE = "updated once a file"
-SOME_TENSORS = "some tensors"
+# Least change of weights, relative to their norm, that an average has to follow. In float32 one
+# with decay 0.9995 loses changes below 2^-24 / (1 - decay), as of a bias before a BatchNorm, which
+# has no gradient and moves by rounding alone.
+_FOLLOWED = 1e-4
+
+_CLEAR = 0.1  # largest uncertainty of a length that may show the interval of updates
+# usual steps between updates, of decays of no less than this
+_STRIDES = (2, 4, 5, 8, 10, 16, 20)
+_LEAST_RARE = 0.9
 _OTHER_WEIGHTS = (
     "the weights at these checkpoints do not explain how the average moves between them: they "
     "forget faster than checkpoints are apart, or are of another run"
 )
+DOES_NOT_MOVE = "does not move"
+EQUALS = "equals the weights"
+SET_BACK = "set back"
+ONCE = "updated once a file"
+SOME_TENSORS = "some tensors"
 BAD = (
     "too long",
     "too short",
     DOES_NOT_MOVE,
-    "equals the weights",
-    "began again",
+    EQUALS,
     SOME_TENSORS,
     "another rule",
     SET_BACK,
-    LOSES_UPDATES,
     ONCE,
 )
 """Verdicts that name a fault; the others are "as claimed", "found" and "undetermined"."""
@@ -112,18 +114,23 @@ class Interval:
 
     begin: float
     end: float
-    # Time constant in the unit of times, 1 / (1 - decay) for one step, or sigma_rel; None if the
-    # weights stand still.
+    # time constant in the unit of times; None if the weights stand still
     found: float | None
     claimed: float | None  # None without a claim
     # L2 norm of the residual of the average's motion, divided by that of the motion; None if the
-    # average stands still.
+    # average stands still
     unexplained: float | None
-    note: str  # what happened in this interval, or is wrong in it; empty if nothing is
 
-    @property
-    def time(self) -> float:
-        return self.end - self.begin
+
+@dataclass(frozen=True)
+class Candidate:
+    """A rule that explains the files: the settings of an import that say it."""
+
+    warm_up: str  # as `ImportSettings.ema_warmup`; `POWER_FUNCTION` for a width
+    value: float  # the decay after the warm-up, or the first one of a schedule, or the sigma_rel
+    rises: bool  # whether the decay has not reached this value: any larger one explains the files
+    text: str
+    every: int = 1  # steps between two updates
 
 
 @dataclass(frozen=True)
@@ -133,17 +140,16 @@ class Audit:
     name: str  # empty if the run has one average
     verdict: str  # one of `BAD`, or "as claimed", "found", "undetermined"
     text: str  # explanation of the verdict in a sentence
-    what: str  # the parameter in question, "decay" or "sigma_rel"
+    what: str = "decay"  # the parameter in question, or "sigma_rel"
     found: float | None = None  # the parameter at the end of the training
-    length: float | None = None  # the time constant or sigma_rel that explains all intervals
-    # of the time constant at the end, relative; infinite if two checkpoints alone show it
-    uncertainty: float | None = None
+    length: float | None = None  # the time constant that explains all intervals
+    uncertainty: float | None = None  # of the length, relative
     claimed: float | None = None  # claimed parameter
     difference: float = 0.0  # between the lengths found and claimed, of their logarithms
     warm_up: str = ""  # rule by which the decay rose, as `ImportSettings.ema_warmup` names it
-    # times after the beginning of the training at which it started from the weights
-    starts: tuple[float, ...] = ()
-    is_late: bool = False  # whether the first of these is its beginning, not a restart
+    # rules that explain the files about equally, the best first; none for a claim
+    candidates: tuple[Candidate, ...] = ()
+    copied_until: float | None = None  # last time at which the average had not begun
     # names of the tensors that the verdict is about; empty for all tensors
     tensors: tuple[str, ...] = ()
     intervals: tuple[Interval, ...] = ()
@@ -152,61 +158,11 @@ class Audit:
         return f"Audit({self.text})"
 
     @property
-    def spacing(self) -> float:
-        """The median time between two checkpoints."""
-        times = [interval.time for interval in self.intervals]
-        return float(np.median(times or [1.0]))
-
-    @property
-    def is_of_other_weights(self) -> bool:
-        """Whether most of the motion of an ordinary EMA is not that of the weights."""
-        clear = [interval for interval in self.intervals if not interval.note]
-        if not clear or self.what != "decay":
-            return False
-        shares = [interval.unexplained or 0.0 for interval in clear]
-        return bool(np.median(shares) > _FOREIGN)
-
-    @property
-    def jump(self) -> Interval | None:
-        """The interval in which nothing explains the motion of the average, unlike in the others;
-        None if there is none.
-
-        Of weights that go back and forth the unexplained share grows with the root of the time
-        between checkpoints.
-        """
-        shares = [interval.unexplained or 0.0 for interval in self.intervals]
-        times = [interval.time for interval in self.intervals]
-        usual = float(np.median(shares))
-        usual_time = float(np.median(times))
-        for interval in self.intervals:
-            share = interval.unexplained or 0.0
-            longer = max(1.0, interval.time / usual_time)
-            if not interval.note and share > max(_JUMP, _FAR * usual * math.sqrt(longer)):
-                return interval
-        return None
-
-    @property
-    def change(self) -> float | None:
-        """The time before which all intervals show about one length, and after it another one; None
-        if there is no such time."""
-        clear = [interval for interval in self.intervals if interval.found and not interval.note]
-        logs = np.log([interval.found for interval in clear if interval.found])
-        for index in range(2, len(logs) - 1):
-            sides = (logs[:index], logs[index:])
-            most = max(float(np.ptp(side)) for side in sides)
-            before, after = map(np.median, sides)
-            apart = abs(float(before - after))
-            if apart > max(math.log(_CHANGED), 2 * most):
-                return clear[index].begin
-        return None
-
-    @property
     def is_bad(self) -> bool:
         return self.verdict in BAD
 
     def to_dict(self) -> dict[str, Any]:
-        sigma = None if self.uncertainty == math.inf else self.uncertainty
-        return asdict(self) | {"uncertainty": sigma, "contradicted": self.is_bad}
+        return asdict(self) | {"contradicted": self.is_bad}
 
 
 # --- from checkpoints to audits
@@ -259,129 +215,107 @@ def audits_of(
         if len(of_width) < 2:
             continue
         pairs = [(weights[checkpoint.t], checkpoint) for checkpoint in of_width]
-        if (before := _last_before(of_width, weights)) is not None:
-            pairs.insert(0, (before, before))
-        claim = _claim(of_width, claimed, given)
-        rules = [claim.rule]
-        if not claim.claimed:
-            rules = _unsaid_rules(of_width[-1], given)
-        series, names = _read(pairs)
         name = f"sigma_rel {width:g}" if width else ""
-        yield _judge(name, series, names, claim, rules, of_width[0].t_unit)
+        yield _Judge(name, of_width[-1], _read(pairs), claimed, given).audit()
 
 
-def _last_before(
-    averages: Sequence[Checkpoint],
-    weights: Mapping[float, Checkpoint],
-) -> Checkpoint | None:
-    """Return the last weights before an average that began between them and its first file.
+@dataclass(frozen=True)
+class _Sample:
+    """What a sample of the tensors shows, in intervals between times. Tensors whose weights move
+    too little to be followed count as constant, unless all do."""
 
-    So it is if it is in all later files, and nothing says that it began earlier.
-    """
-    first = averages[0]
-    earlier = [t for t in weights if t < first.t]
-    is_counted = first.updates is None or first.updates.count is not None
-    if not earlier or is_counted or not isinstance(first.profile, OrdinaryEMA):
-        return None
-    before = max(earlier)
-    settings = first.profile.settings
-    is_late = settings["first"] - settings["every"] >= before
-    later = sum(t > before for t in weights)
-    if is_late or len(averages) != later:
-        return None
-    return weights[before]
+    names: list[str]  # of the tensor of each piece
+    times: FloatArray
+    gram: FloatArray  # as that of `Intervals`: [intervals, pieces, 5, 5]
+    rounding: FloatArray  # squared rounding errors of the averages: [times, pieces]
+    norms: FloatArray  # squared, of the newest weights: [pieces]
 
+    @cached_property
+    def moves(self) -> Bools:
+        """Whether the weights move: [intervals, pieces]."""
+        motion = self.gram[..., 2, 2]
+        is_clear = motion.sum(axis=0) > _FOLLOWED**2 * self.norms
+        if not is_clear.any():
+            is_clear[:] = True
+        return np.asarray((motion > 0) & is_clear)
 
-def _claim(
-    averages: Sequence[Checkpoint],
-    claimed: float | None,
-    given: ImportSettings,
-) -> Model:
-    """Return the model that averages are claimed to follow, with the restarts that their settings
-    say."""
-    newest = averages[-1]
-    profiles = [average.profile for average in averages if isinstance(average.profile, OrdinaryEMA)]
-    every = given.update_every or 1
-    rule = DecayRule()
-    if profiles:
-        every = profiles[-1].settings["every"]
-        rule = profiles[-1].rule
-    starts: list[float] = []
-    last = -math.inf
-    for profile in profiles:
-        start = profile.settings["first"] - every
-        if start >= last:  # a restart, unless it is the first one
-            starts.append(start)
-        last = profile.t
-    model = Model(every=every, starts=tuple(starts) or (0.0,))
-    if newest.sigma_rel:
-        power = gamma_from_sigma_rel(newest.sigma_rel) + 1
-        rule = DecayRule(warm_up=POWER_FUNCTION, power=power, copies=1)
-        return replace(model, rule=rule, claimed=power)
-    decay = claimed or newest.decay
-    if not decay:
-        return model
-    base = decay if rule.is_schedule else rule.base
-    rule = replace(rule, decay=decay, base=base, before=0)
-    return replace(model, rule=rule, claimed=-math.log(decay) / every)
+    @cached_property
+    def stays(self) -> Bools:
+        """Whether the average stands still: [intervals, pieces]. Both squares are then sums of the
+        same products, so that their difference is exactly 0."""
+        y = self.gram[..., 0, :2]
+        return np.asarray(y[..., 0] + self.gram[..., 1, 1] == 2 * y[..., 1])
+
+    @cached_property
+    def copied(self) -> Bools:
+        """Whether the average equals the weights: [times, pieces]."""
+        begin = self.gram[..., 1, 1] == 0
+        last = self.gram[-1]
+        end = last[:, 0, 0] + last[:, 2, 2] == 2 * last[:, 0, 2]
+        return np.vstack([begin, end])
+
+    def intervals(self, updates: FloatArray, pieces: Bools) -> Intervals:
+        """Return the intervals of some pieces, each relative to the motion of its weights, without
+        the variance of rounding."""
+        motion = self.gram[:, pieces, 2, 2].mean(axis=0)
+        scale = 1 / np.maximum(motion, 1e-300)
+        gram = self.gram[:, pieces] * scale[:, None, None]
+        rounding = self.rounding[:, pieces] * scale
+        gram[..., 0, 0] = np.maximum(gram[..., 0, 0] - rounding[1:], 0)
+        gram[..., 1, 1] = np.maximum(gram[..., 1, 1] - rounding[:-1], 0)
+        return Intervals(updates, gram, rounding[1:] + rounding[:-1])
 
 
-def _unsaid_rules(newest: Checkpoint, given: ImportSettings) -> list[DecayRule]:
-    """Return the rules that an average of unknown decay may follow: the one that its file or the
-    settings say, else all."""
-    every = given.update_every or 1
-    last = (given.steps or newest.t) / every
-    possible = possible_rules(last)
-    if not isinstance(newest.profile, OrdinaryEMA):
-        return possible
-    rule = newest.profile.rule
-    if given.ema_warmup is None:
-        if not rule.warm_up:
-            return possible
-        number = RULES[rule.warm_up].number
-        arguments = newest.updates.rule if newest.updates else {}
-        if number and number not in arguments:  # one of ema-pytorch's powers, which counts calls
-            alike = [model for model in possible if model.warm_up == rule.warm_up]
-            return [replace(model, copies=rule.copies, stride=rule.stride) for model in alike]
-    steps = rule.steps if rule.steps < math.inf else last
-    return [replace(rule, decay=UNLIMITED, copies=0, before=0, steps=steps)]
+_Point = tuple[FloatArray, FloatArray, FloatArray]
+"""The weights and the average of one time, [elements], and squared roundings of its pieces."""
 
 
-def _read(pairs: Sequence[tuple[Checkpoint, Checkpoint]]) -> tuple[Series, list[str]]:
-    """Read pieces of the tensors at all times, of each tensor equally many elements; return their
-    names.
-
-    Raises NonFiniteError for nan or infinity.
-    """
+def _read(pairs: Sequence[tuple[Checkpoint, Checkpoint]]) -> _Sample:
+    """Read pieces of the tensors at all times, of each tensor equally many elements; raise
+    NonFiniteError for nan or infinity."""
     _, newest = pairs[-1]
     pieces = _pieces(newest)
-    names = [piece.name for piece in pieces]
     sizes = [piece.end - piece.begin for piece in pieces]
-    rows = np.empty((2, len(pairs), sum(sizes)), np.float32)
-    rounding = np.zeros((len(pairs), len(pieces)))
-    for at, (weights, average) in enumerate(pairs):
-        with weights, average:  # which share their files
-            rows[0, at] = np.concatenate(_values(weights, pieces))
-            values = _values(average, pieces)
-        rows[1, at] = np.concatenate(values)
-        rounding[at] = _roundings(average, names, values)
-    times = np.array([average.t for _, average in pairs])
-    split = np.split(rows, np.cumsum(sizes)[:-1], axis=2)
-    dtypes = [newest.entries[name].dtype for name in names]
-    return Series(times, split, rounding, dtypes), names
+    starts = np.cumsum([0, *sizes[:-1]])
+    points = (_point(weights, average, pieces) for weights, average in pairs)
+    first = next(points)
+    window = deque([first, first], maxlen=4)
+    rounding = [first[2]]
+    grams = []
+    for point in chain(points, [None]):  # after the last one nothing moves
+        if point is not None:
+            rounding.append(point[2])
+        window.append(point or window[-1])
+        if len(window) == window.maxlen:
+            grams.append(_gram(window, starts))
+    x, _, _ = window[-1]
+    return _Sample(
+        names=[piece.name for piece in pieces],
+        times=np.array([average.t for _, average in pairs]),
+        gram=np.array(grams),
+        rounding=np.array(rounding),
+        norms=np.add.reduceat(x * x, starts),
+    )
 
 
-def _roundings(
-    average: Checkpoint,
-    names: Sequence[str],
-    values: Sequence[npt.NDArray[Any]],
-) -> list[float]:
-    """Return the squared rounding errors of pieces of tensors with these names."""
+def _point(weights: Checkpoint, average: Checkpoint, pieces: Sequence[ElementRange]) -> _Point:
+    with weights, average:  # which share their files
+        x = [finite_values(weights, *piece) for piece in pieces]
+        e = [finite_values(average, *piece) for piece in pieces]
     roundings = []
-    for name, of_piece in zip(names, values, strict=True):
-        dtype = average.entries[name].dtype
-        roundings.append(float(expected_roundings(of_piece, dtype, "F32").sum()))
-    return roundings
+    for piece, values in zip(pieces, e, strict=True):
+        dtype = average.entries[piece.name].dtype
+        roundings.append(float(expected_roundings(values, dtype, "F32").sum()))
+    return np.concatenate(x), np.concatenate(e), np.array(roundings)
+
+
+def _gram(window: Sequence[_Point], starts: npt.NDArray[np.intp]) -> FloatArray:
+    """Return the sums of products in the interval between the second and the third of four times,
+    by piece: [pieces, 5, 5]."""
+    (before, _, _), (x, e, _), (x_end, e_end, _), (after, _, _) = window
+    rows = np.stack([e_end - x, e - x, x_end - x, x - before, after - x_end])
+    products = rows[:, None] * rows
+    return np.moveaxis(np.add.reduceat(products, starts, axis=2), 2, 0)
 
 
 def _pieces(first: Checkpoint) -> list[ElementRange]:
@@ -400,521 +334,489 @@ def _pieces(first: Checkpoint) -> list[ElementRange]:
     return pieces
 
 
-def _values(
-    source: Checkpoint,
-    pieces: Sequence[ElementRange],
-) -> list[npt.NDArray[Any]]:
-    return [finite_values(source, *piece) for piece in pieces]
-
-
-# --- what an average did
-
-_FOLLOWED = 1e-4
-"""Least change of weights, relative to their norm, that an average has to follow. In float32 one
-with decay 0.9995 loses changes below 2^-24 / (1 - decay), as of a bias before a BatchNorm, which
-has no gradient and moves by rounding alone."""
-
-
-def _moves_clearly(weights: npt.NDArray[np.floating]) -> bool:
-    moved = np.linalg.norm(weights - weights[0], axis=1)
-    norms = np.linalg.norm(weights, axis=1)
-    return bool(moved.max() > _FOLLOWED * norms.max())
-
-
-@dataclass(frozen=True)
-class _Moves:
-    """Which pieces of weights moved, and which averages did not, by interval; and at which times
-    they were equal. Pieces that move too little to be followed count as constant, unless all do."""
-
-    weights: Bools  # [intervals, pieces]
-    still: Bools  # also where the weights stand still: [intervals, pieces]
-    copied: Bools  # [times, pieces]
-
-    @classmethod
-    def of(cls, series: Series) -> _Moves:
-        moved = []
-        still = []
-        copied = []
-        clear = [_moves_clearly(weights) for weights, _ in series.values]
-        if not any(clear):
-            clear = [True] * len(clear)
-        for (weights, averages), is_clear in zip(series.values, clear, strict=True):
-            stays = averages[1:] == averages[:-1]
-            equal = weights == averages
-            changes = weights[1:] != weights[:-1]
-            moved.append(changes.any(axis=1) & is_clear)
-            still.append(stays.mean(axis=1) >= _ALL)
-            copied.append(equal.mean(axis=1) >= _ALL)
-        moves = np.stack(moved, axis=1)
-        stays = np.stack(still, axis=1) | ~moves
-        return cls(moves, stays, np.stack(copied, axis=1))
-
-    @property
-    def stands(self) -> Bools:
-        """Whether the average was not updated: [intervals]."""
-        moves = self.weights.any(axis=1)
-        return np.asarray(moves & self.still.all(axis=1))
-
-    @property
-    def equal(self) -> Bools:
-        """Which pieces are always copied: [pieces]."""
-        return np.asarray(self.copied[1:].all(axis=0))
-
-    def lost(
-        self,
-        names: Sequence[str],
-        averaged: Bools,
-    ) -> tuple[str, ...]:
-        """Return those of the pieces' names whose weights move, and which are not averaged."""
-        are_lost = self.weights.any(axis=0) & ~averaged
-        return tuple(dict.fromkeys(compress(names, are_lost)))
-
-    @property
-    def copies(self) -> int:
-        """The number of first checkpoints at which the average had not begun."""
-        copied = self.copied[:-1] | ~self.weights
-        is_copy = copied.all(axis=1) & ~self.stands
-        return int(np.argmin([*is_copy, False]))
-
-    @property
-    def fault(self) -> Verdict | None:
-        """The verdict and its text on an average that does not average at all."""
-        if not self.weights.any():
-            return "undetermined", "the weights stand still between these checkpoints"
-        if self.still.all():
-            text = "the average does not move while the weights do: is its update called, and on "
-            text += "the same tensors that are saved (names after torch.compile, shards of ZeRO-3)?"
-            return DOES_NOT_MOVE, text
-        if self.equal.all():
-            text = "the average is equal to the weights: it is copied, or its decay is 0"
-            return "equals the weights", text
-        return None
-
-
-@dataclass
-class _Explanation:
-    """The search for the rule, the length and the starts that explain how an average moved."""
-
-    series: Series
-    model: Model  # of the claim
-    rules: Sequence[DecayRule]  # that are possible
-    moves: Sequence[int]  # the intervals in which weights move
-    notes: list[str]  # what else happened in an interval, by which it shows no decay
-    is_late: bool  # whether the average began in the first interval
-    starts: dict[int, float] = field(default_factory=dict)  # times of starts, by interval
-    alike: list[Model] = field(default_factory=list)  # the best model, and others about as good
-
-    @cached_property
-    def rows(self) -> Intervals:
-        return self.series.intervals()
-
-    @property
-    def usable(self) -> list[int]:
-        moving = [index for index in self.moves if self.notes[index] != _STILL]
-        clear = [index for index in moving if not self.notes[index]]
-        return clear or moving
-
-    @property
-    def stands(self) -> bool:
-        """Whether the average was never updated while weights moved."""
-        return all(self.notes[index] == _STILL for index in self.moves)
-
-    def find(self) -> None:
-        """Find rule and starts in turns: an average that restarted repeats its warm-up, too."""
-        for _ in range(2):
-            self._fit()
-            starts = self._restarts()
-            if self.is_late and 0 not in self.starts:
-                starts[0] = _locate_start(self.alike[0], self.rows[[0]])
-            self.starts |= starts
-            for index, time in self.starts.items():
-                event = "began again" if index else "begins"
-                self.notes[index] = f"{event} near step {time:,.0f}"
-            if not starts:
-                return
-        self._fit()
-
-    def _fit(self) -> None:
-        rows = self.rows[self.usable]
-        model = self.model.begun(*self.starts.values())
-        self.alike = best_models(model, self.rules, rows)
-
-    def _restarts(self) -> dict[int, float]:
-        """Return the times at which the average restarted from the weights, by interval."""
-        model = self.alike[0]
-        usable = [index for index in self.usable if not self.notes[index]]
-        restarts: dict[int, float] = {}
-        if (model.is_power and model.claimed) or len(usable) < 3:
-            return restarts
-        before = model.forgotten(self.rows.begin)
-        kept = np.exp(before - model.forgotten(self.rows.end))
-        for index in usable:
-            row = self.rows[[index]]
-            is_lost = row.kept()[0] < kept[index] / 2
-            if kept[index] < _SHORTEST or not is_lost:
-                continue
-            # either another decay or a restart explains the interval
-            own = row.unexplained(row.fit(model))
-            limit = _CLEARLY * row.unexplained(model)
-            if own < limit:
-                time = _locate_start(model, row)
-                begun = row.unexplained(model.begun(time))
-                if begun < min(limit, 1.5 * own):
-                    restarts[index] = time
-        return restarts
-
-    # --- the findings
-
-    @property
-    def without_gap(self) -> Series:
-        """The longest part of the series of which all intervals are usable."""
-        usable = self.usable
-        gaps = np.flatnonzero(np.diff(usable) > 1) + 1
-        longest = max(np.split(usable, gaps), key=len).tolist()
-        return self.series.between(longest[0], longest[-1] + 1)
-
-    @cached_property
-    def refined(self) -> tuple[Model, float]:
-        """The model with the value that all checkpoints show, and its uncertainty."""
-        model, sigma = refine(self.alike[0], self.without_gap)
-        end = self.series.times[-1]
-        lengths = [rule.length_at(end) for rule in self.alike]
-        apart = [abs(math.log(length / lengths[0])) for length in lengths]
-        return model, math.hypot(sigma, max(apart))
-
-    def lost_share(self, model: Model) -> float:
-        """Return the share of the elements of the average that lose updates, of those that a model
-        moves."""
-        kept, followed = self.rows.shares(model)
-        moves = []
-        expected = []
-        series = zip(self.series.values, self.series.dtypes, strict=True)
-        for (weights, averages), dtype in series:
-            before = averages[:-1]
-            digits = digits_of(before, dtype)
-            apart = weights[:-1] - before
-            motion = (1 - kept) * apart + followed * np.diff(weights, axis=0)
-            is_expected = np.abs(motion) > _DIGITS * digits
-            expected.append(is_expected[self.usable].ravel())
-            moved = np.diff(averages, axis=0) / digits
-            moves.append(moved[self.usable].ravel())
-        return lost_share(np.concatenate(moves), np.concatenate(expected))
-
-    @property
-    def rivals(self) -> list[Model]:
-        """The best model and others that explain the files about as well, if there are any."""
-        best, *others = self.alike
-        times = self.series.times
-        rivals = [model for model in others if not are_the_same(model, best, times)]
-        return [best, *rivals] if rivals else []
-
-    @cached_property
-    def better_rules(self) -> list[Model]:
-        """The best models of another rule, if a claimed one explains the files clearly worse."""
-        claim = self.alike[0]
-        if claim.claimed is None or claim.is_power:
-            return []
-        times = self.series.times
-        rows = self.rows[self.usable]
-        rules = possible_rules(times[-1] / claim.every)
-        better = best_models(replace(claim, claimed=None), rules, rows)
-        is_same = are_the_same(better[0], claim, times)
-        if is_same or not explains_more(rows, better[0], claim):
-            return []
-        return better if is_likelier(better[0], claim, self.without_gap) else []
-
-    @property
-    def intervals(self) -> list[Interval]:
-        model = self.alike[0]
-        intervals = []
-        for index, note in enumerate(self.notes):
-            row = self.rows[[index]]
-            intervals.append(_interval(row, model, note))
-        return intervals
-
-
-def _locate_start(model: Model, row: Intervals) -> float:
-    """Return the time in an interval at which the average started from the weights."""
-    last = np.nextafter(row.end[0], row.begin[0])  # at the end itself it is of the next interval
-    times = np.linspace(row.begin[0], last, 51)
-    return row.search(model.begun, times)
-
-
-def _interval(row: Intervals, model: Model, note: str) -> Interval:
-    """Return the findings of one interval alone; a warm-up as the constant decay that forgets as
-    much.
-
-    One interval may be explained by several values: the nearest one counts.
-    """
-    begin = float(row.begin[0])
-    end = float(row.end[0])
-    value = None
-    if row.gram[..., 2, 2].any():
-        plain = _as_plain(model, begin, end)
-        values = plain.value * np.geomspace(1 / 3, 3, 24)
-        value = row.fit(plain, values).length
-    claimed = None
-    if model.claimed is not None:
-        claimed = _as_plain(model.claim, begin, end).length
-    y, d = np.moveaxis(row.gram[..., :2], -1, 0)  # their products with y, d and v
-    squares = y[..., 0] + d[..., 1] - 2 * d[..., 0]
-    moved = float(squares.sum())
-    unexplained = None
-    if moved > 0:
-        left = float(row.residuals(model).sum())
-        unexplained = math.sqrt(max(left, 0.0) / moved)
-    return Interval(begin, end, value, claimed, unexplained, note)
-
-
-def _as_plain(model: Model, begin: float, end: float) -> Model:
-    """Return a model that forgets as much in an interval, but evenly."""
-    if model.is_power:
-        return replace(model, starts=(0.0,))
-    starts = tuple(start for start in model.starts if start < begin)
-    began = replace(model, starts=starts or (begin,))
-    before, after = began.forgotten(np.array([begin, end])).tolist()
-    lost = max(after - before, 1e-12)
-    return Model(value=lost / (end - begin), every=model.every)
-
-
 # --- the verdict
 
 
-def _judge(
-    name: str,
-    series: Series,
-    tensors: Sequence[str],
-    model: Model,
-    rules: Sequence[DecayRule],
-    unit: str,
-) -> Audit:
-    """Return the audit of an average; `tensors` are the names of its pieces."""
-    moves = _Moves.of(series)
-    audit = Audit(name, "undetermined", "", _what(model))
-    if model.claimed is not None:
-        audit = replace(audit, claimed=model.claim.parameter)
-    fault = moves.fault or _updated_once(series, model, unit)
-    if fault:
-        verdict, text = fault
-        return replace(audit, verdict=verdict, text=text)
-    averaged = ~moves.still.all(axis=0) & ~moves.equal
-    explanation = _explanation(series, moves, averaged, model, rules)
-    if explanation.stands:
-        return replace(audit, text="in no interval do both the weights and the average move")
-    explanation.find()
-    lost = moves.lost(tensors, averaged)
-    audit = _with_findings(audit, explanation)
-    total = len(set(tensors))
-    verdict, text = _verdict(audit, explanation, lost, total, unit)
-    if verdict in ("undetermined", "another rule"):
-        text += _change_text(audit)
-    audit = replace(audit, verdict=verdict, text=text)
-    if verdict == "undetermined":
-        return replace(audit, found=None)
-    if verdict != SOME_TENSORS:
-        lost = ()
-    return replace(audit, tensors=lost)
+@dataclass(frozen=True)
+class _Fit:
+    """A family of averages, and which of them explains the intervals best."""
+
+    family: Family
+    log: float
+    misfit: float
 
 
-def _updated_once(series: Series, model: Model, unit: str) -> Verdict | None:
-    """Return the verdict on an average that is updated once in each interval, and more often by its
-    model."""
-    if model.every > 0.9 * series.spacing or not series.intervals().are_single:
+class _Judge:
+    """What an average did between checkpoints."""
+
+    def __init__(
+        self,
+        name: str,
+        newest: Checkpoint,
+        sample: _Sample,
+        claimed: float | None,
+        given: ImportSettings,
+    ) -> None:
+        self.name = name
+        self.sample = sample
+        self.unit = newest.t_unit
+        self.every = given.update_every or 1
+        first = self.every
+        if isinstance(newest.profile, OrdinaryEMA):
+            self.every = newest.profile.settings["every"]
+            first = newest.profile.settings["first"]
+        self.updates = np.maximum((sample.times - first) // self.every + 1, 0)
+        self.last = float(self.updates[-1])
+        self.claim = _claim(newest, claimed)
+        self.families = possible_families(self.last)
+        if not self.claim:
+            self.families = _unsaid(newest, given, self.last)
+        is_counted = newest.updates is not None and newest.updates.count is not None
+        self.may_be_rarer = self.every == 1 and given.update_every is None and not is_counted
+        moves = sample.moves
+        follows = (~sample.stays & moves).any(axis=0)
+        is_copied = sample.copied[1:].all(axis=0)
+        self.is_averaged: Bools = np.logical_and(follows, np.logical_not(is_copied))
+        is_copy = (sample.copied[:-1] | ~moves).all(axis=1)
+        self.copies = int(np.argmin(np.append(is_copy, False)))
+
+    def audit(self) -> Audit:
+        what = "decay"
+        claimed = None
+        if self.claim:
+            what = _what(self.claim.rule)
+            claimed = _number(self.claim.rule)
+        audit = Audit(self.name, "undetermined", "", what, claimed=claimed)
+        if self.copies:
+            audit = replace(audit, copied_until=float(self.sample.times[self.copies - 1]))
+        if fault := self._fault():
+            verdict, text = fault
+            tensors = tuple(self._lost) if verdict == SOME_TENSORS else ()
+            return replace(audit, verdict=verdict, text=text, tensors=tensors)
+        return self._explained(audit)
+
+    @property
+    def _lost(self) -> dict[str, None]:
+        """The names of tensors whose weights move, and which are not averaged."""
+        are_lost = self.sample.moves.any(axis=0) & ~self.is_averaged
+        return dict.fromkeys(compress(self.sample.names, are_lost))
+
+    def _fault(self) -> tuple[str, str] | None:
+        """Return the verdict, and its text, on an average that does not average."""
+        moves = self.sample.moves
+        stays = self.sample.stays
+        if not moves.any():
+            return "undetermined", "the weights stand still between these checkpoints"
+        if (stays | ~moves).all():
+            text = "the average does not move while the weights do: is its update called, and on "
+            text += "the same tensors that are saved (names after torch.compile, shards of ZeRO-3)?"
+            return DOES_NOT_MOVE, text
+        if self.sample.copied[1:].all():
+            text = "the average is equal to the weights: it is copied, or its decay is 0"
+            return EQUALS, text
+        if lost := self._lost:
+            count = len(set(self.sample.names))
+            text = f"{len(lost)} of {count} tensors are not followed, or copied, while the others "
+            return SOME_TENSORS, f"{text}are averaged: {names_in([*lost], 3)}"
+        stands = (stays | ~moves).all(axis=1)
+        spacings = np.diff(self.sample.times)
+        shortest = spacings[~stands].min()  # a shorter one may lie between two updates
+        stopped = moves.any(axis=1) & stands & (spacings >= shortest)
+        if stopped.any():
+            where = np.flatnonzero(stopped)
+            begin = self.sample.times[where[0]]
+            end = self.sample.times[where[-1] + 1]
+            text = f"the average does not move from {self._at(begin)} to {end:,.12g}, while the "
+            return DOES_NOT_MOVE, f"{text}weights do"
         return None
-    text = "the average takes in only the weights of these files, as if it is updated once at each"
-    return ONCE, f"{text}: every {series.spacing:,.0f} {unit}"
 
+    def _at(self, time: float) -> str:
+        return f"{self.unit[:-1]} {time:,.12g}"
 
-def _what(model: Model) -> str:
-    return "sigma_rel" if model.is_power else "decay"
+    def _explained(self, audit: Audit) -> Audit:
+        """Return the audit of an average that moves, by the lengths that explain how."""
+        count = len(self.sample.gram)
+        rows = self.sample.intervals(self.updates, self.is_averaged).between(self.copies, count)
+        if not len(rows.gram):
+            return replace(audit, text="the average equals the weights but for the last checkpoint")
+        if (rows.counts > 1.1).all() and rows.are_single:
+            spacing = np.median(np.diff(self.sample.times))
+            text = "the average takes in only the weights of these files, as if it is updated once "
+            text += f"at each: every {spacing:,.0f} {self.unit}"
+            return replace(audit, verdict=ONCE, text=text)
+        fits = self._fits(rows, self.families)
+        if self.claim:
+            claim = self._fits(rows, [self.claim])[0]
+            is_other = fits[0].misfit < claim.misfit - _clearly(rows)
+            if not is_other or rows.are_noise or self._are_same(fits[0], claim):
+                return self._compared(audit, rows, claim, fits)
+        best = fits[0]
+        sigma = self._uncertainty(rows, best)
+        audit = self._with_findings(audit, rows, best, sigma)
+        candidates = [self._candidate(fit, sigma) for fit in self._rivals(rows, fits)]
+        if self.may_be_rarer and sigma <= _CLEAR and not best.family.rule.warm_up:
+            candidates = [*self._rarer(rows, best, sigma), *candidates]
+        audit = replace(audit, candidates=tuple(candidates))
+        if self.claim:
+            texts = " or by ".join(candidate.text for candidate in candidates)
+            text = f"the average moves as by {texts}, not {_claim_text(self.claim.rule)}"
+            return replace(audit, verdict="another rule", text=text)
+        if broken := self._broken(rows, best):
+            verdict, text = broken
+            return replace(audit, verdict=verdict, text=text, found=None)
+        texts = ", and as ".join(candidate.text for candidate in candidates)
+        if len(candidates) > 1:
+            text = f"the files show it about equally as {texts}"
+            return replace(audit, found=None, text=text)
+        if vague := self._why_vague(rows, best, sigma):
+            return replace(audit, found=None, text=vague)
+        return replace(audit, verdict="found", text=texts)
 
+    def _fits(self, rows: Intervals, families: Sequence[Family]) -> list[_Fit]:
+        """Return the best average of each family, the best of all first. Rules that few libraries
+        have, and those that begin as the mean of all weights, count as worse by as much as is about
+        equal."""
+        fits = []
+        for family in families:
+            log = rows.fit(family)
+            misfit = rows.misfit(family, log)
+            rule = family.member(log)
+            if not family.is_known and (rule.begins_as_mean or not RULES[rule.warm_up].is_common):
+                misfit += _alike(rows)
+            fits.append(_Fit(family, log, misfit))
+        return sorted(fits, key=lambda fit: fit.misfit)
 
-def _explanation(
-    series: Series,
-    moves: _Moves,
-    averaged: Bools,
-    model: Model,
-    rules: Sequence[DecayRule],
-) -> _Explanation:
-    """Return the search among the pieces that are averaged, from where the average began."""
-    first = max(moves.copies - 1, 0)
-    last = len(series.times) - 1
-    weights = moves.weights[first:, averaged]
-    values = [*compress(series.values, averaged)]
-    rounding = series.rounding[:, averaged]
-    dtypes = [*compress(series.dtypes, averaged)]
-    of_averages = Series(series.times, values, rounding, dtypes)
-    stands = moves.stands[first:]
-    times = series.times[first:]
-    return _Explanation(
-        series=of_averages.between(first, last),
-        model=model,
-        rules=rules,
-        moves=np.flatnonzero(weights.any(axis=1)).tolist(),
-        notes=_notes(stands, times, model.starts[1:]),
-        is_late=moves.copies > 0 and model.rule.copies <= 1,
-    )
+    def _uncertainty(self, rows: Intervals, fit: _Fit) -> float:
+        """Return that of a length; of a decay that rises, by how much more or less often it may be
+        applied."""
+        if not self._rises(fit):
+            return rows.uncertainty(fit.family, fit.log)
+        rule = Family(fit.family.member(fit.log), is_known=True)
+        log = rows.fit(rule)
+        return math.hypot(log, rows.uncertainty(rule, log))
 
+    def _rivals(self, rows: Intervals, fits: Sequence[_Fit]) -> list[_Fit]:
+        """Return the best average, and those of other rules that explain the intervals about as
+        well."""
+        best = fits[0]
+        rivals = [best]
+        for fit in fits[1:]:
+            is_alike = fit.misfit < best.misfit + _alike(rows)
+            if is_alike and not any(self._are_same(fit, rival) for rival in rivals):
+                rivals.append(fit)
+        return rivals
 
-def _notes(
-    stands: Bools,
-    times: FloatArray,
-    restarts: Sequence[float],
-) -> list[str]:
-    """Return what the checkpoints or the settings say of each interval; empty if nothing."""
-    notes = [_STILL if still else "" for still in stands]
-    for restart in restarts:
-        index = np.searchsorted(times, restart, "right") - 1
-        if 0 <= index < len(notes):
-            notes[index] = f"began again near step {restart:,.0f}"
-    return notes
+    def _are_same(self, one: _Fit, other: _Fit) -> bool:
+        """Return whether two fits make about the same averages at the times of the checkpoints."""
+        apart = _tails(one, self.updates) - _tails(other, self.updates)
+        return bool(np.abs(apart).max() <= _SAME)
 
+    # --- findings
 
-def _with_findings(audit: Audit, explanation: _Explanation) -> Audit:
-    model, sigma = explanation.refined
-    value = model.parameter_at(explanation.series.times[-1])
-    starts = explanation.starts
-    audit = replace(
-        audit,
-        what=_what(model),
-        found=value,
-        warm_up=warm_up_text(model.fitted).replace("none", ""),
-        starts=tuple(sorted(starts.values())),
-        is_late=0 in starts,
-        intervals=tuple(explanation.intervals),
-    )
-    length = None
-    if model.claimed is not None or model.parameter <= value + _RISES:
-        length = model.length
-    difference = abs(math.log(model.length / model.claim.length))
-    return replace(audit, length=length, uncertainty=sigma, difference=difference)
+    def _with_findings(
+        self,
+        audit: Audit,
+        rows: Intervals,
+        best: _Fit,
+        sigma: float,
+    ) -> Audit:
+        """Return the audit with the numbers of an average and of its intervals."""
+        rule = best.family.member(best.log)
+        intervals = []
+        unexplained = _unexplained(rows, best)
+        claim = _Fit(self.claim, 0.0, 0.0) if self.claim else None
+        for index, fit in enumerate(self._own(rows, best)):
+            at = index + self.copies
+            begin, end = self.sample.times[at : at + 2].tolist()
+            updates = float(self.updates[at + 1])
+            moves = bool(self.sample.moves[at].any())
+            stays = bool(self.sample.stays[at].all())
+            interval = Interval(
+                begin,
+                end,
+                found=self._length(fit, updates) if moves else None,
+                claimed=self._length(claim, updates) if claim else None,
+                unexplained=None if stays else float(unexplained[index]),
+            )
+            intervals.append(interval)
+        length = None if self._rises(best) else self._limit(best)
+        return replace(
+            audit,
+            what=_what(rule),
+            found=self._parameter(best),
+            length=length,
+            uncertainty=sigma,
+            warm_up=warm_up_text(rule).replace("none", ""),
+            intervals=tuple(intervals),
+        )
 
+    def _own(self, rows: Intervals, best: _Fit) -> list[_Fit]:
+        """Return the average that explains each interval alone; its misfit is relative to that of
+        the best one."""
+        fits = []
+        for index in range(len(rows.gram)):
+            row = rows.between(index, index + 1)
+            log = row.fit(best.family, near=best.log)
+            less = row.misfit(best.family, log) - row.misfit(best.family, best.log)
+            fits.append(_Fit(best.family, log, less))
+        return fits
 
-def _verdict(
-    audit: Audit,
-    explanation: _Explanation,
-    lost: Sequence[str],
-    tensors: int,
-    unit: str,
-) -> Verdict:
-    """Return the verdict on an average that moved as explained, and its text; it has `lost` some of
-    its tensors."""
-    if explanation.rivals:
-        settings = ", and as ".join(map(_setting, explanation.rivals))
-        return "undetermined", f"the files show it about equally as {settings}"
-    model, sigma = explanation.refined
-    shown = _shown(model, audit.found or 0.0, sigma, unit)
-    if audit.starts[audit.is_late :]:
-        return _begun_again(audit, explanation, shown)
-    if broken := _broken(audit, explanation, unit):
-        return broken
-    if lost:
-        text = f"{len(lost)} of {tensors} tensors are not followed, or copied, while the others are"
-        return SOME_TENSORS, f"{text} averaged: {names_in(lost, 3)}"
-    if model.starts[1:]:
-        shown += f"; begun from the weights near step {_steps(model.starts[1:])}"
-    if explanation.better_rules:
-        settings = " or ".join(map(_setting, explanation.better_rules))
-        text = f"the average moves as by {settings}, not as by {_setting(model.claim)}"
-        return "another rule", text
-    verdict, text = _compare_lengths(audit, explanation, shown, unit)
-    if verdict in ("found", "as claimed"):
-        return _set_back(audit, unit) or (verdict, text)
-    return verdict, text
+    def _length(self, fit: _Fit, updates: float) -> float:
+        """Return the time constant after so many updates, in units of time, or the sigma_rel."""
+        if _what(fit.family.rule) == "sigma_rel":
+            return self._parameter(fit)
+        return self.every * fit.family.length(fit.log, updates)
 
+    def _limit(self, fit: _Fit) -> float:
+        """Return the time constant after the warm-up, or before a schedule, or the sigma_rel."""
+        rule = fit.family.member(fit.log)
+        if fit.family.is_known or _what(rule) == "sigma_rel":
+            return self._length(fit, self.last)
+        return self.every / (1 - _number(rule))
 
-def _set_back(audit: Audit, unit: str) -> Verdict | None:
-    """Return the verdict on an average of a clear length that jumps; None if it does not."""
-    jump = audit.jump
-    if jump is None or (audit.uncertainty or 0.0) >= _VAGUE / 2:
-        return None
-    text = f"the average of {unit[:-1]} {jump.end:,.12g} does not follow from that of "
-    text += f"{jump.begin:,.12g}: the average, or the weights, were set back or replaced"
-    return SET_BACK, text
+    def _parameter(self, fit: _Fit) -> float:
+        """Return the decay of the last update, or the first one of a schedule, or the sigma_rel."""
+        rule = fit.family.rule
+        if rule.is_schedule or _what(rule) == "sigma_rel":
+            return _number(rule.longer(math.exp(fit.log)))
+        return fit.family.kept(fit.log, self.last)
 
+    def _rises(self, fit: _Fit) -> bool:
+        """Return whether the decay of an unknown rule has not reached its limit."""
+        rule = fit.family.rule
+        if fit.family.is_known or not rule.warm_up or rule.is_schedule:
+            return False
+        return self._limit(fit) > (1 + _RISES) * self._length(fit, self.last)
 
-def _change_text(audit: Audit) -> str:
-    if audit.change is None:
+    def _candidate(self, fit: _Fit, sigma: float) -> Candidate:
+        """Return the settings that say an average, and a text for it."""
+        rule = fit.family.member(fit.log)
+        value = self._parameter(fit)
+        warm_up = warm_up_text(rule)
+        if _what(rule) == "sigma_rel":
+            return Candidate(
+                POWER_FUNCTION, value, False, f"sigma_rel {value:.4g} (± {percent(sigma)})"
+            )
+        if rule.is_schedule:
+            text = f"decay by {rule.rule} (± {percent(sigma)} of what an update takes in)"
+            return Candidate(warm_up.partition(":")[0], value, False, text)
+        shown = _decay_text(value, sigma)
+        if self._rises(fit):
+            text = f"decay {shown} at the end, still rising by {rule.rule}"
+            return Candidate(warm_up, value, True, text)
+        length = self._limit(fit)
+        text = f"decay {shown}, a time constant of {length:,.4g} {self.unit} (± {percent(sigma)})"
+        if not fit.family.is_known and rule.warm_up:
+            text += f", reached by {rule.rule}"
+            value = rule.decay
+        return Candidate(warm_up, value, False, text)
+
+    def _rarer(self, rows: Intervals, best: _Fit, sigma: float) -> list[Candidate]:
+        """Return round decays of updates at every few steps, of the same mean age, that explain the
+        intervals better, and not about equally.
+
+        Of one training with 15 files and updates at every step, decays of 0.99 to 0.999, they
+        explained them better by at most 0.009; about equal is 0.023. With 0.95 at every 5th step by
+        0.028.
+        """
+        length = best.family.length(best.log, self.last)
+        plain = best.misfit
+        for decay in round_decays(1 - 1 / length, sigma):
+            plain = rows.misfit(Family(DecayRule(decay), is_known=True), 0.0)
+        rarer = []
+        for every in _STRIDES:
+            updates = self.sample.times[self.copies :] // every
+            at_strides = Intervals(updates, rows.gram, rows.rounding)
+            for decay in round_decays((length - 1) / (length - 1 + every), sigma):
+                rule = Family(DecayRule(decay), is_known=True)
+                misfit = at_strides.misfit(rule, 0.0)
+                if decay >= _LEAST_RARE and misfit < plain - _alike(rows):
+                    text = f"decay {decay:g} at every {every} {self.unit}"
+                    candidate = Candidate("none", decay, False, text, every)
+                    rarer.append((misfit, candidate))
+        return [candidate for _, candidate in sorted(rarer, key=lambda row: row[0])]
+
+    # --- verdicts
+
+    def _broken(self, rows: Intervals, best: _Fit) -> tuple[str, str] | None:
+        """Return the verdict, and its text, on an average that the weights do not explain, or not
+        in some intervals."""
+        shares = _unexplained(rows, best)
+        if np.median(shares) > _FOREIGN:
+            return "undetermined", _OTHER_WEIGHTS
+        own = self._own(rows, best)
+        is_still = np.asarray(self.sample.stays[self.copies :].all(axis=1))  # between two updates
+        differs = [
+            not stands and abs(fit.log - best.log) > _APART and fit.misfit < -_OWN
+            for stands, fit in zip(is_still.tolist(), own, strict=True)
+        ]
+        if sum(differs) > len(own) / 2:
+            lengths = [self._length(fit, self.last) for fit in own]
+            text = f"each interval alone shows another length, from {min(lengths):,.3g} to "
+            text += f"{max(lengths):,.3g} {self.unit}: its decay changes by an unknown rule"
+            return "another rule", text
+        times = self.sample.times[self.copies :]
+        spacings = np.diff(times)
+        longer = np.sqrt(np.maximum(spacings / np.median(spacings), 1))
+        jumps = shares > np.maximum(_JUMP, _JUMPS * np.median(shares) * longer)
+        places = np.flatnonzero(jumps | np.array(differs))
+        if len(own) < 3 or not places.size:
+            return None
+        begin, end = times[places[0] : places[0] + 2]
+        text = f"the average of {self._at(end)} does not follow from that of {begin:,.12g}: it "
+        text += (
+            "began again from the weights, it or the weights were replaced, or its decay changed"
+        )
+        return SET_BACK, text
+
+    def _compared(
+        self,
+        audit: Audit,
+        rows: Intervals,
+        best: _Fit,
+        others: Sequence[_Fit],
+    ) -> Audit:
+        """Return the audit of an average with a claim, by the best one of its family."""
+        sigma = self._uncertainty(rows, best)
+        audit = self._with_findings(audit, rows, best, sigma)
+        if broken := self._broken(rows, best):
+            verdict, text = broken
+            return replace(audit, verdict=verdict, text=text, found=None)
+        found = self._candidate(best, sigma).text
+        claimed = _claim_text(best.family.rule)
+        difference = abs(best.log)
+        if not rows.are_noise:
+            audit = replace(audit, difference=difference)
+        is_better = best.misfit < rows.misfit(best.family, 0.0) - _BETTER
+        if is_better and difference > max(3 * sigma, _SLACK):
+            verdict = "too long" if best.log > 0 else "too short"
+            text = f"{verdict} by a factor of {math.exp(difference):.3g}: {found}, not {claimed}; "
+            text += _cause(verdict, difference, sigma)
+            rivals = tuple(self._candidate(fit, sigma) for fit in self._rivals(rows, others))
+            return replace(audit, verdict=verdict, text=text, candidates=rivals)
+        if vague := self._why_vague(rows, best, sigma):
+            return replace(audit, found=None, text=vague)
+        if difference > _VAGUE:
+            text = f"the checkpoints show it too vaguely: {found}, not {claimed}"
+            return replace(audit, found=None, text=text)
+        return replace(audit, verdict="as claimed", text=f"{found}, as claimed")
+
+    def _why_vague(self, rows: Intervals, best: _Fit, sigma: float) -> str:
+        """Return why a length is undetermined; empty if it is not."""
+        spacing = float(rows.counts.min())
+        length = best.family.length(0.0 if self.claim else best.log, self.last)
+        found = best.family.length(best.log, self.last)
+        is_decay = _what(best.family.rule) == "decay"
+        if is_decay and max(length, found) < _SHORTEST * spacing:
+            text = (
+                f"its time constant is below {_SHORTEST * spacing * self.every:,.3g} {self.unit}, "
+            )
+            text += "too short for the time between these checkpoints; checkpoints closer than "
+            return f"{text}{length * self.every / _SHORTEST:,.0f} {self.unit} would show it"
+        if sigma > _VAGUE:
+            return f"the checkpoints do not show its length (± {percent(min(sigma, 1))})"
         return ""
-    return (
-        f"; its decay changes near step {audit.change:,.0f}: name the files of one side by a glob"
-    )
 
 
-def _steps(times: Sequence[float]) -> str:
-    return " and ".join(f"{time:,.0f}" for time in times)
-
-
-def _begun_again(audit: Audit, explanation: _Explanation, shown: str) -> Verdict:
-    """Return the verdict on an average that seems to restart: in intervals one after another, its
-    decay rises."""
-    restarts = audit.starts[audit.is_late :]
-    intervals = sorted(index for index in explanation.starts if index)
-    if (np.diff(intervals) == 1).any():
-        text = f"its decay rises until step {restarts[-1]:,.0f} by a rule that is not known"
-        if explanation.model.claimed is None:
-            return "found", f"{text}; {shown}"
-        return "another rule", f"{text}: name the files after it by a glob"
-    text = f"began again from the weights near step {_steps(restarts)}: the average was lost, or "
-    return "began again", f"{text}reset, at a resume; {shown}"
-
-
-def _broken(
-    audit: Audit,
-    explanation: _Explanation,
-    unit: str,
-) -> Verdict | None:
-    """Return the verdict on an average that follows no decay; None if it may follow one."""
-    model, _ = explanation.refined
-    if audit.is_of_other_weights:
-        model = model.claim
-    if (share := explanation.lost_share(model)) > MOST_LOST:
-        text = f"the average is kept in too few digits: {share:.0%} of its elements stand still "
-        return LOSES_UPDATES, f"{text}where the weights move them by {_DIGITS} digits"
-    if audit.is_of_other_weights:
-        return "undetermined", _OTHER_WEIGHTS
-    moved = [each.time for each in audit.intervals if each.note != _STILL]
-    shortest = min(moved, default=0.0)  # a shorter one may lie between two updates
-    stopped = []
-    for each in audit.intervals:
-        is_long = each.time >= max(shortest, 2 * explanation.model.every)  # of two updates or more
-        if each.note == _STILL and is_long:
-            stopped.append(each)
-    if not stopped:
+def _claim(newest: Checkpoint, claimed: float | None) -> Family | None:
+    """Return the rule that an average is claimed to follow; None without a claim."""
+    if newest.sigma_rel:
+        power = gamma_from_sigma_rel(newest.sigma_rel) + 1
+        return Family(DecayRule(warm_up=POWER_FUNCTION, power=power, copies=1), is_known=True)
+    decay = claimed or newest.decay
+    if not decay:
         return None
-    text = f"the average does not move from {unit[:-1]} {stopped[0].begin:,.12g} to "
-    return DOES_NOT_MOVE, f"{text}{stopped[-1].end:,.12g}, while the weights do"
+    rule = DecayRule()
+    if isinstance(newest.profile, OrdinaryEMA):
+        rule = newest.profile.rule
+    return Family(replace(rule, decay=decay), is_known=True)
 
 
-def _setting(model: Model) -> str:
-    """Return the settings of an import that say a model."""
-    if model.is_power:
-        return f"sigma_rel {model.parameter:.3g}"
-    if model.rule.is_schedule:
-        return f"warm-up {model.rule.warm_up}:{model.parameter:.5g}"
-    warm_up = warm_up_text(model.fitted)
-    return f"decay {min(model.parameter, 0.999999):.6g} with warm-up {warm_up}"
+def _unsaid(newest: Checkpoint, given: ImportSettings, updates: float) -> list[Family]:
+    """Return the rules that an average of unknown decay may follow: the one that its file or the
+    settings say, else all."""
+    possible = possible_families(updates)
+    if not isinstance(newest.profile, OrdinaryEMA):
+        return possible
+    rule = newest.profile.rule
+    if given.ema_warmup is None:
+        if not rule.warm_up:
+            return possible
+        number = RULES[rule.warm_up].number
+        said = newest.updates.rule if newest.updates else {}
+        if number and number not in said:  # one of ema-pytorch's powers, which counts calls
+            alike = [each.rule for each in possible if each.rule.warm_up == rule.warm_up]
+            return [Family(replace(each, copies=rule.copies, stride=rule.stride)) for each in alike]
+    steps = rule.steps if rule.steps < math.inf else updates
+    return [Family(replace(rule, decay=0.5, base=0.5, before=0, steps=steps))]
 
 
-def _shown(
-    model: Model,
-    value: float,
-    sigma: float,
-    unit: str,
-) -> str:
-    """Return what was found, for messages."""
-    if model.is_power:
-        return f"sigma_rel {value:.4g} (± {percent(sigma)})"
-    rule = model.fitted.rule
-    if model.rule.is_schedule:
-        return f"decay by {rule} (± {percent(sigma)} of what an update takes in)"
-    if model.parameter > value + _RISES:
-        return f"decay {_decay_text(value, sigma)} at the end, still rising by {rule}"
-    length = f"a time constant of {model.length:,.4g} {unit} (± {percent(sigma)})"
-    shown = f"decay {_decay_text(value, sigma)}, {length}"
-    if model.rule.warm_up:
-        shown += f", reached by {rule}"
-    return shown
+def _what(rule: DecayRule) -> str:
+    """Return the parameter in question."""
+    return "sigma_rel" if rule.warm_up == POWER_FUNCTION else "decay"
+
+
+def _number(rule: DecayRule) -> float:
+    """Return the decay after a warm-up, or the first one of a schedule, or the sigma_rel."""
+    if _what(rule) == "sigma_rel":
+        return sigma_rel_from_gamma(max(rule.power - 1, 1e-300))
+    return rule.base if rule.is_schedule else rule.decay
+
+
+def round_decays(decay: float, distance: float) -> list[float]:
+    """Return the decays 1 - 10^-k, 1 - 2 10^-k and 1 - 5 10^-k whose time constants are within a
+    relative distance, the nearest first."""
+    rest = 1 - decay
+    power = 10.0 ** math.floor(math.log10(rest))
+    near = []
+    for digit in (0.5, 1.0, 2.0, 5.0, 10.0, 20.0):
+        candidate = digit * power
+        log_ratio = abs(math.log(candidate / rest))
+        if log_ratio <= distance and candidate <= 0.5:
+            near.append((log_ratio, round(1 - candidate, 15)))
+    return [decay for _, decay in sorted(near)]
+
+
+def _claim_text(rule: DecayRule) -> str:
+    if rule.is_schedule:
+        return f"by {rule.rule}"
+    text = f"{_number(rule):.7g}"
+    if rule.warm_up not in ("", POWER_FUNCTION):
+        text += f", reached by {rule.rule}"
+    return text
+
+
+def _tails(fit: _Fit, updates: FloatArray) -> FloatArray:
+    """Return what the average after so many updates has of each earlier one: [updates, updates]."""
+    lost = fit.family.forgotten(fit.log, np.append(0.0, updates))
+    return np.tril(np.exp(np.minimum(lost - lost[:, None], 0)))
+
+
+def _alike(rows: Intervals) -> float:
+    """Return the difference of misfits at which rules explain intervals about equally."""
+    return float(_ALIKE / len(rows.gram) ** 1.5)
+
+
+def _clearly(rows: Intervals) -> float:
+    """Return the difference of misfits at which a rule explains intervals clearly better."""
+    return _CLEARLY + 1 / len(rows.gram)
+
+
+def _unexplained(rows: Intervals, fit: _Fit) -> FloatArray:
+    """Return the share of the average's motion in each interval that is left unexplained, as an L2
+    norm: in the median over the pieces, of which one may have been scaled for some steps."""
+    shares = rows.residuals(fit.family, fit.log) / rows.motion
+    return np.sqrt(np.median(shares, axis=1))
+
+
+def _cause(verdict: str, difference: float, sigma: float) -> str:
+    low, high = (f"{math.exp(difference + error):.3g}" for error in (-min(sigma, 1), min(sigma, 1)))
+    factor = low if low == high else f"{low} to {high}"
+    if verdict == "too long":
+        return f"as if updated every k steps, or at steps that are counted twice (k = {factor})"
+    return (
+        f"as if updated {factor} times a step: once a microbatch, or by each of so many processes"
+    )
 
 
 def _decay_text(decay: float, sigma: float) -> str:
@@ -924,59 +826,3 @@ def _decay_text(decay: float, sigma: float) -> str:
         return f"{decay:.7g}"
     decimals = 1 - math.floor(math.log10(error))
     return f"{decay:.{decimals}f}"
-
-
-def _why_vague(
-    audit: Audit,
-    model: Model,
-    is_better: bool,
-    unit: str,
-) -> str:
-    """Return why a length is undetermined; empty if it is not. `is_better` if the model explains
-    the intervals clearly better than its claim."""
-    length = model.claim.length
-    shortest = _SHORTEST * min(interval.time for interval in audit.intervals)
-    if not model.is_power and max(model.length, length) < shortest:
-        text = f"its time constant is below {shortest:,.3g} {unit}, too short for the time between"
-        text += f" these checkpoints; checkpoints closer than {length / _SHORTEST:,.0f}"
-        return f"{text} {unit} would show it"
-    sigma = audit.uncertainty or 0.0
-    is_far = is_better and audit.difference > math.log(_FAR)
-    if sigma > _VAGUE and not is_far:
-        return f"the checkpoints do not show its length (± {percent(min(sigma, 1))})"
-    return ""
-
-
-def _compare_lengths(
-    audit: Audit,
-    explanation: _Explanation,
-    shown: str,
-    unit: str,
-) -> Verdict:
-    """Return the verdict on a length, against the claimed one if there is a claim, and its text."""
-    model, _ = explanation.refined
-    rows = explanation.rows[explanation.usable]
-    is_better = explains_more(rows, model, model.claim)
-    if text := _why_vague(audit, model, is_better, unit):
-        return "undetermined", text
-    if model.claimed is None:
-        return "found", shown
-    sigma = audit.uncertainty or 0.0
-    difference = audit.difference
-    claimed = f"{model.claim.parameter:.7g}"
-    # The ± does not hold how far the paths of all weights together bend.
-    is_refuted = is_better and difference > min(math.log(_FAR), 3 * sigma)
-    if not is_refuted and difference > _VAGUE:
-        return "undetermined", f"the checkpoints show it too vaguely: {shown}, not {claimed}"
-    if not is_refuted or difference <= math.log(_SLACK):
-        return "as claimed", f"{shown}, as claimed"
-    verdict = "too long" if model.length > model.claim.length else "too short"
-    text = f"{math.exp(difference):.3g} times {verdict}: {shown}, not {claimed}"
-    return verdict, f"{text}; as if updated {_cause(verdict, difference, min(sigma, 1.0))}"
-
-
-def _cause(verdict: str, difference: float, sigma: float) -> str:
-    factors = f"{math.exp(difference - sigma):.3g} to {math.exp(difference + sigma):.3g}"
-    if verdict == "too long":
-        return f"at every k-th step only, or of steps that are counted twice (k = {factors})"
-    return f"{factors} times a step: once a microbatch, or by each of so many processes"

@@ -1,35 +1,43 @@
 """The times of checkpoints: numbers in their contents or names, and what these count.
 
-A number is steps if the content or a word in the name says so. It is epochs if a word in the name
-says so, if the content holds an equal `epoch`, or if the numbers of the files follow each other
-without a gap. Any other lone number is taken for a step, whose unit nothing states.
+A number is a step if the content states it, if a word in the name says so, or if a number in the
+name is one in the content that is called so. It is an epoch by the same signs, or if the numbers of
+the files follow each other without a gap. Any other lone number is taken for a step, which is said.
+The files of a run are read by one sign, the first in `_SIGNS` that all have.
 
-A number in a name counts if a word marks it, or if it is the only one, and if it is of plain
-digits, or as `step_1.5k`: `1_000`, another `1.5k` or a date may mean something else, and a wrong
-step would put weights at a wrong time without notice.
+A number in a name counts if it is of plain digits, or as `step_1.5k`: `1_000`, another `1.5k` or a
+date may mean something else, and a wrong step would put weights at a wrong time without notice.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import re
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
-from posthoc_cli.checkpoints.content import Content, stem_of
-from posthoc_cli.checkpoints.programs import EPOCH_VALUES, FROM_0, STEP_VALUES, Unit
+from posthoc_cli.checkpoints.ask import QuestionError
+from posthoc_cli.checkpoints.containers import stem_of
+from posthoc_cli.checkpoints.content import Content
 from posthoc_cli.checkpoints.settings import ImportSettings, read_number
 from posthoc_cli.errors import InvalidValueError, shown
 
-log = logging.getLogger(__name__)
+Unit = Literal["steps", "epochs", "images", ""]
+
+STEPS = (
+    "global_step", "global_steps", "step", "steps", "iter_num", "iteration", "iter", "n_iter", "it",
+    "step_count", "ss_steps", "train_steps", "num_updates", "batch_idx_train", "num_batches_seen",
+    "batch",
+)  # fmt: skip
+"""Last keys of values that are steps; of several the first one counts."""
+EPOCHS = ("epoch", "last_epoch", "current_epoch")
+_ANEW = {"step", "steps", "iteration", "iter"}  # values that may begin anew in each epoch
 
 _MOST = 10**15
 _HINT = r"import with `step_from`, a pattern such as 'step(\d+)'"
-
 _MORE = r"(?P<more>(?:[.,_-][0-9]+)+[km]?|[a-z]+)?"  # what follows digits of a number, or its unit
 _STEP = r"(?:steps?|iter(?:ation)?s?)"
 _EPOCH = r"ep(?:och)?s?"
@@ -50,7 +58,6 @@ _MARKS: tuple[tuple[Unit, re.Pattern[str]], ...] = (
     ("steps", _pattern(_AFTER, _STEP)),
     ("epochs", _pattern(_AFTER, _EPOCH)),
 )
-_COUNT = re.compile(rf"(?:[a-z]+_)?n?(?:{_STEP}|it|updates?)(?:_(?:count|num))?")  # names of values
 _CHECKPOINT = _pattern(_BEFORE, "(?:checkpoint|ckpt)s?")
 _NO_STEP = "v|version|fp|bf|int|float|fold|seed|copy|acc|loss|fid|psnr|wer|m?ap|m?iou|auc|dice"
 _ALONE = re.compile(
@@ -62,7 +69,6 @@ _DATE = re.compile(
 )
 _THOUSANDS = re.compile(r"[0-9]+(?:\.[0-9]+)?[km]", re.IGNORECASE)  # steps as 10k or 1.5M
 _GOES_ON = re.compile(r"[.,_-]?[0-9]")  # after such a letter: it is no unit then, as in 1k5
-_ANEW = {"", "step", "steps", "iteration"}  # values that may begin anew in each epoch, or a name's
 _SHARD = re.compile(r"[0-9]+-of-[0-9]+")
 _LONE = re.compile(r"[0-9]{3,}")  # the whole name of a folder; a shorter one may be an experiment's
 _FRACTION = re.compile(r"(?<![0-9])0\.[0-9]+")  # a decay or a loss in a name
@@ -75,18 +81,33 @@ class Reading:
     number: int
     unit: Unit  # empty if nothing states it
     origin: str  # where it was found, for a message
-    epoch: int | None = None  # in its content, or in its name beside a step
-    is_nameless: bool = False  # whether only its content has a number
-    is_marked: bool = False  # whether its name has a word for it, such as `checkpoint`
-    is_of_folder: bool = False  # whether it is in the name of the folder, not in that of the file
-    named: Reading | None = None  # what its name says, where its content has a step
-    is_from_0: bool = False  # whether it is of a program that counts epochs from 0
-    count: int = 0  # updates that an average has counted, one for each step
-    path: Path = Path()  # of the checkpoint
-    value: str = ""  # the name of the value in its content
+    value: str = ""  # the key of the value in the content that shows it
 
 
 UNREAD = Reading(0, "", "")
+
+
+@dataclass(frozen=True)
+class Signs:
+    """The numbers of one checkpoint, by the sign that shows them."""
+
+    path: Path
+    by_sign: Mapping[str, Reading]
+    epoch: int | None = None  # in its content, or in its name beside a step
+    problem: InvalidValueError | None = None  # why its name tells no time
+    count: int = 0  # updates that its average has counted, one for each step
+
+    @property
+    def series(self) -> str:
+        """What its name has in common with those of other times."""
+        return re.sub("[0-9]+", "*", f"{self.path.parent.name}/{self.path.name}")
+
+
+_SIGNS = (
+    "given", "stated", "step in name", "confirmed step", "epoch in name", "confirmed epoch", "lone",
+    "stated epoch",
+)  # fmt: skip
+"""From the surest on."""
 
 
 @dataclass(frozen=True)
@@ -102,48 +123,77 @@ class Times:
 # --- one checkpoint
 
 
-def read_time(content: Content, settings: ImportSettings) -> Reading:
-    """Return the number of a checkpoint; raise InvalidValueError if nothing tells it."""
-    is_from_0 = any(content.values.keys() >= marks for marks in FROM_0)
-    reading = _read_number(content, settings)
-    return replace(reading, is_from_0=is_from_0, path=content.path)
-
-
-def _read_number(content: Content, settings: ImportSettings) -> Reading:
+def read_signs(content: Content, settings: ImportSettings) -> Signs:
+    """Return the numbers of a checkpoint."""
     path = content.path
-    epoch = _whole(content, EPOCH_VALUES)
     if settings.step_from is not None:
-        return replace(_searched(path, settings), epoch=epoch)
-    last = {re.sub(r"\.\d+\.", ".*.", name): value for name, value in content.values.items()}
-    for name, unit in STEP_VALUES.items():
-        value = last.get(name)
-        if isinstance(value, str) and value.isdecimal() and len(value) < 20:
-            value = int(value)
-        if isinstance(value, int | float) and value > 0:
-            number = checked_number(path, value)
-            return Reading(number, unit, _stored(name), epoch, named=time_in_name(path), value=name)
-    of_content = _only_in_content(content, epoch)
+        reading = _search(path, settings)
+        return Signs(path, {"given": reading}, _value(content, EPOCHS)[1])
+    found = {}
+    name, stated = _value(content, STEPS)
+    if stated:
+        found["stated"] = Reading(stated, "steps", _stored(name), name)
+    epoch_name, epoch = _value(content, EPOCHS)
+    if epoch is not None:
+        found["stated epoch"] = Reading(epoch, "epochs", _stored(epoch_name))
+    problem = None
     try:
-        reading = named_time(path)
-    except InvalidValueError:
-        if of_content is None:
-            raise
-        return of_content
-    if of_content and reading.is_of_folder and reading.unit == "epochs":
-        return of_content  # the name may be that of an experiment
-    return replace(reading, epoch=reading.epoch if epoch is None else epoch)
+        named = named_time(path)
+        sign = {"steps": "step in name", "epochs": "epoch in name"}.get(named.unit, "lone")
+        found[sign] = named
+    except InvalidValueError as error:
+        problem = error
+    if "step in name" not in found:
+        found |= _confirmed(content, found.get("lone"))
+    if epoch is None:
+        epoch = _epoch_in(path)
+    return Signs(path, found, epoch, problem)
 
 
-def _only_in_content(content: Content, epoch: int | None) -> Reading | None:
-    """Return the number of a checkpoint whose name may have none: the epoch, or the only value that
-    is called as a count of steps is, such as `n_iter`; None if there is none."""
-    if epoch is not None and epoch >= 0:
-        return Reading(epoch, "epochs", _stored("epoch"), epoch, is_nameless=True)
-    counts = [name for name in content.values if _COUNT.fullmatch(name)]
-    number = _whole(content, counts)
-    if number is None or len(counts) > 1:
+def _value(content: Content, names: Sequence[str]) -> tuple[str, int | None]:
+    """Return the first of these keys that states a whole number, and this."""
+    for name in names:
+        number = _whole(content.values.get(name))
+        if number is not None:
+            return name, number
+    return "", None
+
+
+def _whole(value: object) -> int | None:
+    """Return a number, or a text of digits, as an int if it is whole and in range."""
+    if isinstance(value, str) and value.isdecimal() and len(value) < 16:
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return Reading(checked_number(content.path, number), "steps", _stored(counts[0]))
+    if not 0 <= value < _MOST or value != int(value):
+        return None
+    return int(value)
+
+
+_CONFIRMED: tuple[tuple[str, Unit, Sequence[str]], ...] = (
+    ("confirmed step", "steps", STEPS),
+    ("confirmed epoch", "epochs", EPOCHS),
+)
+
+
+def _confirmed(content: Content, lone: Reading | None) -> dict[str, Reading]:
+    """Return the number in a name that a value in the content equals, or is one more than; of
+    several numbers in a name one from 10 on: small ones are equal by chance."""
+    digits = re.findall("[0-9]{1,15}", stem_of(content.path.name))
+    numbers = {int(text) for text in digits if len(text) > 1}
+    if lone is not None:
+        numbers = {lone.number}
+    for sign, unit, names in _CONFIRMED:
+        for key, value in content.values.items():
+            number = _whole(value)
+            is_named = key.rpartition(".")[2] in names and not content.is_of_optimizer(key)
+            if number is None or not is_named:
+                continue
+            for each in (number, number - 1):
+                if each in numbers:
+                    origin = f"the number in names, which {key!r} in the contents confirms"
+                    return {sign: Reading(each, unit, origin, key)}
+    return {}
 
 
 def _stored(name: str) -> str:
@@ -151,16 +201,7 @@ def _stored(name: str) -> str:
     return f"{name!r} in the contents"
 
 
-def time_in_name(path: Path) -> Reading | None:
-    """Return the number in the name of a file or folder itself, if there is one."""
-    with suppress(InvalidValueError):
-        reading = named_time(path)
-        if not reading.is_of_folder:
-            return reading
-    return None
-
-
-def _searched(path: Path, settings: ImportSettings) -> Reading:
+def _search(path: Path, settings: ImportSettings) -> Reading:
     """Return the number that the user's pattern finds in a path."""
     pattern = settings.step_from or ""
     match = re.search(pattern, str(path))
@@ -182,14 +223,6 @@ def _unit_at(text: str, begin: int) -> Unit:
     return ""
 
 
-def _whole(content: Content, names: Sequence[str]) -> int | None:
-    for name in names:
-        value = content.values.get(name)
-        if type(value) is int:
-            return value
-    return None
-
-
 def checked_number(path: Path, number: float) -> int:
     """Return a number as an int; raise InvalidValueError if it is not whole or out of range."""
     if not 0 <= number <= _MOST or number != int(number):
@@ -209,7 +242,6 @@ def named_time(path: Path) -> Reading:
     outer = stem_of(path.parent.name)
     name = _FRACTION.sub("", stem if has_number else outer)
     unit, matches = _marked(name)
-    is_marked = bool(matches)
     is_whole = _LONE.fullmatch(outer) or (outer.isdecimal() and outer != path.parent.name)
     if not matches and (has_number or is_whole):
         matches = [*_ALONE.finditer(name)]
@@ -218,10 +250,10 @@ def named_time(path: Path) -> Reading:
     number = _number_in(matches[0], unit, path)
     if not unit and _DATE.fullmatch(matches[0]["number"]):
         raise _doubt(path, f"'{number}' may be a date")
-    origin = f"the word for {unit} in names" if unit else "the only number in names"
-    of_folder = not has_number
-    epoch = _epoch_in(name) if unit == "steps" else None
-    return Reading(number, unit, origin, epoch, is_marked=is_marked, is_of_folder=of_folder)
+    return Reading(number, unit, f"the word for {unit} in names" if unit else _ONLY)
+
+
+_ONLY = "the only number in names"
 
 
 def _number_in(match: re.Match[str], unit: Unit, path: Path) -> int:
@@ -230,7 +262,7 @@ def _number_in(match: re.Match[str], unit: Unit, path: Path) -> int:
     other = parts.get("other", "")
     text = parts["number"] + parts["more"]
     if not other and not parts["more"]:
-        return int(text)
+        return checked_number(path, int(text[:20]))
     rest = match.string[match.end("more") :]
     if unit == "steps" and _THOUSANDS.fullmatch(text) and not _GOES_ON.match(rest):
         number = read_number(text)
@@ -239,16 +271,13 @@ def _number_in(match: re.Match[str], unit: Unit, path: Path) -> int:
     raise _doubt(path, f"{other + text!r} may be something else")
 
 
-def _epoch_in(name: str) -> int | None:
+def _epoch_in(path: Path) -> int | None:
     """Return the number next to a word for epochs; None if there is none, or are several."""
-    matches = _matches(name, "epochs")
+    matches = _matches(stem_of(path.name), "epochs")
     return int(matches[0]["number"]) if len(matches) == 1 else None
 
 
-def _matches(
-    name: str,
-    unit: Unit,
-) -> list[re.Match[str]]:
+def _matches(name: str, unit: Unit) -> list[re.Match[str]]:
     """Return the numbers next to a word for a unit."""
     matches = list[re.Match[str]]()
     for other, pattern in _MARKS:
@@ -266,148 +295,156 @@ def _marked(name: str) -> tuple[Unit, list[re.Match[str]]]:
 
 
 def _doubt(path: Path, doubt: str) -> InvalidValueError:
-    return InvalidValueError(
-        path, f"neither its content nor its name tells its step: {doubt}", _HINT
-    )
+    return InvalidValueError(path, f"cannot determine its training step: {doubt}", _HINT)
 
 
 # --- all checkpoints of a run
 
 
-def _by_names(readings: Sequence[Reading]) -> Sequence[Reading]:
-    """Return the numbers in names where they exceed the count in the contents, if that repeats or
-    is called `iteration`, as VITS calls its epoch. Log which are taken where the two differ."""
-    named = [reading.named for reading in readings if reading.named is not None]
-    if len({reading.number for reading in named}) < max(2, len(readings)):
-        return readings
-    pairs = [*zip(readings, named, strict=True)]
-    ahead = [of_name.number - reading.number for reading, of_name in pairs]
-    if min(ahead) < -1 or max(ahead) <= 1:  # 1: counted from 0
-        return readings
-    reading, of_name = next(pair for pair, more in zip(pairs, ahead, strict=True) if more > 1)
-    number = f"{reading.origin} is {reading.number:,}"
-    says = f"{number}, and the number in its name {of_name.number:,}: taken"
-    repeats = len({reading.number for reading in readings}) < len(readings)
-    if repeats or reading.value == "iteration":
-        log.warning("%s: %s is that in names", reading.path, says)
-        return [replace(of_name, count=reading.count) for reading, of_name in pairs]
-    log.warning("%s: %s is %s; `step_from` takes that in names", reading.path, says, reading.origin)
-    return readings
-
-
-def times_of(readings: Sequence[Reading], settings: ImportSettings) -> Times:
+def times_of(files: Sequence[Signs], settings: ImportSettings) -> Times:
     """Return the times of a run's checkpoints, and what their numbers count.
 
-    Raise InvalidValueError if `steps_per_epoch` is given, and the numbers are not epochs.
+    Raise InvalidValueError if no sign shows them, if two contradict each other, or if
+    `steps_per_epoch` is given, and the numbers are not epochs.
     """
-    numbers = _by_names(readings)
+    sign = _sign_of(files)
+    numbers = [file.by_sign[sign] for file in files]
+    if sign == "stated":
+        _check_names(files)
+    if any(reading.unit == "steps" for reading in numbers):
+        return _times_of_steps(files, numbers, settings)
+    return _times_of_others(files, numbers, settings)
+
+
+def _sign_of(files: Sequence[Signs]) -> str:
+    """Return the first sign that all files have, with a number of its own in each of a series."""
+    complete = []
+    for sign in _SIGNS:
+        if all(sign in file.by_sign for file in files):
+            complete.append(sign)
+            if sign == "given" or _are_distinct(files, sign):
+                return sign
+    if complete:
+        return complete[0]  # files of one time are compared later
+    first = next((file for file in files if not file.by_sign), files[0])
+    others = [file for file in files if file.by_sign.keys() != first.by_sign.keys()]
+    if first.problem is not None:
+        raise first.problem
+    reason = f"must be given: {first.path.name} and {others[0].path.name} tell it in different ways"
+    raise InvalidValueError("step_from", reason, "name the files of one run by a glob")
+
+
+def _are_distinct(files: Sequence[Signs], sign: str) -> bool:
+    places = {(file.series, file.by_sign[sign].number) for file in files}
+    return len(places) == len({file.path for file in files})
+
+
+def _check_names(files: Sequence[Signs]) -> None:
+    """Raise a QuestionError if the numbers in names are ahead of the steps that contents state:
+    VITS stores the epoch as `iteration`, and a step has one of its own."""
+    named = []
+    for file in files:
+        reading = file.by_sign.get("step in name") or file.by_sign.get("lone")
+        if reading is None:
+            return
+        named.append(reading.number)
+    stated = [file.by_sign["stated"].number for file in files]
+    ahead = [number - step for number, step in zip(named, stated, strict=True)]
+    if min(ahead) <= 1 or len(set(named)) < 2:
+        return
+    first = files[0]
+    begin, digits, _ = re.split("([0-9]+)", first.path.name, maxsplit=1)
+    reason = f"must be given: {first.by_sign['stated'].origin} is {stated[0]:,} in "
+    reason += f"{first.path.name}, behind the {named[0]:,} in its name"
+    answer = {"step_from": re.escape(begin) + "([0-9]+)"} if digits else {}
+    raise QuestionError("step_from", reason, answer)
+
+
+def _times_of_steps(
+    files: Sequence[Signs],
+    numbers: Sequence[Reading],
+    settings: ImportSettings,
+) -> Times:
+    _check_one_count(files, numbers)
     origin = numbers[0].origin
+    if settings.steps_per_epoch:
+        reason = f"does not apply to numbers that are steps, by {origin}"
+        raise InvalidValueError("steps_per_epoch", reason, value=settings.steps_per_epoch)
+    return Times("steps", True, f"steps, by {origin}", [reading.number for reading in numbers])
+
+
+def _times_of_others(
+    files: Sequence[Signs],
+    numbers: Sequence[Reading],
+    settings: ImportSettings,
+) -> Times:
+    """Return the times of checkpoints whose numbers nothing calls steps."""
     as_they_are = [reading.number for reading in numbers]
-    stated = {reading.unit for reading in numbers} & {"steps", "images"}
-    if len(stated) > 1:
-        reason = "must be given: some files state their steps, and others images"
-        raise InvalidValueError("step_from", reason)
-    if stated:
-        (unit,) = stated
-        if settings.step_from is None and _begin_anew(numbers):
-            return _times_within_epochs(numbers, settings)
-        if settings.steps_per_epoch:
-            reason = f"does not apply to numbers that are {unit}, by {origin}"
-            raise InvalidValueError("steps_per_epoch", reason, value=settings.steps_per_epoch)
-        return Times(unit, True, f"{unit}, by {origin}", as_they_are)
     why = _why_epochs(numbers)
-    if not why and all(reading.count > reading.number + 1 for reading in numbers):
-        why = "averages have counted more updates"
-    if settings.steps_per_epoch and not why:
+    if not why and settings.steps_per_epoch:
         why = "`steps_per_epoch` is given"
-    if not why:
-        says = f"taken for steps: they are {origin}, and nothing states their unit"
-        return Times("steps", False, says, as_they_are)
-    return _times_of_epochs(numbers, settings, why)
+    ahead = [file.count - number for file, number in zip(files, as_they_are, strict=True)]
+    if not why and min(ahead) > 1:
+        why = "averages have counted more updates"
+    if not why or settings.steps_per_epoch == 1:
+        says = f"taken for steps: they are {numbers[0].origin}, and nothing states their unit"
+        return Times("steps", settings.steps_per_epoch == 1, says, as_they_are)
+    return _times_of_epochs(files, as_they_are, settings, why)
 
 
-def _begin_anew(numbers: Sequence[Reading]) -> bool:
-    """Return whether steps begin anew in each epoch: a later epoch has a step that is not later. It
-    may be that epochs begin anew at a resume, if names hold the same steps, and nothing else."""
-    if any(reading.epoch is None or reading.value not in _ANEW for reading in numbers):
-        return False
-    named = [reading.named for reading in numbers if reading.named and reading.named.epoch is None]
-    if [reading.number for reading in named] == [reading.number for reading in numbers]:
-        return False
-    in_order = sorted((reading.epoch or 0, reading.number) for reading in numbers)
-    for (epoch, number), (later, later_number) in pairwise(in_order):
+def _check_one_count(files: Sequence[Signs], numbers: Sequence[Reading]) -> None:
+    """Raise InvalidValueError if steps begin anew in each epoch: a later epoch has a step that is
+    not later. Where names confirm the steps of contents, the epochs may begin anew at a resume."""
+    pairs = set()
+    for file, reading in zip(files, numbers, strict=True):
+        named = file.by_sign.get("step in name") or file.by_sign.get("lone")
+        is_confirmed = bool(reading.value) and named is not None and named.number == reading.number
+        may_begin_anew = not reading.value or reading.value in _ANEW
+        if file.epoch is None or is_confirmed or not may_begin_anew:
+            return
+        pairs.add((file.epoch, reading.number))
+    for (epoch, number), (later, later_number) in pairwise(sorted(pairs)):
         if epoch < later and number >= later_number:
-            return True
-    return False
-
-
-def _times_within_epochs(numbers: Sequence[Reading], settings: ImportSettings) -> Times:
-    """Return the times of checkpoints whose numbers are steps within their epochs."""
-    most = max(reading.number for reading in numbers)
-    each = settings.steps_per_epoch
-    says = f"steps that begin anew in each epoch, by {numbers[0].origin}"
-    if not each:
-        reason = f"must be given: numbers are {says}"
-        raise InvalidValueError("steps_per_epoch", reason, "it is a setting of imports")
-    if each < most:
-        reason = f"must be at least {most:,}: numbers are {says}"
-        raise InvalidValueError("steps_per_epoch", reason, value=each)
-    first = settings.first_epoch
-    if first is None:
-        first = min(1, *(reading.epoch or 0 for reading in numbers))
-    steps = [each * ((reading.epoch or 0) - first) + reading.number for reading in numbers]
-    return Times("steps", True, f"{says}, of epochs counted from {first}", steps)
+            reason = f"must be given: the steps, by {numbers[0].origin}, begin anew in each epoch"
+            hint = "copy the files under names with the step of the whole training"
+            raise InvalidValueError("step_from", reason, hint)
 
 
 def _times_of_epochs(
-    numbers: Sequence[Reading],
+    files: Sequence[Signs],
+    numbers: Sequence[int],
     settings: ImportSettings,
     why: str,
 ) -> Times:
     """Return the times of checkpoints whose numbers are epochs, in steps if those are known."""
-    offset = _offset(numbers, settings)
+    offset = _offset(files, numbers, settings)
     says = f"epochs, counted from {1 - offset}: {why}"
     is_sure = offset or settings.first_epoch is not None
-    if not is_sure and not _begin_at_1(reading.number for reading in numbers):
+    if not is_sure and not _begin_at_1(numbers):
         says += ", and nothing shows the first: `first_epoch` is 0 if it is"
-    epochs = [reading.number + offset for reading in numbers]
+    epochs = [number + offset for number in numbers]
     if each := settings.steps_per_epoch:
         steps = [each * epoch for epoch in epochs]
         says += f"; the first checkpoint is of step {min(steps):,}"
         return Times("steps", True, says, steps)
-    counts = [reading.count for reading in numbers]
-    if all(counts):
-        late = _late(epochs, counts)
-        if not late:
-            says += "; steps are the updates that the averages have counted"
-            return Times("steps", True, says, counts)
-        says += f", and the averages count their updates since epoch {late}"
+    counts = [file.count for file in files]
+    if all(counts) and _are_proportional(counts, epochs):
+        says += "; steps are the updates that the averages have counted"
+        return Times("steps", True, says, counts)
     return Times("epochs", False, says, epochs)
 
 
-def _late(
-    epochs: Sequence[int],
-    counts: Sequence[int],
-) -> int:
-    """Return the epoch after which averages began to count their updates, as torchvision's do when
-    the learning rate has risen; 0 if they did with the training."""
-    pairs = sorted(zip(epochs, counts, strict=True))
-    first, count = pairs[0]
-    last, most = pairs[-1]
-    if most <= count or last == first:
-        return 0
-    begin = first - count * (last - first) / (most - count)
-    return max(round(begin), 0)
+def _are_proportional(counts: Sequence[int], epochs: Sequence[int]) -> bool:
+    """Return whether counts of updates are those of the whole training: torchvision's begin when
+    the learning rate has risen."""
+    rates = [count / max(epoch, 1) for count, epoch in zip(counts, epochs, strict=True)]
+    return max(rates) <= 1.01 * min(rates)
 
 
 def _why_epochs(numbers: Sequence[Reading]) -> str:
     """Return why the numbers are epochs; empty if they are not."""
     if any(reading.unit == "epochs" for reading in numbers):
         return f"by {numbers[0].origin}"
-    if all(reading.epoch is not None for reading in numbers):
-        apart = {reading.epoch - reading.number for reading in numbers if reading.epoch is not None}
-        if apart <= {0} or apart <= {1}:
-            return "the contents hold the same epoch"
     distinct = {reading.number for reading in numbers}
     span = max(distinct) - min(distinct)
     if len(distinct) > 1 and span == len(distinct) - 1:
@@ -422,17 +459,14 @@ def _begin_at_1(numbers: Iterable[int]) -> bool:
     return len(steps) == 1
 
 
-def _offset(numbers: Sequence[Reading], settings: ImportSettings) -> int:
-    """Return 1 if epochs are counted from 0: by their program, if the content's number is one more,
-    if there is an epoch 0, or if checkpoints of each k-th epoch have the numbers k - 1, 2 k - 1,
-    ..."""
+def _offset(files: Sequence[Signs], numbers: Sequence[int], settings: ImportSettings) -> int:
+    """Return 1 if epochs are counted from 0: if the content's number is one more, if there is an
+    epoch 0, or if checkpoints of each k-th epoch have the numbers k - 1, 2 k - 1, ..."""
     if settings.first_epoch is not None:
         return 1 - settings.first_epoch
-    if all(reading.is_from_0 for reading in numbers):
+    if all(file.epoch == number + 1 for file, number in zip(files, numbers, strict=True)):
         return 1
-    if all(reading.epoch == reading.number + 1 for reading in numbers):
-        return 1
-    distinct = sorted({reading.number for reading in numbers})
+    distinct = sorted({*numbers})
     if distinct[0] == 0:
         return 1
     every = math.gcd(*(number - distinct[0] for number in distinct))

@@ -6,47 +6,50 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from posthoc_cli import files
+from posthoc_cli.checkpoints.ask import with_command
 from posthoc_cli.checkpoints.audit import (
     DOES_NOT_MOVE,
-    LOSES_UPDATES,
+    EQUALS,
     ONCE,
     SET_BACK,
     SOME_TENSORS,
     Audit,
+    Candidate,
     audits_of,
+    round_decays,
 )
-from posthoc_cli.checkpoints.manifest import write_manifest
-from posthoc_cli.checkpoints.open_run import checked_run, is_copy, read_place
-from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings
-from posthoc_cli.checkpoints.source import Checkpoint
-from posthoc_cli.checkpoints.updates import Updates
+from posthoc_cli.checkpoints.manifest import read_manifest, write_manifest
+from posthoc_cli.checkpoints.open_run import (
+    Place,
+    checked_run,
+    imported_checkpoints,
+    is_copy,
+    read_place,
+)
+from posthoc_cli.checkpoints.settings import FOUND, UNSPECIFIED, ImportSettings
+from posthoc_cli.checkpoints.source import Checkpoint, first_values
 from posthoc_cli.errors import DirectoryError, InvalidValueError
-from posthoc_cli.profiles import RULES, OrdinaryEMA, Point
+from posthoc_cli.profiles import POWER_FUNCTION, RULES, OrdinaryEMA, WarmUp
 from posthoc_cli.snapshots.directory import inspect_directory, is_import
-from posthoc_cli.snapshots.sources import Source
 
 log = logging.getLogger(__name__)
 
-# largest relative uncertainty of a long time constant that an import accepts
-_VAGUE = 0.05
+_SURE = 0.05  # largest uncertainty of a length from which a decay is taken
+_CLEAR = 0.1  # and one from which a decay is proposed
+_LARGE = 4.0  # times the norm of an average: more than of weights that grow evenly from 0
+_COMPARED = 6  # newest averages of which that is looked at
+_ASKED = "N"  # what the user alone knows, in a command to paste
 
-# Largest difference in length between a found decay and the round one that is taken: a quarter of
-# all odd decays are as near to one by chance. It must also be as likely, within two uncertainties,
-# as all true lengths of `any_ema.py`.
-_NEAR = 0.1
-
-_STRIDES = (2, 4, 5, 8, 10, 16, 20)
-"""Usual intervals of an average's updates, in steps, of decays of 0.9 and more, besides an epoch
-and half the time between two files."""
-
-# uncertainty of the time of a restart that was found, relative to the time between two checkpoints
-_LATE = 0.1
+Settings = dict[str, Any]
+"""Fields of `ImportSettings` to change."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -118,317 +121,358 @@ def import_checkpoints(
     if is_import(origin) or (origin.is_dir() and inspect_directory(origin).snapshots):
         reason = "holds a run already, of a tracker or an import, which needs no import"
         raise DirectoryError(origin, reason, "import the files of other programs themselves")
-    place = read_place(origin, given)
-    checkpoints = checked_run(place.checkpoints)
-    given, checks = _with_decay(checkpoints, given)
-    if place.may_be_epochs:
-        _check_unit(given, place.says)
-    checkpoints = checked_run([checkpoint.with_settings(given) for checkpoint in checkpoints])
+    found = find_run(origin, given)
+    checkpoints = found.checkpoints
+    given = found.settings
     written = False
     if target is not None and not dry_run:
         files.check_parent(target)
         written = write_manifest(target, origin, given, checkpoints, overwrite)
-    return Import(tuple(checkpoints), target, place.says, tuple(checks), written)
+    return Import(tuple(checkpoints), target, found.says, found.checks, written)
 
 
-def _check_unit(given: ImportSettings, says: str) -> None:
-    """Raise InvalidValueError if numbers may be epochs: the decay that an import has found is not a
-    round one."""
-    found = given.ema_decay
-    was_given = given.without_findings.ema_decay is not None
-    is_limit = given.ema_warmup == "none"  # and not the last of a warm-up
-    if found is None or was_given or not is_limit or _round_decays(found, 1e-9):
-        return
-    reason = f"must be given: numbers are {says}, but decay {found:.6g} a step is not a round one"
-    raise InvalidValueError("steps_per_epoch", reason, "give 1 if they are steps")
+@dataclass(frozen=True)
+class FoundRun:
+    """The run that files at a place are, with some settings."""
+
+    checkpoints: list[Checkpoint]
+    settings: ImportSettings  # those that were given, or found
+    says: str  # what the numbers of files are taken for
+    checks: tuple[str, ...]  # lines about the decay
+    notes: tuple[str, ...]  # what is not used
+
+
+def find_run(place: str | Path, given: ImportSettings) -> FoundRun:
+    """Return the run at a place; a question about what its files leave open ends in the command
+    that answers it."""
+    found = with_command(place, given.given, _find)
+    _log_notes(place, found.notes)
+    return found
+
+
+def _log_notes(place: str | Path, notes: Sequence[str]) -> None:
+    for note in notes:
+        log.warning("%s: %s", place, note)
+
+
+def _find(origin: str | Path, values: Mapping[str, Any]) -> FoundRun:
+    given = ImportSettings(**values)
+    place = read_place(origin, given)
+    numbers = place.says if place.may_be_epochs else ""
+    given, checks = check_decays(origin, checked_run(place.checkpoints), given, numbers)
+    checkpoints = checked_run([checkpoint.with_settings(given) for checkpoint in place.checkpoints])
+    return FoundRun(checkpoints, given, place.says, tuple(checks), place.notes)
+
+
+def open_checkpoints(place: str | Path) -> list[Checkpoint]:
+    """Return the checkpoints of an import, or those at a place as an import would take them."""
+    path = files.expanded(place)
+    if is_import(path):
+        return checked_run(imported_checkpoints(read_manifest(path)))
+    found = find_run(place, UNSPECIFIED)
+    for line in found.checks:
+        log.info("%s: %s", place, line)
+    return found.checkpoints
+
+
+def open_unclaimed(place: str | Path) -> list[Checkpoint]:
+    """Return the checkpoints at a place without a look at values: profiles of averages of which
+    files do not say the decay are placeholders."""
+    path = files.expanded(place)
+    if is_import(path):
+        return checked_run(imported_checkpoints(read_manifest(path)))
+    return checked_run(place_at(place, is_audit=True).checkpoints)
+
+
+def place_at(place: str | Path, is_audit: bool = False) -> Place:
+    """Read a place without settings; a question ends in the command of the import that answers it.
+    See `read_place` for audits."""
+
+    def attempt(origin: str | Path, values: Mapping[str, Any]) -> Place:
+        if values:
+            _find(origin, values)
+        return read_place(origin, ImportSettings(**values), is_audit)
+
+    found = with_command(place, {}, attempt)
+    _log_notes(place, found.notes)
+    return found
 
 
 # --- the decay
 
 
-def with_checked_decays(sources: Sequence[Source]) -> Sequence[Source]:
-    """Return the sources of a run that is not an import, after comparing the decays that files say
-    with the weights beside the averages, if there are any; raise an InvalidValueError if they do
-    not fit."""
-    checkpoints = [checkpoint for checkpoint in sources if isinstance(checkpoint, Checkpoint)]
-    weights = {checkpoint.t for checkpoint in checkpoints if isinstance(checkpoint.profile, Point)}
-    averages = [
-        checkpoint for checkpoint in checkpoints if checkpoint.decay and checkpoint.t in weights
-    ]
-    if len(averages) < 2:
-        return sources
-    given, _ = _check_decay(checkpoints, UNSPECIFIED)
-    if given == UNSPECIFIED:
-        return sources
-    return checked_run([checkpoint.with_settings(given) for checkpoint in checkpoints])
-
-
-def _with_decay(
-    sources: Sequence[Checkpoint],
+def check_decays(
+    place: str | Path,
+    checkpoints: Sequence[Checkpoint],
     given: ImportSettings,
+    numbers: str = "",
 ) -> tuple[ImportSettings, list[str]]:
-    """Return the settings with what determines the decay of ordinary EMAs: said, and then checked,
-    or found; and lines about it."""
-    averages = [source for source in sources if not isinstance(source.profile, Point)]
-    last = sources[-1].step
-    _check_begun(averages, given, last)
-    updates = [source.updates for source in averages if source.updates is not None]
-    checks: list[str] = []
-    if any(source.needs_steps(given) for source in updates):
-        given = replace(given, last_step=last)
-        sources = [source.with_settings(given) for source in sources]
-        checks = [f"steps: taken as {last:,}, the last checkpoint's"]
-    if not all(source.is_known for source in sources):
-        audit = _audit(sources, given)
-        _warn_of_stride(audit, given, updates)
-        given, text = _found_decay(audit, _with_starts(given, audit), updates)
-        checks.append(text)
-    elif any(isinstance(source.profile, OrdinaryEMA) for source in averages):
-        given, texts = _check_decay(sources, given)
-        checks += texts
-    return given, checks
+    """Return the settings with what determines the averages at a place, and lines about it: a decay
+    that is said, and then compared with the weights, or the round one that they show.
+
+    `numbers` is what those of files are taken for, if they may be epochs. Raise InvalidValueError,
+    with a command that goes through, if nothing says or shows the decay, or if they contradict it.
+    """
+    return _Decays(place, checkpoints, given, numbers).settle()
 
 
-def _check_begun(
-    averages: Sequence[Checkpoint],
-    given: ImportSettings,
-    last: int,
-) -> None:
-    """Raise InvalidValueError if averages are said to begin after the last checkpoint."""
-    if given.update_after_step and all(map(is_copy, averages)):
-        reason = f"is not before the last checkpoint, of step {last:,}: no average has begun"
-        raise InvalidValueError("update_after_step", reason, value=given.update_after_step)
+@dataclass(frozen=True)
+class _Decays:
+    """The decays of the averages at a place."""
 
+    place: str | Path
+    checkpoints: Sequence[Checkpoint]
+    given: ImportSettings
+    numbers: str
+    is_trial: bool = False  # of a command to be proposed: its errors are not shown
 
-def _found_decay(
-    audit: Audit,
-    given: ImportSettings,
-    updates: Sequence[Updates],
-) -> tuple[ImportSettings, str]:
-    """Return the settings with the decay that an audit of ordinary EMAs has found, and a line about
-    it."""
-    decay = audit.found or 0.0
-    sigma = audit.uncertainty or 0.0
-    text = f"found: {audit.text}"
-    if audit.what == "sigma_rel":
-        width = float(f"{decay:.4g}")
-        return replace(given, sigma_rels=(width,), ema_uncertainty=sigma), text
-    near = []
-    if audit.length is not None:
-        near = _round_decays(decay, min(2 * sigma, _NEAR))
-    if near:  # it is probably exact
-        decay = near[0]
-        sigma /= 2
-        text += f"; taken as {decay:g}"
-    given = replace(given, ema_uncertainty=sigma)
-    if any(update.calls == "counted" for update in updates):
-        after = given.update_after_step or 0
-        given = replace(given, update_every=given.update_every or 1, update_after_step=after)
-    if schedule := _schedule_in(audit):
-        last = given.steps or round(audit.intervals[-1].end)
-        return replace(given, ema_warmup=f"{schedule}:{decay:.12g}", last_step=last), text
-    warm_up = given.ema_warmup or audit.warm_up or "none"
-    return replace(given, ema_decay=decay, ema_warmup=warm_up), text
+    @property
+    def averages(self) -> list[Checkpoint]:
+        return [source for source in self.checkpoints if source.updates is not None]
 
+    def settle(self) -> tuple[ImportSettings, list[str]]:
+        """Return the settings, and lines about them."""
+        averages = self.averages
+        last = self.checkpoints[-1].step
+        if self.given.update_after_step and all(map(is_copy, averages)):
+            reason = f"is not before the last checkpoint, of step {last:,}: no average has begun"
+            value = self.given.update_after_step
+            raise InvalidValueError("update_after_step", reason, value=value)
+        if any(source.updates.needs_steps(self.given) for source in averages if source.updates):
+            given = replace(self.given, last_step=last)
+            settled = self._with(given)
+            given, lines = settled.settle()
+            return given, [f"steps: taken as {last:,}, the last checkpoint's", *lines]
+        if not all(source.is_known for source in averages):
+            return self._find()
+        if averages:
+            return self._confirm()
+        return self.given, []
 
-def _warn_of_stride(
-    audit: Audit,
-    given: ImportSettings,
-    updates: Sequence[Updates],
-) -> None:
-    """Warn if an average looks like one of a round decay that is updated at every n-th step, whose
-    weights have the same mean age: errors are then several times larger than predicted."""
-    is_said = any(update.count is not None or update.every > 1 for update in updates)
-    if is_said or given.update_every or audit.length is None or audit.warm_up:
-        return
-    decay = audit.found or 0.0
-    age = decay / (1 - decay)
-    distance = min(2 * (audit.uncertainty or 0.0), _NEAR)
-    if _round_decays(decay, distance):
-        return
-    choices = []
-    for every in sorted({*_STRIDES, round(audit.spacing / 2), given.steps_per_epoch or 1}):
-        for near in _round_decays(age / (age + every), distance):
-            if near >= 0.9:
-                choices.append(f"{near:g} at every {every} steps")
-    if choices:
-        reason = f"decay {decay:.7g} was found, but {' or '.join(choices)} would look alike"
-        hint = "in that case give `update_every`, or errors are larger than predicted"
-        log.warning("%s; %s", reason, hint)
+    def _with(self, given: ImportSettings, is_trial: bool = False) -> _Decays:
+        changed = [checkpoint.with_settings(given) for checkpoint in self.checkpoints]
+        return _Decays(self.place, changed, given, self.numbers, is_trial or self.is_trial)
 
+    # --- a decay that nothing says
 
-def _schedule_in(audit: Audit) -> str:
-    """Return the name of the schedule that an audit has found; empty if it is another rule."""
-    name, _, _ = audit.warm_up.partition(":")
-    return name if RULES[name].is_schedule else ""
+    def _find(self) -> tuple[ImportSettings, list[str]]:
+        """Return the settings with the decay that the files show."""
+        # some files may say their decay, of which all have the same
+        unclaimed = [replace(source, decay=0.0, sigma_rel=0.0) for source in self.checkpoints]
+        audit = next(audits_of(unclaimed, given=self.given), None)
+        if audit is None:
+            reason = "the files do not hold it, and it cannot be found without weights next to the "
+            raise self._question("ema_decay", f"{reason}averages in two files or more")
+        self._check_is_average(audit)
+        rounded = self._rounded(audit)
+        sigma = audit.uncertainty or 0.0
+        if audit.verdict == "found" and len(rounded) == 1 and sigma <= _SURE:
+            (changes,) = rounded
+            shown = changes.get("ema_decay") or changes["ema_warmup"]
+            text = f"found: {audit.text}; taken as {shown}"
+            return self._taken(changes, 0.0), [text]
+        if audit.verdict == "found" and self.given.ema_decay == FOUND:
+            (candidate,) = audit.candidates
+            changes = _settings(candidate, candidate.value)
+            return self._taken(changes, sigma), [f"found: {audit.text}"]
+        if self.numbers and not rounded:
+            reason = f"numbers are {self.numbers}, and the decay is not a round one: {audit.text}"
+            raise self._question("steps_per_epoch", reason)
+        proposals = rounded
+        if audit.verdict == "found" and sigma <= _CLEAR:
+            proposals = [*rounded, {"ema_decay": FOUND}]
+        raise self._question("ema_decay", audit.text, *proposals)
 
+    def _taken(self, changes: Settings, uncertainty: float) -> ImportSettings:
+        """Return the settings with those of a decay that was found."""
+        found: Settings = {"ema_decay": None, "ema_uncertainty": uncertainty}
+        found |= changes
+        if replace(self.given, **found).warm_up_row.is_schedule and not self.given.steps:
+            found["last_step"] = self.checkpoints[-1].step
+        if any(source.updates.calls == "counted" for source in self.averages if source.updates):
+            found["update_every"] = self.given.update_every or 1
+            found["update_after_step"] = self.given.update_after_step or 0
+        return replace(self.given, **found)
 
-def _audit(sources: Sequence[Checkpoint], given: ImportSettings) -> Audit:
-    """Return what an audit of ordinary EMAs of unknown decay finds; raise InvalidValueError if that
-    is nothing, or too vague."""
-    # Some files may say their decay, of which all have the same.
-    unclaimed = [replace(source, decay=0.0, sigma_rel=0.0) for source in sources]
-    audit = next(audits_of(unclaimed, given=given), None)
-    if audit is None:
-        reason = "the files do not hold it, and it cannot be found without weights next to the "
-        raise _unknown_decay(sources, f"{reason}averages in two files or more")
-    _check_is_average(audit)
-    if audit.verdict not in ("found", "began again") or audit.found is None:
-        raise _unknown_decay(sources, audit.text, audit)
-    limit = _VAGUE
-    if audit.what == "decay":
-        # An average that is shorter than the time between checkpoints is almost the weights.
-        updates = audit.spacing * (1 - audit.found)  # in a time constant, between checkpoints
-        limit *= (1 + updates) ** 2
-    if (audit.uncertainty or 0.0) > limit:
-        raise _unknown_decay(sources, f"the files show it too vaguely: {audit.text}", audit)
-    return audit
+    def _rounded(self, audit: Audit) -> list[Settings]:
+        """Return the settings of round decays that fit what was found, the most likely ones first;
+        of a decay that still rises any higher one fits."""
+        rounded = []
+        sigma = audit.uncertainty or 0.0
+        for candidate in audit.candidates:
+            if candidate.rises:
+                highest = 10.0 ** math.floor(math.log10(1 - candidate.value) - 1)
+                rounded.append(_settings(candidate, round(1 - highest, 12)))
+            elif candidate.every > 1:
+                rounded.append(_settings(candidate, candidate.value))
+            elif candidate.warm_up != POWER_FUNCTION and sigma <= _CLEAR:
+                near = round_decays(candidate.value, sigma)
+                row = _row(candidate)
+                if row.is_schedule and row.usual:
+                    ratio = (1 - row.usual) / (1 - candidate.value)
+                    if abs(math.log(ratio)) <= sigma:
+                        near.append(row.usual)
+                rounded += [_settings(candidate, decay) for decay in near]
+        return rounded
 
+    # --- a decay that files or settings say
 
-def _fitting_warm_up(sources: Sequence[Checkpoint], given: ImportSettings) -> str:
-    """Return the warm-up with which the given decay fits the files; empty if there is none."""
-    if given.ema_decay is None:
-        return ""
-    try:
-        audit = _audit(sources, replace(given, ema_decay=None))
-    except InvalidValueError:
-        return ""
-    if audit.verdict != "found" or not audit.found or _schedule_in(audit):
-        return ""
-    factor = (1 - audit.found) / (1 - given.ema_decay)
-    is_near = abs(math.log(factor)) <= 3 * (audit.uncertainty or 0.0)
-    return audit.warm_up if is_near else ""
+    def _confirm(self) -> tuple[ImportSettings, list[str]]:
+        """Return the settings after comparing the averages that they say with the weights."""
+        given = self.given
+        name = "sigma_rels" if given.sigma_rels else "ema_decay"
+        updates = [source.updates for source in self.averages if source.updates]
+        if given.steps and not any(update.ends(given) for update in updates):
+            reason = "is of no use: these averages have no decay that rises to 1"
+            raise InvalidValueError("steps", reason, value=given.steps)
+        lines = []
+        for audit in audits_of(self.checkpoints, given=given):
+            self._check_is_average(audit)
+            if audit.is_bad:
+                raise self._refuted(audit)
+            if audit.verdict == "undetermined":
+                reason = "is taken as given, and could not be checked: predicted errors hold if it"
+                log.warning("%s %s is right: %s", name, reason, audit.text)
+                given = replace(given, ema_doubt=min(audit.difference, 3.0) or None)
+            lines.append(f"given: {audit.text}")
+        if not lines:
+            _check_alone(self.averages)
+            reason = "is as given or in files: without weights next to the averages it cannot be "
+            lines.append(f"{name} {reason}checked")
+        return given, lines
 
-
-def _unknown_decay(
-    sources: Sequence[Checkpoint],
-    reason: str,
-    audit: Audit | None = None,
-) -> InvalidValueError:
-    """Return the error that asks for the decay, by the settings that the files' library has."""
-    hint = "add `ema_warmup` if it rises"
-    if audit and audit.warm_up:
-        hint = f"add `ema_warmup` {audit.warm_up} if it rises so"
-    if any(source.kind == "ema" for source in sources):
-        hint += ", or give `sigma_rels` if it is a power function"
-    if audit and audit.length and audit.uncertainty and audit.what == "decay":
-        decay = 1 - 1 / max(audit.length, 1.1)
-        likely = _round_decays(decay, min(audit.uncertainty, 1.0))
-        if likely:
-            choices = " or ".join(f"{decay:g}" for decay in likely)
-            hint = f"{choices} would fit; {hint}"
-    return InvalidValueError("ema_decay", f"must be given: {reason}", hint)
-
-
-def _with_starts(given: ImportSettings, audit: Audit) -> ImportSettings:
-    """Return the settings with the starts that an audit found, unless they say any."""
-    if not audit.starts or given.ema_restarts or given.update_after_step is not None:
-        return given
-    starts = tuple(map(round, audit.starts))
-    given = replace(given, ema_late=round(_LATE * audit.spacing))
-    if audit.is_late:
-        return replace(given, update_after_step=starts[0], ema_restarts=starts[1:])
-    return replace(given, ema_restarts=starts)
-
-
-def _round_decays(decay: float, distance: float) -> list[float]:
-    """Return the decays 1 - 10^-k, 1 - 2 10^-k and 1 - 5 10^-k whose time constants are within a
-    relative distance, the nearest first."""
-    rest = 1 - decay
-    power = 10.0 ** math.floor(math.log10(rest))
-    near = []
-    for digit in (0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0):
-        candidate = digit * power
-        log_ratio = abs(math.log(candidate / rest))
-        if log_ratio <= distance and candidate <= 0.5:
-            near.append((log_ratio, round(1 - candidate, 15)))
-    return [decay for _, decay in sorted(near)]
-
-
-def _check_is_average(audit: Audit) -> None:
-    """Raise an InvalidValueError if no decay describes an average."""
-    hint = "`kind` checkpoints takes the weights alone"
-    if audit.verdict == DOES_NOT_MOVE:
-        hint += ", and `update_every` says that it is updated less often"
-    if audit.verdict in (SET_BACK, DOES_NOT_MOVE):
-        raise InvalidValueError("average", audit.text, f"name files of one side by a glob; {hint}")
-    if audit.verdict == ONCE:
-        raise InvalidValueError("update_every", f"must be given: {audit.text}")
-    if audit.verdict == LOSES_UPDATES:
-        raise InvalidValueError("average", audit.text, hint)
-    if audit.verdict == SOME_TENSORS:
-        raise InvalidValueError("average", audit.text, f"leave them out by `exclude`; {hint}")
-
-
-_WITHOUT = "without it the import finds the length"
-
-
-def _check_kind(checkpoints: Sequence[Checkpoint], given: ImportSettings) -> None:
-    """Raise an InvalidValueError if the files leave a given sigma_rel undetermined since they show
-    a decay."""
-    if len(given.sigma_rels) != 1:
-        return
-    without = replace(given, sigma_rels=())
-    unclaimed = [checkpoint.with_settings(without) for checkpoint in checkpoints]
-    try:
-        audit = _audit(unclaimed, without)
-    except InvalidValueError:
-        return
-    if audit.what == "decay":
+    def _refuted(self, audit: Audit) -> InvalidValueError:
+        """Return the error that names the setting which an audit refutes."""
         reason = f"does not fit the files: {audit.text}"
-        raise InvalidValueError("sigma_rels", reason, _WITHOUT, value=given.sigma_rels[0])
+        given = self.given
+        proposals: list[Settings] = []
+        for candidate in audit.candidates:
+            if given.ema_decay and candidate.warm_up != POWER_FUNCTION:
+                same = {"ema_decay": given.ema_decay, "ema_warmup": candidate.warm_up}
+                proposals.append(same)
+        rounded = self._rounded(audit)
+        proposals += [{"ema_warmup": "none"} | changes for changes in rounded]
+        if len(audit.candidates) == 1 and (audit.uncertainty or 1.0) <= _CLEAR:
+            proposals.append({"ema_decay": FOUND})
+        if given.warm_up_row.is_schedule:
+            return self._refusal("ema_warmup", reason, proposals, given.ema_warmup)
+        name = "sigma_rels" if given.sigma_rels else "ema_decay"
+        proposals = [{"sigma_rels": ()} | changes for changes in proposals]
+        return self._refusal(name, reason, proposals, f"{audit.claimed:.12g}")
+
+    # --- what both refuse
+
+    def _check_is_average(self, audit: Audit) -> None:
+        """Raise InvalidValueError if no decay describes an average, or if nothing says when it
+        began."""
+        weights = self.given.command(self.place, kind="checkpoints")
+        if audit.verdict in (SET_BACK, DOES_NOT_MOVE):
+            reason = f"{audit.text}; name files of one side by a glob, later ones with "
+            reason += "`update_after_step`, or take the weights alone"
+            raise InvalidValueError("average", reason, weights)
+        if audit.verdict == EQUALS:
+            raise InvalidValueError("average", f"{audit.text}; take the weights alone", weights)
+        if audit.verdict == ONCE:
+            raise self._question("update_every", audit.text)
+        if audit.verdict == SOME_TENSORS:
+            reason = f"{audit.text}; leave them out by `exclude`, or take the weights alone"
+            raise InvalidValueError("average", reason, weights)
+        begins = self._copied_until(audit)
+        if begins and self.given.update_after_step is None:
+            what = f"no average differs from the weights until step {begins:,.12g}"
+            raise self._question("update_after_step", f"{what}, after which it began")
+
+    def _copied_until(self, audit: Audit) -> float:
+        """Return the last time of weights without an average, or with a copy, that nothing else
+        explains; 0 if there is none."""
+        first = self.averages[0]
+        if first.updates is None or first.updates.count is not None:
+            return 0.0
+        weights = [source.t for source in self.checkpoints if source.updates is None]
+        earlier = [t for t in weights if t < first.t]
+        if len(weights) - len(earlier) != len(self.averages):
+            earlier = []  # averages are in some files only
+        last = max([*earlier, audit.copied_until or 0.0])
+        if not isinstance(first.profile, OrdinaryEMA) or first.profile.rule.copies:
+            return 0.0
+        settings = first.profile.settings
+        return 0.0 if settings["first"] - settings["every"] >= last else last
+
+    # --- questions
+
+    def _question(self, name: str, reason: str, *proposals: Settings) -> InvalidValueError:
+        """Return the error that asks for a setting."""
+        open_one = {name: _ASKED}
+        return self._refusal(name, f"must be given: {reason}", [*proposals, open_one])
+
+    def _refusal(
+        self,
+        name: str,
+        reason: str,
+        proposals: Sequence[Settings],
+        value: object = "",
+    ) -> InvalidValueError:
+        """Return an error whose hint is the first command that goes through, and names others."""
+        going = []
+        if not self.is_trial:
+            going = [changes for changes in proposals if self._goes_through(changes)]
+        if not going:
+            return InvalidValueError(name, reason, value=value)
+        best, *others = going
+        if choices := [_options(changes) for changes in others if _ASKED not in changes.values()]:
+            reason += f"; {' or '.join(choices)} would fit, too, less well"
+        command = self.given.command(self.place, **best)
+        return InvalidValueError(name, reason, f"paste: {command}", value=value)
+
+    def _goes_through(self, changes: Settings) -> bool:
+        if _ASKED in changes.values():
+            return True
+        try:
+            self._with(replace(self.given, **changes), is_trial=True).settle()
+        except InvalidValueError:
+            return False
+        return True
 
 
-def _misfit(
-    audit: Audit,
-    checkpoints: Sequence[Checkpoint],
-    given: ImportSettings,
-) -> InvalidValueError:
-    """Return the error that names the setting which an audit refutes."""
-    reason = f"does not fit the files: {audit.text}"
-    if given.warm_up_row.is_schedule:
-        return InvalidValueError("ema_warmup", reason, value=given.ema_warmup)
-    claimed = f"{audit.claimed:.12g}"
-    if given.sigma_rels:
-        return InvalidValueError("sigma_rels", reason, _WITHOUT, value=claimed)
-    hint = "`ema_decay` and `ema_warmup` of an import together replace what files say"
-    warm_up = ""
-    if given.ema_warmup is None:
-        warm_up = _fitting_warm_up(checkpoints, given)
-    if warm_up:
-        reason = "does not fit the files without the warm-up that they show"
-        hint = f"add `ema_warmup` {warm_up}"
-    return InvalidValueError("ema_decay", reason, hint, value=claimed)
+def _settings(candidate: Candidate, value: float) -> Settings:
+    """Return the settings that say a rule with another value."""
+    if candidate.warm_up == POWER_FUNCTION:
+        return {"sigma_rels": (float(f"{value:.4g}"),)}
+    if _row(candidate).is_schedule:
+        return {"ema_warmup": f"{candidate.warm_up}:{value:.12g}"}
+    changes: Settings = {"ema_decay": value}
+    if candidate.warm_up != "none":
+        changes["ema_warmup"] = candidate.warm_up
+    if candidate.every > 1:
+        changes["update_every"] = candidate.every
+    return changes
 
 
-def _check_decay(
-    checkpoints: Sequence[Checkpoint],
-    given: ImportSettings,
-) -> tuple[ImportSettings, list[str]]:
-    """Compare the known decay of ordinary EMAs with the files; return the settings with starts, and
-    lines about it."""
-    checks = []
-    name = "sigma_rels" if given.sigma_rels else "ema_decay"
-    if given.steps and not any(
-        checkpoint.updates and checkpoint.updates.ends(given) for checkpoint in checkpoints
-    ):
-        reason = "is of no use: these averages have no decay that rises to 1"
-        raise InvalidValueError("steps", reason, value=given.steps)
-    for audit in audits_of(checkpoints):
-        _check_is_average(audit)
-        if audit.is_bad:
-            raise _misfit(audit, checkpoints, given)
-        if audit.verdict == "undetermined":
-            _check_kind(checkpoints, given)
-            reason = "is taken as given, and could not be checked: predicted errors hold if it"
-            log.warning("%s %s is right: %s", name, reason, audit.text)
-            doubt = min(audit.difference, 3.0)
-            given = replace(given, ema_doubt=doubt or None)
-        given = _with_starts(given, audit)
-        checks.append(f"given: {audit.text}")
-    if not checks:
-        reason = (
-            "is as given or in files: without weights next to the averages it cannot be checked"
-        )
-        checks.append(f"{name} {reason}")
-    return given, checks
+def _row(candidate: Candidate) -> WarmUp:
+    name, _, _ = candidate.warm_up.partition(":")
+    return RULES[name.replace("none", "")]
+
+
+def _options(changes: Settings) -> str:
+    options = [f"`{name}` {value}" for name, value in changes.items() if value not in ((), "none")]
+    return " ".join(options)
+
+
+def _check_alone(averages: Sequence[Checkpoint]) -> None:
+    """Raise InvalidValueError if weights that make such averages would be far larger than they.
+
+    The mean of what an average took in since another one is (e' - B e) / (1 - B), with the share B
+    that is left of e: it is nearly e' if B is 1.
+    """
+    newest = averages[-_COMPARED:]
+    values = [first_values(average) for average in newest]
+    for earlier, later, before, after in zip(newest, newest[1:], values, values[1:], strict=False):
+        kept = 1 - float(later.profile.tail(earlier.t))
+        if kept > 0.995:
+            continue
+        mean = (after - kept * before) / (1 - kept)
+        if np.linalg.norm(mean) > _LARGE * np.linalg.norm(after):
+            reason = f"does not fit: the weights between {earlier.path.name} and {later.path.name} "
+            reason += "would be far larger than their average"
+            hint = "it rises, is shorter, or numbers are no steps"
+            raise InvalidValueError("ema_decay", reason, hint)

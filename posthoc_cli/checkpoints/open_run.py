@@ -1,9 +1,10 @@
 """Open a directory, files or folders of any program as the sources of a run.
 
-What each file holds is found by its content and name; its time by its content, else by its name,
-never by the order or the age of files. Files that do not belong to the run are left out, and named:
-a further copy of the newest one, the state of an optimizer, another model. The manifest of an
-import holds the settings that files do not.
+Files whose names differ in numbers alone are a series. A run is one series, or two: of weights and
+of averages, as words in names, contents or the user say. Other files are left out, and named: a
+further copy of the newest one, the state of an optimizer, another model. Times come from contents
+and names, never from the order or the age of files. The manifest of an import holds the settings
+that files do not.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,140 +25,74 @@ import numpy as np
 import xxhash
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.clock import (
-    UNREAD,
-    Times,
-    checked_number,
-    read_time,
-    times_of,
-)
-from posthoc_cli.checkpoints.content import (
-    DCP_METADATA,
-    KIND,
-    NO_MODEL,
-    SHARD,
-    Content,
-    Values,
+from posthoc_cli.checkpoints.ask import Answer, QuestionError
+from posthoc_cli.checkpoints.clock import UNREAD, Times, read_signs, times_of
+from posthoc_cli.checkpoints.containers import KIND, container_of, foreign_error
+from posthoc_cli.checkpoints.content import Content, names_in, open_checkpoint
+from posthoc_cli.checkpoints.folders import (
+    AVERAGE_WORD,
+    Layout,
+    OneFile,
     glob_of,
-    has_tensors,
-    holds_average,
-    holds_model,
-    may_be_weights,
-    names_in,
-    open_checkpoint,
+    layout_at,
+    layout_of,
+    members_of,
 )
 from posthoc_cli.checkpoints.layouts import (
     Found,
+    check_applies,
     check_given,
-    check_settings,
     named_decay,
     recognise,
-    within,
-    without_words,
+    role_by_glob,
+    says_its_profile,
 )
-from posthoc_cli.checkpoints.lost_updates import MOST_LOST, digits_of, lost_share
-from posthoc_cli.checkpoints.manifest import Manifest, read_manifest
-from posthoc_cli.checkpoints.nested import nested_in
-from posthoc_cli.checkpoints.programs import WEIGHTS_STATES, program_of
-from posthoc_cli.checkpoints.sets import Sets, unwrapped
-from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings
+from posthoc_cli.checkpoints.manifest import Manifest
+from posthoc_cli.checkpoints.sets import TensorSets, match_names
+from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.checkpoints.source import (
-    COMPARED,
     Checkpoint,
     are_near,
     first_values,
     make_checkpoint,
 )
-from posthoc_cli.checkpoints.updates import Updates
 from posthoc_cli.errors import (
     DirectoryError,
     FileFormatError,
     InvalidValueError,
     MismatchError,
     PostHocError,
+    UnsuitableError,
     VanishedError,
     first_of,
     shown,
 )
 from posthoc_cli.profiles import FloatArray, OrdinaryEMA, Point, StoredProfile
 from posthoc_cli.snapshots.directory import is_import, is_snapshot_name
-from posthoc_cli.snapshots.outputs import describe_tensors
 from posthoc_cli.snapshots.snapshot import check_globs
 from posthoc_cli.snapshots.sources import by_time, model_difference
 
 log = logging.getLogger(__name__)
 
-_BY_GLOB = "name the files of one run by a glob"
-_NO_STEP = "no step"  # why a file is left out
 _EPOCHS = 1000  # largest number that is read as perhaps epochs: few trainings have more
-_SCALE = re.compile(r"_scale(?:_inv)?$|(?<=\.)scale_(?=weight$)")  # in the name of a scale
-_STATE = re.compile(r"[-_]states?$")  # of folders with the state of a training, and its weights
 _GROWTH = 1.3
 """Least factor between the norms of successive files that no averages have: of weights that grow
 evenly from 0 for the whole training, averages grow by less after three files."""
+_COMPARED_FILES = 5  # newest, which are opened once more to see how two sets move
 _SLOWER = 0.8  # averages of any length move by a third less than the weights
-_TOWARDS = 0.5
-"""Least cosine between the motion of a far average and its way to the weights: 1 if these stay, and
-0 of networks of their own."""
-_LATEST = 20  # averages whose motion shows whether they lose updates: fewer show it less often
-_LOST = 0.5  # largest share of an average that the next one has lost if its motion goes on
-_DIGITS = 8  # motion in one interval after which none in the next is unlikely
-_STILL = 0.9
 
 
-def open_checkpoints(
-    place: str | Path,
-    unclaimed: bool = False,
-) -> list[Checkpoint]:
-    """Return the checkpoints in a directory, of a glob or of an import, by time. Read only headers
-    and indexes.
-
-    Ordinary EMAs of unknown decay are left out with a warning. With `unclaimed` they are included,
-    so that an audit can find their decay.
-    """
-    path = files.expanded(place)
-    if is_import(path):
-        return checked_run(_imported(read_manifest(path)))
-    found = read_place(place, UNSPECIFIED, asks=unclaimed)
-    if unclaimed:
-        return checked_run(found.checkpoints)
-    return _known_run(place, found)
-
-
-def _known_run(place: str | Path, found: Place) -> list[Checkpoint]:
-    """Return the checkpoints of a place as a run, without averages of unknown decay."""
-    known = [checkpoint for checkpoint in found.checkpoints if checkpoint.is_known]
-    left_out = [checkpoint for checkpoint in found.checkpoints if not checkpoint.is_known]
-    if not known:
-        reason = "holds EMAs, and neither their decay nor weights next to them"
-        if found.lacks_steps:
-            reason = f"holds EMAs, and {found.lacks_steps}"
-        raise InvalidValueError(place, reason, "give ema_decay to an import")
-    if left_out:
-        what = f"{len(left_out):,} EMAs, such as {left_out[0].path.name}"
-        if len(left_out) == 1:
-            what = f"1 EMA, {left_out[0].path.name}"
-        reason = "their files do not say the decay; `ema import` finds it, or takes `ema_decay`"
-        if found.lacks_steps:
-            reason = found.lacks_steps
-        log.warning("%s: %s, left out of averages: %s", place, what, reason)
-    _warn_if_equal(found.checkpoints)
-    return checked_run(known)
-
-
-def _warn_if_equal(checkpoints: Sequence[Checkpoint]) -> None:
-    """Warn if the newest average and the weights beside it are equal."""
-    newest = by_time(checkpoints)[-2:]
-    paths = {checkpoint.path for checkpoint in newest}
-    if len(newest) > len(paths) and not _are_unequal(*newest):
-        reason = "its weights equal its average: they are not raw weights if it has begun"
-        log.warning("%s: %s; an import takes others by `weights`", newest[0].path, reason)
-
-
-def _imported(manifest: Manifest) -> list[Checkpoint]:
-    """Return the checkpoints of an import; raise FileFormatError if a file is not as it was."""
+def imported_checkpoints(manifest: Manifest) -> list[Checkpoint]:
+    """Return the checkpoints of an import, at the times that it has found; raise FileFormatError if
+    a file is not as it was."""
+    opened = []
     try:
-        checkpoints = _opened_again(manifest)
+        for path, _, time in manifest.checkpoints:
+            found = _recognise(open_checkpoint(path), manifest.settings)
+            opened.append(replace(found, time=time))
+        unit, is_stated = manifest.unit
+        clock = Times(unit, is_stated, "", ())
+        checkpoints = _make_all(opened, clock, manifest.settings)
     except PostHocError:
         for path in manifest.files:
             manifest.check_file(path)
@@ -166,17 +101,6 @@ def _imported(manifest: Manifest) -> list[Checkpoint]:
         for path, identity in checkpoint.opened.items():
             manifest.check_identity(path, identity.nbytes, identity.sample)
     return checkpoints
-
-
-def _opened_again(manifest: Manifest) -> list[Checkpoint]:
-    """Return the checkpoints of an import, at the times that it has found."""
-    opened = []
-    for path, kind, time in manifest.checkpoints:
-        found = recognise(open_checkpoint(path), replace(manifest.settings, kind=kind))
-        opened.append(replace(found, time=time))
-    unit, is_stated = manifest.unit
-    clock = Times(unit, is_stated, "", ())
-    return _all_made(_decided(opened, manifest.settings), clock, manifest.settings)
 
 
 # --- all checkpoints at a place
@@ -188,112 +112,66 @@ class Place:
 
     checkpoints: list[Checkpoint]
     says: str  # what the numbers of files are taken for
-    written_by: str = ""  # the programs that a layout or the name of a step shows
     notes: tuple[str, ...] = ()  # what is not used
-    lacks_steps: str = ""  # why profiles of EMAs cannot be known
     may_be_epochs: bool = False  # whether few numbers of no stated unit are taken for steps
-
-
-_LeftOut = dict[str, str]
-"""The names of what is left out of a run, with the reasons."""
-
-
-def _text_of(left_out: _LeftOut) -> str:
-    """Return what is left out in one line; empty if there is nothing."""
-    named = [f"{name} ({reason})" for name, reason in left_out.items()]
-    return f"left out: {first_of(named, 6)}" if named else ""
 
 
 def read_place(
     place: str | Path,
     settings: ImportSettings,
-    asks: bool = True,
+    is_audit: bool = False,
 ) -> Place:
     """Return all checkpoints at a place, without outputs of this package, with the profiles that
-    are known.
-
-    `asks`: raise InvalidValueError if EMAs need the steps of an epoch, which nothing says.
-    """
-    left_out = _LeftOut()
-    paths = _of_one_average(_candidates(place, left_out), settings)
-    run = _one_run(*_open_all(paths, settings), settings, left_out)
-    if not run:
-        hint = "name their folder, a file, or a glob such as 'out/step*.pt'"
-        raise DirectoryError(place, "holds no checkpoints", hint)
-    check_settings({file.kind for file in run}, settings)
-    times = times_of([file.reading for file in run], settings)
-    used = _decided(_begun(run, times.numbers), settings)
-    has_decays = any(file.updates is not None for file in used)
-    doubt = ""
-    if has_decays or settings.ema_decay:
-        doubt = _lacks_steps(times, used, asks)
-    lacks_steps = "" if asks else doubt
-    if has_decays and times.unit == "steps" and not lacks_steps:
-        times = replace(times, is_stated=True)
-    notes = _noted(place, left_out, used)
-    if lacks_steps:
-        used = [replace(file, updates=file.updates and Updates()) for file in used]
-    checkpoints = _all_made(used, times, settings)
-    return Place(checkpoints, times.says, _programs(run), notes, lacks_steps, bool(doubt))
-
-
-def _noted(
-    place: str | Path,
-    left_out: _LeftOut,
-    used: Sequence[Found],
-) -> tuple[str, ...]:
-    """Log, and return, what is not used."""
-    notes = tuple(filter(None, (_text_of(left_out), _unused(used))))
-    for note in notes:
-        log.warning("%s: %s", place, note)
-    return notes
-
-
-def _programs(run: Sequence[Found]) -> str:
-    """Return the programs that wrote the files, as far as these show it."""
-    names = dict[str, None]()
+    are known. Raise a QuestionError about what the files leave open; for an audit, which says how
+    an average moves, not about its motion."""
+    reader = _Reader(place, settings)
+    run = reader.run()
     for file in run:
-        is_known = file.kind not in ("ema", "checkpoints")
-        names[file.kind if is_known else program_of(file.reading.value)] = None
-    return "; ".join(filter(None, names))
+        check_given(file, settings)
+    times = _times(run, settings)
+    run = _begun(run, times.numbers)
+    if not is_audit:
+        run = _check_roles(run, settings)
+    check_applies(any(file.averaged for file in run), settings)
+    has_decays = any(file.updates is not None for file in run)
+    may_be_epochs = False
+    if has_decays:
+        _check_unit(times)
+        may_be_epochs = not times.is_stated and max(times.numbers) <= _EPOCHS
+        times = replace(times, is_stated=True)
+    notes = [*reader.notes, *_unused(run)]
+    checkpoints = _make_all(run, times, settings)
+    return Place(checkpoints, times.says, tuple(notes), may_be_epochs)
 
 
-def _warn_of_copies(checkpoint: Checkpoint) -> None:
-    """Warn if most elements are integers of 8 bits, as of quantised weights, or if more than a few
-    are complex, as in a table of rotations; masks are fewer."""
-    sizes = Counter[str]()
-    for entry in checkpoint.entries.values():
-        sizes[entry.dtype] += entry.size
-    copied = "copied from the newest"
-    if 2 * (sizes["I8"] + sizes["U8"]) > sizes.total():
-        reason = f"most elements are integers, {copied}: quantised weights have no average"
-        log.warning("%s: %s", checkpoint.path, reason)
-    if 100 * sizes["C64"] > sizes.total():
-        reason = f"complex elements are {copied}: for averages save torch.view_as_real"
-        log.warning("%s: %s", checkpoint.path, reason)
+def _check_unit(times: Times) -> None:
+    """Raise a QuestionError if numbers are epochs: the decay of an average is one of steps."""
+    if times.unit == "epochs":
+        reason = f"must be given: decays are of steps, and numbers are {times.says}"
+        raise QuestionError("steps_per_epoch", reason, {"steps_per_epoch": "N"})
 
 
-def _warn_of_scales(checkpoint: Checkpoint) -> None:
-    """Warn of a tensor of floating-point numbers of 8 bits that a scale beside it belongs to."""
-    for scale in checkpoint.entries:
-        name = _SCALE.sub("", scale)
-        scaled = checkpoint.entries.get(name)
-        if name == scale or scaled is None or not scaled.dtype.startswith("F8"):
-            continue
-        reason = f"{shown(name)} is of 8 bits, in units of {shown(scale)}: its average is wrong"
-        hint = "unless these are equal in all files; save the weights in 16 bits or more"
-        log.warning("%s: %s %s", checkpoint.path, reason, hint)
-        return
+def _times(run: Sequence[Found], settings: ImportSettings) -> Times:
+    if all(file.reading is not UNREAD for file in run):
+        reading = run[0].reading
+        says = f"{reading.unit}, by {reading.origin}"
+        return Times(reading.unit, True, says, [file.reading.number for file in run])
+    signs = []
+    for file in run:
+        updates = file.updates
+        count = 0
+        if updates is not None and updates.calls != "counted":
+            count = updates.count or 0
+        signs.append(replace(read_signs(file.content, settings), count=count))
+    return times_of(signs, settings)
 
 
-def _begun(
-    run: Sequence[Found],
-    times: Sequence[int],
-) -> list[Found]:
+def _begun(run: Sequence[Found], times: Sequence[int]) -> list[Found]:
     """Return the checkpoints of a training that has begun, with their times."""
     if max(times) <= 0:
         reason = "its number is 0, as that of all files, so that it may be something else"
-        raise InvalidValueError(run[0].path, reason, f"{_BY_GLOB}, or import with `step_from`")
+        hint = "name the files of one run by a glob, or import with `step_from`"
+        raise InvalidValueError(run[0].path, reason, hint)
     used = []
     for file, time in zip(run, times, strict=True):
         if time > 0:
@@ -304,361 +182,261 @@ def _begun(
     return used
 
 
-def _lacks_steps(
-    times: Times,
-    used: Sequence[Found],
-    asks: bool,
-) -> str:
-    """Return why the decays of averages, which are of steps, have no place in times; empty if they
-    have."""
-    decays = "their decay is of steps, and numbers are"
-    if times.unit == "epochs":
-        if asks:
-            reason = f"must be given: decays are of steps, and numbers are {times.says}"
-            raise InvalidValueError("steps_per_epoch", reason, "it is a setting of imports")
-        return f"{decays} {times.says}; import with `steps_per_epoch`"
-    has_counts = any(file.reading.count for file in used)
-    is_said = times.is_stated or has_counts or times.unit != "steps"
-    if is_said or max(times.numbers) > _EPOCHS:
-        return ""
-    return f"{decays} {times.says}; `ema import` checks it"
+def _unused(run: Sequence[Found]) -> list[str]:
+    """Return a sentence about the sets of tensors of a file that are not used, with the option that
+    would use one."""
+    for file in run:
+        if not file.unused:
+            continue
+        first = file.unused[0]
+        averages = [key for key in file.unused if AVERAGE_WORD.search(key)]
+        option = f"`average` '{averages[0]}'" if averages else f"`weights` '{first}'"
+        text = f"{file.path.name} also holds {names_in(file.unused)}, not used: an import with "
+        text += f"{option} takes it"
+        if file.averaged:
+            text += ", and with `kind` checkpoints the model alone"
+        return [text]
+    return []
 
 
-def _unused(opened: Sequence[Found]) -> str:
-    """Return a sentence about the sets of tensors of a file that are not used."""
-    for file in opened:
-        if keys := file.unused:
-            what = f"{file.path.name} also holds {names_in(keys)}, not used"
-            text = f"{what}: an import takes another set by `average` or `weights`"
-            if file.averaged:
-                text += ", and the model alone by `kind` checkpoints"
-            return text
-    return ""
+# --- which files
 
 
-def _of_one_average(
-    paths: list[Path],
-    settings: ImportSettings,
-) -> list[Path]:
-    """Return the files of guided-diffusion without averages of another decay than the given one."""
-    decays = {}
-    for path in paths:
-        decay = named_decay(path)
-        if decay is not None:
-            decays[path] = decay
-    if len({*decays.values()}) < 2:
-        return paths
-    if settings.ema_decay not in decays.values():
-        named = sorted(set(decays.values()))
-        choices = " or ".join(f"{decay:g}" for decay in named)
-        reason = f"must be given: the files are of several averages, {choices}"
-        raise InvalidValueError("ema_decay", reason)
-    given = settings.ema_decay
-    return [path for path in paths if decays.get(path, given) == given]
+@dataclass(frozen=True)
+class Candidate:
+    """A file or folder that may be a checkpoint, and what it is."""
+
+    path: Path
+    layout: Layout
 
 
-def _open_all(
-    paths: Sequence[Path],
-    settings: ImportSettings,
-) -> tuple[list[Found], dict[Path, PostHocError]]:
-    """Return what files hold, without outputs of this package, and why others cannot be used."""
-    opened = []
-    errors: dict[Path, PostHocError] = {}
-    for path in paths:
-        try:
-            content = open_checkpoint(path)
+@dataclass
+class _Series:
+    """Candidates whose names differ in numbers alone."""
+
+    glob: str  # of their names; empty for those without a number
+    members: list[Candidate] = field(default_factory=list)
+    role: str = ""  # "weights", "average" or "both", of its first member; empty if it has no model
+
+    @property
+    def folder(self) -> Path:
+        return self.members[0].path.parent
+
+
+class _Reader:
+    """The files at a place, each opened once."""
+
+    def __init__(self, place: str | Path, settings: ImportSettings) -> None:
+        self.place = place
+        self.settings = settings
+        self.left_out = dict[str, str]()  # names, with the reasons
+        self._contents = dict[Path, Content]()
+        self.candidates = candidates_at(place)
+
+    @property
+    def notes(self) -> list[str]:
+        """What is left out, in one line."""
+        named = [f"{name} ({reason})" for name, reason in self.left_out.items()]
+        return [f"left out: {first_of(named, 6)}"] if named else []
+
+    def run(self) -> list[Found]:
+        """Return what the files of one run hold."""
+        if not self.candidates:
+            explain_nothing(self.place)
+        chosen = self._choose()
+        found = []
+        for candidate in chosen:
+            content = self._open(candidate)
             if content.values.get(KIND) == "output":
                 continue
-            found = recognise(content, settings)
-            if found.reading is UNREAD:
-                found = replace(found, reading=read_time(content, settings))
-            reading = replace(found.reading, count=_count_of(found))
-            checked_number(path, reading.number)
-            opened.append(replace(found, reading=reading))
+            if not content.tensors and len(chosen) > 1:
+                self._leave_out(candidate, "holds no tensors")
+            else:
+                found.append(_recognise(content, self.settings))
+        if not found and self.settings.step_from:
+            reason = f"finds no number in {self.candidates[0].path}"
+            raise InvalidValueError("step_from", reason, value=self.settings.step_from)
+        if not found:
+            hint = "name their folder, a file, or a glob such as 'out/step*.pt'"
+            raise DirectoryError(self.place, "holds no checkpoints", hint)
+        return found
+
+    def _open(self, candidate: Candidate) -> Content:
+        if candidate.path not in self._contents:
+            self._contents[candidate.path] = open_checkpoint(candidate.path, candidate.layout)
+        return self._contents[candidate.path]
+
+    def _leave_out(self, candidate: Candidate, reason: str) -> None:
+        name = candidate.path.name
+        if any(each.path.name == name and each is not candidate for each in self.candidates):
+            name = f"{candidate.path.parent.name}/{name}"
+        self.left_out[name] = reason
+
+    # --- series
+
+    def _choose(self) -> list[Candidate]:
+        """Return the candidates of one run: of one series, or of weights and their averages."""
+        named = [each for each in self.candidates if says_its_profile(each.path)]
+        if named:
+            return self._keep(named)
+        candidates = self.candidates
+        pattern = self.settings.step_from
+        if pattern:
+            candidates = [each for each in candidates if re.search(pattern, str(each.path))]
+        series = _series_of(candidates, pattern)
+        numbered = [each for each in series if each.glob]
+        if not numbered:
+            return self._keep(candidates)
+        by_glob = []
+        for each in numbered:
+            if role_by_glob(each.members[0].path, self.settings):
+                by_glob += each.members
+        if by_glob and (self.settings.weights or not self.settings.average):
+            return self._keep(by_glob)
+        most = max(len(each.members) for each in numbered)
+        rivals = []
+        for each in numbered:
+            is_average = AVERAGE_WORD.search(each.glob) is not None
+            if 2 * len(each.members) > most or is_average:
+                rivals.append(each)
+        if len(rivals) > 1:
+            rivals = self._with_models(rivals)
+        return self._keep([member for each in rivals for member in each.members])
+
+    def _keep(self, chosen: list[Candidate]) -> list[Candidate]:
+        kept = {each.path for each in chosen}
+        for candidate in self.candidates:
+            if candidate.path not in kept and candidate.path.name not in self.left_out:
+                self._leave_out(candidate, "another name")
+        return chosen
+
+    def _with_models(self, series: list[_Series]) -> list[_Series]:
+        """Return the series that are one run; raise a QuestionError if it is not clear which."""
+        held = []
+        for each in series:
+            each.role = self._role(each)
+            if each.role:
+                held.append(each)
+        if not held:
+            return series  # whose error says why
+        averages = self._of_given_decay([each for each in held if each.role == "average"])
+        weights = [each for each in held if each.role == "weights"]
+        others = [each for each in held if each.role == "both"]
+        if others and not weights and len(others) == 1 and not averages:
+            return others
+        if not others and len(weights) <= 1 and len(averages) <= 1:
+            return [*weights, *averages]
+        raise self._several(held)
+
+    def _role(self, series: _Series) -> str:
+        """Return what the first file of a series holds that can be recognised."""
+        first = series.members[0]
+        try:
+            found = _recognise(self._open(first), self.settings)
         except VanishedError:
             raise
-        except (FileFormatError, InvalidValueError) as error:
-            errors[path] = error
-    if settings.average and not settings.kind and opened and errors:  # it may have begun later
-        weights = replace(settings, average=None, kind="checkpoints")
-        others, errors = _open_all([*errors], weights)
-        opened += others
-    if settings.step_from is not None:
-        opened = _of_one_unit(opened)
-    return opened, errors
+        except FileFormatError as error:
+            self._leave_out(first, error.reason)
+            return ""
+        except QuestionError:
+            return "both"
+        if found.averaged:
+            return "both" if found.weights else "average"
+        return "weights"
+
+    def _of_given_decay(self, averages: list[_Series]) -> list[_Series]:
+        """Return the averages of guided-diffusion that have the given decay."""
+        decays = {}
+        for each in averages:
+            decay = named_decay(each.members[0].path)
+            if decay is not None:
+                decays[each.glob] = decay
+        if len(decays) < 2:
+            return averages
+        given = self.settings.ema_decay
+        if given not in decays.values():
+            choices = sorted({*decays.values()})
+            text = " or ".join(f"{decay:g}" for decay in choices)
+            reason = f"must be given: the files are of several averages, {text}"
+            raise QuestionError("ema_decay", reason, *({"ema_decay": decay} for decay in choices))
+        return [each for each in averages if decays.get(each.glob) in (None, given)]
+
+    def _several(self, series: Sequence[_Series]) -> QuestionError:
+        """Return the question about several series, with globs that match nothing else."""
+        series = sorted(series, key=lambda each: -self._open(each.members[0]).nbytes)
+        answers: list[Answer] = []
+        if len(series) == 2 and self._are_pairs(*series):
+            slower, faster = self._by_motion(series)
+            answers.append(self._pair(slower, faster))
+            series = [faster, slower]
+        weights = [each for each in series if each.role == "weights"]
+        if len(weights) == 1:
+            averages = [each for each in series if each.role == "average"]
+            answers += [self._pair(each, weights[0]) for each in averages]
+        for each in series:
+            answers.append({"place": str(each.folder / self._exact_glob(each))})
+        counted = [f"{len(each.members)} x {each.glob}" for each in series]
+        reason = f"holds several series of files, {first_of(counted)}"
+        return QuestionError(self.place, reason, *answers)
+
+    def _pair(self, average: _Series, weights: _Series) -> Answer:
+        return {"average": self._exact_glob(average), "weights": self._exact_glob(weights)}
+
+    def _are_pairs(self, first: _Series, other: _Series) -> bool:
+        """Return whether two series have the same numbers, and tensors of the same names."""
+        numbers = [_numbers(first), _numbers(other)]
+        if numbers[0] != numbers[1] or first.role != other.role or len(numbers[0]) < 2:
+            return False
+        tensors = [self._open(each.members[0]).tensors for each in (first, other)]
+        return tensors[0].keys() == tensors[1].keys()
+
+    def _by_motion(self, series: Sequence[_Series]) -> list[_Series]:
+        """Return series, the one first that moves less from file to file, as averages do."""
+        moved = []
+        for each in series:
+            rows = []
+            for member in each.members[-_COMPARED_FILES:]:
+                found = _recognise(self._open(member), self.settings)
+                rows.append(first_values(make_checkpoint(found.content, found.tensors)))
+            moved.append(float(np.square(np.diff(rows, axis=0)).sum()))
+        order = np.argsort(moved)
+        return [series[index] for index in order]
+
+    def _exact_glob(self, series: _Series) -> str:
+        """Return a glob of a series that matches no other candidate."""
+        own = {member.path for member in series.members}
+        others = [each.path.name for each in self.candidates if each.path not in own]
+        if any(fnmatchcase(name, series.glob) for name in others):
+            return series.glob.replace("*", "*[0-9]")
+        return series.glob
 
 
-def _count_of(found: Found) -> int:
-    """Return the updates that an average has counted, one for each step; 0 if it has not."""
-    updates = found.updates
-    if updates is None or updates.calls == "counted":
-        return 0
-    return updates.count or 0
+def _numbers(series: _Series) -> list[list[str]]:
+    return sorted(re.findall("[0-9]+", member.path.name) for member in series.members)
 
 
-def _of_one_unit(opened: list[Found]) -> list[Found]:
-    """Return checkpoints whose numbers one pattern finds, all with the unit of those that have a
-    word."""
-    units = {file.reading.unit for file in opened} - {""}
-    if len(units) != 1:
-        return opened
-    unit = units.pop()
-    of_unit = []
-    for file in opened:
-        reading = replace(file.reading, unit=unit)
-        of_unit.append(replace(file, reading=reading))
-    return of_unit
+def _series_of(candidates: Sequence[Candidate], step_from: str | None) -> list[_Series]:
+    """Group candidates by their names without numbers, and without what a pattern finds; or by
+    those of their folders, if a glob named files in several."""
+    are_apart = len({candidate.path.parent for candidate in candidates}) > 1
+    by_glob = dict[str, _Series]()
+    for candidate in candidates:
+        path = _without_step(candidate.path, step_from)
+        pattern = glob_of(path.name)
+        if "*" not in pattern:
+            outer = glob_of(path.parent.name)
+            pattern = f"{outer}/{pattern}" if are_apart and "*" in outer else ""
+        by_glob.setdefault(pattern, _Series(pattern)).members.append(candidate)
+    return [*by_glob.values()]
 
 
-# --- which of them are one run
-
-
-def _one_run(
-    opened: list[Found],
-    errors: Mapping[Path, PostHocError],
-    settings: ImportSettings,
-    left_out: _LeftOut,
-) -> list[Found]:
-    """Return the checkpoints that are one run; raise an error of the others if none is, or if a
-    file with a name as of the run cannot be read."""
-    stems = {_stem(file.path) for file in opened}
-    for path, error in errors.items():
-        if not opened or (_stem(path) in stems and has_tensors(path)):
-            raise error
-        name = path.name
-        if any(file.path.name == name for file in opened):
-            name = f"{path.parent.name}/{name}"
-        is_stepless = isinstance(error, InvalidValueError)
-        left_out[name] = _NO_STEP if is_stepless else error.reason
-    opened = _aligned(_with_numbers(opened, left_out))
-    model = partial(_model, settings=settings)
-    opened = _largest_group(opened, model, "another model", left_out)
-    opened = _largest_group(opened, _kind_of_number, "another kind of number", left_out)
-    units = {file.reading.unit: file for file in opened}
-    for unit, name in {"steps": "steps", "": "an unknown unit"}.items():
-        if unit in units and "epochs" in units:
-            reason = f"are numbered by {name} and by epochs"
-            raise _mismatch(units[unit], units["epochs"], reason)
-    return opened
-
-
-def _with_numbers(
-    opened: Sequence[Found],
-    left_out: _LeftOut,
-) -> list[Found]:
-    """Return the checkpoints without files that have no number next to some that have one: the
-    number of their folder is that of an experiment."""
-    numbered = {file.path.parent for file in opened if not file.reading.is_of_folder}
-    kept = []
-    for file in opened:
-        if file.reading.is_of_folder and file.path.parent in numbered:
-            left_out[file.path.name] = _NO_STEP
-        else:
-            kept.append(file)
-    return kept
-
-
-def _aligned(opened: list[Found]) -> list[Found]:
-    """Return checkpoints with the numbers that files without one would have in their names, by the
-    epoch in their contents."""
-    named = [file.reading for file in opened if not file.reading.is_nameless]
-    apart = {file.epoch - file.number for file in named if file.epoch is not None}
-    if len(apart) != 1:
-        return opened
-    offset = apart.pop()
-    aligned = []
-    for file in opened:
-        own = file.reading
-        if own.is_nameless:
-            number = own.number - offset
-            reading = replace(named[0], number=number, epoch=own.epoch, count=own.count)
-            file = replace(file, reading=replace(reading, path=file.path))
-        aligned.append(file)
-    return aligned
-
-
-def _stem(path: Path) -> str:
-    """Return what is before the first digit of a name, or if it has none the name in its folder,
-    whatever number that has."""
-    before, *others = re.split("[0-9]", path.name)
-    folder = re.sub("[0-9]+", "", path.parent.name)
-    return before if others else f"{folder}/{before}"
-
-
-def _kind_of_number(file: Found) -> object:
-    """Return what the number of a checkpoint is, without what only its source differs in."""
-    return file.reading.unit or file.reading.is_marked
-
-
-def _model(file: Found, settings: ImportSettings) -> object:
-    """Return the names and shapes of the tensors of a checkpoint that settings choose, without
-    wrappers."""
-    shapes = set()
-    chosen = settings.selection
-    for name, tensor in file.tensors.items():
-        if chosen.names(name.removeprefix(settings.prefix)):
-            shapes.add((unwrapped(name), tensor.shape))
-    return frozenset(shapes)
-
-
-def _largest_group(
-    opened: list[Found],
-    key: Callable[[Found], object],
-    reason: str,
-    left_out: _LeftOut,
-) -> list[Found]:
-    """Return the checkpoints of the most frequent key; all if another one is half as frequent, so
-    that an error names what is different."""
-    groups = dict[object, list[Found]]()
-    for file in opened:
-        groups.setdefault(key(file), []).append(file)
-    if not opened:
-        return opened
-    largest, *others = sorted(groups.values(), key=len, reverse=True)
-    if any(2 * len(group) > len(largest) for group in others):
-        return opened
-    for group in others:
-        for file in group:
-            left_out[file.path.name] = reason
-    return largest
-
-
-# --- which of two sets is the average
-
-
-def _decided(opened: list[Found], settings: ImportSettings) -> list[Found]:
-    """Return the checkpoints; where files do not say which of two sets is the average, it is the
-    one that moves less from file to file, and near the other. There is none if the sets are equal,
-    or one never moves.
-
-    Raise InvalidValueError if there may be another one; of parts of a model there is none then.
-    """
-    if not any(file.undecided for file in opened):
-        return _related(opened, settings)
-    both = _starts(opened)
-    ours, theirs = both
-    average, weights = np.square(np.diff(both, axis=1)).sum(axis=(1, 2)).tolist()
-    slower, faster = sorted((average, weights))
-    follows = slower > 0 and slower <= _SLOWER * faster and are_near(ours, theirs)
-    first = opened[0]
-    if np.array_equal(ours, theirs) or (first.model and not follows):
-        return [file.without_average for file in opened]
-    is_still = slower == 0 and faster > 0
-    if not (follows or is_still):
-        what = " or ".join(first.undecided)
-        reason = f"must be given: {first.path.name} holds two sets, and neither follows the other"
-        raise InvalidValueError("average", f"{reason}: {what}")
-    if weights < average:
-        opened = [file.swapped() for file in opened]
-    return _with_slower(opened, is_still)
-
-
-def _with_slower(
-    opened: list[Found],
-    is_still: bool,
-) -> list[Found]:
-    """Return the checkpoints with the slower set as the average, or without it if it is still."""
-    first = opened[0]
-    name, _ = first.undecided
-    says = f"the average is {name}, which moves less from file to file"
-    if is_still:
-        says = f"{name} never moves, and is not used"
-        opened = [file.without_average for file in opened]
-    log.warning("%s: %s", first.path.parent, says)
-    return opened
-
-
-def _starts(opened: Sequence[Found]) -> FloatArray:
-    """Return the first elements of averages and weights, by time: [two, times, elements]."""
-    in_order = sorted(opened, key=lambda file: file.time)
-    rows = np.stack([file.starts for file in in_order])
-    return np.swapaxes(rows, 0, 1)
-
-
-def _related(opened: list[Found], settings: ImportSettings) -> list[Found]:
-    """Return the checkpoints; as weights alone if the set that a word calls an average is another
-    network, such as the second of two encoders: far from the weights, and not moving there."""
-    pairs = [file for file in opened if file.kind == "ema" and file.averaged and file.weights]
-    if settings.average or len(pairs) < 2:
-        return opened
-    newest = max(pairs, key=lambda file: file.time)
-    tensor = next(iter(newest.averaged.values()))
-    is_sure = "ema" in tensor.name.lower()  # no word for anything else
-    if is_sure or are_near(*newest.starts):
-        return opened
-    ours, theirs = _starts(pairs)
-    motion = np.diff(ours, axis=0)
-    ways = theirs - ours
-    way = ways[1:] + ways[:-1]
-    lengths = np.sqrt(np.square(motion).sum() * np.square(way).sum())
-    if (motion * way).sum() >= _TOWARDS * lengths:
-        return opened
-    reason = "is taken for no average: it is far from the weights, and does not move towards them"
-    log.warning("%s: %s %s", newest.path, tensor.name, reason)
-    return [without_words(file, settings) for file in opened]
-
-
-def _all_made(
-    opened: Sequence[Found],
-    times: Times,
-    settings: ImportSettings,
-) -> list[Checkpoint]:
-    newest = max(opened, key=lambda file: file.time)
-    checkpoints = []
-    names = dict[str, None]()
-    for file in opened:
-        for tensors in within(file, settings):
-            names.update(dict.fromkeys(tensors))
-    check_globs(settings.selection, names)
-    for file in opened:
-        checkpoints += _made(_named_as(newest, file), times, settings)
-    _warn_of_copies(checkpoints[-1])
-    _warn_of_scales(checkpoints[0])
-    return checkpoints
-
-
-def _named_as(newest: Found, found: Found) -> Found:
-    """Return a checkpoint under the names of the newest one, if they differ in wrappers alone: of a
-    training that was compiled, or distributed, since a resume."""
-    names = newest.tensors.keys()
-    if found.tensors.keys() == names:
-        return found
-    ours = {unwrapped(name) for name in found.tensors}
-    theirs = {unwrapped(name): name for name in names}
-    are_distinct = len(ours) == len(found.tensors)
-    if ours != theirs.keys() or not are_distinct:
-        return found
-    averaged = {theirs[unwrapped(name)]: tensor for name, tensor in found.averaged.items()}
-    weights = {theirs[unwrapped(name)]: tensor for name, tensor in found.weights.items()}
-    return replace(found, averaged=averaged, weights=weights)
-
-
-def _made(
-    found: Found,
-    times: Times,
-    settings: ImportSettings,
-) -> list[Checkpoint]:
-    """Return the sources in a checkpoint: the weights, the average, or both."""
-    check_given(found, settings)
-    time = found.time
-    averaged, weights = map(settings.select, within(found, settings))
-    profile: StoredProfile = Point(float(time))
-    about = {
-        "kind": found.kind,
-        "t_unit": times.unit,
-        "is_stated": times.is_stated,
-    }
-    checkpoints = []
-    if weights:
-        chosen = {name: weights[name] for name in averaged or weights}
-        checkpoints.append(make_checkpoint(found.content, chosen, profile, time, **about))
-    if averaged:
-        if found.profile is not None:
-            profile = found.profile(time)
-        about |= {"sigma_rel": found.sigma_rel, "updates": found.updates}
-        average = make_checkpoint(found.content, averaged, profile, time, **about)
-        checkpoints.append(average.with_settings(settings))
-    return checkpoints
+def _without_step(path: Path, step_from: str | None) -> Path:
+    """Return a path with a 0 in place of what the user's pattern finds."""
+    match = re.search(step_from, str(path)) if step_from else None
+    if match is None:
+        return path
+    text = str(path)
+    return Path(f"{text[: match.start(1)]}0{text[match.end(1) :]}")
 
 
 # --- what is at a place
@@ -668,25 +446,41 @@ def holds_checkpoints(place: str | Path) -> bool:
     """Return whether a directory, file or glob seems to name checkpoints or an import, without
     opening a file."""
     try:
-        return is_import(place) or bool(_candidates(place, _LeftOut()))
+        return is_import(place) or bool(candidates_at(place))
     except (FileFormatError, InvalidValueError):  # raised again when they are opened
         return True
     except DirectoryError:  # also that of a glob
         return files.is_glob(place)
 
 
-def _candidates(place: str | Path, left_out: _LeftOut) -> list[Path]:
+def candidates_at(place: str | Path) -> list[Candidate]:
     """Return the files and folders that may each be a checkpoint."""
     path = files.expanded(place)
     matches = _matches(path)
     if not matches:
         raise DirectoryError(place, "no file or folder has such a name")
-    if matches != [path]:
-        return matches
-    is_checkpoint = not path.is_dir() or (path / DCP_METADATA).is_file()
-    if is_checkpoint:
-        return matches
-    return _candidates_in(path, left_out)
+    if matches != [path] or not path.is_dir():
+        found = []
+        for match in matches:
+            layout = layout_at(match)
+            if layout is not None:
+                found.append(Candidate(match, layout))
+        return found
+    return _candidates_in(path)
+
+
+def _candidates_in(folder: Path) -> list[Candidate]:
+    """Return a folder that is one checkpoint, or its entries that each are one."""
+    members = {}
+    for entry, layout in members_of(folder).items():
+        if not is_snapshot_name(entry):
+            members[entry] = layout
+    own = layout_of(folder, members)
+    if own is None:
+        return [Candidate(entry, layout) for entry, layout in members.items()]
+    if isinstance(own, OneFile) and own.path.parent == folder:
+        return [Candidate(own.path, own)]
+    return [Candidate(folder, own)]
 
 
 def _matches(pattern: Path) -> list[Path]:
@@ -694,80 +488,200 @@ def _matches(pattern: Path) -> list[Path]:
     if not files.is_glob(pattern):
         return [pattern] if pattern.exists() else []
     if files.is_url(pattern):
-        from posthoc_cli.remote.store import matching
-
-        return matching(pattern)
+        return [*pattern.parent.glob(pattern.name)]
     # Path.glob takes no absolute patterns
     return sorted(map(Path, glob.glob(str(pattern), recursive=True)))  # noqa: PTH207
 
 
-def _candidates_in(folder: Path, left_out: _LeftOut) -> list[Path]:
-    """Return the entries of a folder that may each be a checkpoint."""
-    entries = sorted(files.system.list(folder))
-    others = [entry for entry in entries if entry.name[0] != "." and not is_snapshot_name(entry)]
-    folders = _folders_among(others, left_out)
-    loose = _files_among(others)
-    if not folders and not loose:
-        of_weights = [entry for entry in entries if WEIGHTS_STATES.fullmatch(entry.name)]
-        return of_weights or nested_in(folder, entries)
-    # Next to files, a folder without a number, such as "averages", is not a checkpoint; next to
-    # folders, no file is one.
-    is_series = _is_series_beside_states(folder, loose, folders)
-    has_numbers = any(re.search(r"\d", entry.name) for entry in folders)
-    if loose and (is_series or not has_numbers):
-        for entry in folders:
-            left_out[entry.name] = "a folder beside files"
-        return loose
-    for entry in loose:
-        left_out[entry.name] = "a file beside folders"
-    return folders
+def explain_nothing(place: str | Path) -> None:
+    """Raise the error that says why nothing at a place is a checkpoint, and what might be meant."""
+    folder = files.expanded(place)
+    if not folder.is_dir():
+        return
+    answers = dict[str, Answer]()
+    for entry in sorted(files.system.list(folder)):
+        if entry.is_dir():
+            for inner in _folders_with_checkpoints(entry, 2):
+                pattern = folder / glob_of(str(inner.relative_to(folder)))
+                answers[str(inner)] = {"place": str(inner)}
+                answers.setdefault(str(pattern), {"place": str(pattern / "*")})
+        elif re.search("[0-9]", entry.name):
+            row = container_of(entry)
+            if row is not None and row.read is None:
+                raise foreign_error(entry, row)
+            if row is not None:
+                pattern = folder / glob_of(entry.name)
+                answers[str(pattern)] = {"place": str(pattern)}
+    if answers:
+        raise QuestionError(place, "holds no checkpoints itself", *answers.values())
 
 
-def _folders_among(entries: Sequence[Path], left_out: _LeftOut) -> list[Path]:
-    """Return the folders that each hold a model."""
-    folders = []
-    for entry in entries:
-        if not entry.is_dir() or NO_MODEL.search(entry.name):
+def _folders_with_checkpoints(folder: Path, levels: int) -> list[Path]:
+    """Return the folders below one that hold the checkpoints of a training, with a look at names
+    alone."""
+    with suppress(PostHocError):
+        if members_of(folder):
+            return [folder]
+    found = []
+    for entry in sorted(files.system.list(folder)) if levels else ():
+        if entry.is_dir() and not entry.name.startswith("."):
+            found += _folders_with_checkpoints(entry, levels - 1)
+    return found
+
+
+# --- which of two sets is the average
+
+
+def _recognise(content: Content, settings: ImportSettings) -> Found:
+    """Return what a checkpoint holds; its weights if it lacks the named average, which may have
+    begun later."""
+    try:
+        return recognise(content, settings)
+    except UnsuitableError:
+        if settings.average is None or settings.kind:
+            raise
+        return recognise(content, replace(settings, average=None, kind="checkpoints"))
+
+
+def _check_roles(run: list[Found], settings: ImportSettings) -> list[Found]:
+    """Return the checkpoints; without a set that never moves. Raise a QuestionError if what a word
+    calls an average equals the weights, is unrelated to them, or moves no less from file to
+    file."""
+    both = [file for file in run if file.averaged and file.weights]
+    if len(both) < 2:
+        _check_twins(run, settings)
+        return run
+    ours, theirs = _starts(both)
+    average, weights = _motions(ours, theirs)
+    pair = both[0].pair
+    named = shown(pair.average_key) if pair.average_key else "the average"
+    model = shown(pair.weights_key) if pair.weights_key else "the model"
+    if average == 0 < weights:
+        log.warning("%s: %s never moves, and is not used", both[0].path.parent, named)
+        return [_without_average(file) for file in run]
+    others: list[Answer] = []
+    for key in _twins(both[0]):
+        others.append({"average": pair.average_key, "weights": key})
+    alone: Answer = {"kind": "checkpoints"}
+    if weights > 0 and np.array_equal(ours, theirs):
+        reason = f"must be given: {named} equals {model} in all files, as if they were written "
+        reason += "while the average was swapped in"
+        raise QuestionError("weights", reason, *others, alone)
+    is_named = settings.average is not None or "ema" in pair.average_key.lower()
+    if not is_named and not are_near(ours[-1], theirs[-1]):
+        reason = f"must be given: {named} is unrelated to {model}, as no average is"
+        raise QuestionError("average", reason, *others, alone)
+    is_said = is_named and settings.ema_decay is not None  # two signs, which the audit compares
+    if average > _SLOWER * weights and not is_said:
+        reason = f"must be given: {named} moves no less than {model}, as no average does"
+        if pair.average_key and pair.weights_key:
+            others.insert(0, {"average": pair.weights_key, "weights": pair.average_key})
+        raise QuestionError("average", reason, *others, alone)
+    return run
+
+
+def _check_twins(run: Sequence[Found], settings: ImportSettings) -> None:
+    """Raise a QuestionError if files hold another set like the weights, near them, and one of the
+    two moves less, as averages do: no word says which it is."""
+    if len(run) < 2 or not all(file.weights for file in run) or settings.weights or settings.kind:
+        return
+    for key in _twins(run[0]):
+        pairs = []
+        for file in run:
+            average = TensorSets(file.content, (key,)).below(key)
+            pair = replace(file.pair, averaged=match_names(average, file.weights))
+            pairs.append(replace(file, pair=pair))
+        if not all(file.averaged for file in pairs):
             continue
-        if holds_model(entry):
-            folders.append(entry)
-        elif any(may_be_weights(inner.name) for inner in files.system.list(entry)):
-            left_out[entry.name] = "a folder of files"
-    return folders
+        theirs, ours = _starts(pairs)
+        motion, own = _motions(theirs, ours)
+        motions = {key: motion, file.pair.weights_key: own}
+        slower, faster = sorted(motions, key=lambda each: motions[each])
+        is_slower = 0 < motions[slower] <= _SLOWER * motions[faster]
+        if is_slower and are_near(ours[-1], theirs[-1]) and faster:
+            reason = f"must be given: the files hold {shown(key)}, too, and of the two "
+            reason += f"{shown(slower)} moves less, as averages do"
+            answer = {"average": slower, "weights": faster}
+            raise QuestionError("average", reason, answer, {"kind": "checkpoints"})
 
 
-def _files_among(entries: Sequence[Path]) -> list[Path]:
-    """Return the files that may hold weights, and states of the training with an average."""
-    loose = []
-    states = dict[str, list[Path]]()
-    for entry in entries:
-        if entry.is_dir() or SHARD.search(entry.name):
-            continue
-        if may_be_weights(entry.name):
-            loose.append(entry)
-        else:
-            states.setdefault(_stem(entry), []).append(entry)
-    for of_stem in states.values():
-        if holds_average(of_stem[-1]):
-            loose += of_stem
-    return loose
+def _motions(ours: FloatArray, theirs: FloatArray) -> tuple[float, float]:
+    """Return how far two sets, [times, elements], move from time to time, squared."""
+    average, weights = np.square(np.diff([ours, theirs], axis=1)).sum(axis=(1, 2)).tolist()
+    return average, weights
 
 
-def _is_series_beside_states(
-    folder: Path,
-    loose: Sequence[Path],
-    folders: Sequence[Path],
-) -> bool:
-    """Return whether files are a series of weights, and the folders beside them states of the same
-    training; raise InvalidValueError if there are more states."""
-    series = [entry for entry in loose if re.search("[0-9]", entry.name)]
-    if len(series) < 2 or not all(_STATE.search(entry.name) for entry in folders):
-        return False
-    if len(loose) < len(folders):
-        globs = f"'{folder / '*state'}' or '{folder / f'{_stem(series[0])}*{series[0].suffix}'}'"
-        reason = "holds a series of files, and more folders of states"
-        raise InvalidValueError(folder, reason, f"name one of them by a glob: {globs}")
-    return bool(folders)
+def _without_average(file: Found) -> Found:
+    return replace(file, pair=replace(file.pair, averaged={}), updates=None, kind="checkpoints")
+
+
+def _starts(run: Sequence[Found]) -> tuple[FloatArray, FloatArray]:
+    """Return the first elements of the newest averages and weights: [times, elements] each."""
+    in_order = sorted(run, key=lambda file: file.time)
+    pairs = [file.starts for file in in_order[-_COMPARED_FILES:]]
+    return np.stack([ours for ours, _ in pairs]), np.stack([theirs for _, theirs in pairs])
+
+
+def _twins(file: Found) -> list[str]:
+    """Return the sets that are not used, and have as many tensors as the weights or the average."""
+    counts = {len(file.averaged or file.weights), len(file.weights)}
+    found = []
+    for key in file.unused:
+        below = [name for name in file.content.tensors if name.startswith(f"{key}.")]
+        if len(below) in counts:
+            found.append(key)
+    return found
+
+
+# --- sources
+
+
+def _make_all(run: Sequence[Found], times: Times, settings: ImportSettings) -> list[Checkpoint]:
+    names = dict[str, None]()
+    for file in run:
+        names.update(dict.fromkeys([*file.averaged, *file.weights]))
+    check_globs(settings.selection, names)
+    checkpoints = []
+    for file in run:
+        checkpoints += _make(file, times, settings)
+    for name, entry in checkpoints[0].entries.items():
+        if entry.dtype.startswith("F8"):
+            reason = f"tensor {shown(name)} is of 8 bits, of which averages lose most digits"
+            hint = "save the weights in 16 bits or more, or leave it out by `exclude`"
+            raise UnsuitableError(checkpoints[0].path, reason, hint)
+    return checkpoints
+
+
+def _make(file: Found, times: Times, settings: ImportSettings) -> list[Checkpoint]:
+    """Return the sources in a checkpoint: the weights, the average, or both."""
+    time = file.time
+    averaged = settings.select(file.tensors if file.averaged else {})
+    weights = settings.select(file.weights)
+    profile: StoredProfile = Point(float(time))
+    about = {"kind": file.kind, "t_unit": times.unit, "is_stated": times.is_stated}
+    checkpoints = []
+    if weights:
+        chosen = {name: weights[name] for name in averaged or weights}
+        checkpoints.append(make_checkpoint(file.content, chosen, profile, time, **about))
+    if averaged:
+        if file.profile is not None:
+            profile = file.profile(time)
+        about |= {"sigma_rel": file.sigma_rel, "updates": file.updates}
+        average = make_checkpoint(file.content, averaged, profile, time, **about)
+        checkpoints.append(_with_profile(average, settings))
+    return checkpoints
+
+
+def _with_profile(average: Checkpoint, settings: ImportSettings) -> Checkpoint:
+    """Return an average with its profile; raise a QuestionError if its count of updates does not
+    fit its step: it began late, has another interval, or is no EMA, as Lightning's SWA."""
+    try:
+        return average.with_settings(settings)
+    except InvalidValueError as error:
+        answers: list[Answer] = [{"update_every": 1}, {"kind": "checkpoints"}]
+        if settings.update_every:
+            del answers[0]
+        raise QuestionError(error.subject, error.reason, *answers, value=error.value) from error
 
 
 # --- several checkpoints as one run
@@ -785,7 +699,7 @@ def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     first = ordered[0]
     for other in ordered:
         if difference := model_difference(first, other):
-            raise _mismatch(first, other, difference, "`include`, `exclude` or `prefix`")
+            raise _mismatch(first, other, difference, "`include` or `exclude`")
     kept = _without_duplicates(ordered)
     weights = {
         checkpoint.t: checkpoint for checkpoint in kept if isinstance(checkpoint.profile, Point)
@@ -822,9 +736,10 @@ def _check_copies(
 
 
 def _without_duplicates(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-    kept = dict[tuple[float, str], Checkpoint]()
+    kept = dict[tuple[float, str, bool], Checkpoint]()
     for other in sorted(checkpoints, key=lambda checkpoint: not _has_number(checkpoint)):
-        twin = kept.setdefault((other.t, other.holds), other)
+        is_raw = isinstance(other.profile, Point)
+        twin = kept.setdefault((other.t, other.holds, is_raw), other)
         if twin is not other and _are_unequal(twin, other):
             if _has_number(other):
                 raise _mismatch(twin, other, f"are both of {twin.t_unit[:-1]} {twin.t:,.12g}")
@@ -837,14 +752,14 @@ def _has_number(checkpoint: Checkpoint) -> bool:
 
 
 def _mismatch(
-    first: Checkpoint | Found,
-    other: Checkpoint | Found,
+    first: Checkpoint,
+    other: Checkpoint,
     difference: str,
     settings: str = "`step_from`",
 ) -> MismatchError:
     ours = glob_of(first.path.name)
     theirs = glob_of(other.path.name)
-    hint = _BY_GLOB
+    hint = "name the files of one run by a glob"
     if ours != theirs:
         hint += f", such as '{ours}' or '{theirs}'"
     hint += f", or import with {settings}"
@@ -868,8 +783,6 @@ def _check_averages(run: Sequence[Checkpoint]) -> None:
     if len(averages) < 4 or len(averages) < len(run):
         return
     _warn_of_growth(averages[-1], _first_values(averages[-4:]))
-    if all(average.is_known for average in averages[-4:]):
-        _check_updates(averages[-_LATEST:])
 
 
 def _first_values(averages: Sequence[Checkpoint]) -> FloatArray:
@@ -889,44 +802,6 @@ def _warn_of_growth(newest: Checkpoint, values: FloatArray) -> None:
         )
 
 
-def _check_updates(averages: Sequence[Checkpoint]) -> None:
-    """Raise InvalidValueError if long averages in half precision lose updates; warn if short ones
-    seem to, or if they move too little to show that."""
-    newest = averages[-1]
-    moves = _moves(averages)
-    if not moves.size:
-        return
-    is_expected = np.abs(moves[:-1]) > _DIGITS
-    following = moves[1:]
-    # Where the average keeps little, elements may stand still with their weights.
-    tails = [later.profile.tail(earlier.t) for earlier, later in pairwise(averages[1:])]
-    is_long = np.array(tails) < _LOST
-    share = lost_share(following[is_long], is_expected[is_long])
-    where = f"{newest.path.name}: the average of decay {newest.decay:.12g} is in half precision"
-    if share > MOST_LOST:
-        reason = f"{where}, and loses updates: {share:.0%} of the elements that move by {_DIGITS}"
-        hint = "`kind` checkpoints with `weights` takes it"
-        raise InvalidValueError("average", f"{reason} digits then stand still", hint)
-    stands = moves == 0
-    if lost_share(following, is_expected) > MOST_LOST or stands.mean() > _STILL:
-        log.warning("%s, and much of it stands still: errors hold if only files are", where)
-
-
-def _moves(averages: Sequence[Checkpoint]) -> FloatArray:
-    """Return the motion of averages between times in digits of F16 or BF16, of the elements of
-    `first_values` that are stored so: [times, elements]."""
-    newest = averages[-1]
-    entries = [newest.entries[name] for name in sorted(newest.averages)]
-    counts = [min(entry.size, COMPARED) for entry in entries]
-    dtypes = np.repeat([entry.dtype for entry in entries], counts)
-    values = _first_values(averages)
-    moves = []
-    for dtype in ("F16", "BF16"):
-        of_dtype = values[:, dtypes == dtype]
-        moves.append(np.diff(of_dtype, axis=0) / digits_of(of_dtype[:-1], dtype))
-    return np.concatenate(moves, axis=1)
-
-
 def _with_names(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     """Return the checkpoints with distinct names, from the folder of all on, for coefficients and
     reports."""
@@ -940,87 +815,3 @@ def _with_names(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
             name += " (average)"
         named.append(replace(checkpoint, name=name))
     return named
-
-
-# --- for JSON
-
-
-def describe_checkpoints(place: Path) -> Values:
-    """Return times, tensors and sizes from the indexes of files alone, for JSON."""
-    found = Place([], "")
-    if is_import(place):
-        checkpoints = open_checkpoints(place)
-    else:
-        found = read_place(place, UNSPECIFIED, asks=False)
-        checkpoints = _known_run(place, found)
-    newest = checkpoints[-1]
-    rows = []
-    for checkpoint in checkpoints:
-        row = {
-            "file": checkpoint.name,
-            "t": checkpoint.t,
-            "holds": checkpoint.holds,
-            "bytes": checkpoint.file_bytes,
-            "identity": checkpoint.identity,
-        }
-        rows.append(row)
-    described = {
-        "kind": "checkpoints",
-        "path": str(place),
-        "run": newest.run_id,
-        "t_unit": newest.t_unit,
-        "t": newest.t,
-        "step": newest.step,
-        "written_by": found.written_by,
-        "numbers": found.says,
-        **describe_tensors(newest),
-        "bytes": sum(checkpoint.file_bytes for checkpoint in checkpoints),
-        "checkpoints": rows,
-        "notes": list(found.notes),
-    }
-    if is_import(place):
-        manifest = read_manifest(place)
-        described["refers_to"] = str(manifest.origin)
-        described["files"] = len(manifest.files)
-        described["settings"] = manifest.settings.given
-    return described
-
-
-def describe_files(place: Path, error: PostHocError) -> Values:
-    """Return what files hold that need an import, for JSON, and what that import would have
-    to be told; raise the error that says so if none can be opened."""
-    paths = _candidates(place, _LeftOut())
-    rows: list[Values] = []
-    opened = []
-    for path in paths:
-        try:
-            content = open_checkpoint(path)
-        except FileFormatError as wrong:
-            rows.append({"file": path.name, "holds": wrong.reason})
-            continue
-        opened.append(content)
-        holds = _sets_in(content)
-        rows.append({"file": path.name, "holds": holds, "bytes": content.nbytes})
-    if not opened or (place.is_file() and not opened[0].tensors):
-        raise error
-    described: Values = {"kind": "checkpoints", "path": str(place), "checkpoints": rows}
-    if len(paths) == 1:
-        described["kind"] = "checkpoint"
-        with suppress(FileFormatError):
-            tensors = recognise(opened[0], UNSPECIFIED).tensors
-            checkpoint = make_checkpoint(opened[0], tensors)
-            described |= {**describe_tensors(checkpoint), "bytes": checkpoint.file_bytes}
-    if isinstance(error, InvalidValueError):
-        return {**described, "notes": [f"cannot be used as it is: {error}"]}
-    return {**described, "problems": [str(error)]}
-
-
-def _sets_in(content: Content) -> str:
-    """Return the keys of the sets of tensors in a checkpoint, with their numbers of tensors."""
-    sets = Sets(content)
-    named = []
-    for key in sets.keys:
-        count = sets.counts[key]
-        if count > 1:
-            named.append(f"{key} ({count})")
-    return first_of(named, 4) or f"{len(content.tensors)} tensors"

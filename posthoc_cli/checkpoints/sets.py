@@ -1,79 +1,63 @@
 """Find the sets of tensors in a checkpoint: the weights of the model, and an average of them.
 
-A set is what lies below a key, or below a prefix of names. The average is a set whose key has a
-word for it, or the one that a user names; the weights are a set with the same names and shapes,
-anywhere outside of it. Both may have further keys or prefixes in front of their names. An average
-may have names without dots, or be a list in the order of the parameters, perhaps of the trained
-ones only: such a list is matched with the weights by its values.
+A set is what lies below a path: keys, and perhaps the first parts of names, joined by dots; or what
+a prefix of names such as `ema_*` names. The average is the set that the user names, or the only one
+that a word calls so and that has the names and shapes of another set: those are the weights.
+Anything else is left to the user, or is not used and said.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
-from itertools import combinations
-from typing import Any
 
-import numpy as np
-
-from posthoc_cli.checkpoints.content import (
-    AVERAGE_WORD,
-    NO_MODEL,
-    Content,
-    StoredTensor,
-    Tensors,
-    names_in,
-)
-from posthoc_cli.checkpoints.source import STATISTICS, make_checkpoint, tied_names
+from posthoc_cli.checkpoints.ask import QuestionError
+from posthoc_cli.checkpoints.content import Content, StoredTensor, Tensors, names_in
+from posthoc_cli.checkpoints.folders import AVERAGE_WORD, NO_MODEL
+from posthoc_cli.checkpoints.source import STATISTICS, tied_names
 from posthoc_cli.dtypes import EPS
-from posthoc_cli.errors import FileFormatError, UnsuitableError, shown
-from posthoc_cli.profiles import FloatArray
+from posthoc_cli.errors import UnsuitableError, shown
 
 _Named = dict[str, StoredTensor]
-_MODEL_GROUPS = ("current_model_state", "state_dict", "model_state_dict", "model", "module")
+
+_MODELS = (
+    "current_model_state", "state_dict", "model_state_dict", "model", "module",
+    "diffusion_pytorch_model", "adapter_model", "pytorch_model",
+)  # fmt: skip
 """Keys of the model in a checkpoint; the first present one counts. If Lightning's `state_dict` is
 an average, its weights are under `current_model_state`."""
 _STATES = re.compile(NO_MODEL.pattern.replace("opt|", "", 1), re.IGNORECASE)
 """Pattern of prefixes of names that are not a model's: `opt` may be a module."""
+_WITH_MODEL = re.compile(r"^model_(?:and_optim|optim_rng)")  # names of files, of OLMo and Megatron
 _RANDOM = re.compile(r"(?<![a-z])(?:rng|random)_states?$")
 """Pattern of names of the states of generators of random numbers."""
 _PARTS = re.compile(r"^(?:named_)?(?:parameter|buffer)s_dict\.")  # of a model, in Composer
-_WHICH = "name the average by `average`, or the model by `weights`, or both, in an import"
-_LETTER = re.compile("[A-Za-z]")
-_SAMPLED = 4096  # elements of a tensor that are compared with others of its shape
-_LIKELY = 0.5  # an assignment is clear if each change of it adds more than this share of distance
+_WRAPPERS = re.compile(
+    r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\."
+)
+"""Parts of names that a wrapper of a module within a model adds, as `torch.compile` does."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """An average and the weights of the same model, by the names of the weights."""
+    """An average and the weights of the same model, by the names of the weights; either may be
+    empty."""
 
-    averaged: Tensors
-    weights: Tensors  # empty if the average is alone
-    average_key: str  # path of the average in the checkpoint
+    averaged: Tensors = field(default_factory=dict)
+    weights: Tensors = field(default_factory=dict)
+    average_key: str = ""  # path of the average in the checkpoint
     weights_key: str = ""
 
 
-def lies_below(tensor: StoredTensor, text: str) -> bool:
-    """Return whether a tensor is in a set that a text or glob means, or is meant itself."""
-    paths = [*_paths(tensor), tensor.name]
-    return any(_means(text.rstrip("."), path) for path in paths if path)
-
-
-def lies_in(path: str, outer: str) -> bool:
-    """Return whether a path is another one, or leads on from it."""
-    return f"{path}.".startswith(f"{outer}.")
-
-
-class Sets:
+class TensorSets:
     """The sets of tensors of a checkpoint, without those of optimizers and the like.
 
-    A path is the keys that lead to a set, and perhaps the first parts of names, joined by dots.
+    A path is the keys that lead to a set, and perhaps the first parts of names, joined by dots; or
+    a prefix of names with a `*` behind it.
     """
 
     def __init__(
@@ -81,83 +65,51 @@ class Sets:
         content: Content,
         named: Sequence[str | None] = (),
     ) -> None:
-        """`named`: paths that hold a set, whatever their words say."""
+        """`named`: what the user calls sets, which are then some, whatever their words say."""
         self.content = content
         self.tensors = _Named()
-        self.counts = Counter[str]()
+        self.counts = Counter[str]()  # of tensors, by path
         self.keys = dict[str, str]()  # the last key of each path of whole keys
-        self._groups = set[str]()  # first keys of tensors that are not an optimizer's
-        self.kept = set[str]()  # what one keeps of each parameter, perhaps averages of gradients
-        named_paths = [path for path in named if path]
-        keys = _KEPT_BY_OPTIMIZERS.union(path.rpartition(".")[2] for path in named_paths)
-        for tensor in content.tensors.values():
-            is_state = _is_state(tensor) or content.is_of_optimizer(tensor)
-            if is_state and tensor.keys[-1] in keys:
-                tensor = self._by_last_key(tensor)
-            is_named = any(lies_in(tensor.name, path) for path in named_paths)
-            if is_named or not is_state or not keys.isdisjoint(tensor.keys[:-1]):
-                self.tensors[tensor.name] = tensor
+        given = [text for text in named if text]
+        for name, tensor in content.tensors.items():
+            if not _is_state(tensor, content) or any(_lies_below(tensor, text) for text in given):
+                self.tensors[name] = tensor
                 self._count(tensor)
-                if not is_state:
-                    self._groups.add(tensor.keys[0])
-        self.averages = list[str]()
-        self._find_averages()
-
-    def _by_last_key(self, tensor: StoredTensor) -> StoredTensor:
-        """Return a tensor of a parameter, such as `state.0.ema`, as one of a set `state.ema`."""
-        *outer, parameter, last = tensor.keys
-        self.kept.add(".".join((*outer, last)))
-        return replace(tensor, keys=(*outer, last, parameter))
 
     def _count(self, tensor: StoredTensor) -> None:
         *outer, _ = tensor.keys
         self.counts.update(_paths(tensor))
         for level, key in enumerate(outer, 1):
-            path = ".".join(outer[:level])
-            self.keys[path] = key
+            self.keys[".".join(outer[:level])] = key
 
-    def _find_averages(self) -> None:
-        """Find the outermost paths that a word calls an average.
-
-        A prefix of few names is that of a layer, unless it is a part beside a large one.
-        """
+    @cached_property
+    def averages(self) -> list[str]:
+        """The outermost paths that a word calls an average. A prefix of few names is that of a
+        layer."""
         in_group = Counter[str]()
         for tensor in self.tensors.values():
-            group = ".".join(tensor.keys[:-1])
-            in_group[group] += 1
-        places = set()
-        by_size = [path for path, _ in self.counts.most_common()]
-        for path in sorted(by_size, key=_depth):
-            outer, _, last = path.rpartition(".")
-            key = self.keys.get(path, last)
-            word = AVERAGE_WORD.search(key)
-            if word is None or path in self.kept or self.is_averaged(path):
+            in_group[".".join(tensor.keys[:-1])] += 1
+        found = list[str]()
+        for path in sorted(self.counts, key=_depth):
+            key = self.keys.get(path, path.rpartition(".")[2])
+            is_inner = any(_lies_in(path, average) for average in found)
+            if is_inner or not AVERAGE_WORD.search(key):
                 continue
             group = path
             while group and group not in self.keys:
                 group = group.rpartition(".")[0]
-            is_large = 4 * self.counts[path] >= in_group[group]
-            place = (outer, word[0])
-            is_part = place in places
-            if path in self.keys or is_large or is_part:
-                self.averages.append(path)
-                places.add(place)
-
-    def is_all(self, path: str) -> bool:
-        """Return whether a set has all tensors but counters."""
-        for name, tensor in self.tensors.items():
-            if lies_in(name, path):
-                continue
-            if not _is_counter(tensor):
-                return False
-        return True
+            if path in self.keys or 4 * self.counts[path] >= in_group[group]:
+                found.append(path)
+        return found
 
     def is_averaged(self, path: str) -> bool:
         """Return whether a path is that of an average, or leads into one."""
-        return any(lies_in(path, average) for average in self.averages)
+        return any(_lies_in(path, average) for average in self.averages)
 
     def below(self, path: str) -> Tensors:
         """Return the tensors of a set by the rest of their names, without averages beside them."""
+        if path.endswith("*"):
+            return self._with_prefix(path[:-1])
         start = f"{path}." if path else ""
         is_average = bool(path) and self.is_averaged(path)
         inner = {}
@@ -165,52 +117,22 @@ class Sets:
             if not name.startswith(start):
                 continue
             if is_average or not self.is_averaged(name):
-                rest = name.removeprefix(start)
-                inner[_PARTS.sub("", rest)] = tensor
+                inner[_PARTS.sub("", name.removeprefix(start))] = tensor
         return inner
 
-    def are_alike(self, path: str, other: str) -> bool:
-        """Return whether two sets that lie apart have the same names and shapes. (A copy of the
-        best model so far is not a set of its own, nor what an optimizer keeps.)"""
-        if lies_in(path, other) or lies_in(other, path):
-            return False
-        if self.keys[path].startswith("best_") or path in self.kept:
-            return False
-        return self._shapes(path) == self._shapes(other)
+    def _with_prefix(self, prefix: str) -> Tensors:
+        found = {}
+        for name, tensor in self.tensors.items():
+            for path in ("", *_paths(tensor)):
+                rest = name.removeprefix(f"{path}." if path else "")
+                if rest.startswith(prefix):
+                    found[rest.removeprefix(prefix)] = tensor
+                    break
+        return found
 
-    def _shapes(
-        self,
-        path: str,
-    ) -> dict[str, tuple[int, ...]]:
-        return {unwrapped(name): tensor.shape for name, tensor in self.below(path).items()}
-
-    def without(
-        self,
-        used: Iterable[StoredTensor],
-    ) -> tuple[str, ...]:
-        """Return the outermost paths of sets that hold none of these tensors, and are not parts of
-        an average."""
-        used = {*used}
-        outer = {""}
-        for tensor in used:
-            outer.update(_paths(tensor))
-        unused = dict[str, None]()
-        for tensor in self.tensors.values():
-            paths = [path for path in _paths(tensor) if path not in outer]
-            averages = [path for path in paths if path in self.kept or path in self.averages]
-            if averages:
-                unused[averages[0]] = None
-            elif tensor in used or _is_counter(tensor):
-                continue
-            elif paths and not self.is_averaged(paths[0]):
-                unused[paths[0]] = None
-            elif not paths and AVERAGE_WORD.search(tensor.keys[-1]):
-                unused[f"{tensor.name} (one tensor)"] = None
-        return tuple(unused)
-
-    def named(self, text: str) -> str:
-        """Return the path of the outermost set that a text or glob means; raise FileFormatError if
-        there is none, or are several."""
+    def named(self, text: str, setting: str) -> str:
+        """Return the path of the outermost set that a text or glob means; raise an error if there
+        is none, or are several. `setting` has the text."""
         text = text.rstrip(".")
         matching = [path for path in self.counts if path and _means(text, path)]
         level = min(map(_depth, matching), default=0)
@@ -219,62 +141,100 @@ class Sets:
             return outermost[0]
         if outermost:
             reason = f"has several sets of tensors {shown(text)}: {names_in(outermost)}"
-            raise FileFormatError(self.content.path, reason)
+            raise QuestionError(self.content.path, reason, *({setting: path} for path in outermost))
+        if text.endswith("*") and self._with_prefix(text[:-1]):
+            return text
         choices = names_in([*self.keys])
         if not choices:
             choices = f"only the tensors {names_in([*self.content.tensors])}"
         reason = f"has no set of tensors {shown(text)}; there are {choices}"
         raise UnsuitableError(self.content.path, reason)
 
+    def without(self, used: Iterable[StoredTensor]) -> tuple[str, ...]:
+        """Return the outermost paths of sets that hold none of these tensors."""
+        used = {*used}
+        outer = {""}
+        for tensor in used:
+            outer.update(_paths(tensor))
+        unused = dict[str, None]()
+        for tensor in self.tensors.values():
+            paths = [path for path in _paths(tensor) if path not in outer]
+            averages = [path for path in paths if path in self.averages]
+            if averages:
+                unused[averages[0]] = None
+            elif tensor in used or _is_counter(tensor):
+                continue
+            elif paths:
+                unused[paths[0]] = None
+            elif AVERAGE_WORD.search(tensor.keys[-1]):
+                unused[f"{tensor.name} (one tensor)"] = None
+        return tuple(unused)
+
     # --- the model
 
     @cached_property
     def models(self) -> list[str]:
-        """The path of the model's weights; those of several sets, or none, if it is unclear.
+        """The path of the model's weights; those of several sets, or none, if it is unclear."""
+        path = ""
+        while True:
+            groups = self._groups_below(path)
+            known = [key for key in _MODELS if key in groups]
+            if known and (len(groups) == 1 or not path):
+                path = f"{path}.{known[0]}".lstrip(".")
+                continue
+            if path.rpartition(".")[2] in _MODELS:
+                return [path]
+            if known:
+                return [f"{path}.{known[0]}"]
+            if len(groups) != 1 or self._is_flat(path, groups):
+                break
+            path = f"{path}.{groups[0]}".lstrip(".")
+        if self._is_flat(path, groups):
+            return [path]
+        return [f"{path}.{key}".lstrip(".") for key in groups]
 
-        Copies of the best model so far do not count.
-        """
-        known = self.content.groups()
-        groups = [name for name in known if name in self._groups and not self.is_averaged(name)]
-        groups = [name for name in groups if not name.startswith("best_")] or groups
-        for name in _MODEL_GROUPS:
-            if name in groups:
-                return [name]
-        if len(groups) == 1:
-            within = self.content.groups(groups[0])
-            for name in _MODEL_GROUPS:
-                if name in within:
-                    return [f"{groups[0]}.{name}"]
-        flat = [name for name, tensor in self.tensors.items() if len(tensor.keys) == 1]
-        largest = max((self.counts[name] for name in groups), default=1)
-        # not a loss or the state of a generator beside the model
-        is_flat = len(flat) >= largest or any("." in name for name in flat)
-        return [""] if is_flat else groups
+    def _groups_below(self, path: str) -> list[str]:
+        """Return the next keys after a path of keys that lead to tensors, but to no average."""
+        keys = []
+        for inner, key in self.keys.items():
+            if inner == f"{path}.{key}".lstrip(".") and not self.is_averaged(inner):
+                keys.append(key)
+        return keys
+
+    def _is_flat(self, path: str, groups: Sequence[str]) -> bool:
+        """Return whether the tensors at a path itself are a model, and not a loss or the like
+        beside one."""
+        level = path.count(".") + 2 if path else 1
+        flat = []
+        for name, tensor in self.tensors.items():
+            if len(tensor.keys) == level and (not path or name.startswith(f"{path}.")):
+                flat.append(tensor.keys[-1])
+        if not flat:
+            return False
+        sizes = [self.counts[f"{path}.{key}".lstrip(".")] for key in groups]
+        return len(flat) >= max(sizes, default=1) or any("." in name for name in flat)
 
     def model_path(self) -> str:
-        """Return the path of the model's weights; raise FileFormatError if it is unclear."""
+        """Return the path of the model's weights; raise an error if it is unclear."""
+        path = self.content.path
+        if not self.content.tensors:
+            raise UnsuitableError(path, "holds no tensors with names")
         if len(self.models) == 1:
             return self.models[0]
-        path = self.content.path
         if not self.models:
-            under = names_in(self.content.groups())
-            raise UnsuitableError(path, f"holds no weights, only tensors under {under}")
+            groups = [*dict.fromkeys(tensor.keys[0] for tensor in self.content.tensors.values())]
+            raise UnsuitableError(path, f"holds no weights, only tensors under {names_in(groups)}")
         reason = "which tensors are the model's is unclear: it has tensors under"
-        raise UnsuitableError(path, f"{reason} {names_in(self.models)}", _WHICH)
+        answers = [{"weights": model} for model in self.models]
+        raise QuestionError(path, f"{reason} {names_in(self.models)}", *answers)
 
-    def model(self, prefix: str = "") -> Tensors:
-        """Return the weights of the model by name; all tensors if none of the model's names has a
-        prefix."""
-        if not self.content.tensors:
-            raise UnsuitableError(self.content.path, "holds no tensors with names")
-        if prefix and len(self.models) != 1:
-            return self.tensors
+    def model(self) -> Tensors:
+        """Return the weights of the model by name."""
         path = self.model_path()
         tensors = self.below(path)
         if not path:
-            tensors = {name: tensor for name, tensor in tensors.items() if len(tensor.keys) == 1}
-        has_prefix = any(name.startswith(prefix) for name in tensors)
-        return tensors if has_prefix or not prefix else self.tensors
+            return {name: tensor for name, tensor in tensors.items() if len(tensor.keys) == 1}
+        return tensors
 
     # --- an average and the weights
 
@@ -295,44 +255,22 @@ class Sets:
         for path in self._within(average):
             pairs += self._pairs_at(path, weights, is_named)
         if not pairs:
-            self._check_unpaired(average, weights if is_named else None)
             return None
         best = min(map(self._rank, pairs))
         likeliest = [pair for pair in pairs if self._rank(pair) == best]
-        keys = [pair.weights_key for pair in likeliest]
-        if len(set(keys)) > 1:
+        keys = [*dict.fromkeys(pair.weights_key for pair in likeliest)]
+        if len(keys) > 1:
             reason = f"which of its sets of tensors is the model is unclear: {names_in(keys)}"
-            raise UnsuitableError(self.content.path, reason, _WHICH)
-        return likeliest[0]
+            raise QuestionError(self.content.path, reason, *({"weights": key} for key in keys))
+        return likeliest[-1]  # without keys of the average's own, such as `module`
 
-    def _check_unpaired(self, average: str, named: str | None) -> None:
-        """Raise FileFormatError if an average has most names of some weights, and others, if it
-        does not match the weights at a path that is named, or if it holds several averages."""
-        for path in self._within(average):
-            averaged = self.below(path)
-            roots = self._roots(averaged, path) if named is None else [named]
-            for root in roots:
-                weights = self.below(root)
-                others = [name for name in averaged if name not in weights]
-                are_few = 2 * len(others) < len(averaged)
-                is_large = 2 * len(averaged) > len(weights)
-                if named is not None or (others and are_few and is_large):
-                    reason = "holds an EMA and weights of different models: only the EMA has"
-                    reason = f"{reason} {names_in(others)}"
-                    hint = _common_part(path, root, [*weights])
-                    raise FileFormatError(self.content.path, reason, hint)
-        averages = []
+    def pairs_within(self, outer: str, weights: str | None) -> list[Pair]:
+        """Return the averages at the keys next to a path, as of several decays."""
+        pairs = []
         for path, key in self.keys.items():
-            is_within = path == f"{average}.{key}"
-            if is_within and self._pairs_at(path, None, False):
-                averages.append(path)
-        self.check_one(averages)
-
-    def check_one(self, averages: Sequence[str]) -> None:
-        """Raise FileFormatError if there are several averages."""
-        if len(averages) > 1:
-            reason = "which of its sets of tensors is the average is unclear"
-            raise UnsuitableError(self.content.path, f"{reason}: {names_in(averages)}", _WHICH)
+            if path == f"{outer}.{key}":
+                pairs += self._pairs_at(path, weights, is_named=False)[:1]
+        return pairs
 
     def alone(self, average: str) -> Pair:
         """Return an average without weights, without keys that all its names begin with."""
@@ -344,31 +282,19 @@ class Sets:
             path = inner
         return Pair(self.below(path), {}, path)
 
-    def joined(self, pairs: list[Pair]) -> list[Pair]:
-        """Return the average of which these are parts, such as `momentum_backbone` and
-        `momentum_projector`; themselves if they are averages of their own."""
-        roots = {pair.weights_key for pair in pairs}
-        places = {_place(pair) for pair in pairs}
-        are_keys = any(pair.average_key in self.keys for pair in pairs)
-        outer, other, _ = places.pop()
-        if are_keys or places or len(roots) < len(pairs) or outer != other:
-            return pairs
-        averaged = {}
-        weights = {}
-        for pair in pairs:
-            part = pair.weights_key.rpartition(".")[2]
-            for name, tensor in pair.averaged.items():
-                averaged[f"{part}.{name}"] = tensor
-            for name, tensor in pair.weights.items():
-                weights[f"{part}.{name}"] = tensor
-        return [Pair(averaged, weights, pairs[0].average_key, outer)]
+    def is_all(self, path: str) -> bool:
+        """Return whether a set has all tensors but counters."""
+        for name, tensor in self.tensors.items():
+            if not _lies_in(name, path) and not _is_counter(tensor):
+                return False
+        return True
 
     def _within(self, path: str) -> Iterator[str]:
         """Yield a path, and those of the main parts within it."""
         inner: str | None = path
         while inner is not None:
             yield inner
-            inner = self._main_part(inner)
+            inner = None if inner.endswith("*") else self._main_part(inner)
 
     def _main_part(self, path: str) -> str | None:
         """Return the path of the part of a set that a word calls an average; else of the one below
@@ -398,22 +324,31 @@ class Sets:
         is_named: bool,
     ) -> list[Pair]:
         averaged = self.below(average)
-        is_listed = averaged and all(map(str.isdecimal, averaged))
-        pairs = []
-        roots = []
-        if not (is_listed and average in self.keys):
-            roots = self._roots(averaged, average)
-        for path in roots:
-            if weights is None or lies_in(path, weights):
-                raw = self.below(path)
-                by_name = match_names(averaged, raw)
-                if by_name and (is_named or 2 * len(by_name) > len(raw)):
-                    pairs.append(Pair(by_name, raw, average, path))
-        if is_listed and not pairs:  # no model of numbered parameters
+        if weights is not None:
+            averaged = _apart(averaged, self.below(weights))
+        if averaged and all(map(str.isdecimal, averaged)):
             path = self.model_path() if weights is None else weights
-            raw = self.below(path)
-            pairs = [Pair(match_list(self.content, averaged, raw), raw, average, path)]
+            raw = self._with_names(path)
+            return [Pair(self._match_list(averaged, raw), raw, average, path)]
+        pairs = []
+        roots = self._roots(averaged, average) if weights is None else [weights]
+        for path in roots:
+            raw = _apart(self._with_names(path), averaged)
+            if path.endswith("*"):  # of buffers, whose names have no dots
+                raw = match_names(raw, averaged)
+            matched = match_names(averaged, raw)
+            if matched and (is_named or 2 * len(matched) > len(raw)):
+                pairs.append(Pair(matched, raw, average, path))
         return pairs
+
+    def _with_names(self, path: str) -> Tensors:
+        """Return the tensors of a set; those of a list by the names of the model, with what the
+        list lacks of it."""
+        tensors = self.below(path)
+        if not tensors or not all(map(str.isdecimal, tensors)) or path in self.models:
+            return tensors
+        model = self.model()
+        return {**model, **self._match_list(tensors, model)}
 
     def _rank(
         self,
@@ -425,325 +360,70 @@ class Sets:
         rest = AVERAGE_WORD.sub("", last).strip("_-.")
         path = pair.weights_key
         model = self.models[0] if len(self.models) == 1 else ""
-        is_outside = not lies_in(path, model)
+        is_outside = bool(model) and not _lies_in(path, model)
         is_other = path != outer + dot + rest
         return self.is_averaged(path), is_outside, is_other, _depth(path)
 
     def _roots(self, averaged: Tensors, average: str) -> list[str]:
-        """Return the paths below which a tensor has the longest name of an average."""
+        """Return the paths outside of an average below which a tensor has its longest name."""
         names = [name for name, tensor in averaged.items() if not _is_counter(tensor)]
         if not names:
             return []
         longest = max(names, key=lambda name: (_depth(name), len(name), name))
-        outside = [name for name in self.tensors if not name.startswith(f"{average}.")]
+        outside = [name for name in self.tensors if not _lies_in(name, average)]
         roots = _roots_of(longest, outside, _squeeze)
         return roots or _roots_of(longest, outside, _bare)
 
+    def _match_list(self, listed: Tensors, weights: Tensors) -> Tensors:
+        """Return a list of averages by the names of the weights that they are of: in their order,
+        or by shapes that each have one tensor only.
 
-_KEPT_BY_OPTIMIZERS = {
-    "ema", "ema_params", "ema_state", "shadow_params", "param_ema", "swa_buffer", "ax", "z",
-}  # fmt: skip
-"""Keys of an average among the states of an optimizer that keeps it, as NeMo's and ASGD do; `z` of
-schedule-free ones are the weights, whose average is in their place."""
-
-
-def _is_state(tensor: StoredTensor) -> bool:
-    """Return whether a tensor is of an optimizer or the like."""
-    *outer, name = tensor.keys
-    if any(map(NO_MODEL.search, outer)):
-        return True
-    first, dot, _ = name.partition(".")
-    pattern = _STATES if dot else _RANDOM
-    return pattern.search(first) is not None
-
-
-def _paths(tensor: StoredTensor) -> list[str]:
-    """Return the paths of all sets that a tensor is in, the outermost first."""
-    *outer, name = tensor.keys
-    parts = [*outer, *name.split(".")]
-    return [".".join(parts[:level]) for level in range(len(parts))]
+        Raise a QuestionError if neither tells. Safetensors files are sorted by name.
+        """
+        known = {name: tensor for name, tensor in weights.items() if _may_be_listed(name, tensor)}
+        in_order = [listed[position] for position in sorted(listed, key=int)]
+        shapes = [tensor.shape for tensor in in_order]
+        is_counted = sorted(map(int, listed)) == [*range(len(listed))]  # not places in memory
+        is_sorted = any(_is_safetensors(tensor) for tensor in known.values())
+        if is_counted and not is_sorted and shapes == [tensor.shape for tensor in known.values()]:
+            return dict(zip(known, in_order, strict=True))
+        by_shape = {tensor.shape: name for name, tensor in known.items()}
+        are_unique = len(by_shape) == len(known) == len(set(shapes)) == len(shapes)
+        if are_unique and by_shape.keys() == set(shapes):
+            return {by_shape[tensor.shape]: tensor for tensor in in_order}
+        reason = f"holds an average without names: a list of {len(shapes)} tensors, whose order "
+        reason += f"among the {len(known)} weights nothing shows"
+        raise QuestionError(self.content.path, reason, {"kind": "checkpoints"})
 
 
-def _depth(path: str) -> int:
-    return path.count(".")
+def _apart(tensors: Tensors, others: Tensors) -> Tensors:
+    """Return the tensors of a set without those of another one that lies in it."""
+    theirs = {*others.values()}
+    left = {name: tensor for name, tensor in tensors.items() if tensor not in theirs}
+    return left or tensors
 
 
-def _means(text: str, path: str) -> bool:
-    return fnmatchcase(path, text) or fnmatchcase(path, f"*.{text}")
-
-
-def _squeeze(name: str) -> str:
-    """Return a name without dots and underscores: libraries that keep averages in buffers remove
-    the dots, or replace them."""
-    return name.replace(".", "").replace("_", "")
-
-
-_WRAPPERS = re.compile(
-    r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\."
-)
-"""Parts of names that a wrapper of a module within a model adds, as `torch.compile` does."""
-
-
-def unwrapped(name: str) -> str:
-    """Return a name without the parts that wrappers of modules add."""
-    return _WRAPPERS.sub("", name)
-
-
-def _bare(name: str) -> str:
-    """Return a name without wrappers, dots and underscores."""
-    return _squeeze(unwrapped(name))
-
-
-def _roots_of(
-    longest: str,
-    names: Iterable[str],
-    form: Callable[[str], str],
-) -> list[str]:
-    """Return the paths below which one of the names is the longest of an average, in a form of
-    both."""
-    longest_form = form(longest)
-    last = _squeeze(longest.rpartition(".")[2])
-    roots = dict[str, None]()
-    for name in names:
-        if not _squeeze(name).endswith(last):
-            continue
-        parts = name.split(".")
-        for level in range(len(parts)):
-            rest = ".".join(parts[level:])
-            if form(rest) == longest_form:
-                root = ".".join(parts[:level])
-                roots[root] = None
-    return list(roots)
-
-
-def _place(pair: Pair) -> tuple[str, str, str]:
-    """Return where the sets of a pair lie, and the word in the key of the average."""
-    outer, _, last = pair.average_key.rpartition(".")
-    word = AVERAGE_WORD.search(last)
-    return outer, pair.weights_key.rpartition(".")[0], word[0] if word else ""
-
-
-def _common_part(
-    average: str,
-    weights: str,
-    names: Sequence[str],
-) -> str:
-    """Return how to name the part that an average and weights with these names share."""
-    alone = "`kind` checkpoints takes the weights alone"
-    heads = {name.rpartition(".")[0].partition(".")[0] for name in names}
-    common = heads.pop()
-    if heads or not common:
-        return alone
-    part = f"`average` '{average}.{common}' with `weights` '{weights}.{common}'"
-    return f"import the common part by {part}; {alone}"
-
-
-def twin_parts(tensors: Tensors) -> dict[str, str]:
-    """Return the parts of a model of which another part has the same names and shapes, each with
-    that one's name; none unless both together are half of the model.
-
-    All names of twins differ in the same word, as `encoder` and `encoder_m`; layers differ in a
-    number.
-    """
-    start = _common_start([*tensors])
-    shapes = dict[str, dict[str, tuple[int, ...]]]()
-    sizes = Counter[str]()
-    for name, tensor in tensors.items():
-        first, _, rest = name.removeprefix(start).partition(".")
-        part = start + first
-        shapes.setdefault(part, {})[rest] = tensor.shape
-        sizes[part] += math.prod(tensor.shape)
-    for twins in _twins_by_word(shapes):
-        size = sum(sizes[part] + sizes[twin] for part, twin in twins.items())
-        if 2 * size > sizes.total():
-            return twins
-    return {}
-
-
-def _twins_by_word(shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> list[dict[str, str]]:
-    """Return the parts with the same tensors, for each word in which their names differ."""
-    alike = dict[frozenset[Any], list[str]]()
-    for part, of_part in shapes.items():
-        tensors = frozenset(of_part.items())
-        alike.setdefault(tensors, []).append(part)
-    twins = dict[tuple[str, str], dict[str, str]]()
-    for parts in alike.values():
-        for part, twin in combinations(sorted(parts, key=len), 2):
-            words = _different_words(part, twin)
-            if any(map(_LETTER.search, words)):
-                twins.setdefault(words, {})[part] = twin
-    return [*twins.values()]
-
-
-def _common_start(names: Sequence[str]) -> str:
-    """Return the first parts of names that all have, with a dot after them."""
-    parts = [name.split(".")[:-1] for name in names]
-    start = ""
-    for heads in zip(*parts, strict=False):
-        head = heads[0]
-        if any(other != head for other in heads):
-            break
-        start += f"{head}."
-    return start
-
-
-def _different_words(first: str, other: str) -> tuple[str, str]:
-    """Return what is left of two names without their common beginning and end."""
-    while first and first[:1] == other[:1]:
-        first = first[1:]
-        other = other[1:]
-    while first and first[-1:] == other[-1:]:
-        first = first[:-1]
-        other = other[:-1]
-    return first, other
-
-
-def _is_counter(tensor: StoredTensor) -> bool:
-    return tensor.shape in ((), (1,))
-
-
-def match_names(averaged: Tensors, weights: Tensors) -> Tensors | None:
-    """Return an average by the names of weights, without counters of its own; None if it has a
-    tensor that they lack, or of another shape."""
-    by_squeezed = None
+def match_names(averaged: Tensors, weights: Tensors) -> Tensors:
+    """Return an average by the names of weights, without counters and a few buffers of its own;
+    empty if it does not match them: a shape differs, or more names."""
+    by_bare = None
     matched = {}
+    others = 0
     for name, tensor in averaged.items():
         full = name
         if name not in weights:
-            if by_squeezed is None:
-                by_squeezed = {_bare(one): one for one in weights}
-                if len(by_squeezed) < len(weights):
-                    return None  # two names are alike
-            full = by_squeezed.get(_bare(name), "")
+            if by_bare is None:
+                by_bare = {_bare(each): each for each in weights}
+                if len(by_bare) < len(weights):
+                    return {}  # two names are alike
+            full = by_bare.get(_bare(name), "")
         if full and weights[full].shape == tensor.shape:
             matched[full] = tensor
+        elif full and not _is_counter(tensor):
+            return {}
         elif not _is_counter(tensor):
-            return None
-    return matched
-
-
-# --- lists
-
-
-def match_list(content: Content, listed: Tensors, weights: Tensors) -> Tensors:
-    """Return a list of averages by the names of the weights that they are of.
-
-    Of each shape, the assignment has the least distance to the weights, relative to their norms.
-    Raise FileFormatError if none is possible, or if another one is about as near.
-    """
-    known = {name: tensor for name, tensor in weights.items() if _may_be_listed(name, tensor)}
-    positions = sorted(listed, key=int)
-    in_order = {position: listed[position] for position in positions}
-    shapes = [tensor.shape for tensor in in_order.values()]
-    is_complete = shapes == [tensor.shape for tensor in known.values()]
-    is_counted = int(positions[-1]) < len(positions)  # and no number in memory
-    if is_complete and is_counted and _keeps_order(weights):
-        return dict(zip(known, in_order.values(), strict=True))
-    matched = {}
-    with make_checkpoint(content, known):  # the files stay open
-        for shape in dict.fromkeys(shapes):
-            tensors = _of_shape(in_order, shape)
-            candidates = _of_shape(known, shape)
-            if len(tensors) > len(candidates):
-                reason = f"holds an EMA without names, of which {len(tensors)} have the shape"
-                reason += f" {list(shape)}, and {len(candidates)} such weights"
-                raise FileFormatError(content.path, reason)
-            matched.update(_match_shape(content, tensors, candidates))
-    return matched
-
-
-def _may_be_listed(name: str, tensor: StoredTensor) -> bool:
-    """Return whether a list of averages may hold that of a tensor: one that is trained."""
-    is_statistic = name.rpartition(".")[2] in STATISTICS
-    return not is_statistic and tensor.chunks[0].entry.dtype in EPS
-
-
-def _of_shape(tensors: Tensors, shape: tuple[int, ...]) -> _Named:
-    return {name: tensor for name, tensor in tensors.items() if tensor.shape == shape}
-
-
-def _keeps_order(weights: Tensors) -> bool:
-    """Return whether tensors are in the order of the model: safetensors files are sorted."""
-    for tensor in weights.values():
-        if any(chunk.path.suffix == ".safetensors" for chunk in tensor.chunks):
-            return False
-    return True
-
-
-def _match_shape(content: Content, listed: Tensors, weights: Tensors) -> _Named:
-    """Return tensors of a shape by the names of the weights that they are nearest to."""
-    names = list(weights)
-    tensors = list(listed.values())
-    if len(tensors) == len(names) == 1:
-        return {names[0]: tensors[0]}
-    theirs = _samples(content, weights)
-    distances = _distances(_samples(content, listed), theirs)
-    columns = _nearest(distances)
-    for row, column in enumerate(columns):
-        for other in range(len(names)):
-            is_same = np.array_equal(theirs[other], theirs[column])
-            if not is_same and not _is_clear(distances, columns, row, other):
-                reason = "holds an EMA without names, of which one fits two weights about equally"
-                pair = names_in([names[column], names[other]])
-                raise FileFormatError(content.path, f"{reason}: {pair}")
-    return {names[column]: tensor for column, tensor in zip(columns, tensors, strict=True)}
-
-
-def _distances(ours: FloatArray, theirs: FloatArray) -> FloatArray:
-    """Return the squared distance of each row to each other one, relative to the larger norm:
-    [ours, theirs]."""
-    apart = _squares(ours[:, None] - theirs)
-    own = _squares(ours)[:, None]
-    norms = np.maximum(_squares(theirs) + 1e-30, own)
-    return apart / norms
-
-
-def _nearest(distances: FloatArray) -> list[int]:
-    """Return a column of its own for each row, so that the sum of distances is least.
-
-    Among equal tensors the order decides: those that have not moved yet.
-    """
-    from scipy.optimize import linear_sum_assignment
-
-    rows, columns = np.indices(distances.shape)
-    order = np.abs(rows - columns) * 1e-12
-    _, nearest = linear_sum_assignment(distances + order)
-    return list(map(int, nearest))
-
-
-def _squares(values: FloatArray) -> FloatArray:
-    """Return the sums of squares over the last axis."""
-    squares: FloatArray = np.square(values).sum(axis=-1)
-    return squares
-
-
-def _is_clear(
-    distances: FloatArray,
-    columns: Sequence[int],
-    row: int,
-    other: int,
-) -> bool:
-    """Return whether another column of a row is clearly farther; the row that has that column takes
-    the first one's in exchange."""
-    column = columns[row]
-    before = distances[row, column]
-    after = distances[row, other]
-    if other in columns:
-        partner = columns.index(other)
-        before += distances[partner, other]
-        after += distances[partner, column]
-    return bool(after > (1 + _LIKELY) * before)
-
-
-def _samples(content: Content, tensors: Tensors) -> FloatArray:
-    """Return the first elements of tensors of one shape: [tensors, elements]."""
-    rows = []
-    with make_checkpoint(content, tensors) as source:
-        for name, tensor in tensors.items():
-            stored = source.aliases.get(name, name)
-            count = min(math.prod(tensor.shape), _SAMPLED)
-            rows.append(source.values(stored, 0, count))
-    return np.stack(rows)
+            others += 1
+    return matched if 4 * others <= len(matched) else {}
 
 
 def completed(averaged: Tensors, weights: Tensors) -> Tensors:
@@ -760,3 +440,91 @@ def completed(averaged: Tensors, weights: Tensors) -> Tensors:
         if name in averaged:
             by_place.setdefault(place, averaged[name])
     return {name: by_place.get(place, weights[name]) for name, place in places.items()}
+
+
+def raw_buffers(named: Mapping[str, StoredTensor]) -> bool:
+    """Return whether names are those of mmcv's hook: buffers `ema_backbone_conv_weight` beside the
+    weights, and nothing says which of the two are the averages."""
+    buffers = {name[4:]: tensor for name, tensor in named.items() if re.match(r"ema_\w+$", name)}
+    model = {name: tensor for name, tensor in named.items() if name[:4] != "ema_"}
+    return 2 * len(match_names(buffers, model)) > max(1, len(model))
+
+
+def _is_state(tensor: StoredTensor, content: Content) -> bool:
+    """Return whether a tensor is of an optimizer or the like, or of a copy of the best model."""
+    *outer, name = tensor.keys
+    if content.is_of_optimizer(tensor.name):
+        return True
+    if any(NO_MODEL.search(key) and not _WITH_MODEL.search(key) for key in outer):
+        return True
+    if tensor.keys[0].startswith("best_"):
+        return True
+    first, dot, _ = name.partition(".")
+    pattern = _STATES if dot else _RANDOM
+    return pattern.search(first) is not None
+
+
+def _is_counter(tensor: StoredTensor) -> bool:
+    return tensor.shape in ((), (1,))
+
+
+def _may_be_listed(name: str, tensor: StoredTensor) -> bool:
+    """Return whether a list of averages may hold that of a tensor: one that is trained."""
+    is_statistic = name.rpartition(".")[2] in STATISTICS
+    return not is_statistic and tensor.chunks[0].entry.dtype in EPS
+
+
+def _is_safetensors(tensor: StoredTensor) -> bool:
+    return any(chunk.path.suffix == ".safetensors" for chunk in tensor.chunks)
+
+
+def _paths(tensor: StoredTensor) -> list[str]:
+    """Return the paths of all sets that a tensor is in, the outermost first."""
+    *outer, name = tensor.keys
+    parts = [*outer, *name.split(".")]
+    return [".".join(parts[:level]) for level in range(1, len(parts))]
+
+
+def _depth(path: str) -> int:
+    return path.count(".")
+
+
+def _lies_in(path: str, outer: str) -> bool:
+    """Return whether a path is another one, or leads on from it."""
+    return f"{path}.".startswith(f"{outer}.")
+
+
+def _means(text: str, path: str) -> bool:
+    return fnmatchcase(path, text) or fnmatchcase(path, f"*.{text}")
+
+
+def _lies_below(tensor: StoredTensor, text: str) -> bool:
+    """Return whether a tensor is in a set that a text or glob means."""
+    return any(_means(text.rstrip("."), path) for path in _paths(tensor))
+
+
+def _roots_of(longest: str, names: Iterable[str], form: Callable[[str], str]) -> list[str]:
+    """Return the paths below which one of the names is the longest of an average, in a form of
+    both."""
+    wanted = form(longest)
+    last = form(longest.rpartition(".")[2])
+    roots = dict[str, None]()
+    for name in names:
+        if not form(name).endswith(last):
+            continue
+        parts = name.split(".")
+        for level in range(len(parts)):
+            if form(".".join(parts[level:])) == wanted:
+                roots[".".join(parts[:level])] = None
+    return [*roots]
+
+
+def _bare(name: str) -> str:
+    """Return a name without wrappers, dots and underscores: libraries that keep averages in buffers
+    remove the dots, or replace them."""
+    return _squeeze(_WRAPPERS.sub("", name))
+
+
+def _squeeze(name: str) -> str:
+    """Return a name without dots and underscores."""
+    return name.replace(".", "").replace("_", "")

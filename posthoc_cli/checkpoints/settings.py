@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Annotated, Any
@@ -66,6 +67,10 @@ def _half_life(value: Any) -> float:
     return read_number(value.removeprefix("half-life:").removesuffix("%")) or 0.0
 
 
+FOUND = "found"
+"""The `ema_decay` that takes what the files show, as far as they show it."""
+
+
 def warm_up_of(text: str) -> Arguments | None:
     """Return the arguments of `DecayRule` for "none", "ratio" or "power:0.75"; None if the text is
     another one."""
@@ -111,13 +116,16 @@ _Pattern = Annotated[
         lambda text: _groups(text) == 1,
     ),
 ]
-_Restarts = Annotated[tuple[int, ...], Rule("steps, above 0", lambda steps: 0 not in steps)]
 _FirstEpoch = Annotated[int, Rule("0 or 1", lambda epoch: epoch in (0, 1))]
 _Decay = Annotated[
     Any,
     Rule(
-        "in (0, 1), 0.99 for 99%, or a half-life such as half-life:500000 or half-life:5%",
-        lambda value: _half_life(value) > 0 or (isinstance(value, int | float) and 0 < value < 1),
+        "in (0, 1), 0.99 for 99%, a half-life such as half-life:500000 or half-life:5%, or found",
+        lambda value: (
+            value == FOUND
+            or _half_life(value) > 0
+            or (isinstance(value, int | float) and 0 < value < 1)
+        ),
     ),
 ]
 _WarmUp = Annotated[
@@ -137,27 +145,23 @@ class ImportSettings:
     kind: _Kind | None = None  # None to recognise the kind of each file
     # what to search in a path; its group is the step, also as 1_500 or 1.5k
     step_from: _Pattern | None = None
-    prefix: str = ""  # of the names of the model's tensors; it is removed
-    include: tuple[str, ...] = ()  # globs on the names without the prefix
+    include: tuple[str, ...] = ()  # globs on names
     exclude: tuple[str, ...] = ()
     # Widths of power functions: of averages in the order of the numbers in their names, or of the
     # one in each file.
     sigma_rels: tuple[float, ...] = ()
     update_every: Count | None = None  # interval of the updates of an average
     update_after_step: int | None = None  # the step after which they began
-    # of ordinary EMAs, in (0, 1), or "half-life:500000" in steps or images, or in %
+    # of ordinary EMAs, in (0, 1), or "half-life:500000" in steps or images, or in %, or `FOUND`
     ema_decay: _Decay | None = None
     # one of `WARM_UPS`, perhaps with its number, as "power:0.75"; "none" for none
     ema_warmup: _WarmUp | None = None
     steps: Count | None = None  # of the whole training, after which a scheduled decay is 1
     last_step: Count | None = None  # the last checkpoint's, if an import takes it as `steps`
-    ema_restarts: _Restarts = ()  # steps at which an ordinary EMA restarted from the weights
     # relative, of the time constant, if an import found the decay
     ema_uncertainty: float | None = None
     # the same of a given decay, if an import found another one, but not clearly
     ema_doubt: float | None = None
-    # number of steps by which a start may have been later, if an import found it
-    ema_late: int | None = None
     steps_per_epoch: Count | None = None  # for files whose numbers are epochs
     first_epoch: _FirstEpoch | None = None  # the number of their first epoch
     average: str | None = None  # key or prefix of the average's tensors in a file, such as "ema"
@@ -197,7 +201,7 @@ class ImportSettings:
             rule["decay"] = 0.5 ** (every / half_life)
             if str(self.ema_decay).endswith("%"):
                 rule = {"decay": UNLIMITED, "warm_up": "ramp-up", "power": half_life / 100}
-        elif self.ema_decay is not None:
+        elif self.ema_decay not in (None, FOUND):
             rule["decay"] = self.ema_decay
         elif self.sigma_rels:
             power = gamma_from_sigma_rel(self.sigma_rels[0]) + 1
@@ -218,16 +222,31 @@ class ImportSettings:
     def without_findings(self) -> ImportSettings:
         """The settings without what an import found: with more files it finds
         others."""
-        names: tuple[str, ...] = ("last_step", "ema_doubt")
-        if self.ema_late is not None:
-            names += ("update_after_step", "ema_restarts", "ema_late")
+        names = ["last_step", "ema_doubt"]
         if self.ema_uncertainty is not None:
-            names += ("ema_decay", "ema_warmup", "sigma_rels", "ema_uncertainty")
+            names += ["ema_decay", "ema_warmup", "sigma_rels", "ema_uncertainty"]
         return replace(self, **{name: getattr(UNSPECIFIED, name) for name in names})
+
+    def command(self, place: object, **changes: object) -> str:
+        """Return the command line of an import of a place with these settings, some of them
+        changed."""
+        words = ["ema", "import", str(place)]
+        for name, value in (self.without_findings.given | changes).items():
+            if value in ((), None):
+                continue
+            option = "--from" if name == "kind" else f"--{name.replace('_', '-')}"
+            if name in ("include", "exclude"):
+                for glob in value:
+                    words += [option, glob]
+            elif isinstance(value, tuple):
+                words += [option, ",".join(map(str, value))]
+            else:
+                words += [option, str(value)]
+        return shlex.join([*words, "--out", "run"])
 
     @property
     def selection(self) -> Selection:
-        """What `include` and `exclude` choose of the names without the prefix."""
+        """What `include` and `exclude` choose of the names."""
         return make_selection(self.include, self.exclude, "copy")
 
     def select(self, tensors: Tensors) -> Tensors:

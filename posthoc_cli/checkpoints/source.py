@@ -14,12 +14,12 @@ import xxhash
 from posthoc_cli.checkpoints.content import Chunk, Content, Identity, Tensors
 from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.checkpoints.updates import Updates
+from posthoc_cli.clock import Clock
 from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import FileFormatError, shown
 from posthoc_cli.profiles import (
     POWER_FUNCTION,
     UNLIMITED,
-    Clock,
     FloatArray,
     Point,
     PowerFunction,
@@ -98,7 +98,7 @@ class Checkpoint(Source):
         steps = None
         if self.has_step_unit or not isinstance(profile, Point):
             steps = Steps(Clock([self.step], [self.t]), 1)
-        return StoredAverage(profile, self.step, eps, None, steps, t_first=self.t_first)
+        return StoredAverage(profile, eps, None, steps, self.t_first)
 
     @property
     def holds(self) -> str:
@@ -107,6 +107,8 @@ class Checkpoint(Source):
             return "weights"
         if self.decay:
             return f"EMA of decay {self.decay:.7g}"
+        if not self.is_known:
+            return "EMA of unknown decay"
         known = "of" if isinstance(self.profile, PowerFunction) else "tracked as"
         return f"average {known} sigma_rel {self.sigma_rel:g}"
 
@@ -179,8 +181,7 @@ def make_checkpoint(
             reason = f"tensor {shown(name)}: its chunks are of several dtypes"
             raise FileFormatError(path, reason)
         entries[name] = Entry(dtype, tensor.shape)
-        is_copied = dtype not in EPS or _is_statistic(name, tensors)
-        roles[name] = TrackedTensor("copy" if is_copied else "average", dtype)
+        roles[name] = TrackedTensor(_role(name, dtype, tensors), dtype)
     return Checkpoint(
         path,
         _files_of(content, stored),
@@ -242,6 +243,16 @@ def _files_of(content: Content, tensors: Tensors) -> tuple[TensorFile, ...]:
 
 def _is_text(name: str) -> bool:
     return name.encode("utf-8", "replace").decode() == name
+
+
+def _role(name: str, dtype: str, names: Collection[str]) -> str:
+    """Return whether a tensor is averaged or copied; the vectors of a codebook are a statistic, so
+    that predicted errors are those of what is trained."""
+    outer, dot, last = name.rpartition(".")
+    if dtype not in EPS or _is_statistic(name, names):
+        return "copy"
+    is_codebook = last == "embed" and all(f"{outer}{dot}{each}" in names for each in _SUMS)
+    return "statistic" if is_codebook else "average"
 
 
 def _is_statistic(name: str, names: Collection[str]) -> bool:

@@ -57,15 +57,7 @@ class Updates:
     ) -> OrdinaryEMA:
         """Return the profile at a step, that of `_ANY_DECAY` if none is known."""
         every = settings.update_every or self.every
-        restarts = [start for start in settings.ema_restarts if start < step]
-        if restarts:
-            restart = max(restarts)
-            late = settings.ema_late or 0
-            updates = (step - restart) // every
-            place = (restart + every, updates, {"copies": 0, "late": late})
-        else:
-            place = self._place(step, every, settings)
-        first, count, of_place = place
+        first, count, of_place = self._place(step, every, settings)
         if first < 1:
             counted = f"{path.name} has counted {self.count:,} updates of its EMA by step {step:,}"
             reason = f"must be given, and fit: {counted}"
@@ -97,10 +89,10 @@ class Updates:
         every: int,
         settings: ImportSettings,
     ) -> _Place:
-        """Return where the updates of an EMA lie that has not restarted."""
+        """Return where the updates of an EMA lie."""
         after = settings.update_after_step or 0
         if self.count is None:
-            return self._place_after(after, step, every, settings.ema_late or 0)
+            return self._place_after(after, step, every)
         count = self.count
         if count == step + 1:  # the first step has the number 0
             count = step
@@ -119,10 +111,9 @@ class Updates:
         after: int,
         step: int,
         every: int,
-        late: int,
     ) -> _Place:
         """Return where updates lie that begin after a step that settings name."""
-        rule = {"late": late} if after else {}
+        rule: Arguments = {}
         if self.calls == "after copy" and after:
             first = after
             rule["copies"] = 1

@@ -25,13 +25,27 @@ import typer
 from typer import Option
 
 import posthoc_cli
-from posthoc_cli.cli import making, output, showing
-from posthoc_cli.errors import PostHocError, one_line
+from posthoc_cli.cli import (
+    audit,
+    demo,
+    error_plot,
+    export,
+    guide,
+    import_,
+    info,
+    output,
+    prune,
+    sweep,
+    synthesize,
+    verify,
+)
+from posthoc_cli.errors import CommandError, PostHocError, collect_warnings, one_line
 
 # typer bundles click or uses the installed one, depending on its release; this is the base class of
 # all usage errors in either case.
 _USAGE_ERROR: Any = typer.BadParameter.__base__
 _DEBUG = "--debug"
+_STRICT = "--strict"
 # of torch's RuntimeError, and of the ImportError of a library
 _NO_MEMORY = ("DefaultCPUAllocator: ", "failed to map segment")
 _NO_THREAD = "can't start new thread"  # of Python's RuntimeError
@@ -68,6 +82,9 @@ class _Command(_Flags, typer.core.TyperCommand):
             if isinstance(error.args[0], str):  # else a path, which may be named like an option
                 names = error.subject.split(" and ")
                 error.subject = " and ".join(own.get(name, name) for name in names)
+            error.hint = output.name_options(error.hint)
+            if not isinstance(error, CommandError):  # which quotes the user's own output
+                error.reason = output.name_options(error.reason)
             raise
 
 
@@ -91,61 +108,51 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 EXAMPLES: dict[Callable[..., int | None], tuple[str, ...]] = {
-    making.synthesize: (
+    synthesize.synthesize: (
         "ema synthesize run/ema --sigma-rel 0.15 --out model.safetensors",
-        "ema synthesize run/ema --sigma-rel 0.05,0.06,...,0.25 --target beta:0.9999 --out "
-        "averages/",
+        "ema synthesize run/ema --sigma-rel 0.05,0.06,...,0.25 --decay 0.9999 --out averages/",
         "ema synthesize run/ema --sigma-rel 0.1 --like last.pt --out averaged.pt",
     ),
-    making.sweep: (
-        "ema sweep run/ema --run 'python eval.py {weights}' --metric loss --minimize --out sweep",
+    sweep.sweep: (
+        "ema sweep checkpoints/ --run 'python eval.py {weights}' --minimize --out best",
+        "ema sweep run/ema --run 'python eval.py {weights}' --metric acc --maximize --raw last.pt",
     ),
-    showing.report: (
-        "ema report run/ema --sweep sweep --out report.html",
-        "ema report run/a run/b --sweep sweep-a --sweep sweep-b",
+    error_plot.error_plot: (
+        "ema error-plot run/ema --out error.png",
+        "ema error-plot --steps 200000 --every 1000 --keep 20 --out error.png",
     ),
-    showing.error_plot: ("ema error-plot run/ema --out error.png",),
-    showing.info: ("ema info run/ema", "ema info model.safetensors --json"),
-    showing.verify: ("ema verify run/ema", "ema verify out/ m.safetensors --json"),
-    making.export: (
+    info.info: ("ema info run/ema", "ema info model.safetensors --json"),
+    verify.verify: ("ema verify run/ema", "ema verify out/ m.safetensors --json"),
+    export.export: (
         "ema export model.safetensors --out model.pt",
         "ema export last.pt --out average.safetensors",
-        "ema export avg.safetensors --base full.safetensors --out folder/",
+        "ema export avg.safetensors --like model/ --out folder/",
         "ema export avg.safetensors --like last.pt --out averaged.pt",
     ),
-    showing.plan: (
-        "ema plan --steps 400000 --params 1.2e9 --disk 60GB",
-        "ema plan --steps 400000 --params 1.2B --disk 60GB --out plan.png",
-    ),
-    making.prune: (
+    prune.prune: (
         "ema prune run/ema --keep 20 --dry-run",
-        "ema prune run/ema --max-error 1e-3 --yes",
+        "ema prune run/ema --keep 10 --yes",
     ),
-    showing.profile: (
-        "ema profile --sigma-rel 0.05,0.10,0.28 --steps 100000",
-        "ema profile --target beta:0.9999 --steps 100000",
-    ),
-    making.import_: ("ema import old --sigma-rels 0.05,0.28 --update-every 10 --out run",),
-    showing.audit: ("ema audit checkpoints --claimed 0.9999 --out audit.png",),
-    making.demo: ("ema demo --out ema-demo",),
-    showing.guide: ("ema guide training",),
+    import_.import_: ("ema import old --sigma-rels 0.05,0.28 --update-every 10 --out run",),
+    audit.audit: ("ema audit checkpoints --claimed 0.9999 --out audit.png",),
+    demo.demo: ("ema demo --out ema-demo",),
+    guide.guide: ("ema guide training",),
 }
 """The examples at the end of each command's help."""
 
 _PANELS = {
     "Checkpoints that you have": (
-        showing.audit,
-        making.import_,
-        making.synthesize,
-        making.sweep,
-        showing.error_plot,
-        showing.report,
-        making.export,
-        showing.info,
-        showing.verify,
+        audit.audit,
+        import_.import_,
+        synthesize.synthesize,
+        sweep.sweep,
+        error_plot.error_plot,
+        export.export,
+        info.info,
+        verify.verify,
     ),
-    "A training with the hook": (showing.plan, making.prune, showing.profile),
-    "Learn": (making.demo, showing.guide),
+    "A training with the hook": (prune.prune,),
+    "Learn": (demo.demo, guide.guide),
 }
 """The commands in the order of the help."""
 
@@ -174,6 +181,7 @@ def _root(
         False, "--version", "-V", callback=_print_version, is_eager=True, help="Print the version."
     ),
     debug: bool = Option(False, _DEBUG, help="Show a traceback when something goes wrong."),
+    strict: bool = Option(False, _STRICT, help="Take a warning as an error: nothing is written."),
 ) -> None:
     """Choose the length of a model's weight average after training."""
 
@@ -196,7 +204,9 @@ def main() -> NoReturn:
         arguments = ["--version"]
     debug = _DEBUG in arguments
     sys.excepthook = _show_traceback if debug else _report_unexpected
-    warnings.showwarning = lambda message, *_, **__: _print_message("warning", message)
+    warnings.showwarning = lambda message, *_, **__: _print_message(
+        "warning", output.name_options(str(message))
+    )
     output.log_to_stderr()
     _prepare_streams()
     _clean_up_on_signals()
@@ -204,9 +214,9 @@ def main() -> NoReturn:
     try:
         # Not app(...): that would install typer's own excepthook.
         command: Any = typer.main.get_command(app)
-        code = command.main(
-            [a for a in arguments if a != _DEBUG], prog_name="ema", standalone_mode=False
-        )
+        words = [word for word in arguments if word not in (_DEBUG, _STRICT)]
+        with collect_warnings(strict=_STRICT in arguments) as output.warnings:
+            code = command.main(words, prog_name="ema", standalone_mode=False)
         output.write("", flush=True)
     except (KeyboardInterrupt, typer.Abort):
         code = 130

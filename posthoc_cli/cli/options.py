@@ -14,19 +14,19 @@ from typer import Argument, Option
 from posthoc_cli import errors, files, resources, targets
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.planning import check_sigma_range
-from posthoc_cli.targets import SigmaRel, Target, bad, parse_numbers
+from posthoc_cli.targets import Beta, SigmaRel, Target, bad, parse_numbers
 
 if TYPE_CHECKING:
     from posthoc_cli.run import Run
 
 _T = TypeVar("_T")
-_PANELS = "Targets", "Output", "Which run", "How"
-TARGETS, OUTPUT, RUN, HOW = (partial(Option, rich_help_panel=panel) for panel in _PANELS)
+_PANELS = "Targets", "Output", "Which run", "How", "Before a training"
+TARGETS, OUTPUT, RUN, HOW, SCHEDULE = (partial(Option, rich_help_panel=panel) for panel in _PANELS)
 """Options by the panel of the help in which they appear; the panel that most users need comes
 first."""
 
 Method = Literal["minvar", "paper"]
-Layout = Literal["safetensors", "sharded", "pt", "dcp"]
+Layout = Literal["safetensors", "sharded", "pt"]
 Dtype = Literal["keep", "float32", "float16", "bfloat16", "float64", "fp32", "fp16", "bf16", "fp64"]
 
 
@@ -37,6 +37,11 @@ SIGMA_REL = TARGETS(
         "Lengths: a number, a list 0.05,0.10, a range 0.05:0.25:0.05 or 0.05,0.06,...,0.25. "
         "Repeatable."
     ),
+)
+DECAY = TARGETS(
+    [],
+    metavar="NUMBERS",
+    help="Ordinary EMAs, by their decay: 0.9999; also lists or ranges. Repeatable.",
 )
 TARGET = TARGETS(
     [],
@@ -55,7 +60,7 @@ LAYOUT = OUTPUT(
     None,
     show_default="from the output's name",
     metavar="LAYOUT",
-    help="safetensors, sharded (a folder), pt, or dcp (a folder, torch's distributed checkpoint).",
+    help="safetensors, sharded (a folder), or pt.",
 )
 DTYPE = OUTPUT(
     "keep",
@@ -89,7 +94,7 @@ DIRECTORY_OR_CHECKPOINTS = Argument(
     ..., metavar="DIR", help="The directory of the tracker's snapshots, or of checkpoints."
 )
 PICTURE = OUTPUT(None, "--out", "-o", metavar="FILE", help="The picture: .png, .svg or .pdf.")
-OVERWRITE = OUTPUT(False, "--overwrite", "--force", "-f", help="Replace existing outputs.")
+OVERWRITE = OUTPUT(False, "--overwrite", "-f", help="Replace existing outputs.")
 JSON = OUTPUT(False, "--json", help="Print one JSON object.")
 
 
@@ -139,30 +144,19 @@ def parse_max_error(text: str) -> float:
 
 def parse_targets(
     sigma_rels: Sequence[str],
+    decays: Sequence[str],
     others: Sequence[str],
 ) -> list[Target]:
-    """Return the targets of each --sigma-rel and each --target, in this order, without
+    """Return the targets of each --sigma-rel, --decay and --target, in this order, without
     duplicates."""
-    parsed: list[Target] = [
-        SigmaRel(width) for text in sigma_rels for width in parse_numbers(text, "--sigma-rel")
-    ]
+    parsed = list[Target]()
+    for text in sigma_rels:
+        parsed += targets.parse_values(text, "--sigma-rel", SigmaRel, targets.SIGMA_FORMS)
+    for text in decays:
+        parsed += targets.parse_values(text, "--decay", Beta)
     for text in others:
         parsed += targets.parse_targets(text, "--target")
     return list(dict.fromkeys(parsed))
-
-
-def parse_groups(texts: Sequence[str]) -> dict[str, float]:
-    """Return sigma_rel by glob from the values of --group, each GLOB=SIGMA_REL."""
-    groups: dict[str, float] = {}
-    for text in texts:
-        glob, separator, width = text.rpartition("=")
-        widths = parse_numbers(width, "--group") if glob and separator else []
-        if len(widths) != 1 or glob in groups:
-            raise bad(
-                "--group", text, "must be GLOB=SIGMA_REL, each glob once, such as 'unet.up.*=0.12'"
-            )
-        groups[glob] = widths[0]
-    return groups
 
 
 def optional(

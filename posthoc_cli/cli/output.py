@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from posthoc_cli import errors, files
-from posthoc_cli.errors import printable
+from posthoc_cli.errors import first_of, printable
 from posthoc_cli.report.facts import text, title_of
 from posthoc_cli.resources import ProgressBar, no_bar
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 STDOUT = "standard output"
 OPTIONS = dict[str, str]()  # by the names of their arguments in the library
 _QUOTED = re.compile(r"`(\w+)`")
+warnings: list[str] = []  # what the command has warned of
 MOST_ROWS = 10  # the number of rows that are shown of a long table; --json lists all
 
 
@@ -44,26 +45,26 @@ def write(text: str, flush: bool = False) -> None:
 
 def print_line(text: str = "") -> None:
     """Print one line to stdout and flush it."""
-    write(f"{_shown(text)}\n", flush=True)
+    write(f"{printable(text)}\n", flush=True)
 
 
 def print_note(text: str) -> None:
     """Print one line to stderr; a stream that is full changes no result or exit code."""
     try:
-        sys.stderr.write(f"{_shown(text)}\n")
+        sys.stderr.write(f"{printable(text)}\n")
     except BrokenPipeError:
         raise
     except OSError:
         pass
 
 
-def _shown(text: str) -> str:
-    """Return a text with control characters escaped, and options in place of quoted arguments."""
+def name_options(text: str) -> str:
+    """Return a text of the library with options in place of quoted arguments."""
 
     def option(match: re.Match[str]) -> str:
         return OPTIONS.get(match[1], match[0])
 
-    return printable(_QUOTED.sub(option, text))
+    return _QUOTED.sub(option, text)
 
 
 def print_json(value: Any) -> None:
@@ -77,10 +78,13 @@ def show(
     as_text: Callable[[dict[str, Any]], None],
     wrote: Path | None = None,
 ) -> None:
-    """Print a report's `to_dict`: as JSON, or by a function that prints the same fields as text,
-    and a file's path."""
-    (print_json if as_json else as_text)(report)
-    if wrote is not None and not as_json:
+    """Print a report's `to_dict`: as JSON, with the warnings, or by a function that prints the same
+    fields as text, and a file's path."""
+    if as_json:
+        print_json(report | {"warnings": warnings})
+        return
+    as_text(report)
+    if wrote is not None:
         print_line(f"wrote {wrote}")
 
 
@@ -153,16 +157,7 @@ def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
     width = max(cell_len(name) for name, _ in pairs)
     for name, value in pairs:
         space = " " * (width - cell_len(name))
-        write(f"{name}{space}  {_shown(value)}\n")
-
-
-def warn_of_statistics(copies: Iterable[str]) -> None:
-    """Print to stderr what to do about BatchNorm statistics, if the names of copied tensors contain
-    any."""
-    from posthoc_cli.snapshots.snapshot import statistics_notice
-
-    if notice := statistics_notice(copies):
-        print_note(f"ema: warning: {notice}")
+        write(f"{name}{space}  {printable(value)}\n")
 
 
 def write_picture(
@@ -182,9 +177,29 @@ def counted(count: int, what: str) -> str:
     return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
+def list_tensors(names: list[str]) -> str:
+    """Count tensors and name the first ones."""
+    return f"{counted(len(names), 'tensor')} ({first_of(names, 3)})"
+
+
+def note_copied(copied: dict[str, Any]) -> None:
+    """Print what a copy of a checkpoint has from the average, and what of the checkpoint."""
+    name = Path(copied["path"]).resolve().name
+    if copied["replaced"] == "average":
+        print_note(f"replaced the average in {name}; its weights stay as they are")
+    else:
+        print_note(f"replaced the weights in {name}")
+    if kept := copied["kept"]:
+        print_note(f"kept {list_tensors(kept)} of {name}, which the run does not have")
+    if shared := copied["shared"]:
+        print_note(f"not written: {list_tensors(shared)}, of which {name} has the weights alone")
+    if left_out := copied["left_out"]:
+        print_note(f"not copied: {first_of(left_out)}")
+
+
 def log_to_stderr() -> None:
     """Print the library's warnings to stderr, each once."""
-    show = errors.EachOnce(lambda level, text: print_note(f"ema: {level}: {text}"))
+    show = errors.EachOnce(lambda level, text: print_note(f"ema: {level}: {name_options(text)}"))
     # which prints its messages itself
     show.addFilter(lambda record: not record.name.startswith("huggingface_hub"))
     logging.basicConfig(handlers=[show], force=True)

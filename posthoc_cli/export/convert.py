@@ -1,10 +1,9 @@
-"""Export of a model in another layout, dtype or naming, completed from a full model."""
+"""Export of a model in another layout or dtype, or into a copy of a checkpoint."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,21 +11,20 @@ from typing import Any
 import torch
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.content import FOREIGN, model_in, places_below, sets_in
+from posthoc_cli.checkpoints.folders import AVERAGE_WORD, Layout, Sets, layout_at
 from posthoc_cli.checkpoints.layouts import Stored
 from posthoc_cli.dtypes import EPS, parse_dtype
 from posthoc_cli.errors import (
     FileFormatError,
     InvalidValueError,
-    MismatchError,
     UnsuitableError,
     check_alone,
     shown,
 )
-from posthoc_cli.export.like import Like, Replacement, check_shape
-from posthoc_cli.export.writing import FOLDERS, OutputOptions, Writing
+from posthoc_cli.export.like import Like, Replacement
+from posthoc_cli.export.writing import OutputJob, OutputOptions, check_not_in_run
 from posthoc_cli.resources import ProgressBar, no_bar
-from posthoc_cli.snapshots.directory import PICKLES, is_parts_folder, read_snapshot
+from posthoc_cli.snapshots.directory import is_import, is_parts_folder, read_snapshot
 from posthoc_cli.snapshots.outputs import models_at, read_model
 from posthoc_cli.snapshots.snapshot import OutputInfo, Snapshot, Used, running_statistics
 from posthoc_cli.snapshots.sources import StoredTensors, TrackedTensor
@@ -40,7 +38,6 @@ class ExportReport:
 
     output: Path
     tensors: int
-    from_base: int  # the number of tensors that came from the base
     nbytes: int
     seconds: float
     copied: Replacement | None = None  # the checkpoint that it is a copy of
@@ -49,7 +46,6 @@ class ExportReport:
         report: dict[str, Any] = {
             "output": str(self.output),
             "tensors": self.tensors,
-            "from_base": self.from_base,
             "bytes": self.nbytes,
             "seconds": self.seconds,
         }
@@ -63,9 +59,6 @@ def export_file(
     out: str | Path,
     layout: str | None = None,
     dtype: torch.dtype | str | None = None,
-    base: str | Path | None = None,
-    prefix: str = "",
-    strip_prefix: str = "",
     overwrite: bool = False,
     max_shard_size: str | None = None,
     weights: bool = False,
@@ -73,7 +66,7 @@ def export_file(
     like: str | Path | None = None,
     progress: ProgressBar = no_bar,
 ) -> ExportReport:
-    """Write a model in another layout; only "pt" and "dcp" need memory for all tensors.
+    """Write a model in another layout; only "pt" needs memory for all tensors.
 
     Arguments:
         source: an output of a synthesis, a snapshot (exported in the model's own dtypes) or any
@@ -82,10 +75,6 @@ def export_file(
             of one of these: their index, or its folder.
         out: the output, whose name decides the layout unless `layout` is given.
         dtype: dtype of all floating-point tensors except copies; None to keep each tensor's own.
-        base: a model that completes the output with the tensors that `source` lacks; as `source`,
-            but no checkpoint.
-        prefix, strip_prefix: text to put before, or to remove from, the names in `source`, before
-            they are compared with those in `base`.
         overwrite: replace an existing output.
         max_shard_size: largest size of a shard, such as "5GB", which is the default.
         weights: of a training's checkpoint take the raw weights, not the average; with `like`,
@@ -103,7 +92,6 @@ def export_file(
     started = time.perf_counter()
     target_dtype = parse_dtype(dtype)
     check_alone(weights=weights, average=average)
-    check_alone(base=base, like=like)
     options = OutputOptions(
         layout=layout,
         overwrite=overwrite,
@@ -114,29 +102,23 @@ def export_file(
     source = files.given_path("source", source)
     output_name = str(out)
     out = files.local_path("out", out)
-    is_folder = options.layout_of(out) in FOLDERS or options.makes_folders
+    is_folder = options.layout_of(out) == "sharded" or options.makes_folders
     if output_name.endswith("/") and not is_folder:
         raise InvalidValueError("out", "is a folder; name a file", value=output_name)
     files.check_parent(out)
+    check_not_in_run(out)
     model = _read_source(source, weights, average) if like is None else _read_source(source)
-    plan = _combination(model, target_dtype, prefix, strip_prefix)
-    _check_names(plan)
+    plan = _combine(model, target_dtype)
     copied = None
-    parts = [plan]
-    if base is not None:
-        full = files.given_path("base", base)
-        parts.append(_completing(plan, full, target_dtype))
-    elif like is not None:
+    if like is not None:
         plan, copied = Like.find(like, plan.entries, weights, average).fitted(plan)
-        parts = [plan]
-    writing = Writing(parts, {out: _header(plan)}, options, copied)
-    with progress("exporting", sum(part.read_bytes for part in parts)) as advance:
-        writing.write(advance)
-    written = writing.entries if copied is None else copied.entries
+    job = OutputJob(plan, {out: _header(plan)}, options, copied)
+    with progress("exporting", plan.read_bytes) as advance:
+        job.write(advance)
+    written = plan.entries if copied is None else copied.entries
     return ExportReport(
         out,
         tensors=len(written),
-        from_base=sum(len(part.entries) for part in parts[1:]),
         nbytes=nbytes(written),
         seconds=time.perf_counter() - started,
         copied=copied,
@@ -177,58 +159,18 @@ class Model(StoredTensors):
                 self.tensors[name] = TrackedTensor(roles[name], entry.dtype)
 
 
-def _combination(
-    source: StoredTensors,
-    dtype: str | None,
-    prefix: str = "",
-    strip_prefix: str = "",
-) -> Combination:
+def _combine(source: StoredTensors, dtype: str | None) -> Combination:
     """Return what makes a model in its own dtypes, or its averages in another one."""
     dtypes = {}
     if dtype is not None and isinstance(source, Model) and source.info is None:
         floats = [name for name, entry in source.entries.items() if entry.dtype in EPS]
         dtypes = dict.fromkeys(floats, dtype)
-    return Combination(
-        sources=(source,),
-        dtype=dtype,
-        dtypes=dtypes,
-        prefix=prefix,
-        strip_prefix=strip_prefix,
-    )
-
-
-def _check_names(plan: Combination) -> None:
-    names = [*plan.tensors, *plan.newest.aliases]
-    is_used = any(name.startswith(plan.strip_prefix) for name in names)
-    if not is_used or len(plan.entries) < len(names):
-        first = min(names, default="")
-        reason = f"must begin a name, and make no two alike; the first is {first!r}"
-        raise InvalidValueError("strip_prefix", reason, value=repr(plan.strip_prefix))
-
-
-def _completing(
-    own: Combination,
-    base: Path,
-    dtype: str | None,
-) -> Combination:
-    """Return what makes the tensors that only the base has; those in both must have the same
-    shape."""
-    plan = _combination(_read_model(base), dtype)
-    common = plan.entries.keys() & own.entries.keys()
-    for name in common:
-        check_shape(base, name, plan.entries[name].shape, own.entries[name].shape)
-    if not common:
-        theirs = min(plan.entries, default="")
-        names = f"its names look like {theirs!r}, theirs like {min(own.entries, default='')!r}"
-        hint = "rename them by `prefix` and `strip_prefix`"
-        raise MismatchError(base, f"none of the averaged tensors is in it: {names}", hint)
-    subset = [name for name, names in plan.names.items() if common.isdisjoint(names)]
-    return replace(plan, subset=frozenset(subset))
+    return Combination(sources=(source,), dtype=dtype, dtypes=dtypes)
 
 
 def _header(plan: Combination) -> dict[str, Any]:
     """Return the content of the header: that of the model, with the names of its copies."""
-    info = _info_of(plan.newest)
+    info = _output_info(plan.newest)
     if info is None:
         return {"format": FORMAT}
     copies = list[str]()
@@ -237,7 +179,7 @@ def _header(plan: Combination) -> dict[str, Any]:
     return replace(info, copies=tuple(copies)).encoded()
 
 
-def _info_of(source: StoredTensors) -> OutputInfo | None:
+def _output_info(source: StoredTensors) -> OutputInfo | None:
     if isinstance(source, Snapshot):
         return OutputInfo(
             run_id=source.run_id,
@@ -263,6 +205,9 @@ def _read_source(
     average: str | None = None,
 ) -> StoredTensors:
     """Return the model, or what is wanted of a training's checkpoint, to export."""
+    if is_import(source):
+        reason = "is the run of an import, which refers to other files"
+        raise UnsuitableError(source, reason, "make an average of it by `ema synthesize`")
     if average is not None or _is_checkpoint(source):
         stored = Stored(source, average)
         checkpoint = stored.weights if weights else stored.average
@@ -279,18 +224,18 @@ def _read_source(
 
 def _is_checkpoint(source: Path) -> bool:
     """Return whether a source is a training's checkpoint: a file or folder that is not safetensors,
-    or weights next to an average; they may lie deeper in it."""
-    if source.is_dir():
-        if sets_in(source):
-            return True
-        with suppress(FileFormatError):
-            model = model_in(source)
-            if model is not None:
-                return SUFFIX not in model.name
-        places = places_below(source)
-        return len(places) == 1 and _is_checkpoint(places[0])
-    is_pickle = source.name.endswith(PICKLES) or FOREIGN.search(source.name)
-    return bool(is_pickle) and source.is_file()
+    or an average among several models; they may lie deeper in it."""
+    if not source.exists():
+        return False
+    layout = layout_at(source)
+    if isinstance(layout, Sets):
+        has_average = any(map(AVERAGE_WORD.search, layout.members))
+        return has_average or any(map(_is_pickled, layout.members.values()))
+    return layout is not None and _is_pickled(layout)
+
+
+def _is_pickled(layout: Layout) -> bool:
+    return isinstance(layout, Sets) or SUFFIX not in layout.path.name
 
 
 def _read_model(path: Path) -> StoredTensors:

@@ -36,7 +36,7 @@ import numpy.typing as npt
 import torch
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.content import INDEX_ENDING
+from posthoc_cli.checkpoints.containers import INDEX_ENDING
 from posthoc_cli.checkpoints.layouts import Stored
 from posthoc_cli.checkpoints.pickles import FileRange, is_archive, member_begin
 from posthoc_cli.dtypes import DTYPES, EPS, ITEM_BYTES, WORDS

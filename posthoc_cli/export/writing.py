@@ -11,14 +11,12 @@ and the job is run again.
 from __future__ import annotations
 
 import errno
-import inspect
 import json
 import logging
 import os
 import re
 import shutil
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -36,7 +34,7 @@ import torch.distributed as dist
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from posthoc_cli import files, resources
-from posthoc_cli.checkpoints.content import INDEX_ENDING
+from posthoc_cli.checkpoints.containers import INDEX_ENDING
 from posthoc_cli.dtypes import ITEM_BYTES, parse_dtype
 from posthoc_cli.errors import (
     FileFormatError,
@@ -50,7 +48,9 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.export.like import Chunk, CopiedFile, Like, Replacement
 from posthoc_cli.resources import ProgressBar, no_bar, worker_count
+from posthoc_cli.snapshots.directory import is_import, is_snapshot_name
 from posthoc_cli.snapshots.outputs import INDEX_NAME
+from posthoc_cli.snapshots.snapshot import warn_of_statistics
 from posthoc_cli.snapshots.sources import counted
 from posthoc_cli.snapshots.tensorfile import (
     SUFFIX,
@@ -61,7 +61,14 @@ from posthoc_cli.snapshots.tensorfile import (
     items,
     read_file,
 )
-from posthoc_cli.synthesis.engine import InMemory, Output, Tile, check_device, cut_tiles, make_tiles
+from posthoc_cli.synthesis.engine import (
+    InMemory,
+    Output,
+    Tile,
+    check_device,
+    compute_tiles,
+    cut_tiles,
+)
 from posthoc_cli.synthesis.plan import Combination, Plan, nbytes
 from posthoc_cli.targets import Target
 
@@ -70,11 +77,10 @@ from posthoc_cli.targets import Target
 LAYOUTS = {
     "safetensors": (SUFFIX,),
     "sharded": (),
-    "pt": (".pt", ".pth", ".bin"),
-    "dcp": (),
+    "pt": (".pt", ".pth", ".bin", ".ckpt"),
 }
-"""The layouts of an output, each with the file name endings that it accepts; layouts without
-endings are folders."""
+"""The layouts of an output, each with the file name extensions that it accepts; shards are in a
+folder."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,7 @@ class OutputOptions:
     def makes_folders(self) -> bool:
         """Whether every output is a folder."""
         if self.like is None:
-            return self.distributed or self.layout in FOLDERS
+            return self.distributed or self.layout == "sharded"
         like = files.local_path("like", self.like)
         return like.is_dir() or like.name.endswith(INDEX_ENDING)
 
@@ -139,13 +145,13 @@ class OutputOptions:
         named = next((name for name, endings in LAYOUTS.items() if path.suffix in endings), None)
         given = "sharded" if self.distributed else self.layout
         layout = given or named or "sharded"
-        fits = named == layout or (named is None and (given is not None or not path.suffix))
-        if not (fits or path.is_dir()):
-            hint = "name a .safetensors or .pt file, or a folder for shards; or give `layout`"
-            reason = "its ending is that of no layout"
-            if given is not None:
-                reason = f"its ending does not fit the layout {given}"
-            raise InvalidValueError(path, reason, hint)
+        is_other = named not in (None, layout)
+        is_unknown = given is None and named is None and path.suffix
+        if (is_other or is_unknown) and not path.is_dir():
+            if is_other:
+                raise InvalidValueError(path, f"its extension does not fit the layout {layout}")
+            reason = "unknown extension; use .safetensors or .pt"
+            raise InvalidValueError(path, reason, "a folder of shards has none; or add `layout`")
         if self.max_shard_size is not None and layout != "sharded":
             reason = f"is for a sharded output, and this layout is {layout}"
             hint = "add `layout` sharded"
@@ -181,7 +187,7 @@ def output_paths(
     options.check_like(dtype)
     if out is None:
         if not options.dry_run:
-            raise InvalidValueError("out", "is missing; only a dry run needs no output")
+            raise InvalidValueError("out", "is required (except with `dry_run`)")
         return []
     path = files.local_path("out", out)
     is_file = path.suffix in (*LAYOUTS["safetensors"], *LAYOUTS["pt"])
@@ -190,6 +196,7 @@ def output_paths(
         raise InvalidValueError("out", reason, "an export makes one file of it", value=out)
     if not options.dry_run:
         files.check_parent(path)
+        check_not_in_run(path)
     is_folder = path.is_dir() or path.suffix == "" or str(out).endswith("/")
     if len(targets) == 1 and (options.makes_folders or not is_folder):
         options.layout_of(path)
@@ -199,6 +206,15 @@ def output_paths(
     else:
         paths = _paths_in(path, targets, "" if options.makes_folders else options.ending)
     return [] if options.dry_run else paths
+
+
+def check_not_in_run(out: Path) -> None:
+    """Raise an InvalidValueError for an output in the folder of a run or of an import, or in its
+    place."""
+    for folder in (out, out.parent):
+        if folder.is_dir() and (is_import(folder) or any(map(is_snapshot_name, folder.iterdir()))):
+            reason = f"{folder} is the folder of a run, which holds nothing else"
+            raise InvalidValueError("out", reason, "name another folder", value=out)
 
 
 def _paths_in(
@@ -312,8 +328,8 @@ class SynthesisReport:
         newest = self.plan.sources[-1]
         left_out = [name for name in newest.left_out if not name.endswith("_extra_state")]
         sources = counted(self.plan.sources)
-        if self.plan.last != self.plan.t:
-            sources += f" (the newest is of {self.plan.last:,.12g})"
+        if self.plan.run_end != self.plan.t:
+            sources += f" (the newest is of {self.plan.run_end:,.12g})"
         report |= {
             "device": self.device,
             "sources": sources,
@@ -341,6 +357,8 @@ def write_synthesis(
     """
     started = time.perf_counter()
     device, workers = _resources(options, ranks)
+    if not ranks.rank:
+        warn_of_statistics(plan.newest.copies)
     copied = None
     if like is not None:
         plan, copied = like.fitted(plan)
@@ -350,8 +368,8 @@ def write_synthesis(
         headers = dict(zip(paths, encoded, strict=True))
         bar = no_bar if ranks.rank else progress
         with bar("synthesizing", plan.read_bytes // ranks.world) as advance:
-            writing = Writing(plan.passes(), headers, options, copied, ranks)
-            writing.write(advance, device, workers)
+            job = OutputJob(plan, headers, options, copied, ranks)
+            job.write(advance, device, workers)
     if ranks.rank:
         return None
     seconds = time.perf_counter() - started
@@ -380,10 +398,10 @@ CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Writing:
+class OutputJob:
     """Outputs to write: all hold the same tensors."""
 
-    parts: Sequence[Combination]
+    plan: Combination
     headers: Mapping[Path, Mapping[str, Any]]  # of each output
     options: OutputOptions
     copied: Replacement | None = None  # what they are copies of
@@ -394,15 +412,8 @@ class Writing:
         return self.options.layout_of(next(iter(self.headers)))
 
     @cached_property
-    def entries(self) -> dict[str, Entry]:
-        entries = dict[str, Entry]()
-        for plan in self.parts:
-            entries |= plan.entries
-        return entries
-
-    @cached_property
     def shards(self) -> tuple[dict[str, list[str]], bytes]:
-        return cut_shards(self.entries, self.options.shard_bytes, self.ranks.world)
+        return cut_shards(self.plan.entries, self.options.shard_bytes, self.ranks.world)
 
     def write(
         self,
@@ -421,16 +432,17 @@ class Writing:
             folders = {}
             with self.ranks.together() as places:
                 if is_first:
-                    folders = self._begin(stack)
+                    self._check_disk(stack)
+                    folders = self._create_folders(stack)
                     places += [folder.temporary for folder in folders.values()]
             with self.ranks.together():
                 outputs = []
                 for path, destination in zip(self.headers, places or self.headers, strict=True):
                     outputs.append(self._open(stack, path, destination, folders.get(path)))
-                parts = [self._own(plan) for plan in self.parts]
-                tiles = cut_tiles(parts, len(outputs), device)
-                with closing(make_tiles(parts, tiles, outputs, device, workers)) as tiles_done:
-                    for tile in tiles_done:
+                plan = self._rank_share()
+                tiles = cut_tiles(plan, len(outputs), device)
+                with closing(compute_tiles(plan, tiles, outputs, device, workers)) as computed:
+                    for tile in computed:
                         advance(tile.stored_bytes)
                 for output in outputs:
                     output.complete()
@@ -439,24 +451,27 @@ class Writing:
                     for output in outputs:
                         output.publish()
 
-    def _begin(self, stack: ExitStack) -> dict[Path, files.PendingFolder]:
-        """Check that outputs may be written, and begin those that are folders."""
+    def _check_disk(self, stack: ExitStack) -> None:
+        """Check that the outputs fit on the disk, and create their folder."""
         parent = next(iter(self.headers)).parent
         stack.enter_context(files.new_directory(parent))
-        each = nbytes(self.entries) if self.copied is None else self.copied.nbytes
+        each = nbytes(self.plan.entries) if self.copied is None else self.copied.nbytes
         needed = len(self.headers) * each
         free = shutil.disk_usage(parent).free
         if needed > free:
             reason = f"the output takes {needed:,} bytes, and {free:,} are free on this disk"
             raise WriteError(parent, reason, errno=errno.ENOSPC)
         files.remove_leftovers(parent)
+
+    def _create_folders(self, stack: ExitStack) -> dict[Path, files.PendingFolder]:
+        """Begin the outputs that are folders."""
         folders = {}
         for path in self.headers:
             if self.options.overwrite:
                 _check_no_snapshot(path)
             copies_folder = self.copied is not None and self.copied.like.is_folder
-            if copies_folder or self.layout in FOLDERS:
-                replaces = FOLDERS.get(self.layout) if self.options.overwrite else None
+            if copies_folder or self.layout == "sharded":
+                replaces = SHARD_NAMES if self.options.overwrite else None
                 folders[path] = stack.enter_context(files.PendingFolder(path, replaces))
         return folders
 
@@ -472,25 +487,25 @@ class Writing:
         if self.copied is not None:
             return Copy(stack, self.copied, path, overwrite, folder)
         if self.layout == "pt":
-            return PickledFile(self.parts, stack.enter_context(files.PendingFile(path, overwrite)))
-        if self.layout == "dcp" and folder is not None:
-            return DistributedFolder(self.parts, folder)
+            return PickledFile(self.plan, stack.enter_context(files.PendingFile(path, overwrite)))
         header = self.headers[path]
+        entries = self.plan.entries
         if self.layout == "safetensors":
-            writer = TensorFileWriter(path, self.entries, header, {}, overwrite)
+            writer = TensorFileWriter(path, entries, header, {}, overwrite)
             return TensorFiles([stack.enter_context(writer)], writer)
         shards, index = self.shards
         if folder is not None and index:
             files.write_atomically(destination / INDEX_NAME, index)
         writers = []
         for name in [*shards][self.ranks.rank :: self.ranks.world]:
-            entries = {tensor: self.entries[tensor] for tensor in shards[name]}
-            writer = TensorFileWriter(destination / name, entries, header, {})
+            shard = {tensor: entries[tensor] for tensor in shards[name]}
+            writer = TensorFileWriter(destination / name, shard, header, {})
             writers.append(stack.enter_context(writer))
         return TensorFiles(writers, folder, writers)
 
-    def _own(self, plan: Combination) -> Combination:
+    def _rank_share(self) -> Combination:
         """Return what this rank makes."""
+        plan = self.plan
         if self.ranks.world == 1:
             return plan
         shards, _ = self.shards
@@ -514,12 +529,8 @@ def _check_no_snapshot(path: Path) -> None:
 # order and thread. After the last one `complete` does what may fail, and `publish` gives the output
 # its name.
 
-FOLDERS = {
-    "sharded": re.compile(rf"model(-\d{{5}}-of-\d{{5}})?\.safetensors|{re.escape(INDEX_NAME)}"),
-    "dcp": re.compile(r"\.metadata|.*\.distcp"),
-}
-"""The layouts that are folders, each with a pattern of the names of its files: `overwrite` replaces
-a folder that holds no others."""
+SHARD_NAMES = re.compile(rf"model(-\d{{5}}-of-\d{{5}})?\.safetensors|{re.escape(INDEX_NAME)}")
+"""The names of files in a folder of shards: `overwrite` replaces a folder that holds no others."""
 
 
 class Pending(Protocol):
@@ -594,81 +605,36 @@ def cut_shards(
     return split.filename_to_tensors, text.encode()
 
 
-class Collected(InMemory, FileOutput):
-    """Tensors that are collected in memory, since their library writes them in one call."""
+class PickledFile(FileOutput):
+    """A .pt file, which torch.load(weights_only=True) takes. Its tensors are collected in memory,
+    since torch writes them in one call."""
 
-    def __init__(self, parts: Sequence[Combination], folder: Pending) -> None:
-        InMemory.__init__(self, CPU)
-        FileOutput.__init__(self, folder)
-        self._parts = parts
-        for plan in parts:
-            self.make_room(plan, plan.tensors)
+    def __init__(self, plan: Combination, file: files.PendingFile) -> None:
+        super().__init__(file)
+        self._plan = plan
+        self._file = file
+        self._end = 0
+        self._collected = InMemory(plan, CPU)
+        self._collected.allocate(plan.tensors)
 
-    @property
-    def state(self) -> dict[str, torch.Tensor]:
-        """The tensors under all names."""
-        state = dict[str, torch.Tensor]()
-        for plan in self._parts:
-            for names in plan.names.values():
-                state |= dict.fromkeys(names, self.tensors[names[0]])
-        return state
-
-
-class PickledFile(Collected):
-    """A .pt file, which torch.load(weights_only=True) takes."""
-
-    _published: files.PendingFile
-    _end = 0
+    def write(self, tile: Tile, values: torch.Tensor) -> None:
+        self._collected.write(tile, values)
 
     def complete(self) -> None:
+        state = dict[str, torch.Tensor]()
+        for name, aliases in self._plan.names.items():
+            state |= dict.fromkeys(aliases, self._collected.tensors[name])
         stream = SimpleNamespace(write=self._append, flush=lambda: None)
         try:
-            torch.save(self.state, stream)
+            torch.save(state, stream)
         # torch's own, which replaces that of `write`, and a KeyboardInterrupt
         except RuntimeError as error:
             raise error.__context__ or error from None
 
     def _append(self, data: Any) -> int:
-        self._published.write_at(data, self._end)
+        self._file.write_at(data, self._end)
         self._end += len(data)
         return len(data)
-
-
-class DistributedFolder(Collected):
-    """A folder of torch.distributed.checkpoint."""
-
-    _published: files.PendingFolder
-
-    def complete(self) -> None:
-        from torch.distributed.checkpoint.api import CheckpointException  # slow to import
-
-        folder = str(self._published.temporary)
-        with files.reported_as_write_error(self._published.path), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns that there is only one process
-            try:
-                _save_alone(self.state, folder)
-            except CheckpointException as error:
-                (failure, _), *_ = error.failures.values()
-                if isinstance(failure, OSError):
-                    raise failure from error
-                # torch's own replaces that of a write
-                raise failure.__context__ or failure from error
-
-
-def _save_alone(
-    state: dict[str, torch.Tensor],
-    folder: str,
-) -> None:
-    """Write a folder of torch.distributed.checkpoint without the other processes of a group."""
-    from torch.distributed.checkpoint import state_dict_saver
-
-    if "no_dist" in inspect.signature(state_dict_saver.save).parameters:
-        state_dict_saver.save(state, checkpoint_id=folder, no_dist=True)
-        return
-    from torch.distributed.checkpoint.filesystem import FileSystemWriter
-
-    # deprecated, but the only function of torch 2.4 to 2.6 that leaves the group alone
-    state_dict_saver.save_state_dict(state, FileSystemWriter(folder), no_dist=True)
 
 
 class Copy(FileOutput):

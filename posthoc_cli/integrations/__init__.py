@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -99,17 +100,26 @@ def read_state(
         )
 
 
+def average_blocks(
+    ema: PostHocEMA,
+    model: torch.nn.Module,
+    targets: Sequence[Target],
+) -> dict[str, AbstractContextManager[torch.nn.Module]]:
+    """Return the blocks of `PostHocEMA.models` for averages of the present step; none before the
+    first update. Lengths that are not tracked are made of a snapshot of this step."""
+    if not ema.has_average:
+        return {}
+    tracked = ema.settings.sigma_rels
+    if not ema.closed and any(target.sigma_rel not in tracked for target in targets):
+        ema.snapshot()
+    return ema.models(model, targets)
+
+
 def _state_names(number: int) -> tuple[str, str]:
     """Return the names of a tracker's file and folder; like accelerate's for models, the first has
     no number."""
     name = f"{STATE_NAME}_{number}" if number else STATE_NAME
     return f"{name}.pt", name
-
-
-def was_left_out(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether the step that ends now changed nothing: a GradScaler calls fused optimizers
-    also on infinities."""
-    return bool(getattr(optimizer, "found_inf", None))
 
 
 def figures(

@@ -42,7 +42,8 @@ def prepare(
     ema = make_tracker(model, checkpoint_dir, options)
     earlier_hooks.close()
     if optimizer is not None:
-        ema.attach(optimizer)
+        # the wrapper of `accelerator.prepare` may skip its own steps
+        ema.attach(getattr(optimizer, "optimizer", optimizer))
     ema.on_snapshot(lambda tracker: accelerator.log(figures(tracker), step=tracker.step))
 
     model_of = ref(model)  # the accelerator, which keeps the hooks, may release the model

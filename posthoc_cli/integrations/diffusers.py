@@ -4,6 +4,7 @@ call."""
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,17 @@ import torch
 import torch.distributed as dist
 
 from posthoc_cli.errors import InvalidValueError, NotReadyError
-from posthoc_cli.integrations import STATE_NAME, is_sharded, make_tracker, read_state, write_state
-from posthoc_cli.profiles import check_sigma_rel, gamma_from_sigma_rel
-from posthoc_cli.tracker import PostHocEMA, abstain
+from posthoc_cli.integrations import (
+    STATE_NAME,
+    average_blocks,
+    is_sharded,
+    make_tracker,
+    read_state,
+    write_state,
+)
+from posthoc_cli.profiles import check_sigma_rel
+from posthoc_cli.targets import as_target
+from posthoc_cli.tracker import PostHocEMA
 
 _FOLDER = "state_in"  # the key of the folder of a state that was not read yet
 
@@ -53,12 +62,12 @@ class PostHocEMAModel:
         self.sigma_rel = check_sigma_rel(sigma_rel)
         wrapper = torch.nn.parallel.DistributedDataParallel
         self._model: torch.nn.Module | None = model.module if isinstance(model, wrapper) else model
-        keeps = not dist.is_initialized() or dist.get_rank() == 0 or is_sharded(model)
         self.ema: PostHocEMA | None = None
-        if keeps:
+        if is_sharded(model) or not dist.is_initialized():
             self.ema = make_tracker(model, checkpoint_dir, options)
-        else:
-            abstain(Path(checkpoint_dir).absolute())
+        elif dist.get_rank() == 0:
+            alone = dist.new_group([0], use_local_synchronization=True)
+            self.ema = make_tracker(model, checkpoint_dir, {"group": alone} | options)
         self.temp_stored_params: list[torch.Tensor] | None = None
         self._folder: Path | None = None
 
@@ -68,26 +77,9 @@ class PostHocEMAModel:
         return self.ema.step if self.ema is not None else 0
 
     @property
-    def cur_decay_value(self) -> float | None:
-        """The decay of the last step, for scripts that log it; None before the first step."""
-        return self.decay if self.optimization_step else None
-
-    @property
-    def decay(self) -> float:
-        """The decay of the last step; 0 before the first."""
-        return self.get_decay(self.optimization_step)
-
-    def get_decay(self, optimization_step: int) -> float:
-        """Return the decay of a step, counted from 1: that of the power function."""
-        gamma = gamma_from_sigma_rel(self.sigma_rel)
-        step = max(1, optimization_step)
-        return float((1 - 1 / step) ** (gamma + 1))
-
-    @property
     def shadow_params(self) -> list[torch.Tensor]:
         """Copies of the average's parameters, on the host, in the order of the model's."""
-        ema, model = self._tracking()
-        with ema.model(model, self.sigma_rel) as averaged:
+        with self._average() as averaged:
             return [parameter.detach().to("cpu", copy=True) for parameter in averaged.parameters()]
 
     def step(self, parameters: object = None) -> None:
@@ -117,14 +109,13 @@ class PostHocEMAModel:
     def copy_to(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Copy the average into all, or all trainable, parameters of a model of this
         architecture."""
-        ema, model = self._tracking()
         targets = list(parameters)
-        with ema.model(model, self.sigma_rel) as averaged:
+        with self._average() as averaged:
             averages = list(averaged.parameters())
             if len(targets) != len(averages):
                 averages = [average for average in averages if average.requires_grad]
             if [average.shape for average in averages] != [target.shape for target in targets]:
-                reason = f"are neither those of a {type(model).__name__} nor its trainable ones"
+                reason = "are neither those of the model nor its trainable ones"
                 raise InvalidValueError("parameters", reason)
             values = [average.detach().clone() for average in averages]
         for target, value in zip(targets, values, strict=True):
@@ -135,7 +126,7 @@ class PostHocEMAModel:
         same folder."""
         if not self._is_kept_elsewhere:
             ema, model = self._tracking()
-            with ema.model(model, self.sigma_rel) as averaged:
+            with self._average() as averaged:
                 averaged.save_pretrained(path)  # type: ignore[operator]
             write_state(ema, path, model)
 
@@ -194,6 +185,12 @@ class PostHocEMAModel:
     @property
     def _is_kept_elsewhere(self) -> bool:
         return self.ema is None and self._model is not None
+
+    def _average(self) -> AbstractContextManager[torch.nn.Module]:
+        """Return a block with the average of the present step."""
+        ema, model = self._tracking()
+        blocks = average_blocks(ema, model, [as_target(self.sigma_rel)])
+        return next(iter(blocks.values()), ema.model(model, self.sigma_rel))
 
     def _tracking(self) -> tuple[PostHocEMA, torch.nn.Module]:
         if self.ema is None or self._model is None:

@@ -14,13 +14,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.integrations import (
+    average_blocks,
     figures,
     is_sharded,
     make_tracker,
-    was_left_out,
 )
 from posthoc_cli.targets import as_target
-from posthoc_cli.tracker import PostHocEMA
+from posthoc_cli.tracker import PostHocEMA, was_skipped
 
 log = logging.getLogger(__name__)
 
@@ -174,7 +174,7 @@ class PostHocWeightAveraging(Callback):
         """Swap averaged weights into the module, within `fit` and except for the sanity check."""
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         if fitting and self.ema is not None and self._wanted:
-            for block in self.ema.models(pl_module, self._wanted).values():
+            for block in average_blocks(self.ema, pl_module, self._wanted).values():
                 self._swapped.enter_context(block)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -184,7 +184,7 @@ class PostHocWeightAveraging(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write a last snapshot, and with `copy_at_end` copy the average into the module."""
         self._finish()
-        if self.ema is not None and self.copy_at_end:
+        if self.ema is not None and self.copy_at_end and self.ema.has_average:
             self.ema.load_into(pl_module, self._wanted[0])
 
     def on_exception(
@@ -224,9 +224,9 @@ class PostHocWeightAveraging(Callback):
                 ema.snapshot()
             return
         checkpoint["averaging_state"] = ema.state_dict()
-        if not self._wanted or not ema.has_average:
+        if not self._wanted:
             return
-        for block in ema.models(pl_module, self._wanted).values():
+        for block in average_blocks(ema, pl_module, self._wanted).values():
             averaged = {}
             with block:
                 for name, value in pl_module.state_dict().items():
@@ -256,7 +256,7 @@ class PostHocWeightAveraging(Callback):
         optimizer: torch.optim.Optimizer,
         *_: Any,
     ) -> None:
-        self._stepped |= not was_left_out(optimizer)
+        self._stepped |= not was_skipped(optimizer)
 
     def _finish(self) -> None:
         self._swapped.close()

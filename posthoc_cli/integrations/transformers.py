@@ -15,9 +15,9 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from posthoc_cli.errors import InvalidValueError, NotReadyError
-from posthoc_cli.integrations import figures, make_tracker, read_state, was_left_out, write_state
+from posthoc_cli.integrations import average_blocks, figures, make_tracker, read_state, write_state
 from posthoc_cli.targets import as_target
-from posthoc_cli.tracker import PostHocEMA
+from posthoc_cli.tracker import PostHocEMA, was_skipped
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +40,7 @@ class PostHocCallback(TrainerCallback):
             list; it needs `install`. Each evaluation runs again with averaged weights, whose
             metrics have the prefix `eval_ema`, of a list `eval_ema_0.15`. With one of them as
             `metric_for_best_model`, checkpoints hold the averaged model, and
-            `load_best_model_at_end` loads it. Before the first update the raw weights are evaluated
-            and saved.
+            `load_best_model_at_end` loads it. Before the first update there is none.
         options: other arguments of `PostHocEMA.from_model`; `resume` is "auto" by default.
     """
 
@@ -137,7 +136,7 @@ class PostHocCallback(TrainerCallback):
         optimizer: torch.optim.Optimizer,
         *_: Any,
     ) -> None:
-        self._is_left_out = was_left_out(optimizer)
+        self._is_left_out = was_skipped(optimizer)
 
     def on_step_end(
         self,
@@ -172,7 +171,7 @@ class PostHocCallback(TrainerCallback):
         prefix = min(named, key=len, default="eval")
         losses_only = True if trainer.compute_metrics is None else None
         lengths = [*self._lengths.values()]
-        for label, block in self.ema.models(trainer.model, lengths).items():
+        for label, block in average_blocks(self.ema, trainer.model, lengths).items():
             for callback in trainer.callback_handler.callbacks:
                 # end its bar: each evaluation has its own
                 if isinstance(callback, ProgressCallback):
@@ -215,7 +214,7 @@ class PostHocCallback(TrainerCallback):
         if chosen is None:
             return
         path = str(folder / self._names[chosen])
-        for block in self.ema.models(trainer.model, [self._lengths[chosen]]).values():
+        for block in average_blocks(self.ema, trainer.model, [self._lengths[chosen]]).values():
             with block:
                 trainer.save_model(path, _internal_call=True)
                 # in the form from which the trainer loads its best model

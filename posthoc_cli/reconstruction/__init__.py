@@ -24,18 +24,19 @@ from posthoc_cli.reconstruction.sketch import Sketch
 from posthoc_cli.reconstruction.solving import (
     METHODS,
     MOST_SOLVED,
-    Losses,
+    Eliminator,
     Problem,
     Reconstruction,
     check_method,
+    lost_gain,
     one_blas_thread,
     reconstruct,
     thinned_subset,
 )
 
 __all__ = [
-    "ASSUMED", "MEASURED", "METHODS", "MOST_SOLVED", "ROUNDING", "SAMPLED", "Distance", "Losses",
-    "Measurements", "Motion", "Prior", "Problem", "Reconstruction", "Sketch", "Steps",
-    "StoredAverage", "assumed_prior", "check_method", "measured_prior",
+    "ASSUMED", "MEASURED", "METHODS", "MOST_SOLVED", "ROUNDING", "SAMPLED", "Distance",
+    "Eliminator", "Measurements", "Motion", "Prior", "Problem", "Reconstruction", "Sketch", "Steps",
+    "StoredAverage", "assumed_prior", "check_method", "lost_gain", "measured_prior",
     "one_blas_thread", "reconstruct", "relative_width", "seen_from", "thinned_subset",
 ]  # fmt: skip

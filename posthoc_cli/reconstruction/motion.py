@@ -31,7 +31,6 @@ from posthoc_cli.profiles import (
     Point,
     PowerFunction,
     StoredProfile,
-    roundings,
     tails_at,
 )
 from posthoc_cli.reconstruction.nodes import EQUAL, MOST_POINTS, Nodes, Steps, evenly_chosen
@@ -64,11 +63,6 @@ class Distance:
     is_far: bool = False
 
 
-INHERITED = 0.9
-"""Share of the roundings of updates that fade only as the average does; the rest are new in each
-snapshot. Measured: errors of snapshots of a walk and of a recorded run, 26 to 150 updates apart,
-correlate 0.87 to 0.97 times as much as if all did; tests/reconstruction/test_motion.py holds it."""
-
 Pair = tuple[StoredProfile, Distance]  # an average, and its distance from an earlier one
 
 
@@ -87,15 +81,12 @@ class Measurements:
 
 @dataclass(frozen=True)
 class StoredAverage:
-    """A stored average of so many updates, and its measurements."""
+    """A stored average, and its measurements."""
 
     profile: PowerFunction | Point | Discrete
-    updates: int
     eps: float  # distance from 1 to the next number of the accumulator's dtype
     measurements: Measurements | None
     steps: Steps | None = None
-    # exponents of all profiles that share means with it; empty if it has its own
-    gammas: tuple[float, ...] = ()
     # time of a power function's first update: its mass before that applies to those values
     t_first: float = 1.0
 
@@ -110,26 +101,6 @@ class StoredAverage:
         first_step = float(self.steps.clock.time_at(1))
         return min(self.profile.t_first, first_step)
 
-    @property
-    def roundings(self) -> float:
-        """The number of independent roundings, each of a value of the average's size, that the
-        average contains."""
-        if isinstance(self.profile, PowerFunction):
-            return roundings(self.profile.gamma, self.updates)
-        if isinstance(self.profile, Point):
-            return 0.0
-        # Each update rounds, and its error decays as the mass of the earlier values does.
-        earlier = 1 - self.profile.tail(self.profile.times)
-        return float(np.sum(earlier**2))
-
-    @property
-    def own_share(self) -> float:
-        """The share of the roundings that are in no later average: among them is the reading of the
-        average."""
-        if not isinstance(self.profile, PowerFunction):
-            return 1.0
-        return 1 - INHERITED * (1 - 1 / self.roundings)
-
 
 # --- the prior
 
@@ -139,37 +110,30 @@ class Prior:
     """What is known about snapshots in addition to their profiles. Arrays are in the snapshots'
     order: shape [n] each.
 
-    `doubt` says how badly the motion explains the distances: the root mean square of log(measured /
-    expected). A walk with noise explains those of ordinary training within a few per cent; if the
+    `misfit` says how badly the motion explains the distances: the root mean square of log(measured
+    / expected). A walk with noise explains those of ordinary training within a few per cent; if the
     path oscillates, or is smooth between snapshots, some are many times larger than expected, and
     others smaller.
     """
 
     motion: Motion
     rounding: FloatArray  # variance of each stored copy's rounding, r_i; 0 for an exact copy
-    arithmetic: FloatArray  # variance of each average from arithmetic that no other contains
+    floor: FloatArray  # variance of one rounding of each average: no copy is more exact
     norm: FloatArray  # squared norm of each average
     # where the numbers come from: "measured" while training, "sampled" from the files, or "assumed"
-    source: str
+    evidence: str
     steps: Steps | None = None
-    doubt: float = 0.0
+    misfit: float = 0.0
     sketch: Sketch | None = None
-    # errors that averages have in common, independent ones: shape [n, components]
-    shared: FloatArray | None = None
-    # the same, of the updates of ordinary EMAs, which predicted errors contain, but coefficients do
-    # not depend on, since some programs make none
-    lasting: FloatArray | None = None
 
-    def of(self, snapshots: Sequence[int]) -> Prior:
+    def subset(self, snapshots: Sequence[int]) -> Prior:
         """Return the prior of a subset of the snapshots, given by their indices."""
         index = np.asarray(snapshots, dtype=np.intp)
         return replace(
             self,
             rounding=self.rounding[index],
-            arithmetic=self.arithmetic[index],
+            floor=self.floor[index],
             norm=self.norm[index],
-            shared=None if self.shared is None else self.shared[index],
-            lasting=None if self.lasting is None else self.lasting[index],
         )
 
 
@@ -185,9 +149,9 @@ def assumed_prior(
     return Prior(
         motion=motion or Motion.even(last),
         rounding=rounding**2 * ones,
-        arithmetic=0 * ones,
+        floor=0 * ones,
         norm=ones,
-        source=ASSUMED,
+        evidence=ASSUMED,
     )
 
 
@@ -211,31 +175,30 @@ def measured_prior(
         return assumed_prior(profiles)
     norm = np.array([measurements.norm for measurements in measured])
     rounding = np.array([measurements.rounding for measurements in measured])
-    arithmetic = _arithmetic(averages, norm)
+    eps = np.array([average.eps for average in averages])
+    floor = norm * (ROUNDING * eps) ** 2
     steps = _newest_steps(averages)
-    source = MEASURED
-    doubt = 0.0
-    pairs = _pairs(profiles, measured, arithmetic) if sketch is None else []
+    evidence = MEASURED
+    misfit = 0.0
+    pairs = _pairs(profiles, measured, floor) if sketch is None else []
     if sketch is not None:
         motion = Motion.of_sketch(sketch, steps)
     elif pairs:
-        motion, doubt = _fitted(averages, pairs, norm, steps)
+        motion, misfit = _fit(averages, pairs, norm, steps)
     else:
         motion = _even_motion(profiles, norm, steps)
         # Weights that are all 0 have distances, but all of these are 0.
         if norm.any() or not any(each.distances for each in measured):
-            source = ASSUMED
+            evidence = ASSUMED
     return Prior(
         motion=motion,
         rounding=rounding,
-        arithmetic=arithmetic * [average.own_share for average in averages],
+        floor=floor,
         norm=norm,
-        source=source,
+        evidence=evidence,
         steps=steps,
-        doubt=doubt,
+        misfit=misfit,
         sketch=sketch,
-        shared=_shared(averages, arithmetic, sketch),
-        lasting=_lasting(averages, norm, motion),
     )
 
 
@@ -249,55 +212,6 @@ def _even_motion(
     return Motion.even(last, variance, steps)
 
 
-def _arithmetic(averages: Sequence[StoredAverage], norm: FloatArray) -> FloatArray:
-    """Return the variance of averages with these squared norms from their arithmetic."""
-    counts = np.array([average.roundings for average in averages])
-    eps = np.array([average.eps for average in averages])
-    variances = (ROUNDING * eps) ** 2
-    return np.asarray(norm * variances * counts)
-
-
-def _shared(
-    averages: Sequence[StoredAverage],
-    arithmetic: FloatArray,
-    sketch: Sketch | None,
-) -> FloatArray:
-    """Return `Prior.shared`."""
-    inherited = _inherited(averages, arithmetic)
-    return np.hstack((inherited, _of_shared_means(averages, sketch)))
-
-
-def _inherited(averages: Sequence[StoredAverage], arithmetic: FloatArray) -> FloatArray:
-    """Return the errors of arithmetic that averages of one power function have in common: shape [n,
-    n], a column for the updates between each average and the one before it.
-
-    What an update at s rounds off is part of all later averages, and fades as the values of that
-    time do, by (s / t)^(gamma + 1), but for each average's own share.
-    """
-    t = np.array([average.profile.t for average in averages])
-    own = np.array([average.own_share for average in averages])
-    variance = (1 - own) * arithmetic
-    inherited = np.zeros((len(averages), len(averages)))
-    for gamma, indices in _series(averages).items():
-        times = t[indices]
-        faded = np.tril(times / times[:, None]) ** (gamma + 1)
-        fresh = variance[indices]
-        fresh[1:] -= fresh[:-1] * np.diag(faded, -1) ** 2
-        inherited[np.ix_(indices, indices)] = faded * np.sqrt(np.maximum(fresh, 0.0))
-    return inherited
-
-
-def _series(averages: Sequence[StoredAverage]) -> dict[float, list[int]]:
-    """Return the indices of the averages of each power function, by gamma, in order of time."""
-    series: dict[float, list[int]] = {}
-    for index in sorted(range(len(averages)), key=lambda index: averages[index].profile.t):
-        profile = averages[index].profile
-        if isinstance(profile, PowerFunction):
-            # A gamma that was computed elsewhere may differ in its last bits.
-            series.setdefault(round(profile.gamma, 9), []).append(index)
-    return series
-
-
 def _newest_steps(averages: Sequence[StoredAverage]) -> Steps | None:
     """Return the steps of the newest average, or of the one next to it whose steps are known, as
     those of weights whose file does not say the unit of its number."""
@@ -309,21 +223,21 @@ def _newest_steps(averages: Sequence[StoredAverage]) -> Steps | None:
 
 
 _NOISY = 0.5
-"""Doubt that noise leaves, relative to a walk alone, below which averages of other libraries, one
+"""Misfit that noise leaves, relative to a walk alone, below which averages of other libraries, one
 at a time and without weights, show it. Of 20 motions with files 100 steps apart, noise that
 forgets in 1 to 300 steps leaves 0 to 0.06, with a drift or of SGD about a minimum 0.12 to 0.23;
 walks leave 0.68 to 0.93, with noise beside them 0.51 to 0.67. Taken for a walk, noise of one step
 made errors 4.0 times the predicted ones, and 2.2 times so."""
 
 
-def _fitted(
+def _fit(
     averages: Sequence[StoredAverage],
     pairs: Sequence[Pair],
     norm: FloatArray,
     steps: Steps | None,
 ) -> tuple[Motion, float]:
     """Return the motion that explains the distances of averages, of these squared norms, and
-    `Prior.doubt`."""
+    `Prior.misfit`."""
     profiles = [average.profile for average in averages]
     times = [profile.t for profile in profiles]
     start = min(average.start for average in averages)
@@ -334,14 +248,14 @@ def _fitted(
     ordinary = discrete if has_weights else []
     near = [pair for pair in pairs if not pair[1].is_far]
     motion, expected = fit_motion(start, times, near, steps, not discrete, ordinary)
-    doubt = _doubt(near, expected)
+    misfit = _misfit(near, expected)
     are_sampled = any(interval_of(profile) > 1 for profile in profiles)
     if len(near) < len(pairs) and not are_sampled:
         motion = _noisy(start, times, pairs, steps) or motion
     motion = _with_noise(motion, profiles, steps)
     even = _even_motion(profiles, norm, steps)
     first = seen_from(start, profiles)
-    return motion.with_unseen(first, float(even.walk[0])), doubt
+    return motion.with_unseen(first, float(even.walk[0])), misfit
 
 
 def _noisy(
@@ -353,7 +267,7 @@ def _noisy(
     """Return the motion with noise that explains the distances; None if a walk does as well."""
     _, of_walk = fit_motion(start, times, pairs, steps, may_have_noise=False)
     motion, of_noise = fit_motion(start, times, pairs, steps)
-    shows_noise = _doubt(pairs, of_noise) < _NOISY * _doubt(pairs, of_walk)
+    shows_noise = _misfit(pairs, of_noise) < _NOISY * _misfit(pairs, of_walk)
     return motion if shows_noise else None
 
 
@@ -390,94 +304,14 @@ def seen_from(start: float, profiles: Sequence[StoredProfile]) -> float:
     return float(min(first))
 
 
-def _doubt(pairs: Sequence[Pair], expected: FloatArray) -> float:
-    """Return `Prior.doubt`, from what motion expects relative to each distance."""
+def _misfit(pairs: Sequence[Pair], expected: FloatArray) -> float:
+    """Return `Prior.misfit`, from what motion expects relative to each distance."""
     squares = np.array([distance.squared for _, distance in pairs])
     least = _NEGLIGIBLE * squares.max()
     ratios = (squares * expected + least) / (squares + least)
     logs = np.log(ratios)
     mean_square = np.mean(logs**2)
     return float(np.sqrt(mean_square)) / 2
-
-
-_FLOAT32 = float(np.finfo(np.float32).eps)
-
-
-def _lasting(
-    averages: Sequence[StoredAverage],
-    norm: FloatArray,
-    motion: Motion,
-) -> FloatArray | None:
-    """Return `Prior.lasting`; None without ordinary EMAs in float32."""
-    errors = np.zeros((len(averages), 2))
-    for row, average in zip(errors, averages, strict=True):
-        if isinstance(average.profile, OrdinaryEMA) and average.eps >= _FLOAT32:
-            row[:] = _scaled(average.profile), 1.0
-            newest = average.profile
-    if not errors.any():
-        return None
-    (segment,) = segments_of(motion.edges, [newest.t])
-    errors[:, 1] *= _stalled(newest, motion.walk[segment] / norm.max())
-    return np.sqrt(norm)[:, None] * errors
-
-
-def _scaled(profile: OrdinaryEMA) -> float:
-    """Return by how much an average is too long, relative to its values, if an update is torch's
-    `ema.mul_(d).add_(weights, alpha=1 - d)`.
-
-    It rounds d and 1 - d to float32, so that their sum is not 1. For d = 0.9999 an average is too
-    short by 1.4e-4 after 20,000 steps, and what is made of several by up to 1.7e-4.
-    """
-    decays, left = profile.updates
-    kept = decays.astype(np.float32)
-    taken = (1 - decays).astype(np.float32)
-    sums = kept.astype(np.float64) + taken
-    return float(left @ (sums - 1))
-
-
-def _stalled(profile: OrdinaryEMA, walk: float) -> float:
-    """Return how far an average is off, relative to its values, since updates are alike; `walk` is
-    that of the weights in a step, relative to their squared norm.
-
-    As long as updates change by less than a digit, each of them rounds alike, and roundings of so
-    many in turn add up. After all of them the average stands still, although its weights are up to
-    half a digit / (1 - d) away.
-    """
-    decays, left = profile.updates
-    changes = np.maximum((1 - decays) ** 2 * walk, 1e-300)
-    alike = np.clip(_FLOAT32**2 / changes, 1.0, left.size)
-    roundings = np.sqrt(left**2 @ alike)
-    return ROUNDING * _FLOAT32 * min(float(roundings), float(left.sum()))
-
-
-def _of_shared_means(
-    averages: Sequence[StoredAverage],
-    sketch: Sketch | None,
-) -> FloatArray:
-    """Return the errors of means that profiles share: shape [n, components], 0 if there are
-    none."""
-    nothing = np.zeros((len(averages), 0))
-    steps = averages[-1].steps
-    if sketch is None or steps is None:
-        return nothing
-    largest = 0.0
-    indices = []
-    powers = []
-    for index, average in enumerate(averages):
-        largest = max(largest, *average.gammas, 0.0)
-        if isinstance(average.profile, PowerFunction):
-            indices.append(index)
-            powers.append(average.profile)
-    if all(profile.gamma >= largest for profile in powers):
-        return nothing
-    updates = steps.clock.step_at(sketch.edges) / steps.stride
-    projected, unseen = sketch.of_shared_means(powers, largest, updates)
-    rows = np.vstack((projected, unseen))
-    if not rows.any():
-        return nothing
-    shared = np.zeros((len(averages), len(rows)))
-    shared[indices] = rows.T
-    return shared
 
 
 def _order_of(profile: StoredProfile) -> tuple[float, float, float]:
@@ -491,7 +325,7 @@ def _order_of(profile: StoredProfile) -> tuple[float, float, float]:
 def _pairs(
     profiles: Sequence[StoredProfile],
     measured: Sequence[Measurements],
-    arithmetic: FloatArray,
+    floor: FloatArray,
 ) -> list[Pair]:
     """Return the measured distance of each pair of averages; if a pair has several records, the
     last one.
@@ -500,8 +334,8 @@ def _pairs(
     """
     pairs: dict[tuple[object, object], Pair] = {}
     largest = max(measurements.norm for measurements in measured)
-    floor = 1e-18 * largest
-    variances = arithmetic.tolist()
+    least = 1e-18 * largest
+    variances = floor.tolist()
     order = sorted(range(len(profiles)), key=lambda index: _order_of(profiles[index]))
     for index in order:
         profile = profiles[index]
@@ -511,10 +345,10 @@ def _pairs(
             keys = (_order_of(later), _order_of(earlier))
             if _is_one_profile(*keys):
                 continue
-            # The partner may have been deleted; its arithmetic has about the same variance.
+            # The partner may have been deleted; its floor is about the same.
             noise = distance.rounding + 2 * variance
             # A distance below the errors is only known to be small.
-            squared = max(distance.squared, noise, floor)
+            squared = max(distance.squared, noise, least)
             if squared > 0:
                 key = (_identity(later), _identity(earlier))
                 pairs[key] = (later, Distance(earlier, squared, noise, distance.is_far))
@@ -914,10 +748,10 @@ def sampling_errors(profiles: Sequence[StoredProfile], motion: Motion) -> FloatA
     deviation = np.sqrt(variance[:, None] / updates)
     errors = deviation * masses
     rows = np.where(intervals > 1, errors, 0.0)
-    return root_of(rows)
+    return compress_rows(rows)
 
 
-def root_of(rows: FloatArray) -> FloatArray:
+def compress_rows(rows: FloatArray) -> FloatArray:
     """Return rows of the same covariance, at most as many as there are columns."""
     triangle = np.linalg.qr(rows, mode="r")
     return np.asarray(triangle)

@@ -16,13 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from numpy.polynomial.legendre import leggauss, legvander
 
-from posthoc_cli.profiles import (
-    Clock,
-    FloatArray,
-    PowerFunction,
-    Profile,
-    StoredProfile,
-)
+from posthoc_cli.clock import Clock
+from posthoc_cli.profiles import FloatArray, PowerFunction, Profile, StoredProfile
 
 IndexArray = npt.NDArray[np.intp]
 
@@ -234,19 +229,19 @@ class Nodes:
         of_updates = self._updates.masses(profile)
         return np.append(inside, of_updates)
 
-    def goal_of_tail(self, target: Profile) -> tuple[FloatArray, FloatArray]:
+    def project_tail(self, target: Profile) -> tuple[FloatArray, FloatArray]:
         """Return a target's values for `tails`, [M], and the integral of the square that they miss,
-        [K]; see `_projected`."""
+        [K]; see `_project`."""
         if self._is_polynomial(target):
             nothing = np.zeros(self.edges.size - 1)
             return self._tail(target), nothing
         points = self._points_of(target)
         tails = target.tail(points.s)
-        inside, missed = self._projected(points, tails)
+        inside, missed = self._project(points, tails)
         of_updates = self._updates.tails(target)
         return np.append(inside, of_updates), missed
 
-    def goal_of_mass(self, target: Profile) -> tuple[FloatArray, FloatArray]:
+    def project_mass(self, target: Profile) -> tuple[FloatArray, FloatArray]:
         """Return a target's values for `masses`, [M], and the integral of the square that they
         miss, [K].
 
@@ -268,7 +263,7 @@ class Nodes:
         width = np.maximum(high - low, 1e-300)  # 0 in the last digits before an end
         mass = target.tail(low) - target.tail(high)
         steps = width * density
-        inside, missed = self._projected(points, mass / steps)
+        inside, missed = self._project(points, mass / steps)
         of_updates = self._updates.masses(target)
         return np.append(inside, of_updates), missed
 
@@ -285,7 +280,7 @@ class Nodes:
         weights = points.weights[inside]
         return _Points(s, weights, points.home[inside])
 
-    def _projected(
+    def _project(
         self,
         points: _Points,
         values: FloatArray,

@@ -8,14 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from posthoc_cli.profiles import (
-    LONGEST,
-    WINDOW,
-    FloatArray,
-    PowerFunction,
-    Profile,
-    tails_at,
-)
+from posthoc_cli.profiles import FloatArray, Profile, tails_at
 
 _POINTS = 4  # number of points in a window at which tails are evaluated
 
@@ -89,75 +82,6 @@ class Sketch:
             tails = profile.tail(times)
             means.append(tails.mean(axis=1))
         return np.stack(means, axis=1)
-
-    def of_shared_means(
-        self,
-        profiles: Sequence[PowerFunction],
-        largest: float,
-        updates: FloatArray,
-    ) -> tuple[FloatArray, FloatArray]:
-        """Return the errors of averages that share means with the weights of the `largest` gamma:
-        projected, unseen.
-
-        The shapes are [D, n] and [K, n]. Within a fold of relative length L the shared weights are
-        steeper by u = (largest - gamma) L. If the fold has the mass m in an average, the error
-        contains u m / 12 of the steady motion across the fold, which projections show. To the
-        squared error, noise that leaves the variance s in a fold's mean adds u^2 m^2 s / 12, and a
-        walk of variance v across the fold u^2 m^2 v / 120, a third of it seen as steady motion.
-        Averages of one profile share the errors of their common folds. `updates` counts the updates
-        until each edge: folds of two are exact, since the newest value has each profile's own
-        weight, and early in a run means are not shared.
-        """
-        ends = self.edges[1:]
-        length = self._lengths / self.folds / ends
-        part = self._part_shared(updates, length)
-        gammas = np.array([profile.gamma for profile in profiles])
-        steeper = largest - gammas
-        tails = tails_at(self.edges, profiles)
-        masses = -np.diff(tails, axis=0)
-        shift = part * length / self.folds / 12
-        bend = shift[:, None] * steeper * masses
-        noise, walk = self._noise_and_walk_of_folds()
-        shared = np.where(part > 0, part, 1.0)
-        of_noise = 12 * noise / shared
-        of_walk = 144 / 120 * 2 / 3 * walk
-        unseen = of_noise + of_walk
-        roots = np.sqrt(unseen * self.folds)
-        projected = self._steady.T @ bend
-        return projected, roots[:, None] * bend
-
-    def _part_shared(self, updates: FloatArray, length: FloatArray) -> FloatArray:
-        """Return the part of u m / 12 that is an error, for folds of relative `length`: shape
-        [K]."""
-        per_fold = np.diff(updates) / self.folds
-        counts = np.maximum(per_fold, 2.0)
-        is_short = length * WINDOW <= LONGEST * counts
-        is_shared = (length > 0) & is_short
-        was_shared = np.logical_or.accumulate(is_shared)
-        part = (counts - 1) * (counts - 2) / counts**2
-        # All values of a fold but the newest are within the longest time that may be shared: the
-        # rest of a longer one is a leap of the clock, on the newest alone.
-        longest = LONGEST * counts / (counts - 1)
-        without_leap = longest / np.maximum(length, longest)
-        part *= without_leap**2
-        return np.where(was_shared, part, 0.0)
-
-    def _noise_and_walk_of_folds(self) -> tuple[FloatArray, FloatArray]:
-        """Return the variances of noise in a fold's mean, s, and of a walk across a fold, v: shapes
-        [K].
-
-        For n folds `_unsteady` is s (1 - 1/n) (1 - (1 + 1/n) / (24 n)) + 19/144 v (n - 1/n), and
-        `_walk` is 6 s / n + v n.
-        """
-        n = np.maximum(self.folds, 2.0)
-        of_walk = 19 / 144 * self._inner_share * self._walk
-        noise = np.maximum(self._unsteady - of_walk, 0.0)
-        deviating = 1 - 1 / n
-        unsteady = 1 - 5 / 6 * (1 + 1 / n) / n
-        noise /= deviating * unsteady
-        of_noise = 6 * noise / n
-        walk = np.maximum(self._walk - of_noise, 0.0) / n
-        return noise, walk
 
     def walked(self, edges: FloatArray) -> FloatArray:
         """Return the squared length of the walk that the path makes beyond its main direction,

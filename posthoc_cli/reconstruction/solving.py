@@ -28,13 +28,14 @@ the other directions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from threadpoolctl import ThreadpoolController
 
 from posthoc_cli.errors import InvalidValueError, brief, check_word
@@ -51,7 +52,7 @@ from posthoc_cli.reconstruction.motion import (
     ASSUMED,
     Prior,
     assumed_prior,
-    root_of,
+    compress_rows,
     sampling_errors,
 )
 from posthoc_cli.reconstruction.nodes import Nodes
@@ -75,15 +76,18 @@ class Reconstruction:
 
     `profile_error`, [targets], is the paper's measure || sum_i c_i p_i - p || / || p ||; float64
     limits it to about 1e-7. For checkpoints, whose mass is at single steps, it is far above 1 and
-    says little. `predicted_error`, [targets], is the expected relative L2 error of the weights.
+    says little. `predicted_error`, [targets], is the expected relative L2 error of the weights, and
+    `distance`, [targets], the expected distance of the average from the weights at `t`, relative to
+    the same norm.
     """
 
     coefficients: FloatArray
     profile_error: FloatArray
     predicted_error: FloatArray
+    distance: FloatArray
     prior: Prior
 
-    def of(
+    def subset(
         self,
         snapshots: Sequence[int] | None = None,
         targets: Sequence[int] | None = None,
@@ -102,16 +106,34 @@ class Reconstruction:
             self.coefficients[part],
             self.profile_error[columns],
             self.predicted_error[columns],
-            self.prior.of(rows),
+            self.distance[columns],
+            self.prior.subset(rows),
         )
+
+    @property
+    def lost_gain(self) -> FloatArray:
+        """The expected loss of the metric's gain, [targets], see `lost_gain`."""
+        return lost_gain(self.predicted_error, self.distance)
 
     def known_error(self, target: int) -> float | None:
         """Return the `predicted_error` of one target; None if it is not finite or rests on assumed
         motion."""
         error = float(self.predicted_error[target])
-        if self.prior.source == ASSUMED or not np.isfinite(error):
+        if self.prior.evidence == ASSUMED or not np.isfinite(error):
             return None
         return error
+
+
+def lost_gain(error: npt.ArrayLike, distance: npt.ArrayLike) -> FloatArray:
+    """Return the expected loss of what averaging gains in a metric, as a share of it, at most 1.
+
+    Over the distance from the last weights to an average the metric gains all; an error moves the
+    average by a part of that distance, in any direction, and loses about this part of the gain.
+    Measured: `scripts/lost_gain.py`.
+    """
+    error = np.asarray(error)
+    lost = np.divide(error, distance, out=np.ones_like(error), where=error < distance)
+    return np.where(error > 0, lost, 0.0)
 
 
 def reconstruct(
@@ -120,7 +142,6 @@ def reconstruct(
     method: str | None = None,
     prior: Prior | None = None,
     t: float | None = None,
-    others: Mapping[int, Profile] | None = None,
 ) -> Reconstruction:
     """Return the coefficients of the snapshots that reconstruct each target.
 
@@ -132,8 +153,6 @@ def reconstruct(
         prior: of the snapshots; by default even motion without rounding.
         t: the time of the targets; by default that of the wanted power functions, else of the last
             snapshot.
-        others: by the index of a target what it may be as well, as far as the run's clock is
-            unknown: predicted errors contain the distance.
 
     Raises:
         InvalidValueError: no snapshots, one after `t`, or a target that is not a profile or has no
@@ -149,17 +168,18 @@ def reconstruct(
         raise InvalidValueError("snapshots", "must be at or before the time of the target")
     prior = prior or assumed_prior(snapshots)
     solver = _Solver(snapshots, prior, t, method)
-    others = others or {}
     coefficients = np.zeros((len(snapshots), len(targets)))
     profile_errors = np.zeros(len(targets))
     predicted_errors = np.zeros(len(targets))
+    distances = np.zeros(len(targets))
     # One at a time, so that no bit of a target's coefficients depends on the other targets.
     for k, target in enumerate(targets):
-        solution = solver.solve(target, others.get(k))
+        solution = solver.solve(target)
         coefficients[:, k] = solution.coefficients
         profile_errors[k] = solution.profile_error
         predicted_errors[k] = solution.predicted_error
-    return Reconstruction(coefficients, profile_errors, predicted_errors, prior)
+        distances[k] = solution.distance
+    return Reconstruction(coefficients, profile_errors, predicted_errors, distances, prior)
 
 
 def _check_profiles(
@@ -207,13 +227,14 @@ weights oscillate, an earlier one may be nearest (measured: 5 times nearer, for 
 steps and snapshots of 100)."""
 
 _CAUTION = 6.0
-"""Each unit of doubt beyond SURE makes a gain e**6 times less certain."""
+"""Each unit of misfit beyond TRUSTED_MISFIT makes a gain e**6 times less certain."""
 
 
 class _Solution(NamedTuple):
     coefficients: FloatArray  # [snapshots], of sum 1
     profile_error: float
     predicted_error: float
+    distance: float
 
 
 class _Solver:
@@ -250,67 +271,69 @@ class _Solver:
         return Published(problem.snapshots, problem.prior, self._t)
 
     @np.errstate(under="ignore")  # of negligible masses, also where a program lets NumPy raise
-    def solve(
-        self,
-        target: Profile | FloatArray,
-        other: Profile | None,
-    ) -> _Solution:
-        """Return the solution for a target, which may be the `other` one as well."""
+    def solve(self, target: Profile | FloatArray) -> _Solution:
         problem = self.problem
         if isinstance(target, np.ndarray):
-            error = problem.error_of(target)
-            return _Solution(target, 0.0, error)
-        goal = problem.goal(target)
-        published_goal = self.published.goal(target)
-        published = self._published_coefficients(goal, published_goal)
+            rhs = problem.combine(target)
+            error = problem.error_of_copies(target, rhs)
+            return _Solution(target, 0.0, error, self._distance(target, rhs))
+        rhs = problem.right_hand_side(target)
+        published_rhs = self.published.right_hand_side(target)
+        published = self._published_coefficients(rhs, published_rhs)
         if self._is_minimum_variance:
-            coefficients, squares = self._minimum_variance(goal, published)
+            coefficients, squares = self._minimum_variance(rhs, published)
         elif np.isnan(published).any():
             reason = "none of its mass lies before the last snapshot in use"
             raise InvalidValueError("target", reason, "use the time of a snapshot")
         else:
             coefficients = published
-            squares = problem.expected_squares(coefficients, goal)
+            squares = problem.expected_squares(coefficients, rhs)
         coefficients = _without_negligible(coefficients)
-        profile_error = self.published.error(coefficients, published_goal)
+        profile_error = self.published.error(coefficients, published_rhs)
         used = np.flatnonzero(coefficients)
-        if used.tolist() == [goal.stored]:
+        if used.tolist() == [rhs.stored]:
             profile_error = 0.0
-        if other is not None:
-            apart = problem.apart(target, other)
-            squares = np.append(squares, apart)
-        if problem.prior.lasting is not None:
-            lasting = coefficients @ problem.prior.lasting
-            squares = np.append(squares, lasting**2)
-        predicted = problem.relative(squares, coefficients, goal)
-        return _Solution(coefficients, profile_error, predicted)
+        predicted = problem.relative(squares, coefficients, rhs)
+        distance = self._distance(coefficients, rhs)
+        return _Solution(coefficients, profile_error, predicted, distance)
 
-    def _published_coefficients(self, goal: Goal, published_goal: PublishedGoal) -> FloatArray:
-        if goal.stored is None:
-            return self.published.solve(published_goal)
+    def _distance(self, coefficients: FloatArray, rhs: RightHandSide) -> float:
+        """Return the expected relative distance of a target from the weights at `t`."""
+        square = self.problem.squared_distance(rhs, self._last_weights)
+        return self.problem.relative(np.array([square]), coefficients, rhs)
+
+    @cached_property
+    def _last_weights(self) -> RightHandSide:
+        return self.problem.right_hand_side(Point(self._t))
+
+    def _published_coefficients(
+        self, rhs: RightHandSide, published_rhs: PublishedSide
+    ) -> FloatArray:
+        if rhs.stored is None:
+            return self.published.solve(published_rhs)
         # the exact solution without rounding
-        return only(goal.stored, len(self.problem.snapshots))
+        return only(rhs.stored, len(self.problem.snapshots))
 
     def _minimum_variance(
         self,
-        goal: Goal,
+        rhs: RightHandSide,
         published: FloatArray,
     ) -> tuple[FloatArray, FloatArray]:
         """Return coefficients of nearly least expected error, and their `expected_squares`."""
         problem = self.problem
-        optimal = problem.optimum(goal)
-        simple = published if self._is_of_powers else problem.nearest(goal)
+        optimal = problem.optimum(rhs)
+        simple = published if self._is_of_powers else problem.nearest(rhs)
         if np.isnan(simple).any():
             simple = optimal
         if problem.prior.sketch is None:
-            return self._blended(optimal, simple, goal)
-        return self._best_measured(optimal, simple, goal)
+            return self._blended(optimal, simple, rhs)
+        return self._best_measured(optimal, simple, rhs)
 
     def _best_measured(
         self,
         optimal: FloatArray,
         published: FloatArray,
-        goal: Goal,
+        rhs: RightHandSide,
     ) -> tuple[FloatArray, FloatArray]:
         """Return the optimal coefficients if they are clearly better than others, else the best
         others, with squares.
@@ -321,9 +344,9 @@ class _Solver:
         """
         problem = self.problem
         others = np.column_stack((published, self._alone))
-        squares = problem.expected_squares(optimal, goal, solved=True)
-        other_squares = problem.expected_squares(others, goal)
-        for deviation in (-problem.unsure, problem.unsure):
+        squares = problem.expected_squares(optimal, rhs, solved=True)
+        other_squares = problem.expected_squares(others, rhs)
+        for deviation in (-problem.spread_of_lengths, problem.spread_of_lengths):
             factors = np.array([1 + deviation, 1.0])
             least = np.min(factors @ other_squares)
             if not factors @ squares < _CLEARLY * least:
@@ -336,22 +359,22 @@ class _Solver:
         self,
         optimal: FloatArray,
         others: FloatArray,
-        goal: Goal,
+        rhs: RightHandSide,
     ) -> tuple[FloatArray, FloatArray]:
         """Return coefficients between both, nearer to the other ones for a smaller gain, and their
         squares."""
         problem = self.problem
         candidates = np.column_stack((optimal, others))
-        squares = problem.expected_squares(candidates, goal)
+        squares = problem.expected_squares(candidates, rhs)
         optimal_square, other_square = squares.sum(axis=0).tolist()
         gain = np.sqrt(optimal_square / other_square) if other_square > 0 else 0.0
-        doubt = max(0.0, problem.prior.doubt - SURE)
-        gain *= np.exp(_CAUTION * doubt)
+        excess = max(0.0, problem.prior.misfit - TRUSTED_MISFIT)
+        gain *= np.exp(_CAUTION * excess)
         lowest, highest = self._gains
         passed = (gain - lowest) / (highest - lowest)
         share = np.clip(passed, 0.0, 1.0)
         coefficients = optimal + share * (others - optimal)
-        return coefficients, problem.expected_squares(coefficients, goal)
+        return coefficients, problem.expected_squares(coefficients, rhs)
 
 
 def _without_negligible(coefficients: FloatArray) -> FloatArray:
@@ -370,9 +393,9 @@ _NO_ROUNDING = 1e-30
 """Squared rounding, relative to the squared norm, below which a copy is exact; that of any dtype is
 far larger."""
 
-SURE = 0.25
+TRUSTED_MISFIT = 0.25
 _WIDENING = 1.3
-"""Doubt up to which the motion is trusted: for recorded runs it is 0.05 to 0.29, for oscillations
+"""Misfit up to which the motion is trusted: for recorded runs it is 0.05 to 0.29, for oscillations
 0.6 to 3. Each unit beyond widens errors from motion by e**1.3 (measured: for oscillations in step
 with the snapshots they were up to 80 times off; a larger number would hold, and be too high, more
 often)."""
@@ -386,11 +409,11 @@ class _Rows(NamedTuple):
     roots: FloatArray
 
 
-class Goal(NamedTuple):
-    """A target as a column of the least-squares problem: expected rows, then measured ones, then
-    those of errors, which are 0."""
+class RightHandSide(NamedTuple):
+    """A target as the right-hand side of the least-squares problem, whose rows for errors are 0."""
 
-    column: FloatArray
+    expected: FloatArray  # of the rows of the expected error: [n]
+    projected: FloatArray  # of the rows of a sketch, [D + K + 2]; empty without one
     tail: FloatArray  # the target's tail at the nodes
     unreachable: float  # the part of the expected squared error that no coefficients change
     stored: int | None  # the snapshot whose profile the target is
@@ -399,7 +422,10 @@ class Goal(NamedTuple):
 class Problem:
     """The snapshots of a run, at or before `t`, in the order of the prior, for targets at `t`.
 
-    Coefficients have the shape [n]. The mass before the first update lies on that update.
+    Coefficients have the shape [n]. The mass before the first update lies on that update. There are
+    three blocks of rows, [rows, n] each, whose combinations are errors: those that the motion leads
+    to expect, those that the projections of a sketch show (none without one), and those of the
+    averages themselves, which do not depend on the target.
     """
 
     def __init__(
@@ -422,30 +448,30 @@ class Problem:
         # With a sketch the mean of expected and measured squares is minimised.
         self._scale = 1.0 if prior.sketch is None else np.sqrt(0.5)
         self._walk, self._noise = self._rows_of_motion()
-        expected = self._expected_rows(snapshots)
+        at_nodes = self._expected_at_nodes(snapshots)
         # As many rows as columns, with the same lengths and distances.
-        self._basis, self._expected = np.linalg.qr(expected)
-        self._stack_rows(expected)
+        self._basis, self._expected = np.linalg.qr(at_nodes)
+        self._projected = self._project(snapshots)
+        self._rounding = self._rounding_rows()
+        sampling = sampling_errors(snapshots, prior.motion)
+        estimates = self._estimate_rows(at_nodes)
+        self._errors = np.vstack([self._rounding, sampling, *estimates])
 
-    def _stack_rows(self, expected: FloatArray) -> None:
-        """Set `_factor`: the rows of the expected error, of the measured one if there is a sketch,
-        and of the errors of the averages; and where it has the rows of motion and of errors."""
-        end = len(self._expected)
+    @cached_property
+    def _factor(self) -> FloatArray:
+        return np.vstack((self._expected, self._scale * self._projected, self._errors))
+
+    def _column(self, rhs: RightHandSide) -> FloatArray:
+        """Return a right-hand side in the order of the rows of `_factor`."""
+        no_errors = np.zeros(len(self._errors))
+        return np.concatenate((rhs.expected, self._scale * rhs.projected, no_errors))
+
+    def _project(self, profiles: Sequence[Profile]) -> FloatArray:
+        """Return the rows that a sketch shows: the projections, then what they do not see."""
         if self.prior.sketch is None:
-            self._seen = self._expected
-            self._rounding = self._rounding_rows(self._expected)
-            motion = [self._expected]
-            self._motion_rows = slice(0, end)
-        else:
-            self._seen, unseen = self.prior.sketch.measured(self.snapshots)
-            measured = np.vstack((self._seen, unseen))
-            self._rounding = self._rounding_rows(measured)
-            motion = [self._expected, self._scale * measured]
-            self._motion_rows = slice(end, end + len(measured))
-        sampling = sampling_errors(self.snapshots, self.prior.motion)
-        estimates = self._estimate_rows(expected)
-        self._factor = np.vstack([*motion, self._rounding, sampling, *estimates])
-        self._error_rows = slice(self._motion_rows.stop, None)
+            return np.zeros((0, len(profiles)))
+        seen, unseen = self.prior.sketch.measured(profiles)
+        return np.vstack((seen, unseen))
 
     def _rows_of_motion(self) -> tuple[_Rows, _Rows | None]:
         """Return the rows of the walk, and those of the noise if there is any."""
@@ -458,16 +484,16 @@ class Problem:
         nodes = self._nodes
         walk, noise = self.prior.motion.on(nodes.edges, alone, nodes.instant)
         if noise.any():
-            return self._rows_of(walk), self._rows_of(noise)
-        return self._rows_of(walk), None
+            return self._scale_rows(walk), self._scale_rows(noise)
+        return self._scale_rows(walk), None
 
-    def _rows_of(self, intensity: FloatArray) -> _Rows:
+    def _scale_rows(self, intensity: FloatArray) -> _Rows:
         at_nodes = intensity[self._nodes.interval]
         sizes = self._nodes.weight * at_nodes
         roots = self._scale * np.sqrt(sizes)
         return _Rows(intensity, roots)
 
-    def _expected_rows(self, profiles: Sequence[Profile]) -> FloatArray:
+    def _expected_at_nodes(self, profiles: Sequence[Profile]) -> FloatArray:
         """Return the columns of stored profiles in the expected error: for the walk, and for noise
         if there is any."""
         tails = self._nodes.tails(profiles)
@@ -478,181 +504,157 @@ class Problem:
         of_noise = self._noise.roots[:, None] * masses
         return np.vstack((of_walk, of_noise))
 
-    def _rounding_rows(self, motion: FloatArray) -> FloatArray:
-        """Return a root of the covariance of the stored copies' errors, from their columns in the
-        error of motion: shape [n or more, n]."""
-        prior = self.prior
+    def _rounding_rows(self) -> FloatArray:
+        """Return a root of the covariance of the stored copies' errors: shape [n, n]."""
+        motion = self._expected if self.prior.sketch is None else self._projected
         squared = _squared_lengths(motion)
         sums = squared[:, None] + squared
         products = 2 * motion.T @ motion
-        apart = np.maximum(sums - products, 0.0)
-        separate = rounding_factor(prior.rounding, prior.arithmetic, apart)
-        if prior.shared is None:
-            return separate
-        return np.vstack((separate, prior.shared.T))
+        squared_distances = np.maximum(sums - products, 0.0)
+        return rounding_factor(self.prior.rounding, self.prior.floor, squared_distances)
 
-    def _estimate_rows(self, expected: FloatArray) -> Iterator[FloatArray]:
-        """Yield the rows of the errors of decays and beginnings that were estimated.
+    def _estimate_rows(self, at_nodes: FloatArray) -> Iterator[FloatArray]:
+        """Yield the rows of the errors of decays that were estimated.
 
         If an estimated time constant is off by a factor 1 + e, each tail changes by e d tail / d
         log(tau), with the same e for all averages and the standard deviation that the profiles
-        state. The motion turns these changes into errors that add up over the averages. The same
-        holds for an estimated beginning that is off.
+        state. The motion turns these changes into errors that add up over the averages.
         """
         longer: list[StoredProfile] = []
-        later: list[StoredProfile] = []
         for profile in self.snapshots:
-            variants = profile.others if isinstance(profile, OrdinaryEMA) else (profile, profile)
-            longer.append(variants[0])
-            later.append(variants[1])
-        for others in (longer, later):
-            pairs = zip(others, self.snapshots, strict=True)
-            if any(other is not stored for other, stored in pairs):
-                change = self._expected_rows(others) - expected
-                yield root_of(change / self._scale)
+            longer.append(profile.longer if isinstance(profile, OrdinaryEMA) else profile)
+        pairs = zip(longer, self.snapshots, strict=True)
+        if any(other is not stored for other, stored in pairs):
+            change = self._expected_at_nodes(longer) - at_nodes
+            yield compress_rows(change / self._scale)
 
     # --- a target, and the best coefficients for it
 
-    def goal(self, target: Profile) -> Goal:
-        """Return a target as a column of the problem, the argument of the other methods."""
-        tail, rows, missed = self._rows_of_target(target)
-        inside = self._basis.T @ rows
-        outside = rows - self._basis @ inside
-        unreachable = missed + float(outside @ outside)
-        column = np.zeros(len(self._factor))
-        column[: inside.size] = inside
-        if self.prior.sketch is not None:
-            seen, unseen = self.prior.sketch.measured([target])
-            measured = np.vstack((seen, unseen))
-            column[self._motion_rows] = self._scale * measured[:, 0]
+    def right_hand_side(self, target: Profile) -> RightHandSide:
+        """Return a target as the argument of the other methods."""
+        tail, missed = self._nodes.project_tail(target)
+        at_nodes = self._walk.roots * tail
+        unreachable = self._walk.intensity @ missed
+        if self._noise is not None:
+            mass, missed = self._nodes.project_mass(target)
+            of_noise = self._noise.roots * mass
+            at_nodes = np.append(at_nodes, of_noise)
+            unreachable += self._noise.intensity @ missed
+        expected = self._basis.T @ at_nodes
+        outside = at_nodes - self._basis @ expected
+        unreachable = self._scale**2 * unreachable + outside @ outside
+        projected = self._project([target])[:, 0]
         stored = None
         if isinstance(target, PowerFunction):
             stored = self._row_of_power.get(target)
-        return Goal(column, tail, unreachable, stored)
+        return RightHandSide(expected, projected, tail, float(unreachable), stored)
 
-    def _rows_of_target(self, target: Profile) -> tuple[FloatArray, FloatArray, float]:
-        """Return a target's tail at the nodes, its rows in the expected error, and the square that
-        these miss."""
-        tail, missed = self._nodes.goal_of_tail(target)
-        rows = self._walk.roots * tail
-        unreachable = self._walk.intensity @ missed
-        if self._noise is not None:
-            mass, missed = self._nodes.goal_of_mass(target)
-            of_noise = self._noise.roots * mass
-            rows = np.append(rows, of_noise)
-            unreachable += self._noise.intensity @ missed
-        scaled = self._scale**2 * unreachable
-        return tail, rows, float(scaled)
-
-    def optimum(self, goal: Goal) -> FloatArray:
+    def optimum(self, rhs: RightHandSide) -> FloatArray:
         """Return the coefficients of least expected error, whose sum is 1."""
-        row = goal.stored
+        row = rhs.stored
         if row is not None:
             exact = _NO_ROUNDING * self.prior.norm[row]
             if self.prior.rounding[row] <= exact:
                 return only(row, len(self.snapshots))
-        return self._problem.solve(goal.column)
+        return self._solver.solve(self._column(rhs))
 
     @cached_property
-    def _problem(self) -> SumOfOne:
+    def _solver(self) -> SumOfOne:
         return SumOfOne(self._factor)
 
-    def nearest(self, goal: Goal) -> FloatArray:
+    def nearest(self, rhs: RightHandSide) -> FloatArray:
         """Return the coefficients of sum 1 whose tail is nearest to the target's: the best ones for
         a walk that is the same everywhere."""
         roots = np.sqrt(self._nodes.weight)
-        return self._even.solve(roots * goal.tail)
+        return self._even_solver.solve(roots * rhs.tail)
 
     @cached_property
-    def _even(self) -> SumOfOne:
+    def _even_solver(self) -> SumOfOne:
         tails = self._nodes.tails(self.snapshots)
         roots = np.sqrt(self._nodes.weight)
         return SumOfOne(roots[:, None] * tails)
 
-    def losses(self, targets: Sequence[Profile]) -> Losses:
-        columns = []
-        unreachable = []
-        for target in targets:
-            goal = self.goal(target)
-            columns.append(goal.column)
-            unreachable.append(goal.unreachable)
-        goals = np.stack(columns, axis=1)
-        return Losses(self._factor, goals, np.array(unreachable))
+    def eliminator(self, targets: Sequence[Profile]) -> Eliminator:
+        """Return the errors of targets as snapshots are dropped."""
+        sides = [self.right_hand_side(target) for target in targets]
+        columns = [self._column(rhs) for rhs in sides]
+        unreachable = np.array([rhs.unreachable for rhs in sides])
+        return Eliminator(self._factor, np.stack(columns, axis=1), unreachable)
 
     # --- the error of any coefficients
 
     def expected_squares(
         self,
         coefficients: FloatArray,
-        goal: Goal,
+        rhs: RightHandSide,
         solved: bool = False,
     ) -> FloatArray:
         """Return E |error|^2 of coefficients of sum 1, [n] or [n, candidates], in two parts: [2] or
         [2, candidates].
 
         The parts are from motion, measured if there is a sketch, otherwise expected and widened by
-        the doubt, and from rounding. Residuals of `solved` coefficients are scaled to what they
+        the misfit, and from rounding. Residuals of `solved` coefficients are scaled to what they
         would be without their rows.
         """
-        reached = self._factor @ coefficients
-        missed = reached.T - goal.column
-        motion = missed[..., self._motion_rows]
-        errors = missed[..., self._error_rows]
+        errors = (self._errors @ coefficients).T
         rounding = np.sum(errors**2, axis=-1)
         if self.prior.sketch is None:
-            doubt = max(0.0, self.prior.doubt - SURE)
-            expected = goal.unreachable + np.sum(motion**2, axis=-1)
-            widened = expected * np.exp(2 * _WIDENING * doubt)
+            residual = (self._expected @ coefficients).T - rhs.expected
+            excess = max(0.0, self.prior.misfit - TRUSTED_MISFIT)
+            expected = rhs.unreachable + np.sum(residual**2, axis=-1)
+            widened = expected * np.exp(2 * _WIDENING * excess)
             return np.stack((widened, rounding))
+        residual = (self._projected @ coefficients).T - rhs.projected
         if solved:
-            leverage = self._problem.leverage[self._motion_rows]
-            left = np.maximum(1 - leverage, _LEAST_LEFT)
-            motion = motion / left
-        squares = np.sum(motion**2, axis=-1)
-        measured = squares / self._scale**2
-        return np.stack((measured, rounding))
+            first = len(self._expected)
+            leverage = self._solver.leverage[first : first + len(self._projected)]
+            residual = residual / np.maximum(1 - leverage, _LEAST_LEFT)
+        return np.stack((np.sum(residual**2, axis=-1), rounding))
 
     def relative(
         self,
         squares: FloatArray,
         coefficients: FloatArray,
-        goal: Goal,
+        rhs: RightHandSide,
     ) -> float:
         """Return the root of the sum of `expected_squares`, [2], relative to the target's probable
         norm; nan if only that is 0."""
         error = float(np.sqrt(squares.sum()))
-        norm = self._norm(coefficients, goal)
+        norm = self._norm(coefficients, rhs)
         if norm > 0:
             return error / norm
         return np.nan if error > 0 else 0.0
 
-    def error_of(self, coefficients: FloatArray) -> float:
-        """Return the predicted error of given coefficients from the errors of the stored copies
-        alone."""
-        squares = (self._rounding @ coefficients) ** 2
-        column = self._factor @ coefficients
-        no_tail = np.zeros(0)
-        goal = Goal(column, no_tail, 0.0, None)
-        return self.relative(squares, coefficients, goal)
+    def combine(self, coefficients: FloatArray) -> RightHandSide:
+        """Return the sum of the snapshots with given coefficients as a target."""
+        expected = self._expected @ coefficients
+        projected = self._projected @ coefficients
+        return RightHandSide(expected, projected, np.zeros(0), 0.0, None)
 
-    def apart(self, target: Profile, other: Profile) -> float:
-        """Return the expected squared distance between the averages of two targets."""
-        if self.prior.sketch is None:
-            _, first, _ = self._rows_of_target(target)
-            _, second, _ = self._rows_of_target(other)
-        else:
-            seen, unseen = self.prior.sketch.measured([target, other])
-            first, second = np.vstack((seen, unseen)).T
-        difference = first - second
-        return float(np.sum(difference**2))
+    def error_of_copies(self, coefficients: FloatArray, rhs: RightHandSide) -> float:
+        """Return the predicted error of given coefficients, the target, from the errors of the
+        stored copies alone."""
+        squares = (self._rounding @ coefficients) ** 2
+        return self.relative(squares, coefficients, rhs)
+
+    def squared_distance(self, rhs: RightHandSide, other: RightHandSide) -> float:
+        """Return the expected squared distance between two targets, measured if there is a
+        sketch."""
+        if self.prior.sketch is not None:
+            difference = rhs.projected - other.projected
+            return float(difference @ difference)
+        difference = rhs.expected - other.expected
+        unreachable = rhs.unreachable + other.unreachable
+        return float(difference @ difference) + unreachable
 
     @property
-    def unsure(self) -> float:
-        """The relative standard deviation of a squared length that D numbers show: sqrt(2 / D)."""
-        count = len(self._seen)
-        return float(np.sqrt(2 / count))
+    def spread_of_lengths(self) -> float:
+        """The relative standard deviation of a squared length that a sketch of D numbers shows:
+        sqrt(2 / D)."""
+        assert self.prior.sketch is not None
+        return float(np.sqrt(2 / self.prior.sketch.means.shape[1]))
 
-    def _norm(self, coefficients: FloatArray, goal: Goal) -> float:
+    def _norm(self, coefficients: FloatArray, rhs: RightHandSide) -> float:
         """Return the probable norm of the target that has these coefficients.
 
         A sketch measures it, up to a factor that is taken from the stored averages in use, whose
@@ -661,20 +663,17 @@ class Problem:
         stored norm.
         """
         norms = self.prior.norm
-        end = len(self._expected)
-        if self.prior.source == ASSUMED or not norms.any():
+        if self.prior.evidence == ASSUMED or not norms.any():
             return float(np.sqrt(norms.mean()))
         sketch = self.prior.sketch
         if sketch is None:
-            expected = goal.column[:end]
-            moved = goal.unreachable + np.sum(expected**2)
-            origins = norms - self._expected_norms
+            moved = rhs.unreachable + np.sum(rhs.expected**2)
+            origins = norms - _squared_lengths(self._expected)
             square = origins @ coefficients + moved
             least = norms.min() / 4
             return float(np.sqrt(max(square, least)))
-        seen = goal.column[end : end + len(self._seen)]
-        projected = sketch.means[0] + seen / self._scale
-        square = np.sum(projected**2)
+        begin = sketch.means[0]
+        square = np.sum((begin + rhs.projected[: begin.size]) ** 2)
         shares = np.abs(coefficients)
         sketched = self._sketched_norms @ shares
         if sketched == 0:
@@ -683,16 +682,11 @@ class Problem:
         return float(np.sqrt(square * known / sketched))
 
     @cached_property
-    def _expected_norms(self) -> FloatArray:
-        """The expected squared distance of each stored average from the beginning: shape [n]."""
-        return _squared_lengths(self._expected)
-
-    @cached_property
     def _sketched_norms(self) -> FloatArray:
         """The squared norm of each stored average's projection: shape [n]."""
         assert self.prior.sketch is not None
         begin = self.prior.sketch.means[:1].T
-        return _squared_lengths(begin + self._seen)
+        return _squared_lengths(begin + self._projected[: begin.size])
 
 
 # --- correlated roundings
@@ -718,23 +712,27 @@ _LARGEST = 0.99
 opposite signs could cancel errors whose sizes differ a little, and grow without bound."""
 
 
-def rounding_factor(rounding: FloatArray, arithmetic: FloatArray, apart: FloatArray) -> FloatArray:
+def rounding_factor(
+    rounding: FloatArray,
+    floor: FloatArray,
+    squared_distances: FloatArray,
+) -> FloatArray:
     """Return a matrix B such that B^T B is the covariance of the stored copies' errors: shape [n,
     n].
 
-    `rounding` and `arithmetic` are variances, [n], the latter of independent errors; `apart` are
-    expected squared distances, [n, n].
+    `rounding` and `floor` are variances, [n], the latter of independent errors; the expected
+    `squared_distances` are [n, n].
     """
     root = np.sqrt(rounding)
     scale = root[:, None] * root
-    near = apart < _FAR * scale
+    near = squared_distances < _FAR * scale
     np.fill_diagonal(near, val=False)
-    variance = rounding + arithmetic
+    variance = rounding + floor
     if not near.any():
         return np.diag(np.sqrt(variance))
     covariance = np.diag(variance)
     scales = scale[near]
-    correlation = _correlation(apart[near] / scales)
+    correlation = _correlation(squared_distances[near] / scales)
     covariance[near] = _LARGEST * scales * correlation
     # NumPy's eigh uses divide and conquer; the QR driver fails on about 1 % of these clustered
     # spectra.
@@ -758,7 +756,7 @@ def _correlation(distance: FloatArray) -> FloatArray:
 # --- the published method
 
 
-class PublishedGoal(NamedTuple):
+class PublishedSide(NamedTuple):
     """A target as a column of the published problem, and the square of its part that no polynomial
     reaches."""
 
@@ -784,26 +782,26 @@ class Published:
         self._factor = self._roots[:, None] * masses
         self._problem = LeastSquares(self._factor)
 
-    def goal(self, target: Profile) -> PublishedGoal:
-        mass, missed = self._nodes.goal_of_mass(target)
+    def right_hand_side(self, target: Profile) -> PublishedSide:
+        mass, missed = self._nodes.project_mass(target)
         column = self._roots * mass
-        return PublishedGoal(column, float(missed.sum()))
+        return PublishedSide(column, float(missed.sum()))
 
-    def solve(self, goal: PublishedGoal) -> FloatArray:
+    def solve(self, rhs: PublishedSide) -> FloatArray:
         """Return the coefficients of algorithm 3, divided by their sum; nan for a target without
         mass here."""
-        solution = self._problem.solve(goal.column)
+        solution = self._problem.solve(rhs.column)
         total = solution.sum()
         if 0 < total < np.inf:
             return np.asarray(solution / total)
         return np.full(solution.size, np.nan)
 
-    def error(self, coefficients: FloatArray, goal: PublishedGoal) -> float:
+    def error(self, coefficients: FloatArray, rhs: PublishedSide) -> float:
         """Return || sum_i c_i p_i - p || / || p ||; 1 for a target whose mass lies at one time,
         nowhere near any density."""
-        difference = self._factor @ coefficients - goal.column
-        missed = goal.outside + np.sum(difference**2)
-        norm = goal.outside + np.sum(goal.column**2)
+        difference = self._factor @ coefficients - rhs.column
+        missed = rhs.outside + np.sum(difference**2)
+        norm = rhs.outside + np.sum(rhs.column**2)
         if norm > 0:
             return float(np.sqrt(missed / norm))
         return 1.0
@@ -813,7 +811,7 @@ class Published:
 
 
 class LeastSquares:
-    """argmin_x || factor x - goals || with one factorisation for any number of goals.
+    """argmin_x || factor x - sides || with one factorisation for any number of right-hand sides.
 
     The directions of `factor` whose size is zero up to rounding are left out, relative to `size`,
     that of the numbers whose differences it holds. `inverse` is W with W W^T = (factor^T factor)^-1
@@ -837,21 +835,21 @@ class LeastSquares:
             directions = right[kept].T
             self.inverse = directions / sizes[kept]
 
-    def solve(self, goals: FloatArray) -> FloatArray:
-        """Return the solutions for goals, [rows, goals]: shape [columns, goals]."""
-        within = self._q.T @ goals
+    def solve(self, sides: FloatArray) -> FloatArray:
+        """Return the solutions for right-hand sides, [rows, sides]: shape [columns, sides]."""
+        within = self._q.T @ sides
         return np.asarray(self.inverse @ within)
 
-    def missed(self, goals: FloatArray) -> FloatArray:
-        """Return the squared residuals: shape [goals]."""
-        within = self._q.T @ goals
-        reached = self._q @ within
-        return _squared_lengths(goals - reached)
+    def squared_residuals(self, sides: FloatArray) -> FloatArray:
+        """Return the squared residuals: shape [sides]."""
+        within = self._q.T @ sides
+        fitted = self._q @ within
+        return _squared_lengths(sides - fitted)
 
     @property
     def leverage(self) -> FloatArray:
-        """The share of a change in each row of a goal that the fit follows, in [0, 1]: shape
-        [rows]."""
+        """The share of a change in each row of a right-hand side that the fit follows, in [0, 1]:
+        shape [rows]."""
         squares = self._q**2
         return np.asarray(squares.sum(axis=1))
 
@@ -875,7 +873,7 @@ def _norm(matrix: FloatArray, least: float = 0.0) -> float:
 
 
 class SumOfOne:
-    """argmin_c || factor c - goal || for coefficients of sum 1: the last one is 1 minus the others'
+    """argmin_c || factor c - side || for coefficients of sum 1: the last one is 1 minus the others'
     sum."""
 
     def __init__(self, factor: FloatArray) -> None:
@@ -883,8 +881,8 @@ class SumOfOne:
         differences = factor[:, :-1] - factor[:, -1:]
         self._others = LeastSquares(differences)
 
-    def solve(self, goal: FloatArray) -> FloatArray:
-        others = self._others.solve(goal - self._last)
+    def solve(self, side: FloatArray) -> FloatArray:
+        others = self._others.solve(side - self._last)
         last = 1 - others.sum()
         return np.append(others, last)
 
@@ -898,39 +896,39 @@ class SumOfOne:
 _REFRESH = 0.25
 
 
-class Losses:
-    """The expected squared errors of targets as snapshots are lost one after another, from one
+class Eliminator:
+    """The expected squared errors of targets as snapshots are dropped one after another, from one
     factorisation.
 
     All coefficients but the last are the unknowns of a least-squares problem whose squared
     residuals are the squared errors. With its solution c and the inverse P = W W^T of its quadratic
     form, forcing c_i to 0 adds c_i^2 / P_ii to a squared error, subtracts P_ki c_i / P_ii from each
     c_k, and removes the direction of row i from each row of W. The arguments are a column per
-    snapshot, a column per target, and `Goals.unreachable`.
+    snapshot, a column per target, and `RightHandSide.unreachable`.
     """
 
     squares: FloatArray  # with the remaining snapshots: [targets]
-    _columns: FloatArray  # [targets, n]
+    _coefficients: FloatArray  # [targets, n]
     _root: FloatArray  # W: [n, less than n]
 
     def __init__(
         self,
         factor: FloatArray,
-        goals: FloatArray,
+        sides: FloatArray,
         unreachable: FloatArray,
     ) -> None:
         # An equivalent problem with at most as many rows as columns.
-        triangle = root_of(np.hstack((factor, goals)))
+        triangle = compress_rows(np.hstack((factor, sides)))
         count = factor.shape[1]
         self._factor = triangle[:, :count]
-        self._goals = triangle[:, count:]
+        self._sides = triangle[:, count:]
         self._unreachable = unreachable
         self._left = np.arange(count)
         self._solve()
 
     def squares_without(self, groups: Sequence[Sequence[int]]) -> FloatArray:
-        """Return the expected squared errors after the loss of each group of snapshots; `squares`
-        if they are lost: [targets, groups]."""
+        """Return the expected squared errors after each group of snapshots is dropped alone:
+        [targets, groups]."""
         squares = np.repeat(self.squares[:, None], len(groups), axis=1)
         sizes = np.array([len(group) for group in groups])
         for size in set(sizes.tolist()):
@@ -940,12 +938,12 @@ class Losses:
             root = self._root[members]
             inverse = root @ root.transpose(0, 2, 1)
             costs = np.linalg.pinv(inverse, hermitian=True)
-            lost = self._columns[:, members]
+            lost = self._coefficients[:, members]
             added = np.einsum("tgi,gij,tgj->tg", lost, costs, lost)
             squares[:, is_of_size] += added
         return squares
 
-    def lose(self, snapshot: int) -> None:
+    def drop(self, snapshot: int) -> None:
         """Continue without one of the remaining snapshots."""
         self._left = self._left[self._left != snapshot]
         least = (1 - _REFRESH) * self._solved
@@ -953,18 +951,14 @@ class Losses:
             self._solve()
             return
         row = self._root[snapshot].copy()
-        lost = self._columns[:, snapshot].copy()
+        lost = self._coefficients[:, snapshot].copy()
         square = row @ row
         pivot = self._root @ row / square
         added = lost * lost / square
         self.squares = self.squares + added
-        self._columns -= np.multiply.outer(lost, pivot)
+        self._coefficients -= np.multiply.outer(lost, pivot)
         self._root -= np.multiply.outer(pivot, row)
-        self._columns[:, snapshot] = self._root[snapshot] = 0.0
-
-    def of(self, snapshots: Sequence[int]) -> Losses:
-        """Return the losses for a subset of all the snapshots, which are renumbered."""
-        return Losses(self._factor[:, snapshots], self._goals, self._unreachable)
+        self._coefficients[:, snapshot] = self._root[snapshot] = 0.0
 
     def _solve(self) -> None:
         """Solve the problem for the remaining snapshots, and set `squares`, the coefficients and
@@ -972,20 +966,20 @@ class Losses:
         *others, last = self._left.tolist()
         count = self._factor.shape[1]
         column = self._factor[:, [last]]
-        goals = self._goals - column
+        sides = self._sides - column
         differences = self._factor[:, others] - column
         sizes = np.abs(self._factor)
         size = float(sizes.max())
         problem = LeastSquares(differences, size)
-        solution = problem.solve(goals)
+        solution = problem.solve(sides)
         root = problem.inverse
         rank = root.shape[1]
         self._solved = self._left.size
         self._is_degenerate = rank < len(others)
-        self.squares = self._unreachable + problem.missed(goals)
-        self._columns = np.zeros((goals.shape[1], count))
-        self._columns[:, others] = solution.T
-        self._columns[:, last] = 1 - solution.sum(axis=0)
+        self.squares = self._unreachable + problem.squared_residuals(sides)
+        self._coefficients = np.zeros((sides.shape[1], count))
+        self._coefficients[:, others] = solution.T
+        self._coefficients[:, last] = 1 - solution.sum(axis=0)
         self._root = np.zeros((count, rank))
         self._root[others] = root
         self._root[last] = -root.sum(axis=0)

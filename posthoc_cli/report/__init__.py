@@ -1,2 +1,1 @@
-"""A description of a run for people: its facts as texts, and an HTML page about it and its
-sweeps."""
+"""Results for people: facts as texts, and the HTML page of a sweep."""

@@ -11,8 +11,8 @@ from posthoc_cli.resources import size_text
 
 _LONGEST_TEXT = 200
 _PERCENT = (
-    "profile_error", "predicted_error", "worst_error", "median_error", "relative_rounding",
-    "unexplained", "versus_raw",
+    "profile_error", "predicted_error", "lost_gain", "worst_error", "median_error",
+    "relative_rounding", "unexplained", "versus_raw",
 )  # fmt: skip
 _FORMATS: dict[str, Callable[[Any], str]] = {
     "path": str,

@@ -1,330 +1,248 @@
-"""A page about runs and sweeps of their averages: one HTML file that loads nothing from
-elsewhere."""
+"""The page of a sweep: one HTML file that loads nothing from elsewhere."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import importlib.metadata
 import importlib.resources
-import json
 import math
-import os
 import platform
 import re
 import shlex
+import string
 import time
 import urllib.parse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import jinja2
-from matplotlib.figure import Figure
 
 from posthoc_cli import plots
-from posthoc_cli.errors import (
-    FileFormatError,
-    InvalidValueError,
-    MismatchError,
-    PostHocError,
-    printable,
-)
-from posthoc_cli.report.facts import facts, text, title_of
-from posthoc_cli.resources import size_text
+from posthoc_cli.errors import FileFormatError, percent, printable
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots.tensorfile import read_small_file
-from posthoc_cli.sweep import images
-from posthoc_cli.sweep.search import RESULT, Trial, answer
+from posthoc_cli.sweep import SweepReport, images
+from posthoc_cli.sweep.report import summarize
+from posthoc_cli.sweep.search import Trial
 from posthoc_cli.sweep.sweeps import LOGS
 
-_MOST_BYTES = 50_000_000  # of the result of a sweep
+PAGE = "report.html"  # in the folder of a sweep
 _PACKAGES = ("posthoc-cli", "torch", "numpy", "safetensors")  # those whose versions are shown
-_COMPARED = [
-    ("sweep", "folder"),
-    ("best", "best"),
-    ("metric", "metric"),
-    ("value", "value"),
-    ("equal within the noise", "equal"),
-    ("raw weights", "raw"),
-]
-"""The columns of the table of several sweeps, with their keys."""
 _UNITS = re.compile(r"(?<=\d) (?=(?:%|±|x|s|[kMGTPE]?B)(?!\w))|(?<=[±<>]) (?=\d)")
 """The spaces between numbers and units, and those in "0.29 ± 0.01" and "< 0.1 %"."""
 _MOST_IMAGES = 50_000_000  # bytes of a sweep's images, which a browser still opens at once
 
 
-def render(
-    runs: Run | Sequence[Run],
-    sweeps: Sequence[Path] = (),
-    out: Path = Path("report.html"),
-) -> str:
-    """Return the page as HTML.
-
-    Arguments:
-        runs: runs of snapshots or checkpoints; several are compared.
-        sweeps: folders of sweeps of these runs; several are compared.
-        out: the path that the page will have, for links to logs.
-
-    Raises:
-        InvalidValueError: one of `sweeps` is not the folder of a sweep.
-        FileFormatError, MismatchError: a sweep cannot be read, or is of another run.
-        DirectoryError: a run has no snapshots.
-    """
-    if isinstance(runs, Run):
-        runs = [runs]
-    parts = [_describe_run(run) for run in runs]
-    swept = [_describe_sweep(folder, parts, out) for folder in sweeps]
-    errors = None
-    if len(parts) > 1:
-        curves = [part["curve"] for part in parts]
-        errors = _picture(partial(plots.error_figure, curves))
-    commands: list[str] = []
-    for part in parts:
-        commands += part["commands"] or [_command(part["run"])]
-    script = (importlib.resources.files("posthoc_cli.report") / "page.js").read_text("utf-8")
+def render(run: Run, report: SweepReport, folder: Path) -> str:
+    """Return the page of the sweep in a folder as HTML; its links to logs are relative to it."""
+    room = importlib.resources.files("posthoc_cli.report")
+    page = string.Template((room / "page.html").read_text("utf-8"))
+    script = (room / "page.js").read_text("utf-8")
     digest = hashlib.sha256(script.encode()).digest()
-    names = [str(part["run"].directory) for part in parts]
-    return _template().render(
-        title=printable(" and ".join(names)),
-        parts=parts,
-        sweeps=swept,
-        columns=_COMPARED,
-        compared=[sweep for sweep in swept if "best" in sweep],
-        errors=errors,
-        script=script,
+    gallery = _Gallery(report, folder)
+    return page.substitute(
         digest=base64.b64encode(digest).decode(),
+        script=script,
+        title=escape(str(run.directory)),
         date=time.strftime("%d %B %Y"),
-        commands=commands,
-        versions=_versions(),
+        answer=_definition_list(summarize(report)),
+        samples=gallery.render(),
+        column=gallery.column,
+        images_a_row=str(gallery.images_a_row),
+        chart=_render_chart(report),
+        trials=_render_trials(report, folder),
+        commands=escape("\n".join(_list_commands(run, report))),
+        versions=escape(_list_versions()),
     )
 
 
-def _versions() -> dict[str, str]:
-    versions = {"Python": platform.python_version()}
-    for package in _PACKAGES:
-        versions[package] = importlib.metadata.version(package)
-    return versions
+def escape(text: str) -> str:
+    """Return a text as HTML, with control characters escaped, and no line end between a number and
+    its unit."""
+    lines = map(printable, text.split("\n"))
+    return html.escape(_UNITS.sub("\u00a0", "\n".join(lines)))
 
 
-def _template() -> jinja2.Template:
-    loader = jinja2.PackageLoader("posthoc_cli.report", "")
-    environment = jinja2.Environment(
-        autoescape=True, loader=loader, undefined=jinja2.StrictUndefined
-    )
-    environment.filters["size"] = size_text
-    environment.filters["unbroken"] = _unbroken
-    return environment.get_template("page.html")
-
-
-def _unbroken(text: str) -> str:
-    """Return a text in which no line ends between a number and its unit."""
-    return _UNITS.sub("\u00a0", text)
-
-
-def _describe_run(run: Run) -> dict[str, Any]:
-    curve = run.error_curve()
-    info = run.info()
-    return {
-        "run": run,
-        "info": info,
-        "facts": facts(info),
-        "curve": curve,
-        "good": curve.good_range,
-        "error": _picture(partial(plots.error_figure, [curve])),
-        "sweeps": [],
-        "commands": [],
-    }
-
-
-def _describe_sweep(
-    folder: Path,
-    parts: Sequence[dict[str, Any]],
-    out: Path,
-) -> dict[str, Any]:
-    """Return the texts and figures of a sweep, after adding them and its commands to the part of
-    its run."""
-    path = folder / RESULT
-    if not path.is_file():
-        raise InvalidValueError(
-            "sweep", f"holds no {RESULT}", "name the folder of a sweep", value=folder
-        )
-    try:
-        result = json.loads(read_small_file(path, _MOST_BYTES))
-        json.dumps(result, ensure_ascii=False).encode()  # lone surrogates cannot be shown
-        part = _part_of(result, parts, path)
-        swept = _texts_of(result, folder)
-        logs = os.path.relpath(folder.resolve(), out.resolve().parent)
-        swept["logs"] = urllib.parse.quote(logs)
-        if result["again"]:
-            part["commands"].append(result["again"])
-        if "best" in result:
-            swept["picture"] = _picture(partial(plots.sweep_figure, result))
-            part["commands"].append(_command(part["run"], result))
-    except PostHocError:
-        raise
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-        ArithmeticError,
-    ) as error:
-        raise FileFormatError(path, "is not the result of a sweep") from error
-    part["sweeps"].append(swept)
-    return swept
-
-
-def _part_of(
-    result: dict[str, Any],
-    parts: Sequence[dict[str, Any]],
-    path: Path,
-) -> dict[str, Any]:
-    """Return the part of the run of a sweep; raise a MismatchError without one."""
-    run_id = result["settings"]["run"]
-    for part in parts:
-        if part["info"]["run"] == run_id:
-            return part
-    paths = [part["info"]["path"] for part in parts]
-    raise MismatchError(path, f"is of another run than {' or '.join(paths)}")
-
-
-def _texts_of(
-    result: dict[str, Any],
-    folder: Path,
-) -> dict[str, Any]:
-    """Return the answer of a sweep, its trials and its images."""
-    rows = _rows(result, folder)
-    stops = _stops(result, folder)
-    best = [index for index, stop in enumerate(stops) if stop["best"]]
-    return answer(result) | {
-        "folder": folder,
-        "axis": str(result["axis"]),
-        "rows": rows,
-        "has_logs": any(row["log"] or row["error"] for row in rows),
-        "stops": stops,
-        "start": best[0] if best else 0,  # the stop that is shown first
-    }
-
-
-def _rows(
-    result: dict[str, Any],
-    folder: Path,
-) -> list[dict[str, Any]]:
-    """Return the trials of a sweep, by length, with their values as texts."""
-    trials = _sorted(result)
-    names = {}
-    for key in ("target", "seed", "value", "standard_error", "predicted_error", "seconds"):
-        if any(trial[key] is not None for trial in trials):
-            names[key] = result["metric"] if key == "value" else title_of(key)
-    best = _best_target(result)
+def _definition_list(pairs: Sequence[tuple[str, str]]) -> str:
     rows = []
-    for trial in trials:
-        log = f"{LOGS}/{Trial(**trial).name}"
-        row = {
-            "best": trial["target"] == best,
-            "error": trial["error"] or "",
-            "log": log if (folder / f"{log}.out").exists() else "",
-            "cells": [],
-        }
-        for key, name in names.items():
-            cell = "" if trial[key] is None else text(key, trial[key])
-            row["cells"].append((name, cell))
-        rows.append(row)
-    return rows
+    for name, value in pairs:
+        emphasis = ' class="best"' if name in ("best", "gain") else ""
+        rows.append(f"<dt>{escape(name)}</dt><dd{emphasis}>{escape(value)}</dd>")
+    return f"<dl>{''.join(rows)}</dl>"
 
 
-def _sorted(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the trials of a sweep: those of raw weights, then the others by length."""
-    trials: list[dict[str, Any]] = result["trials"]
+def _render_chart(report: SweepReport) -> str:
+    if report.minimize is None:
+        return ""
+    picture = plots.as_file(partial(plots.sweep_figure, report.to_dict()), ".svg")
+    source = _data_url("image/svg+xml", picture)
+    name = escape(f"{report.metric} against sigma_rel")
+    return f'<img class="chart" src="{source}" alt="{name}">'
 
-    def place(trial: dict[str, Any]) -> tuple[bool, float, int]:
-        return trial["x"] is not None, trial["x"] or 0.0, trial["seed"]
 
-    return sorted(trials, key=place)
+def _data_url(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _stops(
-    result: dict[str, Any],
-    folder: Path,
-) -> list[dict[str, Any]]:
-    """Return the images of each length, raw weights first, with a title that names its metric.
+# --- samples
 
-    Of many large images the first of each length are shown, by their names.
+
+class _Gallery:
+    """The images of each trial: those of what averages are compared with, then by length.
+
+    Of many large images the first of each trial are shown.
     """
-    stops = dict[str, dict[str, Any]]()
-    size = 0
-    best = _best_target(result)
-    for trial in _sorted(result):
-        target = trial["target"]
-        kept = folder / images.FOLDER / Trial(**trial).name
-        paths = sorted(kept.iterdir()) if kept.is_dir() else []
-        if not paths:
-            continue
-        if target not in stops:
-            title = target
-            if trial["value"] is not None:
-                title += f", {result['metric']} {trial['value']:.6g}"
-            stops[target] = {"title": title, "best": target == best, "paths": []}
-        size += sum(path.stat().st_size for path in paths)
-        stops[target]["paths"] += paths
-    share = min(1, _MOST_IMAGES / max(size, 1))
-    for stop in stops.values():
-        _read_images(stop, share)
-    return [*stops.values()]
+
+    def __init__(self, report: SweepReport, folder: Path) -> None:
+        self._report = report
+        self._paths: dict[Trial, list[Path]] = {}
+        for trial in _sort_trials(report):
+            paths = images.list_images(folder / images.FOLDER / trial.name)
+            if paths and trial.seed == 0:
+                self._paths[trial] = paths
+        self._folder = folder
+        total = sum(path.stat().st_size for paths in self._paths.values() for path in paths)
+        self._share = min(1, _MOST_IMAGES / max(total, 1))
+        most = max(map(len, self._paths.values()), default=1)
+        # three trials side by side also on a telephone, if each has a single image
+        self.column = "6.5rem" if most == 1 else "17rem"
+        self.images_a_row = _images_a_row(most)
+
+    def render(self) -> str:
+        if not self._paths:
+            return ""
+        lengths = [trial for trial in self._paths if trial.sigma_rel is not None]
+        first = len(lengths) // 2
+        if self._report.minimize is not None:
+            measured = [trial.sigma_rel for trial in lengths]
+            if self._report.best in measured:
+                first = measured.index(self._report.best)
+        slider = f'type="range" min="0" max="{len(lengths) - 1}" step="1" value="{first}"'
+        figures = "\n".join(map(self._render_trial, self._paths))
+        return (
+            f'<p class="controls" hidden><label>length <input {slider}></label>'
+            '<label><input type="checkbox"> all lengths</label></p>\n'
+            f'<div class="samples">{figures}</div>'
+        )
+
+    def _render_trial(self, trial: Trial) -> str:
+        report = self._report
+        title = trial.target
+        if trial.value is not None:
+            title += f", {report.metric} {trial.value:.6g}"
+        caption = escape(title)
+        if report.minimize is not None and trial.sigma_rel == report.best:
+            caption += " <strong>(best)</strong>"
+        paths = self._paths[trial]
+        count = math.ceil(len(paths) * self._share)
+        if count < len(paths):
+            caption += f"; {len(paths) - count} more are in {escape(str(self._folder))}"
+        pictures = []
+        for path in paths[:count]:
+            name = escape(path.name)
+            pictures.append(f'<img src="{_read_image(path)}" alt="{name}" title="{name}">')
+        kind = "" if trial.sigma_rel is None else ' class="length"'
+        row = "".join(pictures)
+        return (
+            f'<figure{kind}><div class="images">{row}</div><figcaption>{caption}</figcaption>'
+            "</figure>"
+        )
 
 
-def _read_images(stop: dict[str, Any], share: float) -> None:
-    """Add the first images of a length, and the number of those that are left out."""
-    paths = stop.pop("paths")
-    count = math.ceil(len(paths) * share)
-    stop["left"] = len(paths) - count
-    stop["images"] = [(path.name, _image(path)) for path in paths[:count]]
+def _images_a_row(count: int) -> int:
+    """Return how many images of a trial fill rows of a square best."""
+    side = math.ceil(math.sqrt(count))
+    for columns in range(side, 2 * side):
+        if count % columns == 0:
+            return columns
+    return side
 
 
-def _best_target(result: dict[str, Any]) -> str | None:
-    best: str | None = result.get("best", {}).get("target")
-    return best
-
-
-def _image(path: Path) -> str:
+def _read_image(path: Path) -> str:
     content = read_small_file(path, images.MOST_BYTES)
     kind = images.image_type(content)
     if kind is None:
         raise FileFormatError(path, "is not a PNG, JPEG, WebP or GIF image")
-    return _as_url(kind, content)
+    return _data_url(kind, content)
 
 
-def _as_url(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+def _sort_trials(report: SweepReport) -> list[Trial]:
+    """Return the trials of what averages are compared with, the last weights first; then the others
+    by length."""
+    return sorted(
+        report.trials,
+        key=lambda trial: (trial.sigma_rel or 0.0, trial.target, trial.seed),
+    )
 
 
-def _picture(draw: Callable[[], Figure]) -> str:
-    return _as_url("image/svg+xml", plots.as_file(draw, ".svg"))
+# --- the table, and the end of the page
 
 
-def _command(
-    run: Run,
-    result: dict[str, Any] | None = None,
-) -> str:
-    """Return the command that makes the best average of a sweep; without a sweep an example."""
-    words = ["ema", "synthesize", str(run.directory)]
-    if result is None:
-        return shlex.join([*words, "--sigma-rel", "0.1", "--out", "model.safetensors"])
-    kind = result["axis"]
-    best = f"{result['best'][kind]:.12g}"
-    if kind == "sigma_rel":
-        words += ["--sigma-rel", best]
-    else:
-        words += ["--target", f"{kind}:{best}"]
-    t = result["settings"]["t"]
+def _render_trials(report: SweepReport, folder: Path) -> str:
+    """Return the table of all trials, without columns that have no value."""
+    trials = _sort_trials(report)
+    columns = [
+        ("target", [trial.target for trial in trials]),
+        ("seed", [str(trial.seed) for trial in trials]),
+        (report.metric, [_number(trial.value) for trial in trials]),
+        ("standard error", [_number(trial.standard_error) for trial in trials]),
+        ("predicted error", [_as_percent(trial.predicted_error) for trial in trials]),
+        ("seconds", [f"{trial.seconds:.1f}" for trial in trials]),
+    ]
+    filled = [(escape(name), cells) for name, cells in columns if any(cells)]
+    heads = "".join(f"<th>{name}</th>" for name, _ in filled)
+    best = None if report.minimize is None else report.best
+    logs = [_render_log(trial, folder) for trial in trials]
+    if any(logs):
+        heads += '<th class="text">log</th>'
+    rows = []
+    for index, trial in enumerate(trials):
+        cells = [f'<td data-name="{name}">{escape(texts[index])}</td>' for name, texts in filled]
+        if any(logs):
+            cells.append(f'<td class="text" data-name="log">{logs[index]}</td>')
+        kind = ' class="best"' if best is not None and trial.sigma_rel == best else ""
+        rows.append(f"<tr{kind}>{''.join(cells)}</tr>")
+    lines = "\n".join(rows)
+    return f"<table><thead><tr>{heads}</tr></thead><tbody>\n{lines}\n</tbody></table>"
+
+
+def _render_log(trial: Trial, folder: Path) -> str:
+    """Return why a trial has failed, and links to its logs, if there are any."""
+    text = escape(trial.error or "")
+    if (folder / LOGS / f"{trial.name}.out").exists():
+        path = urllib.parse.quote(f"{LOGS}/{trial.name}")
+        text += f' <a href="{path}.out">output</a> <a href="{path}.err">errors</a>'
+    return text
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"
+
+
+def _as_percent(error: float | None) -> str:
+    return "" if error is None else percent(error)
+
+
+def _list_commands(run: Run, report: SweepReport) -> list[str]:
+    """Return the command that repeats the sweep, and the one that makes its best average."""
+    commands = [report.again] if report.again else []
+    if report.minimize is None:
+        return commands
+    words = ["ema", "synthesize", str(run.directory), "--sigma-rel", f"{report.best:.12g}"]
+    t = report.settings["t"]
     if t != run.t:
         words += ["--t", f"{t:.12g}"]
     ending = ".safetensors"
-    if like := result["settings"].get("like"):
-        words += ["--like", str(like)]
+    if like := report.settings["like"]:
+        words += ["--like", like]
         ending = Path(like).suffix if Path(like).is_file() else ""
-    name = f"{kind}-{best}".replace(":", "-")  # apart from those of other sweeps
-    return shlex.join([*words, "--out", f"{name}{ending}"])
+    commands.append(shlex.join([*words, "--out", f"sigma_rel-{report.best:.12g}{ending}"]))
+    return commands
+
+
+def _list_versions() -> str:
+    versions = [f"Python {platform.python_version()}"]
+    for package in _PACKAGES:
+        versions.append(f"{package} {importlib.metadata.version(package)}")
+    return ", ".join(versions)

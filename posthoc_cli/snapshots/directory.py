@@ -11,16 +11,15 @@ from __future__ import annotations
 import errno
 import os
 import re
+import secrets
 import socket
 import sys
-import time
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +34,18 @@ from posthoc_cli.errors import (
     PostHocError,
     shown,
 )
-from posthoc_cli.planning import SPARED_TIMES, USEFUL_RANGE, snapshots_to_drop, spared_times
+from posthoc_cli.planning import (
+    USEFUL_RANGE,
+    newest_times,
+    spared_times,
+    times_to_drop,
+)
 from posthoc_cli.reconstruction import Measurements, measured_prior
 from posthoc_cli.snapshots.snapshot import (
     Snapshot,
     decode_snapshot,
+    join_samples,
     joined_paths,
-    joined_sample,
 )
 from posthoc_cli.snapshots.sources import TrackedTensor, averages_of, by_time, model_difference
 from posthoc_cli.snapshots.tensorfile import (
@@ -153,7 +157,7 @@ def list_directory(directory: Path) -> tuple[Path, ...]:
         raise DirectoryError(directory, f"cannot be read: {reason.lower()}") from error
 
 
-def listed(directory: Path) -> Directory:
+def list_candidates(directory: Path) -> Directory:
     """List a directory and the folders of parts in it; raise the errors of `list_directory` about
     the directory."""
     entries = list_directory(directory)
@@ -187,13 +191,13 @@ def _read(path: Path) -> Snapshot | FileFormatError | None:
 def inspect_directory(directory: Path) -> Directory:
     """Read the headers of all snapshots in a directory, continuing after errors; raise errors of
     `list_directory`."""
-    listing = listed(directory)
+    listing = list_candidates(directory)
     headers = in_turn(_read, listing.files, files.is_url(directory))
-    return inspected(listing, headers)
+    return inspect_listing(listing, headers)
 
 
-def inspected(listing: Directory, headers: Iterable[object]) -> Directory:
-    """Return a listing with what the headers of its files say, see `joined`."""
+def inspect_listing(listing: Directory, headers: Iterable[object]) -> Directory:
+    """Return a listing with what the headers of its files say, see `join_parts`."""
     snapshots = list[Snapshot]()
     problems = list[PostHocError]()
     notes = list[str]()
@@ -201,7 +205,7 @@ def inspected(listing: Directory, headers: Iterable[object]) -> Directory:
     header_of = dict(zip(listing.files, headers, strict=True))
     for path, paths in listing.candidates.items():
         try:
-            content = joined(path, [header_of[file] for file in paths])
+            content = join_parts(path, [header_of[file] for file in paths])
         except PostHocError as error:
             if not files.is_absent(path):
                 problems.append(error)
@@ -246,7 +250,7 @@ def read_snapshot(path: Path) -> Snapshot:
     if path.is_dir():
         paths = [*filter(is_tensor_file, list_directory(path))]
     headers = [*map(_read, paths)]
-    content = joined(path, headers)
+    content = join_parts(path, headers)
     if not isinstance(content, Snapshot):
         raise FileFormatError(path, f"is not a complete snapshot: it has {content or 'no parts'}")
     return content
@@ -292,7 +296,7 @@ _OWN = (
 )  # fmt: skip
 
 
-def joined(path: Path, headers: Sequence[object]) -> Snapshot | str:
+def join_parts(path: Path, headers: Sequence[object]) -> Snapshot | str:
     """Return the snapshot in a file or a folder of parts from what was read there: headers; errors
     are raised.
 
@@ -310,45 +314,49 @@ def joined(path: Path, headers: Sequence[object]) -> Snapshot | str:
         return "" if headers else "no parts"
     if parts[0].path == path and parts[0].part is None:
         return parts[0]
-    sets = _sets(parts)
+    sets = _group_parts(parts)
     complete = []
     texts = []
-    for (number, *_), of_set in sorted(sets.items()):
-        if len(of_set) == number:
-            complete.append(of_set)
-        texts.append(f"{len(of_set)} of {number} parts")
+    for (number, _), members in sorted(sets.items()):
+        if len(members) == number:
+            complete.append(members)
+        texts.append(f"{len(members)} of {number} parts")
     if len(complete) > 1:
         first, other = complete[:2]
-        raise _apart(first[0], other[0], "are parts of two complete snapshots", "remove one")
+        raise _mismatch(first[0], other[0], "are parts of two complete snapshots", "remove one")
     if complete:
-        return _join(path, complete[0])
-    sessions = {session for _, session, _ in sets}
+        return _merge(path, complete[0])
+    sessions = {session for _, session in sets}
     if len(sessions) > 1:
         texts.append("of different sessions of the training")
     return ", ".join(texts)
 
 
-def _sets(parts: Sequence[Snapshot]) -> dict[tuple[int, int, bool], list[Snapshot]]:
-    """Return the parts of each snapshot, by their number and the session of the training; one off
-    the schedule may be in the course of being replaced, part by part, by the same one on it."""
-    sets = defaultdict[tuple[int, int, bool], list[Snapshot]](list)
+def _group_parts(parts: Sequence[Snapshot]) -> dict[tuple[int, int], list[Snapshot]]:
+    """Return the parts of each snapshot, by their number and the session of the training."""
+    sets = defaultdict[tuple[int, int], list[Snapshot]](list)
     shared = [each.name for each in fields(Snapshot) if each.name not in _OWN]
     for part in sorted(parts, key=lambda part: part.part or (0, 0)):
         if part.part is None:
             reason = "is in a folder of parts but is not a part of a snapshot"
             raise FileFormatError(part.path, reason, "move it to the directory")
-        of_set = sets[part.part[1], part.session, part.off_schedule]
-        for before in of_set[-1:]:
-            reason = "are both part {} of {}".format(*part.part)
-            if part.part != before.part:
-                reason = _difference(before, part, shared)
-            if reason:
-                raise _apart(before, part, reason)
-        of_set.append(part)
+        members = sets[part.part[1], part.session]
+        if members:
+            _check_parts(members[-1], part, shared)
+        members.append(part)
     return sets
 
 
-def _apart(
+def _check_parts(before: Snapshot, part: Snapshot, shared: Sequence[str]) -> None:
+    """Raise MismatchError unless two parts are different ones of the same snapshot."""
+    reason = _difference(before, part, shared)
+    if part.part == before.part:
+        reason = "are both part {} of {}".format(*part.part or ())
+    if reason:
+        raise _mismatch(before, part, reason)
+
+
+def _mismatch(
     first: Snapshot,
     other: Snapshot,
     reason: str,
@@ -358,19 +366,19 @@ def _apart(
     return MismatchError(f"{first.path} and {other.path}", reason, hint)
 
 
-def _join(folder: Path, parts: Sequence[Snapshot]) -> Snapshot:
+def _merge(folder: Path, parts: Sequence[Snapshot]) -> Snapshot:
     """Return the snapshot of these parts, whose chunks must hold each element of a tensor exactly
     once."""
     shared = shared_fields(parts)
-    entries = {name: _joined_entry(folder, name, parts) for name in shared["tensors"]}
+    entries = {name: _merge_entry(folder, name, parts) for name in shared["tensors"]}
     boxes = list[dict[str, Box]]()
-    joined_files = list[TensorFile]()
+    part_files = list[TensorFile]()
     for part in parts:
         chunks = {}
         for name, chunk in part.chunks.items():
             chunks[name] = chunk.box(part.entries[name].shape)
         boxes.append(chunks)
-        joined_files.append(replace(part.files[0], boxes=chunks))
+        part_files.append(replace(part.files[0], boxes=chunks))
     shapes = dict[str, tuple[int, ...]]()
     for name, tensor in shared["tensors"].items():
         if tensor.role == "average":
@@ -380,15 +388,15 @@ def _join(folder: Path, parts: Sequence[Snapshot]) -> Snapshot:
     return replace(
         parts[0],
         **shared,
-        sample=joined_sample(samples, boxes, shapes),
+        sample=join_samples(samples, boxes, shapes),
         sketch=joined_paths(sketches),
         path=folder,
         entries=entries,
-        files=tuple(joined_files),
+        files=tuple(part_files),
     )
 
 
-def _joined_entry(
+def _merge_entry(
     folder: Path,
     name: str,
     parts: Sequence[Snapshot],
@@ -451,11 +459,11 @@ def contradictions(snapshots: Sequence[Snapshot]) -> list[MismatchError]:
         reason = _difference(first, snapshot, ("run_id", "t_unit"))
         reason = reason or model_difference(first, snapshot)
         if reason:
-            errors.append(_apart(first, snapshot, reason, "keep one run a directory"))
+            errors.append(_mismatch(first, snapshot, reason, "keep one run a directory"))
         same = seen.setdefault((snapshot.t, snapshot.sigma_rel), snapshot)
         if same is not snapshot:
             reason = f"both hold sigma_rel {same.sigma_rel:g} at t = {same.t:,.12g}"
-            errors.append(_apart(same, snapshot, reason, "remove one"))
+            errors.append(_mismatch(same, snapshot, reason, "remove one"))
     return errors
 
 
@@ -499,82 +507,88 @@ LOCK_NAME = ".ema.lock"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
-class DirectoryLock(AbstractContextManager["DirectoryLock"]):
-    """The exclusive right to write to a directory, held from construction to `release`; a context
-    manager.
+class LockFile:
+    """The open lock file of a directory, by which a process knows that the path still leads there.
 
-    It is a `flock` on a file that also names its holder; the system releases it when the holder
-    dies. On a file system without locks, or one that keeps them to one host, a second writer cannot
-    be excluded; a warning says so if that can be detected. Raises LockedError if another tracker or
-    command holds it.
+    A directory may be moved, deleted or replaced while a training goes on. What then lies at its
+    path belongs to somebody else: `check` comes before each write and each deletion.
     """
 
     def __init__(self, directory: Path) -> None:
-        own = f"process {os.getpid()} on {socket.gethostname()}"
-        with files.reported_as_write_error(directory), ExitStack() as stack:
-            # A link would lead to a file of somebody else.
-            flags = os.O_RDWR | os.O_CREAT | files.NO_LINK
-            descriptor = os.open(directory / LOCK_NAME, flags, 0o666)
-            stack.callback(os.close, descriptor)
-            if os.fstat(descriptor).st_nlink > 1:
-                raise OSError(
-                    errno.EMLINK,
-                    f"{LOCK_NAME} is not a lock: it is a hard link to another file",
-                )
-            try:
-                _take(descriptor, directory, own)
-            except OSError as error:
-                if error.errno not in _NO_LOCKS:
-                    raise
-                why = (error.strerror or str(error)).lower()
-                text = "%s: no locks on this file system (%s): make sure that nothing else writes"
-                log.warning(text, directory, why)
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, own.encode())
-            stack.pop_all()
-        # Releases it also when the process ends or the last reference is gone.
-        self.release = weakref.finalize(self, _release, descriptor, os.getpid())
-        self._descriptor = descriptor
+        self._directory = directory
+        # A link would lead to a file of somebody else.
+        flags = os.O_RDWR | os.O_CREAT | files.NO_LINK
+        with files.reported_as_write_error(directory):
+            self._descriptor = os.open(directory / LOCK_NAME, flags, 0o666)
+        self.release = weakref.finalize(self, _release, self._descriptor, 0)
 
-    @property
-    def is_deleted(self) -> bool:
-        """Whether the lock's file was deleted: it excludes nobody any more."""
-        return os.fstat(self._descriptor).st_nlink == 0
+    def check(self) -> None:
+        """Raise LockedError unless the lock file at the directory's path is the open one."""
+        with files.reported_as_write_error(self._directory), suppress(FileNotFoundError):
+            at_path = os.lstat(self._directory / LOCK_NAME)
+            if os.path.samestat(at_path, os.fstat(self._descriptor)):
+                return
+        reason = f"was moved, replaced, or lost its {LOCK_NAME}: nothing is written or deleted here"
+        raise LockedError(self._directory, reason, "move it back, or take another directory")
+
+
+class DirectoryLock(LockFile, AbstractContextManager["DirectoryLock"]):
+    """The exclusive right to write to a directory, held from construction to `release`; a context
+    manager.
+
+    It is a `flock` on the lock file, which also names its holder; the system releases it when the
+    holder dies. On a file system without locks, or one that keeps them to one host, a second writer
+    cannot be excluded; a warning says so if that can be detected. Raises LockedError if another
+    tracker or command holds it.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        own = f"process {os.getpid()} on {socket.gethostname()}"
+        try:
+            with files.reported_as_write_error(directory):
+                self._take(own)
+                os.ftruncate(self._descriptor, 0)
+                os.write(self._descriptor, own.encode())
+        except BaseException:
+            self.release()
+            raise
+        self.release.detach()
+        # Releases it also when the process ends or the last reference is gone.
+        self.release = weakref.finalize(self, _release, self._descriptor, os.getpid())
+
+    def _take(self, own: str) -> None:
+        """Lock the file; warn on a file system without locks."""
+        try:
+            _lock(self._descriptor)
+        except BlockingIOError:
+            name = _read_holder(self._descriptor)
+            holder = f"another tracker of this {own}" if name == own else shown(name)[1:-1]
+            reason = f"{holder or 'another process'} is writing here"
+            hint = "end that first, or take another directory"
+            raise LockedError(self._directory, reason, hint) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            why = (error.strerror or str(error)).lower()
+            text = "%s: no locks on this file system (%s): make sure that nothing else writes"
+            log.warning(text, self._directory, why)
 
     def __exit__(self, *_: object) -> None:
         self.release()
 
 
-def _take(descriptor: int, directory: Path, own: str) -> None:
-    """Take the lock of an open file; raise a LockedError if another process holds it.
-
-    Without a name in the file, its holder is about to write it or to release the lock.
-    """
-    for wait in (*[0.01] * 100, 0):
-        with suppress(BlockingIOError):
-            _lock(descriptor)
-            return
-        name = _holder(descriptor)
-        if name or not wait:
-            holder = shown(name)[1:-1] or "another process"
-            if name == own:
-                holder = f"another tracker of this {own}"
-            hint = "end that first, or take another directory"
-            raise LockedError(directory, f"{holder} is writing here", hint)
-        time.sleep(wait)
-
-
-def _release(descriptor: int, process: int) -> None:
-    """Release a lock; in a forked child, which has not taken it, only close the file."""
+def _release(descriptor: int, holder: int) -> None:
+    """Release the lock of the process `holder` and close the file; in a forked child only close."""
     with suppress(OSError):
-        if os.getpid() == process:
+        if os.getpid() == holder:
             os.ftruncate(descriptor, 0)
             _unlock(descriptor)
     os.close(descriptor)
 
 
-def _holder(descriptor: int) -> str:
-    """Return the name in a lock's file; empty while its holder takes or releases the lock."""
+def _read_holder(descriptor: int) -> str:
+    """Read the name in a lock file; empty while its holder takes or releases the lock."""
     name = bytearray(100)
     count = files.system.read(descriptor, memoryview(name), 0)
     return name[:count].decode(errors="replace")
@@ -614,39 +628,74 @@ def _unlock(descriptor: int) -> None:
 # --- removing from a directory
 
 
-def remove_snapshot(path: Path) -> None:
-    """Delete a snapshot if it exists; raise WriteError if the system refuses.
+def remove_snapshot(snapshot: Snapshot, lock: LockFile) -> None:
+    """Delete a snapshot; raise LockedError if the directory is another one now, and WriteError if
+    the system refuses.
 
-    A folder of parts remains if it holds anything else, or if a network file system keeps a file
-    that is being read.
+    Files that are not of the snapshot's run stay.
     """
-    with files.reported_as_write_error(path, "removed"), suppress(FileNotFoundError):
-        if not files.is_own_folder(path):
-            files.system.unlink(path)
-            return
-        for file in sorted(files.system.list(path)):
-            if is_tensor_file(file) or files.is_temporary(file.name):
+    lock.check()
+    with files.reported_as_write_error(snapshot.path, "removed"):
+        for file in _tensor_files(snapshot.path):
+            if _read_run_id(file) == snapshot.run_id:
                 files.unlink_if_exists(file)
-        if not files.system.list(path):
-            files.system.remove_directory(path)
+            elif not files.is_absent(file):
+                log.warning("%s: is not of this run any more, and is not removed", file)
+        _remove_empty_folder(snapshot.path)
 
 
-def remove_leftovers(directory: Path) -> None:
+def remove_incomplete(folder: Path, lock: LockFile) -> None:
+    """Delete the parts of a snapshot that was never complete; raise as `remove_snapshot` does."""
+    lock.check()
+    with files.reported_as_write_error(folder, "removed"):
+        for file in _tensor_files(folder):
+            files.unlink_if_exists(file)
+        _remove_empty_folder(folder)
+
+
+def _tensor_files(path: Path) -> list[Path]:
+    """Return the files of a snapshot: the path itself, or the parts in a folder."""
+    if not files.is_own_folder(path):
+        return [path]
+    return [file for file in sorted(files.system.list(path)) if is_tensor_file(file)]
+
+
+def _read_run_id(path: Path) -> str:
+    """Read the id of the run that wrote a file; empty if that is unknown."""
+    with suppress(FileFormatError):
+        return str(read_file(path).content.get("run_id", ""))
+    return ""
+
+
+def _remove_empty_folder(path: Path) -> None:
+    """Remove a folder of parts unless it holds anything else, such as a file that a network file
+    system keeps while it is being read."""
+    if not files.is_own_folder(path):
+        return
+    for file in files.system.list(path):
+        if files.is_temporary(file.name):
+            files.unlink_if_exists(file)
+    if not files.system.list(path):
+        files.system.remove_directory(path)
+
+
+def remove_leftovers(directory: Path, lock: LockFile) -> None:
     """Remove temporary files of interrupted writes from a locked directory and from the snapshots
     in it."""
+    lock.check()
     folders = [directory]
-    for path, paths in listed(directory).candidates.items():
+    for path, paths in list_candidates(directory).candidates.items():
         if path not in paths:
             folders.append(path)
     for folder in folders:
         files.remove_leftovers(folder, STILL_SECONDS)
 
 
-def set_aside(stored: Sequence[Snapshot]) -> list[Path]:
+def set_aside(stored: Sequence[Snapshot], lock: LockFile) -> list[Path]:
     """Move snapshots durably to the folder `superseded` of their directory; return their new paths.
 
-    Nothing in the folder is replaced; missing paths are skipped. Raises DirectoryError if
-    `superseded` is not a folder.
+    Nothing in the folder is replaced; missing paths are skipped. Raises LockedError if the
+    directory is another one now, and DirectoryError if `superseded` is not a folder.
     """
     if not stored:
         return []
@@ -655,6 +704,7 @@ def set_aside(stored: Sequence[Snapshot]) -> list[Path]:
     if not (files.is_absent(folder) or files.is_own_folder(folder)):
         reason = "is a link or no directory; snapshots are set aside in a directory of that name"
         raise DirectoryError(folder, reason, "move it away")
+    lock.check()
     files.make_directory(folder)
     with files.reported_as_write_error(folder):
         moved = []
@@ -670,13 +720,10 @@ def set_aside(stored: Sequence[Snapshot]) -> list[Path]:
 
 
 def _free_path(folder: Path, name: str) -> Path:
-    """Return the path of that name in a folder, with a number before its suffix if it is taken."""
+    """Return the path of that name in a folder, with a random word before it if it is taken."""
     path = folder / name
-    stem = name.removesuffix(SUFFIX)
-    suffix = name[len(stem) :]
-    numbers = count(1)
     while not files.is_absent(path):
-        path = folder / f"{stem}.{next(numbers)}{suffix}"
+        path = folder / f"{secrets.token_hex(4)}-{name}"
     return path
 
 
@@ -686,34 +733,23 @@ def _free_path(folder: Path, name: str) -> Path:
 def thin(
     stored: Sequence[Snapshot],
     max_checkpoints: int | None,
+    lock: LockFile,
     sigma_range: tuple[float, float] = USEFUL_RANGE,
 ) -> list[Snapshot]:
     """Keep the snapshots of the `max_checkpoints` times that reconstruction needs most; delete the
     others.
 
-    Times on the schedule are chosen as if there were no others, so that a training that was stopped
-    in between keeps the same ones. Of those off the schedule, the latest stay if there is room, and
-    in any case the newest `SPARED_TIMES`: a checkpoint of the training may belong to them. Returns
-    the remaining snapshots in order of time.
+    Returns the remaining snapshots in order of time.
     """
-    if max_checkpoints is None or not stored:
+    times = {snapshot.t for snapshot in stored}
+    if max_checkpoints is None or len(times) <= max_checkpoints:
         return list(stored)
-    scheduled = [snapshot for snapshot in stored if not snapshot.off_schedule]
-    count = len({snapshot.t for snapshot in scheduled})
-    dropped = set[float]()
-    if count > max_checkpoints:
-        dropped = _least_needed(scheduled, max_checkpoints, sigma_range)
-    times = sorted({snapshot.t for snapshot in stored})
-    spared = times[-SPARED_TIMES:]
-    off_schedule = sorted({snapshot.t for snapshot in stored if snapshot.off_schedule})
-    room = max(max_checkpoints - count, 0)
-    excess = max(len(off_schedule) - room, 0)
-    dropped |= {t for t in off_schedule[:excess] if t < spared[0]}
+    dropped = _least_needed(stored, max_checkpoints, sigma_range)
     remaining = list[Snapshot]()
     for snapshot in stored:
         if snapshot.t in dropped:
             log.debug("thinning: removing %s", snapshot.path)
-            remove_snapshot(snapshot.path)
+            remove_snapshot(snapshot, lock)
         else:
             remaining.append(snapshot)
     return remaining
@@ -728,5 +764,5 @@ def _least_needed(
     path = snapshots[-1].path_sketch
     prior = measured_prior(averages_of(snapshots), path and path.sketch)
     profiles = [snapshot.profile for snapshot in snapshots]
-    dropped = snapshots_to_drop(profiles, prior, keep, sigma_range, spared_times(keep))
-    return {snapshots[index].t for index in dropped}
+    needed = newest_times(profiles, spared_times(keep))
+    return {time.t for time in times_to_drop(profiles, prior, keep, needed, sigma_range)}

@@ -267,7 +267,7 @@ def _of_snapshot(snapshot: Snapshot) -> dict[str, Any]:
         "kind": "snapshot",
         "path": str(snapshot.path),
         "run": snapshot.run_id,
-        **_fields(snapshot, "sigma_rel gamma t t_unit step off_schedule t_first max_interval"),
+        **_fields(snapshot, "sigma_rel gamma t t_unit step t_first max_interval"),
         **_of_settings(snapshot),
         "measurements": measurements,
         **describe_tensors(snapshot),

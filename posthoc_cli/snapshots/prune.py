@@ -8,8 +8,6 @@ valid directory of its size.
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_right
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,40 +16,25 @@ from typing import Any
 import numpy as np
 
 from posthoc_cli import files
-from posthoc_cli.errors import (
-    InexactError,
-    MismatchError,
-    check_alone,
-    check_count,
-    check_max_error,
-    percent,
-)
+from posthoc_cli.errors import MismatchError, check_count, percent
 from posthoc_cli.planning import (
     USEFUL_RANGE,
     ErrorCurve,
-    SameTime,
     check_sigma_range,
     error_curve,
-    exchanged,
-    removal_order,
-    times_of,
-    unused_times,
+    times_to_drop,
 )
 from posthoc_cli.profiles import PowerFunction
-from posthoc_cli.reconstruction import one_blas_thread
+from posthoc_cli.reconstruction import Prior, one_blas_thread, thinned_subset
 from posthoc_cli.snapshots.directory import (
     DirectoryLock,
     read_directory,
     remove_leftovers,
     remove_snapshot,
 )
+from posthoc_cli.snapshots.sampling import source_prior
 from posthoc_cli.snapshots.snapshot import Snapshot, file_bytes
-from posthoc_cli.snapshots.sources import source_prior
 
-# The factor by which predicted errors stay below a user's bound, since true errors may exceed the
-# expected ones (measured: without it, 5 of 42 prunings exceeded the bound, by up to 1.45; with 1.5,
-# one of 54, by 1.22).
-_MARGIN = 2.0
 _POINTS = 41  # sigma_rels whose errors are compared
 
 
@@ -61,8 +44,7 @@ class Pruning:
     deletion.
 
     `before` and `after` are the expected errors from all snapshots and from the survivors, with the
-    prior from all headers; of very many snapshots only some are used, see `unused_times`.
-    `source` is that of `Prior`.
+    prior from all headers. `source` is `Prior.evidence`.
     """
 
     kept: tuple[Snapshot, ...]
@@ -104,103 +86,61 @@ class Pruning:
 @one_blas_thread()
 def plan_pruning(
     snapshots: Sequence[Snapshot],
-    keep: int | None = None,
-    max_error: float | None = None,
+    keep: int,
     sigma_range: tuple[float, float] = USEFUL_RANGE,
 ) -> Pruning:
-    """Plan which snapshots of a directory to delete. Reads no tensors, except a sample if headers
-    lack measurements.
+    """Plan which snapshots of a directory to delete so that those of `keep` times stay. Reads no
+    tensors, except a sample if headers lack measurements.
 
     All snapshots of a time are deleted, or none. The newest time of each profile stays, and the
-    newest one that all profiles have, from which training can continue. Of very many snapshots,
-    those that a reconstruction would not use are deleted first.
-
-    Exactly one of two is given: `keep` times stay; or as few as have at most the worst error
-    `max_error` over `sigma_range`, with a margin for the prediction. An InexactError says that no
-    choice can fulfil it.
+    newest one that all profiles have, from which training can continue.
     """
-    check_alone(1, keep=keep, max_error=max_error)
-    check_max_error(max_error)
+    check_count("keep", keep)
     check_sigma_range(sigma_range)
-    least = 1 if keep is None else check_count("keep", keep)
-    choice = _Choice(snapshots, least, sigma_range)
-    order = choice.least_needed()
-    bound = math.inf
-    if max_error is not None:
-        choice.check(max_error)
-        bound = max_error / _MARGIN
-        counts = range(1, len(order) + 1)
-        most = bisect_right(counts, bound, key=lambda count: choice.without(order[:count]).worst)
-        order = order[:most]
-    better = choice.exchanged(order)
-    if choice.without(better).worst <= bound:
-        order = better
-    gone = [*choice.unused, *order]
-    times = {time.t for time in gone}
+    profiles = [snapshot.profile for snapshot in snapshots]
+    prior = source_prior(snapshots)
+    needed = _needed_times(profiles)
+    order = times_to_drop(profiles, prior, keep, needed, sigma_range)
+    dropped = {time.t for time in order}
+    before = _curve(profiles, prior, range(len(profiles)), sigma_range)
+    kept = [index for index, profile in enumerate(profiles) if profile.t not in dropped]
+    after = _curve(profiles, prior, kept, sigma_range)
+    # The expected distance cannot decrease, but the norm that it is relative to is estimated from
+    # fewer averages.
+    larger = np.maximum(after.predicted_error, before.predicted_error)
     return Pruning(
-        kept=tuple(snapshot for snapshot in snapshots if snapshot.t not in times),
-        to_delete=tuple(snapshots[index] for time in gone for index in time.indices),
-        before=choice.before,
-        after=choice.without(order),
-        source=choice.prior.source,
+        kept=tuple(snapshots[index] for index in kept),
+        to_delete=tuple(snapshots[index] for time in order for index in time.indices),
+        before=before,
+        after=replace(after, predicted_error=larger),
+        source=prior.evidence,
     )
 
 
-class _Choice:
-    """The times that may be deleted, and the expected errors without some of them."""
+def _needed_times(profiles: Sequence[PowerFunction]) -> set[float]:
+    """Return the newest time of each profile, and the newest one that all profiles have."""
+    times: dict[float, set[float]] = {}
+    for profile in profiles:
+        times.setdefault(profile.gamma, set()).add(profile.t)
+    needed = {max(own) for own in times.values()}
+    common = set.intersection(*times.values())
+    if common:
+        needed.add(max(common))
+    return needed
 
-    def __init__(
-        self,
-        snapshots: Sequence[Snapshot],
-        keep: int,
-        sigma_range: tuple[float, float],
-    ) -> None:
-        self._profiles = [snapshot.profile for snapshot in snapshots]
-        self._keep = keep
-        self._sigma_range = sigma_range
-        self.prior = source_prior(snapshots)
-        times = times_of(self._profiles)
-        self._needed = _needed(self._profiles, times)
-        self.unused = unused_times(self._profiles, self._needed, keep)
-        self._used = [time for time in times if time not in self.unused]
-        self.before = self._curve(self._used)
 
-    def least_needed(self) -> list[SameTime]:
-        """Return the times to delete, the least needed first: the errors grow with their number."""
-        return removal_order(
-            self._profiles,
-            self.prior,
-            self._used,
-            self._keep,
-            self._needed,
-            self._sigma_range,
-        )
-
-    def exchanged(self, gone: Sequence[SameTime]) -> list[SameTime]:
-        kept = [time for time in self._used if time not in gone]
-        return exchanged(self._profiles, self.prior, kept, gone, self._needed, self._sigma_range)
-
-    def _curve(self, left: Sequence[SameTime]) -> ErrorCurve:
-        indices = [index for time in left for index in time.indices]
-        profiles = [self._profiles[index] for index in indices]
-        prior = self.prior.of(indices)
-        return error_curve("", profiles, prior, self._sigma_range, points=_POINTS)
-
-    def without(self, gone: Collection[SameTime]) -> ErrorCurve:
-        curve = self._curve([time for time in self._used if time not in gone])
-        # The expected distance cannot decrease, but the norm that it is relative to is estimated
-        # from fewer averages.
-        larger = np.maximum(curve.predicted_error, self.before.predicted_error)
-        return replace(curve, predicted_error=larger)
-
-    def check(self, max_error: float) -> None:
-        if self.before.worst > max_error:
-            low, high = self._sigma_range
-            reason = (
-                f"all {len(self._profiles)} snapshots together have a predicted error of up to "
-                f"{self.before.worst:.2g} for sigma_rel {low:g} to {high:g}; none can be deleted"
-            )
-            raise InexactError("max_error", reason, value=f"{max_error:g}")
+def _curve(
+    profiles: Sequence[PowerFunction],
+    prior: Prior,
+    indices: Collection[int],
+    sigma_range: tuple[float, float],
+) -> ErrorCurve:
+    """Return the expected errors from some of the snapshots; of very many from an even choice."""
+    left = [*indices]
+    remaining = [profiles[index] for index in left]
+    chosen = [left[number] for number in thinned_subset(remaining)]
+    usable = [profiles[index] for index in chosen]
+    return error_curve("", usable, prior.subset(chosen), sigma_range, points=_POINTS)
 
 
 def prune(
@@ -213,8 +153,8 @@ def prune(
     If the directory is locked or has changed, or a survivor is damaged, an error says so, and
     nothing is deleted.
     """
-    with DirectoryLock(directory):
-        remove_leftovers(directory)
+    with DirectoryLock(directory) as lock:
+        remove_leftovers(directory, lock)
         planned = _identities([*pruning.kept, *pruning.to_delete])
         if _identities(read_directory(directory)) != planned:
             raise MismatchError(
@@ -226,7 +166,7 @@ def prune(
             for file in snapshot.files:
                 file.verify(progress)
         for snapshot in pruning.to_delete:
-            remove_snapshot(snapshot.path)
+            remove_snapshot(snapshot, lock)
         with files.reported_as_write_error(directory):
             files.system.fsync_directory(directory)
     return replace(pruning, deleted=True)
@@ -234,15 +174,3 @@ def prune(
 
 def _identities(snapshots: Sequence[Snapshot]) -> dict[Path, str]:
     return {snapshot.path: snapshot.identity for snapshot in snapshots}
-
-
-def _needed(
-    profiles: Sequence[PowerFunction],
-    times: Sequence[SameTime],
-) -> list[SameTime]:
-    """Return the newest time of each profile, and the newest one that all profiles have."""
-    newest = {profile.gamma: profile.t for profile in profiles}  # in order of time
-    needed = {*newest.values()}
-    complete = [time.t for time in times if len(time.indices) == len(newest)]
-    needed.update(complete[-1:])
-    return [time for time in times if time.t in needed]

@@ -30,18 +30,23 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from posthoc_cli.clock import Clock
 from posthoc_cli.dtypes import EPS
-from posthoc_cli.errors import FileFormatError, InvalidValueError, check_word, first_of, shown
-from posthoc_cli.planning import USEFUL_RANGE
-from posthoc_cli.profiles import (
-    Clock,
-    FloatArray,
-    PowerFunction,
-    gamma_from_sigma_rel,
+from posthoc_cli.errors import (
+    FileFormatError,
+    InvalidValueError,
+    Log,
+    check_word,
+    first_of,
+    shown,
 )
+from posthoc_cli.planning import USEFUL_RANGE
+from posthoc_cli.profiles import FloatArray, PowerFunction
 from posthoc_cli.reconstruction import Measurements, Sketch, Steps, StoredAverage
-from posthoc_cli.snapshots.sources import Dtype, PathSketch, Rule, Source, TrackedTensor
+from posthoc_cli.snapshots.sources import PathSketch, Rule, Source, TrackedTensor
 from posthoc_cli.snapshots.tensorfile import FORMAT, Box, Chunk, Entry, TensorFile, compact
+
+log = Log(__name__)
 
 # --- the sample
 
@@ -106,7 +111,7 @@ def index_within(
     return begin
 
 
-def joined_sample(
+def join_samples(
     samples: Sequence[str],
     boxes: Sequence[Mapping[str, Box]],
     shapes: Mapping[str, Sequence[int]],
@@ -173,19 +178,10 @@ def encode_path(path: PathSketch | None, exact: bool = False) -> str:
     steps = np.diff(means.astype(np.float64), axis=0)
     factor = float(np.abs(steps).max(initial=0.0)) / _LARGEST or 1.0
     moves = _moves(means[: windows - full + 1] / factor)
-    clock = _own_clock(path)
-    parts = sketch.edges, sketch.folds, sketch.spread, factor, means[:full], moves, clock
+    parts = sketch.edges, sketch.folds, sketch.spread, factor, means[:full], moves
     counts = np.array([windows, numbers, 4 if exact else 2, path.projection], "<i8")
-    stored = np.array(parts, _layout(windows, numbers, full, len(clock)))
+    stored = np.array(parts, _layout(windows, numbers, full))
     return base64.b64encode(counts.tobytes() + stored.tobytes()).decode()
-
-
-def _own_clock(path: PathSketch) -> FloatArray:
-    """Return the steps of windows; none if times are just their numbers, as far as they are
-    known."""
-    known = np.isfinite(path.steps)
-    is_usual = np.array_equal(path.steps[known], path.sketch.edges[1:][known])
-    return path.steps[:0] if is_usual else path.steps
 
 
 def _moves(places: FloatArray) -> npt.NDArray[np.float16]:
@@ -199,14 +195,9 @@ def _moves(places: FloatArray) -> npt.NDArray[np.float16]:
     return moves
 
 
-def _layout(
-    windows: int,
-    numbers: int,
-    full: int,
-    clock: int,
-) -> np.dtype[Any]:
-    """Return the layout of a sketch after its counts: so many full means, the moves from each to
-    the next, in units of `factor`; and so many steps."""
+def _layout(windows: int, numbers: int, full: int) -> np.dtype[Any]:
+    """Return the layout of a sketch after its counts: so many full means, and the moves from each
+    to the next, in units of `factor`."""
     fields: list[Any] = [
         ("edges", "<f8", (windows + 1,)),
         ("folds", "<f8", (windows,)),
@@ -214,7 +205,6 @@ def _layout(
         ("factor", "<f8"),
         ("means", "<f4", (full, numbers)),
         ("moves", "<f2", (windows - full, numbers)),
-        ("steps", "<f8", (clock,)),
     ]
     return np.dtype(fields)
 
@@ -263,30 +253,22 @@ def joined_paths(texts: Sequence[str]) -> str:
 def _decoded(text: str) -> PathSketch:
     """Return the path that the sketch of one part encodes; raise ValueError if it is invalid."""
     data = base64.b64decode(text, validate=True)
-    windows, projection, layout = _checked_layout(data)
-    stored = np.frombuffer(data, layout, offset=_COUNTS_BYTES)[0]
-    edges, folds, spread, factor, means, moves, steps = (
+    if len(data) < _COUNTS_BYTES:
+        raise ValueError(_LIMITS)
+    windows, numbers, size, projection = np.frombuffer(data[:_COUNTS_BYTES], "<i8").tolist()
+    are_few = 0 < windows <= MOST_WINDOWS and 0 < numbers <= MOST_NUMBERS
+    if not (are_few and size in (2, 4)):
+        raise ValueError(_LIMITS)
+    layout = _layout(windows, numbers, windows if size == 4 else 1)
+    if len(data) < _COUNTS_BYTES + layout.itemsize:
+        raise ValueError(_LIMITS)
+    # Earlier versions appended the step of each window.
+    stored = np.frombuffer(data, layout, 1, _COUNTS_BYTES)[0]
+    edges, folds, spread, factor, means, moves = (
         stored[name].astype(np.float64) for name in layout.names or ()
     )
     later = means[:1] + np.cumsum(moves * factor, axis=0)
-    sketch = Sketch(edges, folds, np.concatenate((means, later)), spread)
-    unknown = np.full(windows, np.nan)
-    return PathSketch(projection, sketch, steps if steps.size else unknown)
-
-
-def _checked_layout(data: bytes) -> tuple[int, int, np.dtype[Any]]:
-    """Return the number of windows, the projection and the layout of a sketch; raise ValueError if
-    it has another length."""
-    if len(data) >= _COUNTS_BYTES:
-        windows, numbers, size, projection = np.frombuffer(data[:_COUNTS_BYTES], "<i8").tolist()
-        are_few = 0 < windows <= MOST_WINDOWS and 0 < numbers <= MOST_NUMBERS
-        if are_few and size in (2, 4):
-            full = windows if size == 4 else 1
-            for clock in (0, windows):
-                layout = _layout(windows, numbers, full, clock)
-                if len(data) == _COUNTS_BYTES + layout.itemsize:
-                    return windows, projection, layout
-    raise ValueError(_LIMITS)
+    return PathSketch(projection, Sketch(edges, folds, np.concatenate((means, later)), spread))
 
 
 # --- values
@@ -304,21 +286,12 @@ def is_number(value: object) -> bool:
 
 # of numbers that may be negative; all others must not be
 ANY_SIGN = "of any sign"
-Time = Annotated[float, Rule("a time of training", lambda t: EARLIEST <= t <= LATEST)]
 Count = Annotated[int, Rule("a whole number above 0", lambda count: count > 0)]
 RunId = Annotated[
     str, Rule("32 hexadecimal digits", lambda text: re.fullmatch("[0-9a-f]{32}", text))
 ]
-Unit = Annotated[
-    str, Rule("a printable name of what t counts", lambda text: text and text.isprintable())
-]
-Widths = Annotated[tuple[float, ...], Rule("a list of numbers, at least one", len)]
-SampleText = Annotated[str, Rule("a sample", decode_sample)]
 SketchText = Annotated[str, Rule("a sketch", lambda text: not text or decode_path(text))]
-Part = Annotated[
-    tuple[int, int],
-    Rule("the number of a part and their count", lambda part: 0 < part[0] <= part[1]),
-]
+"""Values of states and of options, which have no checksums; a sealed header is trusted."""
 
 
 @dataclass(frozen=True)
@@ -326,11 +299,11 @@ class TrackingSchedule:
     """When a tracker updates its averages and writes snapshots, and their dtype; see
     `PostHocEMA.from_model`."""
 
-    update_every: Count = 10
-    checkpoint_every: Count = 1000
+    update_every: int = 10
+    checkpoint_every: int = 1000
     update_after_step: int = 0
-    max_checkpoints: Count | None = 20
-    checkpoint_dtype: Dtype | None = "F16"
+    max_checkpoints: int | None = 20
+    checkpoint_dtype: str | None = "F16"  # a safetensors name
     sigma_range: tuple[float, float] = USEFUL_RANGE
 
 
@@ -440,6 +413,12 @@ def statistics_notice(copies: Iterable[str]) -> str | None:
     )
 
 
+def warn_of_statistics(copies: Iterable[str]) -> None:
+    """Warn of BatchNorm statistics that an average has from the raw weights."""
+    if notice := statistics_notice(copies):
+        log.warning(notice)
+
+
 # --- the snapshot
 
 OUTSIDE_HEADER = ("path", "files", "entries")
@@ -457,42 +436,39 @@ class Snapshot(Source):
 
     A snapshot of a model that several processes hold in chunks is a folder with the name of the
     file, without the suffix. Each process that owns a chunk writes one file to it,
-    `part-00003-of-00008.safetensors`, a snapshot of its own tensors; `directory.joined` says what
-    parts share. Chunks of one tensor may have different stored dtypes, of which the widest holds
-    all values exactly; readers use that one. The snapshot is complete if all parts exist and belong
+    `part-00003-of-00008.safetensors`, a snapshot of its own tensors; `directory.join_parts` says
+    what parts share. Chunks of one tensor may have different stored dtypes, of which the widest
+    holds all values exactly; readers use that one. The snapshot is complete if all parts exist and
+    belong
     together, and the chunks of each tensor hold every element once, as the cells of a grid;
     otherwise readers ignore it. For the HuggingFaceStorageReader of torch.distributed.checkpoint,
     the metadata of each part also have DCP_SHARDING_INFO, a JSON object: name -> {"saved_offsets":
     offset} sorted by name, and DCP_VERSION "1.0".
     """
 
-    run_id: RunId  # 32 hexadecimal digits; equal in all snapshots of a run, and in no others
+    run_id: str  # 32 hexadecimal digits; equal in all snapshots of a run, and in no others
     sigma_rel: float  # width of the profile, as the user gave it
     gamma: Annotated[float, ANY_SIGN]  # exponent of the profile
-    sigma_rels: Widths  # of all profiles that the run tracks, increasing
-    t: Time
-    t_unit: Unit  # what `t` counts: "steps", "images", ...
+    sigma_rels: tuple[float, ...]  # of all profiles that the run tracks, increasing
+    t: float
+    t_unit: str  # what `t` counts: "steps", "images", ...
     step: int  # number of `update_` calls up to `t`
-    t_first: (
-        Time  # of the first update; the profile's mass before it applies to the values of that time
-    )
+    # of the first update; the profile's mass before it applies to the values of that time
+    t_first: float
     max_interval: float  # the longest interval between two updates since `t_first`
-    updates: Count  # number of updates in the average
-    schedule: (
-        TrackingSchedule  # the tracker's settings; `sigma_range` is what snapshots are kept for
-    )
+    updates: int  # number of updates in the average
+    # the tracker's settings; `sigma_range` is what snapshots are kept for
+    schedule: TrackingSchedule
     # The role of each tensor and its dtype in the model. "average": the weighted mean of a tensor;
     # "statistic": the same of BatchNorm's running mean or variance, which is not a weight; "copy":
     # the value at `t`. Averages may be stored in another dtype: `checkpoint_dtype`, or F32 if that
     # cannot hold a value. In the header: lists of names by role and dtype, such as {"average F32":
     # ["w", "b"], "copy I64": ["n"]}.
-    tensors: Annotated[dict[str, TrackedTensor], ungrouped]
+    tensors: Annotated[dict[str, TrackedTensor], ungroup_tensors]
     # of tied parameters: further name -> stored name
     aliases: dict[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()  # names in the model's state that the run does not track
     selection: Selection | None = None  # which tensors the run tracks
-    # written at the end or on request; later ones on the schedule do not depend on it
-    off_schedule: bool = False
     # Float64 sums over the elements of all averages in the file (not of statistics and copies), for
     # a large model estimated from a sample: of the squares of the exact average, and of (stored -
     # exact).
@@ -500,10 +476,10 @@ class Snapshot(Source):
     # Base64 of little-endian float32 values: for the elements that `places` names the
     # network's values at the last update, then as many of the exact average. A part has those in
     # its chunks.
-    sample: SampleText = ""
+    sample: str = ""
     # base64 of random projections of the network's path up to `t`, see `encode_path`
-    sketch: SketchText = ""
-    part: Part | None = None  # (3, 8) in the third of eight parts
+    sketch: str = ""
+    part: tuple[int, int] | None = None  # (3, 8) in the third of eight parts
     # of a part: each tensor's complete shape, and its place
     chunks: dict[str, Chunk] = field(default_factory=dict)
     # {"shape": [2, 4], "names": ["dp", "tp"]}
@@ -542,18 +518,14 @@ class Snapshot(Source):
         # Averages of float64 tensors are accumulated in float64, all others in float32.
         dtypes = {self.tensors[name].dtype for name in self.averages}
         eps = EPS["F64"]
-        gammas: tuple[float, ...] = ()
         if dtypes != {"F64"}:
             eps = EPS["F32"]
-            gammas = tuple(map(gamma_from_sigma_rel, self.sigma_rels))
         clock = Clock([self.step], [self.t])
         return StoredAverage(
             profile=self.profile,
-            updates=self.updates,
             eps=eps,
             measurements=self.measurements,
             steps=Steps(clock, self.schedule.update_every),
-            gammas=gammas,
             t_first=self.t_first,
         )
 
@@ -564,7 +536,8 @@ class Snapshot(Source):
             if each.name in OUTSIDE_HEADER:
                 continue
             value = getattr(self, each.name)
-            if value or not _is_optional(each):
+            is_zero = value == 0 and each.default is None
+            if value or is_zero or not _is_optional(each):
                 values[each.name] = value
         names = defaultdict(list)
         for name, tensor in self.tensors.items():
@@ -595,67 +568,15 @@ def decode_snapshot(file: TensorFile) -> Snapshot:
     """Return the snapshot, or the part of one, in a file; raise FileFormatError, naming the key, if
     it is invalid."""
     snapshot = decode(file, "snapshot", Snapshot)
-    if problem := _wrong_tables(snapshot, file.entries):
-        raise FileFormatError(file.path, f"ema: {problem}")
     return replace(snapshot, path=file.path, files=(file,), entries=file.entries)
 
 
-def _wrong_tables(snapshot: Snapshot, stored: Mapping[str, Entry]) -> str:
-    """Return how the tables of a header differ from the stored tensors; an empty text if they
-    fit."""
-    tensors = snapshot.tensors
-    chunks = snapshot.chunks if snapshot.part else {}
-    tables: dict[str, Mapping[str, object]] = {"tensors": tensors}
-    if snapshot.part:
-        tables["chunks"] = chunks
-    for key, table in tables.items():
-        differing = table.keys() ^ stored.keys()
-        if differing:
-            where = f"is in the payload or in {key}, but not in both"
-            return f"{key}: tensor {shown(min(differing))} {where}"
-    for name, entry in stored.items():
-        tensor = tensors[name]
-        if not _can_hold(entry.dtype, tensor):
-            kind = f"{tensor.role} of {tensor.dtype}"
-            return f"tensors: tensor {shown(name)}: {entry.dtype} cannot hold {kind}"
-    for alias, name in snapshot.aliases.items():
-        if name not in tensors or alias in tensors or alias == "__metadata__":
-            return f"aliases: {shown(alias)} must be a further name of a stored tensor"
-    for name, chunk in chunks.items():
-        reason = _wrong_chunk(chunk, stored[name].shape)
-        if reason:
-            return f"chunks: tensor {shown(name)}: {reason}"
-    return ""
-
-
-def _can_hold(dtype: str, tensor: TrackedTensor) -> bool:
-    if tensor.role == "copy":
-        return dtype == tensor.dtype
-    return dtype in EPS and tensor.dtype in EPS
-
-
-def _wrong_chunk(chunk: Chunk, shape: tuple[int, ...]) -> str:
-    if len(shape) == len(chunk.shape) == len(chunk.offset):
-        end = chunk.box(shape).end
-        if all(map(int.__le__, end, chunk.shape)):
-            return ""
-    return f"shape {list(shape)} at {list(chunk.offset)} is not within {list(chunk.shape)}"
-
-
-def ungrouped(lists: Any) -> dict[str, TrackedTensor]:
-    """Return the tensors of a header's lists of names by role and dtype; raise ValueError if they
-    are invalid."""
+def ungroup_tensors(lists: Any) -> dict[str, TrackedTensor]:
+    """Return the tensors of a header's lists of names by role and dtype."""
     tensors = dict[str, TrackedTensor]()
-    lists = converted(lists, dict[str, Any])
     for words, names in lists.items():
-        is_list = isinstance(names, list)
-        are_names = is_list and all(isinstance(name, str) for name in names)
-        _check(are_names, "a list of names", names)
         role, _, dtype = words.partition(" ")
-        tensor = converted({"role": role, "dtype": dtype}, TrackedTensor)
-        tensors |= dict.fromkeys(names, tensor)
-    count = sum(map(len, lists.values()))
-    _check(len(tensors) == count, "without a name twice", lists)
+        tensors |= dict.fromkeys(names, TrackedTensor(role, dtype))
     return tensors
 
 
@@ -689,12 +610,12 @@ class OutputInfo:
     """The content of the header of an output, the file that a synthesis writes: `kind` is
     "output"."""
 
-    run_id: RunId
+    run_id: str
     profile: str  # the target, for people: "sigma_rel 0.15", "beta 0.9999", ...
     sigma_rel: float | None  # None, like gamma, if the profile is not a power function
     gamma: Annotated[float, ANY_SIGN] | None
-    t: Time
-    t_unit: Unit
+    t: float
+    t_unit: str
     method: str
     profile_error: float  # relative L2 error between the profiles
     # expected relative L2 error of the weights; None if it is unknown
@@ -718,8 +639,8 @@ def decode(
     """Return the content of a file of a kind as the dataclass `form`; raise FileFormatError if it
     is invalid.
 
-    Types are checked; beyond that, a header with a valid checksum is trusted: checksums guard
-    against accidents and are not signatures.
+    A header with a valid checksum is trusted: checksums guard against accidents and are not
+    signatures.
     """
     number = file.content.get("format")
     if (file.kind, number) != (kind, FORMAT):
@@ -731,7 +652,7 @@ def decode(
         raise FileFormatError(file.path, reason)
     try:
         return cast(T, converted(file.content, form))
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise FileFormatError(file.path, f"ema: {error}") from None
 
 

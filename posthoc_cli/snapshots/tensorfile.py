@@ -64,7 +64,7 @@ from posthoc_cli.errors import (
 if TYPE_CHECKING:
     import torch
 
-    from posthoc_cli.remote.store import RemoteBytes
+    from posthoc_cli.remote import RemoteBytes
 
 SUFFIX = ".safetensors"
 FORMAT = 3
@@ -316,10 +316,14 @@ def named_on_error(path: Path, verb: str) -> Iterator[None]:
 
 
 class OpenedFile:
-    """A regular file or an object in a store, open for reading at any offset by any number of
-    threads.
+    """A regular file or one in a store, open for reading at any offset by any number of threads.
 
-    It is a context manager. `tag` is the identifier of an object's version; empty for a file.
+    It is a context manager.
+
+    Attributes:
+        size: its length in bytes.
+        tag: what a store says that differs for other content; empty for a file.
+        stamp: a value that changes when the file is written to, as it was at the opening.
     """
 
     def __init__(self, path: Path) -> None:
@@ -327,30 +331,29 @@ class OpenedFile:
         self.tag = ""
         self.remote: RemoteBytes | None = None
         with named_on_error(path, "opened"):
-            copy = path
             if files.is_url(path):
-                from posthoc_cli.remote import store
+                from posthoc_cli.remote import RemoteBytes
 
-                if not store.is_on_hub(str(path)):
-                    self.remote = store.RemoteBytes(path)
-                    self.size = self.remote.size
-                    self.tag = self.remote.tag
-                    return
-                copy = store.download(str(path))
-            self._descriptor = files.system.open(copy)
+                self.remote = RemoteBytes(path)
+                self.size = self.remote.size
+                self.tag = self.remote.tag
+                self.stamp: tuple[int, int | str] = self.size, self.tag
+                return
+            self._descriptor = files.system.open(path)
             status = os.fstat(self._descriptor)
             self.size = status.st_size
+            self.stamp = self.size, status.st_mtime_ns
             if not stat.S_ISREG(status.st_mode):
                 self.close()
                 raise UnsuitableError(path, "is not a regular file")
 
-    @property
-    def stamp(self) -> tuple[int, int | str]:
-        """A value that changes when the file is written to."""
+    def is_changed(self) -> bool:
+        """Find out whether the file was written to since the opening."""
         if self.remote:
-            return self.size, self.tag
+            with named_on_error(self.path, "read"):
+                return self.remote.stamp() != self.stamp
         status = os.fstat(self._descriptor)
-        return status.st_size, status.st_mtime_ns
+        return (status.st_size, status.st_mtime_ns) != self.stamp
 
     def read_into(self, view: memoryview, offset: int) -> int:
         """Fill `view` with the bytes from an offset on; return the number read, smaller only at the
@@ -531,7 +534,7 @@ class TensorFile:
             handle.file = None
             handle.reordered = None
         with file:
-            if kind is None and not self.sums and file.stamp != self.stamp:
+            if kind is None and not self.sums and file.is_changed():
                 raise FileFormatError(self.path, "was changed while it was being read", "run again")
 
     def read(

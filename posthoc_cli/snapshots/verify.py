@@ -16,9 +16,9 @@ from posthoc_cli.resources import ProgressBar, no_bar
 from posthoc_cli.snapshots.directory import (
     PICKLES,
     Directory,
-    inspected,
+    inspect_listing,
     is_parts_folder,
-    listed,
+    list_candidates,
 )
 from posthoc_cli.snapshots.outputs import (
     INDEX_NAME,
@@ -41,6 +41,7 @@ ACCEPTED = (
 
 # The states of a file.
 INTACT = "intact"  # unchanged since it was written
+UNCHANGED = "unchanged"  # of an import: its size and a sample of its content are as they were
 UNCHECKED = "unchecked"  # has no checksums: only its structure was checked
 DAMAGED = "damaged"  # changed since it was written, or not a file of this format
 # its content is unknown: the system refused to read it, or it is of a later release
@@ -69,7 +70,7 @@ class FileReport:
 
     @property
     def is_fine(self) -> bool:
-        return self.state in (INTACT, UNCHECKED)
+        return self.state in (INTACT, UNCHANGED, UNCHECKED)
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def verify(path: Path, progress: ProgressBar = no_bar) -> Verification:
     for file in listing.files:
         report = reports.get(file)
         headers.append(report and (report.error or report.header))
-    content = inspected(listing, headers)
+    content = inspect_listing(listing, headers)
     problems = [str(error) for error in content.problems if error not in headers]
     notes = [*content.notes]
     incomplete = {*content.incomplete}
@@ -208,7 +209,7 @@ def _listed(path: Path) -> tuple[Directory, list[Path], list[Path]]:
     listing = Directory(path, candidates={path: [path]})
     indexes = list[Path]()
     if path.is_dir():
-        listing = listed(path)
+        listing = list_candidates(path)
         indexes = _indexes_in(listing)
     elif files.is_absent(path):
         raise DirectoryError(path, "no such file or directory", ACCEPTED)
@@ -221,7 +222,7 @@ def _listed(path: Path) -> tuple[Directory, list[Path], list[Path]]:
     leftovers = [*listing.leftovers]
     for index in indexes:
         with suppress(DirectoryError):  # the files that it names are read in any case
-            inner = listed(index.parent)
+            inner = list_candidates(index.parent)
             shards += inner.files
             leftovers += inner.leftovers
         with suppress(FileFormatError):  # which is one of the problems in the end

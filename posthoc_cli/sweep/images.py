@@ -33,30 +33,29 @@ def image_type(content: bytes) -> str | None:
     return None
 
 
-def keep_images(
-    folder: Path,
-    kept: Path,
-    glob: str | None,
-) -> None:
-    """Move the newest MOST images of a trial from its folder to `kept`, which is made anew.
+def keep_images(folder: Path, kept: Path) -> None:
+    """Move the newest MOST images of a trial from its folder to `kept`, which is made anew, each
+    under its path.
 
-    `glob` is a pattern of their names, by default ENDINGS. Files that are not images, or are larger
-    than MOST_BYTES, are left, with a warning.
+    Files that are not images, or are larger than MOST_BYTES, are left, with a warning.
     """
     remove(kept)
-    paths = sorted(_images(folder, glob), key=lambda path: path.stat().st_mtime_ns)
-    if paths:
-        files.make_directory(kept)
+    paths = sorted(_images(folder), key=lambda path: path.stat().st_mtime_ns)
     for path in paths[-MOST:]:
-        name = str(path.relative_to(folder))
-        path.rename(kept / name.replace("/", "-"))
+        moved = kept / path.relative_to(folder)
+        files.make_directory(moved.parent)
+        path.rename(moved)
 
 
-def _images(folder: Path, glob: str | None) -> Iterator[Path]:
+def list_images(kept: Path) -> list[Path]:
+    """Return the images of a trial, by name."""
+    return sorted(path for path in kept.rglob("*") if path.is_file())
+
+
+def _images(folder: Path) -> Iterator[Path]:
     for path in folder.rglob("*"):
         name = path.relative_to(folder)
-        is_wanted = name.match(glob) if glob else name.suffix.lower() in ENDINGS
-        if not is_wanted or path.is_symlink() or not path.is_file():
+        if name.suffix.lower() not in ENDINGS or path.is_symlink() or not path.is_file():
             continue
         size = path.stat().st_size
         if size > MOST_BYTES:

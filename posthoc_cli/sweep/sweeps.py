@@ -1,9 +1,7 @@
-"""A sweep by the user's command, with a process and a record of each trial; and one in Python, by a
-function."""
+"""A sweep: the user's command, run for averages of several lengths, with a record of each trial."""
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import math
@@ -11,62 +9,59 @@ import re
 import shlex
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import safe_open
 
 from posthoc_cli import files
+from posthoc_cli.checkpoints.source import Checkpoint
 from posthoc_cli.errors import (
+    CommandError,
     FileFormatError,
     InvalidValueError,
     MismatchError,
     OutputExistsError,
-    PostHocError,
+    check_count,
+    percent,
     shown,
-    warn,
 )
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.export.like import check_shape
 from posthoc_cli.export.writing import SynthesisReport
+from posthoc_cli.planning import SMALL_LOSS
+from posthoc_cli.profiles import UNIFORM_SIGMA_REL, Point
 from posthoc_cli.resources import ProgressBar, no_bar
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots.directory import LOCK_NAME, DirectoryLock
-from posthoc_cli.snapshots.snapshot import (
-    Snapshot,
-    are_equal,
-    places,
-    recorded_weights,
-    statistics_notice,
-)
+from posthoc_cli.snapshots.snapshot import Snapshot, are_equal, places, recorded_weights
+from posthoc_cli.snapshots.sources import Source
 from posthoc_cli.snapshots.tensorfile import read_file
 from posthoc_cli.sweep import images
+from posthoc_cli.sweep.report import SweepReport
 from posthoc_cli.sweep.search import (
-    Average,
-    Axis,
-    Measure,
-    Search,
-    SweepReport,
+    LEAST_BUDGET,
+    USUAL_BUDGET,
+    Lengths,
     Trial,
-    good_range,
-    has_raw,
+    next_measurements,
 )
-from posthoc_cli.sweep.trials import Metric, TrialError, measure
+from posthoc_cli.sweep.trials import Metric, NoMetricError, TrialError, measure
 from posthoc_cli.targets import Mean, SigmaRel, Target
-from posthoc_cli.tracker import PostHocEMA
-from posthoc_cli.tracker.filling import swapped_in
 
 log = logging.getLogger(__name__)
 
 TRIALS = "trials.jsonl"  # the settings of the sweep, then a trial a line
 LOGS = "logs"
+LAST_WEIGHTS = "last weights"
 _PLACEHOLDER = re.compile(r"\{(weights|sigma_rel|seed|dir)\}")
 _SCRATCH = ".scratch"
 _DIRECTIONS = {True: "minimize", False: "maximize", None: "look"}
@@ -74,25 +69,33 @@ _OPERATORS = ("|", "||", "&&", ">", ">>", "<", "&>", "2>", "2>&1")
 _USE_A_SHELL = "pipes, variables, cd and the like need a shell: sh -c '...'"
 
 
+@dataclass(frozen=True)
+class Weights:
+    """Weights to measure: an average, or others that are compared with averages."""
+
+    title: str
+    sigma_rel: float | None
+    text: str  # what {sigma_rel} becomes
+    # writes them to a file, and returns the predicted error
+    write: Callable[[Path], float | None]
+
+
 @dataclass(eq=False)
 class Sweep:
     """A search for the best length of an average by a user's command; or, if `minimize` is None, a
     look at the images that it makes of some lengths."""
 
-    run: Run  # the snapshots. Raw weights are measured, too, if it has a checkpoint of the time `t`
+    run: Run
     # the command line, with `{weights}` and optionally `{sigma_rel}`, `{seed}`, `{dir}`
     command: str
     metric: Metric
     out: Path  # folder for the records, logs, images and the best average
-    # the lengths; by default every sigma_rel whose predicted error is below 1 %
-    axis: Axis | None = None
+    lengths: Lengths | None = None  # by default see `searchable_lengths`
     minimize: bool | None = True
-    repeats: int = 1  # trials of each length, with the seeds 0, 1, ...
-    budget: int = 20  # the most lengths to measure
+    budget: int = USUAL_BUDGET  # lengths of the grid
     t: float | None = None
     like: Path | None = None  # as in `Run.write`
-    raw: Path | None = None  # a checkpoint with the raw weights, if the run lacks them
-    images: str | None = None  # a glob of the images to keep; "none", or None for all
+    raw: Path | None = None  # a checkpoint with the last weights, if the run lacks them
     again: str = ""  # the command line that repeats this sweep
     # called with every trial when it ends, its number, and about how many there will be
     say: Callable[[Trial, int, int], None] = lambda *_: None
@@ -105,49 +108,49 @@ class Sweep:
             InvalidValueError: an argument cannot be used.
             OutputExistsError: the folder holds something else, such as another sweep.
             LockedError: another sweep is running in this folder.
-            PostHocError: two trials in a row have failed alike, or all have the same metric.
+            CommandError: the first trial has printed no metric, two trials in a row have failed
+                alike, or all have the same metric.
         """
-        self._check_command()
-        target: Target = SigmaRel(0.2)
-        if self.axis is not None:
-            target = self.axis.target(self.axis.high)
-        self.t = self._write(target, None, dry_run=True).plan.t
-        axis = self.axis or good_range(self.run, self.t)
-        report = SweepReport(
-            axis=axis,
+        check_command(self.command, self.metric, needs_images=self.minimize is None)
+        check_count("budget", self.budget, LEAST_BUDGET)
+        target: Target = SigmaRel(0.2 if self.lengths is None else self.lengths.high)
+        with muted_warnings():
+            self.t = self._write(target, None, dry_run=True).plan.t
+        lengths = self.lengths or searchable_lengths(self.run, self.t)
+        compared = self._compared_weights(self.t)
+        self._report = SweepReport(
+            lengths=lengths,
+            budget=self.budget,
+            compared=tuple(weights.title for weights in compared),
             metric=self.metric.key or "metric",
             minimize=self.minimize,
-            settings=self._describe(axis.kind),
+            settings=self._describe(),
             again=self.again,
         )
-        search = Search(
-            report=report,
-            budget=self.budget,
-            repeats=self.repeats,
-            repeats_known=self.repeats > 1 or "{seed}" in self.command,
-            measures_raw=self._measures_raw(self.t),
-        )
         with self._locked_folder():
-            self._search(search)
-            report = search.report
-            if report.estimate is not None:
-                report = replace(report, outputs=(self._write_best(report.best),))
-            elif not (self.out / images.FOLDER).is_dir():
-                reason = "no trial has left an image in {dir}"
-                raise PostHocError("the sweep", f"{reason}: {', '.join(images.ENDINGS)}")
-            report.write(self.out)
-            return report
+            recorded = self._recorded(self._report.settings)
+            known = [trial for trial in recorded if self._is_asked(trial)]
+            self._report = replace(self._report, trials=tuple(known))
+            with self.progress("measuring", self._expected) as advance:
+                advance(len(known))
+                for trial in self._measure_all(compared):
+                    self._record(trial)
+                    self.say(trial, len(self._report.trials), self._expected)
+                    advance(1)
+                    self._check_latest()
+            self._check_enough()
+            if self.minimize is not None:
+                path = self._write_best(self._report.best)
+                self._report = replace(self._report, outputs=(path,))
+            self._report.write(self.out)
+            return self._report
 
-    def _measures_raw(self, t: float) -> bool:
-        """Return whether there are raw weights to measure; raise an InvalidValueError if some are
-        named although the run contains those of time `t`."""
-        contains_raw = has_raw(self.run, t)
-        if contains_raw and self.raw is not None:
-            reason = "is not needed: the run contains the raw weights of this time"
-            raise InvalidValueError("raw", reason, value=self.raw)
-        return contains_raw or self.raw is not None
+    def _is_asked(self, trial: Trial) -> bool:
+        if trial.sigma_rel is None:
+            return trial.target in self._report.compared
+        return trial.sigma_rel in self._report.lengths
 
-    def _describe(self, kind: str) -> dict[str, Any]:
+    def _describe(self) -> dict[str, Any]:
         """Return what all trials of the folder have in common."""
         return {
             "run": self.run.sources[-1].run_id,
@@ -155,136 +158,81 @@ class Sweep:
             "command": self.command,
             "metric": None if self.minimize is None else self.metric.text,
             "direction": _DIRECTIONS[self.minimize],
-            "kind of length": kind,
             "like": None if self.like is None else str(self.like.resolve()),
         }
 
-    def _search(self, search: Search) -> None:
-        """Go on from the recorded trials, and record those that follow."""
-        axis = search.report.axis
-        recorded = self._recorded(search.report.settings)
-        known = [trial for trial in recorded if trial.x is None or trial.x in axis]
-        search.report = replace(search.report, trials=tuple(known))
-        with self.progress("measuring", search.expected) as advance:
-            advance(len(known))
-            for trial in search.run(lambda x: self._average(axis, x)):
-                self._record(trial)
-                report = search.report
-                self.say(trial, len(report.trials), search.expected)
-                advance(1)
-                if report.estimate is not None:  # if the next trial is interrupted, this is known
-                    report.write(self.out)
-
-    def _write_best(self, best: Target) -> Path:
-        path = self.out / f"best{self._suffix}"
-        if not self._suffix:  # a folder is never overwritten
-            images.remove(path)
-        self._write(best, path, overwrite=bool(self._suffix))
-        return path
-
-    def _check_command(self) -> None:
-        """Raise an InvalidValueError if the command cannot be used."""
-        try:
-            words = shlex.split(self.command)
-        except ValueError as error:
-            raise self._unusable(f"cannot be split into words: {error}") from error
-        if not any("{weights}" in word for word in words):
-            raise self._unusable("must contain {weights}, which becomes the path of the average")
-        if self.minimize is None and self.images == "none":
-            raise InvalidValueError("images", "would leave nothing to look at", value="none")
-        if "{dir}" not in self.command:
-            if self.metric.file is not None:
-                file = "the folder that is searched for the file with the metric"
-                raise self._unusable(f"must contain {{dir}}, {file}")
-            if self.minimize is None or self.images not in (None, "none"):
-                raise self._unusable("must contain {dir}, the folder for the images")
-        _check_program(words)
-
-    def _unusable(self, reason: str) -> InvalidValueError:
-        return InvalidValueError("command", reason, value=self.command or "(empty)")
-
-    @contextmanager
-    def _locked_folder(self) -> Iterator[None]:
-        """Make and lock the folder of the sweep; remove averages that a killed sweep has left, and
-        at the end ours."""
-        files.check_parent(self.out)
-        files.check_folder(self.out)
-        names = set[str]()
-        if self.out.is_dir():
-            names = {path.name for path in files.system.list(self.out)}
-        if names - {LOCK_NAME, LOGS, _SCRATCH} and TRIALS not in names:
-            # A sweep might replace or remove files of other programs that have the same names as
-            # its own.
-            reason = "is not empty, and not the folder of a sweep"
-            raise OutputExistsError(self.out, reason, "name another folder")
-        files.make_directory(self.out / LOGS)
-        with DirectoryLock(self.out):
-            try:
-                images.remove(self.out / _SCRATCH)
-                yield
-            finally:
-                images.remove(self.out / _SCRATCH)
-
     @property
-    def _suffix(self) -> str:
-        if self.like is None:
-            return ".safetensors"
-        return "" if self.like.is_dir() else self.like.suffix
+    def _expected(self) -> int:
+        """About how many trials there will be; of a list, exactly."""
+        report = self._report
+        planned = len(report.compared) + len(report.lengths.grid(self.budget))
+        if self.minimize is not None and not report.lengths.listed:
+            planned += 2  # the best length, and once more
+        return max(planned, len(report.trials))
 
-    def _write(
-        self,
-        target: Target,
-        path: Path | None,
-        **options: Any,
-    ) -> SynthesisReport:
+    # --- the weights to measure
+
+    def _compared_weights(self, t: float) -> list[Weights]:
+        """Return what averages are compared with: the user's own newest EMA, and the last weights,
+        as far as they are known."""
+        compared = []
+        own = None
+        last = None
+        for source in self.run.sources:
+            if isinstance(source, Checkpoint) and source.decay and source.t <= t:
+                own = source
+            if isinstance(source.profile, Point) and source.t == t:
+                last = source
+        if own is not None:
+            title = f"your EMA ({own.decay:.7g})"
+            compared.append(Weights(title, None, "ema", partial(self._copy, own)))
+        if last is not None and self.raw is not None:
+            reason = "is not needed: the run contains the last weights"
+            raise InvalidValueError("raw", reason, value=self.raw)
+        if last is not None:
+            compared.append(Weights(LAST_WEIGHTS, None, "raw", partial(self._copy, last)))
+        elif self.raw is not None:
+            compared.append(Weights(LAST_WEIGHTS, None, "raw", self._write_raw))
+        return compared
+
+    def _average(self, sigma_rel: float) -> Weights:
+        target = SigmaRel(sigma_rel)
+
+        def write(path: Path) -> float | None:
+            return self._write(target, path).plan.predicted_error(0)
+
+        return Weights(target.title, sigma_rel, f"{sigma_rel!r}", write)
+
+    def _write(self, target: Target, path: Path | None, **options: Any) -> SynthesisReport:
         written = self.run.write(target, path, t=self.t, like=self.like, **options)
         assert written is not None  # as of a process other than the first one
         return written
 
-    # --- trials
+    def _copy(self, source: Source, path: Path) -> None:
+        """Write an average or weights as they are stored."""
+        StoredRun(self.run.directory, source).write(Mean(1), path, like=self.like)
 
-    @contextmanager
-    def _average(
-        self,
-        axis: Axis,
-        x: float | None,
-    ) -> Iterator[tuple[Measure, float | None]]:
-        """Make an average or the raw weights; yield what runs the command with a seed, and the
-        predicted error."""
-        scratch = (self.out / _SCRATCH).absolute()  # the command may change the directory
-        files.make_directory(scratch)
-        weights = scratch / f"weights{self._suffix}"
-        error = None
-        if x is not None:
-            written = self._write(axis.target(x), weights)
-            error = written.plan.predicted_error(0)
-        elif self.raw is not None:
-            self._write_raw(self.raw, weights)
-        else:
-            self._write(Mean(1), weights)
-        yield functools.partial(self._evaluate, weights), error
-        images.remove(scratch)
-
-    def _write_raw(self, raw: Path, weights: Path) -> None:
-        """Write the raw weights of a checkpoint as averages are written."""
-        plain = weights.with_name("raw.safetensors")
+    def _write_raw(self, path: Path) -> None:
+        """Write the weights in the checkpoint `raw` as averages are written."""
+        raw = self.raw
+        assert raw is not None
+        plain = path.with_name("raw.safetensors")
         try:
             export_file(raw, plain, weights=True)
         except InvalidValueError:  # a file of nothing but weights
             export_file(raw, plain)
-        names = read_file(plain).entries.keys()
-        lacking = self.run.tensors.keys() - names
+        lacking = self.run.tensors.keys() - read_file(plain).entries.keys()
         if lacking:
             reason = f"lacks tensor {shown(min(lacking))} of the averages"
             raise MismatchError(raw, reason)
         self._warn_of_other_step(raw, plain)
         if self.like is None:
-            plain.rename(weights)
+            plain.rename(path)
         else:
-            export_file(plain, weights, like=self.like)
+            export_file(plain, path, like=self.like)
 
     def _warn_of_other_step(self, raw: Path, plain: Path) -> None:
-        """Warn if raw weights are not those that the hook has recorded with the snapshots of the
+        """Warn if weights are not those that the hook has recorded with the snapshots of the
         averages' time."""
         snapshots = []
         for source in self.run.sources:
@@ -312,43 +260,144 @@ class Sweep:
                 newest.step,
             )
 
+    def _write_best(self, sigma_rel: float) -> Path:
+        path = self.out / f"best{self._suffix}"
+        if not self._suffix:  # a folder is never overwritten
+            images.remove(path)
+        self._write(SigmaRel(sigma_rel), path, overwrite=bool(self._suffix))
+        return path
+
+    @property
+    def _suffix(self) -> str:
+        if self.like is None:
+            return ".safetensors"
+        return "" if self.like.is_dir() else self.like.suffix
+
+    # --- trials
+
+    def _measure_all(self, compared: Sequence[Weights]) -> Iterator[Trial]:
+        """Yield each trial when it has ended; the report then has it."""
+        known = {trial.target for trial in self._report.trials}
+        for weights in compared:
+            if weights.title not in known:
+                yield self._measure(weights, 0)
+        while True:
+            report = self._report
+            batch = next_measurements(report.trials, report.lengths, self.budget, self.minimize)
+            if not batch:
+                return
+            for sigma_rel, seed in batch:
+                yield self._measure(self._average(sigma_rel), seed)
+            self._check_enough()
+
+    def _measure(self, weights: Weights, seed: int) -> Trial:
+        """Make weights, run the command, and add the trial to the report."""
+        scratch = (self.out / _SCRATCH).absolute()  # the command may change the directory
+        files.make_directory(scratch)
+        path = scratch / f"weights{self._suffix}"
+        with muted_warnings():
+            predicted_error = weights.write(path)
+        trial = Trial(weights.title, weights.sigma_rel, seed, predicted_error=predicted_error)
+        started = time.monotonic()
+        try:
+            value, noise = self._evaluate(path, trial, weights.text)
+            trial = replace(trial, value=value, standard_error=noise)
+        except NoMetricError as failure:
+            if not self._report.trials:
+                raise CommandError("--run", str(failure), failure.hint) from failure
+            trial = replace(trial, error=str(failure))
+        except TrialError as failure:
+            trial = replace(trial, error=str(failure))
+        trial = replace(trial, seconds=time.monotonic() - started)
+        self._report = replace(self._report, trials=(*self._report.trials, trial))
+        images.remove(scratch)
+        return trial
+
     def _evaluate(
         self,
-        weights: Path,
+        path: Path,
         trial: Trial,
+        text: str,
     ) -> tuple[float | None, float | None]:
         """Run the command; return the metric and its standard error, or raise a TrialError."""
         # Each trial has a new folder: the process of a killed sweep may still write to its old one.
-        folder = Path(tempfile.mkdtemp(prefix=f"{trial.name}-", dir=weights.parent))
-        length = "raw"
-        if trial.x is not None:
-            length = str(trial.x).removesuffix(".0")
-        texts = {
-            "weights": weights,
-            "sigma_rel": length,
-            "seed": trial.seed,
-            "dir": folder,
-        }
-        words = [
-            _PLACEHOLDER.sub(lambda match: str(texts[match[1]]), word)
-            for word in shlex.split(self.command)
-        ]
+        folder = Path(tempfile.mkdtemp(prefix=f"{trial.name}-", dir=path.parent))
+        texts = {"weights": path, "sigma_rel": text, "seed": trial.seed, "dir": folder}
+        words = []
+        for word in shlex.split(self.command):
+            words.append(_PLACEHOLDER.sub(lambda match: str(texts[match[1]]), word))
         metric = None if self.minimize is None else self.metric
         try:
             measured = measure(words, folder, self.out / LOGS / trial.name, metric)
-            if self.images != "none":
-                kept = self.out / images.FOLDER / trial.name
-                images.keep_images(folder, kept, self.images)
+            images.keep_images(folder, self.out / images.FOLDER / trial.name)
             return measured
         finally:
             images.remove(folder)
 
-    # --- the record
+    def _check_latest(self) -> None:
+        """Raise a CommandError after two trials that failed alike, as all others would."""
+        last = self._report.trials[-1]
+        causes = []
+        for trial in self._report.trials[-2:]:
+            cause, _, _ = (trial.error or "").partition(": ")
+            causes.append(cause)
+        if last.error and causes == causes[:1] * 2:
+            reason = f"two trials in a row have failed alike; the last one: {last.target}"
+            raise CommandError("the sweep", f"{reason}: {last.error}")
+        averages = [trial for trial in self._report.trials if trial.sigma_rel is not None]
+        values = [trial.value for trial in averages if trial.value is not None]
+        if len(values) == 2 and values[0] == values[1]:
+            doubt = "does the evaluation use the weights?"
+            log.warning("two lengths have the same metric, %s: %s", last.value, doubt)
 
-    def _recorded(
-        self,
-        asked: dict[str, Any],
-    ) -> list[Trial]:
+    def _check_enough(self) -> None:
+        """Raise a CommandError if too many lengths have failed, or all have the same metric; of a
+        look, if it has no image."""
+        if self.minimize is None:
+            if not (self.out / images.FOLDER).is_dir():
+                reason = "no trial has left an image in {dir}"
+                raise CommandError("the sweep", f"{reason}: {', '.join(images.ENDINGS)}")
+            return
+        report = self._report
+        values = {}
+        for trial in report.trials:
+            if trial.sigma_rel is not None and trial.value is not None:
+                values[trial.sigma_rel] = trial.value
+        least = min(3, max(2, len(report.lengths.grid(self.budget)) - 1))  # of three one may fail
+        if len(values) < least:
+            failed = [trial for trial in report.trials if trial.error]
+            reason = f"{len(failed)} of {len(report.trials)} trials have failed, too many to choose"
+            last = f"the last one: {failed[-1].target}: {failed[-1].error}"
+            raise CommandError("the sweep", f"{reason}; {last}")
+        if len({*values.values()}) == 1:
+            reason = f"every trial has the same metric, {next(iter(values.values())):.12g}"
+            raise CommandError("the sweep", reason, "does the evaluation use the weights?")
+
+    # --- the folder
+
+    @contextmanager
+    def _locked_folder(self) -> Iterator[None]:
+        """Make and lock the folder of the sweep; remove averages that a killed sweep has left, and
+        at the end ours."""
+        files.check_parent(self.out)
+        files.check_folder(self.out)
+        names = set[str]()
+        if self.out.is_dir():
+            names = {path.name for path in files.system.list(self.out)}
+        if names - {LOCK_NAME, LOGS, _SCRATCH} and TRIALS not in names:
+            # A sweep might replace or remove files of other programs that have the same names as
+            # its own.
+            reason = "is not empty, and not the folder of a sweep"
+            raise OutputExistsError(self.out, reason, "name another folder")
+        files.make_directory(self.out / LOGS)
+        with DirectoryLock(self.out):
+            try:
+                images.remove(self.out / _SCRATCH)
+                yield
+            finally:
+                images.remove(self.out / _SCRATCH)
+
+    def _recorded(self, asked: dict[str, Any]) -> list[Trial]:
         """Return the recorded trials that succeeded, the last of repeated ones; raise an
         OutputExistsError if they are of another sweep."""
         path = self.out / TRIALS
@@ -357,14 +406,15 @@ class Sweep:
             return []
         recorded = {}
         try:
-            first, *trials = map(json.loads, path.read_text().splitlines())
+            first, *entries = map(json.loads, path.read_text().splitlines())
             settings = {**first}
-            for entry in trials:
-                trial = Trial(**entry)
+            for entry in entries:
+                trial = trial_from_json(entry)
                 if trial.error is None:
                     recorded[trial.target, trial.seed] = trial
         except (ValueError, TypeError) as error:
-            raise FileFormatError(path, "is not a sweep's record", "name another folder") from error
+            reason = "is not the record of a sweep"
+            raise FileFormatError(path, reason, "name another folder") from error
         if not recorded:  # nothing to lose: the call may have been wrong
             self._write_lines([json.dumps(asked)])
             return []
@@ -386,8 +436,100 @@ class Sweep:
         files.write_atomically(self.out / TRIALS, text.encode(), overwrite=True)
 
 
-def _check_program(words: Sequence[str]) -> None:
-    """Raise an InvalidValueError unless the words of a command can be run without a shell."""
+class StoredRun(Run):
+    """One stored average of a run, or its weights at one time, as a run."""
+
+    def __init__(self, directory: Path, source: Source) -> None:
+        super().__init__(directory)
+        self._source = source
+
+    @property
+    def sources(self) -> list[Source]:
+        return [self._source]
+
+    def _checked_sources(self) -> list[Source]:
+        return self.sources
+
+
+def trial_from_json(entry: dict[str, Any]) -> Trial:
+    """Return a recorded trial; raise a TypeError or ValueError if a value is of another kind."""
+    trial = Trial(**entry)
+    for value in (trial.sigma_rel, trial.value, trial.standard_error, trial.predicted_error):
+        if value is not None and not math.isfinite(value):
+            raise ValueError("a number that is not finite")
+    if not isinstance(trial.target, str) or not isinstance(trial.seed, int):
+        raise TypeError("no title or seed")
+    if trial.sigma_rel is not None:
+        return replace(trial, target=SigmaRel(trial.sigma_rel).title)
+    return trial
+
+
+@contextmanager
+def muted_warnings() -> Iterator[None]:
+    """Mute the warnings of inexact averages, of which a sweep has said the range before."""
+    planning = logging.getLogger("posthoc_cli.synthesis.plan")
+    was_disabled = planning.disabled
+    planning.disabled = True
+    try:
+        yield
+    finally:
+        planning.disabled = was_disabled
+
+
+# --- what to search, and by which command
+
+
+def searchable_lengths(run: Run, t: float) -> Lengths:
+    """Return the widest range of sigma_rel whose lost gain is below SMALL_LOSS.
+
+    Without one, return the range from the mean of the last two stored times to the mean of all, and
+    warn of what they lose.
+    """
+    curve = run.error_curve(t=t)
+    ranges = curve.ranges_below(SMALL_LOSS)
+    if ranges:
+        low, high = max(ranges, key=lambda ends: ends[1] / ends[0])
+        return Lengths(round(low, 4), round(high, 4))
+    times = sorted({source.t for source in run.sources if source.t <= t})
+    if len(times) < 3:
+        reason = f"{len(times)} times are too few to search"
+        raise InvalidValueError(run.directory, reason, "name lengths by `sigma_rel`")
+    # that of a uniform mean over a window, as a fraction of t
+    spacing = UNIFORM_SIGMA_REL * (t - times[-3]) / t
+    whole = UNIFORM_SIGMA_REL * (t - times[0] + t - times[-2]) / t
+    lengths = Lengths(round(spacing, 4), min(round(whole, 4), 0.28))
+    is_searched = (curve.sigma_rels >= lengths.low) & (curve.sigma_rels <= lengths.high)
+    losses = curve.lost_gain[is_searched]
+    log.warning(
+        "%s: searching sigma_rel %g to %g, from the mean of the last two files to that of all: "
+        "lost gain %s to %s; %s",
+        run.directory,
+        lengths.low,
+        lengths.high,
+        percent(float(losses.min())),
+        percent(float(losses.max())),
+        "`ema guide exactness` says what that costs",
+    )
+    return lengths
+
+
+def check_command(command: str, metric: Metric, needs_images: bool) -> None:
+    """Raise an InvalidValueError if the command cannot be used."""
+    value = command or "(empty)"
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        reason = f"cannot be split into words: {error}"
+        raise InvalidValueError("command", reason, value=value) from error
+    if not any("{weights}" in word for word in words):
+        reason = "must contain {weights}, which becomes the path of the average"
+        raise InvalidValueError("command", reason, value=value)
+    if "{dir}" not in command and metric.file is not None:
+        reason = "must contain {dir}, the folder that is searched for the file with the metric"
+        raise InvalidValueError("command", reason, value=value)
+    if "{dir}" not in command and needs_images:
+        reason = "must contain {dir}, the folder for the images"
+        raise InvalidValueError("command", reason, value=value)
     operators = [word for word in words if word in _OPERATORS]
     if operators:
         reason = "is for a shell, without which the command is run"
@@ -399,153 +541,3 @@ def _check_program(words: Sequence[str]) -> None:
     script = words[1] if len(words) > 1 else ""
     if script.endswith((".py", ".sh")) and not Path(script).is_file():
         raise InvalidValueError("command", "no such file", value=script)
-
-
-# --- in Python
-
-
-def sweep(
-    run: Run | PostHocEMA | str | Path,
-    metric: Callable[[Any], float | tuple[float, float]],
-    *,
-    model: torch.nn.Module | None = None,
-    low: float | None = None,
-    high: float | None = None,
-    values: Sequence[float] | None = None,
-    minimize: bool = True,
-    repeats: int = 1,
-    budget: int = 20,
-    name: str = "metric",
-) -> SweepReport:
-    """Find the best sigma_rel by a metric, in memory.
-
-    Arguments:
-        run: snapshots or checkpoints, or a tracker, which may be training. Raw weights are
-            measured, too, if they are available: in the model that the tracker averages, or in a
-            checkpoint of the newest time.
-        metric: a function of `model` with the averaged weights, in eval mode, or without a model of
-            the weights by name; returns the metric, or a tuple of the metric and its standard
-            error. Random seeds are up to it.
-        model: receives the weights of each average in place, and is restored afterwards.
-        low, high: ends of the range; by default the range where the predicted error is below 1 %.
-        values: the lengths to measure, instead of a search.
-        repeats: calls for each length.
-        budget: the most lengths to measure.
-        name: of the metric in the report.
-
-    Raises:
-        InvalidValueError: an argument cannot be used.
-        PostHocError: the metric was finite for too few lengths, or the same for all.
-    """
-    if not callable(metric):
-        reason = "must be a function of a model, or of weights by name"
-        raise InvalidValueError("metric", reason, value=shown(metric))
-    averages = _Averages(run, model)
-    stored = averages.run
-    newest = stored.sources[-1]
-    if notice := statistics_notice(newest.copies):
-        warn(notice)
-    report = SweepReport(
-        axis=_axis(stored, low, high, values),
-        metric=name,
-        minimize=minimize,
-        settings={"run": newest.run_id, "t": averages.t, "command": None},
-    )
-    search = Search(
-        report=report,
-        budget=budget,
-        repeats=repeats,
-        repeats_known=repeats > 1,
-        measures_raw=averages.are_raw_known,
-    )
-
-    for _ in search.run(averages.measured_by(metric)):
-        pass
-    return search.report
-
-
-def _axis(
-    run: Run,
-    low: float | None,
-    high: float | None,
-    values: Sequence[float] | None,
-) -> Axis:
-    if values is not None:
-        return Axis.of_values("sigma_rel", values)
-    if low is not None and high is not None:
-        return Axis("sigma_rel", low, high)
-    good = good_range(run, run.t)
-    return Axis("sigma_rel", low or good.low, high or good.high)
-
-
-class _Averages:
-    """The arguments of the metric of a sweep in Python."""
-
-    def __init__(
-        self,
-        run: Run | PostHocEMA | str | Path,
-        model: torch.nn.Module | None,
-    ) -> None:
-        self.tracker = run if isinstance(run, PostHocEMA) else None
-        stored = run.run if isinstance(run, PostHocEMA) else run
-        self.run = stored if isinstance(stored, Run) else Run(stored)
-        self.model = model
-        self._is_tracked = (
-            model is not None and self.tracker is not None and self.tracker.tracks(model)
-        )
-
-    @property
-    def t(self) -> float:
-        return self.run.t if self.tracker is None else self.tracker.t
-
-    @property
-    def are_raw_known(self) -> bool:
-        return self._is_tracked or has_raw(self.run, self.run.t)
-
-    def measured_by(self, metric: Callable[[Any], Any]) -> Average:
-        @contextmanager
-        def average(x: float | None) -> Iterator[tuple[Measure, float | None]]:
-            with self.at(x) as (averaged, error):
-                yield lambda _: _checked(metric(averaged)), error
-
-        return average
-
-    @contextmanager
-    def at(
-        self,
-        x: float | None,
-    ) -> Iterator[tuple[Any, float | None]]:
-        """Yield the argument of the metric for a length, or None for the raw weights, and the
-        predicted error."""
-        model = self.model
-        tracker = self.tracker
-        if model is not None and self._is_tracked and x is None:
-            with swapped_in(model, {}):  # keeps its weights, and is only put into eval mode
-                yield model, None
-        elif model is not None and tracker is not None and x is not None:
-            with tracker.model(model, sigma_rel=x):
-                yield model, None
-        else:
-            if tracker is not None and x is not None:
-                weights = tracker.state_dict(sigma_rel=x)
-            else:
-                weights = self.run.average(Mean(1) if x is None else x)
-            error = None if x is None else weights.predicted_error
-            with nullcontext() if model is None else swapped_in(model, weights):
-                yield weights if model is None else model, error
-
-
-def _checked(result: Any) -> tuple[float, float | None]:
-    """Return what a metric has returned, as a number and its standard error; raise an
-    InvalidValueError if it is something else, and a TrialError if it is not finite."""
-    try:
-        value, error = result if isinstance(result, tuple) else (result, None)
-        number = float(value)
-        noise = float(error) if error is not None and 0 < error < math.inf else None
-    except (TypeError, ValueError, RuntimeError) as cause:
-        raise InvalidValueError(
-            "metric", "must return a number, or a number and its standard error"
-        ) from cause
-    if not math.isfinite(number):
-        raise TrialError(f"its metric is {number}")
-    return number, noise

@@ -30,11 +30,20 @@ _TAIL = 10_000_000  # bytes at the end of standard output that are searched for 
 _END_OF_LOG = 300  # bytes at the end of a log that a message shows
 _BEGIN_OF_JSON = re.compile(r'[^\S\n]*(?=\{\s*["}]|\[)')
 _REST_OF_LINE = re.compile(r"[^\S\n]*(?=\n|$)")
-_NUMBER = r"([-+]?(?:\d*\.?\d+(?:e[-+]?\d+)?|nan|inf))(?!\w|[.,]\d)"
+_NUMBER = r"(?:\s*[:=]\s*|\s+)([-+]?(?:\d*\.?\d+(?:e[-+]?\d+)?|nan|inf))(?!\w|[.,]\d)"
+_NAMED_NUMBER = re.compile(rf"([A-Za-z][\w.]*){_NUMBER}", re.IGNORECASE)
 
 
 class TrialError(Exception):
     """A trial has no usable metric; the text says why."""
+
+
+class NoMetricError(TrialError):
+    """The metric is found nowhere; `hint` says how to find it, in terms of our own options."""
+
+    def __init__(self, reason: str, hint: str) -> None:
+        super().__init__(reason)
+        self.hint = hint
 
 
 def measure(
@@ -54,19 +63,19 @@ def measure(
     for path in (out, err):
         # the process of a killed sweep may still write to the old file
         files.unlink_if_exists(path)
-    logs = [err, out]
     try:
         _run(words, out, err)
-        logs.reverse()  # the metric is looked for on standard output
-        return (None, None) if metric is None else metric.read(out, folder)
     except TrialError as error:
-        for path in logs:
-            text = _read_tail(path, _END_OF_LOG).strip()
-            if path == err:  # of a traceback the last line says most
-                text = text[text.rfind("\n") + 1 :]
-            if text:
-                raise TrialError(f"{error}: {printable(' '.join(text.split()))}") from error
-        raise TrialError(f"{error}: it wrote nothing") from error
+        raise TrialError(f"{error}: {_last_words(out, err)}") from error
+    return (None, None) if metric is None else metric.read(out, folder)
+
+
+def _last_words(out: Path, err: Path) -> str:
+    """Return the last line of standard error, which says most of a traceback, or else the end of
+    standard output."""
+    _, _, line = _read_tail(err, _END_OF_LOG).strip().rpartition("\n")
+    text = line or " ".join(_read_tail(out, _END_OF_LOG).split())
+    return printable(text) or "it wrote nothing"
 
 
 def _run(
@@ -158,25 +167,40 @@ class Metric:
         """Return the metric and its standard error, if any; raise a TrialError if there is no
         metric."""
         if self.file is None:
-            values = [*_printed(_read_tail(stdout, _TAIL), self.key)]
-            reason = "no line of its standard output is a number"
-            if self.key is None:
-                reason += " alone (--metric names the word before one)"
-            else:
-                reason += f", or has one after {shown(self.key)}"
+            text = _read_tail(stdout, _TAIL)
+            values = [*_printed(text, self.key)]
         else:
             path, value = _stored(folder, self.file)
             values = [value]
-            reason = f"{path.name} has no member {shown(self.key)}"
         objects = [_members(value) for value in reversed(values)]
         key = self.key or ""
         for name in (key, ""):
             for members in objects:
                 if name in members:
                     return _checked(members, name)
-        names = dict.fromkeys(chain.from_iterable(objects))
-        closest = get_close_matches(key, names, 5, 0)
-        raise TrialError(reason + _listed(closest))
+        keys = [*dict.fromkeys(chain.from_iterable(objects))]
+        if self.file is None:
+            raise _nothing_printed(text, self.key, keys)
+        closest = get_close_matches(key, keys, 5, 0)
+        reason = f"{path.name} has no member {shown(self.key)}{_listed(closest)}"
+        raise NoMetricError(reason, "")
+
+
+def _nothing_printed(text: str, key: str | None, keys: list[str]) -> NoMetricError:
+    """Return the error for an output without the metric, which says what its last line is."""
+    reason = "no line of its standard output is a number alone"
+    if key is not None:
+        reason = f"its standard output has no number after {shown(key)}"
+    _, _, last = text.strip()[-_END_OF_LOG:].rpartition("\n")
+    if last:
+        reason += f"; the last line is `{printable(last.strip())}`"
+    else:
+        reason += ", and is empty"
+    names = get_close_matches(key or "", keys, 3, 0) or [
+        name for name, _ in _NAMED_NUMBER.findall(last)
+    ]
+    hint = f"add `metric` {' or '.join(names)}" if names else ""
+    return NoMetricError(reason, hint)
 
 
 def _checked(
@@ -196,9 +220,7 @@ def _printed(text: str, key: str | None) -> Iterator[Any]:
     more complete lines."""
     text = text.replace("\r", "\n")
     end = 0
-    named = re.compile(
-        rf"(?<![\w.]){re.escape(key or '')}(?:\s*[:=]\s*|\s+){_NUMBER}", re.IGNORECASE
-    )
+    named = re.compile(rf"(?<![\w.]){re.escape(key or '')}{_NUMBER}", re.IGNORECASE)
     for line in re.finditer(r"^.+$", text, re.MULTILINE):
         if line.start() < end:
             continue  # within a JSON value

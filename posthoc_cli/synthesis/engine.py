@@ -204,35 +204,34 @@ def tile_size(targets: int) -> int:
 
 
 def cut_tiles(
-    parts: Sequence[Combination],
+    plan: Combination,
     targets: int,
     device: torch.device,
 ) -> list[Tile]:
-    """Return the tiles of all tensors; those of one tensor are consecutive."""
+    """Cut all tensors into tiles; those of one tensor are consecutive."""
     tiles = list[Tile]()
-    for plan in parts:
-        statistics = running_statistics(plan.newest.tensors)
-        batches = defaultdict[Kind, list[str]](list)
-        sizes = Counter[Kind]()
-        for name in plan.tensors:
-            kind = _kind_of(plan, name, statistics, device)
-            size = plan.box(name).size
-            if size > BLOCK or name in plan.boxes:
-                tiles += _cut(plan, kind, name, tile_size(targets))
-                continue
-            is_full = len(batches[kind]) == MAX_BATCH
-            if is_full or sizes[kind] + size > BLOCK:
-                names = batches.pop(kind)
-                tiles.append(_batch(plan, kind, names))
-                sizes[kind] = 0
-            batches[kind].append(name)
-            sizes[kind] += size
-        for kind, names in batches.items():
-            tiles.append(_batch(plan, kind, names))
+    statistics = running_statistics(plan.newest.tensors)
+    batches = defaultdict[Kind, list[str]](list)
+    sizes = Counter[Kind]()
+    for name in plan.tensors:
+        kind = _tile_kind(plan, name, statistics, device)
+        size = plan.box(name).size
+        if size > BLOCK or name in plan.boxes:
+            tiles += _cut_tensor(plan, kind, name, tile_size(targets))
+            continue
+        is_full = len(batches[kind]) == MAX_BATCH
+        if is_full or sizes[kind] + size > BLOCK:
+            names = batches.pop(kind)
+            tiles.append(_join_tensors(plan, kind, names))
+            sizes[kind] = 0
+        batches[kind].append(name)
+        sizes[kind] += size
+    for kind, names in batches.items():
+        tiles.append(_join_tensors(plan, kind, names))
     return tiles
 
 
-def _kind_of(
+def _tile_kind(
     plan: Combination,
     name: str,
     statistics: Collection[str],
@@ -257,7 +256,7 @@ def _kind_of(
     return Kind(role, dtype, wide, stored)
 
 
-def _cut(
+def _cut_tensor(
     plan: Combination,
     kind: Kind,
     name: str,
@@ -273,7 +272,7 @@ def _cut(
         yield Tile(plan, kind, (name,), bounds, begin, last=end == count)
 
 
-def _batch(
+def _join_tensors(
     plan: Combination,
     kind: Kind,
     names: Sequence[str],
@@ -294,29 +293,27 @@ class Output(Protocol):
 
 
 class InMemory:
-    """Complete tensors of one target, each by its first name in outputs: parts may store others of
-    one name."""
+    """Complete tensors of one target, by their stored names."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, plan: Combination, device: torch.device) -> None:
         self.tensors = dict[str, torch.Tensor]()
+        self._plan = plan
         self._device = device
 
-    def make_room(self, plan: Combination, names: Iterable[str]) -> None:
+    def allocate(self, names: Iterable[str]) -> None:
+        """Allocate these tensors, unless that was done."""
         with torch.inference_mode(False):  # the caller may have enabled it
             for name in names:
-                key = plan.names[name][0]
-                if key in self.tensors:
-                    continue
-                dtype = torch_dtype(plan.output_dtype(name))
-                shape = plan.box(name).shape
-                self.tensors[key] = torch.empty(shape, dtype=dtype, device=self._device)
+                if name not in self.tensors:
+                    dtype = torch_dtype(self._plan.output_dtype(name))
+                    shape = self._plan.box(name).shape
+                    self.tensors[name] = torch.empty(shape, dtype=dtype, device=self._device)
 
     def write(self, tile: Tile, values: torch.Tensor) -> None:
         flat = []
         sizes = []
         for name, begin, end in tile.spans:
-            key = tile.plan.names[name][0]
-            flat.append(self.tensors[key].view(-1))
+            flat.append(self.tensors[name].view(-1))
             sizes.append(end - begin)
         if len(flat) == 1:
             flat = [flat[0][tile.begin : tile.begin + tile.size]]
@@ -340,31 +337,29 @@ def synthesize(
     number. `progress` is called with the number of bytes just read, in the calling thread.
     """
     chosen = check_device(device)
-    outputs = [InMemory(chosen) for _ in plan.targets]
-    parts = plan.passes()
-    tiles = _with_room(cut_tiles(parts, len(outputs), chosen), outputs)
-    with closing(make_tiles(parts, tiles, outputs, chosen, workers)) as complete:
-        for tile in complete:
+    outputs = [InMemory(plan, chosen) for _ in plan.targets]
+    tiles = _allocate_each(cut_tiles(plan, len(outputs), chosen), outputs)
+    with closing(compute_tiles(plan, tiles, outputs, chosen, workers)) as computed:
+        for tile in computed:
             if progress is not None:
                 progress(tile.stored_bytes)
             if not tile.last:
                 continue
             for name in tile.names:
-                names = tile.plan.names[name]
-                values = [output.tensors.pop(names[0]) for output in outputs]
-                for alias in names:
+                values = [output.tensors.pop(name) for output in outputs]
+                for alias in plan.names[name]:
                     yield alias, list(values)
                 del values  # release the memory before the next tensor is made
 
 
-def _with_room(
+def _allocate_each(
     tiles: Iterable[Tile],
     outputs: Sequence[InMemory],
 ) -> Iterator[Tile]:
-    """Yield tiles, each when it is to be begun, after making room for its tensors."""
+    """Yield tiles, each when it is to be computed, after allocating its tensors."""
     for tile in tiles:
         for output in outputs:
-            output.make_room(tile.plan, tile.names)
+            output.allocate(tile.names)
         yield tile
 
 
@@ -379,23 +374,21 @@ REMOTE_THREADS = 6
 MOST_THREADS = 16
 
 
-def make_tiles(
-    parts: Sequence[Combination],
+def compute_tiles(
+    plan: Combination,
     tiles: Iterable[Tile],
     outputs: Sequence[Output],
     device: torch.device,
     workers: int | None = None,
 ) -> Generator[Tile, None, None]:
-    """Make the tiles of these combinations, write them to outputs, one per target, and yield each
-    complete tile, in order.
+    """Compute the tiles of a plan, write them to outputs, one per target, and yield each complete
+    tile, in order.
 
     At most two tiles per thread are queued or in progress. When the iteration ends, whether by an
     error in a thread, by Ctrl-C or because the caller stops iterating, every thread is stopped
     first, within a tile.
     """
-    sources: list[StoredTensors] = []
-    for plan in parts:
-        sources += plan.sources
+    sources = plan.sources
     remote = any(source.files and is_url(source.path) for source in sources)
     count = worker_count(workers)
     if workers is None and remote:
@@ -405,9 +398,9 @@ def make_tiles(
     with ExitStack() as stack:
         for source in in_turn(lambda source: source.__enter__(), sources, remote):
             stack.push(source.__exit__)
-        threads = stack.enter_context(_Threads(outputs, device, count, remote))
+        threads = stack.enter_context(_Threads(plan, outputs, device, count, remote))
         for tile in tiles:
-            queue.append(threads.begin(tile))
+            queue.append(threads.submit(tile))
             if len(queue) == 2 * count:
                 yield threads.result(queue.popleft())
         while queue:
@@ -415,15 +408,17 @@ def make_tiles(
 
 
 class _Threads:
-    """Threads that make tiles; at the end of a `with` block all are stopped."""
+    """Threads that compute tiles; at the end of a `with` block all are stopped."""
 
     def __init__(
         self,
+        plan: Combination,
         outputs: Sequence[Output],
         device: torch.device,
         count: int,
         remote: bool,
     ) -> None:
+        self.plan = plan
         self.outputs = outputs
         self.device = device
         self.size = tile_size(len(outputs))
@@ -438,13 +433,13 @@ class _Threads:
         # Within a worker torch uses one thread: the tiles run in parallel instead.
         self._pool = ThreadPoolExecutor(count, "ema-synthesis", torch.set_num_threads, (1,))
 
-    def begin(self, tile: Tile) -> Future[Tile]:
+    def submit(self, tile: Tile) -> Future[Tile]:
         ready: Any = None
         if self.device.type == "cuda":
             # after all work so far in the calling thread's stream
             stream = torch.cuda.current_stream(self.device)
             ready = stream.record_event()
-        return self._pool.submit(self._make, tile, ready)
+        return self._pool.submit(self._compute, tile, ready)
 
     def result(self, future: Future[Tile]) -> Tile:
         try:
@@ -452,22 +447,16 @@ class _Threads:
         except CancelledError:
             raise self.errors[0] from None
 
-    def _make(self, tile: Tile, ready: Any) -> Tile:
+    def _compute(self, tile: Tile, ready: Any) -> Tile:
         with torch.inference_mode(False), torch.no_grad():
             try:
-                maker = self._maker(tile.plan)
-                maker.make(tile, ready)
+                if not hasattr(self._local, "calculator"):
+                    self._local.calculator = Calculator(self)
+                self._local.calculator.compute(tile, ready)
             except BaseException as error:
                 self.errors.append(error)
                 raise
         return tile
-
-    def _maker(self, plan: Combination) -> Maker:
-        """Return the maker of this thread for a plan."""
-        maker: Maker | None = getattr(self._local, "maker", None)
-        if maker is None or maker.plan is not plan:
-            maker = self._local.maker = Maker(plan, self)
-        return maker
 
     def __enter__(self) -> _Threads:
         return self
@@ -548,11 +537,11 @@ Reading = tuple[Future[None] | None, StoredBytes, torch.Tensor]
 """A tile's values of a source, with the buffer that a request may still read them into."""
 
 
-class Maker:
-    """One thread's maker of tiles, with the buffers of that thread."""
+class Calculator:
+    """What computes the tiles of one thread, with the buffers of that thread."""
 
-    def __init__(self, plan: Combination, threads: _Threads) -> None:
-        self.plan = plan
+    def __init__(self, threads: _Threads) -> None:
+        self.plan = threads.plan
         self._threads = threads
         self._device = threads.device
         self._size = threads.size
@@ -566,8 +555,8 @@ class Maker:
         cuda: Any = torch.cuda
         self._stream = cuda.Stream(self._device) if self._is_cuda else None
 
-    def make(self, tile: Tile, opened: Any) -> None:
-        """Make a tile of all targets and write it to their outputs; raise CancelledError after
+    def compute(self, tile: Tile, opened: Any) -> None:
+        """Compute a tile of all targets and write it to their outputs; raise CancelledError after
         errors.
 
         `opened` is the caller's event after which the sources can be read and the results written.
@@ -583,7 +572,7 @@ class Maker:
             if kind.role in ("copy", "stored"):
                 results = [self._copy(tile)] * len(outputs)
             else:
-                results = [*self._average(tile)]
+                results = [*self._sum(tile)]
             for values, output in zip(results, outputs, strict=True):
                 if kind.dtype != kind.wide:
                     rounded = self._buffer(kind.dtype, tile.size)
@@ -602,9 +591,9 @@ class Maker:
             self._check_finite(tile, values[None])
         return copy
 
-    def _average(self, tile: Tile) -> torch.Tensor:
+    def _sum(self, tile: Tile) -> torch.Tensor:
         """Return the sums of a tile, [targets, n]; they are valid until the next call."""
-        sums = self._sums_in(tile.kind.wide, tile.size)
+        sums = self._thread_sums(tile.kind.wide, tile.size)
         sums.start(tile.size)
         smallest: torch.Tensor | None = None
         stored = self._values(self.plan.sources, tile)
@@ -684,13 +673,13 @@ class Maker:
         buffers = cycle(self._stored[:used])
         begun = deque[Reading]()
         for source in sources:
-            begun.append(self._begin(source, tile, next(buffers)))
+            begun.append(self._read(source, tile, next(buffers)))
             if len(begun) > ahead:
-                yield self._finished(begun.popleft())
+                yield self._receive(begun.popleft())
         while begun:
-            yield self._finished(begun.popleft())
+            yield self._receive(begun.popleft())
 
-    def _begin(
+    def _read(
         self,
         source: StoredTensors,
         tile: Tile,
@@ -705,13 +694,13 @@ class Maker:
         dtype = source.entries[tile.names[0]].dtype
         data, values = buffer.views(tile.size, dtype)
         if readers := self._threads.readers:
-            request = readers.submit(_read, source, tile, data)
+            request = readers.submit(_read_tile, source, tile, data)
             return request, buffer, values
-        _read(source, tile, data)
+        _read_tile(source, tile, data)
         return None, buffer, values
 
-    def _finished(self, reading: Reading) -> torch.Tensor:
-        """Return what was read, on the device."""
+    def _receive(self, reading: Reading) -> torch.Tensor:
+        """Wait for what is read, and return it on the device."""
         request, buffer, values = reading
         if request:
             request.result()
@@ -729,7 +718,7 @@ class Maker:
             self._buffers[dtype] = buffer
         return buffer[:size]
 
-    def _sums_in(self, wide: str, size: int) -> Sums:
+    def _thread_sums(self, wide: str, size: int) -> Sums:
         sums = self._sums.get(wide)
         if sums is None or sums.room < size:
             coefficients = self.plan.coefficients
@@ -741,7 +730,7 @@ class Maker:
         return sums
 
 
-def _read(source: StoredTensors, tile: Tile, data: memoryview) -> None:
+def _read_tile(source: StoredTensors, tile: Tile, data: memoryview) -> None:
     if len(tile.names) > 1:
         source.read_many(tile.names, data)
     else:

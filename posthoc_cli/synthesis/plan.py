@@ -5,16 +5,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from posthoc_cli.clock import Clock, EpochClock
 from posthoc_cli.dtypes import EPS, parse_dtype
 from posthoc_cli.errors import (
     InexactError,
@@ -24,18 +22,25 @@ from posthoc_cli.errors import (
     check_number,
     first_of,
     percent,
-    shown,
 )
-from posthoc_cli.planning import GOOD_ERROR, check_within, error_curve
-from posthoc_cli.profiles import Clock, FloatArray, PowerFunction, Profile
+from posthoc_cli.planning import SMALL_LOSS, check_within, error_curve
+from posthoc_cli.profiles import (
+    FloatArray,
+    PowerFunction,
+    Profile,
+    decay_from_sigma_rel,
+    sigma_rel_from_decay,
+)
 from posthoc_cli.reconstruction import (
     ROUNDING,
     Prior,
     Reconstruction,
     check_method,
+    lost_gain,
     reconstruct,
     seen_from,
 )
+from posthoc_cli.snapshots.sampling import source_prior
 from posthoc_cli.snapshots.snapshot import OutputInfo, Used
 from posthoc_cli.snapshots.sources import (
     Source,
@@ -44,11 +49,10 @@ from posthoc_cli.snapshots.sources import (
     by_time,
     chosen_up_to,
     counted,
-    source_prior,
-    target_clock,
+    run_clock,
 )
 from posthoc_cli.snapshots.tensorfile import Box, Entry
-from posthoc_cli.targets import Groups, Mean, Target, as_target, separate
+from posthoc_cli.targets import Mean, Target, as_targets
 
 if TYPE_CHECKING:
     import torch
@@ -74,9 +78,6 @@ class Combination:
     subset: frozenset[str] | None = None  # the stored tensors to make; None for all
     # what to make in place of complete tensors
     boxes: Mapping[str, Box] = field(default_factory=dict)
-    # the beginning of stored names, and what replaces it
-    strip_prefix: str = ""
-    prefix: str = ""
 
     @property
     def coefficients(self) -> FloatArray | None:
@@ -99,14 +100,11 @@ class Combination:
     @cached_property
     def names(self) -> dict[str, list[str]]:
         """All names of each tensor to make, that of the stored one first."""
-        names = {name: [self._renamed(name)] for name in self.tensors}
+        names = {name: [name] for name in self.tensors}
         for alias, name in self.newest.aliases.items():
             if name in names:
-                names[name].append(self._renamed(alias))
+                names[name].append(alias)
         return names
-
-    def _renamed(self, name: str) -> str:
-        return self.prefix + name.removeprefix(self.strip_prefix)
 
     @property
     def read_bytes(self) -> int:
@@ -151,12 +149,12 @@ class Plan(Combination):
     targets: tuple[Target, ...]
     t: float
     method: str
-    # coefficients [sources, columns], errors [columns]; `Groups` has a column per group
-    reconstruction: Reconstruction
+    reconstruction: Reconstruction  # coefficients [sources, targets], errors [targets]
     # number of sources at or before `t` that were solved for, at most `reconstruction.MOST_SOLVED`
     solved: int = 0
     available: int = 0  # number of all sources at or before `t`
-    last: float = 0.0  # time of the newest source, used or not
+    run_end: float = 0.0  # time of the newest source, used or not
+    steps: float | None = None  # of the run at `t`; None if its clock is not in one ratio to steps
 
     def __repr__(self) -> str:
         parts = []
@@ -178,64 +176,6 @@ class Plan(Combination):
         return self.reconstruction.coefficients
 
     @cached_property
-    def columns(self) -> list[dict[str, int]]:
-        """For each target the index of its column by glob on tensor names; only targets of `Groups`
-        have several."""
-        numbers = count()
-        columns = []
-        for target in self.targets:
-            globs = target.widths if isinstance(target, Groups) else "*"
-            columns.append({glob: next(numbers) for glob in globs})
-        return columns
-
-    def passes(self) -> list[Plan]:
-        """Return plans with one column per target, each for some of the tensors, which together
-        make all tensors.
-
-        Raises an InvalidValueError if a tensor is in no group, or a group has no tensor.
-        """
-        if not any(isinstance(target, Groups) for target in self.targets):
-            return [self]
-        subsets = defaultdict[tuple[int, ...], list[str]](list)
-        for name in self.names:
-            columns = tuple(self._column(name, globs) for globs in self.columns)
-            subsets[columns].append(name)
-        if self.subset is None:
-            self._check_groups(set().union(*subsets))
-        separated = separate(self.targets)
-        passes = list[Plan]()
-        for columns, names in subsets.items():
-            plan = replace(
-                self,
-                targets=tuple(separated[column] for column in columns),
-                subset=frozenset(names),
-                reconstruction=self.reconstruction.of(targets=columns),
-            )
-            passes.append(plan)
-        return passes
-
-    def _column(
-        self,
-        name: str,
-        columns: Mapping[str, int],
-    ) -> int:
-        """Return the column of a target for a tensor: that of the first glob that matches."""
-        for glob, column in columns.items():
-            if any(fnmatchcase(alias, glob) for alias in self.names[name]):
-                return column
-        reason = f"tensor {shown(name)} matches no group"
-        hint = "add '*=0.1' for the rest"
-        raise InvalidValueError("group", reason, hint, value=", ".join(columns))
-
-    def _check_groups(self, used: set[int]) -> None:
-        for columns in self.columns:
-            for glob, column in columns.items():
-                if column not in used:
-                    examples = first_of(map(shown, self.names), 3)
-                    reason = "matches no tensor that is not in a group before it; there are "
-                    raise InvalidValueError("group", reason + examples, value=repr(glob))
-
-    @cached_property
     def output_rounding(self) -> float:
         """The relative error of rounding the averages to the outputs' dtypes, if all elements are
         equally large."""
@@ -250,34 +190,50 @@ class Plan(Combination):
         return math.sqrt(squares / max(1, total))
 
     def predicted_error(self, target: int) -> float | None:
-        """Return the expected relative L2 error of a target's output weights, for `Groups` the
-        largest of the groups; None if the motion of the run is not known."""
-        largest = 0.0
-        for column in self.columns[target].values():
-            error = self.reconstruction.known_error(column)
-            if error is None:
-                return None
-            largest = max(largest, error)
-        return math.hypot(largest, self.output_rounding)
+        """Return the expected relative L2 error of a target's output weights; None if the motion of
+        the run is not known."""
+        error = self.reconstruction.known_error(target)
+        return None if error is None else math.hypot(error, self.output_rounding)
+
+    def lost_gain(self, target: int) -> float | None:
+        """Return the share of what averaging gains in a metric that the error is expected to lose;
+        None if the motion of the run is not known."""
+        if self.reconstruction.known_error(target) is None:
+            return None
+        return float(self.lost_gains[target])
+
+    @cached_property
+    def lost_gains(self) -> FloatArray:
+        """The expected loss of gain of each target, with the rounding of the outputs."""
+        errors = np.hypot(self.reconstruction.predicted_error, self.output_rounding)
+        return lost_gain(errors, self.reconstruction.distance)
 
     def profile_error(self, target: int) -> float:
-        """Return the relative L2 distance between a target's profile and the one made, for `Groups`
-        the largest."""
-        columns = list(self.columns[target].values())
-        errors = self.reconstruction.profile_error[columns]
-        return float(errors.max())
+        """Return the relative L2 distance between a target's profile and the one made."""
+        return float(self.reconstruction.profile_error[target])
+
+    def alike(self, target: int) -> str | None:
+        """Return the decay of the ordinary EMA that is as long as a power function, or the
+        sigma_rel of an ordinary EMA, as text; None of another target, or without steps."""
+        wished = self.targets[target]
+        if self.steps is None:
+            return None
+        if wished.sigma_rel is not None:
+            left = 1 - decay_from_sigma_rel(wished.sigma_rel, self.steps)
+            return f"decay {1 - float(f'{left:.2g}'):.12g}"
+        if wished.beta is not None:
+            sigma_rel = sigma_rel_from_decay(wished.beta, self.steps)
+            return None if sigma_rel is None else f"sigma_rel {sigma_rel:.3g}"
+        return None
 
     def output_info(self, target: int) -> OutputInfo:
-        """Return the metadata of a target's output; the snapshots of groups are listed one group
-        after another."""
+        """Return the metadata of a target's output."""
         wished = self.targets[target]
         gamma = None
         if wished.sigma_rel is not None:
             gamma = PowerFunction.from_sigma_rel(wished.sigma_rel, self.t).gamma
-        used = list[Used]()
-        for column in self.columns[target].values():
-            coefficients = self.coefficients[:, column].tolist()
-            used += map(Used, (source.name for source in self.sources), coefficients)
+        files = [source.name for source in self.sources]
+        used = map(Used, files, self.coefficients[:, target].tolist())
         copies = list[str]()
         for name, tensor in self.tensors.items():
             if tensor.role == "copy":
@@ -304,15 +260,16 @@ class Plan(Combination):
         targets = []
         for index in range(len(self.targets)):
             info = self.output_info(index)
-            values: dict[str, Any] = {"target": info.profile}
+            values: dict[str, Any] = {"target": info.profile, "as": self.alike(index)}
             for name in ("sigma_rel", "t", "method", "profile_error", "predicted_error"):
                 values[name] = getattr(info, name)
+            values["lost_gain"] = self.lost_gain(index)
             values["snapshots"] = [vars(used) for used in info.snapshots]
             targets.append(values)
         return {
             "run": self.sources[-1].run_id,
             "movement": {
-                "source": prior.source,
+                "source": prior.evidence,
                 "pieces": motion.walk.size,
                 "has_noise": bool(motion.noise.any()),
             },
@@ -356,95 +313,110 @@ def plan_synthesis(
     method = check_method(method)
     output_dtype = parse_dtype(dtype)
     check_max_error(max_error)
-    wished = _wished(targets)
+    wished = as_targets(targets)
+    if not wished:
+        raise InvalidValueError("sigma_rel", "at least one value is needed, in (0, 0.2887)")
     time = _target_time(sources, t, step)
-    usable, later = _chosen(sources, wished, time)
+    clock = run_clock(sources)
+    check_steps(wished, clock, time, sources[0].t_unit)
+    usable, later = _choose_sources(sources, wished, time)
     known = [*usable, *later]  # later snapshots also measure the motion
     prior = source_prior(known)
-    result = _solved(wished, usable, target_clock(sources), time, method, prior)
-    used = _used(result, usable)
+    profiles = _profiles(wished, usable, clock, time)
+    result = reconstruct(
+        [source.profile for source in usable],
+        profiles,
+        method,
+        prior.subset(range(len(usable))),
+        time,
+    )
+    used = np.flatnonzero(np.any(result.coefficients != 0, axis=1)).tolist()
+    newest = usable[-1]
+    if usable[used[-1]].t < newest.t and newest.copies:  # which are those of the output
+        used.append(len(usable) - 1)
     times = [source.t for source in sources]
     plan = Plan(
         sources=tuple(usable[i] for i in used),
         targets=wished,
         t=time,
         method=method,
-        reconstruction=result.of(snapshots=used),
+        reconstruction=result.subset(snapshots=used),
         dtype=output_dtype,
         solved=len(usable),
         available=sum(each <= time for each in times),
-        last=max(times),
+        run_end=max(times),
+        steps=float(clock.step_at(time)) if _is_even(clock) else None,
     )
-    plan.passes()  # raises an error if groups and tensors do not fit
     _check_errors(plan, max_error)
     _warn_of_poor_targets(plan, known, prior)
     return plan
 
 
-def _wished(targets: Sequence[Target | Profile | float | str]) -> tuple[Target, ...]:
-    if not targets:
-        raise InvalidValueError("sigma_rel", "at least one value is needed, in (0, 0.2887)")
-    return tuple(map(as_target, targets))
+def check_steps(
+    targets: Sequence[Target],
+    clock: Clock,
+    t: float,
+    t_unit: str,
+) -> None:
+    """Raise an InvalidValueError for a target in steps if steps and times are not in one ratio.
+
+    Between two snapshots nobody knows then when a step was: with batches of random size the errors
+    of the last 20 steps were 200 to 990 times the predicted ones.
+    """
+    if isinstance(clock, EpochClock) or _is_even(clock):
+        return
+    for target in targets:
+        if target.counts_steps:
+            reason = f"counts steps, and the steps of this run are not equally long in {t_unit}"
+            hint = f"name it on the run's own clock: {target.on_clock(t, clock)}"
+            raise InvalidValueError("target", reason, hint, value=target.title)
 
 
-def _used(
-    result: Reconstruction,
-    usable: Sequence[Source],
-) -> list[int]:
-    """Return the indices of the sources with coefficients, and of the newest one, whose copies are
-    those of the output."""
-    has_coefficient = np.any(result.coefficients != 0, axis=1)
-    used: list[int] = np.flatnonzero(has_coefficient).tolist()
-    newest = usable[-1]
-    if usable[used[-1]].t < newest.t and newest.copies:
-        used.append(len(usable) - 1)
-    return used
+EQUAL_STEPS = 1e-9  # relative difference of the length of steps: a rounding error
 
 
-def _chosen(
+def _is_even(clock: Clock) -> bool:
+    """Return whether steps and times are in one ratio, as far as the snapshots show."""
+    if isinstance(clock, EpochClock):
+        return False
+    lengths = np.array(clock.times) / np.array(clock.steps)
+    return bool(np.ptp(lengths) <= EQUAL_STEPS * lengths[-1])
+
+
+def _choose_sources(
     sources: Sequence[Source],
     targets: Sequence[Target],
     t: float,
 ) -> tuple[list[Source], list[Source]]:
-    """Return the sources to combine, at or before `t`, which are those of a `Mean`, too; and later
+    """Choose the sources to combine, at or before `t`, which are those of a `Mean`, too; and later
     ones."""
     available = [source for source in sources if source.t <= t]
     usable, later = chosen_up_to(sources, t)
     chosen = {id(source): source for source in usable}
-    for target in separate(targets):
+    for target in targets:
         if isinstance(target, Mean):
-            profiles = [source.profile for source in available]
-            column = target.coefficients_of(profiles)
-            for index in np.flatnonzero(column):
+            coefficients = target.coefficients_of([source.profile for source in available])
+            for index in np.flatnonzero(coefficients):
                 source = available[index]
                 chosen[id(source)] = source
     return by_time(chosen.values()), later
 
 
-def _solved(
+def _profiles(
     targets: Sequence[Target],
     usable: Sequence[Source],
     clock: Clock,
     t: float,
-    method: str,
-    prior: Prior,
-) -> Reconstruction:
-    """Return the coefficients of the usable sources; errors contain what targets may also be, as
-    far as the clock is unknown."""
-    snapshots = [source.profile for source in usable]
+) -> list[Any]:
+    """Return the profile of each target, or the coefficients of a `Mean`."""
     first = min(source.t_first for source in usable)
-    bent = clock.bent()
     profiles = list[Any]()
-    others = dict[int, Profile]()
-    for index, target in enumerate(separate(targets)):
+    for target in targets:
         if isinstance(target, Mean):
-            profiles.append(target.coefficients_of(snapshots))
-            continue
-        profiles.append(target.profile(t, clock, first))
-        if bent is not clock and target.counts_steps:
-            others[index] = target.profile(t, bent, first)
-    known = prior.of(range(len(usable)))
-    return reconstruct(snapshots, profiles, method, known, t, others)
+            profiles.append(target.coefficients_of([source.profile for source in usable]))
+        else:
+            profiles.append(target.profile(t, clock, first))
+    return profiles
 
 
 def _check_errors(plan: Plan, max_error: float | None) -> None:
@@ -503,16 +475,18 @@ def _warn_of_poor_targets(
     known: Sequence[Source],
     prior: Prior,
 ) -> None:
-    """Log the targets with a predicted error above GOOD_ERROR, and the sigma_rels with a smaller
-    one."""
-    errors = np.hypot(plan.reconstruction.predicted_error, plan.output_rounding)
-    targets = separate(plan.targets)
-    titles = [targets[index].title for index in np.flatnonzero(errors > GOOD_ERROR)]
+    """Log the targets whose errors lose more than SMALL_LOSS of the gain, and the sigma_rels that
+    lose less."""
+    losses = plan.lost_gains
+    titles = [plan.targets[index].title for index in np.flatnonzero(losses > SMALL_LOSS)]
     if not titles:
         return
-    worst = percent(float(errors.max()))
+    errors = np.hypot(plan.reconstruction.predicted_error, plan.output_rounding)
+    error = percent(float(errors.max()))
+    loss = percent(float(losses.max()))
     if len(titles) > 1:
-        worst = f"up to {worst}"
+        error = f"up to {error}"
+        loss = f"up to {loss}"
     snapshots = [source.profile for source in known]
     curve = error_curve("", snapshots, prior, t=plan.t, method=plan.method)
     sources = counted(plan.sources, plan.solved)
@@ -522,4 +496,11 @@ def _warn_of_poor_targets(
         origin += f", which show nothing of the training before t = {first:,.4g}"
     if curve.assumption:
         origin += f", if {curve.assumption}"
-    log.warning("%s: predicted error %s %s; %s", first_of(titles), worst, origin, curve.good_range)
+    log.warning(
+        "%s: predicted error %s %s; it loses about %s of what averaging gains, %s",
+        first_of(titles),
+        error,
+        origin,
+        loss,
+        curve.good_range,
+    )

@@ -77,15 +77,14 @@ def from_first(
         return make()
     own: list[Weights] = []  # in the first process
 
-    def outline() -> tuple[dict[str, Tensor], float | None, float]:
+    def outline() -> tuple[dict[str, Tensor], dict[str, Any]]:
         weights = make()
         own.append(weights)
-        return _without_values(weights), weights.predicted_error, weights.profile_error
+        return _without_values(weights), vars(weights)
 
-    shapes, predicted_error, profile_error = group.from_first(outline)
+    shapes, attributes = group.from_first(outline)
     weights = Weights()
-    weights.predicted_error = predicted_error
-    weights.profile_error = profile_error
+    vars(weights).update(attributes)
     sent: dict[int, Tensor] = {}
     for name, shape in shapes.items():
         if id(shape) not in sent:
@@ -137,10 +136,11 @@ def with_replicas(
     """Return the chunks of all `tensors` that this process holds, from its `own` averages and from
     those of other processes."""
     own_dtypes = {name: value.dtype for name, value in own.items()}
-    answers = group.from_all((own_dtypes, own.predicted_error))
-    dtypes, errors = zip(*answers, strict=True)
-    dtype = ChainMap(*dtypes)
+    answers = group.from_all((own_dtypes, vars(own)))
+    dtype = ChainMap(*[dtypes for dtypes, _ in answers])
     weights = Weights(own)
+    for _, attributes in answers:
+        vars(weights).update(attributes)
     for name in sorted(members.holders):  # in the same order in all processes
         value = own.get(name)
         if value is None:
@@ -148,8 +148,6 @@ def with_replicas(
         group.exchange(value, members.holders[name])
         weights[name] = value
     _add_names(weights, tensors, dtype)
-    weights.predicted_error = max(filter(None, errors), default=None)
-    weights.profile_error = 0.0
     return weights
 
 

@@ -44,8 +44,9 @@ import torch
 from torch import Tensor
 
 from posthoc_cli.profiles import gamma_from_sigma_rel, may_share_mean, new_value_share, window_ends
-from posthoc_cli.snapshots.sources import ElementRange, PathSketch
+from posthoc_cli.snapshots.sources import PathSketch
 from posthoc_cli.tracker.background import SINGLE_THREAD, ThreadPool
+from posthoc_cli.tracker.clock import Moment
 from posthoc_cli.tracker.measuring import Sketcher, closed
 from posthoc_cli.tracker.memory import (
     Elements,
@@ -55,7 +56,6 @@ from posthoc_cli.tracker.memory import (
     Tile,
     is_on_host,
     places_of,
-    row_major_range,
     tiles_of,
 )
 
@@ -72,8 +72,7 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 class Standing:
     """The state of the averages, except their tensors, at the last update."""
 
-    t: float = 0.0
-    step: int = 0
+    last: Moment = field(default_factory=Moment)
     t_first: float = 0.0  # the time of the first update
     max_interval: float = 0.0  # the longest time between two updates so far
     updates: int = 0
@@ -82,20 +81,23 @@ class Standing:
     folded_t: float = 0.0  # the time of the last fold
     shared: bool = False  # whether the first profile's mean serves all profiles since the last fold
 
-    def after(
-        self,
-        t: float,
-        step: int,
-        folds: bool,
-    ) -> Standing:
+    @property
+    def t(self) -> float:
+        return self.last.t
+
+    @property
+    def step(self) -> int:
+        return self.last.step
+
+    def after(self, last: Moment, folds: bool) -> Standing:
         """Return the standing after an update, which folds the means or not."""
+        t = last.t
         max_interval = 0.0
         if self.t:
             max_interval = max(self.max_interval, t - self.t)
         after = replace(
             self,
-            t=t,
-            step=step,
+            last=last,
             t_first=self.t_first or t,
             window=self.window + 1,
             max_interval=max_interval,
@@ -147,7 +149,7 @@ class AverageTensors:
         self.mean = [FlatTensors(wide) for _ in range(profiles)]
         self.high = [FlatTensors(wide) for _ in range(profiles)]
         for tensors in self.mean + self.high:
-            for (flat,) in tensors.slabs:
+            for flat in tensors.flats:
                 flat.zero_()  # so that the system allocates the memory now, not at the first write
 
     @property
@@ -224,20 +226,19 @@ class Averages:
         self,
         values: Reader,
         copies: Mapping[str, Tensor],
-        t: float,
-        step: int,
+        moment: Moment,
         pool: ThreadPool,
         sampled: Elements,
         sketcher: Sketcher | None,
     ) -> str | None:
-        """Take in the model's values at time `t`: averages <- averages + (1 - beta) (values -
+        """Take in the model's values of a moment: averages <- averages + (1 - beta) (values -
         averages).
 
         If a value is nan or infinite, nothing changes, and the first tensor with such a value is
         returned.
         """
         before = self.standing
-        shares = before.shares(self.gammas, t)
+        shares = before.shares(self.gammas, moment.t)
         limits = self._take_limits(values.layout, shares)
         norms = [0.0] * len(limits)
         if not limits:
@@ -255,7 +256,7 @@ class Averages:
             self._limits = [min(2 * norm, LARGEST) for norm in norms]
         self.copies = copies
         self.sample = update.sample
-        self.standing = before.after(t, step, shares.folds)
+        self.standing = before.after(moment, shares.folds)
         if sketcher is not None:
             self._sketch(sketcher, before.shared, shares.folds)
         return None
@@ -270,9 +271,9 @@ class Averages:
         mean that profiles share."""
         now = self.standing
         if not was_shared:
-            sketcher.end_value(self.gammas, now.t, now.step, now.shared)
+            sketcher.end_value(self.gammas, now.t, now.shared)
         elif folds:
-            sketcher.end(now.t, now.step, 1.0, ends=True)
+            sketcher.end(now.t, 1.0, ends=True)
 
     def _take_limits(self, layout: Layout, shares: Shares) -> list[float]:
         """Return the norms up to which tiles need no check; none if all values are to be checked
@@ -309,33 +310,14 @@ class Averages:
         return new_value_share(self.gammas[profile], standing.folded_t, standing.t)
 
     @torch.no_grad()
-    def read(
-        self,
-        index: int,
-        ranges: Sequence[ElementRange],
-        pool: ThreadPool = SINGLE_THREAD,
-    ) -> list[Tensor]:
-        """Return ranges of the average of that index, rounded once, or of the copies, on the
-        host."""
-        tensors = self.tensors
+    def read(self, profile: int, name: str) -> Tensor:
+        """Return the average of a tensor, rounded once, on the host."""
         standing = self.standing
-        parts = [torch.empty(0)] * len(ranges)
-        mass = self._mass(index)
-
-        def read(number: int, _: int) -> None:
-            name, begin, end = ranges[number]
-            is_copy = name in self.copies
-            kept = self.copies if is_copy else tensors.high[index].views
-            part = row_major_range(kept[name], begin, end)
-            if standing.window and not is_copy:
-                mean = tensors.mean_view(index, name, standing.shared)
-                part = torch.lerp(part, row_major_range(mean, begin, end), mass)
-            else:
-                part = part.clone()
-            parts[number] = part.to("cpu")
-
-        pool.each(read, range(len(ranges)))
-        return parts
+        average = self.tensors.high[profile].views[name]
+        if standing.window:
+            mean = self.tensors.mean_view(profile, name, standing.shared)
+            average = torch.lerp(average, mean, self._mass(profile))
+        return average.to("cpu", copy=True, memory_format=torch.contiguous_format)
 
     @torch.no_grad()
     def path(
@@ -359,7 +341,7 @@ class Averages:
 
                 pool.each(take, tiles_of(tensors.layout))
                 last_t = standing.t
-            path = sketcher.path(last_t, standing.step)
+            path = sketcher.path(last_t)
         return path if exact or path is None else closed(path)
 
     def _allocate(self, layout: Layout, threads: int) -> None:

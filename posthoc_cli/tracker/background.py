@@ -1,9 +1,8 @@
-"""Worker threads that run jobs in order, and a pool for large updates.
+"""Worker threads that run jobs in order, a pool for large updates, and the lock of a call.
 
-A signal handler runs in the main thread, between any two steps of its code, and may call the very
-function that it has interrupted. So no lock is held while Python code runs: a handler that waited
-for it would deadlock with the interrupted code. Appending to and popping from queues and deques is
-atomic, and so is `dict.setdefault`.
+A signal handler runs in the main thread, between any two steps of its code, and may raise an
+exception. So locks are taken by `with` statements, which cannot be interrupted before they hold,
+and those that a handler may find taken are reentrant.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from functools import lru_cache, partial
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar, cast
@@ -23,7 +22,7 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 from threadpoolctl import ThreadpoolController
 
-from posthoc_cli.errors import Log, WriteError, keep_messages, warn
+from posthoc_cli.errors import Log, NotReadyError, WriteError, keep_messages
 
 log = Log(__name__)
 
@@ -34,12 +33,28 @@ Result = TypeVar("Result")
 Item = TypeVar("Item")
 
 
+class CallLock:
+    """Held for the time of a call. Another thread waits for its end; a call from within it, as from
+    a signal handler, is refused: it would wait for itself."""
+
+    def __init__(self) -> None:
+        self._lock: Any = threading.RLock()
+
+    def hold(self, call: str) -> AbstractContextManager[Any]:
+        """Return the lock, for a `with` statement; a NotReadyError if this thread holds it."""
+        if self._lock._is_owned():  # which threading.Condition asks, too
+            reason = "the code that this signal handler or callback interrupts is in a call"
+            raise NotReadyError(call, reason, "set a flag, and make the call after it")
+        lock: AbstractContextManager[Any] = self._lock
+        return lock
+
+
 class Job(Generic[Result]):
     """Work that is done once, or never if it is withdrawn before a worker starts it."""
 
     def __init__(self, work: Callable[[], Result]) -> None:
         self._work: Callable[[], Result] | None = work
-        self._owner: dict[None, str] = {}
+        self._owner: dict[None, str] = {}  # `setdefault` is atomic, and cannot be interrupted
         self._finished = False
         self._error: BaseException | None = None
         self._value: Result | None = None
@@ -59,6 +74,7 @@ class Job(Generic[Result]):
         self._gate.release()
 
     def wait(self) -> None:
+        """Wait until the work is done."""
         # Again and again: a signal that arrives just before a wait for a lock begins does not end
         # that wait, and its handler would run only after the job.
         while not self._finished:
@@ -66,8 +82,7 @@ class Job(Generic[Result]):
                 self._gate.release()
 
     def settle(self) -> None:
-        """Withdraw the job, or wait until it is done, even if an exception is raised during the
-        wait."""
+        """Withdraw the work, or wait until it is done, even if an exception is raised meanwhile."""
         try:
             if not self._withdraw():
                 self.wait()
@@ -76,12 +91,13 @@ class Job(Generic[Result]):
                 self.settle()
 
     def result(self) -> Result:
+        """Return the result of work that is done, None if it was withdrawn, or raise its error."""
         if self._error is not None:
             raise self._error
         return cast("Result", self._value)
 
     def _withdraw(self) -> bool:
-        """Withdraw the job; return False if a worker has already started it."""
+        """Withdraw the work; return False if a worker has already started it."""
         return self._owner.setdefault(None, "caller") == "caller"
 
 
@@ -90,7 +106,7 @@ class Worker:
     ends with `close`.
 
     It also ends when the worker is garbage-collected, and does not keep the process alive.
-    `concurrent.futures` would refuse new jobs while the process ends, even those that running jobs
+    `ThreadPoolExecutor` would refuse new jobs while the process ends, even those that running jobs
     submit.
     """
 
@@ -98,16 +114,16 @@ class Worker:
         self.wait_seconds = 0.0
         self._waited = 0.0
         self._name = name
-        self._process = os.getpid()
         self._begin = time.monotonic()
         self._has_warned = False
-        self._queue: SimpleQueue[Job[object] | None] = SimpleQueue()
-        self._vacancy: deque[None] = deque((None,))  # empty while the worker has a thread
-        # of the last submitted job
+        self._queue: Queue = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._starting = threading.RLock()
         self._errors = deque[Exception]()
-        self.job_seconds = deque([0.0], maxlen=1)
+        self.job_seconds = deque([0.0], maxlen=1)  # of the last submitted job
         # Not at exit: running jobs may still submit others.
         weakref.finalize(self, self._queue.put, None).atexit = False
+        _workers.add(self)
 
     def submit(self, work: Callable[[], None]) -> None:
         """Queue `work`, and return at once. Its error is kept for the log and until `take_error`;
@@ -137,34 +153,35 @@ class Worker:
         try:
             self.put(job)
             job.wait()
-        finally:
+        except BaseException:
             job.settle()
+            raise
         return job.result()
 
     def put(self, job: Job[Result]) -> None:
         """Queue a job, and return at once; `Job.result` raises its error."""
         self._queue.put(cast("Job[object]", job))
-        if self._vacancy:
-            cuda: Any = torch.cuda
-            device = cuda.current_device() if cuda.is_initialized() else None
-            thread = threading.Thread(
-                target=_run_thread,
-                args=(self._queue, self._vacancy, device),
-                name=f"ema-{self._name}",
-                daemon=True,
-            )
-            _threads[thread] = self._queue
-            try:
-                thread.start()
-            except RuntimeError:  # while the process ends, Python 3.12 and later start no thread
-                self._queue.put(None)
-                _run_jobs(self._queue, self._vacancy)
+        with self._starting:
+            if self._thread is None:
+                self._start()
+
+    def _start(self) -> None:
+        cuda: Any = torch.cuda
+        device = cuda.current_device() if cuda.is_initialized() else None
+        thread = threading.Thread(
+            target=_run_thread, args=(self._queue, device), name=f"ema-{self._name}", daemon=True
+        )
+        try:
+            thread.start()
+            self._thread = thread
+        except RuntimeError:  # while the process ends, Python 3.12 and later start no thread
+            self._queue.put(None)
+            _run_jobs(self._queue)
 
     def wait(self) -> None:
-        """Wait until every job is done; return at once in a forked process, which has no thread."""
-        is_idle = self._vacancy and self._queue.empty()
-        if not is_idle and os.getpid() == self._process:
-            self.call(lambda: None)
+        """Wait until every job is done."""
+        if self._thread is not None:
+            self.call(_do_nothing)
 
     def wait_for_turn(self) -> None:
         """Wait as `wait` does, before the training submits a job, and note how long."""
@@ -183,7 +200,9 @@ class Worker:
             times = (
                 f"{waited:.3g} s of {passed:.3g} s; the last one took {self.job_seconds[0]:.3g} s"
             )
-            warn(f"training has waited for {what} for {times}: a larger interval makes them rarer")
+            log.warning(
+                f"training has waited for {what} for {times}: a larger interval makes them rarer"
+            )
 
     def take_error(self) -> Exception | None:
         with suppress(IndexError):
@@ -191,32 +210,34 @@ class Worker:
         return None
 
     def close(self) -> None:
-        """Finish every job and end the thread; a later job would start another thread."""
+        """Finish every job and end the thread; a later job starts another one."""
         self.wait()
-        if not self._vacancy:
+        with self._starting:
+            thread = self._thread
+            self._thread = None
+        if thread is not None:
             self._queue.put(None)
+            thread.join()
 
 
-_threads: weakref.WeakKeyDictionary[threading.Thread, SimpleQueue[Job[object] | None]] = (
-    weakref.WeakKeyDictionary()
-)
-"""The threads of all workers, with the queues that they serve."""
+Queue = SimpleQueue[Job[object] | None]
+
+_workers: weakref.WeakSet[Worker] = weakref.WeakSet()
+os.register_at_fork(after_in_child=_workers.clear)  # the threads are the parent's
+
+
+def _do_nothing() -> None:
+    pass
 
 
 def end_threads() -> None:
     """End the threads of all workers when their jobs are done: one that frees tensors at shutdown
     aborts Python."""
-    for thread, queue in list(_threads.items()):
-        while thread.is_alive():
-            queue.put(None)
-            thread.join(0.1)  # a job queued after the None has kept the thread alive: ask again
+    for worker in [*_workers]:
+        worker.close()
 
 
-def _run_thread(
-    queue: SimpleQueue[Job[object] | None],
-    vacancy: deque[None],
-    device: int | None,
-) -> None:
+def _run_thread(queue: Queue, device: int | None) -> None:
     """Run queued jobs in a thread of their own, whose current accelerator is the training's."""
     keep_messages()
     if device is not None:  # else leaving a stream would make a context on the first one
@@ -225,26 +246,14 @@ def _run_thread(
     # the number makes torch set OpenMP's for this thread, which it does once.
     torch.get_num_threads()
     _openmp().limit(limits=1)
-    _run_jobs(queue, vacancy)
+    _run_jobs(queue)
 
 
-def _run_jobs(
-    queue: SimpleQueue[Job[object] | None],
-    vacancy: deque[None],
-) -> None:
-    """Run queued jobs until None arrives. Of threads started at the same moment, one takes the
-    vacancy; others end."""
-    while True:
-        try:
-            vacancy.pop()
-        except IndexError:
-            return
-        while (job := queue.get()) is not None:
-            job.run()
-            del job  # an idle thread must not keep the last job's objects alive
-        vacancy.append(None)
-        if queue.empty():  # otherwise a thread that saw no vacancy has queued a job after the None
-            return
+def _run_jobs(queue: Queue) -> None:
+    """Run queued jobs until None arrives."""
+    while (job := queue.get()) is not None:
+        job.run()
+        del job  # an idle thread must not keep the last job's objects alive
 
 
 @lru_cache

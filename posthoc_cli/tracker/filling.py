@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Set
-from contextlib import ExitStack, contextmanager
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
-from threading import get_ident
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError, NotReadyError
 from posthoc_cli.tracker.model import ON_META, NamedTensor, check_model, named_tensors
@@ -37,7 +35,7 @@ def check_weights(
             )
             raise InvalidValueError("tensor", ON_META, hint, value=f"{name!r}")
         _check_shape(name, tensor, value)
-        _check_fits(name, value, tensor.dtype)
+        check_fits(name, value, tensor.dtype)
     return {name: tensors[name] for name in weights}
 
 
@@ -54,13 +52,12 @@ def _check_shape(name: str, tensor: Tensor, value: Tensor) -> None:
     raise ModelMismatchError(f"tensor {name!r}", reason)
 
 
-def _check_fits(
+def check_fits(
     name: str,
     values: Tensor,
     dtype: torch.dtype,
 ) -> None:
-    """Raise a NonFiniteError if a model's dtype has too small a range for the values of its
-    tensor."""
+    """Raise a NonFiniteError if a dtype has too small a range for the values of a tensor."""
     if not (values.dtype.is_floating_point and dtype.is_floating_point):
         return
     if torch.finfo(dtype).max >= torch.finfo(values.dtype).max:
@@ -69,18 +66,9 @@ def _check_fits(
     lost = values[values.isfinite() & ~fits]
     if lost.numel():
         largest = float(lost.abs().max())
-        reason = f"the model's {dtype} cannot hold its largest value, {largest:.6g}"
-        hint = "convert the model first, by model.float()"
+        reason = f"{dtype} cannot hold its largest value, {largest:.6g}"
+        hint = "take it in float32, or convert the model first, by model.float()"
         raise NonFiniteError(f"tensor {name!r}", reason, hint)
-
-
-def _load(target: Tensor, value: Tensor) -> None:
-    """Copy one value into a model's tensor, for a DTensor into this process's part."""
-    target = held_part(target)
-    if _is_writable(target):
-        target.data.copy_(value, non_blocking=target.is_cuda)
-    else:
-        target.data = value.to(target.device, target.dtype, copy=True)
 
 
 def _is_writable(tensor: Tensor) -> bool:
@@ -92,59 +80,18 @@ def _is_writable(tensor: Tensor) -> bool:
     return all(stride > 0 or size < 2 for stride, size in dimensions)
 
 
-class Block:
-    """A block with averaged weights. `held` are the ids of the swapped tensors, and of the modules
-    that hold them; `undo` refers to all of these objects, so that no id is reused."""
+_swapped: list[frozenset[int]] = []
+"""The ids of the tensors of each open block."""
 
-    def __init__(self, held: frozenset[int]) -> None:
-        self.held = held
-        self.undo = ExitStack()  # calls all callbacks even if one fails
-        self._thread = get_ident()
-
-    def enter(self) -> None:
-        """Begin the block; refuse it while another thread has a block of the same tensors.
-
-        That block would take the averages of this one for the raw weights.
-        """
-        swapped.append(self)
-        self.undo.callback(swapped.remove, self)
-        for other in swapped[: swapped.index(self)]:
-            if other.held & self.held and other._thread != self._thread:
-                reason = "another thread evaluates averaged weights of this model"
-                hint = "evaluate one average after the other, or another copy of the model"
-                raise NotReadyError("model", reason, hint)
-
-    def leave(self) -> None:
-        """Undo the block, unless one around it has undone both.
-
-        A later block of the same thread that is still open is undone first, and is an error: it
-        would restore this block's averages as raw weights.
-        """
-        if self not in swapped:
-            return
-        within = []
-        for other in swapped[swapped.index(self) + 1 :]:
-            if other.held & self.held and other._thread == self._thread:
-                within.append(other)
-        with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
-            for block in (self, *within):
-                stack.callback(block.undo.close)
-        if within:
-            reason = "a block was left before one that was entered within it; both are undone"
-            raise NotReadyError("model", reason, "leave blocks in reverse order")
-
-
-swapped: list[Block] = []
-"""The open blocks of this process."""
+_entering = threading.RLock()  # held while a block is checked and noted
 
 
 def is_swapped(model: nn.Module) -> bool:
     """Return whether a model, a part of it, or one that it is a part of, holds averaged weights."""
-    if not swapped:
+    if not _swapped:
         return False
-    objects = chain(model.modules(), model.parameters(), model.buffers())
-    ids = frozenset(map(id, objects))
-    return any(ids & block.held for block in [*swapped])
+    ids = frozenset(map(id, chain(model.parameters(), model.buffers())))
+    return any(ids & held for held in [*_swapped])
 
 
 @contextmanager
@@ -152,53 +99,64 @@ def swapped_in(
     model: nn.Module,
     weights: Mapping[str, Tensor],
 ) -> Iterator[None]:
-    """Give the model `weights` and eval mode for the block; restore everything afterwards, also on
-    an error.
+    """Give the model `weights` and eval mode for the block; afterwards, also on an error, restore
+    its parameters, buffers, gradients and modes.
 
     Meanwhile the model's raw values are kept in host memory, so that an accelerator holds no second
     copy.
     """
     targets = check_weights(model, weights)
-    for name, target in targets.items():
-        if target.tensor.is_inference():
-            hint = "make the model under torch.no_grad()"
-            raise InvalidValueError(
-                "model", f"its tensor {name!r} was made in inference mode, and is read-only", hint
-            )
-    replaced = {id(target.tensor) for target in targets.values()}
-    block = Block(frozenset(chain(replaced, _holders(model, replaced))))
-    with ExitStack() as stack:
-        stack.callback(block.leave)
-        block.enter()
-        _keep_raw(model, replaced, block.undo)
-        # the gradients belong to the raw weights, not to the averaged ones
-        for parameter in model.parameters():
-            parameter.grad = None
-        fill_in(targets, weights)
+    kept = {id(target.tensor): target.tensor for target in targets.values()}
+    kept |= {id(buffer): buffer for buffer in model.buffers()}  # a forward pass may change them
+    held = frozenset(kept)
+    try:
+        with _entering:
+            if is_swapped(model):
+                reason = "holds averaged weights now"
+                raise NotReadyError("model", reason, "evaluate one average after the other")
+            _swapped.append(held)
+        raw = [_RawTensor(tensor) for tensor in kept.values() if not tensor.is_meta]
+        modes = [(module, module.training) for module in model.modules()]
+        gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
         try:
+            for parameter in model.parameters():  # gradients belong to the raw weights
+                parameter.grad = None
+            fill_in(targets, weights)
             model.eval()
-        except NotImplementedError as error:  # of torch.export
-            hint = "take the average by state_dict, or fill the model by load_into"
-            raise InvalidValueError("model", f"has no eval mode: {error}", hint) from error
-        yield
+            yield
+        finally:
+            reshard(model)  # a forward pass may have replaced chunks by complete tensors
+            for tensor in raw:
+                tensor.restore()
+            _finish_copies(kept.values())
+            for module, training in modes:
+                module.training = training
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+    finally:
+        with _entering:
+            _swapped[:] = [each for each in _swapped if each is not held]
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
-def _keep_raw(
-    model: nn.Module,
-    replaced: Set[int],
-    undo: ExitStack,
-) -> None:
-    """Have `undo` restore a model, the values of those of its tensors with `replaced` ids too."""
-    undo.callback(_forget_computed)  # is called last
-    for module in model.modules():
-        undo.callback(_module_restorer(module))
-        for tensor in chain(module._parameters.values(), module._buffers.values()):
-            if tensor is not None:
-                undo.callback(_restorer(tensor, id(tensor) in replaced))
-    # is called first: a forward pass may have replaced chunks by complete tensors
-    undo.callback(reshard, model)
+class _RawTensor:
+    """A tensor's part in this process, and its values, on the host."""
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self._part = held_part(tensor).data
+        self._values: Tensor | None = None
+        if _is_writable(self._part):
+            self._values = self._part.to("cpu", non_blocking=self._part.is_cuda, copy=True)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def restore(self) -> None:
+        if self._values is None:
+            self._tensor.data = self._part
+        else:
+            self._part.copy_(self._values, non_blocking=self._part.is_cuda)
 
 
 @torch.inference_mode(False)
@@ -207,78 +165,19 @@ def fill_in(
     targets: Mapping[str, NamedTensor],
     weights: Mapping[str, Tensor],
 ) -> None:
-    """Copy weights into their targets in a model, and wait once for all copies, of the raw values
-    and of the averages."""
+    """Copy weights into their targets in a model."""
     for name, target in targets.items():
-        _load(target.tensor, weights[name])
-    for device in {target.tensor.device for target in targets.values()}:
+        part = held_part(target.tensor)
+        if _is_writable(part):
+            part.data.copy_(weights[name], non_blocking=part.is_cuda)
+        else:
+            part.data = weights[name].to(part.device, part.dtype, copy=True)
+    _finish_copies(target.tensor for target in targets.values())
+
+
+def _finish_copies(tensors: Iterable[Tensor]) -> None:
+    """Wait for the copies into tensors, and have autocast copy parameters anew."""
+    for device in {tensor.device for tensor in tensors}:
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()
-    _forget_computed()
-
-
-def _forget_computed() -> None:
-    """Have torch compute anew what it has from weights that have changed: autocast's copies of
-    parameters, and the tensors of `parametrize.cached`."""
     torch.clear_autocast_cache()
-    parametrize._cache.clear()
-
-
-def _holders(
-    model: nn.Module,
-    tensors: Set[int],
-) -> Iterator[int]:
-    """Yield the ids of the modules that hold some of these tensors, which may be replaced while the
-    weights are swapped; the modules may not."""
-    for module in model.modules():
-        own = chain(module._parameters.values(), module._buffers.values())
-        if any(id(tensor) in tensors for tensor in own):
-            yield id(module)
-
-
-def _module_restorer(module: nn.Module) -> Callable[[], None]:
-    """Return a function that restores what a module has and is: moving it between kinds of devices
-    may replace parameters, quantizing it modules, and parametrizing it its class. A buffer that a
-    forward pass has added, such as a table of longer positions, stays."""
-    kind = type(module)
-    training = module.training
-    registries: list[dict[str, Any]] = [module._modules, module._parameters, module._buffers]
-    contents = [{**registry} for registry in registries]
-
-    def restore() -> None:
-        if type(module) is not kind:
-            module.__class__ = kind
-        module.training = training
-        for registry, before in zip(registries, contents, strict=True):
-            if registry is not module._buffers:
-                for name in registry.keys() - before.keys():
-                    del registry[name]
-            registry.update(before)
-
-    return restore
-
-
-def _restorer(tensor: Tensor, is_replaced: bool) -> Callable[[], None]:
-    """Return a function that restores a tensor, whose values weights replace or not."""
-    part = held_part(tensor)
-    is_parameter = isinstance(tensor, nn.Parameter)
-    requires_grad = tensor.requires_grad
-    grad = tensor.grad if is_parameter else None
-    # A forward pass may change a buffer. On meta it has no values to save; where elements share
-    # memory it is not written to: other memory takes its place.
-    saves = (is_replaced or not is_parameter) and not tensor.is_meta and _is_writable(part)
-    storage = part.data
-    values = None
-    if saves:  # asynchronous copies are waited for together
-        values = storage.to("cpu", non_blocking=part.is_cuda, copy=True)
-
-    def restore() -> None:
-        if values is not None:
-            storage.copy_(values, non_blocking=storage.is_cuda)
-        if part is tensor:
-            tensor.data = storage
-        if is_parameter:
-            tensor.requires_grad_(requires_grad)
-            tensor.grad = grad
-
-    return restore

@@ -171,11 +171,10 @@ _PENDING = 64
 
 
 class Window(NamedTuple):
-    """Some folds, the last one at time `t` and step `step`, none in an open window: see
+    """Some folds, the last one at time `t`, none in an open window: see
     `reconstruction.Sketch`. The mean has the shape [D]."""
 
     t: float
-    step: float  # nan in a path of an earlier version
     folds: float
     mean: FloatArray
     spread: float = 0.0
@@ -188,7 +187,7 @@ class Window(NamedTuple):
         mean = _rounded(self.mean + share * change)
         spread = self.spread + share * (later.spread - self.spread)
         spread += share * (1 - share) * squared_distance
-        return Window(later.t, later.step, folds, mean, spread)
+        return Window(later.t, folds, mean, spread)
 
 
 def _append(windows: list[Window], window: Window) -> None:
@@ -256,7 +255,7 @@ def _windows_of(path: PathSketch) -> list[Window]:
     ends = sketch.edges[1:].tolist()
     folds = sketch.folds.tolist()
     spread = sketch.spread.tolist()
-    windows = map(Window, ends, path.steps.tolist(), folds, sketch.means, spread)
+    windows = map(Window, ends, folds, sketch.means, spread)
     return [*windows]
 
 
@@ -265,10 +264,10 @@ def _path_of(
     first_t: float,
     windows: Sequence[Window],
 ) -> PathSketch:
-    ends, steps, folds, means, spread = zip(*windows, strict=True)
+    ends, folds, means, spread = zip(*windows, strict=True)
     edges = np.array([first_t, *ends])
     sketch = Sketch(edges, np.array(folds), np.stack(means), np.array(spread))
-    return PathSketch(projection, sketch, np.array(steps))
+    return PathSketch(projection, sketch)
 
 
 def _identity_of(subset: Subset, part: int) -> int:
@@ -303,7 +302,6 @@ class _Pending(NamedTuple):
     """A projection that may still be on an accelerator: of the value at time `t`, or of a mean."""
 
     t: float
-    step: int
     share: float  # in the mean of the open window
     ends: bool  # the open window
     sums: list[Tensor]
@@ -329,7 +327,6 @@ class Sketcher:
         self._pending = list[_Pending]()
         self._begin = 0.0  # the time at which the open window begins
         self._t = 0.0  # the time of the last value in it
-        self._step = 0.0  # the step of that value
         self._first_t: float | None = None
         self._windows: list[Window] = []  # that have ended
         self._open: FloatArray | None = None  # the open window's mean, without pending values
@@ -362,7 +359,6 @@ class Sketcher:
         self,
         gammas: Sequence[float],
         t: float,
-        step: int,
         is_last: bool,
     ) -> None:
         """Add the values at time `t`, whose tiles have been taken in, to a window, and end it if
@@ -370,39 +366,33 @@ class Sketcher:
         own_mass = new_value_share(gammas[0], self._t, t)
         mass = new_value_share(gammas[0], self._begin, t)
         ends = is_last or sketched_window_ends(gammas, self._begin, self._t, t)
-        self.end(t, step, own_mass / mass, ends)
+        self.end(t, own_mass / mass, ends)
 
     def end(
         self,
         t: float,
-        step: int,
         share: float,
         ends: bool,
     ) -> None:
         """Add what was taken in to the open window, with a share in its mean, and end it or not."""
         self._t = t
-        self._step = step
         if ends:
             self._begin = t
         sums = self._project()
-        self._pending.append(_Pending(t, step, share, ends, sums))
+        self._pending.append(_Pending(t, share, ends, sums))
         if len(self._pending) >= _PENDING:
             self._fetch()
 
-    def path(
-        self,
-        t: float | None = None,
-        step: int = 0,
-    ) -> PathSketch | None:
+    def path(self, t: float | None = None) -> PathSketch | None:
         """Return the path so far, an open window as a last one of no folds, or closed by the tiles
-        taken in at `t`, after `step`."""
+        taken in at `t`."""
         self._fetch()
         windows = [*self._windows]
         if t is not None:
             mean = _numbers(self._project())
-            _append(windows, Window(t, step, 1.0, mean))
+            _append(windows, Window(t, 1.0, mean))
         elif self._open is not None and windows:
-            windows.append(Window(self._t, self._step, 0.0, self._open))
+            windows.append(Window(self._t, 0.0, self._open))
         if not windows:
             return None
         first_t = self._first_t
@@ -422,7 +412,7 @@ class Sketcher:
             self._open = None
             if self._first_t is None:
                 self._first_t = pending.t
-            _append(self._windows, Window(pending.t, pending.step, 1.0, mean))
+            _append(self._windows, Window(pending.t, 1.0, mean))
         self._pending.clear()
 
     def _project(self) -> list[Tensor]:

@@ -9,14 +9,14 @@ tensors cost no more calls than a few large ones.
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import groupby, pairwise
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -100,15 +100,11 @@ class Bucket:
     @property
     def tile_edges(self) -> list[int]:
         """The ends of all tiles, and 0."""
-        return self._host_edges if self.device.type == "cpu" else self.device_edges
+        return self._host_edges if self.device.type == "cpu" else self._device_edges
 
     @cached_property
-    def device_edges(self) -> list[int]:
-        """The ends of an accelerator's tiles, and 0. They consist of the host's.
-
-        They are those of the slabs of pinned memory, too: torch rounds pinned memory up to powers
-        of two, which such tiles nearly fill.
-        """
+    def _device_edges(self) -> list[int]:
+        """The ends of an accelerator's tiles, and 0. They consist of the host's."""
         edges = [0]
         for edge, next_edge in pairwise(self._host_edges):
             if next_edge - edges[-1] > DEVICE_TILE:
@@ -239,63 +235,37 @@ def numbers_of(
 
 
 class FlatTensors:
-    """Memory for the tensors of a layout, not initialized: each bucket in one flat tensor, or
-    pinned in several slabs. A tile is in one slab."""
+    """Memory for the tensors of a layout, not initialized: each bucket is one flat tensor."""
 
     def __init__(self, layout: Layout, pinned: bool = False) -> None:
         self.layout = layout
-        self.edges = list[list[int]]()  # of the slabs of each bucket
-        self.slabs = list[list[Tensor]]()
+        self.flats = list[Tensor]()
         for bucket in layout:
-            edges = bucket.device_edges if pinned else [0, bucket.size]
-            new = partial(torch.empty, dtype=bucket.dtype, device=bucket.device, pin_memory=pinned)
-            slabs = [new(last - first) for first, last in pairwise(edges)]
-            self.edges.append(edges)
-            self.slabs.append(slabs)
+            flat = torch.empty(
+                bucket.size, dtype=bucket.dtype, device=bucket.device, pin_memory=pinned
+            )
+            self.flats.append(flat)
 
     @property
     def nbytes(self) -> int:
-        return sum(slab.nbytes for slabs in self.slabs for slab in slabs)
+        return sum(flat.nbytes for flat in self.flats)
 
     @cached_property
     def views(self) -> dict[str, Tensor]:
-        """Views of the tensors by name; of memory that is not pinned."""
+        """Views of the tensors by name."""
         views = {}
-        for bucket, (flat,) in zip(self.layout, self.slabs, strict=True):
+        for bucket, flat in zip(self.layout, self.flats, strict=True):
             for name, place in bucket.places.items():
                 elements = flat[place.begin : place.end]
                 views[name] = place.view(elements)
         return views
 
-    def row_major(self, bucket: int, name: str) -> list[Tensor]:
-        """Return the elements of a tensor in row-major order, in one piece or several."""
-        place = self.layout[bucket].places[name]
-        parts = self.parts(bucket, place.begin, place.end)
-        if place.is_row_major:
-            return parts
-        return [place.view(torch.cat(parts)).reshape(-1)]
-
-    def parts(
-        self,
-        bucket: int,
-        begin: int,
-        end: int,
-    ) -> list[Tensor]:
-        """Return views of a bucket's elements from `begin` to `end`, one for each slab that holds
-        some of them."""
-        edges = self.edges[bucket]
-        slabs = self.slabs[bucket]
-        parts = []
-        first_slab = bisect_right(edges, begin) - 1
-        for number in range(first_slab, bisect_left(edges, end)):
-            first = max(begin - edges[number], 0)
-            last = end - edges[number]
-            parts.append(slabs[number][first:last])
-        return parts
+    def row_major(self, name: str) -> Tensor:
+        """Return the elements of a tensor in row-major order, flat."""
+        return self.views[name].reshape(-1)
 
     def tile(self, tile: Tile) -> Tensor:
-        (part,) = self.parts(*tile[1:])
-        return part
+        return self.flats[tile.bucket][tile.begin : tile.end]
 
 
 # flat, or not contiguous with a range of row-major elements
@@ -310,12 +280,6 @@ def _tile_part(tensor: Tensor, begin: int, end: int) -> TilePart:
     last = -(-end // row)
     skipped = first * row
     return tensor[first:last], slice(begin - skipped, end - skipped)
-
-
-def row_major_range(tensor: Tensor, begin: int, end: int) -> Tensor:
-    """Return row-major elements of a tensor, flat."""
-    part = _tile_part(tensor, begin, end)
-    return part if isinstance(part, Tensor) else part[0].reshape(-1)[part[1]]
 
 
 class Reader:
@@ -467,3 +431,56 @@ class Elements:
             buffer.index_copy_(0, numbers, selected)
         elif numbers.start < numbers.stop:
             torch.index_select(values, 0, index, out=buffer[numbers])
+
+
+class HostCopy:
+    """A model's values at one moment, on the host: in pinned memory if they were on an accelerator.
+    It is read by `threads` threads."""
+
+    def __init__(self, threads: int = 1) -> None:
+        self._threads = threads
+        self._layout: Layout = ()
+        self._memory = FlatTensors(())
+        self._values = Reader((), ())
+        self._events: list[Any] = []  # after which the last copy is complete
+
+    @property
+    def nbytes(self) -> int:
+        return self._memory.nbytes
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def copy(self, model: Reader, pool: ThreadPool = SINGLE_THREAD) -> None:
+        """Copy the values as they are now, in place of those of the last copy, which must have
+        arrived. An accelerator copies in the training's own stream, by one thread, so that nothing
+        changes the values before."""
+        if model.layout != self._layout:
+            host = on_host(model.layout)
+            self._memory = FlatTensors(host, pinned=not is_on_host(model.layout))
+            parts = [[self._memory.tile(tile)] for tile in tiles_of(host)]
+            self._values = Reader(host, parts, self._threads)
+            self._layout = model.layout
+
+        def copy_tile(tile: Tile, _: int) -> None:
+            # Tiles of an accelerator are larger than the host's.
+            values = model.current(tile)
+            out = self._memory.tile(tile)
+            if len(values) > 1 and values[0].is_cuda:
+                values = [torch.cat(values)]  # one copy for all
+            parts = torch.split(out, [value.numel() for value in values])
+            torch._foreach_copy_([*parts], values, non_blocking=True)
+
+        pool.each(copy_tile, model.tiles)
+        self._events = []
+        for device in {bucket.device for bucket in model.layout if bucket.device.type == "cuda"}:
+            # A thread that waits for a blocking event sleeps, and takes no core from the training.
+            cuda: Any = torch.cuda
+            event = cuda.Event(blocking=True)
+            cuda.current_stream(device).record_event(event)
+            self._events.append(event)
+
+    def arrived(self) -> Reader:
+        """Wait until all values have arrived, and return a reader of them."""
+        for event in self._events:
+            event.synchronize()
+        return self._values

@@ -54,7 +54,10 @@ _OTHER_DTYPE = (
 _SHAPED_BY_DATA = (
     "if the first batch gives it its shape, run one through the model before the tracker is made"
 )
-_FROZEN_TOO = "make the tracker with include='*', which tracks frozen parameters, too"
+_FROZEN_TOO = (
+    "call update_ while the same parameters require gradients, or make the tracker with "
+    "include='*', which tracks frozen ones, too"
+)
 
 
 @dataclass(frozen=True)
@@ -278,18 +281,13 @@ class _Collection:
         return "average" if entry.is_parameter or buffers == "average" else "copy"
 
     def tensors(self) -> ModelTensors:
-        """Return all; raise an InvalidValueError if none is averaged."""
         frozen = frozenset(filter(self._selection.names, self._left_out))
         averaged = dict[str, Tensor]()
         copied = dict[str, Tensor]()
-        roles = set()
         for name, part in self._parts.items():
             role = self._tracked[name].role
             kind = copied if role == "copy" else averaged
             kind[name] = part
-            roles.add(role)
-        if "average" not in roles:
-            raise _without_average(self._selection, frozen)
         tracked = {name: self._tracked[name] for name in chain(averaged, copied)}
         left_out = tuple(self._left_out)
         known = TrackedModel(
@@ -311,13 +309,16 @@ def _is_selected(entry: NamedTensor, selection: Selection, also_frozen: bool) ->
     return is_trained or also_frozen or not entry.is_parameter
 
 
-def _without_average(selection: Selection, frozen: Set[str]) -> InvalidValueError:
+def check_averages(tracked: TrackedModel, selection: Selection) -> None:
+    """Raise an InvalidValueError if no parameter of a model is averaged."""
+    if any(tensor.role == "average" for tensor in tracked.tensors.values()):
+        return
     reason = "none of floating-point values requires gradients"
     hint = "include='*' takes frozen ones, too"
-    if not frozen and (selection.include or selection.exclude):
+    if not tracked.frozen and (selection.include or selection.exclude):
         reason = "include and exclude leave none"
         hint = ""
-    return InvalidValueError("model", f"has no parameter to average: {reason}", hint)
+    raise InvalidValueError("model", f"has no parameter to average: {reason}", hint)
 
 
 def _check(entry: NamedTensor) -> None:
@@ -426,12 +427,17 @@ class ModelWatch:
             if known is tracked and fingerprint.is_same():
                 return collected
         self.forget()
+        collected = self.check(model, tracked)
+        self._cached[model] = tracked, _ModelFingerprint(model, collected.tracked), collected
+        return collected
+
+    def check(self, model: nn.Module, tracked: TrackedModel) -> ModelTensors:
+        """Return the model's tensors; raise a ModelMismatchError for others than tracked."""
         collected = self._collect(model)
         try:
             tracked.check(collected.tracked)
         except ModelMismatchError as error:
             raise error.with_hint("begin a new directory for the changed model") from None
-        self._cached[model] = tracked, _ModelFingerprint(model, collected.tracked), collected
         return collected
 
     def forget(self) -> None:

@@ -2,7 +2,7 @@
 snapshots.
 
 From `update_` to a file a value is in the model's tensor (`ModelTensors`); if averages are on the
-host, in a copy there (`ModelCopier`); in the mean of the last values (`AverageTensors.mean`); from
+host, in a copy there (`HostCopy`); in the mean of the last values (`AverageTensors.mean`); from
 the next fold on in each profile's average (`AverageTensors.high`); in the storage dtype on the host
 (`StagedAverage`); and in the file (`TensorFileWriter`). Each step works tile by tile, see `memory`,
 and selects the elements for measurements, for the sample of the weights and for the sketch of their
@@ -13,18 +13,15 @@ from __future__ import annotations
 
 import atexit
 import logging
-import math
 import multiprocessing.util
 import os
 import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -40,8 +37,7 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.files import remove_unfinished
 from posthoc_cli.resources import worker_count
-from posthoc_cli.snapshots.sources import ElementRange
-from posthoc_cli.tracker.averages import Averages, Standing
+from posthoc_cli.tracker.averages import Averages
 from posthoc_cli.tracker.background import (
     SINGLE_THREAD,
     ThreadPool,
@@ -49,29 +45,19 @@ from posthoc_cli.tracker.background import (
     end_threads,
 )
 from posthoc_cli.tracker.clock import Settings, TrainingProgress
-from posthoc_cli.tracker.host_copy import ModelCopier
-from posthoc_cli.tracker.measuring import Sketcher, Values, joined
-from posthoc_cli.tracker.memory import Layout, Reader, is_on_host, on_host
+from posthoc_cli.tracker.filling import check_fits
+from posthoc_cli.tracker.measuring import Sketcher, Values
+from posthoc_cli.tracker.memory import HostCopy, Layout, Reader, is_on_host, on_host
 from posthoc_cli.tracker.model import ModelTensors, nonfinite_error
 from posthoc_cli.tracker.snapshotter import (
-    LiveSource,
     Snapshotter,
     Storage,
-    entries_of,
     headers,
-    measured_now,
     stage,
 )
 from posthoc_cli.tracker.state import Tracking
 
 log = Log(__name__)
-
-Calls = tuple[TrainingProgress, tuple[tuple[Tensor, TrainingProgress], ...]]
-
-STILL = 10
-"""Updates without any change of a weight: an optimizer moves most of them at each step. Later ones
-in half precision may be too small for a change: weights must stand for as long as snapshots are
-apart."""
 
 
 class Pipeline:
@@ -98,29 +84,25 @@ class Pipeline:
         self._device = device
         # whether updates return before they are done; known at the first update
         self._is_async: bool | None = None
-        # the last call that was counted, and later ones, unless a GradScaler has skipped them
-        self._calls: Calls = (tracking.progress, ())
+        self._counted = tracking.progress  # the last call that was counted
         self._process = os.getpid()
-        self._lock = threading.Lock()
         self._pool = ThreadPool(min(torch.get_num_threads(), worker_count()))
-        self._copier = ModelCopier(self._pool.size)
+        self._host_copy = HostCopy(self._pool.size)
         self._streams = DeviceStreams()
         self._updates = Worker("averages")
         self._writes = Worker("snapshots")
         # of the model that was taken in last; gone when its tensors are
         self._values: WeakKeyDictionary[ModelTensors, Reader] = WeakKeyDictionary()
         self._storage: Storage | None = None
-        # the update that was compared last, and its sample
-        self._compared: tuple[Standing, Values] = Standing(), np.empty(0)
-        self._still = 0.0  # updates until the next comparison, see `_note_standstill`
-        self._live: WeakValueDictionary[int, LiveSource] = WeakValueDictionary()  # by id
+        # of the last snapshots: the step, and the model's sampled values
+        self._last_sample: tuple[int, Values] | None = None
 
     def figures(self) -> dict[str, float]:
         storage = self._storage
         memory = [] if storage is None else storage.memory
         parts: tuple[Any, ...] = (
             self.tracking.averages,
-            self._copier,
+            self._host_copy,
             *memory,
             *self._values.values(),
         )
@@ -135,27 +117,20 @@ class Pipeline:
     @property
     def progress(self) -> TrainingProgress:
         """The progress of the training; one update behind if a call was interrupted after it queued
-        its update. Waits for an accelerator that knows whether steps were skipped."""
-        counted, unread = self._calls
-        done = self.tracking.progress
-        if done.step > counted.step:
-            return done
-        if unread and unread[0][0].is_cuda:  # another thread's stream may have set them
-            torch.cuda.synchronize(unread[0][0].device)
-        for found_inf, latest in unread:
-            if not bool(found_inf):
-                counted = counted.after(latest.t if latest.own_clock else None, self._settings)
-        return counted
+        its update."""
+        return max(self._counted, self.tracking.progress, key=lambda progress: progress.step)
 
     @property
-    def latest(self) -> TrainingProgress:
-        """The progress if no step was skipped that is not known yet; another object after each
-        call."""
-        counted, unread = self._calls
-        done = self.tracking.progress
-        if done.step > counted.step:
-            return done
-        return unread[-1][1] if unread else counted
+    def sample(self) -> Values | None:
+        """The model's values of a snapshot's sample at the last update; None if unknown."""
+
+        def work() -> Values | None:
+            averages = self.tracking.averages
+            if averages.sample is None:
+                return None
+            return self._storage_of(averages.tensors.layout).in_order(averages.sample)
+
+        return self._updates.call(work)
 
     # --- which calls are admitted ---
 
@@ -177,18 +152,6 @@ class Pipeline:
                 self.directory, "this tracker was closed", "continue with PostHocEMA.from_path"
             )
 
-    def lock(self, call: str) -> threading.Lock:
-        """Return the lock to hold during a call; raise a NotReadyError if another call, begun
-        earlier, is running."""
-        self.check_open()
-        if self._lock.locked():
-            reason = (
-                "another thread, or the code that this signal handler interrupts, is "
-                "calling the tracker"
-            )
-            raise NotReadyError(call, reason, "call update_ from one thread, after every step")
-        return self._lock
-
     # --- called by the training ---
 
     def wait_for_turn(self, writes_too: bool) -> None:
@@ -204,17 +167,7 @@ class Pipeline:
         if self.tracking.resumes:
             self.set(replace(self.tracking, progress=progress, resumes=False))
         else:
-            self._calls = progress, ()
-
-    def defer(self, found_inf: Tensor, t: float | None) -> bool:
-        """Count a call unless `found_inf` is 1, which is read later; return False if an update may
-        be due now."""
-        latest = self.latest.after(t, self._settings)
-        if self.tracking.resumes or self._settings.update_is_due(latest.step):
-            return False
-        counted, unread = self._calls
-        self._calls = counted, (*unread, (found_inf, latest))
-        return True
+            self._counted = progress
 
     def update(self, tensors: ModelTensors, progress: TrainingProgress) -> None:
         """Take in a model's values, after `wait_for_turn`; raise the error of values that are not
@@ -222,7 +175,6 @@ class Pipeline:
 
         `tensors` must be the same object while the model is unchanged.
         """
-        self.check_open()  # a signal handler may have closed the tracker since the call began
         if self._is_async is None:
             all_on_cpu = all(tensor.device.type == "cpu" for tensor in tensors.averaged.values())
             self._is_async = (self._device or ("model" if all_on_cpu else "cpu")) == "cpu"
@@ -236,9 +188,7 @@ class Pipeline:
             self._update_by_copy(values, copies, progress)
         else:
             self._update_in_place(values, copies, progress)
-        if self.tracking.progress.step < progress.step:  # queued, or refused as after `close`
-            self.check_open()
-        self._calls = progress, ()
+        self._counted = progress
         self._updates.warn_of_waiting("updates of the averages (update_every)")
         self._writes.warn_of_waiting("snapshots (checkpoint_every)")
 
@@ -254,15 +204,15 @@ class Pipeline:
         # On an accelerator the training's own stream copies. On the CPU torch's threads would wait
         # for each other.
         pool = self._pool_for(values.layout)
-        copier = self._copier
+        host_copy = self._host_copy
         if pool is SINGLE_THREAD:
-            copier.copy(values)
+            host_copy.copy(values)
         else:
-            self._updates.call(lambda: copier.copy(values, pool))
+            self._updates.call(lambda: host_copy.copy(values, pool))
 
         def take_in() -> str | None:
             self._streams.last_events = events
-            return self._take_in(copier.arrived(), copies, progress)
+            return self._take_in(host_copy.arrived(), copies, progress)
 
         self._updates.submit(lambda: self._update(take_in, progress))
 
@@ -288,8 +238,8 @@ class Pipeline:
         take_in: Callable[[], str | None],
         progress: TrainingProgress,
     ) -> None:
-        """Take in values, and queue due snapshots, also if the values are refused; do nothing after
-        `close`, which a signal handler may have called since the update began."""
+        """Take in values, and queue due snapshots, also if the values are refused; do nothing once
+        the end of the process has closed the tracker."""
         if self.closed:
             return
         name = take_in()
@@ -306,52 +256,41 @@ class Pipeline:
         if threads > self._pool.size:
             self._pool.close()
             self._pool = ThreadPool(threads)
-            self._copier = ModelCopier(threads)
+            self._host_copy = HostCopy(threads)
 
     def set(self, tracking: Tracking) -> None:
         """Replace the state and the progress."""
 
         def work() -> None:
             self.check_open()
-            self._calls = tracking.progress, ()
+            self._counted = tracking.progress
             self.tracking = tracking
 
         self._updates.call(work)
 
     # --- called by any thread ---
 
-    def live(self) -> list[LiveSource]:
-        """Return the last update's averages as sources, one a profile, valid while in use; none
-        before an update."""
+    def read(
+        self,
+        profile: int,
+        dtypes: Mapping[str, torch.dtype],
+    ) -> dict[str, Tensor]:
+        """Return the last update's average of a profile in these dtypes, and the copies, on the
+        host; raise a NonFiniteError for values that a dtype cannot hold."""
 
-        def work() -> list[LiveSource]:
-            current = self._current()
-            averages = current.averages
-            tensors = averages.tensors
-            pool = self._pool_for(tensors.layout)
+        def work() -> dict[str, Tensor]:
+            averages = self.tracking.averages
+            weights = {}
             with self._streams.in_own_streams():
-                subset = self._storage_of(tensors.layout).subset
-                measured = [(figures, "") for figures in measured_now(subset, averages, pool)]
-                infos = headers(self._settings, current, averages.path(pool), measured)
+                for name, dtype in dtypes.items():
+                    exact = averages.read(profile, name)
+                    check_fits(name, exact, dtype)
+                    weights[name] = exact.to(dtype)
+                for name, copy in averages.copies.items():
+                    weights[name] = copy.to("cpu", copy=True)
+            return weights
 
-            def read(
-                index: int,
-                ranges: Sequence[ElementRange],
-            ) -> list[Tensor]:
-                with self._streams.in_own_streams():
-                    return averages.read(index, ranges, pool)
-
-            entries = entries_of({**averages.copies, **tensors.high[0].views})
-            call = self._updates.call
-            sources = []
-            for index, header in enumerate(infos):
-                fields = vars(header) | {"entries": entries}
-                source = LiveSource(**fields, read=partial(read, index), call=call)
-                self._live[id(source)] = source
-                sources.append(source)
-            return sources
-
-        return self._updates.call(work) if self.tracking.averages.exist else []
+        return self._updates.call(work)
 
     def read_exactly(self) -> Tracking:
         """Return the state with an exact copy of the averages on the host."""
@@ -378,8 +317,7 @@ class Pipeline:
             current = self._current()
             standing = current.averages.standing
             if self.snapshotter is not None and not self.snapshotter.has(standing.t):
-                off_schedule = not self._settings.snapshot_is_due(standing.step)
-                self._submit_snapshots(current, off_schedule)
+                self._submit_snapshots(current)
 
         self._updates.submit(work)
 
@@ -503,15 +441,11 @@ class Pipeline:
         if self._settings.snapshot_is_due(progress.step):
             # before anything is changed: memory may run out
             storage.allocate(len(averages.sigma_rels))
-        for live in list(self._live.values()):
-            live.copy()
         pool = self._pool_for(values.layout)
         sample = storage.sample
         sketcher = self._sketcher(averages, storage)
-        name = averages.update_(values, copies, progress.t, progress.step, pool, sample, sketcher)
+        name = averages.update_(values, copies, progress.last, pool, sample, sketcher)
         self.tracking = replace(now, progress=progress)
-        if name is None:
-            self._note_standstill(averages)
         return name
 
     def _sketcher(self, averages: Averages, storage: Storage) -> Sketcher | None:
@@ -530,34 +464,24 @@ class Pipeline:
             return None
         return sketcher
 
-    def _note_standstill(self, averages: Averages) -> None:
-        """Warn, once, of weights that are the same as some updates ago.
-
-        Compared are those of a snapshot's sample.
-        """
-        standing = averages.standing
-        before, earlier = self._compared
-        if standing.updates < before.updates + self._still:
+    def _warn_of_standstill(self, storage: Storage, averages: Averages) -> None:
+        """Warn if the weights are those of the last snapshots."""
+        before = self._last_sample
+        if averages.sample is None or not storage.sample_size:
             return
-        assert averages.sample is not None
-        sample = joined(averages.sample)
-        self._compared = standing, sample
-        self._still = STILL
-        if not earlier.size:
-            return
-        schedule = self._settings.schedule
-        self._still = max(STILL, schedule.checkpoint_every // schedule.update_every)
-        if np.array_equal(earlier, sample):
-            self._still = math.inf
+        step = averages.standing.step
+        sample = storage.in_order(averages.sample)
+        self._last_sample = step, sample
+        if before is not None and before[0] < step and np.array_equal(before[1], sample):
             log.warning(
-                "%s: the weights of step %d are those of step %d: does an optimizer step, and is "
-                "this the model that it trains?",
+                "%s: the weights have not changed from step %d to %d: does the optimizer step, and "
+                "is this the model that it trains?",
                 self.directory,
-                standing.step,
-                before.step,
+                before[0],
+                step,
             )
 
-    def _submit_snapshots(self, current: Tracking, off_schedule: bool = False) -> None:
+    def _submit_snapshots(self, current: Tracking) -> None:
         """Stage the averages, and queue their snapshots."""
         averages = current.averages
         tensors = averages.tensors
@@ -572,7 +496,8 @@ class Pipeline:
             staged = stage(storage, averages, pool)
             measured = [(average.measurements, average.sample) for average in staged]
             copies = _on_cpu(averages.copies)
-            infos = headers(self._settings, current, averages.path(pool), measured, off_schedule)
+            infos = headers(self._settings, current, averages.path(pool), measured)
+            self._warn_of_standstill(storage, averages)
         self._writes.submit(lambda: snapshotter.record(infos, staged, copies))
 
 
@@ -637,6 +562,7 @@ class DeviceStreams:
 
 
 _writers: set[Pipeline] = set()  # each of its directory
+os.register_at_fork(after_in_child=_writers.clear)  # a forked child writes and releases nothing
 
 
 def wait_for_writers(directory: Path) -> None:

@@ -9,8 +9,8 @@
     flush, close             ->   (waits for both)
 
 The averages' thread alone changes and reads averages, one job at a time, so that every reader, from
-any thread or signal handler, sees those of one update; the snapshots' thread alone writes. Nobody
-else holds a lock."""
+any thread, sees those of one update; the snapshots' thread alone writes. A call holds the tracker:
+other threads wait for its end, and one from within it, as from a signal handler, is refused."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ import atexit
 import logging
 import math
 import os
-import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,7 @@ from weakref import WeakSet
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 # Compiled code must not trace file operations and threads. Unlike torch.compiler.disable, this does
 # not import torch's compiler where no optimizer has done so, which takes two seconds.
@@ -45,10 +44,9 @@ from posthoc_cli.errors import (
     kept_messages,
     log_kept_messages,
     shown,
-    warn,
 )
 from posthoc_cli.reconstruction import check_method
-from posthoc_cli.run import Run, Wanted, Weights, as_targets, make_weights, with_consistent_plan
+from posthoc_cli.run import Run, Wanted, Weights, make_weights, with_consistent_plan
 from posthoc_cli.snapshots.directory import find_snapshots
 from posthoc_cli.snapshots.snapshot import (
     Snapshot,
@@ -57,33 +55,31 @@ from posthoc_cli.snapshots.snapshot import (
     joined_paths,
     make_selection,
     places,
+    recorded_weights,
     statistics_notice,
 )
-from posthoc_cli.snapshots.sources import Source
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
-from posthoc_cli.targets import as_target
+from posthoc_cli.targets import as_target, as_targets
 from posthoc_cli.tracker import averaged
-from posthoc_cli.tracker.attach import (
-    Attachment,
-    LastCount,
-    last_counts,
-    stepping_optimizer,
-)
+from posthoc_cli.tracker.attach import Attachment
+from posthoc_cli.tracker.background import CallLock
 from posthoc_cli.tracker.clock import Settings, TrainingProgress
 from posthoc_cli.tracker.filling import check_weights, fill_in, is_swapped, swapped_in
-from posthoc_cli.tracker.memory import HOST
 from posthoc_cli.tracker.model import (
     ModelWatch,
     check_model,
-    collect_tensors,
     into_dtensors,
     unwrapped,
 )
 from posthoc_cli.tracker.pipeline import Pipeline, wait_for_writers
 from posthoc_cli.tracker.processes import Group
-from posthoc_cli.tracker.resume import Start, check_path, sample_of_all
-from posthoc_cli.tracker.snapshotter import LiveSource
-from posthoc_cli.tracker.state import StateInfo, Tracking, pack_state, unpack_state
+from posthoc_cli.tracker.resume import (
+    Start,
+    check_path,
+    sample_of_all,
+    warn_of_other_weights,
+)
+from posthoc_cli.tracker.state import StateInfo, Tracking, pack_state, read_info, unpack_state
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -94,6 +90,9 @@ Dtype = torch.dtype | str | None
 
 log = logging.getLogger(__name__)
 
+ROUNDED = 2.0**-25
+"""The predicted error of an average from memory: float32's rounding, of which folds leave about
+one."""
 
 _MAKE = (
     "is made by PostHocEMA.from_model(model, checkpoint_dir, sigma_rels=...) for a new run, or by "
@@ -126,32 +125,25 @@ class PostHocEMA:
         self._members = start.tracking.tracked.members
         self._watch = ModelWatch(self.settings.selection, self._members)
         self._model: weakref.ref[nn.Module] | None = None
+        # the model whose tensors were compared last
+        self._checked: Callable[[], nn.Module | None] = lambda: None
         self._pipeline = Pipeline(self.checkpoint_dir, self.settings, start.tracking, device)
         # For a tracker that nobody closes. It must not wait for a thread: garbage may be collected
         # in that thread.
         weakref.finalize(self, self._pipeline.abandon).atexit = False
         # weak: the optimizer's hook holds the attachment, which holds the tracker
         self._attachment: weakref.ref[Attachment] | None = None
+        self._lock = CallLock()
         self._pending: Exception | None = None
         self._callbacks: list[Callable[[Any], None]] = []
         self._reported = 0
         self._warned_of: set[str] = set()
         self._has_begun = False  # whether this process is a writer, or knows the writers
-        self._last = LastCount()
+        self._is_filled = False  # whether `load_into` has replaced the model's weights
         _all.add(self)
         if model is not None:
-            self._track(model)
-
-    def _track(self, model: nn.Module) -> None:
-        """Become a tracker of the model."""
-        bare: Any = unwrapped(model)
-        self._model = weakref.ref(bare)
-        if self._start.tracking.resumes:
-            self._start.counted = self._counted_before(model)
-            self._choose_start(model, is_first_call=False)
-        hooks: Any = bare._load_state_dict_post_hooks
-        if not any(isinstance(hook, _RestoredHook) for hook in hooks.values()):
-            bare.register_load_state_dict_post_hook(_RestoredHook())
+            self._model = weakref.ref(unwrapped(model))
+            self._checked = self._model
 
     @classmethod
     def from_model(
@@ -170,6 +162,7 @@ class PostHocEMA:
         buffers: str = "statistics",
         device: str | None = None,
         resume: str | int | None = None,
+        group: Any = None,
     ) -> PostHocEMA:
         """Return a tracker for a new run, or with `resume` for an existing one. The first `update_`
         begins to write.
@@ -204,13 +197,15 @@ class PostHocEMA:
                 "cpu" for averages on the host, updated by background threads; None for "cpu" on
                 accelerators.
             resume: "auto" to continue the directory's run, if it holds one, from the newest
-                snapshots at whose time the network had the model's weights, exactly or as float16
-                or bfloat16, or from the last step that an earlier tracker of this model and
-                directory has counted in this process, which is closed; for any other weights the
-                first `update_` raises an error, unless `load_state_dict` was called. A number to
-                continue from the snapshots of that call of `update_`, whatever the weights; 0 to
-                begin anew, with the directory's snapshots set aside at the first `update_`. None
-                for a new run.
+                snapshots at whose time the network had the weights that the model has now, exactly
+                or as float16 or bfloat16; for other weights the first `update_` raises an error,
+                unless `load_state_dict` was called. A number to continue from the snapshots of
+                that call of `update_`; other weights are a warning. 0 to begin anew, with the
+                directory's snapshots set aside at the first `update_`. None for a new run. With
+                `resume` an earlier tracker of the directory in this process is closed first, which
+                writes a snapshot of its model's weights, so that a notebook's cell continues.
+            group: the torch.distributed group of the processes that make this tracker; by default
+                that of the model's DistributedDataParallel, else all.
 
         Raises:
             InvalidValueError: (a ValueError) naming the argument and what would be accepted.
@@ -229,13 +224,11 @@ class PostHocEMA:
         )
         directory = check_path(checkpoint_dir)
         if resume is not None:
-            _end_earlier(directory)
+            _close_earlier(directory)
         wait_for_writers(directory)
-        tracker = cls(
-            Start.of_model(check_model(model), directory, settings, resume), model, device
+        return cls(
+            Start.of_model(check_model(model), directory, settings, resume, group), model, device
         )
-        tracker._last.watch(unwrapped(model))
-        return tracker
 
     @classmethod
     def from_path(
@@ -244,21 +237,21 @@ class PostHocEMA:
         model: nn.Module | None = None,
         step: int | None = None,
         device: str | None = None,
+        group: Any = None,
     ) -> PostHocEMA:
         """Return a tracker of the run in a directory, with its settings: to synthesize from, or to
         continue tracking.
 
         Tracking continues as with `resume="auto"` of `from_model`, or from the snapshots of a
-        `step`, whatever the weights; later ones are moved to the folder `superseded` at the first
-        `update_`. The model's tensors are checked against the snapshots. The call closes an earlier
-        tracker of the model and the directory in this process, and waits for due snapshots of
-        others.
+        `step`; later ones are moved to the folder `superseded` at the first `update_`. The model's
+        tensors are checked against the snapshots. The call waits for due snapshots of other
+        trackers of this process.
         """
         directory = check_path(checkpoint_dir)
         if model is not None:
-            _end_earlier(directory, check_model(model))
+            check_model(model)
         wait_for_writers(directory)
-        return cls(Start.of_run(directory, model, step), model, device)
+        return cls(Start.of_run(directory, model, step, group), model, device)
 
     def __repr__(self) -> str:
         profiles = ", ".join(f"{sigma_rel:g}" for sigma_rel in self.settings.sigma_rels)
@@ -304,8 +297,8 @@ class PostHocEMA:
 
     @property
     def has_average(self) -> bool:
-        """Whether an update has been due. Before the first one, calls for averages return the raw
-        weights and warn."""
+        """Whether an update has been due. Before the first one, calls for averages raise a
+        NotReadyError."""
         if self._pipeline.tracking.resumes:
             return self._start.step != 0
         return self._pipeline.progress.updated > 0
@@ -357,26 +350,19 @@ class PostHocEMA:
         self,
         model: nn.Module,
         t: float | None,
-        found_inf: Tensor | None = None,
     ) -> None:
-        """Count a training step, unless `found_inf` says that a GradScaler has skipped it."""
+        """Count a training step."""
         _check_raw(model, "update_")
         if _is_capturing():
             reason = "a CUDA graph is being captured, which would count and average this step once"
             raise NotReadyError("update_", reason, "call it after graph.replay()")
         grad_mode = torch.is_grad_enabled()
         try:
-            with self._pipeline.lock("update_"):
-                self._begin(model)
-                before = self._pipeline.latest
-                try:
-                    self._advance(model, t, found_inf)
-                finally:
-                    if self._pipeline.latest is not before:
-                        self._last.run_id = self.run_id
-                        self._last.progress = self._pipeline.latest
-                        of_model = last_counts.setdefault(unwrapped(model), {})
-                        of_model[self.checkpoint_dir] = self._last
+            with self._call("update_"):
+                self._pipeline.check_open()
+                self._check_kind(model)
+                self._begin()
+                self._advance(model, t)
         finally:  # a signal handler can raise just before torch.no_grad() restores the mode
             torch.set_grad_enabled(grad_mode)
         self._raise_pending()
@@ -396,8 +382,10 @@ class PostHocEMA:
         tracker, as `detach()` does.
         """
         self._pipeline.check_open()
-
-        stepping = stepping_optimizer(optimizer)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            reason = f"must be given a torch.optim.Optimizer, not {type(optimizer).__name__}"
+            hint = "call ema.update_(model) after each step that was taken"
+            raise InvalidValueError("attach", reason, hint)
         if self._model is None:
             reason = "this tracker was made without a model"
             raise InvalidValueError("attach", reason, "pass the model to from_model or from_path")
@@ -406,22 +394,16 @@ class PostHocEMA:
             reason = f"t {t!r}: must be a function that returns the training time in {unit}"
             raise InvalidValueError("attach", reason, "such as attach(optimizer, t=lambda: seen)")
         before = self._attached
-        if before is not None and before.optimizer is not stepping:
-            kind = type(before.optimizer).__name__
-            reason = f"this tracker is attached to another optimizer ({kind})"
-            hint = (
-                "of several that train one model, attach to the one that steps last in an "
-                "iteration, or detach() first"
-            )
+        if before is not None and before.optimizer is not optimizer:
+            reason = "this tracker is attached to another optimizer"
+            hint = "of several, attach to the one that steps last; or detach() first"
             raise InvalidValueError("attach", reason, hint)
+        self.detach()
 
-        def update(time: float | None, found_inf: Tensor | None) -> None:
-            self._count(self._present_model("attach"), time, found_inf)
+        def update(time: float | None) -> None:
+            self._count(self._present_model("attach"), time)
 
-        for tracker in [*_all]:  # also an earlier one, as of a notebook's cell that has run again
-            if tracker.checkpoint_dir == self.checkpoint_dir:
-                tracker.detach()
-        attachment = Attachment(stepping, update, t)
+        attachment = Attachment(optimizer, update, t)
         self._attachment = weakref.ref(attachment)
         return attachment
 
@@ -445,23 +427,23 @@ class PostHocEMA:
         it is durable.
 
         Call it when you save a checkpoint of the model, so that `resume="auto"` can continue from
-        that checkpoint. Between two updates it takes in the model's weights first. Thinning spares
-        it until five later times have some.
+        that checkpoint. Between two updates it takes in the model's weights first. It is thinned
+        as any other.
         """
-        self._pipeline.check_open()
-        model = self._tracked_model()
-        progress = self._pipeline.progress
-        if model is not None and self.keeps_averages and 0 < progress.updated < progress.step:
-            _check_raw(model, "snapshot")
-            with self._pipeline.lock("snapshot"):
+        with self._call("snapshot"):
+            self._pipeline.check_open()
+            model = self._tracked_model()
+            progress = self._pipeline.progress
+            if model is not None and self.keeps_averages and 0 < progress.updated < progress.step:
+                _check_raw(model, "snapshot")
                 self._pipeline.wait_for_turn(writes_too=False)
                 self._take_in(model, replace(progress, updated=progress.step))
-        has_begun = progress.updated > 0 or self._pipeline.tracking.resumes
-        if self.keeps_averages and not has_begun:
-            raise NotReadyError("snapshot", "there was no update yet")
-        if self._pipeline.snapshotter is not None:
-            self._pipeline.write_missing()
-        self.flush()
+            has_begun = progress.updated > 0 or self._pipeline.tracking.resumes
+            if self.keeps_averages and not has_begun:
+                raise NotReadyError("snapshot", "there was no update yet")
+            if self._pipeline.snapshotter is not None:
+                self._pipeline.write_missing()
+            self._flush()
 
     @not_compiled
     def flush(self) -> None:
@@ -470,13 +452,14 @@ class PostHocEMA:
 
         Raises:
             WriteError, NonFiniteError: an error since the last call, raised once.
-            RankError: another process that keeps a part of the averages has failed.
         """
-        self._pipeline.check_process()
+        with self._call("flush"):
+            self._flush()
+
+    def _flush(self) -> None:
         self._pipeline.flush()
         self._note_error()
         self._raise_pending()
-        self._members.check()
 
     def metrics(
         self,
@@ -513,33 +496,28 @@ class PostHocEMA:
         """Give the model averaged weights, in eval mode, for a `with` block.
 
         A tracked length, without `t` or `step`, is the current average: exact, and from memory.
-        Others are made of it and of snapshots. After the block weights, buffers, train or eval mode
-        and device are as before, also on an error. Meanwhile the model's raw weights are kept in
-        host memory. The weights take the model's dtypes. Blocks may be nested. The arguments are
-        those of `state_dict`.
+        Others are made of snapshots, at the time of the newest; the object says `t`, once it is
+        entered. After the block weights, buffers, train or eval mode
+        and gradients are as before, also on an error. Meanwhile the model's raw weights are kept in
+        host memory. The weights take the model's dtypes. A second block of the same model is
+        refused. The arguments are those of `state_dict`.
 
-        In a group of processes all that have made a tracker of this directory make the call,
-        between the same two calls of `update_`, within 300 s; an error in one is raised in all.
-        Each fills the chunks that it holds.
+        In a group of processes all make the call, between the same two calls of `update_`; an error
+        in one is raised in all. Each fills the chunks that it holds.
         """
         asked = {"t": t, "step": step, "method": method}
-        return AveragedModel(partial(self._evaluated, model, sigma_rel, asked))
 
-    @contextmanager
-    def _evaluated(
-        self,
-        model: Module,
-        sigma_rel: Wanted,
-        asked: dict[str, Any],
-    ) -> Iterator[Module]:
-        group, weights = self._average("model", check_model(model), sigma_rel, asked)
-        if not group.is_alone:  # else `swapped_in` checks
-            group.together(lambda: check_weights(model, weights))
-        with swapped_in(model, weights):
+        def make() -> Weights:
+            check_model(model)
+            with self._call("model"):
+                group, weights = self._average(model, sigma_rel, asked)
+                group.together(lambda: check_weights(model, weights))
             notice = statistics_notice(self._pipeline.tracking.tracked.dtypes(copied=True))
             if notice is not None and self._is_first_warning("statistics"):
-                warn(notice)
-            yield model
+                log.warning("%s", notice)
+            return weights
+
+        return AveragedModel(model, make)
 
     def models(
         self,
@@ -549,31 +527,37 @@ class PostHocEMA:
         """Return by label ("0.15", "decay-linear-20%") blocks like that of `model`, each made when
         it is entered.
 
-        Targets that the run is too short for, such as a window of more steps, are left out, with a
-        warning. In a group of processes all make the call, and enter the blocks in their order.
+        Targets that cannot be made yet, such as a window of more steps than the run has, are left
+        out, with a warning. In a group of processes all make the call, and enter the blocks in
+        their order.
         """
         targets = {target.label: target for target in as_targets(sigma_rels)}
-        group = self._callers("models", check_model(model), [*targets.values()], {})
+        group = self._callers({})
 
         def find_refusals() -> dict[str, str]:
             if not self.has_average:
-                return {}
-            sources: Sequence[Source]
-            if self._members.is_chunked:
-                sources = self._stored() or self._live()
-            else:
-                sources = self._sources()
-            _, reasons = averaged.plan_possible(sources, targets)
+                return dict.fromkeys(targets, self.settings.first_update(self.step))
+            others = {}
+            for label, target in targets.items():
+                if self._tracked_profile(target, {}) is None:
+                    others[label] = target
+            stored = self._stored() if others else []
+            if not stored:
+                return dict.fromkeys(others, "no snapshot yet")
+            _, reasons = averaged.plan_possible(stored, others)
             return reasons
 
-        refusals = group.from_first(find_refusals)
+        check_model(model)
+        with self._call("models"):
+            group.together(self._flush)
+            refusals = group.from_first(find_refusals)
         blocks = {}
         for label, target in targets.items():
             if label not in refusals:
                 blocks[label] = self.model(model, target)
             elif self.keeps_averages and self._is_first_warning(label):
                 reason = refusals[label]
-                log.warning("%s; there is no average of it at step %d", reason, self.step)
+                log.warning("%s: no average of %s at step %d", reason, label, self.step)
         return blocks
 
     @overload
@@ -598,8 +582,8 @@ class PostHocEMA:
         dtype: Dtype = None,
         method: str | None = None,
     ) -> Weights | dict[str, Any]:
-        """Return averaged weights, copies by name on the CPU with their `predicted_error`; or the
-        tracker's own state.
+        """Return averaged weights, copies by name on the CPU with their `t` and `predicted_error`;
+        or the tracker's own state.
 
         Without `sigma_rel` it is that state: save it in your training checkpoint; `load_state_dict`
         continues from it exactly. In processes that keep no averages it is empty. For a sharded
@@ -610,8 +594,8 @@ class PostHocEMA:
             sigma_rel: length of the average, in (0, 0.2887); or another target, such as
                 `targets.Beta(0.9999)`, or its text form, "beta:0.9999"; or any object with a
                 function `tail`.
-            t, step: time of the average, or its number of calls; by default that of a live tracker,
-                or the newest.
+            t, step: time of the average, or its number of calls; by default now for a tracked
+                length, else the time of the newest snapshots.
             dtype, method: dtype of the averages, by default each parameter's own; the solver,
                 "minvar" or "paper".
         """
@@ -621,9 +605,11 @@ class PostHocEMA:
                 if value is not None:
                     reason = f"must be given with {name}, which is of an average"
                     raise InvalidValueError("sigma_rel", reason)
-            return self._own_state()
+            with self._call("state_dict"):
+                return self._own_state()
         model = self._chunked_model()
-        _, weights = self._average("state_dict", model, sigma_rel, asked)
+        with self._call("state_dict"):
+            _, weights = self._average(model, sigma_rel, asked)
         if model is not None:
             into_dtensors(weights, model)
         return weights
@@ -646,9 +632,11 @@ class PostHocEMA:
         """
         _check_raw(check_model(model), "load_into")
         asked = {"t": t, "step": step, "method": method}
-        group, weights = self._average("load_into", model, sigma_rel, asked)
-        targets = group.together(lambda: check_weights(model, weights))
-        fill_in(targets, weights)
+        with self._call("load_into"):
+            group, weights = self._average(model, sigma_rel, asked)
+            targets = group.together(lambda: check_weights(model, weights))
+            fill_in(targets, weights)
+        self._is_filled = True
 
     def reconstruction_error(
         self,
@@ -666,13 +654,16 @@ class PostHocEMA:
         """Continue exactly from a tracker's own state, which `state_dict()` returned. An error
         changes nothing.
 
-        Later snapshots, or those of another attempt that continued from an earlier state, move to
-        the folder `superseded`. This tracker's settings hold, such as another `update_every`, or
-        fewer `sigma_rels`. Where the model has other weights than the network had then, the first
-        `update_` warns. For a sharded model all processes make the call, also with a state of
-        complete tensors.
+        Later snapshots move to the folder `superseded`. This tracker's settings hold, such as
+        another `update_every`, or fewer `sigma_rels`. Load the model's weights first: others than
+        the network had then are a warning. For a sharded model all processes make the call, also
+        with a state of complete tensors.
         """
-        self._pipeline.check_open()
+        with self._call("load_state_dict"):
+            self._pipeline.check_open()
+            self._load_state(state)
+
+    def _load_state(self, state: Mapping[str, Any]) -> None:
         now = self._pipeline.tracking
         if not (self._has_state or state):
             # The writer loads the state. This process only counts, and must not resume from disk
@@ -680,28 +671,31 @@ class PostHocEMA:
             progress = replace(now.progress, updated=max(1, self.step))
             self._pipeline.set(replace(now, progress=progress, resumes=False))
             return
-        group = self._members.keepers("load_state_dict(...)")
+        group = self._members.keepers()
 
         def unpack() -> tuple[Tracking, tuple[float, ...]]:
-            self.flush()
+            self._flush()
             return unpack_state(state, self.settings, now.tracked)
 
-        with self._pipeline.lock("load_state_dict"):
-            loaded, weights = group.together(unpack)
-            self._become_writer(group, loaded.run_id, lambda: loaded)
-            self._start.recorded = np.array(weights, np.float32)
-            model = self._tracked_model()
-            if weights and model is not None:
-                self._start.sample = self._watch.sample(model, loaded.tracked)
+        loaded, weights = group.together(unpack)
+        self._become_writer(group, loaded.run_id, lambda: loaded)
+        self._start.refusal = None
+        if self._tracked_model() is not None and not self._fits(group, weights) and group.leads:
+            warn_of_other_weights(self.checkpoint_dir, loaded.progress.step)
 
     def fits(self, state: Mapping[str, Any]) -> bool:
         """Return whether the model has the weights that the network had when a tracker's own state
         was taken, as far as it knows them; of a sharded model all processes make the call."""
-        recorded = np.array(state.get("weights", ()), np.float32)
-        group = self._members.keepers("fits(...)")
+        return self._fits(self._members.keepers(), read_info(state).weights)
+
+    def _fits(self, group: Group, weights: Sequence[float]) -> bool:
+        recorded = np.array(weights, np.float32)
+        if not recorded.size:
+            return True
         model = self._present_model("fits")
-        own = group.together(lambda: self._first_sample(model))
-        return not recorded.size or are_equal(sample_of_all(group, own), recorded)
+        tracked = self._pipeline.tracking.tracked
+        own = group.together(lambda: self._watch.sample(model, tracked))
+        return are_equal(sample_of_all(group, own), recorded)
 
     @not_compiled
     def close(self) -> None:
@@ -710,19 +704,21 @@ class PostHocEMA:
 
         The averages can still be read. The end of a `with` block or of the process does the same.
         """
+        was_attached = self._attached is not None
         self.detach()
         if self._pipeline.is_forked:
             return  # the threads and the directory belong to another process
-        if self._has_begun:
-            self._last.progress = self._pipeline.progress
-            self._members.note_end(self.step)
-        self._note_uncounted(is_end=sys.exc_info()[0] is None)
-        if self.step and not self.has_average:
+        with self._call("close"):
+            self._close(was_attached)
+        self._run_callbacks()
+
+    def _close(self, was_attached: bool) -> None:
+        self._warn_of_moved_weights()
+        if (self.step or was_attached) and not self.has_average:
             log.warning("%s: no snapshot: %s", self.checkpoint_dir, self.settings.first_update(0))
         try:
             self._pipeline.end()
-            self.flush()
-            self._run_callbacks()
+            self._flush()
         finally:
             self._watch.forget()
             self._pipeline.close()
@@ -766,41 +762,44 @@ class PostHocEMA:
 
     # --- one call of `update_`
 
-    def _begin(self, model: nn.Module) -> None:
+    def _call(self, name: str) -> AbstractContextManager[Any]:
+        """Return a block that holds the tracker for the time of a call."""
+        self._pipeline.check_process()
+        return self._lock.hold(name)
+
+    def _check_kind(self, model: nn.Module) -> None:
+        """Raise a ModelMismatchError for another model, of other tensors, at its first call."""
+        bare = unwrapped(model)
+        if self._checked() is not bare:
+            self._watch.check(model, self._pipeline.tracking.tracked)
+            self._checked = weakref.ref(bare)
+
+    def _begin(self) -> None:
         """Become the directory's writer at the first call."""
         self._note_error()
-        if self._pipeline.tracking.resumes:
-            self._choose_start(model, is_first_call=True)
+        if self._start.refusal is not None and self._pipeline.tracking.resumes:
+            raise self._start.refusal
+        self._is_filled = False
         if not self._has_begun:
-            self._last.watch(unwrapped(model))
             self._members.check_model()
             now = self._pipeline.tracking
 
             def read() -> Tracking | None:
                 return self._start.read(now) if now.resumes and self.keeps_averages else None
 
-            self._become_writer(self._members.keepers("update_"), now.run_id, read)
-        if self._start.recorded.size and self._has_state:
-            self._note_other_network(model)
+            self._become_writer(self._members.keepers(), now.run_id, read)
 
     def _advance(
         self,
         model: nn.Module,
         t: float | None,
-        found_inf: Tensor | None,
     ) -> None:
         settings = self.settings
-        if found_inf is not None:
-            if self._pipeline.defer(found_inf, t):
-                return
-            if bool(found_inf):
-                self._pipeline.count(self._pipeline.progress)
-                return
         progress = self._pipeline.progress.after(t, settings)
-        if settings.snapshot_is_due(progress.step):
-            self._members.check()
         if settings.update_is_due(progress.step) and not self.keeps_averages:
             self._watch.check_kind(model)
+            if settings.snapshot_is_due(progress.step):
+                self._members.check_model(also_missing=True)
         elif settings.update_is_due(progress.step):
             # Nothing is counted during the wait: if it is interrupted, as for a slow disk, the call
             # has no effect.
@@ -836,29 +835,38 @@ class PostHocEMA:
             raise
         self._pipeline.update(tensors, progress)
 
-    def _note_uncounted(self, is_end: bool = False) -> None:
-        """Warn, once, of steps of the model that were not counted.
-
-        The call for a single step may be about to come, except at an end without an error: an
-        interrupt leaves a step without its call. A tracker that has counted none may only read.
-        """
-        step = self._last.progress.step
-        if self.closed or not self.keeps_averages:
+    def _warn_of_moved_weights(self) -> None:
+        """Warn if the model has moved since the last counted step, where that was an update."""
+        model = self._tracked_model()
+        tracking = self._pipeline.tracking
+        if model is None or self.closed or self._is_filled or is_swapped(model):
             return
-        steps = self._last.steps
-        missed = steps > 0 if is_end else step > 0 and steps > 1
-        if missed and self._is_first_warning("uncounted"):
-            log.warning(
-                "%s: the model has moved since step %d, the last that was counted: call update_ "
-                "after every step, or attach the optimizer that takes them",
-                self.checkpoint_dir,
-                step,
-            )
+        before = self._pipeline.sample
+        if before is None or tracking.averages.standing.step != self.step:
+            return
+        with suppress(PostHocError):  # of a model that has changed
+            now = [*self._watch.sample(model, tracking.tracked).values()]
+            if not np.array_equal(np.array(now, np.float32), before, equal_nan=True):
+                log.warning(
+                    "%s: the weights have moved since step %d, the last that was counted; if they "
+                    "were trained, call update_ after every step, or attach the optimizer that "
+                    "takes them",
+                    self.checkpoint_dir,
+                    self.step,
+                )
 
-    def _counts(self, model: nn.Module | None) -> bool:
-        """Return whether this tracker counts steps, or is to, of this model if one is given."""
-        counts = self._has_begun or self._attached is not None
-        return counts and (model is None or self._tracked_model() is unwrapped(model))
+    def _keep_present(self) -> None:
+        """Write a snapshot of the model's present weights, unless one has them."""
+        model = self._tracked_model()
+        tracking = self._pipeline.tracking
+        if model is None or tracking.resumes or not self.has_average:
+            return
+        self.flush()
+        sample = np.array([*self._watch.sample(model, tracking.tracked).values()], np.float32)
+        stored = self._stored()
+        recorded = recorded_weights(stored).values() if stored else ()
+        if not any(are_equal(sample, own) for own in recorded):
+            self.snapshot()
 
     def _is_first_warning(self, cause: str) -> bool:
         is_first = cause not in self._warned_of
@@ -886,61 +894,6 @@ class PostHocEMA:
         if failure is not None:
             raise failure
 
-    # --- where a resumed run continues
-
-    def _counted_before(self, model: nn.Module) -> TrainingProgress | None:
-        """Return the last call that an earlier tracker of this model and directory has counted in
-        this process."""
-        last = last_counts.get(unwrapped(model), {}).get(self.checkpoint_dir)
-        if last is None or last.run_id != self.run_id:
-            return None
-        if last.steps:
-            log.warning(
-                "%s: the model has moved since step %d, the last that was counted",
-                self.checkpoint_dir,
-                last.progress.step,
-            )
-        return last.progress
-
-    def _choose_start(self, model: nn.Module, is_first_call: bool) -> None:
-        """Note the model's values, and resume from the newest time at which the network had them,
-        see `Start.choose`."""
-        start = self._start
-        now = self._pipeline.tracking
-        group = self._members.keepers("update_" if is_first_call else "this tracker")
-        if start.sample is None:
-            start.sample = group.together(lambda: self._first_sample(model))
-        if start.is_given:
-            return
-        if is_first_call:
-            wait_for_writers(self.checkpoint_dir)
-        chosen = start.choose(now, group, self.keeps_averages, is_first_call)
-        if chosen is not now:
-            self._pipeline.set(chosen)
-
-    def _first_sample(self, model: nn.Module) -> dict[int, float]:
-        try:
-            return self._watch.sample(model, self._pipeline.tracking.tracked)
-        except ModelMismatchError as error:
-            hint = (
-                f"the run in {self.checkpoint_dir} is of another model; use its model, or another "
-                f"directory"
-            )
-            raise error if error.hint else error.with_hint(hint) from None
-
-    def _note_other_network(self, model: nn.Module) -> None:
-        """Warn if the model is not the network of the loaded state or of the given step."""
-        group = self._members.keepers("update_")
-        tracked = self._pipeline.tracking.tracked
-        present = group.together(lambda: self._watch.sample(model, tracked))
-        if self._start.is_other_network(group, present) and group.leads:
-            log.warning(
-                "%s: the averages continue from step %d; the model has other weights than the "
-                "network had then",
-                self.checkpoint_dir,
-                self._pipeline.progress.step,
-            )
-
     # --- the tracker's own state
 
     @property
@@ -950,35 +903,29 @@ class PostHocEMA:
     def _own_state(self) -> dict[str, Any]:
         if not self._has_state:
             return {}
-        group = self._members.keepers(f"state_dict() at {self._pipeline.progress}")
+        group = self._members.keepers()
 
         def read() -> Tracking:
-            self.flush()
+            self._flush()
             if self._pipeline.tracking.resumes:
                 return self._start.read(self._pipeline.tracking)
-            tracking = self._pipeline.read_exactly()
-            self._pipeline.flush()  # now the snapshots of that time are on disk
-            return tracking
+            return self._pipeline.read_exactly()
 
         tracking = group.together(read)
         averages = tracking.averages
-        snapshotter = self._pipeline.snapshotter
         # Each process knows the path of its own part, and some processes have no average.
         own_path = encode_path(averages.known_path, exact=True)
         paths = group.from_all(own_path)
         weights = self._present_weights(group)
 
         def read_info() -> StateInfo:
-            stored = tracking.snapshots if snapshotter is None else snapshotter.checksums
             return StateInfo(
                 run_id=tracking.run_id,
                 t_unit=self.settings.t_unit,
                 sigma_rels=averages.sigma_rels,
                 standing=averages.standing,
-                step=tracking.progress.step,
-                t=tracking.progress.t,
+                last=tracking.progress.last,
                 sketch=joined_paths([path for path in paths if path]),
-                snapshots=tuple(sorted(stored)),
                 weights=weights,
             )
 
@@ -987,10 +934,9 @@ class PostHocEMA:
     def _present_weights(self, group: Group) -> tuple[float, ...]:
         """Return the network's sampled weights at the last call; empty if they are unknown."""
         now = self._pipeline.tracking
-        recorded = self._start.recorded
         model = self._tracked_model()
-        if recorded.size or not self._pipeline.progress.updated:
-            return tuple(recorded.tolist())
+        if not self._pipeline.progress.updated:
+            return ()
         own: dict[int, float] = {}
         if model is not None and not now.resumes and not is_swapped(model):
             with suppress(ModelMismatchError):
@@ -1001,44 +947,43 @@ class PostHocEMA:
             return ()
         return tuple(values.tolist())
 
-    # --- one average from sources
+    # --- one average: a tracked one from memory, any other from snapshots
 
     def _average(
         self,
-        call: str,
         model: nn.Module | None,
         length: Wanted,
         given: Mapping[str, Any],
     ) -> tuple[Group, Weights]:
         """Return the processes that make a call, and the average; of a sharded `model` the chunks
-        in this process.
-
-        A tracked length at the present time is the live average alone.
-        """
-        self._note_uncounted()
+        in this process."""
         asked = {name: value for name, value in given.items() if value is not None}
-        group = self._callers(call, model, [length], asked)
+        group = self._callers(asked)
         if not group.from_first(lambda: self.has_average):
-            return group, self._raw_weights(model, asked.get("dtype"))
-        live = self._live_index(length, asked)
+            reason = f"{self.settings.first_update(self.step)}, so far {self.step:,}"
+            raise NotReadyError("no average yet", reason, "has_average says when there is one")
+        profile = self._tracked_profile(length, asked)
         if self._members.is_chunked:
             assert model is not None
-            return group, self._chunks(group, model, length, live, asked)
+            return group, self._chunks(group, model, length, profile, asked)
 
-        def plan() -> Plan:
-            sources: list[Source] = self._sources()
-            if live is not None:
-                sources = sources[live : live + 1]
-            return averaged.logged(plan_synthesis(sources, [length], **asked))
+        def make() -> Weights:
+            if profile is not None:
+                return self._from_memory(profile, asked.get("dtype"))
 
-        return group, averaged.from_first(group, lambda: with_consistent_plan(plan, make_weights))
+            def plan() -> Plan:
+                return averaged.logged(plan_synthesis(self._to_read(), [length], **asked))
 
-    def _live_index(
+            return with_consistent_plan(plan, make_weights)
+
+        return group, averaged.from_first(group, make)
+
+    def _tracked_profile(
         self,
         length: Wanted,
         asked: Mapping[str, Any],
     ) -> int | None:
-        """Return the index of the live average that is wanted; None if it is to be made."""
+        """Return the index of the tracked length that is wanted at the present time, else None."""
         sigma_rel = as_target(length).sigma_rel
         if sigma_rel is None or self._pipeline.tracking.resumes or {"t", "step"} & asked.keys():
             return None
@@ -1047,102 +992,65 @@ class PostHocEMA:
                 return index
         return None
 
+    def _from_memory(self, profile: int, dtype: Dtype) -> Weights:
+        """Return a tracked average as it is now, rounded once; of a sharded model this process's
+        part."""
+        if not self.keeps_averages:
+            reason = "this process keeps no averages, the first one of its group does"
+            raise NotReadyError(reason, "read the snapshots with PostHocEMA.from_path")
+        self._flush()
+        tracked = self._pipeline.tracking.tracked
+        stored = parse_dtype(dtype)
+        own = tracked.dtypes(copied=False)
+        if stored is not None:
+            own = dict.fromkeys(own, torch_dtype(stored))
+        weights = Weights(self._pipeline.read(profile, own))
+        for alias, name in tracked.aliases.items():
+            weights[alias] = weights[name]
+        weights.t = self.t
+        weights.predicted_error = ROUNDED
+        return weights
+
     def _chunks(
         self,
         group: Group,
         model: nn.Module,
         length: Wanted,
-        live: int | None,
+        profile: int | None,
         asked: Mapping[str, Any],
     ) -> Weights:
         """Return the chunks in this process of an average of a sharded model."""
         tracked = self._pipeline.tracking.tracked
         tensors = group.together(lambda: averaged.chunks_of(model, tracked))
         members: Any = self._members
-        if live is not None:
+        if profile is not None:
 
             def own() -> Weights:
-                sources = self._live()
-                if not sources:
-                    return Weights()
-                source = sources[live]
-                return make_weights(plan_synthesis([source], [source.sigma_rel], **asked))
+                return (
+                    self._from_memory(profile, asked.get("dtype")) if members.keeps else Weights()
+                )
 
             return averaged.with_replicas(group, group.together(own), tensors, members)
-        group.together(self.flush)
+        group.together(self._flush)
 
         def plan() -> averaged.SentPlan:
-            return averaged.to_send(self._plan_stored(length, asked))
+            return averaged.to_send(
+                averaged.logged(plan_synthesis(self._to_read(), [length], **asked))
+            )
 
         return with_consistent_plan(
             lambda: group.from_first(plan),
             lambda sent: averaged.read_chunks(group, sent, length, tensors, self.checkpoint_dir),
         )
 
-    def _plan_stored(
-        self,
-        length: Wanted,
-        asked: Mapping[str, Any],
-    ) -> Plan:
-        """Plan an average from snapshots alone; warn once if the newest are behind."""
+    def _to_read(self) -> list[Snapshot]:
+        """Return the run's durable snapshots, at least one."""
+        self._flush()
         stored = self._stored()
         if not stored:
-            reason = "of a sharded model other lengths than the tracked ones need a snapshot"
+            reason = "other lengths than the tracked ones are made of snapshots"
             raise NotReadyError("no snapshot yet", reason, "ema.snapshot() writes one")
-        step = stored[-1].step
-        now = self._pipeline.progress
-        is_present = not {"t", "step"} & asked.keys()
-        if is_present and step < now.updated and self._is_first_warning("behind"):
-            log.warning(
-                "%s: averages of other lengths than the tracked ones are those of the newest "
-                "snapshots, of step %d: ema.snapshot() writes some of the present step",
-                self.checkpoint_dir,
-                step,
-            )
-        return averaged.logged(plan_synthesis(stored, [length], **asked))
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def _raw_weights(
-        self,
-        model: nn.Module | None,
-        dtype: Dtype,
-    ) -> Weights:
-        """Return copies of the weights of the tracked model, or else of `model`, on the host, with
-        a warning."""
-        tracked = self._present_model("no average yet", model)
-        if self._is_first_warning("raw weights"):
-            warn(f"no average yet, so the raw weights are used: {self.settings.first_update(0)}")
-        stored = parse_dtype(dtype)
-        tensors = collect_tensors(tracked, self.settings.selection)
-        own_dtype = None if stored is None else torch_dtype(stored)
-        weights = Weights()
-        for name, value in tensors.averaged.items():
-            weights[name] = value.to("cpu", own_dtype, copy=True)
-        for name, value in tensors.copied.items():
-            weights[name] = value.to("cpu", copy=True)
-        for alias, name in tensors.tracked.aliases.items():
-            weights[alias] = weights[name]
-        return weights
-
-    def _sources(self) -> list[Source]:
-        """Return the live averages, and the snapshots of others up to their time; at least one."""
-        if not (self._pipeline.tracking.resumes or self.keeps_averages):
-            reason = "this process keeps no averages, the first one of its group does"
-            hint = (
-                "read the snapshots on disk with a new PostHocEMA.from_path(directory), "
-                "before any update_ of it"
-            )
-            raise NotReadyError(reason, hint)
-        live = self._live()
-        now = live[0].t if live else math.inf
-        sources: list[Source] = [*live]
-        sources += [snapshot for snapshot in self._stored() if snapshot.t < now]
-        if not sources:
-            raise NotReadyError(
-                "no average yet", f"{self.settings.first_update(self.step)}, so far {self.step:,}"
-            )
-        return sources
+        return stored
 
     def _stored(self) -> list[Snapshot]:
         """Return the run's snapshots on disk, up to the step from which it is to resume; none if
@@ -1153,29 +1061,11 @@ class PostHocEMA:
             snapshots = [snapshot for snapshot in snapshots if snapshot.step <= last]
         return [snapshot for snapshot in snapshots if snapshot.run_id == self.run_id]
 
-    def _live(self) -> list[LiveSource]:
-        self.flush()
-        return self._pipeline.live()
-
-    def _callers(
-        self,
-        call: str,
-        model: nn.Module | None,
-        lengths: Sequence[Wanted],
-        asked: Mapping[str, Any],
-    ) -> Group:
-        """Return the processes that make a call for averages, of parts or as replicas, after
-        checking its options."""
+    def _callers(self, asked: Mapping[str, Any]) -> Group:
+        """Return the processes that make a call for averages, after checking its options."""
         check_method(asked.get("method"))
         parse_dtype(asked.get("dtype"))
-        tracked = self._tracked_model(model)
-        parameter = None if tracked is None else next(tracked.parameters(), None)
-        device = HOST if parameter is None else parameter.device
-        arguments = [as_target(length).title for length in lengths]
-        arguments += [f"{name}={value}" for name, value in asked.items()]
-        is_tracking = not self._pipeline.tracking.resumes
-        asks = f"{call}({', '.join(arguments)})"
-        return self._members.callers(asks, self._pipeline.progress, is_tracking, device)
+        return self._members.callers(is_tracking=not self._pipeline.tracking.resumes)
 
     def _tracked_model(
         self,
@@ -1203,25 +1093,25 @@ class PostHocEMA:
 
 
 class AveragedModel(AbstractContextManager[Module]):
-    """A `with` block in which a model holds averaged weights, made whenever it is entered."""
+    """A `with` block in which a model holds averaged weights of time `t`, made when it is
+    entered."""
 
-    def __init__(
-        self,
-        make: Callable[[], AbstractContextManager[Module]],
-    ) -> None:
+    def __init__(self, model: Module, make: Callable[[], Weights]) -> None:
+        self.t: float | None = None
+        self._model = model
         self._make = make
-        self._entered = list[AbstractContextManager[Module]]()
+        self._stack = ExitStack()
 
     @not_compiled
     def __enter__(self) -> Module:
-        block = self._make()
-        averaged = block.__enter__()
-        self._entered.append(block)
-        return averaged
+        weights = self._make()
+        self._stack.enter_context(swapped_in(self._model, weights))
+        self.t = weights.t
+        return self._model
 
     @not_compiled
     def __exit__(self, *error: Any) -> bool | None:
-        return self._entered.pop().__exit__(*error)
+        return self._stack.__exit__(*error)
 
     def __call__(self, *_: object, **__: object) -> NoReturn:
         hint = "with ema.model(model, sigma_rel) as averaged: averaged(...)"
@@ -1243,52 +1133,28 @@ def _check_raw(model: nn.Module, call: str) -> None:
 _all: WeakSet[PostHocEMA] = WeakSet()
 
 
-def _end_earlier(
-    directory: Path,
-    model: nn.Module | None = None,
-) -> None:
-    """Close the trackers of a directory in this process that count steps, or those of a model."""
+def _close_earlier(directory: Path) -> None:
+    """Close the trackers of a directory in this process, with a snapshot of their models' present
+    weights."""
     for tracker in [*_all]:
         is_same = str(tracker.checkpoint_dir) == os.path.realpath(directory)
-        if tracker.closed or not is_same or not tracker._counts(model):
+        if tracker.closed or not is_same or not (tracker._has_begun or tracker._attached):
             continue
         log.warning(
             "%s: its earlier tracker is closed at step %d, as another one takes its place",
             directory,
             tracker.step,
         )
-        try:
-            tracker.close()
-        except PostHocError as error:
-            log.error("%s", error)
+        for end in (tracker._keep_present, tracker.close):
+            try:
+                end()
+            except PostHocError as error:
+                log.error("%s", error)
 
 
 @atexit.register
-def _note_uncounted_steps() -> None:
-    """Warn of uncounted steps of trackers that the end of the process closes."""
+def _warn_at_exit() -> None:
+    """Warn of trackers that the end of the process closes."""
     for tracker in [*_all]:
         if not tracker._pipeline.is_forked:
-            tracker._note_uncounted(is_end=not hasattr(sys, "last_value"))
-
-
-class _RestoredHook:
-    """The hook that a tracker adds to its model. In a pickle or a copy of the model a method of the
-    standard library takes its place that does nothing: they need no release of this package."""
-
-    def __call__(self, model: nn.Module, _: object) -> None:
-        """Handle the end of the model's `load_state_dict`."""
-        for tracker in [*_all]:
-            if tracker._tracked_model() is not model:
-                continue
-            resumes = tracker._pipeline.tracking.resumes
-            start = tracker._start
-            start.counted = None
-            tracker._last.watch(model)
-            if (resumes or start.recorded.size) and not tracker.closed:
-                start.sample = tracker._watch.sample(model, tracker._pipeline.tracking.tracked)
-                # else other processes would have to take part
-                if resumes and not tracker._members.is_chunked:
-                    tracker._choose_start(model, is_first_call=False)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (nullcontext(), "__exit__")
+            tracker._warn_of_moved_weights()

@@ -1,5 +1,5 @@
-"""Models that several processes train: which chunk of a tensor each process averages, and how the
-processes meet.
+"""Models that several processes train: which chunk of a tensor each process averages, and the calls
+that they make together.
 
 Those of a sharded model meet when their trackers are made, to agree on the owners of its chunks,
 and at the first update, where the first process takes the directory; replicas meet when averaged
@@ -9,21 +9,19 @@ weights are asked for.
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import PrefixStore
 
 from posthoc_cli.errors import (
     InvalidValueError,
@@ -33,23 +31,9 @@ from posthoc_cli.errors import (
     VanishedError,
 )
 from posthoc_cli.snapshots.tensorfile import Box, row_major
-from posthoc_cli.tracker.clock import TrainingProgress
 from posthoc_cli.tracker.memory import HOST
 
 Result = TypeVar("Result")
-
-log = logging.getLogger(__name__)
-
-# seconds after a tracker was made in which the trackers of other processes must be made, too:
-# longer than processes differ in what they import, and mostly over at the first evaluation
-GRACE = 30.0
-# seconds that a call waits for processes that have one before it warns, and gives up
-WARNING = 10.0
-LIMIT = 300.0
-
-# the meeting points that this process has made, each named for a purpose or a directory: those of
-# one name in the same order in all processes
-_made: list[str] = []
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -237,9 +221,9 @@ class Group:
             dist.broadcast(buffer, ranks[0], self.processes)
         elif self.rank == ranks[0]:
             for other in ranks[1:]:
-                dist.send(buffer, other)
+                dist.send(buffer, other, self.processes)
         else:
-            dist.recv(buffer, ranks[0])
+            dist.recv(buffer, ranks[0], self.processes)
         if self.rank != ranks[0]:
             received = buffer.cpu().view(value.dtype)
             value.copy_(received.view(value.shape))
@@ -253,208 +237,22 @@ def _describe(error: BaseException) -> str:
 THIS_PROCESS = Group()
 
 
-_STAGES = (
-    "shard stages of a pipeline by fully_shard, or give each its own directory, and wrap it in "
-    "DistributedDataParallel with the group of its replicas"
-)
-
-
-class Rendezvous:
-    """A meeting point for trackers of several processes, of which the one that `keeps` averages
-    leads.
-
-    It is in the group's store, so that errors can name a process that is missing; a collective
-    would wait in silence. A process `keeps` averages, `counts` steps, or `abstains`: it has no
-    tracker.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        role: str,
-        hint: str,
-        tensors: str = "",
-    ) -> None:
-        # torch has no public name for the store. A release without this name could not make
-        # trackers in a group.
-        from torch.distributed.distributed_c10d import _get_default_store
-
-        _made.append(name)
-        self._name = name
-        self._number = _made.count(name)
-        self.store: Store = PrefixStore(f"ema-{name}-{self._number}", _get_default_store())
-        self._all: Store = PrefixStore("ema-all", _get_default_store())
-        self._hint = hint
-        self._calls = 0
-        self._is_behind = False  # whether steps were seen that the averages lack
-        self._rank = dist.get_rank()
-        self._ranks: Sequence[int] = range(dist.get_world_size())  # those that take part
-        self._tensors = tensors  # identifies the tensors of this process's model
-        self._begin = time.monotonic()
-        if tensors:
-            self.store.set(f"tensors/{self._rank}", tensors)
-        self.store.set(f"made/{self._rank}", role)
-        self._all.set(f"made/{self._rank}", " ".join(_made))
-
-    def check_tensors(self) -> None:
-        """Raise a RankError if the model of this process or of rank 0, as far as trackers are made,
-        has other tensors than another one.
-
-        Of two processes, the one whose first update is the later sees the other's tracker.
-        """
-        for rank, tensors in self._values("tensors").items():
-            if 0 in (rank, self._rank) and tensors != self._tensors:
-                reason = f"has other tensors than rank {self._rank}, as stages of a pipeline have"
-                raise RankError(f"rank {rank}", reason, _STAGES)
-
-    def check_keeper(self) -> None:
-        """Raise a RankError if no process keeps averages, as far as trackers are made when
-        `_wait_for_trackers` returns."""
-        self._wait_for_trackers(lambda: "keeps" in self._values("made").values())
-        if "keeps" not in self._values("made").values():
-            reason = "only counts steps, and no process that keeps averages has made a tracker"
-            raise RankError(f"rank {self._rank}", reason, f"{self._hint}; {_STAGES}")
-
-    def gather(self, device: torch.device, call: str) -> Group:
-        """Return all processes, which make this `call`; a RankError names one that does not, or
-        makes another one."""
-        self._check_in_time()
-        self._calls += 1
-        prefix = f"call/{self._calls}"
-        self._wait_for_calls(prefix, call)
-        keepers = [rank for rank, role in self._values("made").items() if role == "keeps"]
-        first = next(iter(keepers), self._ranks[0])
-        calls = self._values(prefix)
-        for rank, other in calls.items():
-            if other.startswith("left"):
-                raise RankError(f"rank {rank}", other, self._hint)
-            if other != calls[first]:
-                reason = f"{other}, and rank {first} {calls[first].removeprefix('asks ')}"
-                hint = "make the same call in every process, between the same calls of update_"
-                raise RankError(f"rank {rank}", reason, hint)
-        others = [rank for rank in self._ranks if rank != first]
-        return Group(self._rank, (first, *others), device, self._processes)
-
-    def _wait_for_calls(self, prefix: str, call: str) -> None:
-        self.store.set(f"{prefix}/{self._rank}", f"asks for {call}")
-        try:
-            absent = self._wait(
-                lambda: self._is_set(prefix) and self._is_set("made"), prefix, LIMIT, WARNING
-            )
-            if absent:
-                reason = f"did not make this call within {LIMIT:.0f} s"
-                raise RankError(absent, reason, self._hint)
-        except BaseException as error:
-            self.store.set(f"{prefix}/{self._rank}", f"left this call by {type(error).__name__}")
-            raise
-
-    def note_steps(self, occasion: str, step: int) -> None:
-        """Warn, once, if the process that keeps averages has counted fewer steps than another one,
-        in the process that comes last to an occasion."""
-        key = f"{occasion} {self._calls}"
-        self.store.set(f"{key}/{self._rank}", str(step))
-        if not self._is_set(key):
-            return
-        roles = self._values("made")
-        steps = {rank: int(value) for rank, value in self._values(key).items()}
-        most = max(steps.values())
-        for rank, counted in steps.items():
-            if roles[rank] == "keeps" and counted < most and not self._is_behind:
-                self._is_behind = True
-                log.warning(
-                    "rank %d keeps the averages, and has counted %d steps, another one %d: they "
-                    "lack the rest; of uneven inputs, as with DDP's join, give it the most",
-                    rank,
-                    counted,
-                    most,
-                )
-
-    @cached_property
-    def _processes(self) -> Any:
-        """torch's group of the processes that take part; None for all of the training."""
-        if len(self._ranks) == dist.get_world_size():
-            return None
-        return dist.new_group([*self._ranks], use_local_synchronization=True)
-
-    @cached_property
-    def is_alone(self) -> bool:
-        """Whether no other process has made a tracker of this directory when `_wait_for_trackers`
-        returns; they are told. Else those that have made one take part from here on."""
-        self._wait_for_trackers(lambda: False)
-        trackers = [rank for rank, role in self._values("made").items() if role != "abstains"]
-        if len(trackers) > 1:
-            if self._all_have_made_theirs():
-                self._ranks = trackers
-            return False
-        self.store.set("alone", str(self._rank))
-        return True
-
-    def _wait_for_trackers(self, are_enough: Callable[[], bool]) -> None:
-        """Wait for trackers of other processes: until there are enough, all have made theirs, or
-        `GRACE` seconds are over since this one was made."""
-        left = self._begin + GRACE - time.monotonic()
-        self._wait(lambda: are_enough() or self._all_have_made_theirs(), "made", left, 1.0)
-
-    def _wait(
-        self,
-        is_over: Callable[[], bool],
-        prefix: str,
-        seconds: float,
-        patience: float,
-    ) -> str:
-        """Wait, and after `patience` warn; return "" or, after these seconds, the names of the
-        processes that lack a key."""
-        began = time.monotonic()
-        pause = 0.001
-        while not is_over():
-            passed = time.monotonic() - began
-            if passed > min(patience, seconds):
-                late = [rank for rank in self._ranks if not self._has(prefix, rank)]
-                absent = " and ".join(f"rank {rank}" for rank in late)
-                if passed > seconds:
-                    return absent
-                log.warning("waiting for %s, at most %.0f s: %s", absent, seconds, self._hint)
-                patience = seconds
-            time.sleep(pause)
-            pause = min(1.5 * pause, 0.1)
-        return ""
-
-    def _check_in_time(self) -> None:
-        if self.store.check(["alone"]):
-            other = self.store.get("alone").decode()
-            reason = "evaluates alone: it found no other tracker of this directory"
-            raise RankError(f"rank {other}", reason, self._hint)
-
-    def _all_have_made_theirs(self) -> bool:
-        """Return whether each process has made this tracker, or as many as this one, of other
-        directories: it is of a model of its own then."""
-        if self._is_set("made"):
-            return True
-        keys = [f"made/{rank}" for rank in self._ranks]
-        if not self._all.check(keys):
-            return False
-        for value in self._all.multi_get(keys):
-            names = value.decode().split()
-            if len(names) < len(_made) and names.count(self._name) < self._number:
-                return False
-        return True
-
-    def _is_set(self, prefix: str) -> bool:
-        """Return whether every process has set a key, by one request."""
-        keys = [f"{prefix}/{rank}" for rank in self._ranks]
-        return bool(self.store.check(keys))
-
-    def _has(self, prefix: str, rank: int) -> bool:
-        return bool(self.store.check([f"{prefix}/{rank}"]))
-
-    def _values(self, prefix: str) -> dict[int, str]:
-        """Return the values of a key by rank, of the processes that have set it: by two requests if
-        all have."""
-        ranks = self._ranks
-        if not self._is_set(prefix):
-            ranks = [rank for rank in ranks if self._has(prefix, rank)]
-        values = self.store.multi_get([f"{prefix}/{rank}" for rank in ranks])
-        return {rank: value.decode() for rank, value in zip(ranks, values, strict=True)}
+def group_of(model: nn.Module, processes: Any = None) -> Group:
+    """Return the processes that track a model: those of the torch group that is given, or of its
+    DistributedDataParallel, or all."""
+    if not dist.is_initialized():
+        return THIS_PROCESS
+    if processes is None:
+        for module in model.modules():
+            if isinstance(module, nn.parallel.DistributedDataParallel):
+                processes = module.process_group
+    ranks = dist.get_process_group_ranks(processes or dist.group.WORLD)
+    rank = dist.get_rank()
+    if rank not in ranks:
+        reason = f"has the ranks {', '.join(map(str, ranks))}, and not rank {rank}"
+        raise InvalidValueError("group", reason)
+    device = next((parameter.device for parameter in model.parameters()), HOST)
+    return Group(rank, tuple(ranks), device, processes)
 
 
 class Members:
@@ -463,13 +261,10 @@ class Members:
 
     is_chunked = False  # whether each process keeps chunks of the averages, see `ShardOwners`
 
-    def __init__(
-        self,
-        model: nn.Module | None = None,
-        directory: Path | None = None,
-        shapes: Mapping[str, tuple[int, ...]] | None = None,
-    ) -> None:
-        self.keeps = is_first_of_group(model)  # averages, and writes them to the directory
+    def __init__(self, group: Group = THIS_PROCESS, notes: Notes | None = None) -> None:
+        self._group = group
+        self._notes = notes
+        self.keeps = group.leads  # averages, and writes them to the directory
         # among those that keep averages; the first has the directory's lock, and thins
         self.rank = 0
         # this process's part of snapshots, from 1, and the number of parts
@@ -479,62 +274,70 @@ class Members:
         # of all tracked tensors of a sharded model, also of other stages of a pipeline
         self.names: frozenset[str] = frozenset()
         self.mesh: dict[str, Any] = {}  # the processes' arrangement, as a snapshot's header has it
-        self._meeting: Rendezvous | None = None
-        if model is not None and dist.is_initialized() and dist.get_world_size() > 1:
-            # The first, second, ... tracker of a directory that each process makes meet.
-            hint = f"make it in every process, with a tracker of {directory}"
-            named_shapes = sorted((shapes or {}).items())
-            tensors = _digest(repr(named_shapes))
-            role = "keeps" if self.keeps else "counts"
-            self._meeting = Rendezvous(_digest(str(directory)), role, hint, tensors)
 
     def owned(self, names: Set[str]) -> Set[str]:
         """Return those of the model's tensors that this process averages and writes, or has a chunk
         of."""
         return names
 
-    def announce_failure(self, error: BaseException) -> None:
-        """Announce to the other processes that this one's part is missing."""
+    def check_model(self, also_missing: bool = False) -> None:
+        """Raise a RankError if another process tracks a model of other tensors, or has no
+        tracker."""
+        if self._notes is not None:
+            self._notes.check(also_missing)
 
-    def check_model(self) -> None:
-        """Raise a RankError if another process tracks a model of other tensors."""
-        if self._meeting is not None and dist.is_initialized():
-            self._meeting.check_tensors()
-
-    def check(self) -> None:
-        """Raise a RankError if another process has announced a failure, or if none writes."""
-        if self._meeting is not None and not self.keeps and dist.is_initialized():
-            self._meeting.check_keeper()
-
-    def check_part(self, _step: int, _t: float) -> None:
+    def check_part(self, step: int, t: float) -> None:
         """Raise a RankError if another process writes its part of the next snapshot for another
         time."""
 
-    def keepers(self, _call: str) -> Group:
-        """Return the processes that keep averages, all of which make this call."""
+    def keepers(self) -> Group:
+        """Return the processes that keep averages, all of which make a call."""
         return THIS_PROCESS
 
-    def callers(
-        self,
-        call: str,
-        now: TrainingProgress,
-        is_tracking: bool,
-        device: torch.device,
-    ) -> Group:
+    def callers(self, is_tracking: bool) -> Group:
         """Return the processes that make a call for averages; this one before it tracks."""
-        meeting = self._meeting
-        if meeting is None or not is_tracking or not dist.is_initialized():
+        if not (is_tracking and dist.is_initialized()):
             return THIS_PROCESS
-        if meeting.is_alone:
-            return THIS_PROCESS
-        meeting.note_steps("asks", now.step)
-        return meeting.gather(device, call)
+        if self._notes is not None:
+            self._notes.check(also_missing=True)
+        return self._group
 
-    def note_end(self, step: int) -> None:
-        """Warn if other processes have counted more steps than the one that keeps the averages."""
-        if self._meeting is not None and dist.is_initialized():
-            with suppress(RuntimeError):  # the group's first process has ended
-                self._meeting.note_steps("ends", step)
+
+def _store(name: str) -> PrefixStore:
+    """Return a part of torch's store, which processes share without waiting for each other."""
+    # torch has no public name for the store
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return PrefixStore(f"ema-{name}", _get_default_store())
+
+
+class Notes:
+    """What each process has noted of its tracker of a directory, in torch's store: it is read
+    without waiting, and a collective would wait for a process that has none."""
+
+    def __init__(
+        self, group: Group, directory: Path, shapes: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        self._ranks = group.ranks
+        self._directory = directory
+        self._store = _store(_digest(str(directory)))
+        self._tensors = _digest(repr(sorted(shapes.items())))
+        self._store.set(str(group.rank), self._tensors)
+
+    def check(self, also_missing: bool) -> None:
+        """Raise a RankError for a process whose model has other tensors, or that has no tracker."""
+        if not dist.is_initialized():
+            return
+        for rank in self._ranks:
+            if self._store.check([str(rank)]):
+                if self._store.get(str(rank)).decode() != self._tensors:
+                    reason = "tracks a model of other tensors, as of a stage of a pipeline"
+                    hint = "shard stages by fully_shard, or give each its own directory and `group`"
+                    raise RankError(f"rank {rank}", reason, hint)
+            elif also_missing:
+                reason = f"has no tracker of {self._directory}"
+                hint = "make it in every process, or pass the `group` of those that do"
+                raise RankError(f"rank {rank}", reason, hint)
 
 
 class ShardOwners(Members):
@@ -542,7 +345,7 @@ class ShardOwners(Members):
     owns.
 
     All processes make this object, in the same order of trackers, with the tensors of which they
-    hold a chunk. The owner of a chunk is the lowest rank that holds it (`holders`, by name,
+    hold a chunk. The owner of a chunk is the first rank that holds it (`holders`, by name,
     ascending); a chunk without elements has none, unless its tensor has no
     elements. Stages of a pipeline have tensors of their own: `shapes` are the complete ones of the
     weights of all. A RankError names a process that has other `options`.
@@ -552,19 +355,15 @@ class ShardOwners(Members):
 
     def __init__(
         self,
+        group: Group,
         model: nn.Module,
         tracked: Any,  # a TrackedModel
         options: Mapping[str, str],
         run_id: str,
     ) -> None:
-        super().__init__()
-        self.rank = dist.get_rank()
+        super().__init__(group)
+        self.rank = group.ranks.index(group.rank)
         self.mesh = _largest_mesh(model)
-        self._parts = 0  # of snapshots, that this process has written
-        self._device = next((parameter.device for parameter in model.parameters()), HOST)
-        hint = "call from_model, from_path or update_ in every process, with the same arguments"
-        role = "keeps" if self.rank == 0 else "counts"
-        self._owners_meeting = Rendezvous("members", role, hint)
         digests = _chunk_digests(tracked)
         own = _Presence(
             options=options,
@@ -574,71 +373,63 @@ class ShardOwners(Members):
             names=tracked.known_names,
             shapes=tracked.complete_shapes,
         )
-        presences = self.keepers("a tracker of this model").from_all(own)
-        _check_options(presences)
-        self.run_id = presences[0].run_id
-        self.session = presences[0].session
+        presences = dict(zip(group.ranks, group.from_all(own), strict=True))
+        first = presences[group.ranks[0]]
+        for rank, presence in presences.items():
+            for option, value in first.options.items():
+                other = presence.options[option]
+                if other != value:
+                    reason = f"has {option} {other}, and rank {group.ranks[0]} has {value}"
+                    raise RankError(f"rank {rank}", reason)
+        self.run_id = first.run_id
+        self.session = first.session
+        self._parts = 0  # of snapshots, that this process has written
+        self._store = _store(f"parts-{self.session}")
         self._divide(presences, digests)
 
     def _divide(
         self,
-        presences: Sequence[_Presence],
+        presences: Mapping[int, _Presence],
         digests: Mapping[str, str],
     ) -> None:
         """Divide the chunks among the processes."""
         self.shapes = dict[str, tuple[int, ...]]()
         holders: dict[str, list[int]] = defaultdict(list)
-        for rank, presence in enumerate(presences):
+        for rank, presence in presences.items():
             self.names |= presence.names
             self.shapes |= presence.shapes
             for digest in presence.digests:
                 holders[digest].append(rank)
         self.holders = dict[str, tuple[int, ...]]()
         self._owned = set[str]()
+        own_rank = self._group.rank
         for name, digest in digests.items():
             ranks = tuple(holders[digest])
             self.holders[name] = ranks
-            if ranks[0] == self.rank:
+            if ranks[0] == own_rank:
                 self._owned.add(name)
         owners = sorted({first for first, *_ in holders.values()})
-        self.keeps = self.rank in owners
+        self.keeps = own_rank in owners
         if self.keeps:
-            self.part = owners.index(self.rank) + 1, len(owners)
+            self.part = owners.index(own_rank) + 1, len(owners)
 
     def owned(self, names: Set[str]) -> Set[str]:
         """Return the tensors whose chunk this process owns, and those that did not exist when the
         processes met."""
         return self._owned | (names - self.names)
 
-    def announce_failure(self, error: BaseException) -> None:
-        with suppress(RuntimeError):  # the group was destroyed, or its first process has ended
-            self._owners_meeting.store.set("failed", f"rank {self.rank}: {_describe(error)}")
-
-    def check(self) -> None:
-        failed = ""
-        store = self._owners_meeting.store
-        with suppress(RuntimeError):  # as in `announce_failure`
-            if store.check(["failed"]):
-                failed = store.get("failed").decode()
-        rank, _, reason = failed.partition(": ")
-        if failed and rank != f"rank {self.rank}":
-            raise RankError(
-                rank, reason, "snapshots lack its part from here on; make new trackers to continue"
-            )
-
     def check_part(self, step: int, t: float) -> None:
         self._parts += 1
         own = f"step {step:,}, t = {t:.17g}"
         first = own
-        with suppress(RuntimeError):  # as in `announce_failure`
-            store = self._owners_meeting.store
-            first = store.compare_set(f"part/{self._parts}", "", own).decode()
+        with suppress(RuntimeError):  # the group was destroyed, or its first process has ended
+            first = self._store.compare_set(f"{self._parts}", "", own).decode()
         if first != own:
             reason = f"has a part of a snapshot of {own}, and another process of {first}"
             hint = "call update_ equally often in every process, with the same t"
-            raise RankError(f"rank {self.rank}", reason, hint)
+            raise RankError(f"rank {self._group.rank}", reason, hint)
 
-    def keepers(self, call: str) -> Group:
+    def keepers(self) -> Group:
         if not dist.is_initialized():
             reason = "need all processes of the model, and their group was destroyed"
             hint = (
@@ -646,10 +437,10 @@ class ShardOwners(Members):
                 "one process"
             )
             raise NotReadyError("averages of which each process keeps a part", reason, hint)
-        return self._owners_meeting.gather(self._device, call)
+        return self._group
 
-    def callers(self, call: str, now: TrainingProgress, *_: object) -> Group:
-        return self.keepers(f"{call} at {now}")
+    def callers(self, is_tracking: bool) -> Group:  # noqa: ARG002
+        return self.keepers()
 
 
 class _Presence(NamedTuple):
@@ -673,14 +464,6 @@ def _chunk_digests(tracked: Any) -> dict[str, str]:
     return digests
 
 
-def _check_options(presences: Sequence[_Presence]) -> None:
-    for rank, presence in enumerate(presences):
-        for option, value in presences[0].options.items():
-            other = presence.options[option]
-            if other != value:
-                raise RankError(f"rank {rank}", f"has {option} {other}, and rank 0 has {value}")
-
-
 def _largest_mesh(model: nn.Module) -> dict[str, Any]:
     """Return the arrangement of the processes, as a snapshot's header has it."""
     meshes: list[Any] = []
@@ -692,27 +475,6 @@ def _largest_mesh(model: nn.Module) -> dict[str, Any]:
         return {}
     largest = max(meshes, key=lambda mesh: mesh.size())
     return {"shape": list(largest.mesh.shape), "names": largest.mesh_dim_names}
-
-
-def abstain(directory: Path) -> None:
-    """Announce that this process makes no tracker of an absolute directory, so that the one that
-    does waits for no other."""
-    if dist.is_initialized():
-        Rendezvous(_digest(str(directory)), "abstains", "")
-
-
-def is_first_of_group(model: nn.Module | None) -> bool:
-    """Return whether this process keeps a model's averages: the first of its
-    DistributedDataParallel's group, or, as scripts may make their tracker before they wrap the
-    model, of all."""
-    if not dist.is_initialized():
-        return True
-    group = None
-    for module in () if model is None else model.modules():
-        if isinstance(module, torch.nn.parallel.DistributedDataParallel):
-            group = module.process_group
-            break
-    return dist.get_rank(group) <= 0
 
 
 def _digest(text: str) -> str:

@@ -13,8 +13,9 @@ import os
 import secrets
 from collections import ChainMap, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,10 +28,12 @@ from posthoc_cli.errors import (
     InvalidValueError,
     MismatchError,
     ModelMismatchError,
+    NotReadyError,
+    PostHocError,
     check_count,
     shown,
 )
-from posthoc_cli.snapshots.directory import DirectoryLock, find_snapshots, read_directory
+from posthoc_cli.snapshots.directory import find_snapshots, read_directory
 from posthoc_cli.snapshots.snapshot import (
     Floats,
     Selection,
@@ -42,9 +45,16 @@ from posthoc_cli.snapshots.snapshot import (
 )
 from posthoc_cli.snapshots.tensorfile import Box, check_text, compact
 from posthoc_cli.tracker.averages import Averages, Standing
-from posthoc_cli.tracker.clock import Settings, TrainingProgress
-from posthoc_cli.tracker.model import ModelTensors, TrackedModel, collect_tensors, named_tensors
-from posthoc_cli.tracker.processes import Group, Members, ShardOwners, is_first_of_group
+from posthoc_cli.tracker.clock import Moment, Settings, TrainingProgress
+from posthoc_cli.tracker.model import (
+    ModelTensors,
+    ModelWatch,
+    TrackedModel,
+    check_averages,
+    collect_tensors,
+    named_tensors,
+)
+from posthoc_cli.tracker.processes import Group, Members, Notes, ShardOwners, group_of
 from posthoc_cli.tracker.state import Tracking, check_profiles, zero_averages
 
 log = logging.getLogger(__name__)
@@ -52,34 +62,22 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Start:
-    """Where a tracker starts: at a given call, or the newest one at which the network had the
-    weights that the model has when its tracker is made, or when its `load_state_dict` was called
-    since.
+    """Where a tracker starts: a new run, or a call of `update_` of the run in its directory.
 
-    `step` is the number of that call: 0 for a new beginning, None for the newest snapshots.
-    `sample` are the model's values of a snapshot's sample at that moment, and `recorded` the
-    network's at a given call, or in a loaded state; empty if unknown.
+    `step` is the number of that call: 0 for a new beginning, None for the newest snapshots, which
+    can be read. Updates need a step or a state: until then they raise the `refusal`.
     """
 
     directory: Path
     settings: Settings
     step: int | None
-    stored: Sequence[Snapshot]
     tracking: Tracking
-    sample: dict[int, float] | None = None
-    recorded: Floats = field(default_factory=lambda: np.empty(0, np.float32))
-    # of the last call that an earlier tracker of this model in this process has counted
-    counted: TrainingProgress | None = None
-    _progress: TrainingProgress | None = None  # where the snapshots do not say it
+    refusal: PostHocError | None = None
 
     def __post_init__(self) -> None:
         # A link, such as one to the newest run, may lead elsewhere later. The path of another
         # machine's process may be another one, so that processes have compared the given ones.
         self.directory = self.directory.resolve()
-        self.is_given = self.step is not None
-        self.stored = _complete(self.stored, self.settings.sigma_rels)
-        if self.step:
-            self.recorded = recorded_weights(self.stored).get(self.step, self.recorded)
 
     @classmethod
     def of_model(
@@ -88,6 +86,7 @@ class Start:
         directory: Path,
         settings: Settings,
         resume: str | int | None,
+        group: Any = None,
     ) -> Start:
         """Return the start of a new run, or with `resume`, see `PostHocEMA.from_model`, of the run
         in the directory."""
@@ -105,17 +104,22 @@ class Start:
                 step = 0
         _check_names(model, settings.selection)
         tensors = collect_tensors(model, settings.selection)
-        if tensors.tracked.is_sharded or is_first_of_group(model):
+        check_averages(tensors.tracked, settings.selection)
+        processes = group_of(model, group)
+        if tensors.tracked.is_sharded or processes.leads:
             _check_directory(directory, is_new=resume is None)
-        if stored and step != 0:
-            last = _until(_complete(stored, settings.sigma_rels), step, "resume")[-1]
-            tracking = _resumed(last, settings.sigma_rels)
-        else:
+        if not stored or step == 0:
             run_id = stored[-1].run_id if stored else secrets.token_hex(16)
             none = Averages(settings.sigma_rels)
             tracking = Tracking(run_id, tensors.tracked, none, resumes=bool(stored))
-        tracking = _with_members(tracking, model, tensors, settings, directory)
-        return cls(directory, settings, step if stored else None, stored, tracking)
+            tracking = _with_members(tracking, model, tensors, settings, directory, processes)
+            return cls(directory, settings, step if stored else None, tracking)
+        complete = _until(_complete(stored, settings.sigma_rels), step, "resume")
+        tracking = _resumed(complete[-1], settings.sigma_rels)
+        tracking = _with_members(tracking, model, tensors, settings, directory, processes)
+        start = cls(directory, settings, step, tracking)
+        start.look(model, complete)
+        return start
 
     @classmethod
     def of_run(
@@ -123,57 +127,71 @@ class Start:
         directory: Path,
         model: nn.Module | None,
         step: int | None,
+        group: Any = None,
     ) -> Start:
         """Return the start at a call, or at the newest snapshots, of the run in a directory, with
         its settings."""
         stored = read_directory(directory)
-        newest = _until(stored, step)[-1]
+        sigma_rels = stored[-1].sigma_rels
+        stored = [*_until(stored, step)]
+        newest = stored[-1]
         selection = (newest.selection or Selection()).resumed(newest)
-        settings = Settings(stored[-1].sigma_rels, newest.schedule, newest.t_unit, selection)
+        settings = Settings(sigma_rels, newest.schedule, newest.t_unit, selection)
         tracking = _resumed(newest, settings.sigma_rels)
-        if model is not None:
-            # By the names in the snapshots: a model that is only to be filled may be frozen.
-            tensors = collect_tensors(model, selection, tracking.tracked.known_names)
-            tracking = _with_members(tracking, model, tensors, settings, directory)
-        return cls(directory, settings, step, stored, tracking)
+        if model is None:
+            reason = "was made without a model, and reads the run"
+            hint = "to continue the run, pass the model to from_path or from_model"
+            return cls(directory, settings, step, tracking, NotReadyError(directory, reason, hint))
+        # By the names in the snapshots: a model that is only to be filled may be frozen.
+        tensors = collect_tensors(model, selection, tracking.tracked.known_names)
+        processes = group_of(model, group)
+        tracking = _with_members(tracking, model, tensors, settings, directory, processes)
+        start = cls(directory, settings, step, tracking)
+        start.look(model, _complete(stored, settings.sigma_rels))
+        return start
 
-    def choose(
-        self,
-        now: Tracking,
-        group: Group,
-        writes: bool,
-        is_first_call: bool,
-    ) -> Tracking:
-        """Return the tracking that resumes from the newest call with the model's weights, for all
-        processes alike.
+    def look(self, model: nn.Module, stored: Sequence[Snapshot]) -> None:
+        """Compare the model's weights with those that the network had at the times of snapshots.
 
-        At the first call of `update_`, not before it, any other model is an error.
+        Without a step choose the newest time at which they were the same; warn if they are others
+        than at a given one.
         """
-        values = sample_of_all(group, self.sample or {})
-        # A process that only counts must not see which snapshots the writer sets aside meanwhile.
-        stored = self.stored
-        if writes:
-            stored = _complete(find_snapshots(self.directory), self.settings.sigma_rels)
-        weights = recorded_weights(stored) if stored else {}
-        step, newest = group.from_first(lambda: _fitting_and_newest_step(values, weights, stored))
-        self._progress = None
-        counted = self.counted
-        if counted is not None:
-            # a process that only counts may look before the newest are written
-            if not writes:
-                newest = max(newest, counted.updated)
-            if step is None and counted.updated == newest:
-                self._progress = counted
-                step = newest
-        if is_first_call and step is None:
-            if group.leads and writes:
-                # a training that is still running here is the better reason
-                DirectoryLock(self.directory).release()
-            raise self._is_other([*weights] or [newest], len(values))
-        self.step = None if step == newest else step
-        if step is None:
-            return now
-        return replace(now, progress=self._progress or _progress_at(_until(stored, step)[-1]))
+        tracking = self.tracking
+        group = tracking.tracked.members.keepers()
+        sample = sample_of_all(group, group.together(lambda: self._sample(model)))
+
+        def find_equal() -> tuple[list[int], list[int]]:
+            weights = recorded_weights(stored) if stored else {}
+            equal = [step for step, own in weights.items() if are_equal(sample, own)]
+            return [*weights], equal
+
+        steps, equal = group.from_first(find_equal)
+        if self.step is not None:
+            if self.step in steps and self.step not in equal and group.leads:
+                warn_of_other_weights(self.directory, self.step)
+            return
+        if not equal:
+            self.refusal = self._no_snapshot(steps or [tracking.progress.step])
+            return
+        self.step = max(equal)
+        chosen = [snapshot for snapshot in stored if snapshot.step == self.step]
+        self.tracking = replace(tracking, progress=_progress_at(chosen[-1]))
+
+    def _sample(self, model: nn.Module) -> dict[int, float]:
+        tracked = self.tracking.tracked
+        try:
+            return ModelWatch(self.settings.selection, tracked.members).sample(model, tracked)
+        except ModelMismatchError as error:
+            hint = (
+                f"the run in {self.directory} is of another model; use its model, or another "
+                f"directory"
+            )
+            raise error if error.hint else error.with_hint(hint) from None
+
+    def _no_snapshot(self, steps: Sequence[int]) -> ModelMismatchError:
+        times = f"{len(steps):,} times, step {steps[0]:,} to {steps[-1]:,}"
+        reason = f"its weights are those of no snapshot of the run in {self.directory} ({times})"
+        return ModelMismatchError("model", reason, ways_to_resume(steps[-1]))
 
     def read(self, now: Tracking) -> Tracking:
         """Load the averages of the chosen call."""
@@ -189,46 +207,17 @@ class Start:
                 self.directory,
                 loaded.averages.standing.step,
             )
-        return replace(loaded, progress=self._progress or loaded.progress)
-
-    def is_other_network(
-        self,
-        group: Group,
-        present: Mapping[int, float],
-    ) -> bool:
-        """Return whether the model had other weights than those recorded, when it was made or
-        restored and now; once.
-
-        If nobody noticed that it was restored in place, the present ones are a step later.
-        """
-        recorded = self.recorded
-        self.recorded = np.empty(0, np.float32)
-        are_other = []
-        for own in (self.sample or {}, present):
-            sample = sample_of_all(group, own)
-            if len(sample) == len(recorded):
-                are_other.append(not are_equal(sample, recorded))
-        return bool(are_other) and all(are_other)
-
-    def _is_other(self, steps: Sequence[int], compared: int) -> ModelMismatchError:
-        times = f"{len(steps):,} times, step {steps[0]:,} to {steps[-1]:,}"
-        elements = f"{compared} elements compared, also rounded to half precision"
-        reason = f"its weights are those of no snapshot of the run in {self.directory}"
-        anew = "to begin anew, pass resume=0, which sets the snapshots aside"
-        hint = f"{anew}; {_RESTORE}; {_rarer_ways(steps[-1])}"
-        return ModelMismatchError("model", f"{reason} ({times}; {elements})", hint)
+        return loaded
 
 
-def _fitting_and_newest_step(
-    values: Floats,
-    weights: Mapping[int, Floats],
-    stored: Sequence[Snapshot],
-) -> tuple[int | None, int]:
-    """Return the newest step at which the network had these values, and that of the newest
-    snapshot."""
-    steps = [step for step, recorded in weights.items() if are_equal(values, recorded)]
-    newest = stored[-1].step if stored else 0
-    return max(steps, default=None), newest
+def warn_of_other_weights(directory: Path, step: int) -> None:
+    """Warn that a model is not the network whose averages continue from a step."""
+    log.warning(
+        "%s: the averages continue from step %d; the model has other weights than the network had "
+        "then",
+        directory,
+        step,
+    )
 
 
 def sample_of_all(group: Group, own: Mapping[int, float]) -> Floats:
@@ -316,11 +305,13 @@ def _with_members(
     tensors: ModelTensors,
     settings: Settings,
     directory: Path,
+    group: Group,
 ) -> Tracking:
     """Return `tracking` with the processes of the model; of a sharded one this process's part,
-    after a rendezvous."""
+    after they have met."""
     if not tensors.tracked.is_sharded:
-        members = Members(model, directory, tensors.tracked.shapes)
+        notes = None if group.is_alone else Notes(group, directory, tensors.tracked.shapes)
+        members = Members(group, notes)
         return replace(tracking, tracked=replace(tracking.tracked, members=members))
     values = vars(settings) | vars(settings.schedule) | vars(settings.selection)
     # the last one says whether there is an `include`
@@ -330,26 +321,20 @@ def _with_members(
     options["to resume"] = "nothing"
     if tracking.resumes:
         options["to resume"] = f"run {tracking.run_id[:8]} at step {tracking.progress.step}"
-    owners = ShardOwners(model, tensors.tracked, options, tracking.run_id)
+    owners = ShardOwners(group, model, tensors.tracked, options, tracking.run_id)
     if tracking.resumes:
         tracking.tracked.check(tensors.tracked, owners.names)
     part = replace(tensors.tracked.of(owners), everywhere=owners.shapes)
     return replace(tracking, run_id=owners.run_id, tracked=part)
 
 
-_RESTORE = "to continue, restore the model's checkpoint, then call from_model(..., resume='auto')"
-_ANEW = "for a new run, pass resume=0, which sets these snapshots aside, or name another directory"
-
-
 def ways_to_resume(step: int) -> str:
     """Return the ways to resume a run, or to begin another, for the hints of errors."""
-    return f"{_RESTORE}; {_ANEW}; {_rarer_ways(step)}"
-
-
-def _rarer_ways(step: int) -> str:
-    state = "or, if the checkpoint holds ema.state_dict(), call ema.load_state_dict(state)"
-    anyway = f"or, whatever the weights, pass resume={step} or call from_path(..., step={step})"
-    return f"{state}; {anyway}"
+    return (
+        "to continue, load the checkpoint's weights into the model, then call from_model(..., "
+        f"resume='auto'); or pass resume={step}, whatever the weights; for a new run pass "
+        "resume=0, which sets these snapshots aside, or name another directory"
+    )
 
 
 # --- snapshots to resume from
@@ -406,7 +391,7 @@ def _resumed(last: Snapshot, sigma_rels: Sequence[float]) -> Tracking:
 
 
 def _progress_at(snapshot: Snapshot) -> TrainingProgress:
-    return TrainingProgress.resumed(snapshot.step, snapshot.t, snapshot.step)
+    return TrainingProgress.resumed(Moment.of(snapshot), snapshot.step)
 
 
 def _are_rounded(snapshot: Snapshot) -> bool:
@@ -430,16 +415,14 @@ def _load(
         _fill(high.views, chosen[sigma_rel], tracked)
     _fill(averages.copies, newest, tracked)
     averages.standing = Standing(
-        newest.t,
-        newest.step,
+        Moment.of(newest),
         newest.t_first,
         newest.max_interval,
         newest.updates,
         folded_t=newest.t,
     )
     averages.known_path = path_of_part(newest.sketch, tracked.members.part)
-    known = frozenset(snapshot.identity for snapshot in snapshots)
-    return Tracking(newest.run_id, tracked, averages, _progress_at(newest), snapshots=known)
+    return Tracking(newest.run_id, tracked, averages, _progress_at(newest))
 
 
 def _fill(

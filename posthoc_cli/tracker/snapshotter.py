@@ -6,8 +6,8 @@ from __future__ import annotations
 import errno
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from posthoc_cli import files
-from posthoc_cli.dtypes import ITEM_BYTES, stored_name, torch_dtype
+from posthoc_cli.dtypes import stored_name, torch_dtype
 from posthoc_cli.errors import (
     DirectoryError,
     FileFormatError,
     Log,
     MismatchError,
     NonFiniteError,
-    PostHocError,
     WriteError,
 )
 from posthoc_cli.profiles import FloatArray
@@ -31,24 +30,23 @@ from posthoc_cli.snapshots.directory import (
     LOCK_NAME,
     ON_ONE_FILE_SYSTEM,
     DirectoryLock,
+    LockFile,
     find_snapshots,
     inspect_directory,
+    remove_incomplete,
     remove_leftovers,
-    remove_snapshot,
     set_aside,
     snapshot_path,
     thin,
 )
 from posthoc_cli.snapshots.snapshot import (
     Snapshot,
-    decode_sample,
     decode_snapshot,
     encode_path,
     encode_sample,
 )
-from posthoc_cli.snapshots.sources import ElementRange, PathSketch
+from posthoc_cli.snapshots.sources import PathSketch
 from posthoc_cli.snapshots.tensorfile import (
-    Box,
     Chunk,
     Entry,
     TensorFileWriter,
@@ -80,68 +78,11 @@ log = Log(__name__)
 PATIENCE = 60.0  # seconds that a network file system may take to show a file
 
 
-@dataclass(frozen=True, repr=False)
-class LiveSource(Snapshot):
-    """One running average, with its copies: the snapshot that would be written now.
-
-    It is read in place until the next update, which has it copied first; `call` runs `read`, which
-    returns flat ranges.
-    """
-
-    read: Callable[[Sequence[ElementRange]], list[Tensor]] = lambda _: []
-    call: Callable[[Callable[[], list[Tensor]]], list[Tensor]] = lambda work: work()
-    copied: dict[str, Tensor] = field(default_factory=dict)  # all tensors, flat, from then on
-
-    @property
-    def name(self) -> str:
-        return f"live average of sigma_rel {self.sigma_rel:g}"
-
-    def read_box(
-        self,
-        name: str,
-        box: Box,  # noqa: ARG002
-        out: memoryview,
-        begin: int = 0,
-        verify: bool = True,  # noqa: ARG002
-    ) -> None:
-        """Fill `out` with the elements from `begin` on of the box that this process holds, the only
-        one."""
-        end = begin + len(out) // ITEM_BYTES[self.entries[name].dtype]
-        self._fill(out, [ElementRange(name, begin, end)])
-
-    def read_many(self, names: Sequence[str], out: memoryview) -> None:
-        self._fill(out, self._complete(names))
-
-    def copy(self) -> None:
-        """Copy what would be read in place; called in the thread that changes the averages, before
-        it does."""
-        if not self.copied:
-            names = [*self.entries]
-            copies = self.read(self._complete(names))
-            self.copied.update(zip(names, copies, strict=True))
-
-    def _complete(self, names: Sequence[str]) -> list[ElementRange]:
-        """Return the ranges of all elements of tensors."""
-        return [ElementRange(name, 0, self.entries[name].size) for name in names]
-
-    def _fill(self, out: memoryview, ranges: Sequence[ElementRange]) -> None:
-        for values in self.call(lambda: self._values(ranges)):
-            data = tensor_bytes(values)
-            out[: len(data)] = data
-            out = out[len(data) :]
-
-    def _values(self, ranges: Sequence[ElementRange]) -> list[Tensor]:
-        if not self.copied:
-            return self.read(ranges)
-        return [self.copied[name][begin:end] for name, begin, end in ranges]
-
-
 def headers(
     settings: Settings,
     state: Tracking,
     path: PathSketch | None,
     measured: Sequence[tuple[Measurements | None, str]],
-    off_schedule: bool = False,
 ) -> list[Snapshot]:
     """Return the headers of snapshots of a state's averages, one a profile, from the measurements
     and the sample of each."""
@@ -160,9 +101,8 @@ def headers(
             sigma_rel=sigma_rel,
             gamma=gamma,
             sigma_rels=averages.sigma_rels,
-            t=standing.t,
+            **vars(standing.last),
             t_unit=settings.t_unit,
-            step=standing.step,
             t_first=standing.t_first,
             max_interval=standing.max_interval,
             schedule=settings.schedule,
@@ -171,7 +111,6 @@ def headers(
             left_out=tracked.left_out,
             selection=settings.selection,
             updates=standing.updates,
-            off_schedule=off_schedule,
             measurements=measurements,
             sample=sample,
             sketch=sketch,
@@ -207,7 +146,9 @@ class Snapshotter:
         self._members = members
         self._leads = members.rank == 0
         files.make_directory(directory)
-        self._lock = DirectoryLock(directory) if self._leads else None
+        self._lock: LockFile
+        if self._leads:
+            self._lock = DirectoryLock(directory)
         until = time.monotonic() + PATIENCE
         # a network file system may show rank 0's file late
         while not (directory / LOCK_NAME).exists():
@@ -215,9 +156,11 @@ class Snapshotter:
                 reason = "is not the directory of that name in which rank 0 writes"
                 raise DirectoryError(directory, reason, ON_ONE_FILE_SYSTEM)
             time.sleep(0.1)
+        if not self._leads:
+            self._lock = LockFile(directory)
         try:
             if self._leads:
-                _clean(directory)
+                _clean(directory, self._lock)
             # Nobody else writes here from now on. By time: later ones are set aside before an
             # earlier one is written.
             self._stored = [*find_snapshots(directory)]
@@ -226,12 +169,7 @@ class Snapshotter:
             raise
 
     def close(self) -> None:
-        if self._lock is not None:
-            self._lock.release()
-
-    @property
-    def checksums(self) -> frozenset[str]:
-        return frozenset(snapshot.identity for snapshot in self._complete())
+        self._lock.release()
 
     def check_run(self, run_id: str) -> None:
         newest = self._stored[-1] if self._stored else None
@@ -240,31 +178,17 @@ class Snapshotter:
             raise MismatchError(self.directory, reason, ways_to_resume(newest.step))
 
     def continue_from(self, state: Tracking) -> None:
-        """Set aside the snapshots that are later than a state, or of another attempt, which the
-        state does not list.
-
-        Those that `close` wrote after it was saved belong to it if they hold its averages.
-        """
+        """Set aside the snapshots that are later than a state."""
         t = state.progress.t
-        own = []
-        others = []
-        for snapshot in self._complete():
-            is_known = snapshot.identity in state.snapshots or (
-                snapshot.off_schedule and _holds_average(snapshot, state)
-            )
-            if is_known and snapshot.t <= t:
-                own.append(snapshot)
-            else:
-                others.append(snapshot)
-        if self._leads and (moved := set_aside(others)):
+        later = [snapshot for snapshot in self._complete() if snapshot.t > t]
+        if self._leads and (moved := set_aside(later, self._lock)):
             log.warning(
-                "training continues from t = %.12g: %d snapshots, later, of another attempt or of "
-                "a dropped profile, moved to %s",
+                "training continues from t = %.12g: %d later snapshots moved to %s",
                 t,
                 len(moved),
                 moved[0].parent,
             )
-        self._stored = own
+        self._stored = [snapshot for snapshot in self._stored if snapshot.t <= t]
 
     def record(
         self,
@@ -274,41 +198,34 @@ class Snapshotter:
     ) -> None:
         """Write the snapshots of one time durably, and thin; none if an average is not finite.
 
-        Averages that are stored on the schedule already, as after skipped updates, are not written
-        again.
+        Averages that are stored already, as after skipped updates, are not written again.
         """
         first = infos[0]
-        if self.has(first.t, scheduled=not first.off_schedule):
+        if self.has(first.t):
             return
-        try:
-            self._check_directory(first)
-            self._members.check_part(first.step, first.t)
-            for average in staged:
-                if average.nonfinite is not None:
-                    subject = f"average of {average.nonfinite!r}"
-                    reason = "holds nan or infinity; no snapshot of it is written"
-                    raise NonFiniteError(subject, reason)
-            for name, copy in copies.items():
-                if copy.is_floating_point() and bool(copy.isnan().any()):
-                    log.warning("tensor %r holds nan, and is copied unchanged", name)
-            self.nbytes = 0
-            for info, average in zip(infos, staged, strict=True):
-                self.nbytes += self._write(info, average, copies)
-            self.times_written += 1
-            self._thin()
-        except PostHocError as error:
-            self._members.announce_failure(error)
-            raise
+        self._check_directory(first)
+        self._members.check_part(first.step, first.t)
+        for average in staged:
+            if average.nonfinite is not None:
+                subject = f"average of {average.nonfinite!r}"
+                reason = "holds nan or infinity; no snapshot of it is written"
+                raise NonFiniteError(subject, reason)
+        for name, copy in copies.items():
+            if copy.is_floating_point() and bool(copy.isnan().any()):
+                log.warning("tensor %r holds nan, and is copied unchanged", name)
+        self.nbytes = 0
+        for info, average in zip(infos, staged, strict=True):
+            self.nbytes += self._write(info, average, copies)
+        self.times_written += 1
+        self._thin()
 
     def _check_directory(self, info: Snapshot) -> None:
-        """Raise a WriteError if the directory was deleted; lock it if it was made again."""
+        """Raise a WriteError if the directory was deleted, and a LockedError if another one is at
+        its path."""
         if files.is_absent(self.directory):
-            reason = f"was deleted: the averages of step {info.step} are lost"
+            reason = f"was moved or deleted: the averages of step {info.step} are lost"
             raise WriteError(self.directory, reason, errno=errno.ENOENT)
-        if self._lock is not None and self._lock.is_deleted:
-            self._lock = DirectoryLock(self.directory)
-            self._stored = [*find_snapshots(self.directory)]
-            self.check_run(info.run_id)
+        self._lock.check()
 
     def _write(
         self,
@@ -331,6 +248,7 @@ class Snapshotter:
             staged.write_rounded(writer)
             for name, tensor in others.items():
                 writer.write(name, [tensor_bytes(tensor)])
+            self._lock.check()  # a large file takes a while
             file = writer.publish()
         written = replace(info, path=path, files=(file,), entries=file.entries)
         self._stored = [*kept, written]
@@ -350,7 +268,8 @@ class Snapshotter:
         written its part."""
         schedule = self._settings.schedule
         if self._leads:
-            remove_leftovers(self.directory)  # which were too young when the training began
+            # which were too young when the training began
+            remove_leftovers(self.directory, self._lock)
         if self._members.is_chunked:
             self._stored = [snapshot for snapshot in self._stored if snapshot.path.exists()]
         if not self._leads or schedule.max_checkpoints is None:
@@ -362,27 +281,26 @@ class Snapshotter:
             if (snapshot.t, snapshot.sigma_rel) not in complete:
                 unfinished.add(snapshot.t)
         finished = [s for s in snapshots if s.t not in unfinished]
-        kept = thin(finished, schedule.max_checkpoints, schedule.sigma_range)
+        kept = thin(finished, schedule.max_checkpoints, self._lock, schedule.sigma_range)
         times = unfinished.union(s.t for s in kept)
         self._stored = [s for s in self._stored if s.t in times]
 
-    def has(self, t: float, scheduled: bool = False) -> bool:
-        """Return whether each profile has a snapshot of a time, or with `scheduled` one on the
-        schedule."""
+    def has(self, t: float) -> bool:
+        """Return whether each profile has a snapshot of a time."""
         profiles = set()
         for snapshot in self._stored:
-            if snapshot.t == t and not (scheduled and snapshot.off_schedule):
+            if snapshot.t == t:
                 profiles.add(snapshot.sigma_rel)
         return profiles.issuperset(self._settings.sigma_rels)
 
 
-def _clean(directory: Path) -> None:
+def _clean(directory: Path, lock: LockFile) -> None:
     """Remove what an interrupted training has left: its parts, and those of this one, could look
     like one snapshot."""
-    remove_leftovers(directory)
+    remove_leftovers(directory, lock)
     for folder, parts in inspect_directory(directory).incomplete.items():
         log.warning("%s: has %s, left by an interrupted training, and is removed", folder, parts)
-        remove_snapshot(folder)
+        remove_incomplete(folder, lock)
 
 
 def entries_of(tensors: Mapping[str, Tensor]) -> dict[str, Entry]:
@@ -400,25 +318,6 @@ def _is_of_earlier_session(path: Path, session: int) -> bool:
         return decode_snapshot(read_file(path)).session < session
     except FileFormatError:
         return False
-
-
-def _holds_average(snapshot: Snapshot, state: Tracking) -> bool:
-    """Return whether a snapshot's sample of its average equals a state's values, as far as this
-    process has them."""
-    averages = state.averages
-    sampled = state.tracked.sampled
-    if snapshot.t != averages.standing.t:
-        return False
-    if snapshot.sigma_rel not in averages.sigma_rels:
-        return False
-    _, recorded = decode_sample(snapshot.sample)
-    if len(recorded) <= max(sampled, default=-1):
-        return False
-    profile = averages.sigma_rels.index(snapshot.sigma_rel)
-    ranges = [ElementRange(name, at, at + 1) for name, at in sampled.values()]
-    values = averages.read(profile, ranges)
-    own = np.array([float(value) for value in values], np.float32)
-    return np.array_equal(recorded[list(sampled)], own)
 
 
 class Storage:
@@ -467,6 +366,11 @@ class Storage:
             dtype = stored_name(self.dtype(name), name)
             entries[name] = Entry(dtype, place.shape)
         return entries
+
+    @property
+    def sample_size(self) -> int:
+        """The number of sampled elements, none in some processes of a sharded model."""
+        return len(self._order)
 
     def allocate(self, profiles: int) -> None:
         pinned = any(bucket.device.type == "cuda" for bucket in self.layout)
@@ -529,10 +433,9 @@ class StagedAverage:
             self.sample = encode_sample(weights, storage.in_order(self._sample))
 
     def write_rounded(self, writer: TensorFileWriter) -> None:
-        for name, (bucket, _) in self.storage.places.items():
+        for name in self.storage.places:
             if name not in self.others:
-                parts = self.memory.row_major(bucket, name)
-                writer.write(name, map(tensor_bytes, parts))
+                writer.write(name, [tensor_bytes(self.memory.row_major(name))])
 
 
 @torch.no_grad()
@@ -587,16 +490,15 @@ def _stored_exactly(
     """Return running statistics, and those of the doubtful weights that the storage dtype cannot
     hold."""
     others = {}
-    for name, (_, place) in storage.places.items():
+    for name in storage.places:
         if name in storage.weights and name not in doubtful:
             continue
         dtype = storage.dtype(name)
-        complete = ElementRange(name, 0, place.end - place.begin)
-        (exact,) = averages.read(index, [complete])
+        exact = averages.read(index, name)
         error = exact - exact.to(dtype).to(exact.dtype)
         is_held = _is_accurate(_squared_norm(exact), _squared_norm(error), dtype)
         if name not in storage.weights or not is_held:
-            others[name] = exact.view(place.shape)
+            others[name] = exact
     return others
 
 
@@ -614,21 +516,3 @@ def _is_accurate(
     the dtype's range."""
     relative = torch.finfo(dtype).eps / 2
     return math.isfinite(rounding) and rounding <= relative**2 * norm
-
-
-def measured_now(
-    subset: Subset,
-    averages: Averages,
-    pool: ThreadPool,
-) -> list[Measurements | None]:
-    """Return the measurements of the averages as they are now, not rounded."""
-    buffers = [subset.buffers() for _ in averages.sigma_rels]
-
-    def take(tile: Tile, thread: int) -> None:
-        for index, own in enumerate(buffers):
-            exact = averages.values(tile, index, thread)
-            subset.take(tile, exact, own)
-
-    pool.each(take, tiles_of(subset.layout))
-    squares = [subset.sums(joined(values)) for values in buffers]
-    return [*map(measured_as, squares)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Annotated, Any
 
 import torch
@@ -18,15 +18,15 @@ from posthoc_cli.errors import (
     first_of,
     shown,
 )
-from posthoc_cli.planning import listed
+from posthoc_cli.planning import format_widths
 from posthoc_cli.snapshots.snapshot import ANY_SIGN, RunId, SketchText, converted, path_of_part
 from posthoc_cli.tracker.averages import Averages, AverageTensors, Standing
-from posthoc_cli.tracker.clock import Settings, TrainingProgress
+from posthoc_cli.tracker.clock import Moment, Settings, TrainingProgress
 from posthoc_cli.tracker.memory import layout_of, on_host
 from posthoc_cli.tracker.model import TrackedModel, into_dtensors, nonfinite_name
 from posthoc_cli.tracker.processes import held_box
 
-STATE_VERSION = 7
+STATE_VERSION = 8
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,6 @@ class Tracking:
     averages: Averages
     progress: TrainingProgress = field(default_factory=TrainingProgress)
     resumes: bool = False  # whether the averages are still to be loaded from the directory
-    # header checksums of those written, in a state to continue from
-    snapshots: frozenset[str] = frozenset()
 
 
 # --- a dict
@@ -48,18 +46,31 @@ class Tracking:
 
 @dataclass(frozen=True)
 class StateInfo:
-    """A tracker's state without its tensors."""
+    """A tracker's state without its tensors: one JSON text, which leaves out what equals its
+    default, so that torch.distributed.checkpoint loads states of releases with fewer fields."""
 
     run_id: RunId
     t_unit: str
     sigma_rels: tuple[float, ...]
-    standing: Standing
-    step: int  # of the last call
-    t: float
-    sketch: SketchText
-    snapshots: tuple[str, ...]  # header checksums of those on disk
+    standing: Standing = field(default_factory=Standing)
+    last: Moment = field(default_factory=Moment)  # the last call
+    sketch: SketchText = ""
     # of a snapshot's sample at the last call; empty if unknown
-    weights: tuple[Annotated[float, ANY_SIGN], ...]
+    weights: tuple[Annotated[float, ANY_SIGN], ...] = ()
+
+    def encoded(self) -> str:
+        return json.dumps(_without_defaults(self))
+
+
+def _without_defaults(record: Any) -> dict[str, Any]:
+    values = {}
+    for each in fields(record):
+        value = getattr(record, each.name)
+        if is_dataclass(value):
+            value = _without_defaults(value)
+        if value != each.default and value != {}:
+            values[each.name] = value
+    return values
 
 
 @torch.inference_mode(False)
@@ -94,7 +105,7 @@ def pack_state(
             into_dtensors(chunks, model)
     return {
         "version": STATE_VERSION,
-        **json.loads(json.dumps(asdict(info))),  # tuples become lists; numbers stay exact
+        "info": info.encoded(),
         "mean": means,
         "high": highs,
         "copies": copies,
@@ -127,15 +138,18 @@ def unpack_state(
     that only the tracker has cannot begin in mid-run. In a group of processes each takes the chunks
     that it owns, also from complete tensors.
     """
-    info = _checked_info(state, settings)
+    info = read_info(state)
+    if info.t_unit != settings.t_unit:
+        unit = shown(info.t_unit)
+        reason = f"counts time in {unit}, this tracker in {settings.t_unit!r}"
+        raise InvalidValueError("state", reason)
     standing = info.standing
     averages = Averages(settings.sigma_rels)
     if standing.t > 0 and tracked.tensors:
         check_profiles(info.sigma_rels, settings.sigma_rels)
         averages = _unpacked_averages(state, info, settings.sigma_rels, tracked)
-    progress = TrainingProgress.resumed(info.step, info.t, standing.step)
-    snapshots = frozenset(info.snapshots)
-    loaded = Tracking(info.run_id, tracked, averages, progress, snapshots=snapshots)
+    progress = TrainingProgress.resumed(info.last, standing.step)
+    loaded = Tracking(info.run_id, tracked, averages, progress)
     return loaded, info.weights
 
 
@@ -176,7 +190,7 @@ def _fill(
         tensor.copy_(_own_part(name, stored, tracked, tensor.dtype))
 
 
-def _checked_info(state: Any, settings: Settings) -> StateInfo:
+def read_info(state: Any) -> StateInfo:
     """Return the numbers and texts of a state; raise an InvalidValueError for another object."""
     version = state.get("version") if isinstance(state, Mapping) else None
     if isinstance(state, Mapping) and version is None:
@@ -190,13 +204,9 @@ def _checked_info(state: Any, settings: Settings) -> StateInfo:
         )
         raise InvalidValueError("state", reason)
     try:
-        info: StateInfo = converted(dict(state), StateInfo)
-    except ValueError as error:
+        info: StateInfo = converted(json.loads(state["info"]), StateInfo)
+    except (KeyError, TypeError, ValueError) as error:
         raise InvalidValueError("state", str(error)) from error
-    if info.t_unit != settings.t_unit:
-        unit = shown(info.t_unit)
-        reason = f"counts time in {unit}, this tracker in {settings.t_unit!r}"
-        raise InvalidValueError("state", reason)
     return info
 
 
@@ -239,7 +249,7 @@ def check_profiles(
     for sigma_rel in widths:
         if sigma_rel not in stored:
             reason = (
-                f"{sigma_rel:g} is not among the tracked ones, {listed(stored)}: an average "
+                f"{sigma_rel:g} is not among the tracked ones, {format_widths(stored)}: an average "
                 f"cannot begin in mid-run"
             )
             raise InvalidValueError(

@@ -78,7 +78,6 @@ def test_a_healthy_average_is_found(tmp_path):
     found = audited(tmp_path, train(), ema(0.97))
     assert found.verdict == "found"
     assert found.warm_up == ""
-    assert found.starts == ()
     assert log_error(found, 0.97) < 3 * found.uncertainty
 
 
@@ -94,8 +93,8 @@ def test_weights_that_move_without_noise_show_the_decay(tmp_path):
 BAD = {
     "stuck": (stay, "does not move", "is its update called"),
     "microbatch": (eight_times_a_step, "too short", "once a microbatch"),
-    "every tenth": (every_tenth_step, "too long", r"every k-th step.* \(k = "),
-    "reset": (set_back_once, "began again", "near step 8[3-7]"),
+    "every tenth": (every_tenth_step, "too long", r"every k steps.* \(k = "),
+    "reset": (set_back_once, "set back", "of step 900 does not follow .* 800: it began again"),
     "copy": (copy, "equals the weights", "copied"),
     "two tensors": (two_stuck, "some tensors", "2 of 6 tensors are not followed"),
     "not updated later": (
@@ -140,7 +139,7 @@ def test_a_claim_that_is_nearly_right_is_no_fault(tmp_path):
     claimed = 1 - (1 - DECAY) / 1.09
     found = audited(tmp_path, weights, every_step, claimed)
     assert found.verdict == "as claimed"
-    assert found.difference > 3 * found.uncertainty
+    assert log_error(found, DECAY) < 0.03 < log_error(found, claimed)
 
 
 def test_a_tensor_that_moves_by_rounding_alone_need_not_be_followed(tmp_path):
@@ -195,7 +194,6 @@ def test_a_trackers_snapshots_need_no_audit(tmp_path):
 
 
 def test_an_audit_of_many_checkpoints_takes_little_memory(tmp_path, healthy):
-    """One likelihood of 48 of them takes 70 MB; the first 28 do not show the end of the warm-up."""
     moves = 0.01 * np.random.default_rng(0).standard_normal((480, 200))
     moves[0] *= 100
     weights = moves.cumsum(axis=0)
@@ -210,7 +208,7 @@ def test_an_audit_of_many_checkpoints_takes_little_memory(tmp_path, healthy):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 55e6
-    assert log_error(audit, 0.97) < 3 * audit.uncertainty < 0.02
+    assert log_error(audit, 0.97) < 3 * audit.uncertainty
 
 
 def test_the_command_fails_for_a_bad_average(tmp_path, ema):
@@ -218,7 +216,7 @@ def test_the_command_fails_for_a_bad_average(tmp_path, ema):
     picture = tmp_path / "a.png"
     done = ema("audit", run, "--claimed", DECAY, "--out", picture)
     assert done.code == 1
-    assert "too short: " in done.out
+    assert "too short by a factor of " in done.out
     rows = [line.split() for line in done.out.splitlines() if line.endswith("%")]
     assert len(rows) == len(TIMES) - 1
     for _, _, found, claimed, factor, *_ in rows:

@@ -1,12 +1,10 @@
 """Decays that checkpoints say, compared with the weights beside the averages; the truth is summed
 here in float64."""
 
-import re
-
 import pytest
 import torch
 import walks
-from saved import check_error, check_last, fault, named, store, write_each
+from saved import check, check_error, check_last, named, read, store, write_each
 
 from posthoc_cli import Run, import_checkpoints
 from posthoc_cli.errors import InvalidValueError
@@ -48,16 +46,6 @@ def save(folder, decay, claim=None, dtype=torch.float32):
     return folder
 
 
-@pytest.mark.parametrize("claim", [CLAIMED, None])
-def test_an_average_whose_updates_round_to_nothing_is_refused(claim, files, run):
-    """Such an average of decay 0.99 is 0.1 from the true one, and moves as one of 0.9892 would."""
-    save(files, claimed, claim, torch.bfloat16)
-    with pytest.raises(InvalidValueError, match=r"too few digits: .*takes the weights alone"):
-        import_checkpoints(files, run)
-    import_checkpoints(files, run, kind="checkpoints")
-    check_error(run, 0.1)
-
-
 def test_an_average_that_was_set_back_is_refused(files):
     """From step 300 on, the files are those of a training that went on from step 200."""
     save(files, claimed, CLAIMED)
@@ -73,9 +61,9 @@ def test_an_average_that_was_set_back_is_refused(files):
 def test_a_decay_that_a_warm_up_reaches_only_near_the_end_is_found(files, run):
     """Taken for unlimited, such an average is 1 % off."""
     save(files, late_cap)
-    found = import_checkpoints(files, run)
+    found = import_checkpoints(files, run, ema_decay="found")
     _, _, decay, *_ = found.checks[-1].split()
-    assert float(decay.strip(",")) == pytest.approx(0.97, abs=0.0002)
+    assert float(decay.strip(",")) == pytest.approx(0.97, abs=0.0015)
     check_error(run, 0.01)
 
 
@@ -84,28 +72,21 @@ def unknown_rise(n):
     return 0.99 * risen
 
 
-def test_a_decay_that_rises_by_a_rule_of_no_library_is_no_restart(files, run):
+def test_a_decay_that_rises_by_a_rule_of_no_library_is_asked_for(files, run):
     save(files, unknown_rise)
-    (line,) = import_checkpoints(files, run).checks
-    assert re.search(r"^found: .* rises until step \d+ by a rule that is not known", line)
-    check_error(run)
+    with pytest.raises(InvalidValueError, match=r"ema_decay: must be given|does not follow from"):
+        import_checkpoints(files, run)
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "said"),
-    [
-        (0.9, 0.98, r"rises until step \d+ .*: name the files after it by a glob"),
-        (0.97, 0.99, "changes near step 200: name the files of one side by a glob"),
-    ],
-)
-def test_a_decay_that_changes_is_refused_with_the_time(before, after, said, files, run):
+@pytest.mark.parametrize(("before", "after"), [(0.9, 0.98), (0.97, 0.99)])
+def test_a_decay_that_changes_is_refused(before, after, files, run):
     save(files, lambda n: before if n <= walks.STEPS // 2 else after)
-    with pytest.raises(InvalidValueError, match=said):
+    with pytest.raises(InvalidValueError, match=r"does not fit the files|does not follow from"):
         import_checkpoints(files, run, ema_decay=after, ema_warmup="none")
 
 
-def test_the_part_that_an_average_and_the_weights_share_is_named(files):
-    """F5-TTS keeps a buffer in its average that the weights lack."""
+def test_buffers_that_an_average_alone_has_are_left_out(files):
+    """F5-TTS keeps one in its average that the weights lack."""
 
     def content(one):
         average = named("net.", one.average) | {"window": torch.ones(4)}
@@ -115,23 +96,22 @@ def test_the_part_that_an_average_and_the_weights_share_is_named(files):
         }
 
     write_each(files, "model_{save.step}.pt", content)
-    said = fault(files)
-    assert "an EMA and weights of different models: only the EMA has 'window'" in said
-    assert "'ema_model.net' with `weights` 'model.net'" in said
-    check_last(files, average="ema_model.net", weights="model.net")
+    last = walks.saves()[-1]
+    check(files, named("net.", last.average), named("net.", last.weights), None)
 
 
-def test_an_average_of_another_model_is_refused(files):
+def test_an_average_of_another_model_is_not_used_and_said(files, caplog):
     model = {
         "a.w": torch.ones(3),
         "b.w": torch.ones(2),
     }
     average = model | {"c": torch.ones(4)}
     store(files / "step1.pt", {"model": model, "ema": average})
-    assert "only the EMA has 'c'; `kind` checkpoints takes the weights alone" in fault(files)
+    assert read(files).counts == {"weights": 1}
+    assert "also holds 'ema', not used: an import with `average` 'ema' takes it" in caplog.text
 
 
-def test_a_prefix_tells_which_weights_a_list_of_averages_is_of(files):
+def test_weights_that_are_named_are_those_of_a_list_of_averages(files):
     """As of FastGAN, whose generator `g` has an average in a list."""
 
     def content(one):
@@ -143,4 +123,4 @@ def test_a_prefix_tells_which_weights_a_list_of_averages_is_of(files):
         }
 
     write_each(files, "all_{save.step}.pth", content)
-    check_last(files, prefix="g.")
+    check_last(files, weights="g")

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from saved import asked, check_error, fault, read, times, write_each
+from saved import asked, fault, read, times, write_each
 from walks import EVERY, STEPS
 
 from posthoc_cli import Run
+from posthoc_cli.errors import InvalidValueError
 
 ALL = [*range(1, 21)]
 BEST = [3, 7, 9, 20]
@@ -79,7 +80,6 @@ def test_numbers_of_epochs(name, numbers, first, tmp_path):
     ("numbers", "ahead", "values", "first"),
     [
         (BEST, 0, {}, 1),
-        (BEST, 0, {"arch": "vit", "version": 2}, 0),  # as of timm
         ((2, 5, 8, 19), 1, {}, 0),
     ],
 )
@@ -109,12 +109,6 @@ def test_numbers_with_gaps_are_steps_which_nothing_states(tmp_path):
     assert said.startswith("taken for steps: they are the only number in names, and nothing states")
 
 
-def test_steps_and_images_are_not_mixed(tmp_path):
-    store(tmp_path / "model_3.pth", global_step=3)
-    store(tmp_path / "model_7.pth", state={"cur_nimg": 640})
-    assert "some files state their steps, and others images" in asked(tmp_path)
-
-
 def test_weights_before_the_training_are_left_out(tmp_path, caplog):
     """Of a first epoch 1, the number 0 is before the training, as is a step 0."""
     place = write(tmp_path / "epochs", "epoch_{}.pt", range(4))
@@ -138,16 +132,22 @@ def with_decay(save):
     }
 
 
-def test_a_decay_and_numbers_that_may_be_epochs(tmp_path, caplog):
-    """Of kept best epochs the averages are left out, and an import sees that the decay does not
-    fit; with the steps of an epoch it does."""
+def test_a_decay_and_numbers_that_may_be_epochs(tmp_path):
+    """Of kept best epochs an import sees that the decay does not fit; with the steps of an epoch
+    it does."""
     write_each(tmp_path, "net_{save.epoch}.pt", with_decay)
     for epoch in (1, 2, 5, 8):
         (tmp_path / f"net_{epoch}.pt").unlink()
-    check_error(tmp_path, 0.1)
-    assert "6 EMAs, such as net_10.pt, left out of averages: their decay is of" in caplog.text
     assert asked(tmp_path).startswith("ema_decay 0.95: does not fit the files")
     assert steps_of(tmp_path, steps_per_epoch=EVERY)[-1] == STEPS
+
+
+def test_a_decay_of_files_by_epoch_asks_for_the_steps_of_one(tmp_path):
+    """Every command does, and weights alone need none."""
+    write_each(tmp_path, "net_{save.epoch}.pt", with_decay)
+    with pytest.raises(InvalidValueError, match=r"--steps-per-epoch N --out run$"):
+        _ = Run(tmp_path).sources
+    assert of_unit("epochs", tmp_path, kind="checkpoints") == ALL[:10]
 
 
 # --- odd files
@@ -172,11 +172,11 @@ def optimizer(path):
 
 
 ODD = {
-    "epoch_7_optimizerG.pt": (optimizer, "holds no weights"),  # KAIR's name
-    "latest.ckpt": (store, "no step"),
-    "vae_30.pt": (another_model, "another model"),
-    "notes.pt": (text, "cannot be"),
-    "step_400.pt": (store, "another kind"),
+    "epoch_7_optimizerG.pt": (optimizer, "another name"),  # KAIR's name
+    "latest.ckpt": (store, "another name"),
+    "vae_30.pt": (another_model, "another name"),
+    "notes.pt": (text, "another name"),
+    "step_400.pt": (store, "another name"),
 }
 
 
@@ -202,8 +202,7 @@ def test_a_copy_that_says_its_epoch_is_one_time(tmp_path, caplog):
     store(tmp_path / "best.pt", epoch=7)
     names = [one.path.name for one in Run(tmp_path).sources]
     assert names == [f"epoch_{epoch}.pt" for epoch in ALL]
-    assert "best.pt: left out, as epoch_7.pt has the same number" in caplog.text
-    assert "last.pt" not in caplog.text
+    assert "left out: best.pt (another name), last.pt (another name)" in caplog.text
 
 
 def test_a_truncated_file_of_the_run_is_an_error(epochs):
@@ -226,7 +225,10 @@ def test_two_models_of_about_equally_many_files_are_an_error(tmp_path):
 def test_epochs_and_steps_do_not_mix(tmp_path):
     write(tmp_path, "epoch_{}.pt", (1, 2, 3))
     write(tmp_path, "step_{}.pt", (80, 100))
-    assert "are numbered by steps and by epochs" in fault(tmp_path)
+    said = asked(tmp_path)
+    assert "3 x epoch_*.pt" in said
+    assert "2 x step_*.pt" in said
+    assert said.endswith(("/epoch_*.pt' --out run", "/step_*.pt' --out run"))
 
 
 @pytest.mark.parametrize("folder", ["exp_100epochs", "of_9_steps"])
@@ -234,7 +236,7 @@ def test_the_number_of_an_experiment_is_none_of_its_files(folder, tmp_path, capl
     place = write(tmp_path / folder, "epoch_{}.pt", ALL)
     store(place / "best.pt")
     assert epochs_of(place) == ALL
-    assert "left out: best.pt (no step)" in caplog.text
+    assert "left out: best.pt (another name)" in caplog.text
     store(place / "best.pt", epoch=7)
     assert epochs_of(place) == ALL
 
@@ -263,41 +265,26 @@ def test_a_number_in_the_contents_alone(key, unit, tmp_path):
     assert Run(place).sources[0].has_step_unit == (unit == "steps")
 
 
-def test_of_two_counts_in_the_contents_none_is_read(tmp_path):
-    store(tmp_path / "a.pt", n_iter=100, max_steps=900)
-    assert "neither its content nor its name tells" in asked(tmp_path)
-
-
 def test_a_step_may_be_a_number_of_numpy(tmp_path):
-    numbers = (
-        np.int64(100),
-        np.float32(200),
-        np.array(300),
-        np.array(400, dtype=">i4"),
-    )
-    for name, number in zip("abcd", numbers, strict=True):
+    for name, number in zip("ab", (np.int64(100), np.float32(200)), strict=True):
         store(tmp_path / f"{name}.pt", step=number)
+    assert steps_of(tmp_path) == [100, 200]
+
+
+def test_a_count_of_epochs_behind_the_numbers_in_names_is_asked_about(tmp_path):
+    """VITS stores the epoch as `iteration`: each was taken for a step."""
+    for epoch in (1, 2, 4, 5):
+        store(tmp_path / f"G_{100 * epoch}.pth", iteration=epoch)
+    said = asked(tmp_path)
+    assert "'iteration' in the contents is 1 in G_100.pth, behind the 100 in its name" in said
+    assert said.endswith(" --step-from 'G_([0-9]+)' --out run")
+    assert steps_of(tmp_path, step_from="G_([0-9]+)") == [100, 200, 400, 500]
+
+
+def test_a_count_that_repeats_gives_way_to_the_numbers_in_names(tmp_path):
+    for number, count in enumerate((1, 1, 2, 2), 1):
+        store(tmp_path / f"G_{100 * number}.pth", global_step=count)
     assert steps_of(tmp_path) == [100, 200, 300, 400]
-
-
-@pytest.mark.parametrize(
-    ("name", "counts"), [("iteration", [1, 2, 4, 5]), ("global_step", [1, 1, 2, 2])]
-)
-def test_a_count_of_epochs_gives_way_to_the_numbers_in_names(name, counts, tmp_path, caplog):
-    """VITS stores the epoch as `iteration`: each was taken for a step. Other counts repeat."""
-    for number, count in enumerate(counts, 1):
-        store(tmp_path / f"G_{100 * number}.pth", **{name: count})
-    assert steps_of(tmp_path) == [100, 200, 300, 400]
-    said = f"G_100.pth: '{name}' in the contents is 1, and the number in its name 100"
-    assert f"{said}: taken is that in names" in caplog.text
-
-
-def test_a_count_that_contradicts_names_is_said(tmp_path, caplog):
-    for epoch in (1, 2, 3):
-        store(tmp_path / f"G_{100 * epoch}.pth", global_step=2 * epoch)
-    assert steps_of(tmp_path) == [2, 4, 6]
-    said = "the number in its name 100: taken is 'global_step' in the contents; `step_from`"
-    assert said in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -336,47 +323,33 @@ def in_contents(folder, step, epoch, within):
 
 
 @pytest.mark.parametrize("save", [in_names, in_contents])
-@pytest.mark.parametrize("first", [0, 1])
-def test_steps_that_begin_anew_in_each_epoch(save, first, tmp_path):
+def test_steps_that_begin_anew_in_each_epoch_are_refused(save, tmp_path):
     for step, (epoch, within) in WITHIN.items():
-        save(tmp_path, step, epoch + first, within)
-    reason = "steps_per_epoch: must be given: numbers are steps that begin anew in each epoch"
-    assert reason in asked(tmp_path)
-    assert "steps_per_epoch 99: must be at least 100" in asked(tmp_path, steps_per_epoch=99)
-    assert steps_of(tmp_path, steps_per_epoch=100) == [*WITHIN]
-    later = [100 * first + step for step in WITHIN]
-    assert steps_of(tmp_path, steps_per_epoch=100, first_epoch=0) == later
-
-
-def test_steps_at_the_ends_of_epochs_begin_anew(tmp_path):
-    write(tmp_path, "epoch_{}_iter_100.pt", (1, 2, 3))
-    assert steps_of(tmp_path, steps_per_epoch=100) == [100, 200, 300]
+        save(tmp_path, step, epoch, within)
+    assert "begin anew in each epoch; copy the files under names with the step" in asked(tmp_path)
 
 
 def test_an_epoch_that_begins_anew_at_a_resume_changes_no_step_of_all(tmp_path):
     for step, (_, within) in WITHIN.items():
         store(tmp_path / f"step={step}.ckpt", global_step=step, epoch=within)
-    assert steps_of(tmp_path) == [*WITHIN]
+        store(tmp_path / "steps" / f"s{step}.pt", iteration=step, epoch=within)
+    assert steps_of(tmp_path / "step=*") == steps_of(tmp_path / "steps") == [*WITHIN]
 
 
-def test_steps_go_on_where_epochs_begin_anew_at_a_resume(tmp_path):
-    """Names by the epoch may mean either."""
-    epochs = {
-        60: 1,
-        180: 2,
-        240: 3,
-        300: 1,
-        360: 2,
-    }
-    for step, epoch in epochs.items():
-        values = {
-            "epoch": epoch,
-            "iteration": step,
-        }
-        store(tmp_path / "steps" / f"s{step}.pt", **values)
-        store(tmp_path / "both" / f"epoch_{epoch}_step_{step}.pt", **values)
-    assert steps_of(tmp_path / "steps") == [*epochs]
-    assert "steps_per_epoch: must be given" in asked(tmp_path / "both")
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("iter_{}.pth", {"meta": {"iter": 0, "epoch": 1}}),  # mmengine
+        ("ep0-ba{}-rank0.pt", {"state": {"timestamp": {"batch": 0, "sample": 9}}}),  # Composer
+        ("checkpoint_1_{}.pt", {"optimizer_history": [{"num_updates": 3}, {"num_updates": 0}]}),
+    ],
+)
+def test_a_value_deeper_in_the_content_confirms_a_number_in_the_name(name, values, tmp_path):
+    for step in (100, 300):
+        content = json.loads(json.dumps(values).replace(": 0", f": {step}"))
+        store(tmp_path / name.format(step), **content)
+    assert steps_of(tmp_path) == [100, 300]
+    assert Run(tmp_path).sources[0].has_step_unit
 
 
 # --- folders
@@ -394,7 +367,7 @@ def test_a_folder_without_a_number_is_left_out_of_a_glob(tmp_path, caplog):
     place = tmp_path / "*" / "weights.pth"
     assert steps_of(place, step_from=r"/(\d+)k/") == [100, 200]
     (line,) = caplog.messages
-    assert line.endswith("left out: latest/weights.pth (no step)")
+    assert line.endswith("left out: latest/weights.pth (another name)")
 
 
 @pytest.mark.parametrize("folder", ["{}.ckpt", "{:07}"])
@@ -409,46 +382,17 @@ def test_a_folder_whose_name_is_a_number_has_that_of_its_files(folder, tmp_path)
 
 def test_the_number_of_an_experiment_is_no_step_of_a_glob(tmp_path):
     write(tmp_path, "{}/last.pt", (1, 2, 3))
-    reason = "neither its content nor its name tells its step"
+    reason = "cannot determine its training step"
     assert reason in asked(tmp_path / "*" / "last.pt")
 
 
-def lora(folder, files, states):
-    """Write series of weights as kohya does: of the last step without a number in the name."""
-    names = [f"lora-step{100 * number:08}" for number in range(1, states + 1)]
-    for name in names:
-        store(folder / f"{name}-state" / "model.bin")
-    for step in range(100, 100 * files + 1, 100):
-        name = f"lora-step{step:08}"
-        if step == 100 * files:
-            name = "lora"
-        weights = {"w": torch.rand(3)}
-        save_file(weights, folder / f"{name}.safetensors", {"ss_steps": str(step)})
-    return folder
-
-
-def test_a_series_of_weights_counts_beside_states(tmp_path):
-    assert steps_of(lora(tmp_path, 5, 4)) == [100, 200, 300, 400, 500]
-
-
-def test_more_states_than_weights_are_asked_for(tmp_path):
-    lora(tmp_path, 4, 6)
-    globs = f"by a glob: '{tmp_path}/*state' or '{tmp_path}/lora-step*.safetensors'"
-    assert globs in asked(tmp_path)
-    assert steps_of(tmp_path / "*state") == [100, 200, 300, 400, 500, 600]
-
-
-@pytest.mark.parametrize(
-    ("info", "step"),
-    [
-        (json.dumps({"step": 300, "epoch": 1}), 300),
-        ("a text of another program", 7),
-    ],
-)
-def test_the_step_in_the_metadata_of_ai_toolkit(info, step, tmp_path):
-    file = tmp_path / "lora-7.safetensors"
-    save_file({"w": torch.ones(3)}, file, {"training_info": info})
-    assert steps_of(file) == [step]
+def test_a_series_of_weights_counts_beside_folders_of_states(tmp_path):
+    """As kohya writes it: of the last step without a number in the name."""
+    for step in range(100, 500, 100):
+        store(tmp_path / f"lora-step{step:08}-state" / "model.bin")
+        name = f"lora-step{step:08}" if step < 400 else "lora"
+        save_file({"w": torch.rand(3)}, tmp_path / f"{name}.safetensors", {"ss_steps": str(step)})
+    assert steps_of(tmp_path) == [100, 200, 300]
 
 
 # --- info, and what is asked for
@@ -475,8 +419,8 @@ def of_modules_without_tensors(folder):
 
 UNCLEAR = {
     two_unknown_sets: "--steps-per-epoch",
-    of_no_time: "its step",
-    of_one_time: "are both of step 5; name the files of one run by a glob, such as 'a_*.pt' or 'b_",
+    of_no_time: "its training step",
+    of_one_time: "holds several series of files, 1 x a_*.pt, 1 x b_*.pt; paste: ema import",
     of_modules_without_tensors: "no tensors",
 }
 

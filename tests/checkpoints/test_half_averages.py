@@ -6,7 +6,6 @@ import torch
 from factories import exact_weights, relative_distance
 
 from posthoc_cli import Run, import_checkpoints
-from posthoc_cli.errors import InvalidValueError
 
 STEPS = 600
 EVERY = 30
@@ -66,22 +65,6 @@ def assert_predicted(folder, truth, decay, low, high):
     assert low < error / made.predicted_error < high
 
 
-@pytest.mark.parametrize(
-    ("dtype", "decay", "rate", "noise"),
-    [
-        (torch.bfloat16, 0.9995, 3e-2, 0.0),
-        (torch.float16, 0.99, 1e-3, 0.03),  # which the newest four files do not show
-    ],
-)
-def test_averages_that_were_updated_in_half_precision_are_refused(
-    dtype, decay, rate, noise, tmp_path
-):
-    write(tmp_path, dtype, decay, rate, noise=noise, is_kept=True)
-    with pytest.raises(InvalidValueError, match=r"half precision, and loses updates: \d+%"):
-        import_checkpoints(tmp_path, tmp_path / "run", ema_decay=decay)
-    import_checkpoints(tmp_path, tmp_path / "run", kind="checkpoints", weights="ema")
-
-
 @pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 1.0), (torch.float16, 1e-5)])
 def test_averages_of_noisy_weights_are_taken_if_they_are_rounded_when_saved(dtype, size, tmp_path):
     """Of the elements that the weights should move by two digits 2 to 4 % stand still. Numbers of
@@ -94,12 +77,4 @@ def test_the_digits_that_averages_are_stored_in_change_no_decay_that_is_found(tm
     """It moves by a few digits between files: if their rounding is not counted, none is found."""
     write(tmp_path, torch.bfloat16, 0.998, 1e-3, beside=torch.float32)
     (audit,) = Run(tmp_path).audit()
-    assert audit.found == pytest.approx(0.998, abs=6e-5)
-
-
-@pytest.mark.parametrize(("decay", "rate"), [(0.97, 1e-2), (0.9999, 1e-3)])
-def test_short_averages_and_some_that_hardly_move_are_warned_of(decay, rate, tmp_path, caplog):
-    """Their elements may stand still since their weights do."""
-    write(tmp_path, torch.bfloat16, decay, rate, is_kept=True)
-    import_checkpoints(tmp_path, tmp_path / "run", ema_decay=decay)
-    assert "in half precision, and much of it stands still" in caplog.text
+    assert audit.length == pytest.approx(500, rel=0.05)

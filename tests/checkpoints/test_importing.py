@@ -152,7 +152,8 @@ def test_an_import_adds_new_files_also_beside_an_output(folder, tmp_path, ema):
         assert ema("import", folder, "--out", new).code == 0
         run = Run(new)
         assert run.step == 300
-        run.write(0.2, new / "average.safetensors", overwrite=True)
+        run.write(0.2, tmp_path / "average.safetensors", overwrite=True)
+        shutil.copy(tmp_path / "average.safetensors", new)
 
 
 def test_an_import_replaces_nothing_else(folder, tmp_path, ema):
@@ -203,11 +204,10 @@ WRONG = [
     ("sigma_rels", 0.1, ""),
     ("update_every", True, ""),
     ("update_after_step", -1, ""),
-    ("ema_decay", "5%", " .* or a half-life such as half-life:500000 or half-life:5%"),
+    ("ema_decay", "5%", " .* a half-life such as half-life:500000 or half-life:5%, or found"),
     ("ema_decay", "half-life:", ""),
     ("ema_decay", [0.9], ""),
     ("ema_decay", 1.5, r" 1\.5: must be in \(0, 1\)"),
-    ("ema_restarts", [0], ""),
     ("ema_warmup", "x", " 'x': must be one of none, ratio, power"),
     ("ema_warmup", "exp:0", ""),
     ("ema_warmup", "unbiased:3", ""),
@@ -329,11 +329,12 @@ def opens(monkeypatch):
 
 @pytest.mark.parametrize("settings", [{"ema_decay": 0.95}, {"ema_warmup": "none"}])
 def test_a_file_is_opened_once_for_its_index_and_once_for_its_values(settings, tmp_path, opens):
-    """By an import that checks a decay, and by one that finds it; an opened run needs the index."""
+    """By an import that checks a decay, and by one that finds it; the newest five once more to see
+    which set is the average. An opened run needs the index."""
     folder = tmp_path / "x"
     write_each(folder, "{save.step}.pt", lambda save: {"model": save.weights, "ema": save.average})
     import_checkpoints(folder, tmp_path / "run", **settings)
-    assert {opens[path] for path in folder.iterdir()} == {2}
+    assert sorted(opens[path] for path in folder.iterdir()) == [2] * 5 + [3] * 5
     opens.clear()
     _ = Run(tmp_path / "run").sources
     assert {opens[path] for path in folder.iterdir()} == {1}

@@ -1,6 +1,7 @@
 """Averages of any length from ordinary EMAs, as the libraries that are installed write them, else
 in their format."""
 
+import re
 import warnings
 
 import pytest
@@ -11,14 +12,14 @@ from trained import (
     STEPS,
     TIMES,
     check,
-    ema,
     error_of,
     named,
     network,
-    settings_of,
+    paste,
     train,
     write,
 )
+from trained import ema as ema_of
 
 from posthoc_cli import Run, export_file, import_checkpoints
 from posthoc_cli.errors import InvalidValueError
@@ -46,12 +47,12 @@ def test_long_averages_have_few_times():
 
 
 def timm(folder):
-    write(folder, train(), ema(DECAY))
+    write(folder, train(), ema_of(DECAY))
     return {"ema_decay": DECAY}
 
 
 def plain(folder):
-    write(folder, train(), ema(DECAY), torch.float16)
+    write(folder, train(), ema_of(DECAY), torch.float16)
     for path in folder.iterdir():
         average = torch.load(path)["state_dict_ema"]
         save_file(average, path.with_suffix(".safetensors"))
@@ -85,7 +86,7 @@ def diffusers(folder, **settings):
         average.step(model.parameters())
 
     replay(update, save)
-    return {"prefix": "net."}
+    return {}
 
 
 def ema_pytorch(folder, update_every=5, update_after_step=20, **rule):
@@ -135,7 +136,7 @@ def lightning(folder):
         warnings.simplefilter("ignore")  # the library's own
         trainer = library.Trainer(max_steps=STEPS, accelerator="cpu", callbacks=callbacks, **off)
         trainer.fit(Replay(), torch.utils.data.DataLoader(range(STEPS)))
-    return {"ema_decay": DECAY, "prefix": "net."}
+    return {"ema_decay": DECAY}
 
 
 def mmengine(folder):
@@ -171,7 +172,7 @@ def mmengine(folder):
         custom_hooks=[{"type": "EMAHook", "momentum": 1 - DECAY}],
         log_level="ERROR",
     ).train()
-    return {"ema_decay": DECAY, "prefix": "net."}
+    return {"ema_decay": DECAY}
 
 
 LIBRARIES = [plain, diffusers, lightning, ema_pytorch, mmengine]
@@ -191,7 +192,7 @@ def test_an_ordinary_ema_makes_other_lengths(library, files, run):
     averages = averages_in(run)
     assert len(averages) == len(TIMES)
     assert any(one.decay == DECAY for one in averages)
-    check(run)
+    check(run, prefix="net." if library in (diffusers, lightning, mmengine) else "")
     if library is not plain:
         assert all("as claimed" in line for line in done.checks), done.checks
 
@@ -208,12 +209,21 @@ def test_averages_without_names_are_those_of_the_parameters(tmp_path):
     assert exported["1.weight"].tolist() == [2.0, 2.0, 2.0]
 
 
-def test_averages_of_an_unknown_decay_are_left_out(tmp_path, ema, caplog):
+def test_a_folder_is_opened_as_an_import_opens_it(tmp_path):
+    """With the decay that its files show."""
     timm(tmp_path)
-    assert len(Run(tmp_path).sources) == len(TIMES)  # the weights alone
-    assert f"{len(TIMES)} EMAs, such as " in caplog.text
-    assert "left out of averages: their files do not say the decay" in caplog.text
-    assert "left out" not in ema("audit", tmp_path).err  # it makes no averages
+    check(tmp_path)
+
+
+def test_every_command_asks_for_a_decay_as_an_import_does(tmp_path, ema):
+    write(tmp_path, train(), ema_of(0.9873))
+    line = f"paste: ema import {tmp_path} --ema-decay N --out run"
+    with pytest.raises(InvalidValueError, match=re.escape(line)):
+        _ = Run(tmp_path).sources
+    out = tmp_path / "out.pt"
+    assert ema("synthesize", tmp_path, "--sigma-rel", "0.1", "--out", out).error.endswith(line)
+    assert "EMA of unknown decay" in ema("info", tmp_path).out
+    assert "ema: error" not in ema("audit", tmp_path).err
 
 
 def decays_of(done):
@@ -231,7 +241,7 @@ def decays_of(done):
 def test_the_begin_and_the_interval_of_ema_pytorch_are_not_guessed(said, asked, tmp_path):
     """Its files count calls, and do not say how many there are between two updates."""
     ema_pytorch(tmp_path)
-    reason = rf"{asked}: must be given: step\d+\.pt .* default of the library"
+    reason = rf"{asked}: must be given: files of its library, such as step\d+\.pt"
     with pytest.raises(InvalidValueError, match=reason):
         import_checkpoints(tmp_path, None, dry_run=True, **said)
 
@@ -239,39 +249,42 @@ def test_the_begin_and_the_interval_of_ema_pytorch_are_not_guessed(said, asked, 
 def test_predictions_count_the_uncertainty_of_a_decay_that_was_found(files, run):
     """If predictions ignored it, actual errors would be up to 43 times the predicted ones."""
     weights = train(0.1, True, "SGD")
-    write(files, weights, ema(0.9925))
-    import_checkpoints(files, run)
+    write(files, weights, ema_of(0.9925))
+    with pytest.raises(InvalidValueError, match=r"--ema-decay found --out run$") as asked:
+        import_checkpoints(files, run)
+    paste(asked.value, run)
     for width in (0.05, 0.25):
         error, uncertain = error_of(Run(run), width, weights=weights)
-        assert 1 / 3 < error / uncertain < 3
+        assert error < 3 * uncertain
 
 
 def test_more_checkpoints_are_taken_in_though_they_show_another_decay(tmp_path, files):
-    write(files, train(), ema(0.9873))
+    write(files, train(), ema_of(0.9973))
     later = files / f"step{STEPS}.pt"
     later.rename(tmp_path / "later.pt")
-    first = import_checkpoints(files, tmp_path / "run")
+    first = import_checkpoints(files, tmp_path / "run", ema_decay="found")
     (tmp_path / "later.pt").rename(later)
-    again = import_checkpoints(files, tmp_path / "run")
+    again = import_checkpoints(files, tmp_path / "run", ema_decay="found")
     assert again.written
     assert len(again.checkpoints) == len(first.checkpoints) + 2
     assert len(decays_of(first) | decays_of(again)) == 2
 
 
-def test_a_decay_that_people_use_is_taken_if_it_is_as_likely(files, run):
-    write(files, train(1e-2, False, "SGD"), ema(0.98))
+@pytest.mark.parametrize("decay", [0.99, 0.995, 0.998, 0.999])
+def test_a_round_decay_is_taken(decay, files, run):
+    write(files, train(falls=True, seed=7), ema_of(decay))
     done = import_checkpoints(files, run)
-    assert "; taken as 0.98" in done.checks[0]
-    assert decays_of(done) == {0.98}
-    assert settings_of(run)["ema_uncertainty"] > 0
+    assert done.checks[0].endswith(f"; taken as {decay:g}")
+    assert decays_of(done) == {decay}
+    assert import_checkpoints(files, run).written is False
 
 
 def test_a_decay_that_the_files_show_too_vaguely_is_asked_for(files, run):
     """Two files show it to 72 %."""
-    write(files, train(), ema(0.98))
+    write(files, train(), ema_of(0.98))
     for step in TIMES[:-2]:
         (files / f"step{step}.pt").unlink()
-    reason = "ema_decay: must be given: the checkpoints do not show"
+    reason = "ema_decay: must be given: the checkpoints do not show its length .* --ema-decay N "
     with pytest.raises(InvalidValueError, match=reason):
         import_checkpoints(files, run)
     assert import_checkpoints(files, run, ema_decay=0.98).written
@@ -320,6 +333,6 @@ def test_the_power_of_ema_pytorch_is_looked_for(every, tmp_path):
     """
     ema_pytorch(tmp_path, every, 0, beta=0.9999, power=0.75)
     intervals = {"update_every": every, "update_after_step": 0}
-    done = import_checkpoints(tmp_path, None, dry_run=True, **intervals)
-    (found,) = [line for line in done.checks if line.startswith("found: ")]
-    assert "1 - (1 + n)^-0.75" in found
+    with pytest.raises(InvalidValueError, match=r"--ema-warmup power:0\.75 --out run$") as asked:
+        import_checkpoints(tmp_path, None, dry_run=True, **intervals)
+    paste(asked.value, tmp_path / "run")

@@ -10,18 +10,17 @@ from saved import (
     asked,
     assert_equal,
     check_error,
+    check_last,
     exported,
-    fault,
     named,
     read,
     store,
     times,
-    values_of,
     write_each,
 )
-from walks import STEPS, saves
+from walks import saves
 
-from posthoc_cli import Run, import_checkpoints
+from posthoc_cli import import_checkpoints
 from posthoc_cli.errors import FileFormatError
 
 TIMES = [float(save.step) for save in saves()]
@@ -56,7 +55,9 @@ def test_numbers_of_epochs_and_of_an_unknown_unit_do_not_mix(tmp_path):
     """icefall writes both; its files state their steps, others do not."""
     write_each(tmp_path, "checkpoint-{save.step}.pt", weights)
     write_each(tmp_path, "epoch-{save.epoch}.pt", weights)
-    assert "by an unknown unit and by epochs; name the files of one run by" in fault(tmp_path)
+    said = asked(tmp_path)
+    assert "holds several series of files, 10 x checkpoint-*.pt, 10 x epoch-*.pt" in said
+    assert said.endswith("/checkpoint-*.pt' --out run")
     assert times(tmp_path / "epoch-*.pt") == EPOCHS
 
 
@@ -107,7 +108,7 @@ def test_tensors_that_an_average_leaves_out_are_excluded_as_the_error_says(tmp_p
 
     write_each(tmp_path, "s{save.step}.pt", content)
     assert re.search(r"'head.weight'; leave them .* `exclude`", asked(tmp_path))
-    made = read(tmp_path, exclude="head.*")
+    made = read(tmp_path, exclude="head.*", ema_decay=0.95, ema_warmup="none")
     assert made.counts["EMA of decay 0.95"] == len(saves())
 
 
@@ -116,7 +117,7 @@ def test_names_of_values_are_no_options(tmp_path, ema):
     shown = ema("import", tmp_path, "--dry-run").out
     assert shown.startswith("numbers are steps, by 'step' in the contents\n")
     write_each(tmp_path / "kept", "ep{save.epoch}7.pt", weights)
-    assert "--first-epoch is 0 if it is" in ema("info", tmp_path / "kept").out
+    assert "`first_epoch` is 0 if it is" in ema("info", tmp_path / "kept").out
 
 
 def test_info_of_safetensors_that_are_no_run_as_they_are(tmp_path, ema):
@@ -147,7 +148,9 @@ def test_a_wrapper_within_the_model_changes_names_of_one_set(of_weights, of_aver
 def test_the_folder_of_one_of_several_trainings_is_named(tmp_path):
     for number in (1, 2):
         write_each(tmp_path / f"run{number}", "step{save.step}.pt", weights)
-    assert "name this folder, or a glob such as */step*.pt" in fault(tmp_path)
+    assert re.search(
+        r"holds no checkpoints itself; paste: ema import \S+/run1 --out", asked(tmp_path)
+    )
     assert times(tmp_path / "run1") == times(tmp_path / "*1" / "step*.pt") == TIMES
 
 
@@ -163,14 +166,17 @@ def test_a_target_network_of_a_part_leaves_the_policy_to_another_import(tmp_path
     place = tmp_path / "*" / "policy.pth"
     read(place, ema_decay=0.95)
     (said,) = [line for line in caplog.messages if "also holds 'actor', not used" in line]
-    assert said.endswith("and the model alone by `kind` checkpoints")
+    assert said.endswith(
+        "with `weights` 'actor' takes it, and with `kind` checkpoints the model alone"
+    )
 
 
-def test_weights_that_equal_the_average_are_said(tmp_path, caplog):
+def test_weights_that_equal_the_average_are_asked_about(tmp_path):
     """Written while the average was swapped in."""
     write_each(tmp_path, "s{save.step}.pt", lambda save: {"net": save.average, "ema": save.average})
-    assert len(Run(tmp_path).sources) == len(TIMES)
-    assert f"s{STEPS}.pt: its weights equal its average" in caplog.text
+    said = asked(tmp_path)
+    assert "'ema' equals 'net' in all files" in said
+    assert said.endswith("--from checkpoints --out run")
 
 
 @pytest.mark.parametrize("name", ["model.pth", "pytorch_model/mp_rank_00_model_states.pt"])
@@ -187,7 +193,9 @@ def test_a_folder_of_a_pickled_model_is_exported(name, tmp_path):
 def test_an_archive_of_another_kind_is_to_be_unpacked(name, tmp_path):
     with zipfile.ZipFile(tmp_path / name, "w") as archive:
         archive.writestr("policy.pth", "")
-    with pytest.raises(FileFormatError, match=r"is of a kind that is not read; .* unpack archives"):
+    with pytest.raises(
+        FileFormatError, match=r"is of a kind that is not read \(.*\); .* unpack archives"
+    ):
         exported(tmp_path / name)
 
 
@@ -206,24 +214,41 @@ def test_averages_whose_norms_grow_are_asked_about(tmp_path, caplog):
 
 def test_sets_whose_names_are_paths_are_chosen_by_a_pattern(tmp_path):
     """As those of JAX."""
-    names = ("params/w", "ema_params/w", "opt/w")
-    store(tmp_path / "step10.pt", dict.fromkeys(names, torch.ones(3)))
-    assert re.search(r"ema_params/, opt/, params/; .* 'params/\*'", fault(tmp_path))
-    assert read(tmp_path, include=("params/*",)).counts == {"weights": 1}
+    for step in (10, 20):
+        names = ("params/w", "ema_params/w", "opt/w")
+        store(tmp_path / f"step{step}.pt", dict.fromkeys(names, torch.ones(3)))
+    assert read(tmp_path, include=("params/*",)).counts == {"weights": 2}
 
 
-@pytest.mark.parametrize(
-    ("file", "count", "at"),
-    [
-        ("brain.ckpt", "avg_train_loss: 0.1\noptimizer_step: {0.step}\nstep: 0\n", STEPS),
-        ("CKPT.yaml", "# yamllint disable\nepoch: {0.epoch}\nunixtime: 1704106800.5\n", EPOCHS[-1]),
-    ],
-)
-def test_the_dated_folders_of_speechbrain_are_placed_by_their_texts(file, count, at, tmp_path):
+# --- two series of files
+
+
+def kair(folder):
+    """Write weights and averages that no word tells apart, and states of the optimizer."""
     for save in saves():
-        folder = tmp_path / f"CKPT+2024-01-01+12-{save.epoch:02}-00+00"
-        store(folder / "model.ckpt", save.weights)
-        (folder / file).write_text(count.format(save))
-    newest = read(tmp_path).checkpoints[-1]
-    assert newest.t == at
-    assert_equal(values_of(newest), saves()[-1].weights)
+        store(folder / f"{save.step}_G.pth", save.weights)
+        store(folder / f"{save.step}_E.pth", save.average)
+        state = {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 0.1}]}
+        store(folder / f"{save.step}_optimizerG.pth", state)
+    store(folder / "best_G.pth", saves()[0].weights)
+    return folder
+
+
+def test_a_series_that_moves_less_is_proposed_as_the_average(tmp_path):
+    place = kair(tmp_path)
+    said = asked(place, ema_decay=0.95, ema_warmup="none")
+    assert "holds several series of files, 10 x *_G.pth, 10 x *_E.pth" in said
+    globs = "--average '*_E.pth' --weights '*[0-9]_G.pth'"
+    assert said.endswith(f" --ema-decay 0.95 --ema-warmup none {globs} --out run")
+    check_last(place, average="*_E.pth", weights="*_G.pth")
+
+
+def test_a_glob_that_is_proposed_matches_nothing_else(tmp_path):
+    """As OLMo-core's folder of an average beside those of steps."""
+    for step in (100, 200, 300):
+        store(tmp_path / f"step{step}" / "model.pt", {"w": torch.rand(3)})
+        store(tmp_path / f"other{step}" / "model.pt", {"w": torch.rand(3)})
+    store(tmp_path / "step300-merged" / "model.pt", {"w": torch.rand(3)})
+    said = asked(tmp_path)
+    assert said.endswith(("/other*' --out run", "/step*[0-9]' --out run"))
+    assert times(tmp_path / "step*") == [100, 200, 300]

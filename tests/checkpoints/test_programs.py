@@ -2,6 +2,7 @@
 was updated; written by the programs' libraries, or in their published structure."""
 
 import math
+import shlex
 
 import pytest
 import torch
@@ -22,8 +23,6 @@ from saved import (
 )
 from walks import EVERY, constant, new_net, ratio, saves, walk, weights_of
 
-from posthoc_cli import Run
-from posthoc_cli.errors import FileFormatError
 from posthoc_cli.profiles import OrdinaryEMA
 
 LAST = saves()[-1]
@@ -108,33 +107,10 @@ def test_one_of_two_decays_in_names_is_chosen(tmp_path):
         store(tmp_path / f"ema_0.95_{save.step:06}.pt", save.average)
         store(tmp_path / f"ema_0.5_{save.step:06}.pt", save.weights)
     reason = "ema_decay: must be given: the files are of several averages, 0.5 or 0.95"
-    assert reason in asked(tmp_path)
+    said = asked(tmp_path)
+    assert reason in said
+    assert said.endswith(" --ema-decay 0.95 --out run")
     check(tmp_path, LAST.average, LAST.weights, ema_decay=0.95)
-
-
-def unbiased(n):
-    counted = 1 - 0.95**n
-    return 1 - 0.05 / counted
-
-
-def audiocraft(save):
-    return {
-        "xp.cfg": {
-            "optim": {
-                "ema": {
-                    "use": True,
-                    "decay": 0.95,
-                    "updates": 1,
-                }
-            }
-        },
-        "xp.sig": "abc",
-        "best_state": {"model": saves()[0].weights},
-        "fsdp_best_state": {},
-        "model": save.weights,
-        "optimizer": OPTIMIZER,
-        "ema": {"state": {"model": save.average}, "count": 20.0},
-    }
 
 
 def openfold(save):
@@ -160,11 +136,14 @@ def composer(save, model, states, is_active):
     }
 
 
+def passive_composer(save):
+    states = {"parameters_dict": save.average, "buffers_dict": {}}
+    return composer(save, save.weights, states, is_active=False)
+
+
 def active_composer(save):
-    states = {
-        "parameters_dict": save.weights,
-        "buffers_dict": {},
-    }
+    """Return what is written while the average is in the model's place."""
+    states = {"parameters_dict": save.weights, "buffers_dict": {}}
     return composer(save, save.average, states, is_active=True)
 
 
@@ -216,17 +195,6 @@ def fairseq(save):
     }
 
 
-def nemo(save):
-    optimizer = {
-        "opt": OPTIMIZER,
-        "ema": tuple(save.average.values()),
-        "current_step": save.step,
-        "decay": 0.95,
-        "every_n_steps": 1,
-    }
-    return of_lightning(save, **save.weights) | {"optimizer_states": [optimizer]}
-
-
 def torch_ema(updates, *averages):
     return {
         "decay": 0.95,
@@ -244,24 +212,17 @@ def torch_ema_with(save, weights, set_aside):
     }
 
 
-def swapped_in(save):
-    return torch_ema_with(save, save.average, save.weights)
-
-
 def swapped_in_before(save):
     return torch_ema_with(save, save.weights, saves()[0].weights)
 
 
 PROGRAMS = {
-    "audiocraft": ("checkpoint_{save.step}.th", audiocraft, unbiased, 0.95),
     "OpenFold": ("{save.epoch}-{save.step}.ckpt", openfold, constant, 0.95),
-    "Composer, active": ("ep{save.epoch}-ba{save.step}-rank0.pt", active_composer, constant, None),
+    "Composer": ("ep{save.epoch}-ba{save.step}-rank0.pt", passive_composer, constant, None),
     "ACE": ("ckpt_{save.epoch:04}.tar", ace, ratio, 0.95),
     "LitEma of LDM": ("step={save.step}.ckpt", lit_ema, ratio, 0.95),
     "AveragedModel in Lightning": ("step={save.step}.ckpt", averaged_model, constant, None),
     "fairseq": ("checkpoint_{save.epoch}_{save.step}.pt", fairseq, constant, None),
-    "NeMo": ("model--epoch={save.epoch}-step={save.step}.ckpt", nemo, constant, 0.95),
-    "torch-ema, swapped in": ("step={save.step}.ckpt", swapped_in, ratio, 0.95),
     "torch-ema": ("step={save.step}.ckpt", swapped_in_before, ratio, 0.95),
 }
 """The name of a file, what it holds, how the average is updated, and the decay that it says."""
@@ -276,9 +237,36 @@ def test_a_program_that_is_known_by_its_structure(program, tmp_path):
     check_export(file, last.average, last.weights)
 
 
-def test_info_names_the_program(tmp_path):
-    write_each(tmp_path, "step{save.step}.pt", nemo)
-    assert Run(tmp_path).info()["written_by"] == "torch-ema"
+def swapped_in(save):
+    return torch_ema_with(save, save.average, save.weights)
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "sets"),
+    [
+        (
+            active_composer,
+            "ep{save.epoch}-ba{save.step}-rank0.pt",
+            "--average state.model --weights state.algorithms.0.1.ema_model",
+        ),
+        (swapped_in, "step={save.step}.ckpt", "--weights ema.collected_params"),
+    ],
+)
+def test_files_written_while_the_average_was_swapped_in_are_asked_about(
+    content, name, sets, tmp_path
+):
+    """The command that the question ends in goes through."""
+    write_each(tmp_path, name, content, ratio)
+    said = asked(tmp_path, ema_decay=0.95, ema_warmup="ratio")
+    assert "must be given" in said
+    assert f" {sets} --out run" in said
+    words = shlex.split(said.partition("ema import ")[2])
+    options = {"average": None, "weights": None}
+    for name in options:
+        if f"--{name}" in words:
+            options[name] = words[words.index(f"--{name}") + 1]
+    last = saves(ratio)[-1]
+    check(tmp_path, last.average, last.weights, ema_decay=0.95, ema_warmup="ratio", **options)
 
 
 def ema_pytorch(save):
@@ -292,7 +280,9 @@ def ema_pytorch(save):
 def test_ema_pytorch_in_files_of_its_own(tmp_path):
     """Its object has nothing but the average and counters."""
     file = write_each(tmp_path, "ema-{save.step}.pt", ema_pytorch)
-    assert asked(tmp_path, ema_decay=0.95).startswith("update_every: must be given: ema-")
+    said = asked(tmp_path, ema_decay=0.95)
+    assert said.startswith("update_every: must be given: files of its library, such as ema-")
+    assert said.endswith(" --ema-decay 0.95 --update-every N --update-after-step N --out run")
     assert_equal(exported(file), LAST.average)
 
 
@@ -307,27 +297,6 @@ def test_megatron_has_a_folder_for_each_rank(tmp_path):
 
     write_each(tmp_path, "iter_{save.step:07}/mp_rank_00/model_optim_rng.pt", content)
     assert times(tmp_path) == all_steps()
-    assert Run(tmp_path).info()["written_by"] == "Megatron or others"
-
-
-def test_states_of_edm_hold_the_weights(tmp_path):
-    """Their names count thousands of images, rounded."""
-
-    def content(save):
-        state = {
-            "cur_nimg": 1024 * save.step,
-            "total_elapsed_time": 1.0,
-        }
-        return {
-            "net": save.weights,
-            "optimizer_state": OPTIMIZER,
-            "state": state,
-        }
-
-    write_each(tmp_path, "training-state-{save.step:07}.pt", content)
-    sources = Run(tmp_path).sources
-    assert [one.t for one in sources] == [1024 * step for step in all_steps()]
-    assert {one.t_unit for one in sources} == {"images"}
 
 
 def test_composer_averages_buffers_apart(tmp_path):
@@ -389,7 +358,7 @@ def test_counts_of_torchvision_begin_after_its_warm_up(tmp_path):
     }
     said = asked(tmp_path, **settings)
     assert said.startswith("steps_per_epoch: must be given")
-    assert "since epoch 5" in said
+    assert said.endswith(" --steps-per-epoch N --out run")
     assert {*times(tmp_path, steps_per_epoch=EVERY, **settings)} == {*all_steps()[5:]}
 
 
@@ -413,11 +382,15 @@ def test_tied_parameters_have_one_average(tmp_path):
 # --- written by the libraries
 
 
-def test_accelerate_with_an_average_of_diffusers(tmp_path):
+@pytest.mark.parametrize("shapes", ["equal", "unique"])
+def test_accelerate_with_an_average_of_diffusers(shapes, tmp_path):
+    """Its list of averages is in the model's order, safetensors are in that of names: where shapes
+    do not tell which is which, an import asks."""
     accelerate = pytest.importorskip("accelerate")
     training = pytest.importorskip("diffusers.training_utils")
     accelerator = accelerate.Accelerator(cpu=True)
-    net = accelerator.prepare(new_net())
+    plain = new_net() if shapes == "equal" else torch.nn.Linear(16, 24)
+    net = accelerator.prepare(plain)
     average = training.EMAModel(net.parameters(), decay=0.95)
     accelerator.register_for_checkpointing(average)
     for step in walk(net):
@@ -425,6 +398,11 @@ def test_accelerate_with_an_average_of_diffusers(tmp_path):
         if step % EVERY == 0:
             folder = tmp_path / f"checkpoint-{step}"
             accelerator.save_state(str(folder))
+    if shapes == "equal":
+        said = asked(tmp_path)
+        assert "an average without names: a list of 5 tensors" in said
+        assert said.endswith("--from checkpoints --out run")
+        return
     averaged = dict(zip(weights_of(net), average.shadow_params, strict=True))
     check(tmp_path, averaged, weights_of(net))
     check_export(folder, averaged, weights_of(net))
@@ -449,45 +427,7 @@ def test_ema_pytorch_in_another_program(tmp_path):
     }
     check(tmp_path, LAST.average, LAST.weights, **settings)
     assert_equal(exported(file), LAST.average)
-
-
-@pytest.mark.parametrize("count", [1, 2])
-def test_a_list_that_fits_two_weights_about_equally_is_refused(count, tmp_path):
-    """Two averages fit them in either order."""
-    file = tmp_path / "step5.pt"
-    first, second, third = torch.randn(3, 50)
-    averages = [(first + second) / 2] * count
-    model = {
-        "a": first,
-        "b": second,
-        "c": third,
-    }
-    torch.save({"model": model, "ema": torch_ema(5, *averages)}, file)
-    with pytest.raises(FileFormatError, match="of which one fits two weights about equally"):
-        exported(file)
-
-
-# --- YOLOX, which saves its EMA in place of the weights
-
-
-@pytest.mark.parametrize(
-    ("settings", "counts"),
-    [
-        ({"kind": "checkpoints"}, {"weights": 10}),
-        ({"kind": "ema", "ema_decay": 0.95}, {"EMA of decay 0.95": 10}),
-    ],
-)
-def test_files_of_yolox_are_asked_about(settings, counts, tmp_path):
-    def content(save):
-        return {
-            "start_epoch": save.epoch,
-            "best_ap": 0.3,
-            "model": save.average,
-        }
-
-    write_each(tmp_path, "epoch_{save.epoch}_ckpt.pth", content)
-    assert "kind: must be given, ema or checkpoints: YOLOX" in asked(tmp_path)
-    assert read(tmp_path, steps_per_epoch=EVERY, **settings).counts == counts
+    check(tmp_path, LAST.average, LAST.weights, average="ema.0.ema_model", **settings)
 
 
 @pytest.mark.parametrize(
@@ -507,15 +447,3 @@ def test_an_average_in_another_file_than_the_weights_is_found(weights, file, key
     last = write_each(tmp_path, file, content)
     check_last(tmp_path)
     assert_equal(exported(last), LAST.average)
-
-
-def test_an_average_that_the_optimizer_keeps_by_number_is_named_and_can_be_taken(tmp_path, caplog):
-    def content(save):
-        state = {number: {"ema": value} for number, value in enumerate(save.average.values())}
-        return {"state": state, "param_groups": [{"lr": 0.1, "params": [*state]}]}
-
-    write_each(tmp_path, "checkpoint-{save.step}/model.bin", lambda save: save.weights)
-    write_each(tmp_path, "checkpoint-{save.step}/optimizer.pt", content)
-    read(tmp_path)
-    assert "also holds 'optimizer.state.ema', not used: an import takes another" in caplog.text
-    check_last(tmp_path, average="optimizer.state.ema")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from checking import assert_same_tensors
 from factories import OTHER_RUN_ID, contents, flip_bit, forge, rewrite_snapshot, snapshot_files
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.cli.output import print_rows
@@ -84,22 +84,7 @@ def test_info_of_a_folder_of_outputs_and_of_shards(typed):
         assert report["bytes"] == size_of(shards)
 
 
-# --- the command `ema profile`, and tables
-
-
-def test_common_lengths_are_shown_as_other_libraries_name_them(typed):
-    header, *lines = typed("profile").out.splitlines()
-    assert header.split() == ["sigma_rel", "gamma", "mean_age", "std", "beta"]
-    widths = [line.split()[0] for line in lines[:8]]
-    assert widths == ["0.001", "0.01", "0.03", "0.05", "0.1", "0.15", "0.2", "0.27"]
-
-
-def test_lengths_are_converted_in_both_directions(typed):
-    line = "profile --steps 100000 --json"
-    (row,) = typed(f"{line} --target half-life:5000").json["profiles"]
-    assert row["beta"] ** 5000 == pytest.approx(0.5, rel=1e-9)
-    (back,) = typed(f"{line} --sigma-rel {row['sigma_rel']}").json["profiles"]
-    assert back["beta"] == pytest.approx(row["beta"], rel=1e-12)
+# --- tables
 
 
 def test_tables_are_aligned(capsys):
@@ -129,26 +114,32 @@ def test_tables_are_aligned(capsys):
 def test_one_average_into_one_file(typed, run):
     result = typed("synthesize run --sigma-rel 0.15 --out m.safetensors")
     last = result.out.splitlines()[-1]
-    made = r"made sigma_rel 0\.15 at t = 2,000 from 40 snapshots"
-    assert re.fullmatch(rf"{made}, predicted error 0\.\d+ %, 128 B, in .*: m.safetensors", last)
+    made = r"made sigma_rel 0\.15 \(as decay 0\.\d+\) at t = 2,000 from 40 snapshots"
+    errors = r"predicted error 0\.\d+ %, lost gain 0\.\d+ %"
+    assert re.fullmatch(rf"{made}, {errors}, 128 B, in .*: m.safetensors", last)
     found = load_file("m.safetensors")
     assert_same_tensors(found, PostHocEMA.from_path(run).state_dict(sigma_rel=0.15))
     assert found["2.weight"].dtype == torch.float16
     assert found["1.num_batches_tracked"].dtype == torch.int64
 
 
-def test_the_command_that_completes_an_output_works(typed):
+def test_an_output_that_lacks_tensors_is_completed_by_a_copy_of_a_model(typed):
     made = typed("synthesize run --sigma-rel 0.15 --out m.pt")
     (note,) = [line for line in made.err.splitlines() if "the output lacks" in line]
     assert "the output lacks 1 tensor (2.bias) of the model" in note
-    advice = "from a full model: make m.safetensors instead of m.pt, then: ema "
-    _, _, command = note.partition(advice)
-    typed("synthesize run --sigma-rel 0.15 --out m.safetensors")
-    full = load_file("m.safetensors")
-    full["2.bias"] = torch.ones(2).half()
-    save_file(full, "FULL.safetensors")
-    assert "wrote 9 tensors, 1 of them from" in typed(command).out
-    assert_same_tensors(load_file("NEW.safetensors"), full)
+    full = torch.load("m.pt") | {"2.bias": torch.ones(2).half()}
+    torch.save(full, "FULL.pt")
+    typed("synthesize run --sigma-rel 0.15 --like FULL.pt --out complete.pt")
+    assert_same_tensors(torch.load("complete.pt"), full)
+
+
+def test_an_average_is_named_by_its_length_as_a_decay_too(typed):
+    made = typed("synthesize run --sigma-rel 0.1 --dry-run").out
+    assert "would make sigma_rel 0.1 (as decay 0.9955) at t = 2,000" in made
+    made = typed("synthesize run --decay 0.99,0.999 --out decays --json").json["targets"]
+    assert [target["target"] for target in made] == ["decay 0.99", "decay 0.999"]
+    assert made[0]["as"] == "sigma_rel 0.0473"
+    assert Path("decays/decay-0.99.safetensors").is_file()
 
 
 @pytest.fixture
@@ -194,13 +185,14 @@ def test_no_error_is_predicted_from_one_snapshot_without_a_sketch(typed):
     line = "synthesize run --sigma-rel 0.051 --out m.safetensors"
     assert "cannot be predicted" in typed(f"{line} --max-error 0.5").error
     assert not Path("m.safetensors").exists()
-    assert has_line("made .* from 1 snapshot, predicted error unknown, ", typed(line).out)
+    errors = "predicted error unknown, lost gain unknown"
+    assert has_line(f"made .* from 1 snapshot, {errors}, ", typed(line).out)
     (target,) = typed(f"{line} --overwrite --json").json["targets"]
     assert target["predicted_error"] is None
+    assert target["lost_gain"] is None
 
 
-# --- `ema error-plot`: the picture and the numbers; and `ema plan`: its proposals and the call to
-# paste
+# --- `ema error-plot`: the picture and the numbers
 
 
 @pytest.mark.usefixtures("single")
@@ -215,41 +207,26 @@ def test_the_picture_of_a_directory(typed):
     assert Path("error.png").read_bytes().startswith(b"\x89PNG")
     first, *lines = result.out.splitlines()
     assert first == "run: 40 snapshots up to 2,000 steps"
-    assert re.fullmatch(r"  predicted error  below 1 % for sigma_rel 0\.\d+ to 0\.\d+", lines[0])
+    assert re.fullmatch(r"  lost gain  below 5 % for sigma_rel 0\.\d+ to 0\.\d+", lines[0])
     assert lines[1].split() == ["tracked", "0.05,", "0.28"]
     assert has_line(r" +window:1 +0\.000144 ", result.out)
     assert "profile error" in result.out
 
 
+def test_the_picture_of_a_training_to_come(typed):
+    result = typed("error-plot --steps 4K --every 100 --keep 8 --out e.png")
+    assert result.out.splitlines()[0].startswith("8 snapshots of 4,000 steps, one every 100, if")
+    assert Path("e.png").exists()
+    assert typed("error-plot run --steps 4K --json").code == 2
+    assert typed("error-plot --json").code == 2
+
+
 def test_the_picture_and_a_warning_name_the_same_range(typed):
     typed("error-plot run --out e.svg")
-    (shown,) = set(re.findall(r"below 1 % for sigma_rel (.*?) -->", Path("e.svg").read_text()))
+    (shown,) = set(re.findall(r"below 5 % for sigma_rel (.*?) -->", Path("e.svg").read_text()))
     # rounding to the model's dtypes is no part of the errors of a picture
     made = typed("synthesize run --sigma-rel 0.01 --dtype float64 --dry-run")
-    assert made.err.rstrip().endswith(f"; below 1 % for sigma_rel {shown}")
-
-
-PLAN = "plan --steps 400 --params 1M --disk"
-
-
-def test_a_plan_marks_what_fits_and_draws_a_picture(typed):
-    result = typed(f"{PLAN} 50MB --out plan.png")
-    assert result.err == ""
-    assert result.out.splitlines()[-1] == "wrote plan.png"
-    assert Path("plan.png").read_bytes().startswith(b"\x89PNG")
-    assert has_line(r"small \* ", result.out)
-    assert result.out.count(" * ") == 1
-    assert has_line("ema = PostHocEMA.from_model", result.out)
-    assert "none is within --disk" in typed(f"{PLAN} 1kB").out
-
-
-def test_each_schedule_of_a_plan_has_a_call_that_runs(typed):
-    names = {"PostHocEMA": PostHocEMA, "model": torch.nn.Linear(2, 1)}
-    for each in typed(f"{PLAN} 50MB --json").json["schedules"]:
-        settings = eval(each["call"], names).settings
-        assert settings.sigma_rels == tuple(each["sigma_rels"])
-        assert settings.schedule.checkpoint_every == each["checkpoint_every"]
-        assert settings.schedule.max_checkpoints == each["max_checkpoints"]
+    assert made.err.rstrip().endswith(f"gains, below 5 % for sigma_rel {shown}")
 
 
 # --- `ema verify` and `ema prune`: their reports, and the questions that they ask before they
@@ -304,7 +281,7 @@ def test_nothing_is_pruned_while_a_tracker_writes(typed, run):
 
 def test_json_says_what_was_deleted(typed, run):
     before = {path.name for path in snapshot_files(run)}
-    line = "prune run --max-error 30% --json"
+    line = "prune run --keep 5 --json"
     assert typed(f"{line} --dry-run").json["deleted"] is False
     assert {path.name for path in snapshot_files(run)} == before
     report = typed(f"{line} --yes").json
@@ -375,7 +352,7 @@ def test_a_lack_of_memory_or_of_threads_is_named(typed, monkeypatch, fault, mess
 
 
 def test_messages_that_cannot_be_printed_change_no_exit_code():
-    command = [sys.executable, *shlex.split("-m posthoc_cli profile --steps none")]
+    command = [sys.executable, *shlex.split("-m posthoc_cli demo --steps none")]
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run(command, stderr=full, check=False)
     assert done.returncode == 2

@@ -110,7 +110,7 @@ for line in (
     "export a.safetensors --out c.safetensors",
     "error-plot run --out a.png",
     "error-plot run --out a.svg",
-    "plan --steps 100 --params 10 --out a.pdf",
+    "error-plot --steps 100 --every 10 --out a.pdf",
 ):
     sys.argv = ["ema", *line.split()]
     try:
@@ -165,7 +165,6 @@ READING = """\
 info run
 verify run
 synthesize run --sigma-rel 0.1 --layout sharded --out shards
-synthesize run --sigma-rel 0.1 --layout dcp --out dcp
 export shards --out a.pt
 error-plot run --out a.svg"""
 

@@ -21,9 +21,8 @@ from posthoc_cli.reconstruction import METHODS
 
 
 def test_every_command_takes_counts_as_people_write_them(typed):
-    assert typed("profile --steps 1e6 --json").json["steps"] == 1_000_000
-    plan = typed("plan --steps 1e3 --params 1.2B --json").json
-    assert plan["schedules"][0]["bytes"] == 11 * 2 * 1_200_000_000
+    (curve,) = typed("error-plot --steps 1e4 --json").json["curves"]
+    assert curve["t"] == 10_000
     made = typed("synthesize run --sigma-rel 0.15 --step 2K --dry-run --json")
     assert made.json["targets"][0]["t"] == 2000
 
@@ -74,7 +73,7 @@ def test_every_command_that_reports_has_json_and_each_output_a_short_option():
 
 def test_help_and_version(ema):
     assert ema("--help") == ema("help") == ema()
-    assert ema("plan", "--help") == ema("help", "plan")
+    assert ema("prune", "--help") == ema("help", "prune")
     version = f"ema {posthoc_cli.__version__}\n"
     assert ema("-V").out == ema("--version").out == ema("version").out == version
     groups = re.findall("Checkpoints that you have|A training with the hook|Learn", ema("-h").out)
@@ -92,11 +91,10 @@ COMMANDS = (
     "export a.safetensors --out b.pt", "info run", "info run/0000000000000100-0.05.safetensors",
     "info a.safetensors", "info shards", "verify run", "verify run a.safetensors",
     "prune run --keep 5 --dry-run", "error-plot run --target window:500",
-    "plan --steps 300 --params 100K --disk 100MB", "profile", "guide", "guide sweep",
+    "error-plot --steps 300 --every 100", "guide", "guide sweep",
     "sweep run --run 'basename {sigma_rel} {weights}' --minimize --sigma-rel 0.05,0.1,0.2",
-    "report run --sweep sweep --out page.html",
 )  # fmt: skip
-COLUMNS = {"sigma_rel", "predicted_error", "profile_error"}
+COLUMNS = {"sigma_rel", "predicted_error", "lost_gain", "profile_error"}
 """These are lists in curves, with a number for each point, and single numbers elsewhere."""
 SYNONYMS = {"nbytes", "size", "time", "sigma", "error", "width", "mean"}
 
@@ -177,6 +175,7 @@ def test_wrong_input_is_one_line_and_changes_nothing(ema, places, command, monke
             assert result.out == "" or result.code == 1, line
     assert contents(places) == before
     if os.environ.get("EMA_RECORD_MESSAGES"):
+        assert "install" not in "".join(found.values()), "record where every extra is installed"
         head, *_ = MESSAGES.read_text().split("\n")
         cases = [f"$ ema {line}\n{answer}\n" for line, answer in found.items()]
         MESSAGES.write_text(f"{head}\n\n{''.join(cases)}")
@@ -185,15 +184,27 @@ def test_wrong_input_is_one_line_and_changes_nothing(ema, places, command, monke
 
 
 def test_a_warning_comes_once_for_one_cause(ema, tmp_path):
-    """A report reads the checkpoints several times; here they contain EMAs with an unknown
-    decay."""
+    """A plot reads the checkpoints several times; here they hold a set that is not used."""
     for step in (10, 20):
         weights = torch.full((3, 2), float(step))
-        average = {"n_averaged": torch.tensor(step), "module.w": weights}
-        torch.save({"model": {"w": weights}, "ema": average}, tmp_path / f"{step}.pt")
-    done = ema("report", tmp_path, "--out", tmp_path / "page.html")
+        other = {"v": torch.ones(2)}
+        torch.save({"model": {"w": weights}, "critic": other}, tmp_path / f"{step}.pt")
+    done = ema("error-plot", tmp_path, "--out", tmp_path / "errors.png")
     assert done.code == 0, done.err
-    assert done.err.count("left out of averages") == 1
+    assert done.err.count("also holds 'critic', not used") == 1
+
+
+def test_strict_takes_a_warning_as_an_error_and_writes_nothing(typed, run):
+    line = "synthesize run --sigma-rel 0.01 --out a.safetensors"
+    warned = typed(f"{line} --json")
+    (warning,) = warned.json["warnings"]
+    assert "predicted error" in warning
+    assert warned.err == f"ema: warning: {warning}\n"
+    Path("a.safetensors").unlink()
+    refused = typed(f"{line} --strict")
+    assert refused.code == 1
+    assert refused.error == f"warning: {warning}"
+    assert [path.name for path in run.parent.iterdir()] == ["run"]
 
 
 def test_notes_name_options(typed):

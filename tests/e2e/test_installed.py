@@ -69,7 +69,7 @@ def test_a_guide_is_rendered_in_the_pager_of_a_terminal_and_is_its_source_in_a_p
 
 
 def written_to(stdout):
-    return subprocess.run([EMA, "profile"], stdout=stdout, stderr=subprocess.PIPE, check=False)
+    return subprocess.run([EMA, "guide"], stdout=stdout, stderr=subprocess.PIPE, check=False)
 
 
 def test_a_closed_pipe_is_no_error_message():

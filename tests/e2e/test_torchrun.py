@@ -56,7 +56,7 @@ def test_torchrun_makes_the_same_tensors_as_one_process(run, tmp_path):
     for path in snapshot_files(run)[::2]:
         split_snapshot(path, 3, {"layer.1": (1, 3)})
     done = forked.check(LAUNCHER, *arguments(run, tmp_path / "out"))
-    assert done.out.startswith("made sigma_rel 0.1 at t = 20 from 4 snapshots")
+    assert done.out.startswith("made sigma_rel 0.1 (as decay 0.64) at t = 20 from 4 snapshots")
     assert len(done.out.splitlines()) == 1
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == WORLD
     assert_same_tensors(load_output(tmp_path / "out"), load_output(tmp_path / "one.safetensors"))
@@ -108,7 +108,7 @@ def test_an_error_in_one_rank_is_named_by_all(run, tmp_path):
     ("out", "layout"),
     [
         ("m.safetensors", None),
-        ("m", "dcp"),
+        ("m", "pt"),
     ],
 )
 def test_a_job_makes_a_folder_of_shards(run, tmp_path, out, layout):

@@ -1,5 +1,7 @@
 """The tracker within accelerate, with the real library."""
 
+import json
+
 import pytest
 import torch
 
@@ -83,6 +85,6 @@ def test_a_directory_that_is_prepared_again_takes_its_earlier_place(tmp_path):
     step(accelerator, model, optimizer)
     accelerator.save_state(str(tmp_path / "saved"))
     saved = sorted((tmp_path / "saved").glob("posthoc_ema*"))
-    states = [torch.load(path)["run_id"] for path in saved]
+    states = [json.loads(torch.load(path)["info"])["run_id"] for path in saved]
     assert states == [again.run_id, critic.run_id]
     accelerator.load_state(str(tmp_path / "saved"))

@@ -218,7 +218,7 @@ def test_averages_begin_where_a_checkpoint_has_none_and_not_with_other_weights(t
     assert "or begin with this training" in caplog.text
     assert callback.ema.step == 6
     again = PostHocCallback(tmp_path / "ema", **EVERY)
-    with pytest.raises(ModelMismatchError, match="to begin anew"):
+    with pytest.raises(ModelMismatchError, match="for a new run pass resume=0"):
         make_trainer(tmp_path, again).train()
 
 

@@ -3,7 +3,6 @@ too little."""
 
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from numpy.testing import assert_allclose
 from reconstruction.quadrature import expected_square
 from safetensors.torch import load_file
 
-from posthoc_cli import PostHocEMA, Run
+from posthoc_cli import Beta, PostHocEMA, Run
 from posthoc_cli.profiles import DecayRule, PowerFunction
 from posthoc_cli.reconstruction import (
     Distance,
@@ -33,7 +32,6 @@ from posthoc_cli.reconstruction.motion import (
     with_floor,
 )
 from posthoc_cli.reconstruction.solving import rounding_factor
-from posthoc_cli.snapshots.sources import source_prior
 
 power = PowerFunction.from_sigma_rel
 START = 2.0
@@ -145,7 +143,6 @@ def average(t, sigma_rel, norm, *distances):
     measurements = Measurements(norm, 0.0, distances)
     return StoredAverage(
         profile,
-        int(t),
         2.0**-23,
         measurements,
     )
@@ -165,13 +162,13 @@ ALONE = average(10.0, 0.1, 4.0)
 
 def test_distances_of_0_show_that_nothing_moved():
     prior = measured_prior(pair_at_10(0.0, norm=4.0))
-    assert prior.source == "measured"
-    assert prior.motion.walk[-1] < prior.arithmetic.max()
+    assert prior.evidence == "measured"
+    assert prior.motion.walk[-1] < prior.floor.max()
 
 
 def test_weights_of_0_do_not_move():
     prior = measured_prior(pair_at_10(0.0, norm=0.0))
-    assert prior.source == "measured"
+    assert prior.evidence == "measured"
     assert prior.motion.walk.sum() == 0
 
 
@@ -179,7 +176,7 @@ def test_a_run_with_an_unmeasured_average_has_an_assumed_prior():
     unmeasured = replace(ALONE, measurements=None)
     measured = pair_at_10(0.5, norm=4.0)
     prior = measured_prior([unmeasured, *measured])
-    assert prior.source == "assumed"
+    assert prior.evidence == "assumed"
 
 
 def test_the_distance_of_two_averages_of_one_profile_shows_no_motion():
@@ -187,7 +184,7 @@ def test_the_distance_of_two_averages_of_one_profile_shows_no_motion():
     same = power(0.1 * (1 + 1e-9), 20.0)
     later = average(20.0, 0.1, 8.0, Distance(same, 5.0, 0.0))
     prior = measured_prior([ALONE, later])
-    assert prior.source == "assumed"
+    assert prior.evidence == "assumed"
     times = np.diff(prior.motion.edges)
     walked = prior.motion.walk @ times
     assert walked == pytest.approx(ASSUMED_STRETCH**2 * 6.0)
@@ -355,11 +352,11 @@ def test_the_mean_of_expected_and_measured_squares_is_minimised():
     target = TARGETS[1]
     without_sketch = replace(prior, sketch=None)
     expected = Problem(SNAPSHOTS, without_sketch, T)
-    goal = expected.goal(target)
+    rhs = expected.right_hand_side(target)
     rows = np.vstack(prior.sketch.measured([*SNAPSHOTS, target]))
 
     def square(c):
-        motion, _ = expected.expected_squares(c, goal)
+        motion, _ = expected.expected_squares(c, rhs)
         missed = rows @ np.append(c, -1)
         measured = missed @ missed
         return (motion + measured) / 2 + c**2 @ prior.rounding
@@ -381,140 +378,9 @@ def test_the_share_of_the_first_value_is_known(tmp_path):
     truth = path[0]
     for weights in path:
         truth = 0.9999 * truth + 0.0001 * weights
-    made = Run(tmp_path).average("beta:0.9999", dtype="float64")
+    made = Run(tmp_path).average(Beta(0.9999), dtype="float64")
     error = distance_to(truth, made["weight"])
     assert error / np.linalg.norm(truth) < 2 * made.predicted_error
-
-
-def test_the_error_of_means_that_profiles_share_is_predicted(tmp_path):
-    """The worst case is noise, here of 100 %, when they begin to share a mean."""
-    random = np.random.default_rng(0)
-    path = random.standard_normal(1000) + random.standard_normal((2500, 1000))
-    track(path, tmp_path, 104_001, checkpoint_every=125, checkpoint_dtype=torch.float32)
-    truth = exact_weights(0.28, range(104_001, 106_501)) @ path.astype(np.float32)
-    made = Run(tmp_path).average(0.28, dtype="float64")
-    error = distance_to(truth, made["weight"]) / np.linalg.norm(truth)
-    assert error > 5e-7
-    assert 0.4 < error / made.predicted_error < 2.5
-
-
-def test_later_averages_contain_what_earlier_ones_rounded_off(tmp_path):
-    """The error of an average changes from one snapshot to the next: its square, relative to that
-    of the errors, would be 2 if they were independent."""
-    random = np.random.default_rng(0)
-    steps = 0.01 * random.standard_normal((1000, 400))
-    path = random.standard_normal(400) + np.cumsum(steps, axis=0)
-    settings = {"sigma_rels": (0.05,), "max_checkpoints": None, "checkpoint_dtype": torch.float32}
-    track(path, tmp_path, checkpoint_every=20, **settings)
-    sources = Run(tmp_path).sources[25:]
-    errors = []
-    for source in sources:
-        weights = load_file(source.files[0].path)["weight"].double().numpy().ravel()
-        exact = exact_weights(0.05, range(1, source.step + 1))
-        errors.append(weights - exact @ path.astype(np.float32)[: source.step])
-    squares = np.sum(np.square(errors))
-    changes = np.diff(errors, axis=0)
-    change = np.sum(changes**2) / squares
-
-    prior = source_prior(sources)
-    separate = prior.arithmetic.sum()
-    common = np.sum(prior.shared**2)
-    moves = np.diff(prior.shared, axis=0)
-    expected = 2 * separate + np.sum(moves**2)
-    expected /= separate + common
-    assert change == pytest.approx(expected, rel=0.25)
-
-
-UPDATES = 7201
-SINCE = 300_000
-"""The time of the first of so many updates: from t = 104,000 on 104 updates are less than a
-thousandth of training."""
-LARGEST = 17.0
-"""The exponent whose weights the older values of a fold have."""
-
-
-def path_of(motion):
-    """Return weights that scatter, or walk: shape [UPDATES, SIZE]."""
-    random = np.random.default_rng(6)
-    free = random.standard_normal((UPDATES, SIZE))
-    if motion == "noise":
-        return free
-    return np.cumsum(0.1 * free, axis=0)
-
-
-def error_of_shared_means(profile, ends, path):
-    """Return how far an average of folds between `ends` is off whose older values have the weights
-    of `LARGEST`: shape [SIZE]."""
-    error = np.zeros(SIZE)
-    before = ends[ends + SINCE <= profile.t]
-    for begin, end in pairwise(before.tolist()):
-        times = SINCE + np.arange(begin, end + 1.0)
-        last = times[-1]
-        right = older_weights(times, profile.gamma)
-        shared = older_weights(times, LARGEST)
-        shared *= right.sum() / shared.sum()
-        share = (last / profile.t) ** (profile.gamma + 1)
-        wrong = share * (shared - right)
-        error += wrong @ path[begin : end - 1]
-    return error
-
-
-def older_weights(times, gamma):
-    """Return the weights of a power function's updates at times, without the last one."""
-    passed = times / times[-1]
-    until = passed ** (gamma + 1)
-    return np.diff(until)[:-1]
-
-
-@pytest.mark.parametrize(
-    ("motion", "length"),
-    [
-        ("noise", 3),
-        ("walk", 20),
-    ],
-)
-def test_errors_from_means_that_profiles_share_are_known_with_their_correlation(motion, length):
-    """Folds as the hook's, in windows of four."""
-    path = path_of(motion)
-    profiles = [
-        PowerFunction(0.2, 304e3),
-        PowerFunction(0.2, 307e3),
-        PowerFunction(5.0, 307e3),
-    ]
-    ends = np.arange(1, UPDATES, length)
-    rows = [error_of_shared_means(profile, ends, path) for profile in profiles]
-    errors = np.array(rows)
-    actual = errors @ errors.T
-    edges, sketch = sketch_of_folds(path, ends)
-    seen, unseen = sketch.of_shared_means(profiles, LARGEST, edges)
-    expected = seen.T @ seen + unseen.T @ unseen
-    size = np.sqrt(np.diag(expected))
-    true = np.sqrt(np.diag(actual))
-    assert_allclose(size, true, rtol=0.4)
-    # A walk of this length has few of the forty directions.
-    correlation = expected / np.outer(size, size)
-    true_correlation = actual / np.outer(true, true)
-    assert_allclose(correlation, true_correlation, atol=0.4)
-
-
-def test_means_that_cover_more_than_a_thousandth_of_training_are_not_shared():
-    ends = np.arange(1, UPDATES, 3)
-    edges, sketch = sketch_of_folds(path_of("noise"), ends)
-    early = replace(sketch, edges=edges + 1000.0)
-    profile = PowerFunction(0.2, 8e3)
-    _, unseen = early.of_shared_means([profile], LARGEST, edges)
-    assert not unseen.any()
-
-
-def sketch_of_folds(path, ends):
-    """Return the updates until each edge of windows of four folds, and their sketch."""
-    *whole, _ = np.split(path, ends)
-    folds = [fold.mean(axis=0) for fold in whole]
-    lasts = np.arange(1, len(folds), 4)
-    windows = np.split(np.array(folds), lasts)
-    known = [0, *(lasts - 1), -1]
-    updates = ends[known]
-    return updates, windows_of(SINCE + updates, windows)
 
 
 def test_copies_are_rounded_alike_where_the_path_stands_still_whatever_the_distances_show():

@@ -1,27 +1,20 @@
-"""The page: complete in one file, no requests, names run no scripts, and a file that is no sweep is
-refused."""
+"""The page of a sweep: complete in one file, no requests, names run no scripts."""
 
 import base64
 import hashlib
 import html
-import json
-import os
 import re
 import shlex
 from pathlib import Path
 
 import pytest
-import torch
 from browser import CHROMIUM, browser
-from checking import refused
-from factories import random_walk, write_run
+from factories import random_walk, write_ema_checkpoints, write_run
 from matplotlib.figure import Figure
-from safetensors.torch import save_file
 
-from posthoc_cli import Run
-from posthoc_cli.errors import FileFormatError, MismatchError
+from posthoc_cli import Run, import_checkpoints
 from posthoc_cli.report.page import render
-from posthoc_cli.sweep import Axis, Metric, Sweep
+from posthoc_cli.sweep import Lengths, Metric, Sweep
 
 EVIL = "<script>alert(1)</script>\"'&"
 
@@ -38,14 +31,16 @@ def images(page, kind):
     return [base64.b64decode(content) for content in found]
 
 
-def sweep(run, out, axis, command="sh -c 'echo {sigma_rel}' {weights}", **options):
-    """Sweep over a metric that is by default the length of each trial."""
-    Sweep(run, command, Metric(), out, axis, **options).run_all()
-    return json.loads((out / "sweep.json").read_text())
+def sweep(run, out, lengths, command="sh -c 'echo {sigma_rel}' {weights}", **options):
+    """Sweep over a metric that is by default the length of each trial; write the page."""
+    report = Sweep(run, command, Metric(), out, lengths, **options).run_all()
+    page = out / "report.html"
+    page.write_text(render(run, report, out))
+    return page
 
 
 def widths(*values):
-    return Axis.of_values("sigma_rel", values)
+    return Lengths.from_list(values)
 
 
 def twenty_snapshots(folder, shapes, **fields):
@@ -54,41 +49,33 @@ def twenty_snapshots(folder, shapes, **fields):
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory):
-    """A run with a tensor of an evil name, and a sweep with an evil command and folder, and with a
-    failed trial."""
+def text(tmp_path_factory):
+    """The page of a sweep with an evil command and folder, and with a failed trial, of a run with a
+    tensor of an evil name."""
     folder = tmp_path_factory.mktemp("reported")
     run = twenty_snapshots(folder / "run", {EVIL: (30, 10), "b": (7,)})
-    out = folder / "a b<i>"
     fails = f'echo "{EVIL[:-3]}" >&2; exit 1'
     script = f"if [ {{sigma_rel}} = 0.05 ]; then {fails}; fi; echo {{sigma_rel}}"
     command = f"sh -c '{script}' {{weights}}"
-    sweep(run, out, widths(0.05, 0.1, 0.2, 0.25), command, again="ema sweep --run <b>")
-    return run, out
+    lengths = widths(0.05, 0.1, 0.2, 0.25)
+    again = "ema sweep --run <b>"
+    return sweep(run, folder / "a b<i>", lengths, command, again=again).read_text()
 
 
-@pytest.fixture(scope="module")
-def text(swept):
-    run, out = swept
-    return render(run, [out], out.parent / "report.html")
-
-
-def test_a_page_has_the_answer_its_figures_and_every_trial(text):
+def test_a_page_has_the_answer_its_figure_and_every_trial(text):
     for words in (
-        "Best: sigma_rel 0.1 ",
-        "are equal within the noise",
-        "below 1\xa0%",
-        "none in the headers",
+        "best sigma_rel 0.1 ",
+        "statistically tied unknown",
+        "4 trials, 1 of them failed",
         "ended with exit code 1",
         "ema sweep --run <b>",
     ):
-        assert words in shown(text)
-    of_sweep, of_errors = images(text, r"svg\+xml")
-    assert b"best: 0.1" in of_sweep
-    assert b"expected relative L2 error" in of_errors
+        assert words in " ".join(shown(text).split())
+    (picture,) = images(text, r"svg\+xml")
+    assert b"best: 0.1" in picture
     links = re.findall('<a href="(.*?)"', text)
     assert len(links) == 8
-    assert "a%20b%3Ci%3E/logs/sigma_rel-0.05-seed-0.out" in links
+    assert "logs/sigma_rel-0.05-seed-0.out" in links
 
 
 def test_a_page_makes_no_request_and_runs_no_script_but_its_own(text):
@@ -102,64 +89,71 @@ def test_a_page_makes_no_request_and_runs_no_script_but_its_own(text):
     assert "alert(1)" in shown(text)
 
 
-@pytest.fixture(scope="module")
-def looks(tmp_path_factory):
-    """The page of a run of checkpoints and a sweep whose trials have left two pictures, the raw
-    weights' among them."""
-    folder = tmp_path_factory.mktemp("looks")
-    for step in (5, 10, 15, 20):
-        save_file({"a": torch.full((9,), float(step))}, folder / f"step-{step}.safetensors")
-    one = folder / "one.png"
-    Figure((0.4, 0.4)).savefig(one)
-    script = f'cp {one} "$3/{EVIL[:8]}.png"; cp {one} "$3/two.png"; echo $2 | sed s/raw/9/'
-    command = f"sh -c '{script}' sh {{weights}} {{sigma_rel}} {{dir}}"
-    run = Run(folder / "step-*.safetensors")
-    sweep(run, folder / "sweep", widths(0.1, 0.05, 0.2), command, minimize=False)
-    page = folder / "report.html"
-    page.write_text(render(run, [folder / "sweep"], page))
-    return page
+def looks(folder, count):
+    """Return the page of a sweep of checkpoints whose trials have left so many pictures, those of
+    the user's EMA and of the last weights among them."""
+    folder.mkdir()
+    write_ema_checkpoints(folder)
+    import_checkpoints(folder, folder / "run", ema_decay=0.9)
+    drawn = folder / "drawn.png"
+    Figure((0.4, 0.4)).savefig(drawn)
+    copies = "; ".join(f'cp {drawn} "$3/{number}{EVIL[:8]}.png"' for number in range(count))
+    script = f"{copies}; echo $2 | sed 's/raw/9/; s/ema/8/'"
+    command = f'sh -c "{script}" sh {{weights}} {{sigma_rel}} {{dir}}'.replace('"$3/', '\\"$3/')
+    command = command.replace('.png"', '.png\\"')
+    run = Run(folder / "run")
+    return sweep(run, folder / "sweep", widths(0.1, 0.05, 0.2), command, minimize=False)
 
 
-def test_a_page_shows_the_images_of_each_length_after_those_of_raw_weights(looks):
-    page = looks.read_text()
-    picture = (looks.parent / "one.png").read_bytes()
-    assert images(page, "png") == [picture] * 8
-    names = re.findall('<img[^>]* title="(.*?)"', page)
-    assert names == [html.escape(f"{EVIL[:8]}.png"), "two.png"] * 4
-    text = " ".join(shown(page).split())
-    titles = re.findall(r"(?:raw weights|sigma_rel 0\.\d+), metric [\d.]+", text)
-    assert titles == [
-        "raw weights, metric 9",
-        "sigma_rel 0.05, metric 0.05",
-        "sigma_rel 0.1, metric 0.1",
-        "sigma_rel 0.2, metric 0.2",
-    ]
-    assert "Best: sigma_rel 0.2 98 % worse than the raw weights metric: 0.2." in text
+@pytest.fixture(scope="module", params=[1, 2])
+def page(request, tmp_path_factory):
+    return looks(tmp_path_factory.mktemp("looks") / "files", request.param)
 
 
-def test_of_many_large_images_a_page_shows_the_first_of_each_length(looks, monkeypatch):
-    size = (looks.parent / "one.png").stat().st_size
-    monkeypatch.setattr("posthoc_cli.report.page._MOST_IMAGES", 4 * size)
-    text = render(Run(looks.parent / "step-*.safetensors"), [looks.parent / "sweep"], looks)
-    assert text.count("; 1 more are in") == 4
+TITLES = ["last weights", "your EMA (0.9)", *(f"sigma_rel {x}" for x in (0.05, 0.1, 0.2))]
+
+
+def test_a_page_shows_the_images_of_the_last_weights_the_own_ema_and_each_length(page):
+    text = page.read_text()
+    picture = (page.parent.parent / "drawn.png").read_bytes()
+    drawn = images(text, "png")
+    assert {*drawn} == {picture}
+    names = re.findall('<img[^>]* title="(.*?)"', text)
+    assert html.escape(f"0{EVIL[:8]}.png") in names
+    assert len(names) == len(drawn)
+    titles = re.findall(r"<figcaption>(.*?), metric", text)
+    assert sorted(titles) == sorted(TITLES)
+    words = " ".join(shown(text).split())
+    assert "gain 98 % worse than your EMA (0.9), 98 % worse than the last weights" in words
+
+
+def test_of_many_large_images_a_page_shows_the_first_of_each_length(tmp_path, monkeypatch):
+    monkeypatch.setattr("posthoc_cli.report.page._MOST_IMAGES", 1)
+    text = looks(tmp_path / "files", 2).read_text()
+    assert text.count("; 1 more are in") == 5
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed to open the page in")
-def test_in_a_browser_a_slider_and_arrow_keys_choose_the_length(looks, tmp_path):
+def test_in_a_browser_samples_fill_the_width_side_by_side_and_a_slider_chooses_the_length(
+    page, tmp_path
+):
     backgrounds = set()
-    with browser(tmp_path) as page:
+    with browser(tmp_path) as opened:
         for width, is_dark in ((400, False), (1200, True)):
-            page.open(looks, width, is_dark)
-            assert page.evaluate("document.documentElement.scrollWidth") <= width
-            assert page.evaluate(f"{ALL}.filter({SCROLLS}).length") == 0
-            backgrounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
-            copied = page.evaluate(COPIED)
-            assert re.fullmatch(r"ema synthesize \S+ --sigma-rel 0\.2 --out \S+", copied)
-            sizes = page.evaluate(f"{ALL}.filter(one => one.title).map(one => one.clientWidth)")
-            assert max(sizes) > width / 4  # two images share the width of the page
-            choose_lengths(page)
-            assert page.evaluate("[...document.images].every(one => one.naturalWidth > 0)")
-            for event in page.events:
+            opened.open(page, width, is_dark)
+            assert opened.evaluate("document.documentElement.scrollWidth") <= width
+            assert opened.evaluate(f"{ALL}.filter({SCROLLS}).length") == 0
+            backgrounds.add(opened.evaluate("getComputedStyle(document.body).backgroundColor"))
+            copied = opened.evaluate(COPIED)
+            assert re.search(r"ema synthesize \S+ --sigma-rel 0\.2 --out \S+$", copied)
+            rows = opened.evaluate(ROWS)
+            assert max(rows) > 0.85 * (width - 32)
+            single = len(images(page.read_text(), "png")) == 5
+            if width == 1200 or single:
+                assert opened.evaluate(TOPS) == 1
+            choose_lengths(opened)
+            assert opened.evaluate("[...document.images].every(one => one.naturalWidth > 0)")
+            for event in opened.events:
                 assert event["method"] != "Log.entryAdded"
                 if "request" in event["params"]:
                     url = event["params"]["request"]["url"]
@@ -172,93 +166,42 @@ ALL = "[...document.querySelectorAll('*')]"
 SCROLLS = (
     "one => one.scrollWidth > one.clientWidth + 1 && getComputedStyle(one).overflowX != 'visible'"
 )
-SHOWN = f"{ALL}.filter(one => one.tagName == 'FIGURE').map(one => one.checkVisibility())"
+FIGURES = "[...document.querySelectorAll('figure')]"
+SHOWN = f"{FIGURES}.map(one => one.checkVisibility())"
+VISIBLE = f"{FIGURES}.filter(one => one.checkVisibility())"
+IMAGES = f"{VISIBLE}.flatMap(one => [...one.querySelectorAll('img')])"
+ROWS = (
+    f"(() => {{ const rows = {{}}; for (const one of {IMAGES}) {{ const box = "
+    "one.getBoundingClientRect(); rows[box.top] = (rows[box.top] || 0) + box.width; } "
+    "return Object.values(rows); })()"
+)
+"""The widths of the images in each row of the page."""
+TOPS = f"new Set({VISIBLE}.map(one => one.getBoundingClientRect().top)).size"
+"""The number of rows of figures."""
 
 
 def choose_lengths(page):
-    """Go through the four lengths of a page: at first the best one, which is the last, is shown."""
-    assert page.evaluate(SHOWN) == [False, False, False, True]
+    """Go through the three lengths of a page, of which the best, the last one, is shown at first,
+    beside what averages are compared with."""
+    assert page.evaluate(SHOWN) == [True, True, False, False, True]
     page.press("ArrowLeft")
-    assert page.evaluate(SHOWN) == [False, False, True, False]
+    assert page.evaluate(SHOWN) == [True, True, False, True, False]
     for _ in range(4):
         page.press("ArrowLeft")
-    assert page.evaluate(SHOWN) == [True, False, False, False]
+    assert page.evaluate(SHOWN) == [True, True, True, False, False]
     page.evaluate("document.querySelector('input[type=range]').focus()")
     page.press("ArrowRight")
-    assert page.evaluate(SHOWN) == [False, True, False, False]
+    assert page.evaluate(SHOWN) == [True, True, False, True, False]
     page.evaluate("document.querySelector('input[type=checkbox]').click()")
-    assert page.evaluate(SHOWN) == [True] * 4
+    assert page.evaluate(SHOWN) == [True] * 5
 
 
-def test_a_page_needs_no_sweep_and_replaces_none_unasked(ema, tmp_path):
-    """The directory's name is no valid text."""
-    run = tmp_path / os.fsdecode(b"caf\xe9")
-    twenty_snapshots(run, {"a": (3,)})
-    out = tmp_path / "report.html"
-    assert ema("report", run, "--out", out).out == f"wrote {out}\n"
-    assert ema("report", run, "--out", out).code == 1
-    page = shown(out.read_text())
-    assert "Best:" not in page
-    assert "caf\\udce9" in page
-
-
-@pytest.mark.parametrize(
-    ("kind", "options", "words"),
-    [
-        ("sigma_rel", {"t": 12}, r"--sigma-rel 0\.1 --t 12 --out sigma_rel-0\.1\.safetensors"),
-        ("decay:linear", {}, r"--target decay:linear:0\.1 --out decay-linear-0\.1\.safetensors"),
-    ],
-)
-def test_the_command_of_a_page_makes_the_same_average(
-    ema, swept, tmp_path, monkeypatch, kind, options, words
-):
-    run, _ = swept
-    sweep(run, tmp_path / "out", Axis.of_values(kind, [0.1, 0.2, 0.25]), **options)
-    page = render(run, [tmp_path / "out"], tmp_path / "page.html")
-    (command,) = re.findall(r"ema (synthesize .*)", shown(page))
-    assert re.search(f"{words}$", command)
+def test_the_command_of_a_page_makes_the_same_average(ema, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    ema(*shlex.split(command))
+    run = twenty_snapshots(tmp_path / "run", {"a": (30, 10)})
+    page = sweep(run, tmp_path / "out", widths(0.1, 0.2, 0.25), t=12)
+    (command,) = re.findall(r"ema (synthesize .*)", shown(page.read_text()))
+    assert re.search(r"--sigma-rel 0\.1 --t 12 --out sigma_rel-0\.1\.safetensors *$", command)
+    assert ema(*shlex.split(command)).code == 0
     made = Path(shlex.split(command)[-1]).read_bytes()
     assert made == Path("out/best.safetensors").read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("settings", None),
-        ("trials", [{}]),
-        ("estimate", 10**400),
-        ("metric", "a\ud800"),
-    ],
-)
-def test_a_file_that_is_no_result_of_a_sweep_is_refused(swept, tmp_path, name, value):
-    run, out = swept
-    result = json.loads((out / "sweep.json").read_text())
-    path = tmp_path / "sweep.json"
-    path.write_text(json.dumps(result | {name: value}))
-    with refused(str(path), "not the result of a sweep", kind=FileFormatError):
-        render(run, [tmp_path])
-
-
-@pytest.fixture
-def other(tmp_path):
-    """Another run than `swept`."""
-    return twenty_snapshots(tmp_path / "other", {"a": (30, 10)}, run_id="0123" * 8)
-
-
-def test_two_runs_and_two_sweeps_are_compared_on_one_page(ema, swept, other, tmp_path):
-    run, out = swept
-    second = tmp_path / "s"
-    sweep(other, second, widths(0.1, 0.2, 0.25), minimize=False)
-    both = [run.directory, other.directory, "--sweep", second, "--sweep", out]
-    ema("report", *both, "--out", tmp_path / "page.html")
-    page = shown((tmp_path / "page.html").read_text())
-    assert f" {second}  sigma_rel 0.25 " in page
-    assert f" {out}  sigma_rel 0.1 " in page
-
-
-def test_a_sweep_of_another_run_is_refused(swept, other):
-    _, out = swept
-    with refused(str(out / "sweep.json"), "another run", kind=MismatchError):
-        render(other, [out])

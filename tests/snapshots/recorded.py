@@ -115,7 +115,7 @@ def small_snapshot(folder, values=SMALL):
         aliases={"tied": "a"},
         left_out=("frozen",),
         measurements=Measurements(7.25, 1e-7),
-        sketch=encode_path(PathSketch(1, sketch, np.array([5.0, 10.0]))),
+        sketch=encode_path(PathSketch(1, sketch)),
     )
 
 

@@ -24,13 +24,14 @@ from safetensors.torch import load_file, save_file
 from posthoc_cli import Run, files
 from posthoc_cli.errors import MismatchError
 from posthoc_cli.snapshots.directory import (
+    DirectoryLock,
     inspect_directory,
     read_directory,
     set_aside,
     snapshot_path,
     thin,
 )
-from posthoc_cli.snapshots.sources import sample_measurements
+from posthoc_cli.snapshots.sampling import sample_measurements
 from posthoc_cli.snapshots.verify import verify
 
 W = {"w": torch.ones(2, 3)}
@@ -56,7 +57,8 @@ def test_outputs_temporary_hidden_and_other_files_next_to_snapshots_are_left_alo
         (tmp_path / name).write_bytes(b"junk")
     before = contents(tmp_path)
     write_times(tmp_path, 10, 20, 30)
-    thin(read_directory(tmp_path), 1)
+    with DirectoryLock(tmp_path) as lock:
+        thin(read_directory(tmp_path), 1, lock)
     assert times_in(tmp_path) == [30]
     assert contents(tmp_path).items() > before.items()
 
@@ -148,7 +150,8 @@ def test_thinning_keeps_what_reconstruction_needs_by_what_headers_measured(tmp_p
     measured = []
     for snapshot, sampled in zip(snapshots, sample_measurements(snapshots), strict=True):
         measured.append(replace(snapshot, measurements=sampled))
-    left = thin(measured, 3)
+    with DirectoryLock(tmp_path) as lock:
+        left = thin(measured, 3, lock)
     # it hardly matters which earlier snapshot is left
     assert sum(40 <= s.t <= 80 for s in left) >= 3
 
@@ -162,7 +165,8 @@ def test_thinning_goes_by_headers_and_neither_by_names_nor_by_dates(tmp_path):
         path = write_snapshot(tmp_path, t, 0.05, RUN_ID, W, name=f"{name}.safetensors")
         os.utime(path, (1e9 - t, 1e9 - t))
     assert times_in(tmp_path) == [10, 20, 30]
-    thin(read_directory(tmp_path), 1)
+    with DirectoryLock(tmp_path) as lock:
+        thin(read_directory(tmp_path), 1, lock)
     assert times_in(tmp_path) == [30]
 
 
@@ -173,10 +177,12 @@ def later_than_10(directory):
 def test_later_snapshots_are_set_aside_and_never_overwritten_or_deleted(tmp_path):
     write_times(tmp_path, 10)
     stored = {}
-    for attempt, again in enumerate(("", ".1", ".2")):
+    for attempt in range(3):
         write_times(tmp_path, 20, value=attempt)
-        (moved,) = set_aside(later_than_10(tmp_path))
-        assert moved == tmp_path / f"superseded/0000000000000020-0.05{again}.safetensors"
+        with DirectoryLock(tmp_path) as lock:
+            (moved,) = set_aside(later_than_10(tmp_path), lock)
+        assert moved.parent == tmp_path / "superseded"
+        assert moved.name.endswith("0000000000000020-0.05.safetensors")
         stored[moved] = attempt
     for path, value in stored.items():
         assert load_file(path)["w"][0, 0] == value
@@ -190,7 +196,8 @@ def test_what_is_set_aside_has_its_new_name_on_the_disk_before_it_loses_the_old_
     write_times(tmp_path, 10, 20)
     synced = list[Path]()
     monkeypatch.setattr(files.system, "fsync_directory", synced.append)
-    set_aside(read_directory(tmp_path))
+    with DirectoryLock(tmp_path) as lock:
+        set_aside(read_directory(tmp_path), lock)
     assert synced[-2:] == [tmp_path / "superseded", tmp_path]
 
 

@@ -134,7 +134,6 @@ def test_the_metadata_of_a_snapshot_are_as_specified_and_read_back_exactly(tmp_p
         "max_interval": 1e18 / 3,
         "updates": 12,
         "aliases": {"tied": "w\n\u202e"},
-        "off_schedule": True,
     }
     info = make_info(
         SMALL,

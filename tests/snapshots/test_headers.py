@@ -1,10 +1,8 @@
-"""False headers are refused by name, and so is impossible metadata, even with a correct checksum.
-
-Each value of a header is checked against its annotation.
-"""
+"""False headers are refused by name, before they cost memory."""
 
 import json
 import os
+from dataclasses import dataclass, fields
 
 import pytest
 from checking import refused
@@ -14,8 +12,9 @@ from hypothesis import strategies as st
 from snapshots.recorded import examine
 
 from posthoc_cli.errors import FileFormatError
+from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.outputs import INDEX_NAME, describe
-from posthoc_cli.snapshots.snapshot import running_statistics
+from posthoc_cli.snapshots.snapshot import Snapshot, running_statistics
 from posthoc_cli.snapshots.tensorfile import read_file
 
 
@@ -55,6 +54,19 @@ HEADERS = [
     b"\xff\xfe{}",
     b"{%b} x" % A,
 ]
+
+
+@dataclass(frozen=True)
+class Rated(Snapshot):
+    rate: float | None = None
+
+
+@pytest.mark.parametrize(("rate", "stored"), [(None, {}), (0.0, {"rate": 0.0}), (2.0, {"rate": 2})])
+def test_a_header_has_an_optional_number_also_if_it_is_zero(run, rate, stored):
+    snapshot = read_directory(run)[0]
+    values = {each.name: getattr(snapshot, each.name) for each in fields(Snapshot)}
+    rated = Rated(**values, rate=rate)
+    assert rated.encoded() == snapshot.encoded() | stored
 
 
 @pytest.mark.parametrize("header", [*HEADERS, *(b'{"a":%b}' % lie for lie in LIES)])
@@ -145,73 +157,21 @@ def test_a_name_is_never_a_path_and_is_shown_escaped(tmp_path, name):
 # --- metadata
 
 
-IMPOSSIBLE = {
-    "format": ["2", '"3"'],
-    "run_id": ['"short"'],
-    "sums": [f'"{"0" * 32}"', "{}"],
-    "t": ["-1.0", "1e300"],
-    "t_first": ["0", "5e-324"],  # products of such times overflow or underflow
-    "schedule": ['{"update_every":1}', '{"update_every":true}'],
-    "tensors": [
-        "{}",
-        '{"sum F32":["a"],"copy I16":["b"]}',
-        '{"average F13":["a"],"copy I16":["b"]}',
-        '{"average I64":["a"],"copy I16":["b"]}',
-        '{"average F32":["a"],"copy F16":["b"]}',
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("format", "2"),
+        ("kind", '"output"'),
+        ("kind", '"elsewhere"'),
+        ("run_id", "1"),
+        ("sums", '""'),
+        ("schedule", "[]"),
+        ("tensors", "[]"),
     ],
-    "aliases": ['{"tied":"missing"}', '{"a":"b"}', '{"__metadata__":"a"}'],
-    "selection": ["{}"],
-    "measurements": ['{"norm":-1,"rounding":0}', '{"norm":1e999,"rounding":0}'],
-    "sigma_rels": ["[]", "[true]"],
-    "kind": ['"output"', '"elsewhere"'],
-}
-ODD = (
-    "null",
-    "true",
-    "-1",
-    "1e999",
-    "9" * 400,
-    '""',
-    '"\\u0000"',
-    '"../../x"',
-    json.dumps("x" * 10_000),
-    "[]",
-    '["a",1]',
-    '{"a":1}',
 )
-
-
-def is_refused(path, made, key, text):
-    """Return whether a value in a sealed header is refused, which takes one short line about the
-    file."""
-    path.write_bytes(made)
-    try:
-        examine(forge(path, {key: text}))
-    except FileFormatError as error:
-        assert error.subject == str(path)
-        assert error.reason.isprintable()
-        assert len(error.reason) < 800
-        return True
-    return False
-
-
-@pytest.mark.parametrize("key", IMPOSSIBLE)
-def test_an_impossible_value_in_a_sealed_header_is_refused(small, key):
-    path = small("snapshot")
-    made = path.read_bytes()
-    for text in IMPOSSIBLE[key]:
-        assert is_refused(path, made, key, text), text
-
-
-@pytest.mark.parametrize("kind", ["snapshot", "output"])
-def test_an_odd_value_in_a_sealed_header_is_refused_in_one_line_or_is_valid(small, kind):
-    path = small(kind)
-    made = path.read_bytes()
-    content = read_file(path).content
-    refusals = 0
-    for key in content:
-        refusals += sum(is_refused(path, made, key, text) for text in ODD)
-    assert refusals > 0.8 * len(content) * len(ODD)
+def test_a_header_of_another_kind_or_format_is_refused(small, key, text):
+    with pytest.raises(FileFormatError):
+        examine(forge(small("snapshot"), {key: text}))
 
 
 def test_a_missing_key_is_named(small):

@@ -4,7 +4,6 @@ import errno
 import fcntl
 import os
 import re
-import threading
 from unittest import mock
 
 import forked
@@ -91,25 +90,6 @@ DirectoryLock(Path(sys.argv[1])).release()
 def test_the_holder_is_named_escaped_or_as_another_process(tmp_path, text, holder):
     (tmp_path / LOCK_NAME).write_bytes(text)
     refused(tmp_path, f": {re.escape(holder)} is writing here")
-
-
-@pytest.mark.usefixtures("held")
-def test_a_holder_that_has_not_yet_written_its_name_is_awaited(tmp_path):
-    note = tmp_path / LOCK_NAME
-    name = note.read_bytes()
-    note.write_bytes(b"")
-    later = threading.Timer(0.1, lambda: note.write_bytes(name))
-    later.start()
-    refused(tmp_path, OTHER_TRACKER)
-    later.join()
-
-
-def test_a_holder_that_releases_the_lock_is_awaited(tmp_path, held):
-    (tmp_path / LOCK_NAME).write_bytes(b"")
-    later = threading.Timer(0.1, held.release)
-    later.start()
-    DirectoryLock(tmp_path).release()
-    later.join()
 
 
 # --- errors of the system

@@ -11,11 +11,10 @@ from snapshots.recorded import call_number, failing, record
 
 from posthoc_cli import Run, disk_sources, error_curve, files, plan_synthesis
 from posthoc_cli.errors import FileFormatError, MismatchError
-from posthoc_cli.planning import removal_order, times_of
 from posthoc_cli.reconstruction import thinned_subset
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.prune import plan_pruning, prune
-from posthoc_cli.snapshots.sources import source_prior
+from posthoc_cli.snapshots.sampling import source_prior
 
 
 @pytest.fixture(scope="session")
@@ -40,15 +39,6 @@ def errors_of(snapshots, ends=(0.05, 0.28)):
     return error_curve("", profiles, source_prior(snapshots), ends, points=41)
 
 
-def left_after(snapshots, count):
-    """Return what is left when so many times went one after the other; the newest stays."""
-    profiles = [snapshot.profile for snapshot in snapshots]
-    times = times_of(profiles)
-    order = removal_order(profiles, source_prior(snapshots), times, 1, times[-1:])
-    gone = {time.t for time in order[:count]}
-    return [snapshot for snapshot in snapshots if snapshot.t not in gone]
-
-
 # --- the choice
 
 
@@ -59,27 +49,6 @@ def test_the_newest_time_stays(snapshots):
 def test_the_newest_time_with_all_profiles_stays(snapshots):
     *stored, _ = snapshots
     assert [*plan_pruning(stored, keep=1).kept] == stored[-3:]
-
-
-def test_max_error_keeps_as_few_as_suffice(snapshots):
-    """Half of it is left, since a prediction may be too low by 2."""
-    pruning = plan_pruning(snapshots, max_error=2e-3)
-    assert pruning.before.worst <= pruning.after.worst <= 1e-3
-    times = len(pruning.to_delete) // 2
-    fewer = left_after(snapshots, times + 1)
-    assert errors_of(fewer).worst > 1e-3
-
-
-def test_an_exchange_that_exceeds_max_error_is_not_made(snapshots):
-    pruning = plan_pruning(snapshots, max_error=9.1e-3)
-    assert errors_of(pruning.kept).worst == pytest.approx(pruning.after.worst, rel=1e-9)
-    assert pruning.after.worst <= 4.55e-3
-
-
-def test_exchanges_find_better_ones_than_deleting_the_least_needed_one_after_another(snapshots):
-    greedy = left_after(snapshots, 8)
-    exchanged = plan_pruning(snapshots, keep=4).kept
-    assert errors_of(exchanged).worst < 0.9 * errors_of(greedy).worst
 
 
 def test_the_errors_are_those_of_the_directory_before_and_after(run, snapshots):

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from posthoc_cli.sweep import Metric
-from posthoc_cli.sweep.trials import TrialError
+from posthoc_cli.sweep.trials import NoMetricError, TrialError
 
 
 def printed(text, folder, name=None):
@@ -38,19 +38,35 @@ def test_the_last_line_that_is_a_number_or_has_the_name_is_used(tmp_path, text, 
 @pytest.mark.parametrize(
     ("text", "name", "message"),
     [
-        ("loss 0.5\n", None, "no line of its standard output is a number"),
-        ('{"acc": 1, "f1": 2}', "loss", "or has one after 'loss'; found 'f1', 'acc'"),
+        ("step 1\n loss 0.5\n", None, "is a number alone; the last line is `loss 0.5`"),
+        ('{"acc": 1, "f1": 2}', "loss", "no number after 'loss'; the last line is"),
+        ("", "loss", "no number after 'loss', and is empty"),
         ("loss: nan", "loss", "its metric is nan"),
-        ("PSNR=31.48dB", "psnr", "no line"),  # it was read as 31
-        ("loss: 1,234.5", "loss", "no line"),
+        ("PSNR=31.48dB", "psnr", "no number"),  # it was read as 31
+        ("loss: 1,234.5", "loss", "no number"),
         ('{"loss": true}', "loss", "'loss' is True, not a number"),
-        ('{"loss": 0.5} of 3', "loss", "no line"),
-        ("{" * 100_000, "loss", "no line"),
+        ('{"loss": 0.5} of 3', "loss", "no number"),
+        ("{" * 100_000, "loss", "no number"),
     ],
 )
 def test_an_output_without_a_metric_is_an_error_that_says_why(tmp_path, text, name, message):
     with pytest.raises(TrialError, match=message):
         printed(text, tmp_path, name)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "hint"),
+    [
+        ("epoch 3\nval/loss: 0.55", None, "add `metric` loss"),
+        ("loss: 0.55, acc=0.9", None, "add `metric` loss or acc"),
+        ('{"results": {"acc": 1, "f1": 2}}\nbye', "acc", "add `metric` results.acc or results.f1"),
+        ("done", None, ""),
+    ],
+)
+def test_the_way_to_a_metric_that_was_printed_is_named(tmp_path, text, name, hint):
+    with pytest.raises(NoMetricError) as raised:
+        printed(text, tmp_path, name)
+    assert raised.value.hint == hint
 
 
 def test_an_object_over_several_lines_is_read_and_single_numbers_in_it_are_not(tmp_path):

@@ -97,12 +97,12 @@ RUN = (
 SHARDS = (
     "info sharded",
     "export sharded --out out/o.pt",
-    "export made.safetensors --base sharded --out out/o.pt",
+    "export made.safetensors --like sharded --out out/f",
 )
 FOLDER = ("synthesize run --sigma-rel 0.1 --layout sharded --out out/f",)
 PLACES = {
     "x": ANY,
-    "x.pt": ("export made.safetensors --base x.pt --out out/o.pt",),
+    "x.pt": ("export made.safetensors --like x.pt --out out/o.pt",),
     "run/0000000000000010-0.05.safetensors": RUN,
     "run/stray.safetensors": RUN,
     "run/.ema-0.tmp": RUN,

@@ -114,7 +114,7 @@ def contents(folder):
     schedule."""
     result = {}
     for snapshot in Run(folder).snapshots:
-        if snapshot.off_schedule:
+        if snapshot.step % snapshot.schedule.checkpoint_every:
             continue
         tensors = {}
         for name in snapshot.entries:

@@ -6,7 +6,6 @@ from functools import partial
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -14,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.optim.lr_scheduler import StepLR
-from tracker.runs import steps, times, track
+from tracker.runs import track
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import InvalidValueError, NotReadyError
@@ -81,82 +80,16 @@ def test_steps_that_a_grad_scaler_skips_do_not_count(tmp_path, fused, unscaled):
     assert counts == [1, 1, 1, 2, 3, 4]
 
 
-def test_whether_a_fused_step_was_skipped_is_read_when_an_update_may_be_due(tmp_path):
-    """Reading it waits for an accelerator. Of 12 steps the 3rd and the 11th are skipped."""
-    reads = set()
-    number = 0
-
-    class Flag(torch.Tensor):
-        def __bool__(self):
-            reads.add(number)
-            return bool(self.item())
-
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
-    with PostHocEMA.from_model(model, tmp_path, (0.1,), 5, 5, t_unit="images") as tracker:
-        tracker.attach(optimizer, t=lambda: 100.0 + number)
-        for number in range(1, 13):
-            skipped = torch.tensor(float(number in (3, 11)))
-            vars(optimizer).update(found_inf=skipped.as_subclass(Flag), grad_scale=None)
-            step(model, optimizer)
-    assert reads == {5, 6, 11, 12}
-    assert steps(tmp_path) == [5, 10]
-    assert times(tmp_path) == {106, 112}
-
-
-class ScaledSGD(torch.optim.Optimizer):
-    """Takes the scaler itself, as fused optimizers of other libraries do."""
-
-    def __init__(self, optimizer):
-        super().__init__(optimizer.param_groups, {"lr": 0.1})
-
-    def step(self, grad_scaler):
-        raise AssertionError(grad_scaler)
-
-
-class Clipped(torch.optim.Adam):
-    """May change weights after the step that it overrides, whose hooks are called before."""
-
-    def __init__(self, optimizer):
-        super().__init__(optimizer.param_groups)
-
-    def step(self, closure=None):
-        return super().step(closure)
-
-
-class PlainWrapper:
+class Wrapper:
     def __init__(self, optimizer):
         self.optimizer = optimizer
 
 
-class ForwardingWrapper(torch.optim.Optimizer):
-    """Has the attributes of an optimizer, as Lookahead does, and forwards the registration of
-    hooks."""
-
-    def __init__(self, inner):
-        self.inner = inner
-
-    def __getattr__(self, name):
-        return getattr(self.inner, name)
-
-
-IS_A_WRAPPER = r"Wrapper wraps an optimizer.*call ema\.update_\(model\) after each step"
-
-
-@pytest.mark.parametrize(
-    ("wrap", "message"),
-    [
-        (PlainWrapper, IS_A_WRAPPER),
-        (ForwardingWrapper, IS_A_WRAPPER),
-        (Clipped, r"Clipped overrides a step.*call ema\.update_\(model\) after each"),
-        (ScaledSGD, r"ScaledSGD takes the GradScaler.*update_\(model\)"),
-        (partial(StepLR, step_size=1), r"a torch\.optim\.Optimizer, not StepLR"),
-    ],
-)
-def test_optimizers_whose_hooks_miss_steps_are_refused_with_a_way_out(tmp_path, wrap, message):
-    Accelerator(cpu=True)
+@pytest.mark.parametrize("wrap", [Wrapper, partial(StepLR, step_size=1)])
+def test_what_is_no_optimizer_is_refused_with_a_way_out(tmp_path, wrap):
     model, optimizer = sgd()
-    with pytest.raises(InvalidValueError, match=message):
+    refused = r"attach: must be given a torch\.optim\.Optimizer, not .*call ema\.update_\(model\)"
+    with pytest.raises(InvalidValueError, match=refused):
         PostHocEMA.from_model(model, tmp_path).attach(wrap(optimizer))
 
 
@@ -234,7 +167,7 @@ def test_a_detached_tracker_counts_no_steps_and_may_be_attached_to_another_optim
             tracker.attach(first)
         step(model, first)
         assert tracker.step == 3
-        with pytest.raises(InvalidValueError, match=r"attached to another optimizer \(SGD\)"):
+        with pytest.raises(InvalidValueError, match="attached to another optimizer"):
             tracker.attach(second)
 
 

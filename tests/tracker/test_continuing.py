@@ -7,6 +7,7 @@ the user names.
 
 import base64
 import copy
+import json
 import math
 import os
 import shutil
@@ -19,7 +20,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import xxhash
-from factories import averages_in
+from factories import averages_in, info_of
 from groups import check_group, truth
 from safetensors.torch import load_file
 from torch import nn
@@ -42,7 +43,7 @@ SETTINGS = {
     "checkpoint_dtype": None,
 }
 OF_NO_SNAPSHOT = (
-    r"model: its weights are those of no snapshot of .*restore the model's checkpoint.*resume=\d+"
+    r"model: its weights are those of no snapshot of .*load the checkpoint's weights.*resume=\d+"
 )
 
 
@@ -114,38 +115,6 @@ def test_a_run_may_be_interrupted_at_any_step(tmp_path):
         assert contents(folder) == contents(tmp_path / "complete")
 
 
-def test_an_abandoned_attempt_is_not_mixed_into_the_one_that_continues(tmp_path):
-    """Back to an early state and on to other weights, then from a late state of the first
-    attempt."""
-    training = Training()
-    with begin(training.model, tmp_path) as ema:
-        early = state_after(training, 15, ema)
-        late = state_after(training, 35, ema)
-        first = contents(tmp_path)
-        ema.load_state_dict(early)
-        training.at(15).run(45, ema, salt=1)
-        ema.load_state_dict(late)
-        training.at(35).run(50, ema)
-    left = contents(tmp_path)
-    for name in left.keys() & first.keys():
-        assert left[name] == first[name]
-    assert times(tmp_path) == {10, 40, 50}
-    assert superseded(tmp_path) == 10
-
-
-def test_the_last_snapshots_of_another_attempt_do_not_belong_to_a_state(tmp_path):
-    """Both attempts end at the same time."""
-    training = begun(tmp_path, 20)
-    states = []
-    for salt in (1, 2):
-        again = training.at(20)
-        with resume(again.model, tmp_path) as ema:
-            states.append(state_after(again, 26, ema, salt=salt))
-    with resume(again.model, tmp_path) as ema:
-        ema.load_state_dict(states[0])
-        assert times(tmp_path) == {10, 20}
-
-
 @pytest.mark.parametrize("exactly", [True, False])
 def test_a_resumed_run_takes_its_new_settings_and_stays_exact(tmp_path, exactly, ema):
     """From its state, or from the last snapshots; profiles that are dropped end there."""
@@ -160,8 +129,7 @@ def test_a_resumed_run_takes_its_new_settings_and_stays_exact(tmp_path, exactly,
             second.load_state_dict(state)
         again.run(40, second)
         assert again.error(second, [*range(2, 23, 2), 25, 30, 35, 40]) < 1e-6
-    # the last ones of dropped profiles, which the state does not list
-    assert superseded(tmp_path) == (2 if exactly else 0)
+    assert superseded(tmp_path) == 0
     newest = Run(tmp_path).snapshots[-1]
     assert newest.schedule.update_every == newest.schedule.checkpoint_every == 5
     assert ema("info", tmp_path).code == 0  # which does not miss the dropped profiles
@@ -190,9 +158,7 @@ def test_torch_distributed_checkpoint_keeps_all_of_the_state(tmp_path):
         dcp.save({"ema": ema}, checkpoint_id=tmp_path / "dcp")
     with resume(training.model, tmp_path, t_unit="images") as ema:
         dcp.load({"ema": ema}, checkpoint_id=tmp_path / "dcp")
-        found = ema.state_dict()
-        # the end of the run has written more
-        assert same(found, state | {"snapshots": found["snapshots"]})
+        assert same(ema.state_dict(), state)
         training.run(20, ema, scale=1.0)
 
 
@@ -207,9 +173,15 @@ def same(one, other):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, r"state: must come from state_dict\(\) .*, of version 7, not 2"),
-        ({"t_unit": "images"}, r"state: counts time in 'images', this tracker in 'steps'"),
-        ({"standing": {"t": float("nan")}}, r"state: standing: t: must be a finite number"),
+        ({"version": 2}, r"state: must come from state_dict\(\) .*, of version 8, not 2"),
+        (
+            {"info": {"t_unit": "images"}},
+            r"state: counts time in 'images', this tracker in 'steps'",
+        ),
+        (
+            {"info": {"last": {"step": 2, "t": float("nan")}}},
+            "state: last: t: must be a finite number",
+        ),
         ({"copies": {"more": torch.zeros(1)}}, "is in the state or in the model, but not in both"),
         (
             torch.zeros(2),
@@ -220,7 +192,7 @@ def same(one, other):
             r"tensor '0\.weight': is torch\.float16 .* in the state",
         ),
         (torch.full((24, 8), float("nan")), r"tensor '0\.weight': .* holds nan or infinity"),
-        ({"run_id": "0" * 32}, "holds snapshots of run .*, this tracker is run 0000"),
+        ({"info": {"run_id": "0" * 32}}, "holds snapshots of run .*, this tracker is run 0000"),
     ],
 )
 def test_an_altered_state_or_one_of_another_run_is_refused(tmp_path, change, message):
@@ -232,6 +204,9 @@ def test_an_altered_state_or_one_of_another_run_is_refused(tmp_path, change, mes
         files = contents(tmp_path)
         altered = copy.deepcopy(before)
         if isinstance(change, dict):
+            if "info" in change:
+                info = json.loads(before["info"]) | change["info"]
+                change = {"info": json.dumps(info)}
             altered |= change
         else:
             altered["high"]["0.28"]["0.weight"] = change
@@ -282,13 +257,11 @@ def test_a_run_is_not_resumed_with_fresh_weights(finished, tmp_path):
 
 @pytest.mark.parametrize("step", [40, "auto"])
 def test_an_earlier_checkpoint_resumes_from_its_own_step(finished, tmp_path, step, caplog):
-    """The checkpoint may be loaded after the tracker was made. Later snapshots are set aside."""
-    again = finished.at(100)
+    """Later snapshots are set aside."""
+    again = finished.at(40)
     ema = begin(again.model, tmp_path, resume=step)
-    again.path = finished.path[:40]
-    again.model.load_state_dict(again.path[-1])
     state = ema.state_dict()
-    assert ema.step == state["step"] == 40
+    assert ema.step == info_of(state)["step"] == 40
     assert_near(ema.state_dict(0.28), averages_in(state)["0.28"])
     assert len(times(tmp_path)) == 10
     with ema:
@@ -296,7 +269,7 @@ def test_an_earlier_checkpoint_resumes_from_its_own_step(finished, tmp_path, ste
         assert again.error(ema) < 1e-6
     assert times(tmp_path) == {*range(10, 101, 10), 104}
     assert superseded(tmp_path) == 12
-    assert "training continues from t = 40: 12 snapshots, later, of another attempt" in caplog.text
+    assert "training continues from t = 40: 12 later snapshots moved to" in caplog.text
 
 
 def test_a_checkpoint_in_half_precision_or_weights_that_do_not_move_resume(finished, tmp_path):
@@ -371,15 +344,14 @@ def test_a_step_continues_whatever_the_weights_with_one_warning(finished, tmp_pa
 
 @pytest.mark.parametrize("restored", [40, 54])
 def test_a_state_is_exact_whatever_the_weights_with_one_warning(tmp_path, restored, caplog):
-    """The model is restored after the state; to the state's own step there is no warning."""
+    """With those of the state's own step there is none."""
     training = Training()
     with begin(training.model, tmp_path, t_unit="images") as ema:
         state = state_after(training, 40, ema, scale=10.0)
         training.run(54, ema, scale=10.0)
-    again = training.at(10)
+    again = training.at(restored)
     with resume(again.model, tmp_path, t_unit="images") as ema:
         ema.load_state_dict(state)
-        again.model.load_state_dict(training.path[restored - 1])
         again.path = training.path[:40]
         again.run(42, ema, scale=10.0)
         assert again.error(ema) < 1e-6
@@ -449,8 +421,8 @@ def test_processes_decide_together_with_the_samples_of_another_arrangement(tmp_p
 
 
 WAYS_TO_RESUME = (
-    r"restore the model's checkpoint, .*resume='auto'.*; for a new run, pass resume=0, .* "
-    r"another directory; .*load_state_dict.*resume=10 .*step=10\)$"
+    r"load the checkpoint's weights .*resume='auto'.*; or pass resume=10, .*; for a new run pass "
+    r"resume=0, .* another directory$"
 )
 
 
@@ -510,9 +482,8 @@ def test_a_directory_in_which_a_tracker_of_this_process_writes_is_refused_to_oth
     with pytest.raises(LockedError, match=writes):
         begin(training.model, tmp_path).update_(training.model)
     first.snapshot()
-    other = Training(1)  # that the training goes on is said before any other reason
     with pytest.raises(LockedError, match=writes):
-        PostHocEMA.from_path(tmp_path, other.model).update_(other.model)
+        PostHocEMA.from_path(tmp_path, training.model).update_(training.model)
     first.close()
     assert repr(first) == f"PostHocEMA({str(tmp_path)!r}, step 9, sigma_rels 0.05, 0.28, closed)"
 
@@ -550,6 +521,14 @@ def test_one_writer_and_any_number_of_readers(tmp_path):
     PostHocEMA.from_path(tmp_path, again.model, step=10).update_(again.model)
 
 
+def test_a_tracker_without_a_model_reads_and_takes_no_updates(tmp_path):
+    training = begun(tmp_path, 10)
+    reader = PostHocEMA.from_path(tmp_path)
+    assert reader.state_dict(0.15).keys() == training.path[0].keys()
+    with pytest.raises(NotReadyError, match=r"made without a model.* pass the model to from_pa"):
+        reader.update_(training.model)
+
+
 def test_a_closed_tracker_reads_but_does_not_write(tmp_path):
     training = Training()
     with begin(training.model, tmp_path) as ema:
@@ -576,9 +555,7 @@ def test_a_training_killed_before_its_first_checkpoint_is_told_to_begin_anew_and
     begun(tmp_path, 13)
     again = Training()
     tracker = resume(again.model, tmp_path)
-    anew = (
-        r"\); to begin anew, pass resume=0, which sets the snapshots aside; to continue, restore "
-    )
+    anew = "; for a new run pass resume=0, which sets these snapshots aside"
     with pytest.raises(ModelMismatchError, match=anew):
         tracker.update_(again.model)
     model = nn.Linear(3, 2)  # any other

@@ -1,7 +1,6 @@
 """Averages during training, BatchNorm's running statistics among them: their values, from memory
 and from snapshots."""
 
-import logging
 import shutil
 import threading
 from pathlib import Path
@@ -16,7 +15,7 @@ from tracker.runs import Training, track
 from truth import distance
 
 from posthoc_cli import PostHocEMA, Run, Window
-from posthoc_cli.errors import InvalidValueError, NonFiniteError
+from posthoc_cli.errors import InvalidValueError, NonFiniteError, NotReadyError
 
 SETTINGS = {"update_every": 2, "checkpoint_every": 10}
 STATISTICS = ("1.running_mean", "1.running_var")
@@ -42,11 +41,11 @@ def test_the_average_is_of_the_last_update_and_not_of_the_last_snapshot_and_need
     assert 0 < tracker.state_dict(sigma_rel=0.05).predicted_error < 2**-24
 
 
-def test_blocks_of_several_lengths_are_as_exact_as_the_log_predicts_and_made_when_they_are_entered(
+def test_blocks_of_several_lengths_are_as_exact_as_predicted_and_made_when_they_are_entered(
     tmp_path,
     caplog,
 ):
-    """However often, also within itself. A window longer than the run is left out."""
+    """However often; they say their time. A window longer than the run is left out."""
     training, tracker = trained(tmp_path, 300)
     wanted = [0.1, 0.28, "window:400"]
     blocks = tracker.models(training.model, wanted)
@@ -55,13 +54,31 @@ def test_blocks_of_several_lengths_are_as_exact_as_the_log_predicts_and_made_whe
     assert caplog.text.count("window:400") == 1
     for label, block in (*blocks.items(), *blocks.items()):
         training.run(len(training.path) + 10, tracker)
-        with caplog.at_level(logging.INFO), block, block as averaged:
-            line = next(text for text in reversed(caplog.messages) if "predicted" in text)
-            # A prediction is a root mean square over runs; DESIGN.md, 6.2: 0.74 to 3.6 of it in 540
-            # measured cases.
-            predicted = float(line.rpartition(" ")[2])
+        # A prediction is a root mean square over runs; DESIGN.md, 6.2: 0.74 to 3.6 of it in 540
+        # measured cases.
+        predicted = tracker.state_dict(float(label)).predicted_error
+        with block as averaged:
+            assert block.t == len(training.path)
             exact = training.exact(float(label))
             assert distance(averaged.state_dict(), exact) < 4 * predicted + 1e-6
+
+
+def test_an_untracked_length_is_of_the_newest_snapshots_and_says_their_time(tmp_path):
+    training, tracker = trained(tmp_path, 36)
+    weights = tracker.state_dict(0.15)
+    assert weights.t == 30
+    assert_same_tensors(weights, tracker.run.average(0.15))
+    assert tracker.state_dict(0.05).t == 36
+    with tracker.model(training.model, "window:20") as averaged:
+        assert_same_tensors(averaged.state_dict(), tracker.state_dict("window:20"))
+
+
+def test_without_a_snapshot_an_untracked_length_is_refused_with_a_way_out(tmp_path):
+    _, tracker = trained(tmp_path, 9)
+    with pytest.raises(NotReadyError, match=r"no snapshot yet.*; ema\.snapshot\(\) writes one"):
+        tracker.state_dict(0.15)
+    tracker.snapshot()
+    assert tracker.state_dict(0.15).t == 9
 
 
 def test_without_an_update_or_before_one_of_a_resumed_run_there_is_no_live_average(tmp_path):
@@ -69,13 +86,12 @@ def test_without_an_update_or_before_one_of_a_resumed_run_there_is_no_live_avera
     training = Training()
     model = torch.compile(training.model, backend="eager")
     tracker = PostHocEMA.from_model(model, tmp_path, **SETTINGS)
-    early = "no average yet, so the raw weights are used: .* at call 2 of update_"
-    block = tracker.model(model, 0.05)
-    with pytest.warns(RuntimeWarning, match=early) as seen, block:
-        pass
-    assert seen[0].filename == __file__
-    weights = tracker.state_dict(sigma_rel=0.1)
-    assert torch.equal(weights["0.weight"], training.model[0].weight)
+    early = "no average yet: the first update is at call 2 of update_.*has_average says when"
+    for call in (tracker.model(model, 0.05).__enter__, lambda: tracker.state_dict(0.1)):
+        with pytest.raises(NotReadyError, match=early):
+            call()
+    assert not tracker.has_average
+    assert tracker.models(model, [0.05]) == {}
     training.run(10, tracker)
     tracker.close()
     expected = PostHocEMA.from_path(tmp_path).state_dict(0.05)
@@ -127,19 +143,14 @@ def test_a_statistic_that_is_not_finite_is_named_at_once(tmp_path):
         tracker.update_(training.model)
 
 
-def test_a_block_with_copies_warns_once_per_tracker(tmp_path):
+def test_a_block_with_copies_warns_once_per_tracker(tmp_path, caplog):
     training, tracker = trained(tmp_path, 20, buffers="copy")
-    notice = "^posthoc_cli: the running statistics of BatchNorm are copies"
-    with pytest.warns(RuntimeWarning, match=notice) as seen:
-        for length in (0.2, 0.2, 0.05):
-            with tracker.model(training.model, sigma_rel=length):
-                pass
-    assert len(seen) == 1
-    assert "torch.optim.swa_utils.update_bn(loader, model)" in str(seen[0].message)
-    assert seen[0].filename == __file__
-    block = PostHocEMA.from_path(tmp_path).model(training.model, 0.2)
-    with pytest.warns(RuntimeWarning, match=notice), block:
-        pass
+    for length in (0.05, 0.05, 0.28):
+        with tracker.model(training.model, sigma_rel=length):
+            pass
+    notices = [text for text in caplog.messages if "running statistics of BatchNorm" in text]
+    assert len(notices) == 1
+    assert "torch.optim.swa_utils.update_bn(loader, model)" in notices[0]
 
 
 # --- metrics for loggers, and callbacks after each snapshot

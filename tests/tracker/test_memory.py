@@ -1,4 +1,4 @@
-"""How the elements of a model are divided into tiles, and pinned memory into slabs."""
+"""How the elements of a model are divided into tiles."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -39,12 +39,3 @@ def test_tiles_of_the_accelerator_consist_of_tiles_of_the_host():
         assert bucket.tile_edges[-1] == host.size
         for begin, end in pairwise(bucket.tile_edges):
             assert 0 < end - begin <= most
-
-
-@pytest.mark.usefixtures("small_sizes")
-def test_pinned_memory_is_hardly_larger_than_a_model_of_large_tensors():
-    bucket, _ = buckets([150, 8] * 20)
-    rounded = 0
-    for begin, end in pairwise(bucket.device_edges):
-        rounded += 2 ** (end - begin - 1).bit_length()
-    assert rounded < 1.25 * bucket.size

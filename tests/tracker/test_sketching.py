@@ -13,7 +13,6 @@ from tracker.runs import Training, steps, track, update
 
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import WriteError
-from posthoc_cli.snapshots.snapshot import decode_path
 
 
 def squared_moves(sketch):
@@ -267,34 +266,3 @@ def test_averages_on_a_device_are_measured_there(tmp_path):
     with track(model, tmp_path / "large", checkpoint_every=5) as tracker:
         drift(tracker, model, 10)
         check(tracker, norm=0.01, rounding=0.02)
-
-
-def test_averages_over_steps_count_them_across_a_late_leap_of_the_clock(tmp_path):
-    """The clock of the snapshots alone spreads their steps over the leap: errors of 5 times the
-    predicted ones and more."""
-    images = torch.full((800,), 64.0)
-    images[749] *= 800
-    moves = 0.02 * torch.randn(800, 300)
-    path = moves.cumsum(dim=0)
-    times = images.cumsum(dim=0)
-    follow(path, times, tmp_path)
-    average = Run(tmp_path).average("window:90")
-    exact = path[-90:].mean(dim=0)
-    error = relative_distance(average["w"], exact.numpy())
-    assert average.predicted_error / 3 < error < 2 * average.predicted_error
-
-
-def test_the_steps_of_windows_are_stored_and_kept(tmp_path):
-    net = tiny_model()
-    with track(net, tmp_path, t_unit="images") as tracker:
-        for step in range(1, 51):
-            tracker.update_(net, 64 * step)
-        state = tracker.state_dict()
-    with PostHocEMA.from_path(tmp_path, net) as tracker:
-        tracker.load_state_dict(state)
-        for step in range(51, 101):
-            tracker.update_(net, 6400 * step)
-    source = Run(tmp_path).sources[-1]
-    ends = sketch_of(source).edges[1:]
-    images = np.where(ends <= 64 * 50, 64, 6400)
-    np.testing.assert_array_equal(decode_path(source.sketch).steps, ends / images)

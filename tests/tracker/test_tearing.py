@@ -12,12 +12,13 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from factories import averages_in, exact_average
+from factories import averages_in, exact_average, info_of
 from safetensors.torch import load_file
 from torch import nn
 from tracker.runs import EITHER_DEVICE, Training, contents, track, update
@@ -89,19 +90,19 @@ def check(tensors, right, tolerance=TOLERANCE):
 
 
 def check_state(state):
-    step = state["step"]
+    info = info_of(state)
+    step = info["step"]
     updates = step // EVERY
-    assert state["t"] == step
-    assert state["standing"]["step"] == EVERY * updates
-    assert state["standing"]["updates"] == updates
+    assert info["t"] == step
+    assert info["standing"]["step"] == EVERY * updates
+    assert info["standing"]["updates"] == updates
     for sigma_rel, tensors in averages_in(state).items():
         check(tensors, truth(float(sigma_rel), step))
 
 
 def check_equal(weights):
-    """Check that all elements of an average of any length are equal: it is a sum of tracked ones
-    with coefficients up to about 4."""
-    check(weights, float(weights["wide"][0]), 8 * TOLERANCE)
+    """Check that all elements of an average are equal."""
+    check(weights, float(weights["wide"][0]), 2 * TOLERANCE)
 
 
 @EITHER_DEVICE
@@ -115,11 +116,10 @@ def test_averages_that_another_thread_reads_are_those_of_one_update(tmp_path, de
         for _ in range(10):
             time.sleep(chance.uniform(0, 0.001))
             check_state(tracker.state_dict())
-            for sigma_rel in (0.2, 0.205):
-                time.sleep(chance.uniform(0, 0.001))
-                check_equal(tracker.state_dict(sigma_rel))
-                with tracker.model(other, sigma_rel) as averaged:
-                    check_equal(averaged.state_dict())
+            time.sleep(chance.uniform(0, 0.001))
+            check_equal(tracker.state_dict(0.2))
+            with tracker.model(other, 0.21) as averaged:
+                check_equal(averaged.state_dict())
 
     train(tracker, model, 2)
     with ThreadPoolExecutor(1) as threads:
@@ -145,7 +145,7 @@ class Interruptions:
 
     def update(self, way=""):
         """Make an update, and within it what a way says, by default one at random."""
-        chosen = way or self._chance.choice(("stop", "read", "flush"))
+        chosen = way or self._chance.choice(("stop", "read"))
         self._model.go_to(self._tracker.step + 1)
         delay = self._chance.uniform(1e-6, 0.004)
         # The signal of an earlier update may come at any time: outside it does nothing. The
@@ -158,7 +158,7 @@ class Interruptions:
         except Stop:
             pass
         except NotReadyError:
-            assert way == "close"
+            assert chosen == "close"
         self._way = ""
 
     def handle(self, *_):
@@ -166,17 +166,15 @@ class Interruptions:
         self._way = ""
         if way == "stop":
             raise Stop
-        if way == "read":
-            check_state(self._tracker.state_dict())
-        elif way == "flush":
-            self._tracker.flush()
-        elif way == "close":
-            self._tracker.close()
+        calls = {"read": self._tracker.state_dict, "close": self._tracker.close}
+        if way in calls:
+            with suppress(NotReadyError):  # within the call, not just before or after it
+                calls[way]()
 
 
 @EITHER_DEVICE
 def test_an_update_that_a_signal_interrupts_was_made_or_was_not(tmp_path, device):
-    """Handlers raise, read, flush; the last one closes the tracker."""
+    """Handlers raise, or make a call, which is refused."""
     model = Equal(3_000)
     tracker = start(tmp_path, model, device, 10 * EVERY)
     train(tracker, model, EVERY)

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from factories import exact_average, exact_gamma, relative_distance
+from factories import exact_average, exact_gamma, info_of, relative_distance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -113,19 +113,19 @@ def test_averages_stay_exact_when_profiles_begin_to_share_a_mean(tmp_path):
                 exact = exact_average(path, sigma_rel, times)
                 assert relative_distance(tracked(tracker, sigma_rel), exact) < 1.5e-7
             state = tracker.state_dict()
-        assert state["standing"]["window"] > 0
-    assert state["standing"]["shared"]
+        assert info_of(state)["standing"]["window"] > 0
+    assert info_of(state)["standing"]["shared"]
 
 
-def test_defaults_are_those_of_the_contract(tmp_path):
+def test_defaults_are_those_of_the_contract(tmp_path, caplog):
     settings = PostHocEMA.from_model(Scalar(), tmp_path / "run").settings
     assert settings.sigma_rels == (0.05, 0.28)
     assert settings.t_unit == "steps"
     assert settings.schedule == TrackingSchedule(10, 1000, 0, 20, "F16", (0.05, 0.28))
     assert not (tmp_path / "run").exists()  # making a tracker locks and writes nothing
     warning = "update_every is 5, so that checkpoint_every 15 is a multiple of it"
-    with pytest.warns(RuntimeWarning, match=warning):
-        ema = PostHocEMA.from_model(Scalar(), tmp_path, checkpoint_every=15)
+    ema = PostHocEMA.from_model(Scalar(), tmp_path, checkpoint_every=15)
+    assert warning in caplog.text
     assert ema.settings.schedule.update_every == 5
 
 
@@ -283,3 +283,30 @@ def test_a_step_that_a_cuda_graph_captures_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(NotReadyError, match=r"graph is being captured.*graph\.replay"):
         ema.update_(model)
+
+
+def test_a_model_that_is_frozen_as_a_whole_is_said_to_be_and_continues_when_it_is_trained(tmp_path):
+    """As the generator of a GAN while the discriminator is trained."""
+    model = nn.Linear(2, 2)
+    with track(model, tmp_path) as ema:
+        ema.update_(model)
+        model.requires_grad_(False)
+        frozen = (
+            "'weight': is left out, as it requires no gradients, and was averaged, .*call update_"
+        )
+        with pytest.raises(ModelMismatchError, match=frozen):
+            ema.update_(model)
+        model.requires_grad_(True)
+        ema.update_(model)
+
+
+def test_another_model_is_refused_at_its_first_call(tmp_path):
+    """Which is not counted, though no update is due."""
+    model = nn.Linear(2, 2)
+    with track(model, tmp_path, update_every=10) as ema:
+        ema.update_(model)
+        with pytest.raises(
+            ModelMismatchError, match=r"'weight': is averaged, .* \[3, 2\], and was"
+        ):
+            ema.update_(nn.Linear(2, 3))
+        assert ema.step == 1

@@ -1,0 +1,95 @@
+"""Questions: what files leave open, and the imports that would answer it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from posthoc_cli.checkpoints.settings import ImportSettings
+from posthoc_cli.errors import InvalidValueError, PostHocError
+
+T = TypeVar("T")
+Answer = Mapping[str, Any]
+"""Settings of an import by name, and perhaps another `place`: a glob. A number that the user alone
+knows is the text "N"."""
+
+_MOST = 3  # questions in turn that a proposed command may lead to
+
+
+class QuestionError(InvalidValueError):
+    """An error about something that files leave open, with the answers that they allow, the
+    likeliest first."""
+
+    def __init__(
+        self,
+        subject: object,
+        reason: str,
+        *answers: Answer,
+        value: object = "",
+    ) -> None:
+        super().__init__(subject, reason, " or ".join(map(_phrase, answers[:3])), value=value)
+        self.answers = answers
+
+
+def _phrase(answer: Answer) -> str:
+    """Return an answer in words, for a caller that is no import."""
+    parts = []
+    for name, value in answer.items():
+        parts.append(f"`{name}` {value!r}" if name != "place" else f"name '{value}'")
+    return " with ".join(parts)
+
+
+Attempt = Callable[[str | Path, Mapping[str, Any]], T]
+"""Finds a run at a place with some settings, without an output; raises an error if it cannot."""
+
+
+def with_command(place: str | Path, given: Mapping[str, Any], attempt: Attempt[T]) -> T:
+    """Return `attempt(place, given)`; turn a question into an error that ends in the command to
+    paste: of the first answer with which an import goes through, perhaps after further
+    questions."""
+    try:
+        return attempt(place, given)
+    except QuestionError as question:
+        for most in (1, _MOST):
+            for answer in question.answers:
+                settings = {**given, **answer}
+                chosen = settings.pop("place", place)
+                if _goes_through(chosen, settings, attempt, most):
+                    raise _with_line(question, place, given, answer) from None
+        raise
+
+
+def _with_line(
+    question: QuestionError,
+    place: str | Path,
+    given: Mapping[str, Any],
+    answer: Answer,
+) -> InvalidValueError:
+    changes = {"place": place, **answer}
+    line = ImportSettings(**given).command(**changes)
+    return InvalidValueError(
+        question.subject, question.reason, f"paste: {line}", value=question.value
+    )
+
+
+def _goes_through(
+    place: str | Path,
+    settings: Mapping[str, Any],
+    attempt: Attempt[T],
+    most: int,
+) -> bool:
+    if "N" in settings.values():
+        return True
+    try:
+        attempt(place, settings)
+    except QuestionError as question:
+        for answer in question.answers if most > 1 else ():
+            following = {**settings, **answer}
+            chosen = following.pop("place", place)
+            if _goes_through(chosen, following, attempt, most - 1):
+                return True
+        return False
+    except PostHocError:
+        return False
+    return True

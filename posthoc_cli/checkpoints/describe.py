@@ -1,0 +1,102 @@
+"""What `ema info` says about checkpoints of other programs."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from posthoc_cli.checkpoints.content import Content, Values, open_checkpoint
+from posthoc_cli.checkpoints.import_run import open_checkpoints, place_at
+from posthoc_cli.checkpoints.layouts import recognise
+from posthoc_cli.checkpoints.manifest import read_manifest
+from posthoc_cli.checkpoints.open_run import candidates_at, checked_run
+from posthoc_cli.checkpoints.sets import TensorSets
+from posthoc_cli.checkpoints.settings import UNSPECIFIED
+from posthoc_cli.checkpoints.source import make_checkpoint
+from posthoc_cli.errors import FileFormatError, InvalidValueError, PostHocError, first_of
+from posthoc_cli.snapshots.directory import is_import
+from posthoc_cli.snapshots.outputs import describe_tensors
+
+
+def describe_checkpoints(place: Path) -> Values:
+    """Return times, tensors and sizes from the indexes of files alone, for JSON."""
+    numbers = ""
+    notes: tuple[str, ...] = ()
+    if is_import(place):
+        checkpoints = open_checkpoints(place)
+    else:
+        found = place_at(place)
+        numbers = found.says
+        notes = found.notes
+        checkpoints = checked_run(found.checkpoints)
+    newest = checkpoints[-1]
+    rows = []
+    for checkpoint in checkpoints:
+        row = {
+            "file": checkpoint.name,
+            "t": checkpoint.t,
+            "holds": checkpoint.holds,
+            "bytes": checkpoint.file_bytes,
+            "identity": checkpoint.identity,
+        }
+        rows.append(row)
+    described = {
+        "kind": "checkpoints",
+        "path": str(place),
+        "run": newest.run_id,
+        "t_unit": newest.t_unit,
+        "t": newest.t,
+        "step": newest.step,
+        "numbers": numbers,
+        **describe_tensors(newest),
+        "bytes": sum(checkpoint.file_bytes for checkpoint in checkpoints),
+        "checkpoints": rows,
+        "notes": list(notes),
+    }
+    if is_import(place):
+        manifest = read_manifest(place)
+        described["refers_to"] = str(manifest.origin)
+        described["files"] = len(manifest.files)
+        described["settings"] = manifest.settings.given
+    return described
+
+
+def describe_files(place: Path, error: PostHocError) -> Values:
+    """Return what files hold that need an import, for JSON, and what that import would have
+    to be told; raise the error that says so if none can be opened."""
+    candidates = candidates_at(place)
+    rows: list[Values] = []
+    opened = []
+    for candidate in candidates:
+        path = candidate.path
+        try:
+            content = open_checkpoint(path, candidate.layout)
+        except FileFormatError as wrong:
+            rows.append({"file": path.name, "holds": wrong.reason})
+            continue
+        opened.append(content)
+        holds = _sets_in(content)
+        rows.append({"file": path.name, "holds": holds, "bytes": content.nbytes})
+    if not opened or (place.is_file() and not opened[0].tensors):
+        raise error
+    described: Values = {"kind": "checkpoints", "path": str(place), "checkpoints": rows}
+    if len(candidates) == 1:
+        described["kind"] = "checkpoint"
+        with suppress(FileFormatError, InvalidValueError):
+            tensors = recognise(opened[0], UNSPECIFIED).tensors
+            checkpoint = make_checkpoint(opened[0], tensors)
+            described |= {**describe_tensors(checkpoint), "bytes": checkpoint.file_bytes}
+    if isinstance(error, InvalidValueError):
+        return {**described, "notes": [f"cannot be used as it is: {error}"]}
+    return {**described, "problems": [str(error)]}
+
+
+def _sets_in(content: Content) -> str:
+    """Return the keys of the sets of tensors in a checkpoint, with their numbers of tensors."""
+    sets = TensorSets(content)
+    named = []
+    for key in sets.keys:
+        count = sets.counts[key]
+        if count > 1:
+            named.append(f"{key} ({count})")
+    return first_of(named, 4) or f"{len(content.tensors)} tensors"

@@ -1,0 +1,79 @@
+"""`ema audit`: find which decay an average really has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from typer import Argument
+
+from posthoc_cli.cli import options, output
+
+
+def audit(
+    directory: str = Argument(
+        ..., metavar="DIR", help="Checkpoints with an average and the weights."
+    ),
+    claimed: float | None = options.RUN(
+        None,
+        metavar="DECAY",
+        show_default="from the files or the import",
+        help="The decay that it should have.",
+    ),
+    out: str | None = options.PICTURE,
+    overwrite: bool = options.OVERWRITE,
+    as_json: bool = options.JSON,
+) -> int:
+    """Find which decay an average really has.
+
+    Compares averages with the weights in the same checkpoints, from one to the next, on a sample of
+    100,000 elements. Shows the decay of each interval, and what is wrong: an average that is too
+    long or too short, as if updated once a microbatch, does not move, or began again at a resume.
+
+    Exit code 1 if an average is not what it claims to be.
+    """
+    picture = options.new_picture(out, overwrite)
+    audits = options.open_path(directory).audit(claimed)
+    report = {"audits": [audit.to_dict() for audit in audits]}
+    if not audits[0].intervals:
+        picture = None  # there is nothing to draw
+    if picture is not None:
+        from posthoc_cli import plots
+
+        output.write_picture(lambda: plots.audit_figure(report["audits"][0]), picture, overwrite)
+    output.show(report, as_json, _print_audits, picture)
+    return int(any(audit.is_bad for audit in audits))
+
+
+def _print_audits(report: dict[str, Any]) -> None:
+    for audit in report["audits"]:
+        _print_audit(audit)
+
+
+def _print_audit(audit: dict[str, Any]) -> None:
+    name = audit["name"]
+    claim = [] if audit["claimed"] is None else ["claimed", "ratio"]
+    rows = list(map(_audit_row, audit["intervals"]))
+    if rows:
+        of = f" of {name}" if name else ""
+        title = f"sigma_rel found{of}"
+        if audit["what"] == "decay":
+            title = f"time constant{of}, in steps, by interval"
+        output.print_line(title)
+        output.print_rows(rows, ["from:begin", "to:end", "found", *claim, "unexplained"])
+        output.print_line()
+    text = audit["text"]
+    if not text.startswith(audit["verdict"]) and not text.endswith(audit["verdict"]):
+        text = f"{audit['verdict']}: {text}"
+    output.print_line(f"{name}: {text}" if name else text)
+
+
+def _audit_row(interval: dict[str, Any]) -> dict[str, Any]:
+    """Return the row of one interval, with rounded lengths and their ratio."""
+    length = interval["found"]
+    claimed = interval["claimed"]
+    row = {key: "-" if value is None else value for key, value in interval.items()}
+    row["found"] = "-" if length is None else f"{length:,.4g}"
+    row["claimed"] = "" if claimed is None else f"{claimed:,.4g}"
+    if length is not None and claimed is not None:
+        row["ratio"] = f"{length / claimed:.3g}"
+    return row

@@ -1,0 +1,97 @@
+"""`ema error-plot`: draw how exact averages of any length will be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from typer import Argument
+
+from posthoc_cli.cli import options, output
+from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.planning import ErrorCurve, Schedule, format_widths
+
+
+def error_plot(
+    directories: list[str] = Argument(
+        None,
+        metavar="[DIR]...",
+        help="Directories of snapshots or of checkpoints, or globs of checkpoints.",
+    ),
+    out: str | None = options.PICTURE,
+    overwrite: bool = options.OVERWRITE,
+    as_json: bool = options.JSON,
+    decay: list[str] = options.DECAY,
+    target: list[str] = options.TARGETS(
+        [], metavar="TARGET", help="Also this average: window:1000. Repeatable."
+    ),
+    sigma_range: str = options.TARGETS(
+        "0.01:0.2886", metavar="LOW:HIGH", help="The curve's range of sigma_rel."
+    ),
+    t: float | None = options.TIME,
+    method: options.Method | None = options.METHOD,
+    steps: str | None = options.SCHEDULE(
+        None, metavar="COUNT", help="Steps of a training to come, in place of DIR: 400000, 400K."
+    ),
+    every: str = options.SCHEDULE(
+        "1000", metavar="COUNT", help="Steps between two snapshots, checkpoint_every."
+    ),
+    keep: str = options.SCHEDULE(
+        "20", metavar="COUNT", help="Times whose snapshots are kept, max_checkpoints."
+    ),
+) -> None:
+    """Draw how exact averages of any length will be.
+
+    The curve is the predicted error: the expected relative L2 distance of the weights from the true
+    average. Dashed is about the share of what averaging gains in a metric that this error loses
+    (`ema guide exactness`); the range below 5 % is shaded and named in the title. Tracked profiles
+    are marked.
+    --method paper adds the profile error, the published measure: the relative L2 distance between
+    the target profile and the reconstructed one.
+
+    With --steps it is the curve of a training to come, with the default profiles and float16
+    snapshots, if the network moves evenly: as a random walk that covers a quarter of the norm of
+    its weights.
+    """
+    from posthoc_cli import plots
+
+    if out is None and not as_json:
+        raise InvalidValueError("--out", "name a picture (.png, .svg, .pdf), or add --json")
+    picture = options.new_picture(out, overwrite)
+    targets = options.parse_targets([], decay, target)
+    ends = options.parse_sigma_range(sigma_range)
+    if bool(directories) == bool(steps):
+        raise InvalidValueError("DIR", "name a directory, or give --steps of a training to come")
+    if steps:
+        schedule = Schedule(
+            options.parse_count(steps, "--steps"),
+            options.parse_count(every, "--every"),
+            options.parse_count(keep, "--keep", "20"),
+        )
+        curves = [schedule.error_curve(ends)]
+    else:
+        runs = list(map(options.open_run, directories))
+        curves = [run.error_curve(ends, t=t, method=method, others=targets) for run in runs]
+    if picture is not None:
+        output.write_picture(
+            lambda: plots.error_figure(curves, method == "paper"), picture, overwrite
+        )
+    report = {"curves": [curve.to_dict() for curve in curves]}
+    output.show(report, as_json, lambda _: _print_curves(curves, method == "paper"), picture)
+
+
+def _print_curves(curves: Sequence[ErrorCurve], is_paper: bool) -> None:
+    columns = ["  target:target", "width", "predicted_error", "lost_gain"]
+    if is_paper:
+        columns.append("profile_error")
+    for curve in curves:
+        output.print_line(curve.label)
+        pairs = [("  lost gain", curve.good_range)]
+        if curve.tracked:
+            pairs.append(("  tracked", format_widths(curve.tracked)))
+        output.print_pairs(pairs)
+        rows = curve.to_dict()["others"]
+        for row in rows:
+            row["target"] = f"  {row['target']}"
+            row["width"] = f"{row['sigma_rel']:.3g}"
+        if rows:
+            output.print_rows(rows, columns)

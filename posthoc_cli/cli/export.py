@@ -1,0 +1,74 @@
+"""`ema export`: write averaged weights in another layout or dtype."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from typer import Argument
+
+from posthoc_cli import resources
+from posthoc_cli.cli import options, output
+
+
+def export(
+    file: str = Argument(
+        ...,
+        metavar="FILE|DIR",
+        help="An output of ema synthesize, a snapshot, or any safetensors file; a training's "
+        "checkpoint, such as "
+        "last.pt or a DCP folder; or a folder of shards or its index.",
+    ),
+    out: str = options.OUTPUT(
+        ..., "--out", "-o", help="A .safetensors or .pt file, or a folder, for shards."
+    ),
+    dtype: options.Dtype = options.DTYPE,
+    layout: options.Layout | None = options.LAYOUT,
+    max_shard_size: str | None = options.MAX_SHARD_SIZE,
+    like: str | None = options.LIKE_MODEL,
+    overwrite: bool = options.OVERWRITE,
+    as_json: bool = options.JSON,
+    weights: bool = options.HOW(
+        False, "--weights", help="Take, or with --like replace, a checkpoint's raw weights."
+    ),
+    average: str | None = options.HOW(
+        None,
+        metavar="KEY",
+        show_default="by its name",
+        help="The key, prefix or glob of a checkpoint's average, that of --like if given.",
+    ),
+) -> None:
+    """Write averaged weights in another layout or dtype.
+
+    Of a training's checkpoint, the average that it contains is written. --like writes the tensors
+    into a copy of a checkpoint or model, which also holds what was not tracked.
+
+    Layouts: one safetensors file; shards with an index, under the names that Hugging Face libraries
+    expect (one file if all tensors fit into it); a .pt state dict for
+    torch.load(weights_only=True).
+    """
+    from posthoc_cli.export.convert import export_file
+
+    source = options.existing(file, name="FILE")
+    report = export_file(
+        source,
+        out,
+        layout,
+        dtype,
+        overwrite,
+        max_shard_size,
+        weights,
+        average,
+        options.optional(options.existing, like),
+        output.progress_bar(),
+    )
+    output.show(report.to_dict(), as_json, _print_export)
+
+
+def _print_export(report: dict[str, Any]) -> None:
+    if copied := report.get("like"):
+        output.note_copied(copied)
+    size = resources.size_text(report["bytes"])
+    output.print_line(
+        f"wrote {report['tensors']} tensors, {size}, in {report['seconds']:.1f} s: "
+        f"{report['output']}"
+    )

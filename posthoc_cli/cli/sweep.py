@@ -1,0 +1,172 @@
+"""`ema sweep`: find the best length by your own metric, or by eye."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from posthoc_cli import files
+from posthoc_cli.cli import options, output
+from posthoc_cli.errors import InvalidValueError, Log, check_alone
+
+if TYPE_CHECKING:
+    from posthoc_cli.sweep import SweepReport
+    from posthoc_cli.sweep.search import Trial
+
+log = Log(__name__)
+
+
+def sweep(
+    directory: str = options.DIRECTORY_OR_CHECKPOINTS,
+    sigma_rel: str | None = options.TARGETS(
+        None,
+        show_default="all exact within 1 %",
+        help="A range to search, 0.02:0.28, or a list to measure.",
+    ),
+    command: str = options.HOW(
+        ...,
+        "--run",
+        metavar="COMMAND",
+        help=(
+            "The evaluation, without a shell. {weights} becomes an average's file; also "
+            "{sigma_rel}, {seed}, {dir}."
+        ),
+    ),
+    metric: str | None = options.HOW(
+        None,
+        metavar="KEY",
+        show_default="the last line that is a number",
+        help=(
+            "The word before it, as loss in loss: 2.67, or its key in a JSON object; or "
+            "r.json:acc: acc of the newest r.json in {dir}."
+        ),
+    ),
+    minimize: bool = options.HOW(False, "--minimize", help="Lower is better."),
+    maximize: bool = options.HOW(False, "--maximize", help="Higher is better."),
+    look: bool = options.HOW(
+        False, "--look", help="No metric: only show the images of some lengths, side by side."
+    ),
+    budget: int | None = options.HOW(
+        None,
+        metavar="COUNT",
+        show_default="12; of a look 6",
+        help="The lengths to measure first; the best of them once more.",
+    ),
+    out: str = options.OUTPUT(
+        "sweep",
+        "--out",
+        "-o",
+        help="Folder for trials, logs and the best average: new, or of an earlier sweep.",
+    ),
+    like: str | None = options.LIKE_MODEL,
+    as_json: bool = options.JSON,
+    t: float | None = options.TIME,
+    raw: str | None = options.RUN(
+        None, metavar="CHECKPOINT", help="The last weights, to measure them too: last.pt."
+    ),
+) -> None:
+    """Find the best length by your own metric, or by eye.
+
+    Runs the command for averages of twelve lengths, one after another, then where the best may lie
+    between them, and once more where the metric is noisy. Your own EMA and the last weights are
+    measured, too, if they are there.
+
+    Images that the command writes to {dir} are kept, and the page shows them side by side. --look
+    makes this page without a metric.
+
+    A standard error next to the metric (acc_stderr) bounds its noise. A failed trial does not
+    count; two in a row that fail alike end the sweep. The same command continues an earlier one.
+    OUT receives trials.jsonl, sweep.json, logs, images, report.html and the best average.
+    """
+    from posthoc_cli.report.page import PAGE, render
+    from posthoc_cli.sweep import Lengths, Metric, Sweep
+    from posthoc_cli.sweep.search import USUAL_BUDGET
+
+    check_alone(minimize=minimize, maximize=maximize, look=look)
+    if not (minimize or maximize or look):
+        reason = "say whether lower or higher is better"
+        hint = "add --minimize or --maximize; or --look, to compare images without a metric"
+        raise InvalidValueError("--minimize", reason, hint)
+    check_alone(look=look, metric=metric)
+    lengths = options.optional(Lengths.parse, sigma_rel, "--sigma-rel")
+    folder = files.local_path("--out", out)
+    run = options.open_run(directory)
+    show = output.print_note if as_json else output.print_line
+
+    def say(trial: Trial, number: int, expected: int) -> None:
+        if trial.error is not None:
+            _warn_of_failure(trial, folder)
+        left = _time_left(trial.seconds * (expected - number))
+        show(f"trial {number} of about {expected}: {_result(trial)}{left}")
+
+    search = Sweep(
+        run,
+        command,
+        Metric() if metric is None else Metric.parse(metric),
+        folder,
+        lengths=lengths,
+        minimize=None if look else minimize,
+        budget=budget or (_LOOK if look else USUAL_BUDGET),
+        t=t,
+        like=options.optional(options.existing, like),
+        raw=options.optional(options.existing, raw),
+        again=shlex.join(["ema", *sys.argv[1:]]),
+        say=say,
+        progress=output.progress_bar("trials"),
+    )
+    try:
+        report = search.run_all()
+    except KeyboardInterrupt:
+        output.print_note("the same command continues")
+        raise
+    page = folder / PAGE
+    content = render(run, report, folder).encode(errors="backslashreplace")
+    files.write_atomically(page, content, overwrite=True)
+    report = replace(report, outputs=(*report.outputs, page))
+    if as_json:
+        output.print_json(report.to_dict() | {"warnings": output.warnings})
+    else:
+        _print_sweep(report)
+
+
+_LOOK = 6  # lengths that fit side by side
+
+
+def _warn_of_failure(trial: Trial, out: Path) -> None:
+    logs = out / "logs" / f"{trial.name}.*"
+    log.warning("%s, seed %d: %s; see %s", trial.target, trial.seed, trial.error, logs)
+
+
+def _result(trial: Trial) -> str:
+    title = trial.target
+    if trial.seed:
+        title += f", seed {trial.seed}"
+    if trial.error is not None:
+        return f"{title} failed"
+    if trial.value is not None:
+        title += f": {trial.value:.6g}"
+    if trial.standard_error is not None:
+        title += f" ± {trial.standard_error:.2g}"
+    return f"{title} ({trial.seconds:.1f} s)"
+
+
+def _time_left(seconds: float) -> str:
+    if seconds < 1:
+        return ""
+    if seconds >= 120:
+        return f", about {seconds / 60:.0f} min left"
+    return f", about {seconds:.0f} s left"
+
+
+def _print_sweep(report: SweepReport) -> None:
+    from posthoc_cli.sweep.report import summarize
+
+    pairs = summarize(report)
+    if report.minimize is not None and not report.compared:
+        pairs.insert(0, ("last weights", "not measured: name a checkpoint with them by --raw"))
+    pairs.append(("wrote", ", ".join(map(str, report.outputs))))
+    output.print_line()
+    output.print_pairs(pairs)

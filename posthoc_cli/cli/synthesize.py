@@ -1,0 +1,164 @@
+"""`ema synthesize`: make the average of any length from snapshots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from posthoc_cli import resources
+from posthoc_cli.cli import options, output
+from posthoc_cli.errors import InvalidValueError, percent
+from posthoc_cli.report.facts import title_of
+
+
+def synthesize(
+    directory: str = options.DIRECTORY_OR_CHECKPOINTS,
+    sigma_rel: list[str] = options.SIGMA_REL,
+    decay: list[str] = options.DECAY,
+    target: list[str] = options.TARGET,
+    out: str | None = options.OUTPUT(
+        None, "--out", "-o", help="A file; or a folder, for a file per target."
+    ),
+    dtype: options.Dtype = options.DTYPE,
+    layout: options.Layout | None = options.LAYOUT,
+    max_shard_size: str | None = options.MAX_SHARD_SIZE,
+    like: str | None = options.LIKE_MODEL,
+    average: str | None = options.LIKE_AVERAGE,
+    weights: bool = options.LIKE_WEIGHTS,
+    overwrite: bool = options.OVERWRITE,
+    as_json: bool = options.JSON,
+    t: float | None = options.TIME,
+    step: str | None = options.STEP,
+    dry_run: bool = options.HOW(
+        False, "--dry-run", help="Show coefficients, errors and sizes; write nothing."
+    ),
+    max_error: str | None = options.HOW(
+        None,
+        metavar="ERROR",
+        show_default="warn at 1%",
+        help="Fail if a predicted error exceeds this: 0.01, or 1%.",
+    ),
+    method: options.Method | None = options.METHOD,
+    device: str = options.HOW(
+        "auto", help="Where to compute the sums: auto, cpu, cuda, cuda:1, mps."
+    ),
+) -> None:
+    """Make the average of any length from snapshots.
+
+    Name one or more targets by --sigma-rel, --decay and --target. The snapshots are read once for
+    all targets, each block is verified, and an output appears complete or not at all.
+
+    The predicted error is the expected relative L2 distance of the weights from the true average,
+    the lost gain about the share of what averaging gains in a metric that it costs.
+    --method paper also shows the profile error: the distance between the target profile and the
+    reconstructed one; --json shows both.
+
+    DIR may also contain checkpoints, or averages of other libraries: see ema guide checkpoints.
+
+    For one large model on many machines: torchrun -m posthoc_cli synthesize ... makes a folder of
+    shards, of which each process writes some. If a job was killed, run it again.
+    """
+    from posthoc_cli.export.writing import is_rank
+
+    targets = options.parse_targets(sigma_rel, decay, target)
+    run = options.open_run(directory)
+    if not targets:
+        raise InvalidValueError("no target", _NO_TARGET)
+    report = run.write(
+        targets,
+        out,
+        t=t,
+        step=options.optional(options.parse_count, step, "--step"),
+        method=method,
+        max_error=options.optional(options.parse_max_error, max_error),
+        dtype=dtype,
+        layout=layout,
+        max_shard_size=max_shard_size,
+        device=device,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        distributed=is_rank(),
+        like=options.optional(options.existing, like),
+        average=average,
+        weights=weights,
+        progress=output.progress_bar(),
+    )
+    if report is not None:
+        output.show(report.to_dict(), as_json, _print_synthesize)
+
+
+_NO_TARGET = (
+    "name at least one by --sigma-rel 0.15, --decay 0.9999 or --target window:1000 (`ema guide "
+    "synthesis` lists the kinds)"
+)
+
+
+def _print_synthesize(report: dict[str, Any]) -> None:
+    targets = report["targets"]
+    first = targets[0]
+    errors = ["predicted_error", "lost_gain"]
+    if first["method"] == "paper":
+        errors.append("profile_error")
+    _print_origin(report)
+    if len(targets) > 1:
+        rows = []
+        for target in targets:
+            path = Path(target["output"] or "-")  # all in one folder
+            rows.append(target | {"file": path.name})
+        output.print_rows(rows, ["target", *errors, "output:file"])
+        output.print_line()
+    elif not first["output"]:
+        output.print_coefficients(first["snapshots"])
+        output.print_line()
+    text = _summary(report, errors)
+    if first["output"] is None:
+        read = resources.size_text(report["read_bytes"])
+        output.print_line(f"would make {text}; would read {read}; nothing was written")
+    else:
+        path = Path(first["output"])
+        written = path if len(targets) == 1 else path.parent
+        where = "in this folder" if written == Path() else str(written)
+        output.print_line(f"made {text}, in {first['seconds']:.1f} s: {where}")
+
+
+def _print_origin(report: dict[str, Any]) -> None:
+    """Print which snapshots were chosen, and what an output lacks or has from elsewhere."""
+    path = report["targets"][0]["output"]
+    if report["choice"] is not None:
+        output.print_line(f"from {report['choice']}")
+    if copied := report.get("like"):
+        output.note_copied(copied)
+    elif report["left_out"] and path:
+        lacks = output.list_tensors(report["left_out"])
+        output.print_note(
+            f"the output lacks {lacks} of the model, which the run does not track; for a complete "
+            "model add --like MODEL, which makes a copy of it with the average in it"
+        )
+
+
+def _summary(
+    report: dict[str, Any],
+    errors: list[str],
+) -> str:
+    """Return what was made of what, with the largest of each kind of error."""
+    targets = report["targets"]
+    first = targets[0]
+    what = first["target"]
+    if first["as"] is not None:
+        what += f" (as {first['as']})"
+    size = resources.size_text(first["bytes"])
+    if len(targets) > 1:
+        what = output.counted(len(targets), "average")
+        size += " each"
+    parts = [f"{what} at t = {first['t']:,.12g} from {report['sources']}"]
+    for key in errors:
+        largest = _largest([target[key] for target in targets])
+        parts.append(f"{title_of(key)} {largest}")
+    return ", ".join([*parts, size])
+
+
+def _largest(errors: list[float | None]) -> str:
+    if None in errors:
+        return percent(None)
+    largest = percent(max(filter(None, errors), default=0.0))
+    return f"up to {largest}" if len(errors) > 1 else largest

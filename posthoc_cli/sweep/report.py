@@ -1,0 +1,191 @@
+"""The report of a sweep: for programs, as JSON, and its results as texts for people."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.interpolate import PchipInterpolator
+
+from posthoc_cli import files
+from posthoc_cli.errors import InvalidValueError, percent
+from posthoc_cli.sweep.search import Estimate, Lengths, Trial, estimate
+from posthoc_cli.targets import SigmaRel
+
+RESULT = "sweep.json"  # the file of a report in the folder of a sweep
+_POINTS = 101  # of the drawn curve
+
+
+class Gain(NamedTuple):
+    """How much better than some weights the best average is, as a fraction of their metric."""
+
+    title: str
+    value: float | None  # the metric of those weights; None if their trial has failed
+    gain: float | None
+
+
+@dataclass(frozen=True, repr=False)
+class SweepReport:
+    """The result of a sweep: all its trials, the estimate, and the files of the best average.
+
+    `compared` are the titles of what averages are compared with; `settings` what the trials share;
+    `again` the command line that repeats the sweep.
+    """
+
+    lengths: Lengths
+    budget: int
+    compared: tuple[str, ...]
+    metric: str
+    minimize: bool | None
+    settings: dict[str, Any]
+    again: str = ""
+    trials: tuple[Trial, ...] = ()
+    outputs: tuple[Path, ...] = ()
+
+    @cached_property
+    def found(self) -> Estimate:
+        """The estimate; raises an InvalidValueError without a metric."""
+        if self.minimize is None:
+            raise InvalidValueError("found", "there is no estimate without a metric")
+        return estimate(self.trials, self.lengths.step(self.budget), self.minimize)
+
+    @property
+    def best(self) -> float:
+        """The sigma_rel whose metric is estimated to be best, which was written."""
+        return self.found.best
+
+    @property
+    def value(self) -> float:
+        """The mean metric of the best average, as measured."""
+        value = self._mean(SigmaRel(self.best).title)
+        assert value is not None  # only measured lengths can be the best
+        return value
+
+    @property
+    def gains(self) -> list[Gain]:
+        """The gain over each of the compared weights."""
+        gains = []
+        for title in self.compared:
+            value = self._mean(title)
+            gain = None
+            if value:
+                change = (self.value - value) / abs(value)
+                gain = -change if self.minimize else change
+            gains.append(Gain(title, value, gain))
+        return gains
+
+    @property
+    def predicted_error(self) -> float | None:
+        """The predicted error of the best average."""
+        errors = [trial.predicted_error for trial in self.trials if trial.sigma_rel == self.best]
+        return errors[0]
+
+    @property
+    def is_at_end(self) -> bool:
+        """Whether the best length is the first or last of the range, so that a better one may lie
+        beyond."""
+        return self.best in (self.lengths.low, self.lengths.high)
+
+    def _mean(self, title: str) -> float | None:
+        of_title = [trial.value for trial in self.trials if trial.target == title]
+        values = [value for value in of_title if value is not None]
+        return sum(values) / len(values) if values else None
+
+    def curve(self) -> list[dict[str, float]]:
+        """Return points of a curve through the estimates, which has no extreme between them, with
+        standard errors."""
+        found = self.found
+        places = np.log(found.sigma_rels[found.shown])
+        if len(places) < 2:
+            return []
+        grid = np.linspace(places[0], places[-1], _POINTS)
+        means = PchipInterpolator(places, found.means[found.shown])(grid)
+        errors = np.interp(grid, places, found.errors[found.shown])
+        points = []
+        for place, mean, error in zip(grid.tolist(), means.tolist(), errors.tolist(), strict=True):
+            point = {"sigma_rel": math.exp(place), "estimate": mean}
+            if not math.isnan(error):
+                point["standard_error"] = error
+            points.append(point)
+        return points
+
+    def write(self, folder: Path) -> None:
+        """Write the report to a folder, made where it is missing; raise a WriteError if that
+        fails."""
+        files.make_directory(folder)
+        text = f"{json.dumps(self.to_dict(), indent=1, allow_nan=False)}\n"
+        files.write_atomically(folder / RESULT, text.encode(), overwrite=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        values: dict[str, Any] = {
+            "metric": self.metric,
+            "minimize": self.minimize,
+            "trials": [asdict(trial) for trial in self.trials],
+            "again": self.again,
+            "outputs": list(map(str, self.outputs)),
+            "settings": self.settings,
+        }
+        if self.minimize is None:
+            return values
+        found = self.found
+        return values | {
+            "best": {"target": SigmaRel(self.best).title, "sigma_rel": self.best},
+            "value": self.value,
+            "predicted_error": self.predicted_error,
+            "compared": [gain._asdict() for gain in self.gains],
+            "noise": None if math.isnan(found.noise) else found.noise,
+            "tied": None if found.tied is None else list(found.tied),
+            "curve": self.curve(),
+        }
+
+
+def summarize(report: SweepReport) -> list[tuple[str, str]]:
+    """Return the results of a report as names and texts for people, the most important first."""
+    failed = sum(trial.error is not None for trial in report.trials)
+    count = f"{len(report.trials)} trials"
+    if failed:
+        count += f", {failed} of them failed"
+    if report.minimize is None:
+        return [("measured", count)]
+    pairs = []
+    for compared in report.gains:
+        text = "its trial failed" if compared.value is None else f"{compared.value:.6g}"
+        pairs.append((compared.title, text))
+    pairs.append(("best", SigmaRel(report.best).title))
+    pairs.append((report.metric, f"{report.value:.6g}"))
+    if gain := describe_gain(report):
+        pairs.append(("gain", gain))
+    pairs.append(("statistically tied", describe_tie(report.found)))
+    pairs.append(("predicted error", percent(report.predicted_error)))
+    if report.is_at_end and not report.lengths.listed:
+        count += "; the best lies at the end of the range, and may lie beyond"
+    pairs.append(("measured", count))
+    return pairs
+
+
+def describe_gain(report: SweepReport) -> str:
+    """Return how much better than the compared weights the best average is; empty if unknown."""
+    texts = []
+    for title, _, gain in report.gains:
+        if gain is not None:
+            better = "better" if gain > 0 else "worse"
+            name = title if title.startswith("your") else f"the {title}"
+            texts.append(f"{percent(abs(gain))} {better} than {name}")
+    return ", ".join(texts)
+
+
+def describe_tie(found: Estimate) -> str:
+    """Return which lengths are not significantly worse than the best one."""
+    if found.noise == 0:
+        return "none: the metric has no noise"
+    if found.tied is None:
+        return "unknown: too few trials show the noise"
+    low, high = found.tied
+    if low == high:
+        return "none"
+    return f"sigma_rel {low:.12g} to {high:.12g}"

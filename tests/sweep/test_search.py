@@ -1,0 +1,194 @@
+"""The estimate of the best length from noisy metrics, and the order in which lengths are
+measured."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from posthoc_cli.sweep import Lengths
+from posthoc_cli.sweep.search import (
+    USUAL_BUDGET,
+    Trial,
+    estimate,
+    fit_quadratics,
+    next_measurements,
+)
+
+LOW = 0.02
+HIGH = 0.28
+LENGTHS = Lengths(LOW, HIGH)
+
+
+def bowl(x, best=0.09):
+    return math.log(x / best) ** 2
+
+
+def trial(x, value, seed=0, **fields):
+    return Trial(f"sigma_rel {x:g}", x, seed, value, **fields)
+
+
+def searched(value_of, lengths=LENGTHS, budget=USUAL_BUDGET, before=(), minimize=True):
+    """Measure until the search ends, and return all trials."""
+    trials = list(before)
+    while batch := next_measurements(trials, lengths, budget, minimize):
+        for x, seed in batch:
+            trials.append(trial(x, value_of(x), seed))
+    return trials
+
+
+def found(trials, lengths=LENGTHS, budget=USUAL_BUDGET, minimize=True):
+    return estimate(trials, lengths.step(budget), minimize)
+
+
+def noisy(noise, seed=0, best=0.09):
+    """Return a bowl as a metric with noise."""
+    random = np.random.default_rng(seed)
+    return lambda x: bowl(x, best) + noise * random.normal()
+
+
+def test_a_local_quadratic_gives_value_slope_and_curvature_of_a_quadratic_exactly():
+    places = np.log(LENGTHS.grid(12))
+    rows = fit_quadratics(places, np.ones(12), 2.5 * LENGTHS.step(12))
+    values = 3 - 2 * places + 5 * places**2
+    exact = [values, -2 + 10 * places, 5 + 0 * places]
+    assert_allclose(rows @ values, exact, rtol=1e-8)
+
+
+@pytest.mark.parametrize("unit", [1, -1e-9])
+def test_of_a_metric_without_noise_the_best_length_is_found_and_measured_twice(unit):
+    trials = searched(lambda x: unit * bowl(x), minimize=unit > 0)
+    best = found(trials, minimize=unit > 0)
+    assert best.best == pytest.approx(0.09, rel=0.02)
+    assert best.noise == 0
+    assert best.tied is None
+    assert_allclose(best.means, [unit * bowl(x) for x in best.sigma_rels], rtol=1e-12)
+    assert [each.seed for each in trials] == [0] * 13 + [1]
+    assert trials[-1].sigma_rel == best.best
+
+
+def test_of_a_metric_with_noise_the_best_and_its_neighbours_are_measured_once_more():
+    trials = searched(noisy(0.3))
+    again = sorted(each.sigma_rel for each in trials if each.seed == 1)
+    grid = sorted({each.sigma_rel for each in trials})
+    first = grid.index(again[0])
+    assert again == grid[first : first + 3]
+    assert len(trials) <= 17
+
+
+@pytest.mark.parametrize("noise", [0.05, 0.5])
+def test_the_noise_and_the_standard_errors_are_those_of_the_metric(noise):
+    """Over 100 searches, whose means are close to the expectations."""
+    estimates = [found(searched(noisy(noise, seed))) for seed in range(100)]
+    variances = [each.noise**2 for each in estimates]
+    assert math.sqrt(np.mean(variances)) == pytest.approx(noise, rel=0.2)
+    off = []
+    stated = []
+    for each in estimates:
+        place = abs(np.log(each.sigma_rels / 0.04)).argmin()
+        off.append(each.means[place] - bowl(each.sigma_rels[place]))
+        stated.append(each.errors[place])
+    assert np.std(off) == pytest.approx(np.mean(stated), rel=0.35)
+
+
+def test_the_tied_lengths_contain_the_best_one_and_the_choice_is_within_the_noise():
+    right = 0
+    regrets = []
+    for seed in range(40):
+        each = found(searched(noisy(0.5, seed)))
+        low, high = each.tied
+        assert low <= each.best <= high
+        nearest = each.sigma_rels[abs(np.log(each.sigma_rels / 0.09)).argmin()]
+        right += low <= nearest <= high
+        regrets.append(bowl(each.best))
+    assert right >= 34
+    assert np.mean(regrets) < 0.5 / 3
+
+
+def test_a_stated_error_bounds_the_noise():
+    trials = [replace(each, standard_error=0.1) for each in searched(noisy(1.0))]
+    assert found(trials).noise == 0.1
+
+
+def test_of_a_list_each_length_is_measured_once_and_the_noise_may_be_unknown():
+    lengths = Lengths.from_list([0.2, 0.05, 0.1])
+    trials = searched(bowl, lengths)
+    assert [(each.sigma_rel, each.seed) for each in trials] == [(0.05, 0), (0.1, 0), (0.2, 0)]
+    best = found(trials, lengths)
+    assert best.best == 0.1
+    assert math.isnan(best.noise)
+    assert best.tied is None
+
+
+def test_without_a_direction_only_the_grid_is_measured():
+    trials = searched(bowl, budget=6, minimize=None)
+    assert [each.sigma_rel for each in trials] == LENGTHS.grid(6)
+
+
+def test_one_far_value_does_not_hide_the_best():
+    """A wrong trial may have a metric far from all others."""
+    trials = []
+    for each in searched(noisy(0.01)):
+        is_wrong = each.sigma_rel == LENGTHS.grid(12)[4]
+        trials.append(replace(each, value=1000.0) if is_wrong else each)
+    best = found(trials)
+    assert best.best == pytest.approx(0.09, rel=0.2)
+    assert best.shown.tolist().count(False) == 1
+
+
+A_STEP = [0.0] * 6 + [1.0] * 6
+TWO_VALUES = [1.0, 0.0] * 6
+
+
+@pytest.mark.parametrize("values", [A_STEP, TWO_VALUES])
+def test_odd_metrics_give_finite_numbers(values):
+    measured = dict(zip(LENGTHS.grid(12), values, strict=True))
+    trials = [trial(x, value) for x, value in measured.items()]
+    best = found(trials)
+    assert np.isfinite([best.noise, *best.means, *best.errors]).all()
+    low, high = best.tied
+    assert low <= best.best <= high
+
+
+def test_a_failed_length_is_not_measured_again_and_a_wider_range_continues():
+    first = searched(noisy(0.01, best=0.2), Lengths(0.02, 0.1))
+    assert found(first, Lengths(0.02, 0.1)).best == 0.1
+    failed = Trial("sigma_rel 0.28", 0.28, 0, error="exit code 1")
+    trials = searched(noisy(0.01, 1, best=0.2), before=[*first, failed])
+    assert {*first} <= {*trials}
+    assert found(trials).best == pytest.approx(0.2, rel=0.1)
+    assert [each.seed for each in trials].count(1) >= 1
+    assert sum(each.sigma_rel == 0.28 for each in trials) == 1
+
+
+@pytest.mark.parametrize(
+    ("lengths", "budget", "grid"),
+    [
+        (Lengths(0.1, 0.1004), 6, [0.1, 0.10008, 0.10016, 0.10024, 0.10032, 0.1004]),
+        (Lengths(0.05, 0.2), 4, [0.05, 0.0794, 0.126, 0.2]),
+    ],
+)
+def test_a_grid_has_round_lengths(lengths, budget, grid):
+    assert lengths.grid(budget) == grid
+
+
+OF_THE_README = {  # the metric of its `train.py`, as a sweep has measured it
+    0.0153: 0.0440033, 0.0275: 0.0388426, 0.0359: 0.0366926, 0.0495: 0.0343492, 0.0627: 0.0329182,
+    0.077: 0.0319349, 0.0891: 0.0313898, 0.103: 0.030981, 0.12: 0.0307419, 0.138: 0.0307956,
+    0.147: 0.0309588, 0.16: 0.0313847, 0.2886: 0.103515,
+}  # fmt: skip
+
+
+def test_of_a_metric_without_noise_the_lowest_measured_one_is_chosen():
+    lengths = [*OF_THE_README]
+    values = [*OF_THE_README.values()]
+
+    def metric(x):
+        return np.interp(math.log(x), np.log(lengths), values)
+
+    trials = searched(metric, Lengths(lengths[0], lengths[-1]))
+    best = found(trials, Lengths(lengths[0], lengths[-1]))
+    assert metric(best.best) == min(each.value for each in trials)
+    assert best.best == pytest.approx(0.12, rel=0.1)
