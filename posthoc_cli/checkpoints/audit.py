@@ -261,9 +261,31 @@ class _Sample:
         scale = 1 / np.maximum(motion, 1e-300)
         gram = self.gram[:, pieces] * scale[:, None, None]
         rounding = self.rounding[:, pieces] * scale
-        gram[..., 0, 0] = np.maximum(gram[..., 0, 0] - rounding[1:], 0)
-        gram[..., 1, 1] = np.maximum(gram[..., 1, 1] - rounding[:-1], 0)
+        before, after = rounding[:-1], rounding[1:]
+        moved = gram[..., 0, 0] + gram[..., 1, 1] - 2 * gram[..., 0, 1]
+        shared = _shared_rounding(moved, (before + after) / 2)
+        gram[..., 0, 0] -= after
+        gram[..., 1, 1] -= before
+        gram[..., 0, 1] -= shared
+        gram[..., 1, 0] -= shared
         return Intervals(updates, gram, rounding[1:] + rounding[:-1])
+
+
+def _shared_rounding(moved: FloatArray, rounding: FloatArray) -> FloatArray:
+    """Return the covariance of the rounding errors of two values that moved so far, of the variance
+    `rounding` each: both squared, as stored.
+
+    A value that moves by m spacings moves by f (1 - f) more, squared, if it is rounded, where f is
+    the fraction of m. Of normally distributed m with deviation s this is in the mean 1/6 less the
+    sum of exp(-2 (pi k s)^2) / (pi k)^2, and twice the variance less twice the covariance.
+    """
+    deviations = np.append(0, np.geomspace(1e-4, 2, 200))
+    numbers = np.arange(1, 30)
+    decays = np.exp(-2 * (np.pi * numbers * deviations[:, None]) ** 2)
+    covariances = (decays / (np.pi * numbers) ** 2 / 2).sum(axis=1)
+    squares = deviations**2 + 2 * (covariances[0] - covariances)
+    spacings = 12 * np.maximum(rounding, 1e-300)
+    return np.asarray(spacings * np.interp(moved / spacings, squares, covariances, right=0.0))
 
 
 _Point = tuple[FloatArray, FloatArray, FloatArray]
@@ -407,6 +429,9 @@ class _Judge:
         stays = self.sample.stays
         if not moves.any():
             return "undetermined", "the weights stand still between these checkpoints"
+        if self.last < 2:
+            reason = f"with an update every {self.every:,} {self.unit} there is at most one"
+            return "undetermined", reason
         if (stays | ~moves).all():
             text = "the average does not move while the weights do: is its update called, and on "
             text += "the same tensors that are saved (names after torch.compile, shards of ZeRO-3)?"
@@ -659,6 +684,7 @@ class _Judge:
         spacings = np.diff(times)
         longer = np.sqrt(np.maximum(spacings / np.median(spacings), 1))
         jumps = shares > np.maximum(_JUMP, _JUMPS * np.median(shares) * longer)
+        jumps &= ~is_still
         places = np.flatnonzero(jumps | np.array(differs))
         if len(own) < 3 or not places.size:
             return None
@@ -805,7 +831,7 @@ def _clearly(rows: Intervals) -> float:
 def _unexplained(rows: Intervals, fit: _Fit) -> FloatArray:
     """Return the share of the average's motion in each interval that is left unexplained, as an L2
     norm: in the median over the pieces, of which one may have been scaled for some steps."""
-    shares = rows.residuals(fit.family, fit.log) / rows.motion
+    shares = np.maximum(rows.residuals(fit.family, fit.log), 0) / rows.motion
     return np.sqrt(np.median(shares, axis=1))
 
 

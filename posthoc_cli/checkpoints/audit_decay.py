@@ -96,6 +96,7 @@ class Family:
         """Return the logs between which a length is searched."""
         if self.is_known:
             return -5.0, 5.0
+        updates = max(updates, 2.0)
         if self.rule.warm_up == POWER_FUNCTION:
             return 0.0, math.log(updates) - 1e-9
         return -0.5, math.log(100 * updates)
@@ -165,7 +166,11 @@ class Intervals:
 
     def residuals(self, family: Family, log: float, goes_on: bool = False) -> FloatArray:
         """Return the squared norms of y - B d - s v: [intervals, pieces]; with `goes_on` without
-        what the motion before and after explains."""
+        what the motion before and after explains.
+
+        They are negative where averages that hardly moved are rounded alike, so that less than the
+        variance of two roundings is left.
+        """
         b, s = self.shares(family, log)
         factors = np.zeros((len(b), 5))
         factors[:, 0] = 1
@@ -179,14 +184,14 @@ class Intervals:
             size = np.trace(others, axis1=2, axis2=3)[..., None, None]
             solved = np.linalg.solve(others + (1e-9 * size + 1e-300) * np.eye(2), near)
             left = left - (near * solved).sum(axis=(2, 3))
-        return np.maximum(left, 0.0)
+        return left
 
     def misfit(self, family: Family, log: float, goes_on: bool = False) -> float:
         """Return the mean log of the residuals, of all intervals and pieces alike.
 
         Of ten trainings lengths are so half as far off as by the logs of sums over pieces.
         """
-        left = self.residuals(family, log, goes_on) + self.rounding
+        left = np.maximum(self.residuals(family, log, goes_on) + self.rounding, 0)
         motion = self.gram[..., 2, 2]
         return float(np.log(left + 1e-9 * motion + _NOTHING).mean())
 

@@ -34,7 +34,7 @@ from posthoc_cli.checkpoints.open_run import (
     is_copy,
     read_place,
 )
-from posthoc_cli.checkpoints.settings import FOUND, UNSPECIFIED, ImportSettings
+from posthoc_cli.checkpoints.settings import FOUND, UNSPECIFIED, ImportSettings, warm_up_of
 from posthoc_cli.checkpoints.source import Checkpoint, first_values
 from posthoc_cli.errors import DirectoryError, InvalidValueError
 from posthoc_cli.profiles import POWER_FUNCTION, RULES, OrdinaryEMA, WarmUp
@@ -266,7 +266,8 @@ class _Decays:
         self._check_is_average(audit)
         rounded = self._rounded(audit)
         sigma = audit.uncertainty or 0.0
-        if audit.verdict == "found" and len(rounded) == 1 and sigma <= _SURE:
+        is_reached = not any(candidate.rises for candidate in audit.candidates)
+        if audit.verdict == "found" and len(rounded) == 1 and sigma <= _SURE and is_reached:
             (changes,) = rounded
             shown = changes.get("ema_decay") or changes["ema_warmup"]
             text = f"found: {audit.text}; taken as {shown}"
@@ -336,10 +337,21 @@ class _Decays:
                 given = replace(given, ema_doubt=min(audit.difference, 3.0) or None)
             lines.append(f"given: {audit.text}")
         if not lines:
+            self._check_warm_up()
             _check_alone(self.averages)
             reason = "is as given or in files: without weights next to the averages it cannot be "
             lines.append(f"{name} {reason}checked")
         return given, lines
+
+    def _check_warm_up(self) -> None:
+        """Raise InvalidValueError for a warm-up other than what files state."""
+        given = warm_up_of(self.given.ema_warmup or "")
+        for source in self.averages:
+            stated = source.updates.rule.get("warm_up") if source.updates else None
+            if given and stated and given["warm_up"] != stated:
+                reason = f"contradicts {source.path.name}, whose decay rises by {stated}, and "
+                reason += "without weights next to the averages nothing shows which is right"
+                raise InvalidValueError("ema_warmup", reason, value=self.given.ema_warmup)
 
     def _refuted(self, audit: Audit) -> InvalidValueError:
         """Return the error that names the setting which an audit refutes."""

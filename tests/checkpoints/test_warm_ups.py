@@ -1,10 +1,6 @@
 """Ordinary EMAs whose files lack the warm-up, restarts or clock: an import finds, takes or requires
 them."""
 
-import json
-
-import edm2_layout
-import numpy as np
 import pytest
 import torch
 from trained import (
@@ -14,9 +10,6 @@ from trained import (
     by,
     check,
     error_of,
-    follow,
-    named,
-    network,
     paste,
     ratio,
     settings_of,
@@ -188,106 +181,30 @@ def test_a_power_function_is_found_if_that_is_asked_for(files, run):
         assert error < 2 * predicted < 3e-2
 
 
-# --- EDM and StyleGAN: pickles, a half-life in images, a ramp-up
-
-BATCH = 400
-HALF_LIFE = 60_000
-
-
-def half_life(step):
-    """Return the decay of a step by the formula, from the images before it."""
-    images = (step - 1) * BATCH
-    length = min(HALF_LIFE, 0.05 * images)
-    return 0.5 ** (BATCH / max(length, 1e-8))
+def ramp_up(n):
+    """Return the decay of an update by the formula, from the steps before it: of a half-life of 150
+    steps, and of 0.05 of the training at first."""
+    length = min(150, 0.05 * (n - 1))
+    return 0.5 ** (1 / max(length, 1e-8))
 
 
-def persistent(vector):
-    net = edm2_layout.Persistent()
-    net.model = network()
-    net.model.load_state_dict(named(vector))
-    return net
-
-
-def edm(folder, library="edm", decay=half_life):
-    """Write files in these trainings' format: pickles of objects with their source, named by
-    thousands of images."""
-    folder.mkdir()
-    averages = follow(by(decay))
-    for step in TIMES:
-        kimg = f"{step * BATCH // 1000:06d}"
-        path = folder / f"network-snapshot-{kimg}.pkl"
-        weights = persistent(train()[step - 1])
-        average = persistent(averages[step - 1])
-        if library == "edm":
-            edm2_layout.save(path, average, half=False)
-            state = {"net": weights.state_dict(), "optimizer_state": {}}
-            torch.save(state, folder / f"training-state-{kimg}.pt")
-        else:
-            others = {"G": weights, "D": edm2_layout.network()}
-            edm2_layout.save(
-                path,
-                average,
-                half=False,
-                under="G_ema",
-                **others,
-            )
-    return folder
-
-
-def without_ramp_up(_):
-    return 0.5 ** (BATCH / HALF_LIFE)
-
-
-@pytest.mark.parametrize(
-    ("library", "decay", "options"),
-    [
-        ("edm", half_life, {"ema_halflife_kimg": 60}),
-        ("stylegan", without_ramp_up, {"ema_kimg": 60, "ema_rampup": None}),
-    ],
-)
-def test_half_lives_in_images(library, decay, options, files):
-    folder = edm(files, library, decay)
-    text = json.dumps({"batch_size": BATCH, **options})
-    (folder / "training_options.json").write_text(text)
-    run = Run(folder)
-    times = [one.t for one in run.sources]
-    assert {*times} == {BATCH * step for step in TIMES}
-    assert len(times) == 2 * len(TIMES)
-    assert {one.t_unit for one in run.sources} == {"images"}
-    check(run, prefix="model.")
-    last = [one for one in run.sources if one.step == BATCH * STEPS]
-    (profile,) = (one.profile for one in last if one.decay)
-    for step in (1, 50, 1400, 1499):
-        decays = [decay(later) for later in range(step + 1, STEPS + 1)]
-        mass = 1 - np.prod(decays)
-        assert profile.tail(step * BATCH) == pytest.approx(mass, abs=1e-9)
-
-
-@pytest.fixture(scope="module")
-def of_edm(tmp_path_factory):
-    """Return files that do not say the half-life."""
-    return edm(tmp_path_factory.mktemp("edm") / "files")
-
-
-def test_what_files_of_images_do_not_say_is_asked_for(of_edm, run, ema):
-    command = ["import", of_edm, "--out", run]
-    assert "--update-every: must be given, the images of a batch: " in ema(*command).error
-    command += ["--update-every", BATCH, "--ema-decay", "half-life:60k"]
-    assert "--ema-warmup: must be given, ramp-up or none: " in ema(*command).error
-    done = ema(*command, "--ema-warmup", "ramp-up")
-    assert "as claimed" in done.out, done.err
-    check(run, prefix="model.")
-
-
-def test_a_ramp_up_is_proposed(of_edm, run):
+def test_a_ramp_up_is_proposed(files, run):
+    write(files, train(), by(ramp_up))
     with pytest.raises(InvalidValueError, match=r"--ema-warmup ramp-up --out run$") as asked:
-        import_checkpoints(of_edm, run, update_every=BATCH)
+        import_checkpoints(files, run)
     paste(asked.value, run)
-    check(run, prefix="model.")
+    check(run)
 
 
-def test_names_count_thousands_of_images_rounded_down(of_edm):
-    file = of_edm / "network-snapshot-000040.pkl"
-    settings = {"update_every": 399, "ema_decay": "half-life:60k", "ema_warmup": "ramp-up"}
-    done = import_checkpoints(file, None, dry_run=True, **settings)
-    assert done.checkpoints[0].step == 101 * 399
+def test_a_ramp_up_is_taken_by_options(files, run):
+    write(files, train(), by(ramp_up))
+    done = import_checkpoints(files, run, ema_decay="half-life:150", ema_warmup="ramp-up")
+    assert "as claimed" in done.checks[-1]
+    check(run)
+
+
+@pytest.mark.parametrize("every", [400, STEPS, 10 * STEPS])
+def test_an_interval_of_updates_longer_than_the_training_is_no_crash(every, files, run):
+    write(files, train(), by(ramp_up))
+    with pytest.raises(InvalidValueError, match="ema_decay: must be given"):
+        import_checkpoints(files, run, update_every=every)
