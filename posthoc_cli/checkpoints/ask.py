@@ -11,8 +11,9 @@ from posthoc_cli.errors import InvalidValueError, PostHocError
 
 T = TypeVar("T")
 Answer = Mapping[str, Any]
-"""Settings of an import by name, and perhaps another `place`: a glob. A number that the user alone
-knows is the text "N"."""
+"""Settings of an import by name, and perhaps another `place`: a glob."""
+ASKED = "N"
+"""A number that the user alone knows, in a command to paste."""
 
 _MOST = 3  # questions in turn that a proposed command may lead to
 
@@ -79,7 +80,7 @@ def _goes_through(
     attempt: Attempt[T],
     most: int,
 ) -> bool:
-    if "N" in settings.values():
+    if ASKED in settings.values():
         return True
     try:
         attempt(place, settings)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.ask import with_command
+from posthoc_cli.checkpoints.ask import ASKED, with_command
 from posthoc_cli.checkpoints.audit import (
     DOES_NOT_MOVE,
     EQUALS,
@@ -46,7 +46,6 @@ _SURE = 0.05  # largest uncertainty of a length from which a decay is taken
 _CLEAR = 0.1  # and one from which a decay is proposed
 _LARGE = 4.0  # times the norm of an average: more than of weights that grow evenly from 0
 _COMPARED = 6  # newest averages of which that is looked at
-_ASKED = "N"  # what the user alone knows, in a command to paste
 
 Settings = dict[str, Any]
 """Fields of `ImportSettings` to change."""
@@ -282,7 +281,21 @@ class _Decays:
         proposals = rounded
         if audit.verdict == "found" and sigma <= _CLEAR:
             proposals = [*rounded, {"ema_decay": FOUND}]
-        raise self._question("ema_decay", audit.text, *proposals)
+        reason = audit.text if rounded else audit.text + self._round_epochs(audit)
+        raise self._question("ema_decay", reason, *proposals)
+
+    def _round_epochs(self, audit: Audit) -> str:
+        """Say with which simple number of steps per epoch near the given one the decay is round."""
+        given = self.given.steps_per_epoch
+        if not given or not audit.length:
+            return ""
+        power = 10 ** math.floor(math.log10(given))
+        simple = {digits * power // 2 for digits in (1, 2, 3, 4, 5, 6, 8, 10, 20)}
+        for number in sorted(simple - {0, given}, key=lambda number: abs(math.log(number / given))):
+            decay = 1 - given / (audit.length * number)
+            for rounded in round_decays(decay, audit.uncertainty or 0.0):
+                return f"; with `steps_per_epoch` {number:,} it would be {rounded:g}"
+        return ""
 
     def _taken(self, changes: Settings, uncertainty: float) -> ImportSettings:
         """Return the settings with those of a decay that was found."""
@@ -414,7 +427,7 @@ class _Decays:
 
     def _question(self, name: str, reason: str, *proposals: Settings) -> InvalidValueError:
         """Return the error that asks for a setting."""
-        open_one = {name: _ASKED}
+        open_one = {name: ASKED}
         return self._refusal(name, f"must be given: {reason}", [*proposals, open_one])
 
     def _refusal(
@@ -431,13 +444,13 @@ class _Decays:
         if not going:
             return InvalidValueError(name, reason, value=value)
         best, *others = going
-        if choices := [_options(changes) for changes in others if _ASKED not in changes.values()]:
+        if choices := [_options(changes) for changes in others if ASKED not in changes.values()]:
             reason += f"; {' or '.join(choices)} would fit, too, less well"
         command = self.given.command(self.place, **best)
         return InvalidValueError(name, reason, f"paste: {command}", value=value)
 
     def _goes_through(self, changes: Settings) -> bool:
-        if _ASKED in changes.values():
+        if ASKED in changes.values():
             return True
         try:
             self._with(replace(self.given, **changes), is_trial=True).settle()

@@ -25,7 +25,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from posthoc_cli.checkpoints.ask import QuestionError
+from posthoc_cli.checkpoints.ask import ASKED, QuestionError
 from posthoc_cli.checkpoints.clock import UNREAD, Reading
 from posthoc_cli.checkpoints.containers import stem_of
 from posthoc_cli.checkpoints.content import Content, Tensors, Values, names_in, open_checkpoint
@@ -455,7 +455,7 @@ def check_given(found: Found, settings: ImportSettings) -> None:
         usual = [f"{each} is {_DEFAULTS[each]}" for each in missing if each in _DEFAULTS]
         if usual:
             reason += f"; by default {' and '.join(usual)}"
-        raise QuestionError(missing[0], reason, dict.fromkeys(missing, "N"))
+        raise QuestionError(missing[0], reason, dict.fromkeys(missing, ASKED))
     if found.updates is not None and len(settings.sigma_rels) > 1:
         raise InvalidValueError("sigma_rels", f"must be one, of the average in {name}")
     if found.profile is not None and found.lacks and not found.sigma_rel:

@@ -25,7 +25,7 @@ import numpy as np
 import xxhash
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.ask import Answer, QuestionError
+from posthoc_cli.checkpoints.ask import ASKED, Answer, QuestionError
 from posthoc_cli.checkpoints.clock import UNREAD, Times, read_signs, times_of
 from posthoc_cli.checkpoints.containers import KIND, container_of, foreign_error
 from posthoc_cli.checkpoints.content import Content, names_in, open_checkpoint
@@ -148,7 +148,7 @@ def _check_unit(times: Times) -> None:
     """Raise a QuestionError if numbers are epochs: the decay of an average is one of steps."""
     if times.unit == "epochs":
         reason = f"must be given: decays are of steps, and numbers are {times.says}"
-        raise QuestionError("steps_per_epoch", reason, {"steps_per_epoch": "N"})
+        raise QuestionError("steps_per_epoch", reason, {"steps_per_epoch": ASKED})
 
 
 def _times(run: Sequence[Found], settings: ImportSettings) -> Times:
@@ -571,11 +571,17 @@ def _check_roles(run: list[Found], settings: ImportSettings) -> list[Found]:
     if not is_named and not are_near(ours[-1], theirs[-1]):
         reason = f"must be given: {named} is unrelated to {model}, as no average is"
         raise QuestionError("average", reason, *others, alone)
-    is_said = is_named and settings.ema_decay is not None  # two signs, which the audit compares
-    if average > _SLOWER * weights and not is_said:
-        reason = f"must be given: {named} moves no less than {model}, as no average does"
-        if pair.average_key and pair.weights_key:
-            others.insert(0, {"average": pair.weights_key, "weights": pair.average_key})
+    is_said = settings.average is not None or (is_named and settings.ema_decay is not None)
+    most = 1 / _SLOWER if is_said else _SLOWER  # an average of files far apart moves as the weights
+    if average > most * weights:
+        found = "does not fit" if settings.average else "must be given"
+        reason = f"{found}: {named} moves no less than {model}, as no average does"
+        if average > weights / _SLOWER:
+            likely = {"average": pair.weights_key, "weights": pair.average_key}
+        else:
+            likely = {"average": pair.average_key, "ema_decay": ASKED}
+        if all(likely.values()):
+            others.insert(0, likely)
         raise QuestionError("average", reason, *others, alone)
     return run
 

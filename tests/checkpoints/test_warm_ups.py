@@ -158,6 +158,16 @@ def test_a_decay_that_is_none_of_steps_asks_whether_numbers_are_epochs(files):
     assert {round(one.decay, 3) for one in found.checkpoints} == {0.0, 0.995}
 
 
+@pytest.mark.parametrize("given", [25, 24, 17])
+def test_a_wrong_length_of_epochs_is_shown_by_a_decay_that_is_not_round(given, files):
+    """Epochs have 20 steps."""
+    write(files, train(), by(lambda _: 0.995), form=without_a_step)
+    for step in TIMES:
+        (files / f"step{step}.pt").rename(files / f"epoch{step // 20}.pt")
+    with pytest.raises(InvalidValueError, match=r"with `steps_per_epoch` 20 it would be 0\.995"):
+        import_checkpoints(files, None, dry_run=True, steps_per_epoch=given)
+
+
 def of_power(folder, exponent, weights):
     """Write averages whose n-th update keeps (1 - 1/n)^exponent; return their folder and width."""
     write(folder, weights, by(lambda n: (1 - 1 / n) ** exponent))
