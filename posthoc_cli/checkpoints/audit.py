@@ -150,6 +150,7 @@ class Audit:
     # rules that explain the files about equally, the best first; none for a claim
     candidates: tuple[Candidate, ...] = ()
     copied_until: float | None = None  # last time at which the average had not begun
+    set_back_at: float | None = None  # first time that does not follow from the one before
     # names of the tensors that the verdict is about; empty for all tensors
     tensors: tuple[str, ...] = ()
     intervals: tuple[Interval, ...] = ()
@@ -486,9 +487,8 @@ class _Judge:
             texts = " or by ".join(candidate.text for candidate in candidates)
             text = f"the average moves as by {texts}, not {_claim_text(self.claim.rule)}"
             return replace(audit, verdict="another rule", text=text)
-        if broken := self._broken(rows, best):
-            verdict, text = broken
-            return replace(audit, verdict=verdict, text=text, found=None)
+        if broken := self._broken(audit, rows, best):
+            return broken
         texts = ", and as ".join(candidate.text for candidate in candidates)
         if len(candidates) > 1:
             text = f"the files show it about equally as {texts}"
@@ -663,12 +663,13 @@ class _Judge:
 
     # --- verdicts
 
-    def _broken(self, rows: Intervals, best: _Fit) -> tuple[str, str] | None:
-        """Return the verdict, and its text, on an average that the weights do not explain, or not
-        in some intervals."""
+    def _broken(self, audit: Audit, rows: Intervals, best: _Fit) -> Audit | None:
+        """Return the audit of an average that the weights do not explain, or not in some
+        intervals."""
+        audit = replace(audit, found=None)
         shares = _unexplained(rows, best)
         if np.median(shares) > _FOREIGN:
-            return "undetermined", _OTHER_WEIGHTS
+            return replace(audit, verdict="undetermined", text=_OTHER_WEIGHTS)
         own = self._own(rows, best)
         is_still = np.asarray(self.sample.stays[self.copies :].all(axis=1))  # between two updates
         differs = [
@@ -679,7 +680,7 @@ class _Judge:
             lengths = [self._length(fit, self.last) for fit in own]
             text = f"each interval alone shows another length, from {min(lengths):,.3g} to "
             text += f"{max(lengths):,.3g} {self.unit}: its decay changes by an unknown rule"
-            return "another rule", text
+            return replace(audit, verdict="another rule", text=text)
         times = self.sample.times[self.copies :]
         spacings = np.diff(times)
         longer = np.sqrt(np.maximum(spacings / np.median(spacings), 1))
@@ -693,7 +694,7 @@ class _Judge:
         text += (
             "began again from the weights, it or the weights were replaced, or its decay changed"
         )
-        return SET_BACK, text
+        return replace(audit, verdict=SET_BACK, text=text, set_back_at=float(end))
 
     def _compared(
         self,
@@ -705,9 +706,8 @@ class _Judge:
         """Return the audit of an average with a claim, by the best one of its family."""
         sigma = self._uncertainty(rows, best)
         audit = self._with_findings(audit, rows, best, sigma)
-        if broken := self._broken(rows, best):
-            verdict, text = broken
-            return replace(audit, verdict=verdict, text=text, found=None)
+        if broken := self._broken(audit, rows, best):
+            return broken
         found = self._candidate(best, sigma).text
         claimed = _claim_text(best.family.rule)
         difference = abs(best.log)

@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-from posthoc_cli.checkpoints.ask import QuestionError
+from posthoc_cli.checkpoints.ask import Answer, QuestionError
 from posthoc_cli.checkpoints.containers import stem_of
 from posthoc_cli.checkpoints.content import Content
 from posthoc_cli.checkpoints.settings import ImportSettings, read_number
@@ -63,6 +63,7 @@ _NO_STEP = "v|version|fp|bf|int|float|fold|seed|copy|acc|loss|fid|psnr|wer|m?ap|
 _ALONE = re.compile(
     rf"(?P<other>(?<![a-z])(?:{_NO_STEP})[_.=\-]?)?(?P<number>[0-9]+){_MORE}", re.IGNORECASE
 )
+_SPELLED = r"[0-9]{1,3}(?:[_,][0-9]{3})+(?![0-9])|[0-9]+(?:\.[0-9]+)?[kmb]?"  # 1_000, 1.5k or 1000
 _DATE = re.compile(
     r"(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])(?:[0-9]{4}|[0-9]{6})?"
     r"|1[5-9][0-9]{8}(?:[0-9]{3})?"  # seconds, or thousandths, of 2017 to 2033
@@ -295,7 +296,20 @@ def _marked(name: str) -> tuple[Unit, list[re.Match[str]]]:
 
 
 def _doubt(path: Path, doubt: str) -> InvalidValueError:
-    return InvalidValueError(path, f"cannot determine its training step: {doubt}", _HINT)
+    """Return the question which number of a name is the step, the last one first."""
+    reason = f"cannot determine its training step: {doubt}"
+    answers: list[Answer] = []
+    end = 0
+    for number in re.finditer(_SPELLED, path.name):
+        before = re.escape(path.name[end : number.start()]) or "/"
+        digits = r"(\d+)"
+        if not number[0].isdecimal():
+            digits = r"([\d_,]+)" if number[0][-1].isdigit() else r"([\d.]+[kmb])"
+        answers.insert(0, {"step_from": before + digits})
+        end = number.end()
+    return (
+        QuestionError(path, reason, *answers) if answers else InvalidValueError(path, reason, _HINT)
+    )
 
 
 # --- all checkpoints of a run

@@ -8,6 +8,8 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from glob import escape as glob_escape
 from pathlib import Path
 from typing import Any
 
@@ -392,8 +394,11 @@ class _Decays:
         began."""
         weights = self.given.command(self.place, kind="checkpoints")
         if audit.verdict in (SET_BACK, DOES_NOT_MOVE):
-            reason = f"{audit.text}; name files of one side by a glob, later ones with "
-            reason += "`update_after_step`, or take the weights alone"
+            side = "name files of one side by a glob, later ones with `update_after_step`"
+            if later := self._glob_from(audit.set_back_at):
+                side = "for later files, with the step N at which it began: "
+                side += self.given.command(later, update_after_step=ASKED)
+            reason = f"{audit.text}; {side}; or take the weights alone"
             raise InvalidValueError("average", reason, weights)
         if audit.verdict == EQUALS:
             raise InvalidValueError("average", f"{audit.text}; take the weights alone", weights)
@@ -406,6 +411,19 @@ class _Decays:
         if begins and self.given.update_after_step is None:
             what = f"no average differs from the weights until step {begins:,.12g}"
             raise self._question("update_after_step", f"{what}, after which it began")
+
+    def _glob_from(self, time: float | None) -> str:
+        """Return a glob of later files alone, with as many digits as the newest; empty if there is
+        none."""
+        newest = self.checkpoints[-1].path
+        if time is None:
+            return ""
+        later = {source.path for source in self.checkpoints if source.t >= time}
+        earlier = {source.path for source in self.checkpoints if source.t < time}
+        alike = [str(path) for path in later if len(str(path)) == len(str(newest))]
+        glob = "".join(map(_glob_of_characters, zip(*alike, strict=True)))
+        is_apart = not any(fnmatch(str(path), glob) for path in earlier)
+        return glob if is_apart and len(alike) > 1 else ""
 
     def _copied_until(self, audit: Audit) -> float:
         """Return the last time of weights without an average, or with a copy, that nothing else
@@ -471,6 +489,12 @@ def _settings(candidate: Candidate, value: float) -> Settings:
     if candidate.every > 1:
         changes["update_every"] = candidate.every
     return changes
+
+
+def _glob_of_characters(characters: Sequence[str]) -> str:
+    first = min(characters)
+    last = max(characters)
+    return glob_escape(first) if first == last else f"[{first}-{last}]"
 
 
 def _row(candidate: Candidate) -> WarmUp:

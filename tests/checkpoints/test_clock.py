@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 
 import numpy as np
@@ -368,6 +369,22 @@ def test_a_folder_without_a_number_is_left_out_of_a_glob(tmp_path, caplog):
     assert steps_of(place, step_from=r"/(\d+)k/") == [100, 200]
     (line,) = caplog.messages
     assert line.endswith("left out: latest/weights.pth (another name)")
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers", "steps"),
+    [
+        ("net_v2_{:_}.pt", (1000, 2000, 3500), [1000, 2000, 3500]),
+        ("a1_b{}.pt", (100, 200), [100, 200]),
+        ("{}-7b.pt", (20250101, 20250301), [20250101, 20250301]),
+        ("m{}k.pt", (1.5, 2.5), [1500, 2500]),
+        ("3_{}.0.pt", (10, 20), [10, 20]),
+    ],
+)
+def test_a_question_about_steps_ends_in_a_pattern_that_reads_them(name, numbers, steps, tmp_path):
+    write(tmp_path, name, numbers)
+    words = shlex.split(asked(tmp_path).partition("paste: ")[2])
+    assert steps_of(tmp_path, step_from=words[words.index("--step-from") + 1]) == steps
 
 
 @pytest.mark.parametrize("folder", ["{}.ckpt", "{:07}"])

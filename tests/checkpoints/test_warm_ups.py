@@ -66,6 +66,10 @@ def test_an_average_that_began_again_is_refused(files, run):
         with pytest.raises(InvalidValueError, match=refused):
             import_checkpoints(files, run, **settings)
     later = files / "step1[0-5]00.pt"
+    with pytest.raises(InvalidValueError) as refusal:
+        import_checkpoints(files, run)
+    command = f"ema import '{later}' --update-after-step N --out run; or take the weights alone"
+    assert command in str(refusal.value)
     import_checkpoints(later, run, update_after_step=850, ema_decay=0.995)
     check(run, most=2e-2, low=0.2)
 
