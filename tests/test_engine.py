@@ -139,7 +139,7 @@ def resident(what):
     return 1024 * int(re.search(rf"Vm{what}:\\s+(\\d+)", status)[1])
 
 before = resident("RSS")
-Run(sys.argv[1]).write(0.15, f"{sys.argv[1]}/out.safetensors", dtype="float32")
+Run(sys.argv[1]).write(0.15, f"{sys.argv[1]}.safetensors", dtype="float32")
 print(resident("HWM") - before)
 """
 

@@ -25,6 +25,7 @@ from posthoc_cli.errors import (
     PostHocError,
     RemoteError,
 )
+from posthoc_cli.run import make_weights
 
 STEPS = (10, 20, 30, 40)
 SHAPES = {"large": (400, 350), "small": (7,), "scalar": ()}
@@ -197,31 +198,34 @@ def test_an_import_on_this_machine_refers_to_files_in_a_store(store, tmp_path, e
 # --- failures
 
 
-@pytest.mark.parametrize(
-    ("request_number", "message"),
-    [
-        (1, "was replaced while it was being used"),  # after its header was read
-        (2, "was changed while it was being read"),  # after its values were read
-    ],
-)
-def test_a_checkpoint_that_is_replaced_while_it_is_read_is_an_error(
-    store, monkeypatch, request_number, message
-):
-    """It has no checksums: the store says that it changed."""
-    path = "/bucket/folders/checkpoint-40/model.safetensors"
-    requests = []
+REPLACED = f"{STORE}/folders/checkpoint-40/model.safetensors"
+
+
+def replace_checkpoint(store):
+    """Put another file of the same size in the place of a checkpoint, which has no checksums."""
+    store.pipe_file(REPLACED, store.open(REPLACED).read()[:-1] + b"\1")
+
+
+def test_a_checkpoint_that_is_replaced_after_its_header_was_read_is_an_error(store):
+    plan = Run(f"{STORE}/folders").plan("last:2")
+    replace_checkpoint(store)
+    with pytest.raises(FileFormatError, match="was replaced while it was being used"):
+        make_weights(plan)
+
+
+def test_a_checkpoint_that_is_replaced_while_its_values_are_read_is_an_error(store, monkeypatch):
+    plan = Run(f"{STORE}/folders").plan("last:2")
     cat_file = type(store).cat_file
 
     def replace_after_reading(self, name, **options):
         data = cat_file(self, name, **options)
-        requests.extend([name] if name.endswith("checkpoint-40/model.safetensors") else [])
-        if len(requests) == request_number:
-            store.pipe_file(path, cat_file(self, path)[:-1] + b"\1")
+        if name == REPLACED:
+            replace_checkpoint(store)
         return data
 
     monkeypatch.setattr(type(store), "cat_file", replace_after_reading)
-    with pytest.raises(FileFormatError, match=message):
-        Run(f"{STORE}/folders").average("last:2")
+    with pytest.raises(FileFormatError, match="was changed while it was being read"):
+        make_weights(plan)
 
 
 @pytest.mark.usefixtures("store")

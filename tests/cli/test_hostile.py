@@ -58,13 +58,6 @@ def test_a_lock_that_is_a_link_is_refused_and_not_followed(tmp_path, precious, n
     assert contents(precious.parent) == {"precious": b"mine"}
 
 
-def test_a_lock_that_is_a_hard_link_is_refused(tmp_path, precious):
-    (tmp_path / ".ema.lock").hardlink_to(precious)
-    with pytest.raises(WriteError, match="is not a lock: it is a hard link"):
-        DirectoryLock(tmp_path)
-    assert precious.read_bytes() == b"mine"
-
-
 def test_texts_from_files_are_escaped_on_the_terminal(ema, tmp_path):
     """Names of tensors and of files, and units."""
     name = "\x1b]0;x\x07\u202e\nema: error: "

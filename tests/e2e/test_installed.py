@@ -9,8 +9,7 @@ from pathlib import Path
 
 import forked
 import pytest
-import torch
-from factories import RUN_ID, write_snapshot
+from factories import random_walk, write_run
 
 import posthoc_cli
 
@@ -100,8 +99,8 @@ def test_a_full_disk_is_an_error_message():
 )
 def test_an_interruption_leaves_nothing(tmp_path, number, code, out):
     run = tmp_path / "run"
-    write_snapshot(run, 1, 0.05, RUN_ID, {"w": torch.ones(3)})
-    words = ("--sigma-rel", "0.12", "--out", tmp_path / out)
+    write_run(run, random_walk(40, {"w": (3,)}), (10, 20, 30, 40))
+    words = ("--sigma-rel", "0.05", "--out", tmp_path / out)
     process = forked.Forked(forked.SLOW + forked.EMA, "synthesize", run, *words)
     while not list(tmp_path.rglob(".ema-*")):
         assert process.poll(0.01) is None

@@ -271,7 +271,7 @@ def test_a_pickled_model_does_not_need_this_package(tmp_path):
         torch.save(model, paths[0])
         ema.update_(model)
         torch.save(copy.deepcopy(model), paths[1])
-        with ema.model(model, 0.1):
+        with ema.model(model, 0.28):
             torch.save(model, paths[2])
     torch.save(model, paths[3])
     done = forked.run(WITHOUT_THE_PACKAGE, *paths)
