@@ -286,15 +286,16 @@ def test_a_safetensors_file_keeps_its_header(tmp_path, run):
 def test_the_output_of_a_trainer_is_copied_without_its_checkpoints(tmp_path, run, ema):
     like = tmp_path / "out"
     out = tmp_path / "new"
-    (like / "checkpoint-10").mkdir(parents=True)
-    (like / "checkpoint-10/config.json").write_text("{}")
+    for step in (10, 20):
+        (like / f"checkpoint-{step}").mkdir(parents=True)
+        torch.save(values(step), like / f"checkpoint-{step}/pytorch_model.bin")
     (like / "config.json").write_text("{}")
     (like / "tf_model.h5").write_bytes(b"old")
     torch.save(values(5), like / "pytorch_model.bin")
     words = ("--target", TARGET, "--like", like, "--out", out)
     done = ema("synthesize", run.directory, *words)
     assert "replaced the weights in out" in done.err
-    assert "not copied: checkpoint-10, tf_model.h5" in done.err
+    assert "not copied: checkpoint-10, checkpoint-20, tf_model.h5" in done.err
     assert contents(out).keys() == {"config.json", "pytorch_model.bin"}
     check_replaced(load(out / "pytorch_model.bin"))
 

@@ -33,6 +33,10 @@ class QuestionError(InvalidValueError):
         self.answers = answers
 
 
+class ProposalError(InvalidValueError):
+    """An error whose hint is a command to paste that goes through, perhaps after another one."""
+
+
 def _phrase(answer: Answer) -> str:
     """Return an answer in words, for a caller that is no import."""
     parts = []
@@ -69,9 +73,7 @@ def _with_line(
 ) -> InvalidValueError:
     changes = {"place": place, **answer}
     line = ImportSettings(**given).command(**changes)
-    return InvalidValueError(
-        question.subject, question.reason, f"paste: {line}", value=question.value
-    )
+    return ProposalError(question.subject, question.reason, f"paste: {line}", value=question.value)
 
 
 def _goes_through(
@@ -91,6 +93,8 @@ def _goes_through(
             if _goes_through(chosen, following, attempt, most - 1):
                 return True
         return False
+    except ProposalError:
+        return True
     except PostHocError:
         return False
     return True

@@ -206,7 +206,7 @@ class Intervals:
         low, high = family.limits(self.updates[-1])
         count = _GRID
         if near is not None:
-            low = max(low, near - 2)
+            low = max(low, min(near, high) - 2)
             high = min(high, near + 2)
             count = _GRID // 2
         grid = np.linspace(low, high, count)

@@ -212,7 +212,7 @@ def _search(path: Path, settings: ImportSettings) -> Reading:
     unit: Unit = "epochs"
     if not settings.steps_per_epoch:
         unit = _unit_at(match[0], match.start(1) - match.start())
-    return Reading(checked_number(path, number), unit, "what `step_from` finds")
+    return Reading(checked_number(path, number), unit, "what the given pattern finds")
 
 
 def _unit_at(text: str, begin: int) -> Unit:
@@ -304,7 +304,7 @@ def _doubt(path: Path, doubt: str) -> InvalidValueError:
         before = re.escape(path.name[end : number.start()]) or "/"
         digits = r"(\d+)"
         if not number[0].isdecimal():
-            digits = r"([\d_,]+)" if number[0][-1].isdigit() else r"([\d.]+[kmb])"
+            digits = r"(\d[\d_,]*\d)" if number[0][-1].isdigit() else r"([\d.]+[kmb])"
         answers.insert(0, {"step_from": before + digits})
         end = number.end()
     return (

@@ -25,6 +25,7 @@ from posthoc_cli.checkpoints.folders import (
     OneFile,
     Sets,
     Shards,
+    final_model_at,
     layout_at,
 )
 from posthoc_cli.checkpoints.pickles import Keys, Node, read_pickled
@@ -158,7 +159,7 @@ COUNTERS = {
 def open_checkpoint(path: Path, layout: Layout | None = None) -> Content:
     """Return the content of a checkpoint, which is as `layout` says; raise FileFormatError if it
     cannot be read."""
-    layout = layout or layout_at(path)
+    layout = layout or layout_at(path) or final_model_at(path)
     if layout is None:
         reason = "holds no weights: no safetensors, .bin or .pt file, and no .metadata"
         raise UnsuitableError(path, reason)

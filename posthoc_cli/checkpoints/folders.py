@@ -111,6 +111,17 @@ def layout_at(path: Path) -> Layout | None:
     return layout_of(path, members_of(path))
 
 
+def final_model_at(folder: Path) -> Layout | None:
+    """Return the model in a folder beside the checkpoints of its training; None if there is
+    none."""
+    members = members_of(folder)
+    for stem in _USUAL:
+        for entry, layout in members.items():
+            if stem_of(entry.name) == stem:
+                return layout
+    return None
+
+
 def members_of(folder: Path) -> dict[Path, Layout]:
     """Return the entries of a folder that each hold a model, perhaps deeper below a name with a
     number: to list a whole disk takes minutes."""

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.ask import ASKED, with_command
+from posthoc_cli.checkpoints.ask import ASKED, ProposalError, with_command
 from posthoc_cli.checkpoints.audit import (
     DOES_NOT_MOVE,
     EQUALS,
-    ONCE,
+    RARE,
     SET_BACK,
     SOME_TENSORS,
     Audit,
@@ -39,7 +39,7 @@ from posthoc_cli.checkpoints.open_run import (
 from posthoc_cli.checkpoints.settings import FOUND, UNSPECIFIED, ImportSettings, warm_up_of
 from posthoc_cli.checkpoints.source import Checkpoint, first_values
 from posthoc_cli.errors import DirectoryError, InvalidValueError
-from posthoc_cli.profiles import POWER_FUNCTION, RULES, OrdinaryEMA, WarmUp
+from posthoc_cli.profiles import POWER_FUNCTION, RULES, OrdinaryEMA, Point, WarmUp
 from posthoc_cli.snapshots.directory import inspect_directory, is_import
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,10 @@ log = logging.getLogger(__name__)
 _SURE = 0.05  # largest uncertainty of a length from which a decay is taken
 _CLEAR = 0.1  # and one from which a decay is proposed
 _LARGE = 4.0  # times the norm of an average: more than of weights that grow evenly from 0
-_COMPARED = 6  # newest averages of which that is looked at
+# Least cosine between motions of weights that may be an average's: those of an EMA of 100 steps and
+# files 100 apart have 0.5 to 0.9, those of weights -0.3 to 0.4 late in a training.
+_ALIKE = 0.5
+_COMPARED = 6  # newest files of which motion and size are looked at
 
 Settings = dict[str, Any]
 """Fields of `ImportSettings` to change."""
@@ -162,7 +165,26 @@ def _find(origin: str | Path, values: Mapping[str, Any]) -> FoundRun:
     numbers = place.says if place.may_be_epochs else ""
     given, checks = check_decays(origin, checked_run(place.checkpoints), given, numbers)
     checkpoints = checked_run([checkpoint.with_settings(given) for checkpoint in place.checkpoints])
-    return FoundRun(checkpoints, given, place.says, tuple(checks), place.notes)
+    notes = (*place.notes, *_note_on_motion(checkpoints, given))
+    return FoundRun(checkpoints, given, place.says, tuple(checks), notes)
+
+
+def _note_on_motion(checkpoints: Sequence[Checkpoint], given: ImportSettings) -> list[str]:
+    """Say that weights move as averages do, whose steps from file to file are alike; those of
+    weights that drift are, too."""
+    newest = checkpoints[-_COMPARED:]
+    are_weights = all(isinstance(source.profile, Point) for source in checkpoints)
+    if given.kind or not are_weights or len(newest) < 4:
+        return []
+    motions = np.diff([first_values(source) for source in newest], axis=0)
+    along = float((motions[1:] * motions[:-1]).sum())
+    size = float(np.linalg.norm(motions[1:]) * np.linalg.norm(motions[:-1]))
+    if along <= _ALIKE * size:
+        return []
+    text = (
+        f"the files move alike from one to the next (cosine {along / size:.2f}), as averages do, "
+    )
+    return [f"{text}or weights that drift; if they hold an EMA, import with `kind` ema"]
 
 
 def open_checkpoints(place: str | Path) -> list[Checkpoint]:
@@ -265,8 +287,8 @@ class _Decays:
             reason = "the files do not hold it, and it cannot be found without weights next to the "
             raise self._question("ema_decay", f"{reason}averages in two files or more")
         self._check_is_average(audit)
-        rounded = self._rounded(audit)
         sigma = audit.uncertainty or 0.0
+        rounded = self._rounded(audit, sigma)
         is_reached = not any(candidate.rises for candidate in audit.candidates)
         if audit.verdict == "found" and len(rounded) == 1 and sigma <= _SURE and is_reached:
             (changes,) = rounded
@@ -277,13 +299,16 @@ class _Decays:
             (candidate,) = audit.candidates
             changes = _settings(candidate, candidate.value)
             return self._taken(changes, sigma), [f"found: {audit.text}"]
-        if self.numbers and not rounded:
-            reason = f"numbers are {self.numbers}, and the decay is not a round one: {audit.text}"
-            raise self._question("steps_per_epoch", reason)
+        rounded = self._rounded(audit, 2 * sigma)
         proposals = rounded
         if audit.verdict == "found" and sigma <= _CLEAR:
             proposals = [*rounded, {"ema_decay": FOUND}]
+        if self.numbers and not rounded:
+            reason = f"numbers are {self.numbers}, and the decay is not a round one: {audit.text}"
+            raise self._question("steps_per_epoch", reason, {"steps_per_epoch": ASKED}, *proposals)
         reason = audit.text if rounded else audit.text + self._round_epochs(audit)
+        if not proposals:
+            reason += "; `kind` checkpoints takes the weights alone"
         raise self._question("ema_decay", reason, *proposals)
 
     def _round_epochs(self, audit: Audit) -> str:
@@ -310,23 +335,22 @@ class _Decays:
             found["update_after_step"] = self.given.update_after_step or 0
         return replace(self.given, **found)
 
-    def _rounded(self, audit: Audit) -> list[Settings]:
-        """Return the settings of round decays that fit what was found, the most likely ones first;
-        of a decay that still rises any higher one fits."""
+    def _rounded(self, audit: Audit, distance: float) -> list[Settings]:
+        """Return the settings of round decays within a relative distance of the length that was
+        found, the most likely ones first; of a decay that still rises any higher one fits."""
         rounded = []
-        sigma = audit.uncertainty or 0.0
         for candidate in audit.candidates:
             if candidate.rises:
                 highest = 10.0 ** math.floor(math.log10(1 - candidate.value) - 1)
                 rounded.append(_settings(candidate, round(1 - highest, 12)))
             elif candidate.every > 1:
                 rounded.append(_settings(candidate, candidate.value))
-            elif candidate.warm_up != POWER_FUNCTION and sigma <= _CLEAR:
-                near = round_decays(candidate.value, sigma)
+            elif candidate.warm_up != POWER_FUNCTION and (audit.uncertainty or 0.0) <= _CLEAR:
+                near = round_decays(candidate.value, distance)
                 row = _row(candidate)
                 if row.is_schedule and row.usual:
                     ratio = (1 - row.usual) / (1 - candidate.value)
-                    if abs(math.log(ratio)) <= sigma:
+                    if abs(math.log(ratio)) <= distance:
                         near.append(row.usual)
                 rounded += [_settings(candidate, decay) for decay in near]
         return rounded
@@ -377,7 +401,7 @@ class _Decays:
             if given.ema_decay and candidate.warm_up != POWER_FUNCTION:
                 same = {"ema_decay": given.ema_decay, "ema_warmup": candidate.warm_up}
                 proposals.append(same)
-        rounded = self._rounded(audit)
+        rounded = self._rounded(audit, audit.uncertainty or 0.0)
         proposals += [{"ema_warmup": "none"} | changes for changes in rounded]
         if len(audit.candidates) == 1 and (audit.uncertainty or 1.0) <= _CLEAR:
             proposals.append({"ema_decay": FOUND})
@@ -402,8 +426,9 @@ class _Decays:
             raise InvalidValueError("average", reason, weights)
         if audit.verdict == EQUALS:
             raise InvalidValueError("average", f"{audit.text}; take the weights alone", weights)
-        if audit.verdict == ONCE:
-            raise self._question("update_every", audit.text)
+        if audit.verdict == RARE:
+            proposals = [{"update_every": every} for every in audit.every]
+            raise self._question("update_every", audit.text, *proposals)
         if audit.verdict == SOME_TENSORS:
             reason = f"{audit.text}; leave them out by `exclude`, or take the weights alone"
             raise InvalidValueError("average", reason, weights)
@@ -463,9 +488,9 @@ class _Decays:
             return InvalidValueError(name, reason, value=value)
         best, *others = going
         if choices := [_options(changes) for changes in others if ASKED not in changes.values()]:
-            reason += f"; {' or '.join(choices)} would fit, too, less well"
+            reason += f"; {' or '.join(choices)} would fit, too"
         command = self.given.command(self.place, **best)
-        return InvalidValueError(name, reason, f"paste: {command}", value=value)
+        return ProposalError(name, reason, f"paste: {command}", value=value)
 
     def _goes_through(self, changes: Settings) -> bool:
         if ASKED in changes.values():

@@ -499,9 +499,11 @@ def explain_nothing(place: str | Path) -> None:
     if not folder.is_dir():
         return
     answers = dict[str, Answer]()
+    sets = []
     for entry in sorted(files.system.list(folder)):
         if entry.is_dir():
             for inner in _folders_with_checkpoints(entry, 2):
+                sets.append(inner)
                 pattern = folder / glob_of(str(inner.relative_to(folder)))
                 answers[str(inner)] = {"place": str(inner)}
                 answers.setdefault(str(pattern), {"place": str(pattern / "*")})
@@ -512,8 +514,12 @@ def explain_nothing(place: str | Path) -> None:
             if row is not None:
                 pattern = folder / glob_of(entry.name)
                 answers[str(pattern)] = {"place": str(pattern)}
+    both: list[Answer] = []
+    averages = [inner for inner in sets if AVERAGE_WORD.search(inner.name)]
+    if len(sets) == 2 and len(averages) == 1 and sets[0].parent == sets[1].parent:
+        both.append({"place": str(sets[0].parent / "*" / "*")})
     if answers:
-        raise QuestionError(place, "holds no checkpoints itself", *answers.values())
+        raise QuestionError(place, "holds no checkpoints itself", *both, *answers.values())
 
 
 def _folders_with_checkpoints(folder: Path, levels: int) -> list[Path]:

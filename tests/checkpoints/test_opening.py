@@ -361,7 +361,7 @@ def test_the_name_of_a_folder_tells_its_step_by_a_word_for_steps(tmp_path, name)
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_name_that_may_mean_something_else_is_refused(tmp_path, name):
     save_step(tmp_path, name)
-    reason = f"{name}.pt: .*{REFUSED[name]}.*import with `step_from`"
+    reason = f"{name}.pt: .*{REFUSED[name]}.*(`step_from`|--step-from)"
     assert re.search(reason, asked(tmp_path))
 
 

@@ -33,10 +33,18 @@ def weights(save):
 
 PATTERNS = {
     "run_{save.epoch}_x": (r"run_(\d+)_", EPOCHS, "epochs, .*: they follow each other"),
-    "run_{save.step}_x2": (r"run_(\d+)_", TIMES, "taken for steps: they are what `step_from`"),
-    "e_{save.epoch}_epoch_3": (r"(\d+)_epoch", EPOCHS, "epochs, .*: by what `step_from` finds"),
-    "step{save.step}-epoch3": (r"step(\d+)-epoch", TIMES, "steps, by what `step_from` finds"),
-    "epoch{save.epoch}-step9": (r"epoch(\d+)-step", EPOCHS, "epochs, .*: by what `step_from`"),
+    "run_{save.step}_x2": (r"run_(\d+)_", TIMES, "taken for steps: they are what the given"),
+    "e_{save.epoch}_epoch_3": (
+        r"(\d+)_epoch",
+        EPOCHS,
+        "epochs, .*: by what the given pattern finds",
+    ),
+    "step{save.step}-epoch3": (r"step(\d+)-epoch", TIMES, "steps, by what the given pattern finds"),
+    "epoch{save.epoch}-step9": (
+        r"epoch(\d+)-step",
+        EPOCHS,
+        "epochs, .*: by what the given pattern",
+    ),
 }
 """Patterns and the numbers that they find, with what these are taken for."""
 
@@ -152,6 +160,13 @@ def test_the_folder_of_one_of_several_trainings_is_named(tmp_path):
         r"holds no checkpoints itself; paste: ema import \S+/run1 --out", asked(tmp_path)
     )
     assert times(tmp_path / "run1") == times(tmp_path / "*1" / "step*.pt") == TIMES
+
+
+def test_folders_of_weights_and_of_averages_are_opened_together(tmp_path):
+    write_each(tmp_path / "weights", "step{save.step}.pt", weights)
+    write_each(tmp_path / "ema", "step{save.step}.pt", lambda save: save.average)
+    assert f"paste: ema import '{tmp_path}/*/*' --out" in asked(tmp_path)
+    assert len(read(tmp_path / "*" / "*", ema_decay=0.95).checkpoints) == 2 * len(TIMES)
 
 
 def test_a_target_network_of_a_part_leaves_the_policy_to_another_import(tmp_path, caplog):

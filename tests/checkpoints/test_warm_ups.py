@@ -179,6 +179,26 @@ def of_power(folder, exponent, weights):
     return folder, variance**0.5
 
 
+def of_each_10th(n):
+    """Return the decays of a uniform average as icefall's."""
+    return 1.0 if n % 10 else (n - 10) / n
+
+
+def test_a_uniform_average_of_some_steps_asks_for_their_interval(files, run):
+    """Taken for one of all steps it was 4 times as wrong as predicted."""
+    write(files, train(), by(of_each_10th))
+    with pytest.raises(InvalidValueError, match=r"--update-every 10 --out run$") as asked:
+        import_checkpoints(files, run, sigma_rels=(0.2886,))
+    paste(asked.value, run)
+    check(run, most=1e-2, low=0.2)
+
+
+def test_a_rule_that_is_given_for_rare_updates_asks_for_their_interval(files, run):
+    write(files, train(), by(of_each_10th))
+    with pytest.raises(InvalidValueError, match=r"--update-every (10|20) --out run$"):
+        import_checkpoints(files, run, ema_decay=0.99999, ema_warmup="power:1")
+
+
 def test_a_power_function_is_found_if_that_is_asked_for(files, run):
     folder, width = of_power(files, 3.0, train())
     with pytest.raises(
