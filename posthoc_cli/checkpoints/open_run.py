@@ -579,6 +579,8 @@ def _check_roles(run: list[Found], settings: ImportSettings) -> list[Found]:
         raise QuestionError("average", reason, *others, alone)
     is_said = settings.average is not None or (is_named and settings.ema_decay is not None)
     most = 1 / _SLOWER if is_said else _SLOWER  # an average of files far apart moves as the weights
+    if average > most * weights:  # as of a rate that falls to 0, unless it does in all files
+        average, weights = _motions(*_starts(both, len(both)))
     if average > most * weights:
         found = "does not fit" if settings.average else "must be given"
         reason = f"{found}: {named} moves no less than {model}, as no average does"
@@ -627,10 +629,13 @@ def _without_average(file: Found) -> Found:
     return replace(file, pair=replace(file.pair, averaged={}), updates=None, kind="checkpoints")
 
 
-def _starts(run: Sequence[Found]) -> tuple[FloatArray, FloatArray]:
+def _starts(
+    run: Sequence[Found],
+    most: int = _COMPARED_FILES,
+) -> tuple[FloatArray, FloatArray]:
     """Return the first elements of the newest averages and weights: [times, elements] each."""
     in_order = sorted(run, key=lambda file: file.time)
-    pairs = [file.starts for file in in_order[-_COMPARED_FILES:]]
+    pairs = [file.starts for file in in_order[-most:]]
     return np.stack([ours for ours, _ in pairs]), np.stack([theirs for _, theirs in pairs])
 
 
