@@ -733,13 +733,14 @@ class _Judge:
         return replace(audit, verdict="as claimed", text=f"{found}, as claimed")
 
     def _rarer_claim(self, rows: Intervals) -> tuple[int, ...]:
-        """Return every how many steps the claimed rule explains the intervals clearly better than
-        at each, the best first.
-
-        The length of a power function does not show it: of a uniform average that takes in each
-        10th step an error was 4 times as large as predicted.
+        """Return every how many steps the claimed rule explains the intervals better than at each,
+        the best first, if it is nearly the mean of all weights, whose length does not show it: of
+        the mean of each 10th an error was 4 times as large as predicted.
         """
         if not self.claim or not self.may_be_rarer:
+            return ()
+        rule = self.claim.rule
+        if rule.warm_up not in (POWER_FUNCTION, "power") or not 1 <= rule.power < 2:
             return ()
         plain = rows.misfit(self.claim, 0.0)
         misfits = {}
