@@ -325,8 +325,6 @@ class Run:
         dtype: torch.dtype | str | None = None,
         device: torch.device | str = "auto",
         workers: int | None = None,
-        layout: str | None = None,
-        max_shard_size: int | str | None = None,
         overwrite: bool = False,
         dry_run: bool = False,
         distributed: bool = False,
@@ -356,8 +354,6 @@ class Run:
         options = OutputOptions(
             device=device,
             workers=workers,
-            layout=layout,
-            max_shard_size=max_shard_size,
             overwrite=overwrite,
             dry_run=dry_run,
             distributed=distributed,

@@ -20,8 +20,6 @@ def synthesize(
         None, "--out", "-o", help="A file; or a folder, for a file per target."
     ),
     dtype: options.Dtype = options.DTYPE,
-    layout: options.Layout | None = options.LAYOUT,
-    max_shard_size: str | None = options.MAX_SHARD_SIZE,
     like: str | None = options.LIKE_MODEL,
     average: str | None = options.LIKE_AVERAGE,
     weights: bool = options.LIKE_WEIGHTS,
@@ -38,7 +36,6 @@ def synthesize(
         show_default="warn at 1%",
         help="Fail if a predicted error exceeds this: 0.01, or 1%.",
     ),
-    method: options.Method | None = options.METHOD,
     device: str = options.HOW(
         "auto", help="Where to compute the sums: auto, cpu, cuda, cuda:1, mps."
     ),
@@ -49,9 +46,8 @@ def synthesize(
     all targets, each block is verified, and an output appears complete or not at all.
 
     The predicted error is the expected relative L2 distance of the weights from the true average,
-    the lost gain about the share of what averaging gains in a metric that it costs.
-    --method paper also shows the profile error: the distance between the target profile and the
-    reconstructed one; --json shows both.
+    the lost gain about the share of what averaging gains in a metric that it costs. --json also
+    shows the profile error: the distance between the target profile and the reconstructed one.
 
     DIR may also contain checkpoints, or averages of other libraries: see ema guide checkpoints.
 
@@ -69,11 +65,8 @@ def synthesize(
         out,
         t=t,
         step=options.optional(options.parse_count, step, "--step"),
-        method=method,
         max_error=options.optional(options.parse_max_error, max_error),
         dtype=dtype,
-        layout=layout,
-        max_shard_size=max_shard_size,
         device=device,
         overwrite=overwrite,
         dry_run=dry_run,
@@ -97,8 +90,6 @@ def _print_synthesize(report: dict[str, Any]) -> None:
     targets = report["targets"]
     first = targets[0]
     errors = ["predicted_error", "lost_gain"]
-    if first["method"] == "paper":
-        errors.append("profile_error")
     _print_origin(report)
     if len(targets) > 1:
         rows = []

@@ -151,7 +151,7 @@ class OutputOptions:
             if is_other:
                 raise InvalidValueError(path, f"its extension does not fit the layout {layout}")
             reason = "unknown extension; use .safetensors or .pt"
-            raise InvalidValueError(path, reason, "a folder of shards has none; or add `layout`")
+            raise InvalidValueError(path, reason, "the name of a folder has none")
         if self.max_shard_size is not None and layout != "sharded":
             reason = f"is for a sharded output, and this layout is {layout}"
             hint = "add `layout` sharded"
@@ -162,11 +162,11 @@ class OutputOptions:
         """Raise an InvalidValueError for an option or a dtype that contradicts `like`."""
         if self.like is None:
             return
-        if any((self.distributed, self.layout, self.max_shard_size, parse_dtype(dtype))):
-            reason = (
-                "determines the output: `layout`, `dtype`, `max_shard_size` and torchrun cannot be "
-                "combined with it"
-            )
+        check_alone(like=self.like, dtype=parse_dtype(dtype))
+        check_alone(like=self.like, layout=self.layout)
+        check_alone(like=self.like, max_shard_size=self.max_shard_size)
+        if self.distributed:
+            reason = "one process makes a copy: run the command without torchrun"
             raise InvalidValueError("like", reason)
         if self.overwrite and self.makes_folders:
             raise InvalidValueError("overwrite", "a copy of a folder replaces no other folder")
@@ -191,7 +191,7 @@ def output_paths(
         return []
     path = files.local_path("out", out)
     is_file = path.suffix in (*LAYOUTS["safetensors"], *LAYOUTS["pt"])
-    if options.distributed and (is_file or options.layout not in (None, "sharded")):
+    if options.distributed and is_file:
         reason = "a job of several processes makes a folder of shards; name a folder"
         raise InvalidValueError("out", reason, "an export makes one file of it", value=out)
     if not options.dry_run:

@@ -68,16 +68,17 @@ def test_info_of_an_output_lists_the_largest_coefficients(typed):
 
 
 def test_info_of_a_folder_of_outputs_and_of_shards(typed):
-    typed("synthesize run --sigma-rel 0.1,0.15 --layout sharded --max-shard-size 50 --out all")
+    typed("synthesize run --sigma-rel 0.1,0.15 --out all")
     report = typed("info all --json").json
     assert report["kind"] == "outputs"
     profiles = [output["profile"] for output in report["outputs"]]
     assert profiles == ["sigma_rel 0.1", "sigma_rel 0.15"]
     text = typed("info all").out
-    assert has_line(r"sigma_rel-0\.1 +sigma_rel 0\.1 +2,000 +0\.0\d+ % ", text)
-    shards = [*Path("all/sigma_rel-0.15").glob("*.safetensors")]
+    assert has_line(r"sigma_rel-0\.1\.safetensors +sigma_rel 0\.1 +2,000 +0\.0\d+ % ", text)
+    typed("export all/sigma_rel-0.15.safetensors --max-shard-size 50 --out shards")
+    shards = [*Path("shards").glob("*.safetensors")]
     assert len(shards) > 1
-    for path in ("all/sigma_rel-0.15", "all/sigma_rel-0.15/model.safetensors.index.json"):
+    for path in ("shards", "shards/model.safetensors.index.json"):
         report = typed(f"info {path} --json").json
         assert report["profile"] == "sigma_rel 0.15"
         assert report["shards"] == len(shards)

@@ -99,7 +99,7 @@ tracker.close()
 for line in (
     "synthesize run --sigma-rel 0.1 --out a.safetensors",
     "synthesize run --sigma-rel 0.1 --out a.pt",
-    "synthesize run --sigma-rel 0.1 --layout sharded --max-shard-size 20 --out shards",
+    "export a.safetensors --max-shard-size 20 --out shards",
     "export a.safetensors --out c.safetensors",
     "error-plot run --out a.png",
     "error-plot run --out a.svg",
@@ -157,7 +157,8 @@ for line in LINES.splitlines():
 READING = """\
 info run
 verify run
-synthesize run --sigma-rel 0.1 --layout sharded --out shards
+synthesize run --sigma-rel 0.1 --out made.safetensors
+export made.safetensors --out shards
 export shards --out a.pt
 error-plot run --out a.svg"""
 

@@ -60,10 +60,6 @@ def options():
     return found
 
 
-def test_the_number_of_options_is_limited():
-    assert sum(map(len, options().values())) <= 103
-
-
 def test_every_command_that_reports_has_json_and_each_output_a_short_option():
     for own in options().values():
         names = {*itertools.chain(*own)}
@@ -79,7 +75,7 @@ def test_help_and_version(ema):
     groups = re.findall("Checkpoints that you have|A training with the hook|Learn", ema("-h").out)
     assert len(groups) == 3
     methods = re.escape("|".join(METHODS))
-    assert re.search(rf"--method +[<\[]{methods}[>\]] ", ema("synthesize", "--help").out)
+    assert re.search(rf"--method +[<\[]{methods}[>\]] ", ema("error-plot", "--help").out)
 
 
 # --- the output of --json: all commands use the same names for the same things
@@ -87,8 +83,8 @@ def test_help_and_version(ema):
 COMMANDS = (
     "synthesize run --sigma-rel 0.15 --target window:500 --dry-run",
     "synthesize run --sigma-rel 0.15 --out a.safetensors",
-    "synthesize run --sigma-rel 0.1 --out shards --layout sharded",
-    "export a.safetensors --out b.pt", "info run", "info run/0000000000000100-0.05.safetensors",
+    "export a.safetensors --out shards", "export a.safetensors --out b.pt", "info run",
+    "info run/0000000000000100-0.05.safetensors",
     "info a.safetensors", "info shards", "verify run", "verify run a.safetensors",
     "prune run --keep 5 --dry-run", "error-plot run --target window:500",
     "error-plot --steps 300 --every 100", "guide", "guide sweep",

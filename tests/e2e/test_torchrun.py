@@ -104,18 +104,11 @@ def test_an_error_in_one_rank_is_named_by_all(run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("out", "layout"),
-    [
-        ("m.safetensors", None),
-        ("m", "pt"),
-    ],
-)
-def test_a_job_makes_a_folder_of_shards(run, tmp_path, out, layout):
+def test_a_job_makes_a_folder_of_shards(run, tmp_path):
     message = "makes a folder of shards; name a folder; an export makes one file"
-    path = tmp_path / out
+    path = tmp_path / "m.safetensors"
     with pytest.raises(InvalidValueError, match=message):
-        Run(run).write(0.1, path, layout=layout, distributed=True)
+        Run(run).write(0.1, path, distributed=True)
 
 
 def test_a_job_of_one_process_that_has_a_group_makes_the_same_tensors(run, tmp_path):

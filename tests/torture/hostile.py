@@ -99,7 +99,7 @@ SHARDS = (
     "export sharded --out out/o.pt",
     "export made.safetensors --like sharded --out out/f",
 )
-FOLDER = ("synthesize run --sigma-rel 0.1 --layout sharded --out out/f",)
+FOLDER = ("export made.safetensors --out out/f",)
 PLACES = {
     "x": ANY,
     "x.pt": ("export made.safetensors --like x.pt --out out/o.pt",),
