@@ -483,7 +483,9 @@ class _Judge:
         audit = self._with_findings(audit, rows, best, sigma)
         candidates = [self._candidate(fit, sigma) for fit in self._rivals(rows, fits)]
         if self.may_be_rarer and sigma <= _CLEAR and not best.family.rule.warm_up:
-            candidates = [*self._rarer(rows, best, sigma), *candidates]
+            rarer = self._rarer(rows, best, sigma)
+            is_round = bool(round_decays(self._parameter(best), sigma))
+            candidates = [*candidates, *rarer] if is_round else [*rarer, *candidates]
         audit = replace(audit, candidates=tuple(candidates))
         if self.claim:
             texts = " or by ".join(candidate.text for candidate in candidates)
