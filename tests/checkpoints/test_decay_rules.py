@@ -355,3 +355,16 @@ def test_a_claim_that_nothing_can_check_is_not_replaced(files, run):
     write(files, train(), by(constant), form=alone)
     with pytest.raises(InvalidValueError, match="ema_warmup ratio: contradicts"):
         import_checkpoints(files, run, ema_warmup="ratio", ema_decay=0.9999)
+
+
+def test_a_decay_whose_weights_would_be_far_larger_than_the_averages_is_refused(files, run):
+    """Averages that forget within a few steps, and no weights beside them to compare."""
+
+    def alone(step, weights, average):
+        return {"ema": average, "step": step}
+
+    growing = (1 + np.arange(STEPS) / 200)[:, None] * train()
+    write(files, growing, by(lambda _: 0.9), form=alone)
+    with pytest.raises(InvalidValueError, match="would be far larger than their average"):
+        import_checkpoints(files, run, ema_decay=0.9998)
+    import_checkpoints(files, run, ema_decay=0.9)
