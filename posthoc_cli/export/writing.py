@@ -31,7 +31,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.distributed as dist
-from huggingface_hub import split_state_dict_into_shards_factory
 
 from posthoc_cli import files, resources
 from posthoc_cli.checkpoints.containers import INDEX_ENDING
@@ -585,24 +584,32 @@ def cut_shards(
     size: int,
     ranks: int,
 ) -> tuple[dict[str, list[str]], bytes]:
-    """Return the tensors of each shard, and the index of several; there is one for each rank at
-    least.
+    """Return the tensors of each shard by its file name, and the index of several, empty for one.
 
-    Shards are cut as the Hugging Face libraries do; a single one has the name of a model in one
-    file.
+    Shards are filled in the order of the tensors, up to `size` or an equal share of the ranks; a
+    larger tensor has a shard of its own. The names are those that Hugging Face libraries look for.
     """
     total = nbytes(entries)
-    split = split_state_dict_into_shards_factory(
-        dict(entries),
-        get_storage_size=lambda entry: entry.nbytes,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=min(size, max(1, -(-total // ranks))),
-    )
-    if not split.is_sharded:
-        return split.filename_to_tensors, b""
-    index = {"metadata": {"total_size": total}, "weight_map": split.tensor_to_filename}
+    limit = min(size, max(1, -(-total // ranks)))
+    groups: list[list[str]] = [[]]
+    room = limit
+    for name, entry in entries.items():
+        if entry.nbytes > room and groups[-1]:
+            groups.append([])
+            room = limit
+        groups[-1].append(name)
+        room -= entry.nbytes
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}, b""
+    shards = {}
+    file_names: dict[str, str] = {}
+    for number, names in enumerate(groups, start=1):
+        file_name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        shards[file_name] = names
+        file_names |= dict.fromkeys(names, file_name)
+    index = {"metadata": {"total_size": total}, "weight_map": file_names}
     text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-    return split.filename_to_tensors, text.encode()
+    return shards, text.encode()
 
 
 class PickledFile(FileOutput):
