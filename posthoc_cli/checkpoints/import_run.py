@@ -100,7 +100,7 @@ def import_checkpoints(
 ) -> Import:
     """Make a run of other programs' checkpoints or averages, which every command and `Run` opens.
 
-    The run is a manifest of a few kB that refers to the files in their place.
+    The run is a small index of the checkpoints; nothing is copied.
     The same import into the same folder does nothing, or takes in what has changed at `directory`.
 
     Arguments:

@@ -28,23 +28,25 @@ def import_(
         show_default="found by names and contents",
         help=f"What DIR contains: {', '.join(KINDS)}.",
     ),
-    step_from: str | None = options.RUN(
+    step_from: str | None = options.RARE(
         None,
         metavar="PATTERN",
         show_default="content or name",
         help=r"A pattern of the steps in names: 'step(\d+)'.",
     ),
-    include: list[str] = options.RUN(
+    include: list[str] = options.RARE(
         [], metavar="GLOB", help="Take only tensors with these names."
     ),
-    exclude: list[str] = options.RUN(
+    exclude: list[str] = options.RARE(
         [], metavar="GLOB", help="Leave out tensors with these names."
     ),
-    sigma_rels: str | None = options.RUN(
+    sigma_rels: str | None = options.RARE(
         None, help="Widths of the averages, by their numbers: 0.05,0.28."
     ),
-    update_every: int | None = options.RUN(None, help="Steps between two updates of the averages."),
-    update_after_step: int | None = options.RUN(
+    update_every: int | None = options.RARE(
+        None, help="Steps between two updates of the averages."
+    ),
+    update_after_step: int | None = options.RARE(
         None, show_default="the library's", help="Steps before the first update of the averages."
     ),
     ema_decay: str | None = options.RUN(
@@ -52,20 +54,20 @@ def import_(
         metavar="DECAY",
         show_default="from the files, else by comparison",
         help=(
-            "The decay of ordinary EMAs: 0.9999, half-life:500000, half-life:5% of the training so "
-            "far, or found for what the weights beside them show."
+            "The decay of the EMA: 0.9999, a half-life such as half-life:500000, or found for what "
+            "the weights beside it show."
         ),
     ),
-    ema_warmup: str | None = options.RUN(
+    ema_warmup: str | None = options.RARE(
         None,
         metavar="RULE",
         show_default="from the files, else by comparison",
         help=(
-            "How it rises: ratio, power[:0.75], ramp-up (EDM), exp[:2000] (YOLO), unbiased, "
+            "How the decay rises: ratio, power[:0.75], ramp-up, exp[:2000] (YOLO), unbiased, "
             "cosine[:0.996] or linear[:0.996] to 1 (DINO, I-JEPA); none."
         ),
     ),
-    steps: int | None = options.RUN(
+    steps: int | None = options.RARE(
         None,
         show_default="the last checkpoint's",
         help="Steps of the whole training, after which cosine and linear are at 1.",
@@ -73,7 +75,7 @@ def import_(
     steps_per_epoch: int | None = options.RUN(
         None, help="Steps per epoch, for files whose numbers are epochs."
     ),
-    first_epoch: int | None = options.RUN(
+    first_epoch: int | None = options.RARE(
         None, show_default="by the numbers", help="The number of the first epoch: 0 or 1."
     ),
     average: str | None = options.RUN(
@@ -102,8 +104,8 @@ def import_(
     Needed if the files lack a setting, such as update_every: give it here once, and every command
     takes RUN, except prune and export.
 
-    RUN is a manifest of a few kB that refers to the files by path: move both together. Repeat the
-    call to take in what has changed in DIR.
+    RUN is a small index of your checkpoints; nothing is copied. It refers to them by path: move
+    both together. Repeat the call to take in what has changed in DIR.
     """
     from posthoc_cli.checkpoints.import_run import import_checkpoints
 
@@ -140,7 +142,7 @@ def _print_import(report: Import, dry_run: bool) -> None:
     for check in report.checks:
         output.print_line(check)
     if report.written:
-        output.print_line(f"wrote a run that refers to these files: {report.out}")
+        output.print_line(f"wrote an index of these files; nothing is copied: {report.out}")
     elif dry_run:
         output.print_line("nothing was written")
     else:

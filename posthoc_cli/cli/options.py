@@ -20,8 +20,12 @@ if TYPE_CHECKING:
     from posthoc_cli.run import Run
 
 _T = TypeVar("_T")
-_PANELS = "Targets", "Output", "Which run", "How", "Before a training"
-TARGETS, OUTPUT, RUN, HOW, SCHEDULE = (partial(Option, rich_help_panel=panel) for panel in _PANELS)
+TARGETS = partial(Option, rich_help_panel="Targets")
+OUTPUT = partial(Option, rich_help_panel="Output")
+RUN = partial(Option, rich_help_panel="Which run")
+HOW = partial(Option, rich_help_panel="How")
+SCHEDULE = partial(Option, rich_help_panel="Before a training")
+RARE = partial(Option, rich_help_panel="Rarely needed")
 """Options by the panel of the help in which they appear; the panel that most users need comes
 first."""
 
