@@ -1,8 +1,10 @@
 """The kinds of files that checkpoints are, in one table.
 
 To add one, write a reader, which returns what an opened file holds by the keys that lead to it: an
-`Entry` for each tensor, which says where its bytes lie in the file, and a number or text for each
-value; then add a row to `CONTAINERS`.
+`Entry` (`snapshots/tensorfile.py`) for each tensor, which says where its bytes lie in the file, and a
+number or text for each value; then add a row to `CONTAINERS`, and take its ending out of a row without
+a reader and its case out of `tests/checkpoints/test_owners.py`. `pickles.FileRange` and
+`pickles.member_begin` find members of a zip.
 """
 
 from __future__ import annotations
@@ -33,7 +35,6 @@ class Container:
     endings: tuple[str, ...]
     read: Callable[[OpenedFile], Leaves] | None = None
     magic: tuple[bytes, ...] = ()  # first bytes, by which files with other endings are known
-    can_replace: bool = False  # whether `--like` can write other values into a copy
 
 
 def _read_safetensors(file: OpenedFile) -> Leaves:
@@ -53,13 +54,12 @@ _SMALL_MAPS = tuple(bytes([0x80 + size]) for size in range(1, 16))
 """How a map of msgpack with 1 to 15 keys begins."""
 
 CONTAINERS = (
-    Container("safetensors", (SUFFIX,), _read_safetensors, can_replace=True),
+    Container("safetensors", (SUFFIX,), _read_safetensors),
     Container(
         "torch.save or pickle",
         (".pth.tar", *PICKLES),
         read_tensors,
         (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"),
-        can_replace=True,
     ),
     Container("Flax", (".msgpack",), magic=(*_SMALL_MAPS, b"\xde", b"\xdf")),
     Container("Paddle", (".pdparams", ".pdopt", ".pdmodel")),

@@ -129,11 +129,12 @@ def lost_gain(error: npt.ArrayLike, distance: npt.ArrayLike) -> FloatArray:
 
     Over the distance from the last weights to an average the metric gains all; an error moves the
     average by a part of that distance, in any direction, and loses about this part of the gain.
-    Measured: `scripts/lost_gain.py`.
+    Weights that do not move have nothing to gain. Measured: `scripts/lost_gain.py`.
     """
     error = np.asarray(error)
+    distance = np.asarray(distance)
     lost = np.divide(error, distance, out=np.ones_like(error), where=error < distance)
-    return np.where(error > 0, lost, 0.0)
+    return np.where((error > 0) & (distance > 0), lost, 0.0)
 
 
 def reconstruct(
