@@ -1,9 +1,9 @@
 """The kinds of files that checkpoints are, in one table.
 
 To add one, write a reader, which returns what an opened file holds by the keys that lead to it: an
-`Entry` (`snapshots/tensorfile.py`) for each tensor, which says where its bytes lie in the file, and a
-number or text for each value; then add a row to `CONTAINERS`, and take its ending out of a row without
-a reader and its case out of `tests/checkpoints/test_owners.py`. `pickles.FileRange` and
+`Entry` (`snapshots/tensorfile.py`) for each tensor, which says where its bytes lie in the file, and
+a number or text for each value. Add a row to `CONTAINERS`; take its ending out of a row without a
+reader, and its case out of `tests/checkpoints/test_owners.py`. `pickles.FileRange` and
 `pickles.member_begin` find members of a zip.
 """
 
