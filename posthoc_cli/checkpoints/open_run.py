@@ -458,7 +458,7 @@ def candidates_at(place: str | Path) -> list[Candidate]:
     path = files.expanded(place)
     matches = _matches(path)
     if not matches:
-        raise DirectoryError(place, "no file or folder has such a name")
+        raise DirectoryError(place, "no file or folder matches")
     if matches != [path] or not path.is_dir():
         found = []
         for match in matches:

@@ -189,7 +189,7 @@ def existing(
     except (FileNotFoundError, NotADirectoryError):
         reason = "no such directory" if directory else "no such file or directory"
     if reason:
-        hint = "name that of snapshots, or of checkpoints" if directory else ""
+        hint = "name a directory of snapshots or checkpoints" if directory else ""
         raise InvalidValueError(path, reason, hint)
     if stat.S_ISREG(mode) and not files.is_url(path):
         _check_content(path)
@@ -205,7 +205,7 @@ def _check_content(path: Path) -> None:
     text = beginning.decode(errors="replace")
     is_text = all(c.isprintable() or c.isspace() for c in text)
     if is_text and not path.name.endswith(".index.json"):
-        reason = f"is a text, not a file of tensors: {errors.shown(text[:40])}"
+        reason = f"is a text file, not a file of tensors: {errors.shown(text[:40])}"
         raise InvalidValueError(path, reason)
 
 

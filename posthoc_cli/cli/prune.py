@@ -41,7 +41,7 @@ def prune(
 
     def agree(planned: Pruning) -> bool:
         if not (yes or can_ask):
-            reason = "is needed with --json, and without a terminal that could answer"
+            reason = "is required with --json or without a terminal"
             raise InvalidValueError("--yes", reason, "--dry-run shows what would be deleted")
         if not as_json:
             _print_prune(planned.to_dict(), ends)

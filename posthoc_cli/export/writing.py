@@ -107,7 +107,7 @@ class OutputOptions:
         check_alone(weights=self.weights, average=self.average)
         if self.like is None and (self.weights or self.average is not None):
             name = "weights" if self.weights else "average"
-            raise InvalidValueError(name, "says which tensors of `like` to replace: give that, too")
+            raise InvalidValueError(name, "needs `like`, whose tensors it replaces")
 
     @property
     def shard_bytes(self) -> int:

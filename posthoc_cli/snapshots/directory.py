@@ -281,7 +281,7 @@ def read_directory(directory: Path) -> list[Snapshot]:
         if path.suffix in (SUFFIX, *PICKLES):
             others.append(f"{path.name} is not a snapshot of this package")
     reason = "; ".join(["no snapshots here", *others[:1]])
-    hint = _NAME_A_RUN if others else "name a directory of snapshots, or of checkpoints"
+    hint = _NAME_A_RUN if others else "name a directory of snapshots or checkpoints"
     if content.incomplete:
         hint = ON_ONE_FILE_SYSTEM
     raise DirectoryError(directory, reason, hint)
