@@ -493,6 +493,9 @@ class _Judge:
             return replace(audit, verdict="another rule", text=text)
         if broken := self._broken(audit, rows, best):
             return broken
+        known = Family(best.family.member(best.log), is_known=True)
+        if rare := self._rare(audit, rows, known):
+            return rare
         texts = ", and as ".join(candidate.text for candidate in candidates)
         if len(candidates) > 1:
             text = f"the files show it about equally as {texts}"
@@ -729,30 +732,34 @@ class _Judge:
         if difference > _VAGUE:
             text = f"the checkpoints show it too vaguely: {found}, not {claimed}"
             return replace(audit, found=None, text=text)
-        if every := self._rarer_claim(rows):
-            text = f"an update at every {every[0]} {self.unit} explains the files better than one "
-            return replace(audit, verdict=RARE, text=f"{text}at each", every=every)
+        if rare := self._rare(audit, rows, best.family):
+            return rare
         return replace(audit, verdict="as claimed", text=f"{found}, as claimed")
 
-    def _rarer_claim(self, rows: Intervals) -> tuple[int, ...]:
-        """Return every how many steps the claimed rule explains the intervals better than at each,
-        the best first, if it is nearly the mean of all weights, whose length does not show it: of
-        the mean of each 10th an error was 4 times as large as predicted.
+    def _rare(self, audit: Audit, rows: Intervals, family: Family) -> Audit | None:
+        """Return the audit of an average that is nearly the mean of all weights if updates at every
+        few steps explain the intervals better than at each.
+
+        The length does not show it: of the mean of each 10th an error was 4 times as large as
+        predicted.
         """
-        if not self.claim or not self.may_be_rarer:
-            return ()
-        rule = self.claim.rule
-        if rule.warm_up not in (POWER_FUNCTION, "power") or not 1 <= rule.power < 2:
-            return ()
-        plain = rows.misfit(self.claim, 0.0)
+        rule = family.rule
+        is_mean = rule.warm_up in (POWER_FUNCTION, "power") and 1 <= rule.power < 2
+        if not self.may_be_rarer or not is_mean:
+            return None
+        plain = rows.misfit(family, 0.0)
         misfits = {}
         for every in _STRIDES:
             updates = self.sample.times[self.copies :] // every
             at_strides = Intervals(updates, rows.gram, rows.rounding)
-            misfits[every] = at_strides.misfit(self.claim, 0.0)
+            misfits[every] = at_strides.misfit(family, 0.0)
         most = min(plain, min(misfits.values()) + 2 * _alike(rows)) - _alike(rows)
         best_first = sorted(misfits, key=misfits.__getitem__)
-        return tuple(every for every in best_first if misfits[every] < most)
+        likely = tuple(every for every in best_first if misfits[every] < most)
+        if not likely:
+            return None
+        text = f"an update at every {likely[0]} {self.unit} explains the files better than one at "
+        return replace(audit, verdict=RARE, text=f"{text}each", every=likely)
 
     def _why_vague(self, rows: Intervals, best: _Fit, sigma: float) -> str:
         """Return why a length is undetermined; empty if it is not."""

@@ -470,6 +470,8 @@ class _Decays:
 
     def _question(self, name: str, reason: str, *proposals: Settings) -> InvalidValueError:
         """Return the error that asks for a setting."""
+        if self.is_trial:
+            return ProposalError(name, reason)
         open_one = {name: ASKED}
         return self._refusal(name, f"must be given: {reason}", [*proposals, open_one])
 
@@ -497,6 +499,8 @@ class _Decays:
             return True
         try:
             self._with(replace(self.given, **changes), is_trial=True).settle()
+        except ProposalError:  # another question
+            return True
         except InvalidValueError:
             return False
         return True

@@ -195,8 +195,9 @@ def test_a_uniform_average_of_some_steps_asks_for_their_interval(files, run):
 
 def test_a_rule_that_is_given_for_rare_updates_asks_for_their_interval(files, run):
     write(files, train(), by(of_each_10th))
-    with pytest.raises(InvalidValueError, match=r"--update-every (10|20) --out run$"):
-        import_checkpoints(files, run, ema_decay=0.99999, ema_warmup="power:1")
+    for decay in (0.99999, "found", None):
+        with pytest.raises(InvalidValueError, match=r"--update-every (10|20) --out run$"):
+            import_checkpoints(files, run, ema_decay=decay, ema_warmup="power:1")
 
 
 def test_a_power_function_is_found_if_that_is_asked_for(files, run):
