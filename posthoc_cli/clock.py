@@ -12,6 +12,8 @@ import numpy.typing as npt
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import FloatArray
 
+EQUAL_STEPS = 1e-9  # relative difference of the length of steps: a rounding error
+
 
 @dataclass(frozen=True)
 class Clock:
@@ -35,6 +37,12 @@ class Clock:
         """Return the step clock: the time of a step is its number."""
         return cls((1.0,), (1.0,))
 
+    @property
+    def is_even(self) -> bool:
+        """Whether steps and times are in one ratio, as far as the known pairs show."""
+        lengths = np.array(self.times) / np.array(self.steps)
+        return bool(np.ptp(lengths) <= EQUAL_STEPS * lengths[-1])
+
     def step_at(self, s: npt.ArrayLike) -> FloatArray:
         """Return the step at times `s`, any shape, with fractions; 0 up to time 0."""
         times, steps = self._nodes
@@ -55,8 +63,12 @@ class Clock:
 class EpochClock(Clock):
     """The clock of checkpoints whose numbers are epochs: nothing says the steps of one."""
 
+    @property
+    def is_even(self) -> bool:
+        return False
+
     def step_at(self, s: npt.ArrayLike) -> FloatArray:  # noqa: ARG002
-        reason = "must be given to an import: the target is of steps, and the checkpoints of epochs"
+        reason = "must be given to an import: numbers of these checkpoints are epochs, not steps"
         raise InvalidValueError("steps_per_epoch", reason)
 
 

@@ -240,14 +240,15 @@ def collect_warnings(strict: bool = False) -> Iterator[list[str]]:
 
 
 class EachOnce(logging.Handler):
-    """A log handler that passes each distinct warning once to `show`, with the name of its
-    level."""
+    """A log handler that passes each distinct message, by default each warning, once to `show`,
+    with the name of its level."""
 
     def __init__(
         self,
         show: Callable[[str, str], None],
+        level: int = logging.WARNING,
     ) -> None:
-        super().__init__(logging.WARNING)
+        super().__init__(level)
         self._show = show
         self._seen = set[str]()
 

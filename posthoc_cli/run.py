@@ -112,12 +112,14 @@ def make_weights(
 def disk_sources(
     directory: str | Path,
     unclaimed: bool = False,
+    settings: dict[str, Any] | None = None,
 ) -> list[Source]:
     """Return the sources in the directory of a run or of an import, or those that a file or a glob
     names.
 
     They are snapshots of a tracker, or checkpoints as an import would take them; with `unclaimed`
-    no values are read, and averages of unknown decay have a placeholder of a profile. Raise
+    no values are read, averages of unknown decay have a placeholder of a profile, and some settings
+    of an import may be given. Raise
     DirectoryError if there are none, FileFormatError or MismatchError if a file is damaged or of
     another model, InvalidValueError if an import must be given a setting.
     """
@@ -130,7 +132,7 @@ def disk_sources(
                 raise
     from posthoc_cli.checkpoints.import_run import open_checkpoints, open_unclaimed
 
-    return [*(open_unclaimed(path) if unclaimed else open_checkpoints(path))]
+    return [*(open_unclaimed(path, settings) if unclaimed else open_checkpoints(path))]
 
 
 ATTEMPTS = 100  # largest number of plans; no training removes a snapshot after every one of them
@@ -404,7 +406,7 @@ class Run:
         label = f"{self.directory}: {counts} up to {last:,.12g} {sources[0].t_unit}"
         clock = run_clock(sources)
         wished = as_targets(others)
-        check_steps(wished, clock, t, sources[0].t_unit)
+        check_steps(wished, clock, t, sources)
         first = min(source.t_first for source in sources)
         named_profiles = {}
         for target in wished:
@@ -435,16 +437,30 @@ class Run:
                 path, "holds checkpoints of other programs, which have no checksums"
             ) from error
 
-    def audit(self, claimed: float | None = None) -> list[Audit]:
+    def audit(
+        self,
+        claimed: float | None = None,
+        *,
+        step_from: str | None = None,
+        steps_per_epoch: int | None = None,
+        first_epoch: int | None = None,
+    ) -> list[Audit]:
         """Find the decay, or the sigma_rel, that the averages really have; see `checkpoints.audit`.
 
         `claimed` is the decay that they should have, in (0, 1); by default that in the files or of
-        an import. Returns one audit for each average; `is_bad` if it contradicts the claim. An
+        an import. The others are settings of an import, of which the files' numbers may need one.
+        Returns one audit for each average; `is_bad` if it contradicts the claim. An
         InvalidValueError if less than two times have both an average and the weights.
         """
         from posthoc_cli.checkpoints.audit import audit_sources
 
-        return audit_sources(disk_sources(self.directory, unclaimed=True), claimed)
+        settings = {
+            "step_from": step_from,
+            "steps_per_epoch": steps_per_epoch,
+            "first_epoch": first_epoch,
+        }
+        given = {name: value for name, value in settings.items() if value is not None}
+        return audit_sources(disk_sources(self.directory, True, given), claimed)
 
     def prune(
         self,

@@ -27,6 +27,7 @@ from posthoc_cli.profiles import (
     Profile,
     StoredProfile,
     check_sigma_rel,
+    decay_from_sigma_rel,
     sigma_rel_from_decay,
     sigma_rel_from_gamma,
 )
@@ -108,8 +109,8 @@ class Target:
         raise NotImplementedError
 
     def on_clock(self, t: float, clock: Clock) -> str:
-        """Return the options that name about the same average without steps; of a target in
-        steps."""
+        """Return the option, with its value, that names about the same average without steps; of a
+        target in steps."""
         raise NotImplementedError
 
     def _error(self, reason: str) -> InvalidValueError:
@@ -180,7 +181,7 @@ class Beta(Target):
     def on_clock(self, t: float, clock: Clock) -> str:
         gamma = 1 / _share(-1 / math.log(self.beta), t, clock) - 2  # of the same mean age
         sigma_rel = sigma_rel_from_gamma(max(gamma, 1e-3))
-        return f"`sigma_rel` {sigma_rel:.4g}"
+        return f"--sigma-rel {sigma_rel:.4g}"
 
 
 class HalfLife(Beta):
@@ -225,7 +226,7 @@ class Window(Target):
         return Formula(tail, float(t))
 
     def on_clock(self, t: float, clock: Clock) -> str:
-        return f"`target` decay:linear:{100 * _share(self.steps, t, clock):.4g}%"
+        return f"--target decay:linear:{100 * _share(self.steps, t, clock):.4g}%"
 
 
 class Decay(Target):
@@ -416,6 +417,26 @@ def as_targets(values: object) -> tuple[Target, ...]:
     if isinstance(values, Sequence) and not isinstance(values, str):
         return tuple(map(as_target, values))
     return (as_target(values),)
+
+
+def name_equal_length(target: Target, steps: float | None) -> str | None:
+    """Return the decay of the ordinary EMA that is as long as a power function after so many steps,
+    or the sigma_rel of an ordinary EMA, as text; None of another target, or without steps."""
+    if steps is None:
+        return None
+    if target.sigma_rel is not None:
+        left = 1 - decay_from_sigma_rel(target.sigma_rel, steps)
+        return f"decay {1 - float(f'{left:.2g}'):.12g}"
+    if target.beta is not None:
+        sigma_rel = sigma_rel_from_decay(target.beta, steps)
+        return None if sigma_rel is None else f"sigma_rel {sigma_rel:.3g}"
+    return None
+
+
+def full_title(target: Target, steps: float | None) -> str:
+    """Return the title of a target with its other name: "sigma_rel 0.13 (as decay 0.992)"."""
+    other = name_equal_length(target, steps)
+    return target.title if other is None else f"{target.title} (as {other})"
 
 
 def _share(steps: float, t: float, clock: Clock) -> float:

@@ -141,16 +141,17 @@ def write_clock(folder, times):
 @pytest.mark.parametrize(
     ("target", "instead"),
     [
-        (Window(5), "`target` decay:linear:20%"),
-        (Beta(0.9), "`sigma_rel` 0.2546"),
-        (HalfLife(4), "`sigma_rel` 0.1825"),
+        (Window(5), "--target decay:linear:20% --out"),
+        (Beta(0.9), "--sigma-rel 0.2546 --out"),
+        (HalfLife(4), "--sigma-rel 0.1825 --out"),
     ],
 )
 def test_a_target_in_steps_is_refused_where_steps_are_not_equally_long(tmp_path, target, instead):
     """Between the last two snapshots a step has 40 images: the last 5 steps took 200 of 1,000. The
     mean ages of the others are 9.49 and 5.77 steps, or 0.380 and 0.231 of the images."""
     folder = write_clock(tmp_path, [100, 600, 1000])
-    with refused("target", target.title, "not equally long in images", instead):
+    command = f"paste: ema synthesize {folder} {instead}"
+    with refused("target", target.title, "not equally long in images", command):
         Run(folder).plan(target)
     with refused("target", target.title, instead):
         Run(folder).error_curve(others=target)

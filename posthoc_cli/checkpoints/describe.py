@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from posthoc_cli.checkpoints.content import Content, Values, open_checkpoint
-from posthoc_cli.checkpoints.import_run import open_checkpoints, place_at
+from posthoc_cli.checkpoints.import_run import FoundRun, find_run, open_checkpoints, place_at
 from posthoc_cli.checkpoints.layouts import recognise
 from posthoc_cli.checkpoints.manifest import read_manifest
-from posthoc_cli.checkpoints.open_run import candidates_at, checked_run
+from posthoc_cli.checkpoints.open_run import Place, candidates_at, checked_run
 from posthoc_cli.checkpoints.sets import TensorSets
 from posthoc_cli.checkpoints.settings import UNSPECIFIED
-from posthoc_cli.checkpoints.source import make_checkpoint
+from posthoc_cli.checkpoints.source import Checkpoint, make_checkpoint
 from posthoc_cli.errors import FileFormatError, InvalidValueError, PostHocError, first_of
 from posthoc_cli.snapshots.directory import is_import
 from posthoc_cli.snapshots.outputs import describe_tensors
+from posthoc_cli.targets import SHORTEST_BETA, Beta, SigmaRel, name_equal_length
 
 
 def describe_checkpoints(place: Path) -> Values:
-    """Return times, tensors and sizes from the indexes of files alone, for JSON."""
+    """Return times, tensors and sizes, for JSON; values are read only to find a decay."""
     numbers = ""
     notes: tuple[str, ...] = ()
     if is_import(place):
         checkpoints = open_checkpoints(place)
     else:
-        found = place_at(place)
+        found = _find(place)
         numbers = found.says
         notes = found.notes
         checkpoints = checked_run(found.checkpoints)
@@ -36,6 +38,7 @@ def describe_checkpoints(place: Path) -> Values:
             "file": checkpoint.name,
             "t": checkpoint.t,
             "holds": checkpoint.holds,
+            "as": _other_name(checkpoint),
             "bytes": checkpoint.file_bytes,
             "identity": checkpoint.identity,
         }
@@ -59,6 +62,27 @@ def describe_checkpoints(place: Path) -> Values:
         described["files"] = len(manifest.files)
         described["settings"] = manifest.settings.given
     return described
+
+
+def _find(place: Path) -> FoundRun | Place:
+    """Return the run at a place, with the decay that its files show; if they leave that open, with
+    a note about it."""
+    try:
+        return find_run(place, UNSPECIFIED)
+    except InvalidValueError as error:
+        found = place_at(place)
+        note = f"cannot be used as it is: {error}"
+        return replace(found, notes=(*found.notes, note))
+
+
+def _other_name(checkpoint: Checkpoint) -> str | None:
+    """Return the sigma_rel that is as long as an EMA, or the other way round."""
+    steps = checkpoint.step if checkpoint.has_step_unit else None
+    if checkpoint.decay >= SHORTEST_BETA:
+        return name_equal_length(Beta(checkpoint.decay), steps)
+    if checkpoint.sigma_rel:
+        return name_equal_length(SigmaRel(checkpoint.sigma_rel), steps)
+    return None
 
 
 def describe_files(place: Path, error: PostHocError) -> Values:

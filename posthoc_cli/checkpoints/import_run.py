@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from glob import escape as glob_escape
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -72,7 +73,7 @@ class Import:
 
     @property
     def counts(self) -> Counter[str]:
-        return Counter(checkpoint.holds for checkpoint in self.checkpoints)
+        return count_contents(self.checkpoints)
 
     def to_dict(self) -> dict[str, Any]:
         listed = self.checkpoints
@@ -145,6 +146,18 @@ class FoundRun:
     checks: tuple[str, ...]  # lines about the decay
     notes: tuple[str, ...]  # what is not used
 
+    @property
+    def summary(self) -> str:
+        """What the files hold, and how the decay was found, in a line."""
+        counts = count_contents(self.checkpoints)
+        held = ", ".join(f"{count:,} x {what}" for what, count in counts.items())
+        return "; ".join([held, *self.checks])
+
+
+def count_contents(checkpoints: Sequence[Checkpoint]) -> Counter[str]:
+    """Count checkpoints by what they hold, in words."""
+    return Counter(checkpoint.holds for checkpoint in checkpoints)
+
 
 def find_run(place: str | Path, given: ImportSettings) -> FoundRun:
     """Return the run at a place; a question about what its files leave open ends in the command
@@ -193,30 +206,38 @@ def open_checkpoints(place: str | Path) -> list[Checkpoint]:
     if is_import(path):
         return checked_run(imported_checkpoints(read_manifest(path)))
     found = find_run(place, UNSPECIFIED)
-    for line in found.checks:
-        log.info("%s: %s", place, line)
+    if found.checks:
+        log.info("%s: %s", place, found.summary)
     return found.checkpoints
 
 
-def open_unclaimed(place: str | Path) -> list[Checkpoint]:
+def open_unclaimed(place: str | Path, given: Settings | None = None) -> list[Checkpoint]:
     """Return the checkpoints at a place without a look at values: profiles of averages of which
-    files do not say the decay are placeholders."""
+    files do not say the decay are placeholders. An import has its settings, and takes none."""
     path = files.expanded(place)
-    if is_import(path):
-        return checked_run(imported_checkpoints(read_manifest(path)))
-    return checked_run(place_at(place, is_audit=True).checkpoints)
+    given = given or {}
+    if not is_import(path):
+        return checked_run(place_at(place, is_audit=True, given=given).checkpoints)
+    for name, value in given.items():
+        reason = "is a setting of imports, and this is one: give it the files' folder instead"
+        raise InvalidValueError(name, reason, value=value)
+    return checked_run(imported_checkpoints(read_manifest(path)))
 
 
-def place_at(place: str | Path, is_audit: bool = False) -> Place:
-    """Read a place without settings; a question ends in the command of the import that answers it.
-    See `read_place` for audits."""
+def place_at(
+    place: str | Path,
+    is_audit: bool = False,
+    given: Mapping[str, Any] = MappingProxyType({}),
+) -> Place:
+    """Read a place with the given settings; a question ends in the command of the import that
+    answers it. See `read_place` for audits."""
 
     def attempt(origin: str | Path, values: Mapping[str, Any]) -> Place:
-        if values:
+        if values != given:
             _find(origin, values)
         return read_place(origin, ImportSettings(**values), is_audit)
 
-    found = with_command(place, {}, attempt)
+    found = with_command(place, given, attempt)
     _log_notes(place, found.notes)
     return found
 

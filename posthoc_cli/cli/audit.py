@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from typer import Argument
 
 from posthoc_cli.cli import options, output
+from posthoc_cli.targets import SHORTEST_BETA, Beta, SigmaRel, name_equal_length
+
+if TYPE_CHECKING:
+    from posthoc_cli.checkpoints.audit import Audit
 
 
 def audit(
@@ -19,6 +23,9 @@ def audit(
         show_default="from the files or the import",
         help="The decay that it should have.",
     ),
+    step_from: str | None = options.STEP_FROM,
+    steps_per_epoch: int | None = options.STEPS_PER_EPOCH,
+    first_epoch: int | None = options.FIRST_EPOCH,
     out: str | None = options.PICTURE,
     overwrite: bool = options.OVERWRITE,
     as_json: bool = options.JSON,
@@ -32,8 +39,10 @@ def audit(
     Exit code 1 if an average is not what it claims to be.
     """
     picture = options.new_picture(out, overwrite)
-    audits = options.open_path(directory).audit(claimed)
-    report = {"audits": [audit.to_dict() for audit in audits]}
+    audits = options.open_path(directory).audit(
+        claimed, step_from=step_from, steps_per_epoch=steps_per_epoch, first_epoch=first_epoch
+    )
+    report = {"audits": [audit.to_dict() | {"as": _other_name(audit)} for audit in audits]}
     if not audits[0].intervals:
         picture = None  # there is nothing to draw
     if picture is not None:
@@ -65,6 +74,20 @@ def _print_audit(audit: dict[str, Any]) -> None:
     if not text.startswith(audit["verdict"]) and not text.endswith(audit["verdict"]):
         text = f"{audit['verdict']}: {text}"
     output.print_line(f"{name}: {text}" if name else text)
+    if audit["as"] is not None:
+        output.print_line(f"as {audit['as']} after the last checkpoint, {rows[-1]['end']:,.12g}")
+
+
+def _other_name(audit: Audit) -> str | None:
+    """Return the sigma_rel that is as long as the decay that was found, after the last checkpoint,
+    or the other way round."""
+    if audit.found is None or audit.length is None or not audit.intervals:
+        return None
+    last = audit.intervals[-1].end
+    if audit.what == "sigma_rel":
+        return name_equal_length(SigmaRel(audit.found), last)
+    decay = 1 - 1 / audit.length
+    return name_equal_length(Beta(decay), last) if decay >= SHORTEST_BETA else None
 
 
 def _audit_row(interval: dict[str, Any]) -> dict[str, Any]:

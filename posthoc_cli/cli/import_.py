@@ -28,12 +28,7 @@ def import_(
         show_default="found by names and contents",
         help=f"What DIR contains: {', '.join(KINDS)}.",
     ),
-    step_from: str | None = options.RARE(
-        None,
-        metavar="PATTERN",
-        show_default="content or name",
-        help=r"A pattern of the steps in names: 'step(\d+)'.",
-    ),
+    step_from: str | None = options.STEP_FROM,
     include: list[str] = options.RARE(
         [], metavar="GLOB", help="Take only tensors with these names."
     ),
@@ -72,12 +67,8 @@ def import_(
         show_default="the last checkpoint's",
         help="Steps of the whole training, after which cosine and linear are at 1.",
     ),
-    steps_per_epoch: int | None = options.RUN(
-        None, help="Steps per epoch, for files whose numbers are epochs."
-    ),
-    first_epoch: int | None = options.RARE(
-        None, show_default="by the numbers", help="The number of the first epoch: 0 or 1."
-    ),
+    steps_per_epoch: int | None = options.STEPS_PER_EPOCH,
+    first_epoch: int | None = options.FIRST_EPOCH,
     average: str | None = options.RUN(
         None,
         metavar="KEY",

@@ -21,8 +21,8 @@ def info(
 ) -> int:
     """Show what a directory or a file contains.
 
-    Reads headers only. Exit code 1 if a directory has a problem, such as mixed runs or damaged
-    headers. ema verify checks every byte.
+    Reads headers only, and of averages in checkpoints what shows their decay. Exit code 1 if a
+    directory has a problem, such as mixed runs or damaged headers. ema verify checks every byte.
     """
     report = options.open_run(path, directory=False).info()
     output.show(report, as_json, _print_info)
@@ -39,6 +39,7 @@ def _print_info(report: dict[str, Any]) -> None:
             rows.append(profile | ends)
         columns = [
             "sigma_rel",
+            "as",
             "snapshots:count",
             "first t:first",
             "last t:last",
@@ -48,7 +49,10 @@ def _print_info(report: dict[str, Any]) -> None:
         output.print_line()
         output.print_rows(rows, columns)
     if checkpoints := report.get("checkpoints"):
-        output.print_some(checkpoints, ["checkpoint:file", "t", "holds", "size:bytes"])
+        columns = ["checkpoint:file", "t", "holds", "size:bytes"]
+        if any(row.get("as") for row in checkpoints):
+            columns.insert(3, "as")
+        output.print_some(checkpoints, columns)
     if outputs := report.get("outputs"):
         rows = []
         for row in outputs:

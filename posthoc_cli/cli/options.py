@@ -87,6 +87,16 @@ TIME = RUN(None, metavar="TIME", show_default="the last", help="The training tim
 STEP = RUN(
     None, metavar="COUNT", help="The same time as a step (a call of update_): 50000, 5e4, 50K."
 )
+STEP_FROM = RARE(
+    None,
+    metavar="PATTERN",
+    show_default="content or name",
+    help=r"A pattern of the steps in names: 'step(\d+)'.",
+)
+STEPS_PER_EPOCH = RUN(None, help="Steps per epoch, for files whose numbers are epochs.")
+FIRST_EPOCH = RARE(
+    None, show_default="by the numbers", help="The number of the first epoch: 0 or 1."
+)
 MAX_SHARD_SIZE = OUTPUT(
     None, metavar="SIZE", show_default="5GB", help="The largest shard of a sharded output."
 )

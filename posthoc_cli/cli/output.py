@@ -198,11 +198,17 @@ def note_copied(copied: dict[str, Any]) -> None:
 
 
 def log_to_stderr() -> None:
-    """Print the library's warnings to stderr, each once."""
-    show = errors.EachOnce(lambda level, text: print_note(f"ema: {level}: {name_options(text)}"))
+    """Print the library's warnings to stderr, each once, and what it has found in checkpoints."""
+    show = errors.EachOnce(_print_message, logging.INFO)
+    logging.getLogger("posthoc_cli.checkpoints").setLevel(logging.INFO)
     # which prints its messages itself
     show.addFilter(lambda record: not record.name.startswith("huggingface_hub"))
     logging.basicConfig(handlers=[show], force=True)
+
+
+def _print_message(level: str, text: str) -> None:
+    begin = "" if level == "info" else f"ema: {level}: "
+    print_note(begin + name_options(text))
 
 
 def progress_bar(unit: str = "") -> ProgressBar:

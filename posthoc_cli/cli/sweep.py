@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from dataclasses import replace
@@ -11,8 +12,10 @@ from typing import TYPE_CHECKING
 from posthoc_cli import files
 from posthoc_cli.cli import options, output
 from posthoc_cli.errors import InvalidValueError, Log, check_alone
+from posthoc_cli.targets import Beta, parse_values
 
 if TYPE_CHECKING:
+    from posthoc_cli.run import Run
     from posthoc_cli.sweep import SweepReport
     from posthoc_cli.sweep.search import Trial
 
@@ -23,8 +26,11 @@ def sweep(
     directory: str = options.DIRECTORY_OR_CHECKPOINTS,
     sigma_rel: str | None = options.TARGETS(
         None,
-        show_default="all exact within 1 %",
+        show_default="all whose lost gain is below 5 %",
         help="A range to search, 0.02:0.28, or a list to measure.",
+    ),
+    decay: str | None = options.TARGETS(
+        None, help="The same as decays, each for the sigma_rel that is as long: 0.99:0.9999."
     ),
     command: str = options.HOW(
         ...,
@@ -91,16 +97,19 @@ def sweep(
         hint = "add --minimize or --maximize; or --look, to compare images without a metric"
         raise InvalidValueError("--minimize", reason, hint)
     check_alone(look=look, metric=metric)
+    check_alone(sigma_rel=sigma_rel, decay=decay)
     lengths = options.optional(Lengths.parse, sigma_rel, "--sigma-rel")
     folder = files.local_path("--out", out)
     run = options.open_run(directory)
+    if decay is not None:
+        lengths = Lengths.parse(decay, "--decay", _steps(run, decay, t))
     show = output.print_note if as_json else output.print_line
 
-    def say(trial: Trial, number: int, expected: int) -> None:
+    def say(trial: Trial, title: str, number: int, expected: int) -> None:
         if trial.error is not None:
             _warn_of_failure(trial, folder)
         left = _time_left(trial.seconds * (expected - number))
-        show(f"trial {number} of about {expected}: {_result(trial)}{left}")
+        show(f"trial {number} of about {expected}: {_result(trial, title)}{left}")
 
     search = Sweep(
         run,
@@ -132,6 +141,15 @@ def sweep(
         _print_sweep(report)
 
 
+def _steps(run: Run, decays: str, t: float | None) -> float:
+    """Return the steps up to a time; raise an InvalidValueError about decays if steps and times are
+    not in one ratio."""
+    first = re.split("[,:]", decays)[0]
+    plan = run.plan(parse_values(first, "--decay", Beta), t=t)
+    assert plan.steps is not None  # else it is refused
+    return plan.steps
+
+
 _LOOK = 6  # lengths that fit side by side
 
 
@@ -140,8 +158,7 @@ def _warn_of_failure(trial: Trial, out: Path) -> None:
     log.warning("%s, seed %d: %s; see %s", trial.target, trial.seed, trial.error, logs)
 
 
-def _result(trial: Trial) -> str:
-    title = trial.target
+def _result(trial: Trial, title: str) -> str:
     if trial.seed:
         title += f", seed {trial.seed}"
     if trial.error is not None:

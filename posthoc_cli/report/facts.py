@@ -48,7 +48,7 @@ def text(key: str, value: Any) -> str:
         return f"{len({snapshot['file'] for snapshot in value}):,}"
     if value is None:
         # profiles other than power functions have no width
-        return "" if key in ("sigma_rel", "gamma") else "none"
+        return "" if key in ("sigma_rel", "gamma", "as") else "none"
     if isinstance(value, dict):
         return ", ".join(f"{name} {text(name, item)}" for name, item in value.items())
     if isinstance(value, list):

@@ -128,7 +128,7 @@ class _Gallery:
 
     def _render_trial(self, trial: Trial) -> str:
         report = self._report
-        title = trial.target
+        title = report.title(trial)
         if trial.value is not None:
             title += f", {report.metric} {trial.value:.6g}"
         caption = escape(title)
@@ -183,11 +183,12 @@ def _render_trials(report: SweepReport, folder: Path) -> str:
     """Return the table of all trials, without columns that have no value."""
     trials = _sort_trials(report)
     columns = [
-        ("target", [trial.target for trial in trials]),
+        ("target", [report.title(trial) for trial in trials]),
         ("seed", [str(trial.seed) for trial in trials]),
         (report.metric, [_number(trial.value) for trial in trials]),
         ("standard error", [_number(trial.standard_error) for trial in trials]),
         ("predicted error", [_as_percent(trial.predicted_error) for trial in trials]),
+        ("lost gain", [_as_percent(trial.lost_gain) for trial in trials]),
         ("seconds", [f"{trial.seconds:.1f}" for trial in trials]),
     ]
     filled = [(escape(name), cells) for name, cells in columns if any(cells)]

@@ -13,6 +13,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from posthoc_cli.snapshots.snapshot import (
     file_bytes,
     statistics_notice,
 )
-from posthoc_cli.snapshots.sources import Source
+from posthoc_cli.snapshots.sources import Source, run_clock
 from posthoc_cli.snapshots.tensorfile import (
     MAX_HEADER_BYTES,
     SUFFIX,
@@ -43,6 +44,7 @@ from posthoc_cli.snapshots.tensorfile import (
     read_file,
     read_small_file,
 )
+from posthoc_cli.targets import SigmaRel, name_equal_length
 
 INDEX_NAME = "model.safetensors.index.json"
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -227,6 +229,7 @@ def _of_model(path: Path) -> dict[str, Any]:
 def _of_run(snapshots: Sequence[Snapshot]) -> dict[str, Any]:
     newest = snapshots[-1]
     runs = sorted({snapshot.run_id for snapshot in snapshots})
+    steps = _even_steps(snapshots)
     profiles = []
     for width in sorted({snapshot.sigma_rel for snapshot in snapshots}):
         tracked = [snapshot for snapshot in snapshots if snapshot.sigma_rel == width]
@@ -236,6 +239,7 @@ def _of_run(snapshots: Sequence[Snapshot]) -> dict[str, Any]:
         profiles.append(
             {
                 **_fields(tracked[0], "sigma_rel gamma"),
+                "as": name_equal_length(SigmaRel(width), steps),
                 "times": [snapshot.t for snapshot in tracked],
                 **_fields(tracked[-1], "t_first max_interval"),
                 "relative_rounding_range": [min(known), max(known)] if known else None,
@@ -255,6 +259,14 @@ def _of_run(snapshots: Sequence[Snapshot]) -> dict[str, Any]:
         "bytes": file_bytes(snapshots),
         "profiles": profiles,
     }
+
+
+def _even_steps(snapshots: Sequence[Snapshot]) -> float | None:
+    """Return the steps up to the newest snapshot; None if steps are not equally long."""
+    with suppress(MismatchError):
+        if run_clock(snapshots).is_even:
+            return snapshots[-1].step
+    return None
 
 
 def _of_snapshot(snapshot: Snapshot) -> dict[str, Any]:

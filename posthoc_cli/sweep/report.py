@@ -15,7 +15,7 @@ from scipy.interpolate import PchipInterpolator
 from posthoc_cli import files
 from posthoc_cli.errors import InvalidValueError, percent
 from posthoc_cli.sweep.search import Estimate, Lengths, Trial, estimate
-from posthoc_cli.targets import SigmaRel
+from posthoc_cli.targets import SigmaRel, full_title, name_equal_length
 
 RESULT = "sweep.json"  # the file of a report in the folder of a sweep
 _POINTS = 101  # of the drawn curve
@@ -43,6 +43,7 @@ class SweepReport:
     metric: str
     minimize: bool | None
     settings: dict[str, Any]
+    steps: float | None = None  # of the training; None if it is not known
     again: str = ""
     trials: tuple[Trial, ...] = ()
     outputs: tuple[Path, ...] = ()
@@ -80,10 +81,15 @@ class SweepReport:
         return gains
 
     @property
-    def predicted_error(self) -> float | None:
-        """The predicted error of the best average."""
-        errors = [trial.predicted_error for trial in self.trials if trial.sigma_rel == self.best]
-        return errors[0]
+    def best_trial(self) -> Trial:
+        """The first trial of the best average."""
+        return next(trial for trial in self.trials if trial.sigma_rel == self.best)
+
+    def title(self, trial: Trial) -> str:
+        """Return what a trial has measured; of a length with the decay that is as long."""
+        if trial.sigma_rel is None:
+            return trial.target
+        return full_title(SigmaRel(trial.sigma_rel), self.steps)
 
     @property
     def is_at_end(self) -> bool:
@@ -133,10 +139,16 @@ class SweepReport:
         if self.minimize is None:
             return values
         found = self.found
+        best = self.best_trial
         return values | {
-            "best": {"target": SigmaRel(self.best).title, "sigma_rel": self.best},
+            "best": {
+                "target": best.target,
+                "sigma_rel": self.best,
+                "as": name_equal_length(SigmaRel(self.best), self.steps),
+            },
             "value": self.value,
-            "predicted_error": self.predicted_error,
+            "predicted_error": best.predicted_error,
+            "lost_gain": best.lost_gain,
             "compared": [gain._asdict() for gain in self.gains],
             "noise": None if math.isnan(found.noise) else found.noise,
             "tied": None if found.tied is None else list(found.tied),
@@ -156,12 +168,14 @@ def summarize(report: SweepReport) -> list[tuple[str, str]]:
     for compared in report.gains:
         text = "its trial failed" if compared.value is None else f"{compared.value:.6g}"
         pairs.append((compared.title, text))
-    pairs.append(("best", SigmaRel(report.best).title))
+    best = report.best_trial
+    pairs.append(("best", report.title(best)))
     pairs.append((report.metric, f"{report.value:.6g}"))
     if gain := describe_gain(report):
         pairs.append(("gain", gain))
     pairs.append(("statistically tied", describe_tie(report.found)))
-    pairs.append(("predicted error", percent(report.predicted_error)))
+    pairs.append(("predicted error", percent(best.predicted_error)))
+    pairs.append(("lost gain", percent(best.lost_gain)))
     if report.is_at_end and not report.lengths.listed:
         count += "; the best lies at the end of the range, and may lie beyond"
     pairs.append(("measured", count))

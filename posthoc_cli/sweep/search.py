@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.profiles import FloatArray, check_sigma_rel
-from posthoc_cli.targets import bad, parse_numbers
+from posthoc_cli.profiles import FloatArray, check_sigma_rel, sigma_rel_from_decay
+from posthoc_cli.targets import Beta, bad, parse_numbers
 
 LEAST_BUDGET = 4  # a quadratic needs three lengths, and a fourth to show noise
 USUAL_BUDGET = 12  # lengths of the grid: with it 94 % of choices are within the noise of the best
@@ -58,15 +58,19 @@ class Lengths:
         return cls(listed[0], listed[-1], listed)
 
     @classmethod
-    def parse(cls, text: str, name: str) -> Lengths:
-        """Parse LOW:HIGH, a range, or a list; an InvalidValueError about `name` says what is
-        accepted."""
+    def parse(cls, text: str, name: str, steps: float | None = None) -> Lengths:
+        """Parse LOW:HIGH, a range, or a list, of sigma_rels, or, after so many `steps`, of decays,
+        each of which stands for the sigma_rel that is as long; an InvalidValueError about `name`
+        says what is accepted."""
         is_range = text.count(":") == 1 and "," not in text
         numbers = text.replace(":", ",") if is_range else text
+        example = "0.02:0.28" if steps is None else "0.99:0.9999"
         try:
             sigma_rels = parse_numbers(
-                numbers, name, "a range LOW:HIGH, such as 0.02:0.28, or a list"
+                numbers, name, f"a range LOW:HIGH, such as {example}, or a list"
             )
+            if steps is not None:
+                sigma_rels = [sigma_rel_of(decay, steps) for decay in sigma_rels]
             if is_range:
                 return cls(sigma_rels[0], sigma_rels[-1])
             return cls.from_list(sigma_rels)
@@ -96,6 +100,16 @@ class Lengths:
         return math.log(self.high / self.low) / (len(self.grid(budget)) - 1)
 
 
+def sigma_rel_of(decay: float, steps: float) -> float:
+    """Return the sigma_rel that is as long as a decay after so many steps, to four digits."""
+    sigma_rel = sigma_rel_from_decay(Beta(decay).beta, steps)
+    if sigma_rel is None:
+        most = 1 - 2 / steps
+        reason = f"is longer than the uniform average of {steps:,.12g} steps; must be below "
+        raise InvalidValueError("decay", f"{reason}{most:.6g}", value=f"{decay:g}")
+    return float(f"{sigma_rel:.4g}")
+
+
 @dataclass(frozen=True)
 class Trial:
     """One measurement of a metric; or images without a metric."""
@@ -106,6 +120,7 @@ class Trial:
     value: float | None = None  # the metric, finite; None without a metric, and of a failed trial
     standard_error: float | None = None
     predicted_error: float | None = None  # of the weights; None if unknown
+    lost_gain: float | None = None  # by this error
     seconds: float = 0.0
     error: str | None = None  # why it failed
 

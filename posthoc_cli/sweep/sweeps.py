@@ -55,6 +55,7 @@ from posthoc_cli.sweep.search import (
     next_measurements,
 )
 from posthoc_cli.sweep.trials import Metric, NoMetricError, TrialError, measure
+from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.targets import Mean, SigmaRel, Target
 
 log = logging.getLogger(__name__)
@@ -76,8 +77,8 @@ class Weights:
     title: str
     sigma_rel: float | None
     text: str  # what {sigma_rel} becomes
-    # writes them to a file, and returns the predicted error
-    write: Callable[[Path], float | None]
+    # writes them to a file, and returns the plan of an average
+    write: Callable[[Path], Plan | None]
 
 
 @dataclass(eq=False)
@@ -97,8 +98,8 @@ class Sweep:
     like: Path | None = None  # as in `Run.write`
     raw: Path | None = None  # a checkpoint with the last weights, if the run lacks them
     again: str = ""  # the command line that repeats this sweep
-    # called with every trial when it ends, its number, and about how many there will be
-    say: Callable[[Trial, int, int], None] = lambda *_: None
+    # called with every trial when it ends, its title, its number, and about how many there will be
+    say: Callable[[Trial, str, int, int], None] = lambda *_: None
     progress: ProgressBar = no_bar
 
     def run_all(self) -> SweepReport:
@@ -115,7 +116,8 @@ class Sweep:
         check_count("budget", self.budget, LEAST_BUDGET)
         target: Target = SigmaRel(0.2 if self.lengths is None else self.lengths.high)
         with muted_warnings():
-            self.t = self._write(target, None, dry_run=True).plan.t
+            plan = self._write(target, None, dry_run=True).plan
+            self.t = plan.t
         lengths = self.lengths or searchable_lengths(self.run, self.t)
         compared = self._compared_weights(self.t)
         self._report = SweepReport(
@@ -125,6 +127,7 @@ class Sweep:
             metric=self.metric.key or "metric",
             minimize=self.minimize,
             settings=self._describe(),
+            steps=plan.steps,
             again=self.again,
         )
         with self._locked_folder():
@@ -135,7 +138,8 @@ class Sweep:
                 advance(len(known))
                 for trial in self._measure_all(compared):
                     self._record(trial)
-                    self.say(trial, len(self._report.trials), self._expected)
+                    title = self._report.title(trial)
+                    self.say(trial, title, len(self._report.trials), self._expected)
                     advance(1)
                     self._check_latest()
             self._check_enough()
@@ -198,8 +202,8 @@ class Sweep:
     def _average(self, sigma_rel: float) -> Weights:
         target = SigmaRel(sigma_rel)
 
-        def write(path: Path) -> float | None:
-            return self._write(target, path).plan.predicted_error(0)
+        def write(path: Path) -> Plan:
+            return self._write(target, path).plan
 
         return Weights(target.title, sigma_rel, f"{sigma_rel!r}", write)
 
@@ -296,8 +300,11 @@ class Sweep:
         files.make_directory(scratch)
         path = scratch / f"weights{self._suffix}"
         with muted_warnings():
-            predicted_error = weights.write(path)
-        trial = Trial(weights.title, weights.sigma_rel, seed, predicted_error=predicted_error)
+            plan = weights.write(path)
+        trial = Trial(weights.title, weights.sigma_rel, seed)
+        if plan is not None:
+            error = plan.predicted_error(0)
+            trial = replace(trial, predicted_error=error, lost_gain=plan.lost_gain(0))
         started = time.monotonic()
         try:
             value, noise = self._evaluate(path, trial, weights.text)
@@ -454,7 +461,8 @@ class StoredRun(Run):
 def trial_from_json(entry: dict[str, Any]) -> Trial:
     """Return a recorded trial; raise a TypeError or ValueError if a value is of another kind."""
     trial = Trial(**entry)
-    for value in (trial.sigma_rel, trial.value, trial.standard_error, trial.predicted_error):
+    errors = trial.standard_error, trial.predicted_error, trial.lost_gain
+    for value in (trial.sigma_rel, trial.value, *errors):
         if value is not None and not math.isfinite(value):
             raise ValueError("a number that is not finite")
     if not isinstance(trial.target, str) or not isinstance(trial.seed, int):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from posthoc_cli.checkpoints.settings import UNSPECIFIED
 from posthoc_cli.clock import Clock, EpochClock
 from posthoc_cli.dtypes import EPS, parse_dtype
 from posthoc_cli.errors import (
@@ -28,8 +30,6 @@ from posthoc_cli.profiles import (
     FloatArray,
     PowerFunction,
     Profile,
-    decay_from_sigma_rel,
-    sigma_rel_from_decay,
 )
 from posthoc_cli.reconstruction import (
     ROUNDING,
@@ -52,7 +52,7 @@ from posthoc_cli.snapshots.sources import (
     run_clock,
 )
 from posthoc_cli.snapshots.tensorfile import Box, Entry
-from posthoc_cli.targets import Mean, Target, as_targets
+from posthoc_cli.targets import Mean, Target, as_targets, name_equal_length
 
 if TYPE_CHECKING:
     import torch
@@ -212,20 +212,6 @@ class Plan(Combination):
         """Return the relative L2 distance between a target's profile and the one made."""
         return float(self.reconstruction.profile_error[target])
 
-    def alike(self, target: int) -> str | None:
-        """Return the decay of the ordinary EMA that is as long as a power function, or the
-        sigma_rel of an ordinary EMA, as text; None of another target, or without steps."""
-        wished = self.targets[target]
-        if self.steps is None:
-            return None
-        if wished.sigma_rel is not None:
-            left = 1 - decay_from_sigma_rel(wished.sigma_rel, self.steps)
-            return f"decay {1 - float(f'{left:.2g}'):.12g}"
-        if wished.beta is not None:
-            sigma_rel = sigma_rel_from_decay(wished.beta, self.steps)
-            return None if sigma_rel is None else f"sigma_rel {sigma_rel:.3g}"
-        return None
-
     def output_info(self, target: int) -> OutputInfo:
         """Return the metadata of a target's output."""
         wished = self.targets[target]
@@ -260,7 +246,10 @@ class Plan(Combination):
         targets = []
         for index in range(len(self.targets)):
             info = self.output_info(index)
-            values: dict[str, Any] = {"target": info.profile, "as": self.alike(index)}
+            values: dict[str, Any] = {
+                "target": info.profile,
+                "as": name_equal_length(self.targets[index], self.steps),
+            }
             for name in ("sigma_rel", "t", "method", "profile_error", "predicted_error"):
                 values[name] = getattr(info, name)
             values["lost_gain"] = self.lost_gain(index)
@@ -318,7 +307,7 @@ def plan_synthesis(
         raise InvalidValueError("sigma_rel", "at least one value is needed, in (0, 0.2887)")
     time = _target_time(sources, t, step)
     clock = run_clock(sources)
-    check_steps(wished, clock, time, sources[0].t_unit)
+    check_steps(wished, clock, time, sources)
     usable, later = _choose_sources(sources, wished, time)
     known = [*usable, *later]  # later snapshots also measure the motion
     prior = source_prior(known)
@@ -345,7 +334,7 @@ def plan_synthesis(
         solved=len(usable),
         available=sum(each <= time for each in times),
         run_end=max(times),
-        steps=float(clock.step_at(time)) if _is_even(clock) else None,
+        steps=float(clock.step_at(time)) if clock.is_even else None,
     )
     _check_errors(plan, max_error)
     _warn_of_poor_targets(plan, known, prior)
@@ -356,31 +345,30 @@ def check_steps(
     targets: Sequence[Target],
     clock: Clock,
     t: float,
-    t_unit: str,
+    sources: Sequence[Source],
 ) -> None:
-    """Raise an InvalidValueError for a target in steps if steps and times are not in one ratio.
+    """Raise an InvalidValueError, with the command to use in its place, for a target in steps if
+    steps and times are not in one ratio.
 
     Between two snapshots nobody knows then when a step was: with batches of random size the errors
     of the last 20 steps were 200 to 990 times the predicted ones.
     """
-    if isinstance(clock, EpochClock) or _is_even(clock):
+    if clock.is_even:
         return
+    folder = sources[0].path.parent
     for target in targets:
-        if target.counts_steps:
-            reason = f"counts steps, and the steps of this run are not equally long in {t_unit}"
-            hint = f"name it on the run's own clock: {target.on_clock(t, clock)}"
-            raise InvalidValueError("target", reason, hint, value=target.title)
-
-
-EQUAL_STEPS = 1e-9  # relative difference of the length of steps: a rounding error
-
-
-def _is_even(clock: Clock) -> bool:
-    """Return whether steps and times are in one ratio, as far as the snapshots show."""
-    if isinstance(clock, EpochClock):
-        return False
-    lengths = np.array(clock.times) / np.array(clock.steps)
-    return bool(np.ptp(lengths) <= EQUAL_STEPS * lengths[-1])
+        if not target.counts_steps:
+            continue
+        if isinstance(clock, EpochClock):
+            reason = f"must be given: {target.title} counts steps, and the numbers of these "
+            command = UNSPECIFIED.command(folder, steps_per_epoch="N")
+            reason += "checkpoints are epochs"
+            raise InvalidValueError("steps_per_epoch", reason, f"paste: {command}")
+        reason = f"counts steps, and those of this run are not equally long in {sources[0].t_unit}"
+        same = target.on_clock(t, clock).split(" ", 1)
+        words = ["ema", "synthesize", str(folder), *same, "--out", "average.safetensors"]
+        hint = f"for the same length on the run's clock, paste: {shlex.join(words)}"
+        raise InvalidValueError("target", reason, hint, value=target.title)
 
 
 def _choose_sources(

@@ -121,7 +121,7 @@ def test_a_page_shows_the_images_of_the_last_weights_the_own_ema_and_each_length
     names = re.findall('<img[^>]* title="(.*?)"', text)
     assert html.escape(f"0{EVIL[:8]}.png") in names
     assert len(names) == len(drawn)
-    titles = re.findall(r"<figcaption>(.*?), metric", text)
+    titles = re.findall(r"<figcaption>(.*?)(?: \(as decay [\d.]+\))?, metric", text)
     assert sorted(titles) == sorted(TITLES)
     words = " ".join(shown(text).split())
     assert "gain 98 % worse than your EMA (0.9), 98 % worse than the last weights" in words

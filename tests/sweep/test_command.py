@@ -251,7 +251,7 @@ def test_the_users_own_ema_is_measured_first_as_it_is_stored(tmp_path, out):
     texts = dict(summarize(report))
     assert texts["gain"] == "24 % better than your EMA (0.9), 62 % better than the last weights"
     assert texts["your EMA (0.9)"] == "4"
-    assert texts["best"] == "sigma_rel 0.05"
+    assert texts["best"].startswith("sigma_rel 0.05 (as decay ")
 
 
 def test_a_run_of_plain_weights_is_searched_over_what_its_files_show(tmp_path, out, caplog):
@@ -272,9 +272,24 @@ def test_a_run_of_plain_weights_is_searched_over_what_its_files_show(tmp_path, o
 def test_the_command_says_what_was_measured(ema, run, out):
     command = ("sweep", run.directory, "--run", BOWL, "--minimize", "--out", out)
     done = ema(*command, "--sigma-rel", "0.05,0.1,0.2")
-    assert "trial 2 of about 3: sigma_rel 0.1: 0 (" in done.out
+    assert "trial 2 of about 3: sigma_rel 0.1 (as decay 0.64): 0 (" in done.out
     assert re.search(r"last weights +not measured: name a checkpoint with them by --raw", done.out)
     assert (out / "report.html").exists()
+
+
+def test_decays_name_the_lengths_of_the_same_mean_age(ema, run, out):
+    """That of an EMA is -1 / ln(decay) steps, that of a power function steps / (gamma + 2)."""
+    command = ("sweep", run.directory, "--run", BOWL, "--minimize", "--out", out)
+    done = ema(*command, "--decay", "0.6,0.7", "--json")
+    report = json.loads(done.out)
+    for trial, decay in zip(report["trials"], (0.6, 0.7), strict=True):
+        gamma = -run.step * math.log(decay) - 2
+        variance = (gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))
+        assert trial["sigma_rel"] == pytest.approx(variance**0.5, rel=1e-3)
+        assert trial["lost_gain"] == run.plan(trial["sigma_rel"]).lost_gain(0)
+    assert report["best"]["as"] == "decay 0.6"
+    refused_one = ema(*command, "--decay", "0.6,0.99")
+    assert "is longer than the uniform average of 20 steps; must be below 0.9" in refused_one.error
 
 
 def test_last_weights_beside_those_that_the_run_contains_are_refused(tmp_path, out):
