@@ -239,7 +239,10 @@ def sweep_figure(report: dict[str, Any]) -> Figure:
     band = _draw_estimate(axes, report["curve"])
     bars = _draw_trials(axes, report["trials"], report["noise"] or 0.0)
     best = report["best"]["sigma_rel"]
-    axes.axvline(best, color=green, linewidth=1.6, label=f"best: {best:g}")
+    label = f"best: {best:g}"
+    if report["best"].get("as"):
+        label += f" (as {report['best']['as']})"
+    axes.axvline(best, color=green, linewidth=1.6, label=label)
     compared = [each for each in report["compared"] if each["value"] is not None]
     low, high = _metric_range(bars, [*band, *(each["value"] for each in compared)])
     for index, each in enumerate(compared):

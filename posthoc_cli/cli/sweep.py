@@ -93,8 +93,8 @@ def sweep(
 
     check_alone(minimize=minimize, maximize=maximize, look=look)
     if not (minimize or maximize or look):
-        reason = "say whether lower or higher is better"
-        hint = "add --minimize or --maximize; or --look, to compare images without a metric"
+        reason = "say whether lower or higher is better: add --minimize or --maximize"
+        hint = "or --look, to compare images without a metric"
         raise InvalidValueError("--minimize", reason, hint)
     check_alone(look=look, metric=metric)
     check_alone(sigma_rel=sigma_rel, decay=decay)

@@ -182,9 +182,10 @@ def _sort_trials(report: SweepReport) -> list[Trial]:
 def _render_trials(report: SweepReport, folder: Path) -> str:
     """Return the table of all trials, without columns that have no value."""
     trials = _sort_trials(report)
+    is_repeated = any(trial.seed for trial in trials)
     columns = [
         ("target", [report.title(trial) for trial in trials]),
-        ("seed", [str(trial.seed) for trial in trials]),
+        ("seed", [str(trial.seed) if is_repeated else "" for trial in trials]),
         (report.metric, [_number(trial.value) for trial in trials]),
         ("standard error", [_number(trial.standard_error) for trial in trials]),
         ("predicted error", [_as_percent(trial.predicted_error) for trial in trials]),

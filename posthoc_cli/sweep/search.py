@@ -4,7 +4,7 @@ measurements.
 Lengths are compared by their place, the logarithm of sigma_rel. The trials are the only state of a
 search: what to measure next follows from them alone, so that a search continues from a record of
 them. It measures a grid of lengths, then the one where a quadratic through the best ones is lowest,
-then the best once more, and, if that has another metric, its neighbours.
+then the best once more, and, if that has another metric, its neighbours. Of a list none is added.
 """
 
 from __future__ import annotations
@@ -300,19 +300,22 @@ def next_measurements(
 ) -> list[tuple[float, int]]:
     """Return the lengths to measure next, each with its seed; none if the search has ended.
 
-    Without a direction, `minimize` None, only the grid is measured.
+    Without a direction, `minimize` None, only the grid is measured. Residuals of a quadratic would
+    be taken for noise of a metric that has none: of a list with residuals the best is repeated.
     """
     tried = {(trial.sigma_rel, trial.seed) for trial in trials}
     missing = []
     for sigma_rel in lengths.grid(budget):
         if (sigma_rel, 0) not in tried:
             missing.append((sigma_rel, 0))
-    if missing or lengths.listed or minimize is None:
+    if missing or minimize is None:
         return missing
     step = lengths.step(budget)
     found = estimate(trials, step, minimize)
+    if lengths.listed and math.isnan(found.noise):
+        return []  # few lengths, of which the best is as measured
     between = lengths.rounded(math.exp(found.vertex))
-    if (between, 0) not in tried and is_in_gap(found, step):
+    if not lengths.listed and (between, 0) not in tried and is_in_gap(found, step):
         return [(between, 0)]
     repeated = [sigma_rel for sigma_rel, seed in tried if seed and sigma_rel is not None]
     if not repeated:

@@ -67,7 +67,7 @@ _PLACEHOLDER = re.compile(r"\{(weights|sigma_rel|seed|dir)\}")
 _SCRATCH = ".scratch"
 _DIRECTIONS = {True: "minimize", False: "maximize", None: "look"}
 _OPERATORS = ("|", "||", "&&", ">", ">>", "<", "&>", "2>", "2>&1")
-_USE_A_SHELL = "pipes, variables, cd and the like need a shell: sh -c '...'"
+_USE_A_SHELL = "for pipes, variables or cd, use a shell: sh -c '...'"
 
 
 @dataclass(frozen=True)
@@ -167,11 +167,12 @@ class Sweep:
 
     @property
     def _expected(self) -> int:
-        """About how many trials there will be; of a list, exactly."""
+        """About how many trials there will be; of a short list, exactly."""
         report = self._report
-        planned = len(report.compared) + len(report.lengths.grid(self.budget))
-        if self.minimize is not None and not report.lengths.listed:
-            planned += 2  # the best length, and once more
+        grid = report.lengths.grid(self.budget)
+        planned = len(report.compared) + len(grid)
+        if self.minimize is not None and len(grid) >= LEAST_BUDGET:
+            planned += 1 if report.lengths.listed else 2  # the best length, and once more
         return max(planned, len(report.trials))
 
     # --- the weights to measure
@@ -527,7 +528,7 @@ def check_command(command: str, metric: Metric, needs_images: bool) -> None:
     try:
         words = shlex.split(command)
     except ValueError as error:
-        reason = f"cannot be split into words: {error}"
+        reason = f"invalid quoting: {error}"
         raise InvalidValueError("command", reason, value=value) from error
     if not any("{weights}" in word for word in words):
         reason = "must contain {weights}, which becomes the path of the average"
@@ -540,11 +541,11 @@ def check_command(command: str, metric: Metric, needs_images: bool) -> None:
         raise InvalidValueError("command", reason, value=value)
     operators = [word for word in words if word in _OPERATORS]
     if operators:
-        reason = "is for a shell, without which the command is run"
+        reason = "the command runs without a shell"
         raise InvalidValueError("command", reason, _USE_A_SHELL, value=operators[0])
     if not _PLACEHOLDER.search(words[0]) and shutil.which(words[0]) is None:
-        reason = "its first word is neither a program on the PATH nor an executable file"
-        hint = f"a script may need its interpreter first: python3; {_USE_A_SHELL}"
+        reason = "command not found"
+        hint = f"start a script with its interpreter, such as python3; {_USE_A_SHELL}"
         raise InvalidValueError("command", reason, hint, value=words[0])
     script = words[1] if len(words) > 1 else ""
     if script.endswith((".py", ".sh")) and not Path(script).is_file():

@@ -471,10 +471,10 @@ def _warn_of_poor_targets(
         return
     errors = np.hypot(plan.reconstruction.predicted_error, plan.output_rounding)
     error = percent(float(errors.max()))
-    loss = percent(float(losses.max()))
+    amount = "up to" if len(titles) > 1 else "about"
+    loss = f"{amount} {percent(float(losses.max()))}"
     if len(titles) > 1:
         error = f"up to {error}"
-        loss = f"up to {loss}"
     snapshots = [source.profile for source in known]
     curve = error_curve("", snapshots, prior, t=plan.t, method=plan.method)
     sources = counted(plan.sources, plan.solved)
@@ -485,7 +485,7 @@ def _warn_of_poor_targets(
     if curve.assumption:
         origin += f", if {curve.assumption}"
     log.warning(
-        "%s: predicted error %s %s; it loses about %s of what averaging gains, %s",
+        "%s: predicted error %s %s; it loses %s of what averaging gains, %s",
         first_of(titles),
         error,
         origin,
