@@ -128,3 +128,40 @@ def test_checkpoints_are_neither_pruned_nor_repaired(write, ema, tmp_path):
     refused = ema("synthesize", folder, "--sigma-rel", "0.2", "--out", tmp_path / "o.pt")
     assert refused.code == 1
     assert "ema verify" not in refused.error
+
+
+def epochs_of_an_ema(folder):
+    """Write weights and an EMA of decay 0.95 after each of 40 epochs of 10 steps."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.full((3000,), 4.0)
+    average = weights.clone()
+    for step in range(1, 401):
+        weights = weights + 0.1 * torch.randn(3000, generator=generator)
+        average = 0.95 * average + 0.05 * weights
+        if step % 10 == 0:
+            content = {"model": {"w": weights}, "ema": {"w": average}}
+            store(folder / f"epoch_{step // 10}.pt", content)
+
+
+def test_all_commands_ask_for_the_steps_of_an_epoch_by_the_same_line(ema, tmp_path):
+    epochs_of_an_ema(tmp_path / "ck")
+    line = f"paste: ema import {tmp_path / 'ck'} --steps-per-epoch N --out run"
+    for command in (
+        ["synthesize", "--sigma-rel", "0.1", "--dry-run"],
+        ["error-plot", "--json"],
+        ["sweep", "--run", "true {weights}", "--minimize"],
+        ["audit"],
+    ):
+        assert line in ema(command[0], tmp_path / "ck", *command[1:]).error
+    assert line in ema("info", tmp_path / "ck").out
+    audited = ema("audit", tmp_path / "ck", "--steps-per-epoch", "10")
+    assert re.search(r"^found: decay 0\.9[45]\d*, ", audited.out, re.MULTILINE)
+    # the mean age of 20 steps is that of gamma = 18, whose width is 0.0475
+    assert re.search(r"^as sigma_rel 0\.04[678]\d* after", audited.out, re.MULTILINE)
+    ema("import", tmp_path / "ck", "--steps-per-epoch", "10", "--out", tmp_path / "run")
+    again = ema("audit", tmp_path / "run", "--steps-per-epoch", "10")
+    assert "--steps-per-epoch 10: is a setting of imports" in again.error
+    informed = ema("info", tmp_path / "run")
+    assert re.search(r"400  EMA of decay 0\.95  sigma_rel 0\.04[678]\d*  ", informed.out)
+    curve = ema("error-plot", tmp_path / "run", "--json")
+    assert curve.code == 0

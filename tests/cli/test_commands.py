@@ -38,7 +38,7 @@ def test_info_of_a_directory(typed, run):
     result = typed("info run")
     assert result.code == 0
     assert has_line("run +[0-9a-f]{32}$", result.out)
-    assert has_line(r" *0\.28 +20 +100 +2,000 +0\.0\d+ % to 0\.0\d+ % ", result.out)
+    assert has_line(r" *0\.28 +decay 0\.9989 +20 +100 +2,000 +0\.0\d+ % to 0\.0\d+ % ", result.out)
     assert has_line("measured +40 of them, from which errors are predicted", result.out)
     assert has_line("schedule +update_every .*, checkpoint_dtype float16$", result.out)
     report = typed("info run --json").json

@@ -122,6 +122,17 @@ def test_of_a_list_each_length_is_measured_once_and_the_noise_may_be_unknown():
     assert best.tied is None
 
 
+def test_of_a_longer_list_the_best_is_measured_twice_so_that_no_curve_is_taken_for_noise():
+    """That of 0.13, although a smooth curve through its neighbours is lower at 0.1."""
+    metric = {0.02: 0.0414, 0.05: 0.0345, 0.1: 0.03102, 0.13: 0.0308, 0.2: 0.035, 0.28: 0.084}
+    lengths = Lengths.from_list([*metric])
+    trials = searched(metric.get, lengths)
+    assert len(trials) == 7
+    best = found(trials, lengths)
+    assert best.best == 0.13
+    assert best.noise == 0
+
+
 def test_without_a_direction_only_the_grid_is_measured():
     trials = searched(bowl, budget=6, minimize=None)
     assert [each.sigma_rel for each in trials] == LENGTHS.grid(6)
