@@ -23,7 +23,7 @@ from matplotlib.image import imsave
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from posthoc_cli.errors import printable
+from posthoc_cli.errors import percent, printable
 from posthoc_cli.planning import SMALL_LOSS, ErrorCurve
 
 FloatArray = npt.NDArray[np.float64]
@@ -108,9 +108,9 @@ def error_figure(curves: Sequence[ErrorCurve], profile_error: bool = False) -> F
     axes.set_ylabel("error of the weights, share of gain lost")
     errors = [_all_errors(curve) for curve in curves]
     _scale_errors(axes, np.concatenate(errors), least)
-    title = "Lost gain"
+    title = "Predicted error and lost gain"
     if len(curves) == 1:
-        title += f": {curves[0].good_range}"
+        title = f"Lost gain: {curves[0].good_range}"
     return _finish(figure, axes.xaxis, title)
 
 
@@ -156,7 +156,7 @@ def _draw_points(
     """Draw the averages of a curve that are not power functions."""
     for number, point in enumerate(curve.others, start=1):
         error = point.predicted_error
-        label = f"{point.label}: {100 * error:.2g} %"
+        label = f"{point.label}: {percent(error)}, lost gain {percent(point.lost_gain)}"
         axes.plot(
             max(point.sigma_rel, _LEAST_WIDTH),
             np.clip(error, least, _MOST_ERROR),
@@ -183,17 +183,17 @@ def _draw_curve(
         tracked = [f"{width:g}" for width in curve.tracked]
         label += f"; tracked: {', '.join(tracked)}"
     if not alone:
-        label += f"; {curve.good_range}"
+        label += f"; lost gain {curve.good_range}"
     heights = np.maximum(_heights(curve), least)
-    style = _line(index)
-    axes.plot(curve.sigma_rels, heights, linewidth=1.8, label=_text(label), **style)
+    colour = _colour(index)
+    axes.plot(curve.sigma_rels, heights, color=colour, linewidth=1.8, label=_text(label))
     low, *_, high = curve.sigma_rels
     marked = [width for width in curve.tracked if low <= width <= high]
     axes.plot(
         marked,
         np.interp(marked, curve.sigma_rels, heights),
         marker=MARKERS[0],
-        color=_colour(index),
+        color=colour,
         linestyle="none",
         clip_on=False,
         zorder=5,
@@ -221,7 +221,7 @@ def _draw_profile_errors(axes: Axes, curves: Sequence[ErrorCurve]) -> None:
             linewidth=0.9,
             zorder=1.9,
             label=label,
-            **_line(index),
+            color=_colour(index),
         )
 
 
@@ -419,13 +419,8 @@ def _colour(index: int) -> str:
     return COLOURS[index % len(COLOURS)]
 
 
-def _line(index: int) -> dict[str, Any]:
-    style = STYLES[index % len(STYLES)]
-    return {"color": _colour(index), "linestyle": style}
-
-
 def _reference() -> dict[str, Any]:
-    return _line(1) | {"linewidth": 1.6}
+    return {"color": _colour(1), "linestyle": STYLES[1], "linewidth": 1.6}
 
 
 def _text(text: str, width: int = 48) -> str:
