@@ -46,12 +46,12 @@ class Clock:
     def step_at(self, s: npt.ArrayLike) -> FloatArray:
         """Return the step at times `s`, any shape, with fractions; 0 up to time 0."""
         times, steps = self._nodes
-        return _interpolated(_as_floats(s), times, steps)
+        return _interpolate(_as_floats(s), times, steps)
 
     def time_at(self, step: npt.ArrayLike) -> FloatArray:
         """Return the time of steps, any shape: the inverse of `step_at`."""
         times, steps = self._nodes
-        return _interpolated(_as_floats(step), steps, times)
+        return _interpolate(_as_floats(step), steps, times)
 
     @cached_property
     def _nodes(self) -> tuple[FloatArray, FloatArray]:
@@ -72,7 +72,7 @@ class EpochClock(Clock):
         raise InvalidValueError("steps_per_epoch", reason)
 
 
-def _interpolated(x: FloatArray, knots: FloatArray, values: FloatArray) -> FloatArray:
+def _interpolate(x: FloatArray, knots: FloatArray, values: FloatArray) -> FloatArray:
     """Interpolate linearly between knots: constant before the first one, with the last slope after
     the last."""
     last = knots[-1]

@@ -164,7 +164,7 @@ class NotReadyError(PostHocError, RuntimeError):
 # --- texts for people
 
 
-def printable(text: str) -> str:
+def escape_text(text: str) -> str:
     """Escape characters that control a terminal: control codes, line ends, changes of direction."""
     characters = []
     for character in text:
@@ -176,11 +176,11 @@ def printable(text: str) -> str:
 
 def one_line(text: str) -> str:
     """Escape control characters of a message, and limit its length."""
-    line = printable(text[:_LONGEST_LINE])
+    line = escape_text(text[:_LONGEST_LINE])
     return f"{line}..." if len(text) > _LONGEST_LINE else line
 
 
-def shown(value: object) -> str:
+def quote(value: object) -> str:
     """Quote a name or value from a file for a message: escaped, in one line, and shortened."""
     if isinstance(value, str):
         quoted = repr(value[:_LONGEST])
@@ -192,12 +192,12 @@ def shown(value: object) -> str:
     return f"a {type(value).__name__}"
 
 
-def brief(value: object) -> str:
+def abbreviate(value: object) -> str:
     """Shorten an argument's value for a message, in one line."""
     return " ".join(repr(value)[:40].split()).removesuffix(".0")
 
 
-def first_of(texts: Iterable[str], most: int = 5) -> str:
+def list_first(texts: Iterable[str], most: int = 5) -> str:
     """List the first texts in one line, and how many more there are."""
     every = [*texts]
     listed = ", ".join(every[:most])
@@ -325,7 +325,7 @@ def check_number(
     if isinstance(value, Real) and not isinstance(value, bool):
         number = float(value)
     if not accepts(number):
-        raise InvalidValueError(name, f"must {accepted}", value=brief(value))
+        raise InvalidValueError(name, f"must {accepted}", value=abbreviate(value))
     return number
 
 
@@ -343,11 +343,11 @@ def check_count(
             count = operator.index(value)  # type: ignore[arg-type]
     if count < least:
         reason = f"must be a whole number, at least {least}"
-        raise InvalidValueError(name, reason, hint, value=shown(value))
+        raise InvalidValueError(name, reason, hint, value=quote(value))
     return count
 
 
-def check_alone(**given: object) -> None:
+def at_most_one(**given: object) -> None:
     """Raise InvalidValueError if several of these arguments are given; None and False are not."""
     count = sum(value is not None and value is not False for value in given.values())
     if count > 1:
@@ -363,10 +363,10 @@ def check_word(
     words = [*accepted]
     if value not in words:
         reason = f"must be one of {', '.join(map(str, words))}"
-        raise InvalidValueError(name, reason, likely(value, words), value=brief(value))
+        raise InvalidValueError(name, reason, did_you_mean(value, words), value=abbreviate(value))
 
 
-def likely(value: object, words: Iterable[object]) -> str:
+def did_you_mean(value: object, words: Iterable[object]) -> str:
     """Suggest the word that may be meant; nothing if none is like the value."""
     for word in get_close_matches(str(value), map(str, words), 1):
         if word != str(value):

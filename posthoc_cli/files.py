@@ -34,7 +34,7 @@ from posthoc_cli.errors import (
     OutputExistsError,
     RemoteError,
     WriteError,
-    shown,
+    quote,
 )
 
 log = Log(__name__)
@@ -148,16 +148,16 @@ def is_url(path: str | Path) -> bool:
     return _URL.match(str(path)) is not None
 
 
-def given_path(name: str, path: str | Path) -> Path:
+def check_path(name: str, path: str | Path) -> Path:
     """Make a path of an argument, expanded; an InvalidValueError names an empty or invalid one."""
     is_empty = path == ""  # which `Path` would take for the working directory
     if is_empty or not isinstance(path, str | os.PathLike) or "\0" in str(path):
         reason = "is empty; for the working directory give '.'" if is_empty else "must be a path"
-        raise InvalidValueError(name, reason, value="" if is_empty else shown(path))
-    return expanded(path)
+        raise InvalidValueError(name, reason, value="" if is_empty else quote(path))
+    return expand_user(path)
 
 
-def expanded(path: str | Path) -> Path:
+def expand_user(path: str | Path) -> Path:
     """Replace a leading ~ by the home directory, unless the user is unknown."""
     path = as_path(path)
     return path if is_url(path) else Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib raises for an unknown user
@@ -165,7 +165,7 @@ def expanded(path: str | Path) -> Path:
 
 def is_glob(pattern: str | Path) -> bool:
     """Tell a pattern from a file or directory that has this name."""
-    path = expanded(pattern)
+    path = expand_user(pattern)
     return glob.has_magic(str(path)) and not path.exists()
 
 
@@ -180,7 +180,7 @@ def as_path(path: str | Path) -> Path:
 
 def local_path(name: str, path: str | Path) -> Path:
     """Make a path of an argument as `given_path` does; a URL is an InvalidValueError, too."""
-    local = given_path(name, path)
+    local = check_path(name, path)
     if is_url(local):
         reason = "is a URL; must be a path on a file system of this machine"
         hint = "copy it from or to the store by `rclone copy` or `aws s3 cp`"
@@ -216,11 +216,11 @@ def new_file(
     if path.is_dir() or str(out).endswith("/"):
         raise InvalidValueError("out", "is a folder; name a file", value=out)
     if path.exists() and not overwrite:
-        raise _taken(path)
+        raise _exists_error(path)
     return path
 
 
-def is_own_folder(path: Path) -> bool:
+def is_real_folder(path: Path) -> bool:
     """Tell a folder from a link, which may lead elsewhere."""
     return path.is_dir() and not path.is_symlink()
 
@@ -239,7 +239,7 @@ def is_absent(path: Path) -> bool:
 
 
 @contextmanager
-def reported_as_write_error(path: Path, refused: str = "written") -> Iterator[None]:
+def raise_write_errors(path: Path, refused: str = "written") -> Iterator[None]:
     """Turn an OSError of the block into a WriteError: `path` cannot be `refused`, which is
     "written" or "removed"."""
     try:
@@ -266,7 +266,7 @@ def new_directory(path: Path) -> Iterator[None]:
     leaves it empty."""
     created: list[Path] = []
     try:
-        with reported_as_write_error(path):
+        with raise_write_errors(path):
             missing = [p for p in (path, *path.parents) if not os.path.exists(p)]  # noqa: PTH110
             for directory in reversed(missing):
                 _unfinished[directory] = os.getpid()
@@ -289,7 +289,7 @@ def unlink_if_exists(path: Path) -> None:
 
 def _remove(path: Path) -> None:
     """Remove a file, a link or a complete folder, if it exists."""
-    if is_own_folder(path):
+    if is_real_folder(path):
         for entry in system.list(path):
             _remove(entry)
         system.remove_directory(path)
@@ -409,20 +409,20 @@ class PendingFile(_Pending):
         super().__init__(path)
         self._overwrite = overwrite
         self.descriptor = -1
-        with reported_as_write_error(path):
+        with raise_write_errors(path):
             is_file = path.is_file() or (path.is_symlink() and not path.is_dir())
             if not is_file and os.path.lexists(path):
                 raise OutputExistsError(
                     path, "is a directory, pipe, socket or device", "choose another name"
                 )
             if is_file and not overwrite:  # replacing a link keeps the file that it names
-                raise _taken(path)
+                raise _exists_error(path)
             _unfinished[self.temporary] = os.getpid()
             self.descriptor = system.open_new(self.temporary)
 
     def write_at(self, data: bytes | memoryview, offset: int) -> None:
         view = memoryview(data).cast("B")
-        with reported_as_write_error(self.path):
+        with raise_write_errors(self.path):
             while view:
                 written = system.write(self.descriptor, view, offset)
                 view = view[written:]
@@ -430,7 +430,7 @@ class PendingFile(_Pending):
 
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill `view` with what was written from an offset on."""
-        with reported_as_write_error(self.path):
+        with raise_write_errors(self.path):
             while view:
                 count = system.read(self.descriptor, view, offset)
                 view = view[count:]
@@ -439,7 +439,7 @@ class PendingFile(_Pending):
     def publish(self) -> None:
         """Make the content durable and give the file its name; remove a new name if a later step
         fails."""
-        with reported_as_write_error(self.path):
+        with raise_write_errors(self.path):
             system.fsync(self.descriptor)
             self._close()  # Windows renames and removes no open file
             linked = not self._overwrite
@@ -451,7 +451,7 @@ class PendingFile(_Pending):
                 if os.path.lexists(self.path):
                     # a network file system may have made the link, and lost its answer
                     if not os.path.samestat(self.temporary.lstat(), self.path.lstat()):
-                        raise _taken(self.path) from error
+                        raise _exists_error(self.path) from error
                 elif error.errno in NO_HARD_LINKS:
                     linked = False  # this check and the rename are not atomic
                 else:
@@ -495,7 +495,7 @@ class PendingFolder(_Pending):
     ) -> None:
         super().__init__(path)
         self._replaces = replaces
-        with reported_as_write_error(path):
+        with raise_write_errors(path):
             self._is_taken()
             _unfinished[self.temporary] = os.getpid()
             system.make_directory(self.temporary)
@@ -506,15 +506,15 @@ class PendingFolder(_Pending):
         if not os.path.lexists(path):
             return False
         if path.is_symlink() or not path.is_dir():
-            raise self._refused("is a file or a link; must be a folder")
+            raise self._refuse("is a file or a link; must be a folder")
         if os.path.ismount(path) or path.samefile("."):
-            raise self._refused("is a disk's or the working directory, which is not replaced")
+            raise self._refuse("is a disk's or the working directory, which is not replaced")
         for entry in sorted(system.list(path)):
             if self._replaces is None or entry.is_dir() or not self._replaces.fullmatch(entry.name):
-                raise self._refused(f"already exists, and holds {shown(entry.name)}")
+                raise self._refuse(f"already exists, and holds {quote(entry.name)}")
         return True
 
-    def _refused(self, reason: str) -> OutputExistsError:
+    def _refuse(self, reason: str) -> OutputExistsError:
         hint = "name a new folder"
         if self._replaces is None:
             hint += ", or `overwrite` to replace a model"
@@ -523,7 +523,7 @@ class PendingFolder(_Pending):
     def publish(self) -> None:
         """Make the content durable and give the folder its name; a failure leaves what was
         there."""
-        with reported_as_write_error(self.path):
+        with raise_write_errors(self.path):
             for base, _, names in os.walk(self.temporary):
                 for name in names:
                     descriptor = system.open(Path(base, name))
@@ -551,7 +551,7 @@ class PendingFolder(_Pending):
             _discard(replaced)
 
 
-def _taken(path: Path) -> OutputExistsError:
+def _exists_error(path: Path) -> OutputExistsError:
     return OutputExistsError(
         path, "already exists", "choose another name, or `overwrite` to replace it"
     )

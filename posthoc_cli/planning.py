@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from posthoc_cli.dtypes import EPS
-from posthoc_cli.errors import InvalidValueError, brief, check_count, check_number
+from posthoc_cli.errors import InvalidValueError, abbreviate, check_count, check_number
 from posthoc_cli.profiles import (
     UNIFORM_SIGMA_REL,
     FloatArray,
@@ -456,4 +456,4 @@ def check_sigma_range(sigma_range: Sequence[float]) -> tuple[float, float]:
         if low < high:
             return low, high
     reason = f"must be two numbers in (0, {UNIFORM_SIGMA_REL:.4f}), the first below the second"
-    raise InvalidValueError("sigma_range", reason, value=brief(sigma_range))
+    raise InvalidValueError("sigma_range", reason, value=abbreviate(sigma_range))

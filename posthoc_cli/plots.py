@@ -23,7 +23,7 @@ from matplotlib.image import imsave
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from posthoc_cli.errors import percent, printable
+from posthoc_cli.errors import escape_text, percent
 from posthoc_cli.planning import SMALL_LOSS, ErrorCurve
 
 FloatArray = npt.NDArray[np.float64]
@@ -428,7 +428,7 @@ def _text(text: str, width: int = 48) -> str:
 
     Lines of a legend fit into the figure even if they consist of W, the widest letter.
     """
-    shown = printable(text[:_LONGEST_TEXT])
+    shown = escape_text(text[:_LONGEST_TEXT])
     kept_together = shown.replace(" %", "\N{NO-BREAK SPACE}%")
     lines = textwrap.fill(kept_together, width)
     spaced = lines.replace("\N{NO-BREAK SPACE}", " ")

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from posthoc_cli.errors import InvalidValueError, brief, check_number
+from posthoc_cli.errors import InvalidValueError, abbreviate, check_number
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -87,7 +87,7 @@ def check_sigma_rel(sigma_rel: float, name: str = "sigma_rel") -> float:
     reason = "lie in (0, 0.2887); 0.2887 is the uniform average over all of training"
     if isinstance(sigma_rel, int | float):
         raise InvalidValueError(name, f"must {reason}", value=f"{sigma_rel:g}")
-    raise InvalidValueError(name, f"must be a number, and {reason}", value=brief(sigma_rel))
+    raise InvalidValueError(name, f"must be a number, and {reason}", value=abbreviate(sigma_rel))
 
 
 def gamma_from_sigma_rel(sigma_rel: float) -> float:
@@ -301,11 +301,11 @@ def ema_pytorch_profile(
     later = -np.expm1(backwards[::-1])
     # the mass after each update, from that before the first one
     after = np.concatenate(([1.0], later, [0.0]))
-    numbers, masses = _joined(-np.diff(after))
+    numbers, masses = _join(-np.diff(after))
     return Discrete(first + every * numbers, masses, step)
 
 
-def _joined(masses: FloatArray) -> tuple[FloatArray, FloatArray]:
+def _join(masses: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Join neighbours, so that at most `MOST_TIMES` are left; return their mean numbers, from 0,
     and their masses."""
     size = -(-masses.size // MOST_TIMES)  # of a group

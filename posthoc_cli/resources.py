@@ -48,7 +48,7 @@ def parse_bytes(size: str, option: str) -> int:
     return round(value)
 
 
-def size_text(nbytes: float) -> str:
+def format_bytes(nbytes: float) -> str:
     """Write a number of bytes in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if nbytes < 1000:

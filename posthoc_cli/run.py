@@ -41,7 +41,7 @@ from posthoc_cli.snapshots.sampling import source_prior
 from posthoc_cli.snapshots.snapshot import Snapshot, file_bytes
 from posthoc_cli.snapshots.sources import (
     Source,
-    chosen_up_to,
+    choose_sources,
     counted,
     run_clock,
 )
@@ -123,7 +123,7 @@ def disk_sources(
     DirectoryError if there are none, FileFormatError or MismatchError if a file is damaged or of
     another model, InvalidValueError if an import must be given a setting.
     """
-    path = files.expanded(directory)
+    path = files.expand_user(directory)
     if not (files.is_glob(path) or is_import(path)):
         try:
             return [*read_directory(path)]
@@ -178,7 +178,7 @@ class Run:
     """
 
     def __init__(self, directory: str | Path) -> None:
-        self.directory = files.given_path("directory", directory)
+        self.directory = files.check_path("directory", directory)
         self._checked: Sequence[Source] = ()
         self._identities: list[str] = []  # of the sources that were checked
 
@@ -398,7 +398,7 @@ class Run:
         """
         sources = self.sources
         t = time_between([source.profile for source in sources], t)
-        usable, later = chosen_up_to(sources, t)
+        usable, later = choose_sources(sources, t)
         last = usable[-1].t
         known = [*usable, *later]
         available = sum(source.t <= last for source in sources)

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from posthoc_cli.clock import Clock
-from posthoc_cli.errors import InvalidValueError, brief, check_number, check_word, likely
+from posthoc_cli.errors import InvalidValueError, abbreviate, check_number, check_word, did_you_mean
 from posthoc_cli.profiles import (
     FloatArray,
     Point,
@@ -274,7 +274,7 @@ class Mean(Target):
     distances.
 
     In a run without checkpoints and with a single tracked profile, it is the mean of that profile's
-    last snapshots. It has no profile: `coefficients_of` makes it from the stored averages.
+    last snapshots. It has no profile: `compute_coefficients` makes it from the stored averages.
     """
 
     def __init__(self, last: int) -> None:
@@ -290,7 +290,7 @@ class Mean(Target):
     ) -> Profile:
         raise self._error("names checkpoints, and has no profile without them")
 
-    def coefficients_of(self, stored: Sequence[StoredProfile]) -> FloatArray:
+    def compute_coefficients(self, stored: Sequence[StoredProfile]) -> FloatArray:
         """Return the coefficients of stored averages, in their order: 1 / last for the last,
         otherwise 0.
 
@@ -326,7 +326,7 @@ class GivenProfile(Target):
     def __init__(self, given: Profile, name: str = "given") -> None:
         if not (isinstance(name, str) and re.fullmatch(r"\w[\w.+-]*", name)):
             reason = "the name must be letters, digits and ._+-, a letter or digit first"
-            raise InvalidValueError("profile", reason, value=brief(name))
+            raise InvalidValueError("profile", reason, value=abbreviate(name))
         super().__init__(f"profile {name}")
         self.given = given
         self.label = name
@@ -359,7 +359,7 @@ def _check_profile(profile: Profile, t: float, title: str) -> None:
     even = np.arange(1, 1025) / 1024
     places = np.concatenate((outside, even, near, 1 - near))
     times = np.unique(places) * t
-    tail = _tail_of(profile, times, title)
+    tail = _tail(profile, times, title)
     before = np.append(1.0, tail[:-1])
     least = np.where(times < 0, 1.0, 0.0)
     most = np.where(times >= t, 0.0, np.minimum(before, 1.0))
@@ -373,7 +373,7 @@ def _check_profile(profile: Profile, t: float, title: str) -> None:
         raise InvalidValueError(title, reason)
 
 
-def _tail_of(profile: Profile, times: FloatArray, title: str) -> FloatArray:
+def _tail(profile: Profile, times: FloatArray, title: str) -> FloatArray:
     refused = "tail fails for an array of times: {}; must take any shape"
     try:
         tail = np.asarray(profile.tail(times), dtype=np.float64)
@@ -409,7 +409,7 @@ def as_target(value: object) -> Target:
         "a sigma_rel in (0, 0.2887), a text such as 'window:1000', or an object with a function "
         "tail(s)"
     )
-    raise InvalidValueError("target", f"must be {accepted}", value=brief(value))
+    raise InvalidValueError("target", f"must be {accepted}", value=abbreviate(value))
 
 
 def as_targets(values: object) -> tuple[Target, ...]:
@@ -503,7 +503,7 @@ def parse_targets(text: str, name: str = "target") -> list[Target]:
     if any(character.isalpha() for character in text.partition(":")[0]):
         before, _, after = text.rpartition(":")
         reason = f"must be a sigma_rel in (0, 0.2887), or one of {EXAMPLES}"
-        hint = likely(before or text, KINDS)
+        hint = did_you_mean(before or text, KINDS)
         if before.strip() in ("beta", "decay"):
             hint = _decay_hint(after.strip())
         raise bad(name, text, reason, hint)

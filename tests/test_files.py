@@ -255,4 +255,4 @@ def test_a_url_that_names_no_place_in_a_store_is_an_error(url, reason, kind):
 
 @pytest.mark.parametrize("name", ["s3:", "1:/x", "./s3:/x", "C:/x", "~/s3:/"])
 def test_a_path_with_a_colon_is_no_url(name):
-    assert files.given_path("x", name) == Path(name).expanduser()
+    assert files.check_path("x", name) == Path(name).expanduser()

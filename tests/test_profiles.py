@@ -260,13 +260,13 @@ def test_the_fault_of_a_given_profile_is_named(tail, words):
 
 def test_the_mean_is_of_the_last_checkpoints():
     stored = [Point(30), PowerFunction(5.0, 40.0), Point(10), Point(20)]
-    of_two = Mean(2).coefficients_of(stored)
+    of_two = Mean(2).compute_coefficients(stored)
     assert of_two.tolist() == [0.5, 0, 0, 0.5]
     averages = [PowerFunction(5.0, 10.0), PowerFunction(5.0, 20.0)]
-    of_one = Mean(1).coefficients_of(averages)
+    of_one = Mean(1).compute_coefficients(averages)
     assert of_one.tolist() == [0, 1]
     with refused("target", "last:4: the run has only 3 up to this time"):
-        Mean(4).coefficients_of(stored)
+        Mean(4).compute_coefficients(stored)
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ def test_each_kind_is_made_and_named(name):
     assert target.label == target.title.replace(":", "-")
     if isinstance(target, Mean):
         stored = [Point(float(t)) for t in range(20)]
-        assert target.coefficients_of(stored).sum() == pytest.approx(1)
+        assert target.compute_coefficients(stored).sum() == pytest.approx(1)
     else:
         check_profile_of(target)
 

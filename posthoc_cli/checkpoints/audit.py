@@ -187,7 +187,7 @@ def audit_sources(
             "info` shows it"
         )
         raise DirectoryError(sources[0].path.parent, reason)
-    if audits := list(audits_of(sources, claimed)):
+    if audits := list(audit_averages(sources, claimed)):
         return audits
     reason = "holds no average"
     if any(not isinstance(source.profile, Point) for source in sources):
@@ -197,7 +197,7 @@ def audit_sources(
     )
 
 
-def audits_of(
+def audit_averages(
     checkpoints: Sequence[Any],
     claimed: float | None = None,
     given: ImportSettings = UNSPECIFIED,
@@ -266,7 +266,7 @@ class _Sample:
         rounding = self.rounding[:, pieces] * scale
         before, after = rounding[:-1], rounding[1:]
         moved = gram[..., 0, 0] + gram[..., 1, 1] - 2 * gram[..., 0, 1]
-        shared = _shared_rounding(moved, (before + after) / 2)
+        shared = _rounding_covariance(moved, (before + after) / 2)
         gram[..., 0, 0] -= after
         gram[..., 1, 1] -= before
         gram[..., 0, 1] -= shared
@@ -274,7 +274,7 @@ class _Sample:
         return Intervals(updates, gram, rounding[1:] + rounding[:-1])
 
 
-def _shared_rounding(moved: FloatArray, rounding: FloatArray) -> FloatArray:
+def _rounding_covariance(moved: FloatArray, rounding: FloatArray) -> FloatArray:
     """Return the covariance of the rounding errors of two values that moved so far, of the variance
     `rounding` each: both squared, as stored.
 
@@ -418,7 +418,7 @@ class _Judge:
             verdict, text = fault
             tensors = tuple(self._lost) if verdict == SOME_TENSORS else ()
             return replace(audit, verdict=verdict, text=text, tensors=tensors)
-        return self._explained(audit)
+        return self._explain(audit)
 
     @property
     def _lost(self) -> dict[str, None]:
@@ -461,7 +461,7 @@ class _Judge:
     def _at(self, time: float) -> str:
         return f"{self.unit[:-1]} {time:,.12g}"
 
-    def _explained(self, audit: Audit) -> Audit:
+    def _explain(self, audit: Audit) -> Audit:
         """Return the audit of an average that moves, by the lengths that explain how."""
         count = len(self.sample.gram)
         rows = self.sample.intervals(self.updates, self.is_averaged).between(self.copies, count)
@@ -477,7 +477,7 @@ class _Judge:
             claim = self._fits(rows, [self.claim])[0]
             is_other = fits[0].misfit < claim.misfit - _clearly(rows)
             if not is_other or rows.are_noise or self._are_same(fits[0], claim):
-                return self._compared(audit, rows, claim, fits)
+                return self._compare(audit, rows, claim, fits)
         best = fits[0]
         sigma = self._uncertainty(rows, best)
         audit = self._with_findings(audit, rows, best, sigma)
@@ -555,9 +555,9 @@ class _Judge:
         """Return the audit with the numbers of an average and of its intervals."""
         rule = best.family.member(best.log)
         intervals = []
-        unexplained = _unexplained(rows, best)
+        unexplained = _residual_shares(rows, best)
         claim = _Fit(self.claim, 0.0, 0.0) if self.claim else None
-        for index, fit in enumerate(self._own(rows, best)):
+        for index, fit in enumerate(self._fit_each(rows, best)):
             at = index + self.copies
             begin, end = self.sample.times[at : at + 2].tolist()
             updates = float(self.updates[at + 1])
@@ -582,7 +582,7 @@ class _Judge:
             intervals=tuple(intervals),
         )
 
-    def _own(self, rows: Intervals, best: _Fit) -> list[_Fit]:
+    def _fit_each(self, rows: Intervals, best: _Fit) -> list[_Fit]:
         """Return the average that explains each interval alone; its misfit is relative to that of
         the best one."""
         fits = []
@@ -674,10 +674,10 @@ class _Judge:
         """Return the audit of an average that the weights do not explain, or not in some
         intervals."""
         audit = replace(audit, found=None)
-        shares = _unexplained(rows, best)
+        shares = _residual_shares(rows, best)
         if np.median(shares) > _FOREIGN:
             return replace(audit, verdict="undetermined", text=_OTHER_WEIGHTS)
-        own = self._own(rows, best)
+        own = self._fit_each(rows, best)
         is_still = np.asarray(self.sample.stays[self.copies :].all(axis=1))  # between two updates
         differs = [
             not stands and abs(fit.log - best.log) > _APART and fit.misfit < -_OWN
@@ -703,7 +703,7 @@ class _Judge:
         )
         return replace(audit, verdict=SET_BACK, text=text, set_back_at=float(end))
 
-    def _compared(
+    def _compare(
         self,
         audit: Audit,
         rows: Intervals,
@@ -862,7 +862,7 @@ def _clearly(rows: Intervals) -> float:
     return _CLEARLY + 1 / len(rows.gram)
 
 
-def _unexplained(rows: Intervals, fit: _Fit) -> FloatArray:
+def _residual_shares(rows: Intervals, fit: _Fit) -> FloatArray:
     """Return the share of the average's motion in each interval that is left unexplained, as an L2
     norm: in the median over the pieces, of which one may have been scaled for some steps."""
     shares = np.maximum(rows.residuals(fit.family, fit.log), 0) / rows.motion

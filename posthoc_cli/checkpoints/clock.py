@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Literal
 
 from posthoc_cli.checkpoints.ask import Answer, QuestionError
-from posthoc_cli.checkpoints.containers import stem_of
+from posthoc_cli.checkpoints.containers import strip_ending
 from posthoc_cli.checkpoints.content import Content
 from posthoc_cli.checkpoints.settings import ImportSettings, read_number
-from posthoc_cli.errors import InvalidValueError, shown
+from posthoc_cli.errors import InvalidValueError, quote
 
 Unit = Literal["steps", "epochs", "images", ""]
 
@@ -133,10 +133,10 @@ def read_signs(content: Content, settings: ImportSettings) -> Signs:
     found = {}
     name, stated = _value(content, STEPS)
     if stated:
-        found["stated"] = Reading(stated, "steps", _stored(name), name)
+        found["stated"] = Reading(stated, "steps", _describe_origin(name), name)
     epoch_name, epoch = _value(content, EPOCHS)
     if epoch is not None:
-        found["stated epoch"] = Reading(epoch, "epochs", _stored(epoch_name))
+        found["stated epoch"] = Reading(epoch, "epochs", _describe_origin(epoch_name))
     problem = None
     try:
         named = named_time(path)
@@ -145,7 +145,7 @@ def read_signs(content: Content, settings: ImportSettings) -> Signs:
     except InvalidValueError as error:
         problem = error
     if "step in name" not in found:
-        found |= _confirmed(content, found.get("lone"))
+        found |= _confirm(content, found.get("lone"))
     if epoch is None:
         epoch = _epoch_in(path)
     return Signs(path, found, epoch, problem)
@@ -177,10 +177,10 @@ _CONFIRMED: tuple[tuple[str, Unit, Sequence[str]], ...] = (
 )
 
 
-def _confirmed(content: Content, lone: Reading | None) -> dict[str, Reading]:
+def _confirm(content: Content, lone: Reading | None) -> dict[str, Reading]:
     """Return the number in a name that a value in the content equals, or is one more than; of
     several numbers in a name one from 10 on: small ones are equal by chance."""
-    digits = re.findall("[0-9]{1,15}", stem_of(content.path.name))
+    digits = re.findall("[0-9]{1,15}", strip_ending(content.path.name))
     numbers = {int(text) for text in digits if len(text) > 1}
     if lone is not None:
         numbers = {lone.number}
@@ -197,7 +197,7 @@ def _confirmed(content: Content, lone: Reading | None) -> dict[str, Reading]:
     return {}
 
 
-def _stored(name: str) -> str:
+def _describe_origin(name: str) -> str:
     """Return where a value is found; its name may be that of an option, too."""
     return f"{name!r} in the contents"
 
@@ -227,7 +227,7 @@ def _unit_at(text: str, begin: int) -> Unit:
 def checked_number(path: Path, number: float) -> int:
     """Return a number as an int; raise InvalidValueError if it is not whole or out of range."""
     if not 0 <= number <= _MOST or number != int(number):
-        reason = f"its step is {shown(number)}; must be a whole number up to {_MOST:.0e}"
+        reason = f"its step is {quote(number)}; must be a whole number up to {_MOST:.0e}"
         raise InvalidValueError(path, reason, f"leave it out, or {_HINT}")
     return int(number)
 
@@ -238,11 +238,11 @@ def named_time(path: Path) -> Reading:
     If the name has no number, use that of the parent folder, only with such a word, or if it is the
     whole name, such as `0000100` or `100.ckpt`: it may be that of an experiment.
     """
-    stem = _SHARD.sub("", stem_of(path.name))
+    stem = _SHARD.sub("", strip_ending(path.name))
     has_number = re.search("[0-9]", stem) is not None
-    outer = stem_of(path.parent.name)
+    outer = strip_ending(path.parent.name)
     name = _FRACTION.sub("", stem if has_number else outer)
-    unit, matches = _marked(name)
+    unit, matches = _find_marks(name)
     is_whole = _LONE.fullmatch(outer) or (outer.isdecimal() and outer != path.parent.name)
     if not matches and (has_number or is_whole):
         matches = [*_ALONE.finditer(name)]
@@ -274,7 +274,7 @@ def _number_in(match: re.Match[str], unit: Unit, path: Path) -> int:
 
 def _epoch_in(path: Path) -> int | None:
     """Return the number next to a word for epochs; None if there is none, or are several."""
-    matches = _matches(stem_of(path.name), "epochs")
+    matches = _matches(strip_ending(path.name), "epochs")
     return int(matches[0]["number"]) if len(matches) == 1 else None
 
 
@@ -287,7 +287,7 @@ def _matches(name: str, unit: Unit) -> list[re.Match[str]]:
     return matches
 
 
-def _marked(name: str) -> tuple[Unit, list[re.Match[str]]]:
+def _find_marks(name: str) -> tuple[Unit, list[re.Match[str]]]:
     """Return the numbers next to a word, and what it says that they count."""
     for unit, _ in _MARKS:
         if matches := _matches(name, unit):
@@ -315,13 +315,13 @@ def _doubt(path: Path, doubt: str) -> InvalidValueError:
 # --- all checkpoints of a run
 
 
-def times_of(files: Sequence[Signs], settings: ImportSettings) -> Times:
+def read_times(files: Sequence[Signs], settings: ImportSettings) -> Times:
     """Return the times of a run's checkpoints, and what their numbers count.
 
     Raise InvalidValueError if no sign shows them, if two contradict each other, or if
     `steps_per_epoch` is given, and the numbers are not epochs.
     """
-    sign = _sign_of(files)
+    sign = _common_sign(files)
     numbers = [file.by_sign[sign] for file in files]
     if sign == "stated":
         _check_names(files)
@@ -330,7 +330,7 @@ def times_of(files: Sequence[Signs], settings: ImportSettings) -> Times:
     return _times_of_others(files, numbers, settings)
 
 
-def _sign_of(files: Sequence[Signs]) -> str:
+def _common_sign(files: Sequence[Signs]) -> str:
     """Return the first sign that all files have, with a number of its own in each of a series."""
     complete = []
     for sign in _SIGNS:

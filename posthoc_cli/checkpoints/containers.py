@@ -85,7 +85,7 @@ def container_by_name(name: str) -> Container | None:
     return None
 
 
-def container_of(path: Path) -> Container | None:
+def find_container(path: Path) -> Container | None:
     """Find the kind of a file by its name, else by its first bytes."""
     known = container_by_name(path.name)
     if known is not None:
@@ -118,7 +118,7 @@ def foreign_error(path: Path, row: Container) -> UnsuitableError:
     return UnsuitableError(path, reason, hint)
 
 
-def stem_of(name: str) -> str:
+def strip_ending(name: str) -> str:
     """Return a name without its ending, but for `.ema`, which says that it is an average."""
     for ending in (INDEX_ENDING, *ENDINGS):
         if ending != ".ema":

@@ -29,7 +29,7 @@ from posthoc_cli.checkpoints.folders import (
     layout_at,
 )
 from posthoc_cli.checkpoints.pickles import Keys, Node, read_pickled
-from posthoc_cli.errors import FileFormatError, UnsuitableError, first_of, shown
+from posthoc_cli.errors import FileFormatError, UnsuitableError, list_first, quote
 from posthoc_cli.snapshots.outputs import decode_index
 from posthoc_cli.snapshots.tensorfile import (
     Box,
@@ -91,7 +91,7 @@ class StoredTensor:
     @cached_property
     def chunks(self) -> tuple[Chunk, ...]:
         if self.problem:
-            raise FileFormatError(self.path, f"tensor {shown(self.name)}: {self.problem}")
+            raise FileFormatError(self.path, f"tensor {quote(self.name)}: {self.problem}")
         if self.find_parts is None:
             return self.parts
         return self.find_parts()
@@ -141,7 +141,7 @@ class Content:
 
 def names_in(names: Sequence[str], most: int = 5) -> str:
     """Return a few names, for a message."""
-    return first_of(map(shown, names), most)
+    return list_first(map(quote, names), most)
 
 
 # --- files and folders
@@ -224,7 +224,7 @@ def _read_file(path: Path, opened: Files) -> Content:
             if not isinstance(value, Entry | Node):
                 values[name] = value
                 continue
-            tensors[name] = _stored(path, keys, value)
+            tensors[name] = _make_tensor(path, keys, value)
             is_counter = _last_part(name) in COUNTERS
             if is_counter and isinstance(value, Entry) and value.size == 1:
                 values[name] = _number(file, value)
@@ -232,13 +232,13 @@ def _read_file(path: Path, opened: Files) -> Content:
     return Content(path, tensors, values, opened)
 
 
-def _stored(
+def _make_tensor(
     path: Path,
     keys: Keys,
     value: Entry | Node,
 ) -> StoredTensor:
     if isinstance(value, Node):
-        kind = shown(value.name.removeprefix("torch._utils._rebuild_"))
+        kind = quote(value.name.removeprefix("torch._utils._rebuild_"))
         return StoredTensor(path, keys, (), problem=f"is of a kind that is not read ({kind})")
     chunk = Chunk(path, value, Box.full(value.shape))
     return StoredTensor(path, keys, value.shape, (chunk,))
@@ -268,7 +268,7 @@ def _read_shards(index: Path, opened: Files) -> Content:
         shard = _read_file(index.parent / name, opened)
         for tensor in listed:
             if tensor not in shard.tensors:
-                reason = f"tensor {shown(tensor)}: is not in it, as the index says"
+                reason = f"tensor {quote(tensor)}: is not in it, as the index says"
                 raise FileFormatError(shard.path, reason)
             tensors[tensor] = shard.tensors[tensor]
         if KIND in shard.values:
@@ -303,7 +303,7 @@ def _read_distributed(metadata: Path, opened: Files) -> Content:
         if not isinstance(name, str):
             continue
         if isinstance(_state(described).get("chunks"), list):
-            keys = _keys_of(name, state.get("planner_data"))
+            keys = _key_path(name, state.get("planner_data"))
             tensor = objects.described(name, keys, _state(described))
             tensors[tensor.name] = tensor
         elif _last_part(name) in COUNTERS and not NO_MODEL.search(name):
@@ -322,7 +322,7 @@ def _places_in(stored: Mapping[Any, Any]) -> dict[_Index, Values]:
     return places
 
 
-def _keys_of(name: str, planned: Any) -> Keys:
+def _key_path(name: str, planned: Any) -> Keys:
     """Return the keys that lead to a tensor, as the plan of a distributed checkpoint says."""
     keys = None
     if isinstance(planned, dict):
@@ -401,7 +401,7 @@ class _Objects:
         if not isinstance(file_name, str) or not is_sizes((begin, length)):
             self._refuse(self.metadata, name, "its place is missing")
         if Path(file_name).name != file_name or not file_name.isprintable():
-            problem = f"{shown(file_name)} is not the name of a file in its folder"
+            problem = f"{quote(file_name)} is not the name of a file in its folder"
             self._refuse(self.metadata, name, problem)
         if place.get("transform_descriptors"):
             self._refuse(self.metadata, name, "is compressed or encrypted, which is not read")
@@ -421,4 +421,4 @@ class _Objects:
         name: str,
         problem: str,
     ) -> NoReturn:
-        raise FileFormatError(path, f"tensor {shown(name)}: {problem}")
+        raise FileFormatError(path, f"tensor {quote(name)}: {problem}")

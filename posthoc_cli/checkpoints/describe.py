@@ -10,11 +10,11 @@ from posthoc_cli.checkpoints.content import Content, Values, open_checkpoint
 from posthoc_cli.checkpoints.import_run import FoundRun, find_run, open_checkpoints, place_at
 from posthoc_cli.checkpoints.layouts import recognise
 from posthoc_cli.checkpoints.manifest import read_manifest
-from posthoc_cli.checkpoints.open_run import Place, candidates_at, checked_run
+from posthoc_cli.checkpoints.open_run import Place, candidates_at, make_run
 from posthoc_cli.checkpoints.sets import TensorSets
 from posthoc_cli.checkpoints.settings import UNSPECIFIED
 from posthoc_cli.checkpoints.source import Checkpoint, make_checkpoint
-from posthoc_cli.errors import FileFormatError, InvalidValueError, PostHocError, first_of
+from posthoc_cli.errors import FileFormatError, InvalidValueError, PostHocError, list_first
 from posthoc_cli.snapshots.directory import is_import
 from posthoc_cli.snapshots.outputs import describe_tensors
 from posthoc_cli.targets import SHORTEST_BETA, Beta, SigmaRel, name_equal_length
@@ -30,7 +30,7 @@ def describe_checkpoints(place: Path) -> Values:
         found = _find(place)
         numbers = found.says
         notes = found.notes
-        checkpoints = checked_run(found.checkpoints)
+        checkpoints = make_run(found.checkpoints)
     newest = checkpoints[-1]
     rows = []
     for checkpoint in checkpoints:
@@ -123,4 +123,4 @@ def _sets_in(content: Content) -> str:
         count = sets.counts[key]
         if count > 1:
             named.append(f"{key} ({count})")
-    return first_of(named, 4) or f"{len(content.tensors)} tensors"
+    return list_first(named, 4) or f"{len(content.tensors)} tensors"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.containers import ENDINGS, INDEX_ENDING, stem_of
+from posthoc_cli.checkpoints.containers import ENDINGS, INDEX_ENDING, strip_ending
 from posthoc_cli.errors import UnsuitableError
 from posthoc_cli.snapshots.tensorfile import named_on_error
 
@@ -93,7 +93,7 @@ def _is_state(name: str) -> bool:
     return NO_MODEL.search(name) is not None and "model" not in name
 
 
-def glob_of(name: str) -> str:
+def make_glob(name: str) -> str:
     """Return a glob of the names that differ from this one in their numbers, but for fractions,
     which are decays or widths."""
     begin = 0
@@ -108,21 +108,21 @@ def layout_at(path: Path) -> Layout | None:
     """Return what a file or folder is; None for a folder that is not one checkpoint."""
     if not path.is_dir():
         return Shards(path) if path.name.endswith(INDEX_ENDING) else OneFile(path)
-    return layout_of(path, members_of(path))
+    return find_layout(path, list_members(path))
 
 
 def final_model_at(folder: Path) -> Layout | None:
     """Return the model in a folder beside the checkpoints of its training; None if there is
     none."""
-    members = members_of(folder)
+    members = list_members(folder)
     for stem in _USUAL:
         for entry, layout in members.items():
-            if stem_of(entry.name) == stem:
+            if strip_ending(entry.name) == stem:
                 return layout
     return None
 
 
-def members_of(folder: Path) -> dict[Path, Layout]:
+def list_members(folder: Path) -> dict[Path, Layout]:
     """Return the entries of a folder that each hold a model, perhaps deeper below a name with a
     number: to list a whole disk takes minutes."""
     if _TIME.search(folder.name):
@@ -157,10 +157,10 @@ def _layout_below(folder: Path, levels: int, is_numbered: bool) -> Layout | None
         is_numbered = True
     if levels < 1 or _STATE_FOLDER.search(folder.name):
         return None
-    return layout_of(folder, _members_below(folder, levels, is_numbered))
+    return find_layout(folder, _members_below(folder, levels, is_numbered))
 
 
-def layout_of(folder: Path, members: Mapping[Path, Layout]) -> Layout | None:
+def find_layout(folder: Path, members: Mapping[Path, Layout]) -> Layout | None:
     """Return what a folder with such members is; None if these are the checkpoints of a training,
     or there are none."""
     for entry in members:
@@ -172,7 +172,7 @@ def layout_of(folder: Path, members: Mapping[Path, Layout]) -> Layout | None:
         return None
     by_stem: dict[str, Layout] = {}
     for entry, layout in members.items():
-        by_stem[stem_of(entry.name)] = layout  # of two formats safetensors, which come last
+        by_stem[strip_ending(entry.name)] = layout  # of two formats safetensors, which come last
     usual = [stem for stem in _USUAL if stem in by_stem]
     for stem in usual[1:]:  # the same model in another format
         del by_stem[stem]
@@ -183,15 +183,15 @@ def layout_of(folder: Path, members: Mapping[Path, Layout]) -> Layout | None:
 
 def _are_series(folder: Path, members: Collection[Path]) -> bool:
     """Return whether entries are checkpoints of one or several times, and not sets of one."""
-    stems = {stem_of(entry.name) for entry in members if entry != folder}
+    stems = {strip_ending(entry.name) for entry in members if entry != folder}
     if any(_is_time_within(folder, stem) for stem in stems):
         return True
     if not stems.isdisjoint(_USUAL):
         return False
-    globs = Counter(map(glob_of, stems))
+    globs = Counter(map(make_glob, stems))
     if any(count > 1 for count in globs.values()):
         return True
-    if len(stems) == 1 or any(map(_is_set, stems)) or _TIME.search(stem_of(folder.name)):
+    if len(stems) == 1 or any(map(_is_set, stems)) or _TIME.search(strip_ending(folder.name)):
         return False
     return not any(entry.is_dir() for entry in members)
 

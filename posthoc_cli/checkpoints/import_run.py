@@ -26,18 +26,18 @@ from posthoc_cli.checkpoints.audit import (
     SOME_TENSORS,
     Audit,
     Candidate,
-    audits_of,
+    audit_averages,
     round_decays,
 )
 from posthoc_cli.checkpoints.manifest import read_manifest, write_manifest
 from posthoc_cli.checkpoints.open_run import (
     Place,
-    checked_run,
-    imported_checkpoints,
     is_copy,
+    make_run,
+    open_import,
     read_place,
 )
-from posthoc_cli.checkpoints.settings import FOUND, UNSPECIFIED, ImportSettings, warm_up_of
+from posthoc_cli.checkpoints.settings import FOUND, UNSPECIFIED, ImportSettings, parse_warm_up
 from posthoc_cli.checkpoints.source import Checkpoint, first_values
 from posthoc_cli.errors import DirectoryError, InvalidValueError
 from posthoc_cli.profiles import POWER_FUNCTION, RULES, OrdinaryEMA, Point, WarmUp
@@ -117,7 +117,7 @@ def import_checkpoints(
         OutputExistsError: `out` exists, and holds something else. WriteError: the system refused.
     """
     given = ImportSettings(**settings)
-    origin = files.given_path("directory", directory)
+    origin = files.check_path("directory", directory)
     target = None
     if out is not None:
         target = files.local_path("out", out)
@@ -176,8 +176,8 @@ def _find(origin: str | Path, values: Mapping[str, Any]) -> FoundRun:
     given = ImportSettings(**values)
     place = read_place(origin, given)
     numbers = place.says if place.may_be_epochs else ""
-    given, checks = check_decays(origin, checked_run(place.checkpoints), given, numbers)
-    checkpoints = checked_run([checkpoint.with_settings(given) for checkpoint in place.checkpoints])
+    given, checks = check_decays(origin, make_run(place.checkpoints), given, numbers)
+    checkpoints = make_run([checkpoint.with_settings(given) for checkpoint in place.checkpoints])
     notes = (*place.notes, *_note_on_motion(checkpoints, given))
     return FoundRun(checkpoints, given, place.says, tuple(checks), notes)
 
@@ -202,9 +202,9 @@ def _note_on_motion(checkpoints: Sequence[Checkpoint], given: ImportSettings) ->
 
 def open_checkpoints(place: str | Path) -> list[Checkpoint]:
     """Return the checkpoints of an import, or those at a place as an import would take them."""
-    path = files.expanded(place)
+    path = files.expand_user(place)
     if is_import(path):
-        return checked_run(imported_checkpoints(read_manifest(path)))
+        return make_run(open_import(read_manifest(path)))
     found = find_run(place, UNSPECIFIED)
     if found.checks:
         log.info("%s: %s", place, found.summary)
@@ -214,14 +214,14 @@ def open_checkpoints(place: str | Path) -> list[Checkpoint]:
 def open_unclaimed(place: str | Path, given: Settings | None = None) -> list[Checkpoint]:
     """Return the checkpoints at a place without a look at values: profiles of averages of which
     files do not say the decay are placeholders. An import has its settings, and takes none."""
-    path = files.expanded(place)
+    path = files.expand_user(place)
     given = given or {}
     if not is_import(path):
-        return checked_run(place_at(place, is_audit=True, given=given).checkpoints)
+        return make_run(place_at(place, is_audit=True, given=given).checkpoints)
     for name, value in given.items():
         reason = "is a setting of imports, and this is one: give it the files' folder instead"
         raise InvalidValueError(name, reason, value=value)
-    return checked_run(imported_checkpoints(read_manifest(path)))
+    return make_run(open_import(read_manifest(path)))
 
 
 def place_at(
@@ -303,24 +303,24 @@ class _Decays:
         """Return the settings with the decay that the files show."""
         # some files may say their decay, of which all have the same
         unclaimed = [replace(source, decay=0.0, sigma_rel=0.0) for source in self.checkpoints]
-        audit = next(audits_of(unclaimed, given=self.given), None)
+        audit = next(audit_averages(unclaimed, given=self.given), None)
         if audit is None:
             reason = "the files do not hold it, and it cannot be found without weights next to the "
             raise self._question("ema_decay", f"{reason}averages in two files or more")
         self._check_is_average(audit)
         sigma = audit.uncertainty or 0.0
-        rounded = self._rounded(audit, sigma)
+        rounded = self._round(audit, sigma)
         is_reached = not any(candidate.rises for candidate in audit.candidates)
         if audit.verdict == "found" and len(rounded) == 1 and sigma <= _SURE and is_reached:
             (changes,) = rounded
             shown = changes.get("ema_decay") or changes["ema_warmup"]
             text = f"found: {audit.text}; taken as {shown}"
-            return self._taken(changes, 0.0), [text]
+            return self._take(changes, 0.0), [text]
         if audit.verdict == "found" and self.given.ema_decay == FOUND:
             (candidate,) = audit.candidates
             changes = _settings(candidate, candidate.value)
-            return self._taken(changes, sigma), [f"found: {audit.text}"]
-        rounded = self._rounded(audit, 2 * sigma)
+            return self._take(changes, sigma), [f"found: {audit.text}"]
+        rounded = self._round(audit, 2 * sigma)
         proposals = rounded
         if audit.verdict == "found" and sigma <= _CLEAR:
             proposals = [*rounded, {"ema_decay": FOUND}]
@@ -345,7 +345,7 @@ class _Decays:
                 return f"; with `steps_per_epoch` {number:,} it would be {rounded:g}"
         return ""
 
-    def _taken(self, changes: Settings, uncertainty: float) -> ImportSettings:
+    def _take(self, changes: Settings, uncertainty: float) -> ImportSettings:
         """Return the settings with those of a decay that was found."""
         found: Settings = {"ema_decay": None, "ema_uncertainty": uncertainty}
         found |= changes
@@ -356,7 +356,7 @@ class _Decays:
             found["update_after_step"] = self.given.update_after_step or 0
         return replace(self.given, **found)
 
-    def _rounded(self, audit: Audit, distance: float) -> list[Settings]:
+    def _round(self, audit: Audit, distance: float) -> list[Settings]:
         """Return the settings of round decays within a relative distance of the length that was
         found, the most likely ones first; of a decay that still rises any higher one fits."""
         rounded = []
@@ -387,10 +387,10 @@ class _Decays:
             reason = "is of no use: these averages have no decay that rises to 1"
             raise InvalidValueError("steps", reason, value=given.steps)
         lines = []
-        for audit in audits_of(self.checkpoints, given=given):
+        for audit in audit_averages(self.checkpoints, given=given):
             self._check_is_average(audit)
             if audit.is_bad:
-                raise self._refuted(audit)
+                raise self._refute(audit)
             if audit.verdict == "undetermined":
                 reason = "is taken as given, and could not be checked: predicted errors hold if it"
                 log.warning("%s %s is right: %s", name, reason, audit.text)
@@ -405,7 +405,7 @@ class _Decays:
 
     def _check_warm_up(self) -> None:
         """Raise InvalidValueError for a warm-up other than what files state."""
-        given = warm_up_of(self.given.ema_warmup or "")
+        given = parse_warm_up(self.given.ema_warmup or "")
         for source in self.averages:
             stated = source.updates.rule.get("warm_up") if source.updates else None
             if given and stated and given["warm_up"] != stated:
@@ -413,7 +413,7 @@ class _Decays:
                 reason += "without weights next to the averages nothing shows which is right"
                 raise InvalidValueError("ema_warmup", reason, value=self.given.ema_warmup)
 
-    def _refuted(self, audit: Audit) -> InvalidValueError:
+    def _refute(self, audit: Audit) -> InvalidValueError:
         """Return the error that names the setting which an audit refutes."""
         reason = f"does not fit the files: {audit.text}"
         given = self.given
@@ -422,7 +422,7 @@ class _Decays:
             if given.ema_decay and candidate.warm_up != POWER_FUNCTION:
                 same = {"ema_decay": given.ema_decay, "ema_warmup": candidate.warm_up}
                 proposals.append(same)
-        rounded = self._rounded(audit, audit.uncertainty or 0.0)
+        rounded = self._round(audit, audit.uncertainty or 0.0)
         proposals += [{"ema_warmup": "none"} | changes for changes in rounded]
         if len(audit.candidates) == 1 and (audit.uncertainty or 1.0) <= _CLEAR:
             proposals.append({"ema_decay": FOUND})
@@ -453,7 +453,7 @@ class _Decays:
         if audit.verdict == SOME_TENSORS:
             reason = f"{audit.text}; leave them out by `exclude`, or take the weights alone"
             raise InvalidValueError("average", reason, weights)
-        begins = self._copied_until(audit)
+        begins = self._last_copy(audit)
         if begins and self.given.update_after_step is None:
             what = f"no average differs from the weights until step {begins:,.12g}"
             raise self._question("update_after_step", f"{what}, after which it began")
@@ -471,7 +471,7 @@ class _Decays:
         is_apart = not any(fnmatch(str(path), glob) for path in earlier)
         return glob if is_apart and len(alike) > 1 else ""
 
-    def _copied_until(self, audit: Audit) -> float:
+    def _last_copy(self, audit: Audit) -> float:
         """Return the last time of weights without an average, or with a copy, that nothing else
         explains; 0 if there is none."""
         first = self.averages[0]

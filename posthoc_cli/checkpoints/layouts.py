@@ -27,7 +27,7 @@ from typing import Any
 
 from posthoc_cli.checkpoints.ask import ASKED, QuestionError
 from posthoc_cli.checkpoints.clock import UNREAD, Reading
-from posthoc_cli.checkpoints.containers import stem_of
+from posthoc_cli.checkpoints.containers import strip_ending
 from posthoc_cli.checkpoints.content import Content, Tensors, Values, names_in, open_checkpoint
 from posthoc_cli.checkpoints.folders import AVERAGE_WORD
 from posthoc_cli.checkpoints.sets import Pair, TensorSets, completed, raw_buffers
@@ -139,9 +139,9 @@ def _found(sets: TensorSets, settings: ImportSettings) -> Found:
                 return fixed
     pair = _average(sets, settings)
     if pair is not None:
-        return _described(content, pair)
+        return _describe(content, pair)
     if settings.kind == "ema" or (settings.weights is None and _is_average_file(content.path)):
-        return _described(content, Pair(averaged=sets.model()))
+        return _describe(content, Pair(averaged=sets.model()))
     found = _weights(sets, settings)
     if settings.weights is None and raw_buffers(found.weights):
         reason = "holds the weights twice, under names that begin with ema_ and without; a hook "
@@ -154,7 +154,7 @@ def _found(sets: TensorSets, settings: ImportSettings) -> Found:
 
 def _is_average_file(path: Path) -> bool:
     """Return whether the name of a file, or of its folder, says that it holds an average."""
-    stem = re.sub(r"\.(?!\d)", "_", stem_of(path.name))  # not within `ema_0.999`
+    stem = re.sub(r"\.(?!\d)", "_", strip_ending(path.name))  # not within `ema_0.999`
     return AVERAGE_WORD.search(stem) is not None or bool(AVERAGE_WORD.fullmatch(path.parent.name))
 
 
@@ -280,7 +280,7 @@ LIBRARIES = (
 """The first one whose values are there counts."""
 
 
-def _library_of(
+def _find_library(
     content: Content,
     average_key: str,
 ) -> tuple[Library | None, Values]:
@@ -308,10 +308,10 @@ def _values_below(values: Values, start: str) -> Values:
     return below
 
 
-def _described(content: Content, pair: Pair) -> Found:
+def _describe(content: Content, pair: Pair) -> Found:
     """Return an average, with what the values beside it, or the name of its file, say of its
     updates."""
-    library, values = _library_of(content, pair.average_key)
+    library, values = _find_library(content, pair.average_key)
     if library is not None:
         return Found(content, "ema", pair, library.read(values), lacks=library.lacks)
     decay = named_decay(content.path)
@@ -376,7 +376,7 @@ _IN_NAMES = "the names of files"
 _NUMBERED = re.compile(r"(?P<number>\d{1,20})[._](?P<step>\d{1,20})\.(?:pt|safetensors)")
 
 
-def _numbered(content: Content, settings: ImportSettings) -> Found | None:
+def _read_numbered(content: Content, settings: ImportSettings) -> Found | None:
     """Averages of ema-pytorch and pytorch-posthoc-ema by number, whose settings are not in their
     files."""
     match = _NUMBERED.fullmatch(content.path.name)
@@ -429,7 +429,7 @@ def _edm2(content: Content, _: ImportSettings) -> Found | None:
     )
 
 
-BY_NAME: tuple[Callable[[Content, ImportSettings], Found | None], ...] = (_edm2, _numbered)
+BY_NAME: tuple[Callable[[Content, ImportSettings], Found | None], ...] = (_edm2, _read_numbered)
 
 
 def says_its_profile(path: Path) -> bool:

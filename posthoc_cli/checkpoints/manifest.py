@@ -27,7 +27,7 @@ from posthoc_cli.errors import (
     InvalidValueError,
     OutputExistsError,
     VanishedError,
-    shown,
+    quote,
 )
 from posthoc_cli.snapshots.directory import MANIFEST, is_import
 from posthoc_cli.snapshots.tensorfile import (
@@ -90,12 +90,12 @@ def read_manifest(folder: Path) -> Manifest:
             raise ValueError("is of another format or version")
         if raw.pop("checksum") != _checksum(raw):
             raise ValueError("its checksum does not match")
-        return _decoded(folder, path, raw)
+        return _decode(folder, path, raw)
     except (ValueError, TypeError, AttributeError, LookupError) as error:
-        raise FileFormatError(path, f"damaged import: {shown(str(error))[1:-1]}", _AGAIN) from error
+        raise FileFormatError(path, f"damaged import: {quote(str(error))[1:-1]}", _AGAIN) from error
 
 
-def _decoded(folder: Path, path: Path, raw: Values) -> Manifest:
+def _decode(folder: Path, path: Path, raw: Values) -> Manifest:
     base = folder if files.is_url(folder) else Path(os.path.realpath(folder))
     listed = {}
     for text, kind, time in raw["checkpoints"]:
@@ -123,7 +123,7 @@ def _absolute(
 ) -> Path:
     """Return a URL, or an absolute path, of one that may be relative to a folder, by default the
     working directory."""
-    path = files.given_path("path", place)
+    path = files.check_path("path", place)
     if files.is_url(path):
         return path
     absolute = (base or Path.cwd()) / path
@@ -169,13 +169,13 @@ def write_manifest(
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         reason = "already exists, and holds something else"
         raise OutputExistsError(out, reason, "choose another name")
-    content = json.dumps(_encoded(manifest), indent=1) + "\n"
+    content = json.dumps(_encode(manifest), indent=1) + "\n"
     with files.new_directory(out):
         files.write_atomically(out / MANIFEST, content.encode(), overwrite=exists)
     return True
 
 
-def _encoded(manifest: Manifest) -> Values:
+def _encode(manifest: Manifest) -> Values:
     out = manifest.folder
     listed = [(_relative(path, out), kind, time) for path, kind, time in manifest.checkpoints]
     values = {

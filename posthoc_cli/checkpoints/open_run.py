@@ -26,17 +26,17 @@ import xxhash
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints.ask import ASKED, Answer, QuestionError
-from posthoc_cli.checkpoints.clock import UNREAD, Times, read_signs, times_of
-from posthoc_cli.checkpoints.containers import KIND, container_of, foreign_error
+from posthoc_cli.checkpoints.clock import UNREAD, Times, read_signs, read_times
+from posthoc_cli.checkpoints.containers import KIND, find_container, foreign_error
 from posthoc_cli.checkpoints.content import Content, names_in, open_checkpoint
 from posthoc_cli.checkpoints.folders import (
     AVERAGE_WORD,
     Layout,
     OneFile,
-    glob_of,
+    find_layout,
     layout_at,
-    layout_of,
-    members_of,
+    list_members,
+    make_glob,
 )
 from posthoc_cli.checkpoints.layouts import (
     Found,
@@ -64,8 +64,8 @@ from posthoc_cli.errors import (
     PostHocError,
     UnsuitableError,
     VanishedError,
-    first_of,
-    shown,
+    list_first,
+    quote,
 )
 from posthoc_cli.profiles import FloatArray, OrdinaryEMA, Point, StoredProfile
 from posthoc_cli.snapshots.directory import is_import, is_snapshot_name
@@ -82,7 +82,7 @@ _COMPARED_FILES = 5  # newest, which are opened once more to see how two sets mo
 _SLOWER = 0.8  # averages of any length move by a third less than the weights
 
 
-def imported_checkpoints(manifest: Manifest) -> list[Checkpoint]:
+def open_import(manifest: Manifest) -> list[Checkpoint]:
     """Return the checkpoints of an import, at the times that it has found; raise FileFormatError if
     a file is not as it was."""
     opened = []
@@ -139,7 +139,7 @@ def read_place(
         _check_unit(times)
         may_be_epochs = not times.is_stated and max(times.numbers) <= _EPOCHS
         times = replace(times, is_stated=True)
-    notes = [*reader.notes, *_unused(run)]
+    notes = [*reader.notes, *_note_unused(run)]
     checkpoints = _make_all(run, times, settings)
     return Place(checkpoints, times.says, tuple(notes), may_be_epochs)
 
@@ -163,7 +163,7 @@ def _times(run: Sequence[Found], settings: ImportSettings) -> Times:
         if updates is not None and updates.calls != "counted":
             count = updates.count or 0
         signs.append(replace(read_signs(file.content, settings), count=count))
-    return times_of(signs, settings)
+    return read_times(signs, settings)
 
 
 def _begun(run: Sequence[Found], times: Sequence[int]) -> list[Found]:
@@ -182,7 +182,7 @@ def _begun(run: Sequence[Found], times: Sequence[int]) -> list[Found]:
     return used
 
 
-def _unused(run: Sequence[Found]) -> list[str]:
+def _note_unused(run: Sequence[Found]) -> list[str]:
     """Return a sentence about the sets of tensors of a file that are not used, with the option that
     would use one."""
     for file in run:
@@ -237,7 +237,7 @@ class _Reader:
     def notes(self) -> list[str]:
         """What is left out, in one line."""
         named = [f"{name} ({reason})" for name, reason in self.left_out.items()]
-        return [f"left out: {first_of(named, 6)}"] if named else []
+        return [f"left out: {list_first(named, 6)}"] if named else []
 
     def run(self) -> list[Found]:
         """Return what the files of one run hold."""
@@ -283,7 +283,7 @@ class _Reader:
         pattern = self.settings.step_from
         if pattern:
             candidates = [each for each in candidates if re.search(pattern, str(each.path))]
-        series = _series_of(candidates, pattern)
+        series = _group_series(candidates, pattern)
         numbered = [each for each in series if each.glob]
         if not numbered:
             return self._keep(candidates)
@@ -376,7 +376,7 @@ class _Reader:
         for each in series:
             answers.append({"place": str(each.folder / self._exact_glob(each))})
         counted = [f"{len(each.members)} x {each.glob}" for each in series]
-        reason = f"holds several series of files, {first_of(counted)}"
+        reason = f"holds several series of files, {list_first(counted)}"
         return QuestionError(self.place, reason, *answers)
 
     def _pair(self, average: _Series, weights: _Series) -> Answer:
@@ -415,16 +415,16 @@ def _numbers(series: _Series) -> list[list[str]]:
     return sorted(re.findall("[0-9]+", member.path.name) for member in series.members)
 
 
-def _series_of(candidates: Sequence[Candidate], step_from: str | None) -> list[_Series]:
+def _group_series(candidates: Sequence[Candidate], step_from: str | None) -> list[_Series]:
     """Group candidates by their names without numbers, and without what a pattern finds; or by
     those of their folders, if a glob named files in several."""
     are_apart = len({candidate.path.parent for candidate in candidates}) > 1
     by_glob = dict[str, _Series]()
     for candidate in candidates:
         path = _without_step(candidate.path, step_from)
-        pattern = glob_of(path.name)
+        pattern = make_glob(path.name)
         if "*" not in pattern:
-            outer = glob_of(path.parent.name)
+            outer = make_glob(path.parent.name)
             pattern = f"{outer}/{pattern}" if are_apart and "*" in outer else ""
         by_glob.setdefault(pattern, _Series(pattern)).members.append(candidate)
     return [*by_glob.values()]
@@ -455,7 +455,7 @@ def holds_checkpoints(place: str | Path) -> bool:
 
 def candidates_at(place: str | Path) -> list[Candidate]:
     """Return the files and folders that may each be a checkpoint."""
-    path = files.expanded(place)
+    path = files.expand_user(place)
     matches = _matches(path)
     if not matches:
         raise DirectoryError(place, "no file or folder matches")
@@ -472,10 +472,10 @@ def candidates_at(place: str | Path) -> list[Candidate]:
 def _candidates_in(folder: Path) -> list[Candidate]:
     """Return a folder that is one checkpoint, or its entries that each are one."""
     members = {}
-    for entry, layout in members_of(folder).items():
+    for entry, layout in list_members(folder).items():
         if not is_snapshot_name(entry):
             members[entry] = layout
-    own = layout_of(folder, members)
+    own = find_layout(folder, members)
     if own is None:
         return [Candidate(entry, layout) for entry, layout in members.items()]
     if isinstance(own, OneFile) and own.path.parent == folder:
@@ -495,7 +495,7 @@ def _matches(pattern: Path) -> list[Path]:
 
 def explain_nothing(place: str | Path) -> None:
     """Raise the error that says why nothing at a place is a checkpoint, and what might be meant."""
-    folder = files.expanded(place)
+    folder = files.expand_user(place)
     if not folder.is_dir():
         return
     answers = dict[str, Answer]()
@@ -504,15 +504,15 @@ def explain_nothing(place: str | Path) -> None:
         if entry.is_dir():
             for inner in _folders_with_checkpoints(entry, 2):
                 sets.append(inner)
-                pattern = folder / glob_of(str(inner.relative_to(folder)))
+                pattern = folder / make_glob(str(inner.relative_to(folder)))
                 answers[str(inner)] = {"place": str(inner)}
                 answers.setdefault(str(pattern), {"place": str(pattern / "*")})
         elif re.search("[0-9]", entry.name):
-            row = container_of(entry)
+            row = find_container(entry)
             if row is not None and row.read is None:
                 raise foreign_error(entry, row)
             if row is not None:
-                pattern = folder / glob_of(entry.name)
+                pattern = folder / make_glob(entry.name)
                 answers[str(pattern)] = {"place": str(pattern)}
     both: list[Answer] = []
     averages = [inner for inner in sets if AVERAGE_WORD.search(inner.name)]
@@ -526,7 +526,7 @@ def _folders_with_checkpoints(folder: Path, levels: int) -> list[Path]:
     """Return the folders below one that hold the checkpoints of a training, with a look at names
     alone."""
     with suppress(PostHocError):
-        if members_of(folder):
+        if list_members(folder):
             return [folder]
     found = []
     for entry in sorted(files.system.list(folder)) if levels else ():
@@ -560,8 +560,8 @@ def _check_roles(run: list[Found], settings: ImportSettings) -> list[Found]:
     ours, theirs = _starts(both)
     average, weights = _motions(ours, theirs)
     pair = both[0].pair
-    named = shown(pair.average_key) if pair.average_key else "the average"
-    model = shown(pair.weights_key) if pair.weights_key else "the model"
+    named = quote(pair.average_key) if pair.average_key else "the average"
+    model = quote(pair.weights_key) if pair.weights_key else "the model"
     if average == 0 < weights:
         log.warning("%s: %s never moves, and is not used", both[0].path.parent, named)
         return [_without_average(file) for file in run]
@@ -613,8 +613,8 @@ def _check_twins(run: Sequence[Found], settings: ImportSettings) -> None:
         slower, faster = sorted(motions, key=lambda each: motions[each])
         is_slower = 0 < motions[slower] <= _SLOWER * motions[faster]
         if is_slower and are_near(ours[-1], theirs[-1]) and faster:
-            reason = f"must be given: the files hold {shown(key)}, too, and of the two "
-            reason += f"{shown(slower)} moves less, as averages do"
+            reason = f"must be given: the files hold {quote(key)}, too, and of the two "
+            reason += f"{quote(slower)} moves less, as averages do"
             answer = {"average": slower, "weights": faster}
             raise QuestionError("average", reason, answer, {"kind": "checkpoints"})
 
@@ -663,7 +663,7 @@ def _make_all(run: Sequence[Found], times: Times, settings: ImportSettings) -> l
         checkpoints += _make(file, times, settings)
     for name, entry in checkpoints[0].entries.items():
         if entry.dtype.startswith("F8"):
-            reason = f"tensor {shown(name)} is of 8 bits, of which averages lose most digits"
+            reason = f"tensor {quote(name)} is of 8 bits, of which averages lose most digits"
             hint = "save the weights in 16 bits or more, or leave it out by `exclude`"
             raise UnsuitableError(checkpoints[0].path, reason, hint)
     return checkpoints
@@ -704,7 +704,7 @@ def _with_profile(average: Checkpoint, settings: ImportSettings) -> Checkpoint:
 # --- several checkpoints as one run
 
 
-def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+def make_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     """Return checkpoints by time, as one run: with a common run id, and distinct names.
 
     Of duplicates, such as a file `last` or `best` next to numbered files, take the first by name;
@@ -774,8 +774,8 @@ def _mismatch(
     difference: str,
     settings: str = "`step_from`",
 ) -> MismatchError:
-    ours = glob_of(first.path.name)
-    theirs = glob_of(other.path.name)
+    ours = make_glob(first.path.name)
+    theirs = make_glob(other.path.name)
     hint = "name the files of one run by a glob"
     if ours != theirs:
         hint += f", such as '{ours}' or '{theirs}'"

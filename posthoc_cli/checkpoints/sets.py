@@ -20,7 +20,7 @@ from posthoc_cli.checkpoints.content import Content, StoredTensor, Tensors, name
 from posthoc_cli.checkpoints.folders import AVERAGE_WORD, NO_MODEL
 from posthoc_cli.checkpoints.source import STATISTICS, tied_names
 from posthoc_cli.dtypes import EPS
-from posthoc_cli.errors import UnsuitableError, shown
+from posthoc_cli.errors import UnsuitableError, quote
 
 _Named = dict[str, StoredTensor]
 
@@ -140,14 +140,14 @@ class TensorSets:
         if len(outermost) == 1:
             return outermost[0]
         if outermost:
-            reason = f"has several sets of tensors {shown(text)}: {names_in(outermost)}"
+            reason = f"has several sets of tensors {quote(text)}: {names_in(outermost)}"
             raise QuestionError(self.content.path, reason, *({setting: path} for path in outermost))
         if text.endswith("*") and self._with_prefix(text[:-1]):
             return text
         choices = names_in([*self.keys])
         if not choices:
             choices = f"only the tensors {names_in([*self.content.tensors])}"
-        reason = f"has no set of tensors {shown(text)}; there are {choices}"
+        reason = f"has no set of tensors {quote(text)}; there are {choices}"
         raise UnsuitableError(self.content.path, reason)
 
     def without(self, used: Iterable[StoredTensor]) -> tuple[str, ...]:
@@ -371,8 +371,8 @@ class TensorSets:
             return []
         longest = max(names, key=lambda name: (_depth(name), len(name), name))
         outside = [name for name in self.tensors if not _lies_in(name, average)]
-        roots = _roots_of(longest, outside, _squeeze)
-        return roots or _roots_of(longest, outside, _bare)
+        roots = _find_roots(longest, outside, _squeeze)
+        return roots or _find_roots(longest, outside, _bare)
 
     def _match_list(self, listed: Tensors, weights: Tensors) -> Tensors:
         """Return a list of averages by the names of the weights that they are of: in their order,
@@ -503,7 +503,7 @@ def _lies_below(tensor: StoredTensor, text: str) -> bool:
     return any(_means(text.rstrip("."), path) for path in _paths(tensor))
 
 
-def _roots_of(longest: str, names: Iterable[str], form: Callable[[str], str]) -> list[str]:
+def _find_roots(longest: str, names: Iterable[str], form: Callable[[str], str]) -> list[str]:
     """Return the paths below which one of the names is the longest of an average, in a form of
     both."""
     wanted = form(longest)

@@ -12,7 +12,7 @@ import numpy as np
 
 from posthoc_cli.checkpoints import KINDS
 from posthoc_cli.checkpoints.content import Tensors
-from posthoc_cli.errors import InvalidValueError, brief, check_alone
+from posthoc_cli.errors import InvalidValueError, abbreviate, at_most_one
 from posthoc_cli.profiles import (
     POWER_FUNCTION,
     RULES,
@@ -27,7 +27,7 @@ from posthoc_cli.snapshots.snapshot import (
     Count,
     Selection,
     converted,
-    kinds_of,
+    field_kinds,
     make_selection,
 )
 from posthoc_cli.snapshots.sources import Rule
@@ -71,7 +71,7 @@ FOUND = "found"
 """The `ema_decay` that takes what the files show, as far as they show it."""
 
 
-def warm_up_of(text: str) -> Arguments | None:
+def parse_warm_up(text: str) -> Arguments | None:
     """Return the arguments of `DecayRule` for "none", "ratio" or "power:0.75"; None if the text is
     another one."""
     name, colon, number = text.partition(":")
@@ -92,7 +92,7 @@ def warm_up_of(text: str) -> Arguments | None:
 
 
 def warm_up_text(rule: DecayRule) -> str:
-    """Return what `warm_up_of` reads as the warm-up of a rule; "none" for none."""
+    """Return what `parse_warm_up` reads as the warm-up of a rule; "none" for none."""
     if rule.warm_up not in WARM_UPS:
         return "none"
     row = WARM_UPS[rule.warm_up]
@@ -132,7 +132,7 @@ _WarmUp = Annotated[
     str,
     Rule(
         f"one of {_warm_up_names()}",
-        lambda text: warm_up_of(text) is not None,
+        lambda text: parse_warm_up(text) is not None,
     ),
 ]
 
@@ -170,7 +170,7 @@ class ImportSettings:
     def __post_init__(self) -> None:
         globs = make_selection(self.include, self.exclude, "copy")
         vars(self).update(include=globs.include, exclude=globs.exclude)
-        for name, kind in kinds_of(ImportSettings).items():
+        for name, kind in field_kinds(ImportSettings).items():
             value = getattr(self, name)
             try:
                 vars(self)[name] = converted(
@@ -178,11 +178,11 @@ class ImportSettings:
                 )
             except ValueError as error:
                 raise InvalidValueError(
-                    name, str(error).partition(", not ")[0], value=brief(value)
+                    name, str(error).partition(", not ")[0], value=abbreviate(value)
                 ) from None
         for sigma_rel in self.sigma_rels:
             check_sigma_rel(sigma_rel, "sigma_rels")
-        check_alone(sigma_rels=self.sigma_rels or None, ema_decay=self.ema_decay)
+        at_most_one(sigma_rels=self.sigma_rels or None, ema_decay=self.ema_decay)
         if self.warm_up_row.is_schedule and self.ema_decay is not None:
             reason = f"has no place beside ema_warmup {self.ema_warmup}, which has its own"
             raise InvalidValueError("ema_decay", reason, value=self.ema_decay)
@@ -211,7 +211,7 @@ class ImportSettings:
             rule["uncertainty"] = uncertainty
         if steps := self.steps or self.last_step:
             rule["steps"] = steps
-        return rule | (warm_up_of(self.ema_warmup or "") or {})
+        return rule | (parse_warm_up(self.ema_warmup or "") or {})
 
     @property
     def given(self) -> Arguments:

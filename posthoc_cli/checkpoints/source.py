@@ -16,7 +16,7 @@ from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.checkpoints.updates import Updates
 from posthoc_cli.clock import Clock
 from posthoc_cli.dtypes import EPS
-from posthoc_cli.errors import FileFormatError, shown
+from posthoc_cli.errors import FileFormatError, quote
 from posthoc_cli.profiles import (
     POWER_FUNCTION,
     UNLIMITED,
@@ -170,7 +170,7 @@ def make_checkpoint(
     aliases = tied_names(tensors)
     for name in tensors:
         if name in ("", "__metadata__") or "\0" in name or not _is_text(name):
-            reason = f"tensor {shown(name)}: a model's tensor cannot have this name"
+            reason = f"tensor {quote(name)}: a model's tensor cannot have this name"
             raise FileFormatError(path, reason)
     stored = {name: tensor for name, tensor in tensors.items() if name not in aliases}
     entries = {}
@@ -178,13 +178,13 @@ def make_checkpoint(
     for name, tensor in stored.items():
         dtype, *others = {chunk.entry.dtype for chunk in tensor.chunks}
         if others:
-            reason = f"tensor {shown(name)}: its chunks are of several dtypes"
+            reason = f"tensor {quote(name)}: its chunks are of several dtypes"
             raise FileFormatError(path, reason)
         entries[name] = Entry(dtype, tensor.shape)
         roles[name] = TrackedTensor(_role(name, dtype, tensors), dtype)
     return Checkpoint(
         path,
-        _files_of(content, stored),
+        _group_files(content, stored),
         entries,
         profile,
         step,
@@ -215,7 +215,7 @@ def are_near(ours: FloatArray, theirs: FloatArray) -> bool:
     return bool(np.square(ours - theirs).sum() <= norms / 2)
 
 
-def _files_of(content: Content, tensors: Tensors) -> tuple[TensorFile, ...]:
+def _group_files(content: Content, tensors: Tensors) -> tuple[TensorFile, ...]:
     """Return the files of tensors; one that has several chunks of a tensor counts as several."""
     layers = dict[tuple[Path, int], dict[str, Chunk]]()
     are_whole = True

@@ -72,9 +72,9 @@ class _Command(_Flags, typer.core.TyperCommand):
     """A command: an error about arguments of the library names the options of these names."""
 
     def invoke(self, ctx: Any) -> Any:
-        own = _options_of(self)
+        own = _option_names(self)
         for command in ctx.parent.command.commands.values():  # a hint may ask for another one
-            output.OPTIONS.update(_options_of(command))
+            output.OPTIONS.update(_option_names(command))
         output.OPTIONS.update(own)
         try:
             return super().invoke(ctx)
@@ -88,7 +88,7 @@ class _Command(_Flags, typer.core.TyperCommand):
             raise
 
 
-def _options_of(command: Any) -> dict[str, str]:
+def _option_names(command: Any) -> dict[str, str]:
     """Return the options of a command by the names of their arguments."""
     options = {}
     for option in command.params:

@@ -48,7 +48,7 @@ def export(
     """
     from posthoc_cli.export.convert import export_file
 
-    source = options.existing(file, name="FILE")
+    source = options.check_exists(file, name="FILE")
     report = export_file(
         source,
         out,
@@ -58,7 +58,7 @@ def export(
         max_shard_size,
         weights,
         average,
-        options.optional(options.existing, like),
+        options.optional(options.check_exists, like),
         output.progress_bar(),
     )
     output.show(report.to_dict(), as_json, _print_export)
@@ -67,7 +67,7 @@ def export(
 def _print_export(report: dict[str, Any]) -> None:
     if copied := report.get("like"):
         output.note_copied(copied)
-    size = resources.size_text(report["bytes"])
+    size = resources.format_bytes(report["bytes"])
     output.print_line(
         f"wrote {report['tensors']} tensors, {size}, in {report['seconds']:.1f} s: "
         f"{report['output']}"

@@ -185,14 +185,14 @@ def optional(
 # --- paths
 
 
-def existing(
+def check_exists(
     given: str | Path,
     directory: bool = False,
     name: str = "DIR",
 ) -> Path:
     """Return the path of an existing input, with ~ expanded; an error without one, or a `directory`
     that is not one."""
-    path = files.given_path(name, given)
+    path = files.check_path(name, given)
     try:
         mode = path.stat().st_mode
         reason = "is not a directory" if directory and not stat.S_ISDIR(mode) else ""
@@ -215,7 +215,7 @@ def _check_content(path: Path) -> None:
     text = beginning.decode(errors="replace")
     is_text = all(c.isprintable() or c.isspace() for c in text)
     if is_text and not path.name.endswith(".index.json"):
-        reason = f"is a text file, not a file of tensors: {errors.shown(text[:40])}"
+        reason = f"is a text file, not a file of tensors: {errors.quote(text[:40])}"
         raise InvalidValueError(path, reason)
 
 
@@ -230,8 +230,8 @@ def open_path(given: str, directory: bool = False) -> Run:
     """Open DIR, a glob or, unless `directory`, a file, whatever it holds."""
     from posthoc_cli.run import Run
 
-    path = files.given_path("DIR", given)
-    return Run(path if files.is_glob(path) else existing(path, directory))
+    path = files.check_path("DIR", given)
+    return Run(path if files.is_glob(path) else check_exists(path, directory))
 
 
 def open_run(given: str, directory: bool = True) -> Run:

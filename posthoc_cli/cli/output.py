@@ -19,8 +19,8 @@ from rich.table import Table
 from rich.text import Text
 
 from posthoc_cli import errors, files
-from posthoc_cli.errors import first_of, printable
-from posthoc_cli.report.facts import text, title_of
+from posthoc_cli.errors import escape_text, list_first
+from posthoc_cli.report.facts import make_title, text
 from posthoc_cli.resources import ProgressBar, no_bar
 
 if TYPE_CHECKING:
@@ -45,13 +45,13 @@ def write(text: str, flush: bool = False) -> None:
 
 def print_line(text: str = "") -> None:
     """Print one line to stdout and flush it."""
-    write(f"{printable(text)}\n", flush=True)
+    write(f"{escape_text(text)}\n", flush=True)
 
 
 def print_note(text: str) -> None:
     """Print one line to stderr; a stream that is full changes no result or exit code."""
     try:
-        sys.stderr.write(f"{printable(text)}\n")
+        sys.stderr.write(f"{escape_text(text)}\n")
     except BrokenPipeError:
         raise
     except OSError:
@@ -103,7 +103,7 @@ def print_rows(
     for column in columns:
         title, separator, key = column.rpartition(":")
         if not separator:
-            title = title_of(key)
+            title = make_title(key)
         pairs.append((title, key))
     for title, key in pairs:
         values = [row.get(key, 0) for row in rows]
@@ -114,7 +114,7 @@ def print_rows(
         cells = []
         for _, key in pairs:
             cell = text(key, row[key]) if key in row else ""
-            cells.append(Text(printable(cell)))
+            cells.append(Text(escape_text(cell)))
         table.add_row(*cells)
     drawn = io.StringIO()
     # as wide as its cells, also in a narrow terminal: lines can be searched and copied
@@ -157,7 +157,7 @@ def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
     width = max(cell_len(name) for name, _ in pairs)
     for name, value in pairs:
         space = " " * (width - cell_len(name))
-        write(f"{name}{space}  {printable(value)}\n")
+        write(f"{name}{space}  {escape_text(value)}\n")
 
 
 def write_picture(
@@ -172,14 +172,14 @@ def write_picture(
     files.write_atomically(path, picture, overwrite)
 
 
-def counted(count: int, what: str) -> str:
+def count_noun(count: int, what: str) -> str:
     """Return a count with its noun: "1 file", "1,200 files"."""
     return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 def list_tensors(names: list[str]) -> str:
     """Count tensors and name the first ones."""
-    return f"{counted(len(names), 'tensor')} ({first_of(names, 3)})"
+    return f"{count_noun(len(names), 'tensor')} ({list_first(names, 3)})"
 
 
 def note_copied(copied: dict[str, Any]) -> None:
@@ -194,7 +194,7 @@ def note_copied(copied: dict[str, Any]) -> None:
     if shared := copied["shared"]:
         print_note(f"not written: {list_tensors(shared)}, of which {name} has the weights alone")
     if left_out := copied["left_out"]:
-        print_note(f"not copied: {first_of(left_out)}")
+        print_note(f"not copied: {list_first(left_out)}")
 
 
 def log_to_stderr() -> None:

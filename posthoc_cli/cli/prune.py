@@ -45,7 +45,7 @@ def prune(
             raise InvalidValueError("--yes", reason, "--dry-run shows what would be deleted")
         if not as_json:
             _print_prune(planned.to_dict(), ends)
-        what = output.counted(len(planned.to_delete), "snapshot")
+        what = output.count_noun(len(planned.to_delete), "snapshot")
         return yes or typer.confirm(f"delete {what} for good?", err=True)
 
     pruning = run.prune(
@@ -93,8 +93,8 @@ def _print_prune(
 
 
 def _print_end(report: dict[str, Any], dry_run: bool) -> None:
-    count = output.counted(len(report["gone"]), "snapshot")
-    what = f"{count}, {resources.size_text(report['gone_bytes'])}"
+    count = output.count_noun(len(report["gone"]), "snapshot")
+    what = f"{count}, {resources.format_bytes(report['gone_bytes'])}"
     if not report["gone"]:
         output.print_line("nothing has to be deleted")
     elif report["deleted"]:

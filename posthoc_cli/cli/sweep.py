@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from posthoc_cli import files
 from posthoc_cli.cli import options, output
-from posthoc_cli.errors import InvalidValueError, Log, check_alone
+from posthoc_cli.errors import InvalidValueError, Log, at_most_one
 from posthoc_cli.targets import Beta, parse_values
 
 if TYPE_CHECKING:
@@ -91,13 +91,13 @@ def sweep(
     from posthoc_cli.sweep import Lengths, Metric, Sweep
     from posthoc_cli.sweep.search import USUAL_BUDGET
 
-    check_alone(minimize=minimize, maximize=maximize, look=look)
+    at_most_one(minimize=minimize, maximize=maximize, look=look)
     if not (minimize or maximize or look):
         reason = "say whether lower or higher is better: add --minimize or --maximize"
         hint = "or --look, to compare images without a metric"
         raise InvalidValueError("--minimize", reason, hint)
-    check_alone(look=look, metric=metric)
-    check_alone(sigma_rel=sigma_rel, decay=decay)
+    at_most_one(look=look, metric=metric)
+    at_most_one(sigma_rel=sigma_rel, decay=decay)
     lengths = options.optional(Lengths.parse, sigma_rel, "--sigma-rel")
     folder = files.local_path("--out", out)
     run = options.open_run(directory)
@@ -120,8 +120,8 @@ def sweep(
         minimize=None if look else minimize,
         budget=budget or (_LOOK if look else USUAL_BUDGET),
         t=t,
-        like=options.optional(options.existing, like),
-        raw=options.optional(options.existing, raw),
+        like=options.optional(options.check_exists, like),
+        raw=options.optional(options.check_exists, raw),
         again=shlex.join(["ema", *sys.argv[1:]]),
         say=say,
         progress=output.progress_bar("trials"),

@@ -8,7 +8,7 @@ from typing import Any
 from posthoc_cli import resources
 from posthoc_cli.cli import options, output
 from posthoc_cli.errors import InvalidValueError, percent
-from posthoc_cli.report.facts import title_of
+from posthoc_cli.report.facts import make_title
 
 
 def synthesize(
@@ -71,7 +71,7 @@ def synthesize(
         overwrite=overwrite,
         dry_run=dry_run,
         distributed=is_rank(),
-        like=options.optional(options.existing, like),
+        like=options.optional(options.check_exists, like),
         average=average,
         weights=weights,
         progress=output.progress_bar(),
@@ -103,7 +103,7 @@ def _print_synthesize(report: dict[str, Any]) -> None:
         output.print_line()
     text = _summary(report, errors)
     if first["output"] is None:
-        read = resources.size_text(report["read_bytes"])
+        read = resources.format_bytes(report["read_bytes"])
         output.print_line(f"would make {text}; would read {read}; nothing was written")
     else:
         path = Path(first["output"])
@@ -137,14 +137,14 @@ def _summary(
     what = first["target"]
     if first["as"] is not None:
         what += f" (as {first['as']})"
-    size = resources.size_text(first["bytes"])
+    size = resources.format_bytes(first["bytes"])
     if len(targets) > 1:
-        what = output.counted(len(targets), "average")
+        what = output.count_noun(len(targets), "average")
         size += " each"
     parts = [f"{what} at t = {first['t']:,.12g} from {report['sources']}"]
     for key in errors:
         largest = _largest([target[key] for target in targets])
-        parts.append(f"{title_of(key)} {largest}")
+        parts.append(f"{make_title(key)} {largest}")
     return ", ".join([*parts, size])
 
 

@@ -35,7 +35,7 @@ def verify(
     code = 0
     for path in paths:
         try:
-            check = _checked(options.existing(path, name="DIR|FILE"))
+            check = _check(options.check_exists(path, name="DIR|FILE"))
         except PostHocError as error:
             if len(paths) == 1:
                 raise
@@ -58,7 +58,7 @@ def verify(
     return code
 
 
-def _checked(path: Path) -> Verification:
+def _check(path: Path) -> Verification:
     from posthoc_cli.run import Run
 
     try:
@@ -73,7 +73,7 @@ def _print_verify(report: dict[str, Any]) -> None:
     wrong = [file for file in report["files"] if file not in fine]
     if len(fine) > output.MOST_ROWS:
         output.print_line(
-            f"{output.counted(len(fine), 'file')} with nothing wrong; --json lists them"
+            f"{output.count_noun(len(fine), 'file')} with nothing wrong; --json lists them"
         )
     elif fine:
         output.print_rows(fine, ["file:path", "what", "state"])
@@ -98,7 +98,7 @@ def _verdict(
 ) -> str:
     """Return the last line: how many files are intact, or which are not."""
     files = report["files"]
-    total = output.counted(len(files), "file")
+    total = output.count_noun(len(files), "file")
     if wrong:
         states = {file["state"] for file in wrong}
         verdict = states.pop() if len(states) == 1 else "not in order"
@@ -106,7 +106,7 @@ def _verdict(
         return f"{len(wrong):,} of {total} {verb} {verdict}"
     intact = sum(file["state"] == "intact" for file in files)
     if report["bytes"]:
-        size = resources.size_text(report["bytes"])
+        size = resources.format_bytes(report["bytes"])
         verb = "verified" if intact == len(files) else "read"
         total += f", {size} {verb} in {report['seconds']:.1f} s"
     if intact == len(files):

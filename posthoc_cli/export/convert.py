@@ -18,8 +18,8 @@ from posthoc_cli.errors import (
     FileFormatError,
     InvalidValueError,
     UnsuitableError,
-    check_alone,
-    shown,
+    at_most_one,
+    quote,
 )
 from posthoc_cli.export.like import Like, Replacement
 from posthoc_cli.export.writing import OutputJob, OutputOptions, check_not_in_run
@@ -91,7 +91,7 @@ def export_file(
     """
     started = time.perf_counter()
     target_dtype = parse_dtype(dtype)
-    check_alone(weights=weights, average=average)
+    at_most_one(weights=weights, average=average)
     options = OutputOptions(
         layout=layout,
         overwrite=overwrite,
@@ -99,10 +99,10 @@ def export_file(
         like=like,
     )
     options.check_like(dtype)
-    source = files.given_path("source", source)
+    source = files.check_path("source", source)
     output_name = str(out)
     out = files.local_path("out", out)
-    is_folder = options.layout_of(out) == "sharded" or options.makes_folders
+    is_folder = options.find_layout(out) == "sharded" or options.makes_folders
     if output_name.endswith("/") and not is_folder:
         raise InvalidValueError("out", "is a folder; name a file", value=output_name)
     files.check_parent(out)
@@ -152,7 +152,7 @@ class Model(StoredTensors):
                 roles |= dict.fromkeys(info.copies, "copy")
             for name, entry in file.entries.items():
                 if name in places:
-                    reason = f"tensor {shown(name)} is in {places[name]} too"
+                    reason = f"tensor {quote(name)} is in {places[name]} too"
                     raise FileFormatError(file.path, reason)
                 places[name] = file.path
                 entries[name] = entry

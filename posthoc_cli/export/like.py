@@ -40,7 +40,7 @@ from posthoc_cli.checkpoints.containers import INDEX_ENDING
 from posthoc_cli.checkpoints.layouts import Stored
 from posthoc_cli.checkpoints.pickles import FileRange, is_archive, member_begin
 from posthoc_cli.dtypes import DTYPES, EPS, ITEM_BYTES, WORDS
-from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, shown
+from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, quote
 from posthoc_cli.snapshots.outputs import model_files, weights_at
 from posthoc_cli.snapshots.sources import Source, StoredTensors
 from posthoc_cli.snapshots.tensorfile import (
@@ -107,7 +107,7 @@ class Like:
         word = "average" if chunks else "weights"
         if source is None or not chunks:
             source = stored.weights
-            chunks = chunks_of(source)
+            chunks = index_chunks(source)
         found = cls(path, place, source, chunks, word)
         found._check_files()
         return found
@@ -146,7 +146,7 @@ class Like:
             for entry in sorted(folders.pop().iterdir()):
                 if self._is_left_out(entry):
                     left_out.append(str(entry.relative_to(self.path)))
-                elif files.is_own_folder(entry):
+                elif files.is_real_folder(entry):
                     if not entry.name.startswith("."):
                         folders.append(entry)
                 elif entry not in self.files:
@@ -154,7 +154,7 @@ class Like:
         return copied, left_out
 
     def _is_left_out(self, entry: Path) -> bool:
-        if files.is_own_folder(entry):
+        if files.is_real_folder(entry):
             if entry == self.place or entry in self.place.parents:
                 return False
             return _OTHER_FOLDERS.fullmatch(entry.name) is not None
@@ -201,7 +201,7 @@ class Like:
         averages = plan.newest.averages or floats
         stored = self._stored_names(plan.names, averages)
         self._check_quantized([stored[name] for name in averages])
-        replaced = self._replaced(plan, stored)
+        replaced = self._find_places(plan, stored)
         entries = {}
         tensors = {}
         dtypes = {}
@@ -231,7 +231,7 @@ class Like:
         old, new = self._beginnings(of_averages)
         stored = {}
         for name, aliases in names.items():
-            renamed = _renamed(aliases, old, new)
+            renamed = _rename(aliases, old, new)
             stored[name] = {self.source.aliases.get(alias, alias) for alias in renamed}
         return stored
 
@@ -245,7 +245,7 @@ class Like:
             hint = "take a folder that the trained model itself was saved to"
             raise MismatchError(self.place, reason, hint)
 
-    def _replaced(
+    def _find_places(
         self,
         plan: Combination,
         stored: Mapping[str, set[str]],
@@ -268,7 +268,7 @@ class Like:
                     continue
                 other, chunks = replaced.setdefault(name, Replaced(entry, []))
                 if other != entry:
-                    reason = f"tensor {shown(name)} is {other.dtype} and {entry.dtype} in it"
+                    reason = f"tensor {quote(name)} is {other.dtype} and {entry.dtype} in it"
                     raise MismatchError(self.place, reason)
                 chunks += self.chunks[own_name]
         return replaced
@@ -283,7 +283,7 @@ class Like:
         for source in plan.sources:
             values = source.tensor(first)
             if not torch.equal(values, source.tensor(other)):
-                reason = f"tensors {shown(first)} and {shown(other)} are one in it"
+                reason = f"tensors {quote(first)} and {quote(other)} are one in it"
                 raise MismatchError(self.place, reason, "they would get different values")
 
     def _beginnings(
@@ -301,8 +301,8 @@ class Like:
         while end:
             old = first.removesuffix(end)
             fitting = []
-            for new in sorted(_beginnings_of(end, known)):
-                if all(_renamed(names, old, new) & known for names in averages):
+            for new in sorted(_find_beginnings(end, known)):
+                if all(_rename(names, old, new) & known for names in averages):
                     fitting.append(new)
             if len(fitting) > 1:
                 reason = f"the names of the run fit under {fitting[0]} and {fitting[1]}"
@@ -319,7 +319,7 @@ class Like:
         raise MismatchError(self.place, f"{reason}; it has tensors such as {min(known)!r}", hint)
 
 
-def _beginnings_of(
+def _find_beginnings(
     end: str,
     names: Iterable[str],
 ) -> set[str]:
@@ -328,7 +328,7 @@ def _beginnings_of(
     return {name.removesuffix(end) for name in fitting}
 
 
-def _renamed(
+def _rename(
     names: Iterable[str],
     old: str,
     new: str,
@@ -372,8 +372,8 @@ def _own_chunks(
     """Return the chunks of an average that are not also the weights', which complete it."""
     places = set[tuple[Path, Entry]]()
     with suppress(FileFormatError):  # which of its tensors are the weights is unclear
-        places = {chunks[0].place for chunks in chunks_of(stored.weights).values()}
-    own = chunks_of(average)
+        places = {chunks[0].place for chunks in index_chunks(stored.weights).values()}
+    own = index_chunks(average)
     return {name: own[name] for name in own if own[name][0].place not in places}
 
 
@@ -427,7 +427,7 @@ class Replaced(NamedTuple):
     chunks: list[Chunk]
 
 
-def chunks_of(source: StoredTensors) -> dict[str, list[Chunk]]:
+def index_chunks(source: StoredTensors) -> dict[str, list[Chunk]]:
     """Return the chunks of the tensors of a checkpoint, by their stored names."""
     chunks = dict[str, list[Chunk]]()
     for file in source.files:
@@ -576,7 +576,7 @@ def _check_cluster(chunks: Sequence[Chunk]) -> None:
         view[...] = np.iinfo(view.dtype).max
     total = sum(chunk.entry.nbytes for chunk in chunks)
     if np.count_nonzero(used) < total:
-        names = " and ".join(shown(chunk.name) for chunk in chunks[:2])
+        names = " and ".join(quote(chunk.name) for chunk in chunks[:2])
         reason = f"elements of {names} have bytes in common, as after `expand`"
         raise MismatchError(chunks[0].path, reason, "they would get different values")
 

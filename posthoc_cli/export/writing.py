@@ -42,7 +42,7 @@ from posthoc_cli.errors import (
     PostHocError,
     RankError,
     WriteError,
-    check_alone,
+    at_most_one,
     check_word,
 )
 from posthoc_cli.export.like import Chunk, CopiedFile, Like, Replacement
@@ -104,7 +104,7 @@ class OutputOptions:
         if self.layout is not None:
             check_word("layout", self.layout, LAYOUTS)
         self.shard_bytes  # noqa: B018  raises an error if invalid
-        check_alone(weights=self.weights, average=self.average)
+        at_most_one(weights=self.weights, average=self.average)
         if self.like is None and (self.weights or self.average is not None):
             name = "weights" if self.weights else "average"
             raise InvalidValueError(name, "needs `like`, whose tensors it replaces")
@@ -129,7 +129,7 @@ class OutputOptions:
             return Path(self.like).suffix
         return LAYOUTS[self.layout or "safetensors"][0]
 
-    def layout_of(self, path: Path) -> str:
+    def find_layout(self, path: Path) -> str:
         """Return the layout of an output: as given, or by its name .pt, .safetensors, or a folder
         of shards; or "like" for a copy.
 
@@ -161,9 +161,9 @@ class OutputOptions:
         """Raise an InvalidValueError for an option or a dtype that contradicts `like`."""
         if self.like is None:
             return
-        check_alone(like=self.like, dtype=parse_dtype(dtype))
-        check_alone(like=self.like, layout=self.layout)
-        check_alone(like=self.like, max_shard_size=self.max_shard_size)
+        at_most_one(like=self.like, dtype=parse_dtype(dtype))
+        at_most_one(like=self.like, layout=self.layout)
+        at_most_one(like=self.like, max_shard_size=self.max_shard_size)
         if self.distributed:
             reason = "one process makes a copy: run the command without torchrun"
             raise InvalidValueError("like", reason)
@@ -198,7 +198,7 @@ def output_paths(
         check_not_in_run(path)
     is_folder = path.is_dir() or path.suffix == "" or str(out).endswith("/")
     if len(targets) == 1 and (options.makes_folders or not is_folder):
-        options.layout_of(path)
+        options.find_layout(path)
         paths = [path]
     elif is_file and not is_folder:
         raise InvalidValueError("out", f"{len(targets)} targets need a folder", value=out)
@@ -408,7 +408,7 @@ class OutputJob:
 
     @cached_property
     def layout(self) -> str:
-        return self.options.layout_of(next(iter(self.headers)))
+        return self.options.find_layout(next(iter(self.headers)))
 
     @cached_property
     def shards(self) -> tuple[dict[str, list[str]], bytes]:
@@ -675,7 +675,7 @@ class Copy(FileOutput):
             self._files[copied] = CopiedFile(file, chunks[copied], pending)
         others, _ = like.other_files
         for other in others:
-            with files.reported_as_write_error(other, "copied"):
+            with files.raise_write_errors(other, "copied"):
                 shutil.copyfile(other, place(other))
         copies = [*self._files.values()]
         super().__init__(folder or copies[0], copies if folder else ())

@@ -210,7 +210,7 @@ class PostHocCallback(TrainerCallback):
         write_state(self.ema, folder, model)
         if trainer is None:
             return
-        chosen = self._chosen(args)
+        chosen = self._choose_label(args)
         if chosen is None:
             return
         path = str(folder / self._names[chosen])
@@ -238,7 +238,7 @@ class PostHocCallback(TrainerCallback):
             return
         self.ema.close()
         best = state.best_model_checkpoint
-        chosen = self._chosen(args)
+        chosen = self._choose_label(args)
         trainer = self._installed()
         if best is not None and chosen is not None and trainer is not None:
             trainer.accelerator.wait_for_everyone()  # the first process may be writing the folder
@@ -248,7 +248,7 @@ class PostHocCallback(TrainerCallback):
             finally:
                 state.best_model_checkpoint = best
 
-    def _chosen(self, args: TrainingArguments) -> str | None:
+    def _choose_label(self, args: TrainingArguments) -> str | None:
         """Return the label of the average whose metric chooses the best model, or None."""
         metric = (args.metric_for_best_model or "").removeprefix("eval_")
         fitting = [label for label, name in self._names.items() if metric.startswith(f"{name}_")]

@@ -215,7 +215,7 @@ def _even_motion(
 def _newest_steps(averages: Sequence[StoredAverage]) -> Steps | None:
     """Return the steps of the newest average, or of the one next to it whose steps are known, as
     those of weights whose file does not say the unit of its number."""
-    in_order = sorted(averages, key=lambda average: _order_of(average.profile))
+    in_order = sorted(averages, key=lambda average: _sort_key(average.profile))
     for average in reversed(in_order):
         if average.steps is not None:
             return average.steps
@@ -249,7 +249,7 @@ def _fit(
     near = [pair for pair in pairs if not pair[1].is_far]
     motion, expected = fit_motion(start, times, near, steps, not discrete, ordinary)
     misfit = _misfit(near, expected)
-    are_sampled = any(interval_of(profile) > 1 for profile in profiles)
+    are_sampled = any(update_interval(profile) > 1 for profile in profiles)
     if len(near) < len(pairs) and not are_sampled:
         motion = _noisy(start, times, pairs, steps) or motion
     motion = _with_noise(motion, profiles, steps)
@@ -278,10 +278,10 @@ def _with_noise(
 ) -> Motion:
     """Return a fitted motion with the noise that its scatter shows."""
     discrete = [profile.t for profile in profiles if isinstance(profile, Discrete)]
-    if any(interval_of(profile) > 1 for profile in profiles):
+    if any(update_interval(profile) > 1 for profile in profiles):
         times = [profile.t for profile in profiles]
-        return replace(motion, sampling=sampling_of(motion, times, steps))
-    return motion.with_forgotten(spacing_of(motion.edges, discrete, steps))
+        return replace(motion, sampling=sample_motion(motion, times, steps))
+    return motion.with_forgotten(measure_spacing(motion.edges, discrete, steps))
 
 
 _SAME = 0.98
@@ -314,7 +314,7 @@ def _misfit(pairs: Sequence[Pair], expected: FloatArray) -> float:
     return float(np.sqrt(mean_square)) / 2
 
 
-def _order_of(profile: StoredProfile) -> tuple[float, float, float]:
+def _sort_key(profile: StoredProfile) -> tuple[float, float, float]:
     """Return a sort key that depends on the profile alone; equal profiles have equal keys."""
     if isinstance(profile, PowerFunction):
         return profile.t, profile.gamma, 0.0
@@ -336,13 +336,13 @@ def _pairs(
     largest = max(measurements.norm for measurements in measured)
     least = 1e-18 * largest
     variances = floor.tolist()
-    order = sorted(range(len(profiles)), key=lambda index: _order_of(profiles[index]))
+    order = sorted(range(len(profiles)), key=lambda index: _sort_key(profiles[index]))
     for index in order:
         profile = profiles[index]
         variance = variances[index]
         for distance in measured[index].distances:
-            earlier, later = sorted((profile, distance.other), key=_order_of)
-            keys = (_order_of(later), _order_of(earlier))
+            earlier, later = sorted((profile, distance.other), key=_sort_key)
+            keys = (_sort_key(later), _sort_key(earlier))
             if _is_one_profile(*keys):
                 continue
             # The partner may have been deleted; its floor is about the same.
@@ -367,7 +367,7 @@ def _is_one_profile(
     later: tuple[float, ...],
     earlier: tuple[float, ...],
 ) -> bool:
-    """Return whether two keys of `_order_of` are of one power function, up to rounding."""
+    """Return whether two keys of `_sort_key` are of one power function, up to rounding."""
     t, gamma, _ = later
     earlier_t, earlier_gamma, _ = earlier
     is_one_time = t - earlier_t <= EQUAL * t
@@ -428,7 +428,7 @@ class Motion:
         edges = evenly_chosen(distinct, MOST_SEGMENTS + 1)
         ends = edges if steps is None else steps.clock.step_at(edges)
         counts = np.diff(ends)
-        walk = sketch.walked(edges) / counts
+        walk = sketch.walk_length(edges) / counts
         return cls(edges, walk, noise=np.zeros_like(walk))
 
     def on(
@@ -468,15 +468,15 @@ class Motion:
             return self
         unseen = np.linspace(start, end, _UNSEEN + 1)
         edges = np.append(unseen, self.edges[self.edges > end])
-        segment = segments_of(self.edges, edges[1:])
-        motion = self._divided(edges, segment)
+        segment = find_segments(self.edges, edges[1:])
+        motion = self._divide(edges, segment)
         walk = motion.walk[:_UNSEEN]
         middle = (unseen[1:] + unseen[:-1]) / 2
         share = (end - middle) / (end - start)
         walk += share * np.maximum(most - walk, 0.0)
         return motion
 
-    def _divided(
+    def _divide(
         self,
         edges: FloatArray,
         segment: npt.NDArray[np.intp],
@@ -574,8 +574,8 @@ def fit_motion(
     scatter, in one proportion to the walk from one such time to the next."""
     edges = _ends_of_segments(start, times)
     segments = edges.size - 1
-    influences = influences_of(edges, pairs, steps)
-    spacing = spacing_of(edges, ordinary, steps)
+    influences = compute_influences(edges, pairs, steps)
+    spacing = measure_spacing(edges, ordinary, steps)
     has_enough = len(pairs) >= _DISTANCES_FOR_NOISE * segments
     fits_noise = may_have_noise and has_enough
     fits_scatter = len(ordinary) > 0
@@ -695,7 +695,7 @@ def with_floor(walk: FloatArray, walks: FloatArray, others: FloatArray) -> Float
     return np.asarray(walk + share * added)
 
 
-def interval_of(profile: StoredProfile) -> int:
+def update_interval(profile: StoredProfile) -> int:
     """Return the number of steps from one update of an average to the next."""
     if isinstance(profile, OrdinaryEMA):
         return int(profile.settings["every"])
@@ -713,7 +713,7 @@ tau far below k, 0.42 for tau = k, 0.2 for 3 k. Averages at files L steps apart 
 below k, 0.65 for tau = k, 0.11 for 3 k, and 0.03 for a walk."""
 
 
-def sampling_of(
+def sample_motion(
     motion: Motion,
     times: Sequence[float],
     steps: Steps | None,
@@ -721,7 +721,7 @@ def sampling_of(
     """Return `Motion.sampling` for averages at these times."""
     if motion.scatter is not None:
         return _SAMPLED_OF_SCATTER * motion.scatter
-    spacing = spacing_of(motion.edges, times, steps)
+    spacing = measure_spacing(motion.edges, times, steps)
     return _SAMPLED_OF_WALK * motion.walk * spacing
 
 
@@ -732,7 +732,7 @@ def sampling_errors(profiles: Sequence[StoredProfile], motion: Motion) -> FloatA
     Their sum over updates k is sum_k m_k (theta_k - the mean of the steps since update k - 1), with
     the masses m_k. Averages have it in common as far as they have masses in common.
     """
-    intervals = np.array([interval_of(profile) for profile in profiles])
+    intervals = np.array([update_interval(profile) for profile in profiles])
     jumps = [profile.jumps for profile in profiles if isinstance(profile, OrdinaryEMA)]
     if motion.sampling is None or not jumps:
         return np.zeros((0, len(profiles)))
@@ -743,7 +743,7 @@ def sampling_errors(profiles: Sequence[StoredProfile], motion: Motion) -> FloatA
     steps = np.diff(edges, prepend=edges[0])
     counts = steps[:, None] / intervals
     updates = np.maximum(counts, 1.0)
-    segment = segments_of(motion.edges, edges)
+    segment = find_segments(motion.edges, edges)
     variance = motion.sampling[segment]
     deviation = np.sqrt(variance[:, None] / updates)
     errors = deviation * masses
@@ -786,7 +786,7 @@ class Influences(NamedTuple):
         return np.asarray(known + self.scatter @ scatter)
 
 
-def influences_of(
+def compute_influences(
     edges: FloatArray,
     pairs: Sequence[Pair],
     steps: Steps | None,
@@ -802,7 +802,7 @@ def influences_of(
         noise[row] = integrals.of_masses(*both)
         if walk[row].any():  # else an average that is a copy of the checkpoint
             points = [each.t for each in both if isinstance(each, Point)]
-            segment = segments_of(edges, points)
+            segment = find_segments(edges, points)
             scatter[row] = np.bincount(segment, minlength=segments)
         for kind in (walk, noise, scatter):
             kind[row] /= distance.squared
@@ -855,7 +855,7 @@ class _Integrals:
         return np.asarray(sums)
 
 
-def segments_of(
+def find_segments(
     edges: FloatArray,
     times: npt.ArrayLike,
 ) -> npt.NDArray[np.intp]:
@@ -864,14 +864,14 @@ def segments_of(
     return np.clip(segment, 0, edges.size - 2)
 
 
-def spacing_of(
+def measure_spacing(
     edges: FloatArray,
     times: Sequence[float],
     steps: Steps | None,
 ) -> FloatArray:
     """Return the steps from one of the times to the next on each segment: shape [segments]."""
     distinct = np.unique(times)
-    segment = segments_of(edges, distinct)
+    segment = find_segments(edges, distinct)
     counts = np.bincount(segment, minlength=edges.size - 1)
     ends = edges if steps is None else steps.clock.step_at(edges)
     lengths = np.diff(ends)

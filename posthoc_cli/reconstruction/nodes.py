@@ -235,7 +235,7 @@ class Nodes:
         if self._is_polynomial(target):
             nothing = np.zeros(self.edges.size - 1)
             return self._tail(target), nothing
-        points = self._points_of(target)
+        points = self._place_points(target)
         tails = target.tail(points.s)
         inside, missed = self._project(points, tails)
         of_updates = self._updates.tails(target)
@@ -251,7 +251,7 @@ class Nodes:
         if self._is_polynomial(target):
             nothing = np.zeros(self.edges.size - 1)
             return self._mass(target), nothing
-        points = self._points_of(target)
+        points = self._place_points(target)
         begin = self.edges[points.home]
         end = self.edges[points.home + 1]
         density = self._density[points.home]
@@ -272,7 +272,7 @@ class Nodes:
             return False
         return target.gamma <= self._gamma and target.t in self.edges
 
-    def _points_of(self, target: Profile) -> _Points:
+    def _place_points(self, target: Profile) -> _Points:
         """Return points that resolve a target, in intervals whose updates are not nodes."""
         points = _resolving_points(target, self.edges)
         inside = np.isin(points.home, self._cells)

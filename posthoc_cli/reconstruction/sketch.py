@@ -83,7 +83,7 @@ class Sketch:
             means.append(tails.mean(axis=1))
         return np.stack(means, axis=1)
 
-    def walked(self, edges: FloatArray) -> FloatArray:
+    def walk_length(self, edges: FloatArray) -> FloatArray:
         """Return the squared length of the walk that the path makes beyond its main direction,
         between edges of windows: shape [edges - 1].
 
@@ -95,7 +95,7 @@ class Sketch:
         deviations = self._deviations
         if deviations.any():
             deviations = _without_main_direction(deviations)
-        squares = self._squared(deviations)
+        squares = self._square(deviations)
         until = np.append(0.0, np.cumsum(squares))
         ends = np.searchsorted(self.edges[1:], edges[1:], side="right")
         return np.diff(until[ends], prepend=0.0)
@@ -155,9 +155,9 @@ class Sketch:
     @cached_property
     def _walk(self) -> FloatArray:
         """Squared length of a walk across each window: shape [K]."""
-        return self._squared(self._deviations)
+        return self._square(self._deviations)
 
-    def _squared(self, deviations: FloatArray) -> FloatArray:
+    def _square(self, deviations: FloatArray) -> FloatArray:
         """Return the squared lengths that deviations stand for; the first and the last window are
         like their neighbours."""
         squares = np.sum(deviations**2, axis=1)

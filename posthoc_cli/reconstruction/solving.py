@@ -38,7 +38,7 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import ThreadpoolController
 
-from posthoc_cli.errors import InvalidValueError, brief, check_word
+from posthoc_cli.errors import InvalidValueError, abbreviate, check_word
 from posthoc_cli.profiles import (
     Discrete,
     FloatArray,
@@ -197,7 +197,7 @@ def _check_profiles(
         if not is_usable:
             reason = "must be a profile with tail(s), such as PowerFunction.from_sigma_rel(0.15, t)"
             reason += f", or an array of {len(snapshots)} coefficients"
-            raise InvalidValueError("target", reason, value=brief(target))
+            raise InvalidValueError("target", reason, value=abbreviate(target))
 
 
 # --- one target
@@ -327,10 +327,10 @@ class _Solver:
         if np.isnan(simple).any():
             simple = optimal
         if problem.prior.sketch is None:
-            return self._blended(optimal, simple, rhs)
-        return self._best_measured(optimal, simple, rhs)
+            return self._blend(optimal, simple, rhs)
+        return self._prefer_measured(optimal, simple, rhs)
 
-    def _best_measured(
+    def _prefer_measured(
         self,
         optimal: FloatArray,
         published: FloatArray,
@@ -356,7 +356,7 @@ class _Solver:
                 return others[:, best], other_squares[:, best]
         return optimal, squares
 
-    def _blended(
+    def _blend(
         self,
         optimal: FloatArray,
         others: FloatArray,

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from posthoc_cli.errors import first_of, percent
-from posthoc_cli.resources import size_text
+from posthoc_cli.errors import list_first, percent
+from posthoc_cli.resources import format_bytes
 
 _LONGEST_TEXT = 200
 _PERCENT = (
@@ -16,7 +16,7 @@ _PERCENT = (
 )  # fmt: skip
 _FORMATS: dict[str, Callable[[Any], str]] = {
     "path": str,
-    "bytes": size_text,
+    "bytes": format_bytes,
     "norm": "{:.4g}".format,
     "value": "{:.6g}".format,
     "standard_error": "{:.6g}".format,
@@ -34,7 +34,7 @@ _FORMATS: dict[str, Callable[[Any], str]] = {
 }
 
 
-def title_of(key: str) -> str:
+def make_title(key: str) -> str:
     """Return a key in words."""
     return key.replace("_", " ").replace("sigma rel", "sigma_rel")
 
@@ -52,7 +52,7 @@ def text(key: str, value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {text(name, item)}" for name, item in value.items())
     if isinstance(value, list):
-        return first_of(text("", item) for item in value)
+        return list_first(text("", item) for item in value)
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int | float):
@@ -73,5 +73,5 @@ def facts(description: dict[str, Any]) -> list[tuple[str, str]]:
             continue
         shown = text(key, value)
         if shown:
-            pairs.append((title_of(key), shown))
+            pairs.append((make_title(key), shown))
     return pairs

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from posthoc_cli import plots
-from posthoc_cli.errors import FileFormatError, percent, printable
+from posthoc_cli.errors import FileFormatError, escape_text, percent
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots.tensorfile import read_small_file
 from posthoc_cli.sweep import SweepReport, images
@@ -60,7 +60,7 @@ def render(run: Run, report: SweepReport, folder: Path) -> str:
 def escape(text: str) -> str:
     """Return a text as HTML, with control characters escaped, and no line end between a number and
     its unit."""
-    lines = map(printable, text.split("\n"))
+    lines = map(escape_text, text.split("\n"))
     return html.escape(_UNITS.sub("\u00a0", "\n".join(lines)))
 
 

@@ -32,7 +32,7 @@ from posthoc_cli.errors import (
     Log,
     MismatchError,
     PostHocError,
-    shown,
+    quote,
 )
 from posthoc_cli.planning import (
     USEFUL_RANGE,
@@ -47,7 +47,7 @@ from posthoc_cli.snapshots.snapshot import (
     join_samples,
     joined_paths,
 )
-from posthoc_cli.snapshots.sources import TrackedTensor, averages_of, by_time, model_difference
+from posthoc_cli.snapshots.sources import TrackedTensor, by_time, make_averages, model_difference
 from posthoc_cli.snapshots.tensorfile import (
     SUFFIX,
     Box,
@@ -166,7 +166,7 @@ def list_candidates(directory: Path) -> Directory:
     for path in entries:
         if is_tensor_file(path):
             candidates[path] = [path]
-        elif is_snapshot_name(path) and path.suffix != SUFFIX and files.is_own_folder(path):
+        elif is_snapshot_name(path) and path.suffix != SUFFIX and files.is_real_folder(path):
             inside = [path]  # if it cannot be listed, the attempt to read it will say why
             with suppress(DirectoryError):
                 inside = [*list_directory(path)]
@@ -416,7 +416,7 @@ def _merge_entry(
     if others:
         problem = f"its chunks are of the shapes {sorted([shape, *others])}"
     if problem:
-        raise FileFormatError(folder, f"tensor {shown(name)}: {problem}")
+        raise FileFormatError(folder, f"tensor {quote(name)}: {problem}")
     # The widest dtype holds all values exactly: parts have the run's dtype or a wider one.
     widest = max(dtypes, key=ITEM_BYTES.__getitem__)
     return Entry(widest, shape)
@@ -478,7 +478,7 @@ def _difference(
         first = getattr(one, name)
         second = getattr(other, name)
         if first != second:
-            return f"differ in {shown(name)}: {shown(first)} and {shown(second)}"
+            return f"differ in {quote(name)}: {quote(first)} and {quote(second)}"
     return ""
 
 
@@ -518,13 +518,13 @@ class LockFile:
         self._directory = directory
         # A link would lead to a file of somebody else.
         flags = os.O_RDWR | os.O_CREAT | files.NO_LINK
-        with files.reported_as_write_error(directory):
+        with files.raise_write_errors(directory):
             self._descriptor = os.open(directory / LOCK_NAME, flags, 0o666)
         self.release = weakref.finalize(self, _release, self._descriptor, 0)
 
     def check(self) -> None:
         """Raise LockedError unless the lock file at the directory's path is the open one."""
-        with files.reported_as_write_error(self._directory), suppress(FileNotFoundError):
+        with files.raise_write_errors(self._directory), suppress(FileNotFoundError):
             at_path = os.lstat(self._directory / LOCK_NAME)
             if os.path.samestat(at_path, os.fstat(self._descriptor)):
                 return
@@ -546,7 +546,7 @@ class DirectoryLock(LockFile, AbstractContextManager["DirectoryLock"]):
         super().__init__(directory)
         own = f"process {os.getpid()} on {socket.gethostname()}"
         try:
-            with files.reported_as_write_error(directory):
+            with files.raise_write_errors(directory):
                 self._take(own)
                 os.ftruncate(self._descriptor, 0)
                 os.write(self._descriptor, own.encode())
@@ -563,7 +563,7 @@ class DirectoryLock(LockFile, AbstractContextManager["DirectoryLock"]):
             _lock(self._descriptor)
         except BlockingIOError:
             name = _read_holder(self._descriptor)
-            holder = f"another tracker of this {own}" if name == own else shown(name)[1:-1]
+            holder = f"another tracker of this {own}" if name == own else quote(name)[1:-1]
             reason = f"{holder or 'another process'} is writing here"
             hint = "end that first, or take another directory"
             raise LockedError(self._directory, reason, hint) from None
@@ -635,7 +635,7 @@ def remove_snapshot(snapshot: Snapshot, lock: LockFile) -> None:
     Files that are not of the snapshot's run stay.
     """
     lock.check()
-    with files.reported_as_write_error(snapshot.path, "removed"):
+    with files.raise_write_errors(snapshot.path, "removed"):
         for file in _tensor_files(snapshot.path):
             if _read_run_id(file) == snapshot.run_id:
                 files.unlink_if_exists(file)
@@ -647,7 +647,7 @@ def remove_snapshot(snapshot: Snapshot, lock: LockFile) -> None:
 def remove_incomplete(folder: Path, lock: LockFile) -> None:
     """Delete the parts of a snapshot that was never complete; raise as `remove_snapshot` does."""
     lock.check()
-    with files.reported_as_write_error(folder, "removed"):
+    with files.raise_write_errors(folder, "removed"):
         for file in _tensor_files(folder):
             files.unlink_if_exists(file)
         _remove_empty_folder(folder)
@@ -655,7 +655,7 @@ def remove_incomplete(folder: Path, lock: LockFile) -> None:
 
 def _tensor_files(path: Path) -> list[Path]:
     """Return the files of a snapshot: the path itself, or the parts in a folder."""
-    if not files.is_own_folder(path):
+    if not files.is_real_folder(path):
         return [path]
     return [file for file in sorted(files.system.list(path)) if is_tensor_file(file)]
 
@@ -670,7 +670,7 @@ def _read_run_id(path: Path) -> str:
 def _remove_empty_folder(path: Path) -> None:
     """Remove a folder of parts unless it holds anything else, such as a file that a network file
     system keeps while it is being read."""
-    if not files.is_own_folder(path):
+    if not files.is_real_folder(path):
         return
     for file in files.system.list(path):
         if files.is_temporary(file.name):
@@ -701,12 +701,12 @@ def set_aside(stored: Sequence[Snapshot], lock: LockFile) -> list[Path]:
         return []
     directory = stored[0].path.parent
     folder = directory / SUPERSEDED
-    if not (files.is_absent(folder) or files.is_own_folder(folder)):
+    if not (files.is_absent(folder) or files.is_real_folder(folder)):
         reason = "is a link or no directory; snapshots are set aside in a directory of that name"
         raise DirectoryError(folder, reason, "move it away")
     lock.check()
     files.make_directory(folder)
-    with files.reported_as_write_error(folder):
+    with files.raise_write_errors(folder):
         moved = []
         for snapshot in stored:
             if not files.is_absent(snapshot.path):
@@ -762,7 +762,7 @@ def _least_needed(
 ) -> set[float]:
     """Return the times that reconstruction needs least, so that `keep` are left."""
     path = snapshots[-1].path_sketch
-    prior = measured_prior(averages_of(snapshots), path and path.sketch)
+    prior = measured_prior(make_averages(snapshots), path and path.sketch)
     profiles = [snapshot.profile for snapshot in snapshots]
     needed = newest_times(profiles, spared_times(keep))
     return {time.t for time in times_to_drop(profiles, prior, keep, needed, sigma_range)}

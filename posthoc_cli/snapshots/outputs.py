@@ -19,7 +19,7 @@ from typing import Any
 
 from posthoc_cli import files
 from posthoc_cli.dtypes import DTYPES
-from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, shown
+from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, quote
 from posthoc_cli.snapshots.directory import (
     inspect_directory,
     is_parts_folder,
@@ -85,7 +85,7 @@ def decode_index(
             and name.endswith(endings)
         ):
             reason = (
-                f"tensor {shown(tensor)}: {shown(name)} is not the name of a file in its folder"
+                f"tensor {quote(tensor)}: {quote(name)} is not the name of a file in its folder"
             )
             raise FileFormatError(path, reason)
         shards.setdefault(name, []).append(tensor)
@@ -148,17 +148,17 @@ def read_model(path: Path) -> tuple[list[TensorFile], OutputInfo | None]:
         if missing := set(names) - file.entries.keys():
             raise FileFormatError(
                 file_path,
-                f"tensor {shown(min(missing))} is not in it, as the index says",
+                f"tensor {quote(min(missing))} is not in it, as the index says",
             )
         read.append(file)
         infos.append(decode(file, "output", OutputInfo) if file.kind == "output" else None)
-        if _made(infos[0]) != _made(infos[-1]):
+        if _record(infos[0]) != _record(infos[-1]):
             reason = "their headers say that they were not written by one synthesis"
             raise MismatchError(f"{read[0].path} and {file_path} are not of one model", reason)
     return read, infos[0]
 
 
-def _made(info: OutputInfo | None) -> object:
+def _record(info: OutputInfo | None) -> object:
     """Return what is the same in all files of an output: processes may compute other last digits of
     coefficients."""
     return info and (

@@ -167,7 +167,7 @@ def prune(
                 file.verify(progress)
         for snapshot in pruning.to_delete:
             remove_snapshot(snapshot, lock)
-        with files.reported_as_write_error(directory):
+        with files.raise_write_errors(directory):
             files.system.fsync_directory(directory)
     return replace(pruning, deleted=True)
 

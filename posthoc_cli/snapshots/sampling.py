@@ -37,10 +37,10 @@ from posthoc_cli.reconstruction import (
 from posthoc_cli.snapshots.sources import (
     ElementRange,
     Source,
-    averages_of,
     by_time,
     expected_roundings,
     finite_values,
+    make_averages,
     newest_path,
     series_key,
 )
@@ -58,7 +58,7 @@ def source_prior(sources: Sequence[Source]) -> Prior:
     all files are estimated from a sample.
     """
     on_disk = [source for source in sources if source.files]
-    averages = averages_of(sources)
+    averages = make_averages(sources)
     path = newest_path(sources)
     sketch = None if path is None else path.sketch
     unmeasured = [source for source in on_disk if source.measurements is None]
@@ -153,7 +153,7 @@ def sample_measurements(sources: Sequence[Source]) -> list[Measurements | None]:
     ranges = _sampled_ranges(sources[0]) if sources else []
     for _, at_time in groupby(by_time(sources), key=lambda source: source.t):
         sampling.add([_read(source, ranges) for source in at_time])
-    return sampling.measurements_of(sources)
+    return sampling.measure_sources(sources)
 
 
 class _Sampling:
@@ -208,7 +208,7 @@ class _Sampling:
         self._moved |= np.add.reduceat(moves, sample.starts) > _STILL * squares
         return squares * sample.scale
 
-    def measurements_of(
+    def measure_sources(
         self,
         sources: Sequence[Source],
     ) -> list[Measurements | None]:

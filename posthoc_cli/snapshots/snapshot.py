@@ -37,8 +37,8 @@ from posthoc_cli.errors import (
     InvalidValueError,
     Log,
     check_word,
-    first_of,
-    shown,
+    list_first,
+    quote,
 )
 from posthoc_cli.planning import USEFUL_RANGE
 from posthoc_cli.profiles import FloatArray, PowerFunction
@@ -212,7 +212,7 @@ def _layout(windows: int, numbers: int, full: int) -> np.dtype[Any]:
 def decode_path(text: str) -> PathSketch:
     """Return the path that a sketch encodes, adding up the parts of `joined_paths`; ValueError if
     it is invalid."""
-    first, *others = map(_decoded, text.split(_AND))
+    first, *others = map(_decode, text.split(_AND))
     total = first.sketch
     for other in others:
         means = total.means + other.sketch.means
@@ -241,7 +241,7 @@ def joined_paths(texts: Sequence[str]) -> str:
         return ""
     windows = set()
     for text in texts:
-        sketch = _decoded(text).sketch
+        sketch = _decode(text).sketch
         edges = sketch.edges.tobytes()
         folds = sketch.folds.tobytes()
         windows.add((sketch.means.shape, edges, folds))
@@ -250,7 +250,7 @@ def joined_paths(texts: Sequence[str]) -> str:
     return _AND.join(texts)
 
 
-def _decoded(text: str) -> PathSketch:
+def _decode(text: str) -> PathSketch:
     """Return the path that the sketch of one part encodes; raise ValueError if it is invalid."""
     data = base64.b64decode(text, validate=True)
     if len(data) < _COUNTS_BYTES:
@@ -378,7 +378,7 @@ def _globs(
 def check_globs(selection: Selection, names: Iterable[str]) -> None:
     """Raise InvalidValueError if a glob matches none of a model's names: it is usually misspelt."""
     names = list(names)
-    examples = first_of(map(shown, names), 3) or "none"
+    examples = list_first(map(quote, names), 3) or "none"
     for argument in ("include", "exclude", "copy_only"):
         for glob in getattr(selection, argument):
             if not any(fnmatchcase(name, glob) for name in names):
@@ -646,7 +646,7 @@ def decode(
     if (file.kind, number) != (kind, FORMAT):
         reason = f"is not of the kind {kind!r} and format {FORMAT}"
         if file.kind:
-            reason += f", but {shown(file.kind)} of format {shown(number)}"
+            reason += f", but {quote(file.kind)} of format {quote(number)}"
         else:
             reason += " of this package"
         raise FileFormatError(file.path, reason)
@@ -657,7 +657,7 @@ def decode(
 
 
 @lru_cache
-def kinds_of(form: Any) -> dict[str, Any]:
+def field_kinds(form: Any) -> dict[str, Any]:
     """Return the annotations of a dataclass by field name."""
     return get_type_hints(form, include_extras=True)
 
@@ -677,18 +677,18 @@ def converted(value: Any, kind: Any) -> Any:
     origin = get_origin(kind)
     args = get_args(kind)
     if origin is Annotated:
-        return _converted_by_rule(value, *args)
+        return _convert_by_rule(value, *args)
     if type(None) in args:
         return None if value is None else converted(value, args[0])
     if origin is tuple:
-        return _converted_list(value, args)
+        return _convert_list(value, args)
     _check(isinstance(value, dict), "a JSON object", value)
     if is_dataclass(kind):
-        return _converted_object(value, kind)
+        return _convert_object(value, kind)
     return {name: _member(name, each, args[-1]) for name, each in value.items()}
 
 
-def _converted_by_rule(
+def _convert_by_rule(
     value: Any,
     kind: Any,
     rule: Rule | Callable[[Any], Any],
@@ -700,7 +700,7 @@ def _converted_by_rule(
     return result
 
 
-def _converted_list(
+def _convert_list(
     value: Any,
     kinds: tuple[Any, ...],
 ) -> tuple[Any, ...]:
@@ -713,12 +713,12 @@ def _converted_list(
     return tuple(map(converted, value, kinds))
 
 
-def _converted_object(value: Mapping[str, Any], form: Any) -> Any:
+def _convert_object(value: Mapping[str, Any], form: Any) -> Any:
     for each in fields(form):
         if each.name not in value and not _is_optional(each):
             raise ValueError(f"{each.name}: is missing")
     members = {}
-    for name, kind in kinds_of(form).items():
+    for name, kind in field_kinds(form).items():
         if name in value:
             members[name] = _member(name, value[name], kind)
     return form(**members)
@@ -728,7 +728,7 @@ def _member(name: str, value: Any, kind: Any) -> Any:
     try:
         return converted(value, kind)
     except ValueError as error:
-        raise ValueError(f"{shown(name)[1:-1]}: {error}") from error
+        raise ValueError(f"{quote(name)[1:-1]}: {error}") from error
 
 
 def _is_optional(each: Field[Any]) -> bool:
@@ -738,7 +738,7 @@ def _is_optional(each: Field[Any]) -> bool:
 
 def _check(is_right: bool, words: str, value: Any) -> None:
     if not is_right:
-        raise ValueError(f"must be {words}, not {shown(value)}")
+        raise ValueError(f"must be {words}, not {quote(value)}")
 
 
 # The plain types of JSON values, each with a test and its description.

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from posthoc_cli.clock import Clock, EpochClock
 from posthoc_cli.dtypes import DTYPES, ITEM_BYTES
-from posthoc_cli.errors import MismatchError, NonFiniteError, shown
+from posthoc_cli.errors import MismatchError, NonFiniteError, quote
 from posthoc_cli.profiles import FloatArray, Point, StoredProfile
 from posthoc_cli.reconstruction import (
     Measurements,
@@ -285,7 +285,7 @@ def by_time(items: Iterable[_Source]) -> list[_Source]:
     return sorted(items, key=lambda source: (source.t, *series_key(source)))
 
 
-def chosen_up_to(
+def choose_sources(
     items: Sequence[_Source],
     t: float,
 ) -> tuple[list[_Source], list[_Source]]:
@@ -297,10 +297,10 @@ def chosen_up_to(
     ordered = by_time(items)
     usable = [source for source in ordered if source.t <= t]
     later = [source for source in ordered if source.t > t]
-    return _thinned(usable), _thinned(later)
+    return _thin(usable), _thin(later)
 
 
-def _thinned(items: Sequence[_Source]) -> list[_Source]:
+def _thin(items: Sequence[_Source]) -> list[_Source]:
     profiles = [source.profile for source in items]
     return [items[index] for index in thinned_subset(profiles)]
 
@@ -331,7 +331,7 @@ def newest_path(sources: Sequence[Source]) -> PathSketch | None:
     return None
 
 
-def averages_of(sources: Sequence[Source]) -> list[StoredAverage]:
+def make_averages(sources: Sequence[Source]) -> list[StoredAverage]:
     """Return the averages of one run as reconstruction uses them, with the clock of all of them."""
     averages = [source.average() for source in sources]
     if all(source.t == source.step for source in sources):
@@ -357,7 +357,7 @@ def model_difference(one: Source, other: Source) -> str:
     unshared = one.tensors.keys() ^ other.tensors.keys()
     for name in sorted(unshared):
         lacking = other if name in one.tensors else one
-        return f"do not match: tensor {shown(name)} is missing in {lacking.name}"
+        return f"do not match: tensor {quote(name)} is missing in {lacking.name}"
     for name, tensor in one.tensors.items():
         second = other.tensors[name]
         differs = tensor.role != second.role
@@ -365,11 +365,11 @@ def model_difference(one: Source, other: Source) -> str:
             differs = tensor != second
         if differs:
             kinds = f"{tensor.role} of {tensor.dtype} and {second.role} of {second.dtype}"
-            return f"do not match: tensor {shown(name)} is {kinds}"
+            return f"do not match: tensor {quote(name)} is {kinds}"
         shape = list(one.entries[name].shape)
         second_shape = list(other.entries[name].shape)
         if shape != second_shape:
-            return f"do not match: tensor {shown(name)} has the shapes {shape} and {second_shape}"
+            return f"do not match: tensor {quote(name)} has the shapes {shape} and {second_shape}"
     return ""
 
 

@@ -58,7 +58,7 @@ from posthoc_cli.errors import (
     RemoteError,
     UnsuitableError,
     VanishedError,
-    shown,
+    quote,
 )
 
 if TYPE_CHECKING:
@@ -497,7 +497,7 @@ class TensorFile:
         handle = self.handle
         with handle.lock:
             if handle.file is None:
-                handle.file = self._opened()
+                handle.file = self._open()
             handle.users += 1
         return self
 
@@ -508,7 +508,7 @@ class TensorFile:
             assert self.handle.file is not None, "it is open"
             yield self.handle.file
 
-    def _opened(self) -> OpenedFile:
+    def _open(self) -> OpenedFile:
         """Open the file; raise FileFormatError if it is not the one whose header was read."""
         with ExitStack() as stack:
             file = stack.enter_context(OpenedFile(self.path))
@@ -609,7 +609,7 @@ class TensorFile:
             position = 16 * ((begin + at) // size)
             digest = xxhash.xxh3_64_hexdigest(view[at : at + size])
             if digest != sums[position : position + 16]:
-                reason = f"tensor {shown(name)} is damaged: its checksum does not match"
+                reason = f"tensor {quote(name)} is damaged: its checksum does not match"
                 raise FileFormatError(self.path, reason)
 
     def _fill(self, offset: int, view: memoryview) -> None:
@@ -755,7 +755,7 @@ def _decode_entries(
     for name, entry in in_order.items():
         if entry.begin != position:
             places = f"{entry.begin - start:,}, not at {position - start:,}"
-            raise ValueError(f"tensor {shown(name)}: begins at {places}")
+            raise ValueError(f"tensor {quote(name)}: begins at {places}")
         position += entry.nbytes
     state = "truncated" if nbytes < position else "too long"
     problem = f"{state}: has {nbytes:,} bytes, its header says {position:,}"
@@ -776,14 +776,14 @@ def _decode_entry(name: str, value: Any, start: int) -> Entry:
     # Sizes of 0 are ignored here, since no array library can represent the strides of such a shape.
     is_usual = is_entry and len(shape) <= 64 and math.prod(filter(None, shape)) < 2**60
     if not is_usual:
-        raise ValueError(f"tensor {shown(name)}: its header entry is malformed")
+        raise ValueError(f"tensor {quote(name)}: its header entry is malformed")
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         accepted = ", ".join(ITEM_BYTES)
-        raise ValueError(f"tensor {shown(name)}: dtype {shown(dtype)} is not one of {accepted}")
+        raise ValueError(f"tensor {quote(name)}: dtype {quote(dtype)} is not one of {accepted}")
     entry = Entry(dtype, tuple(shape), start + begin)
     if end - begin != entry.nbytes:
         reason = f"{end - begin:,} bytes do not make {dtype} of shape {shape}"
-        raise ValueError(f"tensor {shown(name)}: {reason}")
+        raise ValueError(f"tensor {quote(name)}: {reason}")
     return entry
 
 

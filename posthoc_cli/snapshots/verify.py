@@ -140,7 +140,7 @@ def verify(path: Path, progress: ProgressBar = no_bar) -> Verification:
     not read.
     """
     started = time.perf_counter()
-    listing, indexes, shards = _listed(path)
+    listing, indexes, shards = _list(path)
     paths = sorted({*listing.files, *shards})
     reports = _reports(paths, progress)
     headers = []
@@ -156,9 +156,9 @@ def verify(path: Path, progress: ProgressBar = no_bar) -> Verification:
         notes = []
         incomplete = set()
     if not problems:
-        problems += _problems_of(run_clock, content.snapshots)
+        problems += _find_problems(run_clock, content.snapshots)
     for index in indexes:
-        problems += _problems_of(_check_index, index)
+        problems += _find_problems(_check_index, index)
     notes += _note_of_pickles(listing)
     return Verification(
         path,
@@ -192,7 +192,7 @@ def _reports(
     return reports
 
 
-def _problems_of(
+def _find_problems(
     check: Callable[[T], object],
     what: T,
 ) -> list[str]:
@@ -203,7 +203,7 @@ def _problems_of(
     return []
 
 
-def _listed(path: Path) -> tuple[Directory, list[Path], list[Path]]:
+def _list(path: Path) -> tuple[Directory, list[Path], list[Path]]:
     """List a path; return also indexes of shards, and the files that belong to them; DirectoryError
     if nothing."""
     listing = Directory(path, candidates={path: [path]})

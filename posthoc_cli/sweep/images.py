@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from posthoc_cli import files
-from posthoc_cli.resources import size_text
+from posthoc_cli.resources import format_bytes
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +59,8 @@ def _images(folder: Path) -> Iterator[Path]:
             continue
         size = path.stat().st_size
         if size > MOST_BYTES:
-            most = size_text(MOST_BYTES)
-            log.warning("%s: %s, too large to be kept: at most %s", name, size_text(size), most)
+            most = format_bytes(MOST_BYTES)
+            log.warning("%s: %s, too large to be kept: at most %s", name, format_bytes(size), most)
         elif image_type(path.read_bytes()) is None:
             log.warning("%s: not kept, since it is not a PNG, JPEG, WebP or GIF image", name)
         else:
@@ -70,7 +70,7 @@ def _images(folder: Path) -> Iterator[Path]:
 def remove(path: Path) -> None:
     """Remove a file, or a folder with its contents, if it exists; raise a WriteError if that
     fails."""
-    with files.reported_as_write_error(path, "removed"):
+    with files.raise_write_errors(path, "removed"):
         if path.is_dir():
             shutil.rmtree(path)
         else:

@@ -32,7 +32,7 @@ from posthoc_cli.errors import (
     OutputExistsError,
     check_count,
     percent,
-    shown,
+    quote,
 )
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.export.like import check_shape
@@ -131,7 +131,7 @@ class Sweep:
             again=self.again,
         )
         with self._locked_folder():
-            recorded = self._recorded(self._report.settings)
+            recorded = self._read_recorded(self._report.settings)
             known = [trial for trial in recorded if self._is_asked(trial)]
             self._report = replace(self._report, trials=tuple(known))
             with self.progress("measuring", self._expected) as advance:
@@ -228,7 +228,7 @@ class Sweep:
             export_file(raw, plain)
         lacking = self.run.tensors.keys() - read_file(plain).entries.keys()
         if lacking:
-            reason = f"lacks tensor {shown(min(lacking))} of the averages"
+            reason = f"lacks tensor {quote(min(lacking))} of the averages"
             raise MismatchError(raw, reason)
         self._warn_of_other_step(raw, plain)
         if self.like is None:
@@ -405,7 +405,7 @@ class Sweep:
             finally:
                 images.remove(self.out / _SCRATCH)
 
-    def _recorded(self, asked: dict[str, Any]) -> list[Trial]:
+    def _read_recorded(self, asked: dict[str, Any]) -> list[Trial]:
         """Return the recorded trials that succeeded, the last of repeated ones; raise an
         OutputExistsError if they are of another sweep."""
         path = self.out / TRIALS
@@ -429,7 +429,7 @@ class Sweep:
         for name, value in asked.items():
             known = settings.get(name, value)
             if known != value:
-                reason = f"holds a sweep of another {name}, {shown(known)}"
+                reason = f"holds a sweep of another {name}, {quote(known)}"
                 raise OutputExistsError(self.out, reason, "name another folder")
         return [*recorded.values()]
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from posthoc_cli import files
-from posthoc_cli.errors import InvalidValueError, first_of, printable, shown
+from posthoc_cli.errors import InvalidValueError, escape_text, list_first, quote
 
 _GRACE = 0.5  # seconds between SIGTERM and SIGKILL
 _TICK = 0.01  # seconds between looks at a process
@@ -75,7 +75,7 @@ def _last_words(out: Path, err: Path) -> str:
     standard output."""
     _, _, line = _read_tail(err, _END_OF_LOG).strip().rpartition("\n")
     text = line or " ".join(_read_tail(out, _END_OF_LOG).split())
-    return printable(text) or "it wrote nothing"
+    return escape_text(text) or "it wrote nothing"
 
 
 def _run(
@@ -168,32 +168,32 @@ class Metric:
         metric."""
         if self.file is None:
             text = _read_tail(stdout, _TAIL)
-            values = [*_printed(text, self.key)]
+            values = [*_find_printed(text, self.key)]
         else:
-            path, value = _stored(folder, self.file)
+            path, value = _find_stored(folder, self.file)
             values = [value]
         objects = [_members(value) for value in reversed(values)]
         key = self.key or ""
         for name in (key, ""):
             for members in objects:
                 if name in members:
-                    return _checked(members, name)
+                    return _check(members, name)
         keys = [*dict.fromkeys(chain.from_iterable(objects))]
         if self.file is None:
-            raise _nothing_printed(text, self.key, keys)
+            raise _no_metric_error(text, self.key, keys)
         closest = get_close_matches(key, keys, 5, 0)
-        reason = f"{path.name} has no member {shown(self.key)}{_listed(closest)}"
+        reason = f"{path.name} has no member {quote(self.key)}{_list_names(closest)}"
         raise NoMetricError(reason, "")
 
 
-def _nothing_printed(text: str, key: str | None, keys: list[str]) -> NoMetricError:
+def _no_metric_error(text: str, key: str | None, keys: list[str]) -> NoMetricError:
     """Return the error for an output without the metric, which says what its last line is."""
     reason = "no line of its standard output is a number alone"
     if key is not None:
-        reason = f"its standard output has no number after {shown(key)}"
+        reason = f"its standard output has no number after {quote(key)}"
     _, _, last = text.strip()[-_END_OF_LOG:].rpartition("\n")
     if last:
-        reason += f"; the last line is `{printable(last.strip())}`"
+        reason += f"; the last line is `{escape_text(last.strip())}`"
     else:
         reason += ", and is empty"
     names = get_close_matches(key or "", keys, 3, 0) or [
@@ -203,19 +203,19 @@ def _nothing_printed(text: str, key: str | None, keys: list[str]) -> NoMetricErr
     return NoMetricError(reason, hint)
 
 
-def _checked(
+def _check(
     members: dict[str, Any],
     name: str,
 ) -> tuple[float, float | None]:
     number = _number(members[name])
     if number is None:
-        raise TrialError(f"{shown(name)} is {shown(members[name])}, not a number")
+        raise TrialError(f"{quote(name)} is {quote(members[name])}, not a number")
     if not math.isfinite(number):
         raise TrialError(f"its metric is {number}")
     return number, _standard_error(members, name)
 
 
-def _printed(text: str, key: str | None) -> Iterator[Any]:
+def _find_printed(text: str, key: str | None) -> Iterator[Any]:
     """Yield the numbers, the JSON objects and lists, and the numbers after the key, each on one or
     more complete lines."""
     text = text.replace("\r", "\n")
@@ -237,7 +237,7 @@ def _printed(text: str, key: str | None) -> Iterator[Any]:
                     end = end_of_value
 
 
-def _stored(folder: Path, pattern: str) -> tuple[Path, Any]:
+def _find_stored(folder: Path, pattern: str) -> tuple[Path, Any]:
     """Return the newest matching file and its JSON value; raise a TrialError if there is
     none."""
     names = []
@@ -249,7 +249,7 @@ def _stored(folder: Path, pattern: str) -> tuple[Path, Any]:
             if name.match(pattern):
                 matching.append(path)
     if not matching:
-        raise TrialError(f"there is no {pattern} in its folder{_listed(names)}")
+        raise TrialError(f"there is no {pattern} in its folder{_list_names(names)}")
     newest = max(matching, key=lambda path: (path.stat().st_mtime_ns, path))
     try:
         return newest, json.loads(newest.read_text(encoding="utf-8-sig"))
@@ -305,6 +305,6 @@ def _number(value: Any) -> float | None:
         return None
 
 
-def _listed(names: list[str]) -> str:
+def _list_names(names: list[str]) -> str:
     """Return the end of a message that lists the first names."""
-    return f"; found {first_of(map(shown, names))}" if names else ""
+    return f"; found {list_first(map(quote, names))}" if names else ""

@@ -19,10 +19,10 @@ from posthoc_cli.dtypes import EPS, parse_dtype
 from posthoc_cli.errors import (
     InexactError,
     InvalidValueError,
-    check_alone,
+    at_most_one,
     check_max_error,
     check_number,
-    first_of,
+    list_first,
     percent,
 )
 from posthoc_cli.planning import SMALL_LOSS, check_within, error_curve
@@ -47,7 +47,7 @@ from posthoc_cli.snapshots.sources import (
     StoredTensors,
     TrackedTensor,
     by_time,
-    chosen_up_to,
+    choose_sources,
     counted,
     run_clock,
 )
@@ -161,7 +161,7 @@ class Plan(Combination):
         for index, target in enumerate(self.targets):
             error = percent(self.predicted_error(index))
             parts.append(f"{target.title} (predicted error {error})")
-        return f"Plan(at t = {self.t:,.12g} from {counted(self.sources)}: {first_of(parts)})"
+        return f"Plan(at t = {self.t:,.12g} from {counted(self.sources)}: {list_first(parts)})"
 
     @property
     def choice(self) -> str | None:
@@ -379,11 +379,11 @@ def _choose_sources(
     """Choose the sources to combine, at or before `t`, which are those of a `Mean`, too; and later
     ones."""
     available = [source for source in sources if source.t <= t]
-    usable, later = chosen_up_to(sources, t)
+    usable, later = choose_sources(sources, t)
     chosen = {id(source): source for source in usable}
     for target in targets:
         if isinstance(target, Mean):
-            coefficients = target.coefficients_of([source.profile for source in available])
+            coefficients = target.compute_coefficients([source.profile for source in available])
             for index in np.flatnonzero(coefficients):
                 source = available[index]
                 chosen[id(source)] = source
@@ -401,7 +401,7 @@ def _profiles(
     profiles = list[Any]()
     for target in targets:
         if isinstance(target, Mean):
-            profiles.append(target.coefficients_of([source.profile for source in usable]))
+            profiles.append(target.compute_coefficients([source.profile for source in usable]))
         else:
             profiles.append(target.profile(t, clock, first))
     return profiles
@@ -433,7 +433,7 @@ def _target_time(
     """Return the time of the targets, by default of the newest source, or raise an
     InvalidValueError."""
     times = {source.step: source.t for source in sources}
-    check_alone(t=t, step=step)
+    at_most_one(t=t, step=step)
     if t is not None:
         return check_within("t", t, times.values())
     if step is not None and sources[0].t_unit == "epochs":
@@ -486,7 +486,7 @@ def _warn_of_poor_targets(
         origin += f", if {curve.assumption}"
     log.warning(
         "%s: predicted error %s %s; it loses %s of what averaging gains, %s",
-        first_of(titles),
+        list_first(titles),
         error,
         origin,
         loss,

@@ -104,7 +104,7 @@ def _without_values(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # --- chunks of a sharded model
 
 
-def chunks_of(
+def index_chunks(
     model: nn.Module,
     tracked: TrackedModel,
 ) -> dict[str, Tensor]:

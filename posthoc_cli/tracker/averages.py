@@ -54,9 +54,9 @@ from posthoc_cli.tracker.memory import (
     Layout,
     Reader,
     Tile,
+    find_places,
     is_on_host,
-    places_of,
-    tiles_of,
+    tile_buckets,
 )
 
 # the bits of a float32 that alone are the largest power of two not above its size
@@ -145,7 +145,7 @@ class AverageTensors:
     def __init__(self, layout: Layout, profiles: int) -> None:
         self.layout = layout
         wide = tuple(replace(bucket, dtype=bucket.wide) for bucket in layout)
-        self.places = places_of(wide)
+        self.places = find_places(wide)
         self.mean = [FlatTensors(wide) for _ in range(profiles)]
         self.high = [FlatTensors(wide) for _ in range(profiles)]
         for tensors in self.mean + self.high:
@@ -296,7 +296,7 @@ class Averages:
         thread's next call."""
         tensors = self.tensors
         standing = self.standing
-        result = self.scratch_of(tile, thread)[0]
+        result = self.make_scratch(tile, thread)[0]
         high = tensors.high[profile].tile(tile)
         if not standing.window:
             return result.copy_(high)
@@ -339,7 +339,7 @@ class Averages:
                 def take(tile: Tile, _: int) -> None:
                     sketcher.take(tile, mean.tile(tile))
 
-                pool.each(take, tiles_of(tensors.layout))
+                pool.each(take, tile_buckets(tensors.layout))
                 last_t = standing.t
             path = sketcher.path(last_t)
         return path if exact or path is None else closed(path)
@@ -353,9 +353,9 @@ class Averages:
             self.tensors = self.tensors.copied(layout)
         for bucket in range(len(layout)):
             for thread in range(threads):
-                self.scratch_of(Tile(0, bucket, 0, 0), thread)
+                self.make_scratch(Tile(0, bucket, 0, 0), thread)
 
-    def scratch_of(self, tile: Tile, thread: int) -> list[Tensor]:
+    def make_scratch(self, tile: Tile, thread: int) -> list[Tensor]:
         """Return two scratch tensors of a thread for a tile, in the averages' dtype."""
         bucket = self.tensors.layout[tile.bucket]
         key = thread, bucket.device, bucket.wide
@@ -463,7 +463,7 @@ class _Update:
     ) -> None:
         before = self._before
         means = self._tensors.means(tile, before.shared)
-        change, digit = self._averages.scratch_of(tile, thread)
+        change, digit = self._averages.make_scratch(tile, thread)
         dither = GOLDEN * (before.folds + 1) % 1 - 0.5
         for profile, mass in enumerate(self._shares.masses):
             mean = value

@@ -95,7 +95,7 @@ def is_swapped(model: nn.Module) -> bool:
 
 
 @contextmanager
-def swapped_in(
+def swap_in(
     model: nn.Module,
     weights: Mapping[str, Tensor],
 ) -> Iterator[None]:

@@ -52,7 +52,7 @@ class Subset(Elements):
     """
 
     def __init__(self, layout: Layout, measured: Collection[str]) -> None:
-        self.sizes = _sizes_of(layout, measured)  # of the tensors with elements
+        self.sizes = _count_elements(layout, measured)  # of the tensors with elements
         total = sum(self.sizes.values())
         largest_stride = -(-total // MEASURED_ELEMENTS)
         tensors = max(1, len(self.sizes))
@@ -93,7 +93,7 @@ class Subset(Elements):
             return np.asarray(self.scales * sums)
 
 
-def _sizes_of(
+def _count_elements(
     layout: Layout,
     names: Collection[str],
 ) -> dict[str, int]:
@@ -107,7 +107,7 @@ def _sizes_of(
     return sizes
 
 
-def measured_as(
+def make_measurements(
     squares: FloatArray,
     rounding: FloatArray | float = 0.0,
 ) -> Measurements | None:
@@ -119,7 +119,7 @@ def measured_as(
     return Measurements(norm, float(np.sum(rounding)))
 
 
-def _hashed(numbers: Hashes) -> Hashes:
+def _hash(numbers: Hashes) -> Hashes:
     """Return pseudo-random numbers, a hash of each number (splitmix64), which is the same in every
     run."""
     with np.errstate(over="ignore"):
@@ -140,7 +140,7 @@ def _draw(name: str, size: int, stride: int) -> Values:
     indices = np.arange(0, size, stride, dtype=np.int64)
     encoded = name.encode(errors="replace")
     seed = np.uint64(xxhash.xxh3_64_intdigest(encoded))
-    hashes = _hashed(indices.view(np.uint64) + seed)
+    hashes = _hash(indices.view(np.uint64) + seed)
     offsets = hashes % np.uint64(stride)
     indices += offsets.view(np.int64)
     return np.asarray(indices[indices < size])
@@ -154,7 +154,7 @@ NUMBERS = 64  # D, of a projection: the relative error of squared lengths is abo
 ROW = 1021
 _COLUMNS = np.arange(ROW, dtype=np.uint64)
 # the index of the number that each column is added to: shape [ROW]
-_NUMBER = (_hashed(_COLUMNS) % np.uint64(NUMBERS)).astype(np.int64)
+_NUMBER = (_hash(_COLUMNS) % np.uint64(NUMBERS)).astype(np.int64)
 
 MOST_WINDOWS = 1024  # of a sketch; beyond it each two are merged
 _MOST_LEFT = 768  # windows, where some are too uneven: merging 256 or more keeps it rare
@@ -184,7 +184,7 @@ class Window(NamedTuple):
         share = later.folds / folds
         change = later.mean - self.mean
         squared_distance = float(change @ change)
-        mean = _rounded(self.mean + share * change)
+        mean = _round(self.mean + share * change)
         spread = self.spread + share * (later.spread - self.spread)
         spread += share * (1 - share) * squared_distance
         return Window(later.t, folds, mean, spread)
@@ -205,20 +205,20 @@ def _append(windows: list[Window], window: Window) -> None:
             return
         windows.append(window)
         if len(windows) > MOST_WINDOWS:
-            windows[:] = _halved(windows)
+            windows[:] = _halve(windows)
 
 
-def _halved(windows: list[Window]) -> list[Window]:
+def _halve(windows: list[Window]) -> list[Window]:
     """Merge each two windows that are alike, with more and more uneven ones until few are left."""
     most_uneven = _MOST_UNEVEN
-    merged = _merged(windows, most_uneven)
+    merged = _merge(windows, most_uneven)
     while len(merged) > _MOST_LEFT:
         most_uneven *= _MOST_UNEVEN
-        merged = _merged(windows, most_uneven)
+        merged = _merge(windows, most_uneven)
     return merged
 
 
-def _merged(
+def _merge(
     windows: list[Window],
     most_uneven: float,
 ) -> list[Window]:
@@ -250,7 +250,7 @@ def _are_alike(
     return longer / most_uneven <= min(length, next_length)
 
 
-def _windows_of(path: PathSketch) -> list[Window]:
+def _make_windows(path: PathSketch) -> list[Window]:
     sketch = path.sketch
     ends = sketch.edges[1:].tolist()
     folds = sketch.folds.tolist()
@@ -259,7 +259,7 @@ def _windows_of(path: PathSketch) -> list[Window]:
     return [*windows]
 
 
-def _path_of(
+def _path(
     projection: int,
     first_t: float,
     windows: Sequence[Window],
@@ -270,7 +270,7 @@ def _path_of(
     return PathSketch(projection, sketch)
 
 
-def _identity_of(subset: Subset, part: int) -> int:
+def _identify(subset: Subset, part: int) -> int:
     """Return a number that identifies the projection of a model, or of a part of it."""
     dtypes = []
     shapes = []
@@ -292,7 +292,7 @@ def _signed_roots(subset: Subset, part: int) -> Values:
     roots = np.repeat(np.sqrt(subset.scales), counts)
     first = np.uint64(part) << np.uint64(40)
     numbers = np.arange(subset.edges[-1], dtype=np.uint64)
-    hashes = _hashed(~(numbers + first))
+    hashes = _hash(~(numbers + first))
     is_positive = hashes >> np.uint64(63)
     signs = np.where(is_positive, np.float32(1), np.float32(-1))
     return np.asarray(roots * signs)
@@ -315,7 +315,7 @@ class Sketcher:
         """Begin the path of a model, or of the part of this number; the signs of parts are
         independent."""
         self.subset = subset
-        self._projection = _identity_of(subset, part)
+        self._projection = _identify(subset, part)
         self._values = subset.buffers()
         self._factors = list[Tensor]()  # of the elements, by bucket
         factors = torch.from_numpy(_signed_roots(subset, part))
@@ -340,7 +340,7 @@ class Sketcher:
         """Continue a path, and return True, if it is of the same projection."""
         if path.projection != self._projection:
             return False
-        windows = _windows_of(path)
+        windows = _make_windows(path)
         first_t = float(path.sketch.edges[0])
         self._t = windows[-1].t
         if not windows[-1].folds:
@@ -398,14 +398,14 @@ class Sketcher:
         first_t = self._first_t
         if first_t is None:
             first_t = windows[0].t
-        return _path_of(self._projection, first_t, windows)
+        return _path(self._projection, first_t, windows)
 
     def _fetch(self) -> None:
         for pending in self._pending:
             mean = _numbers(pending.sums)
             if self._open is not None:
                 change = mean - self._open
-                mean = _rounded(self._open + pending.share * change)
+                mean = _round(self._open + pending.share * change)
             if not pending.ends:
                 self._open = mean
                 continue
@@ -435,13 +435,13 @@ class Sketcher:
 
 def closed(path: PathSketch) -> PathSketch:
     """Return the path with an open window closed at its last value."""
-    windows = _windows_of(path)
+    windows = _make_windows(path)
     if windows[-1].folds:
         return path
     last = windows.pop()
     _append(windows, last._replace(folds=1.0))
     first_t = float(path.sketch.edges[0])
-    return _path_of(path.projection, first_t, windows)
+    return _path(path.projection, first_t, windows)
 
 
 def _numbers(sums: list[Tensor]) -> FloatArray:
@@ -450,10 +450,10 @@ def _numbers(sums: list[Tensor]) -> FloatArray:
     for of_bucket in sums:
         row += of_bucket.cpu().numpy()
     numbers = np.bincount(_NUMBER, row, NUMBERS)
-    return _rounded(numbers.astype(np.float64))
+    return _round(numbers.astype(np.float64))
 
 
-def _rounded(numbers: FloatArray) -> FloatArray:
+def _round(numbers: FloatArray) -> FloatArray:
     """Round numbers to float32, as states hold them."""
     with np.errstate(over="ignore", invalid="ignore"):  # numbers that overflow are never written
         rounded = numbers.astype(np.float32)

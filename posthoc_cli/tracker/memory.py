@@ -147,7 +147,7 @@ class Tile(NamedTuple):
     end: int
 
 
-def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
+def find_layout(tensors: Mapping[str, Tensor]) -> Layout:
     """Return the buckets of tensors with these devices, dtypes, shapes and strides."""
     places: dict[Kind, dict[str, Place]] = defaultdict(dict)
     sizes: dict[Kind, int] = defaultdict(int)
@@ -164,7 +164,7 @@ def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
     return tuple(buckets)
 
 
-def places_of(layout: Layout) -> dict[str, tuple[int, Place]]:
+def find_places(layout: Layout) -> dict[str, tuple[int, Place]]:
     """Return the bucket's index and the place of each tensor."""
     places = {}
     for number, bucket in enumerate(layout):
@@ -194,7 +194,7 @@ def is_on_host(layout: Layout) -> bool:
     return all(bucket.device.type == "cpu" for bucket in layout)
 
 
-def tiles_of(layout: Layout) -> list[Tile]:
+def tile_buckets(layout: Layout) -> list[Tile]:
     """Return the tiles of all buckets of a layout."""
     tiles: list[Tile] = []
     for index, bucket in enumerate(layout):
@@ -204,7 +204,7 @@ def tiles_of(layout: Layout) -> list[Tile]:
     return tiles
 
 
-def ranges_of(layout: Layout) -> list[list[ElementRange]]:
+def find_ranges(layout: Layout) -> list[list[ElementRange]]:
     """Return the ranges of tensors, in memory, in each tile of a layout."""
     result = []
     for bucket in layout:
@@ -222,7 +222,7 @@ def ranges_of(layout: Layout) -> list[list[ElementRange]]:
     return result
 
 
-def numbers_of(
+def read_numbers(
     values: Sequence[Tensor],
     tiles: Sequence[Tile],
 ) -> list[float]:
@@ -293,7 +293,7 @@ class Reader:
         threads: int = 1,
     ) -> None:
         self.layout = layout
-        self.tiles = tiles_of(layout)
+        self.tiles = tile_buckets(layout)
         self._parts = parts
         self._scratch = list[Tensor]()  # by bucket, a row for each thread
         for bucket in layout:
@@ -307,14 +307,14 @@ class Reader:
         tensors: Mapping[str, Tensor],
         threads: int = 1,
     ) -> Reader:
-        layout = layout_of(tensors)
+        layout = find_layout(tensors)
         in_memory = dict[str, Tensor]()  # with the dimensions as they are in memory
         for bucket in layout:
             for name, place in bucket.places.items():
                 values = tensors[name].detach()
                 in_memory[name] = values.permute(place.order)
         parts = []
-        for ranges in ranges_of(layout):
+        for ranges in find_ranges(layout):
             of_tile = []
             for name, begin, end in ranges:
                 of_tile.append(_tile_part(in_memory[name], begin, end))
@@ -337,7 +337,7 @@ class Reader:
         """Return a tile's values, flat, in the averages' dtype; valid until the same thread's next
         call."""
         flat = self._flat(tile, thread)
-        scratch = self._scratch_of(tile, thread)
+        scratch = self._make_scratch(tile, thread)
         if flat.dtype == scratch.dtype:
             return flat
         return scratch.copy_(flat)
@@ -352,14 +352,14 @@ class Reader:
             norms[tile.number] = torch.linalg.vector_norm(values)
 
         pool.each(measure, self.tiles)
-        return numbers_of(norms, self.tiles)
+        return read_numbers(norms, self.tiles)
 
     def nonfinite_name(self, norms: Sequence[float]) -> str | None:
         """Return the first tensor with a nan or an infinity in the tiles whose norms are not
         finite, or None."""
         if all(map(math.isfinite, norms)):
             return None
-        of_tiles = ranges_of(self.layout)
+        of_tiles = find_ranges(self.layout)
         for tile in self.tiles:
             if math.isfinite(norms[tile.number]):
                 continue
@@ -377,12 +377,12 @@ class Reader:
         first, *others = parts = self.current(tile)
         if not others and first.dtype in _LIKE_FLOAT32:
             return first
-        scratch = self._scratch_of(tile, thread)
+        scratch = self._make_scratch(tile, thread)
         if others:
             return torch.cat(parts, out=scratch)
         return scratch.copy_(first)
 
-    def _scratch_of(self, tile: Tile, thread: int) -> Tensor:
+    def _make_scratch(self, tile: Tile, thread: int) -> Tensor:
         size = tile.end - tile.begin
         return self._scratch[tile.bucket][thread, :size]
 
@@ -396,7 +396,7 @@ class Elements:
         # where in the tile, and where in the buffer
         self._of_tiles: list[tuple[Tensor, slice | Tensor]] = []
         orders = [np.argsort(of_bucket, kind="stable") for of_bucket in positions]
-        for tile in tiles_of(layout):
+        for tile in tile_buckets(layout):
             device = layout[tile.bucket].device
             order = orders[tile.bucket]
             ascending = positions[tile.bucket][order]
@@ -457,7 +457,7 @@ class HostCopy:
         if model.layout != self._layout:
             host = on_host(model.layout)
             self._memory = FlatTensors(host, pinned=not is_on_host(model.layout))
-            parts = [[self._memory.tile(tile)] for tile in tiles_of(host)]
+            parts = [[self._memory.tile(tile)] for tile in tile_buckets(host)]
             self._values = Reader(host, parts, self._threads)
             self._layout = model.layout
 

@@ -144,8 +144,8 @@ class TrackedModel:
         for name in dict.fromkeys(names):
             if name in others:
                 continue
-            was = self._described(name)
-            now = current._described(name)
+            was = self._describe(name)
+            now = current._describe(name)
             if now != was:
                 reason = f"is {now}, and was {was} when tracking began"
                 raise ModelMismatchError(f"tensor {name!r}", reason, self._hint(name, current))
@@ -163,7 +163,7 @@ class TrackedModel:
             return f"{_SHAPED_BY_DATA}, or leave it out with exclude={name!r}"
         return ""
 
-    def _described(self, name: str) -> str:
+    def _describe(self, name: str) -> str:
         if name in self.aliases:
             return f"tied to {self.aliases[name]!r}"
         if name in self.frozen and name not in self.tensors:

@@ -590,11 +590,11 @@ def finish() -> None:
     except KeyboardInterrupt:
         try:
             log.warning(
-                "writing the last snapshots of %s; interrupt again to lose them", _unwritten()
+                "writing the last snapshots of %s; interrupt again to lose them", _list_unwritten()
             )
             _finish_all()
         except KeyboardInterrupt:
-            log.error("interrupted: the last snapshots of %s are lost", _unwritten())
+            log.error("interrupted: the last snapshots of %s are lost", _list_unwritten())
             remove_unfinished()
             logging.shutdown()
             os._exit(128 + signal.SIGINT)  # an exception here would leave the exit code at 0
@@ -610,5 +610,5 @@ def _finish_all() -> None:
     log_kept_messages()
 
 
-def _unwritten() -> str:
+def _list_unwritten() -> str:
     return ", ".join(str(pipeline.directory) for pipeline in list(_writers))

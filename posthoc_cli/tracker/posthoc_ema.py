@@ -43,7 +43,7 @@ from posthoc_cli.errors import (
     PostHocError,
     kept_messages,
     log_kept_messages,
-    shown,
+    quote,
 )
 from posthoc_cli.reconstruction import check_method
 from posthoc_cli.run import Run, Wanted, Weights, make_weights, with_consistent_plan
@@ -64,7 +64,7 @@ from posthoc_cli.tracker import averaged
 from posthoc_cli.tracker.attach import Attachment
 from posthoc_cli.tracker.background import CallLock
 from posthoc_cli.tracker.clock import Settings, TrainingProgress
-from posthoc_cli.tracker.filling import check_weights, fill_in, is_swapped, swapped_in
+from posthoc_cli.tracker.filling import check_weights, fill_in, is_swapped, swap_in
 from posthoc_cli.tracker.model import (
     ModelWatch,
     check_model,
@@ -417,7 +417,7 @@ class PostHocEMA:
         snapshots are durable."""
         if not callable(callback):
             raise InvalidValueError(
-                "on_snapshot", "must be given a function of the tracker", value=shown(callback)
+                "on_snapshot", "must be given a function of the tracker", value=quote(callback)
             )
         self._callbacks.append(callback)
 
@@ -475,7 +475,7 @@ class PostHocEMA:
         targets = {target.label: target for target in as_targets(sigma_rels)}
         figures = {"step": float(self.step), "t": self.t}
         figures |= self._pipeline.figures()
-        snapshots = self._stored() if targets else []
+        snapshots = self._read_stored() if targets else []
         plans, _ = averaged.plan_possible(snapshots, targets if snapshots else {})
         for label, plan in plans.items():
             error = plan.predicted_error(0)
@@ -541,7 +541,7 @@ class PostHocEMA:
             for label, target in targets.items():
                 if self._tracked_profile(target, {}) is None:
                     others[label] = target
-            stored = self._stored() if others else []
+            stored = self._read_stored() if others else []
             if not stored:
                 return dict.fromkeys(others, "no snapshot yet")
             _, reasons = averaged.plan_possible(stored, others)
@@ -863,7 +863,7 @@ class PostHocEMA:
             return
         self.flush()
         sample = np.array([*self._watch.sample(model, tracking.tracked).values()], np.float32)
-        stored = self._stored()
+        stored = self._read_stored()
         recorded = recorded_weights(stored).values() if stored else ()
         if not any(are_equal(sample, own) for own in recorded):
             self.snapshot()
@@ -1021,7 +1021,7 @@ class PostHocEMA:
     ) -> Weights:
         """Return the chunks in this process of an average of a sharded model."""
         tracked = self._pipeline.tracking.tracked
-        tensors = group.together(lambda: averaged.chunks_of(model, tracked))
+        tensors = group.together(lambda: averaged.index_chunks(model, tracked))
         members: Any = self._members
         if profile is not None:
 
@@ -1046,13 +1046,13 @@ class PostHocEMA:
     def _to_read(self) -> list[Snapshot]:
         """Return the run's durable snapshots, at least one."""
         self._flush()
-        stored = self._stored()
+        stored = self._read_stored()
         if not stored:
             reason = "other lengths than the tracked ones are made of snapshots"
             raise NotReadyError("no snapshot yet", reason, "ema.snapshot() writes one")
         return stored
 
-    def _stored(self) -> list[Snapshot]:
+    def _read_stored(self) -> list[Snapshot]:
         """Return the run's snapshots on disk, up to the step from which it is to resume; none if
         the directory belongs to another run."""
         last = self._start.step if self._pipeline.tracking.resumes else None
@@ -1105,7 +1105,7 @@ class AveragedModel(AbstractContextManager[Module]):
     @not_compiled
     def __enter__(self) -> Module:
         weights = self._make()
-        self._stack.enter_context(swapped_in(self._model, weights))
+        self._stack.enter_context(swap_in(self._model, weights))
         self.t = weights.t
         return self._model
 

@@ -237,7 +237,7 @@ def _describe(error: BaseException) -> str:
 THIS_PROCESS = Group()
 
 
-def group_of(model: nn.Module, processes: Any = None) -> Group:
+def find_group(model: nn.Module, processes: Any = None) -> Group:
     """Return the processes that track a model: those of the torch group that is given, or of its
     DistributedDataParallel, or all."""
     if not dist.is_initialized():

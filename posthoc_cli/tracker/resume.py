@@ -31,7 +31,7 @@ from posthoc_cli.errors import (
     NotReadyError,
     PostHocError,
     check_count,
-    shown,
+    quote,
 )
 from posthoc_cli.snapshots.directory import find_snapshots, read_directory
 from posthoc_cli.snapshots.snapshot import (
@@ -54,7 +54,7 @@ from posthoc_cli.tracker.model import (
     collect_tensors,
     named_tensors,
 )
-from posthoc_cli.tracker.processes import Group, Members, Notes, ShardOwners, group_of
+from posthoc_cli.tracker.processes import Group, Members, Notes, ShardOwners, find_group
 from posthoc_cli.tracker.state import Tracking, check_profiles, zero_averages
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class Start:
         _check_names(model, settings.selection)
         tensors = collect_tensors(model, settings.selection)
         check_averages(tensors.tracked, settings.selection)
-        processes = group_of(model, group)
+        processes = find_group(model, group)
         if tensors.tracked.is_sharded or processes.leads:
             _check_directory(directory, is_new=resume is None)
         if not stored or step == 0:
@@ -115,7 +115,7 @@ class Start:
             tracking = _with_members(tracking, model, tensors, settings, directory, processes)
             return cls(directory, settings, step if stored else None, tracking)
         complete = _until(_complete(stored, settings.sigma_rels), step, "resume")
-        tracking = _resumed(complete[-1], settings.sigma_rels)
+        tracking = _resume(complete[-1], settings.sigma_rels)
         tracking = _with_members(tracking, model, tensors, settings, directory, processes)
         start = cls(directory, settings, step, tracking)
         start.look(model, complete)
@@ -137,14 +137,14 @@ class Start:
         newest = stored[-1]
         selection = (newest.selection or Selection()).resumed(newest)
         settings = Settings(sigma_rels, newest.schedule, newest.t_unit, selection)
-        tracking = _resumed(newest, settings.sigma_rels)
+        tracking = _resume(newest, settings.sigma_rels)
         if model is None:
             reason = "was made without a model, and reads the run"
             hint = "to continue the run, pass the model to from_path or from_model"
             return cls(directory, settings, step, tracking, NotReadyError(directory, reason, hint))
         # By the names in the snapshots: a model that is only to be filled may be frozen.
         tensors = collect_tensors(model, selection, tracking.tracked.known_names)
-        processes = group_of(model, group)
+        processes = find_group(model, group)
         tracking = _with_members(tracking, model, tensors, settings, directory, processes)
         start = cls(directory, settings, step, tracking)
         start.look(model, _complete(stored, settings.sigma_rels))
@@ -244,7 +244,7 @@ def _checked_step(resume: str | int | None) -> int | None:
 def _checked_settings(settings: Settings, newest: Snapshot, directory: Path) -> Settings:
     """Return the settings with which a run continues from its newest snapshot."""
     if newest.t_unit != settings.t_unit:
-        reason = f"the run in {directory} counts {shown(newest.t_unit)}"
+        reason = f"the run in {directory} counts {quote(newest.t_unit)}"
         raise InvalidValueError("t_unit", reason, value=f"{settings.t_unit!r}")
     check_profiles(newest.sigma_rels, settings.sigma_rels)
     return replace(settings, selection=settings.selection.resumed(newest))
@@ -264,7 +264,7 @@ def _check_names(model: nn.Module, selection: Selection) -> None:
 
 def check_path(path: str | Path) -> Path:
     """Return an absolute path, since the working directory may change later."""
-    given = files.given_path("checkpoint_dir", path)
+    given = files.check_path("checkpoint_dir", path)
     try:
         absolute = given.absolute()
     except FileNotFoundError as error:
@@ -280,7 +280,7 @@ def check_path(path: str | Path) -> Path:
 
 
 def _check_directory(directory: Path, is_new: bool) -> None:
-    with files.reported_as_write_error(directory):  # the name may be too long
+    with files.raise_write_errors(directory):  # the name may be too long
         existing = directory
         while not (existing.is_symlink() or existing.exists()):
             existing = existing.parent
@@ -382,7 +382,7 @@ def _until(
     return [snapshot for snapshot in snapshots if snapshot.step <= step]
 
 
-def _resumed(last: Snapshot, sigma_rels: Sequence[float]) -> Tracking:
+def _resume(last: Snapshot, sigma_rels: Sequence[float]) -> Tracking:
     shapes = {name: entry.shape for name, entry in last.entries.items()}
     boxes = {name: Box.full(shape) for name, shape in shapes.items()}
     tracked = TrackedModel(last.tensors, shapes, boxes, last.aliases, last.left_out)

@@ -56,17 +56,17 @@ from posthoc_cli.snapshots.tensorfile import (
 from posthoc_cli.tracker.averages import Averages
 from posthoc_cli.tracker.background import ThreadPool
 from posthoc_cli.tracker.clock import Settings
-from posthoc_cli.tracker.measuring import Subset, Values, joined, measured_as
+from posthoc_cli.tracker.measuring import Subset, Values, joined, make_measurements
 from posthoc_cli.tracker.memory import (
     Elements,
     FlatTensors,
     Layout,
     Tile,
-    numbers_of,
+    find_places,
+    find_ranges,
     on_host,
-    places_of,
-    ranges_of,
-    tiles_of,
+    read_numbers,
+    tile_buckets,
 )
 from posthoc_cli.tracker.model import TrackedModel, nonfinite_name
 from posthoc_cli.tracker.processes import Members
@@ -242,7 +242,7 @@ class Snapshotter:
             files.make_directory(path.parent)
             replaces = replaces or _is_of_earlier_session(path, info.session)
         others = staged.others | dict(copies)
-        entries = staged.storage.entries | entries_of(others)
+        entries = staged.storage.entries | make_entries(others)
         header = info.encoded()
         with TensorFileWriter(path, entries, header, info.for_dcp, replaces) as writer:
             staged.write_rounded(writer)
@@ -303,7 +303,7 @@ def _clean(directory: Path, lock: LockFile) -> None:
         remove_incomplete(folder, lock)
 
 
-def entries_of(tensors: Mapping[str, Tensor]) -> dict[str, Entry]:
+def make_entries(tensors: Mapping[str, Tensor]) -> dict[str, Entry]:
     """Return the entries of tensors that are stored as they are."""
     entries = {}
     for name, tensor in tensors.items():
@@ -337,7 +337,7 @@ class Storage:
         if dtype:
             rounded = torch_dtype(dtype)
             self.stored = tuple(replace(bucket, dtype=rounded) for bucket in self.stored)
-        self.places = places_of(layout)
+        self.places = find_places(layout)
         # are measured and rounded: all but running statistics
         self.weights = frozenset(tracked.weights)
         self.subset = Subset(layout, self.weights)
@@ -397,7 +397,7 @@ class StagedAverage:
     def __init__(self, storage: Storage, memory: FlatTensors) -> None:
         self.storage = storage
         self.memory = memory
-        self._tiles = tiles_of(storage.layout)
+        self._tiles = tile_buckets(storage.layout)
         self._norms = [torch.empty(0)] * len(self._tiles)
         self._measured = storage.subset.buffers()
         self._sample = storage.sample.buffers()
@@ -415,7 +415,7 @@ class StagedAverage:
         """Decide what is stored otherwise of the average of that index, when all tiles have been
         taken."""
         storage = self.storage
-        norms = numbers_of(self._norms, self._tiles)
+        norms = read_numbers(self._norms, self._tiles)
         doubtful = _outside(storage, norms)
         squares = storage.subset.sums(joined(self._measured))
         rounding = _rounding(storage, self._measured)
@@ -426,7 +426,7 @@ class StagedAverage:
         self.others = _stored_exactly(storage, averages, index, doubtful)
         self.nonfinite = nonfinite_name(self.others)
         rounding[[name in self.others for name in names]] = 0.0
-        self.measurements = measured_as(squares, rounding)
+        self.measurements = make_measurements(squares, rounding)
         self.sample = ""
         if averages.sample is not None:
             weights = storage.in_order(averages.sample)
@@ -452,7 +452,7 @@ def stage(
         for index, average in enumerate(staged):
             average.take(tile, averages.values(tile, index, thread))
 
-    pool.each(take, tiles_of(storage.layout))
+    pool.each(take, tile_buckets(storage.layout))
     for index, average in enumerate(staged):
         average.finish(averages, index)
     return staged
@@ -464,8 +464,8 @@ def _outside(
 ) -> set[str]:
     """Return the tensors of tiles whose norm the storage dtype cannot hold."""
     names = set[str]()
-    ranges = ranges_of(storage.layout)
-    tiles = tiles_of(storage.layout)
+    ranges = find_ranges(storage.layout)
+    tiles = tile_buckets(storage.layout)
     for tile, norm in zip(tiles, norms, strict=True):
         dtype = storage.stored[tile.bucket].dtype
         if not norm <= torch.finfo(dtype).max:

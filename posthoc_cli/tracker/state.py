@@ -15,14 +15,14 @@ from posthoc_cli.errors import (
     InvalidValueError,
     ModelMismatchError,
     NonFiniteError,
-    first_of,
-    shown,
+    list_first,
+    quote,
 )
 from posthoc_cli.planning import format_widths
 from posthoc_cli.snapshots.snapshot import ANY_SIGN, RunId, SketchText, converted, path_of_part
 from posthoc_cli.tracker.averages import Averages, AverageTensors, Standing
 from posthoc_cli.tracker.clock import Moment, Settings, TrainingProgress
-from posthoc_cli.tracker.memory import layout_of, on_host
+from posthoc_cli.tracker.memory import find_layout, on_host
 from posthoc_cli.tracker.model import TrackedModel, into_dtensors, nonfinite_name
 from posthoc_cli.tracker.processes import held_box
 
@@ -117,7 +117,7 @@ def zero_averages(sigma_rels: tuple[float, ...], tracked: TrackedModel) -> Avera
     averaged = {}
     for name, dtype in tracked.dtypes(copied=False).items():
         averaged[name] = torch.empty(tracked.boxes[name].shape, dtype=dtype, device="meta")
-    tensors = AverageTensors(on_host(layout_of(averaged)), len(sigma_rels))
+    tensors = AverageTensors(on_host(find_layout(averaged)), len(sigma_rels))
     copies = {}
     for name, dtype in tracked.dtypes(copied=True).items():
         copies[name] = torch.zeros(tracked.boxes[name].shape, dtype=dtype, device="cpu")
@@ -140,7 +140,7 @@ def unpack_state(
     """
     info = read_info(state)
     if info.t_unit != settings.t_unit:
-        unit = shown(info.t_unit)
+        unit = quote(info.t_unit)
         reason = f"counts time in {unit}, this tracker in {settings.t_unit!r}"
         raise InvalidValueError("state", reason)
     standing = info.standing
@@ -194,13 +194,13 @@ def read_info(state: Any) -> StateInfo:
     """Return the numbers and texts of a state; raise an InvalidValueError for another object."""
     version = state.get("version") if isinstance(state, Mapping) else None
     if isinstance(state, Mapping) and version is None:
-        names = first_of(map(shown, state), 3) or "nothing"
+        names = list_first(map(quote, state), 3) or "nothing"
         reason = f"is not a tracker's, but that of a model or optimizer: it holds {names}"
         raise InvalidValueError("state", reason, "load what ema.state_dict() has returned")
     if version != STATE_VERSION:
         reason = (
             f"must come from state_dict() of a process that keeps averages, of version "
-            f"{STATE_VERSION}, not {shown(version)}"
+            f"{STATE_VERSION}, not {quote(version)}"
         )
         raise InvalidValueError("state", reason)
     try:

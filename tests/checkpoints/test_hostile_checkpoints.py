@@ -446,7 +446,7 @@ def test_a_configuration_of_diffusers_that_has_no_numbers_is_one_line(setting, t
     assert "holds an EMA whose settings cannot be read" in read(tmp_path)
 
 
-def members_of(path):
+def list_members(path):
     with zipfile.ZipFile(path) as archive:
         return {name: archive.read(name) for name in archive.namelist()}
 
@@ -463,7 +463,7 @@ def archived(tmp_path):
     """Return a file of torch.save, written anew as another program would."""
     path = tmp_path / "step1.pt"
     torch.save({"w": torch.ones(300)}, path)
-    assert read_archive(path, members_of(path)) == ""
+    assert read_archive(path, list_members(path)) == ""
     return path
 
 
@@ -479,13 +479,13 @@ def archived(tmp_path):
 )
 def test_an_archive_whose_members_do_not_fit_is_named(change, problem, archived):
     """None of a member that it lacks."""
-    members = members_of(archived) | change
+    members = list_members(archived) | change
     left = {name: data for name, data in members.items() if data is not None}
     assert problem in read_archive(archived, left)
 
 
 def test_a_compressed_archive_is_named(archived):
-    message = read_archive(archived, members_of(archived), zipfile.ZIP_DEFLATED)
+    message = read_archive(archived, list_members(archived), zipfile.ZIP_DEFLATED)
     assert "compressed or encrypted" in message
 
 

@@ -237,7 +237,7 @@ def test_a_program_that_is_known_by_its_structure(program, tmp_path):
     check_export(file, last.average, last.weights)
 
 
-def swapped_in(save):
+def swap_in(save):
     return torch_ema_with(save, save.average, save.weights)
 
 
@@ -249,7 +249,7 @@ def swapped_in(save):
             "ep{save.epoch}-ba{save.step}-rank0.pt",
             "--average state.model --weights state.algorithms.0.1.ema_model",
         ),
-        (swapped_in, "step={save.step}.ckpt", "--weights ema.collected_params"),
+        (swap_in, "step={save.step}.ckpt", "--weights ema.collected_params"),
     ],
 )
 def test_files_written_while_the_average_was_swapped_in_are_asked_about(

@@ -294,7 +294,7 @@ def test_the_error_of_single_updates_is_measured_exactly():
 
 def test_the_walk_across_a_window_is_that_of_its_steps():
     sketch = sketch_of(walk(), 20)
-    assert_allclose(sketch.walked(sketch.edges), 20 * RATE, rtol=0.5)
+    assert_allclose(sketch.walk_length(sketch.edges), 20 * RATE, rtol=0.5)
 
 
 def track(path, folder, first=1, **settings):
