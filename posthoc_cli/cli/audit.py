@@ -69,6 +69,7 @@ def _print_audit(audit: dict[str, Any]) -> None:
             title = f"time constant{of}, in steps, by interval"
         output.print_line(title)
         output.print_rows(rows, ["from:begin", "to:end", "found", *claim, "unexplained"])
+        output.print_line(_UNEXPLAINED)
         output.print_line()
     text = audit["text"]
     if not text.startswith(audit["verdict"]) and not text.endswith(audit["verdict"]):
@@ -76,6 +77,11 @@ def _print_audit(audit: dict[str, Any]) -> None:
     output.print_line(f"{name}: {text}" if name else text)
     if audit["as"] is not None:
         output.print_line(f"as {audit['as']} after the last checkpoint, {rows[-1]['end']:,.12g}")
+
+
+_UNEXPLAINED = (
+    "unexplained: how far the weights went off a line between two checkpoints; 10 to 45 % is usual"
+)
 
 
 def _other_name(audit: Audit) -> str | None:

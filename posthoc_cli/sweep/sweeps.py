@@ -455,9 +455,6 @@ class StoredRun(Run):
     def sources(self) -> list[Source]:
         return [self._source]
 
-    def _checked_sources(self) -> list[Source]:
-        return self.sources
-
 
 def trial_from_json(entry: dict[str, Any]) -> Trial:
     """Return a recorded trial; raise a TypeError or ValueError if a value is of another kind."""
