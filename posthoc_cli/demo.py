@@ -137,6 +137,7 @@ def _search(model: Denoiser, run: Run) -> SweepReport:
         metric="validation loss",
         minimize=True,
         settings={"run": run.sources[-1].run_id, "t": run.t, "like": None},
+        steps=run.step,
         trials=tuple(trials),
     )
 

@@ -61,7 +61,7 @@ def test_a_demo_writes_the_best_average_whose_loss_it_names(demo, best):
     out = demo.out
     assert len(list((out / "snapshots").glob("*.safetensors"))) == 2 * 10
     width = f"{demo.report['best']:g}"
-    assert f'<dd class="best">sigma_rel {width}</dd>' in (out / "report.html").read_text()
+    assert f'<dd class="best">sigma_rel {width} (as decay ' in (out / "report.html").read_text()
     average = Run(out / "snapshots").average(demo.report["best"])
     assert_same_tensors(best.state_dict(), dict(average))
     validation = Validation(make_waves(VALIDATION_IMAGES, seed=1), seed=0, draws=16)
@@ -85,7 +85,7 @@ def test_a_demo_has_a_loss_of_each_length_and_of_the_last_weights(demo):
 
 def test_the_page_of_a_demo_shows_eight_samples_and_five_lengths(demo, best):
     page = (demo.out / "report.html").read_text()
-    titles = re.findall(r"<figcaption>(last weights|sigma_rel [\d.]+),", page)
+    titles = re.findall(r"<figcaption>(last weights|sigma_rel [\d.]+)[ ,]", page)
     assert titles[0] == "last weights"
     width = f"sigma_rel {demo.report['best']:g}"
     assert {"sigma_rel 0.05", "sigma_rel 0.28", width} <= {*titles}

@@ -26,11 +26,14 @@ def sweep(
     directory: str = options.DIRECTORY_OR_CHECKPOINTS,
     sigma_rel: str | None = options.TARGETS(
         None,
+        metavar="NUMBERS",
         show_default="all whose lost gain is below 5 %",
         help="A range to search, 0.02:0.28, or a list to measure.",
     ),
     decay: str | None = options.TARGETS(
-        None, help="The same as decays, each for the sigma_rel that is as long: 0.99:0.9999."
+        None,
+        metavar="NUMBERS",
+        help="The same by decays, of EMAs of the same mean age: 0.99:0.9999.",
     ),
     command: str = options.HOW(
         ...,

@@ -413,6 +413,16 @@ def test_ctrl_c_pressed_twice_stops_a_trial_that_ignores_sigterm_and_keeps_what_
     assert json.loads(line)["sigma_rel"] == 0.05
 
 
+def test_after_ctrl_c_the_command_says_how_it_continues(ema, run, out, monkeypatch):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Sweep, "run_all", interrupt)
+    done = ema("sweep", run.directory, "--run", BOWL, "--minimize", "--out", out)
+    assert done.code == 130
+    assert done.err.splitlines()[0] == "the same command continues"
+
+
 def test_a_killed_sweep_is_continued_while_its_trial_still_runs(run, tmp_path, out):
     """The trial then writes to its old folder and log, not to those of the repeated trial."""
     go = tmp_path / "go"
