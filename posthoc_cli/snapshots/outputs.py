@@ -219,7 +219,9 @@ def _of_model(path: Path) -> dict[str, Any]:
         "kind": "output",
         "path": str(path),
         "run": output.run_id,
-        **_fields(output, "profile sigma_rel gamma t t_unit method profile_error predicted_error"),
+        **_fields(output, "profile sigma_rel gamma"),
+        "as": _other_name(output.sigma_rel, output.t if output.t_unit == "steps" else None),
+        **_fields(output, "t t_unit method profile_error predicted_error"),
         "snapshots": [vars(used) for used in output.snapshots],
         **sizes,
         "notes": _notes(output.copies),
@@ -239,7 +241,7 @@ def _of_run(snapshots: Sequence[Snapshot]) -> dict[str, Any]:
         profiles.append(
             {
                 **_fields(tracked[0], "sigma_rel gamma"),
-                "as": name_equal_length(SigmaRel(width), steps),
+                "as": _other_name(width, steps),
                 "times": [snapshot.t for snapshot in tracked],
                 **_fields(tracked[-1], "t_first max_interval"),
                 "relative_rounding_range": [min(known), max(known)] if known else None,
@@ -261,6 +263,11 @@ def _of_run(snapshots: Sequence[Snapshot]) -> dict[str, Any]:
     }
 
 
+def _other_name(sigma_rel: float | None, steps: float | None) -> str | None:
+    """Return the decay of the ordinary EMA that is as long as a power function, as text."""
+    return None if sigma_rel is None else name_equal_length(SigmaRel(sigma_rel), steps)
+
+
 def _even_steps(snapshots: Sequence[Snapshot]) -> float | None:
     """Return the steps up to the newest snapshot; None if steps are not equally long."""
     with suppress(MismatchError):
@@ -279,7 +286,9 @@ def _of_snapshot(snapshot: Snapshot) -> dict[str, Any]:
         "kind": "snapshot",
         "path": str(snapshot.path),
         "run": snapshot.run_id,
-        **_fields(snapshot, "sigma_rel gamma t t_unit step t_first max_interval"),
+        **_fields(snapshot, "sigma_rel gamma"),
+        "as": _other_name(snapshot.sigma_rel, snapshot.step),
+        **_fields(snapshot, "t t_unit step t_first max_interval"),
         **_of_settings(snapshot),
         "measurements": measurements,
         **describe_tensors(snapshot),
