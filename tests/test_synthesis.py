@@ -163,7 +163,11 @@ def test_a_target_in_steps_is_made_where_all_steps_are_equally_long(tmp_path):
     assert plan.steps == 30
     same = [Window(5).profile(1920.0, Clock((30,), (1920.0,)), 64.0).tail(1700.0)]
     assert same == [pytest.approx(220 / 320)]
-    assert [plan.alike(index) for index in range(3)] == [None, "sigma_rel 0.228", "decay 0.74"]
+    assert [target["as"] for target in plan.to_dict()["targets"]] == [
+        None,
+        "sigma_rel 0.228",
+        "decay 0.74",
+    ]
 
 
 @pytest.mark.parametrize(
