@@ -376,6 +376,7 @@ for one in (partial, strided, uneven):
 
 other = Net()
 with PostHocEMA.from_model(other, folder / "other", update_every=1, checkpoint_every=1) as ema:
+    dist.barrier()  # as a step of a training waits for all
     ema.update_(other)
     ema.flush()
     dist.barrier()
