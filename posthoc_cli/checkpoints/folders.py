@@ -84,11 +84,6 @@ class Sets:
 Layout = OneFile | Shards | Distributed | Sets
 
 
-def may_be_weights(name: str) -> bool:
-    """Return whether a file has a name as of weights, also of a shard."""
-    return name.endswith((*ENDINGS, INDEX_ENDING)) and not _is_state(name)
-
-
 def _is_state(name: str) -> bool:
     return NO_MODEL.search(name) is not None and "model" not in name
 
