@@ -65,7 +65,7 @@ def run(
     """
     started = time.perf_counter()
     if steps < 100 or steps % 100:
-        raise InvalidValueError("steps", "must be a multiple of 100, from 100", value=steps)
+        raise InvalidValueError("steps", "must be a multiple of 100, at least 100", value=steps)
     _make_empty(out)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # faster for so small a network, and the same sums on every machine

@@ -124,7 +124,7 @@ def import_checkpoints(
     elif not dry_run:
         raise InvalidValueError("out", "is missing; only a dry run needs no output")
     if is_import(origin) or (origin.is_dir() and inspect_directory(origin).snapshots):
-        reason = "holds a run already, of a tracker or an import, which needs no import"
+        reason = "is a run already, which needs no import"
         raise DirectoryError(origin, reason, "import the files of other programs themselves")
     found = find_run(origin, given)
     checkpoints = found.checkpoints

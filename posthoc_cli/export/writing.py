@@ -152,7 +152,7 @@ class OutputOptions:
             reason = "unknown extension; use .safetensors or .pt"
             raise InvalidValueError(path, reason, "the name of a folder has none")
         if self.max_shard_size is not None and layout != "sharded":
-            reason = f"is for a sharded output, and this layout is {layout}"
+            reason = f"applies to sharded outputs only, and this layout is {layout}"
             hint = "add `layout` sharded"
             raise InvalidValueError("max_shard_size", reason, hint, value=self.max_shard_size)
         return layout

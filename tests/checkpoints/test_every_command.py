@@ -80,7 +80,7 @@ def test_a_run_of_a_tracker_is_not_imported(ema, tmp_path):
     write_run(tmp_path, [{"w": [1.0]}] * 2, [2])
     refused = ema("import", tmp_path, "--exclude", "w", "--out", tmp_path / "new")
     assert refused.code == 2
-    assert f"{tmp_path}: holds a run already" in refused.error
+    assert f"{tmp_path}: is a run already" in refused.error
 
 
 def test_checkpoints_beside_snapshots_are_audited_and_imported(ema, tmp_path):
