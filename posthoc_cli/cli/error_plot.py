@@ -54,8 +54,6 @@ def error_plot(
     """
     from posthoc_cli import plots
 
-    if out is None and not as_json:
-        raise InvalidValueError("--out", "name a picture (.png, .svg, .pdf), or add --json")
     picture = options.new_picture(out, overwrite)
     targets = options.parse_targets([], decay, target)
     ends = options.parse_sigma_range(sigma_range)
@@ -77,6 +75,8 @@ def error_plot(
         )
     report = {"curves": [curve.to_dict() for curve in curves]}
     output.show(report, as_json, lambda _: _print_curves(curves, method == "paper"), picture)
+    if picture is None and not as_json:
+        output.print_note("note: --out errors.png draws the curve")
 
 
 def _print_curves(curves: Sequence[ErrorCurve], is_paper: bool) -> None:

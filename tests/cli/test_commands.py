@@ -218,6 +218,9 @@ def test_the_picture_of_a_training_to_come(typed):
     result = typed("error-plot --steps 4K --every 100 --keep 8 --out e.png")
     assert result.out.splitlines()[0].startswith("8 snapshots of 4,000 steps, one every 100, if")
     assert Path("e.png").exists()
+    without = typed("error-plot run")
+    assert "lost gain  below 5 %" in without.out
+    assert "--out errors.png draws the curve" in without.err
     assert typed("error-plot run --steps 4K --json").code == 2
     assert typed("error-plot --json").code == 2
 
