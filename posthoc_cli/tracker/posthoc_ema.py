@@ -47,7 +47,7 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.reconstruction import check_method
 from posthoc_cli.run import Run, Wanted, Weights, make_weights, with_consistent_plan
-from posthoc_cli.snapshots.directory import find_snapshots
+from posthoc_cli.snapshots.directory import DirectoryLock, find_snapshots
 from posthoc_cli.snapshots.snapshot import (
     Snapshot,
     are_equal,
@@ -778,6 +778,9 @@ class PostHocEMA:
         """Become the directory's writer at the first call."""
         self._note_error()
         if self._start.refusal is not None and self._pipeline.tracking.resumes:
+            if self._members.keeps and self._members.rank == 0:
+                # snapshots of no known weights may be those of another training that still runs
+                DirectoryLock(self.checkpoint_dir).release()
             raise self._start.refusal
         self._is_filled = False
         if not self._has_begun:
