@@ -32,11 +32,6 @@ class Clock:
             values = map(float, getattr(self, name))
             object.__setattr__(self, name, tuple(values))
 
-    @classmethod
-    def of_steps(cls) -> Clock:
-        """Return the step clock: the time of a step is its number."""
-        return cls((1.0,), (1.0,))
-
     @property
     def is_even(self) -> bool:
         """Whether steps and times are in one ratio, as far as the known pairs show."""

@@ -111,7 +111,7 @@ def test_steps_outside_of_known_pairs_have_the_length_of_the_nearest():
 
 
 CLOCKS = (
-    (Clock.of_steps(), np.arange(101.0)),
+    (Clock((1.0,), (1.0,)), np.arange(101.0)),
     (UNEVEN, np.array([uneven_time(step) for step in range(101)])),
 )
 """Clocks, with the times of steps 0 to 100."""
@@ -153,7 +153,7 @@ def test_a_window_weighs_each_of_its_steps_the_same(steps):
 
 # --- targets: the right profile for each target, and an error that names each impossible one
 
-STEPS = Clock.of_steps()
+STEPS = Clock((1.0,), (1.0,))
 IMAGES = Clock((10, 10_000), (1_280.0, 1_000_000.0))
 
 

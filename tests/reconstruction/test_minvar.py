@@ -20,7 +20,7 @@ T = 1000.0
 START = 3.0
 
 power = PowerFunction.from_sigma_rel
-STEPS = Clock.of_steps()
+STEPS = Clock((1.0,), (1.0,))
 
 
 def uneven_motion(noise=0.0):
