@@ -34,8 +34,8 @@ from tables import markdown
 from torch.nn import Module, ParameterList
 
 from posthoc_cli import PostHocEMA
-from posthoc_cli.profiles import WINDOW
 from posthoc_cli.synthesis.engine import check_device
+from posthoc_cli.tracker.folding import WINDOW
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -7,8 +7,9 @@ from truth import distance
 from walks import STEPS, constant, saves, true_average
 
 from posthoc_cli import Run, export_file, import_checkpoints
+from posthoc_cli.decay_rules import OrdinaryEMA
 from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError
-from posthoc_cli.profiles import OrdinaryEMA, Point
+from posthoc_cli.profiles import Point
 
 
 def all_steps():

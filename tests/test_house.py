@@ -20,8 +20,8 @@ from posthoc_cli.cli import app
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "posthoc_cli"
 ROOMS = (
-    "errors", "remote", "files", "resources", "dtypes", "profiles", "clock", "targets",
-    "reconstruction",
+    "errors", "remote", "files", "resources", "dtypes", "profiles", "decay_rules", "clock",
+    "targets", "reconstruction",
     "planning", "snapshots", "checkpoints", "synthesis", "export", "plots", "run", "tracker",
     "averages", "integrations", "sweep", "report", "demo", "cli",
 )  # fmt: skip
@@ -117,6 +117,7 @@ LIMITS = {
     "checkpoints": 44_400,
     "cli": 11_200,
     "clock.py": 500,
+    "decay_rules.py": 2_300,
     "demo.py": 2_700,
     "dtypes.py": 500,
     "errors.py": 1_600,
@@ -125,7 +126,7 @@ LIMITS = {
     "integrations": 4_800,
     "planning.py": 2_700,
     "plots.py": 3_100,
-    "profiles.py": 3_700,
+    "profiles.py": 1_100,
     "reconstruction": 15_000,
     "remote.py": 1_400,
     "report": 2_200,

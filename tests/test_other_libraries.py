@@ -9,7 +9,8 @@ from factories import exact_average, relative_distance
 from posthoc_ema import PostHocEMA as NextmlEMA
 
 from posthoc_cli import Run, import_checkpoints
-from posthoc_cli.profiles import MOST_TIMES, ema_pytorch_profile, gamma_from_sigma_rel
+from posthoc_cli.decay_rules import MOST_TIMES, ema_pytorch_profile
+from posthoc_cli.profiles import gamma_from_sigma_rel
 
 WIDTHS = (0.05, 0.28)
 STEPS = 1000

@@ -18,7 +18,6 @@ from posthoc_cli.profiles import (
     PowerFunction,
     decay_from_sigma_rel,
     gamma_from_sigma_rel,
-    new_value_share,
     sigma_rel_from_decay,
     sigma_rel_from_gamma,
 )
@@ -54,17 +53,6 @@ def test_gamma_agrees_with_fifty_digits(sigma_rel):
 def test_an_impossible_sigma_rel_is_refused_with_the_range(wrong):
     with refused("sigma_rel", "lie in (0, 0.2887)"):
         gamma_from_sigma_rel(wrong)
-
-
-def test_the_share_of_a_new_value_keeps_its_digits_late_in_training():
-    gamma = gamma_from_sigma_rel(0.28)
-    t = 10**12
-    with mpmath.workdps(50):
-        passed = mpmath.mpf(t - 1) / t
-        beta = passed ** (mpmath.mpf(gamma) + 1)
-        exact = float(1 - beta)
-    share = new_value_share(gamma, t - 1, t)
-    assert share == pytest.approx(exact, rel=1e-14, abs=0)
 
 
 def test_a_decay_is_the_power_function_of_the_same_mean_age():

@@ -28,22 +28,14 @@ from posthoc_cli.checkpoints.audit_decay import (
 from posthoc_cli.checkpoints.content import names_in
 from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings, warm_up_text
 from posthoc_cli.checkpoints.source import Checkpoint
+from posthoc_cli.decay_rules import POWER_FUNCTION, RULES, DecayRule, OrdinaryEMA
 from posthoc_cli.errors import (
     DirectoryError,
     InvalidValueError,
     check_number,
     percent,
 )
-from posthoc_cli.profiles import (
-    POWER_FUNCTION,
-    RULES,
-    DecayRule,
-    FloatArray,
-    OrdinaryEMA,
-    Point,
-    gamma_from_sigma_rel,
-    sigma_rel_from_gamma,
-)
+from posthoc_cli.profiles import FloatArray, Point, gamma_from_sigma_rel, sigma_rel_from_gamma
 from posthoc_cli.snapshots.sources import (
     ElementRange,
     Source,

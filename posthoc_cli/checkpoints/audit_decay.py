@@ -25,12 +25,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import minimize_scalar
 
-from posthoc_cli.profiles import (
-    POWER_FUNCTION,
-    WARM_UPS,
-    DecayRule,
-    FloatArray,
-)
+from posthoc_cli.decay_rules import POWER_FUNCTION, WARM_UPS, DecayRule
+from posthoc_cli.profiles import FloatArray
 
 Bools = npt.NDArray[np.bool_]
 

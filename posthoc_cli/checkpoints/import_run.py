@@ -39,8 +39,9 @@ from posthoc_cli.checkpoints.open_run import (
 )
 from posthoc_cli.checkpoints.settings import FOUND, UNSPECIFIED, ImportSettings, parse_warm_up
 from posthoc_cli.checkpoints.source import Checkpoint, first_values
+from posthoc_cli.decay_rules import POWER_FUNCTION, RULES, OrdinaryEMA, WarmUp
 from posthoc_cli.errors import DirectoryError, InvalidValueError
-from posthoc_cli.profiles import POWER_FUNCTION, RULES, OrdinaryEMA, Point, WarmUp
+from posthoc_cli.profiles import Point
 from posthoc_cli.snapshots.directory import inspect_directory, is_import
 
 log = logging.getLogger(__name__)

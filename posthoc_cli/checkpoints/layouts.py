@@ -34,16 +34,9 @@ from posthoc_cli.checkpoints.sets import Pair, TensorSets, completed, raw_buffer
 from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings
 from posthoc_cli.checkpoints.source import Checkpoint, are_near, first_values, make_checkpoint
 from posthoc_cli.checkpoints.updates import Calls, Updates
+from posthoc_cli.decay_rules import RAMP_UP, UNLIMITED, ema_pytorch_profile
 from posthoc_cli.errors import FileFormatError, InvalidValueError
-from posthoc_cli.profiles import (
-    RAMP_UP,
-    UNLIMITED,
-    FloatArray,
-    PowerFunction,
-    StoredProfile,
-    ema_pytorch_profile,
-    gamma_from_sigma_rel,
-)
+from posthoc_cli.profiles import FloatArray, PowerFunction, StoredProfile, gamma_from_sigma_rel
 
 log = logging.getLogger(__name__)
 

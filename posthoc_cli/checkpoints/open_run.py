@@ -56,6 +56,7 @@ from posthoc_cli.checkpoints.source import (
     first_values,
     make_checkpoint,
 )
+from posthoc_cli.decay_rules import OrdinaryEMA
 from posthoc_cli.errors import (
     DirectoryError,
     FileFormatError,
@@ -67,7 +68,7 @@ from posthoc_cli.errors import (
     list_first,
     quote,
 )
-from posthoc_cli.profiles import FloatArray, OrdinaryEMA, Point, StoredProfile
+from posthoc_cli.profiles import FloatArray, Point, StoredProfile
 from posthoc_cli.snapshots.directory import is_import, is_snapshot_name
 from posthoc_cli.snapshots.snapshot import check_globs
 from posthoc_cli.snapshots.sources import by_time, model_difference

@@ -12,17 +12,9 @@ import numpy as np
 
 from posthoc_cli.checkpoints import KINDS
 from posthoc_cli.checkpoints.content import Tensors
+from posthoc_cli.decay_rules import POWER_FUNCTION, RULES, UNLIMITED, WARM_UPS, DecayRule, WarmUp
 from posthoc_cli.errors import InvalidValueError, abbreviate, at_most_one
-from posthoc_cli.profiles import (
-    POWER_FUNCTION,
-    RULES,
-    UNLIMITED,
-    WARM_UPS,
-    DecayRule,
-    WarmUp,
-    check_sigma_rel,
-    gamma_from_sigma_rel,
-)
+from posthoc_cli.profiles import check_sigma_rel, gamma_from_sigma_rel
 from posthoc_cli.snapshots.snapshot import (
     Count,
     Selection,

@@ -15,11 +15,10 @@ from posthoc_cli.checkpoints.content import Chunk, Content, Identity, Tensors
 from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.checkpoints.updates import Updates
 from posthoc_cli.clock import Clock
+from posthoc_cli.decay_rules import POWER_FUNCTION, UNLIMITED
 from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import FileFormatError, quote
 from posthoc_cli.profiles import (
-    POWER_FUNCTION,
-    UNLIMITED,
     FloatArray,
     Point,
     PowerFunction,

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from posthoc_cli.checkpoints.settings import Arguments, ImportSettings
+from posthoc_cli.decay_rules import RULES, UNLIMITED, DecayRule, OrdinaryEMA
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.profiles import RULES, UNLIMITED, DecayRule, OrdinaryEMA
 
 _ANY_DECAY = 0.999  # in place of an unknown decay
 

@@ -24,15 +24,8 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 
-from posthoc_cli.profiles import (
-    Discrete,
-    FloatArray,
-    OrdinaryEMA,
-    Point,
-    PowerFunction,
-    StoredProfile,
-    tails_at,
-)
+from posthoc_cli.decay_rules import OrdinaryEMA
+from posthoc_cli.profiles import Discrete, FloatArray, Point, PowerFunction, StoredProfile, tails_at
 from posthoc_cli.reconstruction.nodes import EQUAL, MOST_POINTS, Nodes, Steps, evenly_chosen
 from posthoc_cli.reconstruction.sketch import Sketch
 

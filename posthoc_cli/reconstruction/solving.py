@@ -38,16 +38,9 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import ThreadpoolController
 
+from posthoc_cli.decay_rules import OrdinaryEMA
 from posthoc_cli.errors import InvalidValueError, abbreviate, check_word
-from posthoc_cli.profiles import (
-    Discrete,
-    FloatArray,
-    OrdinaryEMA,
-    Point,
-    PowerFunction,
-    Profile,
-    StoredProfile,
-)
+from posthoc_cli.profiles import Discrete, FloatArray, Point, PowerFunction, Profile, StoredProfile
 from posthoc_cli.reconstruction.motion import (
     ASSUMED,
     Prior,

@@ -26,11 +26,7 @@ from posthoc_cli.errors import (
     percent,
 )
 from posthoc_cli.planning import SMALL_LOSS, check_within, error_curve
-from posthoc_cli.profiles import (
-    FloatArray,
-    PowerFunction,
-    Profile,
-)
+from posthoc_cli.profiles import FloatArray, PowerFunction, Profile
 from posthoc_cli.reconstruction import (
     ROUNDING,
     Prior,

@@ -43,10 +43,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from posthoc_cli.profiles import gamma_from_sigma_rel, may_share_mean, new_value_share, window_ends
+from posthoc_cli.profiles import gamma_from_sigma_rel
 from posthoc_cli.snapshots.sources import PathSketch
 from posthoc_cli.tracker.background import SINGLE_THREAD, ThreadPool
 from posthoc_cli.tracker.clock import Moment
+from posthoc_cli.tracker.folding import may_share_mean, new_value_share, window_ends
 from posthoc_cli.tracker.measuring import Sketcher, closed
 from posthoc_cli.tracker.memory import (
     Elements,

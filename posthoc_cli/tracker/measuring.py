@@ -23,9 +23,10 @@ import torch
 import xxhash
 from torch import Tensor
 
-from posthoc_cli.profiles import FloatArray, new_value_share, sketched_window_ends
+from posthoc_cli.profiles import FloatArray
 from posthoc_cli.reconstruction import Measurements, Sketch
 from posthoc_cli.snapshots.sources import PathSketch
+from posthoc_cli.tracker.folding import new_value_share, sketched_window_ends
 from posthoc_cli.tracker.memory import Elements, Layout, Tile
 
 MEASURED_ELEMENTS = 2**19  # of a large model, about

@@ -24,8 +24,8 @@ from trained import (
 from posthoc_cli import Run, import_checkpoints
 from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.checkpoints.updates import Updates
+from posthoc_cli.decay_rules import DecayRule, OrdinaryEMA
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.profiles import DecayRule, OrdinaryEMA
 
 
 def constant(_):

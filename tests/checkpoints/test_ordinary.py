@@ -22,8 +22,9 @@ from trained import (
 from trained import ema as ema_of
 
 from posthoc_cli import Run, export_file, import_checkpoints
+from posthoc_cli.decay_rules import DecayRule
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.profiles import DecayRule, Point
+from posthoc_cli.profiles import Point
 
 DECAY = 0.995
 

@@ -23,7 +23,7 @@ from saved import (
 )
 from walks import EVERY, constant, new_net, ratio, saves, walk, weights_of
 
-from posthoc_cli.profiles import OrdinaryEMA
+from posthoc_cli.decay_rules import OrdinaryEMA
 
 LAST = saves()[-1]
 OPTIMIZER = {

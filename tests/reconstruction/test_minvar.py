@@ -12,7 +12,8 @@ from numpy.testing import assert_array_equal, assert_equal
 from reconstruction.quadrature import expected_square
 
 from posthoc_cli.clock import Clock
-from posthoc_cli.profiles import Point, PowerFunction, ema_pytorch_profile
+from posthoc_cli.decay_rules import ema_pytorch_profile
+from posthoc_cli.profiles import Point, PowerFunction
 from posthoc_cli.reconstruction import METHODS, Motion, Prior, Problem, Steps, reconstruct
 from posthoc_cli.targets import Beta, Decay, Window
 

@@ -13,7 +13,8 @@ from reconstruction.quadrature import expected_square
 from safetensors.torch import load_file
 
 from posthoc_cli import Beta, PostHocEMA, Run
-from posthoc_cli.profiles import DecayRule, PowerFunction
+from posthoc_cli.decay_rules import DecayRule
+from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import (
     Distance,
     Measurements,

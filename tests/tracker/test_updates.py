@@ -3,6 +3,7 @@
 import math
 import re
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from tracker.runs import track
 
-from posthoc_cli import PostHocEMA, profiles
+from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import (
     InvalidValueError,
     ModelMismatchError,
@@ -20,6 +21,7 @@ from posthoc_cli.errors import (
     NotReadyError,
 )
 from posthoc_cli.snapshots.snapshot import TrackingSchedule
+from posthoc_cli.tracker import folding
 
 
 class Scalar(nn.Module):
@@ -29,6 +31,17 @@ class Scalar(nn.Module):
 
     def values(self):
         return self.weight.detach().double().numpy().copy()
+
+
+def test_the_share_of_a_new_value_keeps_its_digits_late_in_training():
+    gamma = exact_gamma(0.28)
+    t = 10**12
+    with mpmath.workdps(50):
+        passed = mpmath.mpf(t - 1) / t
+        beta = passed ** (mpmath.mpf(gamma) + 1)
+        exact = float(1 - beta)
+    share = folding.new_value_share(gamma, t - 1, t)
+    assert share == pytest.approx(exact, rel=1e-14, abs=0)
 
 
 def tracked(tracker, sigma_rel):
@@ -75,7 +88,7 @@ def test_any_stride_warm_up_and_clock_give_the_exact_profile(
 def test_folds_do_not_lose_steps_below_half_a_last_digit(tmp_path, monkeypatch):
     """At t = 10^6 a fold of 104 steps moves an average by 0.1 last digits of a change of 1e-4:
     rounded to nearest, by none."""
-    monkeypatch.setattr(profiles, "WINDOW", 8)
+    monkeypatch.setattr(folding, "WINDOW", 8)
     base = torch.linspace(1, 1.9, 1000)
     model = Scalar(torch.float32, size=1000)
     model.weight.data.copy_(base)
