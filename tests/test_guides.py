@@ -12,7 +12,6 @@ import pytest
 import torch
 from ema_command import environments_of_ranks
 from torch import nn
-from torture.test_torture import EXPERIMENTS
 
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.planning import Schedule
@@ -158,20 +157,34 @@ def test_the_guide_shows_the_errors_of_schedules():
         assert (f"{100 * curve.worst:.2g}", f"{100 * curve.median:.2g}") == (worst, median)
 
 
-SAVE = """
+MESH = """
 import os
-rank = os.environ["RANK"]
-torch.save(weights["0.weight"].to_local(), f"held-{rank}.pt")
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+dist.init_process_group()
+model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.GELU(), torch.nn.Linear(64, 4))
+parallelize_module(model, init_device_mesh("cpu", (2,)), {"0": ColwiseParallel()})
+"""
+SAVE = """
+torch.save(weights["0.weight"].to_local(), f"held-{os.environ['RANK']}.pt")
+dist.destroy_process_group()
 """
 
 
-def test_the_programs_for_torchrun_run_one_after_the_other(tmp_path):
-    """The guide `distributed` has a training, and a program in which torch loads a snapshot onto
-    another mesh."""
-    page = (PACKAGE / "guides/distributed.md").read_text()
-    train, load = re.findall(r"^```python torchrun\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
-    run_on_two(train, tmp_path)
-    run_on_two(load + SAVE, tmp_path)
+def torchrun_code(guide):
+    page = (PACKAGE / f"guides/{guide}.md").read_text()
+    (code,) = re.findall(r"^```python torchrun\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    return code
+
+
+def test_torch_loads_a_snapshot_of_the_sharded_training_onto_another_mesh(tmp_path):
+    """The guide `distributed` has the training, the guide `format` the call that loads."""
+    run_on_two(torchrun_code("distributed"), tmp_path)
+    run_on_two(MESH + torchrun_code("format") + SAVE, tmp_path)
     stored = Run(tmp_path / "run/ema").snapshots[-1].tensor("0.weight")
     held = [torch.load(tmp_path / f"held-{rank}.pt") for rank in range(2)]
     assert torch.equal(torch.cat(held), stored.float())
@@ -310,11 +323,6 @@ def test_the_development_guide_names_the_files_that_a_synthesis_enters(finished_
     names = {Path(name).name for name in re.findall(r"`([\w/]+\.py)`", way)}
     assert entered - GROUND <= names
     assert len(entered) <= 20
-
-
-def test_the_durability_guide_names_every_experiment():
-    text = " ".join((PACKAGE / "guides/durability.md").read_text().split())
-    assert set(re.findall(r"\*([^*]+)\* \([\d,]+\)", text)) == EXPERIMENTS.keys()
 
 
 def test_ema_guide_lists_every_guide_with_its_subject(ema):

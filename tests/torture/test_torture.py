@@ -1,4 +1,4 @@
-"""The experiments, with the names of the guide `durability`; `make torture` runs all of each and
+"""The experiments on what the guide `durability` promises; `make torture` runs all of each and
 prints a table."""
 
 import pytest
