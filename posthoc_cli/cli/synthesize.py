@@ -33,7 +33,7 @@ def synthesize(
     max_error: str | None = options.HOW(
         None,
         metavar="ERROR",
-        show_default="warn at 1%",
+        show_default="warn from a lost gain of 5% on",
         help="Fail if a predicted error exceeds this: 0.01, or 1%.",
     ),
     device: str = options.HOW(
