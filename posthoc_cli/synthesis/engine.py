@@ -100,8 +100,9 @@ class Sums:
             scales = self._scales[index]
             for total, scale in zip(self._rows, scales, strict=True):
                 if index == 0:
-                    total.zero_()
-                total.add_(values, alpha=scale)
+                    torch.mul(values, scale, out=total)
+                else:
+                    total.add_(values, alpha=scale)
 
     def _add_product(self, first: int, count: int) -> None:
         """Add the values in so many slots, of the sources from the first one on."""
