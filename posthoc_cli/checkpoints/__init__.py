@@ -11,8 +11,8 @@ is executed.
     import_run, manifest        the work of `ema import`, and its output
     audit, audit_decay          the check of an average, and the search for its decay
 
-A file is read once for its index; a synthesis then streams the bytes of its tensors, as it does
-those of snapshots.
+A file is read once for its index; a synthesis then streams the bytes of its tensors, as it streams
+snapshots.
 """
 
 KINDS = ("ema", "checkpoints", "ema-pytorch", "posthoc-ema", "edm2")

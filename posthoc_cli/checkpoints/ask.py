@@ -19,8 +19,8 @@ _MOST = 3  # questions in turn that a proposed command may lead to
 
 
 class QuestionError(InvalidValueError):
-    """An error about something that files leave open, with the answers that they allow, the
-    likeliest first."""
+    """An error about something that files leave open, with the possible answers, the likeliest
+    first."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class ProposalError(InvalidValueError):
 
 
 def _phrase(answer: Answer) -> str:
-    """Return an answer in words, for a caller that is no import."""
+    """Put an answer into words, for a caller that is no import."""
     parts = []
     for name, value in answer.items():
         parts.append(f"`{name}` {value!r}" if name != "place" else f"name '{value}'")
@@ -50,9 +50,8 @@ Attempt = Callable[[str | Path, Mapping[str, Any]], T]
 
 
 def with_command(place: str | Path, given: Mapping[str, Any], attempt: Attempt[T]) -> T:
-    """Return `attempt(place, given)`; turn a question into an error that ends in the command to
-    paste: of the first answer with which an import goes through, perhaps after further
-    questions."""
+    """Return `attempt(place, given)`. Turn a question into an error that ends in a command to
+    paste: the import with the first answer that goes through, perhaps after further questions."""
     try:
         return attempt(place, given)
     except QuestionError as question:

@@ -77,7 +77,7 @@ _FRACTION = re.compile(r"(?<![0-9])0\.[0-9]+")  # a decay or a loss in a name
 
 @dataclass(frozen=True)
 class Reading:
-    """The number of one checkpoint."""
+    """A number of one checkpoint, and what shows that it counts steps or epochs."""
 
     number: int
     unit: Unit  # empty if nothing states it
@@ -90,7 +90,7 @@ UNREAD = Reading(0, "", "")
 
 @dataclass(frozen=True)
 class Signs:
-    """The numbers of one checkpoint, by the sign that shows them."""
+    """The numbers of one checkpoint, by the sign that shows each."""
 
     path: Path
     by_sign: Mapping[str, Reading]
@@ -100,7 +100,8 @@ class Signs:
 
     @property
     def series(self) -> str:
-        """What its name has in common with those of other times."""
+        """The name of its file and folder with a `*` for each number, which the names of a series
+        share."""
         return re.sub("[0-9]+", "*", f"{self.path.parent.name}/{self.path.name}")
 
 
@@ -125,7 +126,7 @@ class Times:
 
 
 def read_signs(content: Content, settings: ImportSettings) -> Signs:
-    """Return the numbers of a checkpoint."""
+    """Find the numbers of a checkpoint, in its content and in its name."""
     path = content.path
     if settings.step_from is not None:
         reading = _search(path, settings)
@@ -152,7 +153,7 @@ def read_signs(content: Content, settings: ImportSettings) -> Signs:
 
 
 def _value(content: Content, names: Sequence[str]) -> tuple[str, int | None]:
-    """Return the first of these keys that states a whole number, and this."""
+    """Find the first of these keys that states a whole number, and the number."""
     for name in names:
         number = _whole(content.values.get(name))
         if number is not None:
@@ -161,7 +162,7 @@ def _value(content: Content, names: Sequence[str]) -> tuple[str, int | None]:
 
 
 def _whole(value: object) -> int | None:
-    """Return a number, or a text of digits, as an int if it is whole and in range."""
+    """Convert a number, or a text of digits, to an int if it is whole and in range."""
     if isinstance(value, str) and value.isdecimal() and len(value) < 16:
         return int(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -178,8 +179,8 @@ _CONFIRMED: tuple[tuple[str, Unit, Sequence[str]], ...] = (
 
 
 def _confirm(content: Content, lone: Reading | None) -> dict[str, Reading]:
-    """Return the number in a name that a value in the content equals, or is one more than; of
-    several numbers in a name one from 10 on: small ones are equal by chance."""
+    """Find the number in a name that a value in the content equals, or is one more than. Of several
+    numbers in a name only one from 10 on counts: small numbers are equal by chance."""
     digits = re.findall("[0-9]{1,15}", strip_ending(content.path.name))
     numbers = {int(text) for text in digits if len(text) > 1}
     if lone is not None:
@@ -198,12 +199,12 @@ def _confirm(content: Content, lone: Reading | None) -> dict[str, Reading]:
 
 
 def _describe_origin(name: str) -> str:
-    """Return where a value is found; its name may be that of an option, too."""
+    """Say where a value was found; its name may also be the name of an option."""
     return f"{name!r} in the contents"
 
 
 def _search(path: Path, settings: ImportSettings) -> Reading:
-    """Return the number that the user's pattern finds in a path."""
+    """Find the number that the user's pattern matches in a path."""
     pattern = settings.step_from or ""
     match = re.search(pattern, str(path))
     number = read_number(match[1] or "") if match else None
@@ -216,8 +217,8 @@ def _search(path: Path, settings: ImportSettings) -> Reading:
 
 
 def _unit_at(text: str, begin: int) -> Unit:
-    """Return what the number that begins at a place of a text counts, by the word before it, or
-    else behind it; empty if there is none."""
+    """Find what the number at a place of a text counts, by the word before it, or else the word
+    behind it; empty if there is no such word."""
     for unit, pattern in _MARKS:
         if any(match.start("number") == begin for match in pattern.finditer(text)):
             return unit
@@ -225,7 +226,7 @@ def _unit_at(text: str, begin: int) -> Unit:
 
 
 def checked_number(path: Path, number: float) -> int:
-    """Return a number as an int; raise InvalidValueError if it is not whole or out of range."""
+    """Convert a number to an int; raise InvalidValueError if it is not whole or out of range."""
     if not 0 <= number <= _MOST or number != int(number):
         reason = f"its step is {quote(number)}; must be a whole number up to {_MOST:.0e}"
         raise InvalidValueError(path, reason, f"leave it out, or {_HINT}")
@@ -233,10 +234,11 @@ def checked_number(path: Path, number: float) -> int:
 
 
 def named_time(path: Path) -> Reading:
-    """Return the number in the name of a file or folder: next to a word, else the only one.
+    """Find the number in the name of a file or folder: next to a word, else the only number.
 
-    If the name has no number, use that of the parent folder, only with such a word, or if it is the
-    whole name, such as `0000100` or `100.ckpt`: it may be that of an experiment.
+    If the name has no number, take it from the name of the parent folder, but only if it stands
+    next to such a word, or is the whole name, such as `0000100` or `100.ckpt`: any other number may
+    belong to an experiment.
     """
     stem = _SHARD.sub("", strip_ending(path.name))
     has_number = re.search("[0-9]", stem) is not None
@@ -258,7 +260,7 @@ _ONLY = "the only number in names"
 
 
 def _number_in(match: re.Match[str], unit: Unit, path: Path) -> int:
-    """Return the number of a match: of plain digits, or of steps as 1.5k or 2M."""
+    """Read the number of a match: plain digits, or steps as in 1.5k or 2M."""
     parts = match.groupdict("")
     other = parts.get("other", "")
     text = parts["number"] + parts["more"]
@@ -273,13 +275,13 @@ def _number_in(match: re.Match[str], unit: Unit, path: Path) -> int:
 
 
 def _epoch_in(path: Path) -> int | None:
-    """Return the number next to a word for epochs; None if there is none, or are several."""
+    """Find the number next to a word for epochs; None if there is none, or if there are several."""
     matches = _matches(strip_ending(path.name), "epochs")
     return int(matches[0]["number"]) if len(matches) == 1 else None
 
 
 def _matches(name: str, unit: Unit) -> list[re.Match[str]]:
-    """Return the numbers next to a word for a unit."""
+    """Find the numbers next to a word for a unit."""
     matches = list[re.Match[str]]()
     for other, pattern in _MARKS:
         if other == unit:
@@ -288,7 +290,7 @@ def _matches(name: str, unit: Unit) -> list[re.Match[str]]:
 
 
 def _find_marks(name: str) -> tuple[Unit, list[re.Match[str]]]:
-    """Return the numbers next to a word, and what it says that they count."""
+    """Find the numbers next to a word, and the unit that the word names."""
     for unit, _ in _MARKS:
         if matches := _matches(name, unit):
             return unit, matches
@@ -296,7 +298,7 @@ def _find_marks(name: str) -> tuple[Unit, list[re.Match[str]]]:
 
 
 def _doubt(path: Path, doubt: str) -> InvalidValueError:
-    """Return the question which number of a name is the step, the last one first."""
+    """Make the question which number of a name is the step; the last one is proposed first."""
     reason = f"cannot determine its training step: {doubt}"
     answers: list[Answer] = []
     end = 0
@@ -316,9 +318,9 @@ def _doubt(path: Path, doubt: str) -> InvalidValueError:
 
 
 def read_times(files: Sequence[Signs], settings: ImportSettings) -> Times:
-    """Return the times of a run's checkpoints, and what their numbers count.
+    """Determine the times of a run's checkpoints, and what their numbers count.
 
-    Raise InvalidValueError if no sign shows them, if two contradict each other, or if
+    Raise InvalidValueError if no sign shows them, if two signs contradict each other, or if
     `steps_per_epoch` is given, and the numbers are not epochs.
     """
     sign = _common_sign(files)
@@ -331,7 +333,7 @@ def read_times(files: Sequence[Signs], settings: ImportSettings) -> Times:
 
 
 def _common_sign(files: Sequence[Signs]) -> str:
-    """Return the first sign that all files have, with a number of its own in each of a series."""
+    """Find the first sign that all files have, and that tells the files of each series apart."""
     complete = []
     for sign in _SIGNS:
         if all(sign in file.by_sign for file in files):
@@ -355,7 +357,7 @@ def _are_distinct(files: Sequence[Signs], sign: str) -> bool:
 
 def _check_names(files: Sequence[Signs]) -> None:
     """Raise a QuestionError if the numbers in names are ahead of the steps that contents state:
-    VITS stores the epoch as `iteration`, and a step has one of its own."""
+    VITS stores the epoch as `iteration`, and has the step in the name alone."""
     named = []
     for file in files:
         reading = file.by_sign.get("step in name") or file.by_sign.get("lone")
@@ -392,7 +394,7 @@ def _times_of_others(
     numbers: Sequence[Reading],
     settings: ImportSettings,
 ) -> Times:
-    """Return the times of checkpoints whose numbers nothing calls steps."""
+    """Determine the times of checkpoints whose numbers nothing calls steps."""
     as_they_are = [reading.number for reading in numbers]
     why = _why_epochs(numbers)
     if not why and settings.steps_per_epoch:
@@ -408,7 +410,10 @@ def _times_of_others(
 
 def _check_one_count(files: Sequence[Signs], numbers: Sequence[Reading]) -> None:
     """Raise InvalidValueError if steps begin anew in each epoch: a later epoch has a step that is
-    not later. Where names confirm the steps of contents, the epochs may begin anew at a resume."""
+    not later.
+
+    Where names confirm the steps of contents, the epochs may begin anew at a resume.
+    """
     pairs = set()
     for file, reading in zip(files, numbers, strict=True):
         named = file.by_sign.get("step in name") or file.by_sign.get("lone")
@@ -430,7 +435,7 @@ def _times_of_epochs(
     settings: ImportSettings,
     why: str,
 ) -> Times:
-    """Return the times of checkpoints whose numbers are epochs, in steps if those are known."""
+    """Determine the times of checkpoints whose numbers are epochs, in steps if these are known."""
     offset = _offset(files, numbers, settings)
     says = f"epochs, counted from {1 - offset}: {why}"
     is_sure = offset or settings.first_epoch is not None
@@ -449,14 +454,14 @@ def _times_of_epochs(
 
 
 def _are_proportional(counts: Sequence[int], epochs: Sequence[int]) -> bool:
-    """Return whether counts of updates are those of the whole training: torchvision's begin when
+    """Return whether counts of updates cover the whole training: torchvision's counts begin when
     the learning rate has risen."""
     rates = [count / max(epoch, 1) for count, epoch in zip(counts, epochs, strict=True)]
     return max(rates) <= 1.01 * min(rates)
 
 
 def _why_epochs(numbers: Sequence[Reading]) -> str:
-    """Return why the numbers are epochs; empty if they are not."""
+    """Say why the numbers are epochs; empty if they are not."""
     if any(reading.unit == "epochs" for reading in numbers):
         return f"by {numbers[0].origin}"
     distinct = {reading.number for reading in numbers}
@@ -467,7 +472,7 @@ def _why_epochs(numbers: Sequence[Reading]) -> str:
 
 
 def _begin_at_1(numbers: Iterable[int]) -> bool:
-    """Return whether numbers are those of each epoch from 1 on, or of each k-th one: k, 2 k, ..."""
+    """Return whether numbers count every epoch from 1 on, or every k-th one: k, 2 k, ..."""
     ascending = sorted({0, *numbers})
     steps = {after - before for before, after in pairwise(ascending)}
     return len(steps) == 1
@@ -475,7 +480,7 @@ def _begin_at_1(numbers: Iterable[int]) -> bool:
 
 def _offset(files: Sequence[Signs], numbers: Sequence[int], settings: ImportSettings) -> int:
     """Return 1 if epochs are counted from 0: if the content's number is one more, if there is an
-    epoch 0, or if checkpoints of each k-th epoch have the numbers k - 1, 2 k - 1, ..."""
+    epoch 0, or if checkpoints of every k-th epoch have the numbers k - 1, 2 k - 1, ..."""
     if settings.first_epoch is not None:
         return 1 - settings.first_epoch
     if all(file.epoch == number + 1 for file, number in zip(files, numbers, strict=True)):

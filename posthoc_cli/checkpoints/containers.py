@@ -29,7 +29,7 @@ KIND = "ema.format"  # name of a value: what this package wrote a file as
 
 @dataclass(frozen=True)
 class Container:
-    """A kind of file; without a reader one of another framework."""
+    """A kind of file; without a reader it belongs to another framework."""
 
     name: str
     endings: tuple[str, ...]
@@ -86,7 +86,7 @@ def container_by_name(name: str) -> Container | None:
 
 
 def find_container(path: Path) -> Container | None:
-    """Find the kind of a file by its name, else by its first bytes."""
+    """Find the kind of a file by its name, or else by its first bytes."""
     known = container_by_name(path.name)
     if known is not None:
         return known
@@ -99,10 +99,8 @@ def find_container(path: Path) -> Container | None:
 
 
 def read_leaves(file: OpenedFile) -> Leaves:
-    """Return what a file holds; raise UnsuitableError for one of another framework.
-
-    A file of an unknown kind is read as a pickle, whose reader says what is wrong with it.
-    """
+    """Read what a file holds; raise UnsuitableError for a file of another framework. A file of an
+    unknown kind is read as a pickle, whose reader says what is wrong with it."""
     row = container_by_name(file.path.name)
     if row is None:
         return read_tensors(file)
@@ -119,7 +117,7 @@ def foreign_error(path: Path, row: Container) -> UnsuitableError:
 
 
 def strip_ending(name: str) -> str:
-    """Return a name without its ending, but for `.ema`, which says that it is an average."""
+    """Remove the ending of a name, but for `.ema`, which says that the file is an average."""
     for ending in (INDEX_ENDING, *ENDINGS):
         if ending != ".ema":
             name = name.removesuffix(ending)

@@ -98,7 +98,7 @@ class StoredTensor:
 
     @property
     def place(self) -> tuple[Path, Entry] | None:
-        """The place of the tensor if it is in one piece: tied tensors have the same."""
+        """The place of the tensor if it is in one piece; tied tensors share it."""
         first, *more = self.chunks
         if more or not first.entry.nbytes:
             return None
@@ -125,8 +125,8 @@ class Content:
 
     @cached_property
     def optimizers(self) -> frozenset[str]:
-        """The keys of the states of optimizers, which have `param_groups` beside them, whatever
-        they are called."""
+        """The keys of optimizer states: whatever they are called, `param_groups` lies beside
+        them."""
         keys = set()
         for name in self.values:
             outer, is_group, _ = f".{name}".partition(".param_groups.0.")
@@ -135,12 +135,12 @@ class Content:
         return frozenset(keys)
 
     def is_of_optimizer(self, name: str) -> bool:
-        """Return whether a tensor or a value is part of the state of an optimizer."""
+        """Return whether a tensor or a value is part of an optimizer's state."""
         return any(name.startswith(f"{path}.") for path in self.optimizers)
 
 
 def names_in(names: Sequence[str], most: int = 5) -> str:
-    """Return a few names, for a message."""
+    """List a few names, for a message."""
     return list_first(map(quote, names), most)
 
 
@@ -157,8 +157,7 @@ COUNTERS = {
 
 
 def open_checkpoint(path: Path, layout: Layout | None = None) -> Content:
-    """Return the content of a checkpoint, which is as `layout` says; raise FileFormatError if it
-    cannot be read."""
+    """Open a checkpoint, which is as `layout` says; raise FileFormatError if it cannot be read."""
     layout = layout or layout_at(path) or final_model_at(path)
     if layout is None:
         reason = "holds no weights: no safetensors, .bin or .pt file, and no .metadata"
@@ -172,7 +171,7 @@ def open_checkpoint(path: Path, layout: Layout | None = None) -> Content:
 
 
 Files = dict[Path, Identity]
-"""The files of a checkpoint, which those of torch.distributed.checkpoint join when their chunks are
+"""The files of a checkpoint; files of torch.distributed.checkpoint join them when their chunks are
 looked for."""
 
 
@@ -199,8 +198,8 @@ def _read(layout: Layout, opened: Files) -> Content:
 
 
 def _settings_in(folders: Iterable[Path], name: str, opened: Files) -> Values:
-    """Return the values in a file beside a model, in the folders that have it; of any kind, so that
-    a setting that is no number is not taken for a missing one."""
+    """Read the values of a file beside a model, in the folders that have it. They may be of any
+    kind, so that a setting that is no number is not taken for a missing one."""
     values = Values()
     for folder in folders:
         file = folder / name
@@ -254,7 +253,7 @@ def _identity(path: Path) -> Identity:
 
 
 def _number(file: OpenedFile, entry: Entry) -> float:
-    """Return the value of a tensor of one element."""
+    """Read the value of a tensor of one element."""
     content = file.read_at(entry.nbytes, entry.begin)
     raw = np.frombuffer(content, np.uint8)
     return float(decode_values(raw, entry.dtype)[0])
@@ -323,7 +322,7 @@ def _places_in(stored: Mapping[Any, Any]) -> dict[_Index, Values]:
 
 
 def _key_path(name: str, planned: Any) -> Keys:
-    """Return the keys that lead to a tensor, as the plan of a distributed checkpoint says."""
+    """Find the keys that lead to a tensor, as the plan of a distributed checkpoint gives them."""
     keys = None
     if isinstance(planned, dict):
         keys = planned.get(name)
@@ -334,8 +333,10 @@ def _key_path(name: str, planned: Any) -> Keys:
 
 @dataclass
 class _Objects:
-    """The objects in the files of a distributed checkpoint. They have no more bytes than their
-    files, so that reading all takes one pass."""
+    """The objects in the files of a distributed checkpoint.
+
+    Together they have no more bytes than their files, so that reading all takes one pass.
+    """
 
     metadata: Path
     # of objects in files, by their names and offsets
@@ -395,7 +396,7 @@ class _Objects:
         name: str,
         offset: tuple[int, ...],
     ) -> tuple[Path, Any]:
-        """Return the file and the object of a name at an offset, or of the name alone."""
+        """Return the file and the object with a name and an offset, or with the name alone."""
         place: Any = self.places.get((name, offset)) or self.places.get((name, ()), {})
         file_name, begin, length = map(place.get, ("relative_path", "offset", "length"))
         if not isinstance(file_name, str) or not is_sizes((begin, length)):

@@ -21,7 +21,7 @@ from posthoc_cli.targets import SHORTEST_BETA, Beta, SigmaRel, name_equal_length
 
 
 def describe_checkpoints(place: Path) -> Values:
-    """Return times, tensors and sizes, for JSON; values are read only to find a decay."""
+    """Describe the times, tensors and sizes, for JSON; values are read only to find a decay."""
     numbers = ""
     notes: tuple[str, ...] = ()
     if is_import(place):
@@ -65,8 +65,8 @@ def describe_checkpoints(place: Path) -> Values:
 
 
 def _find(place: Path) -> FoundRun | Place:
-    """Return the run at a place, with the decay that its files show; if they leave that open, with
-    a note about it."""
+    """Find the run at a place, with the decay that its files show; if they leave the decay open,
+    with a note about it."""
     try:
         return find_run(place, UNSPECIFIED)
     except InvalidValueError as error:
@@ -76,7 +76,7 @@ def _find(place: Path) -> FoundRun | Place:
 
 
 def _other_name(checkpoint: Checkpoint) -> str | None:
-    """Return the sigma_rel that is as long as an EMA, or the other way round."""
+    """Return the sigma_rel that is as long as an EMA, or the EMA that is as long as a sigma_rel."""
     steps = checkpoint.step if checkpoint.has_step_unit else None
     if checkpoint.decay >= SHORTEST_BETA:
         return name_equal_length(Beta(checkpoint.decay), steps)
@@ -86,8 +86,8 @@ def _other_name(checkpoint: Checkpoint) -> str | None:
 
 
 def describe_files(place: Path, error: PostHocError) -> Values:
-    """Return what files hold that need an import, for JSON, and what that import would have
-    to be told; raise the error that says so if none can be opened."""
+    """Describe what files hold that need an import, for JSON, and what the import would have to be
+    told; raise the error that says so if none can be opened."""
     candidates = candidates_at(place)
     rows: list[Values] = []
     opened = []
@@ -116,7 +116,7 @@ def describe_files(place: Path, error: PostHocError) -> Values:
 
 
 def _sets_in(content: Content) -> str:
-    """Return the keys of the sets of tensors in a checkpoint, with their numbers of tensors."""
+    """List the keys of the sets of tensors in a checkpoint, with their numbers of tensors."""
     sets = TensorSets(content)
     named = []
     for key in sets.keys:

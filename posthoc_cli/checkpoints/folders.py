@@ -2,7 +2,7 @@
 torch.distributed.checkpoint, or several of these as the members of one checkpoint.
 
 It is decided once, from one listing, and is a value, a `Layout`. A folder with the files of a
-training, one a step, has none: its entries are checkpoints.
+training, one for each step, has no layout: its entries are checkpoints.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _DEEP = 5  # levels below a folder whose name is a time: fairseq2 has a file fou
 
 @dataclass(frozen=True)
 class OneFile:
-    """A file of tensors, perhaps the only one below a folder."""
+    """A file of tensors; it may be the only file below a folder."""
 
     path: Path
 
@@ -89,8 +89,8 @@ def _is_state(name: str) -> bool:
 
 
 def make_glob(name: str) -> str:
-    """Return a glob of the names that differ from this one in their numbers, but for fractions,
-    which are decays or widths."""
+    """Make a glob of the names that differ from a name in their numbers alone, but not in
+    fractions, which are decays or widths."""
     begin = 0
     glob = ""
     for fraction in _FRACTION.finditer(name):
@@ -100,15 +100,14 @@ def make_glob(name: str) -> str:
 
 
 def layout_at(path: Path) -> Layout | None:
-    """Return what a file or folder is; None for a folder that is not one checkpoint."""
+    """Find what a file or folder is; None for a folder that is not one checkpoint."""
     if not path.is_dir():
         return Shards(path) if path.name.endswith(INDEX_ENDING) else OneFile(path)
     return find_layout(path, list_members(path))
 
 
 def final_model_at(folder: Path) -> Layout | None:
-    """Return the model in a folder beside the checkpoints of its training; None if there is
-    none."""
+    """Find the model in a folder beside the checkpoints of its training; None if there is none."""
     members = list_members(folder)
     for stem in _USUAL:
         for entry, layout in members.items():
@@ -118,8 +117,8 @@ def final_model_at(folder: Path) -> Layout | None:
 
 
 def list_members(folder: Path) -> dict[Path, Layout]:
-    """Return the entries of a folder that each hold a model, perhaps deeper below a name with a
-    number: to list a whole disk takes minutes."""
+    """List the entries of a folder that each hold a model, perhaps deeper below a name with a
+    number. Listing a whole disk would take minutes."""
     if _TIME.search(folder.name):
         return _members_below(folder, _DEEP, is_numbered=True)
     return _members_below(folder, 2, is_numbered=False)
@@ -156,8 +155,8 @@ def _layout_below(folder: Path, levels: int, is_numbered: bool) -> Layout | None
 
 
 def find_layout(folder: Path, members: Mapping[Path, Layout]) -> Layout | None:
-    """Return what a folder with such members is; None if these are the checkpoints of a training,
-    or there are none."""
+    """Find what a folder with such members is; None if these are the checkpoints of a training, or
+    if there are none."""
     for entry in members:
         if _PARTITION.search(entry.name):
             reason = "holds partitions of the model"
@@ -177,7 +176,8 @@ def find_layout(folder: Path, members: Mapping[Path, Layout]) -> Layout | None:
 
 
 def _are_series(folder: Path, members: Collection[Path]) -> bool:
-    """Return whether entries are checkpoints of one or several times, and not sets of one."""
+    """Return whether entries are checkpoints of one or several times, and not the sets of one
+    checkpoint."""
     stems = {strip_ending(entry.name) for entry in members if entry != folder}
     if any(_is_time_within(folder, stem) for stem in stems):
         return True
@@ -197,7 +197,7 @@ def _is_set(stem: str) -> bool:
 
 
 def _is_time_within(folder: Path, stem: str) -> bool:
-    """Return whether a name is that of a time, and not the one of its folder again, as in
+    """Return whether a name is a time, and does not repeat the time of its folder, as in
     `checkpoint-500/global_step500`."""
     match = _TIME.search(stem)
     if match is None:

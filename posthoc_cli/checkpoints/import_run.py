@@ -49,10 +49,10 @@ log = logging.getLogger(__name__)
 _SURE = 0.05  # largest uncertainty of a length from which a decay is taken
 _CLEAR = 0.1  # and one from which a decay is proposed
 _LARGE = 4.0  # times the norm of an average: more than of weights that grow evenly from 0
-# Least cosine between motions of weights that may be an average's: those of an EMA of 100 steps and
-# files 100 apart have 0.5 to 0.9, those of weights -0.3 to 0.4 late in a training.
+# Least cosine between successive motions at which weights may be an average: for an EMA of 100
+# steps in files 100 steps apart it is 0.5 to 0.9, for weights late in a training -0.3 to 0.4.
 _ALIKE = 0.5
-_COMPARED = 6  # newest files of which motion and size are looked at
+_COMPARED = 6  # newest files whose motion and size are compared
 
 Settings = dict[str, Any]
 """Fields of `ImportSettings` to change."""
@@ -139,7 +139,7 @@ def import_checkpoints(
 
 @dataclass(frozen=True)
 class FoundRun:
-    """The run that files at a place are, with some settings."""
+    """The run that the files at a place make with some settings."""
 
     checkpoints: list[Checkpoint]
     settings: ImportSettings  # those that were given, or found
@@ -149,7 +149,7 @@ class FoundRun:
 
     @property
     def summary(self) -> str:
-        """What the files hold, and how the decay was found, in a line."""
+        """One line about what the files hold, and how the decay was found."""
         counts = count_contents(self.checkpoints)
         held = ", ".join(f"{count:,} x {what}" for what, count in counts.items())
         return "; ".join([held, *self.checks])
@@ -161,8 +161,8 @@ def count_contents(checkpoints: Sequence[Checkpoint]) -> Counter[str]:
 
 
 def find_run(place: str | Path, given: ImportSettings) -> FoundRun:
-    """Return the run at a place; a question about what its files leave open ends in the command
-    that answers it."""
+    """Find the run at a place; a question about what its files leave open ends in the command that
+    answers it."""
     found = with_command(place, given.given, _find)
     _log_notes(place, found.notes)
     return found
@@ -184,8 +184,8 @@ def _find(origin: str | Path, values: Mapping[str, Any]) -> FoundRun:
 
 
 def _note_on_motion(checkpoints: Sequence[Checkpoint], given: ImportSettings) -> list[str]:
-    """Say that weights move as averages do, whose steps from file to file are alike; those of
-    weights that drift are, too."""
+    """Note that files move as averages do, each in the direction of the one before. Weights that
+    drift do the same."""
     newest = checkpoints[-_COMPARED:]
     are_weights = all(isinstance(source.profile, Point) for source in checkpoints)
     if given.kind or not are_weights or len(newest) < 4:
@@ -202,7 +202,8 @@ def _note_on_motion(checkpoints: Sequence[Checkpoint], given: ImportSettings) ->
 
 
 def open_checkpoints(place: str | Path) -> list[Checkpoint]:
-    """Return the checkpoints of an import, or those at a place as an import would take them."""
+    """Open the checkpoints of an import, or the checkpoints at a place as an import would take
+    them."""
     path = files.expand_user(place)
     if is_import(path):
         return make_run(open_import(read_manifest(path)))
@@ -213,8 +214,11 @@ def open_checkpoints(place: str | Path) -> list[Checkpoint]:
 
 
 def open_unclaimed(place: str | Path, given: Settings | None = None) -> list[Checkpoint]:
-    """Return the checkpoints at a place without a look at values: profiles of averages of which
-    files do not say the decay are placeholders. An import has its settings, and takes none."""
+    """Open the checkpoints at a place without a look at their values: averages whose decay no file
+    states get placeholders as profiles.
+
+    An import has its settings, and takes none.
+    """
     path = files.expand_user(place)
     given = given or {}
     if not is_import(path):
@@ -231,7 +235,10 @@ def place_at(
     given: Mapping[str, Any] = MappingProxyType({}),
 ) -> Place:
     """Read a place with the given settings; a question ends in the command of the import that
-    answers it. See `read_place` for audits."""
+    answers it.
+
+    For `is_audit` see `read_place`.
+    """
 
     def attempt(origin: str | Path, values: Mapping[str, Any]) -> Place:
         if values != given:
@@ -255,8 +262,9 @@ def check_decays(
     """Return the settings with what determines the averages at a place, and lines about it: a decay
     that is said, and then compared with the weights, or the round one that they show.
 
-    `numbers` is what those of files are taken for, if they may be epochs. Raise InvalidValueError,
-    with a command that goes through, if nothing says or shows the decay, or if they contradict it.
+    `numbers` is what the numbers of files are taken for, if these may be epochs. Raise
+    InvalidValueError, with a command that goes through, if nothing says or shows the decay, or if
+    they contradict it.
     """
     return _Decays(place, checkpoints, given, numbers).settle()
 
@@ -276,7 +284,7 @@ class _Decays:
         return [source for source in self.checkpoints if source.updates is not None]
 
     def settle(self) -> tuple[ImportSettings, list[str]]:
-        """Return the settings, and lines about them."""
+        """Decide the settings, and note how in lines about them."""
         averages = self.averages
         last = self.checkpoints[-1].step
         if self.given.update_after_step and all(map(is_copy, averages)):
@@ -301,7 +309,7 @@ class _Decays:
     # --- a decay that nothing says
 
     def _find(self) -> tuple[ImportSettings, list[str]]:
-        """Return the settings with the decay that the files show."""
+        """Complete the settings with the decay that the files show."""
         # some files may say their decay, of which all have the same
         unclaimed = [replace(source, decay=0.0, sigma_rel=0.0) for source in self.checkpoints]
         audit = next(audit_averages(unclaimed, given=self.given), None)
@@ -334,7 +342,8 @@ class _Decays:
         raise self._question("ema_decay", reason, *proposals)
 
     def _round_epochs(self, audit: Audit) -> str:
-        """Say with which simple number of steps per epoch near the given one the decay is round."""
+        """Find a simple number of steps per epoch, the nearest to the given one, at which the decay
+        is round."""
         given = self.given.steps_per_epoch
         if not given or not audit.length:
             return ""
@@ -347,7 +356,7 @@ class _Decays:
         return ""
 
     def _take(self, changes: Settings, uncertainty: float) -> ImportSettings:
-        """Return the settings with those of a decay that was found."""
+        """Put a decay that was found into the settings."""
         found: Settings = {"ema_decay": None, "ema_uncertainty": uncertainty}
         found |= changes
         if replace(self.given, **found).warm_up_row.is_schedule and not self.given.steps:
@@ -358,8 +367,8 @@ class _Decays:
         return replace(self.given, **found)
 
     def _round(self, audit: Audit, distance: float) -> list[Settings]:
-        """Return the settings of round decays within a relative distance of the length that was
-        found, the most likely ones first; of a decay that still rises any higher one fits."""
+        """List settings with round decays within a relative distance of the length that was found,
+        the likeliest first; a decay that still rises fits any higher one."""
         rounded = []
         for candidate in audit.candidates:
             if candidate.rises:
@@ -380,7 +389,7 @@ class _Decays:
     # --- a decay that files or settings say
 
     def _confirm(self) -> tuple[ImportSettings, list[str]]:
-        """Return the settings after comparing the averages that they say with the weights."""
+        """Compare the averages that the settings describe with the weights."""
         given = self.given
         name = "sigma_rels" if given.sigma_rels else "ema_decay"
         updates = [source.updates for source in self.averages if source.updates]
@@ -415,7 +424,7 @@ class _Decays:
                 raise InvalidValueError("ema_warmup", reason, value=self.given.ema_warmup)
 
     def _refute(self, audit: Audit) -> InvalidValueError:
-        """Return the error that names the setting which an audit refutes."""
+        """Make the error that names the setting which an audit refutes."""
         reason = f"does not fit the files: {audit.text}"
         given = self.given
         proposals: list[Settings] = []
@@ -460,8 +469,8 @@ class _Decays:
             raise self._question("update_after_step", f"{what}, after which it began")
 
     def _glob_from(self, time: float | None) -> str:
-        """Return a glob of later files alone, with as many digits as the newest; empty if there is
-        none."""
+        """Make a glob of the later files alone, with as many digits as the newest; empty if there
+        is none."""
         newest = self.checkpoints[-1].path
         if time is None:
             return ""
@@ -473,7 +482,7 @@ class _Decays:
         return glob if is_apart and len(alike) > 1 else ""
 
     def _last_copy(self, audit: Audit) -> float:
-        """Return the last time of weights without an average, or with a copy, that nothing else
+        """Find the last time of weights without an average, or with a copy, that nothing else
         explains; 0 if there is none."""
         first = self.averages[0]
         if first.updates is None or first.updates.count is not None:
@@ -491,7 +500,7 @@ class _Decays:
     # --- questions
 
     def _question(self, name: str, reason: str, *proposals: Settings) -> InvalidValueError:
-        """Return the error that asks for a setting."""
+        """Make the error that asks for a setting."""
         if self.is_trial:
             return ProposalError(name, reason)
         open_one = {name: ASKED}
@@ -504,7 +513,8 @@ class _Decays:
         proposals: Sequence[Settings],
         value: object = "",
     ) -> InvalidValueError:
-        """Return an error whose hint is the first command that goes through, and names others."""
+        """Make an error whose hint is the first command that goes through; it names the other
+        choices."""
         going = []
         if not self.is_trial:
             going = [changes for changes in proposals if self._goes_through(changes)]
@@ -529,7 +539,7 @@ class _Decays:
 
 
 def _settings(candidate: Candidate, value: float) -> Settings:
-    """Return the settings that say a rule with another value."""
+    """Express a rule with another value as settings."""
     if candidate.warm_up == POWER_FUNCTION:
         return {"sigma_rels": (float(f"{value:.4g}"),)}
     if _row(candidate).is_schedule:
@@ -559,10 +569,11 @@ def _options(changes: Settings) -> str:
 
 
 def _check_alone(averages: Sequence[Checkpoint]) -> None:
-    """Raise InvalidValueError if weights that make such averages would be far larger than they.
+    """Raise InvalidValueError if the weights that would make such averages are far larger than the
+    averages.
 
-    The mean of what an average took in since another one is (e' - B e) / (1 - B), with the share B
-    that is left of e: it is nearly e' if B is 1.
+    The mean of what an average took in since an earlier one is (e' - B e) / (1 - B), with the share
+    B that is left of e: it is nearly e' if B is 1.
     """
     newest = averages[-_COMPARED:]
     values = [first_values(average) for average in newest]

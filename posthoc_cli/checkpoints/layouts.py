@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Found:
-    """What a checkpoint holds: an average, the weights under the same names, or one of them."""
+    """What a checkpoint holds: an average, the weights under the same names, or one of the two."""
 
     content: Content
     kind: str  # one of `KINDS`
@@ -72,7 +72,7 @@ class Found:
 
     @property
     def tensors(self) -> Tensors:
-        """The tensors of the model: those of the average, and the weights that it lacks."""
+        """The tensors of the model: the average's, and the weights that the average lacks."""
         if self.averaged:
             return completed(self.averaged, self.weights)
         return self.weights
@@ -80,7 +80,7 @@ class Found:
     @property
     def starts(self) -> tuple[FloatArray, FloatArray]:
         """The first elements of the average, and of its weights: of matrices if there are any, as
-        the vectors of two networks may be near each other, such as those of norms."""
+        the vectors of two networks, such as the gains of norms, may be near each other."""
         shared = self.averaged.keys() & self.weights.keys()
         names = {name for name in shared if len(self.weights[name].shape) > 1} or shared
         ours = make_checkpoint(self.content, {name: self.averaged[name] for name in names})
@@ -90,7 +90,7 @@ class Found:
 
 
 def recognise(content: Content, settings: ImportSettings) -> Found:
-    """Return what a checkpoint holds: by its name if that says the profile of an average, else the
+    """Find what a checkpoint holds: by its name if it states the profile of an average, else by the
     sets that settings or words name."""
     for find in BY_NAME:
         found = find(content, settings)
@@ -161,8 +161,8 @@ def _weights(sets: TensorSets, settings: ImportSettings) -> Found:
 
 
 def _average(sets: TensorSets, settings: ImportSettings) -> Pair | None:
-    """Return the average that the settings name, or a word, with the weights that match it; alone
-    if it is named, or all of a checkpoint. None if there is none."""
+    """Find the average that the settings or a word name, with the weights that match it; alone if
+    it is named, or if it is all of a checkpoint. None if there is none."""
     weights = None
     if settings.weights is not None:
         weights = sets.named(settings.weights, "weights")
@@ -189,7 +189,7 @@ def _average(sets: TensorSets, settings: ImportSettings) -> Pair | None:
 
 
 def _averaged_models(sets: TensorSets) -> list[str]:
-    """Return the sets that torch's `AveragedModel` wrote, though no word says so: its count lies
+    """Find the sets that torch's `AveragedModel` wrote, though no word says so: its count lies
     beside them."""
     found = []
     for name in sets.content.values:
@@ -237,7 +237,7 @@ def _diffusers(values: Values) -> Updates:
 
 
 def _with_decay(values: Values) -> Updates:
-    """Return the updates of torch-ema, LitEma, ACE, OpenFold and NeMo: a count says that a warm-up
+    """Read the updates of torch-ema, LitEma, ACE, OpenFold and NeMo: a count means that a warm-up
     was used."""
     count = _count(values.get("num_updates"))
     is_rising = count is not None and bool(values.get("faster_decay_at_start", True))
@@ -253,7 +253,7 @@ def _counting(
     calls: Calls = "multiples",
     **rule: Any,
 ) -> Updates:
-    """Return the updates that a value counts, and which follow a rule."""
+    """Read the number of updates from a value; they follow a rule."""
     return Updates(rule, _count(values.get(name)), calls=calls)
 
 
@@ -277,7 +277,7 @@ def _find_library(
     content: Content,
     average_key: str,
 ) -> tuple[Library | None, Values]:
-    """Return the program that stored an average, and the values beside its marks."""
+    """Find the program that stored an average, and the values beside its marks."""
     places = [average_key]
     while places[-1]:
         outer, _, _ = places[-1].rpartition(".")
@@ -302,7 +302,7 @@ def _values_below(values: Values, start: str) -> Values:
 
 
 def _describe(content: Content, pair: Pair) -> Found:
-    """Return an average, with what the values beside it, or the name of its file, say of its
+    """Describe an average with what the values beside it, or the name of its file, say of its
     updates."""
     library, values = _find_library(content, pair.average_key)
     if library is not None:
@@ -313,7 +313,7 @@ def _describe(content: Content, pair: Pair) -> Found:
 
 
 def named_decay(path: Path) -> float | None:
-    """Return the decay in the name of guided-diffusion's `ema_0.9999_000050.pt`, next to
+    """Find the decay in a name such as guided-diffusion's `ema_0.9999_000050.pt`, next to
     `model000050.pt`."""
     match = re.match(r"ema_(0\.\d+)_", path.name)
     return float(match[1]) if match else None
@@ -370,8 +370,8 @@ _NUMBERED = re.compile(r"(?P<number>\d{1,20})[._](?P<step>\d{1,20})\.(?:pt|safet
 
 
 def _read_numbered(content: Content, settings: ImportSettings) -> Found | None:
-    """Averages of ema-pytorch and pytorch-posthoc-ema by number, whose settings are not in their
-    files."""
+    """Recognise averages of ema-pytorch and pytorch-posthoc-ema by their numbers; their settings
+    are not in the files."""
     match = _NUMBERED.fullmatch(content.path.name)
     if not match or "initted" not in content.tensors:
         return None
@@ -406,7 +406,7 @@ _EDM2 = re.compile(
 
 
 def _edm2(content: Content, _: ImportSettings) -> Found | None:
-    """Power functions of EDM2, with images and width in the name."""
+    """Recognise power functions of EDM2, with the images and the width in the name."""
     match = _EDM2.fullmatch(content.path.name)
     if not match:
         return None
@@ -426,7 +426,7 @@ BY_NAME: tuple[Callable[[Content, ImportSettings], Found | None], ...] = (_edm2,
 
 
 def says_its_profile(path: Path) -> bool:
-    """Return whether a name is of a file whose name says the time and the profile."""
+    """Return whether the name of a file states the time and the profile."""
     return bool(_EDM2.fullmatch(path.name) or _NUMBERED.fullmatch(path.name))
 
 
@@ -472,7 +472,7 @@ class Stored:
     """The average and the weights that a training's checkpoint holds, as they are.
 
     `average` is the key or prefix of the average's tensors, or a glob of it; by default the one
-    whose key says it. Each of the two may raise FileFormatError or InvalidValueError.
+    that is called an average. Each of the two may raise FileFormatError or InvalidValueError.
     """
 
     def __init__(

@@ -81,7 +81,7 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Return the manifest in a folder, without a look at the files; raise FileFormatError if it is
+    """Read the manifest in a folder, without a look at the files; raise FileFormatError if it is
     damaged."""
     path = folder / MANIFEST
     raw = parse_object(path, read_small_file(path, 100_000_000), "import")
@@ -121,8 +121,8 @@ def _absolute(
     place: str | Path,
     base: Path | None = None,
 ) -> Path:
-    """Return a URL, or an absolute path, of one that may be relative to a folder, by default the
-    working directory."""
+    """Return a URL as it is, and any other path as an absolute one; a relative path begins at a
+    folder, by default the working directory."""
     path = files.check_path("path", place)
     if files.is_url(path):
         return path

@@ -77,15 +77,15 @@ log = logging.getLogger(__name__)
 
 _EPOCHS = 1000  # largest number that is read as perhaps epochs: few trainings have more
 _GROWTH = 1.3
-"""Least factor between the norms of successive files that no averages have: of weights that grow
-evenly from 0 for the whole training, averages grow by less after three files."""
+"""Factor between the norms of successive files that no average reaches: even if weights grow evenly
+from 0 for the whole training, their averages grow by less after three files."""
 _COMPARED_FILES = 5  # newest, which are opened once more to see how two sets move
 _SLOWER = 0.8  # averages of any length move by a third less than the weights
 
 
 def open_import(manifest: Manifest) -> list[Checkpoint]:
-    """Return the checkpoints of an import, at the times that it has found; raise FileFormatError if
-    a file is not as it was."""
+    """Open the checkpoints of an import, at the times that it has found; raise FileFormatError if a
+    file is not as it was."""
     opened = []
     try:
         for path, _, time in manifest.checkpoints:
@@ -122,9 +122,12 @@ def read_place(
     settings: ImportSettings,
     is_audit: bool = False,
 ) -> Place:
-    """Return all checkpoints at a place, without outputs of this package, with the profiles that
-    are known. Raise a QuestionError about what the files leave open; for an audit, which says how
-    an average moves, not about its motion."""
+    """Find all checkpoints at a place, without outputs of this package, with the profiles that are
+    known.
+
+    Raise a QuestionError about what the files leave open; for an audit, which says how an average
+    moves, not about its motion.
+    """
     reader = _Reader(place, settings)
     run = reader.run()
     for file in run:
@@ -146,7 +149,7 @@ def read_place(
 
 
 def _check_unit(times: Times) -> None:
-    """Raise a QuestionError if numbers are epochs: the decay of an average is one of steps."""
+    """Raise a QuestionError if numbers are epochs: the decay of an average counts steps."""
     if times.unit == "epochs":
         reason = f"must be given: decays are of steps, and numbers are {times.says}"
         raise QuestionError("steps_per_epoch", reason, {"steps_per_epoch": ASKED})
@@ -184,8 +187,7 @@ def _begun(run: Sequence[Found], times: Sequence[int]) -> list[Found]:
 
 
 def _note_unused(run: Sequence[Found]) -> list[str]:
-    """Return a sentence about the sets of tensors of a file that are not used, with the option that
-    would use one."""
+    """Name the sets of tensors of a file that are not used, with the option that would use one."""
     for file in run:
         if not file.unused:
             continue
@@ -215,7 +217,7 @@ class Candidate:
 class _Series:
     """Candidates whose names differ in numbers alone."""
 
-    glob: str  # of their names; empty for those without a number
+    glob: str  # of their names; empty for names without a number
     members: list[Candidate] = field(default_factory=list)
     role: str = ""  # "weights", "average" or "both", of its first member; empty if it has no model
 
@@ -241,7 +243,7 @@ class _Reader:
         return [f"left out: {list_first(named, 6)}"] if named else []
 
     def run(self) -> list[Found]:
-        """Return what the files of one run hold."""
+        """Find what the files of one run hold."""
         if not self.candidates:
             explain_nothing(self.place)
         chosen = self._choose()
@@ -276,7 +278,7 @@ class _Reader:
     # --- series
 
     def _choose(self) -> list[Candidate]:
-        """Return the candidates of one run: of one series, or of weights and their averages."""
+        """Choose the candidates of one run: one series, or the weights and their averages."""
         named = [each for each in self.candidates if says_its_profile(each.path)]
         if named:
             return self._keep(named)
@@ -312,7 +314,7 @@ class _Reader:
         return chosen
 
     def _with_models(self, series: list[_Series]) -> list[_Series]:
-        """Return the series that are one run; raise a QuestionError if it is not clear which."""
+        """Choose the series that are one run; raise a QuestionError if the choice is not clear."""
         held = []
         for each in series:
             each.role = self._role(each)
@@ -330,7 +332,7 @@ class _Reader:
         raise self._several(held)
 
     def _role(self, series: _Series) -> str:
-        """Return what the first file of a series holds that can be recognised."""
+        """Find what the first file of a series holds that can be recognised."""
         first = series.members[0]
         try:
             found = _recognise(self._open(first), self.settings)
@@ -346,7 +348,7 @@ class _Reader:
         return "weights"
 
     def _of_given_decay(self, averages: list[_Series]) -> list[_Series]:
-        """Return the averages of guided-diffusion that have the given decay."""
+        """Keep the averages of guided-diffusion that have the given decay."""
         decays = {}
         for each in averages:
             decay = named_decay(each.members[0].path)
@@ -363,7 +365,7 @@ class _Reader:
         return [each for each in averages if decays.get(each.glob) in (None, given)]
 
     def _several(self, series: Sequence[_Series]) -> QuestionError:
-        """Return the question about several series, with globs that match nothing else."""
+        """Make the question about several series, with globs that match nothing else."""
         series = sorted(series, key=lambda each: -self._open(each.members[0]).nbytes)
         answers: list[Answer] = []
         if len(series) == 2 and self._are_pairs(*series):
@@ -392,7 +394,7 @@ class _Reader:
         return tensors[0].keys() == tensors[1].keys()
 
     def _by_motion(self, series: Sequence[_Series]) -> list[_Series]:
-        """Return series, the one first that moves less from file to file, as averages do."""
+        """Sort two series by how far they move from file to file; averages move less."""
         moved = []
         for each in series:
             rows = []
@@ -404,7 +406,7 @@ class _Reader:
         return [series[index] for index in order]
 
     def _exact_glob(self, series: _Series) -> str:
-        """Return a glob of a series that matches no other candidate."""
+        """Make a glob of a series that matches no other candidate."""
         own = {member.path for member in series.members}
         others = [each.path.name for each in self.candidates if each.path not in own]
         if any(fnmatchcase(name, series.glob) for name in others):
@@ -417,8 +419,8 @@ def _numbers(series: _Series) -> list[list[str]]:
 
 
 def _group_series(candidates: Sequence[Candidate], step_from: str | None) -> list[_Series]:
-    """Group candidates by their names without numbers, and without what a pattern finds; or by
-    those of their folders, if a glob named files in several."""
+    """Group candidates by their names without numbers, and without what a pattern finds; or by the
+    names of their folders, if a glob named files in several folders."""
     are_apart = len({candidate.path.parent for candidate in candidates}) > 1
     by_glob = dict[str, _Series]()
     for candidate in candidates:
@@ -432,7 +434,7 @@ def _group_series(candidates: Sequence[Candidate], step_from: str | None) -> lis
 
 
 def _without_step(path: Path, step_from: str | None) -> Path:
-    """Return a path with a 0 in place of what the user's pattern finds."""
+    """Replace what the user's pattern finds in a path by a 0."""
     match = re.search(step_from, str(path)) if step_from else None
     if match is None:
         return path
@@ -450,12 +452,12 @@ def holds_checkpoints(place: str | Path) -> bool:
         return is_import(place) or bool(candidates_at(place))
     except (FileFormatError, InvalidValueError):  # raised again when they are opened
         return True
-    except DirectoryError:  # also that of a glob
+    except DirectoryError:  # also from a glob
         return files.is_glob(place)
 
 
 def candidates_at(place: str | Path) -> list[Candidate]:
-    """Return the files and folders that may each be a checkpoint."""
+    """List the files and folders that may each be a checkpoint."""
     path = files.expand_user(place)
     matches = _matches(path)
     if not matches:
@@ -471,7 +473,8 @@ def candidates_at(place: str | Path) -> list[Candidate]:
 
 
 def _candidates_in(folder: Path) -> list[Candidate]:
-    """Return a folder that is one checkpoint, or its entries that each are one."""
+    """List the entries of a folder that are each a checkpoint, or the folder if it is one
+    itself."""
     members = {}
     for entry, layout in list_members(folder).items():
         if not is_snapshot_name(entry):
@@ -485,7 +488,7 @@ def _candidates_in(folder: Path) -> list[Candidate]:
 
 
 def _matches(pattern: Path) -> list[Path]:
-    """Return the files and folders that a glob or a path names."""
+    """List the files and folders that a glob or a path names."""
     if not files.is_glob(pattern):
         return [pattern] if pattern.exists() else []
     if files.is_url(pattern):
@@ -524,8 +527,7 @@ def explain_nothing(place: str | Path) -> None:
 
 
 def _folders_with_checkpoints(folder: Path, levels: int) -> list[Path]:
-    """Return the folders below one that hold the checkpoints of a training, with a look at names
-    alone."""
+    """Find the folders below a folder that hold the checkpoints of a training, by names alone."""
     with suppress(PostHocError):
         if list_members(folder):
             return [folder]
@@ -540,8 +542,8 @@ def _folders_with_checkpoints(folder: Path, levels: int) -> list[Path]:
 
 
 def _recognise(content: Content, settings: ImportSettings) -> Found:
-    """Return what a checkpoint holds; its weights if it lacks the named average, which may have
-    begun later."""
+    """Find what a checkpoint holds; its weights if it lacks the named average, which may have begun
+    later."""
     try:
         return recognise(content, settings)
     except UnsuitableError:
@@ -551,9 +553,11 @@ def _recognise(content: Content, settings: ImportSettings) -> Found:
 
 
 def _check_roles(run: list[Found], settings: ImportSettings) -> list[Found]:
-    """Return the checkpoints; without a set that never moves. Raise a QuestionError if what a word
-    calls an average equals the weights, is unrelated to them, or moves no less from file to
-    file."""
+    """Return the checkpoints, without an average that never moves.
+
+    Raise a QuestionError if what a word calls an average equals the weights, is unrelated to them,
+    or moves no less from file to file.
+    """
     both = [file for file in run if file.averaged and file.weights]
     if len(both) < 2:
         _check_twins(run, settings)
@@ -580,7 +584,8 @@ def _check_roles(run: list[Found], settings: ImportSettings) -> list[Found]:
         raise QuestionError("average", reason, *others, alone)
     is_said = settings.average is not None or (is_named and settings.ema_decay is not None)
     most = 1 / _SLOWER if is_said else _SLOWER  # an average of files far apart moves as the weights
-    if average > most * weights:  # as of a rate that falls to 0, unless it does in all files
+    if average > most * weights:
+        # The newest files alone look like this when the learning rate falls to 0: compare all.
         average, weights = _motions(*_starts(both, len(both)))
     if average > most * weights:
         found = "does not fit" if settings.average else "must be given"
@@ -596,8 +601,8 @@ def _check_roles(run: list[Found], settings: ImportSettings) -> list[Found]:
 
 
 def _check_twins(run: Sequence[Found], settings: ImportSettings) -> None:
-    """Raise a QuestionError if files hold another set like the weights, near them, and one of the
-    two moves less, as averages do: no word says which it is."""
+    """Raise a QuestionError if files hold another set near the weights, and one of the two moves
+    less, as averages do: no word says which is the average."""
     if len(run) < 2 or not all(file.weights for file in run) or settings.weights or settings.kind:
         return
     for key in _twins(run[0]):
@@ -621,7 +626,7 @@ def _check_twins(run: Sequence[Found], settings: ImportSettings) -> None:
 
 
 def _motions(ours: FloatArray, theirs: FloatArray) -> tuple[float, float]:
-    """Return how far two sets, [times, elements], move from time to time, squared."""
+    """Measure how far two sets, [times, elements], move from time to time, squared."""
     average, weights = np.square(np.diff([ours, theirs], axis=1)).sum(axis=(1, 2)).tolist()
     return average, weights
 
@@ -634,14 +639,14 @@ def _starts(
     run: Sequence[Found],
     most: int = _COMPARED_FILES,
 ) -> tuple[FloatArray, FloatArray]:
-    """Return the first elements of the newest averages and weights: [times, elements] each."""
+    """Read the first elements of the newest averages and weights: [times, elements] each."""
     in_order = sorted(run, key=lambda file: file.time)
     pairs = [file.starts for file in in_order[-most:]]
     return np.stack([ours for ours, _ in pairs]), np.stack([theirs for _, theirs in pairs])
 
 
 def _twins(file: Found) -> list[str]:
-    """Return the sets that are not used, and have as many tensors as the weights or the average."""
+    """List the unused sets that have as many tensors as the weights or the average."""
     counts = {len(file.averaged or file.weights), len(file.weights)}
     found = []
     for key in file.unused:
@@ -671,7 +676,7 @@ def _make_all(run: Sequence[Found], times: Times, settings: ImportSettings) -> l
 
 
 def _make(file: Found, times: Times, settings: ImportSettings) -> list[Checkpoint]:
-    """Return the sources in a checkpoint: the weights, the average, or both."""
+    """Make the sources in a checkpoint: the weights, the average, or both."""
     time = file.time
     averaged = settings.select(file.tensors if file.averaged else {})
     weights = settings.select(file.weights)
@@ -691,8 +696,11 @@ def _make(file: Found, times: Times, settings: ImportSettings) -> list[Checkpoin
 
 
 def _with_profile(average: Checkpoint, settings: ImportSettings) -> Checkpoint:
-    """Return an average with its profile; raise a QuestionError if its count of updates does not
-    fit its step: it began late, has another interval, or is no EMA, as Lightning's SWA."""
+    """Give an average its profile.
+
+    Raise a QuestionError if its count of updates does not fit its step: it began late, has another
+    interval, or is no EMA, as Lightning's SWA.
+    """
     try:
         return average.with_settings(settings)
     except InvalidValueError as error:
@@ -804,7 +812,7 @@ def _check_averages(run: Sequence[Checkpoint]) -> None:
 
 
 def _first_values(averages: Sequence[Checkpoint]) -> FloatArray:
-    """Return the first elements of averages, [times, elements]."""
+    """Read the first elements of averages, [times, elements]."""
     return np.stack([first_values(average) for average in averages])
 
 
@@ -821,7 +829,7 @@ def _warn_of_growth(newest: Checkpoint, values: FloatArray) -> None:
 
 
 def _with_names(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """Return the checkpoints with distinct names, from the folder of all on, for coefficients and
+    """Give checkpoints distinct names, which begin at the folder of all; for coefficients and
     reports."""
     counts = Counter(checkpoint.path for checkpoint in checkpoints)
     folder = os.path.commonpath([str(path.parent) for path in counts])

@@ -54,7 +54,7 @@ class Pair:
 
 
 class TensorSets:
-    """The sets of tensors of a checkpoint, without those of optimizers and the like.
+    """The sets of tensors of a checkpoint, without optimizer states and the like.
 
     A path is the keys that lead to a set, and perhaps the first parts of names, joined by dots; or
     a prefix of names with a `*` behind it.
@@ -65,7 +65,7 @@ class TensorSets:
         content: Content,
         named: Sequence[str | None] = (),
     ) -> None:
-        """`named`: what the user calls sets, which are then some, whatever their words say."""
+        """`named`: what the user calls sets; these count as sets, whatever their words say."""
         self.content = content
         self.tensors = _Named()
         self.counts = Counter[str]()  # of tensors, by path
@@ -84,7 +84,7 @@ class TensorSets:
 
     @cached_property
     def averages(self) -> list[str]:
-        """The outermost paths that a word calls an average. A prefix of few names is that of a
+        """The outermost paths that a word calls an average. A prefix of few names belongs to a
         layer."""
         in_group = Counter[str]()
         for tensor in self.tensors.values():
@@ -103,7 +103,7 @@ class TensorSets:
         return found
 
     def is_averaged(self, path: str) -> bool:
-        """Return whether a path is that of an average, or leads into one."""
+        """Return whether a path is an average, or leads into one."""
         return any(_lies_in(path, average) for average in self.averages)
 
     def below(self, path: str) -> Tensors:
@@ -131,8 +131,8 @@ class TensorSets:
         return found
 
     def named(self, text: str, setting: str) -> str:
-        """Return the path of the outermost set that a text or glob means; raise an error if there
-        is none, or are several. `setting` has the text."""
+        """Find the path of the outermost set that a text or glob means; raise an error if there is
+        none, or if there are several. `setting` has the text."""
         text = text.rstrip(".")
         matching = [path for path in self.counts if path and _means(text, path)]
         level = min(map(_depth, matching), default=0)
@@ -151,7 +151,7 @@ class TensorSets:
         raise UnsuitableError(self.content.path, reason)
 
     def without(self, used: Iterable[StoredTensor]) -> tuple[str, ...]:
-        """Return the outermost paths of sets that hold none of these tensors."""
+        """List the outermost paths of sets that hold none of these tensors."""
         used = {*used}
         outer = {""}
         for tensor in used:
@@ -174,7 +174,7 @@ class TensorSets:
 
     @cached_property
     def models(self) -> list[str]:
-        """The path of the model's weights; those of several sets, or none, if it is unclear."""
+        """The path of the model's weights; several paths, or none, if it is unclear."""
         path = ""
         while True:
             groups = self._groups_below(path)
@@ -194,7 +194,7 @@ class TensorSets:
         return [f"{path}.{key}".lstrip(".") for key in groups]
 
     def _groups_below(self, path: str) -> list[str]:
-        """Return the next keys after a path of keys that lead to tensors, but to no average."""
+        """List the next keys after a path of keys that lead to tensors, but to no average."""
         keys = []
         for inner, key in self.keys.items():
             if inner == f"{path}.{key}".lstrip(".") and not self.is_averaged(inner):
@@ -215,7 +215,7 @@ class TensorSets:
         return len(flat) >= max(sizes, default=1) or any("." in name for name in flat)
 
     def model_path(self) -> str:
-        """Return the path of the model's weights; raise an error if it is unclear."""
+        """Find the path of the model's weights; raise an error if it is unclear."""
         path = self.content.path
         if not self.content.tensors:
             raise UnsuitableError(path, "holds no tensors with names")
@@ -244,7 +244,7 @@ class TensorSets:
         weights: str | None = None,
         is_named: bool = False,
     ) -> Pair | None:
-        """Return an average and the weights that match it; None if no weights do.
+        """Find the weights that match an average; None if no weights do.
 
         Arguments:
             average: the path of the average, or of what it lies in.
@@ -265,7 +265,7 @@ class TensorSets:
         return likeliest[-1]  # without keys of the average's own, such as `module`
 
     def pairs_within(self, outer: str, weights: str | None) -> list[Pair]:
-        """Return the averages at the keys next to a path, as of several decays."""
+        """Find the averages at the keys next to a path, as of several decays."""
         pairs = []
         for path, key in self.keys.items():
             if path == f"{outer}.{key}":
@@ -273,7 +273,8 @@ class TensorSets:
         return pairs
 
     def alone(self, average: str) -> Pair:
-        """Return an average without weights, without keys that all its names begin with."""
+        """Return an average without weights, by its names without the keys that all of them begin
+        with."""
         path = average
         for inner in self._within(average):
             is_all = self.counts[inner] >= self.counts[path]
@@ -290,15 +291,15 @@ class TensorSets:
         return True
 
     def _within(self, path: str) -> Iterator[str]:
-        """Yield a path, and those of the main parts within it."""
+        """Yield a path, and the paths of the main parts within it."""
         inner: str | None = path
         while inner is not None:
             yield inner
             inner = None if inner.endswith("*") else self._main_part(inner)
 
     def _main_part(self, path: str) -> str | None:
-        """Return the path of the part of a set that a word calls an average; else of the one below
-        a key with most of its tensors, or below a prefix of all its names."""
+        """Find the path of the part of a set that a word calls an average; else of the part below a
+        key with most of its tensors, or below a prefix of all its names."""
         parts = Counter[str]()
         total = 0
         for name, tensor in self.below(path).items():
@@ -342,8 +343,8 @@ class TensorSets:
         return pairs
 
     def _with_names(self, path: str) -> Tensors:
-        """Return the tensors of a set; those of a list by the names of the model, with what the
-        list lacks of it."""
+        """Return the tensors of a set; a list takes the names of the model, and the weights that it
+        lacks."""
         tensors = self.below(path)
         if not tensors or not all(map(str.isdecimal, tensors)) or path in self.models:
             return tensors
@@ -354,8 +355,9 @@ class TensorSets:
         self,
         pair: Pair,
     ) -> tuple[bool, bool, bool, int]:
-        """Return how unlikely a set is to be the weights of an average: it is within an average,
-        or outside of the model, has not its key without the word, or lies deep."""
+        """Rate how unlikely a set is to be the weights of an average. Unlikely are a set within an
+        average, a set outside of the model, a key other than the average's without the word for it,
+        and a deep path."""
         outer, dot, last = pair.average_key.rpartition(".")
         rest = AVERAGE_WORD.sub("", last).strip("_-.")
         path = pair.weights_key
@@ -365,7 +367,7 @@ class TensorSets:
         return self.is_averaged(path), is_outside, is_other, _depth(path)
 
     def _roots(self, averaged: Tensors, average: str) -> list[str]:
-        """Return the paths outside of an average below which a tensor has its longest name."""
+        """Find the paths outside of an average below which a tensor has its longest name."""
         names = [name for name, tensor in averaged.items() if not _is_counter(tensor)]
         if not names:
             return []
@@ -375,10 +377,10 @@ class TensorSets:
         return roots or _find_roots(longest, outside, _bare)
 
     def _match_list(self, listed: Tensors, weights: Tensors) -> Tensors:
-        """Return a list of averages by the names of the weights that they are of: in their order,
-        or by shapes that each have one tensor only.
+        """Match a list of averages with the names of their weights: in their order, or by shapes
+        that each have one tensor only. Raise a QuestionError if neither tells.
 
-        Raise a QuestionError if neither tells. Safetensors files are sorted by name.
+        Safetensors files are sorted by name.
         """
         known = {name: tensor for name, tensor in weights.items() if _may_be_listed(name, tensor)}
         in_order = [listed[position] for position in sorted(listed, key=int)]
@@ -397,15 +399,15 @@ class TensorSets:
 
 
 def _apart(tensors: Tensors, others: Tensors) -> Tensors:
-    """Return the tensors of a set without those of another one that lies in it."""
+    """Return the tensors of a set without the tensors of another set that lies in it."""
     theirs = {*others.values()}
     left = {name: tensor for name, tensor in tensors.items() if tensor not in theirs}
     return left or tensors
 
 
 def match_names(averaged: Tensors, weights: Tensors) -> Tensors:
-    """Return an average by the names of weights, without counters and a few buffers of its own;
-    empty if it does not match them: a shape differs, or more names."""
+    """Match an average with the names of weights, without counters and a few buffers of its own;
+    empty if a shape differs, or more names do."""
     by_bare = None
     matched = {}
     others = 0
@@ -427,9 +429,9 @@ def match_names(averaged: Tensors, weights: Tensors) -> Tensors:
 
 
 def completed(averaged: Tensors, weights: Tensors) -> Tensors:
-    """Return an average in the weights' order, with the weights' tensors that it lacks.
+    """Put an average in the weights' order, and add the weights' tensors that it lacks.
 
-    Names of one tensor are one place: the average of one of them is that of all.
+    Names of one tensor are one place: the average under one of them is the average under all.
     """
     if not weights:
         return averaged
@@ -443,8 +445,8 @@ def completed(averaged: Tensors, weights: Tensors) -> Tensors:
 
 
 def raw_buffers(named: Mapping[str, StoredTensor]) -> bool:
-    """Return whether names are those of mmcv's hook: buffers `ema_backbone_conv_weight` beside the
-    weights, and nothing says which of the two are the averages."""
+    """Return whether names are as mmcv's hook makes them: buffers `ema_backbone_conv_weight` beside
+    the weights, and nothing says which of the two are the averages."""
     buffers = {name[4:]: tensor for name, tensor in named.items() if re.match(r"ema_\w+$", name)}
     model = {name: tensor for name, tensor in named.items() if name[:4] != "ema_"}
     return 2 * len(match_names(buffers, model)) > max(1, len(model))
@@ -469,7 +471,8 @@ def _is_counter(tensor: StoredTensor) -> bool:
 
 
 def _may_be_listed(name: str, tensor: StoredTensor) -> bool:
-    """Return whether a list of averages may hold that of a tensor: one that is trained."""
+    """Return whether a list of averages may hold the average of a tensor, that is, whether it is
+    trained."""
     is_statistic = name.rpartition(".")[2] in STATISTICS
     return not is_statistic and tensor.chunks[0].entry.dtype in EPS
 
@@ -479,7 +482,7 @@ def _is_safetensors(tensor: StoredTensor) -> bool:
 
 
 def _paths(tensor: StoredTensor) -> list[str]:
-    """Return the paths of all sets that a tensor is in, the outermost first."""
+    """List the paths of all sets that a tensor is in, the outermost first."""
     *outer, name = tensor.keys
     parts = [*outer, *name.split(".")]
     return [".".join(parts[:level]) for level in range(1, len(parts))]
@@ -504,8 +507,8 @@ def _lies_below(tensor: StoredTensor, text: str) -> bool:
 
 
 def _find_roots(longest: str, names: Iterable[str], form: Callable[[str], str]) -> list[str]:
-    """Return the paths below which one of the names is the longest of an average, in a form of
-    both."""
+    """Find the paths below which one of the names is the longest name of an average, both in a
+    common form."""
     wanted = form(longest)
     last = form(longest.rpartition(".")[2])
     roots = dict[str, None]()
@@ -520,11 +523,11 @@ def _find_roots(longest: str, names: Iterable[str], form: Callable[[str], str]) 
 
 
 def _bare(name: str) -> str:
-    """Return a name without wrappers, dots and underscores: libraries that keep averages in buffers
+    """Strip wrappers, dots and underscores from a name: libraries that keep averages in buffers
     remove the dots, or replace them."""
     return _squeeze(_WRAPPERS.sub("", name))
 
 
 def _squeeze(name: str) -> str:
-    """Return a name without dots and underscores."""
+    """Remove dots and underscores from a name."""
     return name.replace(".", "").replace("_", "")

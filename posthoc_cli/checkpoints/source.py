@@ -33,7 +33,7 @@ from posthoc_cli.snapshots.tensorfile import Box, Entry, TensorFile
 _SUMS = ("cluster_size", "embed_avg")
 # of BatchNorm: a variance is not extrapolated
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-COMPARED = 1024  # elements of a tensor that are compared with those of another
+COMPARED = 1024  # elements of a tensor that are compared with another tensor's
 _ANY_TIME = Point(1.0)  # where times are of no account
 
 
@@ -49,7 +49,7 @@ class Checkpoint(Source):
     path: Path
     files: tuple[TensorFile, ...] = field(compare=False)
     entries: Mapping[str, Entry]
-    profile: StoredProfile  # `Point` for weights, or that of an average; `t` is its time
+    profile: StoredProfile  # `Point` for weights, or an average's profile; `t` is its time
     step: int
     tensors: dict[str, TrackedTensor]
     aliases: dict[str, str]
@@ -61,7 +61,7 @@ class Checkpoint(Source):
     # hash of names, shapes and content; empty until checkpoints were compared with each other
     run_id: str = ""
     kind: str = "checkpoints"  # one of `KINDS`
-    name: str = ""  # that of the file or folder, or more of its path if that is not distinct
+    name: str = ""  # the name of the file or folder, or more of its path if several have this name
     updates: Updates | None = None  # of an ordinary EMA; None for other tensors
     # whether files or the user say what `step` counts
     is_stated: bool = True
@@ -75,7 +75,7 @@ class Checkpoint(Source):
     @property
     def t_first(self) -> float:  # type: ignore[override]
         """The earliest time that has mass in averages of a run with this profile: the first step,
-        or the thousandth part of an epoch."""
+        or a thousandth of an epoch."""
         first = 1.0 if self.t_unit != "epochs" else 1e-3
         return float(getattr(self.profile, "t_first", min(first, self.t)))
 
@@ -85,11 +85,11 @@ class Checkpoint(Source):
         return self.is_stated and self.t_unit != "epochs"
 
     def average(self) -> StoredAverage:
-        """Return the input of a reconstruction.
+        """Describe this source for a reconstruction.
 
-        Where steps are known, the weights change at every step and between none; the decay of an
-        average is one of steps. Otherwise motion is continuous: files whose numbers follow each
-        other may be an epoch apart.
+        Where steps are known, the weights change at every step and not in between; the decay of an
+        average counts steps. Otherwise motion is continuous: files whose numbers follow each other
+        may be an epoch apart.
         """
         profile: Any = self.profile
         dtypes = {self.tensors[name].dtype for name in self.averages}
@@ -113,7 +113,7 @@ class Checkpoint(Source):
 
     @property
     def is_known(self) -> bool:
-        """Whether its profile is known, and no placeholder for that of an ordinary EMA."""
+        """Whether its profile is known, and not a placeholder for an ordinary EMA's."""
         return self.updates is None or bool(self.decay or self.sigma_rel)
 
     @property
@@ -121,8 +121,8 @@ class Checkpoint(Source):
         return sum(tensor.nbytes for tensor in self.entries.values())
 
     def with_settings(self, settings: ImportSettings) -> Checkpoint:
-        """Return the checkpoint, an ordinary EMA with the profile that its file and the settings
-        determine, if any."""
+        """Give an ordinary EMA the profile that its file and the settings determine, if any; return
+        any other checkpoint as it is."""
         if self.updates is None:
             return self
         profile = self.updates.profile(self.path, self.step, settings)
@@ -146,7 +146,7 @@ class Checkpoint(Source):
 
 
 def tied_names(tensors: Tensors) -> dict[str, str]:
-    """Return the further names of tensors that have several, each with the first one: names of one
+    """Find the further names of tensors that have several, each with the first one: names of one
     tensor have the same bytes."""
     known = dict[tuple[Path, Entry], str]()
     ties = {}
@@ -164,7 +164,7 @@ def make_checkpoint(
     step: int = 1,
     **fields: Any,
 ) -> Checkpoint:
-    """Return a checkpoint of some tensors of a content, with further fields of `Checkpoint`."""
+    """Make a checkpoint of some tensors of a content, with further fields of `Checkpoint`."""
     path = content.path
     aliases = tied_names(tensors)
     for name in tensors:
@@ -196,7 +196,7 @@ def make_checkpoint(
 
 
 def first_values(source: Checkpoint) -> FloatArray:
-    """Return the first elements of each averaged tensor of a source, in the order of names."""
+    """Read the first elements of each averaged tensor of a source, in the order of names."""
     values = [np.zeros(0)]
     with source:
         for name in sorted(source.averages):
@@ -206,8 +206,9 @@ def first_values(source: Checkpoint) -> FloatArray:
 
 
 def are_near(ours: FloatArray, theirs: FloatArray) -> bool:
-    """Return whether values are nearer to others than those of another network are, whose squared
-    distance is the sum of the squared norms of both; also if there are others, of tied tensors."""
+    """Return whether values are nearer to others than an unrelated network's values would be, whose
+    squared distance is the sum of both squared norms. With tied tensors the counts may differ; such
+    values count as near."""
     if ours.shape != theirs.shape:
         return True
     norms = np.square(ours).sum() + np.square(theirs).sum()
@@ -215,7 +216,7 @@ def are_near(ours: FloatArray, theirs: FloatArray) -> bool:
 
 
 def _group_files(content: Content, tensors: Tensors) -> tuple[TensorFile, ...]:
-    """Return the files of tensors; one that has several chunks of a tensor counts as several."""
+    """Group the files of tensors; a file with several chunks of a tensor counts as several."""
     layers = dict[tuple[Path, int], dict[str, Chunk]]()
     are_whole = True
     for name, tensor in tensors.items():
@@ -245,8 +246,8 @@ def _is_text(name: str) -> bool:
 
 
 def _role(name: str, dtype: str, names: Collection[str]) -> str:
-    """Return whether a tensor is averaged or copied; the vectors of a codebook are a statistic, so
-    that predicted errors are those of what is trained."""
+    """Decide whether a tensor is averaged or copied; the vectors of a codebook are a statistic, so
+    that predicted errors describe what is trained."""
     outer, dot, last = name.rpartition(".")
     if dtype not in EPS or _is_statistic(name, names):
         return "copy"
@@ -256,7 +257,7 @@ def _role(name: str, dtype: str, names: Collection[str]) -> str:
 
 def _is_statistic(name: str, names: Collection[str]) -> bool:
     """Return whether a tensor is of BatchNorm, a sum of a codebook, or one of spectral norm's two
-    vectors; weight norm's is a weight."""
+    vectors; weight norm's vector is a weight."""
     outer, dot, last = name.rpartition(".")
     if last in _SUMS:
         return all(f"{outer}{dot}{each}" in names for each in _SUMS)
