@@ -13,9 +13,10 @@ from torch.optim.optimizer import Optimizer
 class Attachment:
     """A tracker's attachment to one optimizer, until `remove`.
 
-    A step counts when it has changed the parameters: not one that a GradScaler skips, nor one that
-    only makes the optimizer's state for a checkpoint; and once, however often it calls its closure.
-    `optimizer.step()` raises an error of the update after it has changed the parameters.
+    A step counts when it has changed the parameters, and counts once, however often it calls its
+    closure. A step that a GradScaler skips does not count, nor a step that only makes the
+    optimizer's state for a checkpoint. `optimizer.step()` raises an error of the update after it
+    has changed the parameters.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class Attachment:
 
 def was_skipped(optimizer: Optimizer) -> bool:
     """Return whether the step that ends now changed nothing: a GradScaler calls fused optimizers
-    also where it finds infinities."""
+    even when it finds infinities."""
     return bool(getattr(optimizer, "found_inf", None))
 
 

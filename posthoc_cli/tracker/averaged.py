@@ -1,9 +1,9 @@
 """The average that several processes ask for together.
 
-Of replicas the first process makes it, and sends it to the others. Of a sharded model each process
-fills its chunks: of a tracked length from its own averages, which holders of the same elements
-receive from the one that keeps them; of other lengths from snapshots, by a plan of the first
-process. An error in one process is raised in all of them before a model has changed.
+For replicas the first process makes it, and sends it to the others. For a sharded model each
+process fills its chunks: of a tracked length from its own averages, which holders of the same
+elements receive from the one that keeps them; of other lengths from snapshots, by a plan of the
+first process. An error in one process is raised in all of them before a model has changed.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def from_first(
     group: Group,
     make: Callable[[], Weights],
 ) -> Weights:
-    """Return in every process the weights that the first one makes, with names that share a
+    """Make weights in the first process, and return them in every process, with names that share a
     tensor."""
     if group.is_alone:
         return make()
@@ -96,7 +96,7 @@ def from_first(
 
 
 def _without_values(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors of these dtypes and shapes on the meta device, one for each tensor."""
+    """Make tensors of these dtypes and shapes on the meta device, without values."""
     empty = {id(tensor): tensor.to("meta") for tensor in tensors.values()}
     return {name: empty[id(tensor)] for name, tensor in tensors.items()}
 
@@ -108,8 +108,8 @@ def index_chunks(
     model: nn.Module,
     tracked: TrackedModel,
 ) -> dict[str, Tensor]:
-    """Return a sharded model's tensors by name; raise a ModelMismatchError if an owned chunk is
-    not where it was when it was tracked."""
+    """Find a sharded model's tensors by name; raise a ModelMismatchError if an owned chunk is not
+    where it was when it was tracked."""
     reshard(model)
     tensors = {tensor.name: tensor.tensor for tensor in named_tensors(model)}
     for name, box in tracked.boxes.items():
@@ -133,8 +133,8 @@ def with_replicas(
     tensors: Mapping[str, Tensor],
     members: ShardOwners,
 ) -> Weights:
-    """Return the chunks of all `tensors` that this process holds, from its `own` averages and from
-    those of other processes."""
+    """Collect the chunks of all `tensors` that this process holds, from its `own` averages and from
+    other processes."""
     own_dtypes = {name: value.dtype for name, value in own.items()}
     answers = group.from_all((own_dtypes, vars(own)))
     dtype = ChainMap(*[dtypes for dtypes, _ in answers])
@@ -171,8 +171,8 @@ def _empty_part(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _read_again(path: Path, checksum: str) -> Snapshot:
-    """Read the header of a snapshot that the first process has planned with; raise an error if it
-    was replaced."""
+    """Read the header of a snapshot that the first process has planned with; raise an error if the
+    snapshot was replaced."""
     try:
         snapshot = read_snapshot(path)
     except FileFormatError as error:
@@ -188,7 +188,7 @@ SentPlan = tuple[Plan, Sequence[tuple[str, str]]]
 
 
 def to_send(plan: Plan) -> SentPlan:
-    """Return what the first process sends of a plan: without its target, which may be a user's
+    """Reduce a plan to what the first process sends: without its target, which may be a user's
     object, and with the newest header as its only source; and the name and the checksum of each
     source."""
     newest: Any = plan.newest
@@ -206,7 +206,7 @@ def read_chunks(
     tensors: Mapping[str, Tensor],
     directory: Path,
 ) -> Weights:
-    """Return the chunks of all `tensors` that this process holds, from snapshots in a directory."""
+    """Read the chunks of all `tensors` that this process holds from snapshots in a directory."""
     plan, used = sent
     boxes: dict[str, Box] = {}
     for name, tensor in tensors.items():

@@ -34,8 +34,11 @@ Item = TypeVar("Item")
 
 
 class CallLock:
-    """Held for the time of a call. Another thread waits for its end; a call from within it, as from
-    a signal handler, is refused: it would wait for itself."""
+    """Held for the time of a call.
+
+    Another thread waits for the call to end. A call from within it, as from a signal handler, is
+    refused: it would wait for itself.
+    """
 
     def __init__(self) -> None:
         self._lock: Any = threading.RLock()
@@ -147,8 +150,8 @@ class Worker:
         self.put(Job(guarded))
 
     def call(self, work: Callable[[], Result]) -> Result:
-        """Return the result of queued `work`; an exception of a signal handler withdraws it, or
-        waits for its end."""
+        """Run `work` in the queue, and return its result. An exception of a signal handler
+        withdraws the work, or waits for its end."""
         job = Job(work)
         try:
             self.put(job)
@@ -191,7 +194,7 @@ class Worker:
         self._waited += self.wait_seconds
 
     def warn_of_waiting(self, what: str) -> None:
-        """Warn, once, if the training has waited for long; call it last: a filter may turn a
+        """Warn, once, if the training has waited for long. Call this last: a filter may turn a
         warning into an error."""
         passed = time.monotonic() - self._begin
         waited = self._waited
@@ -258,7 +261,7 @@ def _run_jobs(queue: Queue) -> None:
 
 @lru_cache
 def _openmp() -> ThreadpoolController:
-    """Return the controller of the imported libraries that use OpenMP; searching for them takes 10
+    """Find the controller of the imported libraries that use OpenMP; searching for them takes 10
     ms."""
     return ThreadpoolController().select(user_api="openmp")
 

@@ -20,7 +20,7 @@ def check_weights(
     model: nn.Module,
     weights: Mapping[str, Tensor],
 ) -> dict[str, NamedTensor]:
-    """Return the model's tensors that `weights` are for, after checking names, shapes and that its
+    """Find the model's tensors that `weights` are for. Check names and shapes, and that the model's
     dtypes have the range of the values."""
     tensors = {tensor.name: tensor for tensor in named_tensors(check_model(model))}
     for name, value in weights.items():
@@ -72,8 +72,8 @@ def check_fits(
 
 
 def _is_writable(tensor: Tensor) -> bool:
-    """Return whether values can be copied into a tensor: not if elements share memory (expanded),
-    nor if sparse."""
+    """Return whether values can be copied into a tensor: not if its elements share memory
+    (expanded), nor if it is sparse."""
     if tensor.layout != torch.strided:
         return False
     dimensions = zip(tensor.stride(), tensor.shape, strict=True)
@@ -87,7 +87,8 @@ _entering = threading.RLock()  # held while a block is checked and noted
 
 
 def is_swapped(model: nn.Module) -> bool:
-    """Return whether a model, a part of it, or one that it is a part of, holds averaged weights."""
+    """Return whether a model, a part of it, or a model that it is a part of, holds averaged
+    weights."""
     if not _swapped:
         return False
     ids = frozenset(map(id, chain(model.parameters(), model.buffers())))

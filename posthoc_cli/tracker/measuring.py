@@ -36,7 +36,7 @@ Hashes = npt.NDArray[np.uint64]
 
 
 def joined(buffers: Sequence[Tensor]) -> Values:
-    """Return the values of all buckets, on the host: shape [elements]."""
+    """Join the values of all buckets, on the host: shape [elements]."""
     arrays = [np.empty(0, np.float32)]
     for buffer in buffers:
         arrays.append(buffer.cpu().numpy())
@@ -83,7 +83,7 @@ class Subset(Elements):
         values: Values,
         others: Values | None = None,
     ) -> FloatArray:
-        """Return the squared norm of each tensor, or its squared distance from `others`: shape
+        """Compute the squared norm of each tensor, or its squared distance from `others`: shape
         [tensors]."""
         begins = self.edges[:-1]
         with np.errstate(over="ignore", invalid="ignore"):
@@ -98,7 +98,7 @@ def _count_elements(
     layout: Layout,
     names: Collection[str],
 ) -> dict[str, int]:
-    """Return the number of elements of those of these tensors that have some."""
+    """Count the elements of these tensors, without the empty ones."""
     sizes = {}
     for bucket in layout:
         for name, place in bucket.places.items():
@@ -112,7 +112,7 @@ def make_measurements(
     squares: FloatArray,
     rounding: FloatArray | float = 0.0,
 ) -> Measurements | None:
-    """Return the measurements of an average with these squared norms and rounding errors of its
+    """Make the measurements of an average from the squared norms and rounding errors of its
     tensors; None if the norm is not finite."""
     norm = float(squares.sum())
     if not math.isfinite(norm):
@@ -121,8 +121,7 @@ def make_measurements(
 
 
 def _hash(numbers: Hashes) -> Hashes:
-    """Return pseudo-random numbers, a hash of each number (splitmix64), which is the same in every
-    run."""
+    """Hash each number (splitmix64) to a pseudo-random one, the same in every run."""
     with np.errstate(over="ignore"):
         numbers = numbers * np.uint64(0x9E3779B97F4A7C15)
         numbers ^= numbers >> np.uint64(30)
@@ -272,7 +271,7 @@ def _path(
 
 
 def _identify(subset: Subset, part: int) -> int:
-    """Return a number that identifies the projection of a model, or of a part of it."""
+    """Compute a number that identifies the projection of a model, or of a part of it."""
     dtypes = []
     shapes = []
     for bucket in subset.layout:
@@ -287,8 +286,8 @@ def _identify(subset: Subset, part: int) -> int:
 
 
 def _signed_roots(subset: Subset, part: int) -> Values:
-    """Return the factor of each element: a root of the number that it represents, with a random
-    sign, the same in every run, and another one for each part."""
+    """Compute the factor of each element: the root of the number of elements that it represents,
+    with a random sign, the same in every run, and another one for each part."""
     counts = np.diff(subset.edges)
     roots = np.repeat(np.sqrt(subset.scales), counts)
     first = np.uint64(part) << np.uint64(40)
@@ -300,7 +299,7 @@ def _signed_roots(subset: Subset, part: int) -> Values:
 
 
 class _Pending(NamedTuple):
-    """A projection that may still be on an accelerator: of the value at time `t`, or of a mean."""
+    """A projection that may still be on an accelerator: of the values at time `t`, or of a mean."""
 
     t: float
     share: float  # in the mean of the open window
@@ -338,7 +337,7 @@ class Sketcher:
         return sum(tensor.nbytes for tensor in tensors)
 
     def resume(self, path: PathSketch) -> bool:
-        """Continue a path, and return True, if it is of the same projection."""
+        """Continue a path, and return True, if it is a path of the same projection."""
         if path.projection != self._projection:
             return False
         windows = _make_windows(path)
@@ -385,8 +384,8 @@ class Sketcher:
             self._fetch()
 
     def path(self, t: float | None = None) -> PathSketch | None:
-        """Return the path so far, an open window as a last one of no folds, or closed by the tiles
-        taken in at `t`."""
+        """Return the path so far. An open window is its last one, of no folds, or is closed by the
+        tiles taken in at `t`."""
         self._fetch()
         windows = [*self._windows]
         if t is not None:
@@ -417,8 +416,8 @@ class Sketcher:
         self._pending.clear()
 
     def _project(self) -> list[Tensor]:
-        """Return the sum of each column, for each bucket: float64, or float32 on Apple's GPUs,
-        which lack float64."""
+        """Sum each column, for each bucket: in float64, or in float32 on Apple's GPUs, which lack
+        float64."""
         sums = []
         for values, factors in zip(self._values, self._factors, strict=True):
             signed = values * factors
@@ -435,7 +434,7 @@ class Sketcher:
 
 
 def closed(path: PathSketch) -> PathSketch:
-    """Return the path with an open window closed at its last value."""
+    """Close the open window of a path at its last value."""
     windows = _make_windows(path)
     if windows[-1].folds:
         return path
@@ -446,7 +445,7 @@ def closed(path: PathSketch) -> PathSketch:
 
 
 def _numbers(sums: list[Tensor]) -> FloatArray:
-    """Return the numbers of a projection from the sums of columns: shape [D]."""
+    """Compute the numbers of a projection from the sums of columns: shape [D]."""
     row = np.zeros(ROW)
     for of_bucket in sums:
         row += of_bucket.cpu().numpy()

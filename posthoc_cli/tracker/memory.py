@@ -39,7 +39,7 @@ _LIKE_FLOAT32 = (torch.float32, torch.float64, torch.bfloat16)
 
 
 class Place(NamedTuple):
-    """Where a tensor begins in its bucket; `order` are its dimensions, from the outermost in
+    """Where a tensor begins in its bucket. `order` lists its dimensions, from the outermost in
     memory."""
 
     begin: int
@@ -61,7 +61,7 @@ class Place(NamedTuple):
         return [self.order.index(axis) for axis in range(len(self.order))]
 
     def positions(self, indices: Positions) -> Positions:
-        """Return the positions in the bucket of elements with these row-major indices."""
+        """Find the positions in the bucket of elements with these row-major indices."""
         if self.is_row_major:
             return self.begin + indices
         by_axis = np.unravel_index(indices, self.shape)
@@ -69,7 +69,7 @@ class Place(NamedTuple):
         return self.begin + np.ravel_multi_index(in_order, self._sizes)
 
     def view(self, flat: Tensor) -> Tensor:
-        """Return the tensor whose elements are `flat` in memory."""
+        """View `flat` memory as the tensor."""
         return flat.view(self._sizes).permute(self._axes)
 
 
@@ -104,7 +104,7 @@ class Bucket:
 
     @cached_property
     def _device_edges(self) -> list[int]:
-        """The ends of an accelerator's tiles, and 0. They consist of the host's."""
+        """The ends of an accelerator's tiles, and 0. Each tile consists of tiles of the host."""
         edges = [0]
         for edge, next_edge in pairwise(self._host_edges):
             if next_edge - edges[-1] > DEVICE_TILE:
@@ -148,7 +148,7 @@ class Tile(NamedTuple):
 
 
 def find_layout(tensors: Mapping[str, Tensor]) -> Layout:
-    """Return the buckets of tensors with these devices, dtypes, shapes and strides."""
+    """Arrange tensors with these devices, dtypes, shapes and strides in buckets."""
     places: dict[Kind, dict[str, Place]] = defaultdict(dict)
     sizes: dict[Kind, int] = defaultdict(int)
     for name, tensor in tensors.items():
@@ -165,7 +165,7 @@ def find_layout(tensors: Mapping[str, Tensor]) -> Layout:
 
 
 def find_places(layout: Layout) -> dict[str, tuple[int, Place]]:
-    """Return the bucket's index and the place of each tensor."""
+    """Find the bucket's index and the place of each tensor."""
     places = {}
     for number, bucket in enumerate(layout):
         for name, place in bucket.places.items():
@@ -174,8 +174,8 @@ def find_places(layout: Layout) -> dict[str, tuple[int, Place]]:
 
 
 def _order(tensor: Tensor) -> tuple[int, ...]:
-    """Return the dimensions from the outermost in memory, or in their order if elements are not
-    end to end."""
+    """Sort the dimensions from the outermost in memory; leave them in order if the elements do not
+    lie end to end."""
     order = tuple(range(tensor.ndim))
     if not tensor.is_contiguous():
         by_stride = sorted(order, key=tensor.stride, reverse=True)
@@ -185,7 +185,7 @@ def _order(tensor: Tensor) -> tuple[int, ...]:
 
 
 def on_host(layout: Layout) -> Layout:
-    """Return the same buckets in the host's memory; buckets of several devices stay separate."""
+    """Move a layout to the host's memory; buckets of several devices stay separate."""
     return tuple(replace(bucket, device=HOST) for bucket in layout)
 
 
@@ -195,7 +195,7 @@ def is_on_host(layout: Layout) -> bool:
 
 
 def tile_buckets(layout: Layout) -> list[Tile]:
-    """Return the tiles of all buckets of a layout."""
+    """List the tiles of all buckets of a layout."""
     tiles: list[Tile] = []
     for index, bucket in enumerate(layout):
         for begin, end in pairwise(bucket.tile_edges):
@@ -205,7 +205,7 @@ def tile_buckets(layout: Layout) -> list[Tile]:
 
 
 def find_ranges(layout: Layout) -> list[list[ElementRange]]:
-    """Return the ranges of tensors, in memory, in each tile of a layout."""
+    """Find the ranges of tensors, in memory, in each tile of a layout."""
     result = []
     for bucket in layout:
         edges = bucket.tile_edges
@@ -226,7 +226,7 @@ def read_numbers(
     values: Sequence[Tensor],
     tiles: Sequence[Tile],
 ) -> list[float]:
-    """Return the numbers of all tiles, waiting once a bucket."""
+    """Read the numbers of all tiles, waiting once for each bucket."""
     numbers: list[float] = []
     for _, of_bucket in groupby(tiles, attrgetter("bucket")):
         in_bucket = [values[tile.number] for tile in of_bucket]
@@ -235,7 +235,7 @@ def read_numbers(
 
 
 class FlatTensors:
-    """Memory for the tensors of a layout, not initialized: each bucket is one flat tensor."""
+    """Memory for the tensors of a layout, not initialized: one flat tensor for each bucket."""
 
     def __init__(self, layout: Layout, pinned: bool = False) -> None:
         self.layout = layout
@@ -252,7 +252,7 @@ class FlatTensors:
 
     @cached_property
     def views(self) -> dict[str, Tensor]:
-        """Views of the tensors by name."""
+        """The tensors by name, as views."""
         views = {}
         for bucket, flat in zip(self.layout, self.flats, strict=True):
             for name, place in bucket.places.items():
@@ -283,8 +283,8 @@ def _tile_part(tensor: Tensor, begin: int, end: int) -> TilePart:
 
 
 class Reader:
-    """Reads a layout's tensors by tile in up to `threads` threads: views, no copies; `parts` are
-    those of each tile."""
+    """Reads a layout's tensors by tile in up to `threads` threads: views, no copies. `parts` are
+    the parts of each tile."""
 
     def __init__(
         self,
@@ -343,8 +343,8 @@ class Reader:
         return scratch.copy_(flat)
 
     def norms(self, pool: ThreadPool = SINGLE_THREAD) -> list[float]:
-        """Return each tile's norm: not finite if a value is not, or if squares overflow. Waits once
-        a bucket."""
+        """Compute each tile's norm: not finite if a value is not, or if squares overflow. It waits
+        once for each bucket."""
         norms = [torch.empty(0)] * len(self.tiles)
 
         def measure(tile: Tile, thread: int) -> None:
@@ -355,8 +355,8 @@ class Reader:
         return read_numbers(norms, self.tiles)
 
     def nonfinite_name(self, norms: Sequence[float]) -> str | None:
-        """Return the first tensor with a nan or an infinity in the tiles whose norms are not
-        finite, or None."""
+        """Find the first tensor with a nan or an infinity in the tiles whose norms are not finite,
+        or None."""
         if all(map(math.isfinite, norms)):
             return None
         of_tiles = find_ranges(self.layout)
@@ -410,7 +410,7 @@ class Elements:
             self._of_tiles.append((index.to(device), numbers))
 
     def buffers(self) -> list[Tensor]:
-        """Return zeros for the values of the selected elements, one tensor a bucket."""
+        """Make zeros for the values of the selected elements, one tensor for each bucket."""
         zeros = []
         for count, bucket in zip(self._counts, self.layout, strict=True):
             buffer = torch.zeros(count, dtype=bucket.wide, device=bucket.device)
@@ -434,8 +434,8 @@ class Elements:
 
 
 class HostCopy:
-    """A model's values at one moment, on the host: in pinned memory if they were on an accelerator.
-    It is read by `threads` threads."""
+    """A model's values at one moment, on the host: in pinned memory if they come from an
+    accelerator. It is read by `threads` threads."""
 
     def __init__(self, threads: int = 1) -> None:
         self._threads = threads
@@ -451,9 +451,11 @@ class HostCopy:
     @torch.inference_mode(False)
     @torch.no_grad()
     def copy(self, model: Reader, pool: ThreadPool = SINGLE_THREAD) -> None:
-        """Copy the values as they are now, in place of those of the last copy, which must have
-        arrived. An accelerator copies in the training's own stream, by one thread, so that nothing
-        changes the values before."""
+        """Copy the values as they are now, in place of the last copy, which must have arrived.
+
+        An accelerator copies in the training's own stream, by one thread, so that nothing changes
+        the values before.
+        """
         if model.layout != self._layout:
             host = on_host(model.layout)
             self._memory = FlatTensors(host, pinned=not is_on_host(model.layout))

@@ -1,5 +1,5 @@
-"""The tensors of a model: their names, which are averaged, copied or left out, and whether they
-match those of a run.
+"""The tensors of a model: their names, which of them are averaged, copied or left out, and whether
+they match a run.
 
 Names do not depend on wrappers. `torch.compile`, DataParallel, DistributedDataParallel and
 activation checkpointing insert a child between a module and its tensors' names. Such a child is
@@ -65,8 +65,8 @@ class TrackedModel:
     """The tracked tensors of a model, by the name they are stored under, as far as they must not
     change during a run.
 
-    Averaged are floating-point parameters, BatchNorm's running statistics, and buffers that the
-    user wants averaged; copied are other persistent buffers and parameters. Of a sharded model
+    Floating-point parameters are averaged, and BatchNorm's running statistics, and the buffers that
+    the user wants averaged; other persistent buffers and parameters are copied. For a sharded model
     these are the tensors that this process owns.
     """
 
@@ -75,7 +75,7 @@ class TrackedModel:
     boxes: Mapping[str, Box]  # the elements that this process holds
     aliases: dict[str, str]  # further names of these tensors (tied parameters) -> the stored name
     left_out: tuple[str, ...]  # names in the model's state that are not tracked
-    frozen: frozenset[str] = frozenset()  # those of parameters without gradients
+    frozen: frozenset[str] = frozenset()  # names of parameters without gradients
     is_sharded: bool = False
     members: Members = field(default_factory=Members)  # the processes that track the model
     # of a sharded one: all averages' shapes
@@ -110,8 +110,7 @@ class TrackedModel:
         return own
 
     def dtypes(self, copied: bool) -> dict[str, torch.dtype]:
-        """Return the model's dtypes, by name, of the copied tensors or else of the averaged
-        ones."""
+        """List the model's dtypes, by name, of the copied tensors or else of the averaged ones."""
         dtypes = {}
         for name, tensor in self.tensors.items():
             if (tensor.role == "copy") == copied:
@@ -119,7 +118,7 @@ class TrackedModel:
         return dtypes
 
     def of(self, members: Members) -> TrackedModel:
-        """Return the tensors that this process averages and writes."""
+        """Select the tensors that this process averages and writes."""
         names = members.owned(self.tensors.keys())
         aliases = {alias: name for alias, name in self.aliases.items() if name in names}
         return replace(
@@ -137,8 +136,10 @@ class TrackedModel:
         elsewhere: Set[str] = frozenset(),
     ) -> None:
         """Raise a ModelMismatchError that names a tensor whose name, shape, dtype, role or tie is
-        not the same; those of other processes, such as other stages of a pipeline, are
-        `elsewhere`."""
+        not the same.
+
+        `elsewhere` are the tensors of other processes, such as other stages of a pipeline.
+        """
         names = chain(self.tensors, self.aliases, current.tensors, current.aliases)
         others = elsewhere - current.known_names
         for name in dict.fromkeys(names):
@@ -151,7 +152,7 @@ class TrackedModel:
                 raise ModelMismatchError(f"tensor {name!r}", reason, self._hint(name, current))
 
     def _hint(self, name: str, current: TrackedModel) -> str:
-        """Return the way out where a tensor is not the same."""
+        """Name the way out where a tensor is not the same."""
         is_found = name in current.tensors
         if name in self.tensors and is_found:
             if self.tensors[name].dtype != current.tensors[name].dtype:
@@ -221,7 +222,7 @@ def collect_tensors(
     selection: Selection,
     also: frozenset[str] = frozenset(),
 ) -> ModelTensors:
-    """Return a model's selected tensors, or this process's parts; parameters in `also` need not
+    """Collect a model's selected tensors, or this process's parts; parameters in `also` need not
     require gradients."""
     reshard(model)
     entries = named_tensors(model)
@@ -356,12 +357,12 @@ def _check(entry: NamedTensor) -> None:
 
 
 def _check_class(name: str, tensor: Tensor) -> None:
-    """Raise an InvalidValueError for a tensor of a class, such as of quantized weights, that lacks
-    torch's operations."""
+    """Raise an InvalidValueError for a tensor of a class that lacks torch's operations, such as a
+    class of quantized weights."""
     if type(tensor) in (Tensor, nn.Parameter) or is_sharded(tensor):
         return
     try:
-        # not if values are computed, as those of quantized weights
+        # not if values are computed, as in quantized weights
         is_reached = tensor.detach().is_set_to(tensor)
     except (NotImplementedError, TypeError):
         is_reached = False
@@ -388,7 +389,7 @@ def into_dtensors(
 
 
 def nonfinite_name(tensors: Mapping[str, Tensor]) -> str | None:
-    """Return the name of the first tensor that holds a nan or an infinity, or None."""
+    """Find the first tensor that holds a nan or an infinity, or None."""
     for name, tensor in tensors.items():
         values = tensor.float() if tensor.dtype in EIGHT_BITS else tensor
         if not bool(values.isfinite().all()):
@@ -401,7 +402,7 @@ def nonfinite_error(
     tracked: Mapping[str, TrackedTensor],
     step: int,
 ) -> NonFiniteError:
-    """Return the error for a tensor that holds nan or infinity."""
+    """Make the error for a tensor that holds nan or infinity."""
     reason = f"holds nan or infinity at step {step}; no average has taken it in"
     if name in tracked and tracked[name].role == "statistic":
         hint = "buffers='copy' copies running statistics"
@@ -410,7 +411,8 @@ def nonfinite_error(
 
 
 class ModelWatch:
-    """A cache of the model's tensors, invalidated when the model changes, and gone when it is."""
+    """A cache of the model's tensors, invalid when the model changes, and gone when the model
+    is."""
 
     def __init__(self, selection: Selection, members: Members) -> None:
         self._selection = selection
@@ -420,8 +422,8 @@ class ModelWatch:
         ] = WeakKeyDictionary()
 
     def tensors(self, model: nn.Module, tracked: TrackedModel) -> ModelTensors:
-        """Return the model's tensors, the same object unless it has changed; raise an error for
-        others than tracked."""
+        """Return the model's tensors, the same object unless the model has changed; raise an error
+        if they are not the tracked ones."""
         if model in self._cached:
             known, fingerprint, collected = self._cached[model]
             if known is tracked and fingerprint.is_same():
@@ -432,7 +434,8 @@ class ModelWatch:
         return collected
 
     def check(self, model: nn.Module, tracked: TrackedModel) -> ModelTensors:
-        """Return the model's tensors; raise a ModelMismatchError for others than tracked."""
+        """Return the model's tensors; raise a ModelMismatchError if they are not the tracked
+        ones."""
         collected = self._collect(model)
         try:
             tracked.check(collected.tracked)
@@ -449,8 +452,8 @@ class ModelWatch:
         model: nn.Module,
         tracked: TrackedModel,
     ) -> dict[int, float]:
-        """Return the model's values in a snapshot's sample that this process holds, by number, of
-        frozen ones, too."""
+        """Read the model's values in a snapshot's sample that this process holds, by number; frozen
+        parameters count, too."""
         collected = self._collect(model, tracked.known_names)
         tracked.check(collected.tracked)
         picked: list[Tensor] = []
@@ -486,8 +489,8 @@ class ModelWatch:
 
 
 class _ModelFingerprint:
-    """The registries of a model's modules at one moment, which takes less time to compare than to
-    walk through them, and the memory of the tracked tensors."""
+    """The registries of a model's modules at one moment, which are faster to compare than to walk
+    through, and the memory of the tracked tensors."""
 
     def __init__(self, model: nn.Module, tracked: TrackedModel) -> None:
         self._registries: list[dict[str, Any]] = []
@@ -510,11 +513,11 @@ class _ModelFingerprint:
         return all(map(Tensor.is_set_to, self._parts(), self._views))
 
     def _parts(self) -> Sequence[Tensor]:
-        """Return the parts of the tracked tensors that this process holds."""
+        """List the parts of the tracked tensors that this process holds."""
         return local_tensors(self._tracked) if self._are_sharded else self._tracked
 
     def _read(self) -> tuple[object, ...]:
-        """Return all compared properties except the memory."""
+        """Read all compared properties except the memory."""
         return (
             [*map(len, self._registries)],
             [*chain.from_iterable(self._filled)],
@@ -543,8 +546,10 @@ module or wrapper."""
 
 
 class NamedTensor(NamedTuple):
-    """A parameter or buffer, with one of its names, without wrappers, and torch's (`raw`). Tied
-    ones share it."""
+    """A parameter or buffer under one of its names, without wrappers, and under torch's (`raw`).
+
+    The names of a tied tensor share it.
+    """
 
     name: str
     raw: str
@@ -554,7 +559,7 @@ class NamedTensor(NamedTuple):
 
 
 def named_tensors(model: nn.Module) -> list[NamedTensor]:
-    """Return the parameters, then the buffers, in the order of the modules, tied names included."""
+    """List the parameters, then the buffers, in the order of the modules, tied names included."""
     modules = [*_named_modules(model)]
     fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
     for *_, module in modules:
@@ -599,7 +604,7 @@ def _named_modules(model: nn.Module) -> Iterator[NamedModule]:
 
 
 def wrapped_child(module: nn.Module) -> str | None:
-    """Return the name of the child that a wrapper wraps; None if the module is not a wrapper."""
+    """Find the name of the child that a wrapper wraps; None if the module is not a wrapper."""
     for defined_in, name in _WRAPPERS:
         # A class that nobody has imported wraps nothing. A release of torch without the class is an
         # error.
@@ -612,7 +617,7 @@ def wrapped_child(module: nn.Module) -> str | None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside all of its wrappers."""
+    """Find the model inside all of its wrappers."""
     while (child := wrapped_child(model)) is not None:
         model = model.get_submodule(child)
     return model
@@ -626,9 +631,9 @@ def _adapter_names(
     modules: Sequence[NamedModule],
     tensors: Sequence[NamedTensor],
 ) -> dict[str, str]:
-    """Return the names under which PEFT saves and loads adapters' tensors, by torch's names.
+    """Find the names under which PEFT saves and loads adapters' tensors, by torch's names.
 
-    Tensors of several adapters keep torch's names; so do those of prompt learning, which PEFT
+    Tensors of several adapters keep torch's names, as do tensors of prompt learning, which PEFT
     computes when it saves.
     """
     if "peft" not in sys.modules:
@@ -666,8 +671,7 @@ def _names_in_adapter(
     tensors: Sequence[NamedTensor],
     start: str,
 ) -> dict[str, str]:
-    """Return the names in PEFT's state of an adapter, by torch's names, which begin with
-    `start`."""
+    """Find the names in PEFT's state of an adapter, by torch's names, which begin with `start`."""
     from peft import get_peft_model_state_dict
 
     # One tensor object for each name: the identity of a tensor in PEFT's result shows which name
@@ -691,7 +695,7 @@ def _leave_out_wrappers(
     names: dict[str, str],
     modules: Sequence[NamedModule],
 ) -> None:
-    """Leave out of the names those of children that wrappers insert."""
+    """Remove from the names the children that wrappers insert."""
     if not names:
         return
     for _, wrapper, module in reversed(modules):  # the innermost first

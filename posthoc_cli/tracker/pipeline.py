@@ -116,8 +116,8 @@ class Pipeline:
 
     @property
     def progress(self) -> TrainingProgress:
-        """The progress of the training; one update behind if a call was interrupted after it queued
-        its update."""
+        """The progress of the training; one update behind if a call was interrupted after it had
+        queued its update."""
         return max(self._counted, self.tracking.progress, key=lambda progress: progress.step)
 
     @property
@@ -170,8 +170,8 @@ class Pipeline:
             self._counted = progress
 
     def update(self, tensors: ModelTensors, progress: TrainingProgress) -> None:
-        """Take in a model's values, after `wait_for_turn`; raise the error of values that are not
-        finite, if it is known.
+        """Take in a model's values, after `wait_for_turn`; raise the error about values that are
+        not finite, if it is known.
 
         `tensors` must be the same object while the model is unchanged.
         """
@@ -275,8 +275,8 @@ class Pipeline:
         profile: int,
         dtypes: Mapping[str, torch.dtype],
     ) -> dict[str, Tensor]:
-        """Return the last update's average of a profile in these dtypes, and the copies, on the
-        host; raise a NonFiniteError for values that a dtype cannot hold."""
+        """Read a profile's average of the last update in these dtypes, and the copies, on the host;
+        raise a NonFiniteError for values that a dtype cannot hold."""
 
         def work() -> dict[str, Tensor]:
             averages = self.tracking.averages
@@ -293,7 +293,7 @@ class Pipeline:
         return self._updates.call(work)
 
     def read_exactly(self) -> Tracking:
-        """Return the state with an exact copy of the averages on the host."""
+        """Copy the state, with the averages exact, to the host."""
 
         def work() -> Tracking:
             current = self._current()
@@ -395,15 +395,15 @@ class Pipeline:
             self.snapshotter.close()
 
     def _current(self) -> Tracking:
-        """Return the state with all calls counted since the last update; without them if an update
-        is queued."""
+        """Return the state with all calls counted since the last update; without these calls if an
+        update is queued."""
         counted = self.progress
         now = self.tracking
         later = counted.updated == now.progress.updated and counted.step > now.progress.step
         return replace(now, progress=counted) if later else now
 
     def _pool_for(self, layout: Layout) -> ThreadPool:
-        """Return the pool for work on a layout: one thread for accelerators, so that one stream
+        """Choose the pool for work on a layout: one thread for accelerators, so that one stream
         keeps the order."""
         return self._pool if is_on_host(layout) else SINGLE_THREAD
 
@@ -449,7 +449,7 @@ class Pipeline:
         return name
 
     def _sketcher(self, averages: Averages, storage: Storage) -> Sketcher | None:
-        """Return what sketches the path: known from the first update on, or continued; None for the
+        """Find what sketches the path: known from the first update on, or continued; None for the
         path of a model that was divided in another way."""
         sketcher = averages.sketcher
         path = averages.known_path
@@ -465,7 +465,7 @@ class Pipeline:
         return sketcher
 
     def _warn_of_standstill(self, storage: Storage, averages: Averages) -> None:
-        """Warn if the weights are those of the last snapshots."""
+        """Warn if the weights have not changed since the last snapshots."""
         before = self._last_sample
         if averages.sample is None or not storage.sample_size:
             return
@@ -509,13 +509,13 @@ def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 Streams = dict[torch.device, Any]
-# a CUDA event a device: it ends when the work queued before it has
+# one CUDA event for each device, which ends when the work queued before it has ended
 DeviceEvents = tuple[tuple[torch.device, Any], ...]
 
 
 class DeviceStreams:
     """Orders a tracker's threads on accelerators, each in its own streams; `last_events` mark the
-    last update's end."""
+    end of the last update."""
 
     def __init__(self) -> None:
         self.last_events: DeviceEvents = ()

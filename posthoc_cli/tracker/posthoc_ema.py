@@ -9,8 +9,9 @@
     flush, close             ->   (waits for both)
 
 The averages' thread alone changes and reads averages, one job at a time, so that every reader, from
-any thread, sees those of one update; the snapshots' thread alone writes. A call holds the tracker:
-other threads wait for its end, and one from within it, as from a signal handler, is refused."""
+any thread, sees the averages of one update; the snapshots' thread alone writes. A call holds the
+tracker: other threads wait for its end, and a call from within it, as from a signal handler, is
+refused."""
 
 from __future__ import annotations
 
@@ -164,48 +165,47 @@ class PostHocEMA:
         resume: str | int | None = None,
         group: Any = None,
     ) -> PostHocEMA:
-        """Return a tracker for a new run, or with `resume` for an existing one. The first `update_`
+        """Make a tracker for a new run, or with `resume` for an existing one. The first `update_`
         begins to write.
 
         Of replicas in several processes the first one keeps and writes the averages, and the others
-        only count steps; of a sharded model each process keeps and writes its part. `metrics` tells
-        the memory.
+        only count steps; of a sharded model each process keeps and writes its part. `metrics` shows
+        the memory in use.
 
         Arguments:
-            model: the model to track, wrapped or bare: names are those of the bare model.
+            model: the model to track, wrapped or bare; names are the bare model's.
             checkpoint_dir: the directory for the snapshots, created if it is missing. One run per
                 directory.
-            sigma_rels: profiles to track; two reach almost everything between them, see `ema
-                error-plot`.
-            update_every, update_after_step: averages are updated at multiples of the first, after
-                the second.
-            checkpoint_every: snapshots are due at its multiples; it must be a multiple of
-                update_every, whose default of 10 is else reduced to their common divisor, with a
-                warning.
-            max_checkpoints: number of snapshots to keep of each profile, those that matter most;
-                None keeps all.
-            checkpoint_dtype: dtype of stored averages, float32 where values do not fit; None for
-                each parameter's.
+            sigma_rels: profiles to track. Two reach almost every length between them; `ema
+                error-plot` shows how exactly.
+            update_every, update_after_step: averages are updated at the calls that are multiples of
+                the first and come after the second.
+            checkpoint_every: snapshots are due at its multiples. It must be a multiple of
+                `update_every`; the default of 10 is reduced to a common divisor, with a warning.
+            max_checkpoints: number of snapshots to keep of each profile; the least useful ones are
+                removed. None keeps all.
+            checkpoint_dtype: dtype of stored averages, float32 for values that do not fit in it;
+                None for each parameter's own.
             t_unit: the unit of `t`, if you pass your own clock to `update_`.
-            include, exclude: globs on names, such as "decoder.*": only tensors that match the
-                first, also those that require no gradients, and none that match the second. By
-                default all that require gradients.
-            buffers: "statistics" to average BatchNorm's running statistics and copy other buffers,
-                with their values at the time of the average; "copy" all of them; or "average"
-                floating-point ones like parameters.
-            device: "model" for averages on the parameters' devices, updated by the training thread;
-                "cpu" for averages on the host, updated by background threads; None for "cpu" on
-                accelerators.
-            resume: "auto" to continue the directory's run, if it holds one, from the newest
-                snapshots at whose time the network had the weights that the model has now, exactly
-                or as float16 or bfloat16; for other weights the first `update_` raises an error,
-                unless `load_state_dict` was called. A number to continue from the snapshots of
-                that call of `update_`; other weights are a warning. 0 to begin anew, with the
-                directory's snapshots set aside at the first `update_`. None for a new run. With
-                `resume` an earlier tracker of the directory in this process is closed first, which
-                writes a snapshot of its model's weights, so that a notebook's cell continues.
+            include, exclude: globs on names, such as "decoder.*". Only tensors that match the
+                first are tracked, even if they require no gradients, and none that match the
+                second. By default all that require gradients.
+            buffers: "statistics" averages BatchNorm's running statistics and copies other buffers
+                as they are at the time of the average; "copy" copies all buffers; "average"
+                averages floating-point buffers like parameters.
+            device: "model" keeps averages on the parameters' devices, where the training thread
+                updates them; "cpu" on the host, where background threads do. None means "cpu" for
+                models on accelerators.
+            resume: "auto" continues the run in the directory, if there is one, from the newest
+                snapshots at whose time the network had the model's present weights, exactly or as
+                float16 or bfloat16; for other weights the first `update_` raises an error, unless
+                `load_state_dict` was called. A number continues from the snapshots of that call of
+                `update_`, and warns about other weights. 0 begins anew: the first `update_` sets
+                the directory's snapshots aside. None begins a new run. With `resume` an earlier
+                tracker of the directory in this process is closed first, and writes a snapshot of
+                its model's weights, so that a notebook's cell can be run again.
             group: the torch.distributed group of the processes that make this tracker; by default
-                that of the model's DistributedDataParallel, else all.
+                the group of the model's DistributedDataParallel, else all processes.
 
         Raises:
             InvalidValueError: (a ValueError) naming the argument and what would be accepted.
@@ -239,13 +239,13 @@ class PostHocEMA:
         device: str | None = None,
         group: Any = None,
     ) -> PostHocEMA:
-        """Return a tracker of the run in a directory, with its settings: to synthesize from, or to
+        """Make a tracker of the run in a directory, with its settings: to synthesize from, or to
         continue tracking.
 
         Tracking continues as with `resume="auto"` of `from_model`, or from the snapshots of a
-        `step`; later ones are moved to the folder `superseded` at the first `update_`. The model's
-        tensors are checked against the snapshots. The call waits for due snapshots of other
-        trackers of this process.
+        `step`. The first `update_` moves later snapshots to the folder `superseded`. The model's
+        tensors are checked against the snapshots. The call waits for snapshots that other trackers
+        of this process still have to write.
         """
         directory = check_path(checkpoint_dir)
         if model is not None:
@@ -311,7 +311,7 @@ class PostHocEMA:
         return Run(self.checkpoint_dir)
 
     def tracks(self, model: nn.Module) -> bool:
-        """Return whether `model`, wrapped or bare, is the one that this tracker has taken updates
+        """Return whether `model`, wrapped or bare, is the model that this tracker has taken updates
         from."""
         has_taken = self.step > 0 and not self._pipeline.tracking.resumes
         return has_taken and self._tracked_model() is unwrapped(check_model(model))
@@ -327,8 +327,8 @@ class PostHocEMA:
         """Count a training step of the model, wrapped or bare. Call it after every optimizer step.
 
         `t` is the training time on your own clock (images, tokens), larger at every call; or None
-        at every call. An error of the first call, such as another writer, means that the call has
-        no effect.
+        at every call. If the first call fails, as when another process is writing to the directory,
+        it has no effect.
 
         Raises:
             NonFiniteError, ModelMismatchError: a parameter holds nan or infinity, or the model has
@@ -377,9 +377,9 @@ class PostHocEMA:
         with.
 
         A step that a GradScaler skips does not count. `optimizer.step()` raises the errors of
-        `update_`. Of several optimizers take the one that steps last. `t` returns the training time
-        on your own clock, such as `lambda: images_seen`. The handle's `remove()` detaches the
-        tracker, as `detach()` does.
+        `update_`. If you have several optimizers, attach to the one that steps last. `t` returns
+        the training time on your own clock, such as `lambda: images_seen`. `remove()` of the
+        returned object detaches the tracker, as `detach()` does.
         """
         self._pipeline.check_open()
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -423,12 +423,12 @@ class PostHocEMA:
 
     @not_compiled
     def snapshot(self) -> None:
-        """Write a snapshot of every profile now unless the newest ones hold this call; wait until
-        it is durable.
+        """Write a snapshot of every profile now, unless the newest snapshots hold this call, and
+        wait until it is durable.
 
         Call it when you save a checkpoint of the model, so that `resume="auto"` can continue from
         that checkpoint. Between two updates it takes in the model's weights first. It is thinned
-        as any other.
+        like any other snapshot.
         """
         with self._call("snapshot"):
             self._pipeline.check_open()
@@ -467,10 +467,11 @@ class PostHocEMA:
     ) -> dict[str, float]:
         """Return figures for a logger, without computing on tensors, and without waiting.
 
-        `step` and `t`; `bytes`, the memory on all devices; of the last snapshots `snapshot_bytes`,
-        `snapshot_seconds` of writing in the background, and `snapshot_waited`, seconds that
-        training waited before; and for each of these lengths or targets that the run is long enough
-        for `predicted_error_0.15`, at the newest snapshot.
+        They are `step` and `t`; `bytes`, the memory on all devices; `snapshot_bytes` and
+        `snapshot_seconds`, the size of the last snapshots and the time to write them in the
+        background; `snapshot_waited`, the seconds that training waited before; and for each given
+        length or target for which the run is long enough `predicted_error_0.15`, at the newest
+        snapshot.
         """
         targets = {target.label: target for target in as_targets(sigma_rels)}
         figures = {"step": float(self.step), "t": self.t}
@@ -496,11 +497,11 @@ class PostHocEMA:
         """Give the model averaged weights, in eval mode, for a `with` block.
 
         A tracked length, without `t` or `step`, is the current average: exact, and from memory.
-        Others are made of snapshots, at the time of the newest; the object says `t`, once it is
-        entered. After the block weights, buffers, train or eval mode
-        and gradients are as before, also on an error. Meanwhile the model's raw weights are kept in
+        Other averages are made of snapshots, at the time of the newest; the block's object says
+        this time, `t`, once it is entered. After the block weights, buffers, train or eval mode and
+        gradients are as before, also on an error. Meanwhile the model's raw weights are kept in
         host memory. The weights take the model's dtypes. A second block of the same model is
-        refused. The arguments are those of `state_dict`.
+        refused. The arguments are as for `state_dict`.
 
         In a group of processes all make the call, between the same two calls of `update_`; an error
         in one is raised in all. Each fills the chunks that it holds.
@@ -524,8 +525,8 @@ class PostHocEMA:
         model: Module,
         sigma_rels: Wanted | Sequence[Wanted],
     ) -> dict[str, AbstractContextManager[Module]]:
-        """Return by label ("0.15", "decay-linear-20%") blocks like that of `model`, each made when
-        it is entered.
+        """Make a block as `model` does for each length, by label ("0.15", "decay-linear-20%"). Each
+        average is made when its block is entered.
 
         Targets that cannot be made yet, such as a window of more steps than the run has, are left
         out, with a warning. In a group of processes all make the call, and enter the blocks in
@@ -582,22 +583,21 @@ class PostHocEMA:
         dtype: Dtype = None,
         method: str | None = None,
     ) -> Weights | dict[str, Any]:
-        """Return averaged weights, copies by name on the CPU with their `t` and `predicted_error`;
-        or the tracker's own state.
+        """Return averaged weights, copied to the CPU, by name, with their `t` and
+        `predicted_error`; or the tracker's own state.
 
-        Without `sigma_rel` it is that state: save it in your training checkpoint; `load_state_dict`
-        continues from it exactly. In processes that keep no averages it is empty. For a sharded
-        model all processes make the call, and each gets the chunks that it owns, as DTensors in
-        host memory, which torch.distributed.checkpoint reshards.
+        Without `sigma_rel` it returns the state. Save it in your training checkpoint;
+        `load_state_dict` continues from it exactly. In processes that keep no averages the state is
+        empty. For a sharded model all processes make the call, and each gets the chunks that it
+        owns, as DTensors in host memory, which torch.distributed.checkpoint reshards.
 
         Arguments:
             sigma_rel: length of the average, in (0, 0.2887); or another target, such as
                 `targets.Beta(0.9999)`, or its text form, "beta:0.9999"; or any object with a
                 function `tail`.
-            t, step: time of the average, or its number of calls; by default now for a tracked
-                length, else the time of the newest snapshots.
-            dtype, method: dtype of the averages, by default each parameter's own; the solver,
-                "minvar" or "paper".
+            t, step: time of the average, or its number of calls. By default a tracked length is
+            taken now, any other at the time of the newest snapshots. dtype, method: dtype of the
+            averages, by default each parameter's own; and the solver, "minvar" or "paper".
         """
         asked = {"t": t, "step": step, "dtype": dtype, "method": method}
         if sigma_rel is None:
@@ -623,12 +623,12 @@ class PostHocEMA:
         step: int | None = None,
         method: str | None = None,
     ) -> None:
-        """Fill a model with averaged weights permanently. The arguments are those of `model`.
+        """Fill a model with averaged weights permanently. The arguments are as for `model`.
 
         Parameters stay the same objects, so that the optimizer keeps its state, and later updates
         average the new weights: between two training steps this is the switch of Switch EMA. An
-        error leaves the model unchanged, as that of a call within a block of `model`, whose end
-        would undo it.
+        error leaves the model unchanged. A call within a block of `model` is such an error: the end
+        of the block would undo it.
         """
         _check_raw(check_model(model), "load_into")
         asked = {"t": t, "step": step, "method": method}
@@ -655,9 +655,9 @@ class PostHocEMA:
         changes nothing.
 
         Later snapshots move to the folder `superseded`. This tracker's settings hold, such as
-        another `update_every`, or fewer `sigma_rels`. Load the model's weights first: others than
-        the network had then are a warning. For a sharded model all processes make the call, also
-        with a state of complete tensors.
+        another `update_every`, or fewer `sigma_rels`. Load the model's weights first: weights other
+        than the network had then are a warning. For a sharded model all processes make the call,
+        also with a state of complete tensors.
         """
         with self._call("load_state_dict"):
             self._pipeline.check_open()
@@ -763,12 +763,13 @@ class PostHocEMA:
     # --- one call of `update_`
 
     def _call(self, name: str) -> AbstractContextManager[Any]:
-        """Return a block that holds the tracker for the time of a call."""
+        """Make a block that holds the tracker for the time of a call."""
         self._pipeline.check_process()
         return self._lock.hold(name)
 
     def _check_kind(self, model: nn.Module) -> None:
-        """Raise a ModelMismatchError for another model, of other tensors, at its first call."""
+        """Raise a ModelMismatchError at the first call with another model, which has other
+        tensors."""
         bare = unwrapped(model)
         if self._checked() is not bare:
             self._watch.check(model, self._pipeline.tracking.tracked)
@@ -779,7 +780,7 @@ class PostHocEMA:
         self._note_error()
         if self._start.refusal is not None and self._pipeline.tracking.resumes:
             if self._members.keeps and self._members.rank == 0:
-                # snapshots of no known weights may be those of another training that still runs
+                # snapshots of unknown weights may belong to another training that still runs
                 DirectoryLock(self.checkpoint_dir).release()
             raise self._start.refusal
         self._is_filled = False
@@ -935,7 +936,7 @@ class PostHocEMA:
         return pack_state(tracking, group.from_first(read_info), self._chunked_model())
 
     def _present_weights(self, group: Group) -> tuple[float, ...]:
-        """Return the network's sampled weights at the last call; empty if they are unknown."""
+        """Read the network's sampled weights at the last call; empty if they are unknown."""
         now = self._pipeline.tracking
         model = self._tracked_model()
         if not self._pipeline.progress.updated:
@@ -958,8 +959,8 @@ class PostHocEMA:
         length: Wanted,
         given: Mapping[str, Any],
     ) -> tuple[Group, Weights]:
-        """Return the processes that make a call, and the average; of a sharded `model` the chunks
-        in this process."""
+        """Make an average, in the processes that make the call; of a sharded `model` the chunks in
+        this process."""
         asked = {name: value for name, value in given.items() if value is not None}
         group = self._callers(asked)
         if not group.from_first(lambda: self.has_average):
@@ -986,7 +987,7 @@ class PostHocEMA:
         length: Wanted,
         asked: Mapping[str, Any],
     ) -> int | None:
-        """Return the index of the tracked length that is wanted at the present time, else None."""
+        """Find the index of the tracked length that is wanted at the present time, else None."""
         sigma_rel = as_target(length).sigma_rel
         if sigma_rel is None or self._pipeline.tracking.resumes or {"t", "step"} & asked.keys():
             return None
@@ -996,7 +997,7 @@ class PostHocEMA:
         return None
 
     def _from_memory(self, profile: int, dtype: Dtype) -> Weights:
-        """Return a tracked average as it is now, rounded once; of a sharded model this process's
+        """Read a tracked average as it is now, rounded once; of a sharded model this process's
         part."""
         if not self.keeps_averages:
             reason = "this process keeps no averages, the first one of its group does"
@@ -1022,7 +1023,7 @@ class PostHocEMA:
         profile: int | None,
         asked: Mapping[str, Any],
     ) -> Weights:
-        """Return the chunks in this process of an average of a sharded model."""
+        """Make the chunks in this process of an average of a sharded model."""
         tracked = self._pipeline.tracking.tracked
         tensors = group.together(lambda: averaged.index_chunks(model, tracked))
         members: Any = self._members
@@ -1047,7 +1048,7 @@ class PostHocEMA:
         )
 
     def _to_read(self) -> list[Snapshot]:
-        """Return the run's durable snapshots, at least one."""
+        """List the run's durable snapshots, at least one."""
         self._flush()
         stored = self._read_stored()
         if not stored:
@@ -1056,8 +1057,8 @@ class PostHocEMA:
         return stored
 
     def _read_stored(self) -> list[Snapshot]:
-        """Return the run's snapshots on disk, up to the step from which it is to resume; none if
-        the directory belongs to another run."""
+        """Read the run's snapshots on disk, up to the step from which it is to resume; none if the
+        directory belongs to another run."""
         last = self._start.step if self._pipeline.tracking.resumes else None
         snapshots = find_snapshots(self.checkpoint_dir)
         if last is not None:
@@ -1065,7 +1066,7 @@ class PostHocEMA:
         return [snapshot for snapshot in snapshots if snapshot.run_id == self.run_id]
 
     def _callers(self, asked: Mapping[str, Any]) -> Group:
-        """Return the processes that make a call for averages, after checking its options."""
+        """Find the processes that make a call for averages, after checking its options."""
         check_method(asked.get("method"))
         parse_dtype(asked.get("dtype"))
         return self._members.callers(is_tracking=not self._pipeline.tracking.resumes)
@@ -1083,7 +1084,7 @@ class PostHocEMA:
         call: str,
         default: nn.Module | None = None,
     ) -> nn.Module:
-        """Return the same model, which a call needs."""
+        """Return the model that this tracker was made with, which a call needs."""
         model = self._tracked_model(default)
         if model is None:
             raise NotReadyError(call, "the model that this tracker was made with no longer exists")

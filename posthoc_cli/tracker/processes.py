@@ -1,9 +1,7 @@
 """Models that several processes train: which chunk of a tensor each process averages, and the calls
-that they make together.
-
-Those of a sharded model meet when their trackers are made, to agree on the owners of its chunks,
-and at the first update, where the first process takes the directory; replicas meet when averaged
-weights are asked for.
+that they make together. The processes of a sharded model meet when their trackers are made, to
+agree on the owners of its chunks, and at the first update, where the first process takes the
+directory; replicas meet when averaged weights are asked for.
 """
 
 from __future__ import annotations
@@ -47,15 +45,15 @@ def is_fully_sharded(module: nn.Module) -> bool:
 
 
 def reshard(model: nn.Module) -> None:
-    """Restore the sharded parameters of a `fully_shard` model: a forward pass without backward
-    leaves some complete."""
+    """Restore the sharded parameters of a `fully_shard` model: a forward pass without a backward
+    pass leaves some complete."""
     for module in filter(is_fully_sharded, model.modules()):
         module.reshard()  # type: ignore[operator]
 
 
 @torch.no_grad()
 def local_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return the part of each tensor that this process holds: the same objects each time, as
+    """Find the part of each tensor that this process holds: the same objects each time, as
     gradients are off."""
     parts = []
     for tensor in tensors:
@@ -64,7 +62,7 @@ def local_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def held_part(tensor: Tensor) -> Tensor:
-    """Return the elements of a tensor that this process holds, sharing their memory."""
+    """Find the elements of a tensor that this process holds, sharing their memory."""
     if not is_sharded(tensor):
         return tensor
     part, _ = held_box("", tensor)
@@ -72,8 +70,8 @@ def held_part(tensor: Tensor) -> Tensor:
 
 
 def held_box(name: str, tensor: Tensor) -> tuple[Tensor, Box]:
-    """Return the elements of a tensor that this process holds, sharing their memory, and their box
-    in the tensor."""
+    """Find the elements of a tensor that this process holds, sharing their memory, and their box in
+    the tensor."""
     if not is_sharded(tensor):
         return tensor.detach(), Box.full(tuple(tensor.shape))
     dtensor: Any = tensor
@@ -94,12 +92,12 @@ def held_box(name: str, tensor: Tensor) -> tuple[Tensor, Box]:
 
 
 def _check_strided(name: str, dtensor: Any, axis: int) -> None:
-    """Raise an InvalidValueError if a process's rows are apart."""
+    """Raise an InvalidValueError if a process holds several pieces of a dimension."""
     mesh = dtensor.device_mesh
     placement = dtensor.placements[axis]
     dim = placement.dim
-    processes = 1  # that share the dimension
-    inner = 1  # those of the mesh's later axes
+    processes = 1  # ranks that share the dimension
+    inner = 1  # ranks of the mesh's later axes
     for other_axis, other in enumerate(dtensor.placements):
         if getattr(other, "dim", None) == dim:
             size = mesh.size(other_axis)
@@ -119,8 +117,8 @@ def _check_strided(name: str, dtensor: Any, axis: int) -> None:
 
 
 def as_dtensor(local: Tensor, like: Tensor) -> Tensor:
-    """Return a DTensor in host memory of this process's part, sharded as `like` is; `local` if
-    `like` is not."""
+    """Make a DTensor in host memory of this process's part, sharded as `like` is; return `local` if
+    `like` is not sharded."""
     if not is_sharded(like):
         return local
     sharded: Any = like
@@ -164,7 +162,7 @@ class Group:
         return values
 
     def together(self, work: Callable[[], Result]) -> Result:
-        """Return the result of work in every process; if one fails, all raise its error or a
+        """Do work in every process, and return its result; if one fails, all raise its error or a
         RankError with it.
 
         If nothing else went wrong in any of them, all raise a VanishedError: they may try again.
@@ -190,7 +188,7 @@ class Group:
         raise failure
 
     def from_first(self, work: Callable[[], Result]) -> Result:
-        """Do work in the first process; return its result in every process, or raise errors as
+        """Do work in the first process, and return its result in every process, or raise errors as
         `together` does."""
         if self.is_alone:
             return work()
@@ -230,7 +228,7 @@ class Group:
 
 
 def _describe(error: BaseException) -> str:
-    """Return the message of an error, with its type unless it is this package's."""
+    """Put an error into words, with its type unless it is this package's."""
     return str(error) if isinstance(error, PostHocError) else f"{type(error).__name__}: {error}"
 
 
@@ -238,7 +236,7 @@ THIS_PROCESS = Group()
 
 
 def find_group(model: nn.Module, processes: Any = None) -> Group:
-    """Return the processes that track a model: those of the torch group that is given, or of its
+    """Find the processes that track a model: the given torch group, or the group of its
     DistributedDataParallel, or all."""
     if not dist.is_initialized():
         return THIS_PROCESS
@@ -256,8 +254,8 @@ def find_group(model: nn.Module, processes: Any = None) -> Group:
 
 
 class Members:
-    """The processes that track one model, of which each has all: one keeps averages and writes,
-    others count."""
+    """The processes that track one model. Each has the whole model: one keeps averages and writes,
+    the others count."""
 
     is_chunked = False  # whether each process keeps chunks of the averages, see `ShardOwners`
 
@@ -276,8 +274,7 @@ class Members:
         self.mesh: dict[str, Any] = {}  # the processes' arrangement, as a snapshot's header has it
 
     def owned(self, names: Set[str]) -> Set[str]:
-        """Return those of the model's tensors that this process averages and writes, or has a chunk
-        of."""
+        """Select the model's tensors that this process averages and writes, or has a chunk of."""
         return names
 
     def check_model(self, also_missing: bool = False) -> None:
@@ -291,11 +288,11 @@ class Members:
         time."""
 
     def keepers(self) -> Group:
-        """Return the processes that keep averages, all of which make a call."""
+        """Find the processes that keep averages, all of which make a call."""
         return THIS_PROCESS
 
     def callers(self, is_tracking: bool) -> Group:
-        """Return the processes that make a call for averages; this one before it tracks."""
+        """Find the processes that make a call for averages; this process alone before it tracks."""
         if not (is_tracking and dist.is_initialized()):
             return THIS_PROCESS
         if self._notes is not None:
@@ -312,8 +309,8 @@ def _store(name: str) -> PrefixStore:
 
 
 class Notes:
-    """What each process has noted of its tracker of a directory, in torch's store: it is read
-    without waiting, and a collective would wait for a process that has none."""
+    """What each process has noted of its tracker of a directory, in torch's store, which is read
+    without waiting: a collective would wait for a process that has no tracker."""
 
     def __init__(
         self, group: Group, directory: Path, shapes: Mapping[str, tuple[int, ...]]
@@ -325,7 +322,8 @@ class Notes:
         self._store.set(str(group.rank), self._tensors)
 
     def check(self, also_missing: bool) -> None:
-        """Raise a RankError for a process whose model has other tensors, or that has no tracker."""
+        """Raise a RankError for a process whose model has other tensors, or, with `also_missing`,
+        that has no tracker."""
         if not dist.is_initialized():
             return
         for rank in self._ranks:
@@ -414,7 +412,7 @@ class ShardOwners(Members):
             self.part = owners.index(own_rank) + 1, len(owners)
 
     def owned(self, names: Set[str]) -> Set[str]:
-        """Return the tensors whose chunk this process owns, and those that did not exist when the
+        """Select the tensors whose chunk this process owns, and tensors that did not exist when the
         processes met."""
         return self._owned | (names - self.names)
 
@@ -444,7 +442,7 @@ class ShardOwners(Members):
 
 
 class _Presence(NamedTuple):
-    """What a process tells the others when those of a sharded model meet."""
+    """What a process tells the others when the processes of a sharded model meet."""
 
     options: Mapping[str, str]
     digests: Sequence[str]  # each identifies a chunk that the process holds, in all processes
@@ -455,7 +453,7 @@ class _Presence(NamedTuple):
 
 
 def _chunk_digests(tracked: Any) -> dict[str, str]:
-    """Return the digest of each chunk of a TrackedModel in this process that may have an owner."""
+    """Compute the digest of each chunk of a TrackedModel in this process that may have an owner."""
     digests = {}
     for name, box in tracked.boxes.items():
         shape = tracked.shapes[name]
@@ -465,7 +463,7 @@ def _chunk_digests(tracked: Any) -> dict[str, str]:
 
 
 def _largest_mesh(model: nn.Module) -> dict[str, Any]:
-    """Return the arrangement of the processes, as a snapshot's header has it."""
+    """Describe the arrangement of the processes, as a snapshot's header has it."""
     meshes: list[Any] = []
     for parameter in model.parameters():
         mesh = getattr(parameter, "device_mesh", None)

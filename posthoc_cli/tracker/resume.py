@@ -88,8 +88,8 @@ class Start:
         resume: str | int | None,
         group: Any = None,
     ) -> Start:
-        """Return the start of a new run, or with `resume`, see `PostHocEMA.from_model`, of the run
-        in the directory."""
+        """Make the start of a new run, or with `resume`, see `PostHocEMA.from_model`, of the run in
+        the directory."""
         step = _checked_step(resume)
         stored: Sequence[Snapshot] = []
         if step:
@@ -129,8 +129,8 @@ class Start:
         step: int | None,
         group: Any = None,
     ) -> Start:
-        """Return the start at a call, or at the newest snapshots, of the run in a directory, with
-        its settings."""
+        """Make the start at a call, or at the newest snapshots, of the run in a directory, with its
+        settings."""
         stored = read_directory(directory)
         sigma_rels = stored[-1].sigma_rels
         stored = [*_until(stored, step)]
@@ -151,10 +151,10 @@ class Start:
         return start
 
     def look(self, model: nn.Module, stored: Sequence[Snapshot]) -> None:
-        """Compare the model's weights with those that the network had at the times of snapshots.
+        """Compare the model's weights with the network's at the times of snapshots.
 
-        Without a step choose the newest time at which they were the same; warn if they are others
-        than at a given one.
+        Without a step choose the newest time at which they were the same; with a step warn if they
+        are others.
         """
         tracking = self.tracking
         group = tracking.tracked.members.keepers()
@@ -221,7 +221,7 @@ def warn_of_other_weights(directory: Path, step: int) -> None:
 
 
 def sample_of_all(group: Group, own: Mapping[int, float]) -> Floats:
-    """Return the values of a sample, of which each process has some by number."""
+    """Collect the values of a sample, of which each process has some, by number."""
     sample = ChainMap(*group.from_all(dict(own)))
     values = [sample[number] for number in sorted(sample)]
     return np.array(values, np.float32)
@@ -231,7 +231,7 @@ def sample_of_all(group: Group, own: Mapping[int, float]) -> Floats:
 
 
 def _checked_step(resume: str | int | None) -> int | None:
-    """Return the call to resume from; None for the newest one that fits, or a new run."""
+    """Check the call to resume from; None for the newest one that fits, or a new run."""
     if resume in (None, "auto"):
         return None
     if isinstance(resume, bool | str):
@@ -242,7 +242,7 @@ def _checked_step(resume: str | int | None) -> int | None:
 
 
 def _checked_settings(settings: Settings, newest: Snapshot, directory: Path) -> Settings:
-    """Return the settings with which a run continues from its newest snapshot."""
+    """Make the settings with which a run continues from its newest snapshot."""
     if newest.t_unit != settings.t_unit:
         reason = f"the run in {directory} counts {quote(newest.t_unit)}"
         raise InvalidValueError("t_unit", reason, value=f"{settings.t_unit!r}")
@@ -263,7 +263,7 @@ def _check_names(model: nn.Module, selection: Selection) -> None:
 
 
 def check_path(path: str | Path) -> Path:
-    """Return an absolute path, since the working directory may change later."""
+    """Make a path absolute, since the working directory may change later."""
     given = files.check_path("checkpoint_dir", path)
     try:
         absolute = given.absolute()
@@ -307,8 +307,8 @@ def _with_members(
     directory: Path,
     group: Group,
 ) -> Tracking:
-    """Return `tracking` with the processes of the model; of a sharded one this process's part,
-    after they have met."""
+    """Give `tracking` the processes of the model; of a sharded model, after they have met, this
+    process's part."""
     if not tensors.tracked.is_sharded:
         notes = None if group.is_alone else Notes(group, directory, tensors.tracked.shapes)
         members = Members(group, notes)
@@ -329,7 +329,7 @@ def _with_members(
 
 
 def ways_to_resume(step: int) -> str:
-    """Return the ways to resume a run, or to begin another, for the hints of errors."""
+    """List the ways to resume a run, or to begin another, for the hints of errors."""
     return (
         "to continue, load the checkpoint's weights into the model, then call from_model(..., "
         f"resume='auto'); or pass resume={step}, whatever the weights; for a new run pass "
@@ -341,7 +341,8 @@ def ways_to_resume(step: int) -> str:
 
 
 def _is_beginning(stored: Sequence[Snapshot], settings: Settings) -> bool:
-    """Return whether all that a run has written are some of the snapshots of its first time."""
+    """Return whether a run has written nothing but snapshots of its first time, and perhaps not all
+    of these."""
     schedule = settings.schedule
     is_first = stored[-1].step <= schedule.update_after_step + schedule.checkpoint_every
     return is_first and len(stored) < len(settings.sigma_rels)
@@ -351,7 +352,7 @@ def _complete(
     stored: Sequence[Snapshot],
     sigma_rels: Sequence[float],
 ) -> list[Snapshot]:
-    """Return the snapshots of the times that have one of each profile."""
+    """Select the snapshots of the times that have one of each profile."""
     profiles: dict[float, set[float]] = defaultdict(set)
     for snapshot in stored:
         profiles[snapshot.t].add(snapshot.sigma_rel)
@@ -363,7 +364,7 @@ def _until(
     step: int | None,
     argument: str = "step",
 ) -> Sequence[Snapshot]:
-    """Return the snapshots up to a call, which must have one; all for None. Errors name
+    """Select the snapshots up to a call, which must have one; all for None. Errors name
     `argument`."""
     if step is None and snapshots:
         return snapshots

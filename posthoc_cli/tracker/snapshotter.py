@@ -84,8 +84,8 @@ def headers(
     path: PathSketch | None,
     measured: Sequence[tuple[Measurements | None, str]],
 ) -> list[Snapshot]:
-    """Return the headers of snapshots of a state's averages, one a profile, from the measurements
-    and the sample of each."""
+    """Make the headers of snapshots of a state's averages, one for each profile, from the
+    measurements and the sample of each."""
     averages = state.averages
     standing = averages.standing
     tracked = state.tracked
@@ -129,8 +129,8 @@ class Snapshotter:
     """The one writer of a directory, from its construction until `close`; makes the directory if it
     is missing.
 
-    Of several processes each writes a part of every snapshot; that of rank 0 has the directory's
-    lock, and thins.
+    Of several processes each writes a part of every snapshot; rank 0 holds the directory's lock,
+    and thins.
     """
 
     def __init__(
@@ -256,7 +256,7 @@ class Snapshotter:
         return sum(entry.nbytes for entry in entries.values())
 
     def _complete(self) -> list[Snapshot]:
-        """Return the complete snapshots, of those that this process has written, or has written a
+        """Find the complete snapshots among those that this process has written, or has written a
         part of."""
         if not self._members.is_chunked:
             return self._stored
@@ -295,8 +295,8 @@ class Snapshotter:
 
 
 def _clean(directory: Path, lock: LockFile) -> None:
-    """Remove what an interrupted training has left: its parts, and those of this one, could look
-    like one snapshot."""
+    """Remove what an interrupted training has left: its parts, together with parts of this
+    training, could look like one snapshot."""
     remove_leftovers(directory, lock)
     for folder, parts in inspect_directory(directory).incomplete.items():
         log.warning("%s: has %s, left by an interrupted training, and is removed", folder, parts)
@@ -304,7 +304,7 @@ def _clean(directory: Path, lock: LockFile) -> None:
 
 
 def make_entries(tensors: Mapping[str, Tensor]) -> dict[str, Entry]:
-    """Return the entries of tensors that are stored as they are."""
+    """Make the entries of tensors that are stored as they are."""
     entries = {}
     for name, tensor in tensors.items():
         dtype = stored_name(tensor.dtype, name)
@@ -321,7 +321,7 @@ def _is_of_earlier_session(path: Path, session: int) -> bool:
 
 
 class Storage:
-    """How averages of a layout are stored, and which of their elements are measured, or are of a
+    """How averages of a layout are stored, and which of their elements are measured, or belong to a
     snapshot's sample."""
 
     def __init__(
@@ -378,7 +378,7 @@ class Storage:
             self.memory.append(FlatTensors(self.stored, pinned))
 
     def in_order(self, buffers: Sequence[Tensor]) -> Values:
-        """Return the values of a snapshot's sample in float32, in the sample's order."""
+        """Sort the values of a snapshot's sample into the sample's order, in float32."""
         values = np.empty(len(self._order), np.float32)
         with np.errstate(over="ignore"):  # values that float32 cannot hold become infinite
             values[self._order] = joined(buffers)
@@ -412,8 +412,8 @@ class StagedAverage:
         out.copy_(exact, non_blocking=True)
 
     def finish(self, averages: Averages, index: int) -> None:
-        """Decide what is stored otherwise of the average of that index, when all tiles have been
-        taken."""
+        """Decide which tensors of the average with this index are stored otherwise, when all tiles
+        have been taken."""
         storage = self.storage
         norms = read_numbers(self._norms, self._tiles)
         doubtful = _outside(storage, norms)
@@ -462,7 +462,7 @@ def _outside(
     storage: Storage,
     norms: Sequence[float],
 ) -> set[str]:
-    """Return the tensors of tiles whose norm the storage dtype cannot hold."""
+    """Find the tensors of tiles whose norm the storage dtype cannot hold."""
     names = set[str]()
     ranges = find_ranges(storage.layout)
     tiles = tile_buckets(storage.layout)
@@ -474,7 +474,7 @@ def _outside(
 
 
 def _rounding(storage: Storage, measured: Sequence[Tensor]) -> FloatArray:
-    """Return the squared rounding error of each measured tensor in the storage dtype."""
+    """Compute the squared rounding error of each measured tensor in the storage dtype."""
     rounded = []
     for values, bucket in zip(measured, storage.stored, strict=True):
         rounded.append(values.to(bucket.dtype).to(values.dtype))
@@ -487,8 +487,8 @@ def _stored_exactly(
     index: int,
     doubtful: set[str],
 ) -> dict[str, Tensor]:
-    """Return running statistics, and those of the doubtful weights that the storage dtype cannot
-    hold."""
+    """Read what is stored exactly: running statistics, and the doubtful weights that the storage
+    dtype cannot hold."""
     others = {}
     for name in storage.places:
         if name in storage.weights and name not in doubtful:

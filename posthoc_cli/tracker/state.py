@@ -80,12 +80,12 @@ def pack_state(
     info: StateInfo,
     model: nn.Module | None,
 ) -> dict[str, Any]:
-    """Return the state as a dict of tensors, numbers, strings and lists;
+    """Pack the state into a dict of tensors, numbers, strings and lists;
     `torch.load(weights_only=True)` reads it.
 
     Averages have their sigma_rel as key. Before the first update the tensors are zeros, for loaders
-    that fill those of a fresh object's state, such as torch.distributed.checkpoint. Of a sharded
-    `model` owned chunks are DTensors.
+    that fill a fresh object's state, such as torch.distributed.checkpoint. Owned chunks of a
+    sharded `model` are DTensors.
     """
     averages = state.averages
     if not averages.exist:
@@ -113,7 +113,7 @@ def pack_state(
 
 
 def zero_averages(sigma_rels: tuple[float, ...], tracked: TrackedModel) -> Averages:
-    """Return averages before the first update, in host memory."""
+    """Make averages before the first update, in host memory."""
     averaged = {}
     for name, dtype in tracked.dtypes(copied=False).items():
         averaged[name] = torch.empty(tracked.boxes[name].shape, dtype=dtype, device="meta")
@@ -134,9 +134,9 @@ def unpack_state(
     """Check a state against the tracker that is to continue from it, and load it one tensor after
     the other.
 
-    Return also the network's sampled weights. Profiles that only the state has are dropped; one
-    that only the tracker has cannot begin in mid-run. In a group of processes each takes the chunks
-    that it owns, also from complete tensors.
+    Return also the network's sampled weights. Profiles that only the state has are left out; a
+    profile that only the tracker has cannot begin in mid-run. In a group of processes each takes
+    the chunks that it owns, also from complete tensors.
     """
     info = read_info(state)
     if info.t_unit != settings.t_unit:
@@ -191,7 +191,7 @@ def _fill(
 
 
 def read_info(state: Any) -> StateInfo:
-    """Return the numbers and texts of a state; raise an InvalidValueError for another object."""
+    """Read the numbers and texts of a state; raise an InvalidValueError for another object."""
     version = state.get("version") if isinstance(state, Mapping) else None
     if isinstance(state, Mapping) and version is None:
         names = list_first(map(quote, state), 3) or "nothing"
@@ -216,7 +216,7 @@ def _own_part(
     tracked: TrackedModel,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return the part of a tensor of a state that this process owns, after checking it."""
+    """Read the part of a tensor of a state that this process owns, and check it."""
     subject = f"tensor {name!r}"
     stored = tensors[name]
     shape = list(tracked.shapes[name])
