@@ -99,8 +99,10 @@ def find_container(path: Path) -> Container | None:
 
 
 def read_leaves(file: OpenedFile) -> Leaves:
-    """Read what a file holds; raise UnsuitableError for a file of another framework. A file of an
-    unknown kind is read as a pickle, whose reader says what is wrong with it."""
+    """Read what a file holds; raise UnsuitableError for a file of another framework.
+
+    A file of an unknown kind is read as a pickle, whose reader says what is wrong with it.
+    """
     row = container_by_name(file.path.name)
     if row is None:
         return read_tensors(file)

@@ -86,7 +86,7 @@ class Directory:
 
     path: Path
     entries: tuple[Path, ...] = ()  # sorted
-    # Each file, and each folder named as a snapshot, with the files to read.
+    # Each file, and each folder with the name of a snapshot, with the files to read.
     candidates: Mapping[Path, Sequence[Path]] = field(default_factory=dict)
     # temporary files of interrupted writes, or of writes in progress
     leftovers: Sequence[Path] = ()
@@ -94,7 +94,7 @@ class Directory:
     # unreadable headers, and snapshots that contradict each other
     problems: Sequence[PostHocError] = ()
     notes: Sequence[str] = ()  # lines about unusual entries
-    # folders that lack parts, with those they have
+    # folders that lack parts, with the parts that they have
     incomplete: Mapping[Path, str] = field(default_factory=dict)
 
     @property
@@ -121,7 +121,7 @@ def is_import(path: str | Path) -> bool:
 
 
 def is_snapshot_name(path: Path) -> bool:
-    """Return whether a path has a name as from `snapshot_path`, of a file or of a folder."""
+    """Return whether a file or folder has a name as `snapshot_path` makes it."""
     return _SNAPSHOT_NAME.fullmatch(path.name.removesuffix(SUFFIX)) is not None
 
 
@@ -131,7 +131,7 @@ def is_tensor_file(path: Path) -> bool:
 
 
 def is_parts_folder(path: Path) -> bool:
-    """Return whether a path is a folder that, by the names in it, holds parts of one snapshot."""
+    """Return whether a path is a folder whose names are parts of one snapshot."""
     with suppress(DirectoryError):
         if path.is_symlink():
             return False
@@ -144,7 +144,7 @@ def is_parts_folder(path: Path) -> bool:
 
 
 def list_directory(directory: Path) -> tuple[Path, ...]:
-    """Return the paths in a directory; raise DirectoryError if it is not one, or cannot be read."""
+    """List the paths in a directory; raise DirectoryError if it is not one, or cannot be read."""
     try:
         return tuple(sorted(files.system.list(directory)))
     except OSError as error:
@@ -158,8 +158,7 @@ def list_directory(directory: Path) -> tuple[Path, ...]:
 
 
 def list_candidates(directory: Path) -> Directory:
-    """List a directory and the folders of parts in it; raise the errors of `list_directory` about
-    the directory."""
+    """List a directory and the folders of parts in it; raise the errors of `list_directory`."""
     entries = list_directory(directory)
     candidates = dict[Path, list[Path]]()
     everything = [*entries]
@@ -177,7 +176,7 @@ def list_candidates(directory: Path) -> Directory:
 
 
 def _read(path: Path) -> Snapshot | FileFormatError | None:
-    """Read the header of a snapshot, or of a part; None for another file, or one that no longer
+    """Read the header of a snapshot, or of a part; None for another file, or a file that no longer
     exists."""
     try:
         file = read_file(path)
@@ -189,15 +188,15 @@ def _read(path: Path) -> Snapshot | FileFormatError | None:
 
 
 def inspect_directory(directory: Path) -> Directory:
-    """Read the headers of all snapshots in a directory, continuing after errors; raise errors of
-    `list_directory`."""
+    """Read the headers of all snapshots in a directory, continuing after errors; raise the errors
+    of `list_directory`."""
     listing = list_candidates(directory)
     headers = in_turn(_read, listing.files, files.is_url(directory))
     return inspect_listing(listing, headers)
 
 
 def inspect_listing(listing: Directory, headers: Iterable[object]) -> Directory:
-    """Return a listing with what the headers of its files say, see `join_parts`."""
+    """Add to a listing what the headers of its files say, see `join_parts`."""
     snapshots = list[Snapshot]()
     problems = list[PostHocError]()
     notes = list[str]()
@@ -229,8 +228,8 @@ def inspect_listing(listing: Directory, headers: Iterable[object]) -> Directory:
 
 
 def _missing_at_newest(snapshots: Sequence[Snapshot]) -> list[str]:
-    """Return a note about each profile without a snapshot of the newest time, which thinning never
-    removes. A run that was resumed without a profile does not track it any more."""
+    """Note each profile without a snapshot of the newest time, which thinning never removes. A run
+    that was resumed without a profile no longer tracks it."""
     if not snapshots:
         return []
     last = snapshots[-1].t
@@ -257,7 +256,7 @@ def read_snapshot(path: Path) -> Snapshot:
 
 
 def find_snapshots(directory: Path) -> list[Snapshot]:
-    """Read the snapshots of a run like `read_directory`; return none for a missing or empty
+    """Read the snapshots of a run as `read_directory` does; return none for a missing or empty
     directory."""
     if files.is_absent(directory):
         return []
@@ -268,9 +267,9 @@ def find_snapshots(directory: Path) -> list[Snapshot]:
 
 
 def read_directory(directory: Path) -> list[Snapshot]:
-    """Return the snapshots of one run, by time, then sigma_rel. Reads headers only.
+    """Read the snapshots of one run, by time, then sigma_rel. Reads headers only.
 
-    Raises DirectoryError if it holds none, FileFormatError for a damaged file, MismatchError for
+    Raises DirectoryError if there are none, FileFormatError for a damaged file, MismatchError for
     two that differ.
     """
     if snapshots := find_snapshots(directory):
@@ -297,14 +296,14 @@ _OWN = (
 
 
 def join_parts(path: Path, headers: Sequence[object]) -> Snapshot | str:
-    """Return the snapshot in a file or a folder of parts from what was read there: headers; errors
-    are raised.
+    """Join the headers that were read in a file or a folder of parts to a snapshot; raise an error
+    among them.
 
-    If it is incomplete, return what is there, such as "2 of 4 parts"; the text is empty if that is
-    something else. Parts are equal in all of their headers but for what describes their own tensors
-    (`_OWN`). Readers add their measurements. Sketches add up, too: the projected
-    numbers and the squared distances. Raises FileFormatError if elements of a tensor are missing,
-    MismatchError if two parts do not belong together.
+    If the snapshot is incomplete, return what is there, such as "2 of 4 parts", or an empty text
+    for something else. The headers of parts are equal, except for what describes their own tensors
+    (`_OWN`). Readers add up the measurements, and the numbers and squared distances of the
+    sketches. Raises FileFormatError if elements of a tensor are missing, MismatchError if two parts
+    do not belong together.
     """
     for header in headers:
         if isinstance(header, FileFormatError):
@@ -333,7 +332,7 @@ def join_parts(path: Path, headers: Sequence[object]) -> Snapshot | str:
 
 
 def _group_parts(parts: Sequence[Snapshot]) -> dict[tuple[int, int], list[Snapshot]]:
-    """Return the parts of each snapshot, by their number and the session of the training."""
+    """Group the parts of each snapshot, by their number and the session of the training."""
     sets = defaultdict[tuple[int, int], list[Snapshot]](list)
     shared = [each.name for each in fields(Snapshot) if each.name not in _OWN]
     for part in sorted(parts, key=lambda part: part.part or (0, 0)):
@@ -362,12 +361,12 @@ def _mismatch(
     reason: str,
     hint: str = "",
 ) -> MismatchError:
-    """Return the error that two files do not belong together."""
+    """Make the error that two files do not belong together."""
     return MismatchError(f"{first.path} and {other.path}", reason, hint)
 
 
 def _merge(folder: Path, parts: Sequence[Snapshot]) -> Snapshot:
-    """Return the snapshot of these parts, whose chunks must hold each element of a tensor exactly
+    """Make the snapshot of these parts, whose chunks must hold each element of a tensor exactly
     once."""
     shared = shared_fields(parts)
     entries = {name: _merge_entry(folder, name, parts) for name in shared["tensors"]}
@@ -423,7 +422,7 @@ def _merge_entry(
 
 
 def shared_fields(parts: Sequence[Snapshot]) -> dict[str, Any]:
-    """Return the fields of the snapshot of these parts that follow from the headers alone."""
+    """Derive the fields of a snapshot that follow from the headers of its parts alone."""
     tensors = dict[str, TrackedTensor]()
     aliases = dict[str, str]()
     known = []
@@ -450,8 +449,8 @@ def shared_fields(parts: Sequence[Snapshot]) -> dict[str, Any]:
 
 
 def contradictions(snapshots: Sequence[Snapshot]) -> list[MismatchError]:
-    """Return an error for each pair of snapshots that cannot be in one directory; `snapshots` are
-    in order of time."""
+    """Make an error for each pair of snapshots that cannot be in one directory; `snapshots` are in
+    order of time."""
     errors = list[MismatchError]()
     seen = dict[tuple[float, float], Snapshot]()
     for snapshot in snapshots:
@@ -472,8 +471,8 @@ def _difference(
     other: Snapshot,
     names: Iterable[str],
 ) -> str:
-    """Return the first difference between fields of two headers, to follow their names; empty if
-    there is none."""
+    """Describe the first difference between fields of two headers, to follow the names of the
+    files; empty if there is none."""
     for name in names:
         first = getattr(one, name)
         second = getattr(other, name)
@@ -491,7 +490,7 @@ def snapshot_path(
     sigma_rel: float,
     part: tuple[int, int] | None = None,
 ) -> Path:
-    """Return the path of a new snapshot, or of a part of one. Names sort by time up to 2**53."""
+    """Make the path of a new snapshot, or of a part of one. Names sort by time up to 2**53."""
     integer, _, fraction = f"{Decimal(repr(t)):f}".partition(".")
     clock = f"{int(integer):016d}"
     if fraction.strip("0"):
@@ -510,8 +509,8 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 class LockFile:
     """The open lock file of a directory, by which a process knows that the path still leads there.
 
-    A directory may be moved, deleted or replaced while a training goes on. What then lies at its
-    path belongs to somebody else: `check` comes before each write and each deletion.
+    A directory may be moved, deleted or replaced while a training goes on. What lies at its path
+    then belongs to somebody else: `check` comes before each write and each deletion.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -654,7 +653,7 @@ def remove_incomplete(folder: Path, lock: LockFile) -> None:
 
 
 def _tensor_files(path: Path) -> list[Path]:
-    """Return the files of a snapshot: the path itself, or the parts in a folder."""
+    """List the files of a snapshot: the path itself, or the parts in a folder."""
     if not files.is_real_folder(path):
         return [path]
     return [file for file in sorted(files.system.list(path)) if is_tensor_file(file)]
@@ -720,7 +719,8 @@ def set_aside(stored: Sequence[Snapshot], lock: LockFile) -> list[Path]:
 
 
 def _free_path(folder: Path, name: str) -> Path:
-    """Return the path of that name in a folder, with a random word before it if it is taken."""
+    """Find a free path for a name in a folder, with a random word before the name if it is
+    taken."""
     path = folder / name
     while not files.is_absent(path):
         path = folder / f"{secrets.token_hex(4)}-{name}"
@@ -760,7 +760,7 @@ def _least_needed(
     keep: int,
     sigma_range: tuple[float, float],
 ) -> set[float]:
-    """Return the times that reconstruction needs least, so that `keep` are left."""
+    """Find the times that reconstruction needs least, so that `keep` are left."""
     path = snapshots[-1].path_sketch
     prior = measured_prior(make_averages(snapshots), path and path.sketch)
     profiles = [snapshot.profile for snapshot in snapshots]

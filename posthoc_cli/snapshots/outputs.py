@@ -56,7 +56,7 @@ _NAME = re.compile(r"[^./\\:][^/\\:]{0,254}")
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """Return the content of the index of a sharded model."""
+    """Read the index of a sharded model."""
     return parse_object(path, read_small_file(path, MAX_HEADER_BYTES), "index")
 
 
@@ -64,8 +64,7 @@ def decode_index(
     path: Path,
     endings: tuple[str, ...] = (SUFFIX,),
 ) -> dict[str, list[str]]:
-    """Return the tensors of each shard that an index names, by file name; shards have these
-    endings.
+    """List the tensors of each shard that an index names, by file name; shards have these endings.
 
     Raises FileFormatError, also if a name does not refer to a visible file in the index's folder on
     every system.
@@ -93,7 +92,7 @@ def decode_index(
 
 
 def weights_at(path: Path) -> Path | None:
-    """Return the index or the only file of a model: the path itself, or in a folder; None for a
+    """Find the index or the only file of a model: the path itself, or in a folder; None for a
     folder without."""
     if not path.is_dir():
         return path
@@ -104,7 +103,7 @@ def weights_at(path: Path) -> Path | None:
 
 
 def model_files(weights: Path) -> dict[Path, list[str]]:
-    """Return the files of a model, from its index or only file, each with the tensors that an index
+    """List the files of a model, from its index or only file, each with the tensors that an index
     names."""
     if not weights.name.endswith(INDEX_SUFFIX):
         return {weights: []}
@@ -113,7 +112,7 @@ def model_files(weights: Path) -> dict[Path, list[str]]:
 
 
 def models_at(path: Path) -> list[Path]:
-    """Return the models at a path: the path itself, or those in a folder of several, by name.
+    """List the models at a path: the path itself, or the models in a folder, by name.
 
     Raises DirectoryError for a folder without models, or with the snapshots of a run.
     """
@@ -139,7 +138,7 @@ def models_at(path: Path) -> list[Path]:
 
 
 def read_model(path: Path) -> tuple[list[TensorFile], OutputInfo | None]:
-    """Return a model's files and their header as an output; raise an error if one is damaged,
+    """Read a model's files and their header as an output; raise an error if a file is damaged,
     missing or of another model."""
     read = list[TensorFile]()
     infos = list[OutputInfo | None]()
@@ -159,8 +158,8 @@ def read_model(path: Path) -> tuple[list[TensorFile], OutputInfo | None]:
 
 
 def _record(info: OutputInfo | None) -> object:
-    """Return what is the same in all files of an output: processes may compute other last digits of
-    coefficients."""
+    """Reduce a header to what is the same in all files of an output: processes may compute other
+    last digits of coefficients."""
     return info and (
         info.run_id,
         info.profile,
@@ -174,7 +173,7 @@ def _record(info: OutputInfo | None) -> object:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Return what headers say about a directory, a file, or a model in shards, as a dict for JSON.
+    """Describe a directory, a file, or a model in shards by its headers, as a dict for JSON.
 
     It begins with the kind: "directory", "snapshot", "output", "outputs" or "safetensors". What is
     wrong with snapshots is among the "problems". Raises DirectoryError without snapshots, outputs
@@ -264,12 +263,12 @@ def _of_run(snapshots: Sequence[Snapshot]) -> dict[str, Any]:
 
 
 def _other_name(sigma_rel: float | None, steps: float | None) -> str | None:
-    """Return the decay of the ordinary EMA that is as long as a power function, as text."""
+    """Name the decay of the ordinary EMA that is as long as a power function."""
     return None if sigma_rel is None else name_equal_length(SigmaRel(sigma_rel), steps)
 
 
 def _even_steps(snapshots: Sequence[Snapshot]) -> float | None:
-    """Return the steps up to the newest snapshot; None if steps are not equally long."""
+    """Find the steps up to the newest snapshot; None if steps are not equally long."""
     with suppress(MismatchError):
         if run_clock(snapshots).is_even:
             return snapshots[-1].step
@@ -297,8 +296,8 @@ def _of_snapshot(snapshot: Snapshot) -> dict[str, Any]:
 
 
 def _of_settings(snapshot: Snapshot) -> dict[str, Any]:
-    """Return the settings of `PostHocEMA.from_model`, and of parts which one it is, or how many,
-    and the mesh."""
+    """Describe the settings of `PostHocEMA.from_model`; for parts which one it is, or how many, and
+    the mesh."""
     dtype = snapshot.schedule.checkpoint_dtype
     schedule = vars(snapshot.schedule) | {"checkpoint_dtype": dtype and DTYPES[dtype].torch_name}
     del schedule["sigma_range"]  # which follows from the widths
@@ -335,7 +334,7 @@ def _fields(info: object, names: str) -> dict[str, Any]:
 
 
 def _relative_rounding(snapshot: Snapshot) -> float | None:
-    """Return the rounding error of a stored average relative to its norm; None if unknown."""
+    """Compute the rounding error of a stored average relative to its norm; None if unknown."""
     measured = snapshot.measurements
     return (
         math.sqrt(measured.rounding / measured.norm)

@@ -1,9 +1,9 @@
 """Pruning of a directory: a plan of what to delete, with the errors before and after, and the
 deletion.
 
-Deletions are safe at any moment: only what was planned is deleted, only after all survivors were
-read and verified, and the least needed snapshots first, so that an interruption leaves the best
-valid directory of its size.
+Deletions are safe at any moment: only what was planned is deleted, only after all remaining
+snapshots were read and verified, and the least needed snapshots first, so that an interruption
+leaves the best valid directory of its size.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Pruning:
     """A plan of what to delete: `kept` by time, then sigma_rel, and `to_delete` in the order of
     deletion.
 
-    `before` and `after` are the expected errors from all snapshots and from the survivors, with the
-    prior from all headers. `source` is `Prior.evidence`.
+    `before` and `after` are the predicted errors with all snapshots and with the remaining ones,
+    both under the prior from all headers. `source` is `Prior.evidence`.
     """
 
     kept: tuple[Snapshot, ...]
@@ -89,8 +89,8 @@ def plan_pruning(
     keep: int,
     sigma_range: tuple[float, float] = USEFUL_RANGE,
 ) -> Pruning:
-    """Plan which snapshots of a directory to delete so that those of `keep` times stay. Reads no
-    tensors, except a sample if headers lack measurements.
+    """Plan which snapshots of a directory to delete so that `keep` times stay. Reads no tensors,
+    except a sample if headers lack measurements.
 
     All snapshots of a time are deleted, or none. The newest time of each profile stays, and the
     newest one that all profiles have, from which training can continue.
@@ -118,7 +118,7 @@ def plan_pruning(
 
 
 def _needed_times(profiles: Sequence[PowerFunction]) -> set[float]:
-    """Return the newest time of each profile, and the newest one that all profiles have."""
+    """Find the newest time of each profile, and the newest time that all profiles have."""
     times: dict[float, set[float]] = {}
     for profile in profiles:
         times.setdefault(profile.gamma, set()).add(profile.t)
@@ -135,7 +135,8 @@ def _curve(
     indices: Collection[int],
     sigma_range: tuple[float, float],
 ) -> ErrorCurve:
-    """Return the expected errors from some of the snapshots; of very many from an even choice."""
+    """Predict the errors of reconstructions from some of the snapshots; from an even choice if
+    there are very many."""
     left = [*indices]
     remaining = [profiles[index] for index in left]
     chosen = [left[number] for number in thinned_subset(remaining)]
@@ -148,10 +149,10 @@ def prune(
     pruning: Pruning,
     progress: Callable[[int], object] = lambda _: None,
 ) -> Pruning:
-    """Carry out a plan as the one writer: verify all survivors, then delete the other snapshots.
+    """Carry out a plan as the one writer: verify all remaining snapshots, then delete the others.
 
-    If the directory is locked or has changed, or a survivor is damaged, an error says so, and
-    nothing is deleted.
+    If the directory is locked or has changed, or a remaining snapshot is damaged, an error says so,
+    and nothing is deleted.
     """
     with DirectoryLock(directory) as lock:
         remove_leftovers(directory, lock)

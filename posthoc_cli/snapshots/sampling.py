@@ -52,7 +52,7 @@ RUN_ELEMENTS = 1_024
 
 
 def source_prior(sources: Sequence[Source]) -> Prior:
-    """Return the prior: the motion of the network and the rounding of each source, in their order.
+    """Make the prior: the motion of the network and the rounding of each source, in their order.
 
     If the header of a file has no measurements, or the newest one no sketch, the measurements of
     all files are estimated from a sample.
@@ -111,11 +111,11 @@ class _Sample:
         return Distance(other.source.profile, self.squared_distance(other), rounding)
 
     def moving_share(self, other: _Sample) -> float:
-        """Return the share of the rounding error that is of elements in motion: those that are
-        frozen have the same error in both samples.
+        """Estimate the share of the rounding error that comes from elements in motion: frozen
+        elements have the same error in both samples.
 
-        Rounded elements that move little are seen in motion with a chance only, which follows from
-        how far the others are seen to move.
+        Rounded elements that move little are seen in motion only by chance, which follows from how
+        far the others are seen to move.
         """
         if not self.rounding:
             return 1.0
@@ -146,8 +146,8 @@ def sample_measurements(sources: Sequence[Source]) -> list[Measurements | None]:
     A distance that shows recent motion alone (see `_recent_motion`) replaces all distances of
     another library's average, if at its time it is well above its rounding.
 
-    Norms, to which errors are relative, are those of the tensors that move: a constant table of
-    noise levels may be far longer than all weights.
+    Norms, to which errors are relative, cover the tensors that move: a constant table of noise
+    levels may be far longer than all weights.
     """
     sampling = _Sampling()
     ranges = _sampled_ranges(sources[0]) if sources else []
@@ -199,7 +199,7 @@ class _Sampling:
             self._newest[kind] = [*before, sample][-most:]
 
     def _squares(self, sample: _Sample) -> FloatArray:
-        """Return the squared norm of each tensor, and note which have moved."""
+        """Compute the squared norm of each tensor, and note which have moved."""
         if self._first is None:
             self._first = sample.values
         squares = np.add.reduceat(sample.values**2, sample.starts)
@@ -212,8 +212,7 @@ class _Sampling:
         self,
         sources: Sequence[Source],
     ) -> list[Measurements | None]:
-        """Return the measurements of the sources; all None if values are too large to be
-        squared."""
+        """List the measurements of the sources; all None if values are too large to be squared."""
         for steps in self._steps.values():
             _warn_of_two_trainings(steps)
         moving = self._moved if np.any(self._moved) else ...  # all if none moves
@@ -262,7 +261,7 @@ class _Step:
 
 
 def _step(sample: _Sample, before: Sequence[_Sample]) -> _Step:
-    """Return the step to a sample from the last one of one or two before."""
+    """Measure the step to a sample from the last of one or two earlier ones."""
     last = before[-1]
     squared = sample.squared_distance(last)
     rounding = sample.rounding + last.rounding
@@ -274,8 +273,8 @@ def _step(sample: _Sample, before: Sequence[_Sample]) -> _Step:
 
 
 def _are_apart(sample: _Sample, other: _Sample) -> bool:
-    """Return whether the squared distance of most is nearer to the sum of the squared norms, as
-    that of different networks is, than to 0."""
+    """Return whether most elements belong to tensors whose squared distance is nearer to the sum of
+    the squared norms, as between different networks, than to 0."""
     motion = np.add.reduceat((sample.values - other.values) ** 2, sample.starts)
     norms = np.add.reduceat(sample.values**2 + other.values**2, sample.starts)
     sizes = np.diff(sample.starts, append=sample.values.size)
@@ -284,9 +283,9 @@ def _are_apart(sample: _Sample, other: _Sample) -> bool:
 
 
 def _warn_of_two_trainings(steps: Sequence[_Step]) -> None:
-    """Warn if files move as those of two trainings do, of which one follows the other, or which are
-    interleaved, as after a training was resumed from before some of its files; or if each is of
-    another one."""
+    """Warn if files move as the files of two trainings do: one follows the other, or they are
+    interleaved, as after a training was resumed from before some of its files; or each file is of
+    another training."""
     if len(steps) > 1 and all(step.is_apart for step in steps):
         _warn_of_files(
             steps[0], "each is as far from the next one as those of different trainings are"
@@ -371,8 +370,8 @@ _CLEAR = 2.0  # a squared distance must be this many times its expected rounding
 
 
 def _recent_motion(sample: _Sample, before: Sequence[_Sample]) -> list[Distance]:
-    """Return an average's distances from what it would be if the weights since the last one were as
-    in an earlier interval: of one and of two intervals before.
+    """Compute an average's distances from what it would be if the weights since the last average
+    were as in an earlier interval: one and two intervals before.
 
     Of successive averages a, b, c of one kind, c consists of b with a share k and of the mean of
     the weights since, m_c = (c - k b) / (1 - k); b and a determine m_b in the same way. With m_b
@@ -381,8 +380,7 @@ def _recent_motion(sample: _Sample, before: Sequence[_Sample]) -> list[Distance]
     distance of a long average from b is caused by the motion of all training, from which the motion
     of late intervals was estimated up to five times too large if training slows down.
 
-    Means of a walk are the further apart, the more intervals lie between them, and those of noise
-    are not.
+    Means of a walk are further apart the more intervals lie between them; means of noise are not.
 
     Returns none with fewer than two earlier averages, for power functions, and if c does not
     continue b, or b not a.
@@ -406,7 +404,7 @@ def _recent_motion(sample: _Sample, before: Sequence[_Sample]) -> list[Distance]
 
 
 def _distance(sample: _Sample, before: Sequence[_Sample], mixture: _Mixture) -> Distance:
-    """Return the distance of a sample from a mixture of those before it."""
+    """Compute the distance of a sample from a mixture of earlier samples."""
     difference = sample.values.copy()
     rounding = sample.rounding
     used = [sample]
@@ -424,8 +422,8 @@ def _distance(sample: _Sample, before: Sequence[_Sample], mixture: _Mixture) -> 
 class _Mixture:
     """The profile of a sum of averages with these coefficients, the last of which is the newest.
 
-    Its tails are exact at any time, as theirs are, so that their common part cancels: of an average
-    whose decay rises to 1 a late interval has less mass than any early update.
+    Its tails are exact at any time, as the averages' are, so that their common part cancels: of an
+    average whose decay rises to 1 a late interval has less mass than any early update.
     """
 
     averages: Sequence[Any]
@@ -445,7 +443,7 @@ class _Mixture:
 
 
 def _share(earlier: StoredProfile, later: StoredProfile) -> float | None:
-    """Return the share of an average in a later one; None if that does not continue it."""
+    """Find the share of an average in a later one; None if the later one does not continue it."""
     if not (isinstance(earlier, Discrete) and isinstance(later, Discrete)):
         return None
     share = 1 - float(later.tail(earlier.t))

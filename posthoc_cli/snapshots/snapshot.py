@@ -1,10 +1,10 @@
 """The headers of our files. A snapshot is one average of one run at one time: the dataclass
-`Snapshot` is its header, and specifies its content; `OutputInfo` that of an output.
+`Snapshot` is its header, and specifies its content; `OutputInfo` is the header of an output.
 
 Two texts of a header show the path of the weights: a sketch by random projections, and a sample.
-This holds, for some 512 elements, the network's weights at the snapshot's time and the values of
-the average. Names and shapes alone determine which elements these are. A model stands at a time of
-the run if its values equal the recorded ones, exactly or after rounding these to float16 or
+The sample holds, for some 512 elements, the network's weights at the snapshot's time and the values
+of the average. Names and shapes alone determine which elements these are. A model stands at a time
+of the run if its values equal the recorded ones, exactly or after rounding these to float16 or
 bfloat16, as a checkpoint in half precision has them.
 
 One small function, `converted`, decodes the JSON of a header by the annotations of the dataclass
@@ -56,7 +56,7 @@ PLACES = 512  # elements in a sample; small models have fewer
 
 
 def encode_sample(weights: npt.ArrayLike, average: npt.ArrayLike) -> str:
-    """Return a sample as stored in headers: float32 values of the network, then of the average, in
+    """Encode a sample as headers store it: float32 values of the network, then of the average, in
     base64."""
     values = np.concatenate([weights, average])
     data = values.astype("<f4").tobytes()
@@ -64,7 +64,7 @@ def encode_sample(weights: npt.ArrayLike, average: npt.ArrayLike) -> str:
 
 
 def decode_sample(text: str) -> tuple[Floats, Floats]:
-    """Return the values of the network and of the average in a sample; raise ValueError if it is
+    """Decode the values of the network and of the average in a sample; raise ValueError if it is
     invalid."""
     data = base64.b64decode(text, validate=True)
     pairs, rest = divmod(len(data), 8)
@@ -76,7 +76,7 @@ def decode_sample(text: str) -> tuple[Floats, Floats]:
 
 
 def places(shapes: Mapping[str, Sequence[int]]) -> list[tuple[str, int]]:
-    """Return the sampled elements of tensors with these names and shapes: name and row-major index,
+    """Choose the sampled elements of tensors with these names and shapes: name and row-major index,
     sorted.
 
     All tensors have about equally many; of more than `PLACES` tensors, `PLACES` spread evenly by
@@ -165,7 +165,7 @@ _AND = "|"  # the separator between the sketches of parts; used in memory only
 
 
 def encode_path(path: PathSketch | None, exact: bool = False) -> str:
-    """Return a sketch as stored in headers, or in states if `exact`; empty for None or unusable
+    """Encode a sketch as headers store it, or as states do if `exact`; empty for None or unusable
     numbers."""
     if path is None:
         return ""
@@ -185,8 +185,8 @@ def encode_path(path: PathSketch | None, exact: bool = False) -> str:
 
 
 def _moves(places: FloatArray) -> npt.NDArray[np.float16]:
-    """Return the moves between places, each from the rounded place before, so that errors do not
-    add up."""
+    """Round the moves between places, each from the rounded place before, so that errors do not add
+    up."""
     moves = np.zeros(places[1:].shape, "<f2")
     reached = places[0]
     for move, position in zip(moves, places[1:], strict=True):
@@ -196,7 +196,7 @@ def _moves(places: FloatArray) -> npt.NDArray[np.float16]:
 
 
 def _layout(windows: int, numbers: int, full: int) -> np.dtype[Any]:
-    """Return the layout of a sketch after its counts: so many full means, and the moves from each
+    """Describe the layout of a sketch after its counts: so many full means, and the moves from each
     to the next, in units of `factor`."""
     fields: list[Any] = [
         ("edges", "<f8", (windows + 1,)),
@@ -210,8 +210,8 @@ def _layout(windows: int, numbers: int, full: int) -> np.dtype[Any]:
 
 
 def decode_path(text: str) -> PathSketch:
-    """Return the path that a sketch encodes, adding up the parts of `joined_paths`; ValueError if
-    it is invalid."""
+    """Decode the path in a sketch, adding up the parts of `joined_paths`; ValueError if it is
+    invalid."""
     first, *others = map(_decode, text.split(_AND))
     total = first.sketch
     for other in others:
@@ -225,8 +225,8 @@ def path_of_part(
     text: str,
     part: tuple[int, int] | None,
 ) -> PathSketch | None:
-    """Return the path of a part (its number, counted from 1, and the count) or a complete model;
-    None if unknown."""
+    """Decode the path of a part (its number, counted from 1, and the count) or of a complete model;
+    None if it is unknown."""
     number, count = part or (1, 1)
     texts = text.split(_AND)
     if not text or len(texts) != count:
@@ -251,7 +251,7 @@ def joined_paths(texts: Sequence[str]) -> str:
 
 
 def _decode(text: str) -> PathSketch:
-    """Return the path that the sketch of one part encodes; raise ValueError if it is invalid."""
+    """Decode the sketch of one part; raise ValueError if it is invalid."""
     data = base64.b64decode(text, validate=True)
     if len(data) < _COUNTS_BYTES:
         raise ValueError(_LIMITS)
@@ -333,7 +333,7 @@ class Selection:
         return _matches(name, self.copy_only)
 
     def resumed(self, run: Source) -> Selection:
-        """Return the selection for resuming a run: running statistics keep their role."""
+        """Adapt the selection to a run that is resumed: running statistics keep their role."""
         buffers = self.buffers
         if buffers == "copy" and any(each.role == "statistic" for each in run.tensors.values()):
             buffers = "statistics"
@@ -353,7 +353,7 @@ def make_selection(
     exclude: str | Iterable[str] | None,
     buffers: str,
 ) -> Selection:
-    """Return a selection from a user's arguments; raise InvalidValueError, naming the argument, if
+    """Make a selection from a user's arguments; raise InvalidValueError, naming the argument, if
     one is invalid."""
     check_word("buffers", buffers, BUFFERS)
     included = _globs("include", include)
@@ -387,7 +387,7 @@ def check_globs(selection: Selection, names: Iterable[str]) -> None:
 
 
 def running_statistics(names: Iterable[str]) -> frozenset[str]:
-    """Return the names of BatchNorm's running means and variances: a layer has both, and a count of
+    """Find the names of BatchNorm's running means and variances: a layer has both, and a count of
     batches."""
     known = frozenset(names)
     mean = _STATISTICS[0]
@@ -402,7 +402,7 @@ def running_statistics(names: Iterable[str]) -> frozenset[str]:
 
 
 def statistics_notice(copies: Iterable[str]) -> str | None:
-    """Return advice, in one line, about running statistics among the names of copies; None without
+    """Write advice, in one line, about running statistics among the names of copies; None without
     any."""
     if not running_statistics(copies):
         return None
@@ -494,8 +494,8 @@ class Snapshot(Source):
 
     @property
     def identity(self) -> str:
-        """16 hexadecimal digits that identify the content: the checksum of its header, or of those
-        of its parts."""
+        """16 hexadecimal digits that identify the content: the checksum of its header, or of its
+        parts' headers."""
         checksums = [file.checksum for file in self.files]
         if len(checksums) == 1:
             return checksums[0]
@@ -514,7 +514,7 @@ class Snapshot(Source):
         return decode_path(self.sketch) if self.sketch else None
 
     def average(self) -> StoredAverage:
-        """Return the average as reconstruction uses it."""
+        """Describe the average for a reconstruction."""
         # Averages of float64 tensors are accumulated in float64, all others in float32.
         dtypes = {self.tensors[name].dtype for name in self.averages}
         eps = EPS["F64"]
@@ -530,7 +530,7 @@ class Snapshot(Source):
         )
 
     def encoded(self) -> dict[str, Any]:
-        """Return the JSON object of its header, without the checksums of blocks."""
+        """Encode the header as a JSON object, without the checksums of blocks."""
         values: dict[str, Any] = {}
         for each in fields(self):
             if each.name in OUTSIDE_HEADER:
@@ -560,19 +560,19 @@ class Snapshot(Source):
 
 
 def file_bytes(snapshots: Sequence[Snapshot]) -> int:
-    """Return the size of the files of all snapshots."""
+    """Sum the sizes of the files of all snapshots."""
     return sum(snapshot.nbytes for snapshot in snapshots)
 
 
 def decode_snapshot(file: TensorFile) -> Snapshot:
-    """Return the snapshot, or the part of one, in a file; raise FileFormatError, naming the key, if
+    """Decode the snapshot in a file, or the part of one; raise FileFormatError, naming the key, if
     it is invalid."""
     snapshot = decode(file, "snapshot", Snapshot)
     return replace(snapshot, path=file.path, files=(file,), entries=file.entries)
 
 
 def ungroup_tensors(lists: Any) -> dict[str, TrackedTensor]:
-    """Return the tensors of a header's lists of names by role and dtype."""
+    """Decode the tensors of a header from its lists of names by role and dtype."""
     tensors = dict[str, TrackedTensor]()
     for words, names in lists.items():
         role, _, dtype = words.partition(" ")
@@ -581,7 +581,7 @@ def ungroup_tensors(lists: Any) -> dict[str, TrackedTensor]:
 
 
 def recorded_weights(snapshots: Sequence[Snapshot]) -> dict[int, Floats]:
-    """Return the network's sampled weights by step, in order, of the times whose headers hold a
+    """Collect the network's sampled weights by step, in order, of the times whose headers hold a
     complete sample."""
     newest = snapshots[-1]
     shapes = {name: newest.entries[name].shape for name in newest.averages}
@@ -624,7 +624,7 @@ class OutputInfo:
     copies: tuple[str, ...] = ()  # names of the tensors that are copies (buffers), not averages
 
     def encoded(self) -> dict[str, Any]:
-        """Return the JSON object of a header, without the checksums of blocks."""
+        """Encode the header as a JSON object, without the checksums of blocks."""
         return {"kind": "output", "format": FORMAT, **vars(self)}
 
 
@@ -636,7 +636,7 @@ def decode(
     kind: str,
     form: type[T],
 ) -> T:
-    """Return the content of a file of a kind as the dataclass `form`; raise FileFormatError if it
+    """Decode the content of a file of a kind as the dataclass `form`; raise FileFormatError if it
     is invalid.
 
     A header with a valid checksum is trusted: checksums guard against accidents and are not
@@ -658,7 +658,7 @@ def decode(
 
 @lru_cache
 def field_kinds(form: Any) -> dict[str, Any]:
-    """Return the annotations of a dataclass by field name."""
+    """Find the annotations of a dataclass by field name."""
     return get_type_hints(form, include_extras=True)
 
 

@@ -72,11 +72,13 @@ class ElementRange(NamedTuple):
 class StoredTensors:
     """Tensors in files, which any thread may read.
 
-    As a context manager it keeps its files open; they must be those whose headers were read.
+    As a context manager it keeps its files open; they must be the files whose headers were read.
     """
 
     path: Path  # the file or folder
-    files: tuple[TensorFile, ...]  # those that together hold its tensors; none of a live average
+    files: tuple[
+        TensorFile, ...
+    ]  # the files that together hold its tensors; none for a live average
     entries: Mapping[str, Entry]  # dtype and complete shape of each stored tensor
     tensors: dict[str, TrackedTensor]
     # further names of tensors, each with the name under which the tensor is stored
@@ -96,7 +98,7 @@ class StoredTensors:
         return [name for name, tensor in self.tensors.items() if tensor.role == role]
 
     def cells(self, name: str) -> int:
-        """Return the number of chunks that each row of a tensor is spread over."""
+        """Count the chunks that each row of a tensor is spread over."""
         if len(self.files) == 1:
             return 1
         boxes = list[Box]()
@@ -163,7 +165,7 @@ class StoredTensors:
         end: int,
         verify: bool,
     ) -> npt.NDArray[Any]:
-        """Return the elements `begin` to `end` of a chunk, in the dtype of the run."""
+        """Read the elements `begin` to `end` of a chunk, in the dtype of the run."""
         stored = file.entries[name].dtype
         dtype = self.entries[name].dtype
         size = ITEM_BYTES[stored]
@@ -195,7 +197,7 @@ class StoredTensors:
         name: str,
         box: Box | None = None,
     ) -> torch.Tensor:
-        """Return a tensor, or a box of it, verified, in its stored dtype."""
+        """Read a tensor, or a box of it, verified, in its stored dtype."""
         dtype = self.entries[name].dtype
         box = box or Box.full(self.entries[name].shape)
         data = np.empty(box.size * ITEM_BYTES[dtype], np.uint8)
@@ -208,7 +210,7 @@ class StoredTensors:
         begin: int,
         end: int,
     ) -> FloatArray:
-        """Return the elements `begin` to `end` of a tensor as float64, unverified, for estimates
+        """Read the elements `begin` to `end` of a tensor as float64, unverified, for estimates
         only."""
         entry = self.entries[name]
         count = end - begin
@@ -218,7 +220,7 @@ class StoredTensors:
         return decode_values(data, entry.dtype)
 
     def is_mask(self, values: FloatArray) -> bool:
-        """Return whether values are those of a buffer that holds infinity, such as an attention
+        """Return whether values belong to a buffer that holds infinity, such as an attention
         mask."""
         if self.knows_buffers:
             return False
@@ -266,7 +268,7 @@ class Source(StoredTensors, ABC):
 
     @abstractmethod
     def average(self) -> StoredAverage:
-        """Return the average as reconstruction uses it."""
+        """Describe the average for a reconstruction."""
 
 
 # --- several sources
@@ -306,7 +308,7 @@ def _thin(items: Sequence[_Source]) -> list[_Source]:
 
 
 def run_clock(sources: Sequence[Source]) -> Clock:
-    """Return the run's clock from the steps and times of all its snapshots; raise MismatchError if
+    """Make the run's clock from the steps and times of all its snapshots; raise MismatchError if
     two contradict each other."""
     pairs = sorted({(source.step, source.t) for source in sources})
     for (step, t), (next_step, next_t) in pairwise(pairs):
@@ -321,7 +323,7 @@ def run_clock(sources: Sequence[Source]) -> Clock:
 
 
 def newest_path(sources: Sequence[Source]) -> PathSketch | None:
-    """Return the sketched path at the newest time, of a file if one has it: earlier ones show a
+    """Find the sketched path at the newest time, in a file if one has it: earlier sketches show a
     part of it."""
     last = max((source.t for source in sources), default=0.0)
     newest = [source for source in sources if source.t == last]
@@ -332,7 +334,7 @@ def newest_path(sources: Sequence[Source]) -> PathSketch | None:
 
 
 def make_averages(sources: Sequence[Source]) -> list[StoredAverage]:
-    """Return the averages of one run as reconstruction uses them, with the clock of all of them."""
+    """Describe the averages of one run for a reconstruction, with the clock of all of them."""
     averages = [source.average() for source in sources]
     if all(source.t == source.step for source in sources):
         return averages
@@ -347,8 +349,8 @@ def make_averages(sources: Sequence[Source]) -> list[StoredAverage]:
 
 
 def model_difference(one: Source, other: Source) -> str:
-    """Return why two sources are of different models, as a phrase to follow their names; empty if
-    they are of one.
+    """Say why two sources are of different models, as a phrase to follow their names; empty if they
+    are of one model.
 
     Checkpoints of a model may be stored in several floating-point dtypes.
     """
@@ -378,7 +380,7 @@ def counted(
     count: int | None = None,
     total: int | None = None,
 ) -> str:
-    """Return number and kinds, "1 snapshot", or "20 of 80 checkpoints" with counts.
+    """Name the number and kind of sources: "1 snapshot", or with counts "20 of 80 checkpoints".
 
     A checkpoint of weights and an average is one.
     """
@@ -399,7 +401,7 @@ def spacing(
     mantissa_bits: npt.ArrayLike,
     lowest_exponent: npt.ArrayLike,
 ) -> FloatArray:
-    """Return the distance from each value to the next one of its dtype, see `dtypes.Dtype`."""
+    """Compute the distance from each value to the next one of its dtype, see `dtypes.Dtype`."""
     _, above = np.frexp(values)
     exponent = np.maximum(above - 1, lowest_exponent)
     spacings = np.ldexp(1.0, exponent - mantissa_bits)
@@ -407,7 +409,7 @@ def spacing(
 
 
 def expected_roundings(values: FloatArray, stored: str, own: str) -> FloatArray:
-    """Return the expected squared rounding error of each value that was rounded to nearest.
+    """Estimate the expected squared rounding error of each value that was rounded to nearest.
 
     It is spacing^2 / 12, the variance of a uniform error within half the spacing, also
     if it is subnormal. Zeros contribute 0, since they are almost always exact (biases and gains
@@ -434,7 +436,7 @@ def finite_values(
     begin: int,
     end: int,
 ) -> FloatArray:
-    """Return elements of a tensor, zeros of a mask; raise NonFiniteError if another one holds nan
+    """Read elements of a tensor, zeros for a mask; raise NonFiniteError if another tensor holds nan
     or infinity."""
     part = source.values(name, begin, end)
     if np.isfinite(part).all():

@@ -17,9 +17,9 @@ come first:
                     `snapshot.Snapshot` or `outputs.OutputInfo`
 
 Checksums are XXH3 (64 bits, seed 0), written as 16 hexadecimal digits, most significant first.
-"sums" concatenates those of all blocks of the payload, in its order. A block has 131,072 elements
-of one tensor in row-major order; the last one of a tensor is shorter. The checksum of the header is
-computed over its 8 + N bytes with zeros in place of these 16 digits.
+"sums" concatenates the checksums of all blocks of the payload, in its order. A block has 131,072
+elements of one tensor in row-major order; the last one of a tensor is shorter. The checksum of the
+header is computed over its 8 + N bytes with zeros in place of these 16 digits.
 
 A header is checked in this order: its checksum, its structure (strict JSON, known dtypes, tensors
 that fill the file without gap or overlap), its content. Files are read, never mapped into memory,
@@ -76,8 +76,8 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_TENSORS = 200_000
 # of a header: a tensor of ten dimensions has 16. A parsed value takes up to 90 bytes of memory.
 MAX_VALUES = 16 * MAX_TENSORS
-"""The largest number of tensors in a file: twice that of the largest models. It bounds the time to
-read a header."""
+"""The largest number of tensors in a file: twice as many as the largest models have. It bounds the
+time to read a header."""
 
 # requests to a store, or blocks to verify, at a time: they wait more than they compute
 THREADS = 16
@@ -103,8 +103,8 @@ class Entry:
     """A stored tensor: its dtype (a safetensors name), its shape and, if it is in a file, where it
     begins there.
 
-    `strides` are those of each dimension, in elements, if it is not stored in row-major order, else
-    empty.
+    `strides` has the stride of each dimension, in elements; it is empty if the tensor is stored in
+    row-major order.
     """
 
     dtype: str
@@ -142,7 +142,7 @@ class Entry:
         self,
         data: npt.NDArray[np.uint8],
     ) -> npt.NDArray[Any]:
-        """Return the elements in the bytes of the file from `begin` on."""
+        """View the elements in the bytes of the file from `begin` on."""
         dtype = items(self.dtype)
         stored = data[: self.reach * dtype.itemsize].view(dtype)
         strides = self.strides or row_major(self.shape)
@@ -166,7 +166,7 @@ class Box:
 
     @classmethod
     def full(cls, shape: Sequence[int]) -> Box:
-        """Return the box of all indices of a tensor of this shape."""
+        """Make the box of all indices of a tensor of this shape."""
         return cls((0,) * len(shape), tuple(shape))
 
     @property
@@ -179,7 +179,7 @@ class Box:
         return tuple(map(operator.add, self.offset, self.shape))
 
     def intersection(self, other: Box) -> Box:
-        """Return the intersection with another box, of size 0 if they have no common element."""
+        """Intersect with another box; the result has size 0 if they have no common element."""
         begin = tuple(map(max, self.offset, other.offset))
         end = map(min, self.end, other.end)
         lengths = []
@@ -188,7 +188,7 @@ class Box:
         return Box(begin, tuple(lengths))
 
     def span(self, inner: Box) -> tuple[int, int]:
-        """Return the row-major positions in this box of the first element of `inner` and after its
+        """Find the row-major positions in this box of the first element of `inner` and after its
         last one."""
         first = 0
         reach = 1
@@ -203,7 +203,8 @@ class Box:
         inner: Box,
         first: int,
     ) -> npt.NDArray[Any]:
-        """Return those of `inner`, of this box's row-major elements from `first` on."""
+        """View the elements of `inner` among this box's row-major elements, which begin with number
+        `first`."""
         begin, _ = self.span(inner)
         steps = [elements.itemsize * step for step in row_major(self.shape)]
         return as_strided(elements[begin - first :], inner.shape, steps)
@@ -218,12 +219,12 @@ class Chunk:
     offset: tuple[int, ...]
 
     def box(self, shape: tuple[int, ...]) -> Box:
-        """Return the chunk's box, given its own shape."""
+        """Make the chunk's box, given its own shape."""
         return Box(self.offset, shape)
 
 
 def row_major(shape: Sequence[int]) -> tuple[int, ...]:
-    """Return the row-major strides of a shape, in elements."""
+    """Compute the row-major strides of a shape, in elements."""
     strides = []
     step = 1
     for length in reversed(shape):
@@ -263,7 +264,7 @@ def cover_problem(
     shape: Sequence[int],
     chunks: Sequence[Box],
 ) -> str | None:
-    """Return why chunks do not hold each element of a tensor exactly once; None if they do.
+    """Say why chunks do not hold each element of a tensor exactly once; None if they do.
 
     Chunks of a mesh are the cells of a grid: each dimension is cut into intervals, and every
     combination occurs once. Chunks without elements are ignored.
@@ -348,7 +349,7 @@ class OpenedFile:
                 raise UnsuitableError(path, "is not a regular file")
 
     def is_changed(self) -> bool:
-        """Find out whether the file was written to since the opening."""
+        """Return whether the file was written to since the opening."""
         if self.remote:
             with named_on_error(self.path, "read"):
                 return self.remote.stamp() != self.stamp
@@ -372,7 +373,7 @@ class OpenedFile:
         return done
 
     def read_at(self, count: int, offset: int) -> bytes:
-        """Return `count` bytes at an offset, fewer at the end of the file."""
+        """Read `count` bytes at an offset, fewer at the end of the file."""
         buffer = bytearray(count)
         count = self.read_into(memoryview(buffer), offset)
         return bytes(buffer[:count])
@@ -391,7 +392,7 @@ class OpenedFile:
 
 
 def read_small_file(path: Path, most: int) -> bytes:
-    """Return the content of a regular file; raise FileFormatError if it has more than `most`
+    """Read the content of a regular file; raise FileFormatError if it has more than `most`
     bytes."""
     with OpenedFile(path) as file:
         if file.size > most:
@@ -400,7 +401,7 @@ def read_small_file(path: Path, most: int) -> bytes:
 
 
 def file_size(path: Path) -> int:
-    """Return the size of a file or object for a progress bar; 0 if it is unknown."""
+    """Find the size of a file or object for a progress bar; 0 if it is unknown."""
     with suppress(OSError):
         return path.stat().st_size
     return 0
@@ -412,11 +413,8 @@ _SAMPLE = 4096
 
 
 def sampled_identity(file: OpenedFile) -> str:
-    """Return 16 hexadecimal digits computed from a file's size and pieces of its content, evenly
-    spaced.
-
-    For an object with a tag they are computed from its size and the tag.
-    """
+    """Compute 16 hexadecimal digits from a file's size and evenly spaced pieces of its content; for
+    an object with a tag from its size and the tag."""
     size = file.size.to_bytes(8, "little")
     digest = xxhash.xxh3_64(size + file.tag.encode())
     last = max(0, file.size - _SAMPLE)
@@ -431,8 +429,8 @@ def in_turn(
     things: Sequence[S],
     at_once: bool,
 ) -> Iterator[T]:
-    """Yield the result of `work` for each thing, in order; of several `at_once`, as requests to a
-    store wait more than they compute."""
+    """Yield the result of `work` for each thing, in order; with `at_once` for several at a time, as
+    requests to a store wait more than they compute."""
     if not at_once:
         yield from map(work, things)
         return
@@ -462,7 +460,7 @@ class TensorFile:
     path: Path
     entries: Mapping[str, Entry]  # the tensors in the file, or the chunks of tensors
     stamp: tuple[int, int | str]  # the file's size, and a value that changes when it is written to
-    # those of each tensor's blocks; empty if another program's
+    # the checksums of each tensor's blocks; empty for another program's file
     sums: Mapping[str, str] = field(default_factory=dict)
     # what chunks hold; empty if all tensors are complete
     boxes: Mapping[str, Box] = field(default_factory=dict)
@@ -486,7 +484,7 @@ class TensorFile:
         return kind if kind is None else str(kind)
 
     def box(self, name: str) -> Box | None:
-        """Return the box of a tensor's elements in the file; None if it has none."""
+        """Find the box of a tensor's elements in the file; None if it has none."""
         if self.boxes:
             return self.boxes.get(name)
         if name not in self.entries:
@@ -545,7 +543,7 @@ class TensorFile:
         verify: bool = True,
     ) -> None:
         """Fill `view` with the bytes of a tensor, in row-major order, from `begin` on; verify all
-        blocks of them."""
+        their blocks."""
         entry = self.entries[name]
         end = begin + len(view)
         with self:
@@ -619,7 +617,7 @@ class TensorFile:
             raise FileFormatError(self.path, _SHORTER)
 
     def _in_order(self, name: str) -> npt.NDArray[np.uint8]:
-        """Return the bytes, in row-major order, of a tensor stored in another order; the last such
+        """Read the bytes, in row-major order, of a tensor stored in another order; the last such
         tensor is kept."""
         entry = self.entries[name]
         handle = self.handle
@@ -665,7 +663,7 @@ def read_file(path: Path) -> TensorFile:
 
 
 def decode_file(file: OpenedFile) -> TensorFile:
-    """Return what the header of an opened safetensors file says, checked."""
+    """Read and check the header of an opened safetensors file."""
     start = _read_start(file)
     checksum = ""
     if start.startswith(_START, 8):
@@ -699,7 +697,7 @@ _SHORTER = "became shorter while it was read"
 
 
 def _require(is_right: bool, problem: str) -> None:
-    """Raise ValueError, which says what is wrong, unless a condition holds."""
+    """Raise a ValueError that says what is wrong, unless a condition holds."""
     if not is_right:
         raise ValueError(problem)
 
@@ -710,7 +708,7 @@ def _require_few(count: int) -> None:
 
 
 def _read_start(file: OpenedFile) -> bytes:
-    """Return the first 8 + N bytes of a file, which precede the payload."""
+    """Read the first 8 + N bytes of a file, which precede the payload."""
     prefix = file.read_at(8, 0)
     if len(prefix) < 8:
         reason = f"truncated: {file.size:,} bytes cannot hold a safetensors header"
@@ -742,7 +740,7 @@ def _decode_entries(
     start: int,
     nbytes: int,
 ) -> dict[str, Entry]:
-    """Return the tensors in their order in the payload, which they must fill to the end of the file
+    """Decode the tensors in their order in the payload, which they must fill to the end of the file
     of `nbytes`."""
     _require_few(len(raw))  # escaped keys were not counted before
     entries = {name: _decode_entry(name, value, start) for name, value in raw.items()}
@@ -764,7 +762,7 @@ def _decode_entries(
 
 
 def _decode_entry(name: str, value: Any, start: int) -> Entry:
-    """Return a tensor's entry of a header; raise ValueError if it is malformed."""
+    """Decode a tensor's entry of a header; raise ValueError if it is malformed."""
     try:
         dtype = value["dtype"]
         shape = value["shape"]
@@ -860,7 +858,7 @@ def check_text(text: str) -> None:
 
 
 def compact(value: object) -> str:
-    """Return a value as JSON without spaces: arrays as lists, dataclasses as objects."""
+    """Write a value as JSON without spaces: arrays as lists, dataclasses as objects."""
 
     def plain(value: Any) -> object:
         if isinstance(value, np.ndarray):
@@ -961,7 +959,7 @@ def encode_header(
     content: Mapping[str, Any],
     metadata: Mapping[str, str],
 ) -> bytearray:
-    """Return a file's bytes up to the payload, for tensors in its order, with zeros for all
+    """Lay out a file's bytes up to the payload, for tensors in its order, with zeros for all
     checksums.
 
     Raises InvalidValueError for a header that readers would refuse.
@@ -992,8 +990,8 @@ def lay_out(entries: Mapping[str, Entry]) -> dict[str, Entry]:
     """Assign places in a payload: wide items first, so that every tensor is aligned to its item
     size.
 
-    Of each width, tensors of one block come last, next to each other: a synthesis reads many of
-    them at a time.
+    Among items of one width, tensors of one block come last, next to each other: a synthesis reads
+    many of them at a time.
     """
 
     def place(name: str) -> tuple[int, bool]:
@@ -1012,13 +1010,12 @@ def lay_out(entries: Mapping[str, Entry]) -> dict[str, Entry]:
 
 
 def items(dtype: str) -> np.dtype[Any]:
-    """Return the NumPy dtype for copying elements bit by bit."""
+    """Choose the NumPy dtype for copying elements bit by bit."""
     return np.dtype(f"u{ITEM_BYTES[dtype]}")
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """Return the row-major bytes of a tensor: a view if it is contiguous and on the CPU, else a
-    copy."""
+    """View the row-major bytes of a tensor if it is contiguous and on the CPU; else copy them."""
     import torch
 
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
@@ -1030,7 +1027,7 @@ def tensor_from_bytes(
     dtype: str,
     shape: tuple[int, ...],
 ) -> torch.Tensor:
-    """Return a tensor that shares the memory of these bytes."""
+    """Make a tensor that shares the memory of these bytes."""
     import torch
 
     if data.size == 0:

@@ -182,7 +182,7 @@ def _reports(
     paths: Sequence[Path],
     progress: ProgressBar,
 ) -> dict[Path, FileReport]:
-    """Read files; return the report of each that has one."""
+    """Read files, and report on each that can be reported on."""
     reports = {}
     with progress("verifying", sum(map(file_size, paths))) as advance:
         for path in paths:
@@ -204,8 +204,8 @@ def _find_problems(
 
 
 def _list(path: Path) -> tuple[Directory, list[Path], list[Path]]:
-    """List a path; return also indexes of shards, and the files that belong to them; DirectoryError
-    if nothing."""
+    """List a path, with indexes of shards and the files that belong to them; DirectoryError if it
+    holds nothing."""
     listing = Directory(path, candidates={path: [path]})
     indexes = list[Path]()
     if path.is_dir():
@@ -234,7 +234,7 @@ def _list(path: Path) -> tuple[Directory, list[Path], list[Path]]:
 
 
 def _indexes_in(listing: Directory) -> list[Path]:
-    """Return the indexes of sharded models in a directory and in the folders in it."""
+    """List the indexes of sharded models in a directory and in the folders in it."""
     indexes = list[Path]()
     for folder in (listing.path, *listing.entries):
         if folder.suffix == SUFFIX:
@@ -247,7 +247,7 @@ def _indexes_in(listing: Directory) -> list[Path]:
 
 
 def _check_index(path: Path) -> None:
-    """Raise an error unless an index fits its shards; one of an output says their size."""
+    """Raise an error unless an index fits its shards; the index of an output says their size."""
     shards, output = read_model(path)
     nbytes = 0
     for shard in shards:
@@ -264,8 +264,8 @@ def _report(
     path: Path,
     progress: Callable[[int], object],
 ) -> FileReport | None:
-    """Read every byte of a file and return the report; None if the file does not exist, or not any
-    more."""
+    """Read every byte of a file and report on it; None if the file does not exist, or no longer
+    does."""
     report = FileReport(path)
     is_known = True
     try:

@@ -596,8 +596,9 @@ class PostHocEMA:
                 `targets.Beta(0.9999)`, or its text form, "beta:0.9999"; or any object with a
                 function `tail`.
             t, step: time of the average, or its number of calls. By default a tracked length is
-            taken now, any other at the time of the newest snapshots. dtype, method: dtype of the
-            averages, by default each parameter's own; and the solver, "minvar" or "paper".
+                taken now, any other at the time of the newest snapshots.
+            dtype, method: dtype of the averages, by default each parameter's own; and the solver,
+                "minvar" or "paper".
         """
         asked = {"t": t, "step": step, "dtype": dtype, "method": method}
         if sigma_rel is None:

@@ -1,7 +1,9 @@
 """Models that several processes train: which chunk of a tensor each process averages, and the calls
-that they make together. The processes of a sharded model meet when their trackers are made, to
-agree on the owners of its chunks, and at the first update, where the first process takes the
-directory; replicas meet when averaged weights are asked for.
+that they make together.
+
+The processes of a sharded model meet when their trackers are made, to agree on the owners of its
+chunks, and at the first update, where the first process takes the directory; replicas meet when
+averaged weights are asked for.
 """
 
 from __future__ import annotations
