@@ -48,8 +48,8 @@ SUSPICIOUS_MOMENTUM = 0.5
 
 
 class Wide(nn.Module):
-    """A module that moves between devices, but keeps its precision under `half()` and
-    `bfloat16()`, in which averages would stop moving."""
+    """A module that moves between devices, but keeps its precision under `half()` and `bfloat16()`,
+    in which averages would stop moving."""
 
     def _apply(
         self,
@@ -156,8 +156,8 @@ class ShadowModel(Wide):
         shadow <- shadow - (1 - decay) (shadow - variable)
 
     Both are submodules: they move, save and load together. The shadow needs no gradients and is
-    always in eval mode. That of a half-precision model is float32, also if the model is cast later,
-    and so are the inputs that it takes.
+    always in eval mode. The shadow of a half-precision model is float32, also if the model is cast
+    later, and so are the inputs that it takes.
 
     Arguments:
         model: the model to train; held, not copied.
@@ -537,7 +537,8 @@ class DifferentiableEMA(Wide):
     ) -> Tensor:
         """Average a value and return the current average, with the graph that the mode defines.
 
-        In mode "carried", `leaves` are those that gradients shall reach, the same at every update.
+        In mode "carried", `leaves` are the leaves that gradients shall reach, the same at every
+        update.
         """
         actual = _describe(value)
         own = _describe(self.average)
@@ -675,8 +676,8 @@ def _is_trained_leaf(leaf: object) -> bool:
 
 
 def _warn_of_unreached(value: Tensor, leaves: Sequence[Tensor]) -> None:
-    """Warn of leaves that the first value does not depend on; a module that is skipped at a later
-    update is not a mistake."""
+    """Warn of leaves that the first value does not depend on. Later a module may be skipped at an
+    update, which is no mistake."""
     reached = torch.autograd.grad(value.sum(), leaves, retain_graph=True, allow_unused=True)
     for number, gradient in enumerate(reached):
         if gradient is None:
@@ -738,7 +739,7 @@ class EMAStats(Wide):
     autocast and after `half()`. The output is the input; x has the shape [n, dim_x], y [n, dim_y].
 
     Arguments:
-        dim_x, dim_y: columns of x and y; without `dim_y`, y has those of x and may be left out.
+        dim_x, dim_y: columns of x and y; without `dim_y`, y has as many as x and may be left out.
         momentum: share of the newest batch, in (0, 1].
         eps: variance added where `correlation` divides; at least 0.
 

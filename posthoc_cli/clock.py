@@ -39,12 +39,12 @@ class Clock:
         return bool(np.ptp(lengths) <= EQUAL_STEPS * lengths[-1])
 
     def step_at(self, s: npt.ArrayLike) -> FloatArray:
-        """Return the step at times `s`, any shape, with fractions; 0 up to time 0."""
+        """Interpolate the step at times `s`, any shape, with fractions; 0 up to time 0."""
         times, steps = self._nodes
         return _interpolate(_as_floats(s), times, steps)
 
     def time_at(self, step: npt.ArrayLike) -> FloatArray:
-        """Return the time of steps, any shape: the inverse of `step_at`."""
+        """Interpolate the time of steps, any shape: the inverse of `step_at`."""
         times, steps = self._nodes
         return _interpolate(_as_floats(step), steps, times)
 

@@ -1,8 +1,8 @@
 """The demo from end to end: train, search the best length, write that average and a page with
 samples. Printing is up to the caller.
 
-The training is that of a small diffusion model on made-up data, after Karras et al., arXiv
-2206.00364, table 1: a network F with preconditioning is the denoiser
+It trains a small diffusion model on made-up data, after Karras et al., arXiv 2206.00364, table 1: a
+network F with preconditioning is the denoiser
 
     D(x; sigma) = c_skip(sigma) x + c_out(sigma) F(c_in(sigma) x; c_noise(sigma)),
 
@@ -160,7 +160,7 @@ def sample(
     labels: torch.Tensor,
     seed: int,
 ) -> torch.Tensor:
-    """Return an image of each class, shape [classes, 64], by Heun's method: arXiv 2206.00364,
+    """Draw an image of each class, shape [classes, 64], by Heun's method: arXiv 2206.00364,
     algorithm 1."""
     ramp = torch.linspace(1, 0, SAMPLER_STEPS)
     highest = HIGHEST_NOISE ** (1 / RHO)
@@ -220,7 +220,7 @@ def _draw_samples(
 SIDE = 8
 PIXELS = SIDE * SIDE
 CLASSES = 10
-STANDARD_DEVIATION = 0.75  # about that of the pixels
+STANDARD_DEVIATION = 0.75  # about the standard deviation of the pixels
 
 
 class Images(NamedTuple):
@@ -231,8 +231,8 @@ class Images(NamedTuple):
 
 
 def make_waves(count: int, seed: int) -> Images:
-    """Return plane waves of random frequency and phase; the class is their direction, in steps of
-    18 degrees."""
+    """Make plane waves of random frequency and phase; the class is their direction, in steps of 18
+    degrees."""
     random = torch.Generator().manual_seed(seed)
     labels = torch.randint(CLASSES, (count,), generator=random)
     angles = math.pi * labels / CLASSES
@@ -279,8 +279,8 @@ class Denoiser(nn.Module):
         sigma: torch.Tensor,
         labels: torch.Tensor,
     ) -> torch.Tensor:
-        """Return the denoised images: `noisy` [batch, 64], `sigma` [batch, 1], `labels` [batch] ->
-        [batch, 64]."""
+        """Denoise images: `noisy` [batch, 64], `sigma` [batch, 1], `labels` [batch] -> [batch,
+        64]."""
         total = (sigma**2 + _VARIANCE).sqrt()
         angles = sigma.log() / 4 * self.frequencies
         waves = [angles.cos(), angles.sin()]
@@ -326,7 +326,7 @@ def losses(
     sigma: torch.Tensor,
     noise: torch.Tensor,
 ) -> torch.Tensor:
-    """Return the weighted squared error of each image, shape [images]; for F = 0 its mean is about
+    """Compute the weighted squared error of each image, shape [images]; for F = 0 its mean is about
     1.
 
     `sigma` are the noise levels, shape [images, 1]; `noise` is standard normal, shape [images, 64].
@@ -369,12 +369,12 @@ class Validation:
 
 
 def random_noise_levels(count: int, generator: torch.Generator) -> torch.Tensor:
-    """Return random noise levels as in training, shape [count, 1]."""
+    """Draw noise levels as in training, shape [count, 1]."""
     return _noise_levels(torch.randn(count, 1, generator=generator))
 
 
 def _noise_levels(normal: torch.Tensor) -> torch.Tensor:
-    """Return the noise levels of standard normal numbers."""
+    """Convert standard normal numbers to noise levels."""
     logarithms = LOG_NOISE_MEAN + LOG_NOISE_STD * normal
     return logarithms.exp()
 

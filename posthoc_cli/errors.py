@@ -2,7 +2,7 @@
 
 Each error has the fields `subject` (the file, tensor, argument or method that is wrong), `value`
 (the value of an argument), `reason` (what is wrong and what would be accepted) and `hint` (what to
-do). The message joins them in one line. `shown` escapes and shortens names and values that were
+do). The message joins them in one line. `quote` escapes and shortens names and values that were
 read from files.
 
 An error has exit code 2, wrong usage, if another command line is the remedy: it asks for what an
@@ -262,7 +262,7 @@ def show_unhandled(_: str, text: str) -> None:
     """Print a warning with the package's name if the program has set up no logging, as
     `logging.lastResort` does.
 
-    A stream that is absent, closed or full ends no training.
+    If the stream is absent, closed or full, the training goes on.
     """
     if not logging.getLogger().handlers and sys.stderr is not None:
         with suppress(OSError, ValueError):

@@ -144,7 +144,7 @@ is a drive."""
 
 
 def is_url(path: str | Path) -> bool:
-    """Tell a URL, which names something in a store, from a path."""
+    """Return whether a text is a URL, which names something in a store, and not a path."""
     return _URL.match(str(path)) is not None
 
 
@@ -164,7 +164,7 @@ def expand_user(path: str | Path) -> Path:
 
 
 def is_glob(pattern: str | Path) -> bool:
-    """Tell a pattern from a file or directory that has this name."""
+    """Return whether a text is a pattern, and not the name of a file or directory."""
     path = expand_user(pattern)
     return glob.has_magic(str(path)) and not path.exists()
 
@@ -179,7 +179,7 @@ def as_path(path: str | Path) -> Path:
 
 
 def local_path(name: str, path: str | Path) -> Path:
-    """Make a path of an argument as `given_path` does; a URL is an InvalidValueError, too."""
+    """Make a path of an argument as `check_path` does; a URL is an InvalidValueError, too."""
     local = check_path(name, path)
     if is_url(local):
         reason = "is a URL; must be a path on a file system of this machine"
@@ -221,12 +221,12 @@ def new_file(
 
 
 def is_real_folder(path: Path) -> bool:
-    """Tell a folder from a link, which may lead elsewhere."""
+    """Return whether a path is a folder, and not a link, which may lead elsewhere."""
     return path.is_dir() and not path.is_symlink()
 
 
 def is_absent(path: Path) -> bool:
-    """Find out whether a path no longer exists; False if that is unknown, as in a folder without
+    """Return whether a path no longer exists; False if that is unknown, as in a folder without
     permission."""
     try:
         path.lstat()
@@ -262,8 +262,8 @@ def make_directory(path: Path) -> None:
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[None]:
-    """Make a directory as `make_directory` does; remove what is new if that or the block fails and
-    leaves it empty."""
+    """Make a directory as `make_directory` does; if this or the block fails, remove what is new and
+    empty."""
     created: list[Path] = []
     try:
         with raise_write_errors(path):
@@ -326,15 +326,15 @@ def remove_unfinished() -> None:
 
 
 def is_temporary(name: str) -> bool:
-    """Tell the names of temporary files and folders."""
+    """Return whether a name belongs to a temporary file or folder."""
     return name.startswith(TEMPORARY_PREFIX) and name.endswith(".tmp")
 
 
 def remove_leftovers(directory: Path, still: float = 3600.0) -> None:
-    """Remove temporary files and folders that have not changed for `still` seconds; log those that
-    stay.
+    """Remove temporary files and folders that processes have left which were killed; log those that
+    cannot be removed.
 
-    Those are taken for the temporary files of processes that were killed.
+    These are the files that have not changed for `still` seconds.
     """
     entries: list[Path] = []
     with suppress(PermissionError):  # a folder that may not be listed
@@ -501,7 +501,7 @@ class PendingFolder(_Pending):
             system.make_directory(self.temporary)
 
     def _is_taken(self) -> bool:
-        """Find out whether `path` is taken; an OutputExistsError if it may not be replaced."""
+        """Return whether `path` is taken; an OutputExistsError if it may not be replaced."""
         path = self.path
         if not os.path.lexists(path):
             return False

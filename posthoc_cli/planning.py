@@ -49,7 +49,8 @@ from them."""
 
 
 def spared_times(keep: int) -> int:
-    """Return how many of the newest times thinning spares: at most a quarter of those it keeps."""
+    """Compute how many of the newest times thinning spares: at most a quarter of the times it
+    keeps."""
     return max(1, min(SPARED_TIMES, keep // 4))
 
 
@@ -84,10 +85,11 @@ def times_to_drop(
 ) -> list[SameTime]:
     """Choose which times to drop so that `keep` remain, the least needed first.
 
-    All profiles keep the same times, from each of which a training can continue. Always the time
-    goes whose loss raises the predicted error over `sigma_range`, at the time of the last snapshot,
-    least; among equals (where nothing moved) the one whose neighbours are closest together. Times
-    that are `needed` stay. Of very many, those that are not evenly chosen go first.
+    All profiles keep the same times, from each of which a training can continue. At each step the
+    time is dropped that raises the predicted error over `sigma_range`, at the time of the last
+    snapshot, least; among equals (where nothing moved) the time whose neighbours are closest
+    together. Times that are `needed` stay. If there are very many, only an even choice of them is
+    compared, and the others are dropped first.
     """
     chosen = thinned_subset(snapshots, MOST_SOLVED, keep)
     used = {snapshots[index].t for index in chosen}.union(needed)
@@ -113,7 +115,7 @@ def times_to_drop(
 
 
 def newest_times(snapshots: Sequence[PowerFunction], count: int) -> list[float]:
-    """Return the last times of snapshots, in order."""
+    """List the last times of snapshots, in order."""
     return [time.t for time in group_times(snapshots)[-count:]]
 
 
@@ -135,7 +137,7 @@ class _Choice:
         self._column = {index: number for number, index in enumerate(indices)}
 
     def errors_without(self, times: Sequence[SameTime]) -> FloatArray:
-        """Return the error after the loss of each time alone: the 8-norm over targets."""
+        """Compute the error after each time alone is dropped: the 8-norm over targets."""
         columns = []
         for time in times:
             columns.append([self._column[index] for index in time.indices])
@@ -154,7 +156,7 @@ def _closest_together(
     remaining: Sequence[SameTime],
     candidates: Sequence[SameTime],
 ) -> SameTime:
-    """Return the time whose neighbours are closest together; `remaining` is in order."""
+    """Find the time whose neighbours are closest together; `remaining` is in order."""
     gaps = dict.fromkeys(candidates, math.inf)  # infinity without two neighbours
     for before, time, after in zip(remaining, remaining[1:], remaining[2:], strict=False):
         if time in gaps:
@@ -184,7 +186,7 @@ class Schedule:
 
     @one_blas_thread()
     def snapshots(self) -> list[PowerFunction]:
-        """Return the snapshots that are left at the end if the network moves evenly, by time."""
+        """List the snapshots that are left at the end if the network moves evenly, by time."""
         gammas = [gamma_from_sigma_rel(sigma_rel) for sigma_rel in self.sigma_rels]
         left: list[PowerFunction] = []
         for count in range(1, self.steps // self.checkpoint_every + 1):
@@ -200,11 +202,11 @@ class Schedule:
         return left
 
     def prior(self, snapshots: Sequence[PowerFunction]) -> Prior:
-        """Return the prior of snapshots in float16 of a network that moves evenly."""
+        """Assume the prior of float16 snapshots of a network that moves evenly."""
         return assumed_prior(snapshots, ROUNDING * EPS["F16"], Motion.even(self.steps))
 
     def error_curve(self, sigma_range: tuple[float, float]) -> ErrorCurve:
-        """Return the errors to expect at the end."""
+        """Predict the errors at the end."""
         snapshots = self.snapshots()
         kept = len(snapshots) // len(self.sigma_rels)
         label = f"{kept:,} snapshots of {self.steps:,} steps, one every {self.checkpoint_every:,}"
@@ -212,7 +214,7 @@ class Schedule:
 
 
 def thinning_range(sigma_rels: Sequence[float]) -> tuple[float, float]:
-    """Return the range for which thinning keeps snapshots: the tracked one, or the default for a
+    """Choose the range for which thinning keeps snapshots: the tracked range, or the default for a
     single profile."""
     if len(sigma_rels) == 1:
         return USEFUL_RANGE
@@ -220,12 +222,12 @@ def thinning_range(sigma_rels: Sequence[float]) -> tuple[float, float]:
 
 
 def power_functions(sigma_rels: FloatArray, t: float) -> list[PowerFunction]:
-    """Return the power functions of these widths at time `t`."""
+    """Make the power functions of these widths at time `t`."""
     return [PowerFunction.from_sigma_rel(float(sigma_rel), t) for sigma_rel in sigma_rels]
 
 
 def format_widths(sigma_rels: Sequence[float]) -> str:
-    """Return sigma_rels as text for a label: "0.05, 0.28"."""
+    """Write sigma_rels as text for a label: "0.05, 0.28"."""
     return ", ".join(f"{sigma_rel:g}" for sigma_rel in sigma_rels)
 
 
@@ -241,8 +243,8 @@ does not look. Of averages with 5 to 10 % nine in ten lose less than 10 % (scrip
 
 @dataclass(frozen=True)
 class ErrorPoint:
-    """The errors of one target; `sigma_rel` is its own, that of an ordinary EMA's mean age, or its
-    standard deviation / t."""
+    """The errors of one target. `sigma_rel` is its own, or the width of an ordinary EMA with the
+    same mean age, or its standard deviation / t."""
 
     label: str
     sigma_rel: float
@@ -253,7 +255,7 @@ class ErrorPoint:
 
 @dataclass(frozen=True)
 class ErrorCurve:
-    """Relative L2 errors of the profile, expected ones of the weights, and the share of the gain
+    """Relative L2 errors of the profiles, expected errors of the weights, and the share of the gain
     that these lose, against sigma_rel, for targets at `t`."""
 
     label: str  # snapshots and assumption, for a legend
@@ -281,7 +283,7 @@ class ErrorCurve:
         self,
         threshold: float,
     ) -> list[tuple[float, float]]:
-        """Return the ranges of sigma_rel, of at least two points, where the loss of gain is below
+        """Find the ranges of sigma_rel, of at least two points, where the loss of gain is below
         `threshold`."""
         below = np.flatnonzero(self.lost_gain < threshold)
         if below.size == 0:
@@ -296,7 +298,7 @@ class ErrorCurve:
         return ends
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the curve as data for JSON, with None in place of infinite errors."""
+        """Convert the curve to data for JSON, with None in place of infinite errors."""
         return {
             "label": self.label,
             "t": self.t,
@@ -338,7 +340,7 @@ class ErrorCurve:
 
 
 def finite(value: float) -> float | None:
-    """Return a value for JSON: the number, or None in place of nan and infinity."""
+    """Convert a value for JSON: the number, or None in place of nan and infinity."""
     return value if math.isfinite(value) else None
 
 
@@ -352,11 +354,11 @@ def error_curve(
     others: Mapping[str, Profile] | None = None,
     points: int = 200,
 ) -> ErrorCurve:
-    """Return the reconstruction error over a range of sigma_rel, and of `others` by their titles.
+    """Compute the reconstruction error over a range of sigma_rel, and of `others` by their titles.
 
     Targets are at `t`, by default the time of the last snapshot; snapshots after it are not used.
-    `label` is their name in a legend, and `prior` that of all of them. The `points` of the curve
-    are evenly spaced in the logarithm; tracked sigma_rels are added.
+    `label` is their name in a legend, and `prior` covers all of them. The `points` of the curve are
+    evenly spaced in the logarithm; tracked sigma_rels are added.
     """
     low, high = check_sigma_range(sigma_range)
     t = time_between(snapshots, t)
@@ -384,7 +386,7 @@ def error_curve(
 
 
 def _without_nan(errors: FloatArray) -> FloatArray:
-    """Return predicted errors with 0 for weights of norm 0, which are exact."""
+    """Set predicted errors to 0 for weights of norm 0, which are exact."""
     return np.nan_to_num(errors, nan=0.0)
 
 
@@ -394,7 +396,7 @@ def _points(
     first: int,
     t: float,
 ) -> tuple[ErrorPoint, ...]:
-    """Return the errors of further targets, the columns of a reconstruction from the `first` on."""
+    """List the errors of further targets, the columns of a reconstruction from the `first` on."""
     points = []
     profile_errors = errors.profile_error[first:].tolist()
     predicted_errors = _without_nan(errors.predicted_error[first:]).tolist()
@@ -413,14 +415,14 @@ def _grid(
     points: int,
     tracked: Sequence[float],
 ) -> FloatArray:
-    """Return sigma_rels evenly spaced in the logarithm, and the tracked ones between them."""
+    """Space sigma_rels evenly in the logarithm, and add the tracked ones between them."""
     inside = [sigma_rel for sigma_rel in tracked if low <= sigma_rel <= high]
     widths = np.append(np.geomspace(low, high, points), inside)
     return np.asarray(np.unique(widths).clip(low, high))
 
 
 def tracked_widths(profiles: Iterable[Profile]) -> list[float]:
-    """Return the distinct sigma_rels of power functions, ascending, up to rounding."""
+    """List the distinct sigma_rels of power functions, ascending, up to rounding."""
     widths = set()
     for profile in profiles:
         if isinstance(profile, PowerFunction):
@@ -429,7 +431,7 @@ def tracked_widths(profiles: Iterable[Profile]) -> list[float]:
 
 
 def time_between(snapshots: Sequence[StoredProfile], t: float | None) -> float:
-    """Return `t`, or the last snapshot's time for None; raise an InvalidValueError if no snapshots
+    """Check `t`, by default the last snapshot's time; raise an InvalidValueError if no snapshots
     surround it."""
     times = [profile.t for profile in snapshots]
     return max(times) if t is None else check_within("t", t, times)
@@ -440,7 +442,7 @@ def check_within(
     value: float,
     known: Collection[float],
 ) -> float:
-    """Return a time or step; raise an InvalidValueError unless it lies between the least and the
+    """Check a time or step; raise an InvalidValueError unless it lies between the least and the
     largest known one."""
     low = min(known)
     high = max(known)
@@ -449,7 +451,7 @@ def check_within(
 
 
 def check_sigma_range(sigma_range: Sequence[float]) -> tuple[float, float]:
-    """Return the ends of a range of sigma_rel; raise an InvalidValueError unless they are two
+    """Check the ends of a range of sigma_rel; raise an InvalidValueError unless they are two
     ascending numbers."""
     with suppress(TypeError, ValueError):
         low, high = map(check_sigma_rel, sigma_range)

@@ -70,13 +70,11 @@ def as_file(
     draw: Callable[[], Figure],
     suffix: str,
 ) -> bytes:
-    """Return a figure as the content of a `.png`, `.svg` or `.pdf` file, reproducible byte for
-    byte.
+    """Draw a figure as the content of a `.png`, `.svg` or `.pdf` file, reproducible byte for byte.
 
-    Text in SVG is drawn as paths, so that it looks the same everywhere.
-
-    matplotlibrc files are ignored: one in the working directory may be another user's and enable
-    LaTeX, which runs programs.
+    Text in SVG is drawn as paths, so that it looks the same everywhere. matplotlibrc files are
+    ignored: one in the working directory may be another user's and enable LaTeX, which runs
+    programs.
     """
     stream = io.BytesIO()
     with matplotlib.rc_context():
@@ -115,7 +113,7 @@ def error_figure(curves: Sequence[ErrorCurve], profile_error: bool = False) -> F
 
 
 def _lowest_error(curves: Sequence[ErrorCurve]) -> float:
-    """Return the lower end of the error axis: the largest power of ten below nearly all errors."""
+    """Find the lower end of the error axis: the largest power of ten below nearly all errors."""
     lows = [np.quantile(_heights(curve), 0.1) for curve in curves]
     low = max(float(min(lows)), 1e-300)
     exponent = math.floor(math.log10(low))
@@ -198,7 +196,7 @@ def _draw_curve(
         clip_on=False,
         zorder=5,
     )
-    if alone:  # those of several curves would overlap
+    if alone:  # the ranges of several curves would overlap
         for begin, end in curve.ranges_below(SMALL_LOSS):
             axes.axvspan(begin, end, color=_colour(index), alpha=0.10, linewidth=0)
 
@@ -314,8 +312,8 @@ def _metric_range(
     bars: Sequence[float],
     others: Sequence[float],
 ) -> tuple[float, float]:
-    """Return the ends of the metric's axis, with all bars, and with those of the others that are
-    near them."""
+    """Find the ends of the metric's axis, with all bars, and with the others' bars that are near
+    them."""
     low = min(bars)
     high = max(bars)
     most = _FAR * (high - low)
@@ -333,7 +331,7 @@ def as_picture(
     image: npt.NDArray[np.floating[Any]],
     scale: int,
 ) -> bytes:
-    """Return a grey image of values in -1 .. 1 as PNG, each value as so many pixels a side."""
+    """Draw a grey image of values in -1 .. 1 as PNG, each value as so many pixels a side."""
     stream = io.BytesIO()
     high = image.repeat(scale, axis=0)
     large = high.repeat(scale, axis=1)

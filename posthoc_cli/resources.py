@@ -16,7 +16,7 @@ MAX_WORKERS = 16
 
 
 def worker_count(count: int | None = None) -> int:
-    """Count the threads to use: `count`, or this process's cores up to MAX_WORKERS."""
+    """Choose the number of threads: `count`, or this process's cores up to MAX_WORKERS."""
     if count is not None:
         return max(1, count)
     cores = os.cpu_count() or 1

@@ -114,14 +114,14 @@ def disk_sources(
     unclaimed: bool = False,
     settings: dict[str, Any] | None = None,
 ) -> list[Source]:
-    """Return the sources in the directory of a run or of an import, or those that a file or a glob
-    names.
+    """Read the sources in the directory of a run or of an import, or in the files that a path or a
+    glob names.
 
-    They are snapshots of a tracker, or checkpoints as an import would take them; with `unclaimed`
-    no values are read, averages of unknown decay have a placeholder of a profile, and some settings
-    of an import may be given. Raise
-    DirectoryError if there are none, FileFormatError or MismatchError if a file is damaged or of
-    another model, InvalidValueError if an import must be given a setting.
+    They are snapshots of a tracker, or checkpoints as an import would take them. With `unclaimed`
+    no values are read, averages of unknown decay have a placeholder as profile, and some settings
+    of an import may be given. Raise DirectoryError if there are none, FileFormatError or
+    MismatchError if a file is damaged or of another model, InvalidValueError if an import must be
+    given a setting.
     """
     path = files.expand_user(directory)
     if not (files.is_glob(path) or is_import(path)):
@@ -139,8 +139,8 @@ ATTEMPTS = 100  # largest number of plans; no training removes a snapshot after 
 
 
 def retry_vanished(attempt: Callable[[], _T]) -> _T:
-    """Return the result of `attempt`, which makes a plan and uses it, and try again if snapshots of
-    the plan are removed before they are opened.
+    """Call `attempt`, which makes a plan and uses it, again if snapshots of the plan are removed
+    before they are opened.
 
     Readers take no lock, so a tracker may thin away snapshots of the plan. Open files stay readable
     when they are removed, and all are opened before they are used. `attempt` must leave nothing
@@ -288,7 +288,7 @@ class Run:
         max_error: float | None = None,
         dtype: torch.dtype | str | None = None,
     ) -> Plan:
-        """Compute the coefficients and errors of averages. Arguments and errors are those of
+        """Compute the coefficients and errors of averages. Arguments and errors are as in
         `plan_synthesis`."""
         sources = self.sources
         return plan_synthesis(sources, as_targets(targets), t, step, method, max_error, dtype)
@@ -305,8 +305,8 @@ class Run:
     ) -> Weights:
         """Make one average in memory.
 
-        The tensors are made on `device`; the other arguments and errors are those of
-        `plan_synthesis`, and a NonFiniteError for a result that is not finite.
+        The tensors are made on `device`; the other arguments and errors are as in `plan_synthesis`,
+        with a NonFiniteError for a result that is not finite.
         """
 
         def make() -> Weights:
@@ -393,8 +393,9 @@ class Run:
         """Compute the reconstruction error against sigma_rel; see the function of this name for the
         arguments.
 
-        If the run has more snapshots than a solve can take, those are used that a synthesis at `t`
-        uses. A sample of the tensors is read if headers have no measurements.
+        If the run has more snapshots than a solve can take, the curve is computed from the ones
+        that a synthesis at `t` uses. A sample of the tensors is read if headers have no
+        measurements.
         """
         sources = self.sources
         t = time_between([source.profile for source in sources], t)
@@ -447,9 +448,9 @@ class Run:
     ) -> list[Audit]:
         """Find the decay, or the sigma_rel, that the averages really have; see `checkpoints.audit`.
 
-        `claimed` is the decay that they should have, in (0, 1); by default that in the files or of
-        an import. The others are settings of an import, of which the files' numbers may need one.
-        Returns one audit for each average; `is_bad` if it contradicts the claim. An
+        `claimed` is the decay that they should have, in (0, 1); by default the decay in the files
+        or of an import. The others are settings of an import, of which the files' numbers may need
+        one. Returns one audit for each average; `is_bad` if it contradicts the claim. An
         InvalidValueError if less than two times have both an average and the weights.
         """
         from posthoc_cli.checkpoints.audit import audit_sources
@@ -471,7 +472,7 @@ class Run:
         agree: Callable[[Pruning], bool] = lambda _: True,
         progress: ProgressBar = no_bar,
     ) -> Pruning:
-        """Delete the snapshots that matter least. Arguments and errors are those of `plan_pruning`,
+        """Delete the snapshots that matter least. Arguments and errors are as in `plan_pruning`,
         and:
 
         Arguments:

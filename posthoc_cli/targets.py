@@ -49,8 +49,8 @@ class Formula:
     """A profile given by its tail in closed form for times from 0 to the time of the average.
 
     The tail is 1 before 0 and 0 from `t` on. In between the formula must never grow; its values
-    outside [0, 1] are clipped. `sigma_rel` is that of a power function of the same length, if one
-    is known.
+    outside [0, 1] are clipped. `sigma_rel` is the width of a power function of the same length, if
+    one is known.
     """
 
     formula: Function
@@ -100,7 +100,7 @@ class Target:
         clock: Clock,
         t_first: float,
     ) -> Profile:
-        """Return the profile at a time `t` of a run whose first update was at `t_first`, in (0, t].
+        """Make the profile at a time `t` of a run whose first update was at `t_first`, in (0, t].
 
         Raises:
             InvalidValueError: the run is too short for the target, or the target has no profile of
@@ -109,7 +109,7 @@ class Target:
         raise NotImplementedError
 
     def on_clock(self, t: float, clock: Clock) -> str:
-        """Return the option, with its value, that names about the same average without steps; of a
+        """Write the option, with its value, that names about the same average without steps, for a
         target in steps."""
         raise NotImplementedError
 
@@ -232,8 +232,8 @@ class Window(Target):
 class Decay(Target):
     """The average that emulates a decay of the learning rate that was not run.
 
-    An average multiplies the update at time s by tail(s). So one with tail(s) = d(x), x = (s -
-    start) / (t - start), equals the weights of a run whose learning rate is multiplied by d from
+    An average multiplies the update at time s by tail(s). So an average with tail(s) = d(x), x = (s
+    - start) / (t - start), equals the weights of a run whose learning rate is multiplied by d from
     `start` on, if the updates themselves are otherwise the same. `SHAPES` has d. As a combination
     of checkpoints, sum_j c_j theta_j, it has the sums w_i = sum_(j >= i) c_j, the multiplier of the
     updates up to theta_i (WSM, arXiv 2507.17634, for evenly spaced ones).
@@ -291,7 +291,7 @@ class Mean(Target):
         raise self._error("names checkpoints, and has no profile without them")
 
     def compute_coefficients(self, stored: Sequence[StoredProfile]) -> FloatArray:
-        """Return the coefficients of stored averages, in their order: 1 / last for the last,
+        """Compute the coefficients of stored averages, in their order: 1 / last for the last,
         otherwise 0.
 
         Raises:
@@ -387,7 +387,7 @@ def _tail(profile: Profile, times: FloatArray, title: str) -> FloatArray:
 
 
 def as_target(value: object) -> Target:
-    """Return the target for a sigma_rel, a text that names one target, a target, or an object with
+    """Make a target of a sigma_rel, a text that names one target, a target, or an object with
     `tail`.
 
     Raises:
@@ -413,15 +413,15 @@ def as_target(value: object) -> Target:
 
 
 def as_targets(values: object) -> tuple[Target, ...]:
-    """Return the targets for one value or for several, see `as_target`."""
+    """Make targets of one value or of several, see `as_target`."""
     if isinstance(values, Sequence) and not isinstance(values, str):
         return tuple(map(as_target, values))
     return (as_target(values),)
 
 
 def name_equal_length(target: Target, steps: float | None) -> str | None:
-    """Return the decay of the ordinary EMA that is as long as a power function after so many steps,
-    or the sigma_rel of an ordinary EMA, as text; None of another target, or without steps."""
+    """Name the ordinary EMA that is as long as a power function after so many steps, by its decay,
+    or the sigma_rel of an ordinary EMA; None for another target, or without steps."""
     if steps is None:
         return None
     if target.sigma_rel is not None:
@@ -434,13 +434,13 @@ def name_equal_length(target: Target, steps: float | None) -> str | None:
 
 
 def full_title(target: Target, steps: float | None) -> str:
-    """Return the title of a target with its other name: "sigma_rel 0.13 (as decay 0.992)"."""
+    """Title a target with its other name: "sigma_rel 0.13 (as decay 0.992)"."""
     other = name_equal_length(target, steps)
     return target.title if other is None else f"{target.title} (as {other})"
 
 
 def _share(steps: float, t: float, clock: Clock) -> float:
-    """Return the part of training until `t` that the last steps took."""
+    """Compute the part of training until `t` that the last steps took."""
     begin = max(float(clock.step_at(t)) - steps, 0.0)
     return 1 - float(clock.time_at(begin)) / t
 
@@ -490,7 +490,7 @@ MOST_VALUES = 10_000
 
 
 def parse_targets(text: str, name: str = "target") -> list[Target]:
-    """Return the distinct targets of a text NAME:VALUES, see `KINDS`, or of numbers, which are
+    """Parse the distinct targets of a text NAME:VALUES, see `KINDS`, or of numbers, which are
     sigma_rels.
 
     VALUES are a number, a list 50,100 or a range START:STOP:STEP. For other texts, raise an
@@ -517,7 +517,7 @@ def parse_values(
     accepted: str = f"a number, {_MANY}",
     whole: str = "",
 ) -> list[Target]:
-    """Return the distinct targets of the numbers in a text, which is the end of a `whole` text;
+    """Parse the distinct targets of the numbers in a text, which is the end of a `whole` text;
     raise an InvalidValueError about `name`."""
     whole = whole or text
     targets = list[Target]()
@@ -538,7 +538,7 @@ def parse_numbers(
     form: str = SIGMA_FORMS,
     whole: str = "",
 ) -> list[float]:
-    """Return the distinct numbers of `0.05,0.10`, `0.05:0.25:0.05` or `0.05,0.06,...,0.25`, in the
+    """Parse the distinct numbers of `0.05,0.10`, `0.05:0.25:0.05` or `0.05,0.06,...,0.25`, in the
     order given; 5% is 0.05.
 
     Numbers of a range are rounded to 12 digits, so that `0.05:0.25:0.05` contains 0.15, not
@@ -567,7 +567,7 @@ def parse_numbers(
 
 
 def _number(text: str, form: str) -> float:
-    """Return a finite number, 5% as 0.05."""
+    """Parse a finite number, 5% as 0.05."""
     try:
         number = float(text.removesuffix("%"))
     except ValueError:
@@ -582,7 +582,7 @@ def _range(
     stop: float,
     step: float,
 ) -> list[float]:
-    """Return start, start + step, ... up to stop, which may miss it by a rounding error."""
+    """List start, start + step, ... up to stop, which may miss it by a rounding error."""
     if step == 0 or (stop - start) * step < 0:
         reason = "the step must lead from the start to the stop, and not be 0"
         raise InvalidValueError("step", reason)
@@ -599,5 +599,5 @@ def bad(
     reason: str,
     hint: str = "",
 ) -> InvalidValueError:
-    """Return the error for an argument or option whose text is not accepted."""
+    """Make the error for an argument or option whose text is not accepted."""
     return InvalidValueError(name, reason, hint, value=text.strip() or "(empty)")

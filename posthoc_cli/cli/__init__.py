@@ -89,7 +89,7 @@ class _Command(_Flags, typer.core.TyperCommand):
 
 
 def _option_names(command: Any) -> dict[str, str]:
-    """Return the options of a command by the names of their arguments."""
+    """Find the options of a command by the names of their arguments."""
     options = {}
     for option in command.params:
         name = option.opts[0]

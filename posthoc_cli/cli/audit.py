@@ -85,8 +85,8 @@ _UNEXPLAINED = (
 
 
 def _other_name(audit: Audit) -> str | None:
-    """Return the sigma_rel that is as long as the decay that was found, after the last checkpoint,
-    or the other way round."""
+    """Name the sigma_rel that is as long as the decay that was found, after the last checkpoint, or
+    the decay that is as long as a sigma_rel."""
     if audit.found is None or audit.length is None or not audit.intervals:
         return None
     last = audit.intervals[-1].end
@@ -97,7 +97,7 @@ def _other_name(audit: Audit) -> str | None:
 
 
 def _audit_row(interval: dict[str, Any]) -> dict[str, Any]:
-    """Return the row of one interval, with rounded lengths and their ratio."""
+    """Make the row of one interval, with rounded lengths and their ratio."""
     length = interval["found"]
     claimed = interval["claimed"]
     row = {key: "-" if value is None else value for key, value in interval.items()}

@@ -15,7 +15,7 @@ _WIDEST_GUIDE = 120
 
 
 def _read_guides() -> dict[str, str]:
-    """Return the Markdown source of each guide by name."""
+    """Read the Markdown source of each guide by name."""
     pages = (importlib.resources.files("posthoc_cli") / "guides").iterdir()
     return {
         page.name[:-3]: page.read_text("utf-8")

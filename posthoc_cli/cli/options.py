@@ -123,7 +123,7 @@ def parse_count(
     option: str,
     example: str = "100000, 1e5 or 100K",
 ) -> int:
-    """Return the whole number that a text such as 1.2e9, 1.2B, 350M or 350,000,000 names."""
+    """Parse a whole number, such as 1.2e9, 1.2B, 350M or 350,000,000."""
     value = resources.parse_amount(text, _COUNTS)
     if value is None or value > resources.MOST or value != value.to_integral_value():
         limit = ", at most 9e18" if value is not None and value > resources.MOST else ""
@@ -132,7 +132,7 @@ def parse_count(
 
 
 def parse_sigma_range(text: str) -> tuple[float, float]:
-    """Return both ends of `--sigma-range`, LOW:HIGH."""
+    """Parse `--sigma-range`, LOW:HIGH."""
     form = "LOW:HIGH in (0, 0.2887), such as 0.05:0.28"
     try:
         return check_sigma_range(parse_numbers(text.replace(":", ","), "--sigma-range", form))
@@ -141,7 +141,7 @@ def parse_sigma_range(text: str) -> tuple[float, float]:
 
 
 def parse_max_error(text: str) -> float:
-    """Return the relative error that `--max-error` names: 0.01, or 1% for the same."""
+    """Parse the relative error of `--max-error`: 0.01, or 1% for the same."""
     number = text.strip()
     scale = 1
     if number.endswith("%"):
@@ -161,7 +161,7 @@ def parse_targets(
     decays: Sequence[str],
     others: Sequence[str],
 ) -> list[Target]:
-    """Return the targets of each --sigma-rel, --decay and --target, in this order, without
+    """Parse the targets of each --sigma-rel, --decay and --target, in this order, without
     duplicates."""
     parsed = list[Target]()
     for text in sigma_rels:
@@ -178,7 +178,7 @@ def optional(
     text: str | None,
     *arguments: str,
 ) -> _T | None:
-    """Return the parsed text of an option, or None without the option."""
+    """Parse the text of an option; None without the option."""
     return None if text is None else parse(text, *arguments)
 
 
@@ -190,8 +190,8 @@ def check_exists(
     directory: bool = False,
     name: str = "DIR",
 ) -> Path:
-    """Return the path of an existing input, with ~ expanded; an error without one, or a `directory`
-    that is not one."""
+    """Find an existing input, with ~ expanded; an error without one, or if it should be a
+    `directory` and is not one."""
     path = files.check_path(name, given)
     try:
         mode = path.stat().st_mode
@@ -207,7 +207,8 @@ def check_exists(
 
 
 def _check_content(path: Path) -> None:
-    """Raise an InvalidValueError for an empty file, and for a text, but the index of shards."""
+    """Raise an InvalidValueError for an empty file, and for a text file other than the index of
+    shards."""
     with path.open("rb") as file:
         beginning = file.read(256)
     if not beginning:
@@ -220,7 +221,7 @@ def _check_content(path: Path) -> None:
 
 
 def new_picture(out: str | None, overwrite: bool) -> Path | None:
-    """Return the path of the picture that `--out` names, after checking that it may be written."""
+    """Check that the picture of `--out` may be written, and return its path."""
     from posthoc_cli import plots
 
     return None if out is None else files.new_file(out, plots.PICTURES, overwrite)
@@ -254,7 +255,7 @@ def check_not_above_run(path: Path) -> None:
 
 
 def holds_snapshots(folder: Path) -> bool:
-    """Return whether a folder has files that are named as snapshots are."""
+    """Return whether a folder has files with names of snapshots."""
     from posthoc_cli.snapshots.directory import is_snapshot_name
 
     return any(map(is_snapshot_name, folder.iterdir()))

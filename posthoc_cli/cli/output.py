@@ -59,7 +59,7 @@ def print_note(text: str) -> None:
 
 
 def name_options(text: str) -> str:
-    """Return a text of the library with options in place of quoted arguments."""
+    """Replace quoted arguments in a text of the library by options."""
 
     def option(match: re.Match[str]) -> str:
         return OPTIONS.get(match[1], match[0])
@@ -173,7 +173,7 @@ def write_picture(
 
 
 def count_noun(count: int, what: str) -> str:
-    """Return a count with its noun: "1 file", "1,200 files"."""
+    """Write a count with its noun: "1 file", "1,200 files"."""
     return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
@@ -212,8 +212,8 @@ def _print_message(level: str, text: str) -> None:
 
 
 def progress_bar(unit: str = "") -> ProgressBar:
-    """Return a progress bar for a terminal's stderr, which counts bytes unless `unit` names
-    something else."""
+    """Make a progress bar for a terminal's stderr, which counts bytes unless `unit` names something
+    else."""
 
     @contextmanager
     def bar(

@@ -145,7 +145,7 @@ def sweep(
 
 
 def _steps(run: Run, decays: str, t: float | None) -> float:
-    """Return the steps up to a time; raise an InvalidValueError about decays if steps and times are
+    """Count the steps up to a time; raise an InvalidValueError about decays if steps and times are
     not in one ratio."""
     first = re.split("[,:]", decays)[0]
     plan = run.plan(parse_values(first, "--decay", Beta), t=t)

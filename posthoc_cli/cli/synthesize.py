@@ -131,7 +131,7 @@ def _summary(
     report: dict[str, Any],
     errors: list[str],
 ) -> str:
-    """Return what was made of what, with the largest of each kind of error."""
+    """Say what was made of what, with the largest of each kind of error."""
     targets = report["targets"]
     first = targets[0]
     what = first["target"]

@@ -96,7 +96,7 @@ def _verdict(
     report: dict[str, Any],
     wrong: list[dict[str, Any]],
 ) -> str:
-    """Return the last line: how many files are intact, or which are not."""
+    """Write the last line: how many files are intact, or which are not."""
     files = report["files"]
     total = output.count_noun(len(files), "file")
     if wrong:

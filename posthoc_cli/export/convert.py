@@ -79,8 +79,8 @@ def export_file(
         max_shard_size: largest size of a shard, such as "5GB", which is the default.
         weights: of a training's checkpoint take the raw weights, not the average; with `like`,
             replace its weights.
-        average: the key or prefix of the average in a training's checkpoint, or a glob of it, if no
-            word says it; with `like`, that of the tensors to replace.
+        average: the key or prefix of the average in a training's checkpoint, or a glob of it, if
+            no word says it; with `like`, the key of the tensors to replace.
         like: a checkpoint or model folder, which the output is a copy of, but for the tensors of
             its average, or if it has none of its weights.
         progress: opens a progress bar of the bytes to write.
@@ -160,7 +160,7 @@ class Model(StoredTensors):
 
 
 def _combine(source: StoredTensors, dtype: str | None) -> Combination:
-    """Return what makes a model in its own dtypes, or its averages in another one."""
+    """Combine a source to a model in its own dtypes, or with its averages in another dtype."""
     dtypes = {}
     if dtype is not None and isinstance(source, Model) and source.info is None:
         floats = [name for name, entry in source.entries.items() if entry.dtype in EPS]
@@ -169,7 +169,7 @@ def _combine(source: StoredTensors, dtype: str | None) -> Combination:
 
 
 def _header(plan: Combination) -> dict[str, Any]:
-    """Return the content of the header: that of the model, with the names of its copies."""
+    """Make the content of the header: the model's, with the names of its copies."""
     info = _output_info(plan.newest)
     if info is None:
         return {"format": FORMAT}
@@ -204,7 +204,7 @@ def _read_source(
     weights: bool = False,
     average: str | None = None,
 ) -> StoredTensors:
-    """Return the model, or what is wanted of a training's checkpoint, to export."""
+    """Read the model to export, or what is wanted of a training's checkpoint."""
     if is_import(source):
         reason = "is the run of an import, which refers to other files"
         raise UnsuitableError(source, reason, "make an average of it by `ema synthesize`")
@@ -224,7 +224,7 @@ def _read_source(
 
 def _is_checkpoint(source: Path) -> bool:
     """Return whether a source is a training's checkpoint: a file or folder that is not safetensors,
-    or an average among several models; they may lie deeper in it."""
+    or an average among several models, which may lie deeper in it."""
     if not source.exists():
         return False
     layout = layout_at(source)

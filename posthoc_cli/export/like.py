@@ -61,8 +61,8 @@ _MODEL = re.compile(
     r"(?:(?:pytorch|tf|flax|diffusion|adapter|rust)_)*(?:model|consolidated)(?:[-.][-.\w]*)?"
     r"\.(?:safetensors|bin|pt|pth|h5|msgpack|onnx|gguf|ckpt|index\.json)"
 )
-"""The names of weights in a model folder. Next to the averaged ones those in other formats are out
-of date."""
+"""The names of weights in a model folder. Next to averaged weights the files in other formats are
+out of date."""
 
 _OTHER_FOLDERS = re.compile(
     r"(?:checkpoint|ckpt|epoch|step)[-_]?\d+|runs|logs|wandb", re.IGNORECASE
@@ -89,8 +89,8 @@ class Like:
         weights: bool,
         average: str | None,
     ) -> Like:
-        """Return the average of a checkpoint, or if it has none its weights; of a pipeline, that of
-        the only component that has some of these tensors.
+        """Find the average of a checkpoint, or if it has none its weights; in a pipeline, the
+        average of the only component that has some of these tensors.
 
         Raises InvalidValueError if nothing is there, for something in a folder that is neither a
         file nor a link to a file in it, or for a file of this package; and FileFormatError.
@@ -190,8 +190,8 @@ class Like:
     # --- tensors
 
     def fitted(self, plan: P) -> tuple[P, Replacement]:
-        """Return what an output of these tensors has in place of the checkpoint's, and the plan of
-        it.
+        """Match the tensors of a plan with the checkpoint's; return a plan of them, and what an
+        output has in place of the checkpoint's.
 
         Raises MismatchError for a tensor that has another shape in the checkpoint or is not in it,
         two tensors that are one in it, or quantized weights.
@@ -226,7 +226,7 @@ class Like:
         names: Mapping[str, Sequence[str]],
         averages: Collection[str],
     ) -> dict[str, set[str]]:
-        """Return the names under which the checkpoint stores tensors; it may have no such names."""
+        """Find the names under which the checkpoint stores tensors; it may have none of them."""
         of_averages = [names[name] for name in averages]
         old, new = self._beginnings(of_averages)
         stored = {}
@@ -250,7 +250,7 @@ class Like:
         plan: Combination,
         stored: Mapping[str, set[str]],
     ) -> dict[str, Replaced]:
-        """Return the places of tensors, given their names in the checkpoint."""
+        """Find the places of tensors, given their names in the checkpoint."""
         replaced = dict[str, Replaced]()
         owners = dict[str, str]()
         for name, names in stored.items():
@@ -290,8 +290,7 @@ class Like:
         self,
         averages: Sequence[Sequence[str]],
     ) -> tuple[str, str]:
-        """Return how names of the run begin, and how those of the set do, which may begin
-        otherwise."""
+        """Find the name prefixes of the run and of the checkpoint."""
         known = self.source.entries.keys() | self.source.aliases.keys()
         absent = sorted(names[0] for names in averages if known.isdisjoint(names))
         if not absent:
@@ -323,7 +322,7 @@ def _find_beginnings(
     end: str,
     names: Iterable[str],
 ) -> set[str]:
-    """Return what precedes an end of names that is a whole one, or follows a dot."""
+    """Find what precedes an end of names that is a whole name, or follows a dot."""
     fitting = [name for name in names if f".{name}".endswith(f".{end}")]
     return {name.removesuffix(end) for name in fitting}
 
@@ -333,13 +332,13 @@ def _rename(
     old: str,
     new: str,
 ) -> set[str]:
-    """Return names with another beginning."""
+    """Replace the beginning of names."""
     return {new + name.removeprefix(old) if name.startswith(old) else name for name in names}
 
 
 def _component(path: Path, tensors: set[str]) -> Path:
-    """Return the component of a pipeline that has some of these tensors, if it is the only one;
-    else the path itself."""
+    """Find the component of a pipeline that has some of these tensors, if it is the only one; else
+    return the path itself."""
     if not path.is_dir() or weights_at(path) is not None:
         return path
     components = []
@@ -369,7 +368,7 @@ def _own_chunks(
     average: Source,
     stored: Stored,
 ) -> dict[str, list[Chunk]]:
-    """Return the chunks of an average that are not also the weights', which complete it."""
+    """Find the chunks of an average that are not also the weights', which complete it."""
     places = set[tuple[Path, Entry]]()
     with suppress(FileFormatError):  # which of its tensors are the weights is unclear
         places = {chunks[0].place for chunks in index_chunks(stored.weights).values()}
@@ -428,7 +427,7 @@ class Replaced(NamedTuple):
 
 
 def index_chunks(source: StoredTensors) -> dict[str, list[Chunk]]:
-    """Return the chunks of the tensors of a checkpoint, by their stored names."""
+    """List the chunks of the tensors of a checkpoint, by their stored names."""
     chunks = dict[str, list[Chunk]]()
     for file in source.files:
         for name, entry in file.entries.items():
@@ -443,9 +442,9 @@ class Replacement:
     """What an output that is a copy of a checkpoint has instead."""
 
     like: Like
-    entries: Mapping[str, Entry]  # those that are replaced, by their names in the checkpoint
+    entries: Mapping[str, Entry]  # the replaced tensors, by their names in the checkpoint
     tensors: Mapping[str, Replaced]  # by their names in the output of a synthesis
-    kept: Sequence[str]  # of the set that is replaced, those that the run does not have
+    kept: Sequence[str]  # tensors of the replaced set that the run does not have
     shared: Sequence[str]  # averages that have no place of their own: it is the weights', too
 
     @property
@@ -502,7 +501,8 @@ class CopiedFile:
         self,
         size: int,
     ) -> Iterator[tuple[int, int]]:
-        """Yield the ranges to copy; those of tensors stored in another order are among them."""
+        """Yield the ranges to copy, with the ranges of tensors stored in another order among
+        them."""
         begin = 0
         for chunk in self._chunks:
             if not chunk.entry.strides:
@@ -520,7 +520,7 @@ class CopiedFile:
         if not chunk.entry.strides:
             self._file.write_at(data, chunk.begin + begin)
             return
-        with self._lock:  # the bytes between those of a chunk are read and written back
+        with self._lock:  # the bytes between the chunk's are read and written back
             if chunk not in self._collected:
                 size = chunk.entry.nbytes
                 self._collected[chunk] = np.empty(size, np.uint8), size
@@ -603,7 +603,7 @@ def members_at(
     file: OpenedFile,
     places: Iterable[int],
 ) -> set[Member]:
-    """Return the members that hold the bytes at these places of a file of archives."""
+    """Find the members that hold the bytes at these places of a file of archives."""
     left = sorted(places)
     members = set()
     end = file.size
@@ -627,7 +627,7 @@ def _entries(
     file: OpenedFile,
     archive: zipfile.ZipFile,
 ) -> dict[int, tuple[zipfile.ZipInfo, int]]:
-    """Return members, and the places of their entries, by the places of their local headers."""
+    """Find members, and the places of their entries, by the places of their local headers."""
     entries = {}
     at = archive.start_dir
     for info in archive.infolist():

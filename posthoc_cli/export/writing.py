@@ -130,8 +130,8 @@ class OutputOptions:
         return LAYOUTS[self.layout or "safetensors"][0]
 
     def find_layout(self, path: Path) -> str:
-        """Return the layout of an output: as given, or by its name .pt, .safetensors, or a folder
-        of shards; or "like" for a copy.
+        """Find the layout of an output: as given, or by its name .pt, .safetensors, or a folder of
+        shards; or "like" for a copy.
 
         Raises InvalidValueError if the name has the ending of another layout, or of none. A folder
         may have any name.
@@ -177,8 +177,7 @@ def output_paths(
     dtype: torch.dtype | str | None,
     options: OutputOptions,
 ) -> list[Path]:
-    """Return the path of each target's output, none in a dry run: `out`, or a file or folder in it
-    for each.
+    """Name each target's output, none in a dry run: `out`, or a file or folder in it for each.
 
     Raises InvalidValueError if options contradict each other, or if two targets would have the same
     path.
@@ -221,7 +220,7 @@ def _paths_in(
     targets: Sequence[Target],
     ending: str,
 ) -> list[Path]:
-    """Return paths named after the targets."""
+    """Name paths after the targets."""
     files.check_folder(folder)
     paths = []
     for target in targets:
@@ -253,7 +252,7 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[list[Any]]:
-        """Run the block in all ranks, and raise a RankError if that of another one failed.
+        """Run the block in all ranks, and raise a RankError if it failed in another one.
 
         It gets a list, which afterwards holds in all ranks what the first rank has put into it.
         """
@@ -379,8 +378,8 @@ def _resources(
     options: OutputOptions,
     ranks: Ranks,
 ) -> tuple[torch.device, int | None]:
-    """Return the device and the number of threads of this process; those of one machine share its
-    cores, and each uses another device."""
+    """Choose the device and the number of threads of this process. The processes of one machine
+    share its cores, and each uses another device."""
     if ranks.world == 1:
         return check_device(options.device), options.workers
     device = options.device
@@ -503,7 +502,7 @@ class OutputJob:
         return TensorFiles(writers, folder, writers)
 
     def _rank_share(self) -> Combination:
-        """Return what this rank makes."""
+        """Find what this rank makes."""
         plan = self.plan
         if self.ranks.world == 1:
             return plan
@@ -560,7 +559,8 @@ class FileOutput(Output):
 
 
 class TensorFiles(FileOutput):
-    """Safetensors files with checksums: one, or those of a folder; in a job, this rank's share."""
+    """Safetensors files with checksums: one file, or the files of a folder; in a job, this rank's
+    share."""
 
     def __init__(
         self,
@@ -584,10 +584,11 @@ def cut_shards(
     size: int,
     ranks: int,
 ) -> tuple[dict[str, list[str]], bytes]:
-    """Return the tensors of each shard by its file name, and the index of several, empty for one.
+    """Divide tensors into shards; return the tensors of each by its file name, and the index of
+    several, empty for one.
 
     Shards are filled in the order of the tensors, up to `size` or an equal share of the ranks; a
-    larger tensor has a shard of its own. The names are those that Hugging Face libraries look for.
+    larger tensor has a shard of its own. The names are as Hugging Face libraries expect them.
     """
     total = nbytes(entries)
     limit = min(size, max(1, -(-total // ranks)))
@@ -634,7 +635,7 @@ class PickledFile(FileOutput):
         stream = SimpleNamespace(write=self._append, flush=lambda: None)
         try:
             torch.save(state, stream)
-        # torch's own, which replaces that of `write`, and a KeyboardInterrupt
+        # torch's own error, which replaces the error of `write`, and a KeyboardInterrupt
         except RuntimeError as error:
             raise error.__context__ or error from None
 

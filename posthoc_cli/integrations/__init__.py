@@ -30,7 +30,7 @@ def make_tracker(
     checkpoint_dir: str | Path,
     options: dict[str, Any],
 ) -> PostHocEMA:
-    """Return a tracker of a model, by default with `resume="auto"`."""
+    """Make a tracker of a model, by default with `resume="auto"`."""
     return PostHocEMA.from_model(model, checkpoint_dir, **{"resume": "auto"} | options)
 
 
@@ -50,7 +50,7 @@ def write_state(
     """Write a tracker's own state into a checkpoint's folder, complete or not at all. Every process
     makes the call.
 
-    `number` is the tracker's index among those of its training.
+    `number` is the tracker's index among the trackers of its training.
     """
     path = Path(folder) / _state_names(number)[is_sharded(model)]
     state = ema.state_dict()
@@ -105,8 +105,11 @@ def average_blocks(
     model: torch.nn.Module,
     targets: Sequence[Target],
 ) -> dict[str, AbstractContextManager[torch.nn.Module]]:
-    """Return the blocks of `PostHocEMA.models` for averages of the present step; none before the
-    first update. Lengths that are not tracked are made of a snapshot of this step."""
+    """Make the blocks of `PostHocEMA.models` for averages of the present step; none before the
+    first update.
+
+    Lengths that are not tracked are made of a snapshot of this step.
+    """
     if not ema.has_average:
         return {}
     tracked = ema.settings.sigma_rels
@@ -116,8 +119,7 @@ def average_blocks(
 
 
 def _state_names(number: int) -> tuple[str, str]:
-    """Return the names of a tracker's file and folder; like accelerate's for models, the first has
-    no number."""
+    """Name a tracker's file and folder; like accelerate's for models, the first has no number."""
     name = f"{STATE_NAME}_{number}" if number else STATE_NAME
     return f"{name}.pt", name
 
@@ -126,6 +128,6 @@ def figures(
     ema: PostHocEMA,
     targets: Iterable[Target] = (),
 ) -> dict[str, float]:
-    """Return the tracker's metrics, with the predicted errors of these lengths, under names for a
+    """Collect the tracker's metrics, with the predicted errors of these lengths, under names for a
     logger."""
     return {f"ema/{name}": value for name, value in ema.metrics([*targets]).items()}

@@ -21,7 +21,7 @@ def prepare(
     optimizer: Any = None,
     **options: Any,
 ) -> PostHocEMA:
-    """Return a tracker whose exact state is saved in every checkpoint of the accelerator.
+    """Make a tracker whose exact state is saved in every checkpoint of the accelerator.
 
     Call it in every process, before or after `accelerator.prepare`; for a model under FSDP2,
     afterwards. Give each of several models its own directory, and make the calls in the same order

@@ -137,7 +137,7 @@ class PostHocEMAModel:
         model_cls: Any = None,
         foreach: bool = False,
     ) -> PostHocEMAModel:
-        """Return an object whose `state_dict()` is the state that `save_pretrained` saved, for
+        """Make an object whose `state_dict()` is the state that `save_pretrained` saved, for
         `load_state_dict`."""
         if not any(Path(path).glob(f"{STATE_NAME}*")):
             raise InvalidValueError(
@@ -187,7 +187,7 @@ class PostHocEMAModel:
         return self.ema is None and self._model is not None
 
     def _average(self) -> AbstractContextManager[torch.nn.Module]:
-        """Return a block with the average of the present step."""
+        """Make a block with the average of the present step."""
         ema, model = self._tracking()
         blocks = average_blocks(ema, model, [as_target(self.sigma_rel)])
         return next(iter(blocks.values()), ema.model(model, self.sigma_rel))

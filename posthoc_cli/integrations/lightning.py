@@ -193,7 +193,7 @@ class PostHocWeightAveraging(Callback):
         pl_module: LightningModule,
         exception: BaseException,
     ) -> None:
-        """Close the tracker; log an error of that, which must not hide the exception."""
+        """Close the tracker; log an error of the closing, which must not hide the exception."""
         try:
             self._finish()
         except Exception as error:  # noqa: BLE001  it is logged

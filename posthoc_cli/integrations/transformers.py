@@ -162,7 +162,7 @@ class PostHocCallback(TrainerCallback):
         eval_dataloader: Any = None,
         **_: Any,
     ) -> None:
-        """Evaluate the averages on the same data, and add their metrics to those of the weights."""
+        """Evaluate the averages on the same data, and add their metrics to the weights' metrics."""
         trainer = self._installed()
         if self.ema is None or not self._lengths or trainer is None:
             return
@@ -249,7 +249,7 @@ class PostHocCallback(TrainerCallback):
                 state.best_model_checkpoint = best
 
     def _choose_label(self, args: TrainingArguments) -> str | None:
-        """Return the label of the average whose metric chooses the best model, or None."""
+        """Find the label of the average whose metric chooses the best model, or None."""
         metric = (args.metric_for_best_model or "").removeprefix("eval_")
         fitting = [label for label, name in self._names.items() if metric.startswith(f"{name}_")]
         return max(fitting, key=len, default=None) if args.load_best_model_at_end else None

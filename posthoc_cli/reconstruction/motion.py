@@ -10,8 +10,8 @@ distance of two averages, one of them stored with a rounding error of variance r
     E |theta_i - theta_j|^2 = integral v (tail_i - tail_j)^2 ds + integral w (p_i - p_j)^2 ds + r_j,
 
 linear in v and w. With both constant on segments of training, every measured distance is a linear
-equation for them. Measurements are sums over the elements of all averaged tensors (not of copied
-ones), in float64."""
+equation for them. Measurements are sums over the elements of all averaged (not copied) tensors, in
+float64."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ Pair = tuple[StoredProfile, Distance]  # an average, and its distance from an ea
 
 @dataclass(frozen=True)
 class Measurements:
-    """The squared norms of an exact average and of what its stored copy differs by; estimates for a
-    large model.
+    """The squared norms of an exact average and of the rounding error of its stored copy; estimates
+    for a large model.
 
     `distances` are to other averages, where both were sampled from files; headers hold none.
     """
@@ -104,9 +104,9 @@ class Prior:
     order: shape [n] each.
 
     `misfit` says how badly the motion explains the distances: the root mean square of log(measured
-    / expected). A walk with noise explains those of ordinary training within a few per cent; if the
-    path oscillates, or is smooth between snapshots, some are many times larger than expected, and
-    others smaller.
+    / expected). A walk with noise explains the distances of ordinary training within a few per
+    cent; if the path oscillates, or is smooth between snapshots, some distances are many times
+    larger than expected, and others smaller.
     """
 
     motion: Motion
@@ -120,7 +120,7 @@ class Prior:
     sketch: Sketch | None = None
 
     def subset(self, snapshots: Sequence[int]) -> Prior:
-        """Return the prior of a subset of the snapshots, given by their indices."""
+        """Select the prior of some of the snapshots, given by their indices."""
         index = np.asarray(snapshots, dtype=np.intp)
         return replace(
             self,
@@ -135,8 +135,8 @@ def assumed_prior(
     rounding: float = 0.0,
     motion: Motion | None = None,
 ) -> Prior:
-    """Return the prior of planned or unmeasured snapshots, relative to the norm; `rounding` is root
-    mean square."""
+    """Assume the prior of planned or unmeasured snapshots, relative to the norm; `rounding` is a
+    root mean square."""
     last = max(profile.t for profile in snapshots)
     ones = np.ones(len(snapshots))
     return Prior(
@@ -156,11 +156,11 @@ def measured_prior(
     averages: Sequence[StoredAverage],
     sketch: Sketch | None = None,
 ) -> Prior:
-    """Return the prior from the measurements of a run's averages, or `assumed_prior` if any average
+    """Derive the prior from the measurements of a run's averages; `assumed_prior` if any average
     has none.
 
-    The order of the averages affects only that of the arrays. `sketch` covers the path up to the
-    last one.
+    The order of the averages affects only the order of the arrays. `sketch` covers the path up to
+    the last one.
     """
     profiles = [average.profile for average in averages]
     measured = [average.measurements for average in averages if average.measurements is not None]
@@ -206,8 +206,8 @@ def _even_motion(
 
 
 def _newest_steps(averages: Sequence[StoredAverage]) -> Steps | None:
-    """Return the steps of the newest average, or of the one next to it whose steps are known, as
-    those of weights whose file does not say the unit of its number."""
+    """Find the steps of the newest average, or, if its file does not say the unit of its number, as
+    for weights, of the one next to it."""
     in_order = sorted(averages, key=lambda average: _sort_key(average.profile))
     for average in reversed(in_order):
         if average.steps is not None:
@@ -229,8 +229,8 @@ def _fit(
     norm: FloatArray,
     steps: Steps | None,
 ) -> tuple[Motion, float]:
-    """Return the motion that explains the distances of averages, of these squared norms, and
-    `Prior.misfit`."""
+    """Fit the motion that explains the distances of averages, of these squared norms; return it
+    with `Prior.misfit`."""
     profiles = [average.profile for average in averages]
     times = [profile.t for profile in profiles]
     start = min(average.start for average in averages)
@@ -257,7 +257,7 @@ def _noisy(
     pairs: Sequence[Pair],
     steps: Steps | None,
 ) -> Motion | None:
-    """Return the motion with noise that explains the distances; None if a walk does as well."""
+    """Fit the motion with noise that explains the distances; None if a walk does as well."""
     _, of_walk = fit_motion(start, times, pairs, steps, may_have_noise=False)
     motion, of_noise = fit_motion(start, times, pairs, steps)
     shows_noise = _misfit(pairs, of_noise) < _NOISY * _misfit(pairs, of_walk)
@@ -269,7 +269,7 @@ def _with_noise(
     profiles: Sequence[StoredProfile],
     steps: Steps | None,
 ) -> Motion:
-    """Return a fitted motion with the noise that its scatter shows."""
+    """Add to a fitted motion the noise that its scatter shows."""
     discrete = [profile.t for profile in profiles if isinstance(profile, Discrete)]
     if any(update_interval(profile) > 1 for profile in profiles):
         times = [profile.t for profile in profiles]
@@ -285,7 +285,7 @@ _SEEN_WITHIN = 400  # parts of training, to one of which `seen_from` is exact fo
 
 
 def seen_from(start: float, profiles: Sequence[StoredProfile]) -> float:
-    """Return the time from which on averages show the motion: before it all of them move alike."""
+    """Find the time from which on averages show the motion: before it all of them move alike."""
     first = []
     for profile in profiles:
         if isinstance(profile, Point):
@@ -298,7 +298,7 @@ def seen_from(start: float, profiles: Sequence[StoredProfile]) -> float:
 
 
 def _misfit(pairs: Sequence[Pair], expected: FloatArray) -> float:
-    """Return `Prior.misfit`, from what motion expects relative to each distance."""
+    """Compute `Prior.misfit`, from what motion expects relative to each distance."""
     squares = np.array([distance.squared for _, distance in pairs])
     least = _NEGLIGIBLE * squares.max()
     ratios = (squares * expected + least) / (squares + least)
@@ -308,7 +308,7 @@ def _misfit(pairs: Sequence[Pair], expected: FloatArray) -> float:
 
 
 def _sort_key(profile: StoredProfile) -> tuple[float, float, float]:
-    """Return a sort key that depends on the profile alone; equal profiles have equal keys."""
+    """Make a sort key that depends on the profile alone; equal profiles have equal keys."""
     if isinstance(profile, PowerFunction):
         return profile.t, profile.gamma, 0.0
     late = profile.tail(profile.t / 2)
@@ -320,7 +320,7 @@ def _pairs(
     measured: Sequence[Measurements],
     floor: FloatArray,
 ) -> list[Pair]:
-    """Return the measured distance of each pair of averages; if a pair has several records, the
+    """Collect the measured distance of each pair of averages; if a pair has several records, the
     last one.
 
     Pairs of one power function, up to rounding, are left out: no motion explains their distance.
@@ -349,8 +349,8 @@ def _pairs(
 
 
 def _identity(profile: StoredProfile) -> object:
-    """Return what only equal profiles have in common: a gamma that was computed elsewhere may
-    differ in its last bits."""
+    """Make a key that only equal profiles share: a gamma that was computed elsewhere may differ in
+    its last bits."""
     if isinstance(profile, PowerFunction):
         return profile.t, round(profile.gamma, 9)
     return profile
@@ -360,7 +360,7 @@ def _is_one_profile(
     later: tuple[float, ...],
     earlier: tuple[float, ...],
 ) -> bool:
-    """Return whether two keys of `_sort_key` are of one power function, up to rounding."""
+    """Return whether two keys of `_sort_key` belong to one power function, up to rounding."""
     t, gamma, _ = later
     earlier_t, earlier_gamma, _ = earlier
     is_one_time = t - earlier_t <= EQUAL * t
@@ -404,7 +404,7 @@ class Motion:
         variance: float = ASSUMED_STRETCH**2,
         steps: Steps | None = None,
     ) -> Motion:
-        """Return a constant walk of total `variance` over (0, t], without noise."""
+        """Make a constant walk of total `variance` over (0, t], without noise."""
         count = t if steps is None else float(steps.clock.step_at(t))
         edges = np.array([0.0, t])
         walk = np.array([variance / count])
@@ -412,7 +412,7 @@ class Motion:
 
     @classmethod
     def of_sketch(cls, sketch: Sketch, steps: Steps | None) -> Motion:
-        """Return the walk of a sketched path, see `Sketch.walked`, without noise."""
+        """Derive the walk of a sketched path, see `Sketch.walked`, without noise."""
         distinct = np.unique(sketch.edges)
         if distinct.size < 2:
             last = distinct[0]
@@ -430,7 +430,7 @@ class Motion:
         alone: Sequence[float] = (),
         instant: float = 1.0,
     ) -> tuple[FloatArray, FloatArray]:
-        """Return walk and noise on intervals, each within one segment; the outer segments extend:
+        """Compute walk and noise on intervals, each within one segment; the outer segments extend:
         [K + 1] to [K] each.
 
         Intervals that end at the times `alone` are single steps, as long as an `instant`, with much
@@ -450,11 +450,11 @@ class Motion:
         return walk, noise
 
     def with_unseen(self, end: float, most: float) -> Motion:
-        """Return the motion with a walk that rises to `most` from `end` back to the first update,
-        where no average shows it.
+        """Add a walk that rises to `most` from `end` back to the first update, where no average
+        shows it.
 
-        Learning rates fall, so that what came before the first file of a run, of which only the
-        last ones are kept, is seldom as quiet as what came after it.
+        Learning rates fall: if only the last files of a run were kept, training before them was
+        seldom as quiet as after.
         """
         start = self.edges[0]
         if end <= start:
@@ -474,7 +474,7 @@ class Motion:
         edges: FloatArray,
         segment: npt.NDArray[np.intp],
     ) -> Motion:
-        """Return the same motion on more segments, each a part of one of these."""
+        """Divide the segments of the motion, each into some of the new ones."""
         scatter = self.scatter
         if scatter is not None:
             scatter = scatter[segment]
@@ -484,8 +484,7 @@ class Motion:
         return Motion(edges, self.walk[segment], self.noise[segment], scatter, sampling)
 
     def with_forgotten(self, spacing: FloatArray) -> Motion:
-        """Return the motion with noise in place of the part of the walk that checkpoints show to be
-        forgotten.
+        """Replace the part of the walk that checkpoints show to be forgotten by noise.
 
         Means of the weights over successive intervals of L steps, the `spacing`, [segments], are
         squared 2/3 v L apart for a walk and 2 w / L for noise: averages alone cannot tell v from w
@@ -546,8 +545,8 @@ def fit_motion(
     may_have_noise: bool = True,
     ordinary: Sequence[float] = (),
 ) -> tuple[Motion, FloatArray]:
-    """Return the motion that explains measured distances best, and what it expects relative to
-    them: shape [pairs].
+    """Fit the motion that explains measured distances best; return it, and what it expects relative
+    to the distances: shape [pairs].
 
     Minimises the sum of (model - 1)^2 / model, where model is an expected distance relative to the
     measured one, so that too large and too small fits cost the same, and the distances of a pause
@@ -600,7 +599,8 @@ def _ends_of_segments(start: float, times: Sequence[float]) -> FloatArray:
 class _Fit:
     """The unknowns of `fit_motion`, and their updates.
 
-    `proportion` is that of scatter to the walk from one time of an ordinary average to the next.
+    `proportion` is the proportion of scatter to the walk from one time of an ordinary average to
+    the next.
     """
 
     def __init__(
@@ -652,8 +652,8 @@ class _Fit:
     def intensities(self) -> FloatArray:
         """Return walk and noise: shape [2, segments].
 
-        A segment that no distance shows, as that before the first update, moves as its neighbours
-        do.
+        A segment that no distance shows, such as the one before the first update, moves as its
+        neighbours do.
         """
         fitted = self._intensities.reshape(-1, self._segments)
         totals = self._influence.sum(axis=0)
@@ -668,7 +668,7 @@ class _Fit:
 
 
 def with_floor(walk: FloatArray, walks: FloatArray, others: FloatArray) -> FloatArray:
-    """Return a fitted walk with the least walk in each segment, where the distances allow it.
+    """Raise a fitted walk to the least walk in each segment, where the distances allow it.
 
     `walks` is the influence of the walk on the distances, and `others` what else they consist of,
     both relative to the measured ones: shapes [pairs, segments] and [pairs]. A standstill that
@@ -689,7 +689,7 @@ def with_floor(walk: FloatArray, walks: FloatArray, others: FloatArray) -> Float
 
 
 def update_interval(profile: StoredProfile) -> int:
-    """Return the number of steps from one update of an average to the next."""
+    """Find the number of steps from one update of an average to the next."""
     if isinstance(profile, OrdinaryEMA):
         return int(profile.settings["every"])
     return 1
@@ -711,7 +711,7 @@ def sample_motion(
     times: Sequence[float],
     steps: Steps | None,
 ) -> FloatArray:
-    """Return `Motion.sampling` for averages at these times."""
+    """Estimate `Motion.sampling` for averages at these times."""
     if motion.scatter is not None:
         return _SAMPLED_OF_SCATTER * motion.scatter
     spacing = measure_spacing(motion.edges, times, steps)
@@ -719,11 +719,11 @@ def sample_motion(
 
 
 def sampling_errors(profiles: Sequence[StoredProfile], motion: Motion) -> FloatArray:
-    """Return a root of the covariance of the errors of averages that take in one value of several:
+    """Compute a root of the covariance of the errors of averages that take in one value of several:
     shape [n or less, n].
 
     Their sum over updates k is sum_k m_k (theta_k - the mean of the steps since update k - 1), with
-    the masses m_k. Averages have it in common as far as they have masses in common.
+    the masses m_k. Averages share an error as far as they share masses.
     """
     intervals = np.array([update_interval(profile) for profile in profiles])
     jumps = [profile.jumps for profile in profiles if isinstance(profile, OrdinaryEMA)]
@@ -745,14 +745,14 @@ def sampling_errors(profiles: Sequence[StoredProfile], motion: Motion) -> FloatA
 
 
 def compress_rows(rows: FloatArray) -> FloatArray:
-    """Return rows of the same covariance, at most as many as there are columns."""
+    """Reduce rows to at most as many as there are columns, with the same covariance."""
     triangle = np.linalg.qr(rows, mode="r")
     return np.asarray(triangle)
 
 
 def median_of_neighbours(values: FloatArray) -> FloatArray:
-    """Return the median of each value, the two before and the two after it, as far as there are
-    such: shape of `values`."""
+    """Compute the median of each value, the two before and the two after it, as far as these exist:
+    shape of `values`."""
     padded = np.pad(values, 2, constant_values=np.nan)
     neighbours = sliding_window_view(padded, 5)
     return np.nanmedian(neighbours, axis=1)
@@ -773,7 +773,7 @@ class Influences(NamedTuple):
         noise: FloatArray,
         scatter: FloatArray,
     ) -> FloatArray:
-        """Return what motion expects of the distances, relative to them: shape [pairs]."""
+        """Compute what motion expects of the distances, relative to them: shape [pairs]."""
         lasting = self.walk @ walk + self.noise @ noise
         known = lasting + self.rounding
         return np.asarray(known + self.scatter @ scatter)
@@ -784,7 +784,7 @@ def compute_influences(
     pairs: Sequence[Pair],
     steps: Steps | None,
 ) -> Influences:
-    """Return the influences of motion between `edges` on measured distances."""
+    """Compute the influences of motion between `edges` on measured distances."""
     integrals = _Integrals(edges, pairs, steps)
     segments = edges.size - 1
     walk, noise, scatter = np.zeros((3, len(pairs), segments))
@@ -852,7 +852,7 @@ def find_segments(
     edges: FloatArray,
     times: npt.ArrayLike,
 ) -> npt.NDArray[np.intp]:
-    """Return the segment of each time; a time at an edge belongs to the segment that ends there."""
+    """Find the segment of each time; a time at an edge belongs to the segment that ends there."""
     segment = np.searchsorted(edges, times) - 1
     return np.clip(segment, 0, edges.size - 2)
 
@@ -862,7 +862,7 @@ def measure_spacing(
     times: Sequence[float],
     steps: Steps | None,
 ) -> FloatArray:
-    """Return the steps from one of the times to the next on each segment: shape [segments]."""
+    """Measure the steps from one of the times to the next on each segment: shape [segments]."""
     distinct = np.unique(times)
     segment = find_segments(edges, distinct)
     counts = np.bincount(segment, minlength=edges.size - 1)

@@ -64,8 +64,8 @@ class Steps:
 
 @dataclass(frozen=True)
 class _Updates:
-    """Updates that are nodes themselves: the times before and after each, and the interval in which
-    it lies, [L], and the steps that each stands for."""
+    """Updates that are nodes themselves: the times before and after each, the interval in which it
+    lies, and the steps that each stands for, [L]."""
 
     before: FloatArray
     after: FloatArray
@@ -86,8 +86,8 @@ class _Updates:
         until: IndexArray,
         steps: Steps,
     ) -> _Updates:
-        """Return the updates of some of the intervals between `ends`, which follow `until` updates
-        each; none begins before the first end."""
+        """List the updates of some of the intervals between `ends`, which follow `until` updates
+        each; no update begins before the first end."""
         first = until[intervals]
         counts = until[intervals + 1] - first
         home = np.repeat(intervals, counts)
@@ -103,13 +103,13 @@ class _Updates:
         return self._at(self.before, profile)
 
     def masses(self, profile: Profile) -> FloatArray:
-        """Return a profile's mass on each update, per step."""
+        """Compute a profile's mass on each update, per step."""
         later = self._at(self.after, profile)
         masses = self.tails(profile) - later
         return masses / (self.stride or 1.0)
 
     def _at(self, times: FloatArray, profile: Profile) -> FloatArray:
-        """Return a profile's tail; 0 for power functions that end before the update."""
+        """Compute a profile's tail; 0 for power functions that end before the update."""
         end = np.inf
         if isinstance(profile, PowerFunction):
             end = profile.t * (1 + EQUAL)
@@ -131,12 +131,13 @@ class Nodes:
 
     The intervals end at the given edges, at the stored profiles' times, at their points of mass and
     one update before these, over which such mass is spread, where the clock bends, and often enough
-    for each power function to be a polynomial between them. Those of few updates have the updates
-    as nodes, which follow all others.
+    for each power function to be a polynomial between them. Intervals of few updates have the
+    updates as nodes, which follow all others.
 
     `instant` is the number of steps, or the time without `steps`, that a point of mass is spread
-    over; `edges` are the ends of the intervals, [K + 1]; `interval` is that of each node, [M];
-    `weight` the steps that it stands for, [M]; without `steps`, or if not `per_step`, its time.
+    over; `edges` are the ends of the intervals, [K + 1]; `interval` is the interval of each node,
+    [M]; `weight` the steps that it stands for, [M]; without `steps`, or if not `per_step`, its
+    time.
     """
 
     def __init__(
@@ -173,7 +174,7 @@ class Nodes:
         base: FloatArray,
         few: npt.NDArray[np.bool_],
     ) -> None:
-        """Set the interval and the weight of each node, those of updates last."""
+        """Set the interval and the weight of each node; updates come last."""
         ends = self.edges[1:]
         home = np.searchsorted(base, ends) - 1
         is_cell = ~few[home]
@@ -200,7 +201,7 @@ class Nodes:
         return self._width * density
 
     def tails(self, profiles: Sequence[Profile]) -> FloatArray:
-        """Return each stored profile's mass after each node: shape [M, n]."""
+        """Compute each stored profile's mass after each node: shape [M, n]."""
         columns = [self._tail(profile) for profile in profiles]
         return np.stack(columns, axis=1)
 
@@ -210,7 +211,7 @@ class Nodes:
         return np.append(inside, of_updates)
 
     def masses(self, profiles: Sequence[Profile]) -> FloatArray:
-        """Return each stored profile's mass at each node per step, or per time without a clock:
+        """Compute each stored profile's mass at each node per step, or per time without a clock:
         shape [M, n]."""
         columns = [self._mass(profile) for profile in profiles]
         return np.stack(columns, axis=1)
@@ -230,8 +231,8 @@ class Nodes:
         return np.append(inside, of_updates)
 
     def project_tail(self, target: Profile) -> tuple[FloatArray, FloatArray]:
-        """Return a target's values for `tails`, [M], and the integral of the square that they miss,
-        [K]; see `_project`."""
+        """Compute a target's values for `tails`, [M], and the integral of the square that they
+        miss, [K]; see `_project`."""
         if self._is_polynomial(target):
             nothing = np.zeros(self.edges.size - 1)
             return self._tail(target), nothing
@@ -242,7 +243,7 @@ class Nodes:
         return np.append(inside, of_updates), missed
 
     def project_mass(self, target: Profile) -> tuple[FloatArray, FloatArray]:
-        """Return a target's values for `masses`, [M], and the integral of the square that they
+        """Compute a target's values for `masses`, [M], and the integral of the square that they
         miss, [K].
 
         The mass of an update is spread over it: a density that grows without bound, as at the start
@@ -273,7 +274,7 @@ class Nodes:
         return target.gamma <= self._gamma and target.t in self.edges
 
     def _place_points(self, target: Profile) -> _Points:
-        """Return points that resolve a target, in intervals whose updates are not nodes."""
+        """Choose points that resolve a target, in intervals whose updates are not nodes."""
         points = _resolving_points(target, self.edges)
         inside = np.isin(points.home, self._cells)
         s = points.s[inside]
@@ -285,8 +286,8 @@ class Nodes:
         points: _Points,
         values: FloatArray,
     ) -> tuple[FloatArray, FloatArray]:
-        """Return the nearest polynomial's values at the nodes inside intervals, and the integral of
-        the square that it misses, [K].
+        """Compute the nearest polynomial's values at the nodes inside intervals, and the integral
+        of the square that it misses, [K].
 
         The polynomial is sum_j value_j l_j with Lagrange's l_j, which are orthogonal with squared
         norms `_width`, and with Legendre's P_k l_j(x) = w_j sum_k (2 k + 1) / 2 P_k(x_j) P_k(x).
@@ -313,8 +314,8 @@ class Nodes:
 
 
 def _lagrange_polynomials(x: FloatArray, order: int) -> FloatArray:
-    """Return the values at `x`, in [-1, 1], of the polynomials that are 1 at one of the nodes of an
-    interval, and 0 at the others: shape [points, order]."""
+    """Evaluate at `x`, in [-1, 1], the polynomials that are 1 at one of the nodes of an interval,
+    and 0 at the others: shape [points, order]."""
     nodes, w = _gauss(order)
     degree = order - 1
     at_points = legvander(x, degree)
@@ -329,8 +330,8 @@ def _ends_of_mass(
     stored: Sequence[StoredProfile],
     steps: Steps | None,
 ) -> FloatArray:
-    """Return these edges, and the times between them at which stored profiles end, and points of
-    mass begin and end."""
+    """Add to these edges the times between them at which stored profiles end, and points of mass
+    begin and end."""
     nothing = np.zeros(0)
     jumps = [getattr(profile, "jumps", nothing) for profile in stored]
     distinct = np.unique(np.concatenate(jumps))
@@ -348,7 +349,7 @@ def _ends_of_mass(
 
 
 def _updates_until(times: FloatArray, steps: Steps) -> IndexArray:
-    """Return the number of updates until each time; one exactly at a time is before it."""
+    """Count the updates until each time; one exactly at a time is before it."""
     count = steps.clock.step_at(times) / steps.stride
     raised = count * (1 + EQUAL) + EQUAL
     return np.floor(raised).astype(np.intp)
@@ -363,7 +364,7 @@ def _steps_per_time(edges: FloatArray, steps: Steps | None) -> FloatArray:
 
 
 def evenly_chosen(values: FloatArray, most: int) -> FloatArray:
-    """Return at most so many of the values, both ends included."""
+    """Choose at most so many of the values, both ends included."""
     count = min(values.size, most)
     places = np.linspace(0, values.size - 1, count)
     indices = places.round().astype(np.intp)
@@ -375,7 +376,7 @@ def _cut(
     few: npt.NDArray[np.bool_],
     powers: Sequence[PowerFunction],
 ) -> FloatArray:
-    """Return edges between which log(s / t)**(gamma + 1) changes by at most `_FALL`, except in
+    """Add edges until log(s / t)**(gamma + 1) changes by at most `_FALL` between them, except in
     intervals of `few`."""
     cuts = [edges]
     begins = edges[:-1]
@@ -388,7 +389,7 @@ def _cut(
 
 
 def _cuts_between(begin: float, end: float, steep: float) -> FloatArray:
-    """Return times in an interval between which log(s / t)**steep changes by at most `_FALL`."""
+    """Find times in an interval between which log(s / t)**steep changes by at most `_FALL`."""
     fall = _FALLEN
     if begin > 0:
         change = steep * np.log(end / begin)
@@ -403,7 +404,7 @@ def _cuts_between(begin: float, end: float, steep: float) -> FloatArray:
 
 
 def _resolving_points(profile: Profile, edges: FloatArray) -> _Points:
-    """Return points for integrals of a target between `edges`.
+    """Choose points for integrals of a target between `edges`.
 
     The intervals are cut at quantiles of the mass, evenly spaced ones and others that approach 0
     and 1 geometrically: that resolves an average over a few of thousands of steps, and finds the
@@ -427,7 +428,7 @@ def _resolving_points(profile: Profile, edges: FloatArray) -> _Points:
 
 
 def _quantiles(profile: Profile, levels: FloatArray, edges: FloatArray) -> FloatArray:
-    """Return the times between `edges` after which a profile has the mass of each level."""
+    """Find the times between `edges` after which a profile has the mass of each level."""
     low = edges[0]
     high = edges[-1]
     if isinstance(profile, PowerFunction):
@@ -449,7 +450,7 @@ _gauss = lru_cache(leggauss)
 
 
 def relative_width(profile: Profile, t: float) -> float:
-    """Return the standard deviation of a profile within (0, t], as a fraction of `t`, mass at its
+    """Compute the standard deviation of a profile within (0, t], as a fraction of `t`, mass at its
     start included."""
     # With F = 1 - tail, by partial integration the mean is t - integral F and the mean square t^2 -
     # 2 integral s F.

@@ -45,8 +45,8 @@ class Sketch:
         self,
         profiles: Sequence[Profile],
     ) -> tuple[FloatArray, FloatArray]:
-        """Return a column per profile whose combinations are errors: projected, [D, n], and unseen,
-        [K + 2, n]."""
+        """Compute a column per profile whose combinations are errors: projected, [D, n], and
+        unseen, [K + 2, n]."""
         tails = tails_at(self.edges, profiles)
         line = (tails[1:] + tails[:-1]) / 2
         bend = self._mean_tails(profiles) - line
@@ -73,7 +73,7 @@ class Sketch:
         return seen, unseen
 
     def _mean_tails(self, profiles: Sequence[Profile]) -> FloatArray:
-        """Return the means of the tails over each window: shape [K, n]."""
+        """Compute the means of the tails over each window: shape [K, n]."""
         places = (np.arange(_POINTS) + 0.5) / _POINTS
         begins = self.edges[:-1, None]
         times = begins + self._lengths[:, None] * places
@@ -84,7 +84,7 @@ class Sketch:
         return np.stack(means, axis=1)
 
     def walk_length(self, edges: FloatArray) -> FloatArray:
-        """Return the squared length of the walk that the path makes beyond its main direction,
+        """Compute the squared length of the walk that the path makes beyond its main direction,
         between edges of windows: shape [edges - 1].
 
         A projection shows motion in one direction fully, and coefficients fitted to it are right; a
@@ -158,7 +158,7 @@ class Sketch:
         return self._square(self._deviations)
 
     def _square(self, deviations: FloatArray) -> FloatArray:
-        """Return the squared lengths that deviations stand for; the first and the last window are
+        """Compute the squared lengths that deviations stand for; the first and the last window are
         like their neighbours."""
         squares = np.sum(deviations**2, axis=1)
         if len(self.means) < 3:
@@ -168,8 +168,8 @@ class Sketch:
 
 
 def _without_main_direction(vectors: FloatArray) -> FloatArray:
-    """Return vectors, [K, D], without their part in their main direction, scaled up as if it had
-    been an average one."""
+    """Remove from vectors, [K, D], their part in their main direction, and scale them up as if it
+    had been an average one."""
     _, _, directions = np.linalg.svd(vectors, full_matrices=False)
     main = directions[:1]
     in_main = vectors @ main.T @ main

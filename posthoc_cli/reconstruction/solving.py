@@ -17,9 +17,9 @@ with errors of variance r_i, the average with coefficients c, sum(c) = 1, has
     sum_i c_i^2 r_i.
 
 Minimising it over c is a least-squares problem whose squared residual is the expected squared
-error; the constraint eliminates the last coefficient. The published method is what it does for
-noise alone; most networks are closer to a walk. Where the gain over simpler coefficients is small,
-these replace the optimal ones, in part or altogether: the motion is never known exactly.
+error; the constraint eliminates the last coefficient. For noise alone it is the published method;
+most networks are closer to a walk. Where the gain over simpler coefficients is small, these replace
+the optimal coefficients, in part or altogether: the motion is never known exactly.
 
 If the path of the weights was sketched, the error of any coefficients is measured (see `Sketch`).
 The coefficients minimise the mean of the measured and the expected error: there are fewer
@@ -54,8 +54,8 @@ METHODS = ("minvar", "paper")  # the solvers; the first one is the default
 
 
 def check_method(method: str | None) -> str:
-    """Return `method`, or the default for None; raise an InvalidValueError that lists the methods
-    if it is not one."""
+    """Check a method, and replace None by the default; raise an InvalidValueError that lists the
+    methods if it is not one."""
     if method is None:
         return METHODS[0]
     check_word("method", method, METHODS)
@@ -85,8 +85,8 @@ class Reconstruction:
         snapshots: Sequence[int] | None = None,
         targets: Sequence[int] | None = None,
     ) -> Reconstruction:
-        """Return the part for some of the snapshots, if the others have coefficients of 0, and some
-        of the targets."""
+        """Select some of the snapshots, if the others have coefficients of 0, and some of the
+        targets."""
         stored, wished = self.coefficients.shape
         if snapshots is None:
             snapshots = range(stored)
@@ -105,7 +105,7 @@ class Reconstruction:
 
     @property
     def lost_gain(self) -> FloatArray:
-        """The expected loss of the metric's gain, [targets], see `lost_gain`."""
+        """The expected loss of the metric's gain, [targets]; see the function `lost_gain`."""
         return lost_gain(self.predicted_error, self.distance)
 
     def known_error(self, target: int) -> float | None:
@@ -118,10 +118,11 @@ class Reconstruction:
 
 
 def lost_gain(error: npt.ArrayLike, distance: npt.ArrayLike) -> FloatArray:
-    """Return the expected loss of what averaging gains in a metric, as a share of it, at most 1.
+    """Estimate the expected loss of what averaging gains in a metric, as a share of the gain, at
+    most 1.
 
-    Over the distance from the last weights to an average the metric gains all; an error moves the
-    average by a part of that distance, in any direction, and loses about this part of the gain.
+    The metric makes its gain over the distance from the last weights to the average; an error moves
+    the average by a part of that distance, in any direction, and loses about this part of the gain.
     Weights that do not move have nothing to gain. Measured: `scripts/lost_gain.py`.
     """
     error = np.asarray(error)
@@ -137,7 +138,7 @@ def reconstruct(
     prior: Prior | None = None,
     t: float | None = None,
 ) -> Reconstruction:
-    """Return the coefficients of the snapshots that reconstruct each target.
+    """Find the coefficients of the snapshots that reconstruct each target.
 
     Arguments:
         snapshots: profiles of the stored averages, at least one, distinct, none after `t`.
@@ -145,8 +146,8 @@ def reconstruct(
             unchanged.
         method: "minvar", minimum variance, or "paper", the published one; by default the first.
         prior: of the snapshots; by default even motion without rounding.
-        t: the time of the targets; by default that of the wanted power functions, else of the last
-            snapshot.
+        t: the time of the targets; by default the time of the wanted power functions, else of the
+            last snapshot.
 
     Raises:
         InvalidValueError: no snapshots, one after `t`, or a target that is not a profile or has no
@@ -197,11 +198,11 @@ def _check_profiles(
 
 _GAIN = (0.8, 0.95)
 _GAIN_OF_ONE = (0.4, 0.6)
-"""Predicted error of minimum variance, relative to that of the published coefficients. Up to the
-first number minimum variance is used alone, from the second on the published coefficients alone,
-and a blend in between: an imperfect fit of the motion costs more than so small a gain (measured:
-with 0.9 and 1 up to 1.22 times the published error, after a pause of the clock). The motion is less
-certain with few snapshots of one profile (with 0.6 and 0.75 up to 1.8)."""
+"""Predicted error of minimum variance, relative to the published coefficients' predicted error. Up
+to the first number minimum variance is used alone, from the second on the published coefficients
+alone, and a blend in between: an imperfect fit of the motion costs more than so small a gain
+(measured: with 0.9 and 1 up to 1.22 times the published error, after a pause of the clock). The
+motion is less certain with few snapshots of one profile (with 0.6 and 0.75 up to 1.8)."""
 
 _GAIN_OVER_NEAREST = 0.5, 0.8
 """The same, relative to the coefficients whose tail is nearest, for averages of other programs. Of
@@ -211,7 +212,7 @@ the nearest tail without a blend, 89 % with 0.8 and 0.95, 95 % with these."""
 _FEW_TIMES = 6  # up to this number of distinct times the snapshots are few
 
 _CLEARLY = 0.75
-"""Measured squared error, relative to that of the published coefficients, below which others
+"""Measured squared error, relative to the published coefficients' squared error, below which others
 replace them (measured: of 6,061 hard cells one is 5.05 % worse than published, by float32's
 rounding; with 0.8 one is 8 %, with 0.65 6 %)."""
 
@@ -292,7 +293,7 @@ class _Solver:
         return _Solution(coefficients, profile_error, predicted, distance)
 
     def _distance(self, coefficients: FloatArray, rhs: RightHandSide) -> float:
-        """Return the expected relative distance of a target from the weights at `t`."""
+        """Compute the expected relative distance of a target from the weights at `t`."""
         square = self.problem.squared_distance(rhs, self._last_weights)
         return self.problem.relative(np.array([square]), coefficients, rhs)
 
@@ -313,7 +314,7 @@ class _Solver:
         rhs: RightHandSide,
         published: FloatArray,
     ) -> tuple[FloatArray, FloatArray]:
-        """Return coefficients of nearly least expected error, and their `expected_squares`."""
+        """Find coefficients of nearly the least expected error, and their `expected_squares`."""
         problem = self.problem
         optimal = problem.optimum(rhs)
         simple = published if self._is_of_powers else problem.nearest(rhs)
@@ -329,12 +330,12 @@ class _Solver:
         published: FloatArray,
         rhs: RightHandSide,
     ) -> tuple[FloatArray, FloatArray]:
-        """Return the optimal coefficients if they are clearly better than others, else the best
-        others, with squares.
+        """Choose the optimal coefficients if they are clearly better than others, else the best
+        others; return them with their squares.
 
-        Others are the published ones, and each snapshot of the newest times alone. Projections may
-        overstate or understate motion, while rounding is known: the optimal ones must be better
-        either way.
+        The others are the published coefficients, and each snapshot of the newest times alone.
+        Projections may overstate or understate motion, while rounding is known: the optimal
+        coefficients must be better either way.
         """
         problem = self.problem
         others = np.column_stack((published, self._alone))
@@ -355,8 +356,8 @@ class _Solver:
         others: FloatArray,
         rhs: RightHandSide,
     ) -> tuple[FloatArray, FloatArray]:
-        """Return coefficients between both, nearer to the other ones for a smaller gain, and their
-        squares."""
+        """Blend both coefficients, nearer to the others the smaller the gain is; return them with
+        their squares."""
         problem = self.problem
         candidates = np.column_stack((optimal, others))
         squares = problem.expected_squares(candidates, rhs)
@@ -372,8 +373,8 @@ class _Solver:
 
 
 def _without_negligible(coefficients: FloatArray) -> FloatArray:
-    """Return coefficients with 0 for those below the rounding of the sum, so that their snapshots
-    need not be read."""
+    """Set coefficients below the rounding of the sum to 0, so that their snapshots need not be
+    read."""
     sizes = np.abs(coefficients)
     least = np.finfo(np.float64).eps * sizes.sum()
     return np.where(sizes < least, 0.0, coefficients)
@@ -384,15 +385,15 @@ def _without_negligible(coefficients: FloatArray) -> FloatArray:
 _LEAST_LEFT = 0.1  # lower limit of the share of a residual that remains after a solution
 
 _NO_ROUNDING = 1e-30
-"""Squared rounding, relative to the squared norm, below which a copy is exact; that of any dtype is
-far larger."""
+"""Squared rounding, relative to the squared norm, below which a copy is exact; any dtype rounds far
+more."""
 
 TRUSTED_MISFIT = 0.25
 _WIDENING = 1.3
 """Misfit up to which the motion is trusted: for recorded runs it is 0.05 to 0.29, for oscillations
-0.6 to 3. Each unit beyond widens errors from motion by e**1.3 (measured: for oscillations in step
-with the snapshots they were up to 80 times off; a larger number would hold, and be too high, more
-often)."""
+0.6 to 3. Each unit beyond it widens errors from motion by e**1.3 (measured: for oscillations in
+step with the snapshots they were up to 80 times off; a larger number would hold, and be too high,
+more often)."""
 
 
 class _Rows(NamedTuple):
@@ -417,9 +418,9 @@ class Problem:
     """The snapshots of a run, at or before `t`, in the order of the prior, for targets at `t`.
 
     Coefficients have the shape [n]. The mass before the first update lies on that update. There are
-    three blocks of rows, [rows, n] each, whose combinations are errors: those that the motion leads
-    to expect, those that the projections of a sketch show (none without one), and those of the
-    averages themselves, which do not depend on the target.
+    three blocks of rows, [rows, n] each, whose combinations are errors: the errors that the motion
+    leads to expect, the errors that the projections of a sketch show (none without a sketch), and
+    the errors of the averages themselves, which do not depend on the target.
     """
 
     def __init__(
@@ -456,19 +457,19 @@ class Problem:
         return np.vstack((self._expected, self._scale * self._projected, self._errors))
 
     def _column(self, rhs: RightHandSide) -> FloatArray:
-        """Return a right-hand side in the order of the rows of `_factor`."""
+        """Arrange a right-hand side in the order of the rows of `_factor`."""
         no_errors = np.zeros(len(self._errors))
         return np.concatenate((rhs.expected, self._scale * rhs.projected, no_errors))
 
     def _project(self, profiles: Sequence[Profile]) -> FloatArray:
-        """Return the rows that a sketch shows: the projections, then what they do not see."""
+        """Compute the rows that a sketch shows: the projections, then what they do not see."""
         if self.prior.sketch is None:
             return np.zeros((0, len(profiles)))
         seen, unseen = self.prior.sketch.measured(profiles)
         return np.vstack((seen, unseen))
 
     def _rows_of_motion(self) -> tuple[_Rows, _Rows | None]:
-        """Return the rows of the walk, and those of the noise if there is any."""
+        """Make the rows of the walk, and the rows of the noise if there is any."""
         alone = []
         for profile in self.snapshots:
             if isinstance(profile, Point):
@@ -488,7 +489,7 @@ class Problem:
         return _Rows(intensity, roots)
 
     def _expected_at_nodes(self, profiles: Sequence[Profile]) -> FloatArray:
-        """Return the columns of stored profiles in the expected error: for the walk, and for noise
+        """Compute the columns of stored profiles in the expected error: for the walk, and for noise
         if there is any."""
         tails = self._nodes.tails(profiles)
         of_walk = self._walk.roots[:, None] * tails
@@ -499,7 +500,7 @@ class Problem:
         return np.vstack((of_walk, of_noise))
 
     def _rounding_rows(self) -> FloatArray:
-        """Return a root of the covariance of the stored copies' errors: shape [n, n]."""
+        """Compute a root of the covariance of the stored copies' errors: shape [n, n]."""
         motion = self._expected if self.prior.sketch is None else self._projected
         squared = _squared_lengths(motion)
         sums = squared[:, None] + squared
@@ -525,7 +526,7 @@ class Problem:
     # --- a target, and the best coefficients for it
 
     def right_hand_side(self, target: Profile) -> RightHandSide:
-        """Return a target as the argument of the other methods."""
+        """Express a target as the argument of the other methods."""
         tail, missed = self._nodes.project_tail(target)
         at_nodes = self._walk.roots * tail
         unreachable = self._walk.intensity @ missed
@@ -544,7 +545,7 @@ class Problem:
         return RightHandSide(expected, projected, tail, float(unreachable), stored)
 
     def optimum(self, rhs: RightHandSide) -> FloatArray:
-        """Return the coefficients of least expected error, whose sum is 1."""
+        """Solve for the coefficients of least expected error, whose sum is 1."""
         row = rhs.stored
         if row is not None:
             exact = _NO_ROUNDING * self.prior.norm[row]
@@ -557,8 +558,8 @@ class Problem:
         return SumOfOne(self._factor)
 
     def nearest(self, rhs: RightHandSide) -> FloatArray:
-        """Return the coefficients of sum 1 whose tail is nearest to the target's: the best ones for
-        a walk that is the same everywhere."""
+        """Solve for the coefficients of sum 1 whose tail is nearest to the target's: the best
+        coefficients for a walk that is the same everywhere."""
         roots = np.sqrt(self._nodes.weight)
         return self._even_solver.solve(roots * rhs.tail)
 
@@ -569,7 +570,7 @@ class Problem:
         return SumOfOne(roots[:, None] * tails)
 
     def eliminator(self, targets: Sequence[Profile]) -> Eliminator:
-        """Return the errors of targets as snapshots are dropped."""
+        """Compute the errors of targets as snapshots are dropped."""
         sides = [self.right_hand_side(target) for target in targets]
         columns = [self._column(rhs) for rhs in sides]
         unreachable = np.array([rhs.unreachable for rhs in sides])
@@ -583,8 +584,8 @@ class Problem:
         rhs: RightHandSide,
         solved: bool = False,
     ) -> FloatArray:
-        """Return E |error|^2 of coefficients of sum 1, [n] or [n, candidates], in two parts: [2] or
-        [2, candidates].
+        """Predict E |error|^2 of coefficients of sum 1, [n] or [n, candidates], in two parts: [2]
+        or [2, candidates].
 
         The parts are from motion, measured if there is a sketch, otherwise expected and widened by
         the misfit, and from rounding. Residuals of `solved` coefficients are scaled to what they
@@ -611,7 +612,7 @@ class Problem:
         coefficients: FloatArray,
         rhs: RightHandSide,
     ) -> float:
-        """Return the root of the sum of `expected_squares`, [2], relative to the target's probable
+        """Compute the root of the sum of `expected_squares`, [2], relative to the target's probable
         norm; nan if only that is 0."""
         error = float(np.sqrt(squares.sum()))
         norm = self._norm(coefficients, rhs)
@@ -620,19 +621,19 @@ class Problem:
         return np.nan if error > 0 else 0.0
 
     def combine(self, coefficients: FloatArray) -> RightHandSide:
-        """Return the sum of the snapshots with given coefficients as a target."""
+        """Make a target of the sum of the snapshots with given coefficients."""
         expected = self._expected @ coefficients
         projected = self._projected @ coefficients
         return RightHandSide(expected, projected, np.zeros(0), 0.0, None)
 
     def error_of_copies(self, coefficients: FloatArray, rhs: RightHandSide) -> float:
-        """Return the predicted error of given coefficients, the target, from the errors of the
-        stored copies alone."""
+        """Predict the error of given coefficients, the target, from the errors of the stored copies
+        alone."""
         squares = (self._rounding @ coefficients) ** 2
         return self.relative(squares, coefficients, rhs)
 
     def squared_distance(self, rhs: RightHandSide, other: RightHandSide) -> float:
-        """Return the expected squared distance between two targets, measured if there is a
+        """Compute the expected squared distance between two targets, measured if there is a
         sketch."""
         if self.prior.sketch is not None:
             difference = rhs.projected - other.projected
@@ -649,7 +650,7 @@ class Problem:
         return float(np.sqrt(2 / self.prior.sketch.means.shape[1]))
 
     def _norm(self, coefficients: FloatArray, rhs: RightHandSide) -> float:
-        """Return the probable norm of the target that has these coefficients.
+        """Estimate the probable norm of the target that has these coefficients.
 
         A sketch measures it, up to a factor that is taken from the stored averages in use, whose
         norms are known. Without a sketch |theta_i|^2 = |theta_0|^2 + |motion since theta_0|^2 is
@@ -711,7 +712,7 @@ def rounding_factor(
     floor: FloatArray,
     squared_distances: FloatArray,
 ) -> FloatArray:
-    """Return a matrix B such that B^T B is the covariance of the stored copies' errors: shape [n,
+    """Compute a matrix B such that B^T B is the covariance of the stored copies' errors: shape [n,
     n].
 
     `rounding` and `floor` are variances, [n], the latter of independent errors; the expected
@@ -737,7 +738,7 @@ def rounding_factor(
 
 
 def _correlation(distance: FloatArray) -> FloatArray:
-    """Return the correlation of two rounding errors at squared distances d / r: shape of
+    """Compute the correlation of two rounding errors at squared distances d / r: shape of
     `distance`."""
     squares = np.arange(1, 65) ** 2
     total = np.zeros_like(distance)
@@ -782,7 +783,7 @@ class Published:
         return PublishedSide(column, float(missed.sum()))
 
     def solve(self, rhs: PublishedSide) -> FloatArray:
-        """Return the coefficients of algorithm 3, divided by their sum; nan for a target without
+        """Compute the coefficients of algorithm 3, divided by their sum; nan for a target without
         mass here."""
         solution = self._problem.solve(rhs.column)
         total = solution.sum()
@@ -791,7 +792,7 @@ class Published:
         return np.full(solution.size, np.nan)
 
     def error(self, coefficients: FloatArray, rhs: PublishedSide) -> float:
-        """Return || sum_i c_i p_i - p || / || p ||; 1 for a target whose mass lies at one time,
+        """Compute || sum_i c_i p_i - p || / || p ||; 1 for a target whose mass lies at one time,
         nowhere near any density."""
         difference = self._factor @ coefficients - rhs.column
         missed = rhs.outside + np.sum(difference**2)
@@ -808,8 +809,8 @@ class LeastSquares:
     """argmin_x || factor x - sides || with one factorisation for any number of right-hand sides.
 
     The directions of `factor` whose size is zero up to rounding are left out, relative to `size`,
-    that of the numbers whose differences it holds. `inverse` is W with W W^T = (factor^T factor)^-1
-    on the others, [columns, rank].
+    the size of the numbers whose differences it holds. `inverse` is W with W W^T = (factor^T
+    factor)^-1 on the others, [columns, rank].
     """
 
     def __init__(self, factor: FloatArray, size: float = 0.0) -> None:
@@ -830,12 +831,12 @@ class LeastSquares:
             self.inverse = directions / sizes[kept]
 
     def solve(self, sides: FloatArray) -> FloatArray:
-        """Return the solutions for right-hand sides, [rows, sides]: shape [columns, sides]."""
+        """Solve for right-hand sides, [rows, sides]: shape [columns, sides]."""
         within = self._q.T @ sides
         return np.asarray(self.inverse @ within)
 
     def squared_residuals(self, sides: FloatArray) -> FloatArray:
-        """Return the squared residuals: shape [sides]."""
+        """Compute the squared residuals: shape [sides]."""
         within = self._q.T @ sides
         fitted = self._q @ within
         return _squared_lengths(sides - fitted)
@@ -849,7 +850,7 @@ class LeastSquares:
 
 
 def only(row: int, count: int) -> FloatArray:
-    """Return the coefficients of one of so many snapshots alone."""
+    """Make the coefficients of one of so many snapshots alone."""
     coefficients = np.zeros(count)
     coefficients[row] = 1.0
     return coefficients
@@ -860,7 +861,7 @@ def _squared_lengths(columns: FloatArray) -> FloatArray:
 
 
 def _norm(matrix: FloatArray, least: float = 0.0) -> float:
-    """Return the 1-norm of a matrix, or `least` if that is larger."""
+    """Compute the 1-norm of a matrix, or `least` if that is larger."""
     sizes = np.abs(matrix)
     sums = sizes.sum(axis=0)
     return float(sums.max(initial=least))
@@ -885,7 +886,7 @@ class SumOfOne:
         return self._others.leverage
 
 
-# the share of the snapshots after whose loss the problem is solved again, since each loss costs
+# the share of the snapshots after which the problem is solved again, since each one dropped costs
 # digits
 _REFRESH = 0.25
 
@@ -921,7 +922,7 @@ class Eliminator:
         self._solve()
 
     def squares_without(self, groups: Sequence[Sequence[int]]) -> FloatArray:
-        """Return the expected squared errors after each group of snapshots is dropped alone:
+        """Compute the expected squared errors after each group of snapshots is dropped alone:
         [targets, groups]."""
         squares = np.repeat(self.squares[:, None], len(groups), axis=1)
         sizes = np.array([len(group) for group in groups])
@@ -991,8 +992,8 @@ def thinned_subset(
     most: int = MOST_SOLVED,
     keep: int = 1,
 ) -> list[int]:
-    """Return the indices, ascending, of at most `most` snapshots, spread evenly back from each
-    profile's newest.
+    """Choose at most `most` snapshots, spread evenly back from each profile's newest; return their
+    indices, ascending.
 
     Of each power function, and of all other profiles together, at least `keep` are among them, if
     there are so many.
@@ -1028,6 +1029,6 @@ def one_blas_thread() -> Iterator[None]:
 
 @lru_cache
 def _openblas() -> ThreadpoolController:
-    """Return the controller of NumPy's OpenBLAS, and of SciPy's if it is loaded; not of MKL, which
+    """Find the controller of NumPy's OpenBLAS, and of SciPy's if it is loaded; not of MKL, which
     torch uses, too."""
     return ThreadpoolController().select(internal_api="openblas")

@@ -35,12 +35,12 @@ _FORMATS: dict[str, Callable[[Any], str]] = {
 
 
 def make_title(key: str) -> str:
-    """Return a key in words."""
+    """Put a key into words."""
     return key.replace("_", " ").replace("sigma rel", "sigma_rel")
 
 
 def text(key: str, value: Any) -> str:
-    """Return the value of a key as text; empty to omit it."""
+    """Write the value of a key as text; empty to omit it."""
     if key in _FORMATS:
         return _FORMATS[key](value)
     if key == "snapshots" and isinstance(value, list):
@@ -62,7 +62,7 @@ def text(key: str, value: Any) -> str:
 
 
 def facts(description: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the result of `Run.info` as names and texts to print, without its tables and notes."""
+    """List the result of `Run.info` as names and texts to print, without its tables and notes."""
     hidden = {"notes", "problems", "profiles", "outputs", "checkpoints"}
     if description.get("method") != "paper":
         hidden.add("profile_error")

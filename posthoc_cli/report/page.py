@@ -28,14 +28,15 @@ from posthoc_cli.sweep.search import Trial
 from posthoc_cli.sweep.sweeps import LOGS
 
 PAGE = "report.html"  # in the folder of a sweep
-_PACKAGES = ("posthoc-cli", "torch", "numpy", "safetensors")  # those whose versions are shown
+_PACKAGES = ("posthoc-cli", "torch", "numpy", "safetensors")  # packages whose versions are shown
 _UNITS = re.compile(r"(?<=\d) (?=(?:%|±|x|s|[kMGTPE]?B)(?!\w))|(?<=[±<>]) (?=\d)")
 """The spaces between numbers and units, and those in "0.29 ± 0.01" and "< 0.1 %"."""
 _MOST_IMAGES = 50_000_000  # bytes of a sweep's images, which a browser still opens at once
 
 
 def render(run: Run, report: SweepReport, folder: Path) -> str:
-    """Return the page of the sweep in a folder as HTML; its links to logs are relative to it."""
+    """Render the page of the sweep in a folder as HTML; its links to logs are relative to the
+    folder."""
     room = importlib.resources.files("posthoc_cli.report")
     page = string.Template((room / "page.html").read_text("utf-8"))
     script = (room / "page.js").read_text("utf-8")
@@ -58,7 +59,7 @@ def render(run: Run, report: SweepReport, folder: Path) -> str:
 
 
 def escape(text: str) -> str:
-    """Return a text as HTML, with control characters escaped, and no line end between a number and
+    """Escape a text for HTML, with control characters, and without a line end between a number and
     its unit."""
     lines = map(escape_text, text.split("\n"))
     return html.escape(_UNITS.sub("\u00a0", "\n".join(lines)))
@@ -89,10 +90,8 @@ def _data_url(kind: str, content: bytes) -> str:
 
 
 class _Gallery:
-    """The images of each trial: those of what averages are compared with, then by length.
-
-    Of many large images the first of each trial are shown.
-    """
+    """The images of each trial: first what averages are compared with, then the averages by length.
+    Of many large images the first of each trial are shown."""
 
     def __init__(self, report: SweepReport, folder: Path) -> None:
         self._report = report
@@ -151,7 +150,7 @@ class _Gallery:
 
 
 def _images_a_row(count: int) -> int:
-    """Return how many images of a trial fill rows of a square best."""
+    """Choose how many images of a trial fill rows of a square best."""
     side = math.ceil(math.sqrt(count))
     for columns in range(side, 2 * side):
         if count % columns == 0:
@@ -168,8 +167,8 @@ def _read_image(path: Path) -> str:
 
 
 def _sort_trials(report: SweepReport) -> list[Trial]:
-    """Return the trials of what averages are compared with, the last weights first; then the others
-    by length."""
+    """Sort trials: first what averages are compared with, the last weights before all; then the
+    others by length."""
     return sorted(
         report.trials,
         key=lambda trial: (trial.sigma_rel or 0.0, trial.target, trial.seed),
@@ -180,7 +179,7 @@ def _sort_trials(report: SweepReport) -> list[Trial]:
 
 
 def _render_trials(report: SweepReport, folder: Path) -> str:
-    """Return the table of all trials, without columns that have no value."""
+    """Render the table of all trials, without columns that have no value."""
     trials = _sort_trials(report)
     is_repeated = any(trial.seed for trial in trials)
     columns = [
@@ -210,7 +209,7 @@ def _render_trials(report: SweepReport, folder: Path) -> str:
 
 
 def _render_log(trial: Trial, folder: Path) -> str:
-    """Return why a trial has failed, and links to its logs, if there are any."""
+    """Say why a trial has failed, with links to its logs, if there are any."""
     text = escape(trial.error or "")
     if (folder / LOGS / f"{trial.name}.out").exists():
         path = urllib.parse.quote(f"{LOGS}/{trial.name}")
@@ -227,7 +226,7 @@ def _as_percent(error: float | None) -> str:
 
 
 def _list_commands(run: Run, report: SweepReport) -> list[str]:
-    """Return the command that repeats the sweep, and the one that makes its best average."""
+    """List the command that repeats the sweep, and the command that makes its best average."""
     commands = [report.again] if report.again else []
     if report.minimize is None:
         return commands

@@ -26,7 +26,7 @@ _BEGINNINGS = {
 
 
 def image_type(content: bytes) -> str | None:
-    """Return the media type of an image, or None for other content."""
+    """Find the media type of an image, or None for other content."""
     for beginning, name in _BEGINNINGS.items():
         if content.startswith(beginning):
             return f"image/{name}"
@@ -48,7 +48,7 @@ def keep_images(folder: Path, kept: Path) -> None:
 
 
 def list_images(kept: Path) -> list[Path]:
-    """Return the images of a trial, by name."""
+    """List the images of a trial, by name."""
     return sorted(path for path in kept.rglob("*") if path.is_file())
 
 

@@ -86,7 +86,7 @@ class SweepReport:
         return next(trial for trial in self.trials if trial.sigma_rel == self.best)
 
     def title(self, trial: Trial) -> str:
-        """Return what a trial has measured; of a length with the decay that is as long."""
+        """Name what a trial has measured; for a length with the decay that is as long."""
         if trial.sigma_rel is None:
             return trial.target
         return full_title(SigmaRel(trial.sigma_rel), self.steps)
@@ -103,7 +103,7 @@ class SweepReport:
         return sum(values) / len(values) if values else None
 
     def curve(self) -> list[dict[str, float]]:
-        """Return points of a curve through the estimates, which has no extreme between them, with
+        """Draw points of a curve through the estimates, which has no extreme between them, with
         standard errors."""
         found = self.found
         places = np.log(found.sigma_rels[found.shown])
@@ -157,7 +157,7 @@ class SweepReport:
 
 
 def summarize(report: SweepReport) -> list[tuple[str, str]]:
-    """Return the results of a report as names and texts for people, the most important first."""
+    """Summarize a report as names and texts for people, the most important first."""
     failed = sum(trial.error is not None for trial in report.trials)
     count = f"{len(report.trials)} trials"
     if failed:
@@ -183,7 +183,7 @@ def summarize(report: SweepReport) -> list[tuple[str, str]]:
 
 
 def describe_gain(report: SweepReport) -> str:
-    """Return how much better than the compared weights the best average is; empty if unknown."""
+    """Say how much better than the compared weights the best average is; empty if unknown."""
     texts = []
     for title, _, gain in report.gains:
         if gain is not None:
@@ -194,7 +194,7 @@ def describe_gain(report: SweepReport) -> str:
 
 
 def describe_tie(found: Estimate) -> str:
-    """Return which lengths are not significantly worse than the best one."""
+    """Say which lengths are not significantly worse than the best one."""
     if found.noise == 0:
         return "none: the metric has no noise"
     if found.tied is None:

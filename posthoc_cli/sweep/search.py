@@ -31,8 +31,8 @@ _SAME = 0.1
 """Distances in steps of the grid: between lengths with a gap to measure in, and below which two are
 the same."""
 _FAR = 12.0
-"""The largest distance of a metric above the upper quartile, in distances of that from the second
-best one. Larger ones are lowered: they only show that a length is bad."""
+"""The largest distance of a metric above the upper quartile, in distances of the quartile from the
+second best metric. Larger ones are lowered: they only show that a length is bad."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Lengths:
         return self.low <= sigma_rel <= self.high
 
     def grid(self, budget: int) -> list[float]:
-        """Return the list, or so many lengths, evenly in their logarithm."""
+        """List the given lengths, or so many of the range, evenly in their logarithm."""
         if self.listed:
             return list(self.listed)
         inner = np.geomspace(self.low, self.high, budget)[1:-1].tolist()
@@ -96,12 +96,12 @@ class Lengths:
         return min(max(float(f"{sigma_rel:.{digits}g}"), self.low), self.high)
 
     def step(self, budget: int) -> float:
-        """Return the mean distance between the places of the grid."""
+        """Compute the mean distance between the places of the grid."""
         return math.log(self.high / self.low) / (len(self.grid(budget)) - 1)
 
 
 def sigma_rel_of(decay: float, steps: float) -> float:
-    """Return the sigma_rel that is as long as a decay after so many steps, to four digits."""
+    """Find the sigma_rel that is as long as a decay after so many steps, to four digits."""
     sigma_rel = sigma_rel_from_decay(Beta(decay).beta, steps)
     if sigma_rel is None:
         most = 1 - 2 / steps
@@ -225,7 +225,7 @@ def estimate(trials: Sequence[Trial], step: float, minimize: bool) -> Estimate:
 
 
 def fit_quadratics(places: FloatArray, counts: FloatArray, window: float) -> FloatArray:
-    """Return what gives value, slope and curvature of the local quadratic at each place, from all
+    """Fit what gives value, slope and curvature of the local quadratic at each place, from all
     values: shape [3, places, values]."""
     fits = []
     for place in places:
@@ -238,7 +238,7 @@ def fit_quadratics(places: FloatArray, counts: FloatArray, window: float) -> Flo
 
 
 def vertex_offset(coefficients: FloatArray, step: float) -> float:
-    """Return the offset at which a quadratic is lowest, at most a step."""
+    """Find the offset at which a quadratic is lowest, at most a step."""
     _, slope, curvature = coefficients.tolist()
     if curvature <= 0:
         return -math.copysign(step, slope)
@@ -246,7 +246,7 @@ def vertex_offset(coefficients: FloatArray, step: float) -> float:
 
 
 def spread(rows: FloatArray, counts: FloatArray) -> FloatArray:
-    """Return the standard deviation of sums of means of so many measurements with a noise of 1."""
+    """Compute the standard deviation of sums of means of so many measurements with a noise of 1."""
     return np.asarray(np.sqrt((rows**2 / counts).sum(axis=1)))
 
 
@@ -270,8 +270,8 @@ def tied_range(
     best: int,
     errors: FloatArray,
 ) -> tuple[float, float] | None:
-    """Return the ends of the lengths around the best one whose difference from it is within two
-    standard errors of that."""
+    """Find the ends of the lengths around the best one whose difference from it is within two
+    standard errors of the difference."""
     if not errors.any() or np.isnan(errors).any():
         return None
     is_worse = smooth - smooth[best] > 2 * errors
@@ -282,7 +282,7 @@ def tied_range(
 
 
 def lower_far_values(values: FloatArray) -> FloatArray:
-    """Return values, of which lower is better, with those far above most lowered."""
+    """Lower the values that are far above most, where lower is better."""
     if len(values) < 4:
         return values
     upper = float(np.quantile(values, 0.75))
@@ -298,7 +298,7 @@ def next_measurements(
     budget: int,
     minimize: bool | None,
 ) -> list[tuple[float, int]]:
-    """Return the lengths to measure next, each with its seed; none if the search has ended.
+    """Choose the lengths to measure next, each with its seed; none if the search has ended.
 
     Without a direction, `minimize` None, only the grid is measured. Residuals of a quadratic would
     be taken for noise of a metric that has none: of a list with residuals the best is repeated.

@@ -155,7 +155,7 @@ class Sweep:
         return trial.sigma_rel in self._report.lengths
 
     def _describe(self) -> dict[str, Any]:
-        """Return what all trials of the folder have in common."""
+        """Describe what all trials of the folder have in common."""
         return {
             "run": self.run.sources[-1].run_id,
             "t": self.t,
@@ -178,8 +178,8 @@ class Sweep:
     # --- the weights to measure
 
     def _compared_weights(self, t: float) -> list[Weights]:
-        """Return what averages are compared with: the user's own newest EMA, and the last weights,
-        as far as they are known."""
+        """Find what averages are compared with: the user's own newest EMA, and the last weights, as
+        far as they are known."""
         compared = []
         own = None
         last = None
@@ -237,7 +237,7 @@ class Sweep:
             export_file(plain, path, like=self.like)
 
     def _warn_of_other_step(self, raw: Path, plain: Path) -> None:
-        """Warn if weights are not those that the hook has recorded with the snapshots of the
+        """Warn if weights differ from what the hook has recorded with the snapshots of the
         averages' time."""
         snapshots = []
         for source in self.run.sources:
@@ -327,7 +327,7 @@ class Sweep:
         trial: Trial,
         text: str,
     ) -> tuple[float | None, float | None]:
-        """Run the command; return the metric and its standard error, or raise a TrialError."""
+        """Run the command, and find the metric and its standard error, or raise a TrialError."""
         # Each trial has a new folder: the process of a killed sweep may still write to its old one.
         folder = Path(tempfile.mkdtemp(prefix=f"{trial.name}-", dir=path.parent))
         texts = {"weights": path, "sigma_rel": text, "seed": trial.seed, "dir": folder}
@@ -406,8 +406,8 @@ class Sweep:
                 images.remove(self.out / _SCRATCH)
 
     def _read_recorded(self, asked: dict[str, Any]) -> list[Trial]:
-        """Return the recorded trials that succeeded, the last of repeated ones; raise an
-        OutputExistsError if they are of another sweep."""
+        """Read the recorded trials that succeeded, the last of repeated ones; raise an
+        OutputExistsError if they belong to another sweep."""
         path = self.out / TRIALS
         if not path.exists():
             self._write_lines([json.dumps(asked)])
@@ -457,7 +457,7 @@ class StoredRun(Run):
 
 
 def trial_from_json(entry: dict[str, Any]) -> Trial:
-    """Return a recorded trial; raise a TypeError or ValueError if a value is of another kind."""
+    """Decode a recorded trial; raise a TypeError or ValueError if a value is of another kind."""
     trial = Trial(**entry)
     errors = trial.standard_error, trial.predicted_error, trial.lost_gain
     for value in (trial.sigma_rel, trial.value, *errors):
@@ -486,9 +486,9 @@ def muted_warnings() -> Iterator[None]:
 
 
 def searchable_lengths(run: Run, t: float) -> Lengths:
-    """Return the widest range of sigma_rel whose lost gain is below SMALL_LOSS.
+    """Find the widest range of sigma_rel whose lost gain is below SMALL_LOSS.
 
-    Without one, return the range from the mean of the last two stored times to the mean of all, and
+    Without one, take the range from the mean of the last two stored times to the mean of all, and
     warn of what they lose.
     """
     curve = run.error_curve(t=t)
@@ -500,7 +500,7 @@ def searchable_lengths(run: Run, t: float) -> Lengths:
     if len(times) < 3:
         reason = f"{len(times)} times are too few to search"
         raise InvalidValueError(run.directory, reason, "name lengths by `sigma_rel`")
-    # that of a uniform mean over a window, as a fraction of t
+    # the width of a uniform mean over a window, as a fraction of t
     spacing = UNIFORM_SIGMA_REL * (t - times[-3]) / t
     whole = UNIFORM_SIGMA_REL * (t - times[0] + t - times[-2]) / t
     lengths = Lengths(round(spacing, 4), min(round(whole, 4), 0.28))

@@ -52,8 +52,8 @@ def measure(
     log: Path,
     metric: Metric | None,
 ) -> tuple[float | None, float | None]:
-    """Run a command, and return its metric, if one is asked for, and the standard error of that, if
-    any; a TrialError says why it has none.
+    """Run a command, and find its metric, if one is asked for, and the standard error of the
+    metric, if any; a TrialError says why it has none.
 
     `folder` is where files with the metric may be; `log` the path of the logs of standard output
     and error, without the endings .out and .err.
@@ -71,7 +71,7 @@ def measure(
 
 
 def _last_words(out: Path, err: Path) -> str:
-    """Return the last line of standard error, which says most of a traceback, or else the end of
+    """Find the last line of standard error, which says most of a traceback, or else the end of
     standard output."""
     _, _, line = _read_tail(err, _END_OF_LOG).strip().rpartition("\n")
     text = line or " ".join(_read_tail(out, _END_OF_LOG).split())
@@ -149,8 +149,7 @@ class Metric:
 
     @classmethod
     def parse(cls, text: str) -> Metric:
-        """Return the metric that `KEY` or `FILE.json:KEY` names; raise an InvalidValueError for
-        other texts."""
+        """Parse `KEY` or `FILE.json:KEY`; raise an InvalidValueError for other texts."""
         file, key = re.fullmatch(r"(?:(.*?\.json):)?(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]
         if not key:
             reason = (
@@ -164,7 +163,7 @@ class Metric:
         stdout: Path,
         folder: Path,
     ) -> tuple[float, float | None]:
-        """Return the metric and its standard error, if any; raise a TrialError if there is no
+        """Read the metric and its standard error, if any; raise a TrialError if there is no
         metric."""
         if self.file is None:
             text = _read_tail(stdout, _TAIL)
@@ -187,7 +186,7 @@ class Metric:
 
 
 def _no_metric_error(text: str, key: str | None, keys: list[str]) -> NoMetricError:
-    """Return the error for an output without the metric, which says what its last line is."""
+    """Make the error for an output without the metric, which says what its last line is."""
     reason = "no line of its standard output is a number alone"
     if key is not None:
         reason = f"its standard output has no number after {quote(key)}"
@@ -238,7 +237,7 @@ def _find_printed(text: str, key: str | None) -> Iterator[Any]:
 
 
 def _find_stored(folder: Path, pattern: str) -> tuple[Path, Any]:
-    """Return the newest matching file and its JSON value; raise a TrialError if there is
+    """Find the newest matching file, and read its JSON value; raise a TrialError if there is
     none."""
     names = []
     matching = []
@@ -258,7 +257,7 @@ def _find_stored(folder: Path, pattern: str) -> tuple[Path, Any]:
 
 
 def _read_tail(path: Path, count: int) -> str:
-    """Return the last `count` bytes of a file as text."""
+    """Read the last `count` bytes of a file as text."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         file.seek(max(0, size - count))
@@ -266,8 +265,8 @@ def _read_tail(path: Path, count: int) -> str:
 
 
 def _members(value: Any) -> dict[str, Any]:
-    """Return the members of a JSON object and of objects in it, by dotted keys; a number has the
-    key ""."""
+    """List the members of a JSON object and of objects in it, by dotted keys; a number has the key
+    ""."""
     if isinstance(value, float):
         return {"": value}
     members: dict[str, Any] = {}
@@ -285,7 +284,7 @@ def _standard_error(
     members: dict[str, Any],
     name: str,
 ) -> float | None:
-    """Return the standard error of a member, such as `acc_stderr` of `acc`, or lm-eval's
+    """Find the standard error of a member, such as `acc_stderr` of `acc`, or lm-eval's
     `acc_stderr,none`, if any."""
     head, comma, tail = name.partition(",")
     for word in ("stderr", "se", "standard_error"):
@@ -296,7 +295,7 @@ def _standard_error(
 
 
 def _number(value: Any) -> float | None:
-    """Return a number or the text of one as a float; None for other values."""
+    """Convert a number, or the text of one, to a float; None for other values."""
     if isinstance(value, bool):
         return None
     try:
@@ -306,5 +305,5 @@ def _number(value: Any) -> float | None:
 
 
 def _list_names(names: list[str]) -> str:
-    """Return the end of a message that lists the first names."""
+    """Write the end of a message that lists the first names."""
     return f"; found {list_first(map(quote, names))}" if names else ""

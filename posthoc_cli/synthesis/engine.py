@@ -82,7 +82,7 @@ class Sums:
             self._rows = [row[:padded] for row in self.totals.unbind()]
 
     def slot(self, source: int) -> torch.Tensor:
-        """Return the buffer for the values of a source, shape [size]."""
+        """Find the buffer for the values of a source, shape [size]."""
         return self._slots[source % self._slot_count]
 
     def add(self, source: int) -> None:
@@ -147,8 +147,8 @@ class Kind(NamedTuple):
     # as it is; or "copy"
     role: str
     dtype: str  # safetensors name of the output's dtype
-    wide: str  # that of the sums' dtype; without sums that of the stored one
-    stored: tuple[str, ...]  # that in each source
+    wide: str  # of the dtype of the sums; without sums of the stored dtype
+    stored: tuple[str, ...]  # the dtype in each source
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ class Tile:
 
 
 def tile_size(targets: int) -> int:
-    """Return the number of elements in a tile of one large tensor."""
+    """Choose the number of elements in a tile of one large tensor."""
     return ONE_TARGET if targets == 1 else BLOCK
 
 
@@ -209,7 +209,7 @@ def cut_tiles(
     targets: int,
     device: torch.device,
 ) -> list[Tile]:
-    """Cut all tensors into tiles; those of one tensor are consecutive."""
+    """Cut all tensors into tiles; the tiles of one tensor are consecutive."""
     tiles = list[Tile]()
     statistics = running_statistics(plan.newest.tensors)
     batches = defaultdict[Kind, list[str]](list)
@@ -470,12 +470,12 @@ class _Threads:
         if self.readers:
             self.readers.shutdown()
         self.errors.clear()  # their tracebacks hold the memory of tiles
-        # the workers' setting is also that of threads that begin later
+        # the workers' setting would also apply to threads that begin later
         torch.set_num_threads(self._torch_threads)
 
 
 def check_device(device: torch.device | str) -> torch.device:
-    """Return the device for the sums; "cuda" is the calling thread's current device, which differs
+    """Choose the device for the sums; "cuda" is the calling thread's current device, which differs
     between threads.
 
     "auto" is always the CPU: it reads and verifies every byte in any case, and the sums take a
@@ -520,7 +520,7 @@ class StoredBytes:
         count: int,
         dtype: str,
     ) -> tuple[memoryview, torch.Tensor]:
-        """Return the first bytes of the buffer for `count` elements, and the same as a tensor."""
+        """View the first bytes of the buffer for `count` elements, as bytes and as a tensor."""
         views = self._views.get((count, dtype))
         if views is None:
             nbytes = count * ITEM_BYTES[dtype]
@@ -581,7 +581,7 @@ class Calculator:
                 output.write(tile, values)
 
     def _copy(self, tile: Tile) -> torch.Tensor:
-        """Return the values of the newest source; in a copy nan and infinity are kept."""
+        """Read the values of the newest source; in a copy nan and infinity are kept."""
         kind = tile.kind
         (copy,) = self._values([self.plan.newest], tile)
         is_checked = kind.wide != kind.dtype or kind.role == "stored"
@@ -593,7 +593,7 @@ class Calculator:
         return copy
 
     def _sum(self, tile: Tile) -> torch.Tensor:
-        """Return the sums of a tile, [targets, n]; they are valid until the next call."""
+        """Compute the sums of a tile, [targets, n]; they are valid until the next call."""
         sums = self._thread_sums(tile.kind.wide, tile.size)
         sums.start(tile.size)
         smallest: torch.Tensor | None = None
@@ -638,8 +638,8 @@ class Calculator:
                 raise NonFiniteError(f"tensor {name!r}", reason, "take float32 or bfloat16")
 
     def _masks(self, tile: Tile) -> dict[str, torch.Tensor]:
-        """Return the masks in a tile by name, which all sources hold alike; raise a NonFiniteError
-        if one holds nan or infinity elsewhere."""
+        """Find the masks in a tile by name, which all sources hold alike; raise a NonFiniteError if
+        one holds nan or infinity elsewhere."""
         newest = self._doubles(self.plan.newest, tile)
         masks = {}
         for source in self.plan.sources:

@@ -59,7 +59,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Combination:
-    """Tensors to make of sources: those of the newest one as they are; in a `Plan`, sums.
+    """Tensors to make of sources: copies of the newest source's; in a `Plan`, sums.
 
     Tensors that a source stores in fewer bytes than float32 are summed in float32, all others and
     parameters in float64 in float64: large coefficients of both signs would cost a float32 sum too
@@ -69,7 +69,7 @@ class Combination:
     sources: tuple[StoredTensors, ...]  # by time
     # safetensors name of the averages' dtype in the outputs; None for each parameter's own
     dtype: str | None = None
-    # those of outputs that do not follow from `dtype`
+    # dtypes of outputs that do not follow from `dtype`
     dtypes: Mapping[str, str] = field(default_factory=dict)
     subset: frozenset[str] | None = None  # the stored tensors to make; None for all
     # what to make in place of complete tensors
@@ -77,7 +77,7 @@ class Combination:
 
     @property
     def coefficients(self) -> FloatArray | None:
-        """Those of sums, [sources, targets]."""
+        """The coefficients of sums, [sources, targets]."""
         return None
 
     @property
@@ -95,7 +95,7 @@ class Combination:
 
     @cached_property
     def names(self) -> dict[str, list[str]]:
-        """All names of each tensor to make, that of the stored one first."""
+        """All names of each tensor to make, the stored name first."""
         names = {name: [name] for name in self.tensors}
         for alias, name in self.newest.aliases.items():
             if name in names:
@@ -115,8 +115,8 @@ class Combination:
         return Box.full(self.newest.entries[name].shape)
 
     def output_dtype(self, name: str) -> str:
-        """Return the safetensors name of a tensor's dtype in the outputs: copies and statistics
-        keep their own."""
+        """Find the safetensors name of a tensor's dtype in the outputs: copies and statistics keep
+        their own."""
         tensor = self.tensors[name]
         own = self.dtype if tensor.role == "average" and self.dtype else tensor.dtype
         return self.dtypes.get(name, own)
@@ -132,7 +132,7 @@ class Combination:
 
 
 def nbytes(entries: Mapping[str, Entry]) -> int:
-    """Return the bytes of all tensors."""
+    """Sum the bytes of all tensors."""
     return sum(entry.nbytes for entry in entries.values())
 
 
@@ -140,7 +140,7 @@ def nbytes(entries: Mapping[str, Entry]) -> int:
 class Plan(Combination):
     """The snapshots and the coefficients that make the targets."""
 
-    # those in use, all at or before `t`; if there are copies, also the newest one
+    # the sources in use, all at or before `t`; if there are copies, also the newest one
     sources: tuple[Source, ...]
     targets: tuple[Target, ...]
     t: float
@@ -186,13 +186,13 @@ class Plan(Combination):
         return math.sqrt(squares / max(1, total))
 
     def predicted_error(self, target: int) -> float | None:
-        """Return the expected relative L2 error of a target's output weights; None if the motion of
-        the run is not known."""
+        """Predict the expected relative L2 error of a target's output weights; None if the motion
+        of the run is not known."""
         error = self.reconstruction.known_error(target)
         return None if error is None else math.hypot(error, self.output_rounding)
 
     def lost_gain(self, target: int) -> float | None:
-        """Return the share of what averaging gains in a metric that the error is expected to lose;
+        """Predict the share of what averaging gains in a metric that the error is expected to lose;
         None if the motion of the run is not known."""
         if self.reconstruction.known_error(target) is None:
             return None
@@ -205,11 +205,11 @@ class Plan(Combination):
         return lost_gain(errors, self.reconstruction.distance)
 
     def profile_error(self, target: int) -> float:
-        """Return the relative L2 distance between a target's profile and the one made."""
+        """Compute the relative L2 distance between a target's profile and the reconstructed one."""
         return float(self.reconstruction.profile_error[target])
 
     def output_info(self, target: int) -> OutputInfo:
-        """Return the metadata of a target's output."""
+        """Make the metadata of a target's output."""
         wished = self.targets[target]
         gamma = None
         if wished.sigma_rel is not None:
@@ -235,7 +235,7 @@ class Plan(Combination):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the run, its motion, and each target's coefficients and errors, as plain values
+        """Describe the run, its motion, and each target's coefficients and errors, as plain values
         for JSON."""
         prior = self.reconstruction.prior
         motion = prior.motion
@@ -285,7 +285,7 @@ def plan_synthesis(
         t: time of the targets; sources at or before it are used. By default the time of the newest
             source.
         step: the same in calls of `update_`; if the run's clock does not count steps, it must be
-            that of a snapshot.
+            the step of a snapshot.
         method: the solver; None for the default one.
         max_error: the largest predicted error to accept.
         dtype: dtype of the averages in the outputs; None for each parameter's own. Buffers keep
@@ -317,7 +317,7 @@ def plan_synthesis(
     )
     used = np.flatnonzero(np.any(result.coefficients != 0, axis=1)).tolist()
     newest = usable[-1]
-    if usable[used[-1]].t < newest.t and newest.copies:  # which are those of the output
+    if usable[used[-1]].t < newest.t and newest.copies:  # which the output has
         used.append(len(usable) - 1)
     times = [source.t for source in sources]
     plan = Plan(
@@ -372,8 +372,8 @@ def _choose_sources(
     targets: Sequence[Target],
     t: float,
 ) -> tuple[list[Source], list[Source]]:
-    """Choose the sources to combine, at or before `t`, which are those of a `Mean`, too; and later
-    ones."""
+    """Choose the sources to combine, at or before `t`, which the coefficients of a `Mean` refer to,
+    too; and later ones."""
     available = [source for source in sources if source.t <= t]
     usable, later = choose_sources(sources, t)
     chosen = {id(source): source for source in usable}
@@ -392,7 +392,7 @@ def _profiles(
     clock: Clock,
     t: float,
 ) -> list[Any]:
-    """Return the profile of each target, or the coefficients of a `Mean`."""
+    """Find the profile of each target, or the coefficients of a `Mean`."""
     first = min(source.t_first for source in usable)
     profiles = list[Any]()
     for target in targets:
@@ -426,7 +426,7 @@ def _target_time(
     t: float | None,
     step: int | None,
 ) -> float:
-    """Return the time of the targets, by default of the newest source, or raise an
+    """Find the time of the targets, by default of the newest source, or raise an
     InvalidValueError."""
     times = {source.step: source.t for source in sources}
     at_most_one(t=t, step=step)
