@@ -183,7 +183,7 @@ def local_path(name: str, path: str | Path) -> Path:
     local = check_path(name, path)
     if is_url(local):
         reason = "is a URL; must be a path on a file system of this machine"
-        hint = "copy it from or to the store by `rclone copy` or `aws s3 cp`"
+        hint = "copy it from or to the store with `rclone copy` or `aws s3 cp`"
         raise InvalidValueError(name, reason, hint, value=local)
     return local
 

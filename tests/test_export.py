@@ -100,7 +100,7 @@ def test_a_folder_of_shards_is_laid_out_as_the_hugging_face_libraries_do(tmp_pat
 
 
 def test_a_name_must_not_have_the_ending_of_another_layout_but_a_folder_may(tmp_path):
-    with refused("x.onnx", "unknown extension; use .safetensors or .pt"):
+    with refused("x.onnx", "its extension is unknown; use .safetensors or .pt"):
         OutputOptions().find_layout(Path("x.onnx"))
     assert OutputOptions().find_layout(Path("x.ckpt")) == "pt"
     path = tmp_path / "x.bin"

@@ -209,7 +209,7 @@ def test_two_names_of_one_tensor_are_one_place(tmp_path):
         _, loaded = copied(stored(tmp_path, 1, tensors), like, "last:1")
         assert_same_tensors(loaded, both)
     other = stored(tmp_path, 1, {"a": ones, "b": weights})
-    with pytest.raises(MismatchError, match="'a' and 'b' are one in it"):
+    with pytest.raises(MismatchError, match="'a' and 'b' are one tensor in it"):
         copied(other, like, "last:1")
 
 

@@ -229,7 +229,7 @@ def test_what_was_done_though_its_answer_was_lost_is_no_error(
 def test_a_tracker_writes_to_no_url(tmp_path, monkeypatch):
     """Taken for a path it would be a folder `s3:` in the working directory."""
     monkeypatch.chdir(tmp_path)
-    reason = r"^checkpoint_dir s3://bucket/run: must be a folder of this machine"
+    reason = r"^checkpoint_dir s3://bucket/run: must be a folder on this machine"
     with pytest.raises(InvalidValueError, match=reason):
         PostHocEMA.from_model(torch.nn.Linear(2, 2), Path("s3://bucket/run"))
     with pytest.raises(InvalidValueError, match=reason):

@@ -249,7 +249,7 @@ def named_time(path: Path) -> Reading:
     if not matches and (has_number or is_whole):
         matches = [*_ALONE.finditer(name)]
     if len(matches) != 1:
-        raise _doubt(path, "it has no number, or several")
+        raise _doubt(path, "its name has no number, or several")
     number = _number_in(matches[0], unit, path)
     if not unit and _DATE.fullmatch(matches[0]["number"]):
         raise _doubt(path, f"'{number}' may be a date")
@@ -346,8 +346,10 @@ def _common_sign(files: Sequence[Signs]) -> str:
     others = [file for file in files if file.by_sign.keys() != first.by_sign.keys()]
     if first.problem is not None:
         raise first.problem
-    reason = f"must be given: {first.path.name} and {others[0].path.name} tell it in different ways"
-    raise InvalidValueError("step_from", reason, "name the files of one run by a glob")
+    reason = (
+        f"must be given: {first.path.name} and {others[0].path.name} state it in different ways"
+    )
+    raise InvalidValueError("step_from", reason, "name the files of one run with a glob")
 
 
 def _are_distinct(files: Sequence[Signs], sign: str) -> bool:
@@ -425,7 +427,7 @@ def _check_one_count(files: Sequence[Signs], numbers: Sequence[Reading]) -> None
     for (epoch, number), (later, later_number) in pairwise(sorted(pairs)):
         if epoch < later and number >= later_number:
             reason = f"must be given: the steps, by {numbers[0].origin}, begin anew in each epoch"
-            hint = "copy the files under names with the step of the whole training"
+            hint = "rename copies of the files after the step of the whole training"
             raise InvalidValueError("step_from", reason, hint)
 
 

@@ -21,7 +21,7 @@ from posthoc_cli.snapshots.tensorfile import SUFFIX, OpenedFile, decode_file
 
 Leaves = dict[Keys, Any]
 """What a file holds, by the keys that lead to it: an `Entry`, a number or a text; or a `Node` in
-place of a tensor of a kind that is not read."""
+place of a tensor of a kind that cannot be read."""
 
 INDEX_ENDING = ".index.json"
 KIND = "ema.format"  # name of a value: what this package wrote a file as
@@ -113,8 +113,8 @@ def read_leaves(file: OpenedFile) -> Leaves:
 
 def foreign_error(path: Path, row: Container) -> UnsuitableError:
     """Make the error about a file of another framework."""
-    reason = f"is of a kind that is not read ({row.name})"
-    hint = "save the tensors as .safetensors, or by torch.save; unpack archives"
+    reason = f"is of a kind that cannot be read ({row.name})"
+    hint = "save the tensors as .safetensors, or with torch.save; unpack archives"
     return UnsuitableError(path, reason, hint)
 
 

@@ -238,7 +238,7 @@ def _make_tensor(
 ) -> StoredTensor:
     if isinstance(value, Node):
         kind = quote(value.name.removeprefix("torch._utils._rebuild_"))
-        return StoredTensor(path, keys, (), problem=f"is of a kind that is not read ({kind})")
+        return StoredTensor(path, keys, (), problem=f"is of a kind that cannot be read ({kind})")
     chunk = Chunk(path, value, Box.full(value.shape))
     return StoredTensor(path, keys, value.shape, (chunk,))
 
@@ -371,7 +371,7 @@ class _Objects:
             shape: Any = chunk.get("sizes")
             is_box = is_sizes(offset) and is_sizes(shape)
             if not (is_box and len(offset) == len(shape) == len(size)):
-                problem = "its shape, or that of a chunk, is malformed"
+                problem = "its shape, or the shape of a chunk, is malformed"
                 break
             boxes.append(Box(tuple(offset), tuple(shape)))
         problem = problem or cover_problem(size, boxes) or ""
@@ -405,7 +405,7 @@ class _Objects:
             problem = f"{quote(file_name)} is not the name of a file in its folder"
             self._refuse(self.metadata, name, problem)
         if place.get("transform_descriptors"):
-            self._refuse(self.metadata, name, "is compressed or encrypted, which is not read")
+            self._refuse(self.metadata, name, "is compressed or encrypted, which cannot be read")
         path = self.metadata.parent / file_name
         with OpenedFile(path) as file:
             if path not in self.files:

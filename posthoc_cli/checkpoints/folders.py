@@ -160,7 +160,7 @@ def find_layout(folder: Path, members: Mapping[Path, Layout]) -> Layout | None:
     for entry in members:
         if _PARTITION.search(entry.name):
             reason = "holds partitions of the model"
-            hint = "convert it by the program's own script, such as DeepSpeed's zero_to_fp32.py"
+            hint = "convert it with the program's own script, such as DeepSpeed's zero_to_fp32.py"
             raise UnsuitableError(folder, reason, hint)
     if not members or _are_series(folder, members.keys()):
         return None

@@ -123,10 +123,10 @@ def import_checkpoints(
     if out is not None:
         target = files.local_path("out", out)
     elif not dry_run:
-        raise InvalidValueError("out", "is missing; only a dry run needs no output")
+        raise InvalidValueError("out", "is required (except with `dry_run`)")
     if is_import(origin) or (origin.is_dir() and inspect_directory(origin).snapshots):
-        reason = "is a run already, which needs no import"
-        raise DirectoryError(origin, reason, "import the files of other programs themselves")
+        reason = "is a run already, and needs no import"
+        raise DirectoryError(origin, reason, "name the files of the other program")
     found = find_run(origin, given)
     checkpoints = found.checkpoints
     given = found.settings
@@ -461,7 +461,7 @@ class _Decays:
             proposals = [{"update_every": every} for every in audit.every]
             raise self._question("update_every", audit.text, *proposals)
         if audit.verdict == SOME_TENSORS:
-            reason = f"{audit.text}; leave them out by `exclude`, or take the weights alone"
+            reason = f"{audit.text}; leave them out with `exclude`, or take the weights alone"
             raise InvalidValueError("average", reason, weights)
         begins = self._last_copy(audit)
         if begins and self.given.update_after_step is None:

@@ -450,9 +450,11 @@ def check_given(found: Found, settings: ImportSettings) -> None:
             reason += f"; by default {' and '.join(usual)}"
         raise QuestionError(missing[0], reason, dict.fromkeys(missing, ASKED))
     if found.updates is not None and len(settings.sigma_rels) > 1:
-        raise InvalidValueError("sigma_rels", f"must be one, of the average in {name}")
+        raise InvalidValueError(
+            "sigma_rels", f"must be one number, the width of the average in {name}"
+        )
     if found.profile is not None and found.lacks and not found.sigma_rel:
-        reason = f"must be one for each average, also for that in {name}"
+        reason = f"must be one number for each average, {name} included"
         raise InvalidValueError("sigma_rels", reason)
 
 
@@ -461,7 +463,7 @@ def check_applies(has_averages: bool, settings: ImportSettings) -> None:
     for name in settings.given:
         if name in _OF_AVERAGES and not has_averages:
             reason = "does not apply to files that are taken for weights"
-            hint = "`kind` ema takes files for averages; `average` names one in them"
+            hint = "to take the files for averages, give `kind` ema; to name one in them, `average`"
             raise InvalidValueError(name, reason, hint)
 
 
@@ -490,7 +492,7 @@ class Stored:
         if not found.averaged:
             return None
         if self._settings.average is None and not are_near(*found.starts):
-            reason = "the average is unrelated to the weights; name it by `average` if it is one"
+            reason = "the average is unrelated to the weights; name it with `average` if it is one"
             log.warning("%s: %s", self._content.path, reason)
         return self._make(found.tensors)
 

@@ -173,15 +173,15 @@ def _times(run: Sequence[Found], settings: ImportSettings) -> Times:
 def _begun(run: Sequence[Found], times: Sequence[int]) -> list[Found]:
     """Return the checkpoints of a training that has begun, with their times."""
     if max(times) <= 0:
-        reason = "its number is 0, as that of all files, so that it may be something else"
-        hint = "name the files of one run by a glob, or import with `step_from`"
+        reason = "all files have the number 0, which may be something else than a step"
+        hint = "name the files of one run with a glob, or import with `step_from`"
         raise InvalidValueError(run[0].path, reason, hint)
     used = []
     for file, time in zip(run, times, strict=True):
         if time > 0:
             used.append(replace(file, time=time))
         elif time == 0:
-            reason = "left out, as its weights are those before the training, of step 0"
+            reason = "left out: it holds the weights before the training, of step 0"
             log.warning("%s: %s", file.path, reason)
     return used
 
@@ -669,8 +669,8 @@ def _make_all(run: Sequence[Found], times: Times, settings: ImportSettings) -> l
         checkpoints += _make(file, times, settings)
     for name, entry in checkpoints[0].entries.items():
         if entry.dtype.startswith("F8"):
-            reason = f"tensor {quote(name)} is of 8 bits, of which averages lose most digits"
-            hint = "save the weights in 16 bits or more, or leave it out by `exclude`"
+            reason = f"tensor {quote(name)} has 8 bits a value, too few for averages"
+            hint = "save the weights in 16 bits or more, or leave it out with `exclude`"
             raise UnsuitableError(checkpoints[0].path, reason, hint)
     return checkpoints
 
@@ -757,7 +757,7 @@ def _check_copies(
     if _are_unequal(weights[earlier.t], weights[later.t]) and not _are_unequal(earlier, later):
         names = f"{earlier.path.name} and {later.path.name}"
         reason = f"{names} hold the same average, and other weights, from which it cannot begin"
-        hint = "name by a glob the files in which its first value has faded"
+        hint = "name with a glob the files in which its first value has faded"
         raise InvalidValueError("update_after_step", reason, hint)
 
 
@@ -768,7 +768,7 @@ def _without_duplicates(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
         twin = kept.setdefault((other.t, other.holds, is_raw), other)
         if twin is not other and _are_unequal(twin, other):
             if _has_number(other):
-                raise _mismatch(twin, other, f"are both of {twin.t_unit[:-1]} {twin.t:,.12g}")
+                raise _mismatch(twin, other, f"are both at {twin.t_unit[:-1]} {twin.t:,.12g}")
             log.warning("%s: left out, as %s has the same number", other.path, twin.name)
     return [*kept.values()]
 
@@ -785,7 +785,7 @@ def _mismatch(
 ) -> MismatchError:
     ours = make_glob(first.path.name)
     theirs = make_glob(other.path.name)
-    hint = "name the files of one run by a glob"
+    hint = "name the files of one run with a glob"
     if ours != theirs:
         hint += f", such as '{ours}' or '{theirs}'"
     hint += f", or import with {settings}"

@@ -34,7 +34,7 @@ def export(
         None,
         metavar="KEY",
         show_default="by its name",
-        help="The key, prefix or glob of a checkpoint's average, that of --like if given.",
+        help="The key, prefix or glob of a checkpoint's average, with --like of its tensors.",
     ),
 ) -> None:
     """Write averaged weights in another layout or dtype.

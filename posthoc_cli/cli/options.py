@@ -242,7 +242,7 @@ def open_run(given: str, directory: bool = True) -> Run:
     if files.is_glob(path) or not path.is_dir() or holds_snapshots(path):
         return run
     if directory and (path / "sweep.json").is_file():
-        raise InvalidValueError(path, "is the folder of a sweep", "name that of the run")
+        raise InvalidValueError(path, "is the folder of a sweep", "name the directory of the run")
     check_not_above_run(path)
     return run
 

@@ -186,7 +186,9 @@ def _print_sweep(report: SweepReport) -> None:
 
     pairs = summarize(report)
     if report.minimize is not None and not report.compared:
-        pairs.insert(0, ("last weights", "not measured: name a checkpoint with them by --raw"))
+        pairs.insert(
+            0, ("last weights", "not measured: name a checkpoint that holds them with --raw")
+        )
     pairs.append(("wrote", ", ".join(map(str, report.outputs))))
     output.print_line()
     output.print_pairs(pairs)

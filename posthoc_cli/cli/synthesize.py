@@ -81,7 +81,7 @@ def synthesize(
 
 
 _NO_TARGET = (
-    "name at least one by --sigma-rel 0.15, --decay 0.9999 or --target window:1000 (`ema guide "
+    "name at least one with --sigma-rel 0.15, --decay 0.9999 or --target window:1000 (`ema guide "
     "synthesis` lists the kinds)"
 )
 

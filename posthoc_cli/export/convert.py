@@ -207,13 +207,13 @@ def _read_source(
     """Read the model to export, or what is wanted of a training's checkpoint."""
     if is_import(source):
         reason = "is the run of an import, which refers to other files"
-        raise UnsuitableError(source, reason, "make an average of it by `ema synthesize`")
+        raise UnsuitableError(source, reason, "make an average of it with `ema synthesize`")
     if average is not None or _is_checkpoint(source):
         stored = Stored(source, average)
         checkpoint = stored.weights if weights else stored.average
         if checkpoint is None:
             reason = f"none of its keys names an average ({stored.groups})"
-            hint = "name its key by `average`, or take its tensors as they are by `weights`"
+            hint = "name its key with `average`, or take its tensors as they are with `weights`"
             raise UnsuitableError(source, reason, hint)
         return checkpoint
     if weights:

@@ -242,7 +242,7 @@ class Like:
         dtypes = {known[name].dtype for name in set().union(*averages) & known.keys()}
         if is_quantized or not dtypes <= EPS.keys():
             reason = "its weights are quantized, as its quantization_config or their dtype says"
-            hint = "take a folder that the trained model itself was saved to"
+            hint = "name a folder to which the trained model itself was saved"
             raise MismatchError(self.place, reason, hint)
 
     def _find_places(
@@ -283,7 +283,7 @@ class Like:
         for source in plan.sources:
             values = source.tensor(first)
             if not torch.equal(values, source.tensor(other)):
-                reason = f"tensors {quote(first)} and {quote(other)} are one in it"
+                reason = f"tensors {quote(first)} and {quote(other)} are one tensor in it"
                 raise MismatchError(self.place, reason, "they would get different values")
 
     def _beginnings(
@@ -305,15 +305,15 @@ class Like:
                     fitting.append(new)
             if len(fitting) > 1:
                 reason = f"the names of the run fit under {fitting[0]} and {fitting[1]}"
-                raise MismatchError(self.place, reason, "name one of them by `average`")
+                raise MismatchError(self.place, reason, "name one of them with `average`")
             if fitting:
                 return old, fitting[0]
             _, _, end = end.partition(".")
-        reason = f"{len(absent)} tensors of the run are not in it, such as {absent[0]!r}"
+        reason = f"lacks {len(absent)} tensors of the run, such as {absent[0]!r}"
         hint = (
-            "take a file or folder that the trained model itself was saved to; if transformers "
-            "renames them on disk, as the experts of a mixture, load the averages into the model "
-            "(load_into) and save that by save_pretrained"
+            "name a file or folder to which the trained model itself was saved; if transformers "
+            "renames the tensors on disk, as in mixtures of experts, load the averages into the "
+            "model (load_into) and save it with save_pretrained"
         )
         raise MismatchError(self.place, f"{reason}; it has tensors such as {min(known)!r}", hint)
 

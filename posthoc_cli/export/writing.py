@@ -138,7 +138,7 @@ class OutputOptions:
         """
         if self.like is not None:
             if not (self.makes_folders or path.name.endswith(self.ending)):
-                reason = f"must end in {self.ending}, as the file that it is a copy of"
+                reason = f"must end in {self.ending}, like the file that it is a copy of"
                 raise InvalidValueError("out", reason, value=path)
             return "like"
         named = next((name for name, endings in LAYOUTS.items() if path.suffix in endings), None)
@@ -149,8 +149,10 @@ class OutputOptions:
         if (is_other or is_unknown) and not path.is_dir():
             if is_other:
                 raise InvalidValueError(path, f"its extension does not fit the layout {layout}")
-            reason = "unknown extension; use .safetensors or .pt"
-            raise InvalidValueError(path, reason, "the name of a folder has none")
+            reason = "its extension is unknown"
+            raise InvalidValueError(
+                path, reason, "use .safetensors or .pt, or for a folder no extension"
+            )
         if self.max_shard_size is not None and layout != "sharded":
             reason = f"applies to sharded outputs only, and this layout is {layout}"
             hint = "add `layout` sharded"
@@ -190,8 +192,10 @@ def output_paths(
     path = files.local_path("out", out)
     is_file = path.suffix in (*LAYOUTS["safetensors"], *LAYOUTS["pt"])
     if options.distributed and is_file:
-        reason = "a job of several processes makes a folder of shards; name a folder"
-        raise InvalidValueError("out", reason, "an export makes one file of it", value=out)
+        reason = "is a file, and a job of several processes makes a folder of shards"
+        raise InvalidValueError(
+            "out", reason, "name a folder; `ema export` makes one file of it", value=out
+        )
     if not options.dry_run:
         files.check_parent(path)
         check_not_in_run(path)
@@ -200,7 +204,9 @@ def output_paths(
         options.find_layout(path)
         paths = [path]
     elif is_file and not is_folder:
-        raise InvalidValueError("out", f"{len(targets)} targets need a folder", value=out)
+        raise InvalidValueError(
+            "out", f"is one file for {len(targets)} targets; name a folder", value=out
+        )
     else:
         paths = _paths_in(path, targets, "" if options.makes_folders else options.ending)
     return [] if options.dry_run else paths
@@ -269,7 +275,7 @@ class Ranks:
         except RuntimeError as error:
             raise failure or RankError(
                 "another process of this job",
-                "failed or died; nothing was finished",
+                "failed or died; nothing was written",
             ) from error
         for rank, (text, _) in enumerate(results):
             if text:
@@ -457,7 +463,7 @@ class OutputJob:
         needed = len(self.headers) * each
         free = shutil.disk_usage(parent).free
         if needed > free:
-            reason = f"the output takes {needed:,} bytes, and {free:,} are free on this disk"
+            reason = f"the output takes {needed:,} bytes, and only {free:,} are free on this disk"
             raise WriteError(parent, reason, errno=errno.ENOSPC)
         files.remove_leftovers(parent)
 

@@ -115,7 +115,7 @@ class PostHocEMAModel:
             if len(targets) != len(averages):
                 averages = [average for average in averages if average.requires_grad]
             if [average.shape for average in averages] != [target.shape for target in targets]:
-                reason = "are neither those of the model nor its trainable ones"
+                reason = "are neither the model's parameters nor its trainable ones"
                 raise InvalidValueError("parameters", reason)
             values = [average.detach().clone() for average in averages]
         for target, value in zip(targets, values, strict=True):

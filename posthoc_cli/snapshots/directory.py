@@ -458,7 +458,9 @@ def contradictions(snapshots: Sequence[Snapshot]) -> list[MismatchError]:
         reason = _difference(first, snapshot, ("run_id", "t_unit"))
         reason = reason or model_difference(first, snapshot)
         if reason:
-            errors.append(_mismatch(first, snapshot, reason, "keep one run a directory"))
+            errors.append(
+                _mismatch(first, snapshot, reason, "give each run a directory of its own")
+            )
         same = seen.setdefault((snapshot.t, snapshot.sigma_rel), snapshot)
         if same is not snapshot:
             reason = f"both hold sigma_rel {same.sigma_rel:g} at t = {same.t:,.12g}"
@@ -528,7 +530,7 @@ class LockFile:
             if os.path.samestat(at_path, os.fstat(self._descriptor)):
                 return
         reason = f"was moved, replaced, or lost its {LOCK_NAME}: nothing is written or deleted here"
-        raise LockedError(self._directory, reason, "move it back, or take another directory")
+        raise LockedError(self._directory, reason, "move it back, or use another directory")
 
 
 class DirectoryLock(LockFile, AbstractContextManager["DirectoryLock"]):
@@ -564,7 +566,7 @@ class DirectoryLock(LockFile, AbstractContextManager["DirectoryLock"]):
             name = _read_holder(self._descriptor)
             holder = f"another tracker of this {own}" if name == own else quote(name)[1:-1]
             reason = f"{holder or 'another process'} is writing here"
-            hint = "end that first, or take another directory"
+            hint = "end it first, or use another directory"
             raise LockedError(self._directory, reason, hint) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
@@ -639,7 +641,7 @@ def remove_snapshot(snapshot: Snapshot, lock: LockFile) -> None:
             if _read_run_id(file) == snapshot.run_id:
                 files.unlink_if_exists(file)
             elif not files.is_absent(file):
-                log.warning("%s: is not of this run any more, and is not removed", file)
+                log.warning("%s: no longer belongs to this run, and is not removed", file)
         _remove_empty_folder(snapshot.path)
 
 

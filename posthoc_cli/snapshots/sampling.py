@@ -288,7 +288,7 @@ def _warn_of_two_trainings(steps: Sequence[_Step]) -> None:
     another training."""
     if len(steps) > 1 and all(step.is_apart for step in steps):
         _warn_of_files(
-            steps[0], "each is as far from the next one as those of different trainings are"
+            steps[0], "each is as far from the next one as if they were of different trainings"
         )
         return
     for previous, step in pairwise(steps):
@@ -311,7 +311,7 @@ def _warn_of_two_trainings(steps: Sequence[_Step]) -> None:
 
 
 def _warn_of_files(step: _Step, reason: str) -> None:
-    hint = "name the files of one training by a glob"
+    hint = "name the files of one training with a glob"
     log.warning("%s: %s: %s", step.after.path.parent, reason, hint)
 
 

@@ -447,5 +447,5 @@ def finite_values(
     raise NonFiniteError(
         source.path,
         f"tensor {name!r}: holds nan or infinity",
-        "an import leaves out a mask or the like by `exclude`",
+        "to leave out a mask or the like, import with `exclude`",
     )

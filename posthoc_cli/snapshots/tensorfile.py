@@ -309,7 +309,7 @@ def named_on_error(path: Path, verb: str) -> Iterator[None]:
         reason = error.strerror or str(error)
         hint = ""
         if error.errno == errno.EMFILE:
-            hint = "raise the limit of open files, as by ulimit -n 4096"
+            hint = "raise the limit of open files, as with ulimit -n 4096"
         raise kind(path, f"cannot be {verb}: {reason.lower()}", hint) from error
     except ValueError as error:
         reason = "no file can have this name"

@@ -499,7 +499,7 @@ def searchable_lengths(run: Run, t: float) -> Lengths:
     times = sorted({source.t for source in run.sources if source.t <= t})
     if len(times) < 3:
         reason = f"{len(times)} times are too few to search"
-        raise InvalidValueError(run.directory, reason, "name lengths by `sigma_rel`")
+        raise InvalidValueError(run.directory, reason, "name lengths with `sigma_rel`")
     # the width of a uniform mean over a window, as a fraction of t
     spacing = UNIFORM_SIGMA_REL * (t - times[-3]) / t
     whole = UNIFORM_SIGMA_REL * (t - times[0] + t - times[-2]) / t
@@ -507,7 +507,7 @@ def searchable_lengths(run: Run, t: float) -> Lengths:
     is_searched = (curve.sigma_rels >= lengths.low) & (curve.sigma_rels <= lengths.high)
     losses = curve.lost_gain[is_searched]
     log.warning(
-        "%s: searching sigma_rel %g to %g, from the mean of the last two files to that of all: "
+        "%s: searching sigma_rel %g to %g, from the mean of the last two files to the mean of all: "
         "lost gain %s to %s; %s",
         run.directory,
         lengths.low,

@@ -360,7 +360,7 @@ def check_steps(
             command = UNSPECIFIED.command(folder, steps_per_epoch="N")
             reason += "checkpoints are epochs"
             raise InvalidValueError("steps_per_epoch", reason, f"paste: {command}")
-        reason = f"counts steps, and those of this run are not equally long in {sources[0].t_unit}"
+        reason = f"counts steps, and this run's steps are not equally long in {sources[0].t_unit}"
         same = target.on_clock(t, clock).split(" ", 1)
         words = ["ema", "synthesize", str(folder), *same, "--out", "average.safetensors"]
         hint = f"for the same length on the run's clock, paste: {shlex.join(words)}"

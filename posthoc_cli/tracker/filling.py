@@ -30,8 +30,8 @@ def check_weights(
         tensor = tensors[name].tensor
         if tensor.is_meta:
             hint = (
-                "model.load_state_dict(ema.state_dict(sigma_rel=...), assign=True) gives it those "
-                "of an average"
+                "give it averaged ones with model.load_state_dict(ema.state_dict(sigma_rel=...), "
+                "assign=True)"
             )
             raise InvalidValueError("tensor", ON_META, hint, value=f"{name!r}")
         _check_shape(name, tensor, value)
@@ -47,7 +47,8 @@ def _check_shape(name: str, tensor: Tensor, value: Tensor) -> None:
     reason = f"has the shape {own} in the model, {shape} in the averaged weights"
     if is_sharded(tensor):
         reason = (
-            "is sharded over processes, and this tracker was made before that, or without the model"
+            "is sharded over processes, and this tracker was made before the sharding, or without "
+            "the model"
         )
     raise ModelMismatchError(f"tensor {name!r}", reason)
 
@@ -67,7 +68,7 @@ def check_fits(
     if lost.numel():
         largest = float(lost.abs().max())
         reason = f"{dtype} cannot hold its largest value, {largest:.6g}"
-        hint = "take it in float32, or convert the model first, by model.float()"
+        hint = "take it in float32, or convert the model first, with model.float()"
         raise NonFiniteError(f"tensor {name!r}", reason, hint)
 
 

@@ -332,11 +332,13 @@ class Notes:
             if self._store.check([str(rank)]):
                 if self._store.get(str(rank)).decode() != self._tensors:
                     reason = "tracks a model of other tensors, as of a stage of a pipeline"
-                    hint = "shard stages by fully_shard, or give each its own directory and `group`"
+                    hint = (
+                        "shard stages with fully_shard, or give each its own directory and `group`"
+                    )
                     raise RankError(f"rank {rank}", reason, hint)
             elif also_missing:
                 reason = f"has no tracker of {self._directory}"
-                hint = "make it in every process, or pass the `group` of those that do"
+                hint = "make one in every process, or pass the `group` of the processes that do"
                 raise RankError(f"rank {rank}", reason, hint)
 
 

@@ -190,7 +190,7 @@ class Start:
 
     def _no_snapshot(self, steps: Sequence[int]) -> ModelMismatchError:
         times = f"{len(steps):,} times, step {steps[0]:,} to {steps[-1]:,}"
-        reason = f"its weights are those of no snapshot of the run in {self.directory} ({times})"
+        reason = f"its weights match no snapshot of the run in {self.directory} ({times})"
         return ModelMismatchError("model", reason, ways_to_resume(steps[-1]))
 
     def read(self, now: Tracking) -> Tracking:
@@ -272,7 +272,7 @@ def check_path(path: str | Path) -> Path:
         raise InvalidValueError("checkpoint_dir", reason, value=given) from error
     if files.is_url(absolute):
         reason = (
-            "must be a folder of this machine: snapshots are copied to a store by `rclone` "
+            "must be a folder on this machine; copy the snapshots to a store with `rclone sync` "
             "or `aws s3 sync`"
         )
         raise InvalidValueError("checkpoint_dir", reason, value=absolute)
@@ -371,7 +371,7 @@ def _until(
     steps = sorted({snapshot.step for snapshot in snapshots})
     if step is None:
         reason = "no call of update_ has snapshots of all profiles"
-        raise InvalidValueError(argument, reason, "begin anew by resume=0")
+        raise InvalidValueError(argument, reason, "begin anew with resume=0")
     step = check_count(argument, step)
     if step not in steps:
         numbers = [f"{number:,}" for number in steps[-20:]]

@@ -153,7 +153,7 @@ class Snapshotter:
         # a network file system may show rank 0's file late
         while not (directory / LOCK_NAME).exists():
             if time.monotonic() > until:
-                reason = "is not the directory of that name in which rank 0 writes"
+                reason = "is another directory than the one that rank 0 writes to"
                 raise DirectoryError(directory, reason, ON_ONE_FILE_SYSTEM)
             time.sleep(0.1)
         if not self._leads:

@@ -195,7 +195,7 @@ def read_info(state: Any) -> StateInfo:
     version = state.get("version") if isinstance(state, Mapping) else None
     if isinstance(state, Mapping) and version is None:
         names = list_first(map(quote, state), 3) or "nothing"
-        reason = f"is not a tracker's, but that of a model or optimizer: it holds {names}"
+        reason = f"is the state of a model or optimizer, not of a tracker: it holds {names}"
         raise InvalidValueError("state", reason, "load what ema.state_dict() has returned")
     if version != STATE_VERSION:
         reason = (

@@ -114,7 +114,7 @@ def test_weights_before_the_training_are_left_out(tmp_path, caplog):
     """Of a first epoch 1, the number 0 is before the training, as is a step 0."""
     place = write(tmp_path / "epochs", "epoch_{}.pt", range(4))
     assert times(place, first_epoch=1) == [1, 2, 3]
-    assert "epoch_0.pt: left out, as its weights are those before the training" in caplog.text
+    assert "epoch_0.pt: left out: it holds the weights before the training" in caplog.text
     assert times(write(tmp_path, "step_{}.pt", (0, 100, 250))) == [100, 250]
 
 
@@ -327,7 +327,7 @@ def in_contents(folder, step, epoch, within):
 def test_steps_that_begin_anew_in_each_epoch_are_refused(save, tmp_path):
     for step, (epoch, within) in WITHIN.items():
         save(tmp_path, step, epoch, within)
-    assert "begin anew in each epoch; copy the files under names with the step" in asked(tmp_path)
+    assert "begin anew in each epoch; rename copies of the files after the step" in asked(tmp_path)
 
 
 def test_an_epoch_that_begins_anew_at_a_resume_changes_no_step_of_all(tmp_path):

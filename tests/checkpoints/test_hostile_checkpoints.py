@@ -257,7 +257,7 @@ def test_the_functions_in_place_of_torchs_are_left_as_they_were(tmp_path):
 
 def test_a_file_of_an_old_torch_is_named(tmp_path):
     torch.save(WEIGHTS, tmp_path / "step1.pt", _use_new_zipfile_serialization=False)
-    assert "is of torch.save before release 1.6" in read(tmp_path)
+    assert "was written by torch.save before release 1.6" in read(tmp_path)
 
 
 def test_a_file_of_another_kind_is_named(tmp_path):
@@ -352,7 +352,7 @@ def test_chunks_that_share_bytes_are_refused(metadata_of_chunks):
 @pytest.mark.parametrize(
     ("size", "of_chunk", "problem"),
     [
-        ([300], ["x"], "its shape, or that of a chunk, is"),
+        ([300], ["x"], "its shape, or the shape of a chunk, is"),
         ([300], [299], "'w': "),
         ([200], [200], "'w': holds no tensor of shape [200]"),
     ],
@@ -415,8 +415,8 @@ REFUSED = [
     ({"__metadata__": TWO}, NO_NAME),
     ({"a\0b": TWO}, NO_NAME),
     ({"\ud800": TWO}, NO_NAME),
-    ({"state_dict": {"s": TWO.to_sparse()}}, "'state_dict.s': is of a kind that is not read"),
-    ({"c": TWO.to(torch.complex128)}, "of ComplexDoubleStorage, which is not read"),
+    ({"state_dict": {"s": TWO.to_sparse()}}, "'state_dict.s': is of a kind that cannot be read"),
+    ({"c": TWO.to(torch.complex128)}, "of ComplexDoubleStorage, which cannot be read"),
     ({"actor": {"w": TWO}, "critic": {"w": TWO}}, "it has tensors under 'actor', 'critic'"),
     ({"optimizer_state_dict": {"exp_avg": TWO}}, "no weights, only tensors under 'optimizer_st"),
     (with_ema(decay="much"), NO_SETTINGS),

@@ -22,7 +22,7 @@ ASKED = [
     (
         "ema_model.w",
         {"sigma_rels": (0.05,), "update_every": 1},
-        r"^sigma_rels: must be one for each average, also for that in 1\.",
+        r"^sigma_rels: must be one number for each average, 1\.",
     ),
     (
         "w",

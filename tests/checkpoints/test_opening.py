@@ -335,7 +335,7 @@ REFUSED = {
     "model_fold3": "'fold3' may",
     "best_acc=87": "'acc=87' may",
     "00010-of-00020": "or several",
-    "step²": "it has no number, or several",
+    "step²": "its name has no number, or several",
 }
 """Names that may mean something else, and parts of their errors."""
 

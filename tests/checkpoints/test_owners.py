@@ -72,7 +72,7 @@ def test_numbers_of_epochs_and_of_an_unknown_unit_do_not_mix(tmp_path):
 def test_a_number_that_is_always_0_is_asked_about(tmp_path):
     """As that of a rank, in the name of each file."""
     write_each(tmp_path, "s_{save.step}/rank_0.pt", weights)
-    assert "number is 0, as that of all files" in asked(tmp_path / "*" / "*.pt")
+    assert "all files have the number 0" in asked(tmp_path / "*" / "*.pt")
     assert times(tmp_path / "*" / "*.pt", step_from=r"/s_(\d+)") == TIMES
 
 
@@ -209,7 +209,7 @@ def test_an_archive_of_another_kind_is_to_be_unpacked(name, tmp_path):
     with zipfile.ZipFile(tmp_path / name, "w") as archive:
         archive.writestr("policy.pth", "")
     with pytest.raises(
-        FileFormatError, match=r"is of a kind that is not read \(.*\); .* unpack archives"
+        FileFormatError, match=r"is of a kind that cannot be read \(.*\); .* unpack archives"
     ):
         exported(tmp_path / name)
 

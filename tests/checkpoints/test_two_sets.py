@@ -305,7 +305,7 @@ def test_an_average_of_numpy_arrays_is_named_which_cannot_be_read(tmp_path, capl
     torch.save(content, tmp_path / "step5.pt")
     assert read(tmp_path).counts == {"weights": 1}
     assert "step5.pt also holds 'ema', 'ema_vector (one tensor)', not used" in caplog.text
-    assert "is of a kind that is not read ('numpy." in fault(tmp_path, average="ema")
+    assert "is of a kind that cannot be read ('numpy." in fault(tmp_path, average="ema")
 
 
 def test_an_average_in_a_list_of_parameters_within_the_model(tmp_path):
@@ -341,7 +341,7 @@ def test_two_towers_are_no_average_and_its_weights(tmp_path, caplog):
     towers["source_encoder"]["norm"] = torch.ones(20)
     torch.save(towers, file)
     exported(file)
-    assert "the average is unrelated to the weights; name it by `average` if it is" in caplog.text
+    assert "the average is unrelated to the weights; name it with `average` if it is" in caplog.text
     assert_equal(exported(file, average="target_encoder"), towers["target_encoder"])
 
 
@@ -421,7 +421,7 @@ def test_weights_of_8_bit_floats_are_refused(tmp_path):
     file = tmp_path / "step10.pt"
     content = {"a.weight": torch.ones(9).to(torch.float8_e4m3fn), "b": torch.ones(2)}
     torch.save(content, file)
-    assert "tensor 'a.weight' is of 8 bits" in fault(file)
+    assert "tensor 'a.weight' has 8 bits a value" in fault(file)
     assert read(file, exclude="a.*").counts == {"weights": 1}
 
 
@@ -540,7 +540,9 @@ def test_the_width_of_a_power_function_is_given(run, files):
 
 def test_two_widths_of_one_average_are_refused(tmp_path):
     write_each(tmp_path, STEP, lambda save: {"model": save.weights, "ema": save.average})
-    assert "sigma_rels: must be one, of the average in" in asked(tmp_path, sigma_rels=(0.1, 0.2))
+    assert "sigma_rels: must be one number, the width of the average in" in asked(
+        tmp_path, sigma_rels=(0.1, 0.2)
+    )
 
 
 def of_a_tenth(step):

@@ -81,7 +81,7 @@ def test_when_the_first_rank_is_killed_the_others_end_and_leave_no_model(run, tm
     for process in others:
         assert process.wait() == 1
         _, errors = process.communicate()
-        message = "another process of this job: failed or died; nothing was finished"
+        message = "another process of this job: failed or died; nothing was written"
         # after a warning of the predicted error
         assert errors.endswith(f"ema: error: {message}\n")
     assert not out.exists()
@@ -105,7 +105,7 @@ def test_an_error_in_one_rank_is_named_by_all(run, tmp_path):
 
 
 def test_a_job_makes_a_folder_of_shards(run, tmp_path):
-    message = "makes a folder of shards; name a folder; an export makes one file"
+    message = "makes a folder of shards; name a folder; `ema export` makes one file"
     path = tmp_path / "m.safetensors"
     with pytest.raises(InvalidValueError, match=message):
         Run(run).write(0.1, path, distributed=True)

@@ -55,7 +55,7 @@ def test_bad_arguments_and_calls_are_errors(tmp_path):
     with pytest.raises(NotReadyError, match="copy_to"):
         ema_model.restore(model.parameters())
     ema_model.step()
-    with pytest.raises(InvalidValueError, match="neither those of the model nor"):
+    with pytest.raises(InvalidValueError, match="neither the model's parameters nor"):
         ema_model.copy_to(list(model.parameters())[:2])
     with pytest.raises(InvalidValueError, match="not a folder of save_pretrained"):
         PostHocEMAModel.from_pretrained(tmp_path)

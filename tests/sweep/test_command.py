@@ -265,7 +265,7 @@ def test_a_run_of_plain_weights_is_searched_over_what_its_files_show(tmp_path, o
     report = swept(run, out, shell("echo $2 | sed s/raw/9/"), lengths=None)
     # means of the last two of ten files and of all are uniform over a fifth and all of training
     assert report.lengths == Lengths(round(0.2 * 12**-0.5, 4), 0.28)
-    said = "from the mean of the last two files to that of all: lost gain"
+    said = "from the mean of the last two files to the mean of all: lost gain"
     assert said in caplog.text
 
 
@@ -273,7 +273,9 @@ def test_the_command_says_what_was_measured(ema, run, out):
     command = ("sweep", run.directory, "--run", BOWL, "--minimize", "--out", out)
     done = ema(*command, "--sigma-rel", "0.05,0.1,0.2")
     assert "trial 2 of about 3: sigma_rel 0.1 (as decay 0.64): 0 (" in done.out
-    assert re.search(r"last weights +not measured: name a checkpoint with them by --raw", done.out)
+    assert re.search(
+        r"last weights +not measured: name a checkpoint that holds them with --raw", done.out
+    )
     assert (out / "report.html").exists()
 
 

@@ -43,7 +43,7 @@ SETTINGS = {
     "checkpoint_dtype": None,
 }
 OF_NO_SNAPSHOT = (
-    r"model: its weights are those of no snapshot of .*load the checkpoint's weights.*resume=\d+"
+    r"model: its weights match no snapshot of .*load the checkpoint's weights.*resume=\d+"
 )
 
 
@@ -426,7 +426,7 @@ def test_processes_decide_together_with_the_samples_of_another_arrangement(tmp_p
     process goes on at the end."""
     check_group(SHARDED, 2, tmp_path, "tp", 0, 1, 12)
     for out in check_group(SHARDED, 3, tmp_path, "fsdp", 1_000, 0, 0):
-        assert "are those of no snapshot of the run" in out
+        assert "match no snapshot of the run" in out
     check_group(SHARDED, 3, tmp_path, "fsdp", 8, 9, 16)
     groups.alone(tmp_path / "run", 20, resume="auto")
     for width in (0.1, 0.2):

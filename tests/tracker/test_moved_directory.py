@@ -206,4 +206,4 @@ def test_a_file_that_another_run_has_put_in_place_of_a_snapshot_is_not_removed(t
     with DirectoryLock(tmp_path) as lock:
         remove_snapshot(snapshot, lock)
     assert path.exists()
-    assert "is not of this run any more, and is not removed" in caplog.text
+    assert "no longer belongs to this run, and is not removed" in caplog.text

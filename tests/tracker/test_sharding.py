@@ -407,11 +407,11 @@ def test_what_processes_of_a_sharded_model_cannot_do_is_named_in_all(tmp_path):
         "tensor 'weight': has 8 rows in dimension 0, of which _S",
         "tensor 'weight': has 7 rows in dimension 0, of which _S",
         "was not when this tracker was made; shard the model first; then make the tracker in every",
-        "is sharded over processes, and this tracker was made before that, or without the model",
+        "is sharded over processes, and this tracker was made before the sharding, or without",
     ]
     if Path("/proc/self/cwd").exists():
         expected.append(
-            f"{tmp_path}/1/run: is not the directory of that name in which rank 0 writes; all pro"
+            f"{tmp_path}/1/run: is another directory than the one that rank 0 writes to; all pro"
         )
     for out in outs:
         for line, text in zip(out.splitlines(), expected, strict=True):

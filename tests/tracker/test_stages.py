@@ -106,7 +106,7 @@ def test_stages_that_are_not_sharded_are_refused_at_the_first_update(tmp_path):
     for out in stages(tmp_path / "names", "names"):
         assert "RankError" in out
         assert "tracks a model of other tensors" in out
-        assert "shard stages by fully_shard" in out
+        assert "shard stages with fully_shard" in out
     first, second = stages(tmp_path / "shape", "shape", late=True)
     assert first.startswith("updated\n")
     assert second.startswith("RankError rank 0: tracks a model of other tensors")
