@@ -31,7 +31,7 @@ from posthoc_cli.errors import (
 from posthoc_cli.run import Wanted
 from posthoc_cli.tracker import PostHocEMA
 from posthoc_cli.tracker.filling import check_weights, fill_in
-from posthoc_cli.tracker.model import check_model, unwrapped
+from posthoc_cli.tracker.model import check_model, unwrap
 
 __all__ = [
     "DifferentiableEMA",
@@ -262,7 +262,7 @@ Pair = tuple[Tensor, Tensor]
 
 def make_average(model: nn.Module) -> nn.Module:
     """Copy a model without gradients; half precision becomes float32."""
-    bare = unwrapped(check_model(model))
+    bare = unwrap(check_model(model))
     average = copy.deepcopy(bare).requires_grad_(False)
     average._apply(lambda tensor: tensor.float() if is_narrow(tensor.dtype) else tensor)  # type: ignore[no-untyped-call]
     return average
@@ -276,7 +276,7 @@ def pair_tensors(
 
     Raises a ModelMismatchError if names or shapes differ.
     """
-    bare = unwrapped(check_model(model))
+    bare = unwrap(check_model(model))
     parameters = _pair_by_name("parameters", average.named_parameters(), bare.named_parameters())
     return parameters, _pair_by_name("buffers", average.named_buffers(), bare.named_buffers())
 

@@ -33,10 +33,10 @@ from posthoc_cli.reconstruction import (
     Problem,
     Reconstruction,
     assumed_prior,
+    choose_evenly,
     one_blas_thread,
     reconstruct,
     relative_width,
-    thinned_subset,
 )
 
 USEFUL_RANGE = (0.05, 0.28)  # the default range of sigma_rel for which thinning keeps snapshots
@@ -48,7 +48,7 @@ SPARED_TIMES = 5
 from them."""
 
 
-def spared_times(keep: int) -> int:
+def count_protected_times(keep: int) -> int:
     """Compute how many of the newest times thinning spares: at most a quarter of the times it
     keeps."""
     return max(1, min(SPARED_TIMES, keep // 4))
@@ -91,7 +91,7 @@ def times_to_drop(
     together. Times that are `needed` stay. If there are very many, only an even choice of them is
     compared, and the others are dropped first.
     """
-    chosen = thinned_subset(snapshots, MOST_SOLVED, keep)
+    chosen = choose_evenly(snapshots, MOST_SOLVED, keep)
     used = {snapshots[index].t for index in chosen}.union(needed)
     remaining = []
     dropped = []
@@ -194,7 +194,7 @@ class Schedule:
             left += [PowerFunction(gamma, t) for gamma in gammas]
             keep = self.max_checkpoints
             if keep is not None and len(left) > keep * len(gammas):
-                needed = newest_times(left, spared_times(keep))
+                needed = newest_times(left, count_protected_times(keep))
                 sigma_range = thinning_range(self.sigma_rels)
                 dropped = times_to_drop(left, self.prior(left), keep, needed, sigma_range)
                 gone = {time.t for time in dropped}

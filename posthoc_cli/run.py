@@ -42,7 +42,7 @@ from posthoc_cli.snapshots.snapshot import Snapshot, file_bytes
 from posthoc_cli.snapshots.sources import (
     Source,
     choose_sources,
-    counted,
+    count_sources,
     run_clock,
 )
 from posthoc_cli.snapshots.tensorfile import Entry
@@ -403,7 +403,7 @@ class Run:
         last = usable[-1].t
         known = [*usable, *later]
         available = sum(source.t <= last for source in sources)
-        counts = counted(sources, len(usable), available)
+        counts = count_sources(sources, len(usable), available)
         label = f"{self.directory}: {counts} up to {last:,.12g} {sources[0].t_unit}"
         clock = run_clock(sources)
         wished = as_targets(others)

@@ -169,7 +169,7 @@ def write_sparse_snapshots(
         payload += entry.nbytes
     for path in folder.glob("*.safetensors"):
         snapshot = decode_snapshot(read_file(path))
-        header = encode_header(entries, {"sums": checksums, **snapshot.encoded()}, {})
+        header = encode_header(entries, {"sums": checksums, **snapshot.encode()}, {})
         seal(header)
         path.write_bytes(header)
         os.truncate(path, len(header) + payload)

@@ -135,7 +135,7 @@ def write_tensors(path, values, info, overwrite):
     for name, value in values.items():
         entries[name] = Entry(stored_name(value.dtype), tuple(value.shape))
     for_dcp = info.for_dcp if isinstance(info, Snapshot) else {}
-    with TensorFileWriter(path, entries, info.encoded(), for_dcp, overwrite) as writer:
+    with TensorFileWriter(path, entries, info.encode(), for_dcp, overwrite) as writer:
         for name, value in values.items():
             writer.write(name, [tensor_bytes(value)])
         writer.publish()

@@ -12,16 +12,16 @@ from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.planning import (
     ErrorCurve,
     Schedule,
+    count_protected_times,
     error_curve,
     newest_times,
-    spared_times,
     times_to_drop,
 )
 from posthoc_cli.reconstruction import (
     Motion,
     Problem,
     assumed_prior,
-    thinned_subset,
+    choose_evenly,
 )
 
 
@@ -121,7 +121,7 @@ def test_a_schedule_refuses_empty_and_fractional_values(arguments, subject):
 
 
 def test_at_most_a_quarter_of_the_kept_times_is_spared():
-    assert [spared_times(keep) for keep in (1, 8, 40)] == [1, 2, 5]
+    assert [count_protected_times(keep) for keep in (1, 8, 40)] == [1, 2, 5]
 
 
 def test_the_curve_touches_zero_at_tracked_profiles():
@@ -184,7 +184,7 @@ def curve_of(widths, losses):
 def test_the_choice_is_spread_evenly_back_from_the_newest():
     of_one = power_functions(range(1, 101), (0.05,))
     of_other = power_functions((50, 100), (0.28,))
-    *found, last = thinned_subset([*of_one, *of_other], 20)
+    *found, last = choose_evenly([*of_one, *of_other], 20)
     assert last == 101
     times = [of_one[index].t for index in found]
     assert times[-1] == 100

@@ -249,10 +249,10 @@ def named_time(path: Path) -> Reading:
     if not matches and (has_number or is_whole):
         matches = [*_ALONE.finditer(name)]
     if len(matches) != 1:
-        raise _doubt(path, "its name has no number, or several")
+        raise _ask_for_step(path, "its name has no number, or several")
     number = _number_in(matches[0], unit, path)
     if not unit and _DATE.fullmatch(matches[0]["number"]):
-        raise _doubt(path, f"'{number}' may be a date")
+        raise _ask_for_step(path, f"'{number}' may be a date")
     return Reading(number, unit, f"the word for {unit} in names" if unit else _ONLY)
 
 
@@ -271,7 +271,7 @@ def _number_in(match: re.Match[str], unit: Unit, path: Path) -> int:
         number = read_number(text)
         if isinstance(number, int):
             return number
-    raise _doubt(path, f"{other + text!r} may be something else")
+    raise _ask_for_step(path, f"{other + text!r} may be something else")
 
 
 def _epoch_in(path: Path) -> int | None:
@@ -297,7 +297,7 @@ def _find_marks(name: str) -> tuple[Unit, list[re.Match[str]]]:
     return "", [*_CHECKPOINT.finditer(name)]
 
 
-def _doubt(path: Path, doubt: str) -> InvalidValueError:
+def _ask_for_step(path: Path, doubt: str) -> InvalidValueError:
     """Make the question which number of a name is the step; the last one is proposed first."""
     reason = f"cannot determine its training step: {doubt}"
     answers: list[Answer] = []

@@ -56,7 +56,7 @@ class Identity:
     handle: Handle = field(default_factory=Handle, compare=False)  # for all tensors in it
 
     @classmethod
-    def of(cls, file: OpenedFile) -> Identity:
+    def from_file(cls, file: OpenedFile) -> Identity:
         return cls(file.stamp, sampled_identity(file))
 
     @property
@@ -65,7 +65,7 @@ class Identity:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class StoredChunk:
     """A box of a tensor, and its place in a file."""
 
     path: Path
@@ -80,16 +80,16 @@ class StoredTensor:
     path: Path  # the checkpoint
     keys: Keys  # that lead to it
     shape: tuple[int, ...]
-    parts: tuple[Chunk, ...] = ()
+    parts: tuple[StoredChunk, ...] = ()
     problem: str = ""  # why it cannot be read
-    find_parts: Callable[[], tuple[Chunk, ...]] | None = None  # if they are not known yet
+    find_parts: Callable[[], tuple[StoredChunk, ...]] | None = None  # if they are not known yet
 
     @property
     def name(self) -> str:
         return ".".join(self.keys)
 
     @cached_property
-    def chunks(self) -> tuple[Chunk, ...]:
+    def chunks(self) -> tuple[StoredChunk, ...]:
         if self.problem:
             raise FileFormatError(self.path, f"tensor {quote(self.name)}: {self.problem}")
         if self.find_parts is None:
@@ -227,7 +227,7 @@ def _read_file(path: Path, opened: Files) -> Content:
             is_counter = _last_part(name) in COUNTERS
             if is_counter and isinstance(value, Entry) and value.size == 1:
                 values[name] = _number(file, value)
-        opened[path] = Identity.of(file)
+        opened[path] = Identity.from_file(file)
     return Content(path, tensors, values, opened)
 
 
@@ -239,7 +239,7 @@ def _make_tensor(
     if isinstance(value, Node):
         kind = quote(value.name.removeprefix("torch._utils._rebuild_"))
         return StoredTensor(path, keys, (), problem=f"is of a kind that cannot be read ({kind})")
-    chunk = Chunk(path, value, Box.full(value.shape))
+    chunk = StoredChunk(path, value, Box.full(value.shape))
     return StoredTensor(path, keys, value.shape, (chunk,))
 
 
@@ -249,7 +249,7 @@ def _last_part(name: str) -> str:
 
 def _identity(path: Path) -> Identity:
     with OpenedFile(path) as file:
-        return Identity.of(file)
+        return Identity.from_file(file)
 
 
 def _number(file: OpenedFile, entry: Entry) -> float:
@@ -290,7 +290,7 @@ def _state(value: Any) -> Values:
 def _read_distributed(metadata: Path, opened: Files) -> Content:
     with OpenedFile(metadata) as file:
         state = _state(read_pickled(file, 0, file.size))
-        opened[metadata] = Identity.of(file)
+        opened[metadata] = Identity.from_file(file)
     listed = state.get("state_dict_metadata")
     stored = state.get("storage_data")
     if not (isinstance(listed, dict) and isinstance(stored, dict)):
@@ -303,7 +303,7 @@ def _read_distributed(metadata: Path, opened: Files) -> Content:
             continue
         if isinstance(_state(described).get("chunks"), list):
             keys = _key_path(name, state.get("planner_data"))
-            tensor = objects.described(name, keys, _state(described))
+            tensor = objects.make_tensor(name, keys, _state(described))
             tensors[tensor.name] = tensor
         elif _last_part(name) in COUNTERS and not NO_MODEL.search(name):
             values[name] = objects.read(name, ())[1]
@@ -353,7 +353,7 @@ class _Objects:
                 nbytes[str(place.get("relative_path"))] += length
         return nbytes
 
-    def described(
+    def make_tensor(
         self,
         name: str,
         keys: Keys,
@@ -382,13 +382,13 @@ class _Objects:
         self,
         name: str,
         boxes: Sequence[Box],
-    ) -> tuple[Chunk, ...]:
+    ) -> tuple[StoredChunk, ...]:
         chunks = []
         for box in boxes:
             path, entry = self.read(name, box.offset)
             if not isinstance(entry, Entry) or entry.shape != box.shape:
                 self._refuse(path, name, f"holds no tensor of shape {list(box.shape)}")
-            chunks.append(Chunk(path, entry, box))
+            chunks.append(StoredChunk(path, entry, box))
         return tuple(chunks)
 
     def read(
@@ -409,7 +409,7 @@ class _Objects:
         path = self.metadata.parent / file_name
         with OpenedFile(path) as file:
             if path not in self.files:
-                self.files[path] = Identity.of(file)
+                self.files[path] = Identity.from_file(file)
             if begin + length > file.size:
                 self._refuse(path, name, "truncated: it would end beyond the file")
             if self.nbytes[file_name] > file.size:

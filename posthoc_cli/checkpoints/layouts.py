@@ -30,7 +30,7 @@ from posthoc_cli.checkpoints.clock import UNREAD, Reading
 from posthoc_cli.checkpoints.containers import strip_ending
 from posthoc_cli.checkpoints.content import Content, Tensors, Values, names_in, open_checkpoint
 from posthoc_cli.checkpoints.folders import AVERAGE_WORD
-from posthoc_cli.checkpoints.sets import Pair, TensorSets, completed, raw_buffers
+from posthoc_cli.checkpoints.sets import Pair, TensorSets, are_mmcv_buffers, complete
 from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings
 from posthoc_cli.checkpoints.source import Checkpoint, are_near, first_values, make_checkpoint
 from posthoc_cli.checkpoints.updates import Calls, Updates
@@ -74,7 +74,7 @@ class Found:
     def tensors(self) -> Tensors:
         """The tensors of the model: the average's, and the weights that the average lacks."""
         if self.averaged:
-            return completed(self.averaged, self.weights)
+            return complete(self.averaged, self.weights)
         return self.weights
 
     @property
@@ -98,7 +98,7 @@ def recognise(content: Content, settings: ImportSettings) -> Found:
             return found
     sets = TensorSets(content, (settings.average, settings.weights))
     try:
-        found = _found(sets, settings)
+        found = _recognise_sets(sets, settings)
     except (TypeError, ValueError, OverflowError) as error:
         if isinstance(error, InvalidValueError):
             raise
@@ -117,7 +117,7 @@ def role_by_glob(path: Path, settings: ImportSettings) -> str:
     return ""
 
 
-def _found(sets: TensorSets, settings: ImportSettings) -> Found:
+def _recognise_sets(sets: TensorSets, settings: ImportSettings) -> Found:
     content = sets.content
     kind = role_by_glob(content.path, settings)
     if kind:
@@ -136,7 +136,7 @@ def _found(sets: TensorSets, settings: ImportSettings) -> Found:
     if settings.kind == "ema" or (settings.weights is None and _is_average_file(content.path)):
         return _describe(content, Pair(averaged=sets.model()))
     found = _weights(sets, settings)
-    if settings.weights is None and raw_buffers(found.weights):
+    if settings.weights is None and are_mmcv_buffers(found.weights):
         reason = "holds the weights twice, under names that begin with ema_ and without; a hook "
         reason += "such as mmcv's swaps the two, and nothing shows which are the averages"
         path = sets.model_path() or "*"
@@ -155,7 +155,7 @@ def _weights(sets: TensorSets, settings: ImportSettings) -> Found:
     if settings.weights is None:
         pair = Pair(weights=sets.model(), weights_key=sets.model_path())
     else:
-        key = sets.named(settings.weights, "weights")
+        key = sets.find_path(settings.weights, "weights")
         pair = Pair(weights=sets.below(key), weights_key=key)
     return Found(sets.content, "checkpoints", pair)
 
@@ -165,9 +165,9 @@ def _average(sets: TensorSets, settings: ImportSettings) -> Pair | None:
     it is named, or if it is all of a checkpoint. None if there is none."""
     weights = None
     if settings.weights is not None:
-        weights = sets.named(settings.weights, "weights")
+        weights = sets.find_path(settings.weights, "weights")
     if settings.average is not None:
-        path = sets.named(settings.average, "average")
+        path = sets.find_path(settings.average, "average")
         return sets.pair(path, weights, is_named=True) or sets.alone(path)
     candidates = [*sets.averages, *_averaged_models(sets)]
     pairs = []

@@ -130,7 +130,7 @@ class TensorSets:
                     break
         return found
 
-    def named(self, text: str, setting: str) -> str:
+    def find_path(self, text: str, setting: str) -> str:
         """Find the path of the outermost set that a text or glob means; raise an error if there is
         none, or if there are several. `setting` has the text."""
         text = text.rstrip(".")
@@ -428,7 +428,7 @@ def match_names(averaged: Tensors, weights: Tensors) -> Tensors:
     return matched if 4 * others <= len(matched) else {}
 
 
-def completed(averaged: Tensors, weights: Tensors) -> Tensors:
+def complete(averaged: Tensors, weights: Tensors) -> Tensors:
     """Put an average in the weights' order, and add the weights' tensors that it lacks.
 
     Names of one tensor are one place: the average under one of them is the average under all.
@@ -444,7 +444,7 @@ def completed(averaged: Tensors, weights: Tensors) -> Tensors:
     return {name: by_place.get(place, weights[name]) for name, place in places.items()}
 
 
-def raw_buffers(named: Mapping[str, StoredTensor]) -> bool:
+def are_mmcv_buffers(named: Mapping[str, StoredTensor]) -> bool:
     """Return whether names are as mmcv's hook makes them: buffers `ema_backbone_conv_weight` beside
     the weights, and nothing says which of the two are the averages."""
     buffers = {name[4:]: tensor for name, tensor in named.items() if re.match(r"ema_\w+$", name)}

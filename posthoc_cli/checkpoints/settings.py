@@ -18,7 +18,7 @@ from posthoc_cli.profiles import check_sigma_rel, gamma_from_sigma_rel
 from posthoc_cli.snapshots.snapshot import (
     Count,
     Selection,
-    converted,
+    convert,
     field_kinds,
     make_selection,
 )
@@ -165,7 +165,7 @@ class ImportSettings:
         for name, kind in field_kinds(ImportSettings).items():
             value = getattr(self, name)
             try:
-                vars(self)[name] = converted(
+                vars(self)[name] = convert(
                     tuple(value) if isinstance(value, list | np.ndarray) else value, kind
                 )
             except ValueError as error:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from posthoc_cli.checkpoints.content import Chunk, Content, Identity, Tensors
+from posthoc_cli.checkpoints.content import Content, Identity, StoredChunk, Tensors
 from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.checkpoints.updates import Updates
 from posthoc_cli.clock import Clock
@@ -217,7 +217,7 @@ def are_near(ours: FloatArray, theirs: FloatArray) -> bool:
 
 def _group_files(content: Content, tensors: Tensors) -> tuple[TensorFile, ...]:
     """Group the files of tensors; a file with several chunks of a tensor counts as several."""
-    layers = dict[tuple[Path, int], dict[str, Chunk]]()
+    layers = dict[tuple[Path, int], dict[str, StoredChunk]]()
     are_whole = True
     for name, tensor in tensors.items():
         for number, chunk in enumerate(tensor.chunks):

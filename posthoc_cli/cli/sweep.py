@@ -108,7 +108,7 @@ def sweep(
         lengths = Lengths.parse(decay, "--decay", _steps(run, decay, t))
     show = output.print_note if as_json else output.print_line
 
-    def say(trial: Trial, title: str, number: int, expected: int) -> None:
+    def print_trial(trial: Trial, title: str, number: int, expected: int) -> None:
         if trial.error is not None:
             _warn_of_failure(trial, folder)
         left = _time_left(trial.seconds * (expected - number))
@@ -125,8 +125,8 @@ def sweep(
         t=t,
         like=options.optional(options.check_exists, like),
         raw=options.optional(options.check_exists, raw),
-        again=shlex.join(["ema", *sys.argv[1:]]),
-        say=say,
+        rerun_command=shlex.join(["ema", *sys.argv[1:]]),
+        on_trial=print_trial,
         progress=output.progress_bar("trials"),
     )
     try:

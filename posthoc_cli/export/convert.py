@@ -111,7 +111,7 @@ def export_file(
     plan = _combine(model, target_dtype)
     copied = None
     if like is not None:
-        plan, copied = Like.find(like, plan.entries, weights, average).fitted(plan)
+        plan, copied = Like.find(like, plan.entries, weights, average).fit(plan)
     job = OutputJob(plan, {out: _header(plan)}, options, copied)
     with progress("exporting", plan.read_bytes) as advance:
         job.write(advance)
@@ -176,7 +176,7 @@ def _header(plan: Combination) -> dict[str, Any]:
     copies = list[str]()
     for name in plan.newest.copies:
         copies += plan.names.get(name, ())
-    return replace(info, copies=tuple(copies)).encoded()
+    return replace(info, copies=tuple(copies)).encode()
 
 
 def _output_info(source: StoredTensors) -> OutputInfo | None:

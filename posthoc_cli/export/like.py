@@ -78,7 +78,7 @@ class Like:
     path: Path  # the file, or the folder
     place: Path  # of the model: the path itself, or the component of a pipeline
     source: Source  # the set
-    chunks: Mapping[str, list[Chunk]]  # of the set, by stored name
+    chunks: Mapping[str, list[NamedChunk]]  # of the set, by stored name
     word: str  # what it is: "average" or "weights"
 
     @classmethod
@@ -189,7 +189,7 @@ class Like:
 
     # --- tensors
 
-    def fitted(self, plan: P) -> tuple[P, Replacement]:
+    def fit(self, plan: P) -> tuple[P, Replacement]:
         """Match the tensors of a plan with the checkpoint's; return a plan of them, and what an
         output has in place of the checkpoint's.
 
@@ -367,7 +367,7 @@ def check_shape(
 def _own_chunks(
     average: Source,
     stored: Stored,
-) -> dict[str, list[Chunk]]:
+) -> dict[str, list[NamedChunk]]:
     """Find the chunks of an average that are not also the weights', which complete it."""
     places = set[tuple[Path, Entry]]()
     with suppress(FileFormatError):  # which of its tensors are the weights is unclear
@@ -397,7 +397,7 @@ def _is_own(path: Path, folder: Path) -> bool:
 # --- tensors in files
 
 
-class Chunk(NamedTuple):
+class NamedChunk(NamedTuple):
     """A box of a tensor in a file, by its name there."""
 
     path: Path
@@ -423,16 +423,16 @@ class Replaced(NamedTuple):
     """The dtype and shape of a tensor of a checkpoint, and its chunks."""
 
     entry: Entry
-    chunks: list[Chunk]
+    chunks: list[NamedChunk]
 
 
-def index_chunks(source: StoredTensors) -> dict[str, list[Chunk]]:
+def index_chunks(source: StoredTensors) -> dict[str, list[NamedChunk]]:
     """List the chunks of the tensors of a checkpoint, by their stored names."""
-    chunks = dict[str, list[Chunk]]()
+    chunks = dict[str, list[NamedChunk]]()
     for file in source.files:
         for name, entry in file.entries.items():
             box = file.boxes.get(name) or Box.full(entry.shape)
-            chunk = Chunk(file.path, name, entry, box)
+            chunk = NamedChunk(file.path, name, entry, box)
             chunks.setdefault(name, []).append(chunk)
     return chunks
 
@@ -477,14 +477,14 @@ class CopiedFile:
     def __init__(
         self,
         like: TensorFile,
-        chunks: Iterable[Chunk],
+        chunks: Iterable[NamedChunk],
         out: files.PendingFile,
     ) -> None:
         filled = [chunk for chunk in chunks if chunk.entry.size]
         self._chunks = sorted(filled, key=lambda chunk: chunk.begin)
         self._members = set[Member]()
         # of each chunk in another order: its bytes in row-major order, and how many are missing
-        self._collected = dict[Chunk, tuple[npt.NDArray[np.uint8], int]]()
+        self._collected = dict[NamedChunk, tuple[npt.NDArray[np.uint8], int]]()
         self._lock = threading.Lock()
         self._file = out
         _check_apart(self._chunks)
@@ -512,7 +512,7 @@ class CopiedFile:
 
     def write(
         self,
-        chunk: Chunk,
+        chunk: NamedChunk,
         data: memoryview,
         begin: int,
     ) -> None:
@@ -551,10 +551,10 @@ class CopiedFile:
         self._file.publish()
 
 
-def _check_apart(chunks: Sequence[Chunk]) -> None:
+def _check_apart(chunks: Sequence[NamedChunk]) -> None:
     """Raise a MismatchError if two elements have bytes in common; the chunks of a file are by their
     places."""
-    reaching = list[Chunk]()  # some of whose bytes may be in common
+    reaching = list[NamedChunk]()  # some of whose bytes may be in common
     end = 0
     for chunk in chunks:
         if chunk.begin >= end:
@@ -565,7 +565,7 @@ def _check_apart(chunks: Sequence[Chunk]) -> None:
     _check_cluster(reaching)
 
 
-def _check_cluster(chunks: Sequence[Chunk]) -> None:
+def _check_cluster(chunks: Sequence[NamedChunk]) -> None:
     if not any(chunk.entry.strides for chunk in chunks) and len(chunks) < 2:
         return
     begin = chunks[0].begin

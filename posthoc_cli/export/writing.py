@@ -45,12 +45,12 @@ from posthoc_cli.errors import (
     at_most_one,
     check_word,
 )
-from posthoc_cli.export.like import Chunk, CopiedFile, Like, Replacement
+from posthoc_cli.export.like import CopiedFile, Like, NamedChunk, Replacement
 from posthoc_cli.resources import ProgressBar, no_bar, worker_count
 from posthoc_cli.snapshots.directory import is_import, is_snapshot_name
 from posthoc_cli.snapshots.outputs import INDEX_NAME
 from posthoc_cli.snapshots.snapshot import warn_of_statistics
-from posthoc_cli.snapshots.sources import counted
+from posthoc_cli.snapshots.sources import count_sources
 from posthoc_cli.snapshots.tensorfile import (
     SUFFIX,
     Box,
@@ -331,7 +331,7 @@ class SynthesisReport:
             target["bytes"] = nbytes(self.plan.entries)
         newest = self.plan.sources[-1]
         left_out = [name for name in newest.left_out if not name.endswith("_extra_state")]
-        sources = counted(self.plan.sources)
+        sources = count_sources(self.plan.sources)
         if self.plan.run_end != self.plan.t:
             sources += f" (the newest is of {self.plan.run_end:,.12g})"
         report |= {
@@ -365,10 +365,10 @@ def write_synthesis(
         warn_of_statistics(plan.newest.copies)
     copied = None
     if like is not None:
-        plan, copied = like.fitted(plan)
+        plan, copied = like.fit(plan)
     if paths:
         infos = [plan.output_info(index) for index in range(len(plan.targets))]
-        encoded = [info.encoded() for info in infos]
+        encoded = [info.encode() for info in infos]
         headers = dict(zip(paths, encoded, strict=True))
         bar = no_bar if ranks.rank else progress
         with bar("synthesizing", plan.read_bytes // ranks.world) as advance:
@@ -664,7 +664,7 @@ class Copy(FileOutput):
     ) -> None:
         self._tensors = replacement.tensors
         self._files = dict[Path, CopiedFile]()
-        chunks = defaultdict[Path, list[Chunk]](list)
+        chunks = defaultdict[Path, list[NamedChunk]](list)
         for replaced in replacement.tensors.values():
             for chunk in replaced.chunks:
                 chunks[chunk.path].append(chunk)
@@ -695,7 +695,7 @@ class Copy(FileOutput):
     def _put(
         self,
         entry: Entry,
-        chunks: Iterable[Chunk],
+        chunks: Iterable[NamedChunk],
         data: memoryview,
         begin: int,
     ) -> None:

@@ -28,15 +28,15 @@ from posthoc_cli.reconstruction.solving import (
     Problem,
     Reconstruction,
     check_method,
+    choose_evenly,
     lost_gain,
     one_blas_thread,
     reconstruct,
-    thinned_subset,
 )
 
 __all__ = [
     "ASSUMED", "MEASURED", "METHODS", "MOST_SOLVED", "ROUNDING", "SAMPLED", "Distance",
     "Eliminator", "Measurements", "Motion", "Prior", "Problem", "Reconstruction", "Sketch", "Steps",
-    "StoredAverage", "assumed_prior", "check_method", "lost_gain", "measured_prior",
-    "one_blas_thread", "reconstruct", "relative_width", "seen_from", "thinned_subset",
+    "StoredAverage", "assumed_prior", "check_method", "choose_evenly", "lost_gain",
+    "measured_prior", "one_blas_thread", "reconstruct", "relative_width", "seen_from",
 ]  # fmt: skip

@@ -175,7 +175,7 @@ def measured_prior(
     misfit = 0.0
     pairs = _pairs(profiles, measured, floor) if sketch is None else []
     if sketch is not None:
-        motion = Motion.of_sketch(sketch, steps)
+        motion = Motion.from_sketch(sketch, steps)
     elif pairs:
         motion, misfit = _fit(averages, pairs, norm, steps)
     else:
@@ -411,7 +411,7 @@ class Motion:
         return cls(edges, walk, noise=np.zeros(1))
 
     @classmethod
-    def of_sketch(cls, sketch: Sketch, steps: Steps | None) -> Motion:
+    def from_sketch(cls, sketch: Sketch, steps: Steps | None) -> Motion:
         """Derive the walk of a sketched path, see `Sketch.walked`, without noise."""
         distinct = np.unique(sketch.edges)
         if distinct.size < 2:
@@ -581,7 +581,7 @@ def fit_motion(
     others = influences.noise @ noise + influences.rounding
     walk = with_floor(walk, influences.walk, others)
     scatter = fit.proportion * walk * spacing
-    expected = influences.expected(walk, noise, scatter)
+    expected = influences.expected_distances(walk, noise, scatter)
     motion = Motion(edges, walk, noise)
     if fits_scatter:
         motion = replace(motion, scatter=scatter)
@@ -767,7 +767,7 @@ class Influences(NamedTuple):
     scatter: FloatArray
     rounding: FloatArray
 
-    def expected(
+    def expected_distances(
         self,
         walk: FloatArray,
         noise: FloatArray,
@@ -791,8 +791,8 @@ def compute_influences(
     rounding = np.zeros(len(pairs))
     for row, (profile, distance) in enumerate(pairs):
         both = (profile, distance.other)
-        walk[row] = integrals.of_tails(*both)
-        noise[row] = integrals.of_masses(*both)
+        walk[row] = integrals.integrate_tails(*both)
+        noise[row] = integrals.integrate_masses(*both)
         if walk[row].any():  # else an average that is a copy of the checkpoint
             points = [each.t for each in both if isinstance(each, Point)]
             segment = find_segments(edges, points)
@@ -828,13 +828,13 @@ class _Integrals:
         begun = np.searchsorted(first, nodes.interval, side="right")
         self._segment = begun - 1
 
-    def of_tails(self, later: StoredProfile, earlier: StoredProfile) -> FloatArray:
-        return self._of(self._tails, later, earlier)
+    def integrate_tails(self, later: StoredProfile, earlier: StoredProfile) -> FloatArray:
+        return self._integrate_square(self._tails, later, earlier)
 
-    def of_masses(self, later: StoredProfile, earlier: StoredProfile) -> FloatArray:
-        return self._of(self._masses, later, earlier)
+    def integrate_masses(self, later: StoredProfile, earlier: StoredProfile) -> FloatArray:
+        return self._integrate_square(self._masses, later, earlier)
 
-    def _of(
+    def _integrate_square(
         self,
         values: FloatArray,
         later: StoredProfile,

@@ -79,7 +79,7 @@ class _Updates:
         return cls(nothing, nothing, no_interval, 0.0)
 
     @classmethod
-    def of_intervals(
+    def in_intervals(
         cls,
         intervals: IndexArray,
         ends: FloatArray,
@@ -164,7 +164,7 @@ class Nodes:
             until = _updates_until(base, steps)
             few = np.diff(until) <= FEW
             summed = np.flatnonzero(few)
-            self._updates = _Updates.of_intervals(summed, base, until, steps)
+            self._updates = _Updates.in_intervals(summed, base, until, steps)
         self.edges = _cut(base, few, powers)
         self._density = _steps_per_time(self.edges, steps)
         self._set_nodes(base, few)

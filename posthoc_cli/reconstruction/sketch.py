@@ -41,7 +41,7 @@ class Sketch:
     means: FloatArray
     spread: FloatArray
 
-    def measured(
+    def measure(
         self,
         profiles: Sequence[Profile],
     ) -> tuple[FloatArray, FloatArray]:

@@ -307,7 +307,7 @@ class _Solver:
         if rhs.stored is None:
             return self.published.solve(published_rhs)
         # the exact solution without rounding
-        return only(rhs.stored, len(self.problem.snapshots))
+        return unit_vector(rhs.stored, len(self.problem.snapshots))
 
     def _minimum_variance(
         self,
@@ -465,7 +465,7 @@ class Problem:
         """Compute the rows that a sketch shows: the projections, then what they do not see."""
         if self.prior.sketch is None:
             return np.zeros((0, len(profiles)))
-        seen, unseen = self.prior.sketch.measured(profiles)
+        seen, unseen = self.prior.sketch.measure(profiles)
         return np.vstack((seen, unseen))
 
     def _rows_of_motion(self) -> tuple[_Rows, _Rows | None]:
@@ -550,7 +550,7 @@ class Problem:
         if row is not None:
             exact = _NO_ROUNDING * self.prior.norm[row]
             if self.prior.rounding[row] <= exact:
-                return only(row, len(self.snapshots))
+                return unit_vector(row, len(self.snapshots))
         return self._solver.solve(self._column(rhs))
 
     @cached_property
@@ -849,7 +849,7 @@ class LeastSquares:
         return np.asarray(squares.sum(axis=1))
 
 
-def only(row: int, count: int) -> FloatArray:
+def unit_vector(row: int, count: int) -> FloatArray:
     """Make the coefficients of one of so many snapshots alone."""
     coefficients = np.zeros(count)
     coefficients[row] = 1.0
@@ -987,7 +987,7 @@ MOST_SOLVED = 1024
 a thousand."""
 
 
-def thinned_subset(
+def choose_evenly(
     snapshots: Sequence[StoredProfile],
     most: int = MOST_SOLVED,
     keep: int = 1,

@@ -227,7 +227,7 @@ def _as_percent(error: float | None) -> str:
 
 def _list_commands(run: Run, report: SweepReport) -> list[str]:
     """List the command that repeats the sweep, and the command that makes its best average."""
-    commands = [report.again] if report.again else []
+    commands = [report.rerun_command] if report.rerun_command else []
     if report.minimize is None:
         return commands
     words = ["ema", "synthesize", str(run.directory), "--sigma-rel", f"{report.best:.12g}"]

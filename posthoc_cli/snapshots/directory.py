@@ -36,8 +36,8 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.planning import (
     USEFUL_RANGE,
+    count_protected_times,
     newest_times,
-    spared_times,
     times_to_drop,
 )
 from posthoc_cli.reconstruction import Measurements, measured_prior
@@ -766,5 +766,5 @@ def _least_needed(
     path = snapshots[-1].path_sketch
     prior = measured_prior(make_averages(snapshots), path and path.sketch)
     profiles = [snapshot.profile for snapshot in snapshots]
-    needed = newest_times(profiles, spared_times(keep))
+    needed = newest_times(profiles, count_protected_times(keep))
     return {time.t for time in times_to_drop(profiles, prior, keep, needed, sigma_range)}

@@ -182,7 +182,7 @@ def describe(path: Path) -> dict[str, Any]:
     if path.is_dir() and not is_parts_folder(path):
         content = inspect_directory(path)
         if content.snapshots or content.problems or content.incomplete:
-            run = _of_run(content.snapshots) if content.snapshots else {}
+            run = _describe_run(content.snapshots) if content.snapshots else {}
             return {
                 "kind": "directory",
                 "path": str(path),
@@ -198,17 +198,17 @@ def describe(path: Path) -> dict[str, Any]:
             return {
                 "kind": "outputs",
                 "path": str(path),
-                "outputs": [_of_model(model) for model in models],
+                "outputs": [_describe_model(model) for model in models],
             }
-    return _of_model(path)
+    return _describe_model(path)
 
 
-def _of_model(path: Path) -> dict[str, Any]:
+def _describe_model(path: Path) -> dict[str, Any]:
     if is_parts_folder(path):
-        return _of_snapshot(read_snapshot(path))
+        return _describe_snapshot(read_snapshot(path))
     shards, output = read_model(path)
     if len(shards) == 1 and shards[0].kind == "snapshot":
-        return _of_snapshot(decode_snapshot(shards[0]))
+        return _describe_snapshot(decode_snapshot(shards[0]))
     sizes = _counts([shard.entries for shard in shards]) | {
         "bytes": sum(shard.nbytes for shard in shards)
     }
@@ -227,7 +227,7 @@ def _of_model(path: Path) -> dict[str, Any]:
     }
 
 
-def _of_run(snapshots: Sequence[Snapshot]) -> dict[str, Any]:
+def _describe_run(snapshots: Sequence[Snapshot]) -> dict[str, Any]:
     newest = snapshots[-1]
     runs = sorted({snapshot.run_id for snapshot in snapshots})
     steps = _even_steps(snapshots)
@@ -250,7 +250,7 @@ def _of_run(snapshots: Sequence[Snapshot]) -> dict[str, Any]:
     return {
         "run": runs[0] if len(runs) == 1 else runs,
         **_fields(newest, "t_unit t step"),
-        **_of_settings(newest),
+        **_describe_settings(newest),
         **describe_tensors(newest),
         "snapshots": [
             {"file": snapshot.path.name, **_fields(snapshot, "t step sigma_rel")}
@@ -275,7 +275,7 @@ def _even_steps(snapshots: Sequence[Snapshot]) -> float | None:
     return None
 
 
-def _of_snapshot(snapshot: Snapshot) -> dict[str, Any]:
+def _describe_snapshot(snapshot: Snapshot) -> dict[str, Any]:
     measured = snapshot.measurements
     measurements = measured and {
         "norm": math.sqrt(measured.norm),
@@ -288,14 +288,14 @@ def _of_snapshot(snapshot: Snapshot) -> dict[str, Any]:
         **_fields(snapshot, "sigma_rel gamma"),
         "as": _other_name(snapshot.sigma_rel, snapshot.step),
         **_fields(snapshot, "t t_unit step t_first max_interval"),
-        **_of_settings(snapshot),
+        **_describe_settings(snapshot),
         "measurements": measurements,
         **describe_tensors(snapshot),
         "bytes": snapshot.nbytes,
     }
 
 
-def _of_settings(snapshot: Snapshot) -> dict[str, Any]:
+def _describe_settings(snapshot: Snapshot) -> dict[str, Any]:
     """Describe the settings of `PostHocEMA.from_model`; for parts which one it is, or how many, and
     the mesh."""
     dtype = snapshot.schedule.checkpoint_dtype

@@ -25,7 +25,7 @@ from posthoc_cli.planning import (
     times_to_drop,
 )
 from posthoc_cli.profiles import PowerFunction
-from posthoc_cli.reconstruction import Prior, one_blas_thread, thinned_subset
+from posthoc_cli.reconstruction import Prior, choose_evenly, one_blas_thread
 from posthoc_cli.snapshots.directory import (
     DirectoryLock,
     read_directory,
@@ -139,7 +139,7 @@ def _curve(
     there are very many."""
     left = [*indices]
     remaining = [profiles[index] for index in left]
-    chosen = [left[number] for number in thinned_subset(remaining)]
+    chosen = [left[number] for number in choose_evenly(remaining)]
     usable = [profiles[index] for index in chosen]
     return error_curve("", usable, prior.subset(chosen), sigma_range, points=_POINTS)
 

@@ -95,7 +95,7 @@ class _Sample:
     scale: float
     roundings: FloatArray  # the expected squared rounding error of each element
 
-    def squared(self, values: FloatArray) -> float:
+    def sum_squares(self, values: FloatArray) -> float:
         return float(np.dot(values, values)) * self.scale
 
     @cached_property
@@ -104,7 +104,7 @@ class _Sample:
         return float(self.roundings.sum()) * self.scale
 
     def squared_distance(self, other: _Sample) -> float:
-        return self.squared(self.values - other.values)
+        return self.sum_squares(self.values - other.values)
 
     def distance(self, other: _Sample) -> Distance:
         rounding = self.moving_share(other) * (self.rounding + other.rounding)
@@ -125,7 +125,7 @@ class _Sample:
         if not seen:
             return 1.0
         spacings = 12 * seen
-        relative = self.squared(motion[moved]) / spacings
+        relative = self.sum_squares(motion[moved]) / spacings
         chance = float(np.interp(relative, _MOTION, _CHANCE))
         return seen / max(chance * self.rounding, seen)
 
@@ -415,7 +415,7 @@ def _distance(sample: _Sample, before: Sequence[_Sample], mixture: _Mixture) -> 
             used.insert(-1, each)
     moving = max(later.moving_share(earlier) for earlier, later in pairwise(used))
     is_far = len(used) == 4
-    return Distance(mixture, sample.squared(difference), moving * rounding, is_far)
+    return Distance(mixture, sample.sum_squares(difference), moving * rounding, is_far)
 
 
 @dataclass(frozen=True, eq=False)

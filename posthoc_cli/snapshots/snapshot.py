@@ -7,7 +7,7 @@ of the average. Names and shapes alone determine which elements these are. A mod
 of the run if its values equal the recorded ones, exactly or after rounding these to float16 or
 bfloat16, as a checkpoint in half precision has them.
 
-One small function, `converted`, decodes the JSON of a header by the annotations of the dataclass
+One small function, `convert`, decodes the JSON of a header by the annotations of the dataclass
 that holds it.
 """
 
@@ -332,7 +332,7 @@ class Selection:
     def copies(self, name: str) -> bool:
         return _matches(name, self.copy_only)
 
-    def resumed(self, run: Source) -> Selection:
+    def adapt_to(self, run: Source) -> Selection:
         """Adapt the selection to a run that is resumed: running statistics keep their role."""
         buffers = self.buffers
         if buffers == "copy" and any(each.role == "statistic" for each in run.tensors.values()):
@@ -529,7 +529,7 @@ class Snapshot(Source):
             t_first=self.t_first,
         )
 
-    def encoded(self) -> dict[str, Any]:
+    def encode(self) -> dict[str, Any]:
         """Encode the header as a JSON object, without the checksums of blocks."""
         values: dict[str, Any] = {}
         for each in fields(self):
@@ -623,7 +623,7 @@ class OutputInfo:
     snapshots: tuple[Used, ...]
     copies: tuple[str, ...] = ()  # names of the tensors that are copies (buffers), not averages
 
-    def encoded(self) -> dict[str, Any]:
+    def encode(self) -> dict[str, Any]:
         """Encode the header as a JSON object, without the checksums of blocks."""
         return {"kind": "output", "format": FORMAT, **vars(self)}
 
@@ -651,7 +651,7 @@ def decode(
             reason += " of this package"
         raise FileFormatError(file.path, reason)
     try:
-        return cast(T, converted(file.content, form))
+        return cast(T, convert(file.content, form))
     except (ValueError, TypeError, AttributeError) as error:
         raise FileFormatError(file.path, f"ema: {error}") from None
 
@@ -662,7 +662,7 @@ def field_kinds(form: Any) -> dict[str, Any]:
     return get_type_hints(form, include_extras=True)
 
 
-def converted(value: Any, kind: Any) -> Any:
+def convert(value: Any, kind: Any) -> Any:
     """Convert a JSON value to an annotated type: lists to tuples, objects to dataclasses, by their
     fields.
 
@@ -679,7 +679,7 @@ def converted(value: Any, kind: Any) -> Any:
     if origin is Annotated:
         return _convert_by_rule(value, *args)
     if type(None) in args:
-        return None if value is None else converted(value, args[0])
+        return None if value is None else convert(value, args[0])
     if origin is tuple:
         return _convert_list(value, args)
     _check(isinstance(value, dict), "a JSON object", value)
@@ -695,7 +695,7 @@ def _convert_by_rule(
 ) -> Any:
     if not isinstance(rule, Rule):
         return rule(value)
-    result = converted(value, kind)
+    result = convert(value, kind)
     _check(bool(rule.accepts(result)), rule.words, value)
     return result
 
@@ -710,7 +710,7 @@ def _convert_list(
         words = "a list"
         kinds = kinds[:1] * len(value) if is_list else kinds
     _check(is_list and len(value) == len(kinds), words, value)
-    return tuple(map(converted, value, kinds))
+    return tuple(map(convert, value, kinds))
 
 
 def _convert_object(value: Mapping[str, Any], form: Any) -> Any:
@@ -726,7 +726,7 @@ def _convert_object(value: Mapping[str, Any], form: Any) -> Any:
 
 def _member(name: str, value: Any, kind: Any) -> Any:
     try:
-        return converted(value, kind)
+        return convert(value, kind)
     except ValueError as error:
         raise ValueError(f"{quote(name)[1:-1]}: {error}") from error
 

@@ -23,7 +23,7 @@ from posthoc_cli.reconstruction import (
     Measurements,
     Sketch,
     StoredAverage,
-    thinned_subset,
+    choose_evenly,
 )
 from posthoc_cli.snapshots.tensorfile import (
     Box,
@@ -88,13 +88,13 @@ class StoredTensors:
 
     @property
     def copies(self) -> list[str]:
-        return self._of_role("copy")
+        return self._names_with_role("copy")
 
     @property
     def averages(self) -> list[str]:
-        return self._of_role("average")
+        return self._names_with_role("average")
 
-    def _of_role(self, role: str) -> list[str]:
+    def _names_with_role(self, role: str) -> list[str]:
         return [name for name, tensor in self.tensors.items() if tensor.role == role]
 
     def cells(self, name: str) -> int:
@@ -294,7 +294,7 @@ def choose_sources(
     """Choose the sources to combine for time `t`, at or before it, and later ones, which show the
     motion.
 
-    Both lists are by time, then sigma_rel, and of limited length, see `thinned_subset`.
+    Both lists are by time, then sigma_rel, and of limited length, see `choose_evenly`.
     """
     ordered = by_time(items)
     usable = [source for source in ordered if source.t <= t]
@@ -304,7 +304,7 @@ def choose_sources(
 
 def _thin(items: Sequence[_Source]) -> list[_Source]:
     profiles = [source.profile for source in items]
-    return [items[index] for index in thinned_subset(profiles)]
+    return [items[index] for index in choose_evenly(profiles)]
 
 
 def run_clock(sources: Sequence[Source]) -> Clock:
@@ -375,7 +375,7 @@ def model_difference(one: Source, other: Source) -> str:
     return ""
 
 
-def counted(
+def count_sources(
     sources: Sequence[Source],
     count: int | None = None,
     total: int | None = None,

@@ -34,7 +34,7 @@ class SweepReport:
     """The result of a sweep: all its trials, the estimate, and the files of the best average.
 
     `compared` are the titles of what averages are compared with; `settings` what the trials share;
-    `again` the command line that repeats the sweep.
+    `rerun_command` the command line that repeats it.
     """
 
     lengths: Lengths
@@ -44,21 +44,21 @@ class SweepReport:
     minimize: bool | None
     settings: dict[str, Any]
     steps: float | None = None  # of the training; None if it is not known
-    again: str = ""
+    rerun_command: str = ""
     trials: tuple[Trial, ...] = ()
     outputs: tuple[Path, ...] = ()
 
     @cached_property
-    def found(self) -> Estimate:
+    def estimate(self) -> Estimate:
         """The estimate; raises an InvalidValueError without a metric."""
         if self.minimize is None:
-            raise InvalidValueError("found", "there is no estimate without a metric")
+            raise InvalidValueError("estimate", "there is no estimate without a metric")
         return estimate(self.trials, self.lengths.step(self.budget), self.minimize)
 
     @property
     def best(self) -> float:
         """The sigma_rel whose metric is estimated to be best, which was written."""
-        return self.found.best
+        return self.estimate.best
 
     @property
     def value(self) -> float:
@@ -105,7 +105,7 @@ class SweepReport:
     def curve(self) -> list[dict[str, float]]:
         """Draw points of a curve through the estimates, which has no extreme between them, with
         standard errors."""
-        found = self.found
+        found = self.estimate
         places = np.log(found.sigma_rels[found.shown])
         if len(places) < 2:
             return []
@@ -132,13 +132,13 @@ class SweepReport:
             "metric": self.metric,
             "minimize": self.minimize,
             "trials": [asdict(trial) for trial in self.trials],
-            "again": self.again,
+            "again": self.rerun_command,
             "outputs": list(map(str, self.outputs)),
             "settings": self.settings,
         }
         if self.minimize is None:
             return values
-        found = self.found
+        found = self.estimate
         best = self.best_trial
         return values | {
             "best": {
@@ -173,7 +173,7 @@ def summarize(report: SweepReport) -> list[tuple[str, str]]:
     pairs.append((report.metric, f"{report.value:.6g}"))
     if gain := describe_gain(report):
         pairs.append(("gain", gain))
-    pairs.append(("statistically tied", describe_tie(report.found)))
+    pairs.append(("statistically tied", describe_tie(report.estimate)))
     pairs.append(("predicted error", percent(best.predicted_error)))
     pairs.append(("lost gain", percent(best.lost_gain)))
     if report.is_at_end and not report.lengths.listed:

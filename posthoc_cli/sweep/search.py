@@ -70,7 +70,7 @@ class Lengths:
                 numbers, name, f"a range LOW:HIGH, such as {example}, or a list"
             )
             if steps is not None:
-                sigma_rels = [sigma_rel_of(decay, steps) for decay in sigma_rels]
+                sigma_rels = [sigma_rel_for_decay(decay, steps) for decay in sigma_rels]
             if is_range:
                 return cls(sigma_rels[0], sigma_rels[-1])
             return cls.from_list(sigma_rels)
@@ -87,9 +87,9 @@ class Lengths:
         if self.listed:
             return list(self.listed)
         inner = np.geomspace(self.low, self.high, budget)[1:-1].tolist()
-        return list(dict.fromkeys([self.low, *map(self.rounded, inner), self.high]))
+        return list(dict.fromkeys([self.low, *map(self.round, inner), self.high]))
 
-    def rounded(self, sigma_rel: float) -> float:
+    def round(self, sigma_rel: float) -> float:
         """Round to three digits, more in a narrow range, within the range."""
         width = math.log(self.high / self.low)
         digits = max(3, 2 - math.floor(math.log10(width)))
@@ -100,7 +100,7 @@ class Lengths:
         return math.log(self.high / self.low) / (len(self.grid(budget)) - 1)
 
 
-def sigma_rel_of(decay: float, steps: float) -> float:
+def sigma_rel_for_decay(decay: float, steps: float) -> float:
     """Find the sigma_rel that is as long as a decay after so many steps, to four digits."""
     sigma_rel = sigma_rel_from_decay(Beta(decay).beta, steps)
     if sigma_rel is None:
@@ -314,7 +314,7 @@ def next_measurements(
     found = estimate(trials, step, minimize)
     if lengths.listed and math.isnan(found.noise):
         return []  # few lengths, of which the best is as measured
-    between = lengths.rounded(math.exp(found.vertex))
+    between = lengths.round(math.exp(found.vertex))
     if not lengths.listed and (between, 0) not in tried and is_in_gap(found, step):
         return [(between, 0)]
     repeated = [sigma_rel for sigma_rel, seed in tried if seed and sigma_rel is not None]

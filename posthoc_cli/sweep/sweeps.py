@@ -97,9 +97,9 @@ class Sweep:
     t: float | None = None
     like: Path | None = None  # as in `Run.write`
     raw: Path | None = None  # a checkpoint with the last weights, if the run lacks them
-    again: str = ""  # the command line that repeats this sweep
+    rerun_command: str = ""  # the command line that repeats this sweep
     # called with every trial when it ends, its title, its number, and about how many there will be
-    say: Callable[[Trial, str, int, int], None] = lambda *_: None
+    on_trial: Callable[[Trial, str, int, int], None] = lambda *_: None
     progress: ProgressBar = no_bar
 
     def run_all(self) -> SweepReport:
@@ -128,7 +128,7 @@ class Sweep:
             minimize=self.minimize,
             settings=self._describe(),
             steps=plan.steps,
-            again=self.again,
+            rerun_command=self.rerun_command,
         )
         with self._locked_folder():
             recorded = self._read_recorded(self._report.settings)
@@ -139,7 +139,7 @@ class Sweep:
                 for trial in self._measure_all(compared):
                     self._record(trial)
                     title = self._report.title(trial)
-                    self.say(trial, title, len(self._report.trials), self._expected)
+                    self.on_trial(trial, title, len(self._report.trials), self._expected)
                     advance(1)
                     self._check_latest()
             self._check_enough()

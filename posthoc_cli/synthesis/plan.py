@@ -44,7 +44,7 @@ from posthoc_cli.snapshots.sources import (
     TrackedTensor,
     by_time,
     choose_sources,
-    counted,
+    count_sources,
     run_clock,
 )
 from posthoc_cli.snapshots.tensorfile import Box, Entry
@@ -157,14 +157,16 @@ class Plan(Combination):
         for index, target in enumerate(self.targets):
             error = percent(self.predicted_error(index))
             parts.append(f"{target.title} (predicted error {error})")
-        return f"Plan(at t = {self.t:,.12g} from {counted(self.sources)}: {list_first(parts)})"
+        return (
+            f"Plan(at t = {self.t:,.12g} from {count_sources(self.sources)}: {list_first(parts)})"
+        )
 
     @property
     def choice(self) -> str | None:
         """A text that says how many of very many sources were used; None if all were used."""
         if self.solved == self.available:
             return None
-        counts = counted(self.sources, self.solved, self.available)
+        counts = count_sources(self.sources, self.solved, self.available)
         return f"{counts} up to t = {self.t:,.12g}, evenly in time"
 
     @property
@@ -473,7 +475,7 @@ def _warn_of_poor_targets(
         error = f"up to {error}"
     snapshots = [source.profile for source in known]
     curve = error_curve("", snapshots, prior, t=plan.t, method=plan.method)
-    sources = counted(plan.sources, plan.solved)
+    sources = count_sources(plan.sources, plan.solved)
     origin = f"from the {sources} up to t = {plan.t:,.12g}"
     first = seen_from(0.0, [source.profile for source in plan.sources])
     if first > plan.t / 2:

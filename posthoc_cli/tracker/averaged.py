@@ -55,7 +55,7 @@ def plan_possible(
     return plans, refusals
 
 
-def logged(plan: Plan) -> Plan:
+def log_predicted_error(plan: Plan) -> Plan:
     """Log the predicted error of a plan of one target."""
     error = plan.predicted_error(0)
     predicted = "unknown" if error is None else f"{error:.2g}"
@@ -89,7 +89,7 @@ def from_first(
     for name, shape in shapes.items():
         if id(shape) not in sent:
             value = own[0][name] if own else torch.empty_like(shape, device="cpu")
-            group.exchange(value, group.ranks)
+            group.broadcast(value, group.ranks)
             sent[id(shape)] = value
         weights[name] = sent[id(shape)]
     return weights
@@ -145,7 +145,7 @@ def with_replicas(
         value = own.get(name)
         if value is None:
             value = _empty_part(tensors[name], dtype[name])
-        group.exchange(value, members.holders[name])
+        group.broadcast(value, members.holders[name])
         weights[name] = value
     _add_names(weights, tensors, dtype)
     return weights

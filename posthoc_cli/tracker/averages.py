@@ -48,7 +48,7 @@ from posthoc_cli.snapshots.sources import PathSketch
 from posthoc_cli.tracker.background import SINGLE_THREAD, ThreadPool
 from posthoc_cli.tracker.clock import Moment
 from posthoc_cli.tracker.folding import may_share_mean, new_value_share, window_ends
-from posthoc_cli.tracker.measuring import Sketcher, closed
+from posthoc_cli.tracker.measuring import Sketcher, close_window
 from posthoc_cli.tracker.memory import (
     Elements,
     FlatTensors,
@@ -176,7 +176,7 @@ class AverageTensors:
             return first
         return self.mean[profile].views[name]
 
-    def copied(self, layout: Layout) -> AverageTensors:
+    def copy_to(self, layout: Layout) -> AverageTensors:
         """Return a copy in another layout of the same names."""
         copy = AverageTensors(layout, len(self.high))
         targets = copy.mean + copy.high
@@ -343,7 +343,7 @@ class Averages:
                 pool.each(take, tile_buckets(tensors.layout))
                 last_t = standing.t
             path = sketcher.path(last_t)
-        return path if exact or path is None else closed(path)
+        return path if exact or path is None else close_window(path)
 
     def _allocate(self, layout: Layout, threads: int) -> None:
         """Allocate averages of a layout, and scratch for threads, before a value is changed: memory
@@ -351,7 +351,7 @@ class Averages:
         if not self.tensors.high:
             self.tensors = AverageTensors(layout, len(self.gammas))
         elif self.tensors.layout != layout:
-            self.tensors = self.tensors.copied(layout)
+            self.tensors = self.tensors.copy_to(layout)
         for bucket in range(len(layout)):
             for thread in range(threads):
                 self.make_scratch(Tile(0, bucket, 0, 0), thread)

@@ -35,7 +35,7 @@ Values = npt.NDArray[Any]
 Hashes = npt.NDArray[np.uint64]
 
 
-def joined(buffers: Sequence[Tensor]) -> Values:
+def join_buckets(buffers: Sequence[Tensor]) -> Values:
     """Join the values of all buckets, on the host: shape [elements]."""
     arrays = [np.empty(0, np.float32)]
     for buffer in buffers:
@@ -179,7 +179,7 @@ class Window(NamedTuple):
     mean: FloatArray
     spread: float = 0.0
 
-    def merged(self, later: Window) -> Window:
+    def merge(self, later: Window) -> Window:
         folds = self.folds + later.folds
         share = later.folds / folds
         change = later.mean - self.mean
@@ -201,7 +201,7 @@ def _append(windows: list[Window], window: Window) -> None:
     is_partial = any(each.folds > last.folds for each in windows)
     with np.errstate(over="ignore", invalid="ignore"):
         if is_partial and _are_alike(begin, last, window, _MOST_UNEVEN):
-            windows[-1] = last.merged(window)
+            windows[-1] = last.merge(window)
             return
         windows.append(window)
         if len(windows) > MOST_WINDOWS:
@@ -228,7 +228,7 @@ def _merge(
     for window in windows[1:]:
         last = merged[-1]
         if not is_pair and _are_alike(begin, last, window, most_uneven):
-            merged[-1] = last.merged(window)
+            merged[-1] = last.merge(window)
             is_pair = True
             continue
         merged.append(window)
@@ -433,7 +433,7 @@ class Sketcher:
         return sums
 
 
-def closed(path: PathSketch) -> PathSketch:
+def close_window(path: PathSketch) -> PathSketch:
     """Close the open window of a path at its last value."""
     windows = _make_windows(path)
     if windows[-1].folds:

@@ -302,7 +302,7 @@ class Reader:
             self._scratch.append(rows)
 
     @classmethod
-    def of_tensors(
+    def from_tensors(
         cls,
         tensors: Mapping[str, Tensor],
         threads: int = 1,
@@ -481,7 +481,7 @@ class HostCopy:
             cuda.current_stream(device).record_event(event)
             self._events.append(event)
 
-    def arrived(self) -> Reader:
+    def wait(self) -> Reader:
         """Wait until all values have arrived, and return a reader of them."""
         for event in self._events:
             event.synchronize()

@@ -88,7 +88,7 @@ class TrackedModel:
     @property
     def complete_shapes(self) -> Mapping[str, Shape]:
         """The shapes of the weights of all processes."""
-        return self.everywhere or _only(self.shapes, {*self.weights})
+        return self.everywhere or _select(self.shapes, {*self.weights})
 
     @property
     def weights(self) -> list[str]:
@@ -97,7 +97,7 @@ class TrackedModel:
         return [name for name, tensor in self.tensors.items() if tensor.role == "average"]
 
     @cached_property
-    def sampled(self) -> dict[int, tuple[str, int]]:
+    def sample_places(self) -> dict[int, tuple[str, int]]:
         """The elements of a snapshot's sample that this process holds, by number: name, and
         row-major local index."""
         own = {}
@@ -117,15 +117,15 @@ class TrackedModel:
                 dtypes[name] = torch_dtype(tensor.dtype)
         return dtypes
 
-    def of(self, members: Members) -> TrackedModel:
+    def select_for(self, members: Members) -> TrackedModel:
         """Select the tensors that this process averages and writes."""
-        names = members.owned(self.tensors.keys())
+        names = members.select_owned(self.tensors.keys())
         aliases = {alias: name for alias, name in self.aliases.items() if name in names}
         return replace(
             self,
-            tensors=_only(self.tensors, names),
-            shapes=_only(self.shapes, names),
-            boxes=_only(self.boxes, names),
+            tensors=_select(self.tensors, names),
+            shapes=_select(self.shapes, names),
+            boxes=_select(self.boxes, names),
             aliases=aliases,
             members=members,
         )
@@ -185,7 +185,7 @@ class TrackedModel:
         return described
 
 
-def _only(
+def _select(
     named: Mapping[str, Value],
     names: Set[str],
 ) -> dict[str, Value]:
@@ -201,10 +201,10 @@ class ModelTensors:
     copied: dict[str, Tensor]
     tracked: TrackedModel
 
-    def of(self, members: Members) -> ModelTensors:
-        tracked = self.tracked.of(members)
+    def select_for(self, members: Members) -> ModelTensors:
+        tracked = self.tracked.select_for(members)
         names = tracked.tensors.keys()
-        return ModelTensors(_only(self.averaged, names), _only(self.copied, names), tracked)
+        return ModelTensors(_select(self.averaged, names), _select(self.copied, names), tracked)
 
 
 def check_model(model: nn.Module) -> nn.Module:
@@ -457,7 +457,7 @@ class ModelWatch:
         collected = self._collect(model, tracked.known_names)
         tracked.check(collected.tracked)
         picked: list[Tensor] = []
-        for name, index in tracked.sampled.values():
+        for name, index in tracked.sample_places.values():
             tensor = collected.averaged[name]
             position = np.unravel_index(index, tensor.shape)
             picked.append(tensor[position])
@@ -466,7 +466,7 @@ class ModelWatch:
         device = picked[0].device  # which is waited for once
         values = [value.to(device, torch.float32) for value in picked]
         numbers = torch.stack(values).tolist()
-        return dict(zip(tracked.sampled, numbers, strict=True))
+        return dict(zip(tracked.sample_places, numbers, strict=True))
 
     def check_kind(self, model: nn.Module) -> None:
         """Raise a ModelMismatchError if a model is sharded, but was not when its tracker was
@@ -485,7 +485,7 @@ class ModelWatch:
     ) -> ModelTensors:
         collected = collect_tensors(model, self._selection, also)
         self.check_kind(model)
-        return collected.of(self._members)
+        return collected.select_for(self._members)
 
 
 class _ModelFingerprint:
@@ -616,7 +616,7 @@ def wrapped_child(module: nn.Module) -> str | None:
     return None
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
     """Find the model inside all of its wrappers."""
     while (child := wrapped_child(model)) is not None:
         model = model.get_submodule(child)

@@ -128,7 +128,7 @@ class Pipeline:
             averages = self.tracking.averages
             if averages.sample is None:
                 return None
-            return self._storage_of(averages.tensors.layout).in_order(averages.sample)
+            return self._find_storage(averages.tensors.layout).in_order(averages.sample)
 
         return self._updates.call(work)
 
@@ -183,7 +183,7 @@ class Pipeline:
         copies = {name: torch.empty_like(tensor) for name, tensor in tensors.copied.items()}
         if copies:  # by one kernel: batch norms have many counters
             torch._foreach_copy_([*copies.values()], [*tensors.copied.values()])
-        values = self._values_of(tensors)
+        values = self._find_reader(tensors)
         if self._is_async:
             self._update_by_copy(values, copies, progress)
         else:
@@ -212,7 +212,7 @@ class Pipeline:
 
         def take_in() -> str | None:
             self._streams.last_events = events
-            return self._take_in(host_copy.arrived(), copies, progress)
+            return self._take_in(host_copy.wait(), copies, progress)
 
         self._updates.submit(lambda: self._update(take_in, progress))
 
@@ -300,7 +300,7 @@ class Pipeline:
             averages = current.averages
             tensors = averages.tensors
             with self._streams.in_own_streams():
-                kept = tensors.copied(on_host(tensors.layout))
+                kept = tensors.copy_to(on_host(tensors.layout))
                 copies = _on_cpu(averages.copies)
                 path = averages.path(exact=True)
             exact = Averages(averages.sigma_rels, averages.standing, kept, copies, known_path=path)
@@ -407,7 +407,7 @@ class Pipeline:
         keeps the order."""
         return self._pool if is_on_host(layout) else SINGLE_THREAD
 
-    def _storage_of(self, layout: Layout) -> Storage:
+    def _find_storage(self, layout: Layout) -> Storage:
         storage = self._storage
         tracked = self.tracking.tracked
         if storage is None or storage.layout != layout or storage.tracked is not tracked:
@@ -418,12 +418,12 @@ class Pipeline:
 
     # scratch made in inference mode could not be written to outside it
     @torch.inference_mode(False)
-    def _values_of(self, tensors: ModelTensors) -> Reader:
+    def _find_reader(self, tensors: ModelTensors) -> Reader:
         if tensors not in self._values:
             self._values.clear()  # the old reader must go even if making the next one fails
             on_cpu = all(tensor.device.type == "cpu" for tensor in tensors.averaged.values())
             threads = 0 if self._is_async else self._pool.size if on_cpu else 1
-            self._values[tensors] = Reader.of_tensors(tensors.averaged, threads)
+            self._values[tensors] = Reader.from_tensors(tensors.averaged, threads)
         return self._values[tensors]
 
     @torch.no_grad()
@@ -437,7 +437,7 @@ class Pipeline:
         tensor with such a value."""
         now = self.tracking
         averages = now.averages
-        storage = self._storage_of(values.layout)
+        storage = self._find_storage(values.layout)
         if self._settings.snapshot_is_due(progress.step):
             # before anything is changed: memory may run out
             storage.allocate(len(averages.sigma_rels))
@@ -489,7 +489,7 @@ class Pipeline:
         if snapshotter is None or not averages.exist:
             return
         self._writes.wait()  # earlier snapshots use the same memory
-        storage = self._storage_of(tensors.layout)
+        storage = self._find_storage(tensors.layout)
         storage.allocate(len(averages.sigma_rels))
         pool = self._pool_for(tensors.layout)
         with self._streams.in_own_streams():

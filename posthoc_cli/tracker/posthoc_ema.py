@@ -70,7 +70,7 @@ from posthoc_cli.tracker.model import (
     ModelWatch,
     check_model,
     into_dtensors,
-    unwrapped,
+    unwrap,
 )
 from posthoc_cli.tracker.pipeline import Pipeline, wait_for_writers
 from posthoc_cli.tracker.processes import Group
@@ -143,7 +143,7 @@ class PostHocEMA:
         self._is_filled = False  # whether `load_into` has replaced the model's weights
         _all.add(self)
         if model is not None:
-            self._model = weakref.ref(unwrapped(model))
+            self._model = weakref.ref(unwrap(model))
             self._checked = self._model
 
     @classmethod
@@ -212,7 +212,7 @@ class PostHocEMA:
             DirectoryError, MismatchError: the directory is not writable, or it holds a run and
                 `resume` is None.
         """
-        settings = Settings.checked(
+        settings = Settings.from_arguments(
             sigma_rels,
             update_every,
             checkpoint_every,
@@ -227,7 +227,7 @@ class PostHocEMA:
             _close_earlier(directory)
         wait_for_writers(directory)
         return cls(
-            Start.of_model(check_model(model), directory, settings, resume, group), model, device
+            Start.for_model(check_model(model), directory, settings, resume, group), model, device
         )
 
     @classmethod
@@ -251,7 +251,7 @@ class PostHocEMA:
         if model is not None:
             check_model(model)
         wait_for_writers(directory)
-        return cls(Start.of_run(directory, model, step, group), model, device)
+        return cls(Start.for_run(directory, model, step, group), model, device)
 
     def __repr__(self) -> str:
         profiles = ", ".join(f"{sigma_rel:g}" for sigma_rel in self.settings.sigma_rels)
@@ -314,7 +314,7 @@ class PostHocEMA:
         """Return whether `model`, wrapped or bare, is the model that this tracker has taken updates
         from."""
         has_taken = self.step > 0 and not self._pipeline.tracking.resumes
-        return has_taken and self._tracked_model() is unwrapped(check_model(model))
+        return has_taken and self._tracked_model() is unwrap(check_model(model))
 
     # --- tracking
 
@@ -771,7 +771,7 @@ class PostHocEMA:
     def _check_kind(self, model: nn.Module) -> None:
         """Raise a ModelMismatchError at the first call with another model, which has other
         tensors."""
-        bare = unwrapped(model)
+        bare = unwrap(model)
         if self._checked() is not bare:
             self._watch.check(model, self._pipeline.tracking.tracked)
             self._checked = weakref.ref(bare)
@@ -977,7 +977,9 @@ class PostHocEMA:
                 return self._from_memory(profile, asked.get("dtype"))
 
             def plan() -> Plan:
-                return averaged.logged(plan_synthesis(self._to_read(), [length], **asked))
+                return averaged.log_predicted_error(
+                    plan_synthesis(self._to_read(), [length], **asked)
+                )
 
             return with_consistent_plan(plan, make_weights)
 
@@ -1040,7 +1042,7 @@ class PostHocEMA:
 
         def plan() -> averaged.SentPlan:
             return averaged.to_send(
-                averaged.logged(plan_synthesis(self._to_read(), [length], **asked))
+                averaged.log_predicted_error(plan_synthesis(self._to_read(), [length], **asked))
             )
 
         return with_consistent_plan(

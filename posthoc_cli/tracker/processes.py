@@ -210,7 +210,7 @@ class Group:
         self.from_first(lambda: done.append(work()))
         return self.together(lambda: done[0] if done else work())
 
-    def exchange(self, value: Tensor, ranks: Sequence[int]) -> None:
+    def broadcast(self, value: Tensor, ranks: Sequence[int]) -> None:
         """Copy `value` of the first of these ranks to the others, in place; all of these ranks call
         this."""
         if len(ranks) < 2 or not value.numel():
@@ -275,7 +275,7 @@ class Members:
         self.names: frozenset[str] = frozenset()
         self.mesh: dict[str, Any] = {}  # the processes' arrangement, as a snapshot's header has it
 
-    def owned(self, names: Set[str]) -> Set[str]:
+    def select_owned(self, names: Set[str]) -> Set[str]:
         """Select the model's tensors that this process averages and writes, or has a chunk of."""
         return names
 
@@ -415,7 +415,7 @@ class ShardOwners(Members):
         if self.keeps:
             self.part = owners.index(own_rank) + 1, len(owners)
 
-    def owned(self, names: Set[str]) -> Set[str]:
+    def select_owned(self, names: Set[str]) -> Set[str]:
         """Select the tensors whose chunk this process owns, and tensors that did not exist when the
         processes met."""
         return self._owned | (names - self.names)

@@ -80,7 +80,7 @@ class Start:
         self.directory = self.directory.resolve()
 
     @classmethod
-    def of_model(
+    def for_model(
         cls,
         model: nn.Module,
         directory: Path,
@@ -122,7 +122,7 @@ class Start:
         return start
 
     @classmethod
-    def of_run(
+    def for_run(
         cls,
         directory: Path,
         model: nn.Module | None,
@@ -135,7 +135,7 @@ class Start:
         sigma_rels = stored[-1].sigma_rels
         stored = [*_until(stored, step)]
         newest = stored[-1]
-        selection = (newest.selection or Selection()).resumed(newest)
+        selection = (newest.selection or Selection()).adapt_to(newest)
         settings = Settings(sigma_rels, newest.schedule, newest.t_unit, selection)
         tracking = _resume(newest, settings.sigma_rels)
         if model is None:
@@ -247,7 +247,7 @@ def _checked_settings(settings: Settings, newest: Snapshot, directory: Path) -> 
         reason = f"the run in {directory} counts {quote(newest.t_unit)}"
         raise InvalidValueError("t_unit", reason, value=f"{settings.t_unit!r}")
     check_profiles(newest.sigma_rels, settings.sigma_rels)
-    return replace(settings, selection=settings.selection.resumed(newest))
+    return replace(settings, selection=settings.selection.adapt_to(newest))
 
 
 def _check_names(model: nn.Module, selection: Selection) -> None:
@@ -324,7 +324,7 @@ def _with_members(
     owners = ShardOwners(group, model, tensors.tracked, options, tracking.run_id)
     if tracking.resumes:
         tracking.tracked.check(tensors.tracked, owners.names)
-    part = replace(tensors.tracked.of(owners), everywhere=owners.shapes)
+    part = replace(tensors.tracked.select_for(owners), everywhere=owners.shapes)
     return replace(tracking, run_id=owners.run_id, tracked=part)
 
 
@@ -392,7 +392,7 @@ def _resume(last: Snapshot, sigma_rels: Sequence[float]) -> Tracking:
 
 
 def _progress_at(snapshot: Snapshot) -> TrainingProgress:
-    return TrainingProgress.resumed(Moment.of(snapshot), snapshot.step)
+    return TrainingProgress.resume(Moment.from_header(snapshot), snapshot.step)
 
 
 def _are_rounded(snapshot: Snapshot) -> bool:
@@ -416,7 +416,7 @@ def _load(
         _fill(high.views, chosen[sigma_rel], tracked)
     _fill(averages.copies, newest, tracked)
     averages.standing = Standing(
-        Moment.of(newest),
+        Moment.from_header(newest),
         newest.t_first,
         newest.max_interval,
         newest.updates,

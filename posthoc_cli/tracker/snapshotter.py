@@ -56,7 +56,7 @@ from posthoc_cli.snapshots.tensorfile import (
 from posthoc_cli.tracker.averages import Averages
 from posthoc_cli.tracker.background import ThreadPool
 from posthoc_cli.tracker.clock import Settings
-from posthoc_cli.tracker.measuring import Subset, Values, joined, make_measurements
+from posthoc_cli.tracker.measuring import Subset, Values, join_buckets, make_measurements
 from posthoc_cli.tracker.memory import (
     Elements,
     FlatTensors,
@@ -243,7 +243,7 @@ class Snapshotter:
             replaces = replaces or _is_of_earlier_session(path, info.session)
         others = staged.others | dict(copies)
         entries = staged.storage.entries | make_entries(others)
-        header = info.encoded()
+        header = info.encode()
         with TensorFileWriter(path, entries, header, info.for_dcp, replaces) as writer:
             staged.write_rounded(writer)
             for name, tensor in others.items():
@@ -381,7 +381,7 @@ class Storage:
         """Sort the values of a snapshot's sample into the sample's order, in float32."""
         values = np.empty(len(self._order), np.float32)
         with np.errstate(over="ignore"):  # values that float32 cannot hold become infinite
-            values[self._order] = joined(buffers)
+            values[self._order] = join_buckets(buffers)
         return values
 
 
@@ -417,7 +417,7 @@ class StagedAverage:
         storage = self.storage
         norms = read_numbers(self._norms, self._tiles)
         doubtful = _outside(storage, norms)
-        squares = storage.subset.sums(joined(self._measured))
+        squares = storage.subset.sums(join_buckets(self._measured))
         rounding = _rounding(storage, self._measured)
         names = [*storage.subset.sizes]
         for name, norm, error in zip(names, squares, rounding, strict=True):
@@ -478,7 +478,7 @@ def _rounding(storage: Storage, measured: Sequence[Tensor]) -> FloatArray:
     rounded = []
     for values, bucket in zip(measured, storage.stored, strict=True):
         rounded.append(values.to(bucket.dtype).to(values.dtype))
-    return storage.subset.sums(joined(measured), joined(rounded))
+    return storage.subset.sums(join_buckets(measured), join_buckets(rounded))
 
 
 def _stored_exactly(

@@ -19,7 +19,7 @@ from posthoc_cli.errors import (
     quote,
 )
 from posthoc_cli.planning import format_widths
-from posthoc_cli.snapshots.snapshot import ANY_SIGN, RunId, SketchText, converted, path_of_part
+from posthoc_cli.snapshots.snapshot import ANY_SIGN, RunId, SketchText, convert, path_of_part
 from posthoc_cli.tracker.averages import Averages, AverageTensors, Standing
 from posthoc_cli.tracker.clock import Moment, Settings, TrainingProgress
 from posthoc_cli.tracker.memory import find_layout, on_host
@@ -58,7 +58,7 @@ class StateInfo:
     # of a snapshot's sample at the last call; empty if unknown
     weights: tuple[Annotated[float, ANY_SIGN], ...] = ()
 
-    def encoded(self) -> str:
+    def encode(self) -> str:
         return json.dumps(_without_defaults(self))
 
 
@@ -105,7 +105,7 @@ def pack_state(
             into_dtensors(chunks, model)
     return {
         "version": STATE_VERSION,
-        "info": info.encoded(),
+        "info": info.encode(),
         "mean": means,
         "high": highs,
         "copies": copies,
@@ -148,7 +148,7 @@ def unpack_state(
     if standing.t > 0 and tracked.tensors:
         check_profiles(info.sigma_rels, settings.sigma_rels)
         averages = _unpacked_averages(state, info, settings.sigma_rels, tracked)
-    progress = TrainingProgress.resumed(info.last, standing.step)
+    progress = TrainingProgress.resume(info.last, standing.step)
     loaded = Tracking(info.run_id, tracked, averages, progress)
     return loaded, info.weights
 
@@ -204,7 +204,7 @@ def read_info(state: Any) -> StateInfo:
         )
         raise InvalidValueError("state", reason)
     try:
-        info: StateInfo = converted(json.loads(state["info"]), StateInfo)
+        info: StateInfo = convert(json.loads(state["info"]), StateInfo)
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidValueError("state", str(error)) from error
     return info

@@ -177,7 +177,10 @@ def paddle(folder, step, weights):
     ("save", "message"),
     [
         (zero_3, r"global_step\d+: holds partitions .*; convert .*zero_to_fp32.py"),
-        (foreign, r"model-100.gguf: is of a kind that cannot be read \(llama.cpp\); save the tensors"),
+        (
+            foreign,
+            r"model-100.gguf: is of a kind that cannot be read \(llama.cpp\); save the tensors",
+        ),
         (flax, r"checkpoint_100: is of a kind that cannot be read \(Flax\); save the tensors as"),
         (paddle, r"100.pdparams: is of a kind that cannot be read \(Paddle\)"),
     ],

@@ -59,7 +59,7 @@ def text(tmp_path_factory):
     command = f"sh -c '{script}' {{weights}}"
     lengths = widths(0.05, 0.1, 0.2, 0.25)
     again = "ema sweep --run <b>"
-    return sweep(run, folder / "a b<i>", lengths, command, again=again).read_text()
+    return sweep(run, folder / "a b<i>", lengths, command, rerun_command=again).read_text()
 
 
 def test_a_page_has_the_answer_its_figure_and_every_trial(text):

@@ -66,7 +66,7 @@ def test_a_header_has_an_optional_number_also_if_it_is_zero(run, rate, stored):
     snapshot = read_directory(run)[0]
     values = {each.name: getattr(snapshot, each.name) for each in fields(Snapshot)}
     rated = Rated(**values, rate=rate)
-    assert rated.encoded() == snapshot.encoded() | stored
+    assert rated.encode() == snapshot.encode() | stored
 
 
 @pytest.mark.parametrize("header", [*HEADERS, *(b'{"a":%b}' % lie for lie in LIES)])

@@ -11,7 +11,7 @@ from snapshots.recorded import call_number, failing, record
 
 from posthoc_cli import Run, disk_sources, error_curve, files, plan_synthesis
 from posthoc_cli.errors import FileFormatError, MismatchError
-from posthoc_cli.reconstruction import thinned_subset
+from posthoc_cli.reconstruction import choose_evenly
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.prune import plan_pruning, prune
 from posthoc_cli.snapshots.sampling import source_prior
@@ -112,8 +112,8 @@ def test_an_interruption_leaves_a_directory_that_works(run, snapshots):
 
 
 def test_a_synthesis_uses_the_choice_up_to_its_time(run, snapshots, monkeypatch):
-    few = partial(thinned_subset, most=8)
-    monkeypatch.setattr("posthoc_cli.snapshots.sources.thinned_subset", few)
+    few = partial(choose_evenly, most=8)
+    monkeypatch.setattr("posthoc_cli.snapshots.sources.choose_evenly", few)
     plan = plan_synthesis(disk_sources(run), [0.15], 210.0)
     assert plan.choice == "8 of 20 snapshots up to t = 210, evenly in time"
     profiles = [snapshot.profile for snapshot in snapshots[:20]]

@@ -117,7 +117,7 @@ def tensors():
 
 def on_devices(tensors):
     """Return a reader of tensors as if they were on devices, float64 on a second one."""
-    host = Reader.of_tensors(tensors)
+    host = Reader.from_tensors(tensors)
     layout = []
     for bucket in host.layout:
         number = int(bucket.dtype == torch.float64)
@@ -127,7 +127,7 @@ def on_devices(tensors):
 
 
 def check_values(stager, number):
-    values = stager.arrived()
+    values = stager.wait()
     for tile in values.tiles:
         assert (values.values(tile) == number).all()
 
@@ -156,7 +156,7 @@ def test_values_on_a_device_are_those_of_the_moment(own_stream):
         "a": torch.zeros(2**24, device="cuda"),
         "b": torch.zeros(2**24, device="cuda", dtype=torch.bfloat16),
     }
-    reader = Reader.of_tensors(averaged, 0)
+    reader = Reader.from_tensors(averaged, 0)
     stager = HostCopy()
     torch.cuda.synchronize()
     stream = torch.cuda.Stream() if own_stream else torch.cuda.current_stream()
