@@ -238,9 +238,9 @@ class Nodes:
             return self._tail(target), nothing
         points = self._place_points(target)
         tails = target.tail(points.s)
-        inside, missed = self._project(points, tails)
+        inside, residual = self._project(points, tails)
         of_updates = self._updates.tails(target)
-        return np.append(inside, of_updates), missed
+        return np.append(inside, of_updates), residual
 
     def project_mass(self, target: Profile) -> tuple[FloatArray, FloatArray]:
         """Compute a target's values for `masses`, [M], and the integral of the square that they
@@ -264,9 +264,9 @@ class Nodes:
         width = np.maximum(high - low, 1e-300)  # 0 in the last digits before an end
         mass = target.tail(low) - target.tail(high)
         steps = width * density
-        inside, missed = self._project(points, mass / steps)
+        inside, residual = self._project(points, mass / steps)
         of_updates = self._updates.masses(target)
-        return np.append(inside, of_updates), missed
+        return np.append(inside, of_updates), residual
 
     def _is_polynomial(self, target: Profile) -> bool:
         if not isinstance(target, PowerFunction):
@@ -309,8 +309,8 @@ class Nodes:
         density = self._density[home]
         squares = left**2 * points.weights * density
         intervals = self.edges.size - 1
-        missed = np.bincount(home, squares, intervals)
-        return at_nodes.ravel(), missed.astype(np.float64)
+        residual = np.bincount(home, squares, intervals)
+        return at_nodes.ravel(), residual.astype(np.float64)
 
 
 def _lagrange_polynomials(x: FloatArray, order: int) -> FloatArray:

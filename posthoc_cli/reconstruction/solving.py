@@ -527,14 +527,14 @@ class Problem:
 
     def right_hand_side(self, target: Profile) -> RightHandSide:
         """Express a target as the argument of the other methods."""
-        tail, missed = self._nodes.project_tail(target)
+        tail, residual = self._nodes.project_tail(target)
         at_nodes = self._walk.roots * tail
-        unreachable = self._walk.intensity @ missed
+        unreachable = self._walk.intensity @ residual
         if self._noise is not None:
-            mass, missed = self._nodes.project_mass(target)
+            mass, residual = self._nodes.project_mass(target)
             of_noise = self._noise.roots * mass
             at_nodes = np.append(at_nodes, of_noise)
-            unreachable += self._noise.intensity @ missed
+            unreachable += self._noise.intensity @ residual
         expected = self._basis.T @ at_nodes
         outside = at_nodes - self._basis @ expected
         unreachable = self._scale**2 * unreachable + outside @ outside
@@ -778,9 +778,9 @@ class Published:
         self._problem = LeastSquares(self._factor)
 
     def right_hand_side(self, target: Profile) -> PublishedSide:
-        mass, missed = self._nodes.project_mass(target)
+        mass, residual = self._nodes.project_mass(target)
         column = self._roots * mass
-        return PublishedSide(column, float(missed.sum()))
+        return PublishedSide(column, float(residual.sum()))
 
     def solve(self, rhs: PublishedSide) -> FloatArray:
         """Compute the coefficients of algorithm 3, divided by their sum; nan for a target without
@@ -795,10 +795,10 @@ class Published:
         """Compute || sum_i c_i p_i - p || / || p ||; 1 for a target whose mass lies at one time,
         nowhere near any density."""
         difference = self._factor @ coefficients - rhs.column
-        missed = rhs.outside + np.sum(difference**2)
+        squared_distance = rhs.outside + np.sum(difference**2)
         norm = rhs.outside + np.sum(rhs.column**2)
         if norm > 0:
-            return float(np.sqrt(missed / norm))
+            return float(np.sqrt(squared_distance / norm))
         return 1.0
 
 

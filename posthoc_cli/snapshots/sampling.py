@@ -451,7 +451,7 @@ def _share(earlier: StoredProfile, later: StoredProfile) -> float | None:
         return None
     times = earlier.times
     since = later.tail(times) - later.tail(earlier.t)
-    apart = since / share - earlier.tail(times)
-    if np.abs(apart).max() > _LIKE:
+    difference = since / share - earlier.tail(times)
+    if np.abs(difference).max() > _LIKE:
         return None
     return share
