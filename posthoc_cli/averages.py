@@ -571,8 +571,8 @@ class DifferentiableEMA(Wide):
         optimizer step.
 
         They keep copies of the tensors that autograd saves. In modes "truncated" and "carried",
-        which keep no graph, it does nothing. Of nested hooks on saved tensors torch calls only the
-        innermost.
+        which keep no graph, it does nothing. If hooks on saved tensors are nested, torch calls only
+        the innermost.
         """
         hooks = saved_tensors_hooks(lambda saved: saved.detach().clone(), lambda kept: kept)
         with hooks if self.mode in ("window", "full") else nullcontext():

@@ -39,7 +39,7 @@ VALIDATION_IMAGES = 360
 
 TRACKED = (0.05, 0.28)
 SIGMA_RELS = (0.025, 0.05, 0.075, 0.1, 0.125, 0.15, 0.175, 0.2, 0.225, 0.25, 0.28)
-"""The lengths to measure, those that are tracked among them."""
+"""The lengths to measure, with the tracked ones among them."""
 
 
 def free_folder() -> Path:

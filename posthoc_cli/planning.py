@@ -238,7 +238,7 @@ EVENLY = "the network moves evenly"  # the default assumption of the predicted e
 
 SMALL_LOSS = 0.05
 """Lost gain up to which averages are taken for exact: beyond it a synthesis warns, and a search
-does not look. Of averages with 5 to 10 % nine in ten lose less than 10 % (scripts/lost_gain.py)."""
+does not look. Nine in ten averages with 5 to 10 % lose less than 10 % (scripts/lost_gain.py)."""
 
 
 @dataclass(frozen=True)

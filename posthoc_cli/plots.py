@@ -226,7 +226,8 @@ def _draw_profile_errors(axes: Axes, curves: Sequence[ErrorCurve]) -> None:
 def sweep_figure(report: dict[str, Any]) -> Figure:
     """Draw a metric against sigma_rel, on a logarithmic axis, from `SweepReport.to_dict`.
 
-    What the averages are compared with are lines; those far from all averages are only named.
+    What the averages are compared with is drawn as lines; metrics far from all averages are only
+    named.
     """
     figure, axes = _figure()
     green = _colour(2)

@@ -32,7 +32,7 @@ STEPS = (
     "step_count", "ss_steps", "train_steps", "num_updates", "batch_idx_train", "num_batches_seen",
     "batch",
 )  # fmt: skip
-"""Last keys of values that are steps; of several the first one counts."""
+"""Last keys of values that are steps; if a checkpoint has several, the first one counts."""
 EPOCHS = ("epoch", "last_epoch", "current_epoch")
 _ANEW = {"step", "steps", "iteration", "iter"}  # values that may begin anew in each epoch
 
@@ -179,8 +179,8 @@ _CONFIRMED: tuple[tuple[str, Unit, Sequence[str]], ...] = (
 
 
 def _confirm(content: Content, lone: Reading | None) -> dict[str, Reading]:
-    """Find the number in a name that a value in the content equals, or is one more than. Of several
-    numbers in a name only one from 10 on counts: small numbers are equal by chance."""
+    """Find the number in a name that a value in the content equals, or is one more than. If a name
+    has several numbers, only those from 10 on count: small numbers are equal by chance."""
     digits = re.findall("[0-9]{1,15}", strip_ending(content.path.name))
     numbers = {int(text) for text in digits if len(text) > 1}
     if lone is not None:

@@ -142,7 +142,7 @@ class FoundRun:
     """The run that the files at a place make with some settings."""
 
     checkpoints: list[Checkpoint]
-    settings: ImportSettings  # those that were given, or found
+    settings: ImportSettings  # given, or found
     says: str  # what the numbers of files are taken for
     checks: tuple[str, ...]  # lines about the decay
     notes: tuple[str, ...]  # what is not used

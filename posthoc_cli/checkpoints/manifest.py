@@ -49,7 +49,7 @@ class Manifest:
 
     folder: Path  # of the run; no key
     origin: Path  # "from": what was imported: a folder, a file or a glob
-    settings: ImportSettings  # those that were given, or found, by name
+    settings: ImportSettings  # given, or found, by name
     # what times count, and whether files or the user said so
     unit: tuple[str, bool]
     # each a list of the path of a file or folder, its kind, its time

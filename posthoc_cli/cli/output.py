@@ -128,8 +128,8 @@ def print_some(
     rows: Sequence[Mapping[str, Any]],
     columns: Sequence[str],
 ) -> None:
-    """Print a table like `print_rows`, after an empty line; of many rows the first and the last
-    ones."""
+    """Print a table like `print_rows`, after an empty line; of a long one the first and the last
+    rows."""
     print_line()
     if len(rows) <= MOST_ROWS:
         print_rows(rows, columns)

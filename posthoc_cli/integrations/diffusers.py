@@ -33,7 +33,7 @@ class PostHocEMAModel:
 
         ema_model = PostHocEMAModel(unet, "run/ema", sigma_rel=0.15)
 
-    As in these scripts, the first process alone keeps, saves and copies averages; of a sharded
+    As in these scripts, the first process alone keeps, saves and copies averages; for a sharded
     model all processes do. `ema` is the tracker, None in other processes, and in an object that
     `from_pretrained` returned.
 

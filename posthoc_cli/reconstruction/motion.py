@@ -80,7 +80,7 @@ class StoredAverage:
     eps: float  # distance from 1 to the next number of the accumulator's dtype
     measurements: Measurements | None
     steps: Steps | None = None
-    # time of a power function's first update: its mass before that applies to those values
+    # time of a power function's first update, whose values also stand for the mass before it
     t_first: float = 1.0
 
     @property
@@ -508,7 +508,7 @@ class Motion:
 
 # --- the fit
 
-# limit of the number of segments; of more snapshot times, several share a segment
+# limit of the number of segments; with more snapshot times, several share a segment
 MOST_SEGMENTS = 64
 
 _DISTANCES_FOR_NOISE = 1.5
@@ -524,9 +524,9 @@ predicted error; with a first noise of 1 or 0.01, 99 % were, and with 100 update
 
 _LEAST_OF_NEIGHBOURS = 0.3
 """Least walk of a segment, relative to the median of the five about it. Where distances overlap,
-the best fit may have segments without any motion, which then cost nothing: coefficients as large
-as 46 used one, and were 50 times as far off as predicted. Of the 252 cells of
-`bench_checkpoints.py` with uneven steps, 5 are beyond 3 of predicted without it, and 2 with it."""
+the best fit may have segments without any motion, which then cost nothing: coefficients as large as
+46 used one, and were 50 times as far off as predicted. In `bench_checkpoints.py`, 5 of the 252
+cells with uneven steps are beyond 3 of predicted without it, and 2 with it."""
 
 _MOST_RAISED = 2.0
 """Most that the least walk may raise an expected distance to, relative to the measured one: then a

@@ -32,7 +32,7 @@ class Sketch:
     rest is unseen: motion that the neighbours do not predict, as of a walk, and the part of the
     window's spread that is not steady motion, as of noise.
 
-    `edges` are the times of the first update and of the last one in each window, [K + 1]; of each
+    `edges` are the times of the first update and of the last one in each window, [K + 1]; for each
     window `folds` is the number of folds, [K], `means` the projected mean, [K, D], and `spread` the
     mean squared distance of the folds' weights from it, [K]."""
 
@@ -137,8 +137,8 @@ class Sketch:
         """Twice the differences between inner windows' means and the line between their
         neighbours': shape [K - 2, D].
 
-        A walk of variance V across a window has the expected square V. Of two windows, the
-        difference of their means.
+        A walk of variance V across a window has the expected square V. With two windows only, it is
+        the difference of their means.
         """
         if len(self.means) < 3:
             return np.diff(self.means, axis=0)

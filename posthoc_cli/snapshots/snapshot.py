@@ -79,8 +79,8 @@ def places(shapes: Mapping[str, Sequence[int]]) -> list[tuple[str, int]]:
     """Choose the sampled elements of tensors with these names and shapes: name and row-major index,
     sorted.
 
-    All tensors have about equally many; of more than `PLACES` tensors, `PLACES` spread evenly by
-    name have one each.
+    All tensors have about equally many; if there are more than `PLACES` tensors, `PLACES` of them,
+    spread evenly by name, have one each.
     """
     sizes = {name: math.prod(shapes[name]) for name in sorted(shapes)}
     names = [name for name, size in sizes.items() if size]
@@ -429,8 +429,8 @@ OUTSIDE_HEADER = ("path", "files", "entries")
 class Snapshot(Source):
     """A snapshot: the content of its header, and the files that hold its tensors.
 
-    The header's "ema" is a JSON object of all other fields than `OUTSIDE_HEADER`; those equal
-    to their defaults are left out, and unknown ones are ignored. Dataclasses are objects, tuples
+    The header's "ema" is a JSON object of all other fields than `OUTSIDE_HEADER`; fields equal to
+    their defaults are left out, and unknown fields are ignored. Dataclasses are objects, tuples
     lists. Numbers are finite, round-trip to the same float64 and, but for `gamma`, are not
     negative.
 
@@ -473,9 +473,9 @@ class Snapshot(Source):
     # a large model estimated from a sample: of the squares of the exact average, and of (stored -
     # exact).
     measurements: Measurements | None = None
-    # Base64 of little-endian float32 values: for the elements that `places` names the
-    # network's values at the last update, then as many of the exact average. A part has those in
-    # its chunks.
+    # Base64 of little-endian float32 values: for the elements that `places` names the network's
+    # values at the last update, then as many of the exact average. A part has the elements in its
+    # chunks.
     sample: str = ""
     # base64 of random projections of the network's path up to `t`, see `encode_path`
     sketch: str = ""

@@ -4,7 +4,8 @@ measurements.
 Lengths are compared by their place, the logarithm of sigma_rel. The trials are the only state of a
 search: what to measure next follows from them alone, so that a search continues from a record of
 them. It measures a grid of lengths, then the one where a quadratic through the best ones is lowest,
-then the best once more, and, if that has another metric, its neighbours. Of a list none is added.
+then the best once more, and, if that has another metric, its neighbours. A list is measured as it
+is, without additions.
 """
 
 from __future__ import annotations

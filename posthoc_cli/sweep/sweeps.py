@@ -167,7 +167,7 @@ class Sweep:
 
     @property
     def _expected(self) -> int:
-        """About how many trials there will be; of a short list, exactly."""
+        """About how many trials there will be; for a short list, exactly."""
         report = self._report
         grid = report.lengths.grid(self.budget)
         planned = len(report.compared) + len(grid)

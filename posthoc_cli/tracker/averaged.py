@@ -1,8 +1,8 @@
 """The average that several processes ask for together.
 
 For replicas the first process makes it, and sends it to the others. For a sharded model each
-process fills its chunks: of a tracked length from its own averages, which holders of the same
-elements receive from the one that keeps them; of other lengths from snapshots, by a plan of the
+process fills its chunks: for a tracked length from its own averages, which holders of the same
+elements receive from the one that keeps them; for other lengths from snapshots, by a plan of the
 first process. An error in one process is raised in all of them before a model has changed.
 """
 

@@ -2,7 +2,7 @@
 
 A signal handler runs in the main thread, between any two steps of its code, and may raise an
 exception. So locks are taken by `with` statements, which cannot be interrupted before they hold,
-and those that a handler may find taken are reentrant.
+and the locks that a handler may find taken are reentrant.
 """
 
 from __future__ import annotations

@@ -163,7 +163,7 @@ class Pipeline:
 
     def count(self, progress: TrainingProgress) -> None:
         """Count a call without update."""
-        # this process only counts: its averages differ from those on disk from now on
+        # this process only counts: its averages differ from the ones on disk from now on
         if self.tracking.resumes:
             self.set(replace(self.tracking, progress=progress, resumes=False))
         else:

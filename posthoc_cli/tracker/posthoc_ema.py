@@ -168,9 +168,9 @@ class PostHocEMA:
         """Make a tracker for a new run, or with `resume` for an existing one. The first `update_`
         begins to write.
 
-        Of replicas in several processes the first one keeps and writes the averages, and the others
-        only count steps; of a sharded model each process keeps and writes its part. `metrics` shows
-        the memory in use.
+        With replicas in several processes the first one keeps and writes the averages, and the
+        others only count steps; with a sharded model each process keeps and writes its part.
+        `metrics` shows the memory in use.
 
         Arguments:
             model: the model to track, wrapped or bare; names are the bare model's.
@@ -644,8 +644,8 @@ class PostHocEMA:
         sigma_range: tuple[float, float] = (0.05, 0.28),
         method: str | None = None,
     ) -> Figure:
-        """Return a figure of the snapshots' error against sigma_rel, from the lowest to the highest
-        of a range."""
+        """Draw the snapshots' error against sigma_rel, from the lowest to the highest of a
+        range."""
         from posthoc_cli import plots
 
         curve = self.run.error_curve(sigma_range, method=method)
@@ -686,7 +686,7 @@ class PostHocEMA:
 
     def fits(self, state: Mapping[str, Any]) -> bool:
         """Return whether the model has the weights that the network had when a tracker's own state
-        was taken, as far as it knows them; of a sharded model all processes make the call."""
+        was taken, as far as it knows them. For a sharded model all processes make the call."""
         return self._fits(self._members.keepers(), read_info(state).weights)
 
     def _fits(self, group: Group, weights: Sequence[float]) -> bool:
@@ -960,7 +960,7 @@ class PostHocEMA:
         length: Wanted,
         given: Mapping[str, Any],
     ) -> tuple[Group, Weights]:
-        """Make an average, in the processes that make the call; of a sharded `model` the chunks in
+        """Make an average, in the processes that make the call; for a sharded `model` the chunks in
         this process."""
         asked = {name: value for name, value in given.items() if value is not None}
         group = self._callers(asked)
@@ -1000,7 +1000,7 @@ class PostHocEMA:
         return None
 
     def _from_memory(self, profile: int, dtype: Dtype) -> Weights:
-        """Read a tracked average as it is now, rounded once; of a sharded model this process's
+        """Read a tracked average as it is now, rounded once; for a sharded model this process's
         part."""
         if not self.keeps_averages:
             reason = "this process keeps no averages, the first one of its group does"

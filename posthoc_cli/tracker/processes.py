@@ -265,7 +265,7 @@ class Members:
         self._group = group
         self._notes = notes
         self.keeps = group.leads  # averages, and writes them to the directory
-        # among those that keep averages; the first has the directory's lock, and thins
+        # among the processes that keep averages; the first has the directory's lock, and thins
         self.rank = 0
         # this process's part of snapshots, from 1, and the number of parts
         self.part: tuple[int, int] | None = None

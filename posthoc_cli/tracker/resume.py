@@ -307,7 +307,7 @@ def _with_members(
     directory: Path,
     group: Group,
 ) -> Tracking:
-    """Give `tracking` the processes of the model; of a sharded model, after they have met, this
+    """Give `tracking` the processes of the model; for a sharded model, after they have met, this
     process's part."""
     if not tensors.tracked.is_sharded:
         notes = None if group.is_alone else Notes(group, directory, tensors.tracked.shapes)

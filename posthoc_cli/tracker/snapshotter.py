@@ -1,5 +1,5 @@
-"""The averages of one update: written as snapshots, and as sources of a synthesis in addition to
-those on disk."""
+"""The averages of one update: written as snapshots, and as sources of a synthesis beside the
+snapshots on disk."""
 
 from __future__ import annotations
 
@@ -389,7 +389,7 @@ class StagedAverage:
     """An average as it is stored: rounded into memory tile by tile, and measured meanwhile."""
 
     # known when all tiles have been taken
-    others: dict[str, Tensor]  # those that are stored in another dtype, exactly
+    others: dict[str, Tensor]  # tensors that are stored in another dtype, exactly
     nonfinite: str | None  # the first tensor that holds a nan or an infinity
     measurements: Measurements | None
     sample: str  # the model's and the exact values; empty if the model's are unknown
