@@ -25,7 +25,7 @@ def demo(
 
     Takes less than a minute and downloads nothing. Trains with the hook on generated images,
     measures the validation loss of averages of many lengths, writes the best one, and a page with
-    samples. Prints commands to go on with.
+    samples. Prints commands to try next.
     """
     from posthoc_cli.demo import free_folder, run
 

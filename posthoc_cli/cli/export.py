@@ -34,12 +34,12 @@ def export(
         None,
         metavar="KEY",
         show_default="by its name",
-        help="The key, prefix or glob of a checkpoint's average, with --like of its tensors.",
+        help="The key, prefix or glob of the average in a checkpoint, or in --like.",
     ),
 ) -> None:
     """Write averaged weights in another layout or dtype.
 
-    Of a training's checkpoint, the average that it contains is written. --like writes the tensors
+    From a training's checkpoint it writes the average that this contains. --like writes the tensors
     into a copy of a checkpoint or model, which also holds what was not tracked.
 
     Layouts: one safetensors file; shards with an index, under the names that Hugging Face libraries

@@ -21,7 +21,7 @@ def info(
 ) -> int:
     """Show what a directory or a file contains.
 
-    Reads headers only, and of averages in checkpoints what shows their decay. Exit code 1 if a
+    Reads headers only, and from averages in checkpoints what shows their decay. Exit code 1 if a
     directory has a problem, such as mixed runs or damaged headers. ema verify checks every byte.
     """
     report = options.open_run(path, directory=False).info()

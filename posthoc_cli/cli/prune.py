@@ -30,9 +30,9 @@ def prune(
     """Delete the snapshots that matter least.
 
     Shows which snapshots would be deleted and the predicted error over the range without them, then
-    asks. All snapshots of a time go, or none; the newest of each profile are kept. Deletes only
-    after every remaining snapshot was read and verified, and never while a tracker writes to the
-    directory; an interruption leaves a valid directory.
+    asks. All snapshots of a time are deleted, or none; the newest of each profile are kept. Deletes
+    only after every remaining snapshot was read and verified, and never while a tracker writes to
+    the directory; an interruption leaves a valid directory.
     """
     count = options.parse_count(keep, "--keep", "20")
     can_ask = sys.stdin.isatty() and not as_json

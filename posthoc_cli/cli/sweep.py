@@ -49,8 +49,8 @@ def sweep(
         metavar="KEY",
         show_default="the last line that is a number",
         help=(
-            "The word before it, as loss in loss: 2.67, or its key in a JSON object; or "
-            "r.json:acc: acc of the newest r.json in {dir}."
+            "The word before the number, such as loss in loss: 2.67, or its key in a JSON object; "
+            "or r.json:acc: acc of the newest r.json in {dir}."
         ),
     ),
     minimize: bool = options.HOW(False, "--minimize", help="Lower is better."),
@@ -61,7 +61,7 @@ def sweep(
     budget: int | None = options.HOW(
         None,
         metavar="COUNT",
-        show_default="12; of a look 6",
+        show_default="12; 6 with --look",
         help="The lengths to measure first; the best of them once more.",
     ),
     out: str = options.OUTPUT(

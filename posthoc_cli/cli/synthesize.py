@@ -46,8 +46,9 @@ def synthesize(
     all targets, each block is verified, and an output appears complete or not at all.
 
     The predicted error is the expected relative L2 distance of the weights from the true average,
-    the lost gain about the share of what averaging gains in a metric that it costs. --json also
-    shows the profile error: the distance between the target profile and the reconstructed one.
+    the lost gain is about the share of what averaging gains in a metric that this error loses.
+    --json also shows the profile error: the distance between the target profile and the
+    reconstructed one.
 
     DIR may also contain checkpoints, or averages of other libraries: see ema guide checkpoints.
 
