@@ -43,15 +43,15 @@ USEFUL_RANGE = (0.05, 0.28)  # the default range of sigma_rel for which thinning
 
 # --- thinning
 
-SPARED_TIMES = 5
-"""The newest times whose snapshots thinning spares while a training writes: it may be continued
-from them."""
+_PROTECTED_TIMES = 5
+"""The newest times that thinning never drops while a training writes: it may be continued from
+them."""
 
 
 def count_protected_times(keep: int) -> int:
-    """Compute how many of the newest times thinning spares: at most a quarter of the times it
+    """Compute how many of the newest times thinning never drops: at most a quarter of the times it
     keeps."""
-    return max(1, min(SPARED_TIMES, keep // 4))
+    return max(1, min(_PROTECTED_TIMES, keep // 4))
 
 
 _TARGETS = 12

@@ -933,8 +933,8 @@ class Eliminator:
             root = self._root[members]
             inverse = root @ root.transpose(0, 2, 1)
             costs = np.linalg.pinv(inverse, hermitian=True)
-            lost = self._coefficients[:, members]
-            added = np.einsum("tgi,gij,tgj->tg", lost, costs, lost)
+            dropped = self._coefficients[:, members]
+            added = np.einsum("tgi,gij,tgj->tg", dropped, costs, dropped)
             squares[:, is_of_size] += added
         return squares
 
@@ -946,12 +946,12 @@ class Eliminator:
             self._solve()
             return
         row = self._root[snapshot].copy()
-        lost = self._coefficients[:, snapshot].copy()
+        dropped = self._coefficients[:, snapshot].copy()
         square = row @ row
         pivot = self._root @ row / square
-        added = lost * lost / square
+        added = dropped * dropped / square
         self.squares = self.squares + added
-        self._coefficients -= np.multiply.outer(lost, pivot)
+        self._coefficients -= np.multiply.outer(dropped, pivot)
         self._root -= np.multiply.outer(pivot, row)
         self._coefficients[:, snapshot] = self._root[snapshot] = 0.0
 

@@ -2,8 +2,8 @@
 directory.
 
 A run resumes from the snapshots of the newest time at which the network had the model's weights, or
-of a given one. Every profile has a snapshot of that time: thinning keeps and drops times, not
-single snapshots.
+of a given one. Every profile has a snapshot of that time: thinning keeps or drops all snapshots of
+a time.
 """
 
 from __future__ import annotations
