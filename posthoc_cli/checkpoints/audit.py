@@ -25,7 +25,7 @@ from posthoc_cli.checkpoints.audit_decay import (
     Intervals,
     possible_families,
 )
-from posthoc_cli.checkpoints.content import names_in
+from posthoc_cli.checkpoints.content import list_names
 from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings, warm_up_text
 from posthoc_cli.checkpoints.source import Checkpoint
 from posthoc_cli.decay_rules import POWER_FUNCTION, RULES, DecayRule, OrdinaryEMA
@@ -437,7 +437,7 @@ class _Judge:
         if lost := self._lost:
             count = len(set(self.sample.names))
             text = f"{len(lost)} of {count} tensors are not followed, or copied, while the others "
-            return SOME_TENSORS, f"{text}are averaged: {names_in([*lost], 3)}"
+            return SOME_TENSORS, f"{text}are averaged: {list_names([*lost], 3)}"
         stands = (stays | ~moves).all(axis=1)
         spacings = np.diff(self.sample.times)
         shortest = spacings[~stands].min()  # a shorter one may lie between two updates

@@ -129,18 +129,18 @@ def read_signs(content: Content, settings: ImportSettings) -> Signs:
     """Find the numbers of a checkpoint, in its content and in its name."""
     path = content.path
     if settings.step_from is not None:
-        reading = _search(path, settings)
-        return Signs(path, {"given": reading}, _value(content, EPOCHS)[1])
+        reading = _search_path(path, settings)
+        return Signs(path, {"given": reading}, _find_value(content, EPOCHS)[1])
     found = {}
-    name, stated = _value(content, STEPS)
+    name, stated = _find_value(content, STEPS)
     if stated:
         found["stated"] = Reading(stated, "steps", _describe_origin(name), name)
-    epoch_name, epoch = _value(content, EPOCHS)
+    epoch_name, epoch = _find_value(content, EPOCHS)
     if epoch is not None:
         found["stated epoch"] = Reading(epoch, "epochs", _describe_origin(epoch_name))
     problem = None
     try:
-        named = named_time(path)
+        named = find_time_in_name(path)
         sign = {"steps": "step in name", "epochs": "epoch in name"}.get(named.unit, "lone")
         found[sign] = named
     except InvalidValueError as error:
@@ -148,20 +148,20 @@ def read_signs(content: Content, settings: ImportSettings) -> Signs:
     if "step in name" not in found:
         found |= _confirm(content, found.get("lone"))
     if epoch is None:
-        epoch = _epoch_in(path)
+        epoch = _find_epoch(path)
     return Signs(path, found, epoch, problem)
 
 
-def _value(content: Content, names: Sequence[str]) -> tuple[str, int | None]:
+def _find_value(content: Content, names: Sequence[str]) -> tuple[str, int | None]:
     """Find the first of these keys that states a whole number, and the number."""
     for name in names:
-        number = _whole(content.values.get(name))
+        number = _parse_whole(content.values.get(name))
         if number is not None:
             return name, number
     return "", None
 
 
-def _whole(value: object) -> int | None:
+def _parse_whole(value: object) -> int | None:
     """Convert a number, or a text of digits, to an int if it is whole and in range."""
     if isinstance(value, str) and value.isdecimal() and len(value) < 16:
         return int(value)
@@ -187,7 +187,7 @@ def _confirm(content: Content, lone: Reading | None) -> dict[str, Reading]:
         numbers = {lone.number}
     for sign, unit, names in _CONFIRMED:
         for key, value in content.values.items():
-            number = _whole(value)
+            number = _parse_whole(value)
             is_named = key.rpartition(".")[2] in names and not content.is_of_optimizer(key)
             if number is None or not is_named:
                 continue
@@ -203,7 +203,7 @@ def _describe_origin(name: str) -> str:
     return f"{name!r} in the contents"
 
 
-def _search(path: Path, settings: ImportSettings) -> Reading:
+def _search_path(path: Path, settings: ImportSettings) -> Reading:
     """Find the number that the user's pattern matches in a path."""
     pattern = settings.step_from or ""
     match = re.search(pattern, str(path))
@@ -213,7 +213,7 @@ def _search(path: Path, settings: ImportSettings) -> Reading:
     unit: Unit = "epochs"
     if not settings.steps_per_epoch:
         unit = _unit_at(match[0], match.start(1) - match.start())
-    return Reading(checked_number(path, number), unit, "what the given pattern finds")
+    return Reading(check_whole_number(path, number), unit, "what the given pattern finds")
 
 
 def _unit_at(text: str, begin: int) -> Unit:
@@ -225,7 +225,7 @@ def _unit_at(text: str, begin: int) -> Unit:
     return ""
 
 
-def checked_number(path: Path, number: float) -> int:
+def check_whole_number(path: Path, number: float) -> int:
     """Convert a number to an int; raise InvalidValueError if it is not whole or out of range."""
     if not 0 <= number <= _MOST or number != int(number):
         reason = f"its step is {quote(number)}; must be a whole number up to {_MOST:.0e}"
@@ -233,7 +233,7 @@ def checked_number(path: Path, number: float) -> int:
     return int(number)
 
 
-def named_time(path: Path) -> Reading:
+def find_time_in_name(path: Path) -> Reading:
     """Find the number in the name of a file or folder: next to a word, else the only number.
 
     If the name has no number, take it from the name of the parent folder, but only if it stands
@@ -250,7 +250,7 @@ def named_time(path: Path) -> Reading:
         matches = [*_ALONE.finditer(name)]
     if len(matches) != 1:
         raise _ask_for_step(path, "its name has no number, or several")
-    number = _number_in(matches[0], unit, path)
+    number = _read_number(matches[0], unit, path)
     if not unit and _DATE.fullmatch(matches[0]["number"]):
         raise _ask_for_step(path, f"'{number}' may be a date")
     return Reading(number, unit, f"the word for {unit} in names" if unit else _ONLY)
@@ -259,13 +259,13 @@ def named_time(path: Path) -> Reading:
 _ONLY = "the only number in names"
 
 
-def _number_in(match: re.Match[str], unit: Unit, path: Path) -> int:
+def _read_number(match: re.Match[str], unit: Unit, path: Path) -> int:
     """Read the number of a match: plain digits, or steps as in 1.5k or 2M."""
     parts = match.groupdict("")
     other = parts.get("other", "")
     text = parts["number"] + parts["more"]
     if not other and not parts["more"]:
-        return checked_number(path, int(text[:20]))
+        return check_whole_number(path, int(text[:20]))
     rest = match.string[match.end("more") :]
     if unit == "steps" and _THOUSANDS.fullmatch(text) and not _GOES_ON.match(rest):
         number = read_number(text)
@@ -274,7 +274,7 @@ def _number_in(match: re.Match[str], unit: Unit, path: Path) -> int:
     raise _ask_for_step(path, f"{other + text!r} may be something else")
 
 
-def _epoch_in(path: Path) -> int | None:
+def _find_epoch(path: Path) -> int | None:
     """Find the number next to a word for epochs; None if there is none, or if there are several."""
     matches = _matches(strip_ending(path.name), "epochs")
     return int(matches[0]["number"]) if len(matches) == 1 else None
@@ -323,16 +323,16 @@ def read_times(files: Sequence[Signs], settings: ImportSettings) -> Times:
     Raise InvalidValueError if no sign shows them, if two signs contradict each other, or if
     `steps_per_epoch` is given, and the numbers are not epochs.
     """
-    sign = _common_sign(files)
+    sign = _find_common_sign(files)
     numbers = [file.by_sign[sign] for file in files]
     if sign == "stated":
         _check_names(files)
     if any(reading.unit == "steps" for reading in numbers):
-        return _times_of_steps(files, numbers, settings)
-    return _times_of_others(files, numbers, settings)
+        return _read_steps(files, numbers, settings)
+    return _read_unknown_numbers(files, numbers, settings)
 
 
-def _common_sign(files: Sequence[Signs]) -> str:
+def _find_common_sign(files: Sequence[Signs]) -> str:
     """Find the first sign that all files have, and that tells the files of each series apart."""
     complete = []
     for sign in _SIGNS:
@@ -378,7 +378,7 @@ def _check_names(files: Sequence[Signs]) -> None:
     raise QuestionError("step_from", reason, answer)
 
 
-def _times_of_steps(
+def _read_steps(
     files: Sequence[Signs],
     numbers: Sequence[Reading],
     settings: ImportSettings,
@@ -391,14 +391,14 @@ def _times_of_steps(
     return Times("steps", True, f"steps, by {origin}", [reading.number for reading in numbers])
 
 
-def _times_of_others(
+def _read_unknown_numbers(
     files: Sequence[Signs],
     numbers: Sequence[Reading],
     settings: ImportSettings,
 ) -> Times:
     """Determine the times of checkpoints whose numbers nothing calls steps."""
     as_they_are = [reading.number for reading in numbers]
-    why = _why_epochs(numbers)
+    why = _explain_epochs(numbers)
     if not why and settings.steps_per_epoch:
         why = "`steps_per_epoch` is given"
     ahead = [file.count - number for file, number in zip(files, as_they_are, strict=True)]
@@ -407,7 +407,7 @@ def _times_of_others(
     if not why or settings.steps_per_epoch == 1:
         says = f"taken for steps: they are {numbers[0].origin}, and nothing states their unit"
         return Times("steps", settings.steps_per_epoch == 1, says, as_they_are)
-    return _times_of_epochs(files, as_they_are, settings, why)
+    return _read_epochs(files, as_they_are, settings, why)
 
 
 def _check_one_count(files: Sequence[Signs], numbers: Sequence[Reading]) -> None:
@@ -431,7 +431,7 @@ def _check_one_count(files: Sequence[Signs], numbers: Sequence[Reading]) -> None
             raise InvalidValueError("step_from", reason, hint)
 
 
-def _times_of_epochs(
+def _read_epochs(
     files: Sequence[Signs],
     numbers: Sequence[int],
     settings: ImportSettings,
@@ -462,7 +462,7 @@ def _are_proportional(counts: Sequence[int], epochs: Sequence[int]) -> bool:
     return max(rates) <= 1.01 * min(rates)
 
 
-def _why_epochs(numbers: Sequence[Reading]) -> str:
+def _explain_epochs(numbers: Sequence[Reading]) -> str:
     """Say why the numbers are epochs; empty if they are not."""
     if any(reading.unit == "epochs" for reading in numbers):
         return f"by {numbers[0].origin}"

@@ -139,7 +139,7 @@ class Content:
         return any(name.startswith(f"{path}.") for path in self.optimizers)
 
 
-def names_in(names: Sequence[str], most: int = 5) -> str:
+def list_names(names: Sequence[str], most: int = 5) -> str:
     """List a few names, for a message."""
     return list_first(map(quote, names), most)
 
@@ -165,7 +165,7 @@ def open_checkpoint(path: Path, layout: Layout | None = None) -> Content:
     content = _read(layout, {})
     if path.is_dir():
         folders = dict.fromkeys((path, layout.path.parent))
-        beside = _settings_in(folders, _TRAINER_STATE, content.files)
+        beside = _read_settings(folders, _TRAINER_STATE, content.files)
         content = replace(content, values=content.values | beside)
     return replace(content, path=path)
 
@@ -188,7 +188,7 @@ def _read(layout: Layout, opened: Files) -> Content:
         content = _read(member, opened)
         settings = Values()
         if isinstance(member, Sets) or member.path.parent != layout.path:
-            settings = _settings_in([layout.path / key], _CONFIG, opened)
+            settings = _read_settings([layout.path / key], _CONFIG, opened)
         for tensor in content.tensors.values():
             moved = replace(tensor, keys=(key, *tensor.keys))
             tensors[moved.name] = moved
@@ -197,7 +197,7 @@ def _read(layout: Layout, opened: Files) -> Content:
     return Content(layout.path, tensors, values, opened)
 
 
-def _settings_in(folders: Iterable[Path], name: str, opened: Files) -> Values:
+def _read_settings(folders: Iterable[Path], name: str, opened: Files) -> Values:
     """Read the values of a file beside a model, in the folders that have it. They may be of any
     kind, so that a setting that is no number is not taken for a missing one."""
     values = Values()
@@ -226,7 +226,7 @@ def _read_file(path: Path, opened: Files) -> Content:
             tensors[name] = _make_tensor(path, keys, value)
             is_counter = _last_part(name) in COUNTERS
             if is_counter and isinstance(value, Entry) and value.size == 1:
-                values[name] = _number(file, value)
+                values[name] = _read_number(file, value)
         opened[path] = Identity.from_file(file)
     return Content(path, tensors, values, opened)
 
@@ -252,7 +252,7 @@ def _identity(path: Path) -> Identity:
         return Identity.from_file(file)
 
 
-def _number(file: OpenedFile, entry: Entry) -> float:
+def _read_number(file: OpenedFile, entry: Entry) -> float:
     """Read the value of a tensor of one element."""
     content = file.read_at(entry.nbytes, entry.begin)
     raw = np.frombuffer(content, np.uint8)

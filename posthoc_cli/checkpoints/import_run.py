@@ -318,18 +318,18 @@ class _Decays:
             raise self._question("ema_decay", f"{reason}averages in two files or more")
         self._check_is_average(audit)
         sigma = audit.uncertainty or 0.0
-        rounded = self._round(audit, sigma)
+        rounded = self._round_decays(audit, sigma)
         is_reached = not any(candidate.rises for candidate in audit.candidates)
         if audit.verdict == "found" and len(rounded) == 1 and sigma <= _SURE and is_reached:
             (changes,) = rounded
             shown = changes.get("ema_decay") or changes["ema_warmup"]
             text = f"found: {audit.text}; taken as {shown}"
-            return self._take(changes, 0.0), [text]
+            return self._adopt(changes, 0.0), [text]
         if audit.verdict == "found" and self.given.ema_decay == FOUND:
             (candidate,) = audit.candidates
-            changes = _settings(candidate, candidate.value)
-            return self._take(changes, sigma), [f"found: {audit.text}"]
-        rounded = self._round(audit, 2 * sigma)
+            changes = _express_as_settings(candidate, candidate.value)
+            return self._adopt(changes, sigma), [f"found: {audit.text}"]
+        rounded = self._round_decays(audit, 2 * sigma)
         proposals = rounded
         if audit.verdict == "found" and sigma <= _CLEAR:
             proposals = [*rounded, {"ema_decay": FOUND}]
@@ -355,7 +355,7 @@ class _Decays:
                 return f"; with `steps_per_epoch` {number:,} it would be {rounded:g}"
         return ""
 
-    def _take(self, changes: Settings, uncertainty: float) -> ImportSettings:
+    def _adopt(self, changes: Settings, uncertainty: float) -> ImportSettings:
         """Put a decay that was found into the settings."""
         found: Settings = {"ema_decay": None, "ema_uncertainty": uncertainty}
         found |= changes
@@ -366,16 +366,16 @@ class _Decays:
             found["update_after_step"] = self.given.update_after_step or 0
         return replace(self.given, **found)
 
-    def _round(self, audit: Audit, distance: float) -> list[Settings]:
+    def _round_decays(self, audit: Audit, distance: float) -> list[Settings]:
         """List settings with round decays within a relative distance of the length that was found,
         the likeliest first; a decay that still rises fits any higher one."""
         rounded = []
         for candidate in audit.candidates:
             if candidate.rises:
                 highest = 10.0 ** math.floor(math.log10(1 - candidate.value) - 1)
-                rounded.append(_settings(candidate, round(1 - highest, 12)))
+                rounded.append(_express_as_settings(candidate, round(1 - highest, 12)))
             elif candidate.every > 1:
-                rounded.append(_settings(candidate, candidate.value))
+                rounded.append(_express_as_settings(candidate, candidate.value))
             elif candidate.warm_up != POWER_FUNCTION and (audit.uncertainty or 0.0) <= _CLEAR:
                 near = round_decays(candidate.value, distance)
                 row = _row(candidate)
@@ -383,7 +383,7 @@ class _Decays:
                     ratio = (1 - row.usual) / (1 - candidate.value)
                     if abs(math.log(ratio)) <= distance:
                         near.append(row.usual)
-                rounded += [_settings(candidate, decay) for decay in near]
+                rounded += [_express_as_settings(candidate, decay) for decay in near]
         return rounded
 
     # --- a decay that files or settings say
@@ -432,7 +432,7 @@ class _Decays:
             if given.ema_decay and candidate.warm_up != POWER_FUNCTION:
                 same = {"ema_decay": given.ema_decay, "ema_warmup": candidate.warm_up}
                 proposals.append(same)
-        rounded = self._round(audit, audit.uncertainty or 0.0)
+        rounded = self._round_decays(audit, audit.uncertainty or 0.0)
         proposals += [{"ema_warmup": "none"} | changes for changes in rounded]
         if len(audit.candidates) == 1 and (audit.uncertainty or 1.0) <= _CLEAR:
             proposals.append({"ema_decay": FOUND})
@@ -538,7 +538,7 @@ class _Decays:
         return True
 
 
-def _settings(candidate: Candidate, value: float) -> Settings:
+def _express_as_settings(candidate: Candidate, value: float) -> Settings:
     """Express a rule with another value as settings."""
     if candidate.warm_up == POWER_FUNCTION:
         return {"sigma_rels": (float(f"{value:.4g}"),)}

@@ -28,7 +28,7 @@ from typing import Any
 from posthoc_cli.checkpoints.ask import ASKED, QuestionError
 from posthoc_cli.checkpoints.clock import UNREAD, Reading
 from posthoc_cli.checkpoints.containers import strip_ending
-from posthoc_cli.checkpoints.content import Content, Tensors, Values, names_in, open_checkpoint
+from posthoc_cli.checkpoints.content import Content, Tensors, Values, list_names, open_checkpoint
 from posthoc_cli.checkpoints.folders import AVERAGE_WORD
 from posthoc_cli.checkpoints.sets import Pair, TensorSets, are_mmcv_buffers, complete
 from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings
@@ -123,19 +123,19 @@ def _recognise_sets(sets: TensorSets, settings: ImportSettings) -> Found:
     if kind:
         settings = replace(settings, kind=kind, average=None, weights=None)
     if settings.kind == "checkpoints":
-        return _weights(sets, settings)
+        return _find_weights(sets, settings)
     if settings.average is None and settings.weights is None:
         finders: list[Callable[[TensorSets], Found | None]] = [row.find for row in FIXED]
         for find in (*finders, _torchtitan):
             fixed = find(sets)
             if fixed is not None:
                 return fixed
-    pair = _average(sets, settings)
+    pair = _find_average(sets, settings)
     if pair is not None:
         return _describe(content, pair)
     if settings.kind == "ema" or (settings.weights is None and _is_average_file(content.path)):
         return _describe(content, Pair(averaged=sets.model()))
-    found = _weights(sets, settings)
+    found = _find_weights(sets, settings)
     if settings.weights is None and are_mmcv_buffers(found.weights):
         reason = "holds the weights twice, under names that begin with ema_ and without; a hook "
         reason += "such as mmcv's swaps the two, and nothing shows which are the averages"
@@ -151,7 +151,7 @@ def _is_average_file(path: Path) -> bool:
     return AVERAGE_WORD.search(stem) is not None or bool(AVERAGE_WORD.fullmatch(path.parent.name))
 
 
-def _weights(sets: TensorSets, settings: ImportSettings) -> Found:
+def _find_weights(sets: TensorSets, settings: ImportSettings) -> Found:
     if settings.weights is None:
         pair = Pair(weights=sets.model(), weights_key=sets.model_path())
     else:
@@ -160,7 +160,7 @@ def _weights(sets: TensorSets, settings: ImportSettings) -> Found:
     return Found(sets.content, "checkpoints", pair)
 
 
-def _average(sets: TensorSets, settings: ImportSettings) -> Pair | None:
+def _find_average(sets: TensorSets, settings: ImportSettings) -> Pair | None:
     """Find the average that the settings or a word name, with the weights that match it; alone if
     it is named, or if it is all of a checkpoint. None if there is none."""
     weights = None
@@ -179,7 +179,7 @@ def _average(sets: TensorSets, settings: ImportSettings) -> Pair | None:
             pairs += sets.pairs_within(path, weights)
     if len(pairs) > 1:
         keys = [pair.average_key for pair in pairs]
-        reason = f"which of its sets of tensors is the average is unclear: {names_in(keys)}"
+        reason = f"which of its sets of tensors is the average is unclear: {list_names(keys)}"
         raise QuestionError(sets.content.path, reason, *({"average": key} for key in keys))
     if pairs:
         return pairs[0]
@@ -213,7 +213,7 @@ class Library:
     lacks: tuple[str, ...] = ()  # settings that its files do not hold
 
 
-def _count(value: Any) -> int | None:
+def _read_count(value: Any) -> int | None:
     if isinstance(value, int | float) and value >= 0:
         return int(value)
     return None
@@ -233,17 +233,17 @@ def _diffusers(values: Values) -> Updates:
     power = rule.get("power", 1.0)
     if inv_gamma <= 0 or power < 0:
         raise ValueError("its warm-up never begins")
-    return Updates(rule, _count(values["optimization_step"]))
+    return Updates(rule, _read_count(values["optimization_step"]))
 
 
 def _with_decay(values: Values) -> Updates:
     """Read the updates of torch-ema, LitEma, ACE, OpenFold and NeMo: a count means that a warm-up
     was used."""
-    count = _count(values.get("num_updates"))
+    count = _read_count(values.get("num_updates"))
     is_rising = count is not None and bool(values.get("faster_decay_at_start", True))
     decay = round(float(values["decay"]), 7)
     rule = {"decay": decay, "warm_up": "ratio" if is_rising else ""}
-    every = _count(values.get("every_n_steps")) or 1
+    every = _read_count(values.get("every_n_steps")) or 1
     return Updates(rule, count, every)
 
 
@@ -254,7 +254,7 @@ def _counting(
     **rule: Any,
 ) -> Updates:
     """Read the number of updates from a value; they follow a rule."""
-    return Updates(rule, _count(values.get(name)), calls=calls)
+    return Updates(rule, _read_count(values.get(name)), calls=calls)
 
 
 _YOLO: Values = {"decay": 0.9999, "warm_up": "exp", "tau": 2000.0}
@@ -329,7 +329,7 @@ class Fixed:
     count: str
 
     def find(self, sets: TensorSets) -> Found | None:
-        count = _count(sets.content.values.get(self.count))
+        count = _read_count(sets.content.values.get(self.count))
         averaged = sets.below(self.average)
         weights = sets.below(self.weights)
         if not (averaged and weights and count):
@@ -512,7 +512,7 @@ class Stored:
     def groups(self) -> str:
         """The names of the outermost sets, for a message."""
         keys = dict.fromkeys(tensor.keys[0] for tensor in self._content.tensors.values())
-        return names_in([*keys]) or "it has none"
+        return list_names([*keys]) or "it has none"
 
     def _make(self, tensors: Tensors) -> Checkpoint:
         return make_checkpoint(self._content, tensors)

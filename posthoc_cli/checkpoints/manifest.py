@@ -18,7 +18,7 @@ import xxhash
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints import KINDS
-from posthoc_cli.checkpoints.clock import checked_number
+from posthoc_cli.checkpoints.clock import check_whole_number
 from posthoc_cli.checkpoints.content import Values
 from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.checkpoints.source import Checkpoint
@@ -104,7 +104,7 @@ def _decode(folder: Path, path: Path, raw: Values) -> Manifest:
         place = _absolute(text, base)
         if place in listed:
             raise ValueError(f"lists the checkpoint {text!r} twice")
-        listed[place] = (place, kind, checked_number(path, time))
+        listed[place] = (place, kind, check_whole_number(path, time))
     stored = raw["files"].items()
     identities = {_absolute(text, base): (nbytes, sample) for text, (nbytes, sample) in stored}
     unit, is_stated = raw["unit"]

@@ -28,7 +28,7 @@ from posthoc_cli import files
 from posthoc_cli.checkpoints.ask import ASKED, Answer, QuestionError
 from posthoc_cli.checkpoints.clock import UNREAD, Times, read_signs, read_times
 from posthoc_cli.checkpoints.containers import KIND, find_container, foreign_error
-from posthoc_cli.checkpoints.content import Content, names_in, open_checkpoint
+from posthoc_cli.checkpoints.content import Content, list_names, open_checkpoint
 from posthoc_cli.checkpoints.folders import (
     AVERAGE_WORD,
     Layout,
@@ -132,8 +132,8 @@ def read_place(
     run = reader.run()
     for file in run:
         check_given(file, settings)
-    times = _times(run, settings)
-    run = _begun(run, times.numbers)
+    times = _read_run_times(run, settings)
+    run = _leave_out_untrained(run, times.numbers)
     if not is_audit:
         run = _check_roles(run, settings)
     check_applies(any(file.averaged for file in run), settings)
@@ -155,7 +155,7 @@ def _check_unit(times: Times) -> None:
         raise QuestionError("steps_per_epoch", reason, {"steps_per_epoch": ASKED})
 
 
-def _times(run: Sequence[Found], settings: ImportSettings) -> Times:
+def _read_run_times(run: Sequence[Found], settings: ImportSettings) -> Times:
     if all(file.reading is not UNREAD for file in run):
         reading = run[0].reading
         says = f"{reading.unit}, by {reading.origin}"
@@ -170,7 +170,7 @@ def _times(run: Sequence[Found], settings: ImportSettings) -> Times:
     return read_times(signs, settings)
 
 
-def _begun(run: Sequence[Found], times: Sequence[int]) -> list[Found]:
+def _leave_out_untrained(run: Sequence[Found], times: Sequence[int]) -> list[Found]:
     """Return the checkpoints of a training that has begun, with their times."""
     if max(times) <= 0:
         reason = "all files have the number 0, which may be something else than a step"
@@ -194,7 +194,7 @@ def _note_unused(run: Sequence[Found]) -> list[str]:
         first = file.unused[0]
         averages = [key for key in file.unused if AVERAGE_WORD.search(key)]
         option = f"`average` '{averages[0]}'" if averages else f"`weights` '{first}'"
-        text = f"{file.path.name} also holds {names_in(file.unused)}, not used: an import with "
+        text = f"{file.path.name} also holds {list_names(file.unused)}, not used: an import with "
         text += f"{option} takes it"
         if file.averaged:
             text += ", and with `kind` checkpoints the model alone"
@@ -317,21 +317,21 @@ class _Reader:
         """Choose the series that are one run; raise a QuestionError if the choice is not clear."""
         held = []
         for each in series:
-            each.role = self._role(each)
+            each.role = self._find_role(each)
             if each.role:
                 held.append(each)
         if not held:
             return series  # whose error says why
-        averages = self._of_given_decay([each for each in held if each.role == "average"])
+        averages = self._select_decay([each for each in held if each.role == "average"])
         weights = [each for each in held if each.role == "weights"]
         others = [each for each in held if each.role == "both"]
         if others and not weights and len(others) == 1 and not averages:
             return others
         if not others and len(weights) <= 1 and len(averages) <= 1:
             return [*weights, *averages]
-        raise self._several(held)
+        raise self._ask_which(held)
 
-    def _role(self, series: _Series) -> str:
+    def _find_role(self, series: _Series) -> str:
         """Find what the first file of a series holds that can be recognised."""
         first = series.members[0]
         try:
@@ -347,7 +347,7 @@ class _Reader:
             return "both" if found.weights else "average"
         return "weights"
 
-    def _of_given_decay(self, averages: list[_Series]) -> list[_Series]:
+    def _select_decay(self, averages: list[_Series]) -> list[_Series]:
         """Keep the averages of guided-diffusion that have the given decay."""
         decays = {}
         for each in averages:
@@ -364,12 +364,12 @@ class _Reader:
             raise QuestionError("ema_decay", reason, *({"ema_decay": decay} for decay in choices))
         return [each for each in averages if decays.get(each.glob) in (None, given)]
 
-    def _several(self, series: Sequence[_Series]) -> QuestionError:
+    def _ask_which(self, series: Sequence[_Series]) -> QuestionError:
         """Make the question about several series, with globs that match nothing else."""
         series = sorted(series, key=lambda each: -self._open(each.members[0]).nbytes)
         answers: list[Answer] = []
         if len(series) == 2 and self._are_pairs(*series):
-            slower, faster = self._by_motion(series)
+            slower, faster = self._sort_by_motion(series)
             answers.append(self._pair(slower, faster))
             series = [faster, slower]
         weights = [each for each in series if each.role == "weights"]
@@ -393,7 +393,7 @@ class _Reader:
         tensors = [self._open(each.members[0]).tensors for each in (first, other)]
         return tensors[0].keys() == tensors[1].keys()
 
-    def _by_motion(self, series: Sequence[_Series]) -> list[_Series]:
+    def _sort_by_motion(self, series: Sequence[_Series]) -> list[_Series]:
         """Sort two series by how far they move from file to file; averages move less."""
         moved = []
         for each in series:
@@ -459,7 +459,7 @@ def holds_checkpoints(place: str | Path) -> bool:
 def candidates_at(place: str | Path) -> list[Candidate]:
     """List the files and folders that may each be a checkpoint."""
     path = files.expand_user(place)
-    matches = _matches(path)
+    matches = _list_matches(path)
     if not matches:
         raise DirectoryError(place, "no file or folder matches")
     if matches != [path] or not path.is_dir():
@@ -487,7 +487,7 @@ def _candidates_in(folder: Path) -> list[Candidate]:
     return [Candidate(folder, own)]
 
 
-def _matches(pattern: Path) -> list[Path]:
+def _list_matches(pattern: Path) -> list[Path]:
     """List the files and folders that a glob or a path names."""
     if not files.is_glob(pattern):
         return [pattern] if pattern.exists() else []
@@ -562,8 +562,8 @@ def _check_roles(run: list[Found], settings: ImportSettings) -> list[Found]:
     if len(both) < 2:
         _check_twins(run, settings)
         return run
-    ours, theirs = _starts(both)
-    average, weights = _motions(ours, theirs)
+    ours, theirs = _read_starts(both)
+    average, weights = _measure_motions(ours, theirs)
     pair = both[0].pair
     named = quote(pair.average_key) if pair.average_key else "the average"
     model = quote(pair.weights_key) if pair.weights_key else "the model"
@@ -571,7 +571,7 @@ def _check_roles(run: list[Found], settings: ImportSettings) -> list[Found]:
         log.warning("%s: %s never moves, and is not used", both[0].path.parent, named)
         return [_without_average(file) for file in run]
     others: list[Answer] = []
-    for key in _twins(both[0]):
+    for key in _find_twins(both[0]):
         others.append({"average": pair.average_key, "weights": key})
     alone: Answer = {"kind": "checkpoints"}
     if weights > 0 and np.array_equal(ours, theirs):
@@ -586,7 +586,7 @@ def _check_roles(run: list[Found], settings: ImportSettings) -> list[Found]:
     most = 1 / _SLOWER if is_said else _SLOWER  # an average of files far apart moves as the weights
     if average > most * weights:
         # The newest files alone look like this when the learning rate falls to 0: compare all.
-        average, weights = _motions(*_starts(both, len(both)))
+        average, weights = _measure_motions(*_read_starts(both, len(both)))
     if average > most * weights:
         found = "does not fit" if settings.average else "must be given"
         reason = f"{found}: {named} moves no less than {model}, as no average does"
@@ -605,7 +605,7 @@ def _check_twins(run: Sequence[Found], settings: ImportSettings) -> None:
     less, as averages do: no word says which is the average."""
     if len(run) < 2 or not all(file.weights for file in run) or settings.weights or settings.kind:
         return
-    for key in _twins(run[0]):
+    for key in _find_twins(run[0]):
         pairs = []
         for file in run:
             average = TensorSets(file.content, (key,)).below(key)
@@ -613,8 +613,8 @@ def _check_twins(run: Sequence[Found], settings: ImportSettings) -> None:
             pairs.append(replace(file, pair=pair))
         if not all(file.averaged for file in pairs):
             continue
-        theirs, ours = _starts(pairs)
-        motion, own = _motions(theirs, ours)
+        theirs, ours = _read_starts(pairs)
+        motion, own = _measure_motions(theirs, ours)
         motions = {key: motion, file.pair.weights_key: own}
         slower, faster = sorted(motions, key=lambda each: motions[each])
         is_slower = 0 < motions[slower] <= _SLOWER * motions[faster]
@@ -625,7 +625,7 @@ def _check_twins(run: Sequence[Found], settings: ImportSettings) -> None:
             raise QuestionError("average", reason, answer, {"kind": "checkpoints"})
 
 
-def _motions(ours: FloatArray, theirs: FloatArray) -> tuple[float, float]:
+def _measure_motions(ours: FloatArray, theirs: FloatArray) -> tuple[float, float]:
     """Measure how far two sets, [times, elements], move from time to time, squared."""
     average, weights = np.square(np.diff([ours, theirs], axis=1)).sum(axis=(1, 2)).tolist()
     return average, weights
@@ -635,7 +635,7 @@ def _without_average(file: Found) -> Found:
     return replace(file, pair=replace(file.pair, averaged={}), updates=None, kind="checkpoints")
 
 
-def _starts(
+def _read_starts(
     run: Sequence[Found],
     most: int = _COMPARED_FILES,
 ) -> tuple[FloatArray, FloatArray]:
@@ -645,7 +645,7 @@ def _starts(
     return np.stack([ours for ours, _ in pairs]), np.stack([theirs for _, theirs in pairs])
 
 
-def _twins(file: Found) -> list[str]:
+def _find_twins(file: Found) -> list[str]:
     """List the unused sets that have as many tensors as the weights or the average."""
     counts = {len(file.averaged or file.weights), len(file.weights)}
     found = []

@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 
 from posthoc_cli.checkpoints.ask import QuestionError
-from posthoc_cli.checkpoints.content import Content, StoredTensor, Tensors, names_in
+from posthoc_cli.checkpoints.content import Content, StoredTensor, Tensors, list_names
 from posthoc_cli.checkpoints.folders import AVERAGE_WORD, NO_MODEL
 from posthoc_cli.checkpoints.source import STATISTICS, tied_names
 from posthoc_cli.dtypes import EPS
@@ -140,13 +140,13 @@ class TensorSets:
         if len(outermost) == 1:
             return outermost[0]
         if outermost:
-            reason = f"has several sets of tensors {quote(text)}: {names_in(outermost)}"
+            reason = f"has several sets of tensors {quote(text)}: {list_names(outermost)}"
             raise QuestionError(self.content.path, reason, *({setting: path} for path in outermost))
         if text.endswith("*") and self._with_prefix(text[:-1]):
             return text
-        choices = names_in([*self.keys])
+        choices = list_names([*self.keys])
         if not choices:
-            choices = f"only the tensors {names_in([*self.content.tensors])}"
+            choices = f"only the tensors {list_names([*self.content.tensors])}"
         reason = f"has no set of tensors {quote(text)}; there are {choices}"
         raise UnsuitableError(self.content.path, reason)
 
@@ -223,10 +223,12 @@ class TensorSets:
             return self.models[0]
         if not self.models:
             groups = [*dict.fromkeys(tensor.keys[0] for tensor in self.content.tensors.values())]
-            raise UnsuitableError(path, f"holds no weights, only tensors under {names_in(groups)}")
+            raise UnsuitableError(
+                path, f"holds no weights, only tensors under {list_names(groups)}"
+            )
         reason = "which tensors are the model's is unclear: it has tensors under"
         answers = [{"weights": model} for model in self.models]
-        raise QuestionError(path, f"{reason} {names_in(self.models)}", *answers)
+        raise QuestionError(path, f"{reason} {list_names(self.models)}", *answers)
 
     def model(self) -> Tensors:
         """Return the weights of the model by name."""
@@ -260,7 +262,7 @@ class TensorSets:
         likeliest = [pair for pair in pairs if self._rank(pair) == best]
         keys = [*dict.fromkeys(pair.weights_key for pair in likeliest)]
         if len(keys) > 1:
-            reason = f"which of its sets of tensors is the model is unclear: {names_in(keys)}"
+            reason = f"which of its sets of tensors is the model is unclear: {list_names(keys)}"
             raise QuestionError(self.content.path, reason, *({"weights": key} for key in keys))
         return likeliest[-1]  # without keys of the average's own, such as `module`
 
@@ -326,7 +328,7 @@ class TensorSets:
     ) -> list[Pair]:
         averaged = self.below(average)
         if weights is not None:
-            averaged = _apart(averaged, self.below(weights))
+            averaged = _without_nested(averaged, self.below(weights))
         if averaged and all(map(str.isdecimal, averaged)):
             path = self.model_path() if weights is None else weights
             raw = self._with_names(path)
@@ -334,7 +336,7 @@ class TensorSets:
         pairs = []
         roots = self._roots(averaged, average) if weights is None else [weights]
         for path in roots:
-            raw = _apart(self._with_names(path), averaged)
+            raw = _without_nested(self._with_names(path), averaged)
             if path.endswith("*"):  # of buffers, whose names have no dots
                 raw = match_names(raw, averaged)
             matched = match_names(averaged, raw)
@@ -374,7 +376,7 @@ class TensorSets:
         longest = max(names, key=lambda name: (_depth(name), len(name), name))
         outside = [name for name in self.tensors if not _lies_in(name, average)]
         roots = _find_roots(longest, outside, _squeeze)
-        return roots or _find_roots(longest, outside, _bare)
+        return roots or _find_roots(longest, outside, _strip_wrappers)
 
     def _match_list(self, listed: Tensors, weights: Tensors) -> Tensors:
         """Match a list of averages with the names of their weights: in their order, or by shapes
@@ -398,7 +400,7 @@ class TensorSets:
         raise QuestionError(self.content.path, reason, {"kind": "checkpoints"})
 
 
-def _apart(tensors: Tensors, others: Tensors) -> Tensors:
+def _without_nested(tensors: Tensors, others: Tensors) -> Tensors:
     """Return the tensors of a set without the tensors of another set that lies in it."""
     theirs = {*others.values()}
     left = {name: tensor for name, tensor in tensors.items() if tensor not in theirs}
@@ -415,10 +417,10 @@ def match_names(averaged: Tensors, weights: Tensors) -> Tensors:
         full = name
         if name not in weights:
             if by_bare is None:
-                by_bare = {_bare(each): each for each in weights}
+                by_bare = {_strip_wrappers(each): each for each in weights}
                 if len(by_bare) < len(weights):
                     return {}  # two names are alike
-            full = by_bare.get(_bare(name), "")
+            full = by_bare.get(_strip_wrappers(name), "")
         if full and weights[full].shape == tensor.shape:
             matched[full] = tensor
         elif full and not _is_counter(tensor):
@@ -522,7 +524,7 @@ def _find_roots(longest: str, names: Iterable[str], form: Callable[[str], str]) 
     return [*roots]
 
 
-def _bare(name: str) -> str:
+def _strip_wrappers(name: str) -> str:
     """Strip wrappers, dots and underscores from a name: libraries that keep averages in buffers
     remove the dots, or replace them."""
     return _squeeze(_WRAPPERS.sub("", name))

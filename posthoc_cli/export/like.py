@@ -228,7 +228,7 @@ class Like:
     ) -> dict[str, set[str]]:
         """Find the names under which the checkpoint stores tensors; it may have none of them."""
         of_averages = [names[name] for name in averages]
-        old, new = self._beginnings(of_averages)
+        old, new = self._find_prefixes(of_averages)
         stored = {}
         for name, aliases in names.items():
             renamed = _rename(aliases, old, new)
@@ -286,7 +286,7 @@ class Like:
                 reason = f"tensors {quote(first)} and {quote(other)} are one tensor in it"
                 raise MismatchError(self.place, reason, "they would get different values")
 
-    def _beginnings(
+    def _find_prefixes(
         self,
         averages: Sequence[Sequence[str]],
     ) -> tuple[str, str]:
@@ -300,7 +300,7 @@ class Like:
         while end:
             old = first.removesuffix(end)
             fitting = []
-            for new in sorted(_find_beginnings(end, known)):
+            for new in sorted(_find_prefixes_before(end, known)):
                 if all(_rename(names, old, new) & known for names in averages):
                     fitting.append(new)
             if len(fitting) > 1:
@@ -318,7 +318,7 @@ class Like:
         raise MismatchError(self.place, f"{reason}; it has tensors such as {min(known)!r}", hint)
 
 
-def _find_beginnings(
+def _find_prefixes_before(
     end: str,
     names: Iterable[str],
 ) -> set[str]:

@@ -44,8 +44,8 @@ from posthoc_cli.reconstruction import Measurements, measured_prior
 from posthoc_cli.snapshots.snapshot import (
     Snapshot,
     decode_snapshot,
+    join_paths,
     join_samples,
-    joined_paths,
 )
 from posthoc_cli.snapshots.sources import TrackedTensor, by_time, make_averages, model_difference
 from posthoc_cli.snapshots.tensorfile import (
@@ -388,7 +388,7 @@ def _merge(folder: Path, parts: Sequence[Snapshot]) -> Snapshot:
         parts[0],
         **shared,
         sample=join_samples(samples, boxes, shapes),
-        sketch=joined_paths(sketches),
+        sketch=join_paths(sketches),
         path=folder,
         entries=entries,
         files=tuple(part_files),

@@ -210,7 +210,7 @@ def _layout(windows: int, numbers: int, full: int) -> np.dtype[Any]:
 
 
 def decode_path(text: str) -> PathSketch:
-    """Decode the path in a sketch, adding up the parts of `joined_paths`; ValueError if it is
+    """Decode the path in a sketch, adding up the parts of `join_paths`; ValueError if it is
     invalid."""
     first, *others = map(_decode, text.split(_AND))
     total = first.sketch
@@ -234,7 +234,7 @@ def path_of_part(
     return decode_path(texts[number - 1])
 
 
-def joined_paths(texts: Sequence[str]) -> str:
+def join_paths(texts: Sequence[str]) -> str:
     """Join the sketches of a model's parts; return an empty text unless all have a sketch of the
     same windows."""
     if not all(texts):

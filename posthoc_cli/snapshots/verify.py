@@ -278,7 +278,7 @@ def _report(
         header = output or (None if file.kind is None else decode_snapshot(file))
         report = FileReport(
             path,
-            _words(header),
+            _describe_header(header),
             INTACT if header else UNCHECKED,
             nbytes=file.nbytes,
             header=header,
@@ -300,7 +300,7 @@ def _report(
         )
 
 
-def _words(header: Snapshot | OutputInfo | None) -> str:
+def _describe_header(header: Snapshot | OutputInfo | None) -> str:
     if header is None:
         return "foreign"
     if isinstance(header, OutputInfo):

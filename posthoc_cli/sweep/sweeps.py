@@ -115,7 +115,7 @@ class Sweep:
         check_command(self.command, self.metric, needs_images=self.minimize is None)
         check_count("budget", self.budget, LEAST_BUDGET)
         target: Target = SigmaRel(0.2 if self.lengths is None else self.lengths.high)
-        with muted_warnings():
+        with mute_warnings():
             plan = self._write(target, None, dry_run=True).plan
             self.t = plan.t
         lengths = self.lengths or searchable_lengths(self.run, self.t)
@@ -300,7 +300,7 @@ class Sweep:
         scratch = (self.out / _SCRATCH).absolute()  # the command may change the directory
         files.make_directory(scratch)
         path = scratch / f"weights{self._suffix}"
-        with muted_warnings():
+        with mute_warnings():
             plan = weights.write(path)
         trial = Trial(weights.title, weights.sigma_rel, seed)
         if plan is not None:
@@ -471,7 +471,7 @@ def trial_from_json(entry: dict[str, Any]) -> Trial:
 
 
 @contextmanager
-def muted_warnings() -> Iterator[None]:
+def mute_warnings() -> Iterator[None]:
     """Mute the warnings of inexact averages, of which a sweep has said the range before."""
     planning = logging.getLogger("posthoc_cli.synthesis.plan")
     was_disabled = planning.disabled

@@ -31,8 +31,8 @@ from posthoc_cli.tracker.model import TrackedModel, named_tensors
 from posthoc_cli.tracker.processes import (
     Group,
     ShardOwners,
-    held_box,
-    held_part,
+    local_box,
+    local_part,
     reshard,
 )
 
@@ -116,7 +116,7 @@ def index_chunks(
         tensor = tensors.get(name)
         actual = None
         if tensor is not None:
-            _, own_box = held_box(name, tensor)
+            _, own_box = local_box(name, tensor)
             actual = tuple(tensor.shape), own_box
         if actual != (tracked.shapes[name], box):
             where = "spread over the processes in another way than when tracked"
@@ -167,7 +167,7 @@ def _add_names(
 
 
 def _empty_part(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty(held_part(tensor).shape, dtype=dtype)
+    return torch.empty(local_part(tensor).shape, dtype=dtype)
 
 
 def _read_again(path: Path, checksum: str) -> Snapshot:
@@ -187,7 +187,7 @@ def _read_again(path: Path, checksum: str) -> Snapshot:
 SentPlan = tuple[Plan, Sequence[tuple[str, str]]]
 
 
-def to_send(plan: Plan) -> SentPlan:
+def reduce_to_send(plan: Plan) -> SentPlan:
     """Reduce a plan to what the first process sends: without its target, which may be a user's
     object, and with the newest header as its only source; and the name and the checksum of each
     source."""
@@ -211,7 +211,7 @@ def read_chunks(
     boxes: dict[str, Box] = {}
     for name, tensor in tensors.items():
         if name in plan.newest.tensors:  # else of another name, or not tracked
-            boxes[name] = held_box(name, tensor)[1]
+            boxes[name] = local_box(name, tensor)[1]
 
     def make() -> Weights:
         sources = tuple(_read_again(directory / name, checksum) for name, checksum in used)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError, NotReadyError
 from posthoc_cli.tracker.model import ON_META, NamedTensor, check_model, named_tensors
-from posthoc_cli.tracker.processes import held_part, is_sharded, reshard
+from posthoc_cli.tracker.processes import is_sharded, local_part, reshard
 
 
 @torch.no_grad()
@@ -40,7 +40,7 @@ def check_weights(
 
 
 def _check_shape(name: str, tensor: Tensor, value: Tensor) -> None:
-    own = list(held_part(tensor).shape)
+    own = list(local_part(tensor).shape)
     shape = list(value.shape)
     if own == shape:
         return
@@ -147,7 +147,7 @@ class _RawTensor:
     @torch.no_grad()
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
-        self._part = held_part(tensor).data
+        self._part = local_part(tensor).data
         self._values: Tensor | None = None
         if _is_writable(self._part):
             self._values = self._part.to("cpu", non_blocking=self._part.is_cuda, copy=True)
@@ -169,7 +169,7 @@ def fill_in(
 ) -> None:
     """Copy weights into their targets in a model."""
     for name, target in targets.items():
-        part = held_part(target.tensor)
+        part = local_part(target.tensor)
         if _is_writable(part):
             part.data.copy_(weights[name], non_blocking=part.is_cuda)
         else:

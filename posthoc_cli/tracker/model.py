@@ -33,8 +33,8 @@ from posthoc_cli.snapshots.tensorfile import Box
 from posthoc_cli.tracker.processes import (
     Members,
     as_dtensor,
-    held_box,
     is_sharded,
+    local_box,
     local_tensors,
     reshard,
 )
@@ -266,7 +266,7 @@ class _Collection:
         if first_name != name:
             self._aliases[name] = first_name
             return
-        self._parts[name], self._boxes[name] = held_box(name, tensor)
+        self._parts[name], self._boxes[name] = local_box(name, tensor)
         self._shapes[name] = tuple(tensor.shape)
         self._is_sharded |= is_sharded(tensor)
         role = "copy" if is_copied else self._role(entry)
@@ -599,11 +599,11 @@ def _named_modules(model: nn.Module) -> Iterator[NamedModule]:
         parent, _, key = raw.rpartition(".")
         above, wrapped = parents.get(parent, ("", ""))
         path = above if key == wrapped else _join(above, key)
-        parents[raw] = path, wrapped_child(module)
+        parents[raw] = path, find_wrapped_child(module)
         yield path, raw, module
 
 
-def wrapped_child(module: nn.Module) -> str | None:
+def find_wrapped_child(module: nn.Module) -> str | None:
     """Find the name of the child that a wrapper wraps; None if the module is not a wrapper."""
     for defined_in, name in _WRAPPERS:
         # A class that nobody has imported wraps nothing. A release of torch without the class is an
@@ -618,7 +618,7 @@ def wrapped_child(module: nn.Module) -> str | None:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Find the model inside all of its wrappers."""
-    while (child := wrapped_child(model)) is not None:
+    while (child := find_wrapped_child(model)) is not None:
         model = model.get_submodule(child)
     return model
 
@@ -699,7 +699,7 @@ def _leave_out_wrappers(
     if not names:
         return
     for _, wrapper, module in reversed(modules):  # the innermost first
-        child = wrapped_child(module)
+        child = find_wrapped_child(module)
         if child is None:
             continue
         prefix = _join(wrapper, f"{child}.")

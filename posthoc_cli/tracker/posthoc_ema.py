@@ -53,7 +53,7 @@ from posthoc_cli.snapshots.snapshot import (
     Snapshot,
     are_equal,
     encode_path,
-    joined_paths,
+    join_paths,
     make_selection,
     places,
     recorded_weights,
@@ -930,7 +930,7 @@ class PostHocEMA:
                 sigma_rels=averages.sigma_rels,
                 standing=averages.standing,
                 last=tracking.progress.last,
-                sketch=joined_paths([path for path in paths if path]),
+                sketch=join_paths([path for path in paths if path]),
                 weights=weights,
             )
 
@@ -978,7 +978,7 @@ class PostHocEMA:
 
             def plan() -> Plan:
                 return averaged.log_predicted_error(
-                    plan_synthesis(self._to_read(), [length], **asked)
+                    plan_synthesis(self._list_durable(), [length], **asked)
                 )
 
             return with_consistent_plan(plan, make_weights)
@@ -1041,8 +1041,10 @@ class PostHocEMA:
         group.together(self._flush)
 
         def plan() -> averaged.SentPlan:
-            return averaged.to_send(
-                averaged.log_predicted_error(plan_synthesis(self._to_read(), [length], **asked))
+            return averaged.reduce_to_send(
+                averaged.log_predicted_error(
+                    plan_synthesis(self._list_durable(), [length], **asked)
+                )
             )
 
         return with_consistent_plan(
@@ -1050,7 +1052,7 @@ class PostHocEMA:
             lambda sent: averaged.read_chunks(group, sent, length, tensors, self.checkpoint_dir),
         )
 
-    def _to_read(self) -> list[Snapshot]:
+    def _list_durable(self) -> list[Snapshot]:
         """List the run's durable snapshots, at least one."""
         self._flush()
         stored = self._read_stored()

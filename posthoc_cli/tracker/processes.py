@@ -63,15 +63,15 @@ def local_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
     return parts
 
 
-def held_part(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """Find the elements of a tensor that this process holds, sharing their memory."""
     if not is_sharded(tensor):
         return tensor
-    part, _ = held_box("", tensor)
+    part, _ = local_box("", tensor)
     return part
 
 
-def held_box(name: str, tensor: Tensor) -> tuple[Tensor, Box]:
+def local_box(name: str, tensor: Tensor) -> tuple[Tensor, Box]:
     """Find the elements of a tensor that this process holds, sharing their memory, and their box in
     the tensor."""
     if not is_sharded(tensor):

@@ -90,14 +90,14 @@ class Start:
     ) -> Start:
         """Make the start of a new run, or with `resume`, see `PostHocEMA.from_model`, of the run in
         the directory."""
-        step = _checked_step(resume)
+        step = _check_step(resume)
         stored: Sequence[Snapshot] = []
         if step:
             stored = read_directory(directory)
         elif resume is not None:  # an existing run may be absent only without a step
             stored = find_snapshots(directory)
         if stored and step != 0:
-            settings = _checked_settings(settings, stored[-1], directory)
+            settings = _adapt_settings(settings, stored[-1], directory)
             if step is None and _is_beginning(stored, settings):
                 # The run was killed while it wrote its first snapshots: they are set aside when it
                 # begins again.
@@ -114,7 +114,7 @@ class Start:
             tracking = Tracking(run_id, tensors.tracked, none, resumes=bool(stored))
             tracking = _with_members(tracking, model, tensors, settings, directory, processes)
             return cls(directory, settings, step if stored else None, tracking)
-        complete = _until(_complete(stored, settings.sigma_rels), step, "resume")
+        complete = _select_until(_select_complete(stored, settings.sigma_rels), step, "resume")
         tracking = _resume(complete[-1], settings.sigma_rels)
         tracking = _with_members(tracking, model, tensors, settings, directory, processes)
         start = cls(directory, settings, step, tracking)
@@ -133,7 +133,7 @@ class Start:
         settings."""
         stored = read_directory(directory)
         sigma_rels = stored[-1].sigma_rels
-        stored = [*_until(stored, step)]
+        stored = [*_select_until(stored, step)]
         newest = stored[-1]
         selection = (newest.selection or Selection()).adapt_to(newest)
         settings = Settings(sigma_rels, newest.schedule, newest.t_unit, selection)
@@ -147,7 +147,7 @@ class Start:
         processes = find_group(model, group)
         tracking = _with_members(tracking, model, tensors, settings, directory, processes)
         start = cls(directory, settings, step, tracking)
-        start.look(model, _complete(stored, settings.sigma_rels))
+        start.look(model, _select_complete(stored, settings.sigma_rels))
         return start
 
     def look(self, model: nn.Module, stored: Sequence[Snapshot]) -> None:
@@ -197,8 +197,8 @@ class Start:
         """Load the averages of the chosen call."""
         if self.step == 0:
             return replace(now, progress=TrainingProgress(), resumes=False)
-        stored = _complete(read_directory(self.directory), self.settings.sigma_rels)
-        chosen = _until(stored, self.step)
+        stored = _select_complete(read_directory(self.directory), self.settings.sigma_rels)
+        chosen = _select_until(stored, self.step)
         loaded = _load(chosen, self.settings.sigma_rels, now.tracked)
         if now.tracked.members.rank == 0 and _are_rounded(stored[-1]):
             log.warning(
@@ -230,7 +230,7 @@ def sample_of_all(group: Group, own: Mapping[int, float]) -> Floats:
 # --- the arguments, and the directory
 
 
-def _checked_step(resume: str | int | None) -> int | None:
+def _check_step(resume: str | int | None) -> int | None:
     """Check the call to resume from; None for the newest one that fits, or a new run."""
     if resume in (None, "auto"):
         return None
@@ -241,7 +241,7 @@ def _checked_step(resume: str | int | None) -> int | None:
     return check_count("resume", resume, 0)
 
 
-def _checked_settings(settings: Settings, newest: Snapshot, directory: Path) -> Settings:
+def _adapt_settings(settings: Settings, newest: Snapshot, directory: Path) -> Settings:
     """Make the settings with which a run continues from its newest snapshot."""
     if newest.t_unit != settings.t_unit:
         reason = f"the run in {directory} counts {quote(newest.t_unit)}"
@@ -348,7 +348,7 @@ def _is_beginning(stored: Sequence[Snapshot], settings: Settings) -> bool:
     return is_first and len(stored) < len(settings.sigma_rels)
 
 
-def _complete(
+def _select_complete(
     stored: Sequence[Snapshot],
     sigma_rels: Sequence[float],
 ) -> list[Snapshot]:
@@ -359,7 +359,7 @@ def _complete(
     return [snapshot for snapshot in stored if profiles[snapshot.t].issuperset(sigma_rels)]
 
 
-def _until(
+def _select_until(
     snapshots: Sequence[Snapshot],
     step: int | None,
     argument: str = "step",

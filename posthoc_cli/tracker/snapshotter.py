@@ -180,7 +180,7 @@ class Snapshotter:
     def continue_from(self, state: Tracking) -> None:
         """Set aside the snapshots that are later than a state."""
         t = state.progress.t
-        later = [snapshot for snapshot in self._complete() if snapshot.t > t]
+        later = [snapshot for snapshot in self._find_complete() if snapshot.t > t]
         if self._leads and (moved := set_aside(later, self._lock)):
             log.warning(
                 "training continues from t = %.12g: %d later snapshots moved to %s",
@@ -255,7 +255,7 @@ class Snapshotter:
         log.info("wrote %s", path)
         return sum(entry.nbytes for entry in entries.values())
 
-    def _complete(self) -> list[Snapshot]:
+    def _find_complete(self) -> list[Snapshot]:
         """Find the complete snapshots among those that this process has written, or has written a
         part of."""
         if not self._members.is_chunked:
@@ -274,7 +274,7 @@ class Snapshotter:
             self._stored = [snapshot for snapshot in self._stored if snapshot.path.exists()]
         if not self._leads or schedule.max_checkpoints is None:
             return
-        snapshots = self._complete()
+        snapshots = self._find_complete()
         complete = {(snapshot.t, snapshot.sigma_rel) for snapshot in snapshots}
         unfinished = set()
         for snapshot in self._stored:
@@ -416,14 +416,14 @@ class StagedAverage:
         have been taken."""
         storage = self.storage
         norms = read_numbers(self._norms, self._tiles)
-        doubtful = _outside(storage, norms)
+        doubtful = _find_overflowing(storage, norms)
         squares = storage.subset.sums(join_buckets(self._measured))
         rounding = _rounding(storage, self._measured)
         names = [*storage.subset.sizes]
         for name, norm, error in zip(names, squares, rounding, strict=True):
             if not _is_accurate(norm, error, storage.dtype(name)):
                 doubtful.add(name)
-        self.others = _stored_exactly(storage, averages, index, doubtful)
+        self.others = _read_exact(storage, averages, index, doubtful)
         self.nonfinite = nonfinite_name(self.others)
         rounding[[name in self.others for name in names]] = 0.0
         self.measurements = make_measurements(squares, rounding)
@@ -458,7 +458,7 @@ def stage(
     return staged
 
 
-def _outside(
+def _find_overflowing(
     storage: Storage,
     norms: Sequence[float],
 ) -> set[str]:
@@ -481,7 +481,7 @@ def _rounding(storage: Storage, measured: Sequence[Tensor]) -> FloatArray:
     return storage.subset.sums(join_buckets(measured), join_buckets(rounded))
 
 
-def _stored_exactly(
+def _read_exact(
     storage: Storage,
     averages: Averages,
     index: int,

@@ -24,7 +24,7 @@ from posthoc_cli.tracker.averages import Averages, AverageTensors, Standing
 from posthoc_cli.tracker.clock import Moment, Settings, TrainingProgress
 from posthoc_cli.tracker.memory import find_layout, on_host
 from posthoc_cli.tracker.model import TrackedModel, into_dtensors, nonfinite_name
-from posthoc_cli.tracker.processes import held_box
+from posthoc_cli.tracker.processes import local_box
 
 STATE_VERSION = 8
 
@@ -147,13 +147,13 @@ def unpack_state(
     averages = Averages(settings.sigma_rels)
     if standing.t > 0 and tracked.tensors:
         check_profiles(info.sigma_rels, settings.sigma_rels)
-        averages = _unpacked_averages(state, info, settings.sigma_rels, tracked)
+        averages = _unpack_averages(state, info, settings.sigma_rels, tracked)
     progress = TrainingProgress.resume(info.last, standing.step)
     loaded = Tracking(info.run_id, tracked, averages, progress)
     return loaded, info.weights
 
 
-def _unpacked_averages(
+def _unpack_averages(
     state: Mapping[str, Any],
     info: StateInfo,
     sigma_rels: tuple[float, ...],
@@ -227,7 +227,7 @@ def _own_part(
             hint = "the state is of another model"
         reason = f"is {stored.dtype} of shape {stored_shape} in the state"
         raise ModelMismatchError(subject, f"{reason}, not {dtype} of shape {shape}", hint)
-    tensor, box = held_box(name, stored)
+    tensor, box = local_box(name, stored)
     own = tracked.boxes[name]
     if box.intersection(own) != own:
         reason = "is sharded over the processes in another way in the state than in the model"

@@ -154,7 +154,7 @@ def test_a_process_holds_its_share_and_no_complete_tensor_set(tmp_path):
 import gc
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from posthoc_cli.tracker.processes import held_part
+from posthoc_cli.tracker.processes import local_part
 def memory(key):
     gc.collect()
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -167,7 +167,7 @@ def measure(work):
 def change():
     for _ in range(4):
         for parameter in model.parameters():
-            held_part(parameter).data.add_(1)
+            local_part(parameter).data.add_(1)
         ema.update_(model)
     ema.flush()
 def evaluate():
@@ -179,7 +179,7 @@ def go_on():
     ema.update_(model)
 for rows in (8, 1536):  # the first, small model loads modules and makes caches
     model = fully_shard(nn.Sequential(*(nn.Linear(1024, rows, bias=False) for _ in range(16))))
-    share = sum(4 * held_part(parameter).numel() for parameter in model.parameters())
+    share = sum(4 * local_part(parameter).numel() for parameter in model.parameters())
     directory = folder / str(rows)
     ema = PostHocEMA.from_model(model, directory, update_every=1, checkpoint_every=2)
     found = [measure(change), measure(evaluate)]
