@@ -195,8 +195,8 @@ def check_parent(path: Path) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Raise InvalidValueError if the folder of outputs `path` exists, and is none, or if it is a
-    pipe's usual name."""
+    """Raise InvalidValueError if `path`, the folder of outputs, exists and is not a folder, or if
+    it is a pipe's usual name."""
     if path == Path("-"):
         raise InvalidValueError("out", "outputs are files; name a file or a folder", value=path)
     if path.exists() and not path.is_dir():

@@ -169,7 +169,7 @@ def _closest_together(
 
 @dataclass(frozen=True)
 class Schedule:
-    """The snapshots of a training of so many steps, as the arguments of a tracker say."""
+    """The snapshots of a training of this number of steps, as the arguments of a tracker say."""
 
     steps: int
     checkpoint_every: int

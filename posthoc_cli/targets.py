@@ -420,8 +420,8 @@ def as_targets(values: object) -> tuple[Target, ...]:
 
 
 def name_equal_length(target: Target, steps: float | None) -> str | None:
-    """Name the ordinary EMA that is as long as a power function after so many steps, by its decay,
-    or the sigma_rel of an ordinary EMA; None for another target, or without steps."""
+    """Name the ordinary EMA that is as long as a power function after this number of steps, by its
+    decay, or the sigma_rel of an ordinary EMA; None for another target, or without steps."""
     if steps is None:
         return None
     if target.sigma_rel is not None:

@@ -214,7 +214,7 @@ def open_checkpoints(place: str | Path) -> list[Checkpoint]:
 
 
 def open_unclaimed(place: str | Path, given: Settings | None = None) -> list[Checkpoint]:
-    """Open the checkpoints at a place without a look at their values: averages whose decay no file
+    """Open the checkpoints at a place without reading their values: averages whose decay no file
     states get placeholders as profiles.
 
     An import has its settings, and takes none.

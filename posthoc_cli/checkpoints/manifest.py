@@ -81,7 +81,7 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest in a folder, without a look at the files; raise FileFormatError if it is
+    """Read the manifest in a folder, without opening the files; raise FileFormatError if it is
     damaged."""
     path = folder / MANIFEST
     raw = parse_object(path, read_small_file(path, 100_000_000), "import")
@@ -145,8 +145,7 @@ def write_manifest(
     """Write the manifest of checkpoints that were found at `origin`; return False if `out` holds an
     equal one already.
 
-    Raise OutputExistsError if it holds something else; without `overwrite` also if it is another
-    import.
+    Raise OutputExistsError if it holds something else, or, without `overwrite`, another import.
     """
     listed = {}
     identities = {}

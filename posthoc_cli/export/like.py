@@ -467,7 +467,7 @@ class Replacement:
 
 
 class CopiedFile:
-    """A copy of a file in a pending one, but for the bytes of the chunks: each is to be written
+    """A copy of a file in a pending one, except for the bytes of the chunks: each is to be written
     once.
 
     Raises FileFormatError if the file was changed since its index was read, and MismatchError if

@@ -35,7 +35,7 @@ def make_tracker(
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
-    """Return whether processes hold chunks of the model, also when a forward pass has made its
+    """Return whether processes hold chunks of the model, even if a forward pass has made its
     parameters complete."""
     has_dtensors = any(hasattr(parameter, "placements") for parameter in model.parameters())
     return has_dtensors or any(hasattr(module, "reshard") for module in model.modules())
@@ -73,8 +73,8 @@ def read_state(
     number: int = 0,
     of_model: bool = False,
 ) -> None:
-    """Continue from the state in a checkpoint, also of other processes; warn if it has none, with
-    `of_model` also if it is of other weights than the model's."""
+    """Continue from the state in a checkpoint, which other processes may have written; warn if it
+    has none, or with `of_model` if the state belongs to other weights than the model's."""
     places = [Path(folder) / name for name in _state_names(number)]
     paths = [path for path in places if path.exists()]
     if len(paths) > 1:

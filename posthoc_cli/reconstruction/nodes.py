@@ -364,7 +364,7 @@ def _steps_per_time(edges: FloatArray, steps: Steps | None) -> FloatArray:
 
 
 def evenly_chosen(values: FloatArray, most: int) -> FloatArray:
-    """Choose at most so many of the values, both ends included."""
+    """Choose at most `most` of the values, both ends included."""
     count = min(values.size, most)
     places = np.linspace(0, values.size - 1, count)
     indices = places.round().astype(np.intp)

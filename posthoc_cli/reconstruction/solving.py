@@ -850,7 +850,7 @@ class LeastSquares:
 
 
 def unit_vector(row: int, count: int) -> FloatArray:
-    """Make the coefficients of one of so many snapshots alone."""
+    """Make coefficients of 0 but for one of `count` snapshots."""
     coefficients = np.zeros(count)
     coefficients[row] = 1.0
     return coefficients

@@ -817,7 +817,7 @@ def parse_object(
     what: str,
     most: int = MAX_VALUES,
 ) -> dict[str, Any]:
-    """Parse an object of at most so many values in strict JSON: no duplicate keys, no NaN, no zero
+    """Parse an object of at most `most` values in strict JSON: no duplicate keys, no NaN, no zero
     bytes, no text that is not Unicode."""
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")

@@ -60,7 +60,7 @@ class Lengths:
 
     @classmethod
     def parse(cls, text: str, name: str, steps: float | None = None) -> Lengths:
-        """Parse LOW:HIGH, a range, or a list, of sigma_rels, or, after so many `steps`, of decays,
+        """Parse a range LOW:HIGH or a list of sigma_rels, or, with a number of `steps`, of decays,
         each of which stands for the sigma_rel that is as long; an InvalidValueError about `name`
         says what is accepted."""
         is_range = text.count(":") == 1 and "," not in text
@@ -84,7 +84,7 @@ class Lengths:
         return self.low <= sigma_rel <= self.high
 
     def grid(self, budget: int) -> list[float]:
-        """List the given lengths, or so many of the range, evenly in their logarithm."""
+        """List the given lengths, or `budget` lengths of the range, evenly in their logarithm."""
         if self.listed:
             return list(self.listed)
         inner = np.geomspace(self.low, self.high, budget)[1:-1].tolist()
@@ -102,7 +102,7 @@ class Lengths:
 
 
 def sigma_rel_for_decay(decay: float, steps: float) -> float:
-    """Find the sigma_rel that is as long as a decay after so many steps, to four digits."""
+    """Find the sigma_rel that is as long as a decay after this number of steps, to four digits."""
     sigma_rel = sigma_rel_from_decay(Beta(decay).beta, steps)
     if sigma_rel is None:
         most = 1 - 2 / steps

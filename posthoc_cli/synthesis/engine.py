@@ -105,7 +105,7 @@ class Sums:
                     total.add_(values, alpha=scale)
 
     def _add_product(self, first: int, count: int) -> None:
-        """Add the values in so many slots, of the sources from the first one on."""
+        """Add the values in `count` slots, of the sources from the first one on."""
         matrix = self._matrix[:, first : first + count]
         keeps_sums = int(first > 0)
         for begin in range(0, self._padded, COLUMNS):

@@ -101,8 +101,8 @@ def swap_in(
     model: nn.Module,
     weights: Mapping[str, Tensor],
 ) -> Iterator[None]:
-    """Give the model `weights` and eval mode for the block; afterwards, also on an error, restore
-    its parameters, buffers, gradients and modes.
+    """Give the model `weights` and eval mode for the block; afterwards, even after an error,
+    restore its parameters, buffers, gradients and modes.
 
     Meanwhile the model's raw values are kept in host memory, so that an accelerator holds no second
     copy.

@@ -238,7 +238,7 @@ class Pipeline:
         take_in: Callable[[], str | None],
         progress: TrainingProgress,
     ) -> None:
-        """Take in values, and queue due snapshots, also if the values are refused; do nothing once
+        """Take in values, and queue due snapshots even if the values are refused; do nothing once
         the end of the process has closed the tracker."""
         if self.closed:
             return

@@ -499,7 +499,7 @@ class PostHocEMA:
         A tracked length, without `t` or `step`, is the current average: exact, and from memory.
         Other averages are made of snapshots, at the time of the newest; the block's object says
         this time, `t`, once it is entered. After the block weights, buffers, train or eval mode and
-        gradients are as before, also on an error. Meanwhile the model's raw weights are kept in
+        gradients are as before, even after an error. Meanwhile the model's raw weights are kept in
         host memory. The weights take the model's dtypes. A second block of the same model is
         refused. The arguments are as for `state_dict`.
 
