@@ -343,7 +343,7 @@ class Storage:
         self.subset = Subset(layout, self.weights)
         self.memory: list[FlatTensors] = []  # for each profile; reused, since allocation is slow
         sampled = []  # the bucket and the position of each element
-        for name, index in tracked.sampled.values():
+        for name, index in tracked.sample_places.values():
             number, place = self.places[name]
             (position,) = place.positions(np.array([index]))
             sampled.append((number, position))
