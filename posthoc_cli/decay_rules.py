@@ -20,8 +20,8 @@ MOST_UPDATES = 20_000_000
 """
 
 MOST_TIMES = 16_384
-"""Limit of the times in a profile. Of more updates, neighbours are joined, which moves mass by <
-1e-4 of training."""
+"""Limit of the times in a profile. If there are more updates, neighbours are joined, which moves
+mass by < 1e-4 of training."""
 
 
 def ema_pytorch_profile(
@@ -30,19 +30,19 @@ def ema_pytorch_profile(
     every: int,
     first: int = 1,
 ) -> Discrete:
-    """Return the profile that `ema-pytorch` 0.8.3 and `pytorch-posthoc-ema` 1.0.10 store, on the
+    """Compute the profile that `ema-pytorch` 0.8.3 and `pytorch-posthoc-ema` 1.0.10 store, on the
     step clock.
 
     They count calls from the first update, c = 1, 1 + every, ..., and keep (1 - 1 / (c +
     1))**(gamma + 1), whatever `every` is; at the first update, nothing. With every = 1 that is the
-    power function of `gamma`, shifted by a step; with more it is close to that of the exponent
-    (gamma + 1) / every - 1, a longer average. `first` is the step of the first update: 1, or
-    `update_after_step` of the latter library.
+    power function of `gamma`, shifted by a step; with more it is close to the power function of the
+    exponent (gamma + 1) / every - 1, a longer average. `first` is the step of the first update: 1,
+    or `update_after_step` of the latter library.
 
     Raises:
         InvalidValueError: the step is before the first update, or makes more than `MOST_UPDATES`.
     """
-    accepted = f"be at least {first}, that of the first update"
+    accepted = f"be at least {first}, the step of the first update"
     check_number("step", step, lambda number: number >= first, accepted)
     count = (step - first) // every + 1
     _check_updates(count, step)
@@ -51,7 +51,7 @@ def ema_pytorch_profile(
     logs = (gamma + 1) * np.log1p(-share)
     backwards = np.cumsum(logs[::-1])
     later = -np.expm1(backwards[::-1])
-    # the mass after each update, from that before the first one
+    # the mass after each update, beginning before the first one
     after = np.concatenate(([1.0], later, [0.0]))
     numbers, masses = _join(-np.diff(after))
     return Discrete(first + every * numbers, masses, step)
@@ -151,7 +151,7 @@ class WarmUp:
     decay: Callable[[DecayRule, FloatArray], FloatArray]  # of the n-th update, n from 1
     formula: str  # for messages; fields of the rule in braces
     number: str = ""  # the field of `DecayRule` that NUMBER sets in an option NAME:NUMBER
-    usual: float | None = None  # its value without NUMBER: that of the library it comes from
+    usual: float | None = None  # its value without NUMBER, from the library that has the rule
     is_schedule: bool = False  # whether it leads to 1 at a step of the training, without `decay`
     others: tuple[float, ...] = ()  # the number's values in other libraries
     is_common: bool = False  # whether many libraries have it
@@ -206,7 +206,7 @@ class DecayRule:
     The first update that is not a copy has n = 1; in a schedule the first one, copy or not.
     """
 
-    # the constant decay, or the one that a warm-up leads to; unused by a schedule
+    # the constant decay, or the decay that a warm-up leads to; unused by a schedule
     decay: float = UNLIMITED
     warm_up: str = ""  # "" for none, a name in `WARM_UPS`, or `POWER_FUNCTION`
     copies: int = 0  # number of initial updates that copy the weights
@@ -239,13 +239,13 @@ class DecayRule:
         return bool(np.isclose(later - earlier, 1))
 
     def with_number(self, number: float) -> DecayRule:
-        """Return the rule with another number of its row in `WARM_UPS`."""
+        """Set another number of the rule's row in `WARM_UPS`."""
         name = RULES[self.warm_up].number
         changes: dict[str, Any] = {name: number}
         return replace(self, **changes)
 
     def longer(self, factor: float) -> DecayRule:
-        """Return the rule of an average that is longer by a factor at its end."""
+        """Make the rule of an average that is longer by a factor at its end."""
         if self.is_schedule:
             share = (1 - self.base) / factor
             return replace(self, base=1 - share)
@@ -264,12 +264,12 @@ class DecayRule:
         return formula.format(n=n, **vars(self))
 
     def progress(self, n: FloatArray) -> FloatArray:
-        """Return the share of a schedule that has passed before the n-th update."""
+        """Compute the share of a schedule that has passed before the n-th update."""
         updates = n - 1 + self.before
         return np.minimum(updates / self.steps, 1.0)
 
     def at(self, updates: FloatArray) -> FloatArray:
-        """Return the share of the previous average that updates keep, by their numbers from 1:
+        """Compute the share of the previous average that updates keep, by their numbers from 1:
         shape of `updates`."""
         numbers = 1 + (updates - 1) * self.stride
         n = numbers
@@ -280,7 +280,7 @@ class DecayRule:
         return np.where(numbers > self.copies, kept, 0.0)
 
     def kept_logs(self, updates: int) -> FloatArray:
-        """Return the logarithm of the share that updates 1 to k keep together, for k from 0 to
+        """Compute the logarithm of the share that updates 1 to k keep together, for k from 0 to
         `updates`."""
         digits = max(10, updates.bit_length())
         logs = _kept_logs(self, 1 << digits)
@@ -293,8 +293,8 @@ class DecayRule:
         every: int = 1,
         first: int = 0,
     ) -> OrdinaryEMA:
-        """Return the profile of the average at a step of the training, after so many updates, one
-        `every` steps.
+        """Compute the profile of the average at a step of the training, after so many updates, one
+        in `every` steps.
 
         `first` is the step of the first update; 0 if updates are at the last multiples of `every`.
         The initial average is the weights one interval before the first update, at the earliest at
@@ -372,7 +372,7 @@ class OrdinaryEMA(Discrete):
 
 
 def _group_ends(logs: FloatArray) -> npt.NDArray[np.bool_]:
-    """Return whether each update ends a group, from the logarithms of the share that is kept of the
+    """Decide whether each update ends a group, from the logarithms of the share that is kept of the
     average before it, as `kept_logs`: shape [updates].
 
     Groups depend on an update's number alone, so that averages at different times have the same

@@ -34,7 +34,7 @@ class Profile(Protocol):
     """The mass of an average, 1 in total, over times on the run's clock."""
 
     def tail(self, s: npt.ArrayLike) -> FloatArray:
-        """Return the mass at times after `s`, any shape: 1 before the start, 0 from the end on,
+        """Compute the mass at times after `s`, any shape: 1 before the start, 0 from the end on,
         never increasing."""
 
 
@@ -51,7 +51,7 @@ class StoredProfile(Profile, Protocol):
 
 
 def tails_at(times: FloatArray, profiles: Sequence[Profile]) -> FloatArray:
-    """Return the mass of each profile after each of the times: shape [times, profiles]."""
+    """Compute the mass of each profile after each of the times: shape [times, profiles]."""
     columns = [profile.tail(times) for profile in profiles]
     return np.stack(columns, axis=1)
 
@@ -75,7 +75,7 @@ step of any training. Far below it the formulas overflow."""
 
 
 def check_sigma_rel(sigma_rel: float, name: str = "sigma_rel") -> float:
-    """Return `sigma_rel` as a float; raise an InvalidValueError about `name` if it is out of
+    """Convert `sigma_rel` to a float; raise an InvalidValueError about `name` if it is out of
     range."""
     try:
         value = math.nan if isinstance(sigma_rel, str) else float(sigma_rel)
@@ -90,7 +90,7 @@ def check_sigma_rel(sigma_rel: float, name: str = "sigma_rel") -> float:
 
 
 def gamma_from_sigma_rel(sigma_rel: float) -> float:
-    """Return the exponent of the profile with width `sigma_rel`, gamma + 1 to about 1e-15
+    """Compute the exponent of the profile with width `sigma_rel`, gamma + 1 to about 1e-15
     relative."""
     return _gamma(check_sigma_rel(sigma_rel))
 
@@ -122,7 +122,8 @@ def _gamma(sigma_rel: float) -> float:
 
 
 def sigma_rel_from_gamma(gamma: float) -> float:
-    """Return the width of the profile with exponent `gamma` > 0, as a fraction of training time."""
+    """Compute the width of the profile with exponent `gamma` > 0, as a fraction of training
+    time."""
     if not (gamma > 0 and math.isfinite(gamma)):
         reason = "must be above 0, the uniform average, and finite"
         raise InvalidValueError("gamma", reason, value=f"{gamma:g}")
@@ -131,18 +132,18 @@ def sigma_rel_from_gamma(gamma: float) -> float:
 
 
 def sigma_rel_from_decay(decay: float, steps: float) -> float | None:
-    """Return the width of the power function that is as long, after so many steps, as an ordinary
+    """Compute the width of the power function that is as long, after so many steps, as an ordinary
     EMA of this decay in (0, 1): their mean ages are equal.
 
     An ordinary EMA has the mean age -1 / ln(decay), about 1 / (1 - decay), in steps; a power
-    function steps / (gamma + 2). None of an EMA that is longer than the uniform average.
+    function steps / (gamma + 2). None for an EMA that is longer than the uniform average.
     """
     gamma = -steps * math.log(decay) - 2
     return sigma_rel_from_gamma(gamma) if gamma > 0 else None
 
 
 def decay_from_sigma_rel(sigma_rel: float, steps: float) -> float:
-    """Return the decay of the ordinary EMA that is as long as a power function: the inverse of
+    """Compute the decay of the ordinary EMA that is as long as a power function: the inverse of
     `sigma_rel_from_decay`."""
     return math.exp(-(gamma_from_sigma_rel(sigma_rel) + 2) / steps)
 
@@ -164,7 +165,7 @@ class PowerFunction:
         return sigma_rel_from_gamma(self.gamma)
 
     def density(self, s: npt.ArrayLike) -> FloatArray:
-        """Return the mass per unit of time at `s`; 0 outside (0, t]."""
+        """Compute the mass per unit of time at `s`; 0 outside (0, t]."""
         relative = _floats(s) / self.t
         inside = (relative > 0) & (relative <= 1)
         relative = np.where(inside, relative, 1.0)
@@ -173,7 +174,7 @@ class PowerFunction:
         return of_average * (self.gamma + 1) / self.t
 
     def tail(self, s: npt.ArrayLike) -> FloatArray:
-        """Return the mass after `s`: 1 - (s/t)**(gamma + 1) within (0, t]."""
+        """Compute the mass after `s`: 1 - (s/t)**(gamma + 1) within (0, t]."""
         relative = np.clip(_floats(s) / self.t, 0.0, 1.0)
         with np.errstate(divide="ignore"):
             logs = (self.gamma + 1) * np.log(relative)
@@ -203,7 +204,7 @@ class Point:
         return np.array([self.t])
 
     def tail(self, s: npt.ArrayLike) -> FloatArray:
-        """Return the mass after `s`: 1 before `t`, 0 from `t` on."""
+        """Compute the mass after `s`: 1 before `t`, 0 from `t` on."""
         is_before = _floats(s) < self.t
         return np.where(is_before, 1.0, 0.0)
 

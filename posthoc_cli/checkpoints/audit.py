@@ -55,11 +55,11 @@ _ALIKE = 1.2
 # apart no other one explained them better than the true rule by more than 0.7 with 15 files, and
 # 1.9 with 75; a constant decay was worse than a schedule by 3.6.
 _CLEARLY = 0.05
-_BETTER = 0.05  # and a length if its misfit is so much less than that of the claimed one
+_BETTER = 0.05  # and a length if its misfit is less than the claimed length's by this
 _SAME = 0.06  # rules are the same if their tails differ by less
 _SLACK = math.log(1.1)  # between the found and the claimed length of an average that is as claimed
 _VAGUE = 0.25  # above this uncertainty, or difference within it, a length is undetermined
-_RISES = 0.02  # a decay rises if its limit is longer by more than this than what it has reached
+_RISES = 0.02  # a decay still rises if its limit is longer than its length by more
 _FOREIGN = 0.8  # largest unexplained share of the motion of an average that belongs to the weights
 _SHORTEST = 0.1  # least length that can be determined, as a share of an interval
 # An interval shows another length by itself if that is so far from the length of all, and leaves so
@@ -67,7 +67,7 @@ _SHORTEST = 0.1  # least length that can be determined, as a share of an interva
 _APART = math.log(2.5)
 _OWN = math.log(4)
 _JUMP = 1.0  # unexplained share of motion that does not follow from the checkpoint before: all
-_JUMPS = 3.0  # and the least factor to that of other intervals
+_JUMPS = 3.0  # and the least factor to the unexplained share of other intervals
 
 # Least change of weights, relative to their norm, that an average has to follow. In float32 one
 # with decay 0.9995 loses changes below 2^-24 / (1 - decay), as of a bias before a BatchNorm, which
@@ -109,14 +109,14 @@ class Interval:
     # time constant in the unit of times; None if the weights stand still
     found: float | None
     claimed: float | None  # None without a claim
-    # L2 norm of the residual of the average's motion, divided by that of the motion; None if the
-    # average stands still
+    # L2 norm of the residual of the average's motion, divided by the norm of the motion; None if
+    # the average stands still
     unexplained: float | None
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A rule that explains the files: the settings of an import that say it."""
+    """A rule that explains the files, as the settings of an import."""
 
     warm_up: str  # as `ImportSettings.ema_warmup`; `POWER_FUNCTION` for a width
     value: float  # the decay after the warm-up, or the first one of a schedule, or the sigma_rel
@@ -169,7 +169,7 @@ def audit_sources(
 ) -> list[Audit]:
     """Audit every average among the checkpoints of one run against the weights at the same times.
 
-    `claimed` is their claimed decay; by default the one that their files or the import say.
+    `claimed` is their claimed decay; by default the decay in their files or in the import.
     """
     if claimed is not None:
         check_number("claimed", claimed, lambda decay: 0 < decay < 1, "lie in (0, 1)")
@@ -221,7 +221,7 @@ class _Sample:
 
     names: list[str]  # of the tensor of each piece
     times: FloatArray
-    gram: FloatArray  # as that of `Intervals`: [intervals, pieces, 5, 5]
+    gram: FloatArray  # as in `Intervals`: [intervals, pieces, 5, 5]
     rounding: FloatArray  # squared rounding errors of the averages: [times, pieces]
     norms: FloatArray  # squared, of the newest weights: [pieces]
 
@@ -236,13 +236,13 @@ class _Sample:
 
     @cached_property
     def stays(self) -> Bools:
-        """Whether the average stands still: [intervals, pieces]. Both squares are then sums of the
-        same products, so that their difference is exactly 0."""
+        """Whether the average stands still: [intervals, pieces]. The two squares are then sums of
+        the same products, so that their difference is exactly 0."""
         y = self.gram[..., 0, :2]
         return np.asarray(y[..., 0] + self.gram[..., 1, 1] == 2 * y[..., 1])
 
     @cached_property
-    def copied(self) -> Bools:
+    def equals_weights(self) -> Bools:
         """Whether the average equals the weights: [times, pieces]."""
         begin = self.gram[..., 1, 1] == 0
         last = self.gram[-1]
@@ -250,7 +250,7 @@ class _Sample:
         return np.vstack([begin, end])
 
     def intervals(self, updates: FloatArray, pieces: Bools) -> Intervals:
-        """Return the intervals of some pieces, each relative to the motion of its weights, without
+        """Select the intervals of some pieces, each relative to the motion of its weights, without
         the variance of rounding."""
         motion = self.gram[:, pieces, 2, 2].mean(axis=0)
         scale = 1 / np.maximum(motion, 1e-300)
@@ -267,12 +267,12 @@ class _Sample:
 
 
 def _rounding_covariance(moved: FloatArray, rounding: FloatArray) -> FloatArray:
-    """Return the covariance of the rounding errors of two values that moved so far, of the variance
-    `rounding` each: both squared, as stored.
+    """Estimate the covariance of the rounding errors of two values that moved so far, of the
+    variance `rounding` each: both squared, as stored.
 
     A value that moves by m spacings moves by f (1 - f) more, squared, if it is rounded, where f is
-    the fraction of m. Of normally distributed m with deviation s this is in the mean 1/6 less the
-    sum of exp(-2 (pi k s)^2) / (pi k)^2, and twice the variance less twice the covariance.
+    the fraction of m. If m is normally distributed with deviation s, this is in the mean 1/6 less
+    the sum of exp(-2 (pi k s)^2) / (pi k)^2, and twice the variance less twice the covariance.
     """
     deviations = np.append(0, np.geomspace(1e-4, 2, 200))
     numbers = np.arange(1, 30)
@@ -288,13 +288,13 @@ _Point = tuple[FloatArray, FloatArray, FloatArray]
 
 
 def _read(pairs: Sequence[tuple[Checkpoint, Checkpoint]]) -> _Sample:
-    """Read pieces of the tensors at all times, of each tensor equally many elements; raise
+    """Read pieces of the tensors at all times, equally many elements of each tensor; raise
     NonFiniteError for nan or infinity."""
     _, newest = pairs[-1]
-    pieces = _pieces(newest)
+    pieces = _choose_pieces(newest)
     sizes = [piece.end - piece.begin for piece in pieces]
     starts = np.cumsum([0, *sizes[:-1]])
-    points = (_point(weights, average, pieces) for weights, average in pairs)
+    points = (_read_point(weights, average, pieces) for weights, average in pairs)
     first = next(points)
     window = deque([first, first], maxlen=4)
     rounding = [first[2]]
@@ -304,7 +304,7 @@ def _read(pairs: Sequence[tuple[Checkpoint, Checkpoint]]) -> _Sample:
             rounding.append(point[2])
         window.append(point or window[-1])
         if len(window) == window.maxlen:
-            grams.append(_gram(window, starts))
+            grams.append(_sum_products(window, starts))
     x, _, _ = window[-1]
     return _Sample(
         names=[piece.name for piece in pieces],
@@ -315,7 +315,7 @@ def _read(pairs: Sequence[tuple[Checkpoint, Checkpoint]]) -> _Sample:
     )
 
 
-def _point(weights: Checkpoint, average: Checkpoint, pieces: Sequence[ElementRange]) -> _Point:
+def _read_point(weights: Checkpoint, average: Checkpoint, pieces: Sequence[ElementRange]) -> _Point:
     with weights, average:  # which share their files
         x = [finite_values(weights, *piece) for piece in pieces]
         e = [finite_values(average, *piece) for piece in pieces]
@@ -326,17 +326,17 @@ def _point(weights: Checkpoint, average: Checkpoint, pieces: Sequence[ElementRan
     return np.concatenate(x), np.concatenate(e), np.array(roundings)
 
 
-def _gram(window: Sequence[_Point], starts: npt.NDArray[np.intp]) -> FloatArray:
-    """Return the sums of products in the interval between the second and the third of four times,
-    by piece: [pieces, 5, 5]."""
+def _sum_products(window: Sequence[_Point], starts: npt.NDArray[np.intp]) -> FloatArray:
+    """Sum the products in the interval between the second and the third of four times, by piece:
+    [pieces, 5, 5]."""
     (before, _, _), (x, e, _), (x_end, e_end, _), (after, _, _) = window
     rows = np.stack([e_end - x, e - x, x_end - x, x - before, after - x_end])
     products = rows[:, None] * rows
     return np.moveaxis(np.add.reduceat(products, starts, axis=2), 2, 0)
 
 
-def _pieces(first: Checkpoint) -> list[ElementRange]:
-    """Return the ranges of elements that an audit reads, in the order of names."""
+def _choose_pieces(first: Checkpoint) -> list[ElementRange]:
+    """Choose the ranges of elements that an audit reads, in the order of names."""
     names = [name for name in sorted(first.averages) if first.entries[name].size]
     most = _MOST_ELEMENTS // len(names)
     parts = -(-_PIECES // len(names))
@@ -384,42 +384,42 @@ class _Judge:
             first = newest.profile.settings["first"]
         self.updates = np.maximum((sample.times - first) // self.every + 1, 0)
         self.last = float(self.updates[-1])
-        self.claim = _claim(newest, claimed)
+        self.claim = _find_claim(newest, claimed)
         self.families = possible_families(self.last)
         if not self.claim:
-            self.families = _unsaid(newest, given, self.last)
+            self.families = _list_families(newest, given, self.last)
         is_counted = newest.updates is not None and newest.updates.count is not None
         self.may_be_rarer = self.every == 1 and given.update_every is None and not is_counted
         moves = sample.moves
         follows = (~sample.stays & moves).any(axis=0)
-        is_copied = sample.copied[1:].all(axis=0)
+        is_copied = sample.equals_weights[1:].all(axis=0)
         self.is_averaged: Bools = np.logical_and(follows, np.logical_not(is_copied))
-        is_copy = (sample.copied[:-1] | ~moves).all(axis=1)
+        is_copy = (sample.equals_weights[:-1] | ~moves).all(axis=1)
         self.copies = int(np.argmin(np.append(is_copy, False)))
 
     def audit(self) -> Audit:
         what = "decay"
         claimed = None
         if self.claim:
-            what = _what(self.claim.rule)
-            claimed = _number(self.claim.rule)
+            what = _name_parameter(self.claim.rule)
+            claimed = _main_number(self.claim.rule)
         audit = Audit(self.name, "undetermined", "", what, claimed=claimed)
         if self.copies:
             audit = replace(audit, copied_until=float(self.sample.times[self.copies - 1]))
-        if fault := self._fault():
+        if fault := self._find_fault():
             verdict, text = fault
-            tensors = tuple(self._lost) if verdict == SOME_TENSORS else ()
+            tensors = tuple(self._untracked) if verdict == SOME_TENSORS else ()
             return replace(audit, verdict=verdict, text=text, tensors=tensors)
         return self._explain(audit)
 
     @property
-    def _lost(self) -> dict[str, None]:
+    def _untracked(self) -> dict[str, None]:
         """The names of tensors whose weights move, and which are not averaged."""
-        are_lost = self.sample.moves.any(axis=0) & ~self.is_averaged
-        return dict.fromkeys(compress(self.sample.names, are_lost))
+        are_untracked = self.sample.moves.any(axis=0) & ~self.is_averaged
+        return dict.fromkeys(compress(self.sample.names, are_untracked))
 
-    def _fault(self) -> tuple[str, str] | None:
-        """Return the verdict, and its text, on an average that does not average."""
+    def _find_fault(self) -> tuple[str, str] | None:
+        """Find the fault of an average that does not average: the verdict, and its text."""
         moves = self.sample.moves
         stays = self.sample.stays
         if not moves.any():
@@ -431,13 +431,13 @@ class _Judge:
             text = "the average does not move while the weights do: is its update called, and on "
             text += "the same tensors that are saved (names after torch.compile, shards of ZeRO-3)?"
             return DOES_NOT_MOVE, text
-        if self.sample.copied[1:].all():
+        if self.sample.equals_weights[1:].all():
             text = "the average is equal to the weights: it is copied, or its decay is 0"
             return EQUALS, text
-        if lost := self._lost:
+        if untracked := self._untracked:
             count = len(set(self.sample.names))
-            text = f"{len(lost)} of {count} tensors are not followed, or copied, while the others "
-            return SOME_TENSORS, f"{text}are averaged: {list_names([*lost], 3)}"
+            text = f"{len(untracked)} of {count} tensors are not followed, or copied, while the "
+            return SOME_TENSORS, f"{text}others are averaged: {list_names([*untracked], 3)}"
         stands = (stays | ~moves).all(axis=1)
         spacings = np.diff(self.sample.times)
         shortest = spacings[~stands].min()  # a shorter one may lie between two updates
@@ -446,36 +446,42 @@ class _Judge:
             where = np.flatnonzero(stopped)
             begin = self.sample.times[where[0]]
             end = self.sample.times[where[-1] + 1]
-            text = f"the average does not move from {self._at(begin)} to {end:,.12g}, while the "
-            return DOES_NOT_MOVE, f"{text}weights do"
+            text = (
+                f"the average does not move from {self._format_time(begin)} to {end:,.12g}, while "
+            )
+            return DOES_NOT_MOVE, f"{text}the weights do"
         return None
 
-    def _at(self, time: float) -> str:
+    def _format_time(self, time: float) -> str:
         return f"{self.unit[:-1]} {time:,.12g}"
 
     def _explain(self, audit: Audit) -> Audit:
-        """Return the audit of an average that moves, by the lengths that explain how."""
+        """Judge an average that moves by the lengths that explain how."""
         count = len(self.sample.gram)
         rows = self.sample.intervals(self.updates, self.is_averaged).between(self.copies, count)
         if not len(rows.gram):
-            return replace(audit, text="the average equals the weights but for the last checkpoint")
+            return replace(
+                audit, text="the average equals the weights, except at the last checkpoint"
+            )
         if (rows.counts > 1.1).all() and rows.are_single:
             spacing = np.median(np.diff(self.sample.times))
-            text = "the average takes in only the weights of these files, as if it is updated once "
+            text = (
+                "the average takes in only the weights of these files, as if it were updated once "
+            )
             text += f"at each: every {spacing:,.0f} {self.unit}"
             return replace(audit, verdict=RARE, text=text)
-        fits = self._fits(rows, self.families)
+        fits = self._fit_all(rows, self.families)
         if self.claim:
-            claim = self._fits(rows, [self.claim])[0]
-            is_other = fits[0].misfit < claim.misfit - _clearly(rows)
+            claim = self._fit_all(rows, [self.claim])[0]
+            is_other = fits[0].misfit < claim.misfit - _clear_from(rows)
             if not is_other or rows.are_noise or self._are_same(fits[0], claim):
                 return self._compare(audit, rows, claim, fits)
         best = fits[0]
         sigma = self._uncertainty(rows, best)
         audit = self._with_findings(audit, rows, best, sigma)
-        candidates = [self._candidate(fit, sigma) for fit in self._rivals(rows, fits)]
+        candidates = [self._describe_candidate(fit, sigma) for fit in self._find_rivals(rows, fits)]
         if self.may_be_rarer and sigma <= _CLEAR and not best.family.rule.warm_up:
-            rarer = self._rarer(rows, best, sigma)
+            rarer = self._find_rarer_updates(rows, best, sigma)
             is_round = bool(round_decays(self._parameter(best), sigma))
             candidates = [*candidates, *rarer] if is_round else [*rarer, *candidates]
         audit = replace(audit, candidates=tuple(candidates))
@@ -483,10 +489,10 @@ class _Judge:
             texts = " or by ".join(candidate.text for candidate in candidates)
             text = f"the average moves as by {texts}, not {_claim_text(self.claim.rule)}"
             return replace(audit, verdict="another rule", text=text)
-        if broken := self._broken(audit, rows, best):
+        if broken := self._judge_breaks(audit, rows, best):
             return broken
         known = Family(best.family.member(best.log), is_known=True)
-        if rare := self._rare(audit, rows, known):
+        if rare := self._judge_rare_updates(audit, rows, known):
             return rare
         texts = ", and as ".join(candidate.text for candidate in candidates)
         if len(candidates) > 1:
@@ -496,44 +502,46 @@ class _Judge:
             return replace(audit, found=None, text=vague)
         return replace(audit, verdict="found", text=texts)
 
-    def _fits(self, rows: Intervals, families: Sequence[Family]) -> list[_Fit]:
-        """Return the best average of each family, the best of all first. Rules that few libraries
-        have, and those that begin as the mean of all weights, count as worse by as much as is about
-        equal."""
+    def _fit_all(self, rows: Intervals, families: Sequence[Family]) -> list[_Fit]:
+        """Fit the best average of each family; return them, the best of all first.
+
+        Rules that few libraries have, and rules that begin as the mean of all weights, count as
+        worse by as much as is about equal.
+        """
         fits = []
         for family in families:
             log = rows.fit(family)
             misfit = rows.misfit(family, log)
             rule = family.member(log)
             if not family.is_known and (rule.begins_as_mean or not RULES[rule.warm_up].is_common):
-                misfit += _alike(rows)
+                misfit += _equal_within(rows)
             fits.append(_Fit(family, log, misfit))
         return sorted(fits, key=lambda fit: fit.misfit)
 
     def _uncertainty(self, rows: Intervals, fit: _Fit) -> float:
-        """Return that of a length; of a decay that rises, by how much more or less often it may be
-        applied."""
+        """Estimate the uncertainty of a length; for a decay that rises, by how much more or less
+        often it may be applied."""
         if not self._rises(fit):
             return rows.uncertainty(fit.family, fit.log)
         rule = Family(fit.family.member(fit.log), is_known=True)
         log = rows.fit(rule)
         return math.hypot(log, rows.uncertainty(rule, log))
 
-    def _rivals(self, rows: Intervals, fits: Sequence[_Fit]) -> list[_Fit]:
-        """Return the best average, and those of other rules that explain the intervals about as
+    def _find_rivals(self, rows: Intervals, fits: Sequence[_Fit]) -> list[_Fit]:
+        """Choose the best average, and averages of other rules that explain the intervals about as
         well."""
         best = fits[0]
         rivals = [best]
         for fit in fits[1:]:
-            is_alike = fit.misfit < best.misfit + _alike(rows)
+            is_alike = fit.misfit < best.misfit + _equal_within(rows)
             if is_alike and not any(self._are_same(fit, rival) for rival in rivals):
                 rivals.append(fit)
         return rivals
 
     def _are_same(self, one: _Fit, other: _Fit) -> bool:
         """Return whether two fits make about the same averages at the times of the checkpoints."""
-        apart = _tails(one, self.updates) - _tails(other, self.updates)
-        return bool(np.abs(apart).max() <= _SAME)
+        difference = _tails(one, self.updates) - _tails(other, self.updates)
+        return bool(np.abs(difference).max() <= _SAME)
 
     # --- findings
 
@@ -544,7 +552,7 @@ class _Judge:
         best: _Fit,
         sigma: float,
     ) -> Audit:
-        """Return the audit with the numbers of an average and of its intervals."""
+        """Add to the audit the numbers of an average and of its intervals."""
         rule = best.family.member(best.log)
         intervals = []
         unexplained = _residual_shares(rows, best)
@@ -566,7 +574,7 @@ class _Judge:
         length = None if self._rises(best) else self._limit(best)
         return replace(
             audit,
-            what=_what(rule),
+            what=_name_parameter(rule),
             found=self._parameter(best),
             length=length,
             uncertainty=sigma,
@@ -575,8 +583,8 @@ class _Judge:
         )
 
     def _fit_each(self, rows: Intervals, best: _Fit) -> list[_Fit]:
-        """Return the average that explains each interval alone; its misfit is relative to that of
-        the best one."""
+        """Fit the average that explains each interval alone; its misfit is relative to the best
+        average's."""
         fits = []
         for index in range(len(rows.gram)):
             row = rows.between(index, index + 1)
@@ -586,24 +594,25 @@ class _Judge:
         return fits
 
     def _length(self, fit: _Fit, updates: float) -> float:
-        """Return the time constant after so many updates, in units of time, or the sigma_rel."""
-        if _what(fit.family.rule) == "sigma_rel":
+        """Compute the time constant after so many updates, in units of time, or the sigma_rel."""
+        if _name_parameter(fit.family.rule) == "sigma_rel":
             return self._parameter(fit)
         return self.every * fit.family.length(fit.log, updates)
 
     def _limit(self, fit: _Fit) -> float:
-        """Return the time constant after the warm-up, or before a schedule, or the sigma_rel."""
+        """Compute the time constant after the warm-up, or before a schedule, or the sigma_rel."""
         rule = fit.family.member(fit.log)
-        if fit.family.is_known or _what(rule) == "sigma_rel":
+        if fit.family.is_known or _name_parameter(rule) == "sigma_rel":
             return self._length(fit, self.last)
-        return self.every / (1 - _number(rule))
+        return self.every / (1 - _main_number(rule))
 
     def _parameter(self, fit: _Fit) -> float:
-        """Return the decay of the last update, or the first one of a schedule, or the sigma_rel."""
+        """Compute the decay of the last update, or the first decay of a schedule, or the
+        sigma_rel."""
         rule = fit.family.rule
-        if rule.is_schedule or _what(rule) == "sigma_rel":
-            return _number(rule.longer(math.exp(fit.log)))
-        return fit.family.kept(fit.log, self.last)
+        if rule.is_schedule or _name_parameter(rule) == "sigma_rel":
+            return _main_number(rule.longer(math.exp(fit.log)))
+        return fit.family.last_decay(fit.log, self.last)
 
     def _rises(self, fit: _Fit) -> bool:
         """Return whether the decay of an unknown rule has not reached its limit."""
@@ -612,12 +621,12 @@ class _Judge:
             return False
         return self._limit(fit) > (1 + _RISES) * self._length(fit, self.last)
 
-    def _candidate(self, fit: _Fit, sigma: float) -> Candidate:
-        """Return the settings that say an average, and a text for it."""
+    def _describe_candidate(self, fit: _Fit, sigma: float) -> Candidate:
+        """Describe an average by the settings of an import, and by a text."""
         rule = fit.family.member(fit.log)
         value = self._parameter(fit)
         warm_up = warm_up_text(rule)
-        if _what(rule) == "sigma_rel":
+        if _name_parameter(rule) == "sigma_rel":
             return Candidate(
                 POWER_FUNCTION, value, False, f"sigma_rel {value:.4g} (± {percent(sigma)})"
             )
@@ -636,16 +645,16 @@ class _Judge:
         return Candidate(warm_up, value, False, text)
 
     def _at_strides(self, rows: Intervals, every: int) -> Intervals:
-        """Return the intervals of an average that is updated at every few steps."""
+        """Adapt the intervals to an average that is updated at every few steps."""
         return Intervals(self.sample.times[self.copies :] // every, rows.gram, rows.rounding)
 
-    def _rarer(self, rows: Intervals, best: _Fit, sigma: float) -> list[Candidate]:
-        """Return round decays of updates at every few steps, of the same mean age, that explain the
-        intervals better, and not about equally.
+    def _find_rarer_updates(self, rows: Intervals, best: _Fit, sigma: float) -> list[Candidate]:
+        """Find round decays of updates at every few steps, of the same mean age, that explain the
+        intervals better, and not only about equally.
 
         Of six paths with 15 files and updates at every step they explained them better by at most
         0.028, with updates at every 10th by 0.012 to 0.085; about equal is 0.023. So they are
-        proposals, behind a round decay of every step.
+        proposals, after a round decay of updates at every step.
         """
         length = best.family.length(best.log, self.last)
         plain = best.misfit
@@ -657,7 +666,7 @@ class _Judge:
             for decay in round_decays((length - 1) / (length - 1 + every), sigma):
                 rule = Family(DecayRule(decay), is_known=True)
                 misfit = at_strides.misfit(rule, 0.0)
-                if decay >= _LEAST_RARE and misfit < plain - _alike(rows):
+                if decay >= _LEAST_RARE and misfit < plain - _equal_within(rows):
                     text = f"decay {decay:g} at every {every} {self.unit}"
                     candidate = Candidate("none", decay, False, text, every)
                     rarer.append((misfit, candidate))
@@ -665,9 +674,8 @@ class _Judge:
 
     # --- verdicts
 
-    def _broken(self, audit: Audit, rows: Intervals, best: _Fit) -> Audit | None:
-        """Return the audit of an average that the weights do not explain, or not in some
-        intervals."""
+    def _judge_breaks(self, audit: Audit, rows: Intervals, best: _Fit) -> Audit | None:
+        """Judge an average that the weights do not explain, or not in some intervals."""
         audit = replace(audit, found=None)
         shares = _residual_shares(rows, best)
         if np.median(shares) > _FOREIGN:
@@ -692,9 +700,10 @@ class _Judge:
         if len(own) < 3 or not places.size:
             return None
         begin, end = times[places[0] : places[0] + 2]
-        text = f"the average of {self._at(end)} does not follow from that of {begin:,.12g}: it "
+        text = f"the average of {self._format_time(end)} does not follow from the one at "
         text += (
-            "began again from the weights, it or the weights were replaced, or its decay changed"
+            f"{begin:,.12g}: it began again from the weights, it or the weights were replaced, or "
+            "its decay changed"
         )
         return replace(audit, verdict=SET_BACK, text=text, set_back_at=float(end))
 
@@ -705,12 +714,12 @@ class _Judge:
         best: _Fit,
         others: Sequence[_Fit],
     ) -> Audit:
-        """Return the audit of an average with a claim, by the best one of its family."""
+        """Judge an average with a claim by the best average of its family."""
         sigma = self._uncertainty(rows, best)
         audit = self._with_findings(audit, rows, best, sigma)
-        if broken := self._broken(audit, rows, best):
+        if broken := self._judge_breaks(audit, rows, best):
             return broken
-        found = self._candidate(best, sigma).text
+        found = self._describe_candidate(best, sigma).text
         claimed = _claim_text(best.family.rule)
         difference = abs(best.log)
         if not rows.are_noise:
@@ -720,22 +729,24 @@ class _Judge:
             verdict = "too long" if best.log > 0 else "too short"
             text = f"{verdict} by a factor of {math.exp(difference):.3g}: {found}, not {claimed}; "
             text += _cause(verdict, difference, sigma)
-            rivals = tuple(self._candidate(fit, sigma) for fit in self._rivals(rows, others))
+            rivals = tuple(
+                self._describe_candidate(fit, sigma) for fit in self._find_rivals(rows, others)
+            )
             return replace(audit, verdict=verdict, text=text, candidates=rivals)
         if vague := self._why_vague(rows, best, sigma):
             return replace(audit, found=None, text=vague)
         if difference > _VAGUE:
             text = f"the checkpoints show it too vaguely: {found}, not {claimed}"
             return replace(audit, found=None, text=text)
-        if rare := self._rare(audit, rows, best.family):
+        if rare := self._judge_rare_updates(audit, rows, best.family):
             return rare
         return replace(audit, verdict="as claimed", text=f"{found}, as claimed")
 
-    def _rare(self, audit: Audit, rows: Intervals, family: Family) -> Audit | None:
-        """Return the audit of an average that is nearly the mean of all weights if updates at every
-        few steps explain the intervals better than at each.
+    def _judge_rare_updates(self, audit: Audit, rows: Intervals, family: Family) -> Audit | None:
+        """Judge an average that is nearly the mean of all weights if updates at every few steps
+        explain the intervals better than updates at each.
 
-        The length does not show it: of the mean of each 10th an error was 4 times as large as
+        The length does not show it: in the mean of each 10th an error was 4 times as large as
         predicted.
         """
         rule = family.rule
@@ -746,7 +757,7 @@ class _Judge:
         misfits = {}
         for every in _STRIDES:
             misfits[every] = self._at_strides(rows, every).misfit(family, 0.0)
-        most = min(plain, min(misfits.values()) + 2 * _alike(rows)) - _alike(rows)
+        most = min(plain, min(misfits.values()) + 2 * _equal_within(rows)) - _equal_within(rows)
         best_first = sorted(misfits, key=misfits.__getitem__)
         likely = tuple(every for every in best_first if misfits[every] < most)
         if not likely:
@@ -755,11 +766,11 @@ class _Judge:
         return replace(audit, verdict=RARE, text=f"{text}each", every=likely)
 
     def _why_vague(self, rows: Intervals, best: _Fit, sigma: float) -> str:
-        """Return why a length is undetermined; empty if it is not."""
+        """Say why a length is undetermined; empty if it is not."""
         spacing = float(rows.counts.min())
         length = best.family.length(0.0 if self.claim else best.log, self.last)
         found = best.family.length(best.log, self.last)
-        is_decay = _what(best.family.rule) == "decay"
+        is_decay = _name_parameter(best.family.rule) == "decay"
         if is_decay and max(length, found) < _SHORTEST * spacing:
             text = (
                 f"its time constant is below {_SHORTEST * spacing * self.every:,.3g} {self.unit}, "
@@ -771,8 +782,8 @@ class _Judge:
         return ""
 
 
-def _claim(newest: Checkpoint, claimed: float | None) -> Family | None:
-    """Return the rule that an average is claimed to follow; None without a claim."""
+def _find_claim(newest: Checkpoint, claimed: float | None) -> Family | None:
+    """Find the rule that an average is claimed to follow; None without a claim."""
     if newest.sigma_rel:
         power = gamma_from_sigma_rel(newest.sigma_rel) + 1
         return Family(DecayRule(warm_up=POWER_FUNCTION, power=power, copies=1), is_known=True)
@@ -785,9 +796,9 @@ def _claim(newest: Checkpoint, claimed: float | None) -> Family | None:
     return Family(replace(rule, decay=decay), is_known=True)
 
 
-def _unsaid(newest: Checkpoint, given: ImportSettings, updates: float) -> list[Family]:
-    """Return the rules that an average of unknown decay may follow: the one that its file or the
-    settings say, else all."""
+def _list_families(newest: Checkpoint, given: ImportSettings, updates: float) -> list[Family]:
+    """List the rules that an average of unknown decay may follow: the rule that its file or the
+    settings name, else all."""
     possible = possible_families(updates)
     if not isinstance(newest.profile, OrdinaryEMA):
         return possible
@@ -804,20 +815,20 @@ def _unsaid(newest: Checkpoint, given: ImportSettings, updates: float) -> list[F
     return [Family(replace(rule, decay=0.5, base=0.5, before=0, steps=steps))]
 
 
-def _what(rule: DecayRule) -> str:
-    """Return the parameter in question."""
+def _name_parameter(rule: DecayRule) -> str:
+    """Name the parameter in question."""
     return "sigma_rel" if rule.warm_up == POWER_FUNCTION else "decay"
 
 
-def _number(rule: DecayRule) -> float:
-    """Return the decay after a warm-up, or the first one of a schedule, or the sigma_rel."""
-    if _what(rule) == "sigma_rel":
+def _main_number(rule: DecayRule) -> float:
+    """Find the decay after a warm-up, or the first decay of a schedule, or the sigma_rel."""
+    if _name_parameter(rule) == "sigma_rel":
         return sigma_rel_from_gamma(max(rule.power - 1, 1e-300))
     return rule.base if rule.is_schedule else rule.decay
 
 
 def round_decays(decay: float, distance: float) -> list[float]:
-    """Return the decays 1 - 10^-k, 1 - 2 10^-k and 1 - 5 10^-k whose time constants are within a
+    """List the decays 1 - 10^-k, 1 - 2 10^-k and 1 - 5 10^-k whose time constants are within a
     relative distance, the nearest first."""
     rest = 1 - decay
     power = 10.0 ** math.floor(math.log10(rest))
@@ -833,31 +844,32 @@ def round_decays(decay: float, distance: float) -> list[float]:
 def _claim_text(rule: DecayRule) -> str:
     if rule.is_schedule:
         return f"by {rule.rule}"
-    text = f"{_number(rule):.7g}"
+    text = f"{_main_number(rule):.7g}"
     if rule.warm_up not in ("", POWER_FUNCTION):
         text += f", reached by {rule.rule}"
     return text
 
 
 def _tails(fit: _Fit, updates: FloatArray) -> FloatArray:
-    """Return what the average after so many updates has of each earlier one: [updates, updates]."""
+    """Compute what the average after so many updates has of each earlier one: [updates,
+    updates]."""
     lost = fit.family.forgotten(fit.log, np.append(0.0, updates))
     return np.tril(np.exp(np.minimum(lost - lost[:, None], 0)))
 
 
-def _alike(rows: Intervals) -> float:
-    """Return the difference of misfits at which rules explain intervals about equally."""
+def _equal_within(rows: Intervals) -> float:
+    """Compute the difference of misfits at which rules explain intervals about equally."""
     return float(_ALIKE / len(rows.gram) ** 1.5)
 
 
-def _clearly(rows: Intervals) -> float:
-    """Return the difference of misfits at which a rule explains intervals clearly better."""
+def _clear_from(rows: Intervals) -> float:
+    """Compute the difference of misfits at which a rule explains intervals clearly better."""
     return _CLEARLY + 1 / len(rows.gram)
 
 
 def _residual_shares(rows: Intervals, fit: _Fit) -> FloatArray:
-    """Return the share of the average's motion in each interval that is left unexplained, as an L2
-    norm: in the median over the pieces, of which one may have been scaled for some steps."""
+    """Compute the share of the average's motion in each interval that is left unexplained, as an L2
+    norm: in the median over the pieces, since one of them may have been scaled for some steps."""
     shares = np.maximum(rows.residuals(fit.family, fit.log), 0) / rows.motion
     return np.sqrt(np.median(shares, axis=1))
 
@@ -873,7 +885,7 @@ def _cause(verdict: str, difference: float, sigma: float) -> str:
 
 
 def _decay_text(decay: float, sigma: float) -> str:
-    """Return a decay with two digits of its uncertainty, `sigma` relative to 1 - decay."""
+    """Write a decay with two digits of its uncertainty, `sigma` relative to 1 - decay."""
     error = (1 - decay) * min(max(sigma, 1e-9), 1.0)
     if error <= 0:
         return f"{decay:.7g}"

@@ -11,8 +11,8 @@ products of y, d and v over the elements of a piece of a tensor (Gram matrices) 
 length leaves the smallest residuals. Rounding of stored averages adds a known variance to d and y,
 which is subtracted.
 
-Weights do not move on lines: they go back and forth, or go on as they did. How far that moves a
-length, `Intervals.uncertainty` says: by the two halves of the checkpoints, and by the motion before
+Weights do not move on lines: they go back and forth, or go on as they did. `Intervals.uncertainty`
+says how far that may move a length: by the two halves of the checkpoints, and by the motion before
 and after each interval, which takes out what goes on.
 """
 
@@ -30,17 +30,17 @@ from posthoc_cli.profiles import FloatArray
 
 Bools = npt.NDArray[np.bool_]
 
-# Points of an interval at which the tail is computed: of an average as short as a hundredth of the
-# interval, s is then 1e-3 of 1 - s off.
+# Points of an interval at which the tail is computed: for an average as short as a hundredth of the
+# interval, s is then off by 1e-3 of 1 - s.
 _POINTS = 256
 # The first so many updates are added one by one, and as many groups of later ones: of 1,000,000
 # updates a group spans 1.5 %.
 _UPDATES = 512
 _COPIED = 40.0  # -log of the share that remains after a copy, which is nothing in float64
 _UNLIKE = 0.02  # per interval / length: see `Intervals.uncertainty`
-# Share of a motion that the next one undoes. Of white noise it is 0.5, of a random walk 0. With
-# more than this (noise of 10 steps about a minimum, files 30 steps apart: 0.48) a length was 1.7
-# times too long, and not in doubt by the other signs.
+# Share of a motion that the next one undoes: 0.5 for white noise, 0 for a random walk. With more
+# than this (noise of 10 steps about a minimum, files 30 steps apart: 0.48) a length was 1.7 times
+# too long, and not in doubt by the other signs.
 _UNDONE = 0.4
 _NOTHING = 1e-12  # of a piece's motion: a residual that counts as none
 _GRID = 40  # lengths at which a search begins
@@ -50,7 +50,7 @@ _GRID = 40  # lengths at which a search begins
 
 
 def forgotten(rule: DecayRule, numbers: FloatArray) -> FloatArray:
-    """Return -log of the share that so many updates leave of what was before them: shape of
+    """Compute -log of the share that so many updates leave of what was before them: shape of
     `numbers`."""
     most = max(float(numbers.max()), _UPDATES + 1.0)
     first = np.arange(float(_UPDATES))
@@ -64,32 +64,32 @@ def forgotten(rule: DecayRule, numbers: FloatArray) -> FloatArray:
 
 @dataclass(frozen=True)
 class Family:
-    """Averages of one rule that differ in length by factors, of which they are given the logs."""
+    """Averages of one rule that differ in length by factors, given by their logarithms."""
 
     rule: DecayRule  # of the factor 1
     # whether the decay is known: then averages differ in how often it is applied, else in the decay
     is_known: bool = False
 
     def member(self, log: float) -> DecayRule:
-        """Return the rule of an average; a known rule as it is."""
+        """Return the rule of one average; a known rule as it is."""
         return self.rule if self.is_known else self.rule.longer(math.exp(log))
 
     def forgotten(self, log: float, numbers: FloatArray) -> FloatArray:
-        """Return what is forgotten after so many updates; see the function of this name."""
+        """Compute what is forgotten after so many updates; see the function of this name."""
         factor = math.exp(-log) if self.is_known else 1.0
         return factor * forgotten(self.member(log), numbers)
 
-    def kept(self, log: float, updates: float) -> float:
-        """Return the share of the average that its last update keeps."""
+    def last_decay(self, log: float, updates: float) -> float:
+        """Compute the share of the average that its last update keeps."""
         before, after = self.forgotten(log, np.array([updates - 1, updates])).tolist()
         return math.exp(before - after)
 
     def length(self, log: float, updates: float) -> float:
-        """Return the time constant of the last update, in updates."""
-        return 1 / max(1 - self.kept(log, updates), 1e-15)
+        """Compute the time constant of the last update, in updates."""
+        return 1 / max(1 - self.last_decay(log, updates), 1e-15)
 
     def limits(self, updates: float) -> tuple[float, float]:
-        """Return the logs between which a length is searched."""
+        """Compute the logarithms between which a length is searched."""
         if self.is_known:
             return -5.0, 5.0
         updates = max(updates, 2.0)
@@ -99,8 +99,8 @@ class Family:
 
 
 def possible_families(updates: float) -> list[Family]:
-    """Return those of the rules that an average may follow of which nothing is said: the most
-    common ones first. A schedule ends after so many updates."""
+    """List the rules that an average may follow if nothing is said of it, the most common first. A
+    schedule ends after so many updates."""
     rules = [DecayRule(0.5), DecayRule(warm_up=POWER_FUNCTION, power=updates, copies=1)]
     for name, row in WARM_UPS.items():
         rule = DecayRule(0.5, name, base=0.5, steps=updates)
@@ -114,8 +114,9 @@ def possible_families(updates: float) -> list[Family]:
 # --- the intervals
 
 
-# Of one update an interval, the share of the weights' motion that is left unexplained: rounding. Of
-# one update a step it is 0.08 to 0.4 in some interval of trainings, of two an interval as well.
+# With one update in each interval, the share of the weights' motion that is left unexplained:
+# rounding. With one update a step it is 0.08 to 0.4 in some interval of trainings, and with two in
+# an interval as well.
 _SINGLE = 0.01
 _ROUNDED = 0.04  # largest share of rounding that leaves the two apart
 _REMAINS = 0.1  # least share of an average that is left, so that it differs from the weights
@@ -135,11 +136,11 @@ class Intervals:
     rounding: FloatArray  # of the stored averages: [intervals, pieces]
 
     def between(self, first: int, last: int) -> Intervals:
-        """Return the intervals from one checkpoint to another."""
+        """Select the intervals from one checkpoint to another."""
         updates = self.updates[first : last + 1]
         return Intervals(updates, self.gram[first:last], self.rounding[first:last])
 
-    def of_pieces(self, pieces: Bools) -> Intervals:
+    def select_pieces(self, pieces: Bools) -> Intervals:
         return Intervals(self.updates, self.gram[:, pieces], self.rounding[:, pieces])
 
     @property
@@ -148,7 +149,7 @@ class Intervals:
         return np.diff(self.updates)
 
     def shares(self, family: Family, log: float) -> tuple[FloatArray, FloatArray]:
-        """Return B and s: [intervals] each."""
+        """Compute B and s: [intervals] each."""
         begin = self.updates[:-1, None]
         end = self.updates[1:, None]
         counts = np.maximum(end - begin, 1)
@@ -161,7 +162,7 @@ class Intervals:
         return kept[:, -2], 1 - kept[:, :-2].mean(axis=1)
 
     def residuals(self, family: Family, log: float, goes_on: bool = False) -> FloatArray:
-        """Return the squared norms of y - B d - s v: [intervals, pieces]; with `goes_on` without
+        """Compute the squared norms of y - B d - s v: [intervals, pieces]; with `goes_on` without
         what the motion before and after explains.
 
         They are negative where averages that hardly moved are rounded alike, so that less than the
@@ -183,9 +184,9 @@ class Intervals:
         return left
 
     def misfit(self, family: Family, log: float, goes_on: bool = False) -> float:
-        """Return the mean log of the residuals, of all intervals and pieces alike.
+        """Compute the mean log of the residuals, with equal weights for all intervals and pieces.
 
-        Of ten trainings lengths are so half as far off as by the logs of sums over pieces.
+        In ten trainings lengths are half as far off as by the logs of sums over pieces.
         """
         left = np.maximum(self.residuals(family, log, goes_on) + self.rounding, 0)
         motion = self.gram[..., 2, 2]
@@ -197,7 +198,7 @@ class Intervals:
         goes_on: bool = False,
         near: float | None = None,
     ) -> float:
-        """Return the log of the length that leaves the smallest residuals; `near` limits how far it
+        """Find the log of the length that leaves the smallest residuals; `near` limits how far it
         is from another one."""
         low, high = family.limits(self.updates[-1])
         count = _GRID
@@ -217,7 +218,7 @@ class Intervals:
         return float(found.x)
 
     def uncertainty(self, family: Family, log: float) -> float:
-        """Return that of the logarithm of a length which `fit` found.
+        """Estimate the uncertainty of the logarithm of a length that `fit` found.
 
         It is what four signs say together: half of what the earlier and the later checkpoints
         differ by, and half of what the pieces that are explained well and badly do; what the motion
@@ -235,8 +236,8 @@ class Intervals:
             (earlier.fit(family, near=log) - later.fit(family, near=log)) / 2,
         ]
         if not is_clear.all():
-            clear = self.of_pieces(is_clear).fit(family, near=log)
-            others = self.of_pieces(~is_clear).fit(family, near=log)
+            clear = self.select_pieces(is_clear).fit(family, near=log)
+            others = self.select_pieces(~is_clear).fit(family, near=log)
             signs.append((clear - others) / 2)
         spacing = float(np.median(self.counts))
         signs.append(_UNLIKE * spacing / family.length(log, self.updates[-1]))
@@ -263,11 +264,11 @@ class Intervals:
         """Whether one update alone explains each interval, y = b d + (1 - b) v, though weights that
         move on a line let many do."""
         gram = self.gram.sum(axis=1)
-        apart = gram[:, 0, 0] - 2 * gram[:, 0, 2] + gram[:, 2, 2]  # of y and v
+        squared_distance = gram[:, 0, 0] - 2 * gram[:, 0, 2] + gram[:, 2, 2]  # of y and v
         ways = gram[:, 1, 1] - 2 * gram[:, 1, 2] + gram[:, 2, 2]  # and of d and v
         both = gram[:, 0, 1] - gram[:, 0, 2] - gram[:, 1, 2] + gram[:, 2, 2]
         share = both / np.maximum(ways, _NOTHING)
-        left = apart - share * both
+        left = squared_distance - share * both
         taken_in = (1 - share) ** 2 * gram[:, 2, 2]
         rounding = self.rounding.sum(axis=1)
         is_single = left <= _SINGLE * taken_in + rounding

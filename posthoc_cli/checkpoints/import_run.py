@@ -259,8 +259,8 @@ def check_decays(
     given: ImportSettings,
     numbers: str = "",
 ) -> tuple[ImportSettings, list[str]]:
-    """Return the settings with what determines the averages at a place, and lines about it: a decay
-    that is said, and then compared with the weights, or the round one that they show.
+    """Complete the settings with what determines the averages at a place, and write lines about it:
+    a stated decay, which is compared with the weights, or the round decay that they show.
 
     `numbers` is what the numbers of files are taken for, if these may be epochs. Raise
     InvalidValueError, with a command that goes through, if nothing says or shows the decay, or if

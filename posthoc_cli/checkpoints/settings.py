@@ -35,8 +35,8 @@ _NUMBER = re.compile(
 
 
 def read_number(text: str) -> float | None:
-    """Return the number in a text such as 1500, 1,500, 1_500, 1.5k or 1.5e3, an int if possible;
-    else None."""
+    """Read the number in a text such as 1500, 1,500, 1_500, 1.5k or 1.5e3, an int if possible; else
+    None."""
     match = _NUMBER.fullmatch(text)
     if match is None or sum(map(str.isdigit, text)) > 19:
         return None
@@ -53,7 +53,7 @@ def _groups(pattern: str) -> int:
 
 
 def _half_life(value: Any) -> float:
-    """Return the number in "half-life:500000" or "half-life:5%"; 0 if the value is another one."""
+    """Read the number in "half-life:500000" or "half-life:5%"; 0 for any other value."""
     if not isinstance(value, str) or not value.startswith("half-life:"):
         return 0.0
     return read_number(value.removeprefix("half-life:").removesuffix("%")) or 0.0
@@ -64,8 +64,8 @@ FOUND = "found"
 
 
 def parse_warm_up(text: str) -> Arguments | None:
-    """Return the arguments of `DecayRule` for "none", "ratio" or "power:0.75"; None if the text is
-    another one."""
+    """Parse "none", "ratio" or "power:0.75" to arguments of `DecayRule`; None for any other
+    text."""
     name, colon, number = text.partition(":")
     if name == "none" and not colon:
         return {"warm_up": ""}
@@ -84,7 +84,7 @@ def parse_warm_up(text: str) -> Arguments | None:
 
 
 def warm_up_text(rule: DecayRule) -> str:
-    """Return what `parse_warm_up` reads as the warm-up of a rule; "none" for none."""
+    """Write the warm-up of a rule as `parse_warm_up` reads it; "none" for none."""
     if rule.warm_up not in WARM_UPS:
         return "none"
     row = WARM_UPS[rule.warm_up]
@@ -93,7 +93,7 @@ def warm_up_text(rule: DecayRule) -> str:
 
 
 def _warm_up_names() -> str:
-    """Return how the rules read, with the numbers that they have by default."""
+    """List the names of the rules, with the numbers that they have by default."""
     names = ["none"]
     for name, row in WARM_UPS.items():
         names.append(f"{name}[:{round(row.usual, 3):g}]" if row.usual else name)
@@ -186,7 +186,7 @@ class ImportSettings:
         return RULES[name.replace("none", "")]
 
     def rule(self, every: float = 1.0) -> Arguments:
-        """Return the given arguments of `DecayRule` for an ordinary EMA that is updated at this
+        """Collect the given arguments of `DecayRule` for an ordinary EMA that is updated at this
         interval."""
         rule: Arguments = {}
         if half_life := _half_life(self.ema_decay):
@@ -220,7 +220,7 @@ class ImportSettings:
         return replace(self, **{name: getattr(UNSPECIFIED, name) for name in names})
 
     def command(self, place: object, **changes: object) -> str:
-        """Return the command line of an import of a place with these settings, some of them
+        """Write the command line of an import of a place with these settings, some of them
         changed."""
         words = ["ema", "import", str(place)]
         for name, value in (self.without_findings.given | changes).items():

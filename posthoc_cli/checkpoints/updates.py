@@ -55,7 +55,7 @@ class Updates:
         step: int,
         settings: ImportSettings,
     ) -> OrdinaryEMA:
-        """Return the profile at a step, that of `_ANY_DECAY` if none is known."""
+        """Compute the profile at a step, with `_ANY_DECAY` if none is known."""
         every = settings.update_every or self.every
         first, count, of_place = self._place(step, every, settings)
         if first < 1:
@@ -89,7 +89,7 @@ class Updates:
         every: int,
         settings: ImportSettings,
     ) -> _Place:
-        """Return where the updates of an EMA lie."""
+        """Find where the updates of an EMA lie."""
         after = settings.update_after_step or 0
         if self.count is None:
             return self._place_after(after, step, every)
@@ -112,7 +112,7 @@ class Updates:
         step: int,
         every: int,
     ) -> _Place:
-        """Return where updates lie that begin after a step that settings name."""
+        """Find where updates lie that begin after a step that settings name."""
         rule: Arguments = {}
         if self.calls == "after copy" and after:
             first = after
@@ -126,7 +126,7 @@ class Updates:
         return first, updates, rule
 
     def _last(self, step: int, every: int) -> int:
-        """Return the step of the last update up to a step."""
+        """Find the step of the last update up to a step."""
         remainder = int(self.calls in _FROM_FIRST)
         return (step - remainder) // every * every + remainder
 

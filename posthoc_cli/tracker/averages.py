@@ -91,7 +91,7 @@ class Standing:
         return self.last.step
 
     def after(self, last: Moment, folds: bool) -> Standing:
-        """Return the standing after an update, which folds the means or not."""
+        """Make the standing after an update, which folds the means or not."""
         t = last.t
         max_interval = 0.0
         if self.t:
@@ -131,8 +131,8 @@ class Standing:
 
 
 class Shares(NamedTuple):
-    """Of each profile: the share of an update's values in the mean, and of the mean in the average,
-    to which it is added if the update `folds`."""
+    """The shares of an update for each profile: of its values in the mean, and of the mean in the
+    average, to which the mean is added if the update `folds`."""
 
     new: list[float]
     masses: list[float]
@@ -158,7 +158,7 @@ class AverageTensors:
         return sum(tensors.nbytes for tensors in self.mean + self.high)
 
     def means(self, tile: Tile, shared: bool) -> list[Tensor]:
-        """Return a tile of the means in use: one a profile, or the first alone."""
+        """Return a tile of the means in use: one for each profile, or the first alone."""
         first = self.mean[0].tile(tile)
         if shared and first.dtype != torch.float64:
             return [first]
@@ -170,14 +170,14 @@ class AverageTensors:
         name: str,
         shared: bool,
     ) -> Tensor:
-        """Return the mean of a tensor that serves a profile."""
+        """View the mean of a tensor that serves a profile."""
         first = self.mean[0].views[name]
         if shared and first.dtype != torch.float64:
             return first
         return self.mean[profile].views[name]
 
     def copy_to(self, layout: Layout) -> AverageTensors:
-        """Return a copy in another layout of the same names."""
+        """Copy the averages to another layout of the same names."""
         copy = AverageTensors(layout, len(self.high))
         targets = copy.mean + copy.high
         sources = self.mean + self.high
@@ -200,7 +200,7 @@ class Averages:
     copies: Mapping[str, Tensor] = field(default_factory=dict)
     # the model's values of a snapshot's sample at the last update
     sample: Sequence[Tensor] | None = None
-    # gets every value, or each window's mean where one serves all profiles
+    # gets every value, or each window's mean where one mean serves all profiles
     sketcher: Sketcher | None = None
     # that `sketcher` continues; in a copy for reading, the path at that time
     known_path: PathSketch | None = None
@@ -277,7 +277,7 @@ class Averages:
             sketcher.end(now.t, 1.0, ends=True)
 
     def _take_limits(self, layout: Layout, shares: Shares) -> list[float]:
-        """Return the norms up to which tiles need no check; none if all values are to be checked
+        """Take the norms up to which tiles need no check; none if all values are to be checked
         first, as after an update that is refused or fails."""
         limits = self._limits
         self._limits = []
@@ -293,7 +293,7 @@ class Averages:
         profile: int,
         thread: int = 0,
     ) -> Tensor:
-        """Return a tile of an average, flat, rounded once, in scratch that is valid until the
+        """Compute a tile of an average, flat, rounded once, in scratch that is valid until the
         thread's next call."""
         tensors = self.tensors
         standing = self.standing
@@ -306,13 +306,13 @@ class Averages:
         return torch.lerp(high, mean, self._mass(profile), out=result)
 
     def _mass(self, profile: int) -> float:
-        """Return the share of the mean in an average."""
+        """Compute the share of the mean in an average."""
         standing = self.standing
         return new_value_share(self.gammas[profile], standing.folded_t, standing.t)
 
     @torch.no_grad()
     def read(self, profile: int, name: str) -> Tensor:
-        """Return the average of a tensor, rounded once, on the host."""
+        """Read the average of a tensor, rounded once, on the host."""
         standing = self.standing
         average = self.tensors.high[profile].views[name]
         if standing.window:
@@ -357,7 +357,7 @@ class Averages:
                 self.make_scratch(Tile(0, bucket, 0, 0), thread)
 
     def make_scratch(self, tile: Tile, thread: int) -> list[Tensor]:
-        """Return two scratch tensors of a thread for a tile, in the averages' dtype."""
+        """Make two scratch tensors of a thread for a tile, in the averages' dtype."""
         bucket = self.tensors.layout[tile.bucket]
         key = thread, bucket.device, bucket.wide
         if key not in self._scratch:
@@ -491,7 +491,8 @@ def _add_dithered(
 ) -> None:
     """Add a share of the change, and of the last digit of each element that changes; `change` and
     `digit` are overwritten."""
-    # The last digit away from 0, or towards it: towards it that of a power of two is half as large.
+    # The last digit away from 0, or towards it: towards 0 the last digit of a power of two is half
+    # as large.
     torch.sign(change, out=digit).abs_().mul_(high)
     if dither <= 0:
         digit.mul_(1 - 2**-24)

@@ -20,8 +20,8 @@ within it."""
 
 
 def _reach(gammas: Sequence[float]) -> float:
-    """Return the time that a mean of more than two values may cover for these profiles, relative to
-    `t`."""
+    """Compute the time that a mean of more than two values may cover for these profiles, relative
+    to `t`."""
     spread = max(gammas) - min(gammas)
     return min(LONGEST, UNEVEN / spread) if spread else LONGEST
 
@@ -72,7 +72,7 @@ def sketched_window_ends(
 
 
 def new_value_share(gamma: float, t_prev: float, t: float) -> float:
-    """Return 1 - beta, the share of the new value in an update at time `t`; at the first one
+    """Compute 1 - beta, the share of the new value in an update at time `t`; at the first update
     `t_prev` is 0.
 
     beta = (t_prev / t)**(gamma + 1) with the *true* interval since the last update (equation 127).

@@ -54,7 +54,7 @@ def test_an_average_that_was_set_back_is_refused(files):
     for step in range(400, 280, -EVERY):
         content = torch.load(files / f"{step - 100}.ckpt")
         torch.save(content | {"global_step": step}, files / f"{step}.ckpt")
-    with pytest.raises(InvalidValueError, match="step 300 does not follow from that of 280"):
+    with pytest.raises(InvalidValueError, match="step 300 does not follow from the one at 280"):
         run.average(0.1)
 
 

@@ -61,7 +61,7 @@ def test_a_decay_that_still_rises_is_asked_for_with_its_warm_up(decay, proposed,
 def test_an_average_that_began_again_is_refused(files, run):
     """A resume that lost it: 8.1e-2 from the true one, where 2.0e-2 was predicted."""
     write(files, train(), again(lambda _: 0.995))
-    refused = "step 900 does not follow from that of 800: it began again from the weights"
+    refused = "step 900 does not follow from the one at 800: it began again from the weights"
     for settings in ({}, {"ema_decay": 0.995}):
         with pytest.raises(InvalidValueError, match=refused):
             import_checkpoints(files, run, **settings)
