@@ -114,7 +114,7 @@ def test_very_many_updates_are_joined():
 
 
 def test_a_step_before_the_first_update_is_refused():
-    with refused("step", "must be at least 100, that of the first update"):
+    with refused("step", "must be at least 100, the step of the first update"):
         ema_pytorch_profile(1.0, 99, 10, first=100)
 
 
