@@ -169,7 +169,7 @@ def test_a_dry_run_writes_nothing(folder, tmp_path, ema):
     done = ema("import", folder, "--out", new, "--dry-run")
     assert done.out.endswith("nothing was written\n")
     assert not new.exists()
-    assert "--out: is missing" in ema("import", folder).error
+    assert "--out: is required" in ema("import", folder).error
 
 
 def test_nothing_that_an_import_refers_to_is_deleted(new, tmp_path, ema):

@@ -396,7 +396,7 @@ def test_a_checkpoint_without_an_average_is_not_exported_as_one(tmp_path, ema):
     torch.save({"model": LAST.weights, "ema": other}, file)
     refused = ema("export", file, "--out", out)
     assert refused.code == 2
-    reason = "none of its keys names an average ('model', 'ema'); name its key by --average"
+    reason = "none of its keys names an average ('model', 'ema'); name its key with --average"
     assert f"last.pt: {reason}" in refused.err
     assert not out.exists()
 

@@ -286,7 +286,7 @@ def test_the_error_of_single_updates_is_measured_exactly():
     path = walk()
     sketch = sketch_of(path, 1)
     profiles = [*SNAPSHOTS[:3], TARGETS[0]]
-    seen, unseen = sketch.measured(profiles)
+    seen, unseen = sketch.measure(profiles)
     exact = averages(path, profiles) - path[0]
     # The mass of power functions before the first update lies on that update, as in these sums.
     assert_allclose(seen.T, exact, atol=1e-12)
@@ -322,7 +322,7 @@ def test_what_windows_do_not_show_is_as_large_as_predicted(kind):
     if kind == "walk":
         path = np.cumsum(path, axis=0)
     short = power_functions(T, (0.01,))
-    seen, unseen = sketch_of(path, 20).measured(short)
+    seen, unseen = sketch_of(path, 20).measure(short)
     moved = averages(path, short) - path[0]
     missed = moved[0] - seen[:, 0]
     predicted = np.sum(unseen**2)
@@ -354,7 +354,7 @@ def test_the_mean_of_expected_and_measured_squares_is_minimised():
     without_sketch = replace(prior, sketch=None)
     expected = Problem(SNAPSHOTS, without_sketch, T)
     rhs = expected.right_hand_side(target)
-    rows = np.vstack(prior.sketch.measured([*SNAPSHOTS, target]))
+    rows = np.vstack(prior.sketch.measure([*SNAPSHOTS, target]))
 
     def square(c):
         motion, _ = expected.expected_squares(c, rhs)
