@@ -730,7 +730,7 @@ dist.barrier()
     first, second, third = run_group(TRAINED + code, 3, tmp_path)
     for result in (first, second, third):
         assert result.code == 0, result.err
-    missing = f"RankError rank 1: has no tracker of {tmp_path / 'one-True'}; make it in every"
+    missing = f"RankError rank 1: has no tracker of {tmp_path / 'one-True'}; make one in every"
     lacks = "tensor 'odd': is in the averaged weights, but the model has no such tensor"
     assert first.out.startswith(f"RankError rank 1: {lacks}\n{missing}")
     assert second.out.startswith(f"ModelMismatchError {lacks}\n")
