@@ -292,7 +292,7 @@ def test_usual_mistakes_with_a_tracker_name_what_was_meant(tmp_path):
     for name in ("update", "update_parameters"):
         with pytest.raises(AttributeError, match=r"call ema.update_\(model\) after each step"):
             getattr(ema, name)
-    with refused("state", "not a tracker's", "'weight', 'bias'", "ema.state_dict()"):
+    with refused("state", "not of a tracker", "'weight', 'bias'", "ema.state_dict()"):
         ema.load_state_dict(model.state_dict())
     with refused("checkpoint_every", "checkpoint_every 100.0: must be a whole number"):
         PostHocEMA.from_model(model, tmp_path, checkpoint_every=100.0)
