@@ -12,7 +12,8 @@ import functools
 import math
 import numbers
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -519,16 +520,8 @@ def parse_values(
 ) -> list[Target]:
     """Parse the distinct targets of the numbers in a text, which is the end of a `whole` text;
     raise an InvalidValueError about `name`."""
-    whole = whole or text
-    targets = list[Target]()
-    for number in parse_numbers(text, name, accepted, whole):
-        try:
-            targets.append(make(number))
-        except InvalidValueError as error:
-            reason = error.reason
-            if "," in whole and error.value:  # the number that is refused
-                reason = f"{error.value} {reason}"
-            raise bad(name, whole, reason, error.hint) from error
+    with _errors_about(name, whole or text):
+        targets = [make(number) for number in _numbers(text, accepted)]
     return list(dict.fromkeys(targets))
 
 
@@ -536,34 +529,44 @@ def parse_numbers(
     text: str,
     name: str,
     form: str = SIGMA_FORMS,
-    whole: str = "",
 ) -> list[float]:
     """Parse the distinct numbers of `0.05,0.10`, `0.05:0.25:0.05` or `0.05,0.06,...,0.25`, in the
     order given; 5% is 0.05.
 
     Numbers of a range are rounded to 12 digits, so that `0.05:0.25:0.05` contains 0.15, not
     0.15000000000000002. If the text is not accepted, raise an InvalidValueError about `name` that
-    describes the accepted `form` and quotes the `whole` text.
+    describes the accepted `form` and quotes the text.
     """
-    items = [item.strip() for item in text.split(",")]
-    numbers: list[float] = []
+    with _errors_about(name, text):
+        return list(dict.fromkeys(_numbers(text, form)))
+
+
+@contextmanager
+def _errors_about(name: str, text: str) -> Iterator[None]:
+    """Raise errors of single numbers as errors of the whole text."""
     try:
-        for index, item in enumerate(items):
-            ends = [end.strip() for end in item.split(":")]
-            if item == "..." and 2 <= index < len(items) - 1:
-                *_, before, last = numbers
-                numbers += _range(last, _number(items[index + 1], form), last - before)
-            elif len(ends) == 3:
-                start, stop, step = (_number(end, form) for end in ends)
-                numbers += _range(start, stop, step)
-            else:
-                numbers.append(_number(item, form))
+        yield
     except InvalidValueError as error:
         reason = error.reason
-        if len(items) > 1 and error.value:
+        if "," in text and error.value:
             reason = f"{error.value} {reason}"
-        raise bad(name, whole or text, reason) from error
-    return list(dict.fromkeys(numbers))
+        raise bad(name, text, reason, error.hint) from error
+
+
+def _numbers(text: str, form: str) -> list[float]:
+    items = [item.strip() for item in text.split(",")]
+    numbers: list[float] = []
+    for index, item in enumerate(items):
+        ends = [end.strip() for end in item.split(":")]
+        if item == "..." and 2 <= index < len(items) - 1:
+            *_, before, last = numbers
+            numbers += _range(last, _number(items[index + 1], form), last - before)
+        elif len(ends) == 3:
+            start, stop, step = (_number(end, form) for end in ends)
+            numbers += _range(start, stop, step)
+        else:
+            numbers.append(_number(item, form))
+    return numbers
 
 
 def _number(text: str, form: str) -> float:

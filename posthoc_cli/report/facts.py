@@ -69,7 +69,7 @@ def facts(description: dict[str, Any]) -> list[tuple[str, str]]:
     hidden |= {key for key in ("aliases", "superseded") if not description.get(key)}
     pairs = []
     for key, value in description.items():
-        if key in hidden:
+        if key in hidden or value is None:
             continue
         shown = text(key, value)
         if shown:

@@ -431,7 +431,7 @@ class Snapshot(Source):
 
     The header's "ema" is a JSON object of all other fields than `OUTSIDE_HEADER`; fields equal to
     their defaults are left out, and unknown fields are ignored. Dataclasses are objects, tuples
-    lists. Numbers are finite, round-trip to the same float64 and, but for `gamma`, are not
+    lists. Numbers are finite, round-trip to the same float64 and, without `ANY_SIGN`, are not
     negative.
 
     A snapshot of a model that several processes hold in chunks is a folder with the name of the
