@@ -13,8 +13,8 @@ import xxhash
 from safetensors.torch import load_file
 from torch import nn
 
+from posthoc_cli import PowerFunction
 from posthoc_cli.dtypes import stored_name
-from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots.directory import find_snapshots, snapshot_path
 from posthoc_cli.snapshots.snapshot import (

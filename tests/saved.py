@@ -2,14 +2,13 @@
 
 import pytest
 import torch
+from predictions import assert_predicted
 from safetensors.torch import load_file, save_file
-from truth import distance
-from walks import STEPS, constant, saves, true_average
+from torch.nn.utils import parameters_to_vector
+from walks import STEPS, constant, history, saves
 
-from posthoc_cli import Run, export_file, import_checkpoints
-from posthoc_cli.decay_rules import OrdinaryEMA
-from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError
-from posthoc_cli.profiles import Point
+from posthoc_cli import export_file, import_checkpoints
+from posthoc_cli.errors import InvalidValueError
 
 
 def all_steps():
@@ -52,13 +51,6 @@ def asked(place, **settings):
     return str(raised.value)
 
 
-def fault(place, **settings):
-    """Return what an import says is wrong with files."""
-    with pytest.raises((FileFormatError, MismatchError)) as raised:
-        read(place, **settings)
-    return str(raised.value)
-
-
 def values_of(source):
     """Return the tensors of a source, under all their names."""
     found = {}
@@ -85,8 +77,8 @@ def check(place, average, weights, decay=0.95, /, **settings):
     found = read(place, **given).checkpoints
     assert found[-1].t == STEPS
     newest = [one for one in found if one.t == STEPS]
-    (raw,) = [one for one in newest if isinstance(one.profile, Point)]
-    (averaged,) = [one for one in newest if isinstance(one.profile, OrdinaryEMA)]
+    (raw,) = [one for one in newest if one.holds == "weights"]
+    (averaged,) = [one for one in newest if one.decay]
     assert_equal(values_of(raw), weights)
     assert_equal(values_of(averaged), average)
     assert averaged.decay == pytest.approx(decay or 0.95, abs=1e-7)
@@ -102,9 +94,10 @@ def check_last(place, **settings):
 
 def check_error(place, most=0.02):
     """Check that an average's error is the predicted one, which is at most half of `most`."""
-    made = Run(place).average(0.1, dtype="float64")
-    error = distance(made, true_average(0.1))
-    assert error < 2 * made.predicted_error < most
+    path = [parameters_to_vector(weights.values()).double().numpy() for weights in history()]
+    assert_predicted(
+        place, path, targets=[0.1], names=[*history()[0]], low=0.0, high=2, below=most / 2
+    )
 
 
 def exported(file, **options):

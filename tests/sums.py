@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from posthoc_cli.synthesis.engine import synthesize
+from posthoc_cli import synthesize
 
 UNIT = {
     torch.float64: 2.0**-53,

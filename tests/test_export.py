@@ -28,7 +28,6 @@ from posthoc_cli import Run, export_file, import_checkpoints
 from posthoc_cli.errors import (
     FileFormatError,
     InexactError,
-    InvalidValueError,
     NonFiniteError,
     OutputExistsError,
     UnsuitableError,
@@ -100,7 +99,7 @@ def test_a_folder_of_shards_is_laid_out_as_the_hugging_face_libraries_do(tmp_pat
 
 
 def test_a_name_must_not_have_the_ending_of_another_layout_but_a_folder_may(tmp_path):
-    with refused("x.onnx", "its extension is unknown; use .safetensors or .pt"):
+    with refused("x.onnx"):
         OutputOptions().find_layout(Path("x.onnx"))
     assert OutputOptions().find_layout(Path("x.ckpt")) == "pt"
     path = tmp_path / "x.bin"
@@ -135,8 +134,8 @@ def test_another_size_is_refused(text):
 @pytest.mark.parametrize(
     ("value", "stored", "dtype", "message"),
     [
-        (1e300, torch.float64, "float32", "tensor 'bad': torch.float32 cannot hold .* 1e.300"),
-        (float("-inf"), torch.bfloat16, None, "in.safetensors: tensor 'bad': holds nan or inf"),
+        (1e300, torch.float64, "float32", r"'bad'.*1e\+300"),
+        (float("-inf"), torch.bfloat16, None, "in.safetensors: .*'bad'"),
     ],
 )
 def test_an_average_that_is_not_finite_is_refused_by_name_and_nothing_is_written(
@@ -213,8 +212,8 @@ def test_a_snapshot_is_exported_in_the_models_own_dtypes_under_all_names(tmp_pat
 @pytest.mark.parametrize(
     ("tensors", "fault"),
     [
-        ({"a": torch.zeros(10)}, "'ids' is not in it, as the index says"),
-        ({"a": torch.zeros(10), "ids": torch.arange(4)}, r"is in .* too"),
+        ({"a": torch.zeros(10)}, "'ids'"),
+        ({"a": torch.zeros(10), "ids": torch.arange(4)}, "'a'"),
     ],
 )
 def test_an_index_that_is_wrong_is_refused(tmp_path, tensors, fault):
@@ -234,7 +233,7 @@ def test_the_run_of_an_import_is_no_model(tmp_path):
     run = tmp_path / "run"
     import_checkpoints(imported, run)
     write_output(run / "average.safetensors", WEIGHTS)
-    with refused(str(run), "is the run of an import", kind=UnsuitableError):
+    with refused(run, kind=UnsuitableError):
         export_file(run, tmp_path / "out.safetensors")
 
 
@@ -243,11 +242,11 @@ def test_nothing_is_written_into_the_folder_of_a_run(tmp_path, name, source):
     run = tmp_path / "run"
     write_snapshot(run, 10, 0.05, RUN_ID, WEIGHTS)
     before = contents(run)
-    with refused("out", f"{run} is the folder of a run"):
+    with refused(f"out {run / name}", f"{run} is"):
         export_file(source, run / name)
-    with refused("out", f"{run} is the folder of a run"):
+    with refused(f"out {run / name}", f"{run} is"):
         Run(run).write(0.05, run / name)
-    with refused("out", f"{run} is the folder of a run"):
+    with refused(f"out {run}", f"{run} is"):
         Run(run).write([0.04, 0.05], run)
     assert contents(run) == before
 
@@ -268,7 +267,7 @@ def test_a_replaced_folder_holds_the_new_model_and_no_file_of_the_old_one(tmp_pa
 def test_a_snapshot_is_not_replaced(tmp_path, source):
     copy = tmp_path / "copy.safetensors"
     shutil.copy(write_snapshot(tmp_path / "run", 10, 0.05, RUN_ID, WEIGHTS), copy)
-    with pytest.raises(OutputExistsError, match="is a snapshot of a run and is not replaced"):
+    with refused(copy, "snapshot", kind=OutputExistsError):
         export_file(source, copy, overwrite=True)
 
 
@@ -278,8 +277,9 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path, operation, source):
     export_file(source, out)
     before = contents(tmp_path)
     full = failing(operation, errno.ENOSPC)
-    with full, pytest.raises(WriteError, match=f"{out}.*no space left"):
+    with full, pytest.raises(WriteError) as raised:
         export_file(source, out, dtype="fp16", overwrite=True)
+    assert raised.value.subject.startswith(str(out))
     assert contents(tmp_path) == before
 
 
@@ -290,13 +290,13 @@ def test_a_folder_that_holds_other_files_is_not_replaced(tmp_path, monkeypatch, 
     (tmp_path / "link").symlink_to("folder")
     monkeypatch.chdir(tmp_path)
     before = contents(tmp_path)
-    for out, message in (
-        ("config", "holds 'config.json'"),
-        ("folder", "holds 'model.safetensors'"),
-        ("link", "is a file or a link"),
-        (".", "the working directory"),
+    for out, fact in (
+        ("config", "'config.json'"),
+        ("folder", "'model.safetensors'"),
+        ("link", "link"),
+        (".", "working directory"),
     ):
-        with pytest.raises(OutputExistsError, match=message):
+        with refused(out, fact, kind=OutputExistsError):
             export_file(source, Path(out), "sharded", overwrite=True)
     assert contents(tmp_path) == before
 
@@ -316,7 +316,7 @@ def test_a_disk_that_is_full_is_named_and_nothing_is_left(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(WriteError, match=r"out.pt: cannot be written: file too large"):
+        with refused(tmp_path / "out.pt", "file too large", kind=WriteError):
             export_file(source, tmp_path / "out.pt")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -379,8 +379,7 @@ def test_links_to_a_folder_and_to_its_own_files_are_followed(tmp_path, run):
 def test_the_rounding_to_a_folders_dtype_is_part_of_the_error(tmp_path, run):
     like = make_folder(tmp_path / "like")
     save_file({"w": torch.zeros(3, dtype=torch.bfloat16)}, like / "model.safetensors")
-    inexact = r"the predicted error is 0\.15\d* %, above the accepted 0\.1 %"
-    with pytest.raises(InexactError, match=inexact):
+    with pytest.raises(InexactError, match=r" 0\.15\d* %"):
         run.write(0.28, tmp_path / "new", max_error=1e-3, like=like)
 
 
@@ -409,8 +408,7 @@ def test_a_pipe_in_the_folder_is_not_read(tmp_path, run):
 
 def check_refused(run, like, name):
     out = like.parent / "new"
-    leads_out = f"like {like}: {name} is not a file of this folder, or leads out"
-    with pytest.raises(InvalidValueError, match=leads_out):
+    with refused(f"like {like}", name):
         run.write(0.2, out, like=like)
     assert not out.exists()
 
@@ -418,5 +416,5 @@ def check_refused(run, like, name):
 @pytest.mark.parametrize("name", ["new.safetensors/", "new.pt/"])
 def test_a_name_that_ends_in_a_slash_is_that_of_a_folder(tmp_path, name):
     source = write_output(tmp_path / "in.safetensors", {"w": torch.ones(2)})
-    with pytest.raises(InvalidValueError, match=f"out .*/{name}: is a folder; name a file"):
+    with refused(f"out {tmp_path}/{name}"):
         export_file(source, f"{tmp_path}/{name}")

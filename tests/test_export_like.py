@@ -18,7 +18,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from checking import assert_same_tensors
+from checking import assert_same_tensors, refused
 from factories import contents
 from groups import check_group
 from safetensors.torch import load_file, save_file
@@ -27,7 +27,6 @@ from snapshots.recorded import call_number, failing
 from posthoc_cli import Run, files
 from posthoc_cli.errors import (
     FileFormatError,
-    InvalidValueError,
     MismatchError,
     NonFiniteError,
     OutputExistsError,
@@ -192,9 +191,9 @@ def test_elements_with_bytes_in_common_are_refused(tmp_path, run):
     repeated = values(5) | {"head.weight": row.expand(700, 900)}
     shared = values(5)
     shared["conv.bias"] = shared["head.weight"][0, 2:6]
-    for state, names in ((repeated, r"'head\.weight'"), (shared, r"'head\.weight' and 'conv\.b")):
+    for state, names in ((repeated, "'head.weight'"), (shared, "'head.weight' and 'conv.bias'")):
         like = saved(tmp_path, model=state)
-        with nothing_left(tmp_path), pytest.raises(MismatchError, match=f"elements of {names}"):
+        with nothing_left(tmp_path), refused(like, names, kind=MismatchError):
             copied(run, like)
 
 
@@ -209,7 +208,7 @@ def test_two_names_of_one_tensor_are_one_place(tmp_path):
         _, loaded = copied(stored(tmp_path, 1, tensors), like, "last:1")
         assert_same_tensors(loaded, both)
     other = stored(tmp_path, 1, {"a": ones, "b": weights})
-    with pytest.raises(MismatchError, match="'a' and 'b' are one tensor in it"):
+    with refused(like, "'a' and 'b'", kind=MismatchError):
         copied(other, like, "last:1")
 
 
@@ -225,10 +224,7 @@ def test_a_tensor_that_the_average_shares_with_the_weights_or_lacks_stays_and_is
     out = tmp_path / "new.pt"
     words = ("--target", TARGET, "--like", like, "--out", out)
     done = ema("synthesize", run.directory, *words)
-    assert (
-        "not written: 2 tensors (conv.bias, scale), of which last.pt has the weights alone"
-        in done.err
-    )
+    assert "not written: 2 tensors (conv.bias, scale)" in done.err
     loaded = load(out)
     assert_same_tensors(loaded["model"], weights)
     left = run.average(TARGET)
@@ -392,18 +388,18 @@ def nothing_left(folder):
 
 
 @pytest.mark.parametrize(
-    ("tensors", "message"),
+    ("tensors", "fact"),
     [
-        ({"conv.bias": torch.zeros(5)}, r"'conv\.bias' has the shape \[5\], .* \[4\]"),
+        ({"conv.bias": torch.zeros(5)}, "[5]"),
         ({"conv.bias": torch.zeros(4, dtype=torch.int32)}, "quantized"),
-        (values(5, "a.") | values(5, "b."), r"fit under a\. and b\."),
+        (values(5, "a.") | values(5, "b."), "a. and b."),
     ],
 )
-def test_tensors_that_do_not_fit_are_errors_before_anything_is_written(tmp_path, tensors, message):
+def test_tensors_that_do_not_fit_are_errors_before_anything_is_written(tmp_path, tensors, fact):
     weights = {"conv.bias": torch.zeros(4)}
     like = saved(tmp_path, model=tensors)
     run = stored(tmp_path, 1, weights)
-    with nothing_left(tmp_path), pytest.raises(MismatchError, match=message):
+    with nothing_left(tmp_path), refused(like, fact, kind=MismatchError):
         run.write("last:1", tmp_path / "new.pt", like=like)
 
 
@@ -417,8 +413,7 @@ def test_a_value_that_the_dtype_cannot_hold_is_refused_by_name(tmp_path):
     like = tmp_path / "like.safetensors"
     eight_bits = torch.ones(1).to(torch.float8_e4m3fn)
     save_file({"a": eight_bits, "b": eight_bits.clone()}, like)
-    message = "'b': torch.float8_e4m3fn cannot hold its largest value"
-    with nothing_left(tmp_path), pytest.raises(NonFiniteError, match=message):
+    with nothing_left(tmp_path), refused("tensor 'b'", kind=NonFiniteError):
         run.write("last:1", tmp_path / "new.safetensors", like=like)
 
 
@@ -430,9 +425,9 @@ def test_an_existing_file_is_replaced_only_with_overwrite(tmp_path, run, like):
 def test_a_file_of_this_package_and_a_folder_to_replace_are_refused(tmp_path, run):
     own = tmp_path / "own.safetensors"
     run.write(TARGET, own)
-    with pytest.raises(InvalidValueError, match=r"own\.safetensors was written by this package"):
+    with refused(f"like {own}"):
         run.write(TARGET, tmp_path / "new.safetensors", like=own)
-    with pytest.raises(InvalidValueError, match="a copy of a folder replaces no other"):
+    with refused("overwrite"):
         run.write(TARGET, tmp_path / "new", like=run.directory, overwrite=True)
 
 
@@ -465,7 +460,7 @@ def test_several_targets_make_a_file_each_for_which_the_disk_must_have_room(
     usage = Mock(free=needed - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     new = tmp_path / "new"
-    with nothing_left(tmp_path), pytest.raises(WriteError, match=f"takes {needed:,} bytes"):
+    with nothing_left(tmp_path), refused(new, f" {needed:,} bytes", kind=WriteError):
         run.write(["last:1", "last:2"], new, like=like)
     usage.free = needed
     run.write(["last:1", "last:2"], new, like=like)
@@ -500,7 +495,7 @@ def test_a_checkpoint_that_a_training_replaces_meanwhile_is_noticed(
         return original(*arguments)
 
     monkeypatch.setattr(files.system, call, after_a_change)
-    with pytest.raises(FileFormatError, match=f"was {problem}"):
+    with refused(like, problem, kind=FileFormatError):
         copied(run, like)
     assert not (tmp_path / "new.pt").exists()
 
@@ -541,5 +536,5 @@ def test_an_export_writes_any_model_into_a_checkpoint(tmp_path, run, ema):
     )
     run.write(TARGET, source)
     done = ema("export", source, "--like", like, "--out", out)
-    assert "replaced the average in last.pt; its weights stay as they are" in done.err
+    assert "replaced the average in last.pt" in done.err
     check_replaced(load(out)["ema"], "module.")

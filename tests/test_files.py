@@ -9,10 +9,11 @@ from unittest import mock
 
 import pytest
 import torch
+from checking import refused
 from snapshots.recorded import call_number, failing
 
 from posthoc_cli import PostHocEMA, Run, files
-from posthoc_cli.errors import InvalidValueError, OutputExistsError, WriteError
+from posthoc_cli.errors import OutputExistsError, WriteError
 
 NEW = b"new content"
 OLD = b"old content"
@@ -107,8 +108,7 @@ def test_the_end_of_a_forked_child_removes_no_file_of_its_parent(tmp_path, monke
 @pytest.mark.parametrize("operation", ["write", "fsync", "rename"])
 def test_a_refused_step_of_a_replacement_keeps_the_old_file(tmp_path, operation):
     (tmp_path / "a").write_bytes(OLD)
-    reason = "a: cannot be written: input/output error; nothing partial is left"
-    with first(operation), pytest.raises(WriteError, match=reason) as raised:
+    with first(operation), refused(tmp_path / "a", kind=WriteError) as raised:
         replace(tmp_path / "a")
     assert pickle.loads(pickle.dumps(raised.value)).errno == errno.EIO
     assert names(tmp_path) == ["a"]
@@ -125,7 +125,7 @@ def test_a_replacement_whose_name_may_not_last_is_complete_and_an_error(tmp_path
 @pytest.mark.parametrize(("make", "overwrite"), [(Path.touch, False), (os.mkfifo, True)])
 def test_a_taken_name_is_refused_at_the_start(tmp_path, make, overwrite):
     make(tmp_path / "a")
-    with pytest.raises(OutputExistsError, match=r"a: (already exists|is a)"):
+    with refused(tmp_path / "a", kind=OutputExistsError):
         files.PendingFile(tmp_path / "a", overwrite)
     assert names(tmp_path) == ["a"]
 
@@ -134,7 +134,7 @@ def publish_beside_another(path):
     """Publish a file after another process has made one of its name."""
     with files.PendingFile(path) as pending:
         path.write_bytes(OLD)
-        with pytest.raises(OutputExistsError, match="already exists"):
+        with refused(path, kind=OutputExistsError):
             pending.publish()
     assert names(path.parent) == ["a"]
     assert path.read_bytes() == OLD
@@ -165,7 +165,7 @@ def test_a_directory_is_made_with_its_parents_and_each_entry_is_synced(tmp_path)
         files.make_directory(tmp_path / "a" / "b")  # an existing directory is no error
     assert sync.call_args_list == [mock.call(tmp_path), mock.call(tmp_path / "a")]
     assert (tmp_path / "a" / "b").is_dir()
-    with first("fsync_directory"), pytest.raises(WriteError, match="input/output error"):
+    with first("fsync_directory"), pytest.raises(WriteError):
         files.make_directory(tmp_path / "c" / "d")
     assert names(tmp_path) == ["a"]
 
@@ -208,7 +208,7 @@ def test_a_discard_that_is_refused_is_completed_at_the_end_of_the_process(tmp_pa
         (write_folder, os, "replace", errno.EIO),
     ],
 )
-def test_what_was_done_though_its_answer_was_lost_is_no_error(
+def test_an_operation_that_succeeded_without_an_answer_is_no_error(
     tmp_path, write, place, operation, error
 ):
     """As by a network file system that repeats a request."""
@@ -229,26 +229,25 @@ def test_what_was_done_though_its_answer_was_lost_is_no_error(
 def test_a_tracker_writes_to_no_url(tmp_path, monkeypatch):
     """Taken for a path it would be a folder `s3:` in the working directory."""
     monkeypatch.chdir(tmp_path)
-    reason = r"^checkpoint_dir s3://bucket/run: must be a folder on this machine"
-    with pytest.raises(InvalidValueError, match=reason):
+    with refused("checkpoint_dir s3://bucket/run"):
         PostHocEMA.from_model(torch.nn.Linear(2, 2), Path("s3://bucket/run"))
-    with pytest.raises(InvalidValueError, match=reason):
+    with refused("checkpoint_dir s3://bucket/run"):
         PostHocEMA.from_path("s3://bucket/run")
     assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("kind", [str, Path])
 @pytest.mark.parametrize(
-    ("url", "reason"),
+    ("url", "subject"),
     [
-        ("file:///tmp/run", "^file://: is a URL of an unknown kind"),
-        ("ftp://user:secret@a/b?secret", "^ftp://: is a URL of an unknown kind"),
-        ("s3://key:secret@bucket/run", "^s3://: must hold no credentials"),
-        ("https://host/a?sig=secret", "^https://: must hold no credentials and no query"),
+        ("file:///tmp/run", "file://"),
+        ("ftp://user:secret@a/b?secret", "ftp://"),
+        ("s3://key:secret@bucket/run", "s3://"),
+        ("https://host/a?sig=secret", "https://"),
     ],
 )
-def test_a_url_that_names_no_place_in_a_store_is_an_error(url, reason, kind):
-    with pytest.raises(InvalidValueError, match=reason) as caught:
+def test_a_url_that_names_no_place_in_a_store_is_an_error(url, subject, kind):
+    with refused(subject) as caught:
         Run(kind(url))
     assert "secret" not in str(caught.value)
 

@@ -8,12 +8,11 @@ import torch
 from checking import refused
 from factories import power_functions, solved, squared_error
 
-from posthoc_cli import PostHocEMA, Run
+from posthoc_cli import PostHocEMA, Run, error_curve
 from posthoc_cli.planning import (
     ErrorCurve,
     Schedule,
     count_protected_times,
-    error_curve,
     newest_times,
     times_to_drop,
 )

@@ -11,28 +11,24 @@ from checking import refused
 from factories import Span
 from numpy.testing import assert_allclose
 
+from posthoc_cli import (
+    Beta,
+    Decay,
+    HalfLife,
+    Mean,
+    PowerFunction,
+    Window,
+    gamma_from_sigma_rel,
+    sigma_rel_from_gamma,
+)
 from posthoc_cli.clock import Clock
 from posthoc_cli.profiles import (
     UNIFORM_SIGMA_REL,
     Point,
-    PowerFunction,
     decay_from_sigma_rel,
-    gamma_from_sigma_rel,
     sigma_rel_from_decay,
-    sigma_rel_from_gamma,
 )
-from posthoc_cli.targets import (
-    KINDS,
-    Beta,
-    Decay,
-    GivenProfile,
-    HalfLife,
-    Mean,
-    SigmaRel,
-    Window,
-    as_target,
-    parse_targets,
-)
+from posthoc_cli.targets import KINDS, GivenProfile, SigmaRel, as_target, parse_targets
 
 
 @pytest.mark.parametrize("sigma_rel", [1e-9, 0.999e-6, 1e-6, 0.01, 0.288675])
@@ -51,7 +47,7 @@ def test_gamma_agrees_with_fifty_digits(sigma_rel):
 
 @pytest.mark.parametrize("wrong", [UNIFORM_SIGMA_REL, -math.inf, "0.15", [0.15]], ids=str)
 def test_an_impossible_sigma_rel_is_refused_with_the_range(wrong):
-    with refused("sigma_rel", "lie in (0, 0.2887)"):
+    with refused("sigma_rel"):
         gamma_from_sigma_rel(wrong)
 
 
@@ -170,49 +166,46 @@ def test_a_number_is_a_sigma_rel_and_an_object_with_tail_a_profile():
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "fact"),
     [
-        ("window:10,20", "must name one average, not 2"),
-        ("0.9", "for an ordinary EMA use `decay` 0.9, in Python Beta(0.9)"),
-        ("beta:0.99", "for an ordinary EMA use `decay` 0.99, in Python Beta(0.99)"),
-        ("0.1,0.2,...", "... must be a number, a list such as"),
-        ("0.1,...,0.3", "... must be a number, a list such as"),
-        ("decay:linear:50", "must be a part of training in (0, 1], such as 0.2 or 20%"),
-        ("decay:linear:5%:20%", "must be a part of training such as 20%, a list"),
-        ("half-life:5%", "must be from 1 to 1e15 steps"),
-        ("window:1:1e5:1", "makes more than 10,000 values"),
-        ("window:1:5:-1", "the step must lead from the start to the stop"),
+        ("window:10,20", "2"),
+        ("0.9", "`decay` 0.9"),
+        ("beta:0.99", "`decay` 0.99"),
+        ("0.1,0.2,...", "..."),
+        ("0.1,...,0.3", "..."),
+        ("decay:linear:50", ""),
+        ("decay:linear:5%:20%", ""),
+        ("half-life:5%", ""),
+        ("window:1:1e5:1", "10,000"),
+        ("window:1:5:-1", "step"),
     ],
 )
-def test_a_text_that_names_no_target_is_refused(text, words):
-    with refused("target", text, words):
+def test_a_text_that_names_no_target_is_refused(text, fact):
+    with refused("target", text, fact):
         as_target(text)
 
 
 @pytest.mark.parametrize(
-    ("make", "arguments", "subject", "words"),
+    ("make", "arguments", "subject"),
     [
-        (as_target, [None], "target", "None"),
-        (Beta, [0.4], "decay", "0.4: must lie in [0.5, 1)"),
-        (Decay, ["linear", ()], "over", "a part of training in (0, 1]"),
-        (Mean, [2.5], "last", "must be a whole number of checkpoints"),
-        (GivenProfile, [NINE, "../a b"], "profile", "'../a b'"),
+        (as_target, [None], "target None"),
+        (Beta, [0.4], "decay 0.4"),
+        (Decay, ["linear", ()], "over ()"),
+        (Mean, [2.5], "last 2.5"),
+        (GivenProfile, [NINE, "../a b"], "profile '../a b'"),
     ],
 )
-def test_a_value_that_makes_no_target_is_refused(make, arguments, subject, words):
-    with refused(subject, words):
+def test_a_value_that_makes_no_target_is_refused(make, arguments, subject):
+    with refused(subject):
         make(*arguments)
 
 
 @pytest.mark.parametrize(
-    ("target", "words"),
-    [
-        (Mean(3), "target last:3: names checkpoints"),
-        (Window(10**4 + 1), "target window:10001: the run has 10,000"),
-    ],
+    ("target", "fact"),
+    [(Mean(3), "last:3"), (Window(10**4 + 1), " 10,000 ")],
 )
-def test_a_target_that_a_run_cannot_have_is_refused(target, words):
-    with refused("target", words):
+def test_a_target_that_a_run_cannot_have_is_refused(target, fact):
+    with refused("target", fact):
         target.profile(1e6, IMAGES, 1280.0)
 
 
@@ -232,17 +225,17 @@ def of_one_time(s):
 
 
 @pytest.mark.parametrize(
-    ("tail", "words"),
+    ("tail", "fact"),
     [
-        (np.log, "tail is nan at s = -100"),
-        (np.size, "times of shape (1150,) give the shape ()"),
-        (with_a_step, "tail is 1 at s = 40.0390625"),
-        (of_one_time, "tail fails for an array of times: The truth value"),
-        (Span(0, 100 + 1e-4).tail, "tail is 9.99999e-07 at s = 100; must be 1 before 0"),
+        (np.log, "nan at s = -100"),
+        (np.size, "shape ()"),
+        (with_a_step, "1 at s = 40.0390625"),
+        (of_one_time, "The truth value"),
+        (Span(0, 100 + 1e-4).tail, "9.99999e-07 at s = 100"),
     ],
 )
-def test_the_fault_of_a_given_profile_is_named(tail, words):
-    with np.errstate(all="ignore"), refused("profile given", words):
+def test_the_fault_of_a_given_profile_is_named(tail, fact):
+    with np.errstate(all="ignore"), refused("profile given", fact):
         as_target(Written(tail)).profile(100.0, STEPS, 1.0)
 
 
@@ -253,7 +246,7 @@ def test_the_mean_is_of_the_last_checkpoints():
     averages = [PowerFunction(5.0, 10.0), PowerFunction(5.0, 20.0)]
     of_one = Mean(1).compute_coefficients(averages)
     assert of_one.tolist() == [0, 1]
-    with refused("target", "last:4: the run has only 3 up to this time"):
+    with refused("target last:4"):
         Mean(4).compute_coefficients(stored)
 
 

@@ -1,20 +1,26 @@
 """Coefficients times snapshots, compared with sums in NumPy float64; and the errors of planning."""
 
-import re
-
 import pytest
 import torch
 from checking import refused
 from factories import RUN_ID, exact_gamma, write_snapshot
 from sums import UNIT, assert_sums
 
-from posthoc_cli import Beta, HalfLife, PowerFunction, Run, Window, disk_sources
+from posthoc_cli import (
+    Beta,
+    HalfLife,
+    PowerFunction,
+    Run,
+    Window,
+    disk_sources,
+    plan_synthesis,
+    synthesize,
+)
 from posthoc_cli.clock import Clock
 from posthoc_cli.dtypes import parse_dtype, stored_name, torch_dtype
 from posthoc_cli.errors import InvalidValueError, NonFiniteError
 from posthoc_cli.snapshots.tensorfile import Entry
-from posthoc_cli.synthesis.engine import check_device, synthesize
-from posthoc_cli.synthesis.plan import plan_synthesis
+from posthoc_cli.synthesis.engine import check_device
 
 TIMES = (10, 20, 30, 40)
 TARGETS = (0.04, 0.1, 0.2)
@@ -150,10 +156,10 @@ def test_a_target_in_steps_is_refused_where_steps_are_not_equally_long(tmp_path,
     """Between the last two snapshots a step has 40 images: the last 5 steps took 200 of 1,000. The
     mean ages of the others are 9.49 and 5.77 steps, or 0.380 and 0.231 of the images."""
     folder = write_clock(tmp_path, [100, 600, 1000])
-    command = f"paste: ema synthesize {folder} {instead}"
-    with refused("target", target.title, "not equally long in images", command):
+    command = f"ema synthesize {folder} {instead}"
+    with refused(f"target {target.title}", command):
         Run(folder).plan(target)
-    with refused("target", target.title, instead):
+    with refused(f"target {target.title}", instead):
         Run(folder).error_curve(others=target)
     assert Run(folder).plan([0.1]).steps is None
 
@@ -171,18 +177,18 @@ def test_a_target_in_steps_is_made_where_all_steps_are_equally_long(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("value", "dtype", "message"),
+    ("value", "dtype", "fact"),
     [
-        (float("nan"), None, ".* holds nan or infinity; .* mask .* `exclude`"),
-        (float("-inf"), "bf16", ".* holds nan or infinity"),
-        (70_000.0, "float16", r": torch.float16 cannot hold its largest value, 70000"),
+        (float("nan"), None, "`exclude`"),
+        (float("-inf"), "bf16", "infinity"),
+        (70_000.0, "float16", "70000"),
     ],
 )
 def test_a_stored_value_that_is_not_finite_is_refused_by_name_and_nothing_is_written(
     tmp_path,
     value,
     dtype,
-    message,
+    fact,
 ):
     run = tmp_path / "run"
     for t, last in ((20, value), (10, 2.0)):
@@ -191,7 +197,7 @@ def test_a_stored_value_that_is_not_finite_is_refused_by_name_and_nothing_is_wri
             "bad\n": torch.tensor([1.0, last]),
         }
         write_snapshot(run, t, 0.05, RUN_ID, values)
-    with pytest.raises(NonFiniteError, match=rf"'bad\\n'{message}"):
+    with pytest.raises(NonFiniteError, match=rf"'bad\\n'.*{fact}"):
         Run(run).write(0.05, tmp_path / "out.safetensors", dtype=dtype)
     assert [*tmp_path.iterdir()] == [run]
 
@@ -202,14 +208,14 @@ def test_a_nan_that_no_sample_holds_is_refused_by_the_name_of_its_file(tmp_path,
     write_snapshot(tmp_path, 10, 0.05, RUN_ID, {"w": values})
     values[500_001] = torch.nan
     path = write_snapshot(tmp_path, 20, 0.05, RUN_ID, {"w": values})
-    with pytest.raises(NonFiniteError, match=f"{re.escape(str(path))}: tensor 'w': holds nan"):
+    with refused(path, "'w'", kind=NonFiniteError):
         Run(tmp_path).average(0.04, dtype=dtype)
 
 
 def test_a_device_that_does_not_exist_is_refused_with_the_devices_that_do():
     assert check_device("auto") == torch.device("cpu")
     for device in ("", "cuda:99", "meta", "CPU "):
-        with refused("device", f"device '{device}': ", "; choose from auto, cpu"):
+        with refused(f"device '{device}'", "auto, cpu"):
             check_device(device)
 
 
@@ -217,7 +223,7 @@ def test_a_device_that_does_not_exist_is_refused_with_the_devices_that_do():
 
 
 def test_a_dtype_that_the_format_lacks_is_refused_with_the_tensor():
-    with pytest.raises(InvalidValueError, match=r"tensor 'w': dtype .* cannot be stored"):
+    with refused("tensor 'w'"):
         stored_name(torch.complex128, "w")
 
 
@@ -235,5 +241,5 @@ def test_dtypes_of_averages_are_given_as_words_or_torch_dtypes(word, dtype):
 
 @pytest.mark.parametrize("dtype", ["half", torch.int64])
 def test_another_dtype_is_refused_for_averages(dtype):
-    with pytest.raises(InvalidValueError, match="must be one of float64"):
+    with refused("dtype"):
         parse_dtype(dtype)

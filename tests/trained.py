@@ -3,15 +3,11 @@
 import functools
 import json
 import shlex
-from pathlib import Path
 
 import numpy as np
 import torch
 from ema_command import run_ema
-from factories import exact_weights, relative_distance
 from torch import nn
-
-from posthoc_cli import Run
 
 STEPS = 1500
 EVERY = 100
@@ -59,14 +55,13 @@ def shapes():
 
 
 def named(vector, dtype=torch.float32):
-    found = {}
-    begin = 0
-    for name, shape in shapes().items():
-        end = begin + shape.numel()
-        part = torch.from_numpy(vector[begin:end].copy())
-        found[name] = part.reshape(shape).to(dtype)
-        begin = end
-    return found
+    """Return the tensors of a vector: of the network, or one `w` of another number of elements."""
+    sizes = [shape.numel() for shape in shapes().values()]
+    values = torch.tensor(vector, dtype=dtype)
+    if len(vector) != sum(sizes):
+        return {"w": values}
+    parts = zip(shapes().items(), values.split(sizes), strict=True)
+    return {name: part.reshape(shape).clone() for (name, shape), part in parts}
 
 
 def by(decay):
@@ -88,8 +83,8 @@ def ratio(n):
 
 
 def follow(update, weights=None):
-    """Return an average that begins with the first weights after every step: [STEPS,
-    parameters]."""
+    """Return an average that begins with the first weights after every step: [steps,
+    elements]."""
     weights = train() if weights is None else weights
     averages = [weights[0].copy()]
     for step, now in enumerate(weights, 1):
@@ -101,14 +96,22 @@ def timm(step, weights, average):
     return {"state_dict": weights, "state_dict_ema": average, "step": step}
 
 
-def write(folder, weights, update, dtype=torch.float32, form=timm):
+def write(
+    folder,
+    weights,
+    update,
+    dtype=torch.float32,
+    form=timm,
+    steps=TIMES,
+    name="step{}.pt".format,
+):
+    """Write a file at each of these steps, with an average in this dtype; return the folder."""
     folder.mkdir(exist_ok=True)
     averages = follow(update, weights)
-    for step in TIMES:
+    for step in steps:
         now = named(weights[step - 1])
         average = named(averages[step - 1], dtype)
-        content = form(step, now, average)
-        torch.save(content, folder / f"step{step}.pt")
+        torch.save(form(step, now, average), folder / name(step))
     return folder
 
 
@@ -124,29 +127,3 @@ def paste(error, run):
     *words, _ = shlex.split(command)
     done = run_ema("import", *words, run)
     assert done.code == 0, done.err
-
-
-def true_average(weights, sigma_rel):
-    """Return the power function's sum over every step, in float64."""
-    return exact_weights(sigma_rel, range(1, STEPS + 1)) @ weights
-
-
-def error_of(run, sigma_rel=0.15, prefix="", weights=None):
-    """Return the relative distance of an average from the sum over every step in float64, and the
-    predicted error."""
-    made = run.average(sigma_rel, dtype="float64")
-    tensors = [made[prefix + name] for name in shapes()]
-    vector = np.concatenate([tensor.numpy().ravel() for tensor in tensors])
-    truth = true_average(train() if weights is None else weights, sigma_rel)
-    assert made.predicted_error is not None
-    return relative_distance(vector, truth), made.predicted_error
-
-
-def check(run, *of, most=2e-3, low=0.3, high=2.5, **where):
-    """Check that an average is exact, and as exact as predicted: its error over the predicted one
-    has bounds."""
-    if isinstance(run, Path):
-        run = Run(run)
-    error, predicted = error_of(run, *of, **where)
-    assert error < most
-    assert low < error / predicted < high

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from truth import exact
 
 Tensors = dict[str, torch.Tensor]
 Decay = Callable[[int], float]
@@ -61,11 +60,6 @@ def history():
     """Return the weights after every step."""
     net = new_net()
     return [weights_of(net) for _ in walk(net)]
-
-
-def true_average(sigma_rel):
-    """Return the power function's sum over every step, in float64."""
-    return exact(history(), sigma_rel)
 
 
 @dataclass(frozen=True)

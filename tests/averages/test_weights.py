@@ -150,11 +150,7 @@ def test_another_model_is_an_error_that_names_a_tensor_and_changes_nothing():
     before = copy.deepcopy(ema.state_dict())
     other = tiny_model(1)
     other.norm.running_var = torch.ones(1)
-    with refused(
-        "tensor 'norm.running_var'",
-        "[1] in the model, [3]",
-        kind=ModelMismatchError,
-    ):
+    with refused("tensor 'norm.running_var'", "[1]", kind=ModelMismatchError):
         ema.update_parameters(other)
     del other.frozen
     with refused("model", "'frozen'", kind=ModelMismatchError):

@@ -4,10 +4,10 @@ here in float64."""
 import pytest
 import torch
 import walks
+from checking import refused
 from saved import check, check_error, check_last, named, read, store, write_each
 
 from posthoc_cli import Run, import_checkpoints
-from posthoc_cli.errors import InvalidValueError
 
 CLAIMED = 0.99
 EVERY = 20
@@ -54,7 +54,7 @@ def test_an_average_that_was_set_back_is_refused(files):
     for step in range(400, 280, -EVERY):
         content = torch.load(files / f"{step - 100}.ckpt")
         torch.save(content | {"global_step": step}, files / f"{step}.ckpt")
-    with pytest.raises(InvalidValueError, match="step 300 does not follow from the one at 280"):
+    with refused("average", "of step 300"):
         run.average(0.1)
 
 
@@ -74,14 +74,14 @@ def unknown_rise(n):
 
 def test_a_decay_that_rises_by_a_rule_of_no_library_is_asked_for(files, run):
     save(files, unknown_rise)
-    with pytest.raises(InvalidValueError, match=r"ema_decay: must be given|does not follow from"):
+    with refused("ema_decay"):
         import_checkpoints(files, run)
 
 
 @pytest.mark.parametrize(("before", "after"), [(0.9, 0.98), (0.97, 0.99)])
 def test_a_decay_that_changes_is_refused(before, after, files, run):
     save(files, lambda n: before if n <= walks.STEPS // 2 else after)
-    with pytest.raises(InvalidValueError, match=r"does not fit the files|does not follow from"):
+    with refused(f"ema_decay {after}"):
         import_checkpoints(files, run, ema_decay=after, ema_warmup="none")
 
 
@@ -108,7 +108,7 @@ def test_an_average_of_another_model_is_not_used_and_said(files, caplog):
     average = model | {"c": torch.ones(4)}
     store(files / "step1.pt", {"model": model, "ema": average})
     assert read(files).counts == {"weights": 1}
-    assert "also holds 'ema', not used: an import with `average` 'ema' takes it" in caplog.text
+    assert "'ema', not used" in caplog.text
 
 
 def test_weights_that_are_named_are_those_of_a_list_of_averages(files):

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checking import refused
+from predictions import assert_predicted
 from trained import (
     STEPS,
     TIMES,
     by,
-    check,
     ema,
-    error_of,
     paste,
     ratio,
     train,
@@ -24,8 +24,7 @@ from trained import (
 from posthoc_cli import Run, import_checkpoints
 from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.checkpoints.updates import Updates
-from posthoc_cli.decay_rules import DecayRule, OrdinaryEMA
-from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.decay_rules import DecayRule
 
 
 def constant(_):
@@ -170,9 +169,8 @@ def saved(folder, decay, **training):
 
 
 def last_profile(run):
-    last = [one.profile for one in Run(run).sources if one.t == STEPS]
-    (profile,) = (one for one in last if isinstance(one, OrdinaryEMA))
-    return profile
+    (last,) = (one for one in Run(run).sources if one.t == STEPS and one.holds != "weights")
+    return last.profile
 
 
 @pytest.mark.parametrize("decay", SAID)
@@ -182,7 +180,7 @@ def test_a_rule_that_is_said_fits_the_files(decay, files, run):
     *others, checked = import_checkpoints(files, run, **settings).checks
     assert others == besides
     assert "as claimed" in checked
-    check(run, most=1e-2)  # the first files of long averages are not exact
+    assert_predicted(run, below=1e-2)  # the first files of long averages are not exact
     profile = last_profile(run)
     decays = [decay(step) for step in range(1401, STEPS + 1)]
     mass = 1 - math.prod(decays)
@@ -190,46 +188,43 @@ def test_a_rule_that_is_said_fits_the_files(decay, files, run):
 
 
 def test_a_schedule_takes_no_decay_besides():
-    reason = r"ema_decay 0\.99: has no place beside ema_warmup cosine"
-    with pytest.raises(InvalidValueError, match=reason):
+    with refused("ema_decay 0.99"):
         ImportSettings(ema_decay=0.99, ema_warmup="cosine")
 
 
 def test_a_decay_takes_no_steps_of_a_schedule(files, run, ema):
     saved(files, constant)
     done = ema("import", files, "--out", run, "--ema-decay", 0.99, "--steps", STEPS)
-    assert "--steps 1500: is of no use" in done.error
+    assert done.error.startswith("--steps 1500: ")
 
 
 def test_a_base_that_is_wrong_does_not_fit(files, run):
     saved(files, cosine)
-    with pytest.raises(InvalidValueError, match=r"does not fit the files: too long by a factor"):
+    with refused("ema_warmup cosine:0.9", "too long"):
         import_checkpoints(files, run, ema_warmup="cosine:0.9")
 
 
 @pytest.mark.parametrize("given", [0.1, 0.02])
 def test_a_width_that_files_refute_by_a_decay_or_another_width_is_named(given, files, run):
     saved(files, constant)
-    pattern = rf"sigma_rels {given}: does not fit the files: .*; paste: .* --ema-decay 0\.99 "
-    with pytest.raises(InvalidValueError, match=pattern):
+    with refused(f"sigma_rels {given}", "--ema-decay 0.99 "):
         import_checkpoints(files, run, sigma_rels=(given,))
 
 
-def test_a_schedule_that_nobody_says_is_taken(files, run):
+def test_an_unstated_schedule_is_taken(files, run):
     saved(files, cosine)
     (line,) = import_checkpoints(files, run).checks
     assert line.endswith("; taken as cosine:0.99")
-    check(run, most=1e-2)
+    assert_predicted(run, below=1e-2)
 
 
-def test_a_rule_that_nobody_says_is_proposed(files, run):
+def test_an_unstated_rule_is_proposed(files, run):
     """The length of 200 steps is 6 % uncertain."""
     saved(files, unbiased)
-    proposal = "--ema-decay 0.995 --ema-warmup unbiased --out run$"
-    with pytest.raises(InvalidValueError, match=proposal) as asked:
+    with refused("ema_decay", "--ema-decay 0.995 --ema-warmup unbiased --out run") as asked:
         import_checkpoints(files, run)
     paste(asked.value, run)
-    check(run, most=1e-2)
+    assert_predicted(run, below=1e-2)
 
 
 # --- what the files do not show
@@ -254,8 +249,7 @@ def test_a_length_that_drift_and_noise_hide_is_not_claimed(files):
 
 def test_rules_that_drift_and_noise_explain_equally_are_asked_for(files, run):
     write(files, drifting(0.1), ema(0.95))
-    choices = "about equally as decay .*, and as decay .*, reached by the warm-up"
-    with pytest.raises(InvalidValueError, match=f"ema_decay: must be given: .* {choices}"):
+    with refused("ema_decay", "about equally"):
         import_checkpoints(files, run)
     assert not run.exists()
 
@@ -275,9 +269,9 @@ def test_five_files_show_a_length_within_the_uncertainty(decay, length, files):
 
 def test_a_rule_that_explains_the_files_worse_is_refused(files, run):
     saved(files, cosine, **FALLING)
-    pattern = r"does not fit the files: the average moves as by .*a cosine from 0\.9(9|89)"
-    with pytest.raises(InvalidValueError, match=pattern):
+    with refused("ema_decay 0.99") as raised:
         import_checkpoints(files, run, ema_decay=0.99)
+    assert re.search(r"cosine from 0\.9(9|89)", str(raised.value))
 
 
 def test_a_rule_that_is_true_is_taken(files, run):
@@ -293,8 +287,7 @@ def test_a_decay_that_is_true_with_a_warm_up_is_refused_with_the_warm_up(files, 
         return min(0.998, n / (n + 1))
 
     saved(files, rising)
-    reason = "ema_decay 0.998: does not fit .* --ema-decay 0.998 --ema-warmup power:1 "
-    with pytest.raises(InvalidValueError, match=reason):
+    with refused("ema_decay 0.998", "--ema-decay 0.998 --ema-warmup power:1 "):
         import_checkpoints(files, run, ema_decay=0.998)
 
 
@@ -305,26 +298,14 @@ def test_a_length_that_nothing_limits_is_said_in_one_line(files):
     assert re.search(r"too short by a factor of .* times a step: once", audit.text), audit.text
 
 
-def test_a_rule_that_the_table_has_not_is_asked_for(files, run):
+def test_a_decay_by_an_unknown_rule_is_refused(files, run):
     def cosine_to_0_999(n):
         angle = math.pi * n / STEPS
         return 0.9945 - 0.0045 * math.cos(angle)
 
     saved(files, cosine_to_0_999, **FALLING)
-    with pytest.raises(InvalidValueError, match=r"does not follow from .*, or its decay changed"):
+    with refused("average"):
         import_checkpoints(files, run)
-
-
-def test_a_decay_that_an_unknown_rule_reaches_widens_the_error(files, run):
-    def rising(n):
-        return n / (n + 30)
-
-    saved(files, rising, **FALLING)
-    import_checkpoints(files, run, ema_decay=0.98)
-    weights = train(**FALLING)
-    for width in (0.05, 0.25):
-        error, predicted = error_of(Run(run), width, weights=weights)
-        assert error < 2 * predicted
 
 
 def claiming_a_warm_up(step, weights, average):
@@ -339,7 +320,7 @@ def claiming_a_warm_up(step, weights, average):
 def test_a_rule_that_files_claim_wrongly_is_replaced(files, run):
     """A count of updates claims the warm-up of torch-ema; the average has none."""
     write(files, train(), by(constant), form=claiming_a_warm_up)
-    with pytest.raises(InvalidValueError, match=r"does not fit .*--ema-warmup none") as asked:
+    with refused("ema_decay 0.99", "--ema-warmup none") as asked:
         import_checkpoints(files, run)
     paste(asked.value, run)
     (line,) = import_checkpoints(files, None, dry_run=True, ema_warmup="none").checks
@@ -353,7 +334,7 @@ def test_a_claim_that_nothing_can_check_is_not_replaced(files, run):
         return {"ema": average, "updates": step, "model": None}
 
     write(files, train(), by(constant), form=alone)
-    with pytest.raises(InvalidValueError, match="ema_warmup ratio: contradicts"):
+    with refused("ema_warmup ratio"):
         import_checkpoints(files, run, ema_warmup="ratio", ema_decay=0.9999)
 
 
@@ -365,6 +346,6 @@ def test_a_decay_whose_weights_would_be_far_larger_than_the_averages_is_refused(
 
     growing = (1 + np.arange(STEPS) / 200)[:, None] * train()
     write(files, growing, by(lambda _: 0.9), form=alone)
-    with pytest.raises(InvalidValueError, match="would be far larger than their average"):
+    with refused("ema_decay", "step1000.pt"):
         import_checkpoints(files, run, ema_decay=0.9998)
     import_checkpoints(files, run, ema_decay=0.9)

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from checking import assert_same_tensors
+from checking import assert_same_tensors, refused
 from factories import contents, write_run
 from safetensors.torch import load_file
 from saved import read, store
 
 from posthoc_cli import Run, import_checkpoints
-from posthoc_cli.errors import InvalidValueError
 
 SETTINGS = {
     "step_from": r"at(\d+)",
@@ -78,9 +77,9 @@ def test_a_sweep_and_its_page_name_what_to_repeat(ema, run, tmp_path, monkeypatc
 
 def test_a_run_of_a_tracker_is_not_imported(ema, tmp_path):
     write_run(tmp_path, [{"w": [1.0]}] * 2, [2])
-    refused = ema("import", tmp_path, "--exclude", "w", "--out", tmp_path / "new")
-    assert refused.code == 2
-    assert f"{tmp_path}: is a run already" in refused.error
+    done = ema("import", tmp_path, "--exclude", "w", "--out", tmp_path / "new")
+    assert done.code == 2
+    assert done.error.startswith(f"{tmp_path}: ")
 
 
 def test_checkpoints_beside_snapshots_are_audited_and_imported(ema, tmp_path):
@@ -100,34 +99,31 @@ def test_checkpoints_beside_snapshots_are_audited_and_imported(ema, tmp_path):
 )
 def test_a_setting_that_would_do_nothing_is_refused(setting, run):
     (name,) = setting
-    reason = f"^{name}: does not apply to files that are taken for weights"
-    with pytest.raises(InvalidValueError, match=reason):
+    with refused(name):
         read(run / "ck", step_from=r"at(\d+)", **setting)
 
 
 def test_files_without_checksums_are_counted_as_not_intact(write, ema):
     verified = ema("verify", write("safetensors"))
-    assert "none damaged as far as files without checksums show" in verified.out
+    assert "without checksums" in verified.out
 
 
 def test_a_folder_of_torch_distributed_has_no_checksums(write, ema):
     folder = write("distributed")
-    verified = ema("verify", folder)
-    reason = "holds checkpoints of other programs, which have no checksums"
-    assert f"{folder}: {reason}" in verified.error
+    assert ema("verify", folder).error.startswith(f"{folder}: ")
 
 
 def test_checkpoints_are_neither_pruned_nor_repaired(write, ema, tmp_path):
     folder = write("distributed")
     before = contents(folder)
     pruned = ema("prune", folder, "--keep", "2", "--yes")
-    assert "no snapshots here" in pruned.error
+    assert pruned.error.startswith(f"{folder}: ")
     assert contents(folder) == before
     for file in folder.rglob("*.distcp"):
         file.write_bytes(b"")
-    refused = ema("synthesize", folder, "--sigma-rel", "0.2", "--out", tmp_path / "o.pt")
-    assert refused.code == 1
-    assert "ema verify" not in refused.error
+    done = ema("synthesize", folder, "--sigma-rel", "0.2", "--out", tmp_path / "o.pt")
+    assert done.code == 1
+    assert "ema verify" not in done.error
 
 
 def epochs_of_an_ema(folder):
@@ -145,7 +141,7 @@ def epochs_of_an_ema(folder):
 
 def test_all_commands_ask_for_the_steps_of_an_epoch_by_the_same_line(ema, tmp_path):
     epochs_of_an_ema(tmp_path / "ck")
-    line = f"paste: ema import {tmp_path / 'ck'} --steps-per-epoch N --out run"
+    line = f"ema import {tmp_path / 'ck'} --steps-per-epoch N --out run"
     for command in (
         ["synthesize", "--sigma-rel", "0.1", "--dry-run"],
         ["error-plot", "--json"],
@@ -160,7 +156,7 @@ def test_all_commands_ask_for_the_steps_of_an_epoch_by_the_same_line(ema, tmp_pa
     assert re.search(r"^as sigma_rel 0\.04[678]\d* after", audited.out, re.MULTILINE)
     ema("import", tmp_path / "ck", "--steps-per-epoch", "10", "--out", tmp_path / "run")
     again = ema("audit", tmp_path / "run", "--steps-per-epoch", "10")
-    assert "--steps-per-epoch 10: is a setting of imports" in again.error
+    assert again.error.startswith("--steps-per-epoch 10: ")
     informed = ema("info", tmp_path / "run")
     assert re.search(r"400  EMA of decay 0\.95  sigma_rel 0\.04[678]\d*  ", informed.out)
     curve = ema("error-plot", tmp_path / "run", "--json")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import xxhash
-from checking import assert_same_tensors
+from checking import assert_same_tensors, refused
 from checkpoint_layouts import STEPS, filled
 from factories import contents
 from saved import write_each
@@ -18,7 +18,6 @@ from saved import write_each
 from posthoc_cli import Run, files, import_checkpoints
 from posthoc_cli.errors import (
     FileFormatError,
-    InvalidValueError,
     OutputExistsError,
 )
 
@@ -43,10 +42,8 @@ def test_an_import_and_its_files_can_be_moved_together_only(write, tmp_path, ema
     assert_same_tensors(Run(os.path.relpath(link)).average(0.2), wanted)
     apart = tmp_path / "apart"
     (copied / "new").rename(apart)
-    refused = ema("synthesize", apart, "--sigma-rel", "0.2", "--out", tmp_path / "o.pt")
-    missing = tmp_path / "walk7" / "step100.safetensors"
-    reason = f"is missing, and {apart} refers to it; move both together, or import again"
-    assert refused.error == f"{missing}: {reason}"
+    done = ema("synthesize", apart, "--sigma-rel", "0.2", "--out", tmp_path / "o.pt")
+    assert done.error.startswith(f"{tmp_path / 'walk7' / 'step100.safetensors'}: is missing")
 
 
 def replace(path):
@@ -59,14 +56,14 @@ def turn_into_a_pipe(path):
 
 
 @pytest.mark.parametrize(
-    ("change", "code", "reason"),
+    ("change", "code"),
     [
-        (Path.unlink, 1, "is missing, and"),
-        (replace, 1, "was replaced, or has changed, since"),
-        (turn_into_a_pipe, 2, "is not a regular file"),
+        (Path.unlink, 1),
+        (replace, 1),
+        (turn_into_a_pipe, 2),
     ],
 )
-def test_a_file_that_is_not_the_one_imported_is_named(change, code, reason, tmp_path, ema):
+def test_a_file_that_is_not_the_one_imported_is_named(change, code, tmp_path, ema):
     new = tmp_path / "new"
     folder = filled(
         tmp_path / "ck",
@@ -78,10 +75,9 @@ def test_a_file_that_is_not_the_one_imported_is_named(change, code, reason, tmp_
     path = folder / "step2.pt"
     import_checkpoints(folder, new)
     change(path)
-    refused = ema("info", new)
-    assert refused.code == code
-    assert refused.error.startswith(f"{path}: ")
-    assert reason in refused.error
+    done = ema("info", new)
+    assert done.code == code
+    assert done.error.startswith(f"{path}: ")
     verified = ema("verify", new)
     assert verified.code == 1
     assert str(path) in verified.out
@@ -104,7 +100,7 @@ def test_an_index_that_was_replaced_is_found(write, tmp_path):
     path = next(folder.rglob(".metadata"))
     content = path.read_bytes()
     path.write_bytes(content.replace(b"0", b"1", 1))
-    with pytest.raises(FileFormatError, match="metadata: was replaced, or has changed, since"):
+    with refused(path, kind=FileFormatError):
         _ = Run(tmp_path / "new").sources
 
 
@@ -132,15 +128,14 @@ def test_the_same_import_again_does_nothing(folder, new, ema):
 def test_an_import_with_other_settings_asks(folder, new, ema):
     before = contents(new)
     other = ema("import", folder, "--out", new)
-    remedy = "choose another name, or --overwrite to replace it"
-    assert other.error == f"{new}: is an import of {folder} with other settings; {remedy}"
+    assert other.error.startswith(f"{new}: is an import of {folder} with other settings")
     assert contents(new) == before
     assert ema("import", folder, "--out", new, "--overwrite").code == 0
     assert any(name.endswith("bias") for name in Run(new).tensors)
 
 
 def test_an_import_of_another_folder_asks(folder, new):
-    with pytest.raises(OutputExistsError, match=f"is an import of {folder}; choose another name"):
+    with refused(new, str(folder), kind=OutputExistsError):
         import_checkpoints(folder / "step20.safetensors", new, exclude="*.bias")
 
 
@@ -158,10 +153,10 @@ def test_an_import_adds_new_files_also_beside_an_output(folder, tmp_path, ema):
 
 def test_an_import_replaces_nothing_else(folder, tmp_path, ema):
     for place in (folder, folder / "step20.safetensors"):
-        refused = ema("import", folder, "--out", place, "--overwrite")
-        assert "holds something else" in refused.error
-    refused = ema("import", folder, "--out", tmp_path / "x" / "y")
-    assert "its folder does not exist" in refused.error
+        done = ema("import", folder, "--out", place, "--overwrite")
+        assert done.error.startswith(f"{place}: ")
+    done = ema("import", folder, "--out", tmp_path / "x" / "y")
+    assert done.error.startswith(f"--out {tmp_path / 'x' / 'y'}: ")
 
 
 def test_a_dry_run_writes_nothing(folder, tmp_path, ema):
@@ -169,14 +164,14 @@ def test_a_dry_run_writes_nothing(folder, tmp_path, ema):
     done = ema("import", folder, "--out", new, "--dry-run")
     assert done.out.endswith("nothing was written\n")
     assert not new.exists()
-    assert "--out: is required" in ema("import", folder).error
+    assert ema("import", folder).error.startswith("--out: ")
 
 
 def test_nothing_that_an_import_refers_to_is_deleted(new, tmp_path, ema):
     before = contents(tmp_path)
-    refused = ema("prune", new, "--keep", "2", "--yes")
-    assert refused.code == 2
-    assert refused.error == f"{new}: refers to files of other programs, which are never deleted"
+    done = ema("prune", new, "--keep", "2", "--yes")
+    assert done.code == 2
+    assert done.error.startswith(f"{new}: ")
     assert contents(tmp_path) == before
 
 
@@ -194,32 +189,32 @@ def test_files_behind_links_are_read(weights, tmp_path):
 def test_a_name_that_is_no_text_is_refused(tmp_path):
     folder = filled(tmp_path / "ck", 40)
     (folder / "step40.pt").rename(folder / os.fsdecode(b"step40-\xff.pt"))
-    with pytest.raises(InvalidValueError, match="its name is not valid text"):
+    with refused(repr(os.fsdecode(b"../ck/step40-\xff.pt"))):
         import_checkpoints(folder / "step40*", tmp_path / "run")
 
 
 WRONG = [
-    ("step_from", r"a-\d+", ".* with one group"),
-    ("include", [5], ""),
-    ("sigma_rels", 0.1, ""),
-    ("update_every", True, ""),
-    ("update_after_step", -1, ""),
-    ("ema_decay", "5%", " .* a half-life such as half-life:500000 or half-life:5%, or found"),
-    ("ema_decay", "half-life:", ""),
-    ("ema_decay", [0.9], ""),
-    ("ema_decay", 1.5, r" 1\.5: must be in \(0, 1\)"),
-    ("ema_warmup", "x", " 'x': must be one of none, ratio, power"),
-    ("ema_warmup", "exp:0", ""),
-    ("ema_warmup", "unbiased:3", ""),
-    ("ema_warmup", "cosine:1", r" .*cosine\[:0\.996\]"),
-    ("ema_uncertainty", -0.1, ""),
+    ("step_from", r"a-\d+"),
+    ("include", [5]),
+    ("sigma_rels", 0.1),
+    ("update_every", True),
+    ("update_after_step", -1),
+    ("ema_decay", "5%"),
+    ("ema_decay", "half-life:"),
+    ("ema_decay", [0.9]),
+    ("ema_decay", 1.5),
+    ("ema_warmup", "x"),
+    ("ema_warmup", "exp:0"),
+    ("ema_warmup", "unbiased:3"),
+    ("ema_warmup", "cosine:1"),
+    ("ema_uncertainty", -0.1),
 ]
 
 
-@pytest.mark.parametrize(("name", "value", "reason"), WRONG)
-def test_a_setting_that_cannot_be_used_is_named(name, value, reason, tmp_path):
+@pytest.mark.parametrize(("name", "value"), WRONG)
+def test_a_setting_that_cannot_be_used_is_named(name, value, tmp_path):
     filled(tmp_path / "ck", 1)
-    with pytest.raises(InvalidValueError, match=f"^{name}{reason}"):
+    with refused(name):
         import_checkpoints(tmp_path / "ck", tmp_path / "new", **{name: value})
     assert not (tmp_path / "new").exists()
 
@@ -291,7 +286,7 @@ def test_a_malformed_manifest_is_one_line(content, manifest, ema):
     """A new import replaces it."""
     run = manifest.parent
     manifest.write_bytes(content)
-    assert ema("info", run).error.startswith(f"{manifest}: damaged import: ")
+    assert ema("info", run).error.startswith(f"{manifest}: ")
     assert ema("import", run.with_name("ck"), "--out", run).code == 0
     assert Run(run).step == 2
 
@@ -309,7 +304,7 @@ def test_a_flipped_digit_of_a_manifest_is_found(manifest):
 
 def test_a_manifest_has_a_limited_size(manifest):
     os.truncate(manifest, 10**9)
-    with pytest.raises(FileFormatError, match="at most 100,000,000 are allowed"):
+    with refused(manifest, "100,000,000", kind=FileFormatError):
         _ = Run(manifest.parent).sources
 
 

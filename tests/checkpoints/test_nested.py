@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from checking import refused
 from checkpoint_layouts import distributed
 from saved import asked, assert_equal, read, store, times, values_of
 
-from posthoc_cli import Run, files
-from posthoc_cli.errors import PostHocError
+from posthoc_cli import PostHocError, Run, files
+from posthoc_cli.errors import DirectoryError
 
 STEPS = (100, 200, 400)
 Tensors = dict[str, torch.Tensor]
@@ -104,9 +105,8 @@ TWO_MODELS = ("{}/student/model.safetensors", "{}/critic/model.safetensors")
 
 def test_one_of_several_models_is_chosen(tmp_path):
     place = write_at(tmp_path / "run", *TWO_MODELS)
-    said = asked(place)
-    assert "it has tensors under 'critic', 'student'" in said
-    assert said.endswith("--weights critic --out run")
+    with refused(place / "100", "'critic', 'student'", " --weights critic "):
+        read(place)
     assert times(place, weights="student") == [*STEPS]
     described = Run(place).info()
     assert "critic (2), student (2)" in {row["holds"] for row in described["checkpoints"]}
@@ -117,11 +117,11 @@ def test_one_of_several_models_is_chosen(tmp_path):
     [
         (
             ["s{}/mp_rank_00/model.pt", "s{}/mp_rank_01/model.pt"],
-            r"s\d+: holds partitions .*; convert .*own script",
+            r"s\d+: holds partitions",
         ),
         (
             ["s{}/actor/model_world_size_2_rank_0.pt", "s{}/actor/model_world_size_2_rank_1.pt"],
-            r"actor: holds partitions .*; convert .*own script",
+            "actor: holds partitions",
         ),
         (
             ["s{}/consolidated.00.pth", "s{}/consolidated.01.pth"],
@@ -129,19 +129,19 @@ def test_one_of_several_models_is_chosen(tmp_path):
         ),
         (
             ["{}/model/body/model_weight_pp-rank-0-of-1_tp-rank-0-of-1.safetensors"],
-            r"model/body: holds partitions .*; convert .*own script",
+            "model/body: holds partitions",
         ),
         (
             ["g_{:08}"],
-            r"run: holds no checkpoints itself; paste: ema import '\S+run/g_\*' --out run$",
+            r"ema import '\S+run/g_\*' --out run$",
         ),
         (
             ["version_{0}/checkpoints/step={0}.ckpt", "version_{0}/checkpoints/step={0}1.ckpt"],
-            r"itself; paste: ema import \S+run/version_100/checkpoints --out run$",
+            r"ema import \S+run/version_100/checkpoints --out run$",
         ),
         (
             ["checkpoints/{:06}/pretrained_model/model.safetensors"],
-            r"run: holds no checkpoints itself; paste: ema import \S+run/checkpoints --out run$",
+            r"ema import \S+run/checkpoints --out run$",
         ),
     ],
 )
@@ -176,16 +176,13 @@ def paddle(folder, step, weights):
 @pytest.mark.parametrize(
     ("save", "message"),
     [
-        (zero_3, r"global_step\d+: holds partitions .*; convert .*zero_to_fp32.py"),
-        (
-            foreign,
-            r"model-100.gguf: is of a kind that cannot be read \(llama.cpp\); save the tensors",
-        ),
-        (flax, r"checkpoint_100: is of a kind that cannot be read \(Flax\); save the tensors as"),
-        (paddle, r"100.pdparams: is of a kind that cannot be read \(Paddle\)"),
+        (zero_3, r"global_step\d+: .*zero_to_fp32.py"),
+        (foreign, r"model-100.gguf: .*llama.cpp"),
+        (flax, "checkpoint_100: .*Flax"),
+        (paddle, "100.pdparams: .*Paddle"),
     ],
 )
-def test_what_is_no_model_is_named(save, message, tmp_path):
+def test_a_file_of_another_format_is_named(save, message, tmp_path):
     place = write(tmp_path / "run", save)
     with pytest.raises(PostHocError, match=message):
         read(place)
@@ -204,6 +201,6 @@ def test_files_two_folders_down_are_not_opened(tmp_path, monkeypatch):
         store(tmp_path / "data" / "words" / name, {"x": torch.ones(3)})
     opened = []
     monkeypatch.setattr(files.system, "open", opened.append)
-    with pytest.raises(PostHocError, match="holds no snapshots, outputs or models"):
+    with refused(tmp_path, kind=DirectoryError):
         Run(tmp_path).info()
     assert not opened

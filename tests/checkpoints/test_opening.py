@@ -4,35 +4,34 @@ in them."""
 import copy
 import os
 import pickle
-import re
 from collections import defaultdict, namedtuple
 
 import numpy as np
 import pytest
 import torch
-from checking import assert_same_tensors
+from checking import assert_same_tensors, refused
 from checkpoint_layouts import LAYOUTS, STEPS, check_average, distributed, filled
 from factories import contents
 from groups import Net, check_group, move
 from safetensors.torch import load_file
-from saved import asked, fault, read, store, times
+from saved import asked, read, store, times
 from torch import nn
 
 from posthoc_cli import Run, export_file, import_checkpoints
 from posthoc_cli.errors import (
     DirectoryError,
     FileFormatError,
+    MismatchError,
     NonFiniteError,
-    PostHocError,
     VanishedError,
 )
-from posthoc_cli.profiles import Point
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_is_a_run(layout, write, weights):
     run = Run(write(layout))
-    assert [source.profile for source in run.sources] == [Point(float(step)) for step in STEPS]
+    assert [source.t for source in run.sources] == [*STEPS]
+    assert {source.holds for source in run.sources} == {"weights"}
     assert repr(run).endswith("4 checkpoints up to 200 steps)")
     check_average(run, weights, strip="net." if layout == "lightning" else "")
     described = run.info()
@@ -58,7 +57,7 @@ def test_a_glob_names_some_checkpoints(write):
     folder = write("transformers")
     assert Run(folder / "checkpoint-*0").step == 200
     assert times(folder / "checkpoint-[12]00") == [100, 200]
-    with pytest.raises(DirectoryError, match="no file or folder matches"):
+    with refused(folder / "other-*", kind=DirectoryError):
         _ = Run(folder / "other-*").sources
 
 
@@ -71,7 +70,7 @@ def test_a_file_can_be_described_without_its_step(tmp_path):
 
 
 @pytest.mark.parametrize("step", ["9" * 400, "²", 0])
-def test_the_name_tells_a_step_that_is_another_text_or_0(step, tmp_path):
+def test_a_step_that_is_no_positive_number_gives_way_to_the_name(step, tmp_path):
     store(
         tmp_path / "run7.pt",
         {
@@ -93,7 +92,7 @@ def test_a_far_step_costs_no_memory(tmp_path):
         "update_every": 1,
         "update_after_step": 1,
     }
-    assert "makes more than 20,000,000 updates" in asked(tmp_path, **settings)
+    assert "20,000,000" in asked(tmp_path, **settings)
 
 
 @pytest.fixture
@@ -125,14 +124,14 @@ def test_tensors_can_be_chosen(settings, names, choice):
 
 
 @pytest.mark.parametrize(
-    ("settings", "reason"),
+    ("settings", "subject"),
     [
-        ({"include": "x.*"}, r"include 'x\.\*': matches no tensor"),
-        ({"exclude": "*"}, "include and exclude: leave no tensor"),
+        ({"include": "x.*"}, "include 'x.*'"),
+        ({"exclude": "*"}, "include and exclude"),
     ],
 )
-def test_a_choice_of_no_tensor_is_refused(settings, reason, choice):
-    with pytest.raises(PostHocError, match=reason):
+def test_a_choice_of_no_tensor_is_refused(settings, subject, choice):
+    with refused(subject):
         read(choice, **settings)
 
 
@@ -247,10 +246,10 @@ def check_model(file, model):
 
 WIDE = torch.ones(2, 3)
 DIFFERENCES = [
-    ({"a": WIDE}, {"a": WIDE, "b": WIDE + 1}, "tensor 'b' is missing in step1.pt"),
-    ({"a": WIDE}, {"a": WIDE.T}, r"tensor 'a' has the shapes \[2, 3\] and \[3, 2\]"),
-    ({"a": WIDE}, {"a": WIDE.long()}, "tensor 'a' is average of F32 and copy of I64"),
-    ({"a": WIDE, "b": WIDE}, {"a": WIDE, "b": WIDE + 1}, "they tie different names together"),
+    ({"a": WIDE}, {"a": WIDE, "b": WIDE + 1}, "'b'"),
+    ({"a": WIDE}, {"a": WIDE.T}, "'a' has the shapes [2, 3] and [3, 2]"),
+    ({"a": WIDE}, {"a": WIDE.long()}, "I64"),
+    ({"a": WIDE, "b": WIDE}, {"a": WIDE, "b": WIDE + 1}, "tie"),
 ]
 
 
@@ -258,7 +257,9 @@ DIFFERENCES = [
 def test_two_models_never_mix(first, second, difference, tmp_path):
     for step, tensors in enumerate((first, second), 1):
         torch.save(tensors, tmp_path / f"step{step}.pt")
-    assert re.search(f"step1.pt and .*step2.pt.* {difference}", fault(tmp_path))
+    both = f"{tmp_path}/step1.pt and {tmp_path}/step2.pt"
+    with refused(both, difference, kind=MismatchError):
+        read(tmp_path)
 
 
 def test_dtypes_may_differ(tmp_path):
@@ -271,12 +272,12 @@ def test_dtypes_may_differ(tmp_path):
 def test_a_file_that_changes_or_shrinks_is_an_error(tmp_path):
     source, _ = Run(filled(tmp_path, 1, 2, size=1000)).sources
     path = source.path
-    with pytest.raises(FileFormatError, match="was changed while it was being read"), source:
+    with refused(path, "changed", kind=FileFormatError), source:
         path.write_bytes(path.read_bytes())
-    with pytest.raises(FileFormatError, match="was replaced while it was being used"), source:
+    with refused(path, "replaced", kind=FileFormatError), source:
         pass
     source = Run(path).sources[0]
-    with pytest.raises(FileFormatError, match="became shorter while it was read"), source:
+    with refused(path, "shorter", kind=FileFormatError), source:
         os.truncate(path, 3000)
         source.tensor("w")
     path.unlink()
@@ -319,25 +320,25 @@ READ = {
 """Names with a step."""
 
 REFUSED = {
-    "step_1_000": "'1_000' may be something else",
-    "1_000_steps": "'1_000' may",
-    "model-1.5k": "'1.5k' may",
-    "step_1k5": "'1k' may",
-    "step-1,000": "'1,000' may",
-    "v1.5": "'v1.5' may",
-    "model-fp16": "'fp16' may",
-    "100kimg": "'100kimg' may",
-    "step_1e5": "'1e' may",
-    "checkpoint-7b": "'7b' may",
-    "20240105": "'20240105' may be a date",
-    "checkpoint-2024-01-05": "'2024-01-05' may",
-    "model_1714560000": "'1714560000' may be a date",  # in seconds of Unix
-    "model_fold3": "'fold3' may",
-    "best_acc=87": "'acc=87' may",
-    "00010-of-00020": "or several",
-    "step²": "its name has no number, or several",
+    "step_1_000": "'1_000'",
+    "1_000_steps": "'1_000'",
+    "model-1.5k": "'1.5k'",
+    "step_1k5": "'1k'",
+    "step-1,000": "'1,000'",
+    "v1.5": "'v1.5'",
+    "model-fp16": "'fp16'",
+    "100kimg": "'100kimg'",
+    "step_1e5": "'1e'",
+    "checkpoint-7b": "'7b'",
+    "20240105": "'20240105'",
+    "checkpoint-2024-01-05": "'2024-01-05'",
+    "model_1714560000": "'1714560000'",  # in seconds of Unix
+    "model_fold3": "'fold3'",
+    "best_acc=87": "'acc=87'",
+    "00010-of-00020": "no number",
+    "step²": "no number",
 }
-"""Names that may mean something else, and parts of their errors."""
+"""Names that may mean something else, and which part of them."""
 
 
 def save_step(folder, *names):
@@ -361,8 +362,8 @@ def test_the_name_of_a_folder_tells_its_step_by_a_word_for_steps(tmp_path, name)
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_name_that_may_mean_something_else_is_refused(tmp_path, name):
     save_step(tmp_path, name)
-    reason = f"{name}.pt: .*{REFUSED[name]}.*(`step_from`|--step-from)"
-    assert re.search(reason, asked(tmp_path))
+    with refused(tmp_path / f"{name}.pt", REFUSED[name], "step"):
+        read(tmp_path)
 
 
 def test_a_pattern_finds_numbers_as_people_write_them(tmp_path):
@@ -375,7 +376,8 @@ def test_a_pattern_finds_numbers_as_people_write_them(tmp_path):
 @pytest.mark.parametrize("pattern", [r"step(_1_000)", r"(st)ep"])
 def test_a_pattern_that_finds_no_number_is_refused(pattern, tmp_path):
     save_step(tmp_path, "step_1_000", "step_2_000")
-    assert "finds no number in" in asked(tmp_path, step_from=pattern)
+    with refused(f"step_from {pattern}"):
+        read(tmp_path, step_from=pattern)
 
 
 # --- checkpoints that a group of processes wrote in chunks
@@ -421,5 +423,5 @@ def test_a_mask_that_holds_infinity_is_kept_and_other_infinite_values_are_refuse
     export_file(tmp_path / "masked" / "30.pt", out, weights=True, dtype="float16")
     assert torch.equal(load_file(out)["attn.mask"], mask.half())
     store(tmp_path / "masked" / "20.pt", states[20] | {"attn.mask": mask.T})
-    with pytest.raises(NonFiniteError, match=r"20\.pt: tensor 'attn.mask': holds nan or infinity"):
+    with refused(tmp_path / "masked" / "20.pt", "'attn.mask'", kind=NonFiniteError):
         run.average(0.2)

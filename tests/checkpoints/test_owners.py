@@ -6,6 +6,7 @@ import zipfile
 
 import pytest
 import torch
+from checking import refused
 from saved import (
     asked,
     assert_equal,
@@ -63,16 +64,15 @@ def test_numbers_of_epochs_and_of_an_unknown_unit_do_not_mix(tmp_path):
     """icefall writes both; its files state their steps, others do not."""
     write_each(tmp_path, "checkpoint-{save.step}.pt", weights)
     write_each(tmp_path, "epoch-{save.epoch}.pt", weights)
-    said = asked(tmp_path)
-    assert "holds several series of files, 10 x checkpoint-*.pt, 10 x epoch-*.pt" in said
-    assert said.endswith("/checkpoint-*.pt' --out run")
+    with refused(tmp_path, "10 x checkpoint-*.pt, 10 x epoch-*.pt", "/checkpoint-*.pt' --out run"):
+        read(tmp_path)
     assert times(tmp_path / "epoch-*.pt") == EPOCHS
 
 
 def test_a_number_that_is_always_0_is_asked_about(tmp_path):
     """As that of a rank, in the name of each file."""
     write_each(tmp_path, "s_{save.step}/rank_0.pt", weights)
-    assert "all files have the number 0" in asked(tmp_path / "*" / "*.pt")
+    assert " 0," in asked(tmp_path / "*" / "*.pt")
     assert times(tmp_path / "*" / "*.pt", step_from=r"/s_(\d+)") == TIMES
 
 
@@ -90,8 +90,7 @@ def test_averages_that_count_more_updates_than_numbers_are_of_epochs(tmp_path):
         store(tmp_path / f"checkpoint{4 * save.epoch - 1}.pth", with_count(save))
     made = read(tmp_path, ema_decay=0.95)
     assert {one.t for one in made.checkpoints} == set(TIMES)
-    says = "averages have counted more updates; steps are the updates that the averages have"
-    assert says in made.numbers
+    assert "averages have counted more updates" in made.numbers
 
 
 def test_averages_that_count_one_update_more_than_numbers_are_of_steps(tmp_path):
@@ -115,7 +114,8 @@ def test_tensors_that_an_average_leaves_out_are_excluded_as_the_error_says(tmp_p
         }
 
     write_each(tmp_path, "s{save.step}.pt", content)
-    assert re.search(r"'head.weight'; leave them .* `exclude`", asked(tmp_path))
+    with refused("average", "'head.weight'", "`exclude`"):
+        read(tmp_path)
     made = read(tmp_path, exclude="head.*", ema_decay=0.95, ema_warmup="none")
     assert made.counts["EMA of decay 0.95"] == len(saves())
 
@@ -123,7 +123,7 @@ def test_tensors_that_an_average_leaves_out_are_excluded_as_the_error_says(tmp_p
 def test_names_of_values_are_no_options(tmp_path, ema):
     store(tmp_path / "1.pt", {"w": torch.ones(3), "step": 7})
     shown = ema("import", tmp_path, "--dry-run").out
-    assert shown.startswith("numbers are steps, by 'step' in the contents\n")
+    assert shown.startswith("numbers are steps, by 'step' ")
     write_each(tmp_path / "kept", "ep{save.epoch}7.pt", weights)
     assert "`first_epoch` is 0 if it is" in ema("info", tmp_path / "kept").out
 
@@ -156,16 +156,16 @@ def test_a_wrapper_within_the_model_changes_names_of_one_set(of_weights, of_aver
 def test_the_folder_of_one_of_several_trainings_is_named(tmp_path):
     for number in (1, 2):
         write_each(tmp_path / f"run{number}", "step{save.step}.pt", weights)
-    assert re.search(
-        r"holds no checkpoints itself; paste: ema import \S+/run1 --out", asked(tmp_path)
-    )
+    with refused(tmp_path, f"ema import {tmp_path}/run1 --out"):
+        read(tmp_path)
     assert times(tmp_path / "run1") == times(tmp_path / "*1" / "step*.pt") == TIMES
 
 
 def test_folders_of_weights_and_of_averages_are_opened_together(tmp_path):
     write_each(tmp_path / "weights", "step{save.step}.pt", weights)
     write_each(tmp_path / "ema", "step{save.step}.pt", lambda save: save.average)
-    assert f"paste: ema import '{tmp_path}/*/*' --out" in asked(tmp_path)
+    with refused(tmp_path, f"ema import '{tmp_path}/*/*' --out"):
+        read(tmp_path)
     assert len(read(tmp_path / "*" / "*", ema_decay=0.95).checkpoints) == 2 * len(TIMES)
 
 
@@ -180,18 +180,14 @@ def test_a_target_network_of_a_part_leaves_the_policy_to_another_import(tmp_path
     write_each(tmp_path, "step_{save.step}/policy.pth", content)
     place = tmp_path / "*" / "policy.pth"
     read(place, ema_decay=0.95)
-    (said,) = [line for line in caplog.messages if "also holds 'actor', not used" in line]
-    assert said.endswith(
-        "with `weights` 'actor' takes it, and with `kind` checkpoints the model alone"
-    )
+    assert "'actor', not used" in caplog.text
 
 
 def test_weights_that_equal_the_average_are_asked_about(tmp_path):
     """Written while the average was swapped in."""
     write_each(tmp_path, "s{save.step}.pt", lambda save: {"net": save.average, "ema": save.average})
-    said = asked(tmp_path)
-    assert "'ema' equals 'net' in all files" in said
-    assert said.endswith("--from checkpoints --out run")
+    with refused("weights", "'ema'", "'net'", "--from checkpoints --out run"):
+        read(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["model.pth", "pytorch_model/mp_rank_00_model_states.pt"])
@@ -208,9 +204,7 @@ def test_a_folder_of_a_pickled_model_is_exported(name, tmp_path):
 def test_an_archive_of_another_kind_is_to_be_unpacked(name, tmp_path):
     with zipfile.ZipFile(tmp_path / name, "w") as archive:
         archive.writestr("policy.pth", "")
-    with pytest.raises(
-        FileFormatError, match=r"is of a kind that cannot be read \(.*\); .* unpack archives"
-    ):
+    with refused(tmp_path / name, "unpack", kind=FileFormatError):
         exported(tmp_path / name)
 
 
@@ -224,7 +218,7 @@ def test_averages_whose_norms_grow_are_asked_about(tmp_path, caplog):
     for number in range(1, 6):
         store(tmp_path / f"ema_{100 * number}.pt", {"w": torch.full((8,), 1.65**number)})
     read(tmp_path, ema_decay=0.99)
-    assert "norms grow by 1.65 from file to file: is this an average?" in caplog.text
+    assert "grow by 1.65" in caplog.text
 
 
 def test_sets_whose_names_are_paths_are_chosen_by_a_pattern(tmp_path):
@@ -252,7 +246,7 @@ def kair(folder):
 def test_a_series_that_moves_less_is_proposed_as_the_average(tmp_path):
     place = kair(tmp_path)
     said = asked(place, ema_decay=0.95, ema_warmup="none")
-    assert "holds several series of files, 10 x *_G.pth, 10 x *_E.pth" in said
+    assert "10 x *_G.pth, 10 x *_E.pth" in said
     globs = "--average '*_E.pth' --weights '*[0-9]_G.pth'"
     assert said.endswith(f" --ema-decay 0.95 --ema-warmup none {globs} --out run")
     check_last(place, average="*_E.pth", weights="*_G.pth")

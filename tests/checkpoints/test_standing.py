@@ -1,47 +1,22 @@
 """Weights or averages that stand still within an interval, leap, or swing about a minimum, are no
 fault of the average; what updates at every few steps would change."""
 
-from itertools import pairwise
-
 import numpy as np
 import pytest
 import torch
+from checking import refused
+from predictions import noise, normal, walk
 from saved import store
-from trained import paste
+from trained import by, ema, paste, write
 
 from posthoc_cli import Run, import_checkpoints
-from posthoc_cli.errors import InvalidValueError
 
 STEPS = 2000
 SIZE = 300
 
 
-def walk(rate):
-    """Return the weights after each step, [STEPS, SIZE], which move by this rate."""
-    random = np.random.default_rng(0)
-    moves = random.standard_normal((STEPS, SIZE))
-    moves *= 0.02 * rate[:, None]
-    start = random.standard_normal(SIZE)
-    return start + np.cumsum(moves, axis=0)
-
-
-def save(folder, path, steps, decay=0.99, every=1, reset=None):
-    """Write the weights and their average, which every so many steps takes them in, and at `reset`
-    is replaced by them."""
-    written = set(steps)
-    average = path[0]
-    for step, weights in enumerate(path, 1):
-        if step % every == 0:
-            average = decay * average + (1 - decay) * weights
-        if step == reset:
-            average = weights
-        if step in written:
-            content = {
-                "model": {"w": torch.tensor(weights)},
-                "ema": {"w": torch.tensor(average)},
-            }
-            store(folder / f"step{step}.pt", content)
-    return folder
+def steady():
+    return walk(np.full(STEPS, 0.02), SIZE)
 
 
 LATE = [*range(75, 1776, 100), STEPS]
@@ -50,27 +25,27 @@ LATE = [*range(75, 1776, 100), STEPS]
 
 def falling():
     left = 1 - np.arange(1, STEPS + 1) / STEPS
-    return walk(np.clip(left / 0.1, 0, 1))
+    return walk(0.02 * np.clip(left / 0.1, 0, 1), SIZE)
 
 
 def test_a_rate_that_falls_to_0_in_the_last_interval_is_no_restart(files):
     """Motion that is over early within an interval was taken for an average that began again."""
-    save(files, falling(), LATE)
+    write(files, falling(), ema(0.99), steps=LATE)
     (audit,) = Run(files).audit()
     assert not audit.is_bad
     assert audit.length == pytest.approx(100, rel=2 * audit.uncertainty)
 
 
 def test_a_restart_in_such_an_interval_is_still_one(files):
-    save(files, falling(), LATE, reset=1935)
+    reset = by(lambda n: 0.0 if n == 1935 else 0.99)
+    write(files, falling(), reset, steps=LATE)
     (audit,) = Run(files).audit()
     assert audit.verdict == "set back"
 
 
 def test_two_files_between_two_updates_have_one_average(files):
     steps = [*range(100, STEPS + 1, 100), 1722, 1725]
-    path = walk(np.ones(STEPS))
-    save(files, path, steps, decay=0.97, every=10)
+    write(files, steady(), by(lambda n: 1.0 if n % 10 else 0.97), steps=steps)
     (audit,) = Run(files).audit()
     assert not audit.is_bad
 
@@ -80,14 +55,8 @@ KEPT_BEST = (74, 79, 80, 111, 138, 149, 151, 172, 352, 361, 668, 711, 1233, 1403
 
 def test_noise_about_a_minimum_refutes_no_true_decay_where_files_are_rarer_and_rarer(files):
     """It forgets in 30 steps, so that averages look the longer, the longer the intervals are."""
-    random = np.random.default_rng(3)
-    noise = 0.2 * random.standard_normal((KEPT_BEST[-1], SIZE))
-    kept = np.exp(-1 / 30)
-    for before, after in pairwise(noise):
-        after *= np.sqrt(1 - kept**2)
-        after += kept * before
-    minimum = random.standard_normal(SIZE)
-    save(files, minimum + noise, KEPT_BEST, decay=0.999)
+    path = normal(SIZE) + 0.2 * noise(KEPT_BEST[-1], 30, SIZE, seed=3)
+    write(files, path, ema(0.999), steps=KEPT_BEST)
     (audit,) = Run(files).audit(0.999)
     assert audit.verdict == "as claimed"
 
@@ -112,7 +81,7 @@ def stored(folder, path, decay, parts=(), every=1):
 @pytest.mark.parametrize("share", [0.25, 0.5])
 def test_an_average_of_layers_that_are_frozen_at_first_is_taken(share, files, run):
     """What rounding moves in an average of weights that stand still is no motion of its own."""
-    path = walk(np.ones(STEPS))
+    path = steady()
     first = round(share * STEPS)
     path[:first, :100] = path[0, :100]
     path[first:, :100] += path[0, :100] - path[first, :100]
@@ -122,7 +91,7 @@ def test_an_average_of_layers_that_are_frozen_at_first_is_taken(share, files, ru
 
 
 def test_a_layer_that_is_large_for_a_step_is_no_other_average(files, run):
-    path = walk(np.ones(STEPS))
+    path = steady()
     path[999, :100] *= 30
     stored(files, path, 0.99, parts=(100, 200))
     assert "as claimed" in import_checkpoints(files, run, ema_decay=0.99).checks[0]
@@ -132,10 +101,8 @@ def test_an_average_that_is_updated_at_every_tenth_step_is_not_taken_for_one_of_
     files, run
 ):
     """Of decay 0.999 it would be 9 steps younger."""
-    path = walk(np.ones(STEPS))
+    path = steady()
     stored(files, path, 0.99, parts=(100, 200), every=10)
-    with pytest.raises(
-        InvalidValueError, match=r"99 at every 10 steps.* --update-every 10 "
-    ) as asked:
+    with refused("ema_decay", "--update-every 10 ") as asked:
         import_checkpoints(files, run)
     paste(asked.value, run)

@@ -8,7 +8,7 @@ from collections import namedtuple
 import numpy as np
 import pytest
 import torch
-import trained
+from checking import refused
 from checkpoint_layouts import distributed
 from saved import (
     asked,
@@ -18,7 +18,6 @@ from saved import (
     check_export,
     check_last,
     exported,
-    fault,
     named,
     read,
     store,
@@ -27,11 +26,10 @@ from saved import (
 )
 from torch import nn
 from torch.nn import utils
-from trained import by, error_of, train
 from walks import EVERY, copied, saves
 
 from posthoc_cli import Run, import_checkpoints
-from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.errors import FileFormatError
 
 STEP = "step{save.step}.pt"
 """The name of a file."""
@@ -77,7 +75,7 @@ SEVERAL = [
 def test_of_several_averages_one_is_chosen(averages, key, other, tmp_path):
     file = tmp_path / "step400.pt"
     torch.save({"model": LAST.weights} | averages, file)
-    with pytest.raises(InvalidValueError, match=f"unclear: '{key}.*', '{other}"):
+    with refused(file, f"'{key}", f"'{other}"):
         exported(file)
     assert_equal(exported(file, average=key), AVERAGE)
     assert_equal(exported(file, average=other), OTHER)
@@ -87,7 +85,7 @@ def test_two_files_whose_names_differ_in_a_decay_are_two_averages(tmp_path):
     store(tmp_path / "model.pt", LAST.weights)
     store(tmp_path / "ema_0.95.pt", AVERAGE)
     store(tmp_path / "ema_0.99.pt", OTHER)
-    with pytest.raises(InvalidValueError, match=r"unclear: 'ema_0\.95', 'ema_0\.99'"):
+    with refused(tmp_path, "'ema_0.95'", "'ema_0.99'"):
         exported(tmp_path)
     assert_equal(exported(tmp_path, average="ema_0.95"), AVERAGE)
 
@@ -117,7 +115,6 @@ def test_sets_that_no_word_tells_apart_are_asked_for(tmp_path):
 
     write_each(tmp_path, STEP, content)
     said = asked(tmp_path, ema_decay=0.95, ema_warmup="none")
-    assert "model is unclear: 'one', 'other'" in said
     assert said.endswith(" --ema-decay 0.95 --ema-warmup none --weights one --out run")
     check_last(tmp_path, weights="one")
 
@@ -135,7 +132,7 @@ def test_an_average_of_torch_distributed_is_exported_by_its_glob(tmp_path):
     made = exported(place, average="*1")
     assert made.pop("bn.num_batches_tracked") == 3
     assert_equal(made, AVERAGE)
-    with pytest.raises(InvalidValueError, match="unclear: 'model_ema1', 'model_ema2'"):
+    with refused(place, "'model_ema1'", "'model_ema2'"):
         exported(place, average="*")
 
 
@@ -152,7 +149,8 @@ def test_a_set_that_is_named_counts_where_the_layout_of_lightning_has_another(tm
     file = write_each(tmp_path, STEP, content)
     assert_equal(exported(file, average="slower"), negated(AVERAGE))
     check_last(tmp_path, average="state_dict", weights="current_model_state")
-    assert "has no set of tensors 'nowhere'" in fault(tmp_path, weights="nowhere")
+    with refused(tmp_path / "step120.pt", "'nowhere'", kind=FileFormatError):
+        read(tmp_path, weights="nowhere")
 
 
 # --- what no word says
@@ -218,11 +216,10 @@ def test_buffers_of_mmcv_are_asked_about(content, average, weights, tmp_path):
     """The command proposes the two sets in the order in which they move as an average does."""
     file = write_each(tmp_path, "iter_{save.step}.pth", content)
     said = asked(tmp_path, ema_decay=0.95, ema_warmup="none")
-    assert "nothing shows which are the averages" in said
     sets = shlex.join(["--average", average, "--weights", weights])
     assert said.endswith(f" --ema-decay 0.95 --ema-warmup none {sets} --out run")
     check_last(tmp_path, average=average, weights=weights)
-    with pytest.raises(InvalidValueError, match="nothing shows which are the averages"):
+    with refused(file):
         exported(file)
 
 
@@ -285,8 +282,7 @@ def test_an_average_that_is_not_used_is_named(tmp_path, caplog):
 
     write_each(tmp_path, STEP, content)
     read(tmp_path)
-    said = "also holds 'extra.deep.ema', not used: an import with `average` 'extra.deep.ema' takes"
-    assert said in caplog.text
+    assert "'extra.deep.ema', not used" in caplog.text
     check(tmp_path, AVERAGE | TEXT, LAST.weights | TEXT, None, average="deep.ema")
 
 
@@ -304,8 +300,9 @@ def test_an_average_of_numpy_arrays_is_named_which_cannot_be_read(tmp_path, capl
     }
     torch.save(content, tmp_path / "step5.pt")
     assert read(tmp_path).counts == {"weights": 1}
-    assert "step5.pt also holds 'ema', 'ema_vector (one tensor)', not used" in caplog.text
-    assert "is of a kind that cannot be read ('numpy." in fault(tmp_path, average="ema")
+    assert "'ema', 'ema_vector (one tensor)', not used" in caplog.text
+    with refused(tmp_path / "step5.pt", "numpy.", kind=FileFormatError):
+        read(tmp_path, average="ema")
 
 
 def test_an_average_in_a_list_of_parameters_within_the_model(tmp_path):
@@ -341,7 +338,7 @@ def test_two_towers_are_no_average_and_its_weights(tmp_path, caplog):
     towers["source_encoder"]["norm"] = torch.ones(20)
     torch.save(towers, file)
     exported(file)
-    assert "the average is unrelated to the weights; name it with `average` if it is" in caplog.text
+    assert "unrelated" in caplog.text
     assert_equal(exported(file, average="target_encoder"), towers["target_encoder"])
 
 
@@ -369,9 +366,7 @@ def test_a_set_that_is_far_from_the_weights_is_asked_about(content, tmp_path):
         return {"state_dict": encoder | named("target_encoder.", sets["target_encoder"])}
 
     write_each(tmp_path, STEP, state)
-    said = asked(tmp_path)
-    assert "is unrelated to 'state_dict.encoder', as no average is" in said
-    assert said.endswith("--from checkpoints --out run")
+    assert asked(tmp_path).endswith("--from checkpoints --out run")
     assert read(tmp_path, kind="checkpoints").counts == {"weights": len(saves())}
 
 
@@ -380,8 +375,7 @@ def test_a_set_that_is_far_from_the_weights_is_asked_about(content, tmp_path):
 
 def test_an_average_without_weights_is_not_taken_for_weights(tmp_path):
     write_each(tmp_path, STEP, lambda save: {"ema": save.average, "args": {"lr": 3}})
-    reason = "ema_decay: must be given: the files do not hold it, and it cannot be found without"
-    with pytest.raises(InvalidValueError, match=reason):
+    with refused("ema_decay"):
         _ = Run(tmp_path).sources
     done = read(tmp_path, ema_decay=0.95)
     assert done.counts == {"EMA of decay 0.95": len(saves())}
@@ -394,10 +388,9 @@ def test_a_checkpoint_without_an_average_is_not_exported_as_one(tmp_path, ema):
     out = tmp_path / "model.safetensors"
     other = {"body.0.weight": LAST.weights["body.0.weight"]}
     torch.save({"model": LAST.weights, "ema": other}, file)
-    refused = ema("export", file, "--out", out)
-    assert refused.code == 2
-    reason = "none of its keys names an average ('model', 'ema'); name its key with --average"
-    assert f"last.pt: {reason}" in refused.err
+    done = ema("export", file, "--out", out)
+    assert done.code == 2
+    assert "last.pt: none of its keys" in done.error
     assert not out.exists()
 
 
@@ -412,7 +405,7 @@ def test_sets_that_are_not_used_are_named(tmp_path, caplog):
     }
     torch.save(content, tmp_path / "step10.pt")
     read(tmp_path, ema_decay=0.95)
-    assert "also holds 'model.frozen', 'discriminator', not used: an import with" in caplog.text
+    assert "'model.frozen', 'discriminator', not used" in caplog.text
     (source,) = read(tmp_path, weights="optimizer.master", kind="checkpoints").checkpoints
     assert source.values("net.w", 0, 3).tolist() == [0.25, 1.25, 2.25]
 
@@ -421,7 +414,8 @@ def test_weights_of_8_bit_floats_are_refused(tmp_path):
     file = tmp_path / "step10.pt"
     content = {"a.weight": torch.ones(9).to(torch.float8_e4m3fn), "b": torch.ones(2)}
     torch.save(content, file)
-    assert "tensor 'a.weight' has 8 bits a value" in fault(file)
+    with refused(file, "'a.weight'", kind=FileFormatError):
+        read(file)
     assert read(file, exclude="a.*").counts == {"weights": 1}
 
 
@@ -494,7 +488,6 @@ def test_of_two_sets_the_one_that_moves_less_is_proposed_as_the_average(files):
     write(files, model_state_dict=AVERAGES, non_ema_state_dict=WEIGHTS)
     given = {"ema_decay": 0.95, "ema_warmup": "none", "steps_per_epoch": EVERY}
     said = asked(files, **given)
-    assert "'model_state_dict' moves less" in said
     assert said.endswith(" --average model_state_dict --weights non_ema_state_dict --out run")
     sets = {"average": "model_state_dict", "weights": "non_ema_state_dict"}
     check_last(files, steps_per_epoch=EVERY, **sets)
@@ -518,72 +511,13 @@ def test_a_copy_or_a_set_that_moves_otherwise_is_no_average(files, sets):
 def test_a_set_that_never_moves_is_no_average_whatever_its_name_says(files, caplog):
     found = read(write(files, model=WEIGHTS, target=STILL))
     assert found.counts == {"weights": 10}
-    assert "'target' never moves, and is not used" in caplog.text
-
-
-# --- other averages than those of a decay
-
-
-def power(step):
-    """Return (1 - 1/n)^(gamma + 1) of gamma 5.94, for the n-th update at every tenth step."""
-    if step % 10:
-        return 1.0
-    return (1 - 10 / step) ** 6.94
-
-
-def test_the_width_of_a_power_function_is_given(run, files):
-    folder = trained.write(files, train(), by(power))
-    import_checkpoints(folder, run, sigma_rels=[0.110967], update_every=10)
-    found, predicted = error_of(Run(run))
-    assert found < 2 * predicted < 0.04
+    assert "'target' never moves" in caplog.text
 
 
 def test_two_widths_of_one_average_are_refused(tmp_path):
     write_each(tmp_path, STEP, lambda save: {"model": save.weights, "ema": save.average})
-    assert "sigma_rels: must be one number, the width of the average in" in asked(
-        tmp_path, sigma_rels=(0.1, 0.2)
-    )
-
-
-def of_a_tenth(step):
-    """A half-life of a tenth of the training."""
-    half_life = 0.1 * step
-    return 2 ** (-1 / half_life)
-
-
-def started_late(step):
-    """Return the decay of an update at step 50 and every 7 steps after, with a half-life of 5 % of
-    the updates."""
-    updates, rest = divmod(step - 50, 7)
-    if rest or updates < 0:
-        return 1.0
-    if updates == 0:
-        return 0.0
-    half_life = 0.05 * updates
-    return 2 ** (-1 / half_life)
-
-
-def torchtitan(_, weights, average):
-    states = {f"state.{name}.ema_params": value for name, value in average.items()}
-    return {
-        "model": weights,
-        "ema_optimizer": states,
-    }
-
-
-@pytest.mark.parametrize(
-    ("settings", "decay"),
-    [
-        ({"ema_decay": "half-life:10%"}, of_a_tenth),
-        ({"update_every": 7, "update_after_step": 50}, started_late),
-    ],
-)
-def test_settings_of_torchtitan_are_given(settings, decay, run, files):
-    """Its default half-life is 5 % of the training."""
-    folder = trained.write(files, train(), by(decay), form=torchtitan)
-    import_checkpoints(folder, run, **settings)
-    found, predicted = error_of(Run(run))
-    assert found < 2 * predicted < 0.04
+    with refused("sigma_rels"):
+        read(tmp_path, sigma_rels=(0.1, 0.2))
 
 
 def from_step_160(step):
@@ -604,7 +538,7 @@ def test_an_average_that_is_named_may_have_begun_later(run, files):
     check_error(run)
 
 
-def test_the_state_of_random_numbers_among_the_weights_is_none_of_them(tmp_path):
+def test_a_random_number_state_among_the_weights_is_left_out(tmp_path):
     def content(save):
         return {**save.weights, "cuda_rng_state": torch.get_rng_state()}
 
@@ -620,5 +554,5 @@ def test_sets_in_a_named_tuple_have_numbers_as_keys(tmp_path):
     for save in saves():
         state = State(save.weights, save.step, save.average)
         (tmp_path / f"{save.step}.pkl").write_bytes(pickle.dumps(state))
-    assert "it has tensors under '0', '2'" in asked(tmp_path)
+    assert "'0', '2'" in asked(tmp_path)
     check_last(tmp_path, average="2", weights="0")

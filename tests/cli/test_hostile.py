@@ -10,7 +10,7 @@ from pathlib import Path
 import forked
 import pytest
 import torch
-from checking import assert_same_tensors, load_output
+from checking import assert_same_tensors, load_output, refused
 from ema_command import unmeasured_environment
 from factories import RUN_ID, contents, write_snapshot
 from safetensors.torch import save_file
@@ -42,7 +42,7 @@ def test_a_link_in_place_of_an_output_is_replaced_itself_and_only_with_overwrite
     *_, name = line.split()
     out = Path(name)
     out.symlink_to(precious)
-    assert "already exists" in typed(line).error
+    assert typed(line).error.startswith(name)
     assert out.is_symlink()
     assert typed(f"{line} --overwrite").code == 0
     assert not out.is_symlink()
@@ -53,7 +53,7 @@ def test_a_link_in_place_of_an_output_is_replaced_itself_and_only_with_overwrite
 def test_a_lock_that_is_a_link_is_refused_and_not_followed(tmp_path, precious, name):
     linked = precious.with_name(name)
     (tmp_path / ".ema.lock").symlink_to(linked)
-    with pytest.raises(WriteError, match=str(tmp_path)):
+    with refused(tmp_path, kind=WriteError):
         DirectoryLock(tmp_path)
     assert contents(precious.parent) == {"precious": b"mine"}
 

@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 
 import posthoc_cli
 from posthoc_cli.cli import app
-from posthoc_cli.reconstruction import METHODS
 
 
 def test_every_command_takes_counts_as_people_write_them(typed):
@@ -74,8 +73,7 @@ def test_help_and_version(ema):
     assert ema("-V").out == ema("--version").out == ema("version").out == version
     groups = re.findall("Checkpoints that you have|A training with the hook|Learn", ema("-h").out)
     assert len(groups) == 3
-    methods = re.escape("|".join(METHODS))
-    assert re.search(rf"--method +[<\[]{methods}[>\]] ", ema("error-plot", "--help").out)
+    assert re.search(r"--method +[<\[]minvar\|paper[>\]] ", ema("error-plot", "--help").out)
 
 
 # --- the output of --json: all commands use the same names for the same things
@@ -171,7 +169,8 @@ def test_wrong_input_is_one_line_and_changes_nothing(ema, places, command, monke
             assert result.out == "" or result.code == 1, line
     assert contents(places) == before
     if os.environ.get("EMA_RECORD_MESSAGES"):
-        assert "install" not in "".join(found.values()), "record where every extra is installed"
+        missing = "install" in "".join(found.values()).lower()
+        assert not missing, "record where every extra is installed"
         head, *_ = MESSAGES.read_text().split("\n")
         cases = [f"$ ema {line}\n{answer}\n" for line, answer in found.items()]
         MESSAGES.write_text(f"{head}\n\n{''.join(cases)}")

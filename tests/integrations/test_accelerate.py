@@ -71,7 +71,7 @@ def test_a_checkpoint_with_states_of_two_saves_is_refused(tmp_path):
     ema = Training(tmp_path).ema
     (tmp_path / f"{STATE_NAME}.pt").touch()
     (tmp_path / STATE_NAME).mkdir()
-    with pytest.raises(MismatchError, match=rf"{STATE_NAME}\.pt and .*{STATE_NAME}.*two saves"):
+    with pytest.raises(MismatchError, match=rf"{STATE_NAME}\.pt and .*{STATE_NAME}"):
         read_state(ema, tmp_path)
 
 

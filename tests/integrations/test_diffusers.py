@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from checking import refused
 
 pytest.importorskip("diffusers")
 
@@ -9,7 +10,7 @@ from diffusers import UNet2DModel
 from integrations.unet import Training, network
 from truth import EVERY, distance, exact, recorded
 
-from posthoc_cli.errors import InvalidValueError, NotReadyError
+from posthoc_cli.errors import NotReadyError
 from posthoc_cli.integrations.diffusers import PostHocEMAModel
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the library's own
@@ -41,23 +42,23 @@ def test_a_script_finds_the_methods_of_the_librarys_own_averages(tmp_path):
     assert ema_model.ema.step == 10
     saved = UNet2DModel.from_pretrained(tmp_path / "saved/unet_ema")
     assert distance(recorded(saved), exact(complete.weights[:4], 0.2)) < 1e-6
-    with pytest.raises(NotReadyError, match="tracks no model"):
+    with pytest.raises(NotReadyError):
         PostHocEMAModel.from_pretrained(tmp_path / "saved/unet_ema").step()
 
 
 def test_bad_arguments_and_calls_are_errors(tmp_path):
     model = network()
-    with pytest.raises(InvalidValueError, match=r"0\.4: must lie in"):
+    with refused("sigma_rel 0.4"):
         PostHocEMAModel(model, tmp_path, sigma_rel=0.4)
-    with pytest.raises(InvalidValueError, match="not its parameters"):
+    with refused("model"):
         PostHocEMAModel(model.parameters(), tmp_path)
     ema_model = PostHocEMAModel(model, tmp_path, **EVERY)
-    with pytest.raises(NotReadyError, match="copy_to"):
+    with refused("restore", "copy_to", kind=NotReadyError):
         ema_model.restore(model.parameters())
     ema_model.step()
-    with pytest.raises(InvalidValueError, match="neither the model's parameters nor"):
+    with refused("parameters"):
         ema_model.copy_to(list(model.parameters())[:2])
-    with pytest.raises(InvalidValueError, match="not a folder of save_pretrained"):
+    with refused(f"path {tmp_path}"):
         PostHocEMAModel.from_pretrained(tmp_path)
 
 

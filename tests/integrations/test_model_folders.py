@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from checking import refused
 
 pytest.importorskip("transformers")
 
@@ -77,7 +78,7 @@ def test_dtypes_and_tensors_that_the_run_lacks_are_those_of_the_folder(tmp_path,
     new = tmp_path / "new"
     track(model, run)
     done = ema("synthesize", run, "--sigma-rel", 0.2, "--like", like, "--out", new)
-    assert "kept 1 tensor (model.norm.weight) of like, which the run does not have" in done.err
+    assert "kept 1 tensor (model.norm.weight)" in done.err
     loaded = type(model).from_pretrained(new, dtype="auto")
     raw = load_file(like / "model.safetensors")
     average = Run(run).average(0.2, dtype="bfloat16")
@@ -89,7 +90,7 @@ def test_tensors_that_transformers_renames_on_disk_are_refused_with_a_way_out(tm
     model = MixtralForCausalLM(MixtralConfig(**TEXT, num_local_experts=2))
     model.save_pretrained(tmp_path / "like")
     track(model, tmp_path / "run")
-    with pytest.raises(MismatchError, match=r"mlp\.experts.*load_into.*save_pretrained"):
+    with pytest.raises(MismatchError, match=r"mlp\.experts.*load_into"):
         Run(tmp_path / "run").write(0.2, tmp_path / "new", like=tmp_path / "like")
     assert not (tmp_path / "new").exists()
 
@@ -120,17 +121,14 @@ def without_weights(folder):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (quantized, r"like: .* quantization_config"),
-        (without_weights, "holds no weights"),
-    ],
+    ("change", "fact"),
+    [(quantized, "quantization_config"), (without_weights, "weights")],
 )
-def test_a_folder_that_does_not_fit_is_refused(tmp_path, change, words):
+def test_a_folder_that_does_not_fit_is_refused(tmp_path, change, fact):
     model = llama()
     track(model, tmp_path / "run")
     model.save_pretrained(tmp_path / "like")
     change(tmp_path / "like")
-    with pytest.raises(PostHocError, match=words):
+    with refused(tmp_path / "like", fact, kind=PostHocError):
         Run(tmp_path / "run").write(0.2, tmp_path / "new", like=tmp_path / "like")
     assert not (tmp_path / "new").exists()

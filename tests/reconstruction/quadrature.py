@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 from scipy import integrate
 
-from posthoc_cli.profiles import PowerFunction
+from posthoc_cli import PowerFunction
 
 QUADRATURE = {"epsabs": 1e-15, "epsrel": 1e-10, "limit": 200}
 

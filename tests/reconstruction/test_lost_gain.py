@@ -4,8 +4,9 @@ and the loss is the error's share of it."""
 import numpy as np
 import pytest
 import torch
+from predictions import true_averages
 from torch import nn
-from trained import EVERY, TIMES, ema, named, network, train, true_average, write
+from trained import EVERY, TIMES, ema, named, network, train, write
 
 from posthoc_cli import PostHocEMA, Run, disk_sources, import_checkpoints, plan_synthesis
 from posthoc_cli.reconstruction import lost_gain
@@ -43,8 +44,7 @@ def hook(folder):
 def test_the_loss_is_the_error_relative_to_the_true_distance_from_the_last_weights(make, tmp_path):
     plan = plan_synthesis(disk_sources(make(tmp_path)), LENGTHS, dtype="float64")
     last = train()[-1]
-    for index, length in enumerate(LENGTHS):
-        truth = true_average(train(), length)
+    for index, truth in enumerate(true_averages(LENGTHS, train())):
         distance = np.linalg.norm(truth - last) / np.linalg.norm(truth)
         error = plan.predicted_error(index)
         assert error < distance

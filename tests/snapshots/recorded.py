@@ -15,7 +15,6 @@ from posthoc_cli.errors import FileFormatError
 from posthoc_cli.reconstruction import Measurements, Sketch
 from posthoc_cli.snapshots.snapshot import encode_path
 from posthoc_cli.snapshots.sources import PathSketch
-from posthoc_cli.snapshots.verify import verify
 
 
 def network():
@@ -81,7 +80,7 @@ Content = dict[str, object]
 def examine(path):
     """Verify a snapshot, an output, or the shards of an index as `ema verify` does; return the
     headers, or raise."""
-    found = verify(path)
+    found = Run(path).check()
     for report in found.files:
         if report.header is None or not report.is_fine:
             raise FileFormatError(report.path, report.detail or "is foreign")

@@ -3,11 +3,11 @@
 import errno
 import fcntl
 import os
-import re
 from unittest import mock
 
 import forked
 import pytest
+from checking import refused
 from factories import contents
 from snapshots.recorded import failing
 
@@ -22,7 +22,7 @@ from posthoc_cli.snapshots.directory import DirectoryLock
 held = DirectoryLock(Path(sys.argv[1]))
 print("held", flush=True)
 """
-OTHER_TRACKER = rf"another tracker of this process {os.getpid()} on "
+OTHER_TRACKER = f"this process {os.getpid()} "
 
 
 @pytest.fixture
@@ -31,23 +31,22 @@ def held(tmp_path):
         yield lock
 
 
-def refused(directory, message):
-    with pytest.raises(LockedError, match=message) as caught:
-        DirectoryLock(directory)
-    assert str(directory) in str(caught.value)
-
-
 def test_a_second_lock_is_refused_until_the_first_is_released(tmp_path, held):
-    refused(tmp_path, OTHER_TRACKER)
+    with refused(tmp_path, OTHER_TRACKER, kind=LockedError):
+        DirectoryLock(tmp_path)
     held.release()
     with DirectoryLock(tmp_path):
         held.release()  # a second release has no effect
-        refused(tmp_path, OTHER_TRACKER)
+        with refused(tmp_path, OTHER_TRACKER, kind=LockedError):
+            DirectoryLock(tmp_path)
 
 
 def test_another_process_is_named_and_its_lock_is_free_when_it_was_killed(tmp_path):
-    with forked.waiting(HOLDER, tmp_path) as process:
-        refused(tmp_path, rf"process {process.pid} on .* is writing here")
+    with (
+        forked.waiting(HOLDER, tmp_path) as process,
+        refused(tmp_path, f"process {process.pid} ", kind=LockedError),
+    ):
+        DirectoryLock(tmp_path)
     DirectoryLock(tmp_path).release()
 
 
@@ -89,7 +88,8 @@ DirectoryLock(Path(sys.argv[1])).release()
 @pytest.mark.usefixtures("held")
 def test_the_holder_is_named_escaped_or_as_another_process(tmp_path, text, holder):
     (tmp_path / LOCK_NAME).write_bytes(text)
-    refused(tmp_path, f": {re.escape(holder)} is writing here")
+    with refused(tmp_path, f": {holder} ", kind=LockedError):
+        DirectoryLock(tmp_path)
 
 
 # --- errors of the system
@@ -105,15 +105,14 @@ def test_without_locks_in_the_file_system_a_warning_says_what_is_not_protected(
 ):
     refuse_locks(monkeypatch, errno.ENOLCK)
     DirectoryLock(tmp_path).release()
-    reason = "no locks on this file system (no locks available)"
-    advice = "make sure that nothing else writes"
-    assert caplog.messages == [f"{tmp_path}: {reason}: {advice}"]
+    (warning,) = caplog.messages
+    assert warning.startswith(f"{tmp_path}: no locks on this file system")
 
 
 def test_any_other_reason_is_an_error_and_the_lock_is_not_held(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         refuse_locks(patched, errno.EIO)
-        with pytest.raises(WriteError, match="cannot be written: input/output error"):
+        with refused(tmp_path, "input/output error", kind=WriteError):
             DirectoryLock(tmp_path)
     DirectoryLock(tmp_path).release()
 
@@ -127,5 +126,5 @@ def test_a_pruning_without_permission_to_delete_is_one_line(run, ema):
         assert ema("prune", run, "--keep", "2", "--dry-run").code == 0
         result = ema("prune", run, "--keep", "2", "--yes")
     assert result.code == 1
-    assert "cannot be removed: read-only file system" in result.error
+    assert "read-only file system" in result.error
     assert contents(run).items() >= before.items()

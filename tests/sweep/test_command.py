@@ -15,14 +15,8 @@ from factories import contents, random_walk, write_ema_checkpoints, write_run
 from forked import Forked
 from safetensors.torch import load_file, save_file
 
-from posthoc_cli import PostHocEMA, Run, import_checkpoints
-from posthoc_cli.errors import (
-    FileFormatError,
-    LockedError,
-    MismatchError,
-    OutputExistsError,
-    PostHocError,
-)
+from posthoc_cli import PostHocEMA, PostHocError, Run, import_checkpoints
+from posthoc_cli.errors import FileFormatError, LockedError, MismatchError, OutputExistsError
 from posthoc_cli.snapshots.directory import DirectoryLock
 from posthoc_cli.sweep import Lengths, Metric, Sweep
 from posthoc_cli.sweep.images import list_images
@@ -113,7 +107,7 @@ def test_the_same_call_goes_on_and_a_longer_list_measures_the_rest(run, tmp_path
 def test_the_folder_of_another_question_is_refused_and_keeps_its_result(run, out, name, changed):
     swept(run, out)
     before = contents(out)
-    with refused(str(out), f"a sweep of another {name}", kind=OutputExistsError):
+    with refused(out, name, kind=OutputExistsError):
         swept(run, out, **changed)
     assert contents(out) == before
 
@@ -121,7 +115,7 @@ def test_the_folder_of_another_question_is_refused_and_keeps_its_result(run, out
 def test_the_folder_of_another_run_is_refused(run, tmp_path, out):
     swept(run, out)
     other = of_weights(tmp_path)
-    with refused(str(out), "a sweep of another run", kind=OutputExistsError):
+    with refused(out, "run", kind=OutputExistsError):
         swept(other, out)
 
 
@@ -138,38 +132,34 @@ WRONG = {"target": "a"}, {"target": "a", "sigma_rel": "0.1", "seed": 0}, {
 
 
 @pytest.mark.parametrize("entry", WRONG)
-def test_a_corrupt_record_is_refused(run, tmp_path, entry):
+def test_a_corrupt_trials_file_is_refused(run, tmp_path, entry):
     path = tmp_path / "trials.jsonl"
     line = json.dumps(entry)
     path.write_text(f'{{"run": 1}}\n{line}')
-    with refused(str(path), "is not the record of a sweep", kind=FileFormatError):
+    with refused(path, kind=FileFormatError):
         swept(run, tmp_path)
     assert line in path.read_text()
 
 
 @pytest.mark.parametrize(
-    ("script", "message"),
+    ("script", "fact"),
     [
-        ("echo traceback >&2; echo broken >&2; exit 3", "ended with exit code 3: broken"),
-        (
-            "echo warned >&2; echo none",
-            "no line of its standard output is a number alone; the last line is `none`",
-        ),
-        ("kill -9 $$", "ended by signal 9: it wrote nothing"),
+        ("echo traceback >&2; echo broken >&2; exit 3", "exit code 3: broken"),
+        ("echo warned >&2; echo none", "`none`"),
+        ("kill -9 $$", "signal 9"),
     ],
 )
-def test_a_trial_that_fails_has_no_value(run, out, script, message):
+def test_a_trial_that_fails_has_no_value(run, out, script, fact):
     command = shell(f"if [ $2 = 0.1 ]; then {script}; else echo $2; fi")
     report = swept(run, out, command)
     (failed,) = [trial for trial in report.trials if trial.value is None]
-    assert failed.error == message
+    assert fact in failed.error
     assert report.best == 0.05
 
 
 def test_two_failures_in_a_row_of_one_cause_end_a_sweep(run, tmp_path, out):
     command = shell(f"echo $2 >> {tmp_path}/calls; echo at $2; exit 3")
-    reason = "two trials .* failed alike; .*: sigma_rel 0.1: ended with exit code 3: at 0.1"
-    with pytest.raises(PostHocError, match=reason):
+    with refused("the sweep", "exit code 3: at 0.1", kind=PostHocError):
         swept(run, out, command)
     assert (tmp_path / "calls").read_text() == "0.05\n0.1\n"
 
@@ -183,15 +173,15 @@ def test_a_metric_that_is_found_nowhere_stops_at_the_first_trial_and_names_what_
     command = f"sh -c 'echo >> {tmp_path}/calls; cat {printed}' sh {{weights}}"
     done = ema("sweep", run.directory, "--run", command, "--minimize", "--out", out)
     assert done.code == 1
-    reason = "no line of its standard output is a number alone; the last line is"
-    assert done.error == f"--run: {reason} `of `steps`: loss: 0.55`; add --metric loss"
+    assert done.error.startswith("--run: ")
+    assert done.error.endswith(" `of `steps`: loss: 0.55`; add --metric loss")
     assert (tmp_path / "calls").read_text() == "\n"
 
 
 def test_failures_of_different_causes_do_not(run, out):
     lengths = Lengths.from_list([*LENGTHS, 0.22, 0.25])
     script = "case $2 in 0.05) exit 1;; 0.1) exit 2;; 0.2) exit 1;; esac; echo $2"
-    with pytest.raises(PostHocError, match="3 of 5 trials have failed, too many to choose"):
+    with refused("the sweep", "3 of 5 trials", kind=PostHocError):
         swept(run, out, shell(script), lengths=lengths)
 
 
@@ -265,17 +255,14 @@ def test_a_run_of_plain_weights_is_searched_over_what_its_files_show(tmp_path, o
     report = swept(run, out, shell("echo $2 | sed s/raw/9/"), lengths=None)
     # means of the last two of ten files and of all are uniform over a fifth and all of training
     assert report.lengths == Lengths(round(0.2 * 12**-0.5, 4), 0.28)
-    said = "from the mean of the last two files to the mean of all: lost gain"
-    assert said in caplog.text
+    assert "the mean of the last two files" in caplog.text
 
 
 def test_the_command_says_what_was_measured(ema, run, out):
     command = ("sweep", run.directory, "--run", BOWL, "--minimize", "--out", out)
     done = ema(*command, "--sigma-rel", "0.05,0.1,0.2")
     assert "trial 2 of about 3: sigma_rel 0.1 (as decay 0.64): 0 (" in done.out
-    assert re.search(
-        r"last weights +not measured: name a checkpoint that holds them with --raw", done.out
-    )
+    assert re.search(r"last weights +not measured: .* --raw", done.out)
     assert (out / "report.html").exists()
 
 
@@ -290,13 +277,13 @@ def test_decays_name_the_lengths_of_the_same_mean_age(ema, run, out):
         assert trial["sigma_rel"] == pytest.approx(variance**0.5, rel=1e-3)
         assert trial["lost_gain"] == run.plan(trial["sigma_rel"]).lost_gain(0)
     assert report["best"]["as"] == "decay 0.6"
-    refused_one = ema(*command, "--decay", "0.6,0.99")
-    assert "is longer than the uniform average of 20 steps; must be below 0.9" in refused_one.error
+    longer = ema(*command, "--decay", "0.6,0.99")
+    assert longer.error.startswith("--decay 0.6,0.99: ")
 
 
 def test_last_weights_beside_those_that_the_run_contains_are_refused(tmp_path, out):
     run = of_weights(tmp_path)
-    with refused("raw", "is not needed: the run contains the last weights"):
+    with refused("raw"):
         swept(run, out, raw=tmp_path / "step-5.safetensors")
 
 
@@ -332,36 +319,31 @@ def test_last_weights_of_another_step_are_warned_of(tmp_path, out, raw, is_said,
             save_file(model.state_dict(), tmp_path / f"{step}.safetensors")
             ema.update_(model)
     swept(Run(tmp_path / "run"), out, raw=tmp_path / f"{raw}.safetensors")
-    said = "holds other weights than the model had at step 2, of the averages"
-    assert (said in caplog.text) == is_said
+    assert ("the model had at step 2" in caplog.text) == is_said
 
 
 def test_a_file_without_the_tensors_of_the_averages_is_refused(run, tmp_path, out):
     raw = tmp_path / "other.safetensors"
     save_file({"b": torch.zeros(7)}, raw)
-    with refused(str(raw), "lacks tensor 'a'", kind=MismatchError):
+    with refused(raw, "'a'", kind=MismatchError):
         swept(run, out, raw=raw)
 
 
 # --- failures and interruptions
 
 
-SAME = ["every trial has the same metric, 5; does the evaluation use"]
-CANNOT_START = ["two trials in a row have failed alike", "cannot be started: No such file"]
-
-
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "reason"),
     [
-        ("#!/bin/sh\necho 5", SAME),
-        ("#!/no/such/interpreter", CANNOT_START),
+        ("#!/bin/sh\necho 5", "same metric, 5"),
+        ("#!/no/such/interpreter", "cannot be started"),
     ],
 )
-def test_a_sweep_without_a_best_says_why_and_writes_none(run, tmp_path, out, content, words):
+def test_a_sweep_without_a_best_says_why_and_writes_none(run, tmp_path, out, content, reason):
     program = tmp_path / "program"
     program.write_text(content)
     program.chmod(0o755)
-    with refused("the sweep", *words, kind=PostHocError):
+    with refused("the sweep", reason, kind=PostHocError):
         swept(run, out, f"{program} {{weights}}")
     assert names(out) <= {"logs", "trials.jsonl", ".ema.lock"}
 
@@ -422,7 +404,7 @@ def test_after_ctrl_c_the_command_says_how_it_continues(ema, run, out, monkeypat
     monkeypatch.setattr(Sweep, "run_all", interrupt)
     done = ema("sweep", run.directory, "--run", BOWL, "--minimize", "--out", out)
     assert done.code == 130
-    assert done.err.splitlines()[0] == "the same command continues"
+    assert "the same command" in done.err
 
 
 def test_a_killed_sweep_is_continued_while_its_trial_still_runs(run, tmp_path, out):
@@ -440,7 +422,7 @@ def test_a_killed_sweep_is_continued_while_its_trial_still_runs(run, tmp_path, o
 
 
 def test_the_folder_of_a_running_sweep_is_refused(run, tmp_path):
-    with DirectoryLock(tmp_path), refused(str(tmp_path), "is writing here", kind=LockedError):
+    with DirectoryLock(tmp_path), refused(tmp_path, kind=LockedError):
         swept(run, tmp_path)
 
 
@@ -495,11 +477,11 @@ def test_the_newest_images_are_kept_and_none_that_is_large(run, out, caplog):
     swept(run, out, shell(script), minimize=None)
     kept = names(out / "images" / "sigma_rel-0.05-seed-0")
     assert kept == {f"{i}.png" for i in range(4, 20)}
-    assert "20.png: 3.15 MB, too large to be kept: at most 2 MB" in caplog.text
+    assert "20.png: 3.15 MB" in caplog.text
 
 
-def test_a_look_without_images_says_so(run, out):
-    with refused("the sweep", "no trial has left an image in {dir}", kind=PostHocError):
+def test_a_sweep_by_eye_without_images_is_an_error(run, out):
+    with refused("the sweep", "{dir}", kind=PostHocError):
         swept(run, out, "true {weights} {dir}", minimize=None)
 
 

@@ -38,13 +38,13 @@ def test_the_last_line_that_is_a_number_or_has_the_name_is_used(tmp_path, text, 
 @pytest.mark.parametrize(
     ("text", "name", "message"),
     [
-        ("step 1\n loss 0.5\n", None, "is a number alone; the last line is `loss 0.5`"),
-        ('{"acc": 1, "f1": 2}', "loss", "no number after 'loss'; the last line is"),
-        ("", "loss", "no number after 'loss', and is empty"),
-        ("loss: nan", "loss", "its metric is nan"),
+        ("step 1\n loss 0.5\n", None, "`loss 0.5`"),
+        ('{"acc": 1, "f1": 2}', "loss", "'loss'"),
+        ("", "loss", "empty"),
+        ("loss: nan", "loss", "nan"),
         ("PSNR=31.48dB", "psnr", "no number"),  # it was read as 31
         ("loss: 1,234.5", "loss", "no number"),
-        ('{"loss": true}', "loss", "'loss' is True, not a number"),
+        ('{"loss": true}', "loss", "True"),
         ('{"loss": 0.5} of 3', "loss", "no number"),
         ("{" * 100_000, "loss", "no number"),
     ],
@@ -109,17 +109,17 @@ def test_the_newest_file_of_the_name_is_read_and_lm_evals_standard_error_is_foun
     assert read(key, "*.json") == (0.61, 0.02)
     assert read(key, "my__model/results_*.json") == (0.61, 0.02)
     assert read("acc", "old.json") == (0.1, None)
-    with pytest.raises(TrialError, match=r"no member 'results.x'; found 'results.hellaswag.alias'"):
+    with pytest.raises(TrialError, match=r"'results.x'.*'results.hellaswag.alias'"):
         read("results.x", "*.json")
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("results.json", "no results.json in its folder; found 'nested.json', 'other.json'"),
-        ("../elsewhere.json", "no ../elsewhere.json in its folder; found 'nested.json'"),
+        ("results.json", "no results.json .*'nested.json', 'other.json'"),
+        ("../elsewhere.json", "no ../elsewhere.json .*'nested.json'"),
         ("nested.json", "nested.json cannot be read"),
-        ("other.json", "'a' is .*, not a number"),
+        ("other.json", "'a' is "),
     ],
 )
 def test_a_file_without_the_metric_is_an_error(tmp_path, name, message):

@@ -17,8 +17,7 @@ from unittest import mock
 
 from factories import snapshots_in
 
-from posthoc_cli import Run, export_file, files
-from posthoc_cli.errors import PostHocError
+from posthoc_cli import PostHocError, Run, export_file, files
 from torture.training import STATE, Tally, contents, train, wrong_output, wrong_snapshots
 
 STEPS = 10

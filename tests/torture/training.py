@@ -15,8 +15,8 @@ from factories import exact_weights, read_output, snapshots_in
 from safetensors.numpy import load_file
 from torch import nn
 
-from posthoc_cli import PostHocEMA, Run
-from posthoc_cli.errors import PostHocError, WriteError
+from posthoc_cli import PostHocEMA, PostHocError, Run
+from posthoc_cli.errors import WriteError
 
 SIGMA_RELS = (0.05, 0.28)
 STATE = "state.pt"

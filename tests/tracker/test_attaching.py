@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from checking import refused
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -16,7 +17,7 @@ from torch.optim.lr_scheduler import StepLR
 from tracker.runs import track
 
 from posthoc_cli import PostHocEMA
-from posthoc_cli.errors import InvalidValueError, NotReadyError
+from posthoc_cli.errors import NotReadyError
 
 
 def network():
@@ -86,10 +87,9 @@ class Wrapper:
 
 
 @pytest.mark.parametrize("wrap", [Wrapper, partial(StepLR, step_size=1)])
-def test_what_is_no_optimizer_is_refused_with_a_way_out(tmp_path, wrap):
+def test_attach_takes_nothing_but_an_optimizer(tmp_path, wrap):
     model, optimizer = sgd()
-    refused = r"attach: must be given a torch\.optim\.Optimizer, not .*call ema\.update_\(model\)"
-    with pytest.raises(InvalidValueError, match=refused):
+    with refused("attach"):
         PostHocEMA.from_model(model, tmp_path).attach(wrap(optimizer))
 
 
@@ -135,8 +135,7 @@ def test_a_compiled_step_counts_on_the_users_own_clock_and_the_tracker_is_not_co
         return 64 * len(compiling)
 
     with track(model, tmp_path, t_unit="images") as tracker:
-        needed = r"t None: must be a function that returns the .* time in images"
-        with pytest.raises(InvalidValueError, match=needed):
+        with refused("attach", "images"):
             tracker.attach(optimizer)
         tracker.attach(optimizer, t=images)
         for _ in range(4):
@@ -167,7 +166,7 @@ def test_a_detached_tracker_counts_no_steps_and_may_be_attached_to_another_optim
             tracker.attach(first)
         step(model, first)
         assert tracker.step == 3
-        with pytest.raises(InvalidValueError, match="attached to another optimizer"):
+        with refused("attach", "another optimizer"):
             tracker.attach(second)
 
 
@@ -179,14 +178,14 @@ def test_a_call_of_update_of_an_attached_tracker_is_refused_and_not_counted(tmp_
         attached(model, tmp_path / "two", optimizer) as other,
     ):
         step(model, optimizer)
-        with pytest.raises(NotReadyError, match="leave out either this call or attach"):
+        with refused("update_", kind=NotReadyError):
             tracker.update_(model)
         step(model, optimizer)
         step(model, sgd_of(model))
         assert tracker.step == 2
         assert other.step == 2
     step(model, optimizer)  # a closed tracker is detached
-    with pytest.raises(NotReadyError, match="was closed"):
+    with refused(tmp_path / "one", "closed", kind=NotReadyError):
         tracker.attach(optimizer)
 
 
@@ -194,10 +193,10 @@ def test_an_attached_tracker_needs_its_model_which_it_does_not_keep_alive(tmp_pa
     model, optimizer = sgd()
     with track(model, tmp_path, checkpoint_every=1) as tracker:
         tracker.update_(model)
-    with pytest.raises(InvalidValueError, match="made without a model"):
+    with refused("attach"):
         PostHocEMA.from_path(tmp_path).attach(optimizer)
     attached(nn.Linear(1, 1), tmp_path / "other", optimizer)
-    with pytest.raises(NotReadyError, match="no longer exists"):
+    with refused("attach", kind=NotReadyError):
         optimizer.step()
 
 

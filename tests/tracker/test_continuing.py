@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import xxhash
+from checking import refused
 from factories import averages_in, info_of
 from groups import check_group, truth
 from safetensors.torch import load_file
@@ -30,7 +31,6 @@ from tracker.runs import Training, assert_near, contents, superseded, times, upd
 from posthoc_cli import PostHocEMA, PostHocError, Run
 from posthoc_cli.errors import (
     DirectoryError,
-    InvalidValueError,
     LockedError,
     MismatchError,
     ModelMismatchError,
@@ -42,9 +42,6 @@ SETTINGS = {
     "checkpoint_every": 10,
     "checkpoint_dtype": None,
 }
-OF_NO_SNAPSHOT = (
-    r"model: its weights match no snapshot of .*load the checkpoint's weights.*resume=\d+"
-)
 
 
 def begin(model, folder, **settings):
@@ -139,12 +136,11 @@ def test_a_profile_cannot_begin_in_mid_run(tmp_path):
     training = Training()
     with begin(training.model, tmp_path / "early") as ema:
         state = state_after(training, 4, ema)
-    refused = r"sigma_rels: 0\.15 is not among the tracked ones, 0\.05, 0\.28"
     more = {"sigma_rels": (0.05, 0.15)}
-    with pytest.raises(InvalidValueError, match=refused):
+    with refused("sigma_rels", "0.15"):
         resume(training.model, tmp_path / "early", **more)
     late = begin(training.model, tmp_path / "late", **more)
-    with pytest.raises(InvalidValueError, match=refused):
+    with refused("sigma_rels", "0.15"):
         late.load_state_dict(state)
 
 
@@ -188,31 +184,19 @@ def same(one, other):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "subject", "fact"),
     [
-        ({"version": 2}, r"state: must come from state_dict\(\) .*, of version 8, not 2"),
-        (
-            {"info": {"t_unit": "images"}},
-            r"state: counts time in 'images', this tracker in 'steps'",
-        ),
-        (
-            {"info": {"last": {"step": 2, "t": float("nan")}}},
-            "state: last: t: must be a finite number",
-        ),
-        ({"copies": {"more": torch.zeros(1)}}, "is in the state or in the model, but not in both"),
-        (
-            torch.zeros(2),
-            r"tensor '0\.weight': is .* shape \[2\] in the state, not .* shape \[24, 8\]",
-        ),
-        (
-            torch.zeros(24, 8, dtype=torch.float16),
-            r"tensor '0\.weight': is torch\.float16 .* in the state",
-        ),
-        (torch.full((24, 8), float("nan")), r"tensor '0\.weight': .* holds nan or infinity"),
-        ({"info": {"run_id": "0" * 32}}, "holds snapshots of run .*, this tracker is run 0000"),
+        ({"version": 2}, "state", "2"),
+        ({"info": {"t_unit": "images"}}, "state", "'images'"),
+        ({"info": {"last": {"step": 2, "t": float("nan")}}}, "state", "last: t"),
+        ({"copies": {"more": torch.zeros(1)}}, "tensor '1.num_batches_tracked'", ""),
+        (torch.zeros(2), "tensor '0.weight'", "[2]"),
+        (torch.zeros(24, 8, dtype=torch.float16), "tensor '0.weight'", "float16"),
+        (torch.full((24, 8), float("nan")), "tensor '0.weight'", "nan"),
+        ({"info": {"run_id": "0" * 32}}, "", "0000"),
     ],
 )
-def test_an_altered_state_or_one_of_another_run_is_refused(tmp_path, change, message):
+def test_an_altered_state_or_one_of_another_run_is_refused(tmp_path, change, subject, fact):
     """The alteration is of an entry, or of one tensor."""
     training = begun(tmp_path, 10)
     with resume(training.model, tmp_path) as ema:
@@ -227,7 +211,7 @@ def test_an_altered_state_or_one_of_another_run_is_refused(tmp_path, change, mes
             altered |= change
         else:
             altered["high"]["0.28"]["0.weight"] = change
-        with pytest.raises(PostHocError, match=message):
+        with refused(subject or tmp_path, fact, kind=PostHocError):
             ema.load_state_dict(altered)
         assert same(ema.state_dict(), before)
         assert contents(tmp_path) == files
@@ -251,7 +235,7 @@ def test_a_state_shares_no_memory_with_the_tracker_and_needs_no_pickles(tmp_path
 def test_copying_or_pickling_a_tracker_is_an_error_with_a_way_out(tmp_path):
     """As where it is a part of a model."""
     tracker = begin(nn.Linear(2, 2), tmp_path)
-    with pytest.raises(NotReadyError, match=r"ema\.state_dict\(\).*outside of the module"):
+    with refused("PostHocEMA", kind=NotReadyError):
         copy.deepcopy(tracker)
 
 
@@ -266,7 +250,7 @@ def test_a_run_is_not_resumed_with_fresh_weights(finished, tmp_path):
     for model in (Training().model, finished.at(81).model, mixed):
         ema = resume(model, tmp_path)
         for _ in range(2):  # every call raises the error
-            with pytest.raises(ModelMismatchError, match=OF_NO_SNAPSHOT):
+            with refused("model", kind=ModelMismatchError):
                 ema.update_(model)
         ema.load_into(model, 0.15)  # any model may be filled
     assert contents(tmp_path) == before
@@ -286,7 +270,7 @@ def test_an_earlier_checkpoint_resumes_from_its_own_step(finished, tmp_path, ste
         assert again.error(ema) < 1e-6
     assert times(tmp_path) == {*range(10, 101, 10), 104}
     assert superseded(tmp_path) == 12
-    assert "training continues from t = 40: 12 later snapshots moved to" in caplog.text
+    assert "continues from t = 40: 12 later snapshots" in caplog.text
 
 
 def test_a_checkpoint_in_half_precision_or_weights_that_do_not_move_resume(finished, tmp_path):
@@ -314,13 +298,13 @@ def test_a_snapshot_on_request_is_a_place_to_resume_from(tmp_path):
         assert again.error(ema, [10, 20, 25, 30, 40, 50]) < 1e-6
 
 
-def test_a_time_that_lacks_a_profile_is_none_to_resume_from(finished, tmp_path):
+def test_a_resume_needs_a_time_with_all_profiles(finished, tmp_path):
     """Its snapshots are set aside."""
     remove(tmp_path, 100)
     ema = resume(finished.model, tmp_path)
-    with pytest.raises(ModelMismatchError, match=OF_NO_SNAPSHOT):
+    with refused("model", kind=ModelMismatchError):
         finished.run(101, ema)
-    with pytest.raises(InvalidValueError, match="resume 100: this call of update_ has no snapshot"):
+    with refused("resume 100"):
         begin(finished.model, tmp_path, resume=100)
     again = finished.at(90)
     with resume(again.model, tmp_path) as ema:
@@ -328,7 +312,7 @@ def test_a_time_that_lacks_a_profile_is_none_to_resume_from(finished, tmp_path):
         assert again.error(ema) < 1e-6
     assert superseded(tmp_path) == 1
     remove(tmp_path, *range(10, 103))
-    with pytest.raises(InvalidValueError, match="resume: no call of update_ has snapshots of all"):
+    with refused("resume"):
         resume(finished.model, tmp_path)
 
 
@@ -345,9 +329,7 @@ def test_a_run_that_was_killed_while_it_wrote_its_first_snapshots_begins_again(t
     assert superseded(tmp_path) == 1
 
 
-OTHER_NETWORK = (
-    "the averages continue from step 40; the model has other weights than the network had then"
-)
+OTHER_NETWORK = "the averages continue from step 40; the model has other weights"
 
 
 def test_a_step_continues_whatever_the_weights_with_one_warning(finished, tmp_path, caplog):
@@ -379,8 +361,7 @@ def test_rounded_snapshots_that_a_run_resumes_from_are_one_warning(tmp_path, cap
     training = begun(tmp_path, 20, checkpoint_dtype="float16")
     with resume(training.model, tmp_path) as ema:
         training.run(25, ema)
-    said = "the averages continue from step 20, rounded as its snapshots are, which predicted err"
-    assert caplog.text.count(said) == 1
+    assert caplog.text.count("the averages continue from step 20, rounded") == 1
 
 
 def test_a_header_holds_the_weights_and_the_average_of_its_time(tmp_path):
@@ -426,7 +407,7 @@ def test_processes_decide_together_with_the_samples_of_another_arrangement(tmp_p
     process goes on at the end."""
     check_group(SHARDED, 2, tmp_path, "tp", 0, 1, 12)
     for out in check_group(SHARDED, 3, tmp_path, "fsdp", 1_000, 0, 0):
-        assert "match no snapshot of the run" in out
+        assert out.startswith("ModelMismatchError model: ")
     check_group(SHARDED, 3, tmp_path, "fsdp", 8, 9, 16)
     groups.alone(tmp_path / "run", 20, resume="auto")
     for width in (0.1, 0.2):
@@ -437,34 +418,17 @@ def test_processes_decide_together_with_the_samples_of_another_arrangement(tmp_p
 # --- who may write
 
 
-WAYS_TO_RESUME = (
-    r"load the checkpoint's weights .*resume='auto'.*; or pass resume=10, .*; for a new run pass "
-    r"resume=0, .* another directory$"
-)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "kind", "message"),
-    [
-        ({}, MismatchError, WAYS_TO_RESUME),
-        (
-            {"resume": "auto", "t_unit": "images"},
-            InvalidValueError,
-            r"t_unit 'images': the run in .* counts",
-        ),
-        ({"resume": "yes"}, InvalidValueError, "resume 'yes': must be 'auto'"),
-        (
-            {"resume": 5},
-            InvalidValueError,
-            "resume 5: this call of update_ has no snapshot; calls .* one: 10",
-        ),
-    ],
-)
-def test_a_run_that_does_not_fit_is_refused_at_once(tmp_path, wrong, kind, message):
+def test_a_run_that_does_not_fit_is_refused_at_once(tmp_path):
     model = begun(tmp_path, 10).model
     before = contents(tmp_path)
-    with pytest.raises(kind, match=message):
-        begin(model, tmp_path, **wrong)
+    with refused(tmp_path, "resume='auto'", "resume=10", "resume=0", kind=MismatchError):
+        begin(model, tmp_path)
+    with refused("t_unit 'images'"):
+        begin(model, tmp_path, resume="auto", t_unit="images")
+    with refused("resume 'yes'"):
+        begin(model, tmp_path, resume="yes")
+    with refused("resume 5", " 10"):
+        begin(model, tmp_path, resume=5)
     assert contents(tmp_path) == before
 
 
@@ -473,10 +437,10 @@ def test_a_folder_that_cannot_be_made_or_read_is_refused_at_once(tmp_path, monke
     (tmp_path / "file").write_text("")
     (tmp_path / "nowhere").symlink_to(tmp_path / "absent")
     for name in ("file", "file/run", "nowhere"):
-        with pytest.raises(DirectoryError, match="is not a directory"):
+        with pytest.raises(DirectoryError):
             begin(model, tmp_path / name)
     monkeypatch.setattr(os, "access", Mock(return_value=False))  # root may write everywhere
-    with pytest.raises(DirectoryError, match=f"{tmp_path.name}: cannot be written to"):
+    with refused(tmp_path, kind=DirectoryError):
         begin(model, tmp_path / "new" / "run")
 
 
@@ -484,7 +448,7 @@ def test_another_model_is_refused_at_once_and_a_frozen_one_read(tmp_path):
     training = begun(tmp_path, 10)
     model = training.model
     other = nn.Linear(3, 4)
-    with pytest.raises(ModelMismatchError, match="is of another model; use its model, or another"):
+    with refused("tensor '0.weight'", str(tmp_path), kind=ModelMismatchError):
         PostHocEMA.from_path(tmp_path, other)
     PostHocEMA.from_path(tmp_path, model.requires_grad_(False))  # for an evaluation
     with PostHocEMA.from_path(tmp_path, model.requires_grad_(True)) as third:  # no lock was taken
@@ -495,11 +459,10 @@ def test_a_directory_in_which_a_tracker_of_this_process_writes_is_refused_to_oth
     training = Training()
     first = begin(training.model, tmp_path)
     training.run(9, first)
-    writes = r"another tracker of this process .* is writing here; "
-    with pytest.raises(LockedError, match=writes):
+    with refused(tmp_path, "this process", kind=LockedError):
         begin(training.model, tmp_path).update_(training.model)
     first.snapshot()
-    with pytest.raises(LockedError, match=writes):
+    with refused(tmp_path, "this process", kind=LockedError):
         PostHocEMA.from_path(tmp_path, training.model).update_(training.model)
     first.close()
     assert repr(first) == f"PostHocEMA({str(tmp_path)!r}, step 9, sigma_rels 0.05, 0.28, closed)"
@@ -525,7 +488,7 @@ def test_one_writer_and_any_number_of_readers(tmp_path):
         reader = PostHocEMA.from_path(tmp_path, training.model)
         other = PostHocEMA.from_path(tmp_path, training.model)
         assert reader.state_dict(0.15).keys() == training.path[0].keys()
-        with pytest.raises(LockedError, match=f"process {holder.pid} on "):
+        with refused(tmp_path, f"process {holder.pid} ", kind=LockedError):
             reader.update_(training.model)
         holder.kill()
         holder.wait()
@@ -542,7 +505,7 @@ def test_a_tracker_without_a_model_reads_and_takes_no_updates(tmp_path):
     training = begun(tmp_path, 10)
     reader = PostHocEMA.from_path(tmp_path)
     assert reader.state_dict(0.15).keys() == training.path[0].keys()
-    with pytest.raises(NotReadyError, match=r"made without a model.* pass the model to from_pa"):
+    with refused(tmp_path, "from_path", kind=NotReadyError):
         reader.update_(training.model)
 
 
@@ -553,7 +516,7 @@ def test_a_closed_tracker_reads_but_does_not_write(tmp_path):
     ema.close()
     assert ema.closed
     assert ema.state_dict(0.15).keys() == training.path[0].keys()
-    with pytest.raises(NotReadyError, match="was closed"):
+    with refused(tmp_path, "closed", kind=NotReadyError):
         ema.load_state_dict(state)
 
 
@@ -561,7 +524,7 @@ def test_a_failing_resume_releases_the_directory(finished, tmp_path):
     (tmp_path / "superseded").write_text("a file where the folder should be")
     model = finished.at(10).model
     failed = PostHocEMA.from_path(tmp_path, model, step=10)
-    with pytest.raises(DirectoryError, match=r"superseded: is a link or no directory; .* move it"):
+    with refused(tmp_path / "superseded", kind=DirectoryError):
         failed.update_(model)
     (tmp_path / "superseded").unlink()
     PostHocEMA.from_path(tmp_path, model, step=10).update_(model)
@@ -572,8 +535,7 @@ def test_a_training_killed_before_its_first_checkpoint_is_told_to_begin_anew_and
     begun(tmp_path, 13)
     again = Training()
     tracker = resume(again.model, tmp_path)
-    anew = "; for a new run pass resume=0, which sets these snapshots aside"
-    with pytest.raises(ModelMismatchError, match=anew):
+    with refused("model", "resume=0", kind=ModelMismatchError):
         tracker.update_(again.model)
     model = nn.Linear(3, 2)  # any other
     with begin(model, tmp_path, resume=0, sigma_rels=(0.1, 0.2), t_unit="images") as ema:
@@ -594,6 +556,6 @@ def test_a_relative_directory_in_a_deleted_working_directory_is_an_error_of_one_
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
     model = nn.Linear(2, 2)
-    with pytest.raises(InvalidValueError, match="checkpoint_dir run: is relative to the working"):
+    with refused("checkpoint_dir run"):
         PostHocEMA.from_model(model, "run")
     PostHocEMA.from_model(model, tmp_path / "run").update_(model)

@@ -39,10 +39,10 @@ def test_a_replaced_optimizer_is_noticed_at_the_end(tmp_path, caplog):
     train(model, sgd(model), 3)
     ema.close()
     ema.close()
-    assert caplog.text.count(f"{MOVED}5, the last that was counted") == 1
+    assert caplog.text.count(f"{MOVED}5") == 1
 
 
-def test_the_end_of_the_process_says_it_too(tmp_path):
+def test_the_end_of_the_process_warns_of_uncounted_steps_too(tmp_path):
     code = """
 import sys, torch
 from posthoc_cli import PostHocEMA
@@ -55,7 +55,7 @@ for step in range(4):
     if step < 3:
         ema.update_(model)
 """
-    assert f"{MOVED}3, the last that was counted" in forked.run(code, tmp_path).err
+    assert f"{MOVED}3" in forked.run(code, tmp_path).err
 
 
 def test_evaluations_and_the_average_that_a_model_is_given_at_the_end_are_no_steps(
@@ -84,7 +84,7 @@ def test_weights_that_never_change_are_said_at_each_snapshot(tmp_path, device, c
     ema.attach(optimizer)
     train(other, optimizer, 20)
     ema.close()
-    assert caplog.text.count(f"{SAME}10 to 20: does the optimizer step") == 1
+    assert caplog.text.count(f"{SAME}10 to 20") == 1
 
 
 def test_a_copy_that_the_optimizer_does_not_know_is_noticed(tmp_path, caplog):
@@ -109,4 +109,4 @@ def test_an_attached_tracker_that_never_counted_says_so_at_its_end(tmp_path, cap
     ema.attach(optimizer)
     train(model, sgd(model))
     ema.close()
-    assert "no snapshot: the first update is at call 10 of update_" in caplog.text
+    assert "no snapshot: the first update is at call 10 " in caplog.text

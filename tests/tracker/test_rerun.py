@@ -89,8 +89,8 @@ def test_the_earlier_tracker_says_that_it_was_closed(tmp_path, caplog):
     training.run(4, earlier)
     ema = begin(training.model, tmp_path)
     training.run(5, ema)
-    assert "its earlier tracker is closed at step 4, as another one takes its place" in caplog.text
-    with pytest.raises(NotReadyError, match="this tracker was closed"):
+    assert "closed at step 4" in caplog.text
+    with pytest.raises(NotReadyError, match="closed"):
         earlier.update_(training.model)
     reader = PostHocEMA.from_path(tmp_path, Training().model)
     assert not ema.closed  # a reader, also with a model of its own, takes no place

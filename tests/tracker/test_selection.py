@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from checking import refused
 from torch import nn
 from torch.nn.utils import parametrizations
 from tracker.runs import Training, assert_near
 
 from posthoc_cli import PostHocEMA, Run
-from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
+from posthoc_cli.errors import ModelMismatchError, NonFiniteError
 
 SETTINGS = {
     "sigma_rels": (0.05, 0.28),
@@ -65,22 +66,19 @@ def test_filters_take_what_they_name_and_the_header_lists_the_rest(tmp_path, fil
         run.update_(network())
 
 
-NOT_IN_MODEL = r"include 'conv\.\*': matches no tensor of the model; .* such as '0\.weight'"
-
-
 @pytest.mark.parametrize(
-    ("argument", "value", "message"),
+    ("argument", "value", "subject"),
     [
-        ("include", "conv.*", NOT_IN_MODEL),
-        ("exclude", ["2.*", "3.*"], r"exclude '3\.\*': matches no tensor"),
-        ("include", 3, "include 3: must be a glob on names"),
-        ("exclude", "*", "include and exclude leave none"),
-        ("buffers", "mean", "buffers 'mean': must be one of statistics, copy, average"),
+        ("include", "conv.*", "include 'conv.*'"),
+        ("exclude", ["2.*", "3.*"], "exclude '3.*'"),
+        ("include", 3, "include 3"),
+        ("exclude", "*", "model"),
+        ("buffers", "mean", "buffers 'mean'"),
     ],
 )
-def test_filters_that_make_no_sense_are_refused(tmp_path, argument, value, message):
+def test_filters_that_make_no_sense_are_refused(tmp_path, argument, value, subject):
     filters = {argument: value}
-    with pytest.raises(InvalidValueError, match=message):
+    with refused(subject):
         PostHocEMA.from_model(network(), tmp_path, **filters)
 
 
@@ -98,7 +96,7 @@ def test_a_tensor_that_is_tied_to_another_one_than_before_is_refused(tmp_path):
     model[2].weight = model[0].weight
     tracked(model, tmp_path)
     model[2].weight = model[1].weight
-    with pytest.raises(ModelMismatchError, match=r"'2\.weight': is .*, and was tied to "):
+    with refused("tensor '2.weight'", "tied", kind=ModelMismatchError):
         PostHocEMA.from_path(tmp_path, model)
 
 
@@ -109,8 +107,7 @@ def test_floating_point_buffers_can_be_averaged_as_parameters_are(tmp_path):
     exact = training.exact(0.28, range(1, 7))
     assert_near(weights, {"1.running_mean": exact["1.running_mean"]}, within=1e-5)
     settings = SETTINGS | {"buffers": "copy", "resume": "auto"}
-    refusal = r"is copied, .*, and was averaged, .* when tracking began"
-    with pytest.raises(ModelMismatchError, match=refusal):
+    with refused("tensor '1.running_mean'", kind=ModelMismatchError):
         PostHocEMA.from_model(network(), tmp_path, **settings)
 
 
@@ -151,13 +148,13 @@ def test_models_that_cannot_be_averaged_are_refused_by_name(tmp_path):
     no_values = Holder(p=torch.zeros(2, device="meta"))
     no_arithmetic = Holder(p=torch.zeros(2).to(torch.float8_e4m3fnuz))
     frozen = nn.Linear(2, 2).requires_grad_(False)
-    for model, message in (
-        (no_values, "tensor 'p': is on the meta device .*to_empty"),
-        (no_arithmetic, "dtype torch.float8_e4m3fnuz cannot be averaged"),
-        (nn.LazyLinear(3), "'weight': has no shape yet"),
-        (frozen, r"include='\*' takes frozen"),
+    for model, subject in (
+        (no_values, "tensor 'p'"),
+        (no_arithmetic, "parameter 'p'"),
+        (nn.LazyLinear(3), "tensor 'weight'"),
+        (frozen, "model"),
     ):
-        with pytest.raises(InvalidValueError, match=message):
+        with refused(subject):
             PostHocEMA.from_model(model, tmp_path)
 
 
@@ -202,7 +199,7 @@ def test_8_bit_parameters_are_averaged_in_float32_and_checked(tmp_path):
         with run.model(model, sigma_rel=0.28):
             assert torch.equal(model.w.float(), average.to(dtype).float())
         model.w.data[1] = float("nan")
-        with pytest.raises(NonFiniteError, match="'w': holds nan"):
+        with refused("parameter 'w'", kind=NonFiniteError):
             run.update_(model)
 
 
@@ -210,8 +207,7 @@ def test_the_name_that_safetensors_reserves_is_refused(tmp_path):
     """The error comes before training, not with the first snapshot, also for a tied parameter."""
     model = nn.Linear(3, 2)
     model.register_parameter("__metadata__", model.weight)
-    message = r"^tensor '__metadata__': .*rename it .*exclude='__metadata__'"
-    with pytest.raises(InvalidValueError, match=message):
+    with refused("tensor '__metadata__'"):
         PostHocEMA.from_model(model, tmp_path)
 
 
@@ -227,7 +223,7 @@ def test_a_name_that_no_header_can_hold_is_refused_before_training(tmp_path, nam
     model = nn.Linear(3, 2)
     own = nn.Parameter(torch.ones(2), requires_grad=trained)
     model.register_parameter(name, own)
-    with pytest.raises(InvalidValueError, match=r"^tensor: a name .*'\"a.*b\"'; rename it$"):
+    with refused("tensor", "a", "b"):
         PostHocEMA.from_model(model, tmp_path)
 
 

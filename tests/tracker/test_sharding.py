@@ -292,11 +292,10 @@ ema.close()
     damaged, spread = one.splitlines()
     assert damaged.startswith("RankError rank 1: ")
     assert "is damaged" in damaged
-    apart = "of another shape, or spread over the processes in another way than when tracked"
-    assert apart in spread
+    assert spread.startswith("ModelMismatchError tensor '")
     damaged, spread, full = other.splitlines()
     assert damaged.startswith("FileFormatError ")
-    assert apart in spread
+    assert spread.startswith("ModelMismatchError tensor '")
     assert full.startswith("WriteError ")
 
 
@@ -334,7 +333,7 @@ dist.destroy_process_group()
 refused(lambda: other.state_dict(0.15))
 """
     for out in check_group(BEGIN + code, 2, tmp_path):
-        assert "their group was destroyed" in out
+        assert out.startswith("NotReadyError averages of which each process keeps a part: ")
 
 
 REFUSED = """
@@ -399,20 +398,18 @@ def test_what_processes_of_a_sharded_model_cannot_do_is_named_in_all(tmp_path):
     alone(tmp_path / "taken", 4)
     outs = check_group(BEGIN + REFUSED, 2, tmp_path)
     expected = [
-        "holds snapshots of run",
+        f"{tmp_path}/taken: ",
         "RankError rank 1: has sigma_rels (0.1,), and rank 0 has (0.05, 0.28)",
         "RankError rank 1: has checkpoint_dir ",
         "RankError rank 1: has include ('first*',), and rank 0 has ()",
         "tensor 'weight': has the placement P",
-        "tensor 'weight': has 8 rows in dimension 0, of which _S",
-        "tensor 'weight': has 7 rows in dimension 0, of which _S",
-        "was not when this tracker was made; shard the model first; then make the tracker in every",
-        "is sharded over processes, and this tracker was made before the sharding, or without",
+        "tensor 'weight': has 8 rows ",
+        "tensor 'weight': has 7 rows ",
+        "ModelMismatchError model: ",
+        "is sharded over processes",
     ]
     if Path("/proc/self/cwd").exists():
-        expected.append(
-            f"{tmp_path}/1/run: is another directory than the one that rank 0 writes to; all pro"
-        )
+        expected.append(f"{tmp_path}/1/run: ")
     for out in outs:
         for line, text in zip(out.splitlines(), expected, strict=True):
             assert text in line
@@ -587,13 +584,14 @@ refused(ema.state_dict)
 """
     for out in check_group(BEGIN + code, 2, tmp_path):
         more, odd, apart, lacks, figure, *ended = out.splitlines()
-        assert "tensor 'more.weight': is in the state or in the model, but not in both" in more
-        assert "tensor 'odd': is torch.float32 of shape [7, 3] in the state, not " in odd
-        assert "'odd': is sharded over the processes in another way in the state than in" in apart
+        assert more.startswith("ModelMismatchError tensor 'more.weight': ")
+        assert odd.startswith("ModelMismatchError tensor 'odd': ")
+        assert "[7, 3]" in odd
+        assert apart.startswith("ModelMismatchError tensor 'odd': is sharded")
         assert "state: " in lacks
         assert figure.endswith("; tracked: 0.1, 0.2")
         for line in ended:
-            assert "their group was destroyed" in line
+            assert line.startswith("NotReadyError averages of which each process keeps a part: ")
 
 
 @pytest.mark.cuda
@@ -702,7 +700,7 @@ with ema.model(model, 0.2):
 ema.close()
 """
     for out in check_group(TRAINED + code, 2, tmp_path):
-        assert "no average yet" in out
+        assert out.startswith("NotReadyError no average yet: ")
 
 
 def test_a_process_that_fails_in_a_call_or_has_no_tracker_is_named(tmp_path):
@@ -730,11 +728,11 @@ dist.barrier()
     first, second, third = run_group(TRAINED + code, 3, tmp_path)
     for result in (first, second, third):
         assert result.code == 0, result.err
-    missing = f"RankError rank 1: has no tracker of {tmp_path / 'one-True'}; make one in every"
-    lacks = "tensor 'odd': is in the averaged weights, but the model has no such tensor"
-    assert first.out.startswith(f"RankError rank 1: {lacks}\n{missing}")
-    assert second.out.startswith(f"ModelMismatchError {lacks}\n")
-    assert third.out.startswith(f"RankError rank 1: {lacks}\n")
+    lacks, missing = first.out.splitlines()
+    assert lacks.startswith("RankError rank 1: tensor 'odd': ")
+    assert missing.startswith(f"RankError rank 1: has no tracker of {tmp_path / 'one-True'}")
+    assert second.out.startswith("ModelMismatchError tensor 'odd': ")
+    assert third.out.startswith("RankError rank 1: tensor 'odd': ")
 
 
 GONE = VanishedError("a", "is gone")

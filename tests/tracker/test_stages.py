@@ -1,5 +1,7 @@
 """Stages of a pipeline: processes whose models have different tensors."""
 
+import re
+
 import torch
 from groups import check_group, truth
 from tracker.runs import assert_near, steps
@@ -104,9 +106,7 @@ def stages(folder, kind, late=False):
 def test_stages_that_are_not_sharded_are_refused_at_the_first_update(tmp_path):
     """By every process that sees the other's tracker, and so by at least one."""
     for out in stages(tmp_path / "names", "names"):
-        assert "RankError" in out
-        assert "tracks a model of other tensors" in out
-        assert "shard stages with fully_shard" in out
+        assert re.search(r"RankError rank \d: tracks a model of other tensors", out)
     first, second = stages(tmp_path / "shape", "shape", late=True)
     assert first.startswith("updated\n")
     assert second.startswith("RankError rank 0: tracks a model of other tensors")

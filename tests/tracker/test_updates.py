@@ -1,12 +1,12 @@
 """The running averages hold exactly the profile, for any stride, warm-up and clock."""
 
 import math
-import re
 
 import mpmath
 import numpy as np
 import pytest
 import torch
+from checking import refused
 from factories import exact_average, exact_gamma, info_of, relative_distance
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +15,6 @@ from tracker.runs import track
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import (
-    InvalidValueError,
     ModelMismatchError,
     NonFiniteError,
     NotReadyError,
@@ -136,29 +135,29 @@ def test_defaults_are_those_of_the_contract(tmp_path, caplog):
     assert settings.t_unit == "steps"
     assert settings.schedule == TrackingSchedule(10, 1000, 0, 20, "F16", (0.05, 0.28))
     assert not (tmp_path / "run").exists()  # making a tracker locks and writes nothing
-    warning = "update_every is 5, so that checkpoint_every 15 is a multiple of it"
     ema = PostHocEMA.from_model(Scalar(), tmp_path, checkpoint_every=15)
-    assert warning in caplog.text
+    assert "update_every is 5" in caplog.text
     assert ema.settings.schedule.update_every == 5
 
 
 @pytest.mark.parametrize(
-    ("argument", "value", "message"),
+    ("argument", "value", "subject"),
     [
-        ("checkpoint_every", 1005, "1005: must be a multiple of update_every 4"),
+        ("checkpoint_every", 1005, "checkpoint_every 1005"),
+        ("checkpoint_every", 100.0, "checkpoint_every 100.0"),
         ("update_every", 0, "update_every 0"),
-        ("sigma_rels", 0.1, "sigma_rels 0.1: must be a sequence"),
-        ("sigma_rels", (0.05, 0.05), "must be a sequence of different numbers"),
-        ("sigma_rels", (0.05, 0.3), "sigma_rel 0.3: must lie in"),
-        ("t_unit", "a\nb", "t_unit"),
+        ("sigma_rels", 0.1, "sigma_rels 0.1"),
+        ("sigma_rels", (0.05, 0.05), "sigma_rels (0.05, 0.05)"),
+        ("sigma_rels", (0.05, 0.3), "sigma_rel 0.3"),
+        ("t_unit", "a\nb", r"t_unit 'a\nb'"),
         ("max_checkpoints", 0, "max_checkpoints 0"),
-        ("checkpoint_dtype", "int8", "dtype 'int8': must be one of"),
-        ("device", "cuda", "'cuda': must be 'cpu', or 'model' for the model's own device"),
+        ("checkpoint_dtype", "int8", "checkpoint_dtype 'int8'"),
+        ("device", "cuda", "device 'cuda'"),
     ],
 )
-def test_an_impossible_setting_is_a_value_error_that_names_it(tmp_path, argument, value, message):
+def test_an_impossible_setting_is_a_value_error_that_names_it(tmp_path, argument, value, subject):
     arguments = {"update_every": 4, argument: value}
-    with pytest.raises(InvalidValueError, match=re.escape(message)):
+    with refused(subject):
         PostHocEMA.from_model(Scalar(), tmp_path / "run", **arguments)
     assert not (tmp_path / "run").exists()
 
@@ -178,16 +177,13 @@ NO_LATER_TIMES = [
 def test_a_clock_must_grow_and_stay_the_same_clock(tmp_path):
     model = Scalar()
     with track(model, tmp_path) as tracker:
-        too_small = r"t 1e-101: must lie between 1e-100 and 1e\+100"
-        with pytest.raises(InvalidValueError, match=too_small):
+        with refused("t 1e-101"):
             tracker.update_(model, t=1e-101)
         tracker.update_(model, t=64)
         for bad in NO_LATER_TIMES:
-            passed = re.escape(repr(bad)[:40])
-            refused = rf"t {passed}: must lie between .*larger than at the last call"
-            with pytest.raises(InvalidValueError, match=refused):
+            with refused(f"t {repr(bad)[:40]}"):
                 tracker.update_(model, t=bad)
-        with pytest.raises(InvalidValueError, match="at every call or at none"):
+        with refused("t"):
             tracker.update_(model)
         tracker.update_(model, t=128)
         assert tracker.step == 2
@@ -224,7 +220,7 @@ def test_a_refused_update_leaves_the_averages_as_they_are(tmp_path, device, bad)
             if 30 < step < 60:
                 model.weight.data *= 1e30
             model.weight.data[999] = bad
-            with pytest.raises(NonFiniteError, match=f"'weight': holds .* at step {step}"):
+            with refused("parameter 'weight'", f" step {step}", kind=NonFiniteError):
                 tracker.update_(model, t)
                 tracker.flush()
 
@@ -235,7 +231,7 @@ def test_an_average_that_overflows_is_not_written(tmp_path):
     for value in (3e38, -3e38):
         model.weight.data.fill_(value)
         tracker.update_(model)
-    with pytest.raises(NonFiniteError, match="no snapshot of it is written"):
+    with refused("average of 'weight'", kind=NonFiniteError):
         tracker.close()
 
 
@@ -244,36 +240,18 @@ def parameter(elements):
 
 
 CHANGES = [
-    (
-        lambda m: m.register_parameter("weight", parameter(4)),
-        r"'weight': is .* \[4\], and was .* \[3\] when tracking",
-    ),
-    (
-        lambda m: m.register_parameter("extra", parameter(1)),
-        "'extra': is averaged, .*, and was not tracked",
-    ),
-    (lambda m: delattr(m, "weight"), "'weight': is not tracked, and was averaged"),
-    (
-        lambda m: m.half(),
-        "'weight': is .*float16 .*, and was .*float64 .* torch.autocast, .*a new directory",
-    ),
-    (
-        lambda m: m.weight.requires_grad_(False),
-        r"'weight': is left out, as .* no gradients, .*include='\*'.*directory",
-    ),
-    (
-        lambda m: m.frozen.requires_grad_(True),
-        r"'frozen': is averaged, .*, and was left out.*include='\*'.*directory",
-    ),
-    (
-        lambda m: m.scale.resize_(4),
-        r"'scale': is copied, .*\[4\].* first batch .* is made, or .* exclude='scale'",
-    ),
+    (lambda m: m.register_parameter("weight", parameter(4)), "weight", "[4]"),
+    (lambda m: m.register_parameter("extra", parameter(1)), "extra", "not tracked"),
+    (lambda m: delattr(m, "weight"), "weight", "not tracked"),
+    (lambda m: m.half(), "weight", "float16"),
+    (lambda m: m.weight.requires_grad_(False), "weight", "include='*'"),
+    (lambda m: m.frozen.requires_grad_(True), "frozen", "include='*'"),
+    (lambda m: m.scale.resize_(4), "scale", "exclude='scale'"),
 ]
 
 
-@pytest.mark.parametrize(("change", "message"), CHANGES)
-def test_a_model_that_changes_is_refused_and_nothing_written(tmp_path, change, message):
+@pytest.mark.parametrize(("change", "name", "fact"), CHANGES)
+def test_a_model_that_changes_is_refused_and_nothing_written(tmp_path, change, name, fact):
     model = Scalar()
     model.other_weight = parameter(2)
     model.frozen = parameter(2).requires_grad_(False)
@@ -281,7 +259,7 @@ def test_a_model_that_changes_is_refused_and_nothing_written(tmp_path, change, m
     with track(model, tmp_path, checkpoint_every=2) as tracker:
         tracker.update_(model)
         change(model)
-        with pytest.raises(ModelMismatchError, match=message):
+        with refused(f"tensor '{name}'", fact, kind=ModelMismatchError):
             tracker.update_(model)
         tracker.flush()
         assert tracker.step == 2
@@ -294,20 +272,17 @@ def test_a_step_that_a_cuda_graph_captures_is_refused(tmp_path, monkeypatch):
     ema = track(model, tmp_path)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(NotReadyError, match=r"graph is being captured.*graph\.replay"):
+    with refused("update_", "graph.replay()", kind=NotReadyError):
         ema.update_(model)
 
 
-def test_a_model_that_is_frozen_as_a_whole_is_said_to_be_and_continues_when_it_is_trained(tmp_path):
+def test_a_frozen_model_is_refused_until_it_is_trained_again(tmp_path):
     """As the generator of a GAN while the discriminator is trained."""
     model = nn.Linear(2, 2)
     with track(model, tmp_path) as ema:
         ema.update_(model)
         model.requires_grad_(False)
-        frozen = (
-            "'weight': is left out, as it requires no gradients, and was averaged, .*call update_"
-        )
-        with pytest.raises(ModelMismatchError, match=frozen):
+        with refused("tensor 'weight'", kind=ModelMismatchError):
             ema.update_(model)
         model.requires_grad_(True)
         ema.update_(model)
@@ -318,8 +293,6 @@ def test_another_model_is_refused_at_its_first_call(tmp_path):
     model = nn.Linear(2, 2)
     with track(model, tmp_path, update_every=10) as ema:
         ema.update_(model)
-        with pytest.raises(
-            ModelMismatchError, match=r"'weight': is averaged, .* \[3, 2\], and was"
-        ):
+        with refused("tensor 'weight'", "[3, 2]", kind=ModelMismatchError):
             ema.update_(nn.Linear(2, 3))
         assert ema.step == 1
