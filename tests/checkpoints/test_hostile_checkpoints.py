@@ -351,7 +351,7 @@ def test_chunks_that_share_bytes_are_refused(metadata_of_chunks):
 @pytest.mark.parametrize(
     ("size", "of_chunk", "problem"),
     [
-        ([300], ["x"], "its shape, or the shape of a chunk, is"),
+        ([300], ["x"], "its shape"),
         ([300], [299], "'w': "),
         ([200], [200], "'w': holds no tensor of shape [200]"),
     ],
@@ -414,8 +414,8 @@ REFUSED = [
     ({"__metadata__": TWO}, NO_NAME),
     ({"a\0b": TWO}, NO_NAME),
     ({"\ud800": TWO}, NO_NAME),
-    ({"state_dict": {"s": TWO.to_sparse()}}, "'state_dict.s': is of a kind that cannot be read"),
-    ({"c": TWO.to(torch.complex128)}, "of ComplexDoubleStorage, which cannot be read"),
+    ({"state_dict": {"s": TWO.to_sparse()}}, "'state_dict.s': "),
+    ({"c": TWO.to(torch.complex128)}, "ComplexDoubleStorage"),
     ({"actor": {"w": TWO}, "critic": {"w": TWO}}, "it has tensors under 'actor', 'critic'"),
     ({"optimizer_state_dict": {"exp_avg": TWO}}, "no weights, only tensors under 'optimizer_st"),
     (with_ema(decay="much"), NO_SETTINGS),
