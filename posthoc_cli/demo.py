@@ -25,7 +25,7 @@ from posthoc_cli import files, plots
 from posthoc_cli.errors import InvalidValueError, OutputExistsError
 from posthoc_cli.report.page import PAGE, render
 from posthoc_cli.resources import ProgressBar
-from posthoc_cli.run import Run
+from posthoc_cli.run import Run, make_weights
 from posthoc_cli.sweep import Lengths, SweepReport, images
 from posthoc_cli.sweep.search import USUAL_BUDGET, Trial
 from posthoc_cli.sweep.sweeps import LAST_WEIGHTS
@@ -127,9 +127,19 @@ def _search(model: Denoiser, run: Run) -> SweepReport:
     trials = [Trial(LAST_WEIGHTS, None, 0, float(validation(model).mean()))]
     averaged = make_denoiser(seed=0)
     for sigma_rel in SIGMA_RELS:
-        averaged.load_state_dict(run.average(sigma_rel))
-        loss = float(validation(averaged).mean())
-        trials.append(Trial(SigmaRel(sigma_rel).title, sigma_rel, 0, loss))
+        began = time.perf_counter()
+        plan = run.plan(sigma_rel)
+        averaged.load_state_dict(make_weights(plan))
+        trial = Trial(
+            SigmaRel(sigma_rel).title,
+            sigma_rel,
+            seed=0,
+            value=float(validation(averaged).mean()),
+            predicted_error=plan.predicted_error(0),
+            lost_gain=plan.lost_gain(0),
+            seconds=time.perf_counter() - began,
+        )
+        trials.append(trial)
     return SweepReport(
         lengths=Lengths.from_list(SIGMA_RELS),
         budget=USUAL_BUDGET,

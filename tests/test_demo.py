@@ -69,6 +69,11 @@ def test_a_demo_writes_the_best_average_whose_loss_it_names(demo, best):
     (named,) = re.findall(rf"^{width} +(0\.\d{{5}}) .*<- best$", demo.text, re.MULTILINE)
     assert float(named) == pytest.approx(loss, abs=1e-5)
     assert f"yours, of {width}: {named}" in demo.text
+    result = json.loads((out / "sweep" / "sweep.json").read_text())
+    (chosen,) = [t for t in result["trials"] if t["sigma_rel"] == demo.report["best"]]
+    assert chosen["predicted_error"] == pytest.approx(average.predicted_error)
+    assert 0 < chosen["lost_gain"] < 1
+    assert chosen["seconds"] > 0
 
 
 def test_a_demo_has_a_loss_of_each_length_and_of_the_last_weights(demo):
