@@ -1,5 +1,5 @@
-"""The sources of averages: snapshots on disk, checkpoints of other programs, and live averages;
-what several of them show together: their order, their clock, and the prior of a reconstruction."""
+"""The sources of averages: snapshots on disk and checkpoints of other programs; what several of
+them show together: their order, their clock, and the prior of a reconstruction."""
 
 from __future__ import annotations
 
@@ -76,9 +76,7 @@ class StoredTensors:
     """
 
     path: Path  # the file or folder
-    files: tuple[
-        TensorFile, ...
-    ]  # the files that together hold its tensors; none for a live average
+    files: tuple[TensorFile, ...]  # that together hold its tensors
     entries: Mapping[str, Entry]  # dtype and complete shape of each stored tensor
     tensors: dict[str, TrackedTensor]
     # further names of tensors, each with the name under which the tensor is stored
@@ -237,7 +235,7 @@ class PathSketch(NamedTuple):
 
 
 class Source(StoredTensors, ABC):
-    """A stored average: a snapshot, a checkpoint of another program, or a live average."""
+    """A stored average: a snapshot, or a checkpoint of another program."""
 
     word = "snapshot"
     # a power function, one checkpoint (`Point`), or known times (`Discrete`)
@@ -323,12 +321,10 @@ def run_clock(sources: Sequence[Source]) -> Clock:
 
 
 def newest_path(sources: Sequence[Source]) -> PathSketch | None:
-    """Find the sketched path at the newest time, in a file if one has it: earlier sketches show a
-    part of it."""
+    """Find the sketched path at the newest time: earlier sketches show a part of it."""
     last = max((source.t for source in sources), default=0.0)
-    newest = [source for source in sources if source.t == last]
-    for source in sorted(newest, key=lambda source: not source.files):
-        if path := source.path_sketch:
+    for source in sources:
+        if source.t == last and (path := source.path_sketch):
             return path
     return None
 

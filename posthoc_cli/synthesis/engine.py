@@ -390,7 +390,7 @@ def compute_tiles(
     first, within a tile.
     """
     sources = plan.sources
-    remote = any(source.files and is_url(source.path) for source in sources)
+    remote = any(is_url(source.path) for source in sources)
     count = worker_count(workers)
     if workers is None and remote:
         requested = min(REQUESTS // len(sources), MOST_THREADS)
