@@ -568,13 +568,15 @@ def decode_snapshot(file: TensorFile) -> Snapshot:
     """Decode the snapshot in a file, or the part of one; raise FileFormatError, naming the key, if
     it is invalid."""
     snapshot = decode(file, "snapshot", Snapshot)
+    if snapshot.tensors.keys() != file.entries.keys():
+        raise FileFormatError(file.path, "ema: tensors: are not the tensors of the file")
     return replace(snapshot, path=file.path, files=(file,), entries=file.entries)
 
 
 def ungroup_tensors(lists: Any) -> dict[str, TrackedTensor]:
     """Decode the tensors of a header from its lists of names by role and dtype."""
     tensors = dict[str, TrackedTensor]()
-    for words, names in lists.items():
+    for words, names in convert(lists, dict[str, tuple[str, ...]]).items():
         role, _, dtype = words.partition(" ")
         tensors |= dict.fromkeys(names, TrackedTensor(role, dtype))
     return tensors

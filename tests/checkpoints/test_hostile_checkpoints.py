@@ -149,6 +149,7 @@ def test_a_malformed_pickle_is_refused_quickly_in_one_line(what, tmp_path):
 
 
 COUNT = 200_000
+MANY = 1_200_000  # more than the free memory holds
 ENTRIES = b"".join(b"J" + i.to_bytes(4, "little") + b"N" for i in range(20_000))
 REPEATS = {
     "names": b"X\x10\x27\x00\x00"
@@ -162,6 +163,9 @@ REPEATS = {
     "memo": b"N" + b"\x94" * COUNT,
     "strings of bytes": b"(" + b"C\x00" * COUNT,
     "objects": b"cx\ny\nq\x00)q\x01(" + b"h\x00h\x01R" * COUNT,
+    "imported names": b"(" + b"cx\ny\n" * MANY,
+    "calls without arguments": b"cx\ny\nq\x00(" + b"h\x00)R" * MANY,
+    "objects without __init__": b"cx\ny\nq\x00(" + b"h\x00)\x81" * MANY,
     "arguments": b"cx\ny\nq\x00(" + b"N" * 100 + b"tq\x01(" + b"h\x00h\x01R" * COUNT,
     "dicts of calls": b"ccollections\nOrderedDict\nq\x00(" + b"h\x00)R" * COUNT,
     "sets": b"(" + b"\x8f" * COUNT,

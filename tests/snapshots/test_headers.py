@@ -163,6 +163,11 @@ def test_a_name_is_never_a_path_and_is_shown_escaped(tmp_path, name):
         ("sums", '""'),
         ("schedule", "[]"),
         ("tensors", "[]"),
+        ("tensors", '{"average F32": ["w", 5]}'),
+        ("tensors", '{"average F32": 5}'),
+        ("tensors", '{"average F32": ["of another file"]}'),
+        ("aliases", '{"w": 5}'),
+        ("left_out", "[5]"),
     ],
 )
 def test_a_header_of_another_kind_or_format_is_refused(small, key, text):
