@@ -1,5 +1,8 @@
 """Files of a training's saves, and checks that both sets of tensors in them are found."""
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import pytest
 import torch
 from predictions import assert_predicted
@@ -8,6 +11,7 @@ from torch.nn.utils import parameters_to_vector
 from walks import STEPS, constant, history, saves
 
 from posthoc_cli import export_file, import_checkpoints
+from posthoc_cli.checkpoints.import_run import open_checkpoints
 from posthoc_cli.errors import InvalidValueError
 
 
@@ -36,8 +40,22 @@ def write_each(folder, name, content, decay=constant):
 
 
 def read(place, **settings):
-    """Return what an import finds."""
-    return import_checkpoints(place, None, dry_run=True, **settings)
+    """Return what an import finds; what it has written is opened as the same."""
+    with TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        found = import_checkpoints(place, out, **settings)
+        reopened = open_checkpoints(out)
+    for ours, theirs in zip(found.checkpoints, reopened, strict=True):
+        assert describe(ours) == describe(theirs)
+    return found
+
+
+def describe(checkpoint):
+    """Return what is found out about a checkpoint: its role, its time, its profile, its tensors."""
+    profile = checkpoint.profile
+    tails = [profile.tail(share * profile.t) for share in (0.3, 0.7, 0.9, 0.99)]
+    about = (checkpoint.path, checkpoint.t, checkpoint.t_unit, checkpoint.holds, checkpoint.kind)
+    return about, tails, checkpoint.stored, checkpoint.tensors, checkpoint.aliases
 
 
 def times(place, **settings):

@@ -22,6 +22,8 @@ from posthoc_cli.checkpoints.clock import check_whole_number
 from posthoc_cli.checkpoints.content import Values
 from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.checkpoints.source import Checkpoint
+from posthoc_cli.checkpoints.updates import Updates
+from posthoc_cli.decay_rules import DecayRule
 from posthoc_cli.errors import (
     FileFormatError,
     InvalidValueError,
@@ -29,7 +31,9 @@ from posthoc_cli.errors import (
     VanishedError,
     quote,
 )
+from posthoc_cli.profiles import Point
 from posthoc_cli.snapshots.directory import MANIFEST, is_import
+from posthoc_cli.snapshots.snapshot import convert
 from posthoc_cli.snapshots.tensorfile import (
     OpenedFile,
     parse_object,
@@ -37,9 +41,29 @@ from posthoc_cli.snapshots.tensorfile import (
     sampled_identity,
 )
 
-_FORMAT = {"format": "ema import", "version": 2}
+_FORMAT = {"format": "ema import", "version": 3}
 _UNITS = ("steps", "epochs", "images")
 _AGAIN = "import again"
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A checkpoint as the import has found it: what is in which file, in which role, at which time.
+    A file with an average and the weights is listed twice."""
+
+    path: Path  # of a file or folder
+    kind: str
+    step: int
+    is_average: bool
+    names: dict[str, str]  # in the file, by the names of the model's tensors
+    updates: Updates | None  # of an ordinary EMA
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> Listed:
+        is_average = not isinstance(checkpoint.profile, Point)
+        path = _absolute(checkpoint.path)
+        names = dict(checkpoint.stored)
+        return cls(path, checkpoint.kind, checkpoint.step, is_average, names, checkpoint.updates)
 
 
 @dataclass(frozen=True)
@@ -52,8 +76,9 @@ class Manifest:
     settings: ImportSettings  # given, or found, by name
     # what times count, and whether files or the user said so
     unit: tuple[str, bool]
-    # each a list of the path of a file or folder, its kind, its time
-    checkpoints: tuple[tuple[Path, str, int], ...]
+    # each an object with the fields of `Listed`, but with the position of its names in "names",
+    # a list of objects: most checkpoints have the same
+    checkpoints: tuple[Listed, ...]
     # bytes, and 16 hexadecimal digits: a hash of its size and a sample of content
     files: dict[Path, tuple[int, str]]
     # "checksum": XXH3 (64 bits, seed 0) of the object as compact JSON without this key, 16
@@ -97,14 +122,19 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _decode(folder: Path, path: Path, raw: Values) -> Manifest:
     base = folder if files.is_url(folder) else Path(os.path.realpath(folder))
+    names = [convert(each, dict[str, str]) for each in raw["names"]]
     listed = {}
-    for text, kind, time in raw["checkpoints"]:
+    for row in raw["checkpoints"]:
+        text, kind, is_average = row["path"], row["kind"], bool(row["is_average"])
         if kind not in KINDS:
             raise ValueError(f"no kind {kind!r}")
         place = _absolute(text, base)
-        if place in listed:
+        if (place, is_average) in listed:
             raise ValueError(f"lists the checkpoint {text!r} twice")
-        listed[place] = (place, kind, check_whole_number(path, time))
+        step = check_whole_number(path, row["step"])
+        updates = _decode_updates(row["updates"])
+        checkpoint = Listed(place, kind, step, is_average, names[row["names"]], updates)
+        listed[place, is_average] = checkpoint
     stored = raw["files"].items()
     identities = {_absolute(text, base): (nbytes, sample) for text, (nbytes, sample) in stored}
     unit, is_stated = raw["unit"]
@@ -115,6 +145,17 @@ def _decode(folder: Path, path: Path, raw: Values) -> Manifest:
     times = (unit, is_stated)
     checkpoints = tuple(listed.values())
     return Manifest(folder, origin, settings, times, checkpoints, identities)
+
+
+def _decode_updates(values: Values | None) -> Updates | None:
+    if values is None:
+        return None
+    updates = Updates(**values)
+    DecayRule(**updates.rule)  # which has fields of these names
+    for value in updates.rule.values():
+        if not isinstance(value, str):
+            convert(value, float)
+    return updates
 
 
 def _absolute(
@@ -147,16 +188,15 @@ def write_manifest(
 
     Raise OutputExistsError if it holds something else, or, without `overwrite`, another import.
     """
-    listed = {}
     identities = {}
     for checkpoint in checkpoints:
-        listed[checkpoint.path] = (_absolute(checkpoint.path), checkpoint.kind, checkpoint.step)
         for path, identity in checkpoint.opened.items():
             identities[_absolute(path)] = (identity.nbytes, identity.sample)
     identities = dict(sorted(identities.items()))
     first = checkpoints[0]
     unit = (first.t_unit, first.is_stated)
-    manifest = Manifest(out, _absolute(origin), settings, unit, tuple(listed.values()), identities)
+    listed = tuple(map(Listed.from_checkpoint, checkpoints))
+    manifest = Manifest(out, _absolute(origin), settings, unit, listed, identities)
     exists = is_import(out)
     if exists:
         with suppress(FileFormatError):  # a damaged manifest is replaced
@@ -176,13 +216,21 @@ def write_manifest(
 
 def _encode(manifest: Manifest) -> Values:
     out = manifest.folder
-    listed = [(_relative(path, out), kind, time) for path, kind, time in manifest.checkpoints]
+    names = list[dict[str, str]]()
+    rows = []
+    for listed in manifest.checkpoints:
+        if listed.names not in names:
+            names.append(listed.names)
+        updates = vars(listed.updates) if listed.updates else None
+        row = {"path": _relative(listed.path, out), "names": names.index(listed.names)}
+        rows.append({**vars(listed), **row, "updates": updates})
     values = {
         **_FORMAT,
         "from": _relative(manifest.origin, out),
         "settings": manifest.settings.given,
         "unit": manifest.unit,
-        "checkpoints": listed,
+        "checkpoints": rows,
+        "names": names,
         "files": {_relative(path, out): identity for path, identity in manifest.files.items()},
     }
     return {**values, "checksum": _checksum(values)}

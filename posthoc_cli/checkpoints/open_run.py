@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -47,7 +48,7 @@ from posthoc_cli.checkpoints.layouts import (
     role_by_glob,
     says_its_profile,
 )
-from posthoc_cli.checkpoints.manifest import Manifest
+from posthoc_cli.checkpoints.manifest import Listed, Manifest
 from posthoc_cli.checkpoints.sets import TensorSets, match_names
 from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.checkpoints.source import (
@@ -84,16 +85,15 @@ _SLOWER = 0.8  # averages of any length move by a third less than the weights
 
 
 def open_import(manifest: Manifest) -> list[Checkpoint]:
-    """Open the checkpoints of an import, at the times that it has found; raise FileFormatError if a
-    file is not as it was."""
-    opened = []
+    """Open the checkpoints of an import in the roles and at the times that it has found; raise
+    FileFormatError if a file is not as it was."""
+    contents = dict[Path, Content]()
+    checkpoints = []
     try:
-        for path, _, time in manifest.checkpoints:
-            found = _recognise(open_checkpoint(path), manifest.settings)
-            opened.append(replace(found, time=time))
-        unit, is_stated = manifest.unit
-        clock = Times(unit, is_stated, "", ())
-        checkpoints = _make_all(opened, clock, manifest.settings)
+        for listed in manifest.checkpoints:
+            if listed.path not in contents:
+                contents[listed.path] = open_checkpoint(listed.path)
+            checkpoints.append(_restore(listed, contents[listed.path], manifest))
     except PostHocError:
         for path in manifest.files:
             manifest.check_file(path)
@@ -102,6 +102,26 @@ def open_import(manifest: Manifest) -> list[Checkpoint]:
         for path, identity in checkpoint.opened.items():
             manifest.check_identity(path, identity.nbytes, identity.sample)
     return checkpoints
+
+
+def _restore(listed: Listed, content: Content, manifest: Manifest) -> Checkpoint:
+    missing = [name for name in listed.names.values() if name not in content.tensors]
+    if missing:
+        reason = f"lacks tensor {quote(missing[0])}, which {manifest.folder} refers to"
+        raise FileFormatError(listed.path, reason, "import again")
+    tensors = {name: content.tensors[stored] for name, stored in listed.names.items()}
+    unit, is_stated = manifest.unit
+    about: dict[str, Any] = {"kind": listed.kind, "t_unit": unit, "is_stated": is_stated}
+    profile: StoredProfile = Point(float(listed.step))
+    if listed.is_average and listed.updates is None:  # the name of the file says its profile
+        found = recognise(content, manifest.settings)
+        if found.profile is None:
+            raise FileFormatError(listed.path, "is not the average that was imported")
+        profile = found.profile(listed.step)
+        about["sigma_rel"] = found.sigma_rel
+    about["updates"] = listed.updates
+    checkpoint = make_checkpoint(content, tensors, profile, listed.step, **about)
+    return checkpoint.with_settings(manifest.settings)
 
 
 # --- all checkpoints at a place

@@ -65,6 +65,8 @@ class Checkpoint(Source):
     updates: Updates | None = None  # of an ordinary EMA; None for other tensors
     # whether files or the user say what `step` counts
     is_stated: bool = True
+    # the names that its tensors have in the file, by their names in the model
+    stored: Mapping[str, str] = field(default_factory=dict, compare=False)
     # all files that were read to find it
     opened: Mapping[Path, Identity] = field(default_factory=dict, compare=False)
 
@@ -190,6 +192,7 @@ def make_checkpoint(
         roles,
         aliases,
         name=path.name,
+        stored={name: tensor.name for name, tensor in tensors.items()},
         opened=content.files,
         **fields,
     )

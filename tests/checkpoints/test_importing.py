@@ -235,14 +235,16 @@ def rewritten(path, **changed):
 def listed(place):
     """Return changes that make a manifest refer to one file, as if it were empty."""
     empty = [0, "0" * 16]
-    return {"checkpoints": [[place, "checkpoints", 1]], "files": {place: empty}}
+    return {**first(path=place), "files": {place: empty}}
 
 
 FIRST = "../ck/step1.pt"
 
 
-def first(kind="checkpoints", step=1):
-    return {"checkpoints": [[FIRST, kind, step]]}
+def first(**changed):
+    """Return changes that make a manifest refer to one checkpoint alone."""
+    row = {"path": FIRST, "kind": "checkpoints", "step": 1, "is_average": False, "names": 0}
+    return {"checkpoints": [{**row, "updates": None, **changed}]}
 
 
 HOSTILE = {
@@ -251,12 +253,20 @@ HOSTILE = {
     "a zero": listed("a\0b"),
     "a url": listed("s3://bucket/x.pt"),
     "no files": {"files": {}},
-    "a kind that is a list": first([]),
+    "a kind that is a list": first(kind=[]),
     "a far step": first(step=10**300),
+    "names beyond the list": first(names=7),
+    "names that are numbers": {"names": [{"w": 1}]},
+    "names of no tensor": {"names": [{"w": "other"}]},
+    "an average of no known profile": first(is_average=True),
+    "updates by no known rule": first(is_average=True, updates={"rule": {"x": 1}}),
+    "updates of a text": first(is_average=True, updates={"rule": {"decay": "x"}}),
+    "updates of an infinite rule": first(is_average=True, updates={"rule": {"decay": 1e999}}),
+    "no objects": {"checkpoints": [[FIRST, "checkpoints", 1]]},
     "an unknown setting": {"settings": {"x": 1}},
-    "a far version": {"version": 3},
+    "a far version": {"version": 4},
     "keys of more": {"files": {FIRST: [1, "x", 2]}},
-    "a checkpoint many times": {"checkpoints": [[FIRST, "checkpoints", 1]] * 50_000},
+    "a checkpoint many times": {"checkpoints": first()["checkpoints"] * 50_000},
 }
 
 

@@ -514,6 +514,21 @@ def test_a_set_that_never_moves_is_no_average_whatever_its_name_says(files, capl
     assert "'target' never moves" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "sets",
+    [
+        {"model": WEIGHTS, "ema": STILL},
+        {"model": WEIGHTS, "target": STILL},
+        {"state_dict": WEIGHTS, "ema_model": STILL},
+    ],
+)
+def test_an_import_is_opened_as_it_was_found(files, run, sets):
+    """An average that never moves was left out by the import, and used by a synthesis of it."""
+    import_checkpoints(write(files, **sets), run)
+    synthesized = Run(run).average(0.1)
+    assert_equal(synthesized, Run(write(files.with_name("alone"), model=WEIGHTS)).average(0.1))
+
+
 def test_two_widths_of_one_average_are_refused(tmp_path):
     write_each(tmp_path, STEP, lambda save: {"model": save.weights, "ema": save.average})
     with refused("sigma_rels"):
