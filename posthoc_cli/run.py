@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints.manifest import Manifest, read_manifest
-from posthoc_cli.checkpoints.open_run import holds_checkpoints
+from posthoc_cli.checkpoints.places import NothingHereError, holds_checkpoints
 from posthoc_cli.errors import (
     DirectoryError,
     FileFormatError,
@@ -124,15 +124,18 @@ def disk_sources(
     given a setting.
     """
     path = files.expand_user(directory)
+    no_snapshots = None
     if not (files.is_glob(path) or is_import(path)):
         try:
             return [*read_directory(path)]
-        except DirectoryError:
-            if not holds_checkpoints(path):
-                raise
+        except DirectoryError as error:
+            no_snapshots = error
     from posthoc_cli.checkpoints.import_run import open_checkpoints, open_unclaimed
 
-    return [*(open_unclaimed(path, settings) if unclaimed else open_checkpoints(path))]
+    try:
+        return [*(open_unclaimed(path, settings) if unclaimed else open_checkpoints(path))]
+    except NothingHereError as error:
+        raise no_snapshots or error from None
 
 
 ATTEMPTS = 100  # largest number of plans; no training removes a snapshot after every one of them

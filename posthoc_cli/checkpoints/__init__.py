@@ -2,11 +2,12 @@
 is executed.
 
     pickles, containers         the tensors and values of a file, by its kind
-    folders, content            what a folder is; its tensors and values
+    folders, content            what a checkpoint consists of; its tensors and values
+    places, choose              what lies at a place; which of it is one run
     sets, clock                 the weights and an average among them; the times of files
     settings, updates           what an import adds to files; how an ordinary EMA was updated
     source, layouts             a checkpoint as a source; what programs write
-    open_run, describe          all checkpoints at a place as one run; what `ema info` says of it
+    open_run, describe          the run at a place as sources; what `ema info` says of it
     ask                         questions about what files leave open
     import_run, manifest        the work of `ema import`, and its output
     audit, audit_decay          the check of an average, and the search for its decay

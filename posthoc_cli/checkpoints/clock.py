@@ -3,10 +3,12 @@
 A number is a step if the content states it, if a word in the name says so, or if a number in the
 name is one in the content that is called so. It is an epoch by the same signs, or if the numbers of
 the files follow each other without a gap. Any other lone number is taken for a step, which is said.
-The files of a run are read by one sign, the first in `_SIGNS` that all have.
+The files of a run are read by one sign, the first in `_SIGNS` that most have and that tells them
+apart.
 
-A number in a name counts if it is of plain digits, or as `step_1.5k`: `1_000`, another `1.5k` or a
-date may mean something else, and a wrong step would put weights at a wrong time without notice.
+A decimal in a name is a metric, unless a word for time precedes it. Any other number counts if it
+is of plain digits, or as `step_1.5k`: `1_000`, another `1.5k` or a date may mean something else,
+and a wrong step would put weights at a wrong time without notice.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Literal
 from posthoc_cli.checkpoints.ask import Answer, QuestionError
 from posthoc_cli.checkpoints.containers import strip_ending
 from posthoc_cli.checkpoints.content import Content
+from posthoc_cli.checkpoints.folders import NUMBER, make_glob
 from posthoc_cli.checkpoints.settings import ImportSettings, read_number
 from posthoc_cli.errors import InvalidValueError, quote
 
@@ -59,10 +62,11 @@ _MARKS: tuple[tuple[Unit, re.Pattern[str]], ...] = (
     ("epochs", _pattern(_AFTER, _EPOCH)),
 )
 _CHECKPOINT = _pattern(_BEFORE, "(?:checkpoint|ckpt)s?")
-_NO_STEP = "v|version|fp|bf|int|float|fold|seed|copy|acc|loss|fid|psnr|wer|m?ap|m?iou|auc|dice"
+_NO_STEP = "v|version|avg|fp|bf|int|float|fold|seed|copy|acc|loss|fid|psnr|wer|m?ap|m?iou|auc|dice"
 _ALONE = re.compile(
     rf"(?P<other>(?<![a-z])(?:{_NO_STEP})[_.=\-]?)?(?P<number>[0-9]+){_MORE}", re.IGNORECASE
 )
+_GROUPED = re.compile(r"(?<![0-9])[0-9]{1,3}(?:[_,][0-9]{3})+(?![0-9])")  # 1_000
 _SPELLED = r"[0-9]{1,3}(?:[_,][0-9]{3})+(?![0-9])|[0-9]+(?:\.[0-9]+)?[kmb]?"  # 1_000, 1.5k or 1000
 _DATE = re.compile(
     r"(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])(?:[0-9]{4}|[0-9]{6})?"
@@ -72,7 +76,10 @@ _THOUSANDS = re.compile(r"[0-9]+(?:\.[0-9]+)?[km]", re.IGNORECASE)  # steps as 1
 _GOES_ON = re.compile(r"[.,_-]?[0-9]")  # after such a letter: it is no unit then, as in 1k5
 _SHARD = re.compile(r"[0-9]+-of-[0-9]+")
 _LONE = re.compile(r"[0-9]{3,}")  # the whole name of a folder; a shorter one may be an experiment's
-_FRACTION = re.compile(r"(?<![0-9])0\.[0-9]+")  # a decay or a loss in a name
+_METRIC = re.compile(
+    r"(?P<word>[a-z]*)[=_-]?(?<![0-9.,])[0-9]+\.[0-9]+(?![0-9.,]|[_,][0-9]|[kmb])", re.IGNORECASE
+)
+_OF_TIME = re.compile(r"steps?|iter(?:ation)?s?|ep(?:och)?s?|checkpoint|ckpt", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -100,16 +107,31 @@ class Signs:
 
     @property
     def series(self) -> str:
-        """The name of its file and folder with a `*` for each number, which the names of a series
-        share."""
-        return re.sub("[0-9]+", "*", f"{self.path.parent.name}/{self.path.name}")
+        """The glob of its file and folder, which the names of a series share."""
+        return make_glob(f"{self.path.parent.name}/{self.path.name}")
+
+    @property
+    def has_word(self) -> bool:
+        """Whether a word in its name, or a pattern, says its time."""
+        return not {"given", "step in name", "epoch in name"}.isdisjoint(self.by_sign)
+
+    @property
+    def is_numbered(self) -> bool:
+        """Whether its name has a number that may be its time: no decimal, and behind no word such
+        as `v` or `avg`."""
+        if not _IN_NAMES.isdisjoint(self.by_sign):
+            return True
+        name = _METRIC.sub(_keep_time, strip_ending(self.path.name))
+        return any(not match["other"] for match in _ALONE.finditer(name))
 
 
+LONE = "lone"
 _SIGNS = (
-    "given", "stated", "step in name", "confirmed step", "epoch in name", "confirmed epoch", "lone",
+    "given", "stated", "step in name", "confirmed step", "epoch in name", "confirmed epoch", LONE,
     "stated epoch",
 )  # fmt: skip
 """From the surest on."""
+_IN_NAMES = {*_SIGNS} - {"stated", "stated epoch"}
 
 
 @dataclass(frozen=True)
@@ -125,8 +147,9 @@ class Times:
 # --- one checkpoint
 
 
-def read_signs(content: Content, settings: ImportSettings) -> Signs:
-    """Find the numbers of a checkpoint, in its content and in its name."""
+def read_signs(content: Content, settings: ImportSettings, outside: Path | None = None) -> Signs:
+    """Find the numbers of a checkpoint, in its content and in its name; the folder `outside`, in
+    which all checkpoints lie, says no time."""
     path = content.path
     if settings.step_from is not None:
         reading = _search_path(path, settings)
@@ -140,7 +163,7 @@ def read_signs(content: Content, settings: ImportSettings) -> Signs:
         found["stated epoch"] = Reading(epoch, "epochs", _describe_origin(epoch_name))
     problem = None
     try:
-        named = find_time_in_name(path)
+        named = find_time_in_name(path, outside)
         sign = {"steps": "step in name", "epochs": "epoch in name"}.get(named.unit, "lone")
         found[sign] = named
     except InvalidValueError as error:
@@ -233,7 +256,7 @@ def check_whole_number(path: Path, number: float) -> int:
     return int(number)
 
 
-def find_time_in_name(path: Path) -> Reading:
+def find_time_in_name(path: Path, outside: Path | None = None) -> Reading:
     """Find the number in the name of a file or folder: next to a word, else the only number.
 
     If the name has no number, take it from the name of the parent folder, but only if it stands
@@ -242,8 +265,8 @@ def find_time_in_name(path: Path) -> Reading:
     """
     stem = _SHARD.sub("", strip_ending(path.name))
     has_number = re.search("[0-9]", stem) is not None
-    outer = strip_ending(path.parent.name)
-    name = _FRACTION.sub("", stem if has_number else outer)
+    outer = "" if path.parent == outside else strip_ending(path.parent.name)
+    name = _METRIC.sub(_keep_time, stem if has_number else outer)
     unit, matches = _find_marks(name)
     is_whole = _LONE.fullmatch(outer) or (outer.isdecimal() and outer != path.parent.name)
     if not matches and (has_number or is_whole):
@@ -256,7 +279,27 @@ def find_time_in_name(path: Path) -> Reading:
     return Reading(number, unit, f"the word for {unit} in names" if unit else _ONLY)
 
 
+def _keep_time(match: re.Match[str]) -> str:
+    """Return a decimal behind a word for time, and nothing for any other."""
+    return match[0] if _OF_TIME.fullmatch(match["word"]) else ""
+
+
 _ONLY = "the only number in names"
+
+
+def read_number_in_names(names: Sequence[str]) -> list[Reading]:
+    """Read the only number that differs in all of several names; none if several do, or if it may
+    mean something else. Decimals are metrics, but 1.2M is a number."""
+    found = []
+    for column in zip(*(NUMBER.findall(strip_ending(name)) for name in names), strict=False):
+        numbers = [read_number(text) for text in column]
+        if all(isinstance(number, int) for number in numbers) and len({*numbers}) == len(names):
+            found.append(column)
+    is_unclear = any(_GROUPED.search(name) for name in names)
+    if len(found) != 1 or is_unclear or any(map(_DATE.fullmatch, found[0])):
+        return []
+    origin = "the only number that differs in names"
+    return [Reading(int(read_number(text) or 0), "", origin) for text in found[0]]
 
 
 def _read_number(match: re.Match[str], unit: Unit, path: Path) -> int:
@@ -323,7 +366,9 @@ def read_times(files: Sequence[Signs], settings: ImportSettings) -> Times:
     Raise InvalidValueError if no sign shows them, if two signs contradict each other, or if
     `steps_per_epoch` is given, and the numbers are not epochs.
     """
-    sign = _find_common_sign(files)
+    sign = sign_of_most(files)
+    if sign is None or any(sign not in file.by_sign for file in files):
+        raise _explain_no_sign(files)
     numbers = [file.by_sign[sign] for file in files]
     if sign == "stated":
         _check_names(files)
@@ -332,24 +377,26 @@ def read_times(files: Sequence[Signs], settings: ImportSettings) -> Times:
     return _read_unknown_numbers(files, numbers, settings)
 
 
-def _find_common_sign(files: Sequence[Signs]) -> str:
-    """Find the first sign that all files have, and that tells the files of each series apart."""
-    complete = []
-    for sign in _SIGNS:
-        if all(sign in file.by_sign for file in files):
-            complete.append(sign)
-            if sign == "given" or _are_distinct(files, sign):
-                return sign
-    if complete:
-        return complete[0]  # files of one time are compared later
+def sign_of_most(files: Sequence[Signs]) -> str | None:
+    """Find the sign that most files have, of several the surest, among those that tell the files of
+    each series apart if there are any; None if no file has a sign."""
+    best: tuple[bool, int, int] | None = None
+    for rank, sign in enumerate(_SIGNS):
+        having = [file for file in files if sign in file.by_sign]
+        if having:
+            is_distinct = sign == "given" or _are_distinct(having, sign)
+            best = max(best or (False, 0, 0), (is_distinct, len(having), -rank))
+    return _SIGNS[-best[2]] if best else None
+
+
+def _explain_no_sign(files: Sequence[Signs]) -> InvalidValueError:
+    """Make the error about files of which no sign shows the times of all."""
     first = next((file for file in files if not file.by_sign), files[0])
     others = [file for file in files if file.by_sign.keys() != first.by_sign.keys()]
-    if first.problem is not None:
-        raise first.problem
-    reason = (
-        f"must be given: {first.path.name} and {others[0].path.name} state it in different ways"
-    )
-    raise InvalidValueError("step_from", reason, "name the files of one run with a glob")
+    if first.problem is not None or not others:
+        return first.problem or InvalidValueError(first.path, "states no step", _HINT)
+    reason = f"must be given: {first.path.name} and {others[0].path.name} state it in different "
+    return InvalidValueError("step_from", f"{reason}ways", "name the files of one run with a glob")
 
 
 def _are_distinct(files: Sequence[Signs], sign: str) -> bool:

@@ -9,13 +9,15 @@ reader, and its case out of `tests/checkpoints/test_owners.py`. `pickles.FileRan
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from posthoc_cli.checkpoints.pickles import Keys, read_tensors
-from posthoc_cli.errors import UnsuitableError
+from posthoc_cli.errors import FileFormatError, UnsuitableError
+from posthoc_cli.files import is_url
 from posthoc_cli.snapshots.directory import PICKLES
 from posthoc_cli.snapshots.tensorfile import SUFFIX, OpenedFile, decode_file
 
@@ -71,10 +73,18 @@ CONTAINERS = (
     Container("an archive", (".gz", ".zip")),
 )
 
+_FIRST_BYTES = 9  # of a safetensors file: the length of its header, and how that begins
+
 ENDINGS = tuple(ending for row in CONTAINERS if row.read for ending in row.endings)
 """How the names of files that are read end."""
 
-_LONGEST_MAGIC = max(len(magic) for row in CONTAINERS for magic in row.magic)
+_NO_TENSORS = re.compile(
+    r"\.(?:json|jsonl|ya?ml|txt|log|md|py|sh|csv|toml|cfg|ini|lock|html|png|jpe?g|gif|svg|webp|mp4|"
+    r"wav|flac|parquet|arrow|model|tiktoken)$|\.tfevents\.",
+    re.IGNORECASE,
+)
+"""Names of files that are not opened to see what they are: a folder may hold thousands of images.
+"""
 
 
 def container_by_name(name: str) -> Container | None:
@@ -86,12 +96,36 @@ def container_by_name(name: str) -> Container | None:
 
 
 def find_container(path: Path) -> Container | None:
-    """Find the kind of a file by its name, or else by its first bytes."""
-    known = container_by_name(path.name)
-    if known is not None:
-        return known
+    """Find the kind of a file by its first bytes, or by a name that belongs to another framework;
+    None for a file of no known kind, such as a text."""
+    named = container_by_name(path.name)
+    if named is not None and named.read is None:
+        return named
+    if _NO_TENSORS.search(path.name):
+        return None
     with OpenedFile(path) as file:
-        begin = file.read_at(min(_LONGEST_MAGIC, file.size), 0)
+        return _container_by_bytes(file)
+
+
+def may_hold_tensors(path: Path) -> bool:
+    """Return whether a file may be one of tensors: by its ending, or for other endings by its first
+    bytes. In a store each would be a request, and endings decide."""
+    if path.name.endswith(ENDINGS):
+        return True
+    if is_url(path) or container_by_name(path.name) is not None or _NO_TENSORS.search(path.name):
+        return False
+    try:
+        row = find_container(path)
+    except FileFormatError:  # no file, or one that cannot be opened
+        return False
+    return row is not None and row.read is not None
+
+
+def _container_by_bytes(file: OpenedFile) -> Container | None:
+    begin = file.read_at(min(_FIRST_BYTES, file.size), 0)
+    length = int.from_bytes(begin[:8], "little")
+    if begin[8:] == b"{" and length <= file.size:
+        return CONTAINERS[0]
     for row in CONTAINERS:
         if row.magic and begin.startswith(row.magic):
             return row
@@ -101,9 +135,13 @@ def find_container(path: Path) -> Container | None:
 def read_leaves(file: OpenedFile) -> Leaves:
     """Read what a file holds; raise UnsuitableError for a file of another framework.
 
-    A file of an unknown kind is read as a pickle, whose reader says what is wrong with it.
+    A file whose first bytes are of no known kind is read as its name says, or as a pickle: the
+    reader says what is wrong with it.
     """
-    row = container_by_name(file.path.name)
+    named = container_by_name(file.path.name)
+    row = named
+    if named is None or named.read is not None:
+        row = _container_by_bytes(file) or named
     if row is None:
         return read_tensors(file)
     if row.read is None:

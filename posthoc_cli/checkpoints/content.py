@@ -8,6 +8,7 @@ recognised by its size, the places of its tensors, and a sample of it.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,19 +18,11 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from posthoc_cli.checkpoints.containers import ENDINGS, KIND, read_leaves
-from posthoc_cli.checkpoints.folders import (
-    NO_MODEL,
-    Distributed,
-    Layout,
-    OneFile,
-    Sets,
-    Shards,
-    final_model_at,
-    layout_at,
-)
+from posthoc_cli import files
+from posthoc_cli.checkpoints.containers import ENDINGS, KIND, find_container, read_leaves
+from posthoc_cli.checkpoints.folders import NO_MODEL, Distributed, Layout, OneFile, Refused, Sets
 from posthoc_cli.checkpoints.pickles import Keys, Node, read_pickled
-from posthoc_cli.errors import FileFormatError, UnsuitableError, list_first, quote
+from posthoc_cli.errors import FileFormatError, list_first, quote
 from posthoc_cli.snapshots.outputs import decode_index
 from posthoc_cli.snapshots.tensorfile import (
     Box,
@@ -112,7 +105,7 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class Content:
-    """What a checkpoint holds; see `open_checkpoint`."""
+    """What a checkpoint holds; see `Reader`."""
 
     path: Path  # the file or folder
     tensors: Tensors  # by their keys, joined by dots
@@ -156,45 +149,89 @@ COUNTERS = {
 """Last keys of values that trainings store as tensors of one element."""
 
 
-def open_checkpoint(path: Path, layout: Layout | None = None) -> Content:
-    """Open a checkpoint, which is as `layout` says; raise FileFormatError if it cannot be read."""
-    layout = layout or layout_at(path) or final_model_at(path)
-    if layout is None:
-        reason = "holds no weights: no safetensors, .bin or .pt file, and no .metadata"
-        raise UnsuitableError(path, reason)
-    content = _read(layout, {})
-    if path.is_dir():
-        folders = dict.fromkeys((path, layout.path.parent))
-        beside = _read_settings(folders, _TRAINER_STATE, content.files)
-        content = replace(content, values=content.values | beside)
-    return replace(content, path=path)
-
-
 Files = dict[Path, Identity]
 """The files of a checkpoint; files of torch.distributed.checkpoint join them when their chunks are
 looked for."""
 
 
-def _read(layout: Layout, opened: Files) -> Content:
-    if isinstance(layout, OneFile):
-        return _read_file(layout.path, opened)
-    if isinstance(layout, Shards):
-        return _read_shards(layout.path, opened)
-    if isinstance(layout, Distributed):
-        return _read_distributed(layout.path, opened)
-    tensors = {}
-    values = {}
-    for key, member in layout.members.items():
-        content = _read(member, opened)
-        settings = Values()
-        if isinstance(member, Sets) or member.path.parent != layout.path:
-            settings = _read_settings([layout.path / key], _CONFIG, opened)
-        for tensor in content.tensors.values():
-            moved = replace(tensor, keys=(key, *tensor.keys))
-            tensors[moved.name] = moved
-        for name, value in {**content.values, **settings}.items():
-            values[f"{key}.{name}"] = value
-    return Content(layout.path, tensors, values, opened)
+class Reader:
+    """Reads checkpoints; a file that belongs to several layouts is opened once."""
+
+    def __init__(self) -> None:
+        self._known = dict[Path, Content]()  # of single files
+
+    def open(self, path: Path, layout: Layout) -> Content:
+        """Open the checkpoint at a path, which is as `layout` says; raise FileFormatError if it
+        cannot be read."""
+        content = self.read(layout, {})
+        if path.is_dir():
+            folders = dict.fromkeys((path, layout.path.parent))
+            beside = _read_settings(folders, _TRAINER_STATE, content.files)
+            if not files.is_url(path):
+                beside = _read_counts(path, content.files) | beside
+            content = replace(content, values=content.values | beside)
+        return replace(content, path=path)
+
+    def read(self, layout: Layout, opened: Files) -> Content:
+        """Read what a layout holds; the files that it opens join `opened`."""
+        if isinstance(layout, Refused):
+            raise layout.error
+        if isinstance(layout, Distributed):
+            return _read_distributed(layout.path, opened)
+        if isinstance(layout, Sets):
+            return self._read_sets(layout, opened)
+        if layout.path not in self._known:
+            read = _read_file if isinstance(layout, OneFile) else _read_shards
+            self._known[layout.path] = read(layout.path, {})
+        content = self._known[layout.path]
+        opened.update(content.files)
+        return replace(content, files=opened)
+
+    def _read_sets(self, layout: Sets, opened: Files) -> Content:
+        tensors = {}
+        values = {}
+        for key, member in layout.members.items():
+            try:
+                content = self.read(member, opened)
+            except FileFormatError:
+                if is_text(member):
+                    continue
+                raise
+            settings = Values()
+            if isinstance(member, Sets) or member.path.parent != layout.path:
+                settings = _read_settings([layout.path / key], _CONFIG, opened)
+            for tensor in content.tensors.values():
+                moved = replace(tensor, keys=(key, *tensor.keys))
+                tensors[moved.name] = moved
+            for name, value in {**content.values, **settings}.items():
+                values[f"{key}.{name}"] = value
+        return Content(layout.path, tensors, values, opened)
+
+
+def is_text(layout: Layout) -> bool:
+    """Return whether a file that cannot be read begins like no file of tensors, in spite of its
+    name, and is not an empty one, which a crash may leave."""
+    if not isinstance(layout, OneFile) or files.is_url(layout.path):
+        return False
+    return layout.path.stat().st_size > 0 and find_container(layout.path) is None
+
+
+_COUNT = re.compile(r"^(epoch|step|global_step|optimizer_step): *([0-9]{1,15}) *$", re.MULTILINE)
+_MOST_COUNTS = 100_000  # bytes of a file, and
+_MOST_FILES = 5
+
+
+def _read_counts(folder: Path, opened: Files) -> Values:
+    """Read the steps or epochs in small YAML files beside a model, as SpeechBrain writes them."""
+    values = Values()
+    for file in sorted(folder.glob("*.yaml"))[:_MOST_FILES]:
+        if file.is_file() and file.stat().st_size <= _MOST_COUNTS:
+            found = _COUNT.findall(file.read_text(errors="replace"))
+            for name, digits in found:
+                values.setdefault(name, int(digits))
+            if found:
+                opened[file] = _identity(file)
+    return values
 
 
 def _read_settings(folders: Iterable[Path], name: str, opened: Files) -> Values:

@@ -6,11 +6,12 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from posthoc_cli.checkpoints.content import Content, Values, open_checkpoint
+from posthoc_cli.checkpoints.content import Content, Values
 from posthoc_cli.checkpoints.import_run import FoundRun, find_run, open_checkpoints, place_at
 from posthoc_cli.checkpoints.layouts import recognise
 from posthoc_cli.checkpoints.manifest import read_manifest
-from posthoc_cli.checkpoints.open_run import Place, candidates_at, make_run
+from posthoc_cli.checkpoints.open_run import PlaceRun, make_run
+from posthoc_cli.checkpoints.places import Place
 from posthoc_cli.checkpoints.sets import TensorSets
 from posthoc_cli.checkpoints.settings import UNSPECIFIED
 from posthoc_cli.checkpoints.source import Checkpoint, make_checkpoint
@@ -64,7 +65,7 @@ def describe_checkpoints(place: Path) -> Values:
     return described
 
 
-def _find(place: Path) -> FoundRun | Place:
+def _find(place: Path) -> FoundRun | PlaceRun:
     """Find the run at a place, with the decay that its files show; if they leave the decay open,
     with a note about it."""
     try:
@@ -88,13 +89,14 @@ def _other_name(checkpoint: Checkpoint) -> str | None:
 def describe_files(place: Path, error: PostHocError) -> Values:
     """Describe what files hold that need an import, for JSON, and what the import would have to be
     told; raise the error that says so if none can be opened."""
-    candidates = candidates_at(place)
+    opener = Place(place)
+    candidates = opener.candidates()
     rows: list[Values] = []
     opened = []
     for candidate in candidates:
         path = candidate.path
         try:
-            content = open_checkpoint(path, candidate.layout)
+            content = opener.open(candidate)
         except FileFormatError as wrong:
             rows.append({"file": path.name, "holds": wrong.reason})
             continue

@@ -31,7 +31,7 @@ from posthoc_cli.checkpoints.audit import (
 )
 from posthoc_cli.checkpoints.manifest import read_manifest, write_manifest
 from posthoc_cli.checkpoints.open_run import (
-    Place,
+    PlaceRun,
     is_copy,
     make_run,
     open_import,
@@ -233,14 +233,14 @@ def place_at(
     place: str | Path,
     is_audit: bool = False,
     given: Mapping[str, Any] = MappingProxyType({}),
-) -> Place:
+) -> PlaceRun:
     """Read a place with the given settings; a question ends in the command of the import that
     answers it.
 
     For `is_audit` see `read_place`.
     """
 
-    def attempt(origin: str | Path, values: Mapping[str, Any]) -> Place:
+    def attempt(origin: str | Path, values: Mapping[str, Any]) -> PlaceRun:
         if values != given:
             _find(origin, values)
         return read_place(origin, ImportSettings(**values), is_audit)

@@ -28,8 +28,9 @@ from typing import Any
 from posthoc_cli.checkpoints.ask import ASKED, QuestionError
 from posthoc_cli.checkpoints.clock import UNREAD, Reading
 from posthoc_cli.checkpoints.containers import strip_ending
-from posthoc_cli.checkpoints.content import Content, Tensors, Values, list_names, open_checkpoint
+from posthoc_cli.checkpoints.content import Content, Tensors, Values, list_names
 from posthoc_cli.checkpoints.folders import AVERAGE_WORD
+from posthoc_cli.checkpoints.places import Place
 from posthoc_cli.checkpoints.sets import Pair, TensorSets, are_mmcv_buffers, complete
 from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings
 from posthoc_cli.checkpoints.source import Checkpoint, are_near, first_values, make_checkpoint
@@ -482,7 +483,7 @@ class Stored:
         path: Path,
         average: str | None = None,
     ) -> None:
-        self._content = open_checkpoint(path)
+        self._content = Place(path).open_at(path)
         self._settings = replace(UNSPECIFIED, average=average)
 
     @cached_property

@@ -1,23 +1,18 @@
 """Open a directory, files or folders of any program as the sources of a run.
 
-Files whose names differ in numbers alone are a series. A run is one series, or two: of weights and
-of averages, as words in names, contents or the user say. Other files are left out, and named: a
-further copy of the newest one, the state of an optimizer, another model. Times come from contents
-and names, never from the order or the age of files. The manifest of an import holds the settings
-that files do not.
+`places` lists what may be a checkpoint, `choose` says which ones are a run, of weights, averages or
+both; here they get their times and become sources. Times come from contents and names, never from
+the order or the age of files. The manifest of an import says all of this.
 """
 
 from __future__ import annotations
 
-import glob
 import logging
 import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,30 +20,14 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from posthoc_cli import files
 from posthoc_cli.checkpoints.ask import ASKED, Answer, QuestionError
-from posthoc_cli.checkpoints.clock import UNREAD, Times, read_signs, read_times
-from posthoc_cli.checkpoints.containers import KIND, find_container, foreign_error
-from posthoc_cli.checkpoints.content import Content, list_names, open_checkpoint
-from posthoc_cli.checkpoints.folders import (
-    AVERAGE_WORD,
-    Layout,
-    OneFile,
-    find_layout,
-    layout_at,
-    list_members,
-    make_glob,
-)
-from posthoc_cli.checkpoints.layouts import (
-    Found,
-    check_applies,
-    check_given,
-    named_decay,
-    recognise,
-    role_by_glob,
-    says_its_profile,
-)
+from posthoc_cli.checkpoints.choose import Chooser
+from posthoc_cli.checkpoints.clock import UNREAD, Signs, Times, read_times
+from posthoc_cli.checkpoints.content import Content, Tensors, list_names
+from posthoc_cli.checkpoints.folders import AVERAGE_WORD
+from posthoc_cli.checkpoints.layouts import Found, check_applies, check_given, recognise
 from posthoc_cli.checkpoints.manifest import Listed, Manifest
+from posthoc_cli.checkpoints.places import Place, explain_nothing
 from posthoc_cli.checkpoints.sets import TensorSets, match_names
 from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.checkpoints.source import (
@@ -59,18 +38,14 @@ from posthoc_cli.checkpoints.source import (
 )
 from posthoc_cli.decay_rules import OrdinaryEMA
 from posthoc_cli.errors import (
-    DirectoryError,
     FileFormatError,
     InvalidValueError,
     MismatchError,
     PostHocError,
     UnsuitableError,
-    VanishedError,
-    list_first,
     quote,
 )
 from posthoc_cli.profiles import FloatArray, Point, StoredProfile
-from posthoc_cli.snapshots.directory import is_import, is_snapshot_name
 from posthoc_cli.snapshots.snapshot import check_globs
 from posthoc_cli.snapshots.sources import by_time, model_difference
 
@@ -80,6 +55,7 @@ _EPOCHS = 1000  # largest number that is read as perhaps epochs: few trainings h
 _GROWTH = 1.3
 """Factor between the norms of successive files that no average reaches: even if weights grow evenly
 from 0 for the whole training, their averages grow by less after three files."""
+_TARGET = re.compile("target|teacher|momentum", re.IGNORECASE)
 _COMPARED_FILES = 5  # newest, which are opened once more to see how two sets move
 _SLOWER = 0.8  # averages of any length move by a third less than the weights
 
@@ -92,7 +68,7 @@ def open_import(manifest: Manifest) -> list[Checkpoint]:
     try:
         for listed in manifest.checkpoints:
             if listed.path not in contents:
-                contents[listed.path] = open_checkpoint(listed.path)
+                contents[listed.path] = Place(listed.path).open_at(listed.path)
             checkpoints.append(_restore(listed, contents[listed.path], manifest))
     except PostHocError:
         for path in manifest.files:
@@ -128,8 +104,8 @@ def _restore(listed: Listed, content: Content, manifest: Manifest) -> Checkpoint
 
 
 @dataclass(frozen=True)
-class Place:
-    """What was found at a place."""
+class PlaceRun:
+    """The run that was found at a place."""
 
     checkpoints: list[Checkpoint]
     says: str  # what the numbers of files are taken for
@@ -141,18 +117,24 @@ def read_place(
     place: str | Path,
     settings: ImportSettings,
     is_audit: bool = False,
-) -> Place:
+) -> PlaceRun:
     """Find all checkpoints at a place, without outputs of this package, with the profiles that are
     known.
 
     Raise a QuestionError about what the files leave open; for an audit, which says how an average
     moves, not about its motion.
     """
-    reader = _Reader(place, settings)
-    run = reader.run()
+    chooser = Chooser(Place(place), settings)
+    if not chooser.candidates:
+        explain_nothing(place)
+    members = chooser.choose()
+    run = [member.found for member in members]
+    _check_one_model(run, settings)
+    if not is_audit:
+        _check_targets(run, settings)
     for file in run:
         check_given(file, settings)
-    times = _read_run_times(run, settings)
+    times = _read_run_times(run, [member.signs for member in members], settings)
     run = _leave_out_untrained(run, times.numbers)
     if not is_audit:
         run = _check_roles(run, settings)
@@ -163,9 +145,60 @@ def read_place(
         _check_unit(times)
         may_be_epochs = not times.is_stated and max(times.numbers) <= _EPOCHS
         times = replace(times, is_stated=True)
-    notes = [*reader.notes, *_note_unused(run)]
+    notes = [*chooser.notes, *_note_unused(run)]
     checkpoints = _make_all(run, times, settings)
-    return Place(checkpoints, times.says, tuple(notes), may_be_epochs)
+    return PlaceRun(checkpoints, times.says, tuple(notes), may_be_epochs)
+
+
+def _check_one_model(run: Sequence[Found], settings: ImportSettings) -> None:
+    """Raise MismatchError if files hold tensors of other names or shapes than the first one, or if
+    an average lacks a tensor that it has in another file."""
+    hint = "name the files of one run with a glob, or import with `include` or `exclude`"
+    first = _selected(run[0], settings)
+    ours = {name: tensor.shape for name, tensor in first.items()}
+    averages = [file for file in run if file.averaged]
+    for file in run[1:]:
+        tensors = _selected(file, settings)
+        if {name: tensor.shape for name, tensor in tensors.items()} != ours:
+            sources = make_checkpoint(run[0].content, first), make_checkpoint(file.content, tensors)
+            if difference := model_difference(*sources):
+                raise MismatchError(f"{run[0].path} and {file.path}", difference, hint)
+    for file in averages:
+        first_names = averages[0].averaged
+        for name in first_names.keys() ^ file.averaged.keys():
+            if {**first_names, **file.averaged}[name].shape not in ((), (1,)):
+                lacking = file if name in first_names else averages[0]
+                reason = f"do not match: {lacking.path.name} lacks {quote(name)} of the average"
+                raise MismatchError(f"{averages[0].path} and {file.path}", reason, hint)
+
+
+def _selected(file: Found, settings: ImportSettings) -> Tensors:
+    names = settings.selection.names
+    return {name: tensor for name, tensor in file.tensors.items() if names(name)}
+
+
+def _check_targets(run: Sequence[Found], settings: ImportSettings) -> None:
+    """Raise a QuestionError if what a word such as `target` calls an average is one of a part of
+    the model, and other parts are trained, too, as in reinforcement learning."""
+    both = [file for file in run if file.averaged and file.weights]
+    if len(both) < 2 or settings.average or settings.kind:
+        return
+    pair = both[0].pair
+    if not _TARGET.search(pair.average_key):
+        return
+    whole = [recognise(file.content, replace(settings, kind="checkpoints")) for file in both]
+    used = {tensor.name for tensor in both[0].weights.values()}
+    rest = [name for name, tensor in whole[0].weights.items() if tensor.name not in used]
+    first, last = (
+        first_values(make_checkpoint(file.content, {name: file.weights[name] for name in rest}))
+        for file in (whole[0], whole[-1])
+    )
+    if np.array_equal(first, last):
+        return
+    reason = f"must be given: {quote(pair.average_key)} is an average of {quote(pair.weights_key)}"
+    reason += f", a part of the model; {list_names(rest, 3)} is trained, too"
+    part: Answer = {"average": pair.average_key, "weights": pair.weights_key}
+    raise QuestionError("kind", reason, {"kind": "checkpoints"}, part)
 
 
 def _check_unit(times: Times) -> None:
@@ -175,19 +208,23 @@ def _check_unit(times: Times) -> None:
         raise QuestionError("steps_per_epoch", reason, {"steps_per_epoch": ASKED})
 
 
-def _read_run_times(run: Sequence[Found], settings: ImportSettings) -> Times:
+def _read_run_times(
+    run: Sequence[Found],
+    signs: Sequence[Signs],
+    settings: ImportSettings,
+) -> Times:
     if all(file.reading is not UNREAD for file in run):
         reading = run[0].reading
         says = f"{reading.unit}, by {reading.origin}"
         return Times(reading.unit, True, says, [file.reading.number for file in run])
-    signs = []
-    for file in run:
+    counted = []
+    for file, each in zip(run, signs, strict=True):
         updates = file.updates
         count = 0
         if updates is not None and updates.calls != "counted":
             count = updates.count or 0
-        signs.append(replace(read_signs(file.content, settings), count=count))
-    return read_times(signs, settings)
+        counted.append(replace(each, count=count))
+    return read_times(counted, settings)
 
 
 def _leave_out_untrained(run: Sequence[Found], times: Sequence[int]) -> list[Found]:
@@ -222,354 +259,7 @@ def _note_unused(run: Sequence[Found]) -> list[str]:
     return []
 
 
-# --- which files
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A file or folder that may be a checkpoint, and what it is."""
-
-    path: Path
-    layout: Layout
-
-
-@dataclass
-class _Series:
-    """Candidates whose names differ in numbers alone."""
-
-    glob: str  # of their names; empty for names without a number
-    members: list[Candidate] = field(default_factory=list)
-    role: str = ""  # "weights", "average" or "both", of its first member; empty if it has no model
-
-    @property
-    def folder(self) -> Path:
-        return self.members[0].path.parent
-
-
-class _Reader:
-    """The files at a place, each opened once."""
-
-    def __init__(self, place: str | Path, settings: ImportSettings) -> None:
-        self.place = place
-        self.settings = settings
-        self.left_out = dict[str, str]()  # names, with the reasons
-        self._contents = dict[Path, Content]()
-        self.candidates = candidates_at(place)
-
-    @property
-    def notes(self) -> list[str]:
-        """What is left out, in one line."""
-        named = [f"{name} ({reason})" for name, reason in self.left_out.items()]
-        return [f"left out: {list_first(named, 6)}"] if named else []
-
-    def run(self) -> list[Found]:
-        """Find what the files of one run hold."""
-        if not self.candidates:
-            explain_nothing(self.place)
-        chosen = self._choose()
-        found = []
-        for candidate in chosen:
-            content = self._open(candidate)
-            if content.values.get(KIND) == "output":
-                continue
-            if not content.tensors and len(chosen) > 1:
-                self._leave_out(candidate, "holds no tensors")
-            else:
-                found.append(_recognise(content, self.settings))
-        if not found and self.settings.step_from:
-            reason = f"finds no number in {self.candidates[0].path}"
-            raise InvalidValueError("step_from", reason, value=self.settings.step_from)
-        if not found:
-            hint = "name their folder, a file, or a glob such as 'out/step*.pt'"
-            raise DirectoryError(self.place, "holds no checkpoints", hint)
-        return found
-
-    def _open(self, candidate: Candidate) -> Content:
-        if candidate.path not in self._contents:
-            self._contents[candidate.path] = open_checkpoint(candidate.path, candidate.layout)
-        return self._contents[candidate.path]
-
-    def _leave_out(self, candidate: Candidate, reason: str) -> None:
-        name = candidate.path.name
-        if any(each.path.name == name and each is not candidate for each in self.candidates):
-            name = f"{candidate.path.parent.name}/{name}"
-        self.left_out[name] = reason
-
-    # --- series
-
-    def _choose(self) -> list[Candidate]:
-        """Choose the candidates of one run: one series, or the weights and their averages."""
-        named = [each for each in self.candidates if says_its_profile(each.path)]
-        if named:
-            return self._keep(named)
-        candidates = self.candidates
-        pattern = self.settings.step_from
-        if pattern:
-            candidates = [each for each in candidates if re.search(pattern, str(each.path))]
-        series = _group_series(candidates, pattern)
-        numbered = [each for each in series if each.glob]
-        if not numbered:
-            return self._keep(candidates)
-        by_glob = []
-        for each in numbered:
-            if role_by_glob(each.members[0].path, self.settings):
-                by_glob += each.members
-        if by_glob and (self.settings.weights or not self.settings.average):
-            return self._keep(by_glob)
-        most = max(len(each.members) for each in numbered)
-        rivals = []
-        for each in numbered:
-            is_average = AVERAGE_WORD.search(each.glob) is not None
-            if 2 * len(each.members) > most or is_average:
-                rivals.append(each)
-        if len(rivals) > 1:
-            rivals = self._with_models(rivals)
-        return self._keep([member for each in rivals for member in each.members])
-
-    def _keep(self, chosen: list[Candidate]) -> list[Candidate]:
-        kept = {each.path for each in chosen}
-        for candidate in self.candidates:
-            if candidate.path not in kept and candidate.path.name not in self.left_out:
-                self._leave_out(candidate, "another name")
-        return chosen
-
-    def _with_models(self, series: list[_Series]) -> list[_Series]:
-        """Choose the series that are one run; raise a QuestionError if the choice is not clear."""
-        held = []
-        for each in series:
-            each.role = self._find_role(each)
-            if each.role:
-                held.append(each)
-        if not held:
-            return series  # whose error says why
-        averages = self._select_decay([each for each in held if each.role == "average"])
-        weights = [each for each in held if each.role == "weights"]
-        others = [each for each in held if each.role == "both"]
-        if others and not weights and len(others) == 1 and not averages:
-            return others
-        if not others and len(weights) <= 1 and len(averages) <= 1:
-            return [*weights, *averages]
-        raise self._ask_which(held)
-
-    def _find_role(self, series: _Series) -> str:
-        """Find what the first file of a series holds that can be recognised."""
-        first = series.members[0]
-        try:
-            found = _recognise(self._open(first), self.settings)
-        except VanishedError:
-            raise
-        except FileFormatError as error:
-            self._leave_out(first, error.reason)
-            return ""
-        except QuestionError:
-            return "both"
-        if found.averaged:
-            return "both" if found.weights else "average"
-        return "weights"
-
-    def _select_decay(self, averages: list[_Series]) -> list[_Series]:
-        """Keep the averages of guided-diffusion that have the given decay."""
-        decays = {}
-        for each in averages:
-            decay = named_decay(each.members[0].path)
-            if decay is not None:
-                decays[each.glob] = decay
-        if len(decays) < 2:
-            return averages
-        given = self.settings.ema_decay
-        if given not in decays.values():
-            choices = sorted({*decays.values()})
-            text = " or ".join(f"{decay:g}" for decay in choices)
-            reason = f"must be given: the files are of several averages, {text}"
-            raise QuestionError("ema_decay", reason, *({"ema_decay": decay} for decay in choices))
-        return [each for each in averages if decays.get(each.glob) in (None, given)]
-
-    def _ask_which(self, series: Sequence[_Series]) -> QuestionError:
-        """Make the question about several series, with globs that match nothing else."""
-        series = sorted(series, key=lambda each: -self._open(each.members[0]).nbytes)
-        answers: list[Answer] = []
-        if len(series) == 2 and self._are_pairs(*series):
-            slower, faster = self._sort_by_motion(series)
-            answers.append(self._pair(slower, faster))
-            series = [faster, slower]
-        weights = [each for each in series if each.role == "weights"]
-        if len(weights) == 1:
-            averages = [each for each in series if each.role == "average"]
-            answers += [self._pair(each, weights[0]) for each in averages]
-        for each in series:
-            answers.append({"place": str(each.folder / self._exact_glob(each))})
-        counted = [f"{len(each.members)} x {each.glob}" for each in series]
-        reason = f"holds several series of files, {list_first(counted)}"
-        return QuestionError(self.place, reason, *answers)
-
-    def _pair(self, average: _Series, weights: _Series) -> Answer:
-        return {"average": self._exact_glob(average), "weights": self._exact_glob(weights)}
-
-    def _are_pairs(self, first: _Series, other: _Series) -> bool:
-        """Return whether two series have the same numbers, and tensors of the same names."""
-        numbers = [_numbers(first), _numbers(other)]
-        if numbers[0] != numbers[1] or first.role != other.role or len(numbers[0]) < 2:
-            return False
-        tensors = [self._open(each.members[0]).tensors for each in (first, other)]
-        return tensors[0].keys() == tensors[1].keys()
-
-    def _sort_by_motion(self, series: Sequence[_Series]) -> list[_Series]:
-        """Sort two series by how far they move from file to file; averages move less."""
-        moved = []
-        for each in series:
-            rows = []
-            for member in each.members[-_COMPARED_FILES:]:
-                found = _recognise(self._open(member), self.settings)
-                rows.append(first_values(make_checkpoint(found.content, found.tensors)))
-            moved.append(float(np.square(np.diff(rows, axis=0)).sum()))
-        order = np.argsort(moved)
-        return [series[index] for index in order]
-
-    def _exact_glob(self, series: _Series) -> str:
-        """Make a glob of a series that matches no other candidate."""
-        own = {member.path for member in series.members}
-        others = [each.path.name for each in self.candidates if each.path not in own]
-        if any(fnmatchcase(name, series.glob) for name in others):
-            return series.glob.replace("*", "*[0-9]")
-        return series.glob
-
-
-def _numbers(series: _Series) -> list[list[str]]:
-    return sorted(re.findall("[0-9]+", member.path.name) for member in series.members)
-
-
-def _group_series(candidates: Sequence[Candidate], step_from: str | None) -> list[_Series]:
-    """Group candidates by their names without numbers, and without what a pattern finds; or by the
-    names of their folders, if a glob named files in several folders."""
-    are_apart = len({candidate.path.parent for candidate in candidates}) > 1
-    by_glob = dict[str, _Series]()
-    for candidate in candidates:
-        path = _without_step(candidate.path, step_from)
-        pattern = make_glob(path.name)
-        if "*" not in pattern:
-            outer = make_glob(path.parent.name)
-            pattern = f"{outer}/{pattern}" if are_apart and "*" in outer else ""
-        by_glob.setdefault(pattern, _Series(pattern)).members.append(candidate)
-    return [*by_glob.values()]
-
-
-def _without_step(path: Path, step_from: str | None) -> Path:
-    """Replace what the user's pattern finds in a path by a 0."""
-    match = re.search(step_from, str(path)) if step_from else None
-    if match is None:
-        return path
-    text = str(path)
-    return Path(f"{text[: match.start(1)]}0{text[match.end(1) :]}")
-
-
-# --- what is at a place
-
-
-def holds_checkpoints(place: str | Path) -> bool:
-    """Return whether a directory, file or glob seems to name checkpoints or an import, without
-    opening a file."""
-    try:
-        return is_import(place) or bool(candidates_at(place))
-    except (FileFormatError, InvalidValueError):  # raised again when they are opened
-        return True
-    except DirectoryError:  # also from a glob
-        return files.is_glob(place)
-
-
-def candidates_at(place: str | Path) -> list[Candidate]:
-    """List the files and folders that may each be a checkpoint."""
-    path = files.expand_user(place)
-    matches = _list_matches(path)
-    if not matches:
-        raise DirectoryError(place, "no file or folder matches")
-    if matches != [path] or not path.is_dir():
-        found = []
-        for match in matches:
-            layout = layout_at(match)
-            if layout is not None:
-                found.append(Candidate(match, layout))
-        return found
-    return _candidates_in(path)
-
-
-def _candidates_in(folder: Path) -> list[Candidate]:
-    """List the entries of a folder that are each a checkpoint, or the folder if it is one
-    itself."""
-    members = {}
-    for entry, layout in list_members(folder).items():
-        if not is_snapshot_name(entry):
-            members[entry] = layout
-    own = find_layout(folder, members)
-    if own is None:
-        return [Candidate(entry, layout) for entry, layout in members.items()]
-    if isinstance(own, OneFile) and own.path.parent == folder:
-        return [Candidate(own.path, own)]
-    return [Candidate(folder, own)]
-
-
-def _list_matches(pattern: Path) -> list[Path]:
-    """List the files and folders that a glob or a path names."""
-    if not files.is_glob(pattern):
-        return [pattern] if pattern.exists() else []
-    if files.is_url(pattern):
-        return [*pattern.parent.glob(pattern.name)]
-    # Path.glob takes no absolute patterns
-    return sorted(map(Path, glob.glob(str(pattern), recursive=True)))  # noqa: PTH207
-
-
-def explain_nothing(place: str | Path) -> None:
-    """Raise the error that says why nothing at a place is a checkpoint, and what might be meant."""
-    folder = files.expand_user(place)
-    if not folder.is_dir():
-        return
-    answers = dict[str, Answer]()
-    sets = []
-    for entry in sorted(files.system.list(folder)):
-        if entry.is_dir():
-            for inner in _folders_with_checkpoints(entry, 2):
-                sets.append(inner)
-                pattern = folder / make_glob(str(inner.relative_to(folder)))
-                answers[str(inner)] = {"place": str(inner)}
-                answers.setdefault(str(pattern), {"place": str(pattern / "*")})
-        elif re.search("[0-9]", entry.name):
-            row = find_container(entry)
-            if row is not None and row.read is None:
-                raise foreign_error(entry, row)
-            if row is not None:
-                pattern = folder / make_glob(entry.name)
-                answers[str(pattern)] = {"place": str(pattern)}
-    both: list[Answer] = []
-    averages = [inner for inner in sets if AVERAGE_WORD.search(inner.name)]
-    if len(sets) == 2 and len(averages) == 1 and sets[0].parent == sets[1].parent:
-        both.append({"place": str(sets[0].parent / "*" / "*")})
-    if answers:
-        raise QuestionError(place, "holds no checkpoints itself", *both, *answers.values())
-
-
-def _folders_with_checkpoints(folder: Path, levels: int) -> list[Path]:
-    """Find the folders below a folder that hold the checkpoints of a training, by names alone."""
-    with suppress(PostHocError):
-        if list_members(folder):
-            return [folder]
-    found = []
-    for entry in sorted(files.system.list(folder)) if levels else ():
-        if entry.is_dir() and not entry.name.startswith("."):
-            found += _folders_with_checkpoints(entry, levels - 1)
-    return found
-
-
 # --- which of two sets is the average
-
-
-def _recognise(content: Content, settings: ImportSettings) -> Found:
-    """Find what a checkpoint holds; its weights if it lacks the named average, which may have begun
-    later."""
-    try:
-        return recognise(content, settings)
-    except UnsuitableError:
-        if settings.average is None or settings.kind:
-            raise
-        return recognise(content, replace(settings, average=None, kind="checkpoints"))
 
 
 def _check_roles(run: list[Found], settings: ImportSettings) -> list[Found]:
@@ -736,8 +426,7 @@ def _with_profile(average: Checkpoint, settings: ImportSettings) -> Checkpoint:
 def make_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     """Return checkpoints by time, as one run: with a common run id, and distinct names.
 
-    Of duplicates, such as a file `last` or `best` next to numbered files, take the first by name;
-    of different ones of one time the one whose name has a number. An average that has not begun is
+    An average that has not begun is
     a copy of the weights, and is left out next to them. A MismatchError names the first two that
     are of different models, or of one time with different values.
     """
@@ -745,14 +434,15 @@ def make_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     first = ordered[0]
     for other in ordered:
         if difference := model_difference(first, other):
-            raise _mismatch(first, other, difference, "`include` or `exclude`")
-    kept = _without_duplicates(ordered)
+            hint = "name the files of one run with a glob, or import with `include` or `exclude`"
+            raise MismatchError(f"{first.path} and {other.path}", difference, hint)
+    _check_times(ordered)
     weights = {
-        checkpoint.t: checkpoint for checkpoint in kept if isinstance(checkpoint.profile, Point)
+        checkpoint.t: checkpoint for checkpoint in ordered if isinstance(checkpoint.profile, Point)
     }
     run = list[Checkpoint]()
     copies = list[Checkpoint]()
-    for checkpoint in kept:
+    for checkpoint in ordered:
         if checkpoint.t in weights and is_copy(checkpoint):
             copies.append(checkpoint)
         else:
@@ -781,35 +471,16 @@ def _check_copies(
         raise InvalidValueError("update_after_step", reason, hint)
 
 
-def _without_duplicates(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-    kept = dict[tuple[float, str, bool], Checkpoint]()
-    for other in sorted(checkpoints, key=lambda checkpoint: not _has_number(checkpoint)):
-        is_raw = isinstance(other.profile, Point)
-        twin = kept.setdefault((other.t, other.holds, is_raw), other)
-        if twin is not other and _are_unequal(twin, other):
-            if _has_number(other):
-                raise _mismatch(twin, other, f"are both at {twin.t_unit[:-1]} {twin.t:,.12g}")
-            log.warning("%s: left out, as %s has the same number", other.path, twin.name)
-    return [*kept.values()]
-
-
-def _has_number(checkpoint: Checkpoint) -> bool:
-    return re.search("[0-9]", checkpoint.path.name) is not None
-
-
-def _mismatch(
-    first: Checkpoint,
-    other: Checkpoint,
-    difference: str,
-    settings: str = "`step_from`",
-) -> MismatchError:
-    ours = make_glob(first.path.name)
-    theirs = make_glob(other.path.name)
-    hint = "name the files of one run with a glob"
-    if ours != theirs:
-        hint += f", such as '{ours}' or '{theirs}'"
-    hint += f", or import with {settings}"
-    return MismatchError(f"{first.path} and {other.path}", difference, hint)
+def _check_times(checkpoints: Sequence[Checkpoint]) -> None:
+    """Raise MismatchError if two checkpoints of one role are of one time."""
+    known = dict[tuple[float, str, bool], Checkpoint]()
+    for other in checkpoints:
+        key = (other.t, other.holds, isinstance(other.profile, Point))
+        first = known.setdefault(key, other)
+        if first is not other:
+            reason = f"are both at {other.t_unit[:-1]} {other.t:,.12g}"
+            hint = "name the files of one run with a glob, or import with `step_from`"
+            raise MismatchError(f"{first.path} and {other.path}", reason, hint)
 
 
 def is_copy(checkpoint: Checkpoint) -> bool:

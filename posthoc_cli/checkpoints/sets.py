@@ -18,9 +18,16 @@ from functools import cached_property
 from posthoc_cli.checkpoints.ask import QuestionError
 from posthoc_cli.checkpoints.content import Content, StoredTensor, Tensors, list_names
 from posthoc_cli.checkpoints.folders import AVERAGE_WORD, NO_MODEL
-from posthoc_cli.checkpoints.source import STATISTICS, tied_names
+from posthoc_cli.checkpoints.source import (
+    STATISTICS,
+    are_near,
+    first_values,
+    make_checkpoint,
+    tied_names,
+)
 from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import UnsuitableError, quote
+from posthoc_cli.profiles import FloatArray
 
 _Named = dict[str, StoredTensor]
 
@@ -221,6 +228,8 @@ class TensorSets:
             raise UnsuitableError(path, "holds no tensors with names")
         if len(self.models) == 1:
             return self.models[0]
+        if self.models and self.parts == self.models:
+            return self.models[0].rpartition(".")[0]
         if not self.models:
             groups = [*dict.fromkeys(tensor.keys[0] for tensor in self.content.tensors.values())]
             raise UnsuitableError(
@@ -231,12 +240,74 @@ class TensorSets:
         raise QuestionError(path, f"{reason} {list_names(self.models)}", *answers)
 
     def model(self) -> Tensors:
-        """Return the weights of the model by name."""
+        """Return the weights of the model by name, of all its parts: under their own names if the
+        parts are files whose names for tensors differ, else under their keys."""
+        if not self.parts:
+            return self._main_model()
+        by_key = {}
+        if self.parts != self.models:
+            by_key[""] = self._main_model()
+        for path in self.parts:
+            by_key[path.rpartition(".")[2]] = self.below(path)
+        names = [name for part in by_key.values() for name in part]
+        # the parts of a folder are files of their own
+        is_bare = self.content.path.is_dir() and len(set(names)) == len(names)
+        tensors = _Named()
+        for key, part in by_key.items():
+            for name, tensor in part.items():
+                tensors[name if is_bare or not key else f"{key}.{name}"] = tensor
+        return tensors
+
+    def _main_model(self) -> Tensors:
         path = self.model_path()
         tensors = self.below(path)
         if not path:
             return {name: tensor for name, tensor in tensors.items() if len(tensor.keys) == 1}
         return tensors
+
+    @cached_property
+    def parts(self) -> list[str]:
+        """The paths of the parts of the model beside its main part, or of all parts if none is the
+        main one: keys next to it that hold a network, and no twin of another part."""
+        paths = self.models
+        main = paths[0] if len(paths) == 1 else None
+        if main == "":
+            return []
+        if main is not None:
+            outer = main.rpartition(".")[0]
+            paths = [f"{outer}.{key}".lstrip(".") for key in self._groups_below(outer)]
+            paths = [path for path in paths if not _lies_in(main, path)]
+        found = list[str]()
+        for path in paths:
+            others = found if main is None else [main]
+            if self._holds_network(path) and not self._has_twin(path, others, main is None):
+                found.append(path)
+        return found
+
+    def _holds_network(self, path: str) -> bool:
+        """Return whether a set has a matrix that is called a weight: hyperparameters, metrics and
+        replay buffers may have matrices, too."""
+        for name, tensor in self.below(path).items():
+            if len(tensor.shape) > 1 and name.rpartition(".")[2] == "weight":
+                return True
+        return False
+
+    def _has_twin(self, path: str, others: Iterable[str], is_near: bool) -> bool:
+        """Return whether a set has the names and shapes of another one, and with `is_near` values
+        near it: two critics are no twins."""
+        tensors = self.below(path)
+        for other in others:
+            theirs = self.below(other)
+            shared = [name for name in tensors if name in theirs]
+            shared = [name for name in shared if tensors[name].shape == theirs[name].shape]
+            if 2 * len(shared) > min(len(tensors), len(theirs)):
+                both = [{name: each[name] for name in shared} for each in (tensors, theirs)]
+                if not is_near or are_near(*map(self._first_values, both)):
+                    return True
+        return False
+
+    def _first_values(self, tensors: Tensors) -> FloatArray:
+        return first_values(make_checkpoint(self.content, tensors))
 
     # --- an average and the weights
 
@@ -350,7 +421,7 @@ class TensorSets:
         tensors = self.below(path)
         if not tensors or not all(map(str.isdecimal, tensors)) or path in self.models:
             return tensors
-        model = self.model()
+        model = self._main_model()
         return {**model, **self._match_list(tensors, model)}
 
     def _rank(

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.folders import AVERAGE_WORD, Layout, Sets, layout_at
+from posthoc_cli.checkpoints.folders import AVERAGE_WORD, Layout, Sets
 from posthoc_cli.checkpoints.layouts import Stored
+from posthoc_cli.checkpoints.places import Place
 from posthoc_cli.dtypes import EPS, parse_dtype
 from posthoc_cli.errors import (
     FileFormatError,
@@ -227,7 +228,7 @@ def _is_checkpoint(source: Path) -> bool:
     or an average among several models, which may lie deeper in it."""
     if not source.exists():
         return False
-    layout = layout_at(source)
+    layout = Place(source).layout_at(source)
     if isinstance(layout, Sets):
         has_average = any(map(AVERAGE_WORD.search, layout.members))
         return has_average or any(map(_is_pickled, layout.members.values()))

@@ -113,7 +113,7 @@ def test_weights_before_the_training_are_left_out(tmp_path, caplog):
     place = write(tmp_path / "epochs", "epoch_{}.pt", range(4))
     assert times(place, first_epoch=1) == [1, 2, 3]
     assert "epoch_0.pt: left out" in caplog.text
-    assert times(write(tmp_path, "step_{}.pt", (0, 100, 250))) == [100, 250]
+    assert times(write(tmp_path / "steps", "step_{}.pt", (0, 100, 250))) == [100, 250]
 
 
 def test_numbers_that_are_steps_take_no_epochs(tmp_path):
@@ -176,7 +176,6 @@ ODD = {
     "latest.ckpt": store,
     "vae_30.pt": another_model,
     "notes.pt": text,
-    "step_400.pt": store,
 }
 
 
@@ -185,6 +184,15 @@ def test_an_odd_file_is_left_out_and_named(odd, epochs, caplog):
     ODD[odd](epochs / odd)
     assert epochs_of(epochs) == ALL
     assert f"left out: {odd} " in caplog.text
+
+
+@pytest.mark.parametrize("odd", ["step_400.pt", "epoch_7_v2.pt", "merged_30.pt", "epoch_21b.pt"])
+def test_a_numbered_file_that_is_no_copy_is_asked_about(odd, epochs):
+    store(epochs / odd)
+    said = asked(epochs)
+    assert f"20 x epoch_*.pt, 1 x {odd}" in said
+    shutil.copy(epochs / "epoch_20.pt", epochs / odd)
+    assert epochs_of(epochs) == ALL
 
 
 def test_states_of_a_training_are_no_models(epochs):
@@ -201,7 +209,8 @@ def test_a_copy_of_a_numbered_file_is_left_out(tmp_path, caplog):
     store(tmp_path / "best.pt", epoch=7)
     names = [one.path.name for one in Run(tmp_path).sources]
     assert names == [f"epoch_{epoch}.pt" for epoch in ALL]
-    assert "left out: best.pt (another name), last.pt " in caplog.text
+    assert "best.pt (at the time of one of epoch_*.pt)" in caplog.text
+    assert "last.pt (a copy of epoch_20.pt)" in caplog.text
 
 
 def test_a_truncated_file_of_the_run_is_an_error(epochs):
@@ -374,16 +383,29 @@ def test_a_folder_without_a_number_is_left_out_of_a_glob(tmp_path, caplog):
     ("name", "numbers", "steps"),
     [
         ("net_v2_{:_}.pt", (1000, 2000, 3500), [1000, 2000, 3500]),
-        ("a1_b{}.pt", (100, 200), [100, 200]),
         ("{}-7b.pt", (20250101, 20250301), [20250101, 20250301]),
-        ("m{}k.pt", (1.5, 2.5), [1500, 2500]),
-        ("3_{}.0.pt", (10, 20), [10, 20]),
     ],
 )
 def test_a_question_about_steps_ends_in_a_pattern_that_reads_them(name, numbers, steps, tmp_path):
     write(tmp_path, name, numbers)
     words = shlex.split(asked(tmp_path).partition("paste: ")[2])
     assert steps_of(tmp_path, step_from=words[words.index("--step-from") + 1]) == steps
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers", "steps"),
+    [
+        ("a1_b{}.pt", (100, 200), [100, 200]),
+        ("m{}k.pt", (1.5, 2.5), [1500, 2500]),
+        ("net_{}.pt", ("900k", "1.2M"), [900_000, 1_200_000]),
+        ("{:03}-0.5.pt", (1, 2, 30), [1, 2, 30]),
+        ("lr1e-4_{}.pt", (5, 80), [5, 80]),
+        ("v1.5_{}.pt", (5, 80), [5, 80]),
+    ],
+)
+def test_the_only_number_that_differs_in_names_is_the_time(name, numbers, steps, tmp_path):
+    write(tmp_path, name, numbers)
+    assert times(tmp_path) == steps
 
 
 @pytest.mark.parametrize("folder", ["{}.ckpt", "{:07}"])
@@ -408,7 +430,7 @@ def test_a_series_of_weights_counts_beside_folders_of_states(tmp_path):
         store(tmp_path / f"lora-step{step:08}-state" / "model.bin")
         name = f"lora-step{step:08}" if step < 400 else "lora"
         save_file({"w": torch.rand(3)}, tmp_path / f"{name}.safetensors", {"ss_steps": str(step)})
-    assert steps_of(tmp_path) == [100, 200, 300]
+    assert steps_of(tmp_path) == [100, 200, 300, 400]
 
 
 # --- info, and what is asked for
@@ -436,7 +458,7 @@ def of_modules_without_tensors(folder):
 UNCLEAR = {
     two_unknown_sets: "--steps-per-epoch",
     of_no_time: "its training step",
-    of_one_time: "1 x a_*.pt, 1 x b_*.pt; paste: ema import",
+    of_one_time: "1 x a_5.pt, 1 x b_5.pt; paste: ema import",
     of_modules_without_tensors: "no tensors",
 }
 

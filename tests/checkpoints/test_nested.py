@@ -8,7 +8,7 @@ import pytest
 import torch
 from checking import refused
 from checkpoint_layouts import distributed
-from saved import asked, assert_equal, read, store, times, values_of
+from saved import assert_equal, read, store, times, values_of
 
 from posthoc_cli import PostHocError, Run, files
 from posthoc_cli.errors import DirectoryError
@@ -132,16 +132,8 @@ def test_one_of_several_models_is_chosen(tmp_path):
             "model/body: holds partitions",
         ),
         (
-            ["g_{:08}"],
-            r"ema import '\S+run/g_\*' --out run$",
-        ),
-        (
             ["version_{0}/checkpoints/step={0}.ckpt", "version_{0}/checkpoints/step={0}1.ckpt"],
-            r"ema import \S+run/version_100/checkpoints --out run$",
-        ),
-        (
-            ["checkpoints/{:06}/pretrained_model/model.safetensors"],
-            r"ema import \S+run/checkpoints --out run$",
+            r"ema import '\S+run/version_\S+/checkpoints/step=\*.ckpt' --out run$",
         ),
     ],
 )
@@ -188,17 +180,22 @@ def test_a_file_of_another_format_is_named(save, message, tmp_path):
         read(place)
 
 
-def test_a_glob_of_a_message_opens_the_files(tmp_path):
-    place = write_at(tmp_path / "run", "g_{:08}")
+@pytest.mark.parametrize(
+    "name", ["g_{:08}", "checkpoints/{:06}/pretrained_model/model.safetensors", "model.pt.ep{}"]
+)
+def test_files_are_known_by_their_first_bytes_three_folders_down(name, tmp_path):
+    place = write_at(tmp_path / "run", name)
     (place / "events.100").write_text("text")
-    pattern = asked(place).split("'")[1]
-    assert times(pattern) == [*STEPS]
+    (place / "samples").mkdir()
+    for number in range(40):
+        (place / "samples" / f"{number}.png").write_bytes(b"\x89PNG")
+    assert times(place) == [*STEPS]
 
 
-def test_files_two_folders_down_are_not_opened(tmp_path, monkeypatch):
-    """To read those of a whole disk takes minutes."""
+def test_files_far_down_are_not_opened(tmp_path, monkeypatch):
+    """To read the files of a whole disk takes minutes."""
     for name in ("first.pkl", "other.pkl"):
-        store(tmp_path / "data" / "words" / name, {"x": torch.ones(3)})
+        store(tmp_path / "data" / "of" / "many" / "more" / "words" / name, {"x": torch.ones(3)})
     opened = []
     monkeypatch.setattr(files.system, "open", opened.append)
     with refused(tmp_path, kind=DirectoryError):

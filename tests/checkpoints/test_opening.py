@@ -325,7 +325,7 @@ REFUSED = {
     "model-1.5k": "'1.5k'",
     "step_1k5": "'1k'",
     "step-1,000": "'1,000'",
-    "v1.5": "'v1.5'",
+    "v1.5": "no number",
     "model-fp16": "'fp16'",
     "100kimg": "'100kimg'",
     "step_1e5": "'1e'",

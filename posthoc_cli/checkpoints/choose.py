@@ -1,0 +1,534 @@
+"""Choose the checkpoints of one run among all that lie at a place, by what they hold.
+
+1. Every candidate is opened; what cannot be read is left out and named.
+2. Checkpoints whose tensors have the same names and shapes are of one model. The model with the
+   most of them is chosen.
+3. Words in names, settings, or the sets of tensors say the role of each: weights, average, both.
+4. The surest sign of time that most have is the clock of the run.
+5. Of the checkpoints of one role those with equal values are copies.
+
+What this leaves open is a question: a second model with about as many checkpoints, two series of
+one role at the same times or in two folders, and what else has a number of its own or a later one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from posthoc_cli import files
+from posthoc_cli.checkpoints.ask import Answer, QuestionError
+from posthoc_cli.checkpoints.clock import (
+    LONE,
+    Reading,
+    Signs,
+    read_number_in_names,
+    read_signs,
+    sign_of_most,
+)
+from posthoc_cli.checkpoints.containers import KIND
+from posthoc_cli.checkpoints.content import Content
+from posthoc_cli.checkpoints.folders import NUMBER, make_glob
+from posthoc_cli.checkpoints.layouts import (
+    Found,
+    named_decay,
+    recognise,
+    role_by_glob,
+    says_its_profile,
+)
+from posthoc_cli.checkpoints.places import Candidate, Place
+from posthoc_cli.checkpoints.settings import ImportSettings
+from posthoc_cli.checkpoints.source import are_near, first_values, make_checkpoint
+from posthoc_cli.errors import (
+    DirectoryError,
+    FileFormatError,
+    InvalidValueError,
+    UnsuitableError,
+    VanishedError,
+    list_first,
+)
+from posthoc_cli.profiles import FloatArray
+
+_COMPARED_FILES = 5  # newest, whose motion is compared
+_ALIKE = 0.9  # share of the tensors that checkpoints of one model have in common
+_LEAST = 1 / 3  # share of a model's tensors that its average has: the trained ones
+
+_OTHER_MODEL = "another model"
+_OTHER_DECAY = "another decay"
+
+Shape = tuple[str, tuple[int, ...]]
+
+
+@dataclass(eq=False)
+class Member:
+    """A candidate that was opened, and what it says of itself."""
+
+    candidate: Candidate
+    name: str  # its path from the folder of all candidates on
+    glob: str  # of the names that differ in numbers alone
+    content: Content
+    settings: ImportSettings
+    signs: Signs
+    sign: str | None = None  # the clock of its run
+
+    @property
+    def path(self) -> Path:
+        return self.candidate.path
+
+    @cached_property
+    def shapes(self) -> Counter[Shape]:
+        """The shapes of the selected tensors by the last two parts of their names: what stands
+        before them may differ between the files of one model."""
+        tensors = self.content.tensors
+        with suppress(FileFormatError, InvalidValueError):
+            tensors = self.settings.select(self.found.tensors)
+        found = Counter[Shape]()
+        for name, tensor in tensors.items():
+            if tensor.shape not in ((), (1,)):
+                found[".".join(name.split(".")[-2:]).replace("_", ""), tensor.shape] += 1
+        return found
+
+    @cached_property
+    def found(self) -> Found:
+        """What it holds; its weights if it lacks the named average, which may have begun later."""
+        settings = self.settings
+        try:
+            return recognise(self.content, settings)
+        except UnsuitableError:
+            if settings.average is None or settings.kind:
+                raise
+            return recognise(self.content, replace(settings, average=None, kind="checkpoints"))
+
+    @cached_property
+    def role(self) -> str:
+        """Whether it holds "weights", an "average" or "both"; "both", too, if that is unclear."""
+        named = role_by_glob(self.path, self.settings)
+        if named:
+            return "average" if named == "ema" else "weights"
+        try:
+            found = self.found
+        except VanishedError:
+            raise
+        except (FileFormatError, InvalidValueError):  # raised again when it is used
+            return "both"
+        if found.averaged:
+            return "both" if found.weights else "average"
+        return "weights"
+
+    @cached_property
+    def values(self) -> FloatArray:
+        """The first values of its tensors."""
+        tensors = self.content.tensors
+        with suppress(FileFormatError, InvalidValueError):
+            tensors = self.found.tensors
+        return first_values(make_checkpoint(self.content, tensors))
+
+    @property
+    def reading(self) -> Reading | None:
+        """Its number on the clock of its run, or of the surest sign of its own."""
+        sign = self.sign or sign_of_most([self.signs])
+        return self.signs.by_sign[sign] if sign else None
+
+    @property
+    def number(self) -> int | None:
+        return self.reading.number if self.reading else None
+
+    def is_later_than(self, other: Member) -> bool:
+        """Return whether its number is larger, and counts the same."""
+        ours = self.reading
+        theirs = other.reading
+        if ours is None or theirs is None:
+            return False
+        return ours.number > theirs.number and ours.unit == theirs.unit
+
+    def is_like(self, other: Member) -> bool:
+        """Return whether both are of one model."""
+        if self.shapes == other.shapes:
+            return True
+        common = (self.shapes & other.shapes).total()
+        less, more = sorted((self.shapes.total(), other.shapes.total()))
+        if "average" in (self.role, other.role):
+            return common >= _ALIKE * less and less > _LEAST * more
+        return common >= _ALIKE * more
+
+    def is_copy_of(self, other: Member) -> bool:
+        """Return whether both hold equal values."""
+        return self.values.shape == other.values.shape and np.array_equal(self.values, other.values)
+
+
+Series = list[Member]
+"""Members whose names differ in numbers alone, in one folder."""
+
+
+class Chooser:
+    """The candidates at a place, each opened once."""
+
+    def __init__(self, place: Place, settings: ImportSettings) -> None:
+        self.place = place
+        self.settings = settings
+        self.candidates = place.candidates()
+        self.left_out = dict[Candidate, str]()  # with the reasons
+        self._copies = set[Candidate]()
+        folders = {each.path.parent for each in self.candidates}
+        self._root = Path(*_common_parts(folders)) if folders else Path()
+
+    @property
+    def notes(self) -> list[str]:
+        """What is left out, in one line."""
+        named = [f"{self._name(each)} ({reason})" for each, reason in self.left_out.items()]
+        return [*self.place.notes, *([f"left out: {list_first(named, 6)}"] if named else [])]
+
+    def choose(self) -> list[Member]:
+        """Choose the members of one run; raise a QuestionError if several runs are possible."""
+        named = [each for each in self.candidates if says_its_profile(each.path)]
+        if named:
+            self._leave_out([each for each in self.candidates if each not in named], "another name")
+            return self._open(named)
+        opened = self._open(self._given())
+        if len(opened) < 2:
+            return opened
+        members = self._timed(self._of_one_model(opened))
+        if _numbers(members) <= {None, 0}:
+            return members  # whose error says why
+        series = self._series_of_one_model(members)
+        chosen = {member for each in series for member in each}
+        self._check_left_out([member for member in opened if member not in chosen], series)
+        return [member for member in members if member in chosen]
+
+    def _given(self) -> list[Candidate]:
+        """List the candidates that the settings do not exclude: they find a step in the path, or
+        name roles by globs."""
+        candidates = self.candidates
+        pattern = self.settings.step_from
+        if pattern:
+            candidates = [each for each in candidates if re.search(pattern, str(each.path))]
+            if not candidates:
+                reason = f"finds no number in {self.candidates[0].path}"
+                raise InvalidValueError("step_from", reason, value=pattern)
+        named = [each for each in candidates if role_by_glob(each.path, self.settings)]
+        if named and (self.settings.weights or not self.settings.average):
+            candidates = named
+        self._leave_out([each for each in self.candidates if each not in candidates], "not named")
+        return candidates
+
+    def _leave_out(self, left: Iterable[Candidate | Member], reason: str) -> None:
+        for each in left:
+            candidate = each.candidate if isinstance(each, Member) else each
+            self.left_out.setdefault(candidate, reason)
+
+    def _leave_out_copy(self, member: Member, other: Member) -> None:
+        self._copies.add(member.candidate)
+        self._leave_out([member], f"a copy of {other.path.name}")
+
+    # --- 1. what can be read
+
+    def _open(self, candidates: Sequence[Candidate]) -> list[Member]:
+        members = list[Member]()
+        has_numbers = any(re.search("[0-9]", self._name(each)) for each in candidates)
+        failed = list[tuple[Candidate, FileFormatError]]()
+        for candidate in candidates:
+            try:
+                content = self.place.open(candidate)
+            except VanishedError:
+                raise
+            except FileFormatError as error:
+                failed.append((candidate, error))
+                continue
+            if content.values.get(KIND) == "output":
+                continue
+            if not content.tensors and len(candidates) > 1:
+                self._leave_out([candidate], "holds no tensors")
+                continue
+            name = self._name(candidate)
+            glob = self._glob(candidate.path)
+            signs = read_signs(content, self.settings, self._root if has_numbers else None)
+            members.append(Member(candidate, name, glob, content, self.settings, signs))
+        for series in _group(members, lambda member: member.glob):
+            _read_varying(series)
+        globs = {member.glob for member in members}
+        for candidate, problem in failed:
+            if not members or self._glob(candidate.path) in globs:
+                raise problem  # of the run itself
+            self._leave_out([candidate], problem.reason)
+        if not members:
+            hint = "name their folder, a file, or a glob such as 'out/step*.pt'"
+            raise DirectoryError(self.place.name, "holds no checkpoints", hint)
+        return members
+
+    def _glob(self, path: Path) -> str:
+        """Make the glob of a path from the folder of all candidates on, in which what the user's
+        pattern finds is a number."""
+        text = str(path)
+        match = re.search(self.settings.step_from, text) if self.settings.step_from else None
+        if match is not None:
+            text = f"{text[: match.start(1)]}0{text[match.end(1) :]}"
+        return make_glob("/".join(Path(text).parts[len(self._root.parts) :]))
+
+    def _name(self, candidate: Candidate) -> str:
+        return "/".join(candidate.path.parts[len(self._root.parts) :])
+
+    # --- 2. one model
+
+    def _of_one_model(self, members: list[Member]) -> list[Member]:
+        models = list[list[Member]]()
+        for member in sorted(members, key=lambda each: -each.shapes.total()):
+            for model in models:
+                if member.is_like(model[0]) or member.is_like(model[-1]):
+                    model.append(member)
+                    break
+            else:
+                models.append([member])
+        models = [model for model in models if model[0].shapes]
+        if not models:
+            return members  # whose error says why
+        models.sort(key=lambda model: (-len(model), -model[0].content.nbytes))
+        chosen, *others = models
+        globs = {member.glob for member in chosen}
+        for other in others:  # in one series a difference is an error that names it
+            chosen += [member for member in other if member.glob in globs]
+        others = [[each for each in other if each.glob not in globs] for other in others]
+        rivals = [other for other in others if 2 * len(other) > len(chosen)]
+        if rivals and len(chosen) > 1:
+            raise self._ask_which([self._split(model)[0] for model in (chosen, *rivals)], "models")
+        self._leave_out([each for each in members if each not in chosen], _OTHER_MODEL)
+        return [each for each in members if each in chosen]
+
+    # --- 4. one clock
+
+    def _timed(self, members: list[Member]) -> list[Member]:
+        """Select the members that the surest sign of most shows the time of."""
+        sign = sign_of_most([member.signs for member in members])
+        if sign is None:
+            return members
+        timed = [member for member in members if sign in member.signs.by_sign]
+        for member in timed:
+            member.sign = sign
+        if sign == LONE:  # a number that nothing calls a step may mean something else in few names
+            alike = sorted(_group(timed, lambda member: member.glob), key=len)
+            most = {each[0].role: len(each) for each in alike}
+            large = [each for each in alike if 2 * len(each) > most[each[0].role]]
+            timed = [member for each in large for member in each]
+        untimed = [member for member in members if member not in timed]
+        for series in _group(untimed, lambda member: member.glob):
+            has_own_clock = len(series) > 1 and series[0].signs.is_numbered
+            for member in series:
+                twin = next((each for each in reversed(timed) if member.is_copy_of(each)), None)
+                if twin is None or has_own_clock:
+                    self._leave_out([member], "nothing says its time")
+                else:
+                    self._leave_out_copy(member, twin)
+        return [member for member in members if member in timed]
+
+    # --- 5. one series of each role
+
+    def _series_of_one_model(self, members: list[Member]) -> list[Series]:
+        """Choose the series of one run, without copies and single files at the times of others."""
+        kept = list[Series]()
+        is_clear = True
+        for series in self._select_decay(sorted(self._split(members), key=len, reverse=True)):
+            others = [each for each in kept if each[0].role == series[0].role]
+            left = self._without_copies(series, others)
+            rivals = [each for each in others if self._are_rivals(each, series)]
+            if left and len(series) == 1 and any(len(each) > 1 for each in rivals):
+                self._leave_out(left, f"at the time of one of {self._glob_of(rivals[0])}")
+            elif left:
+                is_clear = is_clear and not rivals
+                kept.append(left)
+        if any(each[0].role == "both" and len(each) > 1 for each in kept):
+            single = [each for each in kept if len(each) == 1]
+            self._leave_out([member for each in single for member in each], "a single file")
+            kept = [each for each in kept if len(each) > 1]
+        roles = {each[0].role for each in kept}
+        if not is_clear or ("both" in roles and len(roles) > 1):
+            raise self._ask_which(kept, "series of files")
+        return kept
+
+    def _without_copies(self, series: Series, others: Sequence[Series]) -> Series:
+        left = Series()
+        for member in series:
+            known = [each for other in others for each in other]
+            known += [each for each in left if each.number == member.number]
+            twin = next((each for each in known if member.is_copy_of(each)), None)
+            if twin is None:
+                left.append(member)
+            else:
+                self._leave_out_copy(member, twin)
+        return left
+
+    def _are_rivals(self, one: Series, other: Series) -> bool:
+        """Return whether two series of one role have a time in common, or lie in two folders that
+        the user has not named by a glob."""
+        are_apart = self._folder(one[0]) != self._folder(other[0])
+        if are_apart and not files.is_glob(files.expand_user(self.place.name)):
+            return True
+        return not _numbers(one).isdisjoint(_numbers(other))
+
+    def _split(self, members: Iterable[Member]) -> list[Series]:
+        """Group members by their names without numbers and their folders; where times repeat in a
+        group, by the number in names that tells them apart, as a seed does."""
+        series = list[Series]()
+        for group in _group(members, lambda member: (member.glob, self._folder(member))):
+            series += _split_by_number(group) if len(_numbers(group)) < len(group) else [group]
+        return series
+
+    def _select_decay(self, series: list[Series]) -> list[Series]:
+        """Select the averages of guided-diffusion that have the given decay."""
+        decays = [named_decay(each[0].path) for each in series]
+        known = {decay for decay in decays if decay is not None}
+        if len(known) < 2:
+            return series
+        given = self.settings.ema_decay
+        if given not in known:
+            choices = sorted(known)
+            text = " or ".join(f"{decay:g}" for decay in choices)
+            reason = f"must be given: the files are of several averages, {text}"
+            raise QuestionError("ema_decay", reason, *({"ema_decay": decay} for decay in choices))
+        selected = []
+        for each, decay in zip(series, decays, strict=True):
+            if decay in (None, given):
+                selected.append(each)
+            else:
+                self._leave_out(each, _OTHER_DECAY)
+        return selected
+
+    # --- what is left out
+
+    def _check_left_out(self, left: Sequence[Member], chosen: Sequence[Series]) -> None:
+        """Raise a QuestionError if a member that was left out, and is no copy, is later than the
+        chosen ones, or is of their model and has a number in its name."""
+        newest = max(
+            (member for series in chosen for member in series), key=lambda each: each.number or 0
+        )
+        doubtful = []
+        for member in left:
+            if member.candidate in self._copies:
+                continue
+            reason = self.left_out.get(member.candidate)
+            if reason == _OTHER_DECAY:
+                continue
+            is_numbered = member.signs.is_numbered and reason != _OTHER_MODEL
+            if is_numbered or member.is_later_than(newest):
+                doubtful.append(member)
+        if doubtful:
+            raise self._ask_which([*chosen, *self._split(doubtful)], "series of files")
+
+    # --- questions
+
+    def _ask_which(self, several: Sequence[Series], what: str) -> QuestionError:
+        """Make the question which of several series are the run, with globs that match nothing
+        else; the longest first."""
+        several = sorted(several, key=lambda each: -len(each))
+        answers: list[Answer] = []
+        if len(several) == 2 and self._are_pairs(*several):
+            slower, faster = sorted(several, key=_motion)
+            answers.append(self._pair(slower, faster))
+            several = [faster, slower]
+        weights = [each for each in several if each[0].role == "weights"]
+        if len(weights) == 1:
+            averages = [each for each in several if each[0].role == "average"]
+            averages.sort(key=lambda each: named_decay(each[0].path) is None)
+            answers += [self._pair(each, weights[0]) for each in averages]
+        if len({each[0].glob for each in several}) == 1:
+            joined = [member for each in several for member in each]
+            follow = len(_numbers(joined)) == len(joined)
+            if follow and are_near(joined[0].values, joined[-1].values):
+                answers.append({"place": str(self._root / self._glob_of(joined))})
+        answers += [{"place": str(self._root / self._exact_glob(each))} for each in several]
+        counted = [f"{len(each)} x {self._glob_of(each)}" for each in several]
+        reason = f"holds several {what}, {list_first(counted)}"
+        return QuestionError(self.place.name, reason, *answers)
+
+    def _pair(self, average: Series, weights: Series) -> Answer:
+        globs = [self._exact_glob(each).rpartition("/")[2] for each in (average, weights)]
+        return {"average": globs[0], "weights": globs[1]}
+
+    def _are_pairs(self, first: Series, other: Series) -> bool:
+        """Return whether two series have the same times, tensors of the same names, and values near
+        each other, so that one may be the average of the other."""
+        are_same = len(first) > 1 and _numbers(first) == _numbers(other)
+        if not are_same or first[0].role != other[0].role:
+            return False
+        if first[0].content.tensors.keys() != other[0].content.tensors.keys():
+            return False
+        return are_near(first[-1].values, other[-1].values)
+
+    def _exact_glob(self, series: Series) -> str:
+        """Make a glob of a series that matches no other candidate."""
+        own = {member.path for member in series}
+        others = [self._name(each) for each in self.candidates if each.path not in own]
+        glob = self._glob_of(series)
+        if any(fnmatchcase(name, glob) for name in others):
+            return glob.replace("*", "*[0-9]")
+        return glob
+
+    def _glob_of(self, series: Series) -> str:
+        """Make the glob of the names of a series, in which the numbers that all share stay."""
+        names = [member.name for member in series]
+        columns = [*zip(*map(NUMBER.findall, names), strict=False)]
+        texts = iter([column[0] if len(set(column)) == 1 else "*" for column in columns])
+        return NUMBER.sub(lambda _: next(texts, "*"), names[0])
+
+    def _folder(self, member: Member) -> Path:
+        """Find the folder of a series, in which its numbered files or folders lie."""
+        folder = member.path.parent
+        has_number = "*" in make_glob(member.path.name)
+        return folder if has_number or folder == self._root else folder.parent
+
+
+def _numbers(series: Iterable[Member]) -> set[int | None]:
+    return {member.number for member in series}
+
+
+def _motion(series: Series) -> float:
+    """Measure how far a series moves from file to file, squared; averages move less."""
+    in_order = sorted(series, key=lambda member: member.number or 0)
+    rows = [member.values for member in in_order[-_COMPARED_FILES:]]
+    return float(np.square(np.diff(rows, axis=0)).sum())
+
+
+def _split_by_number(group: Series) -> list[Series]:
+    """Split a group in which times repeat by a number in names, if that gives each part distinct
+    times."""
+    for column in zip(*(NUMBER.findall(member.name) for member in group), strict=False):
+        number = dict(zip(group, column, strict=False))
+        parts = _group(group, number.__getitem__)
+        if 2 * len(parts) <= len(group) and all(len(_numbers(part)) == len(part) for part in parts):
+            return parts
+    return [group]
+
+
+def _read_varying(series: Series) -> None:
+    """Take the only number that differs in all names of a series as a sign of time, if no sign of
+    time in their names differs."""
+    if len(series) < 2 or len(_numbers(series)) == len(series):
+        return
+    if any(member.signs.has_word for member in series):
+        return
+    readings = read_number_in_names([member.path.name for member in series])
+    for member, reading in zip(series, readings, strict=False):
+        member.signs = replace(member.signs, by_sign={**member.signs.by_sign, LONE: reading})
+
+
+def _group(members: Iterable[Member], key: Callable[[Member], Hashable]) -> list[Series]:
+    groups = dict[Hashable, Series]()
+    for member in members:
+        groups.setdefault(key(member), []).append(member)
+    return [*groups.values()]
+
+
+def _common_parts(folders: Iterable[Path]) -> tuple[str, ...]:
+    """Find the parts that all paths begin with."""
+    common = tuple[str, ...]()
+    for parts in zip(*(folder.parts for folder in folders), strict=False):
+        if len(set(parts)) > 1:
+            break
+        common = (*common, parts[0])
+    return common

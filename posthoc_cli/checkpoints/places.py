@@ -1,0 +1,332 @@
+"""What lies at a place: the files and folders that may each be a checkpoint.
+
+A file is a candidate if its first bytes begin a file of tensors. A folder is one checkpoint if its
+entries are the parts of one time, and else a place with several. Names say the times of entries if
+a word does; where none does, the tensors of two entries decide: checkpoints of two times hold the
+same names and shapes, and values near each other, as two layers of a model do not.
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from posthoc_cli import files
+from posthoc_cli.checkpoints.containers import (
+    INDEX_ENDING,
+    find_container,
+    foreign_error,
+    may_hold_tensors,
+    strip_ending,
+)
+from posthoc_cli.checkpoints.content import Content, Reader
+from posthoc_cli.checkpoints.folders import (
+    AVERAGE_WORD,
+    DCP_METADATA,
+    SHARD,
+    Distributed,
+    Layout,
+    OneFile,
+    Refused,
+    Sets,
+    Shards,
+    is_state,
+    make_glob,
+)
+from posthoc_cli.checkpoints.source import are_near, first_values, make_checkpoint
+from posthoc_cli.errors import DirectoryError, FileFormatError, UnsuitableError, VanishedError
+from posthoc_cli.snapshots.directory import SUPERSEDED, is_import, is_snapshot_name
+from posthoc_cli.snapshots.tensorfile import named_on_error
+
+_STATE_FOLDER = re.compile(r"[-_]states?$|^states?$")
+_PARTITION = re.compile(
+    r"^zero_pp_rank_|^layer_\d+(?:-model|_expert)_|^mp_rank_\d*[1-9]|_pp-rank-.*_tp-rank-"
+    r"|_world_size_(?!1_)\d+_rank_|^consolidated\.\d*[1-9]\."
+)
+"""In names of the partitions of ZeRO-3, of DeepSpeed's pipelines and experts, of Megatron, of
+nanotron, of verl, and of Llama."""
+_OF_MANY = re.compile(r"[0-9]+-of-0*(?:[2-9]|[1-9][0-9]+)(?![0-9])")
+_USUAL = ("model", "diffusion_pytorch_model", "adapter_model", "pytorch_model")
+"""Names of weights in folders of Hugging Face's libraries, the likeliest first."""
+_TIME = re.compile(
+    r"(?:step|iter|epoch|(?<![a-z])ep)[a-z]*[=_.-]*([0-9]+)"
+    r"|^(?:checkpoint|ckpt)[=_.-]*([0-9]+)|^([0-9]+)$",
+    re.IGNORECASE,
+)
+_DEEP = 5  # levels below a folder whose name is a time: fairseq2 has a file four folders down
+_LEVELS = 3  # of folders below a place that hold checkpoints of several times
+_MOST_FOREIGN = 100  # files whose kinds are looked at where nothing is a checkpoint
+_MOST_ENTRIES = 20_000  # at a place: listing a whole disk would take minutes
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A file or folder that may be a checkpoint, and what it consists of."""
+
+    path: Path
+    layout: Layout
+
+
+class NothingHereError(DirectoryError):
+    """There is nothing at a place that may be a checkpoint."""
+
+
+class Place:
+    """A folder, a file or a glob, and the checkpoints there, each opened once."""
+
+    def __init__(self, name: str | Path) -> None:
+        self.name = name
+        self.notes = list[str]()
+        self._reader = Reader()
+        self._left = _MOST_ENTRIES
+
+    def open(self, candidate: Candidate) -> Content:
+        """Read the content of a candidate; raise FileFormatError if it cannot be read."""
+        return self._reader.open(candidate.path, candidate.layout)
+
+    # --- the candidates
+
+    def candidates(self) -> list[Candidate]:
+        """List the files and folders that may each be a checkpoint."""
+        path = files.expand_user(self.name)
+        matches = _list_matches(path)
+        if not matches:
+            raise DirectoryError(self.name, "no file or folder matches")
+        found = dict[Path, Candidate]()
+        for match in matches:
+            if match != path and is_snapshot_name(match):
+                continue
+            layout = None if match.is_dir() else self.layout_at(match)
+            if layout is not None:
+                found[match] = Candidate(match, layout)
+                continue
+            for candidate in self._candidates_in(match, 0 if files.is_url(path) else _LEVELS):
+                found[candidate.path] = candidate
+        if self._left < 0:
+            note = f"only the first {_MOST_ENTRIES:,} files and folders were looked at; name the "
+            self.notes.append(f"{note}folder of the checkpoints")
+        return [*found.values()]
+
+    def _candidates_in(self, folder: Path, levels: int) -> list[Candidate]:
+        """List the checkpoints in a folder and in the folders in it, or the folder if it is one
+        itself."""
+        listed, others = self._list(folder)
+        members = {entry: each for entry, each in listed.items() if not is_snapshot_name(entry)}
+        own = self._find_layout(folder, members)
+        found = [Candidate(entry, layout) for entry, layout in members.items()]
+        if isinstance(own, OneFile) and own.path.parent == folder:
+            found = [Candidate(own.path, own)]
+        elif own is not None:
+            found = [Candidate(folder, own)]
+        for other in others if levels else ():
+            if not (is_snapshot_name(other) or other.name == SUPERSEDED or is_import(other)):
+                found += self._candidates_in(other, levels - 1)
+        return found
+
+    def layout_at(self, path: Path) -> Layout | None:
+        """Find what a file or folder consists of; None for a folder that is not one checkpoint."""
+        if path.is_dir():
+            return self._find_layout(path, self._list(path)[0])
+        if _PARTITION.search(path.name):
+            return Refused(path, _partitions_error(path))
+        return Shards(path) if path.name.endswith(INDEX_ENDING) else OneFile(path)
+
+    def open_at(self, path: Path) -> Content:
+        """Open the checkpoint that a path names: of a folder with the checkpoints of a training the
+        model beside them."""
+        layout = self.layout_at(path) or self._final_model_in(path)
+        if layout is None:
+            reason = "holds no weights: no safetensors, .bin or .pt file, and no .metadata"
+            raise UnsuitableError(path, reason)
+        return self._reader.open(path, layout)
+
+    def _final_model_in(self, folder: Path) -> Layout | None:
+        members, _ = self._list(folder)
+        for stem in _USUAL:
+            for entry, layout in members.items():
+                if strip_ending(entry.name) == stem:
+                    return layout
+        return None
+
+    # --- one folder
+
+    def _list(self, folder: Path) -> tuple[dict[Path, Layout], list[Path]]:
+        """List the entries of a folder that are each a checkpoint or a part of one, perhaps deeper
+        below a name that says a time, and the other folders in it."""
+        is_numbered = _TIME.search(folder.name) is not None
+        return self._list_below(folder, _DEEP if is_numbered else 2, is_numbered)
+
+    def _list_below(
+        self,
+        folder: Path,
+        levels: int,
+        is_numbered: bool,
+    ) -> tuple[dict[Path, Layout], list[Path]]:
+        with named_on_error(folder, "read"):
+            entries = sorted(files.system.list(folder))
+        self._left -= len(entries)
+        by_name = {entry.name: entry for entry in entries}
+        if DCP_METADATA in by_name:
+            return {folder: Distributed(by_name[DCP_METADATA])}, []
+        members: dict[Path, Layout] = {}
+        others = list[Path]()
+        for name, entry in by_name.items():
+            if name.startswith(".") or is_state(name) or self._left < 0:
+                continue
+            if entry.is_dir():
+                if _STATE_FOLDER.search(name):
+                    continue
+                layout = self._layout_below(entry, levels - 1, is_numbered)
+                if layout is not None:
+                    members[entry] = layout
+                else:
+                    others.append(entry)
+            elif name.endswith(INDEX_ENDING):
+                members[entry] = Shards(entry)
+            elif not SHARD.search(name) and may_hold_tensors(entry):
+                members[entry] = OneFile(entry)
+        return members, others
+
+    def _layout_below(self, folder: Path, levels: int, is_numbered: bool) -> Layout | None:
+        if not is_numbered and re.search("[0-9]", folder.name):
+            levels = _DEEP
+            is_numbered = True
+        if levels < 1:
+            return None
+        members, _ = self._list_below(folder, levels, is_numbered)
+        return self._find_layout(folder, members)
+
+    def _find_layout(self, folder: Path, members: Mapping[Path, Layout]) -> Layout | None:
+        """Find what a folder with such members is; None if they are checkpoints of several times,
+        or if there are none."""
+        if self._are_partitions(members):
+            return Refused(folder, _partitions_error(folder))
+        if not members or self._are_several_times(folder, members):
+            return None
+        by_stem: dict[str, Layout] = {}
+        for entry, layout in members.items():
+            by_stem[strip_ending(entry.name)] = (
+                layout  # of two formats safetensors, which come last
+            )
+        usual = [stem for stem in _USUAL if stem in by_stem]
+        for stem in usual[1:]:  # the same model in another format
+            del by_stem[stem]
+        if len(by_stem) == 1:
+            return by_stem.popitem()[1]
+        return Sets(folder, by_stem)
+
+    def _are_partitions(self, members: Mapping[Path, Layout]) -> bool:
+        """Return whether a name says that files are partitions of a model, or files of a number
+        "of" several hold tensors of the same names, as shards do not."""
+        if any(_PARTITION.search(entry.name) for entry in members):
+            return True
+        names = set[str]()
+        for entry, layout in members.items():
+            if _OF_MANY.search(entry.name) and not AVERAGE_WORD.search(entry.name):
+                own = {name for name, _ in self._signature(layout)}
+                if names & own:
+                    return True
+                names |= own
+        return False
+
+    def _are_several_times(self, folder: Path, members: Mapping[Path, Layout]) -> bool:
+        """Return whether entries are checkpoints of several times, and not the parts of one."""
+        stems = dict[str, Layout]()
+        for entry, layout in members.items():
+            if entry != folder:
+                stems[strip_ending(entry.name)] = layout
+        has_usual = not stems.keys().isdisjoint(_USUAL)
+        timed = [stem for stem in stems if _is_time_within(folder, stem)]
+        if len(set(map(make_glob, timed))) < len(timed) or (timed and not has_usual):
+            return True
+        says_time = _TIME.search(strip_ending(folder.name)) is not None
+        by_glob = dict[str, list[Layout]]()
+        for stem, layout in stems.items():
+            by_glob.setdefault(make_glob(stem), []).append(layout)
+        for layouts in by_glob.values():
+            first, *others = layouts  # two of each form of name are enough
+            if others and self._are_alike(first, others[0]):
+                return not says_time or self._are_near(first, others[0])
+        if says_time or has_usual:
+            return False
+        weights = [layouts[0] for glob, layouts in by_glob.items() if not AVERAGE_WORD.search(glob)]
+        return _has_equals(map(self._signature, weights))
+
+    def _signature(self, layout: Layout) -> frozenset[tuple[str, tuple[int, ...]]]:
+        """Find the names and shapes of the tensors of a layout, without the state of an optimizer;
+        none if it cannot be read."""
+        try:
+            content = self._reader.read(layout, {})
+        except VanishedError:
+            raise
+        except FileFormatError:
+            return frozenset()
+        named = content.tensors.items()
+        return frozenset(
+            (name, tensor.shape) for name, tensor in named if not content.is_of_optimizer(name)
+        )
+
+    def _are_alike(self, one: Layout, other: Layout) -> bool:
+        return _has_equals([self._signature(one), self._signature(other)])
+
+    def _are_near(self, one: Layout, other: Layout) -> bool:
+        values = []
+        for layout in (one, other):
+            content = self._reader.read(layout, {})
+            values.append(first_values(make_checkpoint(content, content.tensors)))
+        return are_near(*values)
+
+
+def _has_equals(signatures: Iterable[frozenset[tuple[str, tuple[int, ...]]]]) -> bool:
+    """Return whether two that hold tensors hold the same."""
+    known = [signature for signature in signatures if signature]
+    return len(set(known)) < len(known)
+
+
+def _partitions_error(path: Path) -> UnsuitableError:
+    hint = "convert it with the program's own script, such as DeepSpeed's zero_to_fp32.py"
+    return UnsuitableError(path, "holds partitions of the model", hint)
+
+
+def _is_time_within(folder: Path, stem: str) -> bool:
+    """Return whether a name is a time, and does not repeat the time of its folder, as in
+    `checkpoint-500/global_step500`."""
+    match = _TIME.search(stem)
+    if match is None:
+        return False
+    return match[match.lastindex or 0].lstrip("0") not in folder.name
+
+
+def _list_matches(pattern: Path) -> list[Path]:
+    """List the files and folders that a glob or a path names."""
+    if not files.is_glob(pattern):
+        return [pattern] if pattern.exists() else []
+    if files.is_url(pattern):
+        return [*pattern.parent.glob(pattern.name)]
+    # Path.glob takes no absolute patterns
+    return sorted(map(Path, glob.glob(str(pattern), recursive=True)))  # noqa: PTH207
+
+
+def holds_checkpoints(name: str | Path) -> bool:
+    """Return whether a directory, file or glob names checkpoints or an import."""
+    try:
+        return is_import(name) or bool(Place(name).candidates())
+    except DirectoryError:  # also from a glob
+        return files.is_glob(name)
+
+
+def explain_nothing(name: str | Path) -> None:
+    """Raise the error that says why nothing at a place is a checkpoint."""
+    folder = files.expand_user(name)
+    with suppress(OSError):
+        numbered = [each for each in files.system.list(folder) if re.search("[0-9]", each.name)]
+        for entry in sorted(numbered)[:_MOST_FOREIGN]:
+            row = None if entry.is_dir() else find_container(entry)
+            if row is not None and row.read is None:
+                raise foreign_error(entry, row)
+    hint = "name their folder, a file, or a glob such as 'out/step*.pt'"
+    raise NothingHereError(name, "holds no checkpoints", hint)

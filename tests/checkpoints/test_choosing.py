@@ -1,0 +1,314 @@
+"""Which files at a place are one run: what they hold decides, names say times and roles."""
+
+import shutil
+
+import pytest
+import torch
+from checking import refused
+from safetensors.torch import load_file, save_file
+from saved import asked, read, store, times, write_each
+from walks import saves
+
+from posthoc_cli import Run
+from posthoc_cli.errors import FileFormatError
+
+STEPS = [float(save.step) for save in saves()]
+FIRST, *_, LAST = saves()
+
+
+def weights(save):
+    return save.weights
+
+
+def others(save):
+    """Return the weights of another training of the same model."""
+    return {name: -value for name, value in save.weights.items()}
+
+
+def check_equal(made, expected):
+    """Check that averages are equal but for coefficients of other samples, by which the same
+    weights in other files differ by 3e-5; two checkpoints differ by 0.1."""
+    assert made.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(made[name], value, rtol=0, atol=1e-4)
+
+
+def average(place):
+    """Synthesize an average of what is at a place."""
+    return dict(Run(place).average(0.1))
+
+
+@pytest.fixture
+def expected(tmp_path):
+    """Return the average of the same weights in files that nothing is said of but their steps."""
+    write_each(tmp_path / "plain", "step{save.step}.pt", weights)
+    return dict(Run(tmp_path / "plain").average(0.1))
+
+
+# --- metrics in names
+
+NAMES = [
+    "epoch={save.epoch:02}-val_loss={metric:.2f}.ckpt",
+    "epoch={save.epoch:02}-val_loss={metric:.3f}-step={save.step}.ckpt",
+    "step-{save.step:06}-epoch-{save.epoch:02}-loss={metric:.4f}.pt",
+    "model--step={save.step}-val_acc={metric:.1f}-last.ckpt",
+    "{save.step:05}-{metric:.2f}.pt",
+    "val_loss_{metric:.2f}_step_{save.step}.pt",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("highest", [0.9, 2.3, 12.0])
+def test_a_metric_in_a_name_is_no_time_and_splits_no_run(name, highest, tmp_path, expected):
+    """A loss that falls through 1 split a run: of 20 files the 11 early ones were averaged."""
+    place = tmp_path / "files"
+    for save in saves():
+        metric = highest * 0.97**save.epoch
+        content = {"state_dict": save.weights, "global_step": save.step, "epoch": save.epoch}
+        store(place / name.format(save=save, metric=metric), content)
+    assert times(place) == STEPS
+    check_equal(average(place), expected)
+
+
+def test_decays_in_names_are_no_metrics(tmp_path):
+    for save in saves():
+        store(tmp_path / f"model_{save.step}.pt", save.weights)
+        store(tmp_path / f"model_{save.step}_ema_0.95.pt", save.average)
+    found = read(tmp_path, ema_decay=0.95)
+    assert found.counts == {"weights": 10, "EMA of decay 0.95": 10}
+
+
+# --- parts of a model
+
+
+def split(tensors):
+    """Split a model in two parts, in the order of its names."""
+    names = [*tensors]
+    first = {name: tensors[name] for name in names[: len(names) // 2]}
+    return first, {name: value for name, value in tensors.items() if name not in first}
+
+
+def in_one_file(place, save):
+    body, head = split(save.weights)
+    torch.save({"model": body, "head": head, "optim": {"state": {}}}, place / f"s_{save.step}.pt")
+
+
+def of_no_main_part(place, save):
+    actor, critic = split(save.weights)
+    torch.save({"actor": actor, "critic": critic}, place / f"step_{save.step}.pt")
+
+
+def in_a_folder(place, save):
+    folder = place / f"checkpoint-{save.step}"
+    (folder / "2_Dense").mkdir(parents=True)
+    body, head = split(save.weights)
+    save_file(body, folder / "model.safetensors")
+    save_file(head, folder / "2_Dense" / "model.safetensors")
+
+
+def in_layers(place, save):
+    folder = place / f"step_{save.step}"
+    folder.mkdir()
+    for number, part in enumerate(split(save.weights)):
+        save_file(part, folder / f"layer_{number}.safetensors")
+
+
+@pytest.mark.parametrize("write", [in_one_file, of_no_main_part, in_a_folder, in_layers])
+def test_all_parts_of_a_model_are_averaged_together(write, tmp_path, expected):
+    place = tmp_path / "files"
+    place.mkdir()
+    for save in saves():
+        write(place, save)
+    made = average(place)
+    bare = {}
+    for name, value in made.items():
+        bare[name if name in expected else name.partition(".")[2]] = value
+    assert times(place) == STEPS
+    check_equal(bare, expected)
+
+
+@pytest.mark.parametrize("write", [in_one_file, in_a_folder])
+def test_a_copy_of_a_checkpoint_has_the_averages_of_all_parts(write, tmp_path, expected):
+    place = tmp_path / "files"
+    place.mkdir()
+    for save in saves():
+        write(place, save)
+    newest = max(place.iterdir(), key=lambda path: int("".join(filter(str.isdigit, path.name))))
+    out = tmp_path / newest.name
+    Run(place).write(0.1, out, like=newest)
+    if newest.is_dir():
+        made = load_file(out / "model.safetensors")
+        made |= load_file(out / "2_Dense" / "model.safetensors")
+    else:
+        content = torch.load(out)
+        made = content["model"] | content["head"]
+    check_equal(made, expected)
+
+
+def test_layers_of_one_name_and_shape_are_parts_and_not_times(tmp_path):
+    for save in saves():
+        folder = tmp_path / f"step_{save.step}"
+        folder.mkdir()
+        for number, layer in enumerate((weights(save), others(save))):
+            save_file(layer, folder / f"layer_{number}.safetensors")
+    assert times(tmp_path) == STEPS
+    newest = read(tmp_path).checkpoints[-1]
+    assert len(newest.stored) == 2 * len(LAST.weights)
+
+
+EXTRAS = {
+    "replay_buffer": {"states": torch.rand(9, 3)},
+    "hyper_parameters": {"class_weights": torch.rand(3, 3)},
+    "best_model": LAST.weights,
+    "reference": FIRST.weights,
+}
+
+
+@pytest.mark.parametrize("key", EXTRAS)
+def test_what_is_no_part_of_the_model_is_not_averaged(key, tmp_path, expected):
+    write_each(
+        tmp_path / "files",
+        "s{save.step}.pt",
+        lambda save: {"model": save.weights, key: EXTRAS[key]},
+    )
+    check_equal(average(tmp_path / "files"), expected)
+
+
+def test_a_target_network_of_a_part_is_a_question(tmp_path):
+    """Of reinforcement learning: the actor is trained, too, and has no target."""
+
+    def content(save):
+        return {"actor": others(save), "critic": save.weights, "critic_target": save.average}
+
+    write_each(tmp_path, "step_{save.step}.pt", content)
+    assert asked(tmp_path).endswith(" --from checkpoints --out run")
+    found = read(tmp_path, kind="checkpoints")
+    names = {name.partition(".")[0] for name in found.checkpoints[-1].stored}
+    assert names == {"actor", "critic"}
+    part = read(tmp_path, average="critic_target", weights="critic", ema_decay=0.95)
+    assert part.counts == {"weights": 10, "EMA of decay 0.95": 10}
+
+
+# --- several runs
+
+
+def test_two_seeds_in_one_folder_are_a_question(tmp_path):
+    for number, content in enumerate((weights, others)):
+        write_each(tmp_path, f"model_seed{number}_step{{save.step}}.pt", content)
+    with refused(tmp_path, "10 x model_seed0_step*.pt, 10 x model_seed1_step*.pt"):
+        read(tmp_path)
+    assert times(tmp_path / "model_seed1_step*.pt") == STEPS
+
+
+def test_two_learning_rates_in_names_are_a_question(tmp_path):
+    for rate, content in (("0.001", weights), ("0.01", others)):
+        write_each(tmp_path, f"lr{rate}_step_{{save.step}}.pt", content)
+    with refused(tmp_path, "10 x lr0.001_step_*.pt, 10 x lr0.01_step_*.pt"):
+        read(tmp_path)
+
+
+def test_two_phases_of_one_run_are_proposed_together(tmp_path):
+    for number, save in enumerate(saves()):
+        store(tmp_path / f"phase{1 + number // 5}" / f"step_{save.step}.pt", save.weights)
+    assert asked(tmp_path).endswith(f"ema import '{tmp_path}/phase*/step_*.pt' --out run")
+    assert times(tmp_path / "phase*" / "step_*.pt") == STEPS
+
+
+def test_two_models_with_as_many_files_are_a_question(tmp_path):
+    write_each(tmp_path, "G_{save.step}.pth", weights)
+    for step in STEPS:
+        store(tmp_path / f"D_{step:.0f}.pth", {"d.weight": torch.rand(5, 5)})
+    with refused(tmp_path, "several models", "10 x G_*.pth"):
+        read(tmp_path)
+    assert times(tmp_path / "G_*") == STEPS
+
+
+def test_a_model_with_few_files_is_left_out_and_named(tmp_path, caplog):
+    write_each(tmp_path, "model_{save.step}.pth", weights)
+    store(tmp_path / "classifier.pth", {"c.weight": torch.rand(5, 5)})
+    store(tmp_path / "pretrained" / "base.pt", others(FIRST))
+    assert times(tmp_path) == STEPS
+    assert "classifier.pth (another model)" in caplog.text
+    assert "pretrained" in caplog.text
+
+
+# --- nothing later is left out
+
+
+def test_a_later_file_that_states_its_step_is_taken(tmp_path):
+    for save in saves()[:-1]:
+        store(tmp_path / f"model_{save.step}.pt", {"step": save.step, "model": save.weights})
+    store(tmp_path / "final.pt", {"step": LAST.step, "model": LAST.weights})
+    assert times(tmp_path) == STEPS
+
+
+@pytest.mark.parametrize("late", ["finetune_99999.pt", "model_99999_v2.pt", "epoch_99999.pt"])
+def test_a_later_number_is_never_left_out_in_silence(late, tmp_path):
+    write_each(tmp_path, "model_{save.step}.pt", weights)
+    store(tmp_path / late, others(LAST))
+    assert f"1 x {late}" in asked(tmp_path)
+
+
+def test_equal_values_are_copies_whatever_their_name(tmp_path, caplog):
+    write_each(tmp_path, "model_{save.step}.pt", weights)
+    for copy in ("best.pt", "last.pt", "model_best_0.93.pt", "backup/model_old.pt"):
+        (tmp_path / copy).parent.mkdir(exist_ok=True)
+        shutil.copy(tmp_path / f"model_{LAST.step}.pt", tmp_path / copy)
+    assert times(tmp_path) == STEPS
+    assert caplog.text.count(f"(a copy of model_{LAST.step}.pt)") == 4
+
+
+# --- what cannot be read
+
+
+def test_a_damaged_file_of_the_run_is_an_error(tmp_path):
+    file = write_each(tmp_path, "model_{save.step}.pt", weights)
+    file.write_bytes(file.read_bytes()[:1000])
+    with refused(file, kind=FileFormatError):
+        read(tmp_path)
+
+
+def test_other_files_that_cannot_be_read_are_left_out_and_named(tmp_path, caplog):
+    write_each(tmp_path, "model_{save.step}.pt", weights)
+    (tmp_path / "brain.ckpt").write_text("a text")
+    (tmp_path / "z.pt").write_bytes(b"PK\x03\x04 broken")
+    assert times(tmp_path) == STEPS
+    assert "brain.ckpt (" in caplog.text
+    assert "z.pt (" in caplog.text
+
+
+def test_a_text_with_the_ending_of_a_checkpoint_is_no_part_of_one(tmp_path):
+    """As SpeechBrain's `brain.ckpt`; the epoch is in a YAML file beside it."""
+    for save in saves():
+        folder = tmp_path / f"CKPT+{save.epoch:02}-00"
+        folder.mkdir()
+        torch.save(save.weights, folder / "model.ckpt")
+        (folder / "brain.ckpt").write_text("avg_train_loss: 2.5")
+        (folder / "counter.ckpt").write_text(str(save.epoch))
+        (folder / "CKPT.yaml").write_text(f"# yamllint\nepoch: {save.epoch}\nunixtime: 1700.5\n")
+    assert times(tmp_path) == [save.epoch for save in saves()]
+
+
+def test_partitions_are_refused_also_through_a_glob(tmp_path):
+    for save in saves():
+        for number in range(2):
+            store(tmp_path / f"step{save.step}" / f"consolidated.0{number}.pth", save.weights)
+    for place in (tmp_path, tmp_path / "*" / "consolidated.01.pth"):
+        with pytest.raises(FileFormatError, match="partitions"):
+            read(place)
+
+
+# --- one road
+
+
+@pytest.mark.parametrize("name", ["model_{}.pt", "checkpoint_{}", "a/b/step_{}.pt", "m.pt.ep{}"])
+def test_every_command_opens_what_an_import_opens(name, tmp_path, ema):
+    place = tmp_path / "files"
+    for save in saves():
+        store(place / name.format(save.step), save.weights)
+    out = tmp_path / "made.safetensors"
+    assert ema("import", place, "--out", tmp_path / "run").code == 0
+    for opened in (place, tmp_path / "run"):
+        made = ema("synthesize", opened, "--sigma-rel", 0.1, "--out", out, "--overwrite")
+        assert "from 10 checkpoints" in made.out
+        assert ema("info", opened, "--json").json["t"] == LAST.step
