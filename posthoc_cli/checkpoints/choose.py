@@ -39,7 +39,6 @@ from posthoc_cli.checkpoints.content import Content
 from posthoc_cli.checkpoints.folders import NUMBER, make_glob
 from posthoc_cli.checkpoints.layouts import (
     Found,
-    named_decay,
     recognise,
     role_by_glob,
     says_its_profile,
@@ -62,7 +61,6 @@ _ALIKE = 0.9  # share of the tensors that checkpoints of one model have in commo
 _LEAST = 1 / 3  # share of a model's tensors that its average has: the trained ones
 
 _OTHER_MODEL = "another model"
-_OTHER_DECAY = "another decay"
 
 Shape = tuple[str, tuple[int, ...]]
 
@@ -333,7 +331,7 @@ class Chooser:
         """Choose the series of one run, without copies and single files at the times of others."""
         kept = list[Series]()
         is_clear = True
-        for series in self._select_decay(sorted(self._split(members), key=len, reverse=True)):
+        for series in sorted(self._split(members), key=len, reverse=True):
             others = [each for each in kept if each[0].role == series[0].role]
             left = self._without_copies(series, others)
             rivals = [each for each in others if self._are_rivals(each, series)]
@@ -379,26 +377,6 @@ class Chooser:
             series += _split_by_number(group) if len(_numbers(group)) < len(group) else [group]
         return series
 
-    def _select_decay(self, series: list[Series]) -> list[Series]:
-        """Select the averages of guided-diffusion that have the given decay."""
-        decays = [named_decay(each[0].path) for each in series]
-        known = {decay for decay in decays if decay is not None}
-        if len(known) < 2:
-            return series
-        given = self.settings.ema_decay
-        if given not in known:
-            choices = sorted(known)
-            text = " or ".join(f"{decay:g}" for decay in choices)
-            reason = f"must be given: the files are of several averages, {text}"
-            raise QuestionError("ema_decay", reason, *({"ema_decay": decay} for decay in choices))
-        selected = []
-        for each, decay in zip(series, decays, strict=True):
-            if decay in (None, given):
-                selected.append(each)
-            else:
-                self._leave_out(each, _OTHER_DECAY)
-        return selected
-
     # --- what is left out
 
     def _check_left_out(self, left: Sequence[Member], chosen: Sequence[Series]) -> None:
@@ -411,10 +389,8 @@ class Chooser:
         for member in left:
             if member.candidate in self._copies:
                 continue
-            reason = self.left_out.get(member.candidate)
-            if reason == _OTHER_DECAY:
-                continue
-            is_numbered = member.signs.is_numbered and reason != _OTHER_MODEL
+            is_other = self.left_out.get(member.candidate) == _OTHER_MODEL
+            is_numbered = member.signs.is_numbered and not is_other
             if is_numbered or member.is_later_than(newest):
                 doubtful.append(member)
         if doubtful:
@@ -434,7 +410,6 @@ class Chooser:
         weights = [each for each in several if each[0].role == "weights"]
         if len(weights) == 1:
             averages = [each for each in several if each[0].role == "average"]
-            averages.sort(key=lambda each: named_decay(each[0].path) is None)
             answers += [self._pair(each, weights[0]) for each in averages]
         if len({each[0].glob for each in several}) == 1:
             joined = [member for each in several for member in each]

@@ -9,6 +9,7 @@ same names and shapes, and values near each other, as two layers of a model do n
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -83,6 +84,8 @@ class Place:
         self.notes = list[str]()
         self._reader = Reader()
         self._left = _MOST_ENTRIES
+        self._is_cut = False
+        self._listed = set[str]()  # folders, also by links
 
     def open(self, candidate: Candidate) -> Content:
         """Read the content of a candidate; raise FileFormatError if it cannot be read."""
@@ -106,14 +109,18 @@ class Place:
                 continue
             for candidate in self._candidates_in(match, 0 if files.is_url(path) else _LEVELS):
                 found[candidate.path] = candidate
-        if self._left < 0:
-            note = f"only the first {_MOST_ENTRIES:,} files and folders were looked at; name the "
-            self.notes.append(f"{note}folder of the checkpoints")
+        if self._is_cut:
+            note = f"holds more than {_MOST_ENTRIES:,} files; some folders in it were not looked "
+            self.notes.append(f"{note}at: name the folder of the checkpoints")
         return [*found.values()]
 
     def _candidates_in(self, folder: Path, levels: int) -> list[Candidate]:
         """List the checkpoints in a folder and in the folders in it, or the folder if it is one
         itself."""
+        real = str(folder) if files.is_url(folder) else os.path.realpath(folder)
+        if real in self._listed:
+            return []
+        self._listed.add(real)
         listed, others = self._list(folder)
         members = {entry: each for entry, each in listed.items() if not is_snapshot_name(entry)}
         own = self._find_layout(folder, members)
@@ -175,10 +182,11 @@ class Place:
         members: dict[Path, Layout] = {}
         others = list[Path]()
         for name, entry in by_name.items():
-            if name.startswith(".") or is_state(name) or self._left < 0:
+            if name.startswith(".") or is_state(name):
                 continue
             if entry.is_dir():
-                if _STATE_FOLDER.search(name):
+                self._is_cut |= self._left < 0
+                if _STATE_FOLDER.search(name) or self._left < 0:
                     continue
                 layout = self._layout_below(entry, levels - 1, is_numbered)
                 if layout is not None:
@@ -195,7 +203,8 @@ class Place:
         if not is_numbered and re.search("[0-9]", folder.name):
             levels = _DEEP
             is_numbered = True
-        if levels < 1:
+        is_open = files.is_url(folder) or os.access(folder, os.R_OK | os.X_OK)
+        if levels < 1 or not is_open:
             return None
         members, _ = self._list_below(folder, levels, is_numbered)
         return self._find_layout(folder, members)

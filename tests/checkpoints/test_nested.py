@@ -11,6 +11,7 @@ from checkpoint_layouts import distributed
 from saved import assert_equal, read, store, times, values_of
 
 from posthoc_cli import PostHocError, Run, files
+from posthoc_cli.checkpoints import places
 from posthoc_cli.errors import DirectoryError
 
 STEPS = (100, 200, 400)
@@ -201,3 +202,14 @@ def test_files_far_down_are_not_opened(tmp_path, monkeypatch):
     with refused(tmp_path, kind=DirectoryError):
         Run(tmp_path).info()
     assert not opened
+
+
+def test_a_place_is_looked_at_once_and_only_in_part_if_it_is_large(tmp_path, monkeypatch, caplog):
+    place = write_at(tmp_path / "run", "step{}.pt")
+    (place / "itself").symlink_to(place)
+    assert times(place) == [*STEPS]
+    assert not caplog.text
+    (place / "many" / "more").mkdir(parents=True)
+    monkeypatch.setattr(places, "_MOST_ENTRIES", 4)
+    assert times(place) == [*STEPS]
+    assert "holds more than 4 files" in caplog.text

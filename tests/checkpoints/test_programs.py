@@ -105,9 +105,10 @@ def test_one_of_two_decays_in_names_is_chosen(tmp_path):
         store(tmp_path / f"model{save.step:06}.pt", save.weights)
         store(tmp_path / f"ema_0.95_{save.step:06}.pt", save.average)
         store(tmp_path / f"ema_0.5_{save.step:06}.pt", save.weights)
-    with refused("ema_decay", "0.5 or 0.95", " --ema-decay 0.95 --out run"):
+    globs = {"average": "ema_0.95_*.pt", "weights": "model*.pt"}
+    with refused(tmp_path, f"--average '{globs['average']}' --weights '{globs['weights']}' --out"):
         read(tmp_path)
-    check(tmp_path, LAST.average, LAST.weights, ema_decay=0.95)
+    check(tmp_path, LAST.average, LAST.weights, 0.95, **globs)
 
 
 def openfold(save):
