@@ -53,6 +53,12 @@ def reshard(model: nn.Module) -> None:
         module.reshard()  # type: ignore[operator]
 
 
+def refresh_shards(model: nn.Module) -> None:
+    """Have the modules of a `fully_shard` model take over parameters that were replaced."""
+    if any(map(is_fully_sharded, model.modules())):
+        model._apply(lambda tensor: tensor)  # type: ignore[no-untyped-call]
+
+
 @torch.no_grad()
 def local_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Find the part of each tensor that this process holds: the same objects each time, as

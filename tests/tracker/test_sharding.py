@@ -139,6 +139,55 @@ def check_same_snapshot(found, true):
     assert measured.rounding == pytest.approx(true.measurements.rounding)
 
 
+def test_a_block_restores_chunks_that_it_has_converted_or_replaced(tmp_path):
+    """Of `fully_shard`, whose modules keep the memory, and of DTensors alone."""
+    code = """
+from torch import nn
+
+
+def assign(model):
+    model.load_state_dict({k: v + 1 for k, v in model.state_dict().items()}, assign=True)
+
+
+def empty(model):
+    model.to_empty(device="cpu")
+
+
+for kind in ("fsdp", "tp"):
+    model = spread(Net(), kind)
+    ema = PostHocEMA.from_model(model, folder / kind, **SETTINGS)
+    train(model, 1, 2, ema)
+    objects = {name: id(parameter) for name, parameter in model.named_parameters()}
+    for step, convert in enumerate((nn.Module.half, nn.Module.double, assign, empty), start=3):
+        for undo in (nn.Module.float, nn.Module.eval):
+            move(model, step)
+            raw = held(model)
+            output = model(x)
+            output.backward()
+            gradient = model.second.weight.grad
+            with ema.model(model, 0.2):
+                assert not equal(held(model), raw) and model.second.weight.grad is None
+                model(x).detach()
+                convert(model)
+                undo(model)
+            assert equal(held(model), raw), (kind, convert)
+            assert model.second.weight.grad is gradient
+            assert torch.equal(model(x).detach(), output)
+            reshard(model)
+            assert {name: id(parameter) for name, parameter in model.named_parameters()} == objects
+        ema.update_(model)
+    model(x).backward()
+    ema.close()
+"""
+    check_group(BEGIN + code, 2, tmp_path)
+    with alone(tmp_path / "alone", 6):
+        pass
+    for kind in ("fsdp", "tp"):
+        pairs = zip(Run(tmp_path / kind).snapshots, Run(tmp_path / "alone").snapshots, strict=True)
+        for found, true in pairs:
+            check_same_snapshot(found, true)
+
+
 @pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="the system does not report peak memory"
 )
