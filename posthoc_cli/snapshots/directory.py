@@ -549,6 +549,8 @@ class DirectoryLock(LockFile, AbstractContextManager["DirectoryLock"]):
         try:
             with files.raise_write_errors(directory):
                 self._take(own)
+            # the name is for messages only, and a full disk, which `prune` may free, has no room
+            with suppress(OSError):
                 os.ftruncate(self._descriptor, 0)
                 os.write(self._descriptor, own.encode())
         except BaseException:
