@@ -692,9 +692,10 @@ class PostHocEMA:
         return self._fits(self._members.keepers(), read_info(state).weights)
 
     def _fits(self, group: Group, weights: Sequence[float]) -> bool:
-        recorded = np.array(weights, np.float32)
-        if not recorded.size:
+        if not weights:
             return True
+        with np.errstate(over="ignore"):  # of a damaged state
+            recorded = np.array(weights, np.float32)
         model = self._present_model("fits")
         tracked = self._pipeline.tracking.tracked
         own = group.together(lambda: self._watch.sample(model, tracked))
