@@ -321,6 +321,17 @@ class Pipeline:
 
         self._updates.submit(work)
 
+    def keep_present(self) -> None:
+        """Queue a note that the snapshots of the last update are to be kept."""
+
+        def work() -> None:
+            snapshotter = self.snapshotter
+            t = self.tracking.averages.standing.t
+            if snapshotter is not None:
+                self._writes.submit(lambda: snapshotter.keep(t))
+
+        self._updates.submit(work)
+
     def end(self) -> None:
         """Refuse later calls that change the state, and queue the last snapshots of the training,
         once."""

@@ -422,13 +422,14 @@ class PostHocEMA:
         self._callbacks.append(callback)
 
     @not_compiled
-    def snapshot(self) -> None:
+    def snapshot(self, keep: bool = True) -> None:
         """Write a snapshot of every profile now, unless the newest snapshots hold this call, and
         wait until it is durable.
 
         Call it when you save a checkpoint of the model, so that `resume="auto"` can continue from
-        that checkpoint. Between two updates it takes in the model's weights first. It is thinned
-        like any other snapshot.
+        that checkpoint. Between two updates it takes in the model's weights first. Thinning keeps
+        it until the next such call, also in a continued run; with `keep=False`, as for an
+        evaluation, it is thinned like any other snapshot.
         """
         with self._call("snapshot"):
             self._pipeline.check_open()
@@ -443,6 +444,8 @@ class PostHocEMA:
                 raise NotReadyError("snapshot", "there was no update yet")
             if self._pipeline.snapshotter is not None:
                 self._pipeline.write_missing()
+                if keep:
+                    self._pipeline.keep_present()
             self._flush()
 
     @not_compiled
@@ -874,7 +877,7 @@ class PostHocEMA:
         stored = self._read_stored()
         recorded = recorded_weights(stored).values() if stored else ()
         if not any(are_equal(sample, own) for own in recorded):
-            self.snapshot()
+            self.snapshot(keep=False)
 
     def _is_first_warning(self, cause: str) -> bool:
         is_first = cause not in self._warned_of

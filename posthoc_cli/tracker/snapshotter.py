@@ -33,11 +33,13 @@ from posthoc_cli.snapshots.directory import (
     LockFile,
     find_snapshots,
     inspect_directory,
+    read_kept_time,
     remove_incomplete,
     remove_leftovers,
     set_aside,
     snapshot_path,
     thin,
+    write_kept_time,
 )
 from posthoc_cli.snapshots.snapshot import (
     Snapshot,
@@ -219,6 +221,11 @@ class Snapshotter:
         self.times_written += 1
         self._thin()
 
+    def keep(self, t: float) -> None:
+        """Keep the snapshots of a time from thinning, and no longer those of an earlier call."""
+        if self._leads and self.has(t):
+            write_kept_time(self.directory, t, self._lock)
+
     def _check_directory(self, info: Snapshot) -> None:
         """Raise a WriteError if the directory was deleted, and a LockedError if another one is at
         its path."""
@@ -281,7 +288,13 @@ class Snapshotter:
             if (snapshot.t, snapshot.sigma_rel) not in complete:
                 unfinished.add(snapshot.t)
         finished = [s for s in snapshots if s.t not in unfinished]
-        kept = thin(finished, schedule.max_checkpoints, self._lock, schedule.sigma_range)
+        kept = thin(
+            finished,
+            schedule.max_checkpoints,
+            self._lock,
+            schedule.sigma_range,
+            read_kept_time(self.directory),
+        )
         times = unfinished.union(s.t for s in kept)
         self._stored = [s for s in self._stored if s.t in times]
 
