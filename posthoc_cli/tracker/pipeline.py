@@ -338,7 +338,13 @@ class Pipeline:
         if not self._has_ended:
             self._updates.submit(lambda: setattr(self, "closed", True))
             self.write_missing()
+            self._updates.submit(self._submit_end)
             self._has_ended = True  # last: an interrupted call is made again
+
+    def _submit_end(self) -> None:
+        """Queue the last thinning, which waits for the parts of other processes."""
+        if self.snapshotter is not None and self.tracking.tracked.members.is_chunked:
+            self._writes.submit(self.snapshotter.end)
 
     def flush(self) -> None:
         """Wait until all work is done and durable."""

@@ -78,6 +78,9 @@ from posthoc_cli.tracker.state import Tracking
 log = Log(__name__)
 
 PATIENCE = 60.0  # seconds that a network file system may take to show a file
+# Seconds that the first process waits at its end for the last parts of others, which are as large
+# as its own: so long takes a part of 10 GB at 1 GB/s. Others may have died.
+LAST_PARTS = 10.0
 
 
 def headers(
@@ -270,9 +273,15 @@ class Snapshotter:
         own = {(part.t, part.sigma_rel) for part in self._stored}
         return [s for s in find_snapshots(self.directory) if (s.t, s.sigma_rel) in own]
 
-    def _thin(self) -> None:
+    def end(self) -> None:
+        """Thin once more when the training has ended and all parts are there."""
+        until = time.monotonic() + LAST_PARTS
+        while not self._thin() and time.monotonic() < until:
+            time.sleep(0.1)
+
+    def _thin(self) -> bool:
         """Thin the times whose snapshots are complete: another process may die before it has
-        written its part."""
+        written its part. Return whether all are."""
         schedule = self._settings.schedule
         if self._leads:
             # which were too young when the training began
@@ -280,7 +289,7 @@ class Snapshotter:
         if self._members.is_chunked:
             self._stored = [snapshot for snapshot in self._stored if snapshot.path.exists()]
         if not self._leads or schedule.max_checkpoints is None:
-            return
+            return True
         snapshots = self._find_complete()
         complete = {(snapshot.t, snapshot.sigma_rel) for snapshot in snapshots}
         unfinished = set()
@@ -297,6 +306,7 @@ class Snapshotter:
         )
         times = unfinished.union(s.t for s in kept)
         self._stored = [s for s in self._stored if s.t in times]
+        return not unfinished
 
     def has(self, t: float) -> bool:
         """Return whether each profile has a snapshot of a time."""

@@ -245,6 +245,47 @@ print(*found)
         assert resuming < 6.5, out
 
 
+@pytest.mark.parametrize("last", [24, 22, 21])
+def test_a_training_that_ends_before_another_process_has_written_keeps_no_more(tmp_path, last):
+    """At a snapshot, at an update, and between two."""
+    code = """
+import time
+from posthoc_cli import files
+from posthoc_cli.tracker.snapshotter import Snapshotter
+
+own = files.system.fsync
+thin = Snapshotter._thin
+
+
+def held_up(descriptor):
+    while not (folder / "thinned").exists():
+        time.sleep(0.01)
+    own(descriptor)
+
+
+def noted(snapshotter):
+    is_done = thin(snapshotter)
+    if len(snapshotter._find_complete()) < len(snapshotter._stored):
+        (folder / "thinned").touch()
+    return is_done
+
+
+last = int(arguments[0])
+ema = tracker("run", max_checkpoints=4)
+train(model, 1, 20, ema)
+ema.flush()
+dist.barrier()
+if rank == 1:
+    files.system.fsync = held_up
+else:
+    Snapshotter._thin = noted
+train(model, 21, last, ema)
+ema.close()
+"""
+    check_group(BEGIN + code, 2, tmp_path, str(last))
+    assert len(times(tmp_path / "run")) == 4
+
+
 def test_processes_write_and_thin_one_after_the_other(tmp_path):
     """A collective operation in any thread would wait forever. Nothing is thinned before all have
     written the next."""
