@@ -71,13 +71,12 @@ from posthoc_cli.tracker.memory import (
     tile_buckets,
 )
 from posthoc_cli.tracker.model import TrackedModel, nonfinite_name
-from posthoc_cli.tracker.processes import Members
+from posthoc_cli.tracker.processes import PATIENCE, Members
 from posthoc_cli.tracker.resume import ways_to_resume
 from posthoc_cli.tracker.state import Tracking
 
 log = Log(__name__)
 
-PATIENCE = 60.0  # seconds that a network file system may take to show a file
 # Seconds that the first process waits at its end for the last parts of others, which are as large
 # as its own: so long takes a part of 10 GB at 1 GB/s. Others may have died.
 LAST_PARTS = 10.0

@@ -793,9 +793,45 @@ ema.close()
         assert out.startswith("NotReadyError no average yet: ")
 
 
+@pytest.mark.parametrize("call", ["train(model, 1, 4, ema)", "ema.models(model, [0.2])"])
+def test_a_replica_that_makes_its_tracker_late_is_waited_for(tmp_path, call):
+    """No wrapper keeps these three in step. A due snapshot and a call for averages need all."""
+    code = """
+import time
+from posthoc_cli.tracker.processes import Notes
+has_note = Notes._has_note
+
+
+def noted(notes, other):
+    is_there = has_note(notes, other)
+    if not is_there:
+        (folder / f"{rank} waits").touch()
+    return is_there
+
+
+Notes._has_note = noted
+model = Net()
+waiting = [folder / f"{other} waits" for other in range(int(arguments[1]), rank)]
+while not all(path.exists() for path in waiting):
+    time.sleep(0.01)
+ema = PostHocEMA.from_model(model, folder / "run", **SETTINGS)
+exec(arguments[0])
+train(model, ema.step + 1, 8, ema)
+with ema.model(model, 0.2):
+    close(model, folder / "truth-8.pt")
+ema.close()
+"""
+    averages(tmp_path, 8)
+    first_to_wait = int("train" in call)  # the writer waits for nobody
+    check_group(code, 3, tmp_path, call, str(first_to_wait))
+
+
 def test_a_process_that_fails_in_a_call_or_has_no_tracker_is_named(tmp_path):
     averages(tmp_path, 8)
     code = """
+from posthoc_cli.tracker import processes
+
+processes.PATIENCE = 0.5
 model = spread(Net(), "ddp")
 ema = PostHocEMA.from_model(model, folder / "run", **SETTINGS)
 go(ema, 1, 8)
