@@ -56,6 +56,7 @@ from posthoc_cli.snapshots.tensorfile import (
     cover_problem,
     in_turn,
     read_file,
+    read_small_file,
 )
 
 log = Log(__name__)
@@ -745,8 +746,8 @@ def write_kept_time(directory: Path, t: float, lock: LockFile) -> None:
 
 def read_kept_time(directory: Path) -> float | None:
     """Read the time that `write_kept_time` has noted."""
-    with suppress(OSError, ValueError):
-        return float((directory / KEPT_NAME).read_bytes()[:100])
+    with suppress(PostHocError, OSError, ValueError):
+        return float(read_small_file(directory / KEPT_NAME, 100))
     return None
 
 

@@ -292,6 +292,15 @@ class Pipeline:
 
         return self._updates.call(work)
 
+    def predict_error(self, profile: int) -> float:
+        """Predict the relative L2 error of what `read` returns, before its conversion."""
+
+        def work() -> float:
+            with self._streams.in_own_streams():
+                return self.tracking.averages.predicted_error(profile)
+
+        return self._updates.call(work)
+
     def read_exactly(self) -> Tracking:
         """Copy the state, with the averages exact, to the host."""
 

@@ -91,10 +91,6 @@ Dtype = torch.dtype | str | None
 
 log = logging.getLogger(__name__)
 
-ROUNDED = 2.0**-25
-"""The predicted error of an average from memory: float32's rounding, of which folds leave about
-one."""
-
 _MAKE = (
     "is made by PostHocEMA.from_model(model, checkpoint_dir, sigma_rels=...) for a new run, or by "
     "PostHocEMA.from_path(checkpoint_dir) for the run in a directory"
@@ -1021,7 +1017,8 @@ class PostHocEMA:
         for alias, name in tracked.aliases.items():
             weights[alias] = weights[name]
         weights.t = self.t
-        weights.predicted_error = ROUNDED
+        converted = averaged.conversion_error(own, tracked.boxes)
+        weights.predicted_error = math.hypot(self._pipeline.predict_error(profile), converted)
         return weights
 
     def _chunks(
