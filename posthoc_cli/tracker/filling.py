@@ -212,14 +212,20 @@ class _RawModule:
         module.training = self._training
         hidden = []
         for registry, before in self._registered:
+            others = registry.keys() - before.keys()
             for key, value in before.items():
                 if key in registry and registry[key] is value:
                     continue
                 self.was_replaced = True
+                # as by a weight norm, which computes it
+                is_derived = isinstance(value, Tensor) and key not in registry and others
                 registry[key] = value
                 setattr(module, key, value)  # some modules keep it elsewhere, too, as an LSTM does
-                if getattr(module, key) is not value:
+                if is_derived or getattr(module, key) is not value:
                     hidden.append(f"{key} of {type(module).__name__}")
+            if [*registry][: len(before)] != [*before]:
+                for key in before:
+                    registry[key] = registry.pop(key)
         return hidden
 
 

@@ -1,6 +1,7 @@
 """Blocks with averaged weights: what they restore, and that a model has one at a time."""
 
 import threading
+import warnings
 from copy import deepcopy
 from itertools import chain
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from checking import assert_same_tensors, refused
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 from tracker.runs import assert_near, track
 
 from posthoc_cli.errors import ModelMismatchError, NotReadyError
@@ -221,6 +222,11 @@ def parametrize_and_undo(model):
     parametrize.remove_parametrizations(model.first, "weight")
 
 
+def normalize_weight_and_undo(model):
+    normalize_weight(model)
+    remove_weight_norm(model)
+
+
 def convert_by_swapping(model):
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
@@ -263,6 +269,7 @@ CONVERSIONS = [
     replace_modules,
     remove_tensors,
     parametrize_and_undo,
+    normalize_weight_and_undo,
     convert_by_swapping,
     convert_to_other_objects,
     convert_in_inference,
@@ -313,6 +320,7 @@ def test_a_block_restores_what_it_has_converted_moved_or_replaced(tmp_path, conv
         convert(model)
         undo(model)
     assert memory(model) == before
+    assert [*model.state_dict()] == [*raw]
     assert_same_tensors(model.state_dict(), raw)
     assert all(module.training for module in model.modules())
     model.eval()
@@ -336,21 +344,56 @@ def test_a_model_whose_tensors_were_replaced_still_holds_averaged_weights(tmp_pa
             pass
 
 
-def hide_by_parametrization(model):
+def parametrize_weight(model):
     parametrize.register_parametrization(model.first, "weight", Scaled())
 
 
-def hide_by_spectral_norm(model):
+def normalize_spectrum(model):
     nn.utils.parametrizations.spectral_norm(model.first)
 
 
+def normalize_weight(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of an old function
+        nn.utils.weight_norm(model.first)
+
+
+def prune_weight(model):
+    prune.random_unstructured(model.first, "weight", 0.5)
+
+
+def remove_parametrization(model):
+    parametrize.remove_parametrizations(model.first, "weight", leave_parametrized=False)
+
+
+def remove_weight_norm(model):
+    nn.utils.remove_weight_norm(model.first)
+
+
+def remove_pruning(model):
+    prune.remove(model.first, "weight")
+
+
 @pytest.mark.parametrize("error", [None, ZeroDivisionError])
-@pytest.mark.parametrize("hide", [hide_by_parametrization, hide_by_spectral_norm])
-def test_weights_that_a_model_cannot_have_again_are_at_hand_in_the_error(tmp_path, hide, error):
+@pytest.mark.parametrize(
+    ("hide", "undo"),
+    [
+        (parametrize_weight, remove_parametrization),
+        (normalize_spectrum, remove_parametrization),
+        (normalize_weight, remove_weight_norm),
+        (prune_weight, remove_pruning),
+    ],
+)
+def test_weights_that_a_model_cannot_have_again_are_at_hand_in_the_error(
+    tmp_path, hide, undo, error
+):
+    """Since it computes them of others now. The rest is as before."""
     model, ema = tracked(tmp_path, Net())
     raw = deepcopy(model.state_dict())
     with (
-        pytest.raises(ModelMismatchError, match="weight of Parametrized") as raised,
+        pytest.raises(
+            ModelMismatchError, match=r"block: weight of (Parametrized)?Linear"
+        ) as raised,
         ema.model(model, 0.28),
     ):
         hide(model)
@@ -360,7 +403,8 @@ def test_weights_that_a_model_cannot_have_again_are_at_hand_in_the_error(tmp_pat
     assert isinstance(raised.value.__context__, error or type(None))
     assert_same_tensors(raised.value.weights, raw)
     assert model.norm.weight.dtype == torch.float32
-    parametrize.remove_parametrizations(model.first, "weight", leave_parametrized=False)
+    undo(model)
     model.load_state_dict(raised.value.weights)
+    model.first.weight = model.tied.weight
     assert_same_tensors(model.state_dict(), raw)
     ema.update_(model)
