@@ -19,7 +19,7 @@ import operator
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from numbers import Real
@@ -94,7 +94,10 @@ class MismatchError(PostHocError, ValueError):
 
 
 class ModelMismatchError(PostHocError):
-    """A model whose tensors are not the tracked ones."""
+    """A model whose tensors are not the tracked ones. `weights` are the model's own, by name, if a
+    block could not put them back."""
+
+    weights: Mapping[str, Any] = {}
 
 
 class NonFiniteError(PostHocError):

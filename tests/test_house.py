@@ -136,7 +136,7 @@ LIMITS = {
     "sweep": 9_500,
     "synthesis": 7_800,
     "targets.py": 3_200,
-    "tracker": 38_500,
+    "tracker": 40_500,
 }
 """Tokens of each room at most: 2 % above what it had, so that a small change passes. A room that
 shrinks lowers its limit; only the owners raise one."""

@@ -114,7 +114,7 @@ def average_blocks(
         return {}
     tracked = ema.settings.sigma_rels
     if not ema.closed and any(target.sigma_rel not in tracked for target in targets):
-        ema.snapshot()
+        ema.snapshot(keep=False)
     return ema.models(model, targets)
 
 

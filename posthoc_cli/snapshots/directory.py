@@ -56,6 +56,7 @@ from posthoc_cli.snapshots.tensorfile import (
     cover_problem,
     in_turn,
     read_file,
+    read_small_file,
 )
 
 log = Log(__name__)
@@ -549,6 +550,8 @@ class DirectoryLock(LockFile, AbstractContextManager["DirectoryLock"]):
         try:
             with files.raise_write_errors(directory):
                 self._take(own)
+            # the name is for messages only, and a full disk, which `prune` may free, has no room
+            with suppress(OSError):
                 os.ftruncate(self._descriptor, 0)
                 os.write(self._descriptor, own.encode())
         except BaseException:
@@ -731,22 +734,39 @@ def _free_path(folder: Path, name: str) -> Path:
 
 # --- thinning while a training writes
 
+KEPT_NAME = ".ema.kept"
+
+
+def write_kept_time(directory: Path, t: float, lock: LockFile) -> None:
+    """Note the time whose snapshots thinning keeps, as the user asked for them. It is no part of a
+    header: the snapshots may be there already."""
+    lock.check()
+    files.write_atomically(directory / KEPT_NAME, repr(t).encode(), overwrite=True)
+
+
+def read_kept_time(directory: Path) -> float | None:
+    """Read the time that `write_kept_time` has noted."""
+    with suppress(PostHocError, OSError, ValueError):
+        return float(read_small_file(directory / KEPT_NAME, 100))
+    return None
+
 
 def thin(
     stored: Sequence[Snapshot],
     max_checkpoints: int | None,
     lock: LockFile,
     sigma_range: tuple[float, float] = USEFUL_RANGE,
+    kept_time: float | None = None,
 ) -> list[Snapshot]:
-    """Keep the snapshots of the `max_checkpoints` times that reconstruction needs most; delete the
-    others.
+    """Keep the snapshots of the `max_checkpoints` times that reconstruction needs most, among them
+    those of `kept_time` and the newest; delete the others.
 
     Returns the remaining snapshots in order of time.
     """
     times = {snapshot.t for snapshot in stored}
     if max_checkpoints is None or len(times) <= max_checkpoints:
         return list(stored)
-    dropped = _least_needed(stored, max_checkpoints, sigma_range)
+    dropped = _least_needed(stored, max_checkpoints, sigma_range, kept_time)
     remaining = list[Snapshot]()
     for snapshot in stored:
         if snapshot.t in dropped:
@@ -761,10 +781,13 @@ def _least_needed(
     snapshots: Sequence[Snapshot],
     keep: int,
     sigma_range: tuple[float, float],
+    kept_time: float | None,
 ) -> set[float]:
-    """Find the times that reconstruction needs least, so that `keep` are left."""
+    """Find the times that reconstruction needs least, so that `keep` are left, or at least the
+    newest and `kept_time`."""
     path = snapshots[-1].path_sketch
     prior = measured_prior(make_averages(snapshots), path and path.sketch)
     profiles = [snapshot.profile for snapshot in snapshots]
-    needed = newest_times(profiles, count_protected_times(keep))
+    needed = {*newest_times(profiles, count_protected_times(keep))}
+    needed.update(profile.t for profile in profiles if profile.t == kept_time)
     return {time.t for time in times_to_drop(profiles, prior, keep, needed, sigma_range)}

@@ -9,6 +9,7 @@ first process. An error in one process is raised in all of them before a model h
 from __future__ import annotations
 
 import logging
+import math
 from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from posthoc_cli import files
+from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import FileFormatError, InvalidValueError, ModelMismatchError, VanishedError
+from posthoc_cli.reconstruction import ROUNDING
 from posthoc_cli.run import Wanted, Weights, make_weights
 from posthoc_cli.snapshots.directory import read_snapshot
 from posthoc_cli.snapshots.snapshot import Snapshot
@@ -63,6 +66,20 @@ def log_predicted_error(plan: Plan) -> Plan:
         "average of %s at t = %.12g: predicted error %s", plan.targets[0].title, plan.t, predicted
     )
     return plan
+
+
+def conversion_error(dtypes: Mapping[str, torch.dtype], boxes: Mapping[str, Box]) -> float:
+    """Predict the relative error of rounding averages of these sizes to narrower dtypes than
+    float32, if all elements are equally large."""
+    total = 0
+    squares = 0.0
+    for name, dtype in dtypes.items():
+        size = boxes[name].size
+        total += size
+        spacing = torch.finfo(dtype).eps
+        if spacing > EPS["F32"]:
+            squares += size * (ROUNDING * spacing) ** 2
+    return math.sqrt(squares / max(1, total))
 
 
 @torch.inference_mode(False)

@@ -40,15 +40,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from posthoc_cli.profiles import gamma_from_sigma_rel
+from posthoc_cli.reconstruction import ROUNDING
 from posthoc_cli.snapshots.sources import PathSketch
 from posthoc_cli.tracker.background import SINGLE_THREAD, ThreadPool
 from posthoc_cli.tracker.clock import Moment
-from posthoc_cli.tracker.folding import may_share_mean, new_value_share, window_ends
-from posthoc_cli.tracker.measuring import Sketcher, close_window
+from posthoc_cli.tracker.folding import (
+    WINDOW,
+    lasting_roundings,
+    may_share_mean,
+    new_value_share,
+    window_ends,
+)
+from posthoc_cli.tracker.measuring import Sketcher, close_window, join_buckets
 from posthoc_cli.tracker.memory import (
     Elements,
     FlatTensors,
@@ -81,6 +89,9 @@ class Standing:
     folds: int = 0
     folded_t: float = 0.0  # the time of the last fold
     shared: bool = False  # whether the first profile's mean serves all profiles since the last fold
+    # of averages that were read from snapshots: their relative error, and their time
+    rounding: float = 0.0
+    rounded_t: float = 0.0
 
     @property
     def t(self) -> float:
@@ -200,6 +211,7 @@ class Averages:
     copies: Mapping[str, Tensor] = field(default_factory=dict)
     # the model's values of a snapshot's sample at the last update
     sample: Sequence[Tensor] | None = None
+    earlier_samples: tuple[Sequence[Tensor], ...] = ()  # at the two updates before
     # gets every value, or each window's mean where one mean serves all profiles
     sketcher: Sketcher | None = None
     # that `sketcher` continues; in a copy for reading, the path at that time
@@ -256,6 +268,8 @@ class Averages:
         if is_on_host(values.layout):
             self._limits = [min(2 * norm, LARGEST) for norm in norms]
         self.copies = copies
+        if self.sample is not None:
+            self.earlier_samples = (*self.earlier_samples[-1:], self.sample)
         self.sample = update.sample
         self.standing = before.after(moment, shares.folds)
         if sketcher is not None:
@@ -319,6 +333,31 @@ class Averages:
             mean = self.tensors.mean_view(profile, name, standing.shared)
             average = torch.lerp(average, mean, self._mass(profile))
         return average.to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+    def predicted_error(self, profile: int) -> float:
+        """Predict the relative L2 error of an average: of its arithmetic, and of the rounded
+        snapshots that it has continued from, as far as these still count."""
+        standing = self.standing
+        gamma = self.gammas[profile]
+        spacings = [torch.finfo(bucket.wide).eps for bucket in self.tensors.layout]
+        spacing = max(spacings, default=0.0)  # some processes have no average
+        own = lasting_roundings(gamma, standing.updates, self._smooth_share())
+        kept = (standing.rounded_t / standing.t) ** (gamma + 1)
+        return math.hypot(ROUNDING * spacing * own, standing.rounding * kept)
+
+    def _smooth_share(self) -> float:
+        """Find the share of the weights that move too steadily for the roundings of a mean to
+        differ: the change of their steps is below its number of values in last digits."""
+        if self.sample is None or len(self.earlier_samples) < 2:
+            return 1.0
+        first, second = map(join_buckets, self.earlier_samples)
+        newest = join_buckets(self.sample)
+        with np.errstate(all="ignore"):  # values that float32 cannot hold
+            scatter = np.abs(newest - 2 * second + first) / np.spacing(np.abs(newest))
+            squares = np.square(newest, dtype=np.float64)
+            smooth = squares[scatter < min(WINDOW, self.standing.updates / 8)].sum()
+            share = float(smooth / squares.sum())
+        return share if math.isfinite(share) else 1.0
 
     @torch.no_grad()
     def path(

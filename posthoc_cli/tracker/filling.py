@@ -6,13 +6,26 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError, NotReadyError
+from posthoc_cli.errors import (
+    InvalidValueError,
+    ModelMismatchError,
+    NonFiniteError,
+    NotReadyError,
+    list_first,
+)
 from posthoc_cli.tracker.model import ON_META, NamedTensor, check_model, named_tensors
-from posthoc_cli.tracker.processes import is_sharded, local_part, reshard
+from posthoc_cli.tracker.processes import (
+    is_sharded,
+    local_part,
+    refresh_shards,
+    reshard,
+)
 
 
 @torch.no_grad()
@@ -92,8 +105,13 @@ def is_swapped(model: nn.Module) -> bool:
     weights."""
     if not _swapped:
         return False
-    ids = frozenset(map(id, chain(model.parameters(), model.buffers())))
+    ids = _part_ids(model)
     return any(ids & held for held in [*_swapped])
+
+
+def _part_ids(model: nn.Module) -> frozenset[int]:
+    """Find the ids of a model's tensors, and of its modules: a block may replace tensors."""
+    return frozenset(map(id, chain(model.parameters(), model.buffers(), model.modules())))
 
 
 @contextmanager
@@ -105,60 +123,155 @@ def swap_in(
     restore its parameters, buffers, gradients and modes.
 
     Meanwhile the model's raw values are kept in host memory, so that an accelerator holds no second
-    copy.
+    copy. Raises a ModelMismatchError with the raw `weights` if the model can no longer hold them.
     """
     targets = check_weights(model, weights)
-    kept = {id(target.tensor): target.tensor for target in targets.values()}
-    kept |= {id(buffer): buffer for buffer in model.buffers()}  # a forward pass may change them
-    held = frozenset(kept)
+    held = _part_ids(model)
     try:
         with _entering:
             if is_swapped(model):
                 reason = "holds averaged weights now"
                 raise NotReadyError("model", reason, "evaluate one average after the other")
             _swapped.append(held)
-        raw = [_RawTensor(tensor) for tensor in kept.values() if not tensor.is_meta]
-        modes = [(module, module.training) for module in model.modules()]
-        gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+        raw = _RawModel(model, targets.values())
         try:
-            for parameter in model.parameters():  # gradients belong to the raw weights
-                parameter.grad = None
+            raw.clear_gradients()
             fill_in(targets, weights)
             model.eval()
             yield
         finally:
-            reshard(model)  # a forward pass may have replaced chunks by complete tensors
-            for tensor in raw:
-                tensor.restore()
-            _finish_copies(kept.values())
-            for module, training in modes:
-                module.training = training
-            for parameter, gradient in gradients:
-                parameter.grad = gradient
+            raw.restore()
     finally:
         with _entering:
             _swapped[:] = [each for each in _swapped if each is not held]
 
 
+class _RawModel:
+    """The tensors and modules of a model before a block that fills some of the tensors."""
+
+    def __init__(self, model: nn.Module, filled: Iterable[NamedTensor]) -> None:
+        self._model = model
+        changing = {id(target.tensor) for target in filled}
+        changing.update(map(id, model.buffers()))  # a forward pass may change them
+        self._modules = [_RawModule(module) for module in model.modules()]
+        known: dict[int, _RawTensor] = {}
+        self._tensors: dict[str, _RawTensor] = {}  # by all names of a tied one
+        for entry in named_tensors(model):
+            key = id(entry.tensor)
+            if is_lazy(entry.tensor):
+                continue
+            if key not in known:
+                known[key] = _RawTensor(entry, key in changing)
+            self._tensors[entry.name] = known[key]
+        self._gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+
+    def clear_gradients(self) -> None:
+        """Remove the gradients for the block: they belong to the raw weights."""
+        for parameter, _ in self._gradients:
+            parameter.grad = None
+
+    def restore(self) -> None:
+        """Put the same objects, in the same memory, and their values back, whatever the block has
+        converted, moved or replaced."""
+        reshard(self._model)  # a forward pass may have replaced chunks by complete tensors
+        lost = list[str]()
+        for module in self._modules:
+            lost += module.restore()
+        raw = dict.fromkeys(self._tensors.values())
+        for tensor in raw:
+            try:
+                tensor.restore()
+            except RuntimeError as error:
+                lost.append(f"{tensor.name}: {error}")
+        parts: list[_RawModule | _RawTensor] = [*self._modules, *raw]
+        if any(part.was_replaced for part in parts):
+            refresh_shards(self._model)
+        _finish_copies(tensor.tensor for tensor in raw)
+        if lost:
+            reason = f"cannot have its own weights again after the block: {list_first(lost)}"
+            failure = ModelMismatchError("model", reason, "this error's `weights` are these")
+            failure.weights = {name: tensor.raw for name, tensor in self._tensors.items()}
+            raise failure
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient
+
+
+class _RawModule:
+    """The mode of a module, and what it had registered: parameters, buffers and children."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.was_replaced = False  # whether anything was registered anew
+        self._module = module
+        self._training = module.training
+        registries: Any = (module._parameters, module._buffers, module._modules)
+        self._registered = [(registry, dict(registry)) for registry in registries]
+
+    def restore(self) -> list[str]:
+        """Register again what was replaced or removed; return what something else hides now."""
+        module = self._module
+        module.training = self._training
+        hidden = []
+        for registry, before in self._registered:
+            others = registry.keys() - before.keys()
+            for key, value in before.items():
+                if key in registry and registry[key] is value:
+                    continue
+                self.was_replaced = True
+                # as by a weight norm, which computes it
+                is_derived = isinstance(value, Tensor) and key not in registry and others
+                registry[key] = value
+                setattr(module, key, value)  # some modules keep it elsewhere, too, as an LSTM does
+                if is_derived or getattr(module, key) is not value:
+                    hidden.append(f"{key} of {type(module).__name__}")
+            if [*registry][: len(before)] != [*before]:
+                for key in before:
+                    registry[key] = registry.pop(key)
+        return hidden
+
+
 class _RawTensor:
-    """A tensor's part in this process, and its values, on the host."""
+    """A tensor's memory in this process, and if its values may change these, on the host."""
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
-        self._part = local_part(tensor).data
+    def __init__(self, entry: NamedTensor, is_changing: bool) -> None:
+        self.name = entry.name
+        self.tensor = entry.tensor
+        self.was_replaced = False  # whether the content of a sharded one was exchanged
+        self._requires_grad = entry.tensor.requires_grad
+        self._before = entry.tensor.detach()
+        self._part = local_part(entry.tensor).data
         self._values: Tensor | None = None
-        if _is_writable(self._part):
+        if is_changing and not self._part.is_meta and _is_writable(self._part):
             self._values = self._part.to("cpu", non_blocking=self._part.is_cuda, copy=True)
+            self._bytes = self._part.untyped_storage().nbytes()
+
+    @property
+    def raw(self) -> Tensor:
+        return self._part if self._values is None else self._values
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def restore(self) -> None:
-        if self._values is None:
-            self._tensor.data = self._part
-        else:
+        tensor = self.tensor
+        if not is_sharded(tensor):
+            tensor.data = self._part
+        elif not _is_same(local_part(tensor), self._part):
+            before = nn.Parameter(self._before, requires_grad=self._requires_grad)
+            torch.utils.swap_tensors(tensor, before)  # type: ignore[no-untyped-call]
+            self.was_replaced = True
+        if self._values is not None:
+            storage = self._part.untyped_storage()
+            if storage.nbytes() < self._bytes:  # the block has freed it
+                storage.resize_(self._bytes)
             self._part.copy_(self._values, non_blocking=self._part.is_cuda)
+        if self._requires_grad != tensor.requires_grad:
+            tensor.requires_grad_(self._requires_grad)
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors are views of the same elements."""
+    return one.dtype == other.dtype and one.device == other.device and one.is_set_to(other)
 
 
 @torch.inference_mode(False)

@@ -85,3 +85,32 @@ def new_value_share(gamma: float, t_prev: float, t: float) -> float:
         return 1.0
     log_beta = (gamma + 1) * math.log1p(-passed)
     return -math.expm1(log_beta)
+
+
+def lasting_roundings(
+    gamma: float,
+    updates: int,
+    smooth: float,
+) -> float:
+    """Estimate how far an average is from the exact one after `updates` at even times: the root
+    mean square, in units of one rounding to nearest.
+
+    Windows of k = L updates values have the relative length L = min(1 / 8, WINDOW / updates), and
+    a fold leaves 1 - m = (1 - L)^(gamma + 1) of earlier errors: 1 / (1 - (1 - m)^2) of the squares
+    last. Each adds a rounding of the average (dithers cancel out), and m times the error of the
+    mean. Where weights scatter, each of a mean's k values is rounded independently: k / 3 squares.
+    Where they move steadily, as a share `smooth` of them does, all roundings are alike, and the
+    mean is behind by k times its mean weight up to each value, c, at most 1 / 2.
+
+    Measured (3,000 weights that scatter, walk or move steadily, 20 to 100,000 updates, sigma_rel
+    0.01 to 0.28): 0.2 to 1.2 of this, for weights that hardly move less.
+    """
+    length = min(LONGEST_OWN, WINDOW / max(1, updates))
+    values = max(0.0, length * updates - 1)  # the first one is copied
+    left = (1 - length) ** (gamma + 1)
+    mass = 1 - left
+    lasting = 1 / (1 - left**2)
+    scattered = lasting * (1 + mass**2 * values / 3)
+    before = (1 - left * (1 - length)) / ((gamma + 2) * length) - left
+    steady = values * before / mass
+    return math.sqrt(1 + scattered + smooth * steady**2)

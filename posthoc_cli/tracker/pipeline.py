@@ -292,6 +292,15 @@ class Pipeline:
 
         return self._updates.call(work)
 
+    def predict_error(self, profile: int) -> float:
+        """Predict the relative L2 error of what `read` returns, before its conversion."""
+
+        def work() -> float:
+            with self._streams.in_own_streams():
+                return self.tracking.averages.predicted_error(profile)
+
+        return self._updates.call(work)
+
     def read_exactly(self) -> Tracking:
         """Copy the state, with the averages exact, to the host."""
 
@@ -321,13 +330,30 @@ class Pipeline:
 
         self._updates.submit(work)
 
+    def keep_present(self) -> None:
+        """Queue a note that the snapshots of the last update are to be kept."""
+
+        def work() -> None:
+            snapshotter = self.snapshotter
+            t = self.tracking.averages.standing.t
+            if snapshotter is not None:
+                self._writes.submit(lambda: snapshotter.keep(t))
+
+        self._updates.submit(work)
+
     def end(self) -> None:
         """Refuse later calls that change the state, and queue the last snapshots of the training,
         once."""
         if not self._has_ended:
             self._updates.submit(lambda: setattr(self, "closed", True))
             self.write_missing()
+            self._updates.submit(self._submit_end)
             self._has_ended = True  # last: an interrupted call is made again
+
+    def _submit_end(self) -> None:
+        """Queue the last thinning, which waits for the parts of other processes."""
+        if self.snapshotter is not None and self.tracking.tracked.members.is_chunked:
+            self._writes.submit(self.snapshotter.end)
 
     def flush(self) -> None:
         """Wait until all work is done and durable."""

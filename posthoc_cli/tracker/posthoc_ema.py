@@ -91,10 +91,6 @@ Dtype = torch.dtype | str | None
 
 log = logging.getLogger(__name__)
 
-ROUNDED = 2.0**-25
-"""The predicted error of an average from memory: float32's rounding, of which folds leave about
-one."""
-
 _MAKE = (
     "is made by PostHocEMA.from_model(model, checkpoint_dir, sigma_rels=...) for a new run, or by "
     "PostHocEMA.from_path(checkpoint_dir) for the run in a directory"
@@ -422,13 +418,14 @@ class PostHocEMA:
         self._callbacks.append(callback)
 
     @not_compiled
-    def snapshot(self) -> None:
+    def snapshot(self, keep: bool = True) -> None:
         """Write a snapshot of every profile now, unless the newest snapshots hold this call, and
         wait until it is durable.
 
         Call it when you save a checkpoint of the model, so that `resume="auto"` can continue from
-        that checkpoint. Between two updates it takes in the model's weights first. It is thinned
-        like any other snapshot.
+        that checkpoint. Between two updates it takes in the model's weights first. Thinning keeps
+        it until the next such call, also in a continued run; with `keep=False`, as for an
+        evaluation, it is thinned like any other snapshot.
         """
         with self._call("snapshot"):
             self._pipeline.check_open()
@@ -443,6 +440,8 @@ class PostHocEMA:
                 raise NotReadyError("snapshot", "there was no update yet")
             if self._pipeline.snapshotter is not None:
                 self._pipeline.write_missing()
+                if keep:
+                    self._pipeline.keep_present()
             self._flush()
 
     @not_compiled
@@ -499,9 +498,11 @@ class PostHocEMA:
         A tracked length, without `t` or `step`, is the current average: exact, and from memory.
         Other averages are made of snapshots, at the time of the newest; the block's object says
         this time, `t`, once it is entered. After the block weights, buffers, train or eval mode and
-        gradients are as before, even after an error. Meanwhile the model's raw weights are kept in
-        host memory. The weights take the model's dtypes. A second block of the same model is
-        refused. The arguments are as for `state_dict`.
+        gradients are as before, in the same objects and memory, even after an error, and where the
+        block has converted, moved or replaced tensors. A model that can no longer hold them, as one
+        with a new parametrization, is a ModelMismatchError, whose `weights` are the raw ones.
+        Meanwhile the model's raw weights are kept in host memory. The weights take the model's
+        dtypes. A second block of the same model is refused. The arguments are as for `state_dict`.
 
         In a group of processes all make the call, between the same two calls of `update_`; an error
         in one is raised in all. Each fills the chunks that it holds.
@@ -690,9 +691,10 @@ class PostHocEMA:
         return self._fits(self._members.keepers(), read_info(state).weights)
 
     def _fits(self, group: Group, weights: Sequence[float]) -> bool:
-        recorded = np.array(weights, np.float32)
-        if not recorded.size:
+        if not weights:
             return True
+        with np.errstate(over="ignore"):  # of a damaged state
+            recorded = np.array(weights, np.float32)
         model = self._present_model("fits")
         tracked = self._pipeline.tracking.tracked
         own = group.together(lambda: self._watch.sample(model, tracked))
@@ -871,7 +873,7 @@ class PostHocEMA:
         stored = self._read_stored()
         recorded = recorded_weights(stored).values() if stored else ()
         if not any(are_equal(sample, own) for own in recorded):
-            self.snapshot()
+            self.snapshot(keep=False)
 
     def _is_first_warning(self, cause: str) -> bool:
         is_first = cause not in self._warned_of
@@ -1015,7 +1017,8 @@ class PostHocEMA:
         for alias, name in tracked.aliases.items():
             weights[alias] = weights[name]
         weights.t = self.t
-        weights.predicted_error = ROUNDED
+        converted = averaged.conversion_error(own, tracked.boxes)
+        weights.predicted_error = math.hypot(self._pipeline.predict_error(profile), converted)
         return weights
 
     def _chunks(

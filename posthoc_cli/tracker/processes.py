@@ -36,6 +36,12 @@ from posthoc_cli.tracker.memory import HOST
 Result = TypeVar("Result")
 
 
+# Seconds that a process waits for what another one is about to do: to make its tracker, which may
+# take as long as the start of Python and of a data set, or a file that a network file system shows
+# late.
+PATIENCE = 60.0
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Return whether a tensor is a DTensor."""
     return hasattr(tensor, "to_local") and hasattr(tensor, "placements")
@@ -51,6 +57,12 @@ def reshard(model: nn.Module) -> None:
     pass leaves some complete."""
     for module in filter(is_fully_sharded, model.modules()):
         module.reshard()  # type: ignore[operator]
+
+
+def refresh_shards(model: nn.Module) -> None:
+    """Have the modules of a `fully_shard` model take over parameters that were replaced."""
+    if any(map(is_fully_sharded, model.modules())):
+        model._apply(lambda tensor: tensor)  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()
@@ -311,8 +323,8 @@ def _store(name: str) -> PrefixStore:
 
 
 class Notes:
-    """What each process has noted of its tracker of a directory, in torch's store, which is read
-    without waiting: a collective would wait for a process that has no tracker."""
+    """What each process has noted of its tracker of a directory, in torch's store: a collective
+    would wait much longer for a process that has no tracker."""
 
     def __init__(
         self, group: Group, directory: Path, shapes: Mapping[str, tuple[int, ...]]
@@ -325,11 +337,14 @@ class Notes:
 
     def check(self, also_missing: bool) -> None:
         """Raise a RankError for a process whose model has other tensors, or, with `also_missing`,
-        that has no tracker."""
+        that has no tracker after some patience: replicas need not be in step."""
         if not dist.is_initialized():
             return
+        until = time.monotonic() + PATIENCE
         for rank in self._ranks:
-            if self._store.check([str(rank)]):
+            while also_missing and not self._has_note(rank) and time.monotonic() < until:
+                time.sleep(0.05)
+            if self._has_note(rank):
                 if self._store.get(str(rank)).decode() != self._tensors:
                     reason = "tracks a model of other tensors, as of a stage of a pipeline"
                     hint = (
@@ -340,6 +355,9 @@ class Notes:
                 reason = f"has no tracker of {self._directory}"
                 hint = "make one in every process, or pass the `group` of the processes that do"
                 raise RankError(f"rank {rank}", reason, hint)
+
+    def _has_note(self, rank: int) -> bool:
+        return bool(self._store.check([str(rank)]))
 
 
 class ShardOwners(Members):

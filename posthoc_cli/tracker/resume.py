@@ -9,6 +9,7 @@ a time.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import secrets
 from collections import ChainMap, defaultdict
@@ -202,8 +203,9 @@ class Start:
         loaded = _load(chosen, self.settings.sigma_rels, now.tracked)
         if now.tracked.members.rank == 0 and _are_rounded(stored[-1]):
             log.warning(
-                "%s: the averages continue from step %d, rounded as its snapshots are, which "
-                "predicted errors do not contain; a state, ema.state_dict(), is exact",
+                "%s: the averages continue from step %d, rounded as its snapshots are, which the "
+                "predicted errors of later snapshots do not contain; a state, ema.state_dict(), is "
+                "exact",
                 self.directory,
                 loaded.averages.standing.step,
             )
@@ -401,6 +403,12 @@ def _are_rounded(snapshot: Snapshot) -> bool:
     return any(ITEM_BYTES[dtype] < 4 for dtype in dtypes)
 
 
+def _relative_rounding(snapshot: Snapshot) -> float:
+    """Compute the relative error of a snapshot's stored averages; 0 if it is not known."""
+    measured = snapshot.measurements
+    return math.sqrt(measured.rounding / measured.norm) if measured and measured.norm else 0.0
+
+
 @torch.inference_mode(False)
 @torch.no_grad()
 def _load(
@@ -421,6 +429,8 @@ def _load(
         newest.max_interval,
         newest.updates,
         folded_t=newest.t,
+        rounding=max(map(_relative_rounding, chosen.values())),
+        rounded_t=newest.t,
     )
     averages.known_path = path_of_part(newest.sketch, tracked.members.part)
     return Tracking(newest.run_id, tracked, averages, _progress_at(newest))

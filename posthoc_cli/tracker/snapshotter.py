@@ -33,11 +33,13 @@ from posthoc_cli.snapshots.directory import (
     LockFile,
     find_snapshots,
     inspect_directory,
+    read_kept_time,
     remove_incomplete,
     remove_leftovers,
     set_aside,
     snapshot_path,
     thin,
+    write_kept_time,
 )
 from posthoc_cli.snapshots.snapshot import (
     Snapshot,
@@ -69,13 +71,15 @@ from posthoc_cli.tracker.memory import (
     tile_buckets,
 )
 from posthoc_cli.tracker.model import TrackedModel, nonfinite_name
-from posthoc_cli.tracker.processes import Members
+from posthoc_cli.tracker.processes import PATIENCE, Members
 from posthoc_cli.tracker.resume import ways_to_resume
 from posthoc_cli.tracker.state import Tracking
 
 log = Log(__name__)
 
-PATIENCE = 60.0  # seconds that a network file system may take to show a file
+# Seconds that the first process waits at its end for the last parts of others, which are as large
+# as its own: so long takes a part of 10 GB at 1 GB/s. Others may have died.
+LAST_PARTS = 10.0
 
 
 def headers(
@@ -219,6 +223,11 @@ class Snapshotter:
         self.times_written += 1
         self._thin()
 
+    def keep(self, t: float) -> None:
+        """Keep the snapshots of a time from thinning, and no longer those of an earlier call."""
+        if self._leads and self.has(t):
+            write_kept_time(self.directory, t, self._lock)
+
     def _check_directory(self, info: Snapshot) -> None:
         """Raise a WriteError if the directory was deleted, and a LockedError if another one is at
         its path."""
@@ -263,9 +272,15 @@ class Snapshotter:
         own = {(part.t, part.sigma_rel) for part in self._stored}
         return [s for s in find_snapshots(self.directory) if (s.t, s.sigma_rel) in own]
 
-    def _thin(self) -> None:
+    def end(self) -> None:
+        """Thin once more when the training has ended and all parts are there."""
+        until = time.monotonic() + LAST_PARTS
+        while not self._thin() and time.monotonic() < until:
+            time.sleep(0.1)
+
+    def _thin(self) -> bool:
         """Thin the times whose snapshots are complete: another process may die before it has
-        written its part."""
+        written its part. Return whether all are."""
         schedule = self._settings.schedule
         if self._leads:
             # which were too young when the training began
@@ -273,7 +288,7 @@ class Snapshotter:
         if self._members.is_chunked:
             self._stored = [snapshot for snapshot in self._stored if snapshot.path.exists()]
         if not self._leads or schedule.max_checkpoints is None:
-            return
+            return True
         snapshots = self._find_complete()
         complete = {(snapshot.t, snapshot.sigma_rel) for snapshot in snapshots}
         unfinished = set()
@@ -281,9 +296,16 @@ class Snapshotter:
             if (snapshot.t, snapshot.sigma_rel) not in complete:
                 unfinished.add(snapshot.t)
         finished = [s for s in snapshots if s.t not in unfinished]
-        kept = thin(finished, schedule.max_checkpoints, self._lock, schedule.sigma_range)
+        kept = thin(
+            finished,
+            schedule.max_checkpoints,
+            self._lock,
+            schedule.sigma_range,
+            read_kept_time(self.directory),
+        )
         times = unfinished.union(s.t for s in kept)
         self._stored = [s for s in self._stored if s.t in times]
+        return not unfinished
 
     def has(self, t: float) -> bool:
         """Return whether each profile has a snapshot of a time."""

@@ -163,11 +163,22 @@ def _unpack_averages(
     tensors = averages.tensors
     for kind, profiles in (("high", tensors.high), ("mean", tensors.mean)):
         for sigma_rel, flat in zip(sigma_rels, profiles, strict=True):
-            _fill(flat.views, state[kind][repr(sigma_rel)], tracked)
-    _fill(averages.copies, state["copies"], tracked)
+            _fill(flat.views, _find_tensors(state, kind, repr(sigma_rel)), tracked)
+    _fill(averages.copies, _find_tensors(state, "copies"), tracked)
     averages.standing = info.standing
     averages.known_path = path_of_part(info.sketch, tracked.members.part)
     return averages
+
+
+def _find_tensors(state: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
+    """Find a set of tensors in a state; raise an InvalidValueError if it is not there."""
+    found: Any = state
+    for key in keys:
+        found = found.get(key) if isinstance(found, Mapping) else None
+    if not isinstance(found, Mapping):
+        place = "".join(f"[{key!r}]" for key in keys)
+        raise InvalidValueError("state", f"{place} must hold tensors by name, not {quote(found)}")
+    return found
 
 
 def _fill(
@@ -197,7 +208,7 @@ def read_info(state: Any) -> StateInfo:
         names = list_first(map(quote, state), 3) or "nothing"
         reason = f"is the state of a model or optimizer, not of a tracker: it holds {names}"
         raise InvalidValueError("state", reason, "load what ema.state_dict() has returned")
-    if version != STATE_VERSION:
+    if type(version) is not int or version != STATE_VERSION:
         reason = (
             f"must come from state_dict() of a process that keeps averages, of version "
             f"{STATE_VERSION}, not {quote(version)}"
@@ -207,6 +218,9 @@ def read_info(state: Any) -> StateInfo:
         info: StateInfo = convert(json.loads(state["info"]), StateInfo)
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidValueError("state", str(error)) from error
+    standing = info.standing
+    if not standing.folded_t <= standing.t <= info.last.t or standing.step > info.last.step:
+        raise InvalidValueError("state", "its last fold, update and call are not in this order")
     return info
 
 
@@ -219,6 +233,10 @@ def _own_part(
     """Read the part of a tensor of a state that this process owns, and check it."""
     subject = f"tensor {name!r}"
     stored = tensors[name]
+    if not isinstance(stored, Tensor):
+        raise InvalidValueError(subject, f"is {quote(stored)} in the state")
+    if stored.is_meta or stored.layout != torch.strided:
+        raise InvalidValueError(subject, "has no dense values in the state")
     shape = list(tracked.shapes[name])
     stored_shape = list(stored.shape)
     if stored.dtype != dtype or stored_shape != shape:

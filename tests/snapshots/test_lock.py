@@ -3,6 +3,10 @@
 import errno
 import fcntl
 import os
+import resource
+import shutil
+import subprocess
+from contextlib import contextmanager, suppress
 from unittest import mock
 
 import forked
@@ -11,12 +15,14 @@ from checking import refused
 from factories import contents
 from snapshots.recorded import failing
 
+from posthoc_cli import Run
 from posthoc_cli.errors import LockedError, WriteError
 from posthoc_cli.snapshots.directory import LOCK_NAME, DirectoryLock
 
 HOLDER = """
 import os, sys
 from pathlib import Path
+from posthoc_cli import Run
 from posthoc_cli.errors import LockedError
 from posthoc_cli.snapshots.directory import DirectoryLock
 held = DirectoryLock(Path(sys.argv[1]))
@@ -115,6 +121,52 @@ def test_any_other_reason_is_an_error_and_the_lock_is_not_held(tmp_path, monkeyp
         with refused(tmp_path, "input/output error", kind=WriteError):
             DirectoryLock(tmp_path)
     DirectoryLock(tmp_path).release()
+
+
+# --- a full disk
+
+
+@contextmanager
+def limited_file_size(folder):
+    """Make a folder in which no file can be written to."""
+    folder.mkdir()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@contextmanager
+def small_file_system(folder):
+    """Make a folder that is a file system of its own, with room for the run."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder]
+    if subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip("this user may not mount a file system")
+
+    def fill():
+        with suppress(OSError), (folder / "other").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+
+    try:
+        yield fill
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("disk", [limited_file_size, small_file_system])
+def test_a_full_disk_is_freed_by_pruning(run, tmp_path, ema, disk):
+    with disk(tmp_path / "disk") as fill:
+        folder = tmp_path / "disk" / "run"
+        shutil.copytree(run, folder)
+        before = len(Run(folder).snapshots)
+        fill()
+        result = ema("prune", folder, "--keep", "2", "--yes")
+        after = len(Run(folder).snapshots)
+    assert result.code == 0, result.error
+    assert after < before
 
 
 # --- a file system without permission to write

@@ -117,6 +117,7 @@ PLACES = {
     "out/f/model.safetensors": FOLDER,
     f"out/f/{INDEX}": FOLDER,
     "fresh/.ema.lock": ("",),
+    "fresh/.ema.kept": ("",),
     "fresh/superseded": ("",),
 }
 """The commands that read or write a place; "": a training. Those that write below "out" also run

@@ -26,7 +26,7 @@ from groups import check_group, truth
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
-from tracker.runs import Training, assert_near, contents, superseded, times, update
+from tracker.runs import Training, assert_near, contents, steps, superseded, times, update
 
 from posthoc_cli import PostHocEMA, PostHocError, Run
 from posthoc_cli.errors import (
@@ -296,6 +296,36 @@ def test_a_snapshot_on_request_is_a_place_to_resume_from(tmp_path):
     with resume(again.model, tmp_path, update_every=10) as ema:
         again.run(50, ema, salt=1)
         assert again.error(ema, [10, 20, 25, 30, 40, 50]) < 1e-6
+
+
+@pytest.mark.parametrize("most", [1, 2, 4])
+@pytest.mark.parametrize("step", [15, 20])
+def test_a_snapshot_on_request_is_kept_until_the_next_request(tmp_path, step, most):
+    """On the schedule, when its snapshots are there already, or off it; also in continued runs,
+    which come back to the user's own checkpoint twice, and however few snapshots are kept."""
+    settings = {"max_checkpoints": most}
+    training = Training()
+    with begin(training.model, tmp_path, **settings) as ema:
+        training.run(step, ema)
+        ema.snapshot()
+        training.run(100, ema)
+        ema.snapshot(keep=False)  # as for an evaluation
+        training.run(120, ema)
+    for salt in (1, 2):
+        again = training.at(step)
+        with resume(again.model, tmp_path, **settings) as ema:
+            again.run(90, ema, salt=salt)
+            assert ema.step == 90
+        assert step in steps(tmp_path)
+        assert len(times(tmp_path)) == max(most, 2)
+    with resume(again.model, tmp_path, **settings) as ema:
+        ema.update_(again.model)
+        ema.snapshot()
+        update(ema, again.model, 70)
+    assert 91 in steps(tmp_path)
+    assert len(times(tmp_path)) == max(most, 2)
+    if most < 4:
+        assert step not in steps(tmp_path)
 
 
 def test_a_resume_needs_a_time_with_all_profiles(finished, tmp_path):

@@ -1,6 +1,7 @@
 """Averages during training, BatchNorm's running statistics among them: their values, from memory
 and from snapshots."""
 
+import math
 import shutil
 import threading
 from pathlib import Path
@@ -11,11 +12,13 @@ import torch
 from checking import assert_same_tensors, refused
 from factories import rewrite_snapshot
 from safetensors.torch import load_file
+from torch import nn
 from tracker.runs import Training, track
 from truth import distance
 
 from posthoc_cli import PostHocEMA, Run, Window
 from posthoc_cli.errors import NonFiniteError, NotReadyError
+from posthoc_cli.profiles import gamma_from_sigma_rel
 
 SETTINGS = {"update_every": 2, "checkpoint_every": 10}
 STATISTICS = ("1.running_mean", "1.running_var")
@@ -37,8 +40,112 @@ def test_the_average_is_of_the_last_update_and_not_of_the_last_snapshot_and_need
         # Float32 updates: each rounds by at most 2**-24 relative, and there are 19 of them.
         error = distance(averaged.state_dict(), training.exact(0.28))
         assert error < 19 * 2**-24
-    # Of float32 arithmetic alone.
-    assert 0 < tracker.state_dict(sigma_rel=0.05).predicted_error < 2**-24
+
+
+# --- the printed error of an average from memory
+
+
+def scatter(start, move, share):
+    return start + 0.1 * torch.randn(len(start), dtype=torch.float64)
+
+
+def drift(start, move, share):
+    return start + 0.3 * share * move
+
+
+def creep(start, move, share):
+    """By less than a digit of float32 an update."""
+    return start + 1e-3 * share * move
+
+
+def settle(start, move, share):
+    """Scatter ever less, as when the learning rate falls to 0."""
+    scattered = 1e-3 * (1 - share) * torch.randn(len(start), dtype=torch.float64)
+    return start + math.sin(share * math.pi / 2) * move + scattered
+
+
+class Motion:
+    """A vector that moves as a function says, and its averages in float64."""
+
+    def __init__(self, motion, updates, sigma_rels, every=1, dtype=torch.float32):
+        torch.manual_seed(0)
+        self.model = nn.Module()
+        self.model.w = nn.Parameter(torch.zeros(1000, dtype=dtype))
+        self.exact = {sigma_rel: torch.zeros(1000, dtype=torch.float64) for sigma_rel in sigma_rels}
+        self._start, self._move = torch.randn(2, 1000, dtype=torch.float64)
+        self._motion = motion
+        self._updates = updates
+        self._every = every
+        self.step = 0
+
+    @torch.no_grad()
+    def run(self, last, ema):
+        while self.step < last:
+            self.step += 1
+            share = self.step / self._updates
+            self.model.w.copy_(self._motion(self._start, self._move, share))
+            ema.update_(self.model)
+            if self.step % self._every == 0:
+                self._take()
+
+    def _take(self):
+        weights = self.model.w.detach().double()
+        for sigma_rel, exact in self.exact.items():
+            kept = (1 - self._every / self.step) ** (gamma_from_sigma_rel(sigma_rel) + 1)
+            exact.mul_(kept).add_(weights, alpha=1 - kept)
+
+    def ratios(self, ema, dtype=None):
+        """Return the true errors of averages in units of the printed ones."""
+        ratios = []
+        for sigma_rel, exact in self.exact.items():
+            found = ema.state_dict(sigma_rel, dtype=dtype)
+            error = distance(found, {"w": exact})
+            ratios.append(error / found.predicted_error)
+        return ratios
+
+
+@pytest.mark.parametrize("motion", [scatter, drift, creep, settle])
+@pytest.mark.parametrize("every", [1, 4])
+def test_the_printed_error_of_arithmetic_is_the_true_one(tmp_path, motion, every):
+    """As many weights move evenly as scatter in real trainings; the error of means is
+    systematic then, and some times larger."""
+    lengths = 0.01, 0.05, 0.28
+    path = Motion(motion, 8000 * every, lengths, every)
+    ema = track(path.model, tmp_path, lengths, update_every=every, checkpoint_every=10**6)
+    for updates in (1, 20, 300, 2000, 8000):
+        path.run(updates * every, ema)
+        ratios = path.ratios(ema)
+        assert max(ratios) < 1.5
+        # the first value is exact, and weights that hardly move are predicted as if they did
+        if updates > 1 and motion in (scatter, drift):
+            assert min(ratios) > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("motion", [scatter, drift])
+def test_the_printed_error_of_a_resumed_average_is_the_true_one(tmp_path, dtype, motion):
+    """From snapshots, whose rounding lasts as long as they count, and from a state after that."""
+    lengths = 0.05, 0.28
+    settings = {"checkpoint_every": 100, "checkpoint_dtype": dtype}
+    path = Motion(motion, 1000, lengths)
+    with track(path.model, tmp_path, lengths, **settings) as ema:
+        path.run(200, ema)
+    ema = track(path.model, tmp_path, lengths, resume="auto", **settings)
+    for step in (201, 210, 250):
+        path.run(step, ema)
+        assert all(0.6 < ratio < 1.5 for ratio in path.ratios(ema)), step
+        ema.load_state_dict(ema.state_dict())
+    path.run(1000, ema)
+    assert all(0.05 < ratio < 1.5 for ratio in path.ratios(ema))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_printed_error_is_also_of_the_dtype_of_the_result(tmp_path, dtype):
+    path = Motion(drift, 300, (0.05, 0.28), dtype=dtype)
+    ema = track(path.model, tmp_path, (0.05, 0.28))
+    path.run(300, ema)
+    assert all(0.1 < ratio < 1.5 for ratio in path.ratios(ema))
+    assert all(0.1 < ratio < 1.5 for ratio in path.ratios(ema, "bfloat16"))
 
 
 def test_blocks_of_several_lengths_are_as_exact_as_predicted_and_made_when_they_are_entered(

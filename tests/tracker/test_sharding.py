@@ -139,6 +139,55 @@ def check_same_snapshot(found, true):
     assert measured.rounding == pytest.approx(true.measurements.rounding)
 
 
+def test_a_block_restores_chunks_that_it_has_converted_or_replaced(tmp_path):
+    """Of `fully_shard`, whose modules keep the memory, and of DTensors alone."""
+    code = """
+from torch import nn
+
+
+def assign(model):
+    model.load_state_dict({k: v + 1 for k, v in model.state_dict().items()}, assign=True)
+
+
+def empty(model):
+    model.to_empty(device="cpu")
+
+
+for kind in ("fsdp", "tp"):
+    model = spread(Net(), kind)
+    ema = PostHocEMA.from_model(model, folder / kind, **SETTINGS)
+    train(model, 1, 2, ema)
+    objects = {name: id(parameter) for name, parameter in model.named_parameters()}
+    for step, convert in enumerate((nn.Module.half, nn.Module.double, assign, empty), start=3):
+        for undo in (nn.Module.float, nn.Module.eval):
+            move(model, step)
+            raw = held(model)
+            output = model(x)
+            output.backward()
+            gradient = model.second.weight.grad
+            with ema.model(model, 0.2):
+                assert not equal(held(model), raw) and model.second.weight.grad is None
+                model(x).detach()
+                convert(model)
+                undo(model)
+            assert equal(held(model), raw), (kind, convert)
+            assert model.second.weight.grad is gradient
+            assert torch.equal(model(x).detach(), output)
+            reshard(model)
+            assert {name: id(parameter) for name, parameter in model.named_parameters()} == objects
+        ema.update_(model)
+    model(x).backward()
+    ema.close()
+"""
+    check_group(BEGIN + code, 2, tmp_path)
+    with alone(tmp_path / "alone", 6):
+        pass
+    for kind in ("fsdp", "tp"):
+        pairs = zip(Run(tmp_path / kind).snapshots, Run(tmp_path / "alone").snapshots, strict=True)
+        for found, true in pairs:
+            check_same_snapshot(found, true)
+
+
 @pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="the system does not report peak memory"
 )
@@ -194,6 +243,47 @@ print(*found)
         assert tracking < 9.5, out
         assert evaluation < 4.5, out
         assert resuming < 6.5, out
+
+
+@pytest.mark.parametrize("last", [24, 22, 21])
+def test_a_training_that_ends_before_another_process_has_written_keeps_no_more(tmp_path, last):
+    """At a snapshot, at an update, and between two."""
+    code = """
+import time
+from posthoc_cli import files
+from posthoc_cli.tracker.snapshotter import Snapshotter
+
+own = files.system.fsync
+thin = Snapshotter._thin
+
+
+def held_up(descriptor):
+    while not (folder / "thinned").exists():
+        time.sleep(0.01)
+    own(descriptor)
+
+
+def noted(snapshotter):
+    is_done = thin(snapshotter)
+    if len(snapshotter._find_complete()) < len(snapshotter._stored):
+        (folder / "thinned").touch()
+    return is_done
+
+
+last = int(arguments[0])
+ema = tracker("run", max_checkpoints=4)
+train(model, 1, 20, ema)
+ema.flush()
+dist.barrier()
+if rank == 1:
+    files.system.fsync = held_up
+else:
+    Snapshotter._thin = noted
+train(model, 21, last, ema)
+ema.close()
+"""
+    check_group(BEGIN + code, 2, tmp_path, str(last))
+    assert len(times(tmp_path / "run")) == 4
 
 
 def test_processes_write_and_thin_one_after_the_other(tmp_path):
@@ -703,9 +793,45 @@ ema.close()
         assert out.startswith("NotReadyError no average yet: ")
 
 
+@pytest.mark.parametrize("call", ["train(model, 1, 4, ema)", "ema.models(model, [0.2])"])
+def test_a_replica_that_makes_its_tracker_late_is_waited_for(tmp_path, call):
+    """No wrapper keeps these three in step. A due snapshot and a call for averages need all."""
+    code = """
+import time
+from posthoc_cli.tracker.processes import Notes
+has_note = Notes._has_note
+
+
+def noted(notes, other):
+    is_there = has_note(notes, other)
+    if not is_there:
+        (folder / f"{rank} waits").touch()
+    return is_there
+
+
+Notes._has_note = noted
+model = Net()
+waiting = [folder / f"{other} waits" for other in range(int(arguments[1]), rank)]
+while not all(path.exists() for path in waiting):
+    time.sleep(0.01)
+ema = PostHocEMA.from_model(model, folder / "run", **SETTINGS)
+exec(arguments[0])
+train(model, ema.step + 1, 8, ema)
+with ema.model(model, 0.2):
+    close(model, folder / "truth-8.pt")
+ema.close()
+"""
+    averages(tmp_path, 8)
+    first_to_wait = int("train" in call)  # the writer waits for nobody
+    check_group(code, 3, tmp_path, call, str(first_to_wait))
+
+
 def test_a_process_that_fails_in_a_call_or_has_no_tracker_is_named(tmp_path):
     averages(tmp_path, 8)
     code = """
+from posthoc_cli.tracker import processes
+
+processes.PATIENCE = 0.5
 model = spread(Net(), "ddp")
 ema = PostHocEMA.from_model(model, folder / "run", **SETTINGS)
 go(ema, 1, 8)
