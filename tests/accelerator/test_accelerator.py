@@ -1,0 +1,34 @@
+"""The checks on the simulated accelerator, each file in a process of its own: torch knows the
+device in the whole process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from accelerator import simulator
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+REASON = simulator.missing()
+
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+
+def run_checks(*arguments):
+    """Run pytest with the simulated device."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:randomly", "-p", "no:xdist", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"EMA_DEVICE": "sim", "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-10_000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("path", sorted(HERE.glob("check_*.py")), ids=lambda path: path.stem)
+def test_checks_on_the_simulated_accelerator(path):
+    assert " passed" in run_checks(str(path))
