@@ -5,6 +5,7 @@ import importlib.util
 
 import pytest
 import torch
+from device import IS_SIMULATED, MODULE
 from ema_command import run_ema
 from integrations.programs import forget
 
@@ -25,7 +26,12 @@ def pytest_collection_finish():
 
 
 def pytest_runtest_setup(item):
-    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+    marker = item.get_closest_marker("cuda")
+    if marker is None:
+        return
+    if IS_SIMULATED and not marker.kwargs.get("simulated", True):
+        pytest.skip("needs a CUDA device, not a simulated one")
+    if not MODULE.is_available():
         pytest.skip("needs a CUDA device")
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from bench_synthesis import write_sparse_snapshots
 from checking import assert_same_tensors, load_output, refused
+from device import DEVICE, MODULE
 from factories import (
     RUN_ID,
     flip_bit,
@@ -205,17 +206,17 @@ def test_a_synthesis_restores_torchs_number_of_threads(mixed):
 def test_results_may_lie_in_memory_that_the_callers_stream_still_writes(mixed):
     """Threads do not change sums."""
     plan = plan_of(mixed)
-    expected = bits(plan, device="cuda", workers=1)
-    torch.cuda.empty_cache()
-    with torch.cuda.stream(torch.cuda.Stream()):
+    expected = bits(plan, device=DEVICE, workers=1)
+    MODULE.empty_cache()
+    with MODULE.stream(MODULE.Stream()):
         for _ in range(3):
-            old = [torch.empty(LARGE, device="cuda") for _ in range(2 * len(TARGETS))]
-            torch.cuda._sleep(10**9)
+            old = [torch.empty(LARGE, device=DEVICE) for _ in range(2 * len(TARGETS))]
+            MODULE._sleep(10**9)
             for tensor in old:
                 tensor.fill_(torch.nan)
             del old, tensor
-            tensors = dict(synthesize(plan, "cuda", workers=5))
-            torch.cuda.synchronize()
+            tensors = dict(synthesize(plan, DEVICE, workers=5))
+            MODULE.synchronize()
             for name, values in tensors.items():
                 assert [as_bytes(value) for value in values] == expected[name]
             del tensors, values
@@ -225,7 +226,7 @@ def test_results_may_lie_in_memory_that_the_callers_stream_still_writes(mixed):
 def test_a_programs_setting_of_tf32_does_not_change_sums(mixed):
     try:
         torch.set_float32_matmul_precision("high")
-        assert_sums(plan_of(mixed), torch.float32, device="cuda")
+        assert_sums(plan_of(mixed), torch.float32, device=DEVICE)
     finally:
         torch.set_float32_matmul_precision("highest")
 
@@ -239,9 +240,9 @@ def test_memory_that_a_failed_synthesis_has_freed_is_no_longer_written(mixed, tm
     flip_bit(path, path.read_bytes().index(large) + len(large) - 1)
     for _ in range(10):
         with refused(path, "'large'", kind=FileFormatError):
-            list(synthesize(plan, "cuda"))
-        new = [torch.zeros(LARGE, device="cuda") for _ in range(2 * len(TARGETS))]
-        torch.cuda.synchronize()
+            list(synthesize(plan, DEVICE))
+        new = [torch.zeros(LARGE, device=DEVICE) for _ in range(2 * len(TARGETS))]
+        MODULE.synchronize()
         for tensor in new:
             assert not bool(tensor.any())
 

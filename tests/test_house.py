@@ -20,8 +20,8 @@ from posthoc_cli.cli import app
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "posthoc_cli"
 ROOMS = (
-    "errors", "remote", "files", "resources", "dtypes", "profiles", "decay_rules", "clock",
-    "targets", "reconstruction",
+    "errors", "remote", "files", "resources", "devices", "dtypes", "profiles", "decay_rules",
+    "clock", "targets", "reconstruction",
     "planning", "snapshots", "checkpoints", "synthesis", "export", "plots", "run", "tracker",
     "averages", "integrations", "sweep", "report", "demo", "cli",
 )  # fmt: skip
@@ -119,6 +119,7 @@ LIMITS = {
     "clock.py": 500,
     "decay_rules.py": 2_300,
     "demo.py": 2_700,
+    "devices.py": 400,
     "dtypes.py": 500,
     "errors.py": 1_600,
     "export": 9_900,

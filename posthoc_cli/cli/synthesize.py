@@ -37,7 +37,8 @@ def synthesize(
         help="Fail if a predicted error exceeds this: 0.01, or 1%.",
     ),
     device: str = options.HOW(
-        "auto", help="Where to compute the sums: auto, cpu, cuda, cuda:1, mps."
+        "auto",
+        help="Where to compute the sums: auto, cpu, or what torch has: cuda, cuda:1, xpu, mps.",
     ),
 ) -> None:
     """Make the average of any length from snapshots.

@@ -34,6 +34,7 @@ import torch.distributed as dist
 
 from posthoc_cli import files, resources
 from posthoc_cli.checkpoints.containers import INDEX_ENDING
+from posthoc_cli.devices import count_devices
 from posthoc_cli.dtypes import ITEM_BYTES, parse_dtype
 from posthoc_cli.errors import (
     FileFormatError,
@@ -389,9 +390,9 @@ def _resources(
     if ranks.world == 1:
         return check_device(options.device), options.workers
     device = options.device
-    if str(device) == "cuda":
+    if devices := count_devices(str(device)):
         rank = int(os.environ.get("LOCAL_RANK", 0))
-        device = f"cuda:{rank % max(1, torch.cuda.device_count())}"
+        device = f"{device}:{rank % devices}"
     count = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return check_device(device), max(1, worker_count() // count)
 

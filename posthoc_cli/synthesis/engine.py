@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from posthoc_cli.devices import in_stream, list_devices, streams_of
 from posthoc_cli.dtypes import EPS, ITEM_BYTES, torch_dtype
 from posthoc_cli.errors import InvalidValueError, NonFiniteError
 from posthoc_cli.files import is_url
@@ -436,9 +437,9 @@ class _Threads:
 
     def submit(self, tile: Tile) -> Future[Tile]:
         ready: Any = None
-        if self.device.type == "cuda":
+        if module := streams_of(self.device):
             # after all work so far in the calling thread's stream
-            stream = torch.cuda.current_stream(self.device)
+            stream = module.current_stream(self.device)
             ready = stream.record_event()
         return self._pool.submit(self._compute, tile, ready)
 
@@ -492,12 +493,7 @@ def check_device(device: torch.device | str) -> torch.device:
         reason = f"cannot be used: {str(error).partition(chr(10))[0]}"
         if "device string" in reason:  # torch lists some twenty kinds
             reason = "is not a device"
-    available = ["auto", "cpu"]
-    for index in range(torch.cuda.device_count()):
-        available.append(f"cuda:{index}")
-    if torch.backends.mps.is_available():
-        available.append("mps")
-    hint = f"choose from {', '.join(available)}"
+    hint = f"choose from {', '.join(['auto', *list_devices()])}"
     raise InvalidValueError("device", reason, hint, value=f"{str(device)!r}")
 
 
@@ -505,8 +501,8 @@ def check_device(device: torch.device | str) -> torch.device:
 
 
 class StoredBytes:
-    """A buffer for bytes of a file; pinned for CUDA, where `sent` is the event after its last
-    values were copied."""
+    """A buffer for bytes of a file; pinned for devices with streams, where `sent` is the event
+    after its last values were copied."""
 
     def __init__(self, pinned: bool) -> None:
         self._bytes = torch.zeros(0, dtype=torch.uint8)
@@ -546,15 +542,15 @@ class Calculator:
         self._threads = threads
         self._device = threads.device
         self._size = threads.size
-        self._is_cuda = self._device.type == "cuda"
-        # With CUDA the next bytes are read into one of two buffers while the other is copied.
+        module = streams_of(self._device)
+        self._stream = module.Stream(self._device) if module else None
+        # With a stream the next bytes are read into one of two buffers while the other is copied.
         self._ahead = AHEAD * BLOCK if threads.readers else 0  # in elements
-        buffers = self._ahead // self._size + 1 + self._is_cuda
-        self._stored = [StoredBytes(self._is_cuda) for _ in range(buffers)]
+        self._spare = int(self._stream is not None)
+        buffers = self._ahead // self._size + 1 + self._spare
+        self._stored = [StoredBytes(self._stream is not None) for _ in range(buffers)]
         self._sums: dict[str, Sums] = {}
         self._buffers: dict[str, torch.Tensor] = {}
-        cuda: Any = torch.cuda
-        self._stream = cuda.Stream(self._device) if self._is_cuda else None
 
     def compute(self, tile: Tile, opened: Any) -> None:
         """Compute a tile of all targets and write it to their outputs; raise CancelledError after
@@ -564,7 +560,7 @@ class Calculator:
         """
         with ExitStack() as stack:
             if self._stream is not None:
-                stack.enter_context(torch.cuda.stream(self._stream))
+                stack.enter_context(in_stream(self._stream))
                 self._stream.wait_event(opened)
                 # also after an error, since the caller then frees the results
                 stack.callback(self._stream.synchronize)
@@ -670,7 +666,7 @@ class Calculator:
         """Yield a tile's values of each source, in the stored dtype, on the device; each is valid
         until the next."""
         ahead = self._ahead // max(tile.size, self._size)
-        used = ahead + 1 + self._is_cuda
+        used = ahead + 1 + self._spare
         buffers = cycle(self._stored[:used])
         begun = deque[Reading]()
         for source in sources:
@@ -705,10 +701,9 @@ class Calculator:
         request, buffer, values = reading
         if request:
             request.result()
-        if self._is_cuda:
+        if self._stream is not None:
             values = values.to(self._device, non_blocking=True)
-            stream = torch.cuda.current_stream(self._device)
-            buffer.sent = stream.record_event()
+            buffer.sent = self._stream.record_event()
             return values
         return values.to(self._device)
 

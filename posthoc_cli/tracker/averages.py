@@ -194,7 +194,7 @@ class AverageTensors:
         sources = self.mean + self.high
         for target, source in zip(targets, sources, strict=True):
             for name, view in target.views.items():
-                view.copy_(source.views[name], non_blocking=True)
+                view.copy_(source.views[name])
         return copy
 
 
@@ -391,6 +391,7 @@ class Averages:
             self.tensors = AverageTensors(layout, len(self.gammas))
         elif self.tensors.layout != layout:
             self.tensors = self.tensors.copy_to(layout)
+            self._scratch.clear()  # it is as large as the old layout's tiles
         for bucket in range(len(layout)):
             for thread in range(threads):
                 self.make_scratch(Tile(0, bucket, 0, 0), thread)
@@ -400,8 +401,12 @@ class Averages:
         bucket = self.tensors.layout[tile.bucket]
         key = thread, bucket.device, bucket.wide
         if key not in self._scratch:
+            sizes = [0]
+            for other in self.tensors.layout:
+                if (other.device, other.wide) == (bucket.device, bucket.wide):
+                    sizes.append(min(other.size, other.tile))
             with torch.inference_mode(False):  # otherwise later calls could not write to them
-                pair = torch.empty(2, bucket.tile, dtype=bucket.wide, device=bucket.device)
+                pair = torch.empty(2, max(sizes), dtype=bucket.wide, device=bucket.device)
             self._scratch[key] = pair
         size = tile.end - tile.begin
         return [*self._scratch[key][:, :size]]

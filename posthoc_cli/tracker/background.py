@@ -169,10 +169,8 @@ class Worker:
                 self._start()
 
     def _start(self) -> None:
-        cuda: Any = torch.cuda
-        device = cuda.current_device() if cuda.is_initialized() else None
         thread = threading.Thread(
-            target=_run_thread, args=(self._queue, device), name=f"ema-{self._name}", daemon=True
+            target=_run_thread, args=(self._queue,), name=f"ema-{self._name}", daemon=True
         )
         try:
             thread.start()
@@ -240,11 +238,9 @@ def end_threads() -> None:
         worker.close()
 
 
-def _run_thread(queue: Queue, device: int | None) -> None:
-    """Run queued jobs in a thread of their own, whose current accelerator is the training's."""
+def _run_thread(queue: Queue) -> None:
+    """Run queued jobs in a thread of their own."""
     keep_messages()
-    if device is not None:  # else leaving a stream would make a context on the first one
-        torch.cuda.set_device(device)
     # `torch.set_num_threads(1)` would also change all threads that start later. Asking torch for
     # the number makes torch set OpenMP's for this thread, which it does once.
     torch.get_num_threads()

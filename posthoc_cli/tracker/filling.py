@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from posthoc_cli.devices import streams_of
 from posthoc_cli.errors import (
     InvalidValueError,
     ModelMismatchError,
@@ -92,6 +93,11 @@ def _is_writable(tensor: Tensor) -> bool:
         return False
     dimensions = zip(tensor.stride(), tensor.shape, strict=True)
     return all(stride > 0 or size < 2 for stride, size in dimensions)
+
+
+def _need_not_wait(part: Tensor) -> bool:
+    """Return whether copies of a tensor may be queued: on the CPU and Apple's GPU they are not."""
+    return streams_of(part.device) is not None
 
 
 _swapped: list[frozenset[int]] = []
@@ -243,7 +249,7 @@ class _RawTensor:
         self._part = local_part(entry.tensor).data
         self._values: Tensor | None = None
         if is_changing and not self._part.is_meta and _is_writable(self._part):
-            self._values = self._part.to("cpu", non_blocking=self._part.is_cuda, copy=True)
+            self._values = self._part.to("cpu", non_blocking=_need_not_wait(self._part), copy=True)
             self._bytes = self._part.untyped_storage().nbytes()
 
     @property
@@ -264,7 +270,7 @@ class _RawTensor:
             storage = self._part.untyped_storage()
             if storage.nbytes() < self._bytes:  # the block has freed it
                 storage.resize_(self._bytes)
-            self._part.copy_(self._values, non_blocking=self._part.is_cuda)
+            self._part.copy_(self._values, non_blocking=_need_not_wait(self._part))
         if self._requires_grad != tensor.requires_grad:
             tensor.requires_grad_(self._requires_grad)
 
@@ -284,7 +290,7 @@ def fill_in(
     for name, target in targets.items():
         part = local_part(target.tensor)
         if _is_writable(part):
-            part.data.copy_(weights[name], non_blocking=part.is_cuda)
+            part.data.copy_(weights[name], non_blocking=_need_not_wait(part))
         else:
             part.data = weights[name].to(part.device, part.dtype, copy=True)
     _finish_copies(target.tensor for target in targets.values())
@@ -293,6 +299,6 @@ def fill_in(
 def _finish_copies(tensors: Iterable[Tensor]) -> None:
     """Wait for the copies into tensors, and have autocast copy parameters anew."""
     for device in {tensor.device for tensor in tensors}:
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()
+        if module := streams_of(device):
+            module.current_stream(device).synchronize()
     torch.clear_autocast_cache()

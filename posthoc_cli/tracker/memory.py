@@ -23,6 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from posthoc_cli.devices import copy_to_host, record_end, streams_of
 from posthoc_cli.snapshots.sources import ElementRange
 from posthoc_cli.tracker.background import SINGLE_THREAD, ThreadPool
 
@@ -192,6 +193,11 @@ def on_host(layout: Layout) -> Layout:
 def is_on_host(layout: Layout) -> bool:
     """Return whether all tensors are in the host's memory."""
     return all(bucket.device.type == "cpu" for bucket in layout)
+
+
+def have_streams(layout: Layout) -> bool:
+    """Return whether tensors are on devices with streams: copies to pinned memory are queued."""
+    return any(streams_of(bucket.device) for bucket in layout)
 
 
 def tile_buckets(layout: Layout) -> list[Tile]:
@@ -458,7 +464,7 @@ class HostCopy:
         """
         if model.layout != self._layout:
             host = on_host(model.layout)
-            self._memory = FlatTensors(host, pinned=not is_on_host(model.layout))
+            self._memory = FlatTensors(host, pinned=have_streams(model.layout))
             parts = [[self._memory.tile(tile)] for tile in tile_buckets(host)]
             self._values = Reader(host, parts, self._threads)
             self._layout = model.layout
@@ -467,19 +473,16 @@ class HostCopy:
             # Tiles of an accelerator are larger than the host's.
             values = model.current(tile)
             out = self._memory.tile(tile)
-            if len(values) > 1 and values[0].is_cuda:
-                values = [torch.cat(values)]  # one copy for all
+            if values[0].device.type != "cpu":
+                joined = values[0] if len(values) == 1 else torch.cat(values)
+                copy_to_host(out, joined)
+                return
             parts = torch.split(out, [value.numel() for value in values])
-            torch._foreach_copy_([*parts], values, non_blocking=True)
+            torch._foreach_copy_([*parts], values)
 
         pool.each(copy_tile, model.tiles)
-        self._events = []
-        for device in {bucket.device for bucket in model.layout if bucket.device.type == "cuda"}:
-            # A thread that waits for a blocking event sleeps, and takes no core from the training.
-            cuda: Any = torch.cuda
-            event = cuda.Event(blocking=True)
-            cuda.current_stream(device).record_event(event)
-            self._events.append(event)
+        devices = {bucket.device for bucket in model.layout}
+        self._events = [record_end(device) for device in devices if streams_of(device)]
 
     def wait(self) -> Reader:
         """Wait until all values have arrived, and return a reader of them."""

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from posthoc_cli.devices import in_stream, streams_of
 from posthoc_cli.errors import (
     DirectoryError,
     InvalidValueError,
@@ -128,7 +129,9 @@ class Pipeline:
             averages = self.tracking.averages
             if averages.sample is None:
                 return None
-            return self._find_storage(averages.tensors.layout).in_order(averages.sample)
+            storage = self._find_storage(averages.tensors.layout)
+            with self._streams.in_own_streams():
+                return storage.in_order(averages.sample)
 
         return self._updates.call(work)
 
@@ -535,7 +538,7 @@ def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 Streams = dict[torch.device, Any]
-# one CUDA event for each device, which ends when the work queued before it has ended
+# one event for each device, which ends when the work queued before it has ended
 DeviceEvents = tuple[tuple[torch.device, Any], ...]
 
 
@@ -549,8 +552,11 @@ class DeviceStreams:
 
     @staticmethod
     def current(devices: Iterable[torch.device]) -> Streams:
-        used = {device for device in devices if device.type == "cuda"}
-        return {device: torch.cuda.current_stream(device) for device in used}
+        streams = {}
+        for device in {*devices}:
+            if module := streams_of(device):
+                streams[device] = module.current_stream(device)
+        return streams
 
     @staticmethod
     def record_events(streams: Streams) -> DeviceEvents:
@@ -558,11 +564,14 @@ class DeviceStreams:
 
     @contextmanager
     def in_streams_of_caller(self, streams: Streams) -> Iterator[None]:
-        """Work in the streams of another thread, which waits for the block; set `last_events` at
-        its end."""
+        """Work in the streams of another thread, which waits for the block, after the last update,
+        which may have been in others; set `last_events` at its end."""
         with ExitStack() as stack:
+            for device, event in self.last_events:
+                if device in streams:
+                    streams[device].wait_event(event)
             for stream in streams.values():
-                stack.enter_context(torch.cuda.stream(stream))
+                stack.enter_context(in_stream(stream))
             try:
                 yield
             finally:  # an update that has failed may have queued work
@@ -572,13 +581,12 @@ class DeviceStreams:
     def in_own_streams(self) -> Iterator[None]:
         """Work in separate streams, after the last update, and wait for that work at the end of the
         block."""
-        cuda: Any = torch.cuda
         with ExitStack() as stack:
             for device, event in self.last_events:
                 if device not in self._own:
-                    self._own[device] = cuda.Stream(device)
+                    self._own[device] = streams_of(device).Stream(device)
                 self._own[device].wait_event(event)
-                stack.enter_context(cuda.stream(self._own[device]))
+                stack.enter_context(in_stream(self._own[device]))
                 # also after an error: the next update may change what is still being read
                 stack.callback(self._own[device].synchronize)
             yield

@@ -36,6 +36,7 @@ from torch import nn
 # not import torch's compiler where no optimizer has done so, which takes two seconds.
 from torch._compile import _disable_dynamo as not_compiled
 
+from posthoc_cli.devices import is_capturing
 from posthoc_cli.dtypes import parse_dtype, torch_dtype
 from posthoc_cli.errors import (
     InvalidValueError,
@@ -349,7 +350,7 @@ class PostHocEMA:
     ) -> None:
         """Count a training step."""
         _check_raw(model, "update_")
-        if _is_capturing():
+        if is_capturing():
             reason = "a CUDA graph is being captured, which would count and average this step once"
             raise NotReadyError("update_", reason, "call it after graph.replay()")
         grad_mode = torch.is_grad_enabled()
@@ -1128,11 +1129,6 @@ class AveragedModel(AbstractContextManager[Module]):
     def __call__(self, *_: object, **__: object) -> NoReturn:
         hint = "with ema.model(model, sigma_rel) as averaged: averaged(...)"
         raise NotReadyError("model", "holds averaged weights only within a `with` block", hint)
-
-
-def _is_capturing() -> bool:
-    cuda: Any = torch.cuda
-    return bool(cuda.is_initialized() and cuda.is_current_stream_capturing())
 
 
 def _check_raw(model: nn.Module, call: str) -> None:

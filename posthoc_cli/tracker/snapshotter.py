@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from posthoc_cli import files
+from posthoc_cli.devices import copy_to_host
 from posthoc_cli.dtypes import stored_name, torch_dtype
 from posthoc_cli.errors import (
     DirectoryError,
@@ -66,6 +67,7 @@ from posthoc_cli.tracker.memory import (
     Tile,
     find_places,
     find_ranges,
+    have_streams,
     on_host,
     read_numbers,
     tile_buckets,
@@ -395,7 +397,7 @@ class Storage:
         return len(self._order)
 
     def allocate(self, profiles: int) -> None:
-        pinned = any(bucket.device.type == "cuda" for bucket in self.layout)
+        pinned = have_streams(self.layout)
         while len(self.memory) < profiles:
             self.memory.append(FlatTensors(self.stored, pinned))
 
@@ -431,7 +433,7 @@ class StagedAverage:
         out = self.memory.tile(tile)
         if exact.device.type != "cpu":
             exact = exact.to(out.dtype)
-        out.copy_(exact, non_blocking=True)
+        copy_to_host(out, exact)
 
     def finish(self, averages: Averages, index: int) -> None:
         """Decide which tensors of the average with this index are stored otherwise, when all tiles

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gpu
 import pytest
 from accelerator import simulator
 
@@ -32,3 +33,9 @@ def run_checks(*arguments):
 @pytest.mark.parametrize("path", sorted(HERE.glob("check_*.py")), ids=lambda path: path.stem)
 def test_checks_on_the_simulated_accelerator(path):
     assert " passed" in run_checks(str(path))
+
+
+def test_tests_for_cuda_devices_pass_on_the_simulated_one():
+    files = [argument for argument in gpu.cuda_tests() if argument.endswith(".py")]
+    done = run_checks("-m", "cuda", *files)
+    assert "skipped" in done  # those with CUDA graphs and NCCL

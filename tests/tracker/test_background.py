@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from pathlib import Path
 from unittest.mock import Mock
@@ -19,6 +19,7 @@ import forked
 import pytest
 import torch
 from checking import refused
+from device import DEVICE
 from factories import info_of
 from snapshots.recorded import failing
 from torch import nn
@@ -418,51 +419,12 @@ def test_updates_inside_and_outside_of_inference_mode(tmp_path):
     assert contents(tmp_path / "mixed") == contents(tmp_path / "plain")
 
 
-def test_work_that_a_block_has_queued_is_waited_for_also_after_an_error(monkeypatch):
-    """Else the next update could change what an earlier reader still copies, or begin before the
-    work of one that ran out of memory has ended."""
-    cuda = Mock()
-    cuda.stream.return_value = nullcontext()
-    monkeypatch.setattr(pipeline, "torch", Mock(cuda=cuda))
-    streams = pipeline.DeviceStreams()
-    device = torch.device("cuda", 0)
-    of_caller = streams.current([device])
-    with pytest.raises(ZeroDivisionError), streams.in_streams_of_caller(of_caller):
-        raise ZeroDivisionError
-    ((_, event),) = streams.last_events
-    assert event is of_caller[device].record_event.return_value
-    own = cuda.Stream.return_value
-    with pytest.raises(ZeroDivisionError), streams.in_own_streams():
-        own.wait_event.assert_called_once_with(event)
-        own.synchronize.assert_not_called()
-        raise ZeroDivisionError
-    own.synchronize.assert_called_once_with()
-
-
-def test_threads_have_the_training_s_accelerator(tmp_path, monkeypatch):
-    """A thread begins with the first one as its current device, on which each process of a group
-    would make a context of some hundred megabytes."""
-    chosen = set()
-
-    def choose(device):
-        chosen.add((threading.current_thread().name, device))
-
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    monkeypatch.setattr(torch.cuda, "set_device", choose)
-    training, tracker = begin(tmp_path)
-    with tracker:
-        training.run(4, tracker)
-    assert chosen == {("ema-averages", 3), ("ema-snapshots", 3)}
-
-
 @pytest.mark.cuda
 def test_averages_on_the_host_use_the_cores_that_an_accelerator_leaves_idle(tmp_path, monkeypatch):
     """Also where torch has one thread, as under torchrun."""
     monkeypatch.setattr(pipeline, "worker_count", lambda: 6)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    model = nn.Linear(2048, 2048, device="cuda")
+    model = nn.Linear(2048, 2048, device=DEVICE)
     ema = track(model, tmp_path)
     ema.update_(model)
     ema.flush()

@@ -8,7 +8,7 @@ from tracker.runs import track, update
 from posthoc_cli.errors import NotReadyError
 
 
-@pytest.mark.cuda
+@pytest.mark.cuda(simulated=False)
 def test_a_captured_step_is_refused_on_a_device(tmp_path):
     model = nn.Linear(2, 2, device="cuda")
     ema = track(model, tmp_path)
@@ -18,7 +18,7 @@ def test_a_captured_step_is_refused_on_a_device(tmp_path):
         ema.update_(model)
 
 
-@pytest.mark.cuda
+@pytest.mark.cuda(simulated=False)
 def test_an_update_by_copy_never_waits_for_the_device(tmp_path):
     """Nor one with snapshots due, whose averages are on the host; torch names a call that waits."""
     model = nn.Sequential(nn.Linear(300, 300), nn.BatchNorm1d(300)).cuda()

@@ -7,6 +7,7 @@ from copy import deepcopy
 import pytest
 import torch
 from checking import assert_same_tensors, refused
+from device import DEVICE, MODULE
 from factories import tiny_model
 from torch import nn
 from tracker.runs import track
@@ -245,11 +246,11 @@ def test_no_tracker_of_a_part_or_all_of_a_model_takes_averaged_weights_as_an_upd
 
 @pytest.mark.cuda
 def test_on_an_accelerator_the_swap_takes_no_second_copy(tmp_path):
-    model = nn.Linear(4096, 4096, device="cuda")
+    model = nn.Linear(4096, 4096, device=DEVICE)
     with track(model, tmp_path, checkpoint_every=1) as tracker:
         tracker.update_(model)
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+        before = MODULE.memory_allocated()
+        MODULE.reset_peak_memory_stats()
         with tracker.model(model, sigma_rel=0.15):
-            assert next(model.parameters()).is_cuda
-        assert torch.cuda.max_memory_allocated() - before < 0.1 * 4096 * 4096 * 4
+            assert next(model.parameters()).device.type == DEVICE
+        assert MODULE.max_memory_allocated() - before < 0.1 * 4096 * 4096 * 4

@@ -684,7 +684,7 @@ refused(ema.state_dict)
             assert line.startswith("NotReadyError averages of which each process keeps a part: ")
 
 
-@pytest.mark.cuda
+@pytest.mark.cuda(simulated=False)
 def test_averages_with_nccl_are_those_of_one_process(tmp_path):
     """As many processes as accelerators, at most two, make every exchange of tensors."""
     ranks = min(torch.cuda.device_count(), 2)

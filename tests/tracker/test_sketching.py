@@ -5,6 +5,7 @@ import errno
 import numpy as np
 import pytest
 import torch
+from device import DEVICE
 from factories import sketch_of, tiny_model
 from predictions import assert_predicted, tracked, walk
 from safetensors.torch import load_file
@@ -244,8 +245,8 @@ def test_measurements_of_a_subset_are_those_of_all_elements(tmp_path, size, stor
 @pytest.mark.cuda
 def test_averages_on_a_device_are_measured_there(tmp_path):
     """All elements of a small model, and a subset of one of several tiles."""
-    check_run(nn.Linear(123, 45).cuda(), tmp_path / "small")
-    model = nn.Linear(2100, 2100).cuda()
+    check_run(nn.Linear(123, 45).to(DEVICE), tmp_path / "small")
+    model = nn.Linear(2100, 2100).to(DEVICE)
     with track(model, tmp_path / "large", checkpoint_every=5) as tracker:
         drift(tracker, model, 10)
         check(tracker, norm=0.01, rounding=0.02)
