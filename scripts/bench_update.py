@@ -34,6 +34,7 @@ from tables import markdown
 from torch.nn import Module, ParameterList
 
 from posthoc_cli import PostHocEMA
+from posthoc_cli.devices import list_devices, streams_of
 from posthoc_cli.synthesis.engine import check_device
 from posthoc_cli.tracker.folding import WINDOW
 
@@ -99,9 +100,10 @@ def times(
 
 
 def wait_for_device() -> None:
-    """Wait for all work that was queued."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    """Wait for all work that was queued on the current device of each kind."""
+    for kind in {torch.device(name).type for name in list_devices()}:
+        if module := streams_of(torch.device(kind)):
+            module.synchronize()
 
 
 # --- models

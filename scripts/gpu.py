@@ -45,6 +45,7 @@ from bench_update import (  # noqa: E402
 from compare_peers import ema_pytorch, without_noise  # noqa: E402
 
 from posthoc_cli import PostHocEMA, synthesize  # noqa: E402
+from posthoc_cli.devices import streams_of  # noqa: E402
 
 LIMIT = 450.0
 """Seconds in all, of the 480 that a card is lent for; a row that has begun is finished."""
@@ -230,20 +231,21 @@ def timed(
         began = time.perf_counter()
         call()
         hosts.append(1e6 * (time.perf_counter() - began))
-        if device.type == "cuda":
+        if streams_of(device):
             finish(settle)
-            streams.append(stream_microseconds(call))
+            streams.append(stream_microseconds(call, device))
     finish(settle)
     stream = statistics.median(streams) if streams else None
     return stream, statistics.median(hosts)
 
 
-def stream_microseconds(call: Callable[[], object]) -> float:
+def stream_microseconds(call: Callable[[], object], device: torch.device) -> float:
     """Return how long a call's work takes of the current stream, which is kept busy while the work
     is queued."""
-    before = torch.cuda.Event(enable_timing=True)
-    after = torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(BUSY_CYCLES)
+    module = streams_of(device)
+    before = module.Event(enable_timing=True)
+    after = module.Event(enable_timing=True)
+    module._sleep(BUSY_CYCLES)
     before.record()
     call()
     after.record()

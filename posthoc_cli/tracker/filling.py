@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from posthoc_cli.devices import streams_of
 from posthoc_cli.errors import (
     InvalidValueError,
     ModelMismatchError,
@@ -95,11 +94,6 @@ def _is_writable(tensor: Tensor) -> bool:
     return all(stride > 0 or size < 2 for stride, size in dimensions)
 
 
-def _need_not_wait(part: Tensor) -> bool:
-    """Return whether copies of a tensor may be queued: on the CPU and Apple's GPU they are not."""
-    return streams_of(part.device) is not None
-
-
 _swapped: list[frozenset[int]] = []
 """The ids of the tensors of each open block."""
 
@@ -129,7 +123,9 @@ def swap_in(
     restore its parameters, buffers, gradients and modes.
 
     Meanwhile the model's raw values are kept in host memory, so that an accelerator holds no second
-    copy. Raises a ModelMismatchError with the raw `weights` if the model can no longer hold them.
+    copy. It is not pinned: torch would pin up to twice as much.
+
+    Raises a ModelMismatchError with the raw `weights` if the model can no longer hold them.
     """
     targets = check_weights(model, weights)
     held = _part_ids(model)
@@ -192,7 +188,7 @@ class _RawModel:
         parts: list[_RawModule | _RawTensor] = [*self._modules, *raw]
         if any(part.was_replaced for part in parts):
             refresh_shards(self._model)
-        _finish_copies(tensor.tensor for tensor in raw)
+        torch.clear_autocast_cache()
         if lost:
             reason = f"cannot have its own weights again after the block: {list_first(lost)}"
             failure = ModelMismatchError("model", reason, "this error's `weights` are these")
@@ -249,7 +245,7 @@ class _RawTensor:
         self._part = local_part(entry.tensor).data
         self._values: Tensor | None = None
         if is_changing and not self._part.is_meta and _is_writable(self._part):
-            self._values = self._part.to("cpu", non_blocking=_need_not_wait(self._part), copy=True)
+            self._values = self._part.to("cpu", copy=True)
             self._bytes = self._part.untyped_storage().nbytes()
 
     @property
@@ -270,7 +266,7 @@ class _RawTensor:
             storage = self._part.untyped_storage()
             if storage.nbytes() < self._bytes:  # the block has freed it
                 storage.resize_(self._bytes)
-            self._part.copy_(self._values, non_blocking=_need_not_wait(self._part))
+            self._part.copy_(self._values)
         if self._requires_grad != tensor.requires_grad:
             tensor.requires_grad_(self._requires_grad)
 
@@ -290,15 +286,7 @@ def fill_in(
     for name, target in targets.items():
         part = local_part(target.tensor)
         if _is_writable(part):
-            part.data.copy_(weights[name], non_blocking=_need_not_wait(part))
+            part.data.copy_(weights[name])
         else:
             part.data = weights[name].to(part.device, part.dtype, copy=True)
-    _finish_copies(target.tensor for target in targets.values())
-
-
-def _finish_copies(tensors: Iterable[Tensor]) -> None:
-    """Wait for the copies into tensors, and have autocast copy parameters anew."""
-    for device in {tensor.device for tensor in tensors}:
-        if module := streams_of(device):
-            module.current_stream(device).synchronize()
-    torch.clear_autocast_cache()
+    torch.clear_autocast_cache()  # which copies of parameters fill

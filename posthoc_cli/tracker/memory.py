@@ -195,11 +195,6 @@ def is_on_host(layout: Layout) -> bool:
     return all(bucket.device.type == "cpu" for bucket in layout)
 
 
-def have_streams(layout: Layout) -> bool:
-    """Return whether tensors are on devices with streams: copies to pinned memory are queued."""
-    return any(streams_of(bucket.device) for bucket in layout)
-
-
 def tile_buckets(layout: Layout) -> list[Tile]:
     """List the tiles of all buckets of a layout."""
     tiles: list[Tile] = []
@@ -243,14 +238,11 @@ def read_numbers(
 class FlatTensors:
     """Memory for the tensors of a layout, not initialized: one flat tensor for each bucket."""
 
-    def __init__(self, layout: Layout, pinned: bool = False) -> None:
+    def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.flats = list[Tensor]()
         for bucket in layout:
-            flat = torch.empty(
-                bucket.size, dtype=bucket.dtype, device=bucket.device, pin_memory=pinned
-            )
-            self.flats.append(flat)
+            self.flats.append(torch.empty(bucket.size, dtype=bucket.dtype, device=bucket.device))
 
     @property
     def nbytes(self) -> int:
@@ -266,12 +258,70 @@ class FlatTensors:
                 views[name] = place.view(elements)
         return views
 
-    def row_major(self, name: str) -> Tensor:
-        """Return the elements of a tensor in row-major order, flat."""
-        return self.views[name].reshape(-1)
-
     def tile(self, tile: Tile) -> Tensor:
         return self.flats[tile.bucket][tile.begin : tile.end]
+
+
+class HostTensors:
+    """Memory of the host for copies of the tensors of a layout, not initialized: for each bucket
+    flat pieces that follow each other. It is pinned where `sources`, the buckets that are copied,
+    are on a device with streams; then sizes are powers of two, to which torch would round them."""
+
+    def __init__(self, layout: Layout, sources: Layout) -> None:
+        self._places = find_places(layout)
+        self._pieces = list[list[Tensor]]()
+        for bucket, source in zip(layout, sources, strict=True):
+            pinned = streams_of(source.device) is not None
+            sizes = _powers_of_two(bucket.size) if pinned else [bucket.size]
+            dtype = bucket.dtype
+            pieces = [torch.empty(size, dtype=dtype, pin_memory=pinned) for size in sizes]
+            self._pieces.append(pieces)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.nbytes for pieces in self._pieces for piece in pieces)
+
+    def tile(self, tile: Tile) -> list[Tensor]:
+        """Return the parts of a tile, one in memory that is not pinned."""
+        return self._parts(tile.bucket, tile.begin, tile.end)
+
+    def copy(self, tile: Tile, values: Tensor) -> None:
+        """Copy the values of a tile: complete when the current stream of their device is."""
+        parts = self.tile(tile)
+        sizes = [len(part) for part in parts]
+        for part, piece in zip(parts, torch.split(values, sizes), strict=True):
+            copy_to_host(part, piece)
+
+    def row_major(self, name: str) -> list[Tensor]:
+        """Return the elements of a tensor in row-major order, in flat parts."""
+        bucket, place = self._places[name]
+        parts = self._parts(bucket, place.begin, place.end)
+        if place.is_row_major:
+            return parts
+        return [place.view(torch.cat(parts)).reshape(-1)]
+
+    def _parts(self, bucket: int, begin: int, end: int) -> list[Tensor]:
+        parts = []
+        first = 0
+        for piece in self._pieces[bucket]:
+            last = first + len(piece)
+            if begin < last and first < end:
+                parts.append(piece[max(0, begin - first) : end - first])
+            first = last
+        return parts
+
+
+def _powers_of_two(size: int) -> list[int]:
+    """Divide a size into powers of two, in descending order, which are together at most a 16th
+    larger."""
+    sizes = []
+    rest = size
+    while rest > size // 16:
+        sizes.append(1 << (rest.bit_length() - 1))
+        rest -= sizes[-1]
+    if rest:
+        sizes.append(1 << (rest - 1).bit_length())
+    return sizes
 
 
 # flat, or not contiguous with a range of row-major elements
@@ -446,7 +496,7 @@ class HostCopy:
     def __init__(self, threads: int = 1) -> None:
         self._threads = threads
         self._layout: Layout = ()
-        self._memory = FlatTensors(())
+        self._memory = HostTensors((), ())
         self._values = Reader((), ())
         self._events: list[Any] = []  # after which the last copy is complete
 
@@ -464,19 +514,19 @@ class HostCopy:
         """
         if model.layout != self._layout:
             host = on_host(model.layout)
-            self._memory = FlatTensors(host, pinned=have_streams(model.layout))
-            parts = [[self._memory.tile(tile)] for tile in tile_buckets(host)]
+            self._memory = HostTensors(host, model.layout)
+            parts = [self._memory.tile(tile) for tile in tile_buckets(host)]
             self._values = Reader(host, parts, self._threads)
             self._layout = model.layout
 
         def copy_tile(tile: Tile, _: int) -> None:
             # Tiles of an accelerator are larger than the host's.
             values = model.current(tile)
-            out = self._memory.tile(tile)
             if values[0].device.type != "cpu":
                 joined = values[0] if len(values) == 1 else torch.cat(values)
-                copy_to_host(out, joined)
+                self._memory.copy(tile, joined)
                 return
+            (out,) = self._memory.tile(tile)
             parts = torch.split(out, [value.numel() for value in values])
             torch._foreach_copy_([*parts], values)
 

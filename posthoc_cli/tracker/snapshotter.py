@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from posthoc_cli import files
-from posthoc_cli.devices import copy_to_host
 from posthoc_cli.dtypes import stored_name, torch_dtype
 from posthoc_cli.errors import (
     DirectoryError,
@@ -62,12 +61,11 @@ from posthoc_cli.tracker.clock import Settings
 from posthoc_cli.tracker.measuring import Subset, Values, join_buckets, make_measurements
 from posthoc_cli.tracker.memory import (
     Elements,
-    FlatTensors,
+    HostTensors,
     Layout,
     Tile,
     find_places,
     find_ranges,
-    have_streams,
     on_host,
     read_numbers,
     tile_buckets,
@@ -365,7 +363,7 @@ class Storage:
         # are measured and rounded: all but running statistics
         self.weights = frozenset(tracked.weights)
         self.subset = Subset(layout, self.weights)
-        self.memory: list[FlatTensors] = []  # for each profile; reused, since allocation is slow
+        self.memory: list[HostTensors] = []  # for each profile; reused, since allocation is slow
         sampled = []  # the bucket and the position of each element
         for name, index in tracked.sample_places.values():
             number, place = self.places[name]
@@ -397,9 +395,8 @@ class Storage:
         return len(self._order)
 
     def allocate(self, profiles: int) -> None:
-        pinned = have_streams(self.layout)
         while len(self.memory) < profiles:
-            self.memory.append(FlatTensors(self.stored, pinned))
+            self.memory.append(HostTensors(self.stored, self.layout))
 
     def in_order(self, buffers: Sequence[Tensor]) -> Values:
         """Sort the values of a snapshot's sample into the sample's order, in float32."""
@@ -418,7 +415,7 @@ class StagedAverage:
     measurements: Measurements | None
     sample: str  # the model's and the exact values; empty if the model's are unknown
 
-    def __init__(self, storage: Storage, memory: FlatTensors) -> None:
+    def __init__(self, storage: Storage, memory: HostTensors) -> None:
         self.storage = storage
         self.memory = memory
         self._tiles = tile_buckets(storage.layout)
@@ -430,10 +427,9 @@ class StagedAverage:
         self._norms[tile.number] = torch.linalg.vector_norm(exact)
         self.storage.subset.take(tile, exact, self._measured)
         self.storage.sample.take(tile, exact, self._sample)
-        out = self.memory.tile(tile)
         if exact.device.type != "cpu":
-            exact = exact.to(out.dtype)
-        copy_to_host(out, exact)
+            exact = exact.to(self.storage.stored[tile.bucket].dtype)
+        self.memory.copy(tile, exact)
 
     def finish(self, averages: Averages, index: int) -> None:
         """Decide which tensors of the average with this index are stored otherwise, when all tiles
@@ -459,7 +455,8 @@ class StagedAverage:
     def write_rounded(self, writer: TensorFileWriter) -> None:
         for name in self.storage.places:
             if name not in self.others:
-                writer.write(name, [tensor_bytes(self.memory.row_major(name))])
+                parts = self.memory.row_major(name)
+                writer.write(name, map(tensor_bytes, parts))
 
 
 @torch.no_grad()

@@ -1073,6 +1073,7 @@ class Guard final : public c10::impl::DeviceGuardImplInterface {
     if (device.index() >= 0) current_device = device.index();
   }
   Device exchangeDevice(Device device) const override {
+    TORCH_CHECK(device.index() < kDevices, "sim: invalid device index ", int(device.index()));
     Device before = getDevice();
     uncheckedSetDevice(device);
     return before;
