@@ -44,6 +44,11 @@ def test_a_training_on_the_device_has_the_bits_of_one_on_the_cpu(scenario, tmp_p
 # --- waiting, devices and memory
 
 
+@pytest.mark.parametrize("fail", [trainings.failing_reader, trainings.failing_update])
+def test_work_that_has_failed_is_waited_for(fail):
+    fail()
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_weights_of_a_busy_stream_have_not_moved_at_the_close(tmp_path, place, caplog):
     """The sample of the last update is read after it, though it runs in a stream of its own."""

@@ -141,7 +141,11 @@ void watch_for_faults() {
   struct sigaction action = {};
   action.sa_sigaction = on_fault;
   action.sa_flags = SA_SIGINFO | SA_NODEFER;
-  sigaction(SIGSEGV, &action, &action_before);
+  struct sigaction present;
+  sigaction(SIGSEGV, nullptr, &present);
+  if (present.sa_sigaction == on_fault) return;
+  action_before = present;
+  sigaction(SIGSEGV, &action, nullptr);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -1242,6 +1246,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
                                        {"touches of pinned memory", pinned_touches}};
   });
   module.def("reset", [] {
+    watch_for_faults();  // pytest may have set its own handler meanwhile
     Lock lock(clocks_mutex);
     races.clear();
     device_touches = 0;

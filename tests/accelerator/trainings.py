@@ -6,7 +6,7 @@ name, which must not depend on the device.
 
 import gc
 import threading
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from copy import deepcopy
 
 import pytest
@@ -17,7 +17,7 @@ from torch import nn
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import NonFiniteError
-from posthoc_cli.tracker.pipeline import wait_for_writers
+from posthoc_cli.tracker.pipeline import DeviceStreams, wait_for_writers
 
 core = simulator.load()
 
@@ -143,12 +143,6 @@ def own_stream(device, folder, place):
         ema = track(model, folder, place)
         train(model, ema, range(15))
         found = dict(ema.state_dict(0.05))
-        for name, values in ema.state_dict().items():
-            if isinstance(values, torch.Tensor):
-                found[f"state {name}"] = values
-        with ema.model(model, 0.1):
-            pass
-        train(model, ema, range(15, 18))
         ema.close()
         synchronize()
     return found | stored(folder)
@@ -157,6 +151,62 @@ def own_stream(device, folder, place):
 def on_the_second_device(device, folder, place):
     """Which visits no other: on CUDA that would make a context on it."""
     return plain("cpu" if device == "cpu" else "sim:1", folder, place)
+
+
+def every_reading(device, folder, place):
+    """Each at once after an update in a stream of the training's own, which is late."""
+    model = make(device)
+    readings = {
+        "average": lambda ema: dict(ema.state_dict(0.28)),
+        "state": lambda ema: averages_of(ema.state_dict()),
+        "error": lambda ema: {"": torch.tensor(ema._pipeline.predict_error(1))},
+        "sample": lambda ema: {"": torch.from_numpy(ema._pipeline.sample.copy())},
+    }
+    synchronize()
+    found = {}
+    with torch.sim.stream(torch.sim.Stream("sim:0")):
+        ema = track(model, folder, place, checkpoint_every=100)
+        for step, (kind, reading) in enumerate(readings.items()):
+            train(model, ema, [2 * step, 2 * step + 1])
+            torch.sim._sleep(5_000_000)
+            ema.update_(model)
+            for name, values in reading(ema).items():
+                found[f"{kind} {name}"] = values
+        ema.close()
+        synchronize()
+    return found
+
+
+def averages_of(state):
+    """Find the tensors of a tracker's state."""
+    found = {}
+    for key, value in state.items():
+        if isinstance(value, dict):
+            for name, values in averages_of(value).items():
+                found[f"{key} {name}"] = values
+        elif isinstance(value, torch.Tensor):
+            found[key] = value
+    return found
+
+
+def counters_on_the_second_device(device, folder, place):
+    model = make(device)
+    if device != "cpu":
+        model.flags = model.flags.to("sim:1")
+    synchronize()
+    streams = [torch.sim.Stream(f"sim:{index}") for index in range(2)]
+    with torch.sim.stream(streams[1]), torch.sim.stream(streams[0]):
+        ema = track(model, folder, place)
+        for step in range(6):
+            change(model, step)
+            with torch.sim.stream(streams[1]):
+                torch.sim._sleep(5_000_000)
+                model.flags.logical_not_()
+            ema.update_(model)
+        found = dict(ema.state_dict(0.1))
+        ema.close()
+        synchronize()
+    return found
 
 
 def changing_streams(device, folder, place):
@@ -328,6 +378,8 @@ def attached(device, folder, place):
 SCENARIOS = (
     plain,
     own_stream,
+    every_reading,
+    counters_on_the_second_device,
     changing_streams,
     unordered_streams,
     two_devices,
@@ -341,3 +393,36 @@ SCENARIOS = (
     abandoned,
     attached,
 )
+
+
+# --- work that fails
+
+
+def failing_reader():
+    """A reader that fails leaves nothing queued that the next update could change."""
+    streams, tensor, current = begin_streams()
+    with suppress(ZeroDivisionError), streams.in_own_streams():
+        tensor.add(1)
+        raise ZeroDivisionError
+    with streams.in_streams_of_caller(current):
+        tensor.mul_(2)
+
+
+def failing_update():
+    """A reader waits also for an update that has failed."""
+    streams, tensor, current = begin_streams()
+    with suppress(ZeroDivisionError), streams.in_streams_of_caller(current):
+        tensor.mul_(2)
+        raise ZeroDivisionError
+    with streams.in_own_streams():
+        tensor.add(1)
+
+
+def begin_streams():
+    tensor = torch.zeros(1000, device="sim")
+    synchronize()
+    streams = DeviceStreams()
+    current = streams.current([tensor.device])
+    with streams.in_streams_of_caller(current):
+        tensor.add_(1)
+    return streams, tensor, current
