@@ -1137,8 +1137,8 @@ class Guard final : public c10::impl::DeviceGuardImplInterface {
     });
   }
   double elapsedTime(void* before, void* after, const DeviceIndex) const override {
-    std::chrono::duration<double, std::milli> passed = event_of(after)->time - event_of(before)->time;
-    return passed.count();
+    auto passed = event_of(after)->time - event_of(before)->time;
+    return std::chrono::duration<double, std::milli>(passed).count();
   }
   void destroyEvent(void* event, const DeviceIndex) const noexcept override {
     delete static_cast<EventPointer*>(event);

@@ -29,6 +29,8 @@ def missing():
         return "the simulated accelerator needs Linux"
     if shutil.which("g++") is None:
         return "the simulated accelerator needs g++"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "the simulated accelerator needs Python's headers"
     if not hasattr(torch, "accelerator") or not hasattr(torch.accelerator, "set_device_index"):
         return f"the simulated accelerator needs a newer torch than {torch.__version__}"
     return None
