@@ -133,7 +133,7 @@ LIMITS = {
     "resources.py": 500,
     "run.py": 2_500,
     "snapshots": 24_900,
-    "sweep": 9_500,
+    "sweep": 10_200,
     "synthesis": 7_800,
     "targets.py": 3_200,
     "tracker": 38_500,

@@ -67,6 +67,7 @@ _PLACEHOLDER = re.compile(r"\{(weights|sigma_rel|seed|dir)\}")
 _SCRATCH = ".scratch"
 _DIRECTIONS = {True: "minimize", False: "maximize", None: "look"}
 _OPERATORS = ("|", "||", "&&", ">", ">>", "<", "&>", "2>", "2>&1")
+_DOUBT = "does the evaluation use the weights?"
 _USE_A_SHELL = "for pipes, variables or cd, use a shell: sh -c '...'"
 
 
@@ -110,7 +111,7 @@ class Sweep:
             OutputExistsError: the folder holds something else, such as another sweep.
             LockedError: another sweep is running in this folder.
             CommandError: the first trial has printed no metric, two trials in a row have failed
-                alike, or all have the same metric.
+                alike, or all have the same metric, your own EMA and the last weights, too.
         """
         check_command(self.command, self.metric, needs_images=self.minimize is None)
         check_count("budget", self.budget, LEAST_BUDGET)
@@ -282,18 +283,23 @@ class Sweep:
 
     def _measure_all(self, compared: Sequence[Weights]) -> Iterator[Trial]:
         """Yield each trial when it has ended; the report then has it."""
-        known = {trial.target for trial in self._report.trials}
+        known = {(trial.target, trial.seed) for trial in self._report.trials}
         for weights in compared:
-            if weights.title not in known:
+            if (weights.title, 0) not in known:
                 yield self._measure(weights, 0)
         while True:
             report = self._report
             batch = next_measurements(report.trials, report.lengths, self.budget, self.minimize)
             if not batch:
-                return
+                break
             for sigma_rel, seed in batch:
                 yield self._measure(self._average(sigma_rel), seed)
             self._check_enough()
+        if self.minimize is not None and self._report.estimate.noise > 0:
+            # of one measurement, your own EMA would have most of the gain's error
+            for weights in compared[:1]:
+                if (weights.title, 1) not in known:
+                    yield self._measure(weights, 1)
 
     def _measure(self, weights: Weights, seed: int) -> Trial:
         """Make weights, run the command, and add the trial to the report."""
@@ -352,11 +358,10 @@ class Sweep:
         if last.error and causes == causes[:1] * 2:
             reason = f"two trials in a row have failed alike; the last one: {last.target}"
             raise CommandError("the sweep", f"{reason}: {last.error}")
-        averages = [trial for trial in self._report.trials if trial.sigma_rel is not None]
-        values = [trial.value for trial in averages if trial.value is not None]
-        if len(values) == 2 and values[0] == values[1]:
-            doubt = "does the evaluation use the weights?"
-            log.warning("two lengths have the same metric, %s: %s", last.value, doubt)
+        measured = [trial for trial in self._report.trials if trial.value is not None]
+        lengths = [trial for trial in measured if trial.sigma_rel is not None]
+        if len(lengths) == 2 and len({trial.value for trial in measured}) == 1:
+            log.warning("all trials so far have the same metric, %s: %s", last.value, _DOUBT)
 
     def _check_enough(self) -> None:
         """Raise a CommandError if too many lengths have failed, or all have the same metric; of a
@@ -367,19 +372,17 @@ class Sweep:
                 raise CommandError("the sweep", f"{reason}: {', '.join(images.ENDINGS)}")
             return
         report = self._report
-        values = {}
-        for trial in report.trials:
-            if trial.sigma_rel is not None and trial.value is not None:
-                values[trial.sigma_rel] = trial.value
+        measured = [trial for trial in report.trials if trial.value is not None]
+        lengths = {trial.sigma_rel for trial in measured} - {None}
         least = min(3, max(2, len(report.lengths.grid(self.budget)) - 1))  # of three one may fail
-        if len(values) < least:
+        if len(lengths) < least:
             failed = [trial for trial in report.trials if trial.error]
             reason = f"{len(failed)} of {len(report.trials)} trials have failed, too many to choose"
             last = f"the last one: {failed[-1].target}: {failed[-1].error}"
             raise CommandError("the sweep", f"{reason}; {last}")
-        if len({*values.values()}) == 1:
-            reason = f"every trial has the same metric, {next(iter(values.values())):.12g}"
-            raise CommandError("the sweep", reason, "does the evaluation use the weights?")
+        if len({trial.value for trial in measured}) == 1:
+            reason = f"every trial has the same metric, {measured[0].value:.12g}"
+            raise CommandError("the sweep", reason, _DOUBT)
 
     # --- the folder
 

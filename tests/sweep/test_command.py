@@ -4,6 +4,7 @@ kept."""
 import json
 import math
 import re
+import shlex
 import signal
 import time
 from pathlib import Path
@@ -239,9 +240,58 @@ def test_the_users_own_ema_is_measured_first_as_it_is_stored(tmp_path, out):
     assert own.gain == pytest.approx((4 - 3.05) / 4)
     assert last.gain == pytest.approx((8 - 3.05) / 8)
     texts = dict(summarize(report))
-    assert texts["gain"] == "24 % better than your EMA (0.9), 62 % better than the last weights"
+    ours = "24 % better than your EMA (0.9), 62 % better than the last weights"
+    assert texts["gain"] == f"{ours}, by one measurement each"
     assert texts["your EMA (0.9)"] == "4"
     assert texts["best"].startswith("sigma_rel 0.05 (as decay ")
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A run with an EMA of its own and its last weights."""
+    folder = tmp_path_factory.mktemp("own")
+    write_ema_checkpoints(folder)
+    import_checkpoints(folder, folder / "run", ema_decay=0.9)
+    return Run(folder / "run")
+
+
+def awk(prints):
+    """Return a command that runs a program: x is the length, 0 of other weights, s the seed."""
+    program = shlex.quote(f"BEGIN {{ x += 0; {prints} }}")
+    return f"awk -v x={{sigma_rel}} -v s={{seed}} {program} {{weights}}"
+
+
+def test_where_noise_shows_the_own_ema_is_measured_twice(own, out):
+    noisy = awk("v = x ? log(x / 0.1) ^ 2 + 0.5 : 1; print v + 0.02 * sin(1000 * x + 2 * s)")
+    lengths = Lengths(0.05, 0.2)
+    report = swept(own, out, noisy, lengths=lengths, budget=4)
+    measured = [(each.target, each.seed) for each in report.trials if each.sigma_rel is None]
+    assert measured == [("your EMA (0.9)", 0), ("last weights", 0), ("your EMA (0.9)", 1)]
+    assert report.estimate.noise > 0
+    ours, _ = report.gains
+    # sin(0) and sin(2) are the noise of the two measurements
+    assert ours.value == pytest.approx(1 + 0.02 * math.sin(2) / 2, abs=1e-5)
+    assert ours.gain == pytest.approx((ours.value - report.value) / ours.value)
+    assert ours.margin == report.estimate.margin(2) / ours.value
+    written = json.loads((out / "sweep.json").read_text())
+    assert written["compared"][0] == ours._asdict()
+    assert swept(own, out, noisy, lengths=lengths, budget=4).trials == report.trials
+
+
+def test_equal_metrics_of_two_lengths_are_a_result_where_other_weights_have_another(
+    own, out, caplog
+):
+    """As of a coarse metric, such as an accuracy of few examples."""
+    lengths = Lengths.from_list([0.05, 0.2])
+    report = swept(own, out, awk("print x ? 75.71 : 75"), lengths=lengths, minimize=False)
+    assert report.value == 75.71
+    assert "same metric" not in caplog.text
+
+
+def test_metrics_that_differ_in_nothing_are_an_error(own, out, caplog):
+    with refused("the sweep", "every trial has the same metric, 75.71", kind=PostHocError):
+        swept(own, out, awk("print 75.71"), lengths=Lengths.from_list([0.05, 0.2]))
+    assert "all trials so far have the same metric, 75.71" in caplog.text
 
 
 def test_a_run_of_plain_weights_is_searched_over_what_its_files_show(tmp_path, out, caplog):
