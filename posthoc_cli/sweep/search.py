@@ -14,13 +14,14 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from scipy.special import stdtrit
 
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import FloatArray, check_sigma_rel, sigma_rel_from_decay
+from posthoc_cli.snapshots.snapshot import ANY_SIGN
 from posthoc_cli.targets import Beta, bad, parse_numbers
 
 LEAST_BUDGET = 4  # a quadratic needs three lengths, and a fourth to show noise
@@ -32,6 +33,7 @@ _WIDE = 0.75
 _SAME = 0.1
 """Distances in steps of the grid: between lengths with a gap to measure in, and below which two are
 the same."""
+LARGEST = 1e100  # the largest magnitude of a metric: sums of squares are finite
 _FEWEST_FITTED = 6
 """The number of lengths from which on the quadratic at the best one, and not its measured mean, is
 taken for its metric: the best of many is measured too good, and of few the quadratic is wide."""
@@ -122,7 +124,8 @@ class Trial:
     target: str  # the title of what was measured, such as `sigma_rel 0.15` or `last weights`
     sigma_rel: float | None  # None for weights that are compared with averages
     seed: int  # as given to the command
-    value: float | None = None  # the metric, finite; None without a metric, and of a failed trial
+    # the metric, at most LARGEST; None without a metric, and of a failed trial
+    value: Annotated[float, ANY_SIGN] | None = None
     standard_error: float | None = None
     predicted_error: float | None = None  # of the weights; None if unknown
     lost_gain: float | None = None  # by this error

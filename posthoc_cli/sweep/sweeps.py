@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import re
 import shlex
 import shutil
@@ -42,12 +41,13 @@ from posthoc_cli.profiles import UNIFORM_SIGMA_REL, Point
 from posthoc_cli.resources import ProgressBar, no_bar
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots.directory import LOCK_NAME, DirectoryLock
-from posthoc_cli.snapshots.snapshot import Snapshot, are_equal, places, recorded_weights
+from posthoc_cli.snapshots.snapshot import Snapshot, are_equal, convert, places, recorded_weights
 from posthoc_cli.snapshots.sources import Source
 from posthoc_cli.snapshots.tensorfile import read_file
 from posthoc_cli.sweep import images
 from posthoc_cli.sweep.report import SweepReport
 from posthoc_cli.sweep.search import (
+    LARGEST,
     LEAST_BUDGET,
     USUAL_BUDGET,
     Lengths,
@@ -421,9 +421,10 @@ class Sweep:
             settings = {**first}
             for entry in entries:
                 trial = trial_from_json(entry)
-                if trial.error is None:
+                is_measured = trial.value is not None or self.minimize is None
+                if is_measured and trial.error is None:
                     recorded[trial.target, trial.seed] = trial
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             reason = "is not the record of a sweep"
             raise FileFormatError(path, reason, "name another folder") from error
         if not recorded:  # nothing to lose: the call may have been wrong
@@ -459,15 +460,11 @@ class StoredRun(Run):
         return [self._source]
 
 
-def trial_from_json(entry: dict[str, Any]) -> Trial:
-    """Decode a recorded trial; raise a TypeError or ValueError if a value is of another kind."""
-    trial = Trial(**entry)
-    errors = trial.standard_error, trial.predicted_error, trial.lost_gain
-    for value in (trial.sigma_rel, trial.value, *errors):
-        if value is not None and not math.isfinite(value):
-            raise ValueError("a number that is not finite")
-    if not isinstance(trial.target, str) or not isinstance(trial.seed, int):
-        raise TypeError("no title or seed")
+def trial_from_json(entry: Any) -> Trial:
+    """Decode a recorded trial; raise a ValueError if a value is of another kind."""
+    trial: Trial = convert(entry, Trial)
+    if max(abs(trial.value or 0.0), trial.standard_error or 0.0) > LARGEST:
+        raise ValueError("a metric that is too large")
     if trial.sigma_rel is not None:
         return replace(trial, target=SigmaRel(trial.sigma_rel).title)
     return trial

@@ -6,7 +6,6 @@ Each process has a separate process group, so that all its remaining children ca
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import signal
@@ -23,6 +22,7 @@ from typing import Any
 
 from posthoc_cli import files
 from posthoc_cli.errors import InvalidValueError, escape_text, list_first, quote
+from posthoc_cli.sweep.search import LARGEST
 
 _GRACE = 0.5  # seconds between SIGTERM and SIGKILL
 _TICK = 0.01  # seconds between looks at a process
@@ -224,7 +224,7 @@ def _check(
     number = _number(members[name])
     if number is None:
         raise TrialError(f"{quote(name)} is {quote(members[name])}, not a number")
-    if not math.isfinite(number):
+    if not abs(number) <= LARGEST:
         raise TrialError(f"its metric is {number}")
     return number, _standard_error(members, name)
 
@@ -323,7 +323,7 @@ def _standard_error(
     head, comma, tail = name.partition(",")
     for word in ("stderr", "se", "standard_error"):
         error = _number(members.get(f"{head}_{word}{comma}{tail}"))
-        if error is not None and 0 < error < math.inf:
+        if error is not None and 0 < error <= LARGEST:
             return error
     return None
 

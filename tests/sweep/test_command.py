@@ -9,6 +9,7 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from checking import assert_same_tensors, refused
@@ -140,6 +141,56 @@ def test_a_corrupt_trials_file_is_refused(run, tmp_path, entry):
     with refused(path, kind=FileFormatError):
         swept(run, tmp_path)
     assert line in path.read_text()
+
+
+ODD = (None, True, -1, 0, 7, 0.13, 1e-9, -2.5, 1e308, 10**400, math.nan, "", "0.1", [], [1], {})
+"""Values in place of others."""
+
+
+def mutate(lines, random):
+    """Return lines of JSON of which one has another value, name or text."""
+    at = random.integers(len(lines))
+    entry = json.loads(lines[at])
+    name = random.choice([*entry])
+    value = ODD[random.integers(len(ODD))]
+    text = json.dumps(entry)
+    changed = (
+        json.dumps(entry | {name: value}),
+        json.dumps({key: old for key, old in entry.items() if key != name}),
+        json.dumps(entry | {f"{name}s": value}),
+        json.dumps(value),
+        text[: random.integers(len(text))],
+        "[" * 100_000,
+        text * 2,
+    )
+    index = random.choice(len(changed), p=[0.6, 0.1, 0.1, 0.05, 0.05, 0.05, 0.05])
+    return [*lines[:at], changed[index], *lines[at + 1 :]]
+
+
+def test_odd_records_are_measured_again_or_refused_in_one_line(tmp_path, out):
+    """Of 300 changes of a record by chance."""
+    write_run(tmp_path / "run", random_walk(4, {"b": (7,)}), range(1, 5))
+    run = Run(tmp_path / "run")
+    random = np.random.default_rng(0)
+    swept(run, out)
+    path = out / "trials.jsonl"
+    lines = path.read_text().splitlines()
+    refusals = 0
+    for _ in range(300):
+        path.write_text("\n".join(mutate(lines, random)))
+        try:
+            swept(run, out)
+        except (FileFormatError, OutputExistsError) as error:
+            assert str(error).startswith(f"{path}: ") or str(error).startswith(f"{out}: ")
+            refusals += 1
+    assert 100 < refusals < 250
+
+
+@pytest.mark.parametrize("value", ["1e101", "-1e300"])
+def test_a_metric_whose_square_is_no_number_is_none(run, out, value):
+    report = swept(run, out, shell(f"if [ $2 = 0.1 ]; then echo {value}; else echo $2; fi"))
+    (failed,) = [trial for trial in report.trials if trial.value is None]
+    assert "its metric is " in failed.error
 
 
 @pytest.mark.parametrize(
