@@ -19,7 +19,7 @@ import operator
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from numbers import Real
@@ -190,6 +190,24 @@ def quote(value: object) -> str:
     if value is None or isinstance(value, bool | int | float):
         return repr(value)
     return f"a {type(value).__name__}"
+
+
+_options = dict[str, str]()  # by the names of arguments; empty where no command line runs
+
+
+def argument(name: str) -> str:
+    """Write the name of an argument of ours for a message: `name`, or in a command the option."""
+    return _options.get(name, f"`{name}`")
+
+
+@contextmanager
+def name_options(options: Mapping[str, str]) -> Iterator[None]:
+    """Write arguments as these options in the block."""
+    _options.update(options)
+    try:
+        yield
+    finally:
+        _options.clear()
 
 
 def abbreviate(value: object) -> str:

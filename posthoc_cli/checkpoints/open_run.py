@@ -65,6 +65,7 @@ from posthoc_cli.errors import (
     PostHocError,
     UnsuitableError,
     VanishedError,
+    argument,
     list_first,
     quote,
 )
@@ -174,7 +175,7 @@ def _leave_out_untrained(run: Sequence[Found], times: Sequence[int]) -> list[Fou
     """Return the checkpoints of a training that has begun, with their times."""
     if max(times) <= 0:
         reason = "all files have the number 0, which may be something else than a step"
-        hint = "name the files of one run with a glob, or import with `step_from`"
+        hint = f"name the files of one run with a glob, or import with {argument('step_from')}"
         raise InvalidValueError(run[0].path, reason, hint)
     used = []
     for file, time in zip(run, times, strict=True):
@@ -193,11 +194,13 @@ def _note_unused(run: Sequence[Found]) -> list[str]:
             continue
         first = file.unused[0]
         averages = [key for key in file.unused if AVERAGE_WORD.search(key)]
-        option = f"`average` '{averages[0]}'" if averages else f"`weights` '{first}'"
+        option = f"{argument('weights')} '{first}'"
+        if averages:
+            option = f"{argument('average')} '{averages[0]}'"
         text = f"{file.path.name} also holds {list_names(file.unused)}, not used: an import with "
         text += f"{option} takes it"
         if file.averaged:
-            text += ", and with `kind` checkpoints the model alone"
+            text += f", and with {argument('kind')} checkpoints the model alone"
         return [text]
     return []
 
@@ -670,7 +673,9 @@ def _make_all(run: Sequence[Found], times: Times, settings: ImportSettings) -> l
     for name, entry in checkpoints[0].entries.items():
         if entry.dtype.startswith("F8"):
             reason = f"tensor {quote(name)} has 8 bits a value, too few for averages"
-            hint = "save the weights in 16 bits or more, or leave it out with `exclude`"
+            hint = (
+                f"save the weights in 16 bits or more, or leave it out with {argument('exclude')}"
+            )
             raise UnsuitableError(checkpoints[0].path, reason, hint)
     return checkpoints
 
@@ -725,7 +730,7 @@ def make_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     first = ordered[0]
     for other in ordered:
         if difference := model_difference(first, other):
-            raise _mismatch(first, other, difference, "`include` or `exclude`")
+            raise _mismatch(first, other, difference, ("include", "exclude"))
     kept = _without_duplicates(ordered)
     weights = {
         checkpoint.t: checkpoint for checkpoint in kept if isinstance(checkpoint.profile, Point)
@@ -781,14 +786,14 @@ def _mismatch(
     first: Checkpoint,
     other: Checkpoint,
     difference: str,
-    settings: str = "`step_from`",
+    settings: Sequence[str] = ("step_from",),
 ) -> MismatchError:
     ours = make_glob(first.path.name)
     theirs = make_glob(other.path.name)
     hint = "name the files of one run with a glob"
     if ours != theirs:
         hint += f", such as '{ours}' or '{theirs}'"
-    hint += f", or import with {settings}"
+    hint += f", or import with {' or '.join(map(argument, settings))}"
     return MismatchError(f"{first.path} and {other.path}", difference, hint)
 
 

@@ -29,6 +29,7 @@ from posthoc_cli.errors import (
     InvalidValueError,
     MismatchError,
     OutputExistsError,
+    argument,
     check_count,
     percent,
     quote,
@@ -499,7 +500,7 @@ def searchable_lengths(run: Run, t: float) -> Lengths:
     times = sorted({source.t for source in run.sources if source.t <= t})
     if len(times) < 3:
         reason = f"{len(times)} times are too few to search"
-        raise InvalidValueError(run.directory, reason, "name lengths with `sigma_rel`")
+        raise InvalidValueError(run.directory, reason, f"name lengths with {argument('sigma_rel')}")
     # the width of a uniform mean over a window, as a fraction of t
     spacing = UNIFORM_SIGMA_REL * (t - times[-3]) / t
     whole = UNIFORM_SIGMA_REL * (t - times[0] + t - times[-2]) / t

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from posthoc_cli import files
-from posthoc_cli.errors import InvalidValueError, escape_text, list_first, quote
+from posthoc_cli.errors import InvalidValueError, argument, escape_text, list_first, quote
 from posthoc_cli.sweep.search import LARGEST
 
 _GRACE = 0.5  # seconds between SIGTERM and SIGKILL
@@ -213,7 +213,7 @@ def _no_metric_error(text: str, key: str | None, members: Iterable[str]) -> NoMe
     named = _NAMED_NUMBER.findall(last if key is None else text[-_END_OF_OUTPUT:])
     names = [*dict.fromkeys([*filter(None, members), *(name for name, _ in named)])]
     names = names[:3] if key is None else get_close_matches(key, names, 3, 0)
-    hint = f"add `metric` {' or '.join(names)}" if names else ""
+    hint = f"add {argument('metric')} {' or '.join(names)}" if names else ""
     return NoMetricError(reason, hint)
 
 

@@ -230,6 +230,26 @@ def test_a_metric_that_is_found_nowhere_stops_at_the_first_trial_and_names_what_
     assert (tmp_path / "calls").read_text() == "\n"
 
 
+def test_no_word_of_the_user_is_taken_for_an_argument_of_ours(ema, run, tmp_path, out):
+    """Not in a warning or a path either; our own words are options in commands alone."""
+    printed = tmp_path / "printed"
+    printed.write_text("of `steps`, `metric` and `raw`")
+    command = shell(f"if [ $2 = 0.1 ]; then cat {printed} >&2; exit 3; fi; echo $2")
+    options = ("--minimize", "--sigma-rel", "0.05,0.1,0.2", "--json")
+    done = ema("sweep", run.directory, "--run", command, *options, "--out", out)
+    assert "of `steps`, `metric` and `raw`; see " in done.err
+    (warning,) = json.loads(done.out)["warnings"]
+    assert "of `steps`, `metric` and `raw`; see " in warning
+    folder = tmp_path / "`like`"
+    done = ema("synthesize", folder, "--sigma-rel", "0.1")
+    assert done.error.startswith(f"{folder}: no such")
+    wrong = ("--sigma-rel", "0.1", "--average", "`like`", "-o", "a.pt")
+    done = ema("synthesize", run.directory, *wrong)
+    assert done.error == "--average: needs --like, whose tensors it replaces"
+    with refused("average", "needs `like`"):
+        run.write([0.1], tmp_path / "a.pt", average="x")
+
+
 def test_failures_of_different_causes_do_not(run, out):
     lengths = Lengths.from_list([*LENGTHS, 0.22, 0.25])
     script = "case $2 in 0.05) exit 1;; 0.1) exit 2;; 0.2) exit 1;; esac; echo $2"
