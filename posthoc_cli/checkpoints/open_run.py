@@ -163,6 +163,11 @@ def _check_one_model(run: Sequence[Found], settings: ImportSettings) -> None:
             sources = make_checkpoint(run[0].content, first), make_checkpoint(file.content, tensors)
             if difference := model_difference(*sources):
                 raise _mismatch(run[0].path, file.path, difference, "include", "exclude")
+    keys = {file.pair.average_key for file in averages} - {""}
+    for file in run:
+        for key in keys.intersection(file.unused) if not file.averaged else ():
+            reason = f"do not match: {quote(key)} of {file.path.name} does not fit its weights"
+            raise _mismatch(averages[0].path, file.path, reason, "exclude")
     for file in averages:
         first_names = averages[0].averaged
         for name in first_names.keys() ^ file.averaged.keys():
