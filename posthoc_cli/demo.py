@@ -27,7 +27,7 @@ from posthoc_cli.report.page import PAGE, render
 from posthoc_cli.resources import ProgressBar
 from posthoc_cli.run import Run, make_weights
 from posthoc_cli.sweep import Lengths, SweepReport, images
-from posthoc_cli.sweep.search import USUAL_BUDGET, Trial
+from posthoc_cli.sweep.search import USUAL_BUDGET, Trial, next_measurements
 from posthoc_cli.sweep.sweeps import LAST_WEIGHTS
 from posthoc_cli.targets import SigmaRel
 from posthoc_cli.tracker import PostHocEMA
@@ -73,7 +73,8 @@ def run(
         report = _train_and_search(out, steps, say, watch)
     finally:
         torch.set_num_threads(threads)
-    last, *averages = report.trials
+    last, *measured = report.trials
+    averages = [trial for trial in measured if trial.seed == 0]
     return {
         "out": str(out),
         "steps": steps,
@@ -126,22 +127,24 @@ def _search(model: Denoiser, run: Run) -> SweepReport:
     validation = Validation(data, seed=0, draws=16)
     trials = [Trial(LAST_WEIGHTS, None, 0, float(validation(model).mean()))]
     averaged = make_denoiser(seed=0)
-    for sigma_rel in SIGMA_RELS:
-        began = time.perf_counter()
-        plan = run.plan(sigma_rel)
-        averaged.load_state_dict(make_weights(plan))
-        trial = Trial(
-            SigmaRel(sigma_rel).title,
-            sigma_rel,
-            seed=0,
-            value=float(validation(averaged).mean()),
-            predicted_error=plan.predicted_error(0),
-            lost_gain=plan.lost_gain(0),
-            seconds=time.perf_counter() - began,
-        )
-        trials.append(trial)
+    lengths = Lengths.from_list(SIGMA_RELS)
+    while batch := next_measurements(trials, lengths, USUAL_BUDGET, minimize=True):
+        for sigma_rel, seed in batch:
+            began = time.perf_counter()
+            plan = run.plan(sigma_rel)
+            averaged.load_state_dict(make_weights(plan))
+            trial = Trial(
+                SigmaRel(sigma_rel).title,
+                sigma_rel,
+                seed,
+                value=float(validation(averaged).mean()),
+                predicted_error=plan.predicted_error(0),
+                lost_gain=plan.lost_gain(0),
+                seconds=time.perf_counter() - began,
+            )
+            trials.append(trial)
     return SweepReport(
-        lengths=Lengths.from_list(SIGMA_RELS),
+        lengths=lengths,
         budget=USUAL_BUDGET,
         compared=(LAST_WEIGHTS,),
         metric="validation loss",
@@ -210,7 +213,7 @@ def _draw_samples(
     for trial in report.trials:
         if trial.sigma_rel is None:
             weights = model.state_dict()
-        elif trial.sigma_rel in widths:
+        elif trial.sigma_rel in widths and trial.seed == 0:
             weights = run.average(trial.sigma_rel)
         else:
             continue

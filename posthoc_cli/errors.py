@@ -195,6 +195,24 @@ def quote(value: object) -> str:
     return f"a {type(value).__name__}"
 
 
+_options = dict[str, str]()  # by the names of arguments; empty where no command line runs
+
+
+def argument(name: str) -> str:
+    """Write the name of an argument of ours for a message: `name`, or in a command the option."""
+    return _options.get(name, f"`{name}`")
+
+
+@contextmanager
+def name_options(options: Mapping[str, str]) -> Iterator[None]:
+    """Write arguments as these options in the block."""
+    _options.update(options)
+    try:
+        yield
+    finally:
+        _options.clear()
+
+
 def abbreviate(value: object) -> str:
     """Shorten an argument's value for a message, in one line."""
     return " ".join(repr(value)[:40].split()).removesuffix(".0")

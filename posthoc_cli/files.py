@@ -34,6 +34,7 @@ from posthoc_cli.errors import (
     OutputExistsError,
     RemoteError,
     WriteError,
+    argument,
     quote,
 )
 
@@ -517,7 +518,7 @@ class PendingFolder(_Pending):
     def _refuse(self, reason: str) -> OutputExistsError:
         hint = "name a new folder"
         if self._replaces is None:
-            hint += ", or `overwrite` to replace a model"
+            hint += f", or {argument('overwrite')} to replace a model"
         return OutputExistsError(self.path, reason, hint)
 
     def publish(self) -> None:
@@ -552,6 +553,5 @@ class PendingFolder(_Pending):
 
 
 def _exists_error(path: Path) -> OutputExistsError:
-    return OutputExistsError(
-        path, "already exists", "choose another name, or `overwrite` to replace it"
-    )
+    hint = f"choose another name, or {argument('overwrite')} to replace it"
+    return OutputExistsError(path, "already exists", hint)

@@ -20,7 +20,14 @@ import numpy as np
 import numpy.typing as npt
 
 from posthoc_cli.clock import Clock
-from posthoc_cli.errors import InvalidValueError, abbreviate, check_number, check_word, did_you_mean
+from posthoc_cli.errors import (
+    InvalidValueError,
+    abbreviate,
+    argument,
+    check_number,
+    check_word,
+    did_you_mean,
+)
 from posthoc_cli.profiles import (
     FloatArray,
     Point,
@@ -143,7 +150,7 @@ class SigmaRel(Target):
 
 
 def _decay_hint(decay: str) -> str:
-    return f"for an ordinary EMA use `decay` {decay}, in Python Beta({decay})"
+    return f"for an ordinary EMA use {argument('decay')} {decay}, in Python Beta({decay})"
 
 
 class Beta(Target):

@@ -1,5 +1,5 @@
 """Compare the choices of the search with those of a plain grid, and check the lengths that it calls
-tied.
+tied, and the gains over an own EMA that it claims.
 
     python scripts/bench_sweep.py
 
@@ -7,7 +7,13 @@ tied.
 to 1/3. The regret of a choice is its true metric less the best one. A choice is "within noise" if
 its regret is at most the noise of one evaluation, or 1 % of the depth. The grid has 15 evaluations,
 as many as the search on average; it is even in the length, as published, and takes its lowest
-value."""
+value.
+
+The gains are of searches of the same metrics beside an EMA, which in each second one has no more to
+gain: its true metric is the best one; else it is that of a random length. Their noise is of three
+kinds: of each evaluation; of examples that each evaluation draws anew; and of the same examples in
+all, of which the lengths get nearly the same ones right. The last two are accuracies, and state
+their error. A gain is claimed if "better" is said, which an interval must not hold."""
 
 from __future__ import annotations
 
@@ -18,9 +24,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.random import Generator, default_rng
+from scipy.special import ndtri
 from tables import FloatArray, markdown, share
 
-from posthoc_cli.sweep import search
+from posthoc_cli.sweep import SweepReport, search
+from posthoc_cli.sweep.report import describe_gain
 from posthoc_cli.sweep.search import USUAL_BUDGET, Estimate, Lengths, Trial
 
 LOW = 0.02
@@ -139,6 +147,101 @@ def grid(metric: Metric) -> float:
     return float(min(lengths, key=metric.measure))
 
 
+# --- gains over an EMA
+
+GAINS_EACH = 80  # searches of each shape and kind of noise
+EXAMPLES = 1000
+EMA = "your EMA"
+Evaluate = Callable[[float], tuple[float, float | None]]
+"""Measures the true metric at a place in GRID, and states an error, or none."""
+
+
+def noisy(metric: Metric) -> Evaluate:
+    """Add noise to each evaluation."""
+
+    def evaluate(place: float) -> tuple[float, None]:
+        return true_at(metric, place) + metric.noise * metric.random.normal(), None
+
+    return evaluate
+
+
+def drawn_anew(metric: Metric) -> Evaluate:
+    """Draw examples for each evaluation."""
+
+    def evaluate(place: float) -> tuple[float, float]:
+        error = error_rate(metric, place)
+        return rate(metric.random.binomial(EXAMPLES, error) / EXAMPLES)
+
+    return evaluate
+
+
+def the_same(metric: Metric) -> Evaluate:
+    """Draw examples once. Each has a difficulty, of which a tenth of the variance changes with the
+    length."""
+    fixed, first, second = metric.random.normal(size=(3, EXAMPLES))
+    turn = metric.random.uniform(1, 3, EXAMPLES)
+
+    def evaluate(place: float) -> tuple[float, float]:
+        changing = first * np.cos(turn * place) + second * np.sin(turn * place)
+        difficulty = math.sqrt(0.9) * fixed + math.sqrt(0.1) * changing
+        return rate(float((difficulty < ndtri(error_rate(metric, place))).mean()))
+
+    return evaluate
+
+
+def true_at(metric: Metric, place: float) -> float:
+    """Return the true metric at a place."""
+    return float(np.interp(place, GRID, metric.truth))
+
+
+def error_rate(metric: Metric, place: float) -> float:
+    """Return the true rate of errors: from 20 to 50 %."""
+    return 0.2 + 0.3 * true_at(metric, place)
+
+
+def rate(errors: float) -> tuple[float, float]:
+    """Return a measured rate of errors with its standard error."""
+    return errors, math.sqrt(errors * (1 - errors) / EXAMPLES)
+
+
+def search_beside_ema(evaluate: Evaluate, own: float) -> SweepReport:
+    """Search as `ema sweep` does, with an own EMA at a place."""
+
+    def measure(title: str, x: float | None, place: float, seed: int) -> Trial:
+        value, error = evaluate(place)
+        return Trial(title, x, seed, value, error)
+
+    trials = [measure(EMA, None, own, 0)]
+    while batch := search.next_measurements(trials, LENGTHS, USUAL_BUDGET, minimize=True):
+        trials += [measure("", x, math.log(x / LOW) / SPAN, seed) for x, seed in batch]
+    step = LENGTHS.step(USUAL_BUDGET)
+    if search.estimate(trials, step, minimize=True).noise > 0:
+        trials.append(measure(EMA, None, own, 1))
+    return SweepReport(LENGTHS, USUAL_BUDGET, (EMA,), "metric", True, {}, trials=tuple(trials))
+
+
+def gains_row(title: str, make: Callable[[Metric], Evaluate], scale: float) -> tuple[str, ...]:
+    """Compare the gains that searches claim with the true ones."""
+    wrong = []
+    claimed = []
+    covered = []
+    for shape, number in itertools.product(SHAPES, range(GAINS_EACH)):
+        metric = made_up(shape, NOISES[1 + number % 3], 1000 + number)
+        own = float(GRID[metric.truth.argmin()] if number % 2 else metric.random.uniform())
+        report = search_beside_ema(make(metric), own)
+        (found,) = report.gains
+        gain = scale * (true_at(metric, own) - metric.true(report.best))
+        unit = abs(found.value or math.nan)
+        margin = unit * (found.margin or 0.0)
+        is_claimed = " better than" in describe_gain(report)
+        covered.append(abs(unit * (found.gain or 0.0) - gain) <= margin)
+        if gain <= 0:
+            wrong.append(is_claimed)
+        elif gain > margin:
+            claimed.append(is_claimed)
+    return (title, str(len(covered)), share(wrong), share(claimed), share(covered))
+
+
 def main() -> None:
     """Print the table."""
     searches = []
@@ -173,6 +276,15 @@ def main() -> None:
         ("grid", str(COUNT), share(grids), f"{np.mean(grid_regrets):.3f}", ""),
     )
     print(markdown(rows))
+    print()
+    heads = ("noise", "searches", "claimed of none", "claimed of larger ones", "true gain inside")
+    gains = (
+        heads,
+        gains_row("of each evaluation", noisy, 1.0),
+        gains_row("1,000 examples drawn anew, error stated", drawn_anew, 0.3),
+        gains_row("the same 1,000 examples, error stated", the_same, 0.3),
+    )
+    print(markdown(gains))
 
 
 if __name__ == "__main__":

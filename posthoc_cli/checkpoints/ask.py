@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from posthoc_cli.checkpoints.settings import ImportSettings
-from posthoc_cli.errors import InvalidValueError, PostHocError
+from posthoc_cli.errors import InvalidValueError, PostHocError, argument
 
 T = TypeVar("T")
 Answer = Mapping[str, Any]
@@ -41,7 +41,7 @@ def _phrase(answer: Answer) -> str:
     """Put an answer into words, for a caller that is no import."""
     parts = []
     for name, value in answer.items():
-        parts.append(f"`{name}` {value!r}" if name != "place" else f"name '{value}'")
+        parts.append(f"{argument(name)} {value!r}" if name != "place" else f"name '{value}'")
     return " with ".join(parts)
 
 

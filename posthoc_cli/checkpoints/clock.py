@@ -26,7 +26,7 @@ from posthoc_cli.checkpoints.containers import strip_ending
 from posthoc_cli.checkpoints.content import Content
 from posthoc_cli.checkpoints.folders import NUMBER, make_glob
 from posthoc_cli.checkpoints.settings import ImportSettings, read_number
-from posthoc_cli.errors import InvalidValueError, quote
+from posthoc_cli.errors import InvalidValueError, argument, quote
 
 Unit = Literal["steps", "epochs", "images", ""]
 
@@ -40,7 +40,6 @@ EPOCHS = ("epoch", "last_epoch", "current_epoch")
 _ANEW = {"step", "steps", "iteration", "iter"}  # values that may begin anew in each epoch
 
 _MOST = 10**15
-_HINT = r"import with `step_from`, a pattern such as 'step(\d+)'"
 _MORE = r"(?P<more>(?:[.,_-][0-9]+)+[km]?|[a-z]+)?"  # what follows digits of a number, or its unit
 _STEP = r"(?:steps?|iter(?:ation)?s?)"
 _EPOCH = r"ep(?:och)?s?"
@@ -252,7 +251,7 @@ def check_whole_number(path: Path, number: float) -> int:
     """Convert a number to an int; raise InvalidValueError if it is not whole or out of range."""
     if not 0 <= number <= _MOST or number != int(number):
         reason = f"its step is {quote(number)}; must be a whole number up to {_MOST:.0e}"
-        raise InvalidValueError(path, reason, f"leave it out, or {_HINT}")
+        raise InvalidValueError(path, reason, f"leave it out, or {_describe_pattern()}")
     return int(number)
 
 
@@ -352,9 +351,13 @@ def _ask_for_step(path: Path, doubt: str) -> InvalidValueError:
             digits = r"(\d[\d_,]*\d)" if number[0][-1].isdigit() else r"([\d.]+[kmb])"
         answers.insert(0, {"step_from": before + digits})
         end = number.end()
-    return (
-        QuestionError(path, reason, *answers) if answers else InvalidValueError(path, reason, _HINT)
-    )
+    if answers:
+        return QuestionError(path, reason, *answers)
+    return InvalidValueError(path, reason, _describe_pattern())
+
+
+def _describe_pattern() -> str:
+    return rf"import with {argument('step_from')}, a pattern such as 'step(\d+)'"
 
 
 # --- all checkpoints of a run
@@ -393,8 +396,11 @@ def _explain_no_sign(files: Sequence[Signs]) -> InvalidValueError:
     """Make the error about files of which no sign shows the times of all."""
     first = next((file for file in files if not file.by_sign), files[0])
     others = [file for file in files if file.by_sign.keys() != first.by_sign.keys()]
-    if first.problem is not None or not others:
-        return first.problem or InvalidValueError(first.path, "states no step", _HINT)
+    if first.problem is not None:
+        return first.problem
+    if not others:
+        hint = "name the files of one run with a glob"
+        return InvalidValueError(first.path, "states no step, nor does its name", hint)
     reason = f"must be given: {first.path.name} and {others[0].path.name} state it in different "
     return InvalidValueError("step_from", f"{reason}ways", "name the files of one run with a glob")
 
@@ -447,7 +453,7 @@ def _read_unknown_numbers(
     as_they_are = [reading.number for reading in numbers]
     why = _explain_epochs(numbers)
     if not why and settings.steps_per_epoch:
-        why = "`steps_per_epoch` is given"
+        why = f"{argument('steps_per_epoch')} is given"
     ahead = [file.count - number for file, number in zip(files, as_they_are, strict=True)]
     if not why and min(ahead) > 1:
         why = "averages have counted more updates"
@@ -489,7 +495,7 @@ def _read_epochs(
     says = f"epochs, counted from {1 - offset}: {why}"
     is_sure = offset or settings.first_epoch is not None
     if not is_sure and not _begin_at_1(numbers):
-        says += ", and nothing shows the first: `first_epoch` is 0 if it is"
+        says += f", and nothing shows the first: {argument('first_epoch')} is 0 if it is"
     epochs = [number + offset for number in numbers]
     if each := settings.steps_per_epoch:
         steps = [each * epoch for epoch in epochs]

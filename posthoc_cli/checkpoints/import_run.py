@@ -40,7 +40,7 @@ from posthoc_cli.checkpoints.open_run import (
 from posthoc_cli.checkpoints.settings import FOUND, UNSPECIFIED, ImportSettings, parse_warm_up
 from posthoc_cli.checkpoints.source import Checkpoint, first_values
 from posthoc_cli.decay_rules import POWER_FUNCTION, RULES, OrdinaryEMA, WarmUp
-from posthoc_cli.errors import DirectoryError, InvalidValueError
+from posthoc_cli.errors import DirectoryError, InvalidValueError, argument
 from posthoc_cli.profiles import Point
 from posthoc_cli.snapshots.directory import inspect_directory, is_import
 
@@ -123,7 +123,7 @@ def import_checkpoints(
     if out is not None:
         target = files.local_path("out", out)
     elif not dry_run:
-        raise InvalidValueError("out", "is required (except with `dry_run`)")
+        raise InvalidValueError("out", f"is required (except with {argument('dry_run')})")
     if is_import(origin) or (origin.is_dir() and inspect_directory(origin).snapshots):
         reason = "is a run already, and needs no import"
         raise DirectoryError(origin, reason, "name the files of the other program")
@@ -198,7 +198,7 @@ def _note_on_motion(checkpoints: Sequence[Checkpoint], given: ImportSettings) ->
     text = (
         f"the files move alike from one to the next (cosine {along / size:.2f}), as averages do, "
     )
-    return [f"{text}or weights that drift; if they hold an EMA, import with `kind` ema"]
+    return [f"{text}or weights that drift; if they hold an EMA, import with {argument('kind')} ema"]
 
 
 def open_checkpoints(place: str | Path) -> list[Checkpoint]:
@@ -338,7 +338,7 @@ class _Decays:
             raise self._question("steps_per_epoch", reason, {"steps_per_epoch": ASKED}, *proposals)
         reason = audit.text if rounded else audit.text + self._round_epochs(audit)
         if not proposals:
-            reason += "; `kind` checkpoints takes the weights alone"
+            reason += f"; {argument('kind')} checkpoints takes the weights alone"
         raise self._question("ema_decay", reason, *proposals)
 
     def _round_epochs(self, audit: Audit) -> str:
@@ -352,7 +352,7 @@ class _Decays:
         for number in sorted(simple - {0, given}, key=lambda number: abs(math.log(number / given))):
             decay = 1 - given / (audit.length * number)
             for rounded in round_decays(decay, audit.uncertainty or 0.0):
-                return f"; with `steps_per_epoch` {number:,} it would be {rounded:g}"
+                return f"; with {argument('steps_per_epoch')} {number:,} it would be {rounded:g}"
         return ""
 
     def _adopt(self, changes: Settings, uncertainty: float) -> ImportSettings:
@@ -449,7 +449,8 @@ class _Decays:
         began."""
         weights = self.given.command(self.place, kind="checkpoints")
         if audit.verdict in (SET_BACK, DOES_NOT_MOVE):
-            side = "name files of one side by a glob, later ones with `update_after_step`"
+            option = argument("update_after_step")
+            side = f"name files of one side by a glob, later ones with {option}"
             if later := self._glob_from(audit.set_back_at):
                 side = "for later files, with the step N at which it began: "
                 side += self.given.command(later, update_after_step=ASKED)
@@ -461,7 +462,8 @@ class _Decays:
             proposals = [{"update_every": every} for every in audit.every]
             raise self._question("update_every", audit.text, *proposals)
         if audit.verdict == SOME_TENSORS:
-            reason = f"{audit.text}; leave them out with `exclude`, or take the weights alone"
+            way = f"leave them out with {argument('exclude')}, or take the weights alone"
+            reason = f"{audit.text}; {way}"
             raise InvalidValueError("average", reason, weights)
         begins = self._last_copy(audit)
         if begins and self.given.update_after_step is None:
@@ -564,7 +566,10 @@ def _row(candidate: Candidate) -> WarmUp:
 
 
 def _options(changes: Settings) -> str:
-    options = [f"`{name}` {value}" for name, value in changes.items() if value not in ((), "none")]
+    options = []
+    for name, value in changes.items():
+        if value not in ((), "none"):
+            options.append(f"{argument(name)} {value}")
     return " ".join(options)
 
 

@@ -36,7 +36,7 @@ from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings
 from posthoc_cli.checkpoints.source import Checkpoint, are_near, first_values, make_checkpoint
 from posthoc_cli.checkpoints.updates import Calls, Updates
 from posthoc_cli.decay_rules import RAMP_UP, UNLIMITED, ema_pytorch_profile
-from posthoc_cli.errors import FileFormatError, InvalidValueError
+from posthoc_cli.errors import FileFormatError, InvalidValueError, argument
 from posthoc_cli.profiles import FloatArray, PowerFunction, StoredProfile, gamma_from_sigma_rel
 
 log = logging.getLogger(__name__)
@@ -464,7 +464,8 @@ def check_applies(has_averages: bool, settings: ImportSettings) -> None:
     for name in settings.given:
         if name in _OF_AVERAGES and not has_averages:
             reason = "does not apply to files that are taken for weights"
-            hint = "to take the files for averages, give `kind` ema; to name one in them, `average`"
+            hint = f"to take the files for averages, give {argument('kind')} ema; "
+            hint += f"to name one in them, {argument('average')}"
             raise InvalidValueError(name, reason, hint)
 
 
@@ -493,7 +494,8 @@ class Stored:
         if not found.averaged:
             return None
         if self._settings.average is None and not are_near(*found.starts):
-            reason = "the average is unrelated to the weights; name it with `average` if it is one"
+            option = argument("average")
+            reason = f"the average is unrelated to the weights; name it with {option} if it is one"
             log.warning("%s: %s", self._content.path, reason)
         return self._make(found.tensors)
 

@@ -29,6 +29,7 @@ from posthoc_cli.errors import (
     InvalidValueError,
     OutputExistsError,
     VanishedError,
+    argument,
     quote,
 )
 from posthoc_cli.profiles import Point
@@ -238,7 +239,7 @@ def _encode(manifest: Manifest) -> Values:
 
 def _check_same(present: Manifest, manifest: Manifest) -> None:
     """Raise OutputExistsError if the present import is of something else, or has other settings."""
-    hint = "choose another name, or `overwrite` to replace it"
+    hint = f"choose another name, or {argument('overwrite')} to replace it"
     reason = f"is an import of {present.origin}"
     if present.settings.without_findings != manifest.settings.without_findings:
         raise OutputExistsError(manifest.folder, f"{reason} with other settings", hint)

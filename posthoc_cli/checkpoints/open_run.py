@@ -43,6 +43,7 @@ from posthoc_cli.errors import (
     MismatchError,
     PostHocError,
     UnsuitableError,
+    argument,
     quote,
 )
 from posthoc_cli.profiles import FloatArray, Point, StoredProfile
@@ -153,7 +154,6 @@ def read_place(
 def _check_one_model(run: Sequence[Found], settings: ImportSettings) -> None:
     """Raise MismatchError if files hold tensors of other names or shapes than the first one, or if
     an average lacks a tensor that it has in another file."""
-    hint = "name the files of one run with a glob, or import with `include` or `exclude`"
     first = _selected(run[0], settings)
     ours = {name: tensor.shape for name, tensor in first.items()}
     averages = [file for file in run if file.averaged]
@@ -162,14 +162,19 @@ def _check_one_model(run: Sequence[Found], settings: ImportSettings) -> None:
         if {name: tensor.shape for name, tensor in tensors.items()} != ours:
             sources = make_checkpoint(run[0].content, first), make_checkpoint(file.content, tensors)
             if difference := model_difference(*sources):
-                raise MismatchError(f"{run[0].path} and {file.path}", difference, hint)
+                raise _mismatch(run[0].path, file.path, difference, "include", "exclude")
+    keys = {file.pair.average_key for file in averages} - {""}
+    for file in run:
+        for key in keys.intersection(file.unused) if not file.averaged else ():
+            reason = f"do not match: {quote(key)} of {file.path.name} does not fit its weights"
+            raise _mismatch(averages[0].path, file.path, reason, "exclude")
     for file in averages:
         first_names = averages[0].averaged
         for name in first_names.keys() ^ file.averaged.keys():
             if {**first_names, **file.averaged}[name].shape not in ((), (1,)):
                 lacking = file if name in first_names else averages[0]
                 reason = f"do not match: {lacking.path.name} lacks {quote(name)} of the average"
-                raise MismatchError(f"{averages[0].path} and {file.path}", reason, hint)
+                raise _mismatch(averages[0].path, file.path, reason, "exclude")
 
 
 def _selected(file: Found, settings: ImportSettings) -> Tensors:
@@ -231,7 +236,7 @@ def _leave_out_untrained(run: Sequence[Found], times: Sequence[int]) -> list[Fou
     """Return the checkpoints of a training that has begun, with their times."""
     if max(times) <= 0:
         reason = "all files have the number 0, which may be something else than a step"
-        hint = "name the files of one run with a glob, or import with `step_from`"
+        hint = f"name the files of one run with a glob, or import with {argument('step_from')}"
         raise InvalidValueError(run[0].path, reason, hint)
     used = []
     for file, time in zip(run, times, strict=True):
@@ -250,11 +255,13 @@ def _note_unused(run: Sequence[Found]) -> list[str]:
             continue
         first = file.unused[0]
         averages = [key for key in file.unused if AVERAGE_WORD.search(key)]
-        option = f"`average` '{averages[0]}'" if averages else f"`weights` '{first}'"
+        option = f"{argument('weights')} '{first}'"
+        if averages:
+            option = f"{argument('average')} '{averages[0]}'"
         text = f"{file.path.name} also holds {list_names(file.unused)}, not used: an import with "
         text += f"{option} takes it"
         if file.averaged:
-            text += ", and with `kind` checkpoints the model alone"
+            text += f", and with {argument('kind')} checkpoints the model alone"
         return [text]
     return []
 
@@ -380,7 +387,9 @@ def _make_all(run: Sequence[Found], times: Times, settings: ImportSettings) -> l
     for name, entry in checkpoints[0].entries.items():
         if entry.dtype.startswith("F8"):
             reason = f"tensor {quote(name)} has 8 bits a value, too few for averages"
-            hint = "save the weights in 16 bits or more, or leave it out with `exclude`"
+            hint = (
+                f"save the weights in 16 bits or more, or leave it out with {argument('exclude')}"
+            )
             raise UnsuitableError(checkpoints[0].path, reason, hint)
     return checkpoints
 
@@ -434,8 +443,7 @@ def make_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     first = ordered[0]
     for other in ordered:
         if difference := model_difference(first, other):
-            hint = "name the files of one run with a glob, or import with `include` or `exclude`"
-            raise MismatchError(f"{first.path} and {other.path}", difference, hint)
+            raise _mismatch(first.path, other.path, difference, "include", "exclude")
     _check_times(ordered)
     weights = {
         checkpoint.t: checkpoint for checkpoint in ordered if isinstance(checkpoint.profile, Point)
@@ -479,8 +487,13 @@ def _check_times(checkpoints: Sequence[Checkpoint]) -> None:
         first = known.setdefault(key, other)
         if first is not other:
             reason = f"are both at {other.t_unit[:-1]} {other.t:,.12g}"
-            hint = "name the files of one run with a glob, or import with `step_from`"
-            raise MismatchError(f"{first.path} and {other.path}", reason, hint)
+            raise _mismatch(first.path, other.path, reason, "step_from")
+
+
+def _mismatch(first: Path, other: Path, difference: str, *settings: str) -> MismatchError:
+    hint = "name the files of one run with a glob, or import with "
+    hint += " or ".join(map(argument, settings))
+    return MismatchError(f"{first} and {other}", difference, hint)
 
 
 def is_copy(checkpoint: Checkpoint) -> bool:

@@ -39,7 +39,7 @@ from posthoc_cli.cli import (
     synthesize,
     verify,
 )
-from posthoc_cli.errors import CommandError, PostHocError, collect_warnings, one_line
+from posthoc_cli.errors import PostHocError, collect_warnings, name_options, one_line
 
 # typer bundles click or uses the installed one, depending on its release; this is the base class of
 # all usage errors in either case.
@@ -73,19 +73,17 @@ class _Command(_Flags, typer.core.TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         own = _option_names(self)
+        options = dict[str, str]()
         for command in ctx.parent.command.commands.values():  # a hint may ask for another one
-            output.OPTIONS.update(_option_names(command))
-        output.OPTIONS.update(own)
-        try:
-            return super().invoke(ctx)
-        except PostHocError as error:
-            if isinstance(error.args[0], str):  # else a path, which may be named like an option
-                names = error.subject.split(" and ")
-                error.subject = " and ".join(own.get(name, name) for name in names)
-            error.hint = output.name_options(error.hint)
-            if not isinstance(error, CommandError):  # which quotes the user's own output
-                error.reason = output.name_options(error.reason)
-            raise
+            options |= _option_names(command)
+        with name_options(options | own):
+            try:
+                return super().invoke(ctx)
+            except PostHocError as error:
+                if isinstance(error.args[0], str):  # else a path, which may be named like an option
+                    names = error.subject.split(" and ")
+                    error.subject = " and ".join(own.get(name, name) for name in names)
+                raise
 
 
 def _option_names(command: Any) -> dict[str, str]:
@@ -204,9 +202,7 @@ def main() -> NoReturn:
         arguments = ["--version"]
     debug = _DEBUG in arguments
     sys.excepthook = _show_traceback if debug else _report_unexpected
-    warnings.showwarning = lambda message, *_, **__: _print_message(
-        "warning", output.name_options(str(message))
-    )
+    warnings.showwarning = lambda message, *_, **__: _print_message("warning", message)
     output.log_to_stderr()
     _prepare_streams()
     _clean_up_on_signals()

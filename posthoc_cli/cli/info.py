@@ -64,4 +64,4 @@ def _print_info(report: dict[str, Any]) -> None:
         output.print_coefficients(report["snapshots"])
     for kind in ("note", "problem"):
         for text in report.get(f"{kind}s", ()):
-            output.print_line(f"{kind}: {output.name_options(text)}")
+            output.print_line(f"{kind}: {text}")

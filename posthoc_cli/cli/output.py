@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STDOUT = "standard output"
-OPTIONS = dict[str, str]()  # by the names of their arguments in the library
-_QUOTED = re.compile(r"`(\w+)`")
 warnings: list[str] = []  # what the command has warned of
 MOST_ROWS = 10  # the number of rows that are shown of a long table; --json lists all
 
@@ -56,15 +53,6 @@ def print_note(text: str) -> None:
         raise
     except OSError:
         pass
-
-
-def name_options(text: str) -> str:
-    """Replace quoted arguments in a text of the library by options."""
-
-    def option(match: re.Match[str]) -> str:
-        return OPTIONS.get(match[1], match[0])
-
-    return _QUOTED.sub(option, text)
 
 
 def print_json(value: Any) -> None:
@@ -208,7 +196,7 @@ def log_to_stderr() -> None:
 
 def _print_message(level: str, text: str) -> None:
     begin = "" if level == "info" else f"ema: {level}: "
-    print_note(begin + name_options(text))
+    print_note(begin + text)
 
 
 def progress_bar(unit: str = "") -> ProgressBar:

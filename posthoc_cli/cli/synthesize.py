@@ -36,6 +36,7 @@ def synthesize(
         show_default="warn from a lost gain of 5% on",
         help="Fail if a predicted error exceeds this: 0.01, or 1%.",
     ),
+    method: options.Method | None = options.METHOD,
     device: str = options.HOW(
         "auto",
         help="Where to compute the sums: auto, cpu, or what torch has: cuda, cuda:1, xpu, mps.",
@@ -48,8 +49,8 @@ def synthesize(
 
     The predicted error is the expected relative L2 distance of the weights from the true average,
     the lost gain is about the share of what averaging gains in a metric that this error loses.
-    --json also shows the profile error: the distance between the target profile and the
-    reconstructed one.
+    --method paper also shows the profile error: the distance between the target profile and the
+    reconstructed one; --json shows it for both methods.
 
     DIR may also contain checkpoints, or averages of other libraries: see ema guide checkpoints.
 
@@ -67,6 +68,7 @@ def synthesize(
         out,
         t=t,
         step=options.optional(options.parse_count, step, "--step"),
+        method=method,
         max_error=options.optional(options.parse_max_error, max_error),
         dtype=dtype,
         device=device,
@@ -92,6 +94,8 @@ def _print_synthesize(report: dict[str, Any]) -> None:
     targets = report["targets"]
     first = targets[0]
     errors = ["predicted_error", "lost_gain"]
+    if first["method"] == "paper":
+        errors.append("profile_error")
     _print_origin(report)
     if len(targets) > 1:
         rows = []

@@ -88,7 +88,7 @@ def _print_verify(report: dict[str, Any]) -> None:
         output.print_line()
     for kind in ("note", "problem"):
         for text in report[f"{kind}s"]:
-            output.print_line(f"{kind}: {output.name_options(text)}")
+            output.print_line(f"{kind}: {text}")
     output.print_line(_verdict(report, wrong))
 
 

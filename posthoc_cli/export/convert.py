@@ -19,6 +19,7 @@ from posthoc_cli.errors import (
     FileFormatError,
     InvalidValueError,
     UnsuitableError,
+    argument,
     at_most_one,
     quote,
 )
@@ -214,7 +215,8 @@ def _read_source(
         checkpoint = stored.weights if weights else stored.average
         if checkpoint is None:
             reason = f"none of its keys names an average ({stored.groups})"
-            hint = "name its key with `average`, or take its tensors as they are with `weights`"
+            hint = f"name its key with {argument('average')}, or take its tensors as they are with "
+            hint += argument("weights")
             raise UnsuitableError(source, reason, hint)
         return checkpoint
     if weights:

@@ -40,7 +40,7 @@ from posthoc_cli.checkpoints.containers import INDEX_ENDING
 from posthoc_cli.checkpoints.layouts import Stored
 from posthoc_cli.checkpoints.pickles import FileRange, is_archive, member_begin
 from posthoc_cli.dtypes import DTYPES, EPS, ITEM_BYTES, WORDS
-from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, quote
+from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, argument, quote
 from posthoc_cli.snapshots.outputs import model_files, weights_at
 from posthoc_cli.snapshots.sources import Source, StoredTensors
 from posthoc_cli.snapshots.tensorfile import (
@@ -305,7 +305,8 @@ class Like:
                     fitting.append(new)
             if len(fitting) > 1:
                 reason = f"the names of the run fit under {fitting[0]} and {fitting[1]}"
-                raise MismatchError(self.place, reason, "name one of them with `average`")
+                hint = f"name one of them with {argument('average')}"
+                raise MismatchError(self.place, reason, hint)
             if fitting:
                 return old, fitting[0]
             _, _, end = end.partition(".")

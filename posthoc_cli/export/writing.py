@@ -43,6 +43,7 @@ from posthoc_cli.errors import (
     PostHocError,
     RankError,
     WriteError,
+    argument,
     at_most_one,
     check_word,
 )
@@ -108,7 +109,7 @@ class OutputOptions:
         at_most_one(weights=self.weights, average=self.average)
         if self.like is None and (self.weights or self.average is not None):
             name = "weights" if self.weights else "average"
-            raise InvalidValueError(name, "needs `like`, whose tensors it replaces")
+            raise InvalidValueError(name, f"needs {argument('like')}, whose tensors it replaces")
 
     @property
     def shard_bytes(self) -> int:
@@ -156,7 +157,7 @@ class OutputOptions:
             )
         if self.max_shard_size is not None and layout != "sharded":
             reason = f"applies to sharded outputs only, and this layout is {layout}"
-            hint = "add `layout` sharded"
+            hint = f"add {argument('layout')} sharded"
             raise InvalidValueError("max_shard_size", reason, hint, value=self.max_shard_size)
         return layout
 
@@ -188,7 +189,7 @@ def output_paths(
     options.check_like(dtype)
     if out is None:
         if not options.dry_run:
-            raise InvalidValueError("out", "is required (except with `dry_run`)")
+            raise InvalidValueError("out", f"is required (except with {argument('dry_run')})")
         return []
     path = files.local_path("out", out)
     is_file = path.suffix in (*LAYOUTS["safetensors"], *LAYOUTS["pt"])

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from posthoc_cli.clock import Clock, EpochClock
 from posthoc_cli.dtypes import DTYPES, ITEM_BYTES
-from posthoc_cli.errors import MismatchError, NonFiniteError, quote
+from posthoc_cli.errors import MismatchError, NonFiniteError, argument, quote
 from posthoc_cli.profiles import FloatArray, Point, StoredProfile
 from posthoc_cli.reconstruction import (
     Measurements,
@@ -443,5 +443,5 @@ def finite_values(
     raise NonFiniteError(
         source.path,
         f"tensor {name!r}: holds nan or infinity",
-        "to leave out a mask or the like, import with `exclude`",
+        f"to leave out a mask or the like, import with {argument('exclude')}",
     )

@@ -25,8 +25,9 @@ class Gain(NamedTuple):
     """How much better than some weights the best average is, as a fraction of their metric."""
 
     title: str
-    value: float | None  # the metric of those weights; None if their trial has failed
+    value: float | None  # the mean metric of those weights; None if their trial has failed
     gain: float | None
+    margin: float | None  # half the width of the gain's 95 % interval; None if it is unknown
 
 
 @dataclass(frozen=True, repr=False)
@@ -62,23 +63,29 @@ class SweepReport:
 
     @property
     def value(self) -> float:
-        """The mean metric of the best average, as measured."""
-        value = self._mean(SigmaRel(self.best).title)
-        assert value is not None  # only measured lengths can be the best
-        return value
+        """The estimated metric of the best average: of the lowest of many the measured one is too
+        good."""
+        return self.estimate.value
 
     @property
     def gains(self) -> list[Gain]:
         """The gain over each of the compared weights."""
-        gains = []
-        for title in self.compared:
-            value = self._mean(title)
-            gain = None
-            if value:
-                change = (self.value - value) / abs(value)
-                gain = -change if self.minimize else change
-            gains.append(Gain(title, value, gain))
-        return gains
+        return [self._gain(title) for title in self.compared]
+
+    def _gain(self, title: str) -> Gain:
+        values = []
+        for trial in self.trials:
+            if trial.target == title and trial.value is not None:
+                values.append(trial.value)
+        if not values:
+            return Gain(title, None, None, None)
+        mean = sum(values) / len(values)
+        if mean == 0:
+            return Gain(title, mean, None, None)
+        change = (self.value - mean) / abs(mean)
+        margin = self.estimate.margin(len(values)) / abs(mean)
+        known = None if math.isnan(margin) else margin
+        return Gain(title, mean, -change if self.minimize else change, known)
 
     @property
     def best_trial(self) -> Trial:
@@ -97,10 +104,12 @@ class SweepReport:
         beyond."""
         return self.best in (self.lengths.low, self.lengths.high)
 
-    def _mean(self, title: str) -> float | None:
-        of_title = [trial.value for trial in self.trials if trial.target == title]
-        values = [value for value in of_title if value is not None]
-        return sum(values) / len(values) if values else None
+    @property
+    def may_be_percentage(self) -> bool:
+        """Whether the metric may be a percentage itself, such as an accuracy."""
+        values = [trial.value for trial in self.trials if trial.value is not None]
+        is_between = min(values) >= 0 and max(values) <= 100
+        return is_between and (not self.minimize or "err" in self.metric.lower())
 
     def curve(self) -> list[dict[str, float]]:
         """Draw points of a curve through the estimates, which has no extreme between them, with
@@ -184,19 +193,44 @@ def summarize(report: SweepReport) -> list[tuple[str, str]]:
 
 def describe_gain(report: SweepReport) -> str:
     """Say how much better than the compared weights the best average is; empty if unknown."""
-    texts = []
-    for title, _, gain in report.gains:
-        if gain is not None:
-            better = "better" if gain > 0 else "worse"
-            name = title if title.startswith("your") else f"the {title}"
-            texts.append(f"{percent(abs(gain))} {better} than {name}")
-    return ", ".join(texts)
+    known = [gain for gain in report.gains if gain.gain is not None]
+    text = ", ".join(_compare(report, gain) for gain in known)
+    if known and known[0].margin is None:
+        is_exact = report.estimate.noise == 0
+        text += ", on these examples" if is_exact else ", by one measurement each"
+    return text
+
+
+def _compare(report: SweepReport, compared: Gain) -> str:
+    title, value, gain, margin = compared
+    assert value is not None
+    assert gain is not None
+    name = title if title.startswith("your") else f"the {title}"
+    if margin is not None and abs(gain) <= margin:
+        sizes = _sizes(report, value, gain, margin)
+        return f"within the noise of {name} ({', '.join(sizes)})"
+    if gain == 0:
+        return f"as good as {name}"
+    first, *others = _sizes(report, value, abs(gain), margin)
+    size = f"{first} ({others[0]})" if others else first
+    return f"{size} {'better' if gain > 0 else 'worse'} than {name}"
+
+
+def _sizes(report: SweepReport, value: float, gain: float, margin: float | None) -> list[str]:
+    """Write a gain with its margin; of a metric that may be a percentage first in its points, since
+    a percentage of a percentage can be read as either."""
+    size = percent(gain) if gain >= 0 else f"-{percent(-gain)}"
+    points = f"{report.value - value:+.2g}"
+    if margin is not None:
+        size += f" ± {percent(margin)}"
+        points += f" ± {margin * abs(value):.2g}"
+    return [points, size] if report.may_be_percentage else [size]
 
 
 def describe_tie(found: Estimate) -> str:
     """Say which lengths are not significantly worse than the best one."""
     if found.noise == 0:
-        return "none: the metric has no noise"
+        return "none on these examples: a repetition had the same metric"
     if found.tied is None:
         return "unknown: too few trials show the noise"
     low, high = found.tied

@@ -14,12 +14,14 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
+from scipy.special import stdtrit
 
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import FloatArray, check_sigma_rel, sigma_rel_from_decay
+from posthoc_cli.snapshots.snapshot import ANY_SIGN
 from posthoc_cli.targets import Beta, bad, parse_numbers
 
 LEAST_BUDGET = 4  # a quadratic needs three lengths, and a fourth to show noise
@@ -31,6 +33,10 @@ _WIDE = 0.75
 _SAME = 0.1
 """Distances in steps of the grid: between lengths with a gap to measure in, and below which two are
 the same."""
+LARGEST = 1e100  # the largest magnitude of a metric: sums of squares are finite
+_FEWEST_FITTED = 6
+"""The number of lengths from which on the quadratic at the best one, and not its measured mean, is
+taken for its metric: the best of many is measured too good, and of few the quadratic is wide."""
 _FAR = 12.0
 """The largest distance of a metric above the upper quartile, in distances of the quartile from the
 second best metric. Larger ones are lowered: they only show that a length is bad."""
@@ -118,7 +124,8 @@ class Trial:
     target: str  # the title of what was measured, such as `sigma_rel 0.15` or `last weights`
     sigma_rel: float | None  # None for weights that are compared with averages
     seed: int  # as given to the command
-    value: float | None = None  # the metric, finite; None without a metric, and of a failed trial
+    # the metric, at most LARGEST; None without a metric, and of a failed trial
+    value: Annotated[float, ANY_SIGN] | None = None
     standard_error: float | None = None
     predicted_error: float | None = None  # of the weights; None if unknown
     lost_gain: float | None = None  # by this error
@@ -179,6 +186,10 @@ class Estimate:
             is unknown or 0.
         shown: which lengths are not so bad that their metrics were lowered.
         vertex: the place where the quadratic at the best length is lowest, at most a step away.
+        value: the estimated metric of the best length, of few lengths its measured mean.
+        error: its standard error; nan if the noise is unknown.
+        freedom: the degrees of freedom of the noise; infinite if only trials state it.
+        stated: the standard error that trials state; nan if one states none.
     """
 
     sigma_rels: FloatArray
@@ -189,6 +200,23 @@ class Estimate:
     tied: tuple[float, float] | None
     shown: FloatArray
     vertex: float
+    value: float
+    error: float
+    freedom: float
+    stated: float
+
+    def margin(self, count: int) -> float:
+        """Compute half the width of the 95 % interval of the difference between the best length's
+        metric and the mean of `count` measurements of other weights; nan if unknown.
+
+        Repetitions show only the noise that is drawn anew. The error that trials state is also that
+        of the examples, which all may share. It is then common to a part, and twice the error of
+        one mean bounds that of the difference.
+        """
+        if self.noise == 0:
+            return 2 * self.stated
+        error = math.hypot(self.error, self.noise / math.sqrt(count))
+        return float(np.fmax(stdtrit(self.freedom, 0.975) * error, 2 * self.stated))
 
 
 def estimate(trials: Sequence[Trial], step: float, minimize: bool) -> Estimate:
@@ -209,19 +237,31 @@ def estimate(trials: Sequence[Trial], step: float, minimize: bool) -> Estimate:
         smoother = np.eye(len(places))
     smooth = smoother @ values
     noise = 0.0
+    freedom = math.inf
     if not is_exact:
-        noise = estimate_noise(measured, smoother, values - smooth)
+        noise, freedom = estimate_noise(measured, smoother, values - smooth)
     best = int(smooth.argmin())
     differences = smoother - smoother[best]
+    means = sign * smooth
+    errors = noise * spread(smoother, measured.counts)
+    value = float(means[best])
+    error = float(errors[best])
+    if len(places) < _FEWEST_FITTED:
+        value = float(measured.means[best])
+        error = noise / math.sqrt(measured.counts[best])
     return Estimate(
         measured.sigma_rels,
-        sign * smooth,
-        noise * spread(smoother, measured.counts),
+        means,
+        errors,
         noise,
         float(measured.sigma_rels[best]),
         tied_range(measured.sigma_rels, smooth, best, noise * spread(differences, measured.counts)),
         values == sign * measured.means,
         places[best] + vertex_offset(fits[:, best] @ values, step),
+        value,
+        error,
+        freedom,
+        measured.stated,
     )
 
 
@@ -251,18 +291,22 @@ def spread(rows: FloatArray, counts: FloatArray) -> FloatArray:
     return np.asarray(np.sqrt((rows**2 / counts).sum(axis=1)))
 
 
-def estimate_noise(measured: Measured, smoother: FloatArray, residuals: FloatArray) -> float:
-    """Estimate the standard deviation of a measurement, at most what trials state; nan if there are
-    too few."""
+def estimate_noise(
+    measured: Measured,
+    smoother: FloatArray,
+    residuals: FloatArray,
+) -> tuple[float, float]:
+    """Estimate the standard deviation of a measurement, at most what trials state, and its degrees
+    of freedom; nan if there are too few."""
     counts = measured.counts
     # the expectation of the sum below for a noise of 1
     freedom = counts @ spread(np.eye(len(counts)) - smoother, counts) ** 2
     freedom += (counts - 1).sum()
-    noise = measured.stated
-    if freedom >= 1:
-        squares = counts @ residuals**2 + measured.scatter
-        noise = np.fmin(math.sqrt(squares / freedom), measured.stated)
-    return float(noise)
+    if freedom < 1:
+        return measured.stated, math.inf
+    squares = counts @ residuals**2 + measured.scatter
+    noise = np.fmin(math.sqrt(squares / freedom), measured.stated)
+    return float(noise), float(freedom)
 
 
 def tied_range(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import re
 import shlex
 import shutil
@@ -30,6 +29,7 @@ from posthoc_cli.errors import (
     InvalidValueError,
     MismatchError,
     OutputExistsError,
+    argument,
     check_count,
     percent,
     quote,
@@ -42,12 +42,13 @@ from posthoc_cli.profiles import UNIFORM_SIGMA_REL, Point
 from posthoc_cli.resources import ProgressBar, no_bar
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots.directory import LOCK_NAME, DirectoryLock
-from posthoc_cli.snapshots.snapshot import Snapshot, are_equal, places, recorded_weights
+from posthoc_cli.snapshots.snapshot import Snapshot, are_equal, convert, places, recorded_weights
 from posthoc_cli.snapshots.sources import Source
 from posthoc_cli.snapshots.tensorfile import read_file
 from posthoc_cli.sweep import images
 from posthoc_cli.sweep.report import SweepReport
 from posthoc_cli.sweep.search import (
+    LARGEST,
     LEAST_BUDGET,
     USUAL_BUDGET,
     Lengths,
@@ -67,6 +68,7 @@ _PLACEHOLDER = re.compile(r"\{(weights|sigma_rel|seed|dir)\}")
 _SCRATCH = ".scratch"
 _DIRECTIONS = {True: "minimize", False: "maximize", None: "look"}
 _OPERATORS = ("|", "||", "&&", ">", ">>", "<", "&>", "2>", "2>&1")
+_DOUBT = "does the evaluation use the weights?"
 _USE_A_SHELL = "for pipes, variables or cd, use a shell: sh -c '...'"
 
 
@@ -110,7 +112,7 @@ class Sweep:
             OutputExistsError: the folder holds something else, such as another sweep.
             LockedError: another sweep is running in this folder.
             CommandError: the first trial has printed no metric, two trials in a row have failed
-                alike, or all have the same metric.
+                alike, or all have the same metric, your own EMA and the last weights, too.
         """
         check_command(self.command, self.metric, needs_images=self.minimize is None)
         check_count("budget", self.budget, LEAST_BUDGET)
@@ -282,18 +284,23 @@ class Sweep:
 
     def _measure_all(self, compared: Sequence[Weights]) -> Iterator[Trial]:
         """Yield each trial when it has ended; the report then has it."""
-        known = {trial.target for trial in self._report.trials}
+        known = {(trial.target, trial.seed) for trial in self._report.trials}
         for weights in compared:
-            if weights.title not in known:
+            if (weights.title, 0) not in known:
                 yield self._measure(weights, 0)
         while True:
             report = self._report
             batch = next_measurements(report.trials, report.lengths, self.budget, self.minimize)
             if not batch:
-                return
+                break
             for sigma_rel, seed in batch:
                 yield self._measure(self._average(sigma_rel), seed)
             self._check_enough()
+        if self.minimize is not None and self._report.estimate.noise > 0:
+            # of one measurement, your own EMA would have most of the gain's error
+            for weights in compared[:1]:
+                if (weights.title, 1) not in known:
+                    yield self._measure(weights, 1)
 
     def _measure(self, weights: Weights, seed: int) -> Trial:
         """Make weights, run the command, and add the trial to the report."""
@@ -352,11 +359,10 @@ class Sweep:
         if last.error and causes == causes[:1] * 2:
             reason = f"two trials in a row have failed alike; the last one: {last.target}"
             raise CommandError("the sweep", f"{reason}: {last.error}")
-        averages = [trial for trial in self._report.trials if trial.sigma_rel is not None]
-        values = [trial.value for trial in averages if trial.value is not None]
-        if len(values) == 2 and values[0] == values[1]:
-            doubt = "does the evaluation use the weights?"
-            log.warning("two lengths have the same metric, %s: %s", last.value, doubt)
+        measured = [trial for trial in self._report.trials if trial.value is not None]
+        lengths = [trial for trial in measured if trial.sigma_rel is not None]
+        if len(lengths) == 2 and len({trial.value for trial in measured}) == 1:
+            log.warning("all trials so far have the same metric, %s: %s", last.value, _DOUBT)
 
     def _check_enough(self) -> None:
         """Raise a CommandError if too many lengths have failed, or all have the same metric; of a
@@ -367,19 +373,17 @@ class Sweep:
                 raise CommandError("the sweep", f"{reason}: {', '.join(images.ENDINGS)}")
             return
         report = self._report
-        values = {}
-        for trial in report.trials:
-            if trial.sigma_rel is not None and trial.value is not None:
-                values[trial.sigma_rel] = trial.value
+        measured = [trial for trial in report.trials if trial.value is not None]
+        lengths = {trial.sigma_rel for trial in measured} - {None}
         least = min(3, max(2, len(report.lengths.grid(self.budget)) - 1))  # of three one may fail
-        if len(values) < least:
+        if len(lengths) < least:
             failed = [trial for trial in report.trials if trial.error]
             reason = f"{len(failed)} of {len(report.trials)} trials have failed, too many to choose"
             last = f"the last one: {failed[-1].target}: {failed[-1].error}"
             raise CommandError("the sweep", f"{reason}; {last}")
-        if len({*values.values()}) == 1:
-            reason = f"every trial has the same metric, {next(iter(values.values())):.12g}"
-            raise CommandError("the sweep", reason, "does the evaluation use the weights?")
+        if len({trial.value for trial in measured}) == 1:
+            reason = f"every trial has the same metric, {measured[0].value:.12g}"
+            raise CommandError("the sweep", reason, _DOUBT)
 
     # --- the folder
 
@@ -418,9 +422,10 @@ class Sweep:
             settings = {**first}
             for entry in entries:
                 trial = trial_from_json(entry)
-                if trial.error is None:
+                is_measured = trial.value is not None or self.minimize is None
+                if is_measured and trial.error is None:
                     recorded[trial.target, trial.seed] = trial
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             reason = "is not the record of a sweep"
             raise FileFormatError(path, reason, "name another folder") from error
         if not recorded:  # nothing to lose: the call may have been wrong
@@ -456,15 +461,11 @@ class StoredRun(Run):
         return [self._source]
 
 
-def trial_from_json(entry: dict[str, Any]) -> Trial:
-    """Decode a recorded trial; raise a TypeError or ValueError if a value is of another kind."""
-    trial = Trial(**entry)
-    errors = trial.standard_error, trial.predicted_error, trial.lost_gain
-    for value in (trial.sigma_rel, trial.value, *errors):
-        if value is not None and not math.isfinite(value):
-            raise ValueError("a number that is not finite")
-    if not isinstance(trial.target, str) or not isinstance(trial.seed, int):
-        raise TypeError("no title or seed")
+def trial_from_json(entry: Any) -> Trial:
+    """Decode a recorded trial; raise a ValueError if a value is of another kind."""
+    trial: Trial = convert(entry, Trial)
+    if max(abs(trial.value or 0.0), trial.standard_error or 0.0) > LARGEST:
+        raise ValueError("a metric that is too large")
     if trial.sigma_rel is not None:
         return replace(trial, target=SigmaRel(trial.sigma_rel).title)
     return trial
@@ -499,7 +500,7 @@ def searchable_lengths(run: Run, t: float) -> Lengths:
     times = sorted({source.t for source in run.sources if source.t <= t})
     if len(times) < 3:
         reason = f"{len(times)} times are too few to search"
-        raise InvalidValueError(run.directory, reason, "name lengths with `sigma_rel`")
+        raise InvalidValueError(run.directory, reason, f"name lengths with {argument('sigma_rel')}")
     # the width of a uniform mean over a window, as a fraction of t
     spacing = UNIFORM_SIGMA_REL * (t - times[-3]) / t
     whole = UNIFORM_SIGMA_REL * (t - times[0] + t - times[-2]) / t

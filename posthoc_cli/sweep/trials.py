@@ -6,32 +6,44 @@ Each process has a separate process group, so that all its remaining children ca
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from posthoc_cli import files
-from posthoc_cli.errors import InvalidValueError, escape_text, list_first, quote
+from posthoc_cli.errors import InvalidValueError, argument, escape_text, list_first, quote
+from posthoc_cli.sweep.search import LARGEST
 
 _GRACE = 0.5  # seconds between SIGTERM and SIGKILL
 _TICK = 0.01  # seconds between looks at a process
 _TAIL = 10_000_000  # bytes at the end of standard output that are searched for the metric
 _END_OF_LOG = 300  # bytes at the end of a log that a message shows
-_BEGIN_OF_JSON = re.compile(r'[^\S\n]*(?=\{\s*["}]|\[)')
-_REST_OF_LINE = re.compile(r"[^\S\n]*(?=\n|$)")
-_NUMBER = r"(?:\s*[:=]\s*|\s+)([-+]?(?:\d*\.?\d+(?:e[-+]?\d+)?|nan|inf))(?!\w|[.,]\d)"
-_NAMED_NUMBER = re.compile(rf"([A-Za-z][\w.]*){_NUMBER}", re.IGNORECASE)
+_END_OF_OUTPUT = 10_000  # characters at the end of an output whose names a hint may name
+_DEEPEST = 100  # brackets in brackets; json.loads takes some 1,000, results of programs have 10
+_STRING_OR_BRACKET = re.compile(
+    r'"(?:[^"\\\n]|\\.)*\\?(?:"|$)'
+    r"|(?P<first>^[^\S\n]*)?(?P<opening>[\[{])"
+    r"|(?P<closing>[\]}])(?P<last>[^\S\n]*$)?",
+    re.MULTILINE,
+)
+_CLOSING = {"[": "]", "{": "}"}
+_SPACE = r"[^\S\n]"
+_NUMBER = (
+    rf"(?:{_SPACE}*[:=]{_SPACE}*|{_SPACE}+)"
+    r"([-+]?(?:(?:\d+(?:\.\d+)?|\.\d+)(?:e[-+]?\d+)?|nan|inf))(?!\w|[.,]\d)"
+)
+_NAMED_NUMBER = re.compile(rf"(?<![\w.])([A-Za-z][\w.]*){_NUMBER}", re.IGNORECASE)
+# Each of these expressions reads a character a few times, however long the line is.
 
 
 class TrialError(Exception):
@@ -135,8 +147,7 @@ class Metric:
     `key` is the key of a member of a JSON object, with dots between the keys of nested objects:
     `results.acc`, or the word before a number, as in `loss: 2.67`; None if the metric is a line of
     standard output that is a number. `file` is the name or pattern of JSON files in the trial's
-    folder or below, of which the newest is used; None for standard output, where the last counts,
-    and a number without the key only if there is none with it.
+    folder or below, of which the newest is used; None for standard output, where the last counts.
     """
 
     key: str | None = None
@@ -165,28 +176,32 @@ class Metric:
     ) -> tuple[float, float | None]:
         """Read the metric and its standard error, if any; raise a TrialError if there is no
         metric."""
-        if self.file is None:
-            text = _read_tail(stdout, _TAIL)
-            values = [*_find_printed(text, self.key)]
-        else:
-            path, value = _find_stored(folder, self.file)
-            values = [value]
-        objects = [_members(value) for value in reversed(values)]
         key = self.key or ""
-        for name in (key, ""):
-            for members in objects:
-                if name in members:
-                    return _check(members, name)
-        keys = [*dict.fromkeys(chain.from_iterable(objects))]
         if self.file is None:
-            raise _no_metric_error(text, self.key, keys)
-        closest = get_close_matches(key, keys, 5, 0)
+            text = _read_tail(stdout, _TAIL).replace("\r", "\n")
+            printed = _find_printed(text, self.key)
+        else:
+            path, stored = _find_stored(folder, self.file)
+            printed = iter([stored])
+        found = None
+        names = dict[str, None]()
+        for value in printed:
+            members = _members(value)
+            names |= dict.fromkeys(members)
+            if key in members:
+                found = members
+        if found is not None:
+            return _check(found, key)
+        if self.file is None:
+            raise _no_metric_error(text, self.key, names)
+        closest = get_close_matches(key, names, 5, 0)
         reason = f"{path.name} has no member {quote(self.key)}{_list_names(closest)}"
         raise NoMetricError(reason, "")
 
 
-def _no_metric_error(text: str, key: str | None, keys: list[str]) -> NoMetricError:
-    """Make the error for an output without the metric, which says what its last line is."""
+def _no_metric_error(text: str, key: str | None, members: Iterable[str]) -> NoMetricError:
+    """Make the error for an output without the metric, which says what its last line is, and hints
+    at the names that are there."""
     reason = "no line of its standard output is a number alone"
     if key is not None:
         reason = f"its standard output has no number after {quote(key)}"
@@ -195,10 +210,10 @@ def _no_metric_error(text: str, key: str | None, keys: list[str]) -> NoMetricErr
         reason += f"; the last line is `{escape_text(last.strip())}`"
     else:
         reason += ", and is empty"
-    names = get_close_matches(key or "", keys, 3, 0) or [
-        name for name, _ in _NAMED_NUMBER.findall(last)
-    ]
-    hint = f"add `metric` {' or '.join(names)}" if names else ""
+    named = _NAMED_NUMBER.findall(last if key is None else text[-_END_OF_OUTPUT:])
+    names = [*dict.fromkeys([*filter(None, members), *(name for name, _ in named)])]
+    names = names[:3] if key is None else get_close_matches(key, names, 3, 0)
+    hint = f"add {argument('metric')} {' or '.join(names)}" if names else ""
     return NoMetricError(reason, hint)
 
 
@@ -209,7 +224,7 @@ def _check(
     number = _number(members[name])
     if number is None:
         raise TrialError(f"{quote(name)} is {quote(members[name])}, not a number")
-    if not math.isfinite(number):
+    if not abs(number) <= LARGEST:
         raise TrialError(f"its metric is {number}")
     return number, _standard_error(members, name)
 
@@ -217,23 +232,42 @@ def _check(
 def _find_printed(text: str, key: str | None) -> Iterator[Any]:
     """Yield the numbers, the JSON objects and lists, and the numbers after the key, each on one or
     more complete lines."""
-    text = text.replace("\r", "\n")
-    end = 0
+    ends = _match_brackets(text)
     named = re.compile(rf"(?<![\w.]){re.escape(key or '')}{_NUMBER}", re.IGNORECASE)
-    for line in re.finditer(r"^.+$", text, re.MULTILINE):
+    end = broken = 0
+    for line in re.finditer(r"^[^\S\n]*(.+)$", text, re.MULTILINE):
         if line.start() < end:
             continue  # within a JSON value
         with suppress(ValueError):
-            yield float(line[0])
-        numbers = named.findall(line[0])
-        if key and numbers:
+            yield float(line[1])
+        if key and (numbers := named.findall(line[0])):
             yield {key: numbers[-1]}
-        with suppress(ValueError, RecursionError):
-            if begin := _BEGIN_OF_JSON.match(text, line.start()):
-                value, end_of_value = json.JSONDecoder().raw_decode(text, begin.end())
-                if _REST_OF_LINE.match(text, end_of_value):
-                    yield value
-                    end = end_of_value
+        begin = line.start(1)
+        stop = ends.get(begin, begin)
+        if begin < stop and not begin < broken < stop:
+            try:
+                yield json.loads(text[begin:stop], parse_int=float)
+                end = stop
+            except json.JSONDecodeError as error:
+                broken = begin + error.pos  # no value around this place is valid
+
+
+def _match_brackets(text: str) -> dict[int, int]:
+    """Find the end of each JSON object or list that begins and ends its lines, by its beginning, if
+    it is one: in a single pass, since any line of a log may begin with a bracket."""
+    ends = {}
+    opened = deque[re.Match[str]](maxlen=_DEEPEST)
+    for token in _STRING_OR_BRACKET.finditer(text):
+        if token["opening"]:
+            opened.append(token)
+        elif token["closing"]:
+            if not opened or _CLOSING[opened[-1]["opening"]] != token["closing"]:
+                opened.clear()
+                continue
+            first = opened.pop()
+            if first["first"] is not None and token["last"] is not None:
+                ends[first.start("opening")] = token.end("closing")
+    return ends
 
 
 def _find_stored(folder: Path, pattern: str) -> tuple[Path, Any]:
@@ -289,7 +323,7 @@ def _standard_error(
     head, comma, tail = name.partition(",")
     for word in ("stderr", "se", "standard_error"):
         error = _number(members.get(f"{head}_{word}{comma}{tail}"))
-        if error is not None and 0 < error < math.inf:
+        if error is not None and 0 < error <= LARGEST:
             return error
     return None
 

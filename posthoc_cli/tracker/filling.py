@@ -191,7 +191,9 @@ class _RawModel:
         torch.clear_autocast_cache()
         if lost:
             reason = f"cannot have its own weights again after the block: {list_first(lost)}"
-            failure = ModelMismatchError("model", reason, "this error's `weights` are these")
+            failure = ModelMismatchError(
+                "model", reason, "the attribute weights of this error has them"
+            )
             failure.weights = {name: tensor.raw for name, tensor in self._tensors.items()}
             raise failure
         for parameter, gradient in self._gradients:

@@ -10,7 +10,7 @@ from saved import asked, read, store, times, write_each
 from walks import saves
 
 from posthoc_cli import Run
-from posthoc_cli.errors import FileFormatError
+from posthoc_cli.errors import FileFormatError, PostHocError
 
 STEPS = [float(save.step) for save in saves()]
 FIRST, *_, LAST = saves()
@@ -312,3 +312,36 @@ def test_every_command_opens_what_an_import_opens(name, tmp_path, ema):
         made = ema("synthesize", opened, "--sigma-rel", 0.1, "--out", out, "--overwrite")
         assert "from 10 checkpoints" in made.out
         assert ema("info", opened, "--json").json["t"] == LAST.step
+
+
+# --- tensors that differ
+
+
+def without(tensors, name="body.0.weight"):
+    return {each: value for each, value in tensors.items() if each != name}
+
+
+def reshaped(tensors):
+    return tensors | {"body.0.weight": torch.zeros(5, 4)}
+
+
+def renamed(tensors):
+    return {name.replace("body.0", "body.9"): value for name, value in tensors.items()}
+
+
+@pytest.mark.parametrize("key", ["model", "ema"])
+@pytest.mark.parametrize("change", [without, reshaped, renamed])
+@pytest.mark.parametrize("place", [0, 4, 9])
+def test_a_set_that_differs_in_one_file_is_an_error_that_names_it(key, change, place, tmp_path):
+    """An EMA without one of its tensors in one file ended in an unexpected error."""
+    for number, save in enumerate(saves()):
+        content = {"model": save.weights, "ema": save.average}
+        if number == place:
+            content[key] = change(content[key])
+        store(tmp_path / f"step{save.step}.pt", content)
+        if number == place:
+            odd = f"step{save.step}.pt"
+    with pytest.raises(PostHocError) as raised:
+        read(tmp_path, ema_decay=0.95)
+    assert odd in str(raised.value) or "step40.pt" in str(raised.value)
+    assert "body.0" in str(raised.value) or "ema" in str(raised.value)

@@ -129,7 +129,7 @@ def test_names_of_values_are_no_options(tmp_path, ema):
     shown = ema("import", tmp_path, "--dry-run").out
     assert shown.startswith("numbers are steps, by 'step' ")
     write_each(tmp_path / "kept", "ep{save.epoch}7.pt", weights)
-    assert "`first_epoch` is 0 if it is" in ema("info", tmp_path / "kept").out
+    assert "--first-epoch is 0 if it is" in ema("info", tmp_path / "kept").out
 
 
 def test_info_of_safetensors_that_are_no_run_as_they_are(tmp_path, ema):

@@ -10,10 +10,12 @@ import threading
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from checking import assert_same_tensors
 from factories import OTHER_RUN_ID, contents, flip_bit, forge, rewrite_snapshot, snapshot_files
+from numpy.testing import assert_allclose
 from safetensors.torch import load_file
 
 from posthoc_cli import PostHocEMA
@@ -191,6 +193,42 @@ def test_no_error_is_predicted_from_one_snapshot_without_a_sketch(typed):
     (target,) = typed(f"{line} --overwrite --json").json["targets"]
     assert target["predicted_error"] is None
     assert target["lost_gain"] is None
+
+
+# --- `ema synthesize --method paper`
+
+
+def gamma_of(sigma_rel):
+    """Solve sigma_rel**2 = (gamma + 1) / ((gamma + 2)**2 (gamma + 3)) for its largest root."""
+    square = sigma_rel**2
+    cubic = np.array([1, 7, 16, 12]) - np.array([0, 0, 1, 1]) / square
+    return max(np.roots(cubic).real)
+
+
+def inner_product(first, second):
+    """The inner product of the profiles of two averages, each a pair of t and gamma: equation 151
+    of the method's authors."""
+    (s, g), (t, h) = sorted((first, second))
+    return (g + 1) * (h + 1) / (g + h + 1) * (s / t) ** h / t
+
+
+def test_the_published_method_has_the_published_coefficients(typed):
+    line = "synthesize run --sigma-rel 0.15 --method paper"
+    (target,) = typed(f"{line} --dry-run --json").json["targets"]
+    assert target["method"] == "paper"
+    profiles = []
+    for snapshot in target["snapshots"]:
+        t, sigma_rel = snapshot["file"].removesuffix(".safetensors").split("-")
+        profiles.append((float(t), gamma_of(float(sigma_rel))))
+    assert len(profiles) == 40
+    wanted = (2000.0, gamma_of(0.15))
+    matrix = [[inner_product(a, b) for b in profiles] for a in profiles]
+    solution = np.linalg.solve(matrix, [inner_product(a, wanted) for a in profiles])
+    found = [snapshot["coefficient"] for snapshot in target["snapshots"]]
+    assert_allclose(found, solution / solution.sum(), atol=1e-8)
+    made = typed(f"{line} --out paper.safetensors")
+    assert f"profile error {100 * target['profile_error']:.2g} %" in made.out
+    assert typed("info paper.safetensors --json").json["method"] == "paper"
 
 
 # --- `ema error-plot`: the picture and the numbers

@@ -73,7 +73,8 @@ def test_help_and_version(ema):
     assert ema("-V").out == ema("--version").out == ema("version").out == version
     groups = re.findall("Checkpoints that you have|A training with the hook|Learn", ema("-h").out)
     assert len(groups) == 3
-    assert re.search(r"--method +[<\[]minvar\|paper[>\]] ", ema("error-plot", "--help").out)
+    for command in ("synthesize", "error-plot"):
+        assert re.search(r"--method +[<\[]minvar\|paper[>\]] ", ema(command, "--help").out)
 
 
 # --- the output of --json: all commands use the same names for the same things

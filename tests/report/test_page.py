@@ -124,7 +124,8 @@ def test_a_page_shows_the_images_of_the_last_weights_the_own_ema_and_each_length
     titles = re.findall(r"<figcaption>(.*?)(?: \(as decay [\d.]+\))?, metric", text)
     assert sorted(titles) == sorted(TITLES)
     words = " ".join(shown(text).split())
-    assert "gain 98 % worse than your EMA (0.9), 98 % worse than the last weights" in words
+    gain = "gain -7.8 (98 %) worse than your EMA (0.9), -8.8 (98 %) worse than the last weights"
+    assert f"{gain}, by one measurement each" in words
 
 
 def test_of_many_large_images_a_page_shows_the_first_of_each_length(tmp_path, monkeypatch):

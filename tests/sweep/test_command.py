@@ -4,10 +4,12 @@ kept."""
 import json
 import math
 import re
+import shlex
 import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from checking import assert_same_tensors, refused
@@ -141,6 +143,56 @@ def test_a_corrupt_trials_file_is_refused(run, tmp_path, entry):
     assert line in path.read_text()
 
 
+ODD = (None, True, -1, 0, 7, 0.13, 1e-9, -2.5, 1e308, 10**400, math.nan, "", "0.1", [], [1], {})
+"""Values in place of others."""
+
+
+def mutate(lines, random):
+    """Return lines of JSON of which one has another value, name or text."""
+    at = random.integers(len(lines))
+    entry = json.loads(lines[at])
+    name = random.choice([*entry])
+    value = ODD[random.integers(len(ODD))]
+    text = json.dumps(entry)
+    changed = (
+        json.dumps(entry | {name: value}),
+        json.dumps({key: old for key, old in entry.items() if key != name}),
+        json.dumps(entry | {f"{name}s": value}),
+        json.dumps(value),
+        text[: random.integers(len(text))],
+        "[" * 100_000,
+        text * 2,
+    )
+    index = random.choice(len(changed), p=[0.6, 0.1, 0.1, 0.05, 0.05, 0.05, 0.05])
+    return [*lines[:at], changed[index], *lines[at + 1 :]]
+
+
+def test_odd_records_are_measured_again_or_refused_in_one_line(tmp_path, out):
+    """Of 300 changes of a record by chance."""
+    write_run(tmp_path / "run", random_walk(4, {"b": (7,)}), range(1, 5))
+    run = Run(tmp_path / "run")
+    random = np.random.default_rng(0)
+    swept(run, out)
+    path = out / "trials.jsonl"
+    lines = path.read_text().splitlines()
+    refusals = 0
+    for _ in range(300):
+        path.write_text("\n".join(mutate(lines, random)))
+        try:
+            swept(run, out)
+        except (FileFormatError, OutputExistsError) as error:
+            assert str(error).startswith(f"{path}: ") or str(error).startswith(f"{out}: ")
+            refusals += 1
+    assert 100 < refusals < 250
+
+
+@pytest.mark.parametrize("value", ["1e101", "-1e300"])
+def test_a_metric_whose_square_is_no_number_is_none(run, out, value):
+    report = swept(run, out, shell(f"if [ $2 = 0.1 ]; then echo {value}; else echo $2; fi"))
+    (failed,) = [trial for trial in report.trials if trial.value is None]
+    assert "its metric is " in failed.error
+
+
 @pytest.mark.parametrize(
     ("script", "fact"),
     [
@@ -176,6 +228,26 @@ def test_a_metric_that_is_found_nowhere_stops_at_the_first_trial_and_names_what_
     assert done.error.startswith("--run: ")
     assert done.error.endswith(" `of `steps`: loss: 0.55`; add --metric loss")
     assert (tmp_path / "calls").read_text() == "\n"
+
+
+def test_no_word_of_the_user_is_taken_for_an_argument_of_ours(ema, run, tmp_path, out):
+    """Not in a warning or a path either; our own words are options in commands alone."""
+    printed = tmp_path / "printed"
+    printed.write_text("of `steps`, `metric` and `raw`")
+    command = shell(f"if [ $2 = 0.1 ]; then cat {printed} >&2; exit 3; fi; echo $2")
+    options = ("--minimize", "--sigma-rel", "0.05,0.1,0.2", "--json")
+    done = ema("sweep", run.directory, "--run", command, *options, "--out", out)
+    assert "of `steps`, `metric` and `raw`; see " in done.err
+    (warning,) = json.loads(done.out)["warnings"]
+    assert "of `steps`, `metric` and `raw`; see " in warning
+    folder = tmp_path / "`like`"
+    done = ema("synthesize", folder, "--sigma-rel", "0.1")
+    assert done.error.startswith(f"{folder}: no such")
+    wrong = ("--sigma-rel", "0.1", "--average", "`like`", "-o", "a.pt")
+    done = ema("synthesize", run.directory, *wrong)
+    assert done.error == "--average: needs --like, whose tensors it replaces"
+    with refused("average", "needs `like`"):
+        run.write([0.1], tmp_path / "a.pt", average="x")
 
 
 def test_failures_of_different_causes_do_not(run, out):
@@ -239,9 +311,58 @@ def test_the_users_own_ema_is_measured_first_as_it_is_stored(tmp_path, out):
     assert own.gain == pytest.approx((4 - 3.05) / 4)
     assert last.gain == pytest.approx((8 - 3.05) / 8)
     texts = dict(summarize(report))
-    assert texts["gain"] == "24 % better than your EMA (0.9), 62 % better than the last weights"
+    ours = "24 % better than your EMA (0.9), 62 % better than the last weights"
+    assert texts["gain"] == f"{ours}, by one measurement each"
     assert texts["your EMA (0.9)"] == "4"
     assert texts["best"].startswith("sigma_rel 0.05 (as decay ")
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A run with an EMA of its own and its last weights."""
+    folder = tmp_path_factory.mktemp("own")
+    write_ema_checkpoints(folder)
+    import_checkpoints(folder, folder / "run", ema_decay=0.9)
+    return Run(folder / "run")
+
+
+def awk(prints):
+    """Return a command that runs a program: x is the length, 0 of other weights, s the seed."""
+    program = shlex.quote(f"BEGIN {{ x += 0; {prints} }}")
+    return f"awk -v x={{sigma_rel}} -v s={{seed}} {program} {{weights}}"
+
+
+def test_where_noise_shows_the_own_ema_is_measured_twice(own, out):
+    noisy = awk("v = x ? log(x / 0.1) ^ 2 + 0.5 : 1; print v + 0.02 * sin(1000 * x + 2 * s)")
+    lengths = Lengths(0.05, 0.2)
+    report = swept(own, out, noisy, lengths=lengths, budget=4)
+    measured = [(each.target, each.seed) for each in report.trials if each.sigma_rel is None]
+    assert measured == [("your EMA (0.9)", 0), ("last weights", 0), ("your EMA (0.9)", 1)]
+    assert report.estimate.noise > 0
+    ours, _ = report.gains
+    # sin(0) and sin(2) are the noise of the two measurements
+    assert ours.value == pytest.approx(1 + 0.02 * math.sin(2) / 2, abs=1e-5)
+    assert ours.gain == pytest.approx((ours.value - report.value) / ours.value)
+    assert ours.margin == report.estimate.margin(2) / ours.value
+    written = json.loads((out / "sweep.json").read_text())
+    assert written["compared"][0] == ours._asdict()
+    assert swept(own, out, noisy, lengths=lengths, budget=4).trials == report.trials
+
+
+def test_equal_metrics_of_two_lengths_are_a_result_where_other_weights_have_another(
+    own, out, caplog
+):
+    """As of a coarse metric, such as an accuracy of few examples."""
+    lengths = Lengths.from_list([0.05, 0.2])
+    report = swept(own, out, awk("print x ? 75.71 : 75"), lengths=lengths, minimize=False)
+    assert report.value == 75.71
+    assert "same metric" not in caplog.text
+
+
+def test_metrics_that_differ_in_nothing_are_an_error(own, out, caplog):
+    with refused("the sweep", "every trial has the same metric, 75.71", kind=PostHocError):
+        swept(own, out, awk("print 75.71"), lengths=Lengths.from_list([0.05, 0.2]))
+    assert "all trials so far have the same metric, 75.71" in caplog.text
 
 
 def test_a_run_of_plain_weights_is_searched_over_what_its_files_show(tmp_path, out, caplog):

@@ -22,12 +22,12 @@ def printed(text, folder, name=None):
         (" 1e-3 \r\n", None, (0.001, None)),
         ('{"loss": 0.5}\n{"loss": 0.25, "loss_stderr": 0.1}\nbye\n', "loss", (0.25, 0.1)),
         ('{"loss": 0.25, "loss_stderr": Infinity}', "loss", (0.25, None)),
-        ('{"other": 1}\n0.5\n{"other": 2}\n', "loss", (0.5, None)),
         ('{"loss": 0.25, "loss_se": 0.1}', "loss", (0.25, 0.1)),
         ("loss 2.67\nval_loss 9\nloss_2: 9", "loss", (2.67, None)),
         ("epoch 3, Loss = 2.67.", "loss", (2.67, None)),
         ("loss=9, loss=+2.67e0,acc: 1", "loss", (2.67, None)),
         ("loss 0.5\n2\n", "loss", (0.5, None)),
+        ("loss 12.5e-1, loss .25\n", "loss", (0.25, None)),
         ("results.acc: .5", "results.acc", (0.5, None)),
     ],
 )
@@ -47,6 +47,10 @@ def test_the_last_line_that_is_a_number_or_has_the_name_is_used(tmp_path, text, 
         ('{"loss": true}', "loss", "True"),
         ('{"loss": 0.5} of 3', "loss", "no number"),
         ("{" * 100_000, "loss", "no number"),
+        ("accuracy: 89\n11.2\n", "acc", "no number after 'acc'"),
+        ('{"other": 1}\n0.5\n{"other": 2}\n', "loss", "no number"),
+        ("0.5\n", "loss", "`0.5`"),
+        ("acc\n0.5\n", "acc", "no number"),
     ],
 )
 def test_an_output_without_a_metric_is_an_error_that_says_why(tmp_path, text, name, message):
@@ -60,7 +64,10 @@ def test_an_output_without_a_metric_is_an_error_that_says_why(tmp_path, text, na
         ("epoch 3\nval/loss: 0.55", None, "add `metric` loss"),
         ("loss: 0.55, acc=0.9", None, "add `metric` loss or acc"),
         ('{"results": {"acc": 1, "f1": 2}}\nbye', "acc", "add `metric` results.acc or results.f1"),
+        ("accuracy: 89\nloss=0.4\n11.2\n", "acc", "add `metric` accuracy or loss"),
+        ('{"acc_norm": 1}\n0.25\n', "acc", "add `metric` acc_norm"),
         ("done", None, ""),
+        ("0.5", "loss", ""),
     ],
 )
 def test_the_way_to_a_metric_that_was_printed_is_named(tmp_path, text, name, hint):
@@ -81,6 +88,50 @@ def test_an_object_over_several_lines_is_read_and_single_numbers_in_it_are_not(t
     assert printed(text, tmp_path, "loss") == (0.5, None)
     assert printed(text, tmp_path, "deep.acc,none") == (1.0, 0.25)
     assert printed(f"{text}0.25", tmp_path) == (0.25, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ('[\n{"loss": 1}\nbroken\n]\n', 1.0),
+        ('[\n{"loss": 1}\n{"loss": 2}\n', 2.0),
+        ('{"x": [1 2],\n"y":\n{"loss": 3}\n}\n{"loss": 4}', 4.0),
+        ('a "word\n{"loss": "5"} \n]\n} [', 5.0),
+        ('{"text": "[ } \\" {", "loss": 6}', 6.0),
+        ('{"loss": 7, "big": ' + "1" * 5000 + "}", 7.0),
+    ],
+)
+def test_an_object_is_found_among_and_in_lines_that_are_no_json(tmp_path, text, found):
+    assert printed(text, tmp_path, "loss") == (found, None)
+
+
+MOST = 2_000_000  # characters; what is quadratic in them takes hours for most of these
+DATED = "[2026-11-29 21:00:00,123] INFO step 12345 loss 0.51234\n"
+NESTED = "[\n" * 99 + "x\n" + "]\n" * 99
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        DATED * (5 * MOST // len(DATED)),
+        NESTED * (MOST // len(NESTED) // 5),
+        "[1,\n" * (MOST // 4),
+        " " * MOST,
+        "x" + "\t" * MOST + "x",
+        "loss" + " " * MOST + "x",
+        "loss " + "1" * MOST + "x",
+        "loss ." + "1" * MOST + "e",
+        "a" * MOST + "\n",
+        "loss " * (MOST // 5),
+        '"' + '\\"' * (MOST // 2),
+    ],
+    ids=lambda text: f"{text[:6]!r}",
+)
+def test_reading_is_linear_in_the_size_of_the_output(tmp_path, text):
+    """What takes the square of the size would not end before the suite's limit of a test."""
+    text += "\n0.5\nloss 0.25\n"
+    assert printed(text, tmp_path) == (0.5, None)
+    assert printed(text, tmp_path, "loss") == (0.25, None)
 
 
 def test_a_metric_is_a_key_or_a_file_and_a_key():

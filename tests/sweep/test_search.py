@@ -107,6 +107,64 @@ def test_the_tied_lengths_contain_the_best_one_and_the_choice_is_within_the_nois
     assert np.mean(regrets) < 0.5 / 3
 
 
+def gain_over(own, metric, seed):
+    """Search a metric beside weights whose own metric is known, as a sweep does; return the true
+    gain, the estimated one and its margin."""
+    random = np.random.default_rng(seed)
+    trials = searched(lambda x: metric(x) + 0.3 * random.normal())
+    best = found(trials)
+    own_mean = own + 0.3 * random.normal(size=2).mean()
+    return own - metric(best.best), own_mean - best.value, best.margin(2)
+
+
+def test_the_interval_of_a_gain_holds_the_true_one_and_none_is_claimed_where_there_is_none():
+    """Of an own EMA of the best length, whose gain is at most 0, and of a worse one."""
+    gains = [gain_over(own, bowl, seed) for seed in range(150) for own in (0.0, 1.0)]
+    inside = [abs(estimated - true) <= margin for true, estimated, margin in gains]
+    assert 0.91 <= np.mean(inside) <= 0.99
+    claimed = [estimated > margin for _, estimated, margin in gains]
+    assert np.mean(claimed[::2]) <= 0.05
+    assert np.mean(claimed[1::2]) >= 0.9
+
+
+def test_the_metric_of_the_best_length_is_not_that_of_the_luckiest_trial():
+    """Of a metric without any slope the lowest of many is too low."""
+    random = np.random.default_rng(0)
+    values = []
+    for _ in range(100):
+        best = found(searched(lambda _: random.normal()))
+        assert best.value == best.means.min()
+        values.append(best.value)
+    assert np.mean(values) > -1  # the lowest of 12 is at -1.63 in the mean
+
+
+@pytest.mark.parametrize("count", [4, 5, 6, 8])
+def test_of_fewer_than_six_lengths_the_measured_mean_is_the_metric(count):
+    trials = [trial(x, bowl(x) + 0.01 * math.sin(1e4 * x)) for x in LENGTHS.grid(count)]
+    again = [replace(each, seed=1, value=each.value + 0.02) for each in trials]
+    best = found([*trials, *again], budget=count)
+    (lowest,) = [each.value for each in trials if each.sigma_rel == best.best]
+    place = best.sigma_rels.tolist().index(best.best)
+    if count < 6:
+        assert best.value == pytest.approx(lowest + 0.01)
+        assert best.error == pytest.approx(best.noise / 2**0.5)
+    else:
+        assert best.value == best.means[place]
+        assert best.error == best.errors[place]
+
+
+def test_of_repetitions_alike_the_stated_error_gives_the_interval_else_nothing():
+    """As of one test set: its examples are the same in all trials."""
+    trials = searched(bowl)
+    assert math.isnan(found(trials).margin(1))
+    stated = [replace(each, standard_error=0.1) for each in trials]
+    assert found(stated).noise == 0
+    assert found(stated).margin(1) == 0.2
+    nearly = [replace(each, value=each.value + 1e-9 * each.seed) for each in stated]
+    assert 0 < found(nearly).noise < 0.1
+    assert found(nearly).margin(1) == pytest.approx(0.2)
+
+
 def test_a_stated_error_bounds_the_noise():
     trials = [replace(each, standard_error=0.1) for each in searched(noisy(1.0))]
     assert found(trials).noise == 0.1
