@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from accelerator import simulator
+from accelerator.trainings import without_streams
 from checking import refused
 from factories import RUN_ID, flip_bit, write_snapshot
 from safetensors.torch import load_file
@@ -81,6 +82,11 @@ def test_a_synthesis_on_the_device_has_the_bits_of_one_on_the_cpu(
     directory, expected, device, workers
 ):
     check_same(compute(directory, device, workers=workers), expected)
+
+
+def test_a_device_without_streams_has_the_bits_of_the_cpu(directory, expected, monkeypatch):
+    without_streams(monkeypatch)
+    check_same(compute(directory, "sim", workers=2), expected)
 
 
 def test_one_target_has_the_bits_of_the_cpu(directory):

@@ -41,6 +41,14 @@ def test_a_training_on_the_device_has_the_bits_of_one_on_the_cpu(scenario, tmp_p
     check_same(scenario, tmp_path, place)
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_a_device_without_streams_has_the_bits_of_the_cpu(tmp_path, place, monkeypatch):
+    trainings.without_streams(monkeypatch)
+    before = core.counts()["pinned"]
+    check_same(trainings.plain, tmp_path, place)
+    assert core.counts()["peak pinned"] == before
+
+
 # --- waiting, devices and memory
 
 
