@@ -511,13 +511,13 @@ class Pipeline:
             )
 
     def _submit_snapshots(self, current: Tracking) -> None:
-        """Stage the averages, and queue their snapshots."""
+        """Stage the averages, and queue their snapshots, when earlier ones, which use the same
+        memory, are written."""
         averages = current.averages
         tensors = averages.tensors
         snapshotter = self.snapshotter
         if snapshotter is None or not averages.exist:
             return
-        self._writes.wait()  # earlier snapshots use the same memory
         storage = self._find_storage(tensors.layout)
         storage.allocate(len(averages.sigma_rels))
         pool = self._pool_for(tensors.layout)

@@ -46,7 +46,15 @@ def synthesize(folder):
 MUTATIONS = {
     "values arrive on the host": (
         (HostCopy, "wait", "event.synchronize()", "pass"),
-        train(trainings.plain, "cpu"),
+        train(trainings.late_device, "cpu"),
+    ),
+    "the next values wait for the last ones": (
+        (Pipeline, "wait_for_turn", "self._updates.wait_for_turn()", "pass"),
+        train(trainings.late_device, "cpu"),
+    ),
+    "snapshots wait for the last ones": (
+        (Pipeline, "wait_for_turn", "self._writes.wait_for_turn()", "pass"),
+        train(trainings.a_snapshot_every_step, "model"),
     ),
     "copied buffers are read after they were copied": (
         (Pipeline, "_update_by_copy", "self._streams.last_events = events", "pass"),

@@ -154,6 +154,25 @@ def on_the_second_device(device, folder, place):
     return plain("cpu" if device == "cpu" else "sim:1", folder, place)
 
 
+def late_device(device, folder, place):
+    """The host queues each update before the device has begun the one before."""
+    model = make(device)
+    with track(model, folder, place) as ema:
+        for step in range(5):
+            torch.sim._sleep(20_000_000)
+            change(model, step)
+            torch.sim._sleep(20_000_000)
+            ema.update_(model)
+        return dict(ema.state_dict(0.05))
+
+
+def a_snapshot_every_step(device, folder, place):
+    model = make(device)
+    with track(model, folder, place, checkpoint_every=1) as ema:
+        train(model, ema, range(12))
+    return stored(folder)
+
+
 def every_reading(device, folder, place):
     """Each at once after an update in a stream of the training's own, which is late."""
     model = make(device)
@@ -379,6 +398,8 @@ def attached(device, folder, place):
 SCENARIOS = (
     plain,
     own_stream,
+    late_device,
+    a_snapshot_every_step,
     every_reading,
     counters_on_the_second_device,
     changing_streams,
