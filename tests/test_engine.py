@@ -14,7 +14,7 @@ import pytest
 import torch
 from bench_synthesis import write_sparse_snapshots
 from checking import assert_same_tensors, load_output, refused
-from device import DEVICE, MODULE
+from device import DEVICE, IS_SIMULATED, MODULE
 from factories import (
     RUN_ID,
     flip_bit,
@@ -211,7 +211,7 @@ def test_results_may_lie_in_memory_that_the_callers_stream_still_writes(mixed):
     with MODULE.stream(MODULE.Stream()):
         for _ in range(3):
             old = [torch.empty(LARGE, device=DEVICE) for _ in range(2 * len(TARGETS))]
-            MODULE._sleep(10**9)
+            MODULE._sleep(10**8 if IS_SIMULATED else 10**9)
             for tensor in old:
                 tensor.fill_(torch.nan)
             del old, tensor

@@ -79,9 +79,10 @@ def test_an_update_by_copy_never_waits_for_the_device(tmp_path):
     train(model, ema, range(3))
     ema.flush()
     stream = torch.sim.current_stream()
-    torch.sim._sleep(2_000_000_000)
-    ema.update_(model)
+    core.hold()
+    ema.update_(model)  # would never return
     assert not stream.query()
+    core.release()
     ema.close()
 
 

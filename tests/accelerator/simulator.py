@@ -88,7 +88,7 @@ def where():
     while frame is not None and len(lines) < 3:
         path = frame.f_code.co_filename
         if "/torch/" not in path and path[0] != "<" and "contextlib" not in path:
-            lines.append(f"{Path(path).name}:{frame.f_lineno}")
+            lines.append(f"{path.rpartition('/')[2]}:{frame.f_lineno}")
         frame = frame.f_back
     return " < ".join(lines)
 

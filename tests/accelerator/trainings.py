@@ -159,9 +159,9 @@ def late_device(device, folder, place):
     model = make(device)
     with track(model, folder, place) as ema:
         for step in range(5):
-            torch.sim._sleep(20_000_000)
+            torch.sim._sleep(40_000_000)
             change(model, step)
-            torch.sim._sleep(20_000_000)
+            torch.sim._sleep(40_000_000)
             ema.update_(model)
         return dict(ema.state_dict(0.05))
 
