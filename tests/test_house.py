@@ -117,7 +117,7 @@ LIMITS = {
     "checkpoints": 44_400,
     "cli": 11_200,
     "clock.py": 500,
-    "decay_rules.py": 2_300,
+    "decay_rules.py": 2_370,
     "demo.py": 2_700,
     "dtypes.py": 500,
     "errors.py": 1_600,

@@ -47,7 +47,8 @@ from posthoc_cli.snapshots.directory import inspect_directory, is_import
 log = logging.getLogger(__name__)
 
 _SURE = 0.05  # largest uncertainty of a length from which a decay is taken
-_CLEAR = 0.1  # and one from which a decay is proposed
+_CLEAR = 0.12  # and one from which a decay is proposed
+_MOST_DOUBT = 3.0  # of the logarithm of a length
 _LARGE = 4.0  # times the norm of an average: more than of weights that grow evenly from 0
 # Least cosine between successive motions at which weights may be an average: for an EMA of 100
 # steps in files 100 steps apart it is 0.5 to 0.9, for weights late in a training -0.3 to 0.4.
@@ -374,8 +375,6 @@ class _Decays:
             if candidate.rises:
                 highest = 10.0 ** math.floor(math.log10(1 - candidate.value) - 1)
                 rounded.append(_express_as_settings(candidate, round(1 - highest, 12)))
-            elif candidate.every > 1:
-                rounded.append(_express_as_settings(candidate, candidate.value))
             elif candidate.warm_up != POWER_FUNCTION and (audit.uncertainty or 0.0) <= _CLEAR:
                 near = round_decays(candidate.value, distance)
                 row = _row(candidate)
@@ -398,13 +397,18 @@ class _Decays:
             raise InvalidValueError("steps", reason, value=given.steps)
         lines = []
         for audit in audit_averages(self.checkpoints, given=given):
-            self._check_is_average(audit)
-            if audit.is_bad:
-                raise self._refute(audit)
-            if audit.verdict == "undetermined":
-                reason = "is taken as given, and could not be checked: predicted errors hold if it"
-                log.warning("%s %s is right: %s", name, reason, audit.text)
-                given = replace(given, ema_doubt=min(audit.difference, 3.0) or None)
+            is_odd = audit.verdict == SET_BACK and self._is_given
+            if not is_odd:
+                self._check_is_average(audit)
+                if audit.is_bad:
+                    raise self._refute(audit)
+            if is_odd or audit.verdict == "undetermined":
+                reason = "is taken as given, which the files do not show: predicted errors hold if"
+                log.warning("%s %s it is right: %s", name, reason, audit.text)
+            doubt = max(given.ema_doubt or 0.0, audit.difference)
+            given = replace(given, ema_doubt=min(doubt, _MOST_DOUBT) or None)
+            if is_odd:
+                given = replace(given, ema_restart=audit.set_back_at)
             lines.append(f"given: {audit.text}")
         if not lines:
             self._check_warm_up()
@@ -412,6 +416,13 @@ class _Decays:
             reason = "is as given or in files: without weights next to the averages it cannot be "
             lines.append(f"{name} {reason}checked")
         return given, lines
+
+    @property
+    def _is_given(self) -> bool:
+        """Whether the user says the decay, and not files."""
+        given = self.given
+        is_rule = given.warm_up_row.is_schedule or bool(given.sigma_rels)
+        return is_rule or given.ema_decay not in (None, FOUND)
 
     def _check_warm_up(self) -> None:
         """Raise InvalidValueError for a warm-up other than what files state."""
@@ -547,8 +558,6 @@ def _express_as_settings(candidate: Candidate, value: float) -> Settings:
     changes: Settings = {"ema_decay": value}
     if candidate.warm_up != "none":
         changes["ema_warmup"] = candidate.warm_up
-    if candidate.every > 1:
-        changes["update_every"] = candidate.every
     return changes
 
 

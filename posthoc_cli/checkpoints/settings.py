@@ -154,6 +154,8 @@ class ImportSettings:
     ema_uncertainty: float | None = None
     # the same of a given decay, if an import found another one, but not clearly
     ema_doubt: float | None = None
+    # the last checkpoint's time by which the average had begun again, if an import found that
+    ema_restart: float | None = None
     steps_per_epoch: Count | None = None  # for files whose numbers are epochs
     first_epoch: _FirstEpoch | None = None  # the number of their first epoch
     average: str | None = None  # key or prefix of the average's tensors in a file, such as "ema"
@@ -201,6 +203,8 @@ class ImportSettings:
         uncertainty = self.ema_uncertainty or self.ema_doubt
         if uncertainty is not None:
             rule["uncertainty"] = uncertainty
+        if self.ema_restart is not None:
+            rule["restart"] = self.ema_restart
         if steps := self.steps or self.last_step:
             rule["steps"] = steps
         return rule | (parse_warm_up(self.ema_warmup or "") or {})
@@ -214,7 +218,7 @@ class ImportSettings:
     def without_findings(self) -> ImportSettings:
         """The settings without what an import found: with more files it finds
         others."""
-        names = ["last_step", "ema_doubt"]
+        names = ["last_step", "ema_doubt", "ema_restart"]
         if self.ema_uncertainty is not None:
             names += ["ema_decay", "ema_warmup", "sigma_rels", "ema_uncertainty"]
         return replace(self, **{name: getattr(UNSPECIFIED, name) for name in names})

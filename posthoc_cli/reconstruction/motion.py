@@ -336,7 +336,9 @@ def _pairs(
         for distance in measured[index].distances:
             earlier, later = sorted((profile, distance.other), key=_sort_key)
             keys = (_sort_key(later), _sort_key(earlier))
-            if _is_one_profile(*keys):
+            # An average that equals the weights began again there: no motion explains that.
+            is_at_once = isinstance(earlier, Discrete) and later == Point(earlier.t)
+            if (is_at_once and distance.squared == 0) or _is_one_profile(*keys):
                 continue
             # The partner may have been deleted; its floor is about the same.
             noise = distance.rounding + 2 * variance

@@ -77,10 +77,10 @@ def log_error(found, decay):
 
 
 def test_a_healthy_average_is_found(tmp_path):
-    found = audited(tmp_path, train(), ema(0.97))
+    found = audited(tmp_path, train(), ema(0.99))
     assert found.verdict == "found"
     assert found.warm_up == ""
-    assert log_error(found, 0.97) < 3 * found.uncertainty
+    assert log_error(found, 0.99) < 3 * found.uncertainty
 
 
 def test_weights_that_move_without_noise_show_the_decay(tmp_path):

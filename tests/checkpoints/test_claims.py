@@ -46,16 +46,17 @@ def save(folder, decay, claim=None, dtype=torch.float32):
     return folder
 
 
-def test_an_average_that_was_set_back_is_refused(files):
+def test_files_of_a_training_that_went_back_are_said(files, caplog):
     """From step 300 on, the files are those of a training that went on from step 200."""
     save(files, claimed, CLAIMED)
     run = Run(files)
     run.average(0.1)
+    assert "as far apart" not in caplog.text
     for step in range(400, 280, -EVERY):
         content = torch.load(files / f"{step - 100}.ckpt")
         torch.save(content | {"global_step": step}, files / f"{step}.ckpt")
-    with refused("average", "of step 300"):
-        run.average(0.1)
+    run.average(0.1)
+    assert "280.ckpt (average) and 300.ckpt (average) are as far apart" in caplog.text
 
 
 def test_a_decay_that_a_warm_up_reaches_only_near_the_end_is_found(files, run):

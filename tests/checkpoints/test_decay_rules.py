@@ -304,7 +304,7 @@ def test_a_decay_by_an_unknown_rule_is_refused(files, run):
         return 0.9945 - 0.0045 * math.cos(angle)
 
     saved(files, cosine_to_0_999, **FALLING)
-    with refused("average"):
+    with refused("ema_decay", "step 1,500 does not follow", "--ema-decay N --out run"):
         import_checkpoints(files, run)
 
 
