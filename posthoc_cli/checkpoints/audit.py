@@ -30,6 +30,7 @@ from posthoc_cli.checkpoints.content import list_names
 from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings, warm_up_text
 from posthoc_cli.checkpoints.source import Checkpoint
 from posthoc_cli.decay_rules import POWER_FUNCTION, RULES, DecayRule, OrdinaryEMA
+from posthoc_cli.dtypes import DTYPES
 from posthoc_cli.errors import (
     DirectoryError,
     InvalidValueError,
@@ -60,7 +61,7 @@ _BETTER = 0.05  # and a length if its misfit is less than the claimed length's b
 _SAME = 0.06  # rules are the same if their tails differ by less
 _SLACK = math.log(1.1)  # between the found and the claimed length of an average that is as claimed
 _VAGUE = 0.25  # above this uncertainty, or difference within it, a length is undetermined
-_TOLD = 0.2  # and below this one files may be far apart, and refute a claim
+_TOLD = 0.2  # and up to this one another rule is told, or a length by files that are far apart
 _RISES = 0.02  # a decay still rises if its limit is longer than its length by more
 _FOREIGN = 0.8  # largest unexplained share of the motion of an average that belongs to the weights
 # A decay changes if in a quarter of the intervals a length of their own leaves so much less (mean
@@ -68,6 +69,8 @@ _FOREIGN = 0.8  # largest unexplained share of the motion of an average that bel
 # differs from the others if it leaves less by the second number: at most 1.2 in these series.
 _CHANGED = math.log(2.5)
 _ODD = math.log(6)
+_STILL = 0.4  # least share of elements that stand still which is said
+_FARTHER = 1.25  # least motion, squared, of weights that are taken for an average, to the average's
 _SHORTEST = 0.1  # least length that can be determined, as a share of an interval
 
 # Least change of weights, relative to their norm, that an average has to follow. In float32 one
@@ -80,10 +83,15 @@ _OTHER_WEIGHTS = (
     "the weights at these checkpoints do not explain how the average moves between them: they "
     "forget faster than checkpoints are apart, or are of another run"
 )
+_SWAPPED = (
+    "the average moves farther than the weights, and these do not explain how: the two are swapped"
+)
 DOES_NOT_MOVE = "does not move"
 EQUALS = "equals the weights"
 SET_BACK = "set back"
 RARE = "updated rarely"
+SWAPPED = "swapped"
+TOO_COARSE = "too few digits"
 SOME_TENSORS = "some tensors"
 BAD = (
     "too long",
@@ -94,6 +102,8 @@ BAD = (
     "another rule",
     SET_BACK,
     RARE,
+    SWAPPED,
+    TOO_COARSE,
 )
 """Verdicts that name a fault; the others are "as claimed", "found" and "undetermined"."""
 
@@ -222,6 +232,9 @@ class _Sample:
     gram: FloatArray  # as in `Intervals`: [intervals, pieces, 5, 5]
     rounding: FloatArray  # squared rounding errors of the averages: [times, pieces]
     norms: FloatArray  # squared, of the newest weights: [pieces]
+    # share of the elements of the average that stand still while the weights move: [intervals]
+    still: FloatArray
+    dtype: str  # in which the average is stored
 
     @cached_property
     def moves(self) -> Bools:
@@ -297,9 +310,12 @@ def _read(pairs: Sequence[tuple[Checkpoint, Checkpoint]]) -> _Sample:
     window = deque([first, first], maxlen=4)
     rounding = [first[2]]
     grams = []
+    still = []
     for point in chain(points, [None]):  # after the last one nothing moves
         if point is not None:
             rounding.append(point[2])
+            (x, e, _), (x_end, e_end, _) = window[-1], point
+            still.append(float(((e == e_end) & (x != x_end)).mean()))
         window.append(point or window[-1])
         if len(window) == window.maxlen:
             grams.append(_sum_products(window, starts))
@@ -310,6 +326,8 @@ def _read(pairs: Sequence[tuple[Checkpoint, Checkpoint]]) -> _Sample:
         gram=np.array(grams),
         rounding=np.array(rounding),
         norms=np.add.reduceat(x * x, starts),
+        still=np.array(still),
+        dtype=newest.entries[pieces[0].name].dtype,
     )
 
 
@@ -404,6 +422,17 @@ class _Judge:
         audit = Audit(self.name, "undetermined", "", what, claimed=claimed)
         if self.copies:
             audit = replace(audit, copied_until=float(self.sample.times[self.copies - 1]))
+        audit = self._judge(audit)
+        still = float(np.median(self.sample.still))
+        is_fine = audit.verdict in ("found", "as claimed") or self.sample.dtype in ("F32", "F64")
+        if is_fine or still < _STILL:
+            return audit
+        dtype = DTYPES[self.sample.dtype].torch_name
+        text = f"{percent(still)} of its elements stand still from file to file: {dtype} has too "
+        text += "few digits for an average; keep it in float32"
+        return replace(audit, verdict=TOO_COARSE, text=text, found=None, candidates=())
+
+    def _judge(self, audit: Audit) -> Audit:
         if fault := self._find_fault():
             verdict, text = fault
             tensors = tuple(self._untracked) if verdict == SOME_TENSORS else ()
@@ -471,8 +500,8 @@ class _Judge:
         fits = self._fit_all(rows, self.families)
         if self.claim:
             claim = self._fit_all(rows, [self.claim])[0]
-            told = self._is_told(rows, claim, self._uncertainty(rows, claim))
-            is_other = fits[0].misfit < claim.misfit - _clear_from(rows) and told
+            is_other = fits[0].misfit < claim.misfit - _clear_from(rows)
+            is_other = is_other and self._uncertainty(rows, fits[0]) <= _TOLD
             if not is_other or self._are_same(fits[0], claim):
                 return self._compare(audit, rows, claim, fits)
         best = fits[0]
@@ -484,7 +513,8 @@ class _Judge:
         if self.claim:
             texts = " or by ".join(candidate.text for candidate in candidates)
             text = f"the average moves as by {texts}, not {_claim_text(self.claim.rule)}"
-            return replace(audit, verdict="another rule", text=text)
+            farthest = max(abs(fit.log) for fit in self._fit_each(rows, claim))
+            return replace(audit, verdict="another rule", text=text, difference=farthest)
         if broken := self._judge_breaks(audit, rows, best, own):
             return broken
         known = Family(best.family.member(best.log), is_known=True)
@@ -524,7 +554,7 @@ class _Judge:
         return math.hypot(log, rows.uncertainty(rule, log))
 
     def _is_told(self, rows: Intervals, claim: _Fit, sigma: float) -> bool:
-        """Return whether the intervals may refute a claim: they are not noise, nor as long as
+        """Return whether the intervals may refute a length: they are not noise, nor as long as
         several claimed lengths, so that the path within them may change what is found."""
         spacing = float(np.median(rows.counts)) / claim.family.length(0.0, self.last)
         return not rows.are_noise and (sigma <= _TOLD or spacing < FAR)
@@ -663,7 +693,12 @@ class _Judge:
         """Judge an average that the weights do not explain, or not in some intervals; `own` are the
         fits of each interval alone."""
         audit = replace(audit, found=None, candidates=())
-        if np.median(_residual_shares(rows, best)) > _FOREIGN:
+        is_foreign = np.median(_residual_shares(rows, best)) > _FOREIGN
+        length = best.family.length(best.log, self.last)
+        is_unlike = is_foreign or length < _SHORTEST * rows.counts.min()
+        if is_unlike and rows.motion.sum() > _FARTHER * rows.gram[..., 2, 2].sum():
+            return replace(audit, verdict=SWAPPED, text=_SWAPPED)
+        if is_foreign:
             return replace(audit, text=_OTHER_WEIGHTS)
         is_still = self.sample.stays[self.copies :].all(axis=1)  # between two updates
         restarts = rows.find_restarts(best.family, 0.0 if self.claim else best.log)

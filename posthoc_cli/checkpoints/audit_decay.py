@@ -111,10 +111,9 @@ class Family:
         """Compute the logarithms between which a length is searched."""
         if self.is_known:
             return -5.0, 5.0
-        updates = max(updates, 2.0)
-        if self.rule.warm_up == POWER_FUNCTION:
-            return 0.0, math.log(updates) - 1e-9
-        return -0.5, math.log(100 * updates)
+        if self.rule.warm_up == POWER_FUNCTION:  # as long as the mean of all weights
+            return 0.0, math.log(max(self.rule.power, 2.0)) - 1e-9
+        return -0.5, math.log(100 * max(updates, 2.0))
 
 
 def possible_families(updates: float) -> list[Family]:

@@ -24,6 +24,8 @@ from posthoc_cli.checkpoints.audit import (
     RARE,
     SET_BACK,
     SOME_TENSORS,
+    SWAPPED,
+    TOO_COARSE,
     Audit,
     Candidate,
     audit_averages,
@@ -397,17 +399,20 @@ class _Decays:
             raise InvalidValueError("steps", reason, value=given.steps)
         lines = []
         for audit in audit_averages(self.checkpoints, given=given):
-            is_odd = audit.verdict == SET_BACK and self._is_given
+            is_odd = audit.verdict in (SET_BACK, TOO_COARSE) and self._is_given
             if not is_odd:
                 self._check_is_average(audit)
-                if audit.is_bad:
-                    raise self._refute(audit)
-            if is_odd or audit.verdict == "undetermined":
+            if audit.is_bad and not is_odd:
+                error = self._refute(audit)
+                is_named = audit.verdict == "another rule" and audit.candidates
+                if not (is_named and self._is_given) or isinstance(error, ProposalError):
+                    raise error
+            if audit.is_bad or audit.verdict == "undetermined":
                 reason = "is taken as given, which the files do not show: predicted errors hold if"
                 log.warning("%s %s it is right: %s", name, reason, audit.text)
             doubt = max(given.ema_doubt or 0.0, audit.difference)
             given = replace(given, ema_doubt=min(doubt, _MOST_DOUBT) or None)
-            if is_odd:
+            if audit.verdict == SET_BACK:
                 given = replace(given, ema_restart=audit.set_back_at)
             lines.append(f"given: {audit.text}")
         if not lines:
@@ -466,7 +471,7 @@ class _Decays:
                 side += self.given.command(later, update_after_step=ASKED)
             reason = f"{audit.text}; {side}; or take the weights alone"
             raise InvalidValueError("average", reason, weights)
-        if audit.verdict == EQUALS:
+        if audit.verdict in (EQUALS, SWAPPED, TOO_COARSE):
             raise InvalidValueError("average", f"{audit.text}; take the weights alone", weights)
         if audit.verdict == RARE:
             proposals = [{"update_every": every} for every in audit.every]
@@ -552,7 +557,7 @@ class _Decays:
 def _express_as_settings(candidate: Candidate, value: float) -> Settings:
     """Express a rule with another value as settings."""
     if candidate.warm_up == POWER_FUNCTION:
-        return {"sigma_rels": (float(f"{value:.4g}"),)}
+        return {"sigma_rels": (min(float(f"{value:.4g}"), 0.2886),)}
     if _row(candidate).is_schedule:
         return {"ema_warmup": f"{candidate.warm_up}:{value:.12g}"}
     changes: Settings = {"ema_decay": value}

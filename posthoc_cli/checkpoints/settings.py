@@ -174,6 +174,8 @@ class ImportSettings:
                 raise InvalidValueError(
                     name, str(error).partition(", not ")[0], value=abbreviate(value)
                 ) from None
+        if isinstance(self.ema_decay, float):
+            vars(self)["ema_decay"] = float(self.ema_decay)  # of NumPy, which is no plain value
         for sigma_rel in self.sigma_rels:
             check_sigma_rel(sigma_rel, "sigma_rels")
         at_most_one(sigma_rels=self.sigma_rels or None, ema_decay=self.ema_decay)
