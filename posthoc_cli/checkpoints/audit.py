@@ -513,8 +513,7 @@ class _Judge:
         if self.claim:
             texts = " or by ".join(candidate.text for candidate in candidates)
             text = f"the average moves as by {texts}, not {_claim_text(self.claim.rule)}"
-            farthest = max(abs(fit.log) for fit in self._fit_each(rows, claim))
-            return replace(audit, verdict="another rule", text=text, difference=farthest)
+            return replace(audit, verdict="another rule", text=text)
         if broken := self._judge_breaks(audit, rows, best, own):
             return broken
         known = Family(best.family.member(best.log), is_known=True)

@@ -402,12 +402,12 @@ class _Decays:
             is_odd = audit.verdict in (SET_BACK, TOO_COARSE) and self._is_given
             if not is_odd:
                 self._check_is_average(audit)
+            if warm_up := self._warm_up_to(audit):
+                given, checks = self._with(replace(self.given, ema_warmup=warm_up)).settle()
+                return given, [f"ema_warmup: taken as {warm_up}, which the files show", *checks]
             if audit.is_bad and not is_odd:
-                error = self._refute(audit)
-                is_named = audit.verdict == "another rule" and audit.candidates
-                if not (is_named and self._is_given) or isinstance(error, ProposalError):
-                    raise error
-            if audit.is_bad or audit.verdict == "undetermined":
+                raise self._refute(audit)
+            if is_odd or audit.verdict == "undetermined":
                 reason = "is taken as given, which the files do not show: predicted errors hold if"
                 log.warning("%s %s it is right: %s", name, reason, audit.text)
             doubt = max(given.ema_doubt or 0.0, audit.difference)
@@ -428,6 +428,19 @@ class _Decays:
         given = self.given
         is_rule = given.warm_up_row.is_schedule or bool(given.sigma_rels)
         return is_rule or given.ema_decay not in (None, FOUND)
+
+    def _warm_up_to(self, audit: Audit) -> str:
+        """Find the warm-up that leads to the given decay, if the files show that decay; else ""."""
+        given = self.given
+        if given.ema_warmup is not None or not self._is_given or len(audit.candidates) != 1:
+            return ""
+        (candidate,) = audit.candidates
+        is_rule = candidate.warm_up in (POWER_FUNCTION, "none") or _row(candidate).is_schedule
+        if audit.verdict != "another rule" or is_rule or candidate.rises:
+            return ""
+        decay = given.rule().get("decay", 0.0)
+        difference = abs(math.log((1 - decay) / (1 - candidate.value)))
+        return candidate.warm_up if difference <= 2 * (audit.uncertainty or 0.0) else ""
 
     def _check_warm_up(self) -> None:
         """Raise InvalidValueError for a warm-up other than what files state."""
