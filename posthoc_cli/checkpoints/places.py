@@ -50,7 +50,9 @@ _PARTITION = re.compile(
 )
 """In names of the partitions of ZeRO-3, of DeepSpeed's pipelines and experts, of Megatron, of
 nanotron, of verl, and of Llama."""
-_OF_MANY = re.compile(r"[0-9]+-of-0*(?:[2-9]|[1-9][0-9]+)(?![0-9])")
+_OF_MANY = re.compile(
+    r"[0-9]+-of-0*(?:[2-9]|[1-9][0-9]+)(?![0-9])|(?<![a-z])rank[_-]?0*[01](?![0-9])"
+)
 _USUAL = ("model", "diffusion_pytorch_model", "adapter_model", "pytorch_model")
 """Names of weights in folders of Hugging Face's libraries, the likeliest first."""
 _TIME = re.compile(
@@ -123,16 +125,15 @@ class Place:
         self._listed.add(real)
         listed, others = self._list(folder)
         members = {entry: each for entry, each in listed.items() if not is_snapshot_name(entry)}
-        own = self._find_layout(folder, members)
-        found = [Candidate(entry, layout) for entry, layout in members.items()]
-        if isinstance(own, OneFile) and own.path.parent == folder:
-            found = [Candidate(own.path, own)]
-        elif own is not None:
-            found = [Candidate(folder, own)]
+        below = list[Candidate]()
         for other in others if levels else ():
             if not (is_snapshot_name(other) or other.name == SUPERSEDED or is_import(other)):
-                found += self._candidates_in(other, levels - 1)
-        return found
+                below += self._candidates_in(other, levels - 1)
+        own = self._find_layout(folder, members)
+        if own is None or (below and not isinstance(own, Refused)):
+            return [*(Candidate(entry, layout) for entry, layout in members.items()), *below]
+        is_file = isinstance(own, OneFile | Refused) and own.path.parent == folder
+        return [Candidate(own.path if is_file else folder, own), *below]
 
     def layout_at(self, path: Path) -> Layout | None:
         """Find what a file or folder consists of; None for a folder that is not one checkpoint."""
@@ -140,7 +141,7 @@ class Place:
             return self._find_layout(path, self._list(path)[0])
         if _PARTITION.search(path.name):
             return Refused(path, _partitions_error(path))
-        return Shards(path) if path.name.endswith(INDEX_ENDING) else OneFile(path)
+        return _layout_of_file(path)
 
     def open_at(self, path: Path) -> Content:
         """Open the checkpoint that a path names: of a folder with the checkpoints of a training the
@@ -193,10 +194,10 @@ class Place:
                     members[entry] = layout
                 else:
                     others.append(entry)
-            elif name.endswith(INDEX_ENDING):
-                members[entry] = Shards(entry)
-            elif not SHARD.search(name) and may_hold_tensors(entry):
-                members[entry] = OneFile(entry)
+            elif name.endswith(INDEX_ENDING) or (
+                not SHARD.search(name) and may_hold_tensors(entry)
+            ):
+                members[entry] = _layout_of_file(entry)
         return members, others
 
     def _layout_below(self, folder: Path, levels: int, is_numbered: bool) -> Layout | None:
@@ -230,16 +231,17 @@ class Place:
 
     def _are_partitions(self, members: Mapping[Path, Layout]) -> bool:
         """Return whether a name says that files are partitions of a model, or files of a number
-        "of" several hold tensors of the same names, as shards do not."""
+        "of" several, or of two ranks, hold tensors of the same names, as shards do not."""
         if any(_PARTITION.search(entry.name) for entry in members):
             return True
-        names = set[str]()
+        names = dict[str, set[str]]()
         for entry, layout in members.items():
-            if _OF_MANY.search(entry.name) and not AVERAGE_WORD.search(entry.name):
+            number = _OF_MANY.search(entry.name)
+            if number is not None and not AVERAGE_WORD.search(entry.name):
                 own = {name for name, _ in self._signature(layout)}
-                if names & own:
+                if any(own & others for each, others in names.items() if each != number[0]):
                     return True
-                names |= own
+                names.setdefault(number[0], set()).update(own)
         return False
 
     def _are_several_times(self, folder: Path, members: Mapping[Path, Layout]) -> bool:
@@ -257,9 +259,10 @@ class Place:
         for stem, layout in stems.items():
             by_glob.setdefault(make_glob(stem), []).append(layout)
         for layouts in by_glob.values():
-            first, *others = layouts  # two of each form of name are enough
-            if others and self._are_alike(first, others[0]):
-                return not says_time or self._are_near(first, others[0])
+            first, *others = layouts
+            for other in others:
+                if self._are_alike(first, other):
+                    return not says_time or self._are_near(first, other)
         if says_time or has_usual:
             return False
         weights = [layouts[0] for glob, layouts in by_glob.items() if not AVERAGE_WORD.search(glob)]
@@ -288,6 +291,14 @@ class Place:
             content = self._reader.read(layout, {})
             values.append(first_values(make_checkpoint(content, content.tensors)))
         return are_near(*values)
+
+
+def _layout_of_file(path: Path) -> Layout:
+    if path.name.endswith(INDEX_ENDING):
+        return Shards(path)
+    if not files.is_url(path) and path.is_symlink() and not path.exists():
+        return Refused(path, UnsuitableError(path, "is a link to a file that is missing"))
+    return OneFile(path)
 
 
 def _has_equals(signatures: Iterable[frozenset[tuple[str, tuple[int, ...]]]]) -> bool:

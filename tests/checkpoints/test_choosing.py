@@ -1,5 +1,6 @@
 """Which files at a place are one run: what they hold decides, names say times and roles."""
 
+import shlex
 import shutil
 
 import pytest
@@ -10,7 +11,7 @@ from saved import asked, read, store, times, write_each
 from walks import saves
 
 from posthoc_cli import Run
-from posthoc_cli.errors import FileFormatError
+from posthoc_cli.errors import FileFormatError, PostHocError
 
 STEPS = [float(save.step) for save in saves()]
 FIRST, *_, LAST = saves()
@@ -214,6 +215,23 @@ def test_two_phases_of_one_run_are_proposed_together(tmp_path):
     assert times(tmp_path / "phase*" / "step_*.pt") == STEPS
 
 
+@pytest.mark.parametrize("name", ["model_{}_part{}.pt", "{}-{}.pt", "part{1}_of_step{0}.pt"])
+def test_parts_of_several_times_are_no_parts_of_one_checkpoint(name, tmp_path):
+    """Of 20 such files one was proposed."""
+    for save in saves():
+        for number, part in enumerate(split(save.weights)):
+            store(tmp_path / name.format(save.step, number), part)
+    with pytest.raises(PostHocError, match=r"_part1|-1|part1_"):
+        read(tmp_path)
+
+
+def test_a_folder_of_one_time_beside_a_run_is_a_checkpoint_of_its_own(tmp_path):
+    """It was named as the folder in which both lie."""
+    write_each(tmp_path, "run-1/files/step_{save.step}.pt", weights)
+    store(tmp_path / "run-2" / "files" / "step_99999.pt", others(LAST))
+    assert "1 x run-2" in asked(tmp_path)
+
+
 def test_two_models_with_as_many_files_are_a_question(tmp_path):
     write_each(tmp_path, "G_{save.step}.pth", weights)
     for step in STEPS:
@@ -289,6 +307,33 @@ def test_a_text_with_the_ending_of_a_checkpoint_is_no_part_of_one(tmp_path):
     assert times(tmp_path) == [save.epoch for save in saves()]
 
 
+@pytest.mark.parametrize("link", ["last.pt", "models/last.pt"])
+def test_a_link_to_a_missing_file_is_left_out_and_named(link, tmp_path, caplog):
+    """As `last.ckpt` is when its file was rotated away."""
+    write_each(tmp_path, "models/model_{save.step}.pt", weights)
+    (tmp_path / link).symlink_to(tmp_path / "gone.pt")
+    assert times(tmp_path) == STEPS
+    assert "last.pt (is a link to a file that is missing)" in caplog.text
+
+
+def test_a_later_link_to_a_missing_file_is_an_error(tmp_path):
+    write_each(tmp_path, "model_{save.step}.pt", weights)
+    link = tmp_path / "model_99999.pt"
+    link.symlink_to(tmp_path / "gone.pt")
+    with refused(link, kind=FileFormatError):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["rank{}.pt", "model_rank_{}.bin", "w-0{}-of-02.pt"])
+def test_partitions_of_ranks_are_refused(name, tmp_path):
+    """They were averaged as two parts of a model."""
+    for save in saves():
+        for number in range(2):
+            store(tmp_path / f"step{save.step}" / name.format(number), save.weights)
+    with pytest.raises(FileFormatError, match="partitions"):
+        read(tmp_path)
+
+
 def test_partitions_are_refused_also_through_a_glob(tmp_path):
     for save in saves():
         for number in range(2):
@@ -312,3 +357,18 @@ def test_every_command_opens_what_an_import_opens(name, tmp_path, ema):
         made = ema("synthesize", opened, "--sigma-rel", 0.1, "--out", out, "--overwrite")
         assert "from 10 checkpoints" in made.out
         assert ema("info", opened, "--json").json["t"] == LAST.step
+
+
+# --- proposals
+
+
+@pytest.mark.parametrize(
+    "name", ["mlp-{}-{}.pt", "run_{}_{}", "a{}b{}.pt", "7_{}_{}_x.pt", "a-{}_{}"]
+)
+def test_a_proposed_pattern_finds_the_last_number_of_a_name(name, tmp_path):
+    """And not the metric before it, or a number in the path."""
+    place = tmp_path / "3-run_7" / "mlp-5b1"
+    for save in saves():
+        store(place / name.format(70 - 3 * save.epoch, save.step), {"model": save.weights})
+    pattern = shlex.split(asked(place))[-3]
+    assert times(place, step_from=pattern) == STEPS
