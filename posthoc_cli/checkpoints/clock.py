@@ -343,12 +343,11 @@ def _find_marks(name: str) -> tuple[Unit, list[re.Match[str]]]:
 def _ask_for_step(path: Path, doubt: str) -> InvalidValueError:
     """Make the question which number of a name is the step; the last one is proposed first."""
     reason = f"cannot determine its training step: {doubt}"
-    answers = list[Answer]()
+    patterns = dict[str, None]()
     for spelled in (_SPELLED, "[0-9]+"):
-        patterns = [*_list_patterns(path, spelled).values()]
-        answers += [{"step_from": pattern} for pattern in reversed(patterns)]
-    if answers:
-        return QuestionError(path, reason, *answers)
+        patterns |= dict.fromkeys(reversed(_list_patterns(path, spelled).values()))
+    if patterns:
+        return QuestionError(path, reason, *({"step_from": pattern} for pattern in patterns))
     return InvalidValueError(path, reason, _describe_pattern())
 
 

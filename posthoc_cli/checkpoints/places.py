@@ -16,6 +16,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from posthoc_cli import files
 from posthoc_cli.checkpoints.containers import (
     INDEX_ENDING,
@@ -40,6 +42,7 @@ from posthoc_cli.checkpoints.folders import (
 )
 from posthoc_cli.checkpoints.source import are_near, first_values, make_checkpoint
 from posthoc_cli.errors import DirectoryError, FileFormatError, UnsuitableError, VanishedError
+from posthoc_cli.profiles import FloatArray
 from posthoc_cli.snapshots.directory import SUPERSEDED, is_import, is_snapshot_name
 from posthoc_cli.snapshots.tensorfile import named_on_error
 
@@ -234,15 +237,25 @@ class Place:
         "of" several, or of two ranks, hold tensors of the same names, as shards do not."""
         if any(_PARTITION.search(entry.name) for entry in members):
             return True
-        names = dict[str, set[str]]()
+        by_name = dict[str, list[Layout]]()
         for entry, layout in members.items():
             number = _OF_MANY.search(entry.name)
-            if number is not None and not AVERAGE_WORD.search(entry.name):
-                own = {name for name, _ in self._signature(layout)}
-                if any(own & others for each, others in names.items() if each != number[0]):
-                    return True
-                names.setdefault(number[0], set()).update(own)
+            time = _TIME.search(entry.name)
+            is_time = number and time and time.start(1) == number.start()  # epoch-01-of-20
+            if number is None or is_time or AVERAGE_WORD.search(entry.name):
+                continue
+            others = by_name.setdefault(entry.name.replace(number[0], ""), [])
+            if any(self._are_partitions_of_one(layout, other) for other in others):
+                return True
+            others.append(layout)
         return False
+
+    def _are_partitions_of_one(self, one: Layout, other: Layout) -> bool:
+        """Return whether two files hold tensors of the same names, but not equal ones, as each rank
+        may write them."""
+        names = [{name for name, _ in self._signature(layout)} for layout in (one, other)]
+        values = self._first_values(one, other)
+        return bool(names[0] & names[1]) and not np.array_equal(values[0], values[1])
 
     def _are_several_times(self, folder: Path, members: Mapping[Path, Layout]) -> bool:
         """Return whether entries are checkpoints of several times, and not the parts of one."""
@@ -286,11 +299,11 @@ class Place:
         return _has_equals([self._signature(one), self._signature(other)])
 
     def _are_near(self, one: Layout, other: Layout) -> bool:
-        values = []
-        for layout in (one, other):
-            content = self._reader.read(layout, {})
-            values.append(first_values(make_checkpoint(content, content.tensors)))
-        return are_near(*values)
+        return are_near(*self._first_values(one, other))
+
+    def _first_values(self, *layouts: Layout) -> list[FloatArray]:
+        contents = [self._reader.read(layout, {}) for layout in layouts]
+        return [first_values(make_checkpoint(each, each.tensors)) for each in contents]
 
 
 def _layout_of_file(path: Path) -> Layout:

@@ -175,6 +175,24 @@ def test_what_is_no_part_of_the_model_is_not_averaged(key, tmp_path, expected):
     check_equal(average(tmp_path / "files"), expected)
 
 
+@pytest.mark.parametrize("form", ["{}_target", "ema_{}"])
+def test_averages_of_several_parts_are_a_question_about_all_of_the_model(form, tmp_path):
+    """An average of one part was proposed first."""
+
+    def content(save):
+        parts = {}
+        for key, sign in (("first", 1), ("other", -1)):
+            parts[key] = {name: sign * value for name, value in save.weights.items()}
+            average = {name: sign * value for name, value in save.average.items()}
+            parts[form.format(key)] = average
+        return {**parts, "step": save.step}
+
+    write_each(tmp_path, "step_{save.step}.pt", content)
+    assert asked(tmp_path).endswith(" --from checkpoints --out run")
+    stored = read(tmp_path, kind="checkpoints").checkpoints[-1].stored
+    assert {name.partition(".")[0] for name in stored} == {"first", "other"}
+
+
 def test_a_target_network_of_a_part_is_a_question(tmp_path):
     """Of reinforcement learning: the actor is trained, too, and has no target."""
 
@@ -328,10 +346,20 @@ def test_a_later_link_to_a_missing_file_is_an_error(tmp_path):
 def test_partitions_of_ranks_are_refused(name, tmp_path):
     """They were averaged as two parts of a model."""
     for save in saves():
-        for number in range(2):
-            store(tmp_path / f"step{save.step}" / name.format(number), save.weights)
+        for number, content in enumerate((weights, others)):
+            store(tmp_path / f"step{save.step}" / name.format(number), content(save))
     with pytest.raises(FileFormatError, match="partitions"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["epoch-{}-of-20.pt", "step_{}_rank0.pt"])
+def test_times_of_many_are_no_partitions(name, tmp_path, expected):
+    place = tmp_path / "files"
+    for save in saves():
+        store(place / name.format(save.step), weights(save))
+        if "rank" in name:
+            store(place / name.format(save.step).replace("rank0", "rank1"), weights(save))
+    check_equal(average(place), expected)
 
 
 def test_partitions_are_refused_also_through_a_glob(tmp_path):
@@ -372,3 +400,11 @@ def test_a_proposed_pattern_finds_the_last_number_of_a_name(name, tmp_path):
         store(place / name.format(70 - 3 * save.epoch, save.step), {"model": save.weights})
     pattern = shlex.split(asked(place))[-3]
     assert times(place, step_from=pattern) == STEPS
+
+
+def test_proposed_globs_take_brackets_as_they_are(tmp_path):
+    place = tmp_path / "run [v2]"
+    for number, content in enumerate((weights, others)):
+        write_each(place, f"net[{number}] step_{{save.step}}.pt", content)
+    words = shlex.split(asked(place))
+    assert times(words[-3]) == STEPS
