@@ -13,6 +13,7 @@ one role at the same times or in two folders, and what else has a number of its 
 
 from __future__ import annotations
 
+import glob
 import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -246,9 +247,9 @@ class Chooser:
                 self._leave_out([candidate], "holds no tensors")
                 continue
             name = self._name(candidate)
-            glob = self._glob(candidate.path)
+            form = self._glob(candidate.path)
             signs = read_signs(content, self.settings, self._root if has_numbers else None)
-            members.append(Member(candidate, name, glob, content, self.settings, signs))
+            members.append(Member(candidate, name, form, content, self.settings, signs))
         for series in _group(members, lambda member: member.glob):
             _read_varying(series)
         globs = {member.glob for member in members}
@@ -403,6 +404,7 @@ class Chooser:
         else; the longest first."""
         several = sorted(several, key=lambda each: -len(each))
         answers: list[Answer] = []
+        root = glob.escape(str(self._root))
         if len(several) == 2 and self._are_pairs(*several):
             slower, faster = sorted(several, key=_motion)
             answers.append(self._pair(slower, faster))
@@ -415,8 +417,8 @@ class Chooser:
             joined = [member for each in several for member in each]
             follow = len(_numbers(joined)) == len(joined)
             if follow and are_near(joined[0].values, joined[-1].values):
-                answers.append({"place": str(self._root / self._glob_of(joined))})
-        answers += [{"place": str(self._root / self._exact_glob(each))} for each in several]
+                answers.append({"place": f"{root}/{self._glob_of(joined)}"})
+        answers += [{"place": f"{root}/{self._exact_glob(each)}"} for each in several]
         counted = [f"{len(each)} x {self._glob_of(each)}" for each in several]
         reason = f"holds several {what}, {list_first(counted)}"
         return QuestionError(self.place.name, reason, *answers)
@@ -439,17 +441,17 @@ class Chooser:
         """Make a glob of a series that matches no other candidate."""
         own = {member.path for member in series}
         others = [self._name(each) for each in self.candidates if each.path not in own]
-        glob = self._glob_of(series)
-        if any(fnmatchcase(name, glob) for name in others):
-            return glob.replace("*", "*[0-9]")
-        return glob
+        pattern = self._glob_of(series)
+        if any(fnmatchcase(name, pattern) for name in others):
+            return pattern.replace("*", "*[0-9]")
+        return pattern
 
     def _glob_of(self, series: Series) -> str:
         """Make the glob of the names of a series, in which the numbers that all share stay."""
         names = [member.name for member in series]
         columns = [*zip(*map(NUMBER.findall, names), strict=False)]
         texts = iter([column[0] if len(set(column)) == 1 else "*" for column in columns])
-        return NUMBER.sub(lambda _: next(texts, "*"), names[0])
+        return NUMBER.sub(lambda _: next(texts, "*"), glob.escape(names[0]))
 
     def _folder(self, member: Member) -> Path:
         """Find the folder of a series, in which its numbered files or folders lie."""
