@@ -59,6 +59,7 @@ from posthoc_cli.profiles import FloatArray
 
 _COMPARED_FILES = 5  # newest, whose motion is compared
 _ALIKE = 0.9  # share of the tensors that checkpoints of one model have in common
+_SLOWER = 0.99  # a copy in float16 moves as its original within a thousandth
 _LEAST = 1 / 3  # share of a model's tensors that its average has: the trained ones
 
 _OTHER_MODEL = "another model"
@@ -429,13 +430,14 @@ class Chooser:
 
     def _are_pairs(self, first: Series, other: Series) -> bool:
         """Return whether two series have the same times, tensors of the same names, and values near
-        each other, so that one may be the average of the other."""
+        each other, and one moves less, so that it may be the average of the other."""
         are_same = len(first) > 1 and _numbers(first) == _numbers(other)
         if not are_same or first[0].role != other[0].role:
             return False
         if first[0].content.tensors.keys() != other[0].content.tensors.keys():
             return False
-        return are_near(first[-1].values, other[-1].values)
+        slower, faster = sorted(map(_motion, (first, other)))
+        return slower < _SLOWER * faster and are_near(first[-1].values, other[-1].values)
 
     def _exact_glob(self, series: Series) -> str:
         """Make a glob of a series that matches no other candidate."""

@@ -250,6 +250,14 @@ def test_a_folder_of_one_time_beside_a_run_is_a_checkpoint_of_its_own(tmp_path):
     assert "1 x run-2" in asked(tmp_path)
 
 
+def test_copies_in_another_dtype_are_not_proposed_as_averages(tmp_path):
+    write_each(tmp_path, "step_{save.step}.pt", weights)
+    for save in saves():
+        half = {name: value.half() for name, value in save.weights.items()}
+        store(tmp_path / f"step_{save.step}_fp16.safetensors", half)
+    assert "--average" not in asked(tmp_path)
+
+
 def test_two_models_with_as_many_files_are_a_question(tmp_path):
     write_each(tmp_path, "G_{save.step}.pth", weights)
     for step in STEPS:
