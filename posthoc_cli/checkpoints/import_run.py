@@ -400,6 +400,7 @@ class _Decays:
         lines = []
         for audit in audit_averages(self.checkpoints, given=given):
             is_odd = audit.verdict in (SET_BACK, TOO_COARSE) and self._is_given
+            is_odd = is_odd or (audit.verdict == RARE and bool(self.given.update_every))
             if not is_odd:
                 self._check_is_average(audit)
             if warm_up := self._warm_up_to(audit):

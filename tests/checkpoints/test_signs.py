@@ -192,3 +192,15 @@ def test_a_decay_with_a_warm_up_of_no_library_is_taken(files, run):
     *_, line = import_checkpoints(files, run, ema_decay=0.995).checks
     assert line.startswith("given: ")
     assert_predicted(run, path, targets=(0.1, 0.2), low=0.0, high=3)
+
+
+def test_updates_that_seem_rare_are_taken_at_the_interval_that_is_given(files, run, caplog):
+    """Rates that cycle let the weights rest at each file: an EMA then looks as if it were updated
+    there alone."""
+    path = walk(rates("cycles"), SIZE)
+    written(files, path, by(lambda n: 0.94))
+    with refused("update_every", "once at each", "--update-every N --out run"):
+        import_checkpoints(files, run, ema_decay=0.94)
+    _, warnings = taken(files, run, caplog, ema_decay=0.94, update_every=1)
+    assert any("once at each" in warning for warning in warnings)
+    assert_predicted(run, path, targets=(0.1, 0.2, 0.28), low=0.0, high=3)
