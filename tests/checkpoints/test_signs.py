@@ -198,7 +198,7 @@ def test_updates_that_seem_rare_are_taken_at_the_interval_that_is_given(files, r
     """Rates that cycle let the weights rest at each file: an EMA then looks as if it were updated
     there alone."""
     path = walk(rates("cycles"), SIZE)
-    written(files, path, by(lambda n: 0.94))
+    written(files, path, ema(0.94))
     with refused("update_every", "once at each", "--update-every N --out run"):
         import_checkpoints(files, run, ema_decay=0.94)
     _, warnings = taken(files, run, caplog, ema_decay=0.94, update_every=1)
