@@ -220,6 +220,8 @@ class DecayRule:
     least: float = 0.0  # lower limit of the decay
     # relative, of the time constant 1 / (1 - decay), if the decay was estimated
     uncertainty: float = 0.0
+    # time by which the average may have begun again from the weights; 0 if it did not
+    restart: float = 0.0
 
     def __post_init__(self) -> None:
         check_number("ema_decay", self.decay, lambda decay: 0 < decay < 1, "lie in (0, 1)")
@@ -363,12 +365,20 @@ class OrdinaryEMA(Discrete):
         return np.where(s < self._start, 1.0, masses)
 
     @cached_property
-    def longer(self) -> OrdinaryEMA:
-        """The average whose time constant is longer by its uncertainty; itself for 0."""
-        if not self.rule.uncertainty:
+    def doubted(self) -> OrdinaryEMA:
+        """The average if it is not as it is said: its time constant is longer by its uncertainty,
+        or it began again; itself without either."""
+        rule = self.rule
+        if not (rule.uncertainty or rule.restart):
             return self
-        rule = replace(self.rule, uncertainty=0.0).longer(1 + self.rule.uncertainty)
-        return OrdinaryEMA(rule, int(self.t), self._count, self._every, self._first)
+        rule = replace(rule, uncertainty=0.0, restart=0.0).longer(1 + rule.uncertainty)
+        first = self._first
+        count = self._count
+        if 0 < self.rule.restart <= self.t:
+            passed = max(math.ceil((self.rule.restart - first) / self._every), 0)
+            first += passed * self._every
+            count = max(count - passed, 1)
+        return OrdinaryEMA(rule, int(self.t), count, self._every, first)
 
 
 def _group_ends(logs: FloatArray) -> npt.NDArray[np.bool_]:

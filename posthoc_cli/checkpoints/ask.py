@@ -61,7 +61,8 @@ def with_command(place: str | Path, given: Mapping[str, Any], attempt: Attempt[T
                 chosen = settings.pop("place", place)
                 if _goes_through(chosen, settings, attempt, most):
                     raise _with_line(question, place, given, answer) from None
-        raise
+        subject, reason = question.subject, question.reason
+        raise InvalidValueError(subject, reason, value=question.value) from None
 
 
 def _with_line(

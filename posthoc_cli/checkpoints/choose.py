@@ -13,6 +13,7 @@ one role at the same times or in two folders, and what else has a number of its 
 
 from __future__ import annotations
 
+import glob
 import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -58,6 +59,7 @@ from posthoc_cli.profiles import FloatArray
 
 _COMPARED_FILES = 5  # newest, whose motion is compared
 _ALIKE = 0.9  # share of the tensors that checkpoints of one model have in common
+_SLOWER = 0.99  # a copy in float16 moves as its original within a thousandth
 _LEAST = 1 / 3  # share of a model's tensors that its average has: the trained ones
 
 _OTHER_MODEL = "another model"
@@ -246,9 +248,9 @@ class Chooser:
                 self._leave_out([candidate], "holds no tensors")
                 continue
             name = self._name(candidate)
-            glob = self._glob(candidate.path)
+            form = self._glob(candidate.path)
             signs = read_signs(content, self.settings, self._root if has_numbers else None)
-            members.append(Member(candidate, name, glob, content, self.settings, signs))
+            members.append(Member(candidate, name, form, content, self.settings, signs))
         for series in _group(members, lambda member: member.glob):
             _read_varying(series)
         globs = {member.glob for member in members}
@@ -403,6 +405,7 @@ class Chooser:
         else; the longest first."""
         several = sorted(several, key=lambda each: -len(each))
         answers: list[Answer] = []
+        root = glob.escape(str(self._root))
         if len(several) == 2 and self._are_pairs(*several):
             slower, faster = sorted(several, key=_motion)
             answers.append(self._pair(slower, faster))
@@ -415,8 +418,8 @@ class Chooser:
             joined = [member for each in several for member in each]
             follow = len(_numbers(joined)) == len(joined)
             if follow and are_near(joined[0].values, joined[-1].values):
-                answers.append({"place": str(self._root / self._glob_of(joined))})
-        answers += [{"place": str(self._root / self._exact_glob(each))} for each in several]
+                answers.append({"place": f"{root}/{self._glob_of(joined)}"})
+        answers += [{"place": f"{root}/{self._exact_glob(each)}"} for each in several]
         counted = [f"{len(each)} x {self._glob_of(each)}" for each in several]
         reason = f"holds several {what}, {list_first(counted)}"
         return QuestionError(self.place.name, reason, *answers)
@@ -427,29 +430,30 @@ class Chooser:
 
     def _are_pairs(self, first: Series, other: Series) -> bool:
         """Return whether two series have the same times, tensors of the same names, and values near
-        each other, so that one may be the average of the other."""
+        each other, and one moves less, so that it may be the average of the other."""
         are_same = len(first) > 1 and _numbers(first) == _numbers(other)
         if not are_same or first[0].role != other[0].role:
             return False
         if first[0].content.tensors.keys() != other[0].content.tensors.keys():
             return False
-        return are_near(first[-1].values, other[-1].values)
+        slower, faster = sorted(map(_motion, (first, other)))
+        return slower < _SLOWER * faster and are_near(first[-1].values, other[-1].values)
 
     def _exact_glob(self, series: Series) -> str:
         """Make a glob of a series that matches no other candidate."""
         own = {member.path for member in series}
         others = [self._name(each) for each in self.candidates if each.path not in own]
-        glob = self._glob_of(series)
-        if any(fnmatchcase(name, glob) for name in others):
-            return glob.replace("*", "*[0-9]")
-        return glob
+        pattern = self._glob_of(series)
+        if any(fnmatchcase(name, pattern) for name in others):
+            return pattern.replace("*", "*[0-9]")
+        return pattern
 
     def _glob_of(self, series: Series) -> str:
         """Make the glob of the names of a series, in which the numbers that all share stay."""
         names = [member.name for member in series]
         columns = [*zip(*map(NUMBER.findall, names), strict=False)]
         texts = iter([column[0] if len(set(column)) == 1 else "*" for column in columns])
-        return NUMBER.sub(lambda _: next(texts, "*"), names[0])
+        return NUMBER.sub(lambda _: next(texts, "*"), glob.escape(names[0]))
 
     def _folder(self, member: Member) -> Path:
         """Find the folder of a series, in which its numbered files or folders lie."""

@@ -66,7 +66,8 @@ _ALONE = re.compile(
     rf"(?P<other>(?<![a-z])(?:{_NO_STEP})[_.=\-]?)?(?P<number>[0-9]+){_MORE}", re.IGNORECASE
 )
 _GROUPED = re.compile(r"(?<![0-9])[0-9]{1,3}(?:[_,][0-9]{3})+(?![0-9])")  # 1_000
-_SPELLED = r"[0-9]{1,3}(?:[_,][0-9]{3})+(?![0-9])|[0-9]+(?:\.[0-9]+)?[kmb]?"  # 1_000, 1.5k or 1000
+_SPELLED = r"[0-9]{1,3}(?:[_,][0-9]{3})+(?![0-9])|[0-9]+(?:\.[0-9]+)?(?:[kmb](?![a-z0-9]))?"
+"""1_000, 1.5k or 1000."""
 _DATE = re.compile(
     r"(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])(?:[0-9]{4}|[0-9]{6})?"
     r"|1[5-9][0-9]{8}(?:[0-9]{3})?"  # seconds, or thousandths, of 2017 to 2033
@@ -342,18 +343,33 @@ def _find_marks(name: str) -> tuple[Unit, list[re.Match[str]]]:
 def _ask_for_step(path: Path, doubt: str) -> InvalidValueError:
     """Make the question which number of a name is the step; the last one is proposed first."""
     reason = f"cannot determine its training step: {doubt}"
-    answers: list[Answer] = []
+    patterns = dict[str, None]()
+    for spelled in (_SPELLED, "[0-9]+"):
+        patterns |= dict.fromkeys(reversed(_list_patterns(path, spelled).values()))
+    if patterns:
+        return QuestionError(path, reason, *({"step_from": pattern} for pattern in patterns))
+    return InvalidValueError(path, reason, _describe_pattern())
+
+
+def _list_patterns(path: Path, spelled: str) -> dict[str, str]:
+    """List the patterns that find the numbers of a name, by these; each finds its number in the
+    whole path first, which may have others."""
+    found = {}
     end = 0
-    for number in re.finditer(_SPELLED, path.name):
+    for number in re.finditer(spelled, path.name):
         before = re.escape(path.name[end : number.start()]) or "/"
         digits = r"(\d+)"
         if not number[0].isdecimal():
             digits = r"(\d[\d_,]*\d)" if number[0][-1].isdigit() else r"([\d.]+[kmb])"
-        answers.insert(0, {"step_from": before + digits})
         end = number.end()
-    if answers:
-        return QuestionError(path, reason, *answers)
-    return InvalidValueError(path, reason, _describe_pattern())
+        behind = re.escape(re.split("[0-9]", path.name[end:], maxsplit=1)[0])
+        for after in ("", behind, f"{behind}$"):
+            pattern = before + digits + after
+            match = re.search(pattern, str(path))
+            if match is not None and match.end(1) == len(str(path)) - len(path.name) + end:
+                found[number[0]] = pattern
+                break
+    return found
 
 
 def _describe_pattern() -> str:
@@ -424,11 +440,13 @@ def _check_names(files: Sequence[Signs]) -> None:
     if min(ahead) <= 1 or len(set(named)) < 2:
         return
     first = files[0]
-    begin, digits, _ = re.split("([0-9]+)", first.path.name, maxsplit=1)
     reason = f"must be given: {first.by_sign['stated'].origin} is {stated[0]:,} in "
     reason += f"{first.path.name}, behind the {named[0]:,} in its name"
-    answer = {"step_from": re.escape(begin) + "([0-9]+)"} if digits else {}
-    raise QuestionError("step_from", reason, answer)
+    answers: list[Answer] = []
+    for number, pattern in _list_patterns(first.path, "[0-9]+").items():
+        if int(number) == named[0]:
+            answers.append({"step_from": pattern})
+    raise QuestionError("step_from", reason, *answers)
 
 
 def _read_steps(

@@ -17,13 +17,15 @@ from typing import Any
 import numpy as np
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.ask import ASKED, ProposalError, with_command
+from posthoc_cli.checkpoints.ask import ASKED, ProposalError, QuestionError, with_command
 from posthoc_cli.checkpoints.audit import (
     DOES_NOT_MOVE,
     EQUALS,
     RARE,
     SET_BACK,
     SOME_TENSORS,
+    TOO_COARSE,
+    UNRELATED,
     Audit,
     Candidate,
     audit_averages,
@@ -47,7 +49,8 @@ from posthoc_cli.snapshots.directory import inspect_directory, is_import
 log = logging.getLogger(__name__)
 
 _SURE = 0.05  # largest uncertainty of a length from which a decay is taken
-_CLEAR = 0.1  # and one from which a decay is proposed
+_CLEAR = 0.12  # and one from which a decay is proposed
+_MOST_DOUBT = 3.0  # of the logarithm of a length
 _LARGE = 4.0  # times the norm of an average: more than of weights that grow evenly from 0
 # Least cosine between successive motions at which weights may be an average: for an EMA of 100
 # steps in files 100 steps apart it is 0.5 to 0.9, for weights late in a training -0.3 to 0.4.
@@ -374,8 +377,6 @@ class _Decays:
             if candidate.rises:
                 highest = 10.0 ** math.floor(math.log10(1 - candidate.value) - 1)
                 rounded.append(_express_as_settings(candidate, round(1 - highest, 12)))
-            elif candidate.every > 1:
-                rounded.append(_express_as_settings(candidate, candidate.value))
             elif candidate.warm_up != POWER_FUNCTION and (audit.uncertainty or 0.0) <= _CLEAR:
                 near = round_decays(candidate.value, distance)
                 row = _row(candidate)
@@ -398,13 +399,22 @@ class _Decays:
             raise InvalidValueError("steps", reason, value=given.steps)
         lines = []
         for audit in audit_averages(self.checkpoints, given=given):
-            self._check_is_average(audit)
-            if audit.is_bad:
+            is_odd = audit.verdict in (SET_BACK, TOO_COARSE) and self._is_given
+            is_odd = is_odd or (audit.verdict == RARE and bool(self.given.update_every))
+            if not is_odd:
+                self._check_is_average(audit)
+            if warm_up := self._warm_up_to(audit):
+                given, checks = self._with(replace(self.given, ema_warmup=warm_up)).settle()
+                return given, [f"ema_warmup: taken as {warm_up}, which the files show", *checks]
+            if audit.is_bad and not is_odd:
                 raise self._refute(audit)
-            if audit.verdict == "undetermined":
-                reason = "is taken as given, and could not be checked: predicted errors hold if it"
-                log.warning("%s %s is right: %s", name, reason, audit.text)
-                given = replace(given, ema_doubt=min(audit.difference, 3.0) or None)
+            if is_odd or audit.verdict == "undetermined":
+                reason = "is taken as given, which the files do not show: predicted errors hold if"
+                log.warning("%s %s it is right: %s", name, reason, audit.text)
+            doubt = max(given.ema_doubt or 0.0, audit.difference)
+            given = replace(given, ema_doubt=min(doubt, _MOST_DOUBT) or None)
+            if audit.verdict == SET_BACK:
+                given = replace(given, ema_restart=audit.set_back_at)
             lines.append(f"given: {audit.text}")
         if not lines:
             self._check_warm_up()
@@ -412,6 +422,26 @@ class _Decays:
             reason = "is as given or in files: without weights next to the averages it cannot be "
             lines.append(f"{name} {reason}checked")
         return given, lines
+
+    @property
+    def _is_given(self) -> bool:
+        """Whether the user says the decay, and not files."""
+        given = self.given
+        is_rule = given.warm_up_row.is_schedule or bool(given.sigma_rels)
+        return is_rule or given.ema_decay not in (None, FOUND)
+
+    def _warm_up_to(self, audit: Audit) -> str:
+        """Find the warm-up that leads to the given decay, if the files show that decay; else ""."""
+        given = self.given
+        if given.ema_warmup is not None or not self._is_given or len(audit.candidates) != 1:
+            return ""
+        (candidate,) = audit.candidates
+        is_rule = candidate.warm_up in (POWER_FUNCTION, "none") or _row(candidate).is_schedule
+        if audit.verdict != "another rule" or is_rule or candidate.rises:
+            return ""
+        decay = given.rule().get("decay", 0.0)
+        difference = abs(math.log((1 - decay) / (1 - candidate.value)))
+        return candidate.warm_up if difference <= 2 * (audit.uncertainty or 0.0) else ""
 
     def _check_warm_up(self) -> None:
         """Raise InvalidValueError for a warm-up other than what files state."""
@@ -456,7 +486,12 @@ class _Decays:
                 side += self.given.command(later, update_after_step=ASKED)
             reason = f"{audit.text}; {side}; or take the weights alone"
             raise InvalidValueError("average", reason, weights)
-        if audit.verdict == EQUALS:
+        if audit.verdict == UNRELATED:
+            average = _find_key(self.averages[-1])
+            model = _find_key(next(each for each in self.checkpoints if each.updates is None))
+            swapped = [{"average": model, "weights": average}] if average and model else []
+            raise QuestionError("average", audit.text, *swapped, {"kind": "checkpoints"})
+        if audit.verdict in (EQUALS, TOO_COARSE):
             raise InvalidValueError("average", f"{audit.text}; take the weights alone", weights)
         if audit.verdict == RARE:
             proposals = [{"update_every": every} for every in audit.every]
@@ -540,17 +575,21 @@ class _Decays:
         return True
 
 
+def _find_key(checkpoint: Checkpoint) -> str:
+    """Find the key of a set in a file; empty if it has none."""
+    name, stored = next(iter(checkpoint.stored.items()))
+    return stored.removesuffix(name).rstrip(".") if stored != name else ""
+
+
 def _express_as_settings(candidate: Candidate, value: float) -> Settings:
     """Express a rule with another value as settings."""
     if candidate.warm_up == POWER_FUNCTION:
-        return {"sigma_rels": (float(f"{value:.4g}"),)}
+        return {"sigma_rels": (min(float(f"{value:.4g}"), 0.2886),)}
     if _row(candidate).is_schedule:
         return {"ema_warmup": f"{candidate.warm_up}:{value:.12g}"}
     changes: Settings = {"ema_decay": value}
     if candidate.warm_up != "none":
         changes["ema_warmup"] = candidate.warm_up
-    if candidate.every > 1:
-        changes["update_every"] = candidate.every
     return changes
 
 

@@ -25,7 +25,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from posthoc_cli.checkpoints.ask import ASKED, QuestionError
+from posthoc_cli.checkpoints.ask import ASKED, Answer, QuestionError
 from posthoc_cli.checkpoints.clock import UNREAD, Reading
 from posthoc_cli.checkpoints.containers import strip_ending
 from posthoc_cli.checkpoints.content import Content, Tensors, Values, list_names
@@ -181,7 +181,10 @@ def _find_average(sets: TensorSets, settings: ImportSettings) -> Pair | None:
     if len(pairs) > 1:
         keys = [pair.average_key for pair in pairs]
         reason = f"which of its sets of tensors is the average is unclear: {list_names(keys)}"
-        raise QuestionError(sets.content.path, reason, *({"average": key} for key in keys))
+        answers: list[Answer] = [{"average": key} for key in keys]
+        if len({pair.weights_key for pair in pairs}) > 1:  # each of a part of the model
+            answers.insert(0, {"kind": "checkpoints"})
+        raise QuestionError(sets.content.path, reason, *answers)
     if pairs:
         return pairs[0]
     if len(candidates) == 1 and weights is None and sets.is_all(candidates[0]):

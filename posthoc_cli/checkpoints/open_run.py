@@ -272,8 +272,9 @@ def _note_unused(run: Sequence[Found]) -> list[str]:
 def _check_roles(run: list[Found], settings: ImportSettings) -> list[Found]:
     """Return the checkpoints, without an average that never moves.
 
-    Raise a QuestionError if what a word calls an average equals the weights, is unrelated to them,
-    or moves no less from file to file.
+    Raise a QuestionError if what a word calls an average equals the weights, or is unrelated to
+    them. How it moves is no sign against a word: of files far apart, or where a rate falls, an
+    average may move as far as the weights. The audit says whether they explain how.
     """
     both = [file for file in run if file.averaged and file.weights]
     if len(both) < 2:
@@ -298,21 +299,6 @@ def _check_roles(run: list[Found], settings: ImportSettings) -> list[Found]:
     is_named = settings.average is not None or "ema" in pair.average_key.lower()
     if not is_named and not are_near(ours[-1], theirs[-1]):
         reason = f"must be given: {named} is unrelated to {model}, as no average is"
-        raise QuestionError("average", reason, *others, alone)
-    is_said = settings.average is not None or (is_named and settings.ema_decay is not None)
-    most = 1 / _SLOWER if is_said else _SLOWER  # an average of files far apart moves as the weights
-    if average > most * weights:
-        # The newest files alone look like this when the learning rate falls to 0: compare all.
-        average, weights = _measure_motions(*_read_starts(both, len(both)))
-    if average > most * weights:
-        found = "does not fit" if settings.average else "must be given"
-        reason = f"{found}: {named} moves no less than {model}, as no average does"
-        if average > weights / _SLOWER:
-            likely = {"average": pair.weights_key, "weights": pair.average_key}
-        else:
-            likely = {"average": pair.average_key, "ema_decay": ASKED}
-        if all(likely.values()):
-            others.insert(0, likely)
         raise QuestionError("average", reason, *others, alone)
     return run
 
@@ -352,13 +338,10 @@ def _without_average(file: Found) -> Found:
     return replace(file, pair=replace(file.pair, averaged={}), updates=None, kind="checkpoints")
 
 
-def _read_starts(
-    run: Sequence[Found],
-    most: int = _COMPARED_FILES,
-) -> tuple[FloatArray, FloatArray]:
+def _read_starts(run: Sequence[Found]) -> tuple[FloatArray, FloatArray]:
     """Read the first elements of the newest averages and weights: [times, elements] each."""
     in_order = sorted(run, key=lambda file: file.time)
-    pairs = [file.starts for file in in_order[-most:]]
+    pairs = [file.starts for file in in_order[-_COMPARED_FILES:]]
     return np.stack([ours for ours, _ in pairs]), np.stack([theirs for _, theirs in pairs])
 
 
@@ -381,9 +364,10 @@ def _make_all(run: Sequence[Found], times: Times, settings: ImportSettings) -> l
     for file in run:
         names.update(dict.fromkeys([*file.averaged, *file.weights]))
     check_globs(settings.selection, names)
+    every = _interval_of_counts(run)
     checkpoints = []
     for file in run:
-        checkpoints += _make(file, times, settings)
+        checkpoints += _make(file, times, settings, every)
     for name, entry in checkpoints[0].entries.items():
         if entry.dtype.startswith("F8"):
             reason = f"tensor {quote(name)} has 8 bits a value, too few for averages"
@@ -394,8 +378,22 @@ def _make_all(run: Sequence[Found], times: Times, settings: ImportSettings) -> l
     return checkpoints
 
 
-def _make(file: Found, times: Times, settings: ImportSettings) -> list[Checkpoint]:
-    """Make the sources in a checkpoint: the weights, the average, or both."""
+def _interval_of_counts(run: Sequence[Found]) -> int:
+    """Find the interval of updates that the counts in the first and the last file show; else 1."""
+    points = []
+    for file in run:
+        if file.updates and file.updates.count:
+            points.append((file.time, file.updates.count))
+    if len(points) < 2:
+        return 1
+    steps, updates = np.subtract(max(points), min(points)).tolist()
+    is_whole = updates > 0 and steps % updates == 0
+    return steps // updates if is_whole else 1
+
+
+def _make(file: Found, times: Times, settings: ImportSettings, every: int) -> list[Checkpoint]:
+    """Make the sources in a checkpoint: the weights, the average, or both. Its updates may be
+    `every` so many steps."""
     time = file.time
     averaged = settings.select(file.tensors if file.averaged else {})
     weights = settings.select(file.weights)
@@ -410,11 +408,11 @@ def _make(file: Found, times: Times, settings: ImportSettings) -> list[Checkpoin
             profile = file.profile(time)
         about |= {"sigma_rel": file.sigma_rel, "updates": file.updates}
         average = make_checkpoint(file.content, averaged, profile, time, **about)
-        checkpoints.append(_with_profile(average, settings))
+        checkpoints.append(_with_profile(average, settings, every))
     return checkpoints
 
 
-def _with_profile(average: Checkpoint, settings: ImportSettings) -> Checkpoint:
+def _with_profile(average: Checkpoint, settings: ImportSettings, every: int) -> Checkpoint:
     """Give an average its profile.
 
     Raise a QuestionError if its count of updates does not fit its step: it began late, has another
@@ -423,7 +421,7 @@ def _with_profile(average: Checkpoint, settings: ImportSettings) -> Checkpoint:
     try:
         return average.with_settings(settings)
     except InvalidValueError as error:
-        answers: list[Answer] = [{"update_every": 1}, {"kind": "checkpoints"}]
+        answers: list[Answer] = [{"update_every": every}, {"kind": "checkpoints"}]
         if settings.update_every:
             del answers[0]
         raise QuestionError(error.subject, error.reason, *answers, value=error.value) from error

@@ -16,6 +16,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from posthoc_cli import files
 from posthoc_cli.checkpoints.containers import (
     INDEX_ENDING,
@@ -40,6 +42,7 @@ from posthoc_cli.checkpoints.folders import (
 )
 from posthoc_cli.checkpoints.source import are_near, first_values, make_checkpoint
 from posthoc_cli.errors import DirectoryError, FileFormatError, UnsuitableError, VanishedError
+from posthoc_cli.profiles import FloatArray
 from posthoc_cli.snapshots.directory import SUPERSEDED, is_import, is_snapshot_name
 from posthoc_cli.snapshots.tensorfile import named_on_error
 
@@ -50,7 +53,9 @@ _PARTITION = re.compile(
 )
 """In names of the partitions of ZeRO-3, of DeepSpeed's pipelines and experts, of Megatron, of
 nanotron, of verl, and of Llama."""
-_OF_MANY = re.compile(r"[0-9]+-of-0*(?:[2-9]|[1-9][0-9]+)(?![0-9])")
+_OF_MANY = re.compile(
+    r"[0-9]+-of-0*(?:[2-9]|[1-9][0-9]+)(?![0-9])|(?<![a-z])rank[_-]?0*[01](?![0-9])"
+)
 _USUAL = ("model", "diffusion_pytorch_model", "adapter_model", "pytorch_model")
 """Names of weights in folders of Hugging Face's libraries, the likeliest first."""
 _TIME = re.compile(
@@ -123,16 +128,15 @@ class Place:
         self._listed.add(real)
         listed, others = self._list(folder)
         members = {entry: each for entry, each in listed.items() if not is_snapshot_name(entry)}
-        own = self._find_layout(folder, members)
-        found = [Candidate(entry, layout) for entry, layout in members.items()]
-        if isinstance(own, OneFile) and own.path.parent == folder:
-            found = [Candidate(own.path, own)]
-        elif own is not None:
-            found = [Candidate(folder, own)]
+        below = list[Candidate]()
         for other in others if levels else ():
             if not (is_snapshot_name(other) or other.name == SUPERSEDED or is_import(other)):
-                found += self._candidates_in(other, levels - 1)
-        return found
+                below += self._candidates_in(other, levels - 1)
+        own = self._find_layout(folder, members)
+        if own is None or (below and not isinstance(own, Refused)):
+            return [*(Candidate(entry, layout) for entry, layout in members.items()), *below]
+        is_file = isinstance(own, OneFile | Refused) and own.path.parent == folder
+        return [Candidate(own.path if is_file else folder, own), *below]
 
     def layout_at(self, path: Path) -> Layout | None:
         """Find what a file or folder consists of; None for a folder that is not one checkpoint."""
@@ -140,7 +144,7 @@ class Place:
             return self._find_layout(path, self._list(path)[0])
         if _PARTITION.search(path.name):
             return Refused(path, _partitions_error(path))
-        return Shards(path) if path.name.endswith(INDEX_ENDING) else OneFile(path)
+        return _layout_of_file(path)
 
     def open_at(self, path: Path) -> Content:
         """Open the checkpoint that a path names: of a folder with the checkpoints of a training the
@@ -193,10 +197,10 @@ class Place:
                     members[entry] = layout
                 else:
                     others.append(entry)
-            elif name.endswith(INDEX_ENDING):
-                members[entry] = Shards(entry)
-            elif not SHARD.search(name) and may_hold_tensors(entry):
-                members[entry] = OneFile(entry)
+            elif name.endswith(INDEX_ENDING) or (
+                not SHARD.search(name) and may_hold_tensors(entry)
+            ):
+                members[entry] = _layout_of_file(entry)
         return members, others
 
     def _layout_below(self, folder: Path, levels: int, is_numbered: bool) -> Layout | None:
@@ -230,17 +234,28 @@ class Place:
 
     def _are_partitions(self, members: Mapping[Path, Layout]) -> bool:
         """Return whether a name says that files are partitions of a model, or files of a number
-        "of" several hold tensors of the same names, as shards do not."""
+        "of" several, or of two ranks, hold tensors of the same names, as shards do not."""
         if any(_PARTITION.search(entry.name) for entry in members):
             return True
-        names = set[str]()
+        by_name = dict[str, list[Layout]]()
         for entry, layout in members.items():
-            if _OF_MANY.search(entry.name) and not AVERAGE_WORD.search(entry.name):
-                own = {name for name, _ in self._signature(layout)}
-                if names & own:
-                    return True
-                names |= own
+            number = _OF_MANY.search(entry.name)
+            time = _TIME.search(entry.name)
+            is_time = number and time and time.start(1) == number.start()  # epoch-01-of-20
+            if number is None or is_time or AVERAGE_WORD.search(entry.name):
+                continue
+            others = by_name.setdefault(entry.name.replace(number[0], ""), [])
+            if any(self._are_partitions_of_one(layout, other) for other in others):
+                return True
+            others.append(layout)
         return False
+
+    def _are_partitions_of_one(self, one: Layout, other: Layout) -> bool:
+        """Return whether two files hold tensors of the same names, but not equal ones, as each rank
+        may write them."""
+        names = [{name for name, _ in self._signature(layout)} for layout in (one, other)]
+        values = self._first_values(one, other)
+        return bool(names[0] & names[1]) and not np.array_equal(values[0], values[1])
 
     def _are_several_times(self, folder: Path, members: Mapping[Path, Layout]) -> bool:
         """Return whether entries are checkpoints of several times, and not the parts of one."""
@@ -257,9 +272,10 @@ class Place:
         for stem, layout in stems.items():
             by_glob.setdefault(make_glob(stem), []).append(layout)
         for layouts in by_glob.values():
-            first, *others = layouts  # two of each form of name are enough
-            if others and self._are_alike(first, others[0]):
-                return not says_time or self._are_near(first, others[0])
+            first, *others = layouts
+            for other in others:
+                if self._are_alike(first, other):
+                    return not says_time or self._are_near(first, other)
         if says_time or has_usual:
             return False
         weights = [layouts[0] for glob, layouts in by_glob.items() if not AVERAGE_WORD.search(glob)]
@@ -283,11 +299,19 @@ class Place:
         return _has_equals([self._signature(one), self._signature(other)])
 
     def _are_near(self, one: Layout, other: Layout) -> bool:
-        values = []
-        for layout in (one, other):
-            content = self._reader.read(layout, {})
-            values.append(first_values(make_checkpoint(content, content.tensors)))
-        return are_near(*values)
+        return are_near(*self._first_values(one, other))
+
+    def _first_values(self, *layouts: Layout) -> list[FloatArray]:
+        contents = [self._reader.read(layout, {}) for layout in layouts]
+        return [first_values(make_checkpoint(each, each.tensors)) for each in contents]
+
+
+def _layout_of_file(path: Path) -> Layout:
+    if path.name.endswith(INDEX_ENDING):
+        return Shards(path)
+    if not files.is_url(path) and path.is_symlink() and not path.exists():
+        return Refused(path, UnsuitableError(path, "is a link to a file that is missing"))
+    return OneFile(path)
 
 
 def _has_equals(signatures: Iterable[frozenset[tuple[str, tuple[int, ...]]]]) -> bool:

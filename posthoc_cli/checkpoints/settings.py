@@ -154,6 +154,8 @@ class ImportSettings:
     ema_uncertainty: float | None = None
     # the same of a given decay, if an import found another one, but not clearly
     ema_doubt: float | None = None
+    # the last checkpoint's time by which the average had begun again, if an import found that
+    ema_restart: float | None = None
     steps_per_epoch: Count | None = None  # for files whose numbers are epochs
     first_epoch: _FirstEpoch | None = None  # the number of their first epoch
     average: str | None = None  # key or prefix of the average's tensors in a file, such as "ema"
@@ -172,6 +174,8 @@ class ImportSettings:
                 raise InvalidValueError(
                     name, str(error).partition(", not ")[0], value=abbreviate(value)
                 ) from None
+        if isinstance(self.ema_decay, float):
+            vars(self)["ema_decay"] = float(self.ema_decay)  # of NumPy, which is no plain value
         for sigma_rel in self.sigma_rels:
             check_sigma_rel(sigma_rel, "sigma_rels")
         at_most_one(sigma_rels=self.sigma_rels or None, ema_decay=self.ema_decay)
@@ -201,6 +205,8 @@ class ImportSettings:
         uncertainty = self.ema_uncertainty or self.ema_doubt
         if uncertainty is not None:
             rule["uncertainty"] = uncertainty
+        if self.ema_restart is not None:
+            rule["restart"] = self.ema_restart
         if steps := self.steps or self.last_step:
             rule["steps"] = steps
         return rule | (parse_warm_up(self.ema_warmup or "") or {})
@@ -214,7 +220,7 @@ class ImportSettings:
     def without_findings(self) -> ImportSettings:
         """The settings without what an import found: with more files it finds
         others."""
-        names = ["last_step", "ema_doubt"]
+        names = ["last_step", "ema_doubt", "ema_restart"]
         if self.ema_uncertainty is not None:
             names += ["ema_decay", "ema_warmup", "sigma_rels", "ema_uncertainty"]
         return replace(self, **{name: getattr(UNSPECIFIED, name) for name in names})

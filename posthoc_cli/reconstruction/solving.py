@@ -509,18 +509,19 @@ class Problem:
         return rounding_factor(self.prior.rounding, self.prior.floor, squared_distances)
 
     def _estimate_rows(self, at_nodes: FloatArray) -> Iterator[FloatArray]:
-        """Yield the rows of the errors of decays that were estimated.
+        """Yield the rows of the errors of averages that may not be as they are said.
 
         If an estimated time constant is off by a factor 1 + e, each tail changes by e d tail / d
         log(tau), with the same e for all averages and the standard deviation that the profiles
-        state. The motion turns these changes into errors that add up over the averages.
+        state. The motion turns these changes into errors that add up over the averages; averages
+        that may have begun again change alike.
         """
-        longer: list[StoredProfile] = []
+        doubted: list[StoredProfile] = []
         for profile in self.snapshots:
-            longer.append(profile.longer if isinstance(profile, OrdinaryEMA) else profile)
-        pairs = zip(longer, self.snapshots, strict=True)
+            doubted.append(profile.doubted if isinstance(profile, OrdinaryEMA) else profile)
+        pairs = zip(doubted, self.snapshots, strict=True)
         if any(other is not stored for other, stored in pairs):
-            change = self._expected_at_nodes(longer) - at_nodes
+            change = self._expected_at_nodes(doubted) - at_nodes
             yield compress_rows(change / self._scale)
 
     # --- a target, and the best coefficients for it

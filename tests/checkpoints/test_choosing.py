@@ -1,5 +1,6 @@
 """Which files at a place are one run: what they hold decides, names say times and roles."""
 
+import shlex
 import shutil
 
 import pytest
@@ -174,6 +175,24 @@ def test_what_is_no_part_of_the_model_is_not_averaged(key, tmp_path, expected):
     check_equal(average(tmp_path / "files"), expected)
 
 
+@pytest.mark.parametrize("form", ["{}_target", "ema_{}"])
+def test_averages_of_several_parts_are_a_question_about_all_of_the_model(form, tmp_path):
+    """An average of one part was proposed first."""
+
+    def content(save):
+        parts = {}
+        for key, sign in (("first", 1), ("other", -1)):
+            parts[key] = {name: sign * value for name, value in save.weights.items()}
+            average = {name: sign * value for name, value in save.average.items()}
+            parts[form.format(key)] = average
+        return {**parts, "step": save.step}
+
+    write_each(tmp_path, "step_{save.step}.pt", content)
+    assert asked(tmp_path).endswith(" --from checkpoints --out run")
+    stored = read(tmp_path, kind="checkpoints").checkpoints[-1].stored
+    assert {name.partition(".")[0] for name in stored} == {"first", "other"}
+
+
 def test_a_target_network_of_a_part_is_a_question(tmp_path):
     """Of reinforcement learning: the actor is trained, too, and has no target."""
 
@@ -212,6 +231,31 @@ def test_two_phases_of_one_run_are_proposed_together(tmp_path):
         store(tmp_path / f"phase{1 + number // 5}" / f"step_{save.step}.pt", save.weights)
     assert asked(tmp_path).endswith(f"ema import '{tmp_path}/phase*/step_*.pt' --out run")
     assert times(tmp_path / "phase*" / "step_*.pt") == STEPS
+
+
+@pytest.mark.parametrize("name", ["model_{}_part{}.pt", "{}-{}.pt", "part{1}_of_step{0}.pt"])
+def test_parts_of_several_times_are_no_parts_of_one_checkpoint(name, tmp_path):
+    """Of 20 such files one was proposed."""
+    for save in saves():
+        for number, part in enumerate(split(save.weights)):
+            store(tmp_path / name.format(save.step, number), part)
+    with pytest.raises(PostHocError, match=r"_part1|-1|part1_"):
+        read(tmp_path)
+
+
+def test_a_folder_of_one_time_beside_a_run_is_a_checkpoint_of_its_own(tmp_path):
+    """It was named as the folder in which both lie."""
+    write_each(tmp_path, "run-1/files/step_{save.step}.pt", weights)
+    store(tmp_path / "run-2" / "files" / "step_99999.pt", others(LAST))
+    assert "1 x run-2" in asked(tmp_path)
+
+
+def test_copies_in_another_dtype_are_not_proposed_as_averages(tmp_path):
+    write_each(tmp_path, "step_{save.step}.pt", weights)
+    for save in saves():
+        half = {name: value.half() for name, value in save.weights.items()}
+        store(tmp_path / f"step_{save.step}_fp16.safetensors", half)
+    assert "--average" not in asked(tmp_path)
 
 
 def test_two_models_with_as_many_files_are_a_question(tmp_path):
@@ -289,6 +333,43 @@ def test_a_text_with_the_ending_of_a_checkpoint_is_no_part_of_one(tmp_path):
     assert times(tmp_path) == [save.epoch for save in saves()]
 
 
+@pytest.mark.parametrize("link", ["last.pt", "models/last.pt"])
+def test_a_link_to_a_missing_file_is_left_out_and_named(link, tmp_path, caplog):
+    """As `last.ckpt` is when its file was rotated away."""
+    write_each(tmp_path, "models/model_{save.step}.pt", weights)
+    (tmp_path / link).symlink_to(tmp_path / "gone.pt")
+    assert times(tmp_path) == STEPS
+    assert "last.pt (is a link to a file that is missing)" in caplog.text
+
+
+def test_a_later_link_to_a_missing_file_is_an_error(tmp_path):
+    write_each(tmp_path, "model_{save.step}.pt", weights)
+    link = tmp_path / "model_99999.pt"
+    link.symlink_to(tmp_path / "gone.pt")
+    with refused(link, kind=FileFormatError):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["rank{}.pt", "model_rank_{}.bin", "w-0{}-of-02.pt"])
+def test_partitions_of_ranks_are_refused(name, tmp_path):
+    """They were averaged as two parts of a model."""
+    for save in saves():
+        for number, content in enumerate((weights, others)):
+            store(tmp_path / f"step{save.step}" / name.format(number), content(save))
+    with pytest.raises(FileFormatError, match="partitions"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["epoch-{}-of-20.pt", "step_{}_rank0.pt"])
+def test_times_of_many_are_no_partitions(name, tmp_path, expected):
+    place = tmp_path / "files"
+    for save in saves():
+        store(place / name.format(save.step), weights(save))
+        if "rank" in name:
+            store(place / name.format(save.step).replace("rank0", "rank1"), weights(save))
+    check_equal(average(place), expected)
+
+
 def test_partitions_are_refused_also_through_a_glob(tmp_path):
     for save in saves():
         for number in range(2):
@@ -345,3 +426,26 @@ def test_a_set_that_differs_in_one_file_is_an_error_that_names_it(key, change, p
         read(tmp_path, ema_decay=0.95)
     assert odd in str(raised.value) or "step40.pt" in str(raised.value)
     assert "body.0" in str(raised.value) or "ema" in str(raised.value)
+
+
+# --- proposals
+
+
+@pytest.mark.parametrize(
+    "name", ["mlp-{}-{}.pt", "run_{}_{}", "a{}b{}.pt", "7_{}_{}_x.pt", "a-{}_{}"]
+)
+def test_a_proposed_pattern_finds_the_last_number_of_a_name(name, tmp_path):
+    """And not the metric before it, or a number in the path."""
+    place = tmp_path / "3-run_7" / "mlp-5b1"
+    for save in saves():
+        store(place / name.format(70 - 3 * save.epoch, save.step), {"model": save.weights})
+    pattern = shlex.split(asked(place))[-3]
+    assert times(place, step_from=pattern) == STEPS
+
+
+def test_proposed_globs_take_brackets_as_they_are(tmp_path):
+    place = tmp_path / "run [v2]"
+    for number, content in enumerate((weights, others)):
+        write_each(place, f"net[{number}] step_{{save.step}}.pt", content)
+    words = shlex.split(asked(place))
+    assert times(words[-3]) == STEPS

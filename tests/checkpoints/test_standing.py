@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from checking import refused
-from predictions import noise, normal, walk
+from predictions import assert_predicted, noise, normal, walk
 from saved import store
 from trained import by, ema, paste, write
 
@@ -102,7 +102,8 @@ def test_an_average_that_is_updated_at_every_tenth_step_is_not_taken_for_one_of_
 ):
     """Of decay 0.999 it would be 9 steps younger."""
     path = steady()
-    stored(files, path, 0.99, parts=(100, 200), every=10)
-    with refused("ema_decay", "--update-every 10 ") as asked:
+    stored(files, path, 0.99, every=10)
+    with refused("ema_decay", "--ema-decay found ") as asked:
         import_checkpoints(files, run)
     paste(asked.value, run)
+    assert_predicted(run, path, targets=(0.1, 0.2), low=0.1, names=["0"])
