@@ -129,7 +129,7 @@ def read_place(
     if not chooser.candidates:
         explain_nothing(place)
     members = chooser.choose()
-    run = [member.found for member in members]
+    run = _with_one_prefix([member.found for member in members])
     _check_one_model(run, settings)
     if not is_audit:
         _check_targets(run, settings)
@@ -149,6 +149,21 @@ def read_place(
     notes = [*chooser.notes, *_note_unused(run)]
     checkpoints = _make_all(run, times, settings)
     return PlaceRun(checkpoints, times.says, tuple(notes), may_be_epochs)
+
+
+def _with_one_prefix(run: Sequence[Found]) -> list[Found]:
+    """Give the tensors of all files the names of the first one, where wrappers such as DDP's
+    `module.` alone make them differ, as after a resume."""
+    ours = run[0].tensors
+    named = []
+    for file in run:
+        if file.tensors.keys().isdisjoint(ours):
+            averaged = match_names(file.averaged, ours)
+            weights = match_names(file.weights, ours)
+            if len(averaged) == len(file.averaged) and len(weights) == len(file.weights):
+                file = replace(file, pair=replace(file.pair, averaged=averaged, weights=weights))
+        named.append(file)
+    return named
 
 
 def _check_one_model(run: Sequence[Found], settings: ImportSettings) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from checking import refused
 from safetensors.torch import load_file, save_file
-from saved import asked, read, store, times, write_each
+from saved import asked, named, read, store, times, write_each
 from walks import saves
 
 from posthoc_cli import Run
@@ -449,3 +449,13 @@ def test_proposed_globs_take_brackets_as_they_are(tmp_path):
         write_each(place, f"net[{number}] step_{{save.step}}.pt", content)
     words = shlex.split(asked(place))
     assert times(words[-3]) == STEPS
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_a_wrapper_that_came_with_a_resume_is_no_other_model(prefix, tmp_path, expected):
+    place = tmp_path / "files"
+    for number, save in enumerate(saves()):
+        tensors = save.weights if number < 5 else named(prefix, save.weights)
+        store(place / f"step{save.step}.pt", {"model": tensors, "step": save.step})
+    assert times(place) == STEPS
+    check_equal(average(place), expected)
