@@ -130,6 +130,8 @@ def read_place(
         explain_nothing(place)
     members = chooser.choose()
     run = _with_one_prefix([member.found for member in members])
+    if settings.average and not any(file.averaged for file in run):
+        recognise(run[-1].content, settings)  # whose error says what there is
     _check_one_model(run, settings)
     if not is_audit:
         _check_targets(run, settings)

@@ -459,3 +459,11 @@ def test_a_wrapper_that_came_with_a_resume_is_no_other_model(prefix, tmp_path, e
         store(place / f"step{save.step}.pt", {"model": tensors, "step": save.step})
     assert times(place) == STEPS
     check_equal(average(place), expected)
+
+
+@pytest.mark.parametrize("key", ["nope", "*_E.pth", "nope_*"])
+def test_an_average_that_no_file_has_is_an_error(key, tmp_path):
+    """It was imported as weights alone."""
+    write_each(tmp_path, "step{save.step}.pt", lambda save: {"model": save.weights})
+    with pytest.raises(PostHocError, match="there are 'model'"):
+        read(tmp_path, average=key)
