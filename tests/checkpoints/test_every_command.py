@@ -59,7 +59,7 @@ def test_a_sweep_and_its_page_name_what_to_repeat(ema, run, tmp_path, monkeypatc
     command = (
         "sweep",
         run / "own",
-        "--run",
+        "--eval",
         evaluation,
         "--minimize",
         "--out",
@@ -145,7 +145,7 @@ def test_all_commands_ask_for_the_steps_of_an_epoch_by_the_same_line(ema, tmp_pa
     for command in (
         ["synthesize", "--sigma-rel", "0.1", "--dry-run"],
         ["error-plot", "--json"],
-        ["sweep", "--run", "true {weights}", "--minimize"],
+        ["sweep", "--eval", "true {weights}", "--minimize"],
         ["audit"],
     ):
         assert line in ema(command[0], tmp_path / "ck", *command[1:]).error

@@ -58,7 +58,7 @@ def text(tmp_path_factory):
     script = f"if [ {{sigma_rel}} = 0.05 ]; then {fails}; fi; echo {{sigma_rel}}"
     command = f"sh -c '{script}' {{weights}}"
     lengths = widths(0.05, 0.1, 0.2, 0.25)
-    again = "ema sweep --run <b>"
+    again = "ema sweep --eval <b>"
     return sweep(run, folder / "a b<i>", lengths, command, rerun_command=again).read_text()
 
 
@@ -68,7 +68,7 @@ def test_a_page_has_the_answer_its_figure_and_every_trial(text):
         "statistically tied unknown",
         "4 trials, 1 of them failed",
         "ended with exit code 1",
-        "ema sweep --run <b>",
+        "ema sweep --eval <b>",
     ):
         assert words in " ".join(shown(text).split())
     (picture,) = images(text, r"svg\+xml")
