@@ -52,7 +52,13 @@ def sweep(
         ),
     ),
     old_name: str | None = options.HOW(  # noqa: ARG001
-        None, "--run", hidden=True, is_eager=True, callback=_refuse_run, expose_value=False
+        None,
+        "--run",
+        hidden=True,
+        is_eager=True,
+        callback=_refuse_run,
+        expose_value=False,
+        help="The former name of --eval.",
     ),
     metric: str | None = options.HOW(
         None,

@@ -136,7 +136,8 @@ def _render_take(run: Run, report: SweepReport) -> str:
     if report.outputs:
         place = f"<p>The best average is in <code>{escape(str(report.outputs[0]))}</code>.</p>"
     command = escape(_make_command(run, report, report.best_trial))
-    return f"<section><h2>Take it</h2>\n{place}\n<pre>{command}</pre>\n</section>"
+    heading = '<section class="take"><h2>Take it</h2>'
+    return f"{heading}\n{place}\n<pre>{command}</pre>\n</section>"
 
 
 def _data_url(kind: str, content: bytes) -> str:

@@ -77,7 +77,7 @@ class Function:
         return _Caller()
 
     def prepare(self, weights: Weights, trial: Trial, job: int) -> Measure:  # noqa: ARG002
-        return partial(self._measure, dict(weights.load()))
+        return partial(self._measure, dict(weights.make()))
 
     def _measure(self, tensors: dict[str, Tensor]) -> tuple[float, float | None]:
         result = self.function(tensors)

@@ -61,7 +61,7 @@ class Weights:
         """Write the weights to a file, or to a copy of the checkpoint `like`."""
         raise NotImplementedError
 
-    def load(self) -> Mapping[str, Tensor]:
+    def make(self) -> Mapping[str, Tensor]:
         """Make the weights in memory."""
         raise NotImplementedError
 
@@ -80,7 +80,7 @@ class RunWeights(Weights):
     def write(self, path: Path, like: Path | None) -> None:
         self.run.write(self.target, path, t=self.time, like=like)
 
-    def load(self) -> Mapping[str, Tensor]:
+    def make(self) -> Mapping[str, Tensor]:
         return self.run.average(self.target, t=self.time)
 
 
@@ -98,7 +98,7 @@ class RawFile(Weights):
             else:
                 export_file(plain, path, like=like)
 
-    def load(self) -> Mapping[str, Tensor]:
+    def make(self) -> Mapping[str, Tensor]:
         from safetensors.torch import load_file
 
         with tempfile.TemporaryDirectory() as folder, self._plain_file(Path(folder)) as plain:
@@ -155,7 +155,7 @@ class RawTensors(Weights):
 
     tensors: Mapping[str, Tensor]
 
-    def load(self) -> Mapping[str, Tensor]:
+    def make(self) -> Mapping[str, Tensor]:
         return self.tensors
 
 
