@@ -241,8 +241,8 @@ def sweep_figure(report: dict[str, Any], width: float = _WIDTH) -> Figure:
         label += f" (as {best['as']})"
     figure = _metric_figure(report, "sigma_rel", report["curve"], trials, width)
     axes = figure.axes[0]
-    if report["tied"] is not None:
-        low, high = report["tied"]
+    low, high = report["tied"] or (0, 0)
+    if low < high:
         tied = f"statistically tied: {low:g} to {high:g}"
         axes.axvspan(low, high, color=_colour(2), alpha=0.15, linewidth=0, label=tied)
     axes.axvline(best["sigma_rel"], color=_colour(2), linewidth=1.6, label=label)

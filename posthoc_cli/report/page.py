@@ -179,7 +179,8 @@ class _Gallery:
         slider = f'type="range" min="0" max="{len(lengths) - 1}" step="1" value="{first}"'
         figures = "\n".join(map(self._render_trial, self._paths))
         return (
-            f'<p class="controls" hidden><label>length <input {slider}><output></output></label>'
+            f'<p class="controls" hidden><label><span>length</span> <input {slider}>'
+            "<output></output></label>"
             '<label><input type="checkbox"> all lengths</label></p>\n'
             f'<div class="samples">{figures}</div>'
         )
@@ -233,7 +234,12 @@ def _sort_trials(report: SweepReport) -> list[Trial]:
     others by length, and those that end earlier after the others, by their end."""
     return sorted(
         report.trials,
-        key=lambda trial: (trial.sigma_rel or 0.0, -(trial.t or 0.0), trial.target, trial.seed),
+        key=lambda trial: (
+            trial.sigma_rel or 0.0,
+            -(trial.t or math.inf),
+            trial.target,
+            trial.seed,
+        ),
     )
 
 
