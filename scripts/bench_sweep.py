@@ -13,7 +13,11 @@ The gains are of searches of the same metrics beside an EMA, which in each secon
 gain: its true metric is the best one; else it is that of a random length. Their noise is of three
 kinds: of each evaluation; of examples that each evaluation draws anew; and of the same examples in
 all, of which the lengths get nearly the same ones right. The last two are accuracies, and state
-their error. A gain is claimed if "better" is said, which an interval must not hold."""
+their error. A gain is claimed if "better" is said, which an interval must not hold.
+
+The last table is of trainings that go on for too long: the metric follows from the mean time of an
+average alone, which is best at 8 to 45 % of the training, so that the longest length is best at its
+end, and a shorter training is better still. Half of them have an EMA with nothing to gain."""
 
 from __future__ import annotations
 
@@ -27,6 +31,7 @@ from numpy.random import Generator, default_rng
 from scipy.special import ndtri
 from tables import FloatArray, markdown, share
 
+from posthoc_cli import PowerFunction
 from posthoc_cli.sweep import SweepReport, search
 from posthoc_cli.sweep.report import describe_gain
 from posthoc_cli.sweep.search import USUAL_BUDGET, Estimate, Lengths, Trial
@@ -152,6 +157,7 @@ def grid(metric: Metric) -> float:
 GAINS_EACH = 80  # searches of each shape and kind of noise
 EXAMPLES = 1000
 EMA = "your EMA"
+Evaluated = Callable[[float, float], float]
 Evaluate = Callable[[float], tuple[float, float | None]]
 """Measures the true metric at a place in GRID, and states an error, or none."""
 
@@ -244,8 +250,80 @@ def gains_row(title: str, make: Callable[[Metric], Evaluate], scale: float) -> t
     return (title, str(len(covered)), share(wrong), share(claimed), share(covered))
 
 
+# --- trainings that go on for too long
+
+LAST = 10_000.0
+TIMES = range(250, 10_001, 250)
+WHOLE = Lengths(LOW, 0.2886)
+OVERFITTING = 60  # of each noise
+
+
+def mean_time(x: float, t: float) -> float:
+    """Return the mean time of an average."""
+    gamma = PowerFunction.from_sigma_rel(x, t).gamma
+    return t * (gamma + 1) / (gamma + 2)
+
+
+def search_ends(metric: Callable[[float, float], float], own: float) -> SweepReport:
+    """Search lengths, then ends, beside an EMA whose true metric is known; 0 is the best one."""
+    trials = [Trial(EMA, None, 0, metric(math.nan, own))]
+    while batch := search.next_measurements(trials, WHOLE, USUAL_BUDGET, minimize=True):
+        trials += [Trial("", x, seed, metric(x, LAST)) for x, seed in batch]
+    found = search.estimate(trials, WHOLE.step(USUAL_BUDGET), minimize=True)
+    ends = search.earlier_ends(TIMES, LAST) if found.best == WHOLE.high else []
+    while batch := search.next_ends(trials, found, ends, LAST, minimize=True):
+        trials += [Trial("", found.best, seed, metric(found.best, t), t=t) for t, seed in batch]
+    if found.noise > 0:
+        trials.append(Trial(EMA, None, 1, metric(math.nan, own)))
+    settings = {"t": LAST}
+    return SweepReport(
+        WHOLE, USUAL_BUDGET, (EMA,), "metric", True, settings, tuple(ends), trials=tuple(trials)
+    )
+
+
+def overfitting_row(noise: float) -> tuple[str, ...]:
+    """Compare the length at the end with the search of ends, of metrics of a noise."""
+    alone = []
+    regrets = []
+    counts = []
+    wrong = []
+    covered = []
+    for number in range(OVERFITTING):
+        random = default_rng([2, round(1000 * noise), number])
+        best = math.log(LAST * random.uniform(0.08, 0.45))
+        own = 0.0 if number % 2 else 1.0
+
+        def true(x: float, t: float, best: float = best) -> float:
+            return (math.log(mean_time(x, t)) - best) ** 2
+
+        def metric(x: float, t: float, random: Generator = random, true: Evaluated = true) -> float:
+            value = t if math.isnan(x) else true(x, t)
+            return value + noise * random.normal()
+
+        report = search_ends(metric, own)
+        regret = true(report.best, report.best_t)
+        alone.append(true(report.best, LAST))
+        regrets.append(regret)
+        counts.append(sum(trial.t is not None for trial in report.trials))
+        (found,) = report.gains
+        unit = abs(found.value or math.nan)
+        margin = unit * (found.margin or 0.0)
+        if number % 2:
+            wrong.append(" better than" in describe_gain(report))
+        if noise:
+            covered.append(abs(unit * (found.gain or 0.0) - (own - regret)) <= margin)
+    return (
+        f"{noise:g}",
+        f"{np.mean(alone):.3f}",
+        f"{np.mean(regrets):.3f}",
+        f"{np.mean(counts):.1f}",
+        share(wrong) if noise else "",
+        share(covered) if noise else "",
+    )
+
+
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     searches = []
     regrets = []
     counts = []
@@ -287,6 +365,16 @@ def main() -> None:
         gains_row("the same 1,000 examples, error stated", the_same, 0.3),
     )
     print(markdown(gains))
+    print()
+    heads = (
+        f"noise, {OVERFITTING} trainings each",
+        "regret of the length at the end",
+        "with ends",
+        "more evaluations",
+        "claimed of none",
+        "true gain inside",
+    )
+    print(markdown((heads, *map(overfitting_row, (0.0, 0.03, 0.1, 0.3)))))
 
 
 if __name__ == "__main__":
