@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from posthoc_cli.planning import error_curve
     from posthoc_cli.profiles import PowerFunction, gamma_from_sigma_rel, sigma_rel_from_gamma
     from posthoc_cli.reconstruction import reconstruct
+    from posthoc_cli.request import Request
     from posthoc_cli.run import Run, disk_sources
     from posthoc_cli.synthesis.engine import synthesize
     from posthoc_cli.synthesis.plan import plan_synthesis
@@ -32,15 +33,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Beta", "Decay", "HalfLife", "Mean", "PostHocEMA", "PostHocError",
-    "PowerFunction", "Run", "Window", "averages", "disk_sources", "error_curve", "errors",
-    "export_file", "gamma_from_sigma_rel", "import_checkpoints", "plan_synthesis", "reconstruct",
-    "sigma_rel_from_gamma", "synthesize",
+    "PowerFunction", "Request", "Run", "Window", "averages", "disk_sources", "error_curve",
+    "errors", "export_file", "gamma_from_sigma_rel", "import_checkpoints", "plan_synthesis",
+    "reconstruct", "sigma_rel_from_gamma", "synthesize",
 ]  # fmt: skip
 
 _HOMES = {
     "Beta": "targets", "Decay": "targets",
     "HalfLife": "targets", "Mean": "targets", "Window": "targets", "PostHocEMA": "tracker",
-    "PostHocError": "errors", "PowerFunction": "profiles", "Run": "run",
+    "PostHocError": "errors", "PowerFunction": "profiles",
+    "Request": "request", "Run": "run",
     "disk_sources": "run", "error_curve": "planning",
     "export_file": "export.convert", "gamma_from_sigma_rel": "profiles",
     "import_checkpoints": "checkpoints.import_run", "plan_synthesis": "synthesis.plan",

@@ -16,6 +16,7 @@ from posthoc_cli.checkpoints.places import NothingHereError, holds_checkpoints
 from posthoc_cli.errors import (
     DirectoryError,
     FileFormatError,
+    InvalidValueError,
     PostHocError,
     VanishedError,
     at_most_one,
@@ -28,7 +29,8 @@ from posthoc_cli.planning import (
     error_curve,
     time_between,
 )
-from posthoc_cli.profiles import PowerFunction, Profile
+from posthoc_cli.profiles import PowerFunction
+from posthoc_cli.request import OutputRequest, Request, Wanted, takes
 from posthoc_cli.resources import ProgressBar, no_bar
 from posthoc_cli.snapshots.directory import (
     is_import,
@@ -50,7 +52,7 @@ from posthoc_cli.snapshots.sources import (
 from posthoc_cli.snapshots.tensorfile import Entry
 from posthoc_cli.snapshots.verify import DAMAGED, UNCHANGED, FileReport, Verification, verify
 from posthoc_cli.synthesis.plan import Plan, check_steps, plan_synthesis
-from posthoc_cli.targets import Target, as_targets
+from posthoc_cli.targets import as_targets
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +66,6 @@ log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _Planned = TypeVar("_Planned")
 
-Wanted = float | str | Target | Profile
 """An average: a sigma_rel, a target such as Beta(0.9999), its text form, or an object with a
 function `tail`."""
 
@@ -284,107 +285,49 @@ class Run:
 
     # --- averages
 
-    def plan(
-        self,
-        targets: Wanted | Sequence[Wanted],
-        *,
-        t: float | None = None,
-        step: int | None = None,
-        method: str | None = None,
-        max_error: float | None = None,
-        dtype: torch.dtype | str | None = None,
-    ) -> Plan:
-        """Compute the coefficients and errors of averages. Arguments and errors are as in
-        `plan_synthesis`."""
-        sources = self.sources
-        return plan_synthesis(sources, as_targets(targets), t, step, method, max_error, dtype)
+    @takes(Request)
+    def plan(self, request: Request) -> Plan:
+        """Compute the coefficients and errors of averages; see `plan_synthesis`."""
+        return plan_synthesis(self.sources, request)
 
-    def average(
-        self,
-        target: Wanted,
-        *,
-        t: float | None = None,
-        step: int | None = None,
-        dtype: torch.dtype | str | None = None,
-        device: torch.device | str = "cpu",
-        method: str | None = None,
-    ) -> Weights:
-        """Make one average in memory.
+    @takes(Request)
+    def average(self, request: Request) -> Weights:
+        """Make an average in memory, on the request's device ("auto": the CPU).
 
-        The tensors are made on `device`; the other arguments and errors are as in `plan_synthesis`,
-        with a NonFiniteError for a result that is not finite.
+        Raises the errors of `plan_synthesis`, and a NonFiniteError for a result that is not finite.
         """
+        if len(request.wished) > 1:
+            reason = "is several; `write` makes more than one"
+            raise InvalidValueError("target", reason, value=request.targets)
+        device = "cpu" if request.device == "auto" else request.device
+        return retry_vanished(lambda: make_weights(plan_synthesis(self.sources, request), device))
 
-        def make() -> Weights:
-            plan = self.plan([target], t=t, step=step, method=method, dtype=dtype)
-            return make_weights(plan, device)
-
-        return retry_vanished(make)
-
-    def write(
-        self,
-        targets: Wanted | Sequence[Wanted],
-        out: str | Path | None,
-        *,
-        t: float | None = None,
-        step: int | None = None,
-        method: str | None = None,
-        max_error: float | None = None,
-        dtype: torch.dtype | str | None = None,
-        device: torch.device | str = "auto",
-        workers: int | None = None,
-        overwrite: bool = False,
-        dry_run: bool = False,
-        distributed: bool = False,
-        like: str | Path | None = None,
-        weights: bool = False,
-        average: str | None = None,
-        progress: ProgressBar = no_bar,
-    ) -> SynthesisReport | None:
+    @takes(OutputRequest)
+    def write(self, request: OutputRequest) -> SynthesisReport | None:
         """Write averages to files, as `ema synthesize` does. Each file appears complete or not at
         all.
-
-        Arguments as in `plan_synthesis`, in `export.writing.OutputOptions`, and:
-            out: a file, or a folder for a file per target; may be None in a dry run.
-            progress: opens a progress bar.
 
         Returns the report; None in every rank of a torchrun job but the first.
         """
         from posthoc_cli.export.like import Like
-        from posthoc_cli.export.writing import (
-            OutputOptions,
-            all_ranks,
-            output_paths,
-            write_synthesis,
-        )
+        from posthoc_cli.export.writing import all_ranks, output_paths, write_synthesis
 
-        wished = as_targets(targets)
-        options = OutputOptions(
-            device=device,
-            workers=workers,
-            overwrite=overwrite,
-            dry_run=dry_run,
-            distributed=distributed,
-            like=like,
-            weights=weights,
-            average=average,
-        )
-        paths = output_paths(wished, out, dtype, options)
+        paths = output_paths(request)
         copied = None
-        if like is not None:
-            copied = Like.find(like, self.tensors, weights, average)
-            dtype = copied.dtype
-        asked: dict[str, Any] = {"t": t, "step": step, "method": method, "max_error": max_error}
-        if distributed:
+        planned: Request = request
+        if request.like is not None:
+            copied = Like.find(request.like, self.tensors, request.weights, request.average)
+            planned = replace(request, like=None, weights=False, average=None, dtype=copied.dtype)
+
+        def plan() -> Plan:
+            return plan_synthesis(self.sources, planned)
+
+        if request.distributed:
             with all_ranks() as ranks:
                 with ranks.together():
-                    plan = self.plan(wished, dtype=dtype, **asked)
-                return write_synthesis(plan, paths, options, copied, ranks, progress)
-        return retry_vanished(
-            lambda: write_synthesis(
-                self.plan(wished, dtype=dtype, **asked), paths, options, copied, progress=progress
-            )
-        )
+                    made = plan()
+                return write_synthesis(made, paths, request, copied, ranks)
+        return retry_vanished(lambda: write_synthesis(plan(), paths, request, copied))
 
     def sweep(
         self,

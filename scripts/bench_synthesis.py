@@ -36,8 +36,9 @@ from bench_update import (
 from compare_peers import without_noise
 from xxhash import xxh3_64_hexdigest
 
-from posthoc_cli import PostHocEMA, disk_sources
-from posthoc_cli.export.writing import OutputOptions, write_synthesis
+from posthoc_cli import PostHocEMA, Request, disk_sources
+from posthoc_cli.export.writing import write_synthesis
+from posthoc_cli.request import OutputRequest
 from posthoc_cli.snapshots.snapshot import decode_snapshot
 from posthoc_cli.snapshots.tensorfile import BLOCK, Entry, encode_header, lay_out, read_file, seal
 from posthoc_cli.synthesis.engine import check_device, synthesize
@@ -70,14 +71,14 @@ def measure_ours(folder: Path, repeats: int, device: str) -> None:
     run = folder / "run"
     out = folder / "out.safetensors"
     buffer = mmap.mmap(-1, 4 * 2**20)
-    options = OutputOptions(device, overwrite=True)
+    request = OutputRequest([0.15], out, device=device, overwrite=True)
     one = planned(run, [0.15])
     many = planned(run, MANY)
     runs = {
         "plain readinto loop, one thread": partial(read_plainly, run, buffer),
         "one core, dropped": lambda: exhaust(synthesize(one, device, 1)),
         "all cores, dropped": lambda: exhaust(synthesize(one, device)),
-        "all cores, to a file": lambda: write_synthesis(one, [out], options),
+        "all cores, to a file": lambda: write_synthesis(one, [out], request),
     }
     show(times(runs, repeats), one.read_bytes)
     runs = {f"{len(MANY)} targets, dropped": lambda: exhaust(synthesize(many, device))}
@@ -115,7 +116,7 @@ def show(found: dict[str, float], nbytes: int = 0) -> None:
 
 def planned(run: Path, targets: Sequence[float]) -> Plan:
     """Make a plan for targets of a directory."""
-    return plan_synthesis(disk_sources(run), targets, dtype="float32")
+    return plan_synthesis(disk_sources(run), Request(targets, dtype="float32"))
 
 
 def exhaust(items: Iterable[object]) -> None:
@@ -194,10 +195,12 @@ import re, resource, sys, torch
 if len(sys.argv) > 1:
     from pathlib import Path
     from posthoc_cli.export.writing import write_synthesis
-    from posthoc_cli import disk_sources, plan_synthesis
+    from posthoc_cli import Request, disk_sources, plan_synthesis
+    from posthoc_cli.request import OutputRequest
 
-    plan = plan_synthesis(disk_sources(sys.argv[1]), [0.15], dtype="float32")
-    write_synthesis(plan, [Path(sys.argv[2])])
+    plan = plan_synthesis(disk_sources(sys.argv[1]), Request([0.15], dtype="float32"))
+    out = Path(sys.argv[2])
+    write_synthesis(plan, [out], OutputRequest([0.15], out))
 try:
     print(1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]))
 except OSError:

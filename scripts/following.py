@@ -23,7 +23,7 @@ from tables import FloatArray
 from torch import Tensor
 from trajectories import Replay, Trajectory
 
-from posthoc_cli import Decay, PostHocEMA, Window, disk_sources, plan_synthesis, synthesize
+from posthoc_cli import Decay, PostHocEMA, Request, Window, disk_sources, plan_synthesis, synthesize
 from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.targets import Target
 
@@ -190,8 +190,8 @@ def measure(
     with track(run, trackings) as folders:
         for tracking, folder in zip(trackings, folders, strict=True):
             sources = disk_sources(folder)
-            ours = plan_synthesis(sources, wanted, method="minvar")
-            published = plan_synthesis(sources, wanted, method="paper")
+            ours = plan_synthesis(sources, Request(wanted, method="minvar"))
+            published = plan_synthesis(sources, Request(wanted, method="paper"))
             count = len(tracking.sigma_rels)
             files = sorted(folder.glob("0*.safetensors"))
             newest = [distances(flat(load_file(file)), truth) for file in files[-count:]]

@@ -43,7 +43,14 @@ from torch.nn import Module, utils
 from torch.optim import AdamW, Optimizer
 from trajectories import RECIPES
 
-from posthoc_cli import PostHocEMA, disk_sources, import_checkpoints, plan_synthesis, synthesize
+from posthoc_cli import (
+    PostHocEMA,
+    Request,
+    disk_sources,
+    import_checkpoints,
+    plan_synthesis,
+    synthesize,
+)
 from posthoc_cli.demo import Denoiser
 from posthoc_cli.profiles import Point
 from posthoc_cli.snapshots.sources import Source
@@ -221,7 +228,7 @@ def measure(training: Training, folder: Path) -> Iterator[Cell]:
         exact = [metric(average) for average in averages]
         for kind, sources in kinds.items():
             for used in choices(sources, end * training.steps):
-                plan = plan_synthesis(used, LENGTHS)
+                plan = plan_synthesis(used, Request(LENGTHS))
                 made = in_order(dict(synthesize(plan)), metric.model)
                 for index, length in enumerate(LENGTHS):
                     losses = metric(made[index])

@@ -33,7 +33,7 @@ from posthoc_cli.errors import (
     UnsuitableError,
     WriteError,
 )
-from posthoc_cli.export.writing import OutputOptions
+from posthoc_cli.request import FileRequest
 
 Tensors = dict[str, torch.Tensor]
 
@@ -100,10 +100,10 @@ def test_a_folder_of_shards_is_laid_out_as_the_hugging_face_libraries_do(tmp_pat
 
 def test_a_name_must_not_have_the_ending_of_another_layout_but_a_folder_may(tmp_path):
     with refused("x.onnx"):
-        OutputOptions().find_layout(Path("x.onnx"))
-    assert OutputOptions().find_layout(Path("x.ckpt")) == "pt"
+        FileRequest().find_layout(Path("x.onnx"))
+    assert FileRequest().find_layout(Path("x.ckpt")) == "pt"
     path = tmp_path / "x.bin"
-    options = OutputOptions(layout="sharded")
+    options = FileRequest(layout="sharded")
     with refused(str(path), "sharded"):
         options.find_layout(path)
     path.mkdir()
@@ -118,13 +118,13 @@ def test_a_name_must_not_have_the_ending_of_another_layout_but_a_folder_may(tmp_
     ],
 )
 def test_a_size_is_a_number_with_a_unit(text, size):
-    assert OutputOptions(max_shard_size=text).shard_bytes == size
+    assert FileRequest(max_shard_size=text).shard_bytes == size
 
 
 @pytest.mark.parametrize("text", ["-1GB", "5 G", "nan", "1e30TB"])
 def test_another_size_is_refused(text):
     with refused("max_shard_size"):
-        OutputOptions(max_shard_size=text)
+        FileRequest(max_shard_size=text)
 
 
 # --- dtypes

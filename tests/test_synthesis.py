@@ -10,6 +10,7 @@ from posthoc_cli import (
     Beta,
     HalfLife,
     PowerFunction,
+    Request,
     Run,
     Window,
     disk_sources,
@@ -42,7 +43,7 @@ def write_random(directory, dtype=torch.float32, **fields):
 
 
 def plan_of(directory, targets=TARGETS, **options):
-    return plan_synthesis(disk_sources(directory), targets, **options)
+    return plan_synthesis(disk_sources(directory), Request(targets, **options))
 
 
 @pytest.mark.parametrize("stored", UNIT)

@@ -24,7 +24,8 @@ from posthoc_cli.errors import (
     quote,
 )
 from posthoc_cli.export.like import Like, Replacement
-from posthoc_cli.export.writing import OutputJob, OutputOptions, check_not_in_run
+from posthoc_cli.export.writing import OutputJob, check_not_in_run
+from posthoc_cli.request import FileRequest
 from posthoc_cli.resources import ProgressBar, no_bar
 from posthoc_cli.snapshots.directory import is_import, is_parts_folder, read_snapshot
 from posthoc_cli.snapshots.outputs import models_at, read_model
@@ -94,17 +95,13 @@ def export_file(
     started = time.perf_counter()
     target_dtype = parse_dtype(dtype)
     at_most_one(weights=weights, average=average)
-    options = OutputOptions(
-        layout=layout,
-        overwrite=overwrite,
-        max_shard_size=max_shard_size,
-        like=like,
+    request = FileRequest(
+        dtype=dtype, layout=layout, max_shard_size=max_shard_size, like=like, overwrite=overwrite
     )
-    options.check_like(dtype)
     source = files.check_path("source", source)
     output_name = str(out)
     out = files.local_path("out", out)
-    is_folder = options.find_layout(out) == "sharded" or options.makes_folders
+    is_folder = request.find_layout(out) == "sharded" or request.makes_folders
     if output_name.endswith("/") and not is_folder:
         raise InvalidValueError("out", "is a folder; name a file", value=output_name)
     files.check_parent(out)
@@ -114,7 +111,7 @@ def export_file(
     copied = None
     if like is not None:
         plan, copied = Like.find(like, plan.entries, weights, average).fit(plan)
-    job = OutputJob(plan, {out: _header(plan)}, options, copied)
+    job = OutputJob(plan, {out: _header(plan)}, request, copied)
     with progress("exporting", plan.read_bytes) as advance:
         job.write(advance)
     written = plan.entries if copied is None else copied.entries

@@ -32,10 +32,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from posthoc_cli import files, resources
-from posthoc_cli.checkpoints.containers import INDEX_ENDING
+from posthoc_cli import files
 from posthoc_cli.devices import count_devices
-from posthoc_cli.dtypes import ITEM_BYTES, parse_dtype
+from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.errors import (
     FileFormatError,
     InvalidValueError,
@@ -44,11 +43,10 @@ from posthoc_cli.errors import (
     RankError,
     WriteError,
     argument,
-    at_most_one,
-    check_word,
 )
 from posthoc_cli.export.like import CopiedFile, Like, NamedChunk, Replacement
-from posthoc_cli.resources import ProgressBar, no_bar, worker_count
+from posthoc_cli.request import LAYOUTS, FileRequest, OutputRequest
+from posthoc_cli.resources import no_bar, worker_count
 from posthoc_cli.snapshots.directory import is_import, is_snapshot_name
 from posthoc_cli.snapshots.outputs import INDEX_NAME
 from posthoc_cli.snapshots.snapshot import warn_of_statistics
@@ -75,143 +73,40 @@ from posthoc_cli.targets import Target
 
 # --- what a user wants of outputs: their layout and their names
 
-LAYOUTS = {
-    "safetensors": (SUFFIX,),
-    "sharded": (),
-    "pt": (".pt", ".pth", ".bin", ".ckpt"),
-}
-"""The layouts of an output, each with the file name extensions that it accepts; shards are in a
-folder."""
 
-
-@dataclass(frozen=True)
-class OutputOptions:
-    """Options for making averages and writing them to files."""
-
-    device: torch.device | str = "auto"  # computes the sums
-    workers: int | None = None  # number of threads; None for one per core
-    layout: str | None = None  # one of `LAYOUTS`; None to choose it by the output's name
-    # of a sharded output, such as "5GB", which is the default
-    max_shard_size: int | str | None = None
-    overwrite: bool = False
-    dry_run: bool = False  # plan only
-    # all processes of a torchrun job make this call, and each writes some of the shards
-    distributed: bool = False
-    # a checkpoint or model folder, which outputs are copies of but for the tensors of the average
-    like: str | Path | None = None
-    weights: bool = False  # replace its weights, not its own average
-    average: str | None = None  # the key, prefix or glob of the tensors to replace
-
-    def __post_init__(self) -> None:
-        if self.layout is not None:
-            check_word("layout", self.layout, LAYOUTS)
-        self.shard_bytes  # noqa: B018  raises an error if invalid
-        at_most_one(weights=self.weights, average=self.average)
-        if self.like is None and (self.weights or self.average is not None):
-            name = "weights" if self.weights else "average"
-            raise InvalidValueError(name, f"needs {argument('like')}, whose tensors it replaces")
-
-    @property
-    def shard_bytes(self) -> int:
-        size = "5GB" if self.max_shard_size is None else str(self.max_shard_size)
-        return resources.parse_bytes(size, "max_shard_size")
-
-    @property
-    def makes_folders(self) -> bool:
-        """Whether every output is a folder."""
-        if self.like is None:
-            return self.distributed or self.layout == "sharded"
-        like = files.local_path("like", self.like)
-        return like.is_dir() or like.name.endswith(INDEX_ENDING)
-
-    @property
-    def ending(self) -> str:
-        """The ending of the name of an output that is a file, by default."""
-        if self.like is not None:
-            return Path(self.like).suffix
-        return LAYOUTS[self.layout or "safetensors"][0]
-
-    def find_layout(self, path: Path) -> str:
-        """Find the layout of an output: as given, or by its name .pt, .safetensors, or a folder of
-        shards; or "like" for a copy.
-
-        Raises InvalidValueError if the name has the ending of another layout, or of none. A folder
-        may have any name.
-        """
-        if self.like is not None:
-            if not (self.makes_folders or path.name.endswith(self.ending)):
-                reason = f"must end in {self.ending}, like the file that it is a copy of"
-                raise InvalidValueError("out", reason, value=path)
-            return "like"
-        named = next((name for name, endings in LAYOUTS.items() if path.suffix in endings), None)
-        given = "sharded" if self.distributed else self.layout
-        layout = given or named or "sharded"
-        is_other = named not in (None, layout)
-        is_unknown = given is None and named is None and path.suffix
-        if (is_other or is_unknown) and not path.is_dir():
-            if is_other:
-                raise InvalidValueError(path, f"its extension does not fit the layout {layout}")
-            reason = "its extension is unknown"
-            raise InvalidValueError(
-                path, reason, "use .safetensors or .pt, or for a folder no extension"
-            )
-        if self.max_shard_size is not None and layout != "sharded":
-            reason = f"applies to sharded outputs only, and this layout is {layout}"
-            hint = f"add {argument('layout')} sharded"
-            raise InvalidValueError("max_shard_size", reason, hint, value=self.max_shard_size)
-        return layout
-
-    def check_like(self, dtype: torch.dtype | str | None) -> None:
-        """Raise an InvalidValueError for an option or a dtype that contradicts `like`."""
-        if self.like is None:
-            return
-        at_most_one(like=self.like, dtype=parse_dtype(dtype))
-        at_most_one(like=self.like, layout=self.layout)
-        at_most_one(like=self.like, max_shard_size=self.max_shard_size)
-        if self.distributed:
-            reason = "one process makes a copy: run the command without torchrun"
-            raise InvalidValueError("like", reason)
-        if self.overwrite and self.makes_folders:
-            raise InvalidValueError("overwrite", "a copy of a folder replaces no other folder")
-
-
-def output_paths(
-    targets: Sequence[Target],
-    out: str | Path | None,
-    dtype: torch.dtype | str | None,
-    options: OutputOptions,
-) -> list[Path]:
+def output_paths(request: OutputRequest) -> list[Path]:
     """Name each target's output, none in a dry run: `out`, or a file or folder in it for each.
 
-    Raises InvalidValueError if options contradict each other, or if two targets would have the same
-    path.
+    Raises InvalidValueError if `out` does not fit the request, or if two targets would have the
+    same path.
     """
-    options.check_like(dtype)
+    targets = request.wished
+    out = request.out
     if out is None:
-        if not options.dry_run:
+        if not request.dry_run:
             raise InvalidValueError("out", f"is required (except with {argument('dry_run')})")
         return []
     path = files.local_path("out", out)
     is_file = path.suffix in (*LAYOUTS["safetensors"], *LAYOUTS["pt"])
-    if options.distributed and is_file:
+    if request.distributed and is_file:
         reason = "is a file, and a job of several processes makes a folder of shards"
         raise InvalidValueError(
             "out", reason, "name a folder; `ema export` makes one file of it", value=out
         )
-    if not options.dry_run:
+    if not request.dry_run:
         files.check_parent(path)
         check_not_in_run(path)
     is_folder = path.is_dir() or path.suffix == "" or str(out).endswith("/")
-    if len(targets) == 1 and (options.makes_folders or not is_folder):
-        options.find_layout(path)
+    if len(targets) == 1 and (request.makes_folders or not is_folder):
+        request.find_layout(path)
         paths = [path]
     elif is_file and not is_folder:
         raise InvalidValueError(
             "out", f"is one file for {len(targets)} targets; name a folder", value=out
         )
     else:
-        paths = _paths_in(path, targets, "" if options.makes_folders else options.ending)
-    return [] if options.dry_run else paths
+        paths = _paths_in(path, targets, "" if request.makes_folders else request.ending)
+    return [] if request.dry_run else paths
 
 
 def check_not_in_run(out: Path) -> None:
@@ -351,10 +246,9 @@ class SynthesisReport:
 def write_synthesis(
     plan: Plan,
     paths: Sequence[Path],
-    options: OutputOptions = OutputOptions(),
+    request: OutputRequest,
     like: Like | None = None,
     ranks: Ranks = ALONE,
-    progress: ProgressBar = no_bar,
 ) -> SynthesisReport | None:
     """Synthesize every target of a plan into its path, if there are any. Returns None in all ranks
     but one.
@@ -362,7 +256,7 @@ def write_synthesis(
     In a job this rank's share of the files is made. `like` is what outputs are copies of.
     """
     started = time.perf_counter()
-    device, workers = _resources(options, ranks)
+    device, workers = _resources(request, ranks)
     if not ranks.rank:
         warn_of_statistics(plan.newest.copies)
     copied = None
@@ -372,9 +266,9 @@ def write_synthesis(
         infos = [plan.output_info(index) for index in range(len(plan.targets))]
         encoded = [info.encode() for info in infos]
         headers = dict(zip(paths, encoded, strict=True))
-        bar = no_bar if ranks.rank else progress
+        bar = no_bar if ranks.rank else request.progress
         with bar("synthesizing", plan.read_bytes // ranks.world) as advance:
-            job = OutputJob(plan, headers, options, copied, ranks)
+            job = OutputJob(plan, headers, request, copied, ranks)
             job.write(advance, device, workers)
     if ranks.rank:
         return None
@@ -383,14 +277,14 @@ def write_synthesis(
 
 
 def _resources(
-    options: OutputOptions,
+    request: OutputRequest,
     ranks: Ranks,
 ) -> tuple[torch.device, int | None]:
     """Choose the device and the number of threads of this process. The processes of one machine
     share its cores, and each uses another device."""
     if ranks.world == 1:
-        return check_device(options.device), options.workers
-    device = options.device
+        return check_device(request.device), request.workers
+    device = request.device
     if devices := count_devices(str(device)):
         rank = int(os.environ.get("LOCAL_RANK", 0))
         device = f"{device}:{rank % devices}"
@@ -409,17 +303,17 @@ class OutputJob:
 
     plan: Combination
     headers: Mapping[Path, Mapping[str, Any]]  # of each output
-    options: OutputOptions
+    request: FileRequest
     copied: Replacement | None = None  # what they are copies of
     ranks: Ranks = ALONE
 
     @cached_property
     def layout(self) -> str:
-        return self.options.find_layout(next(iter(self.headers)))
+        return self.request.find_layout(next(iter(self.headers)))
 
     @cached_property
     def shards(self) -> tuple[dict[str, list[str]], bytes]:
-        return cut_shards(self.plan.entries, self.options.shard_bytes, self.ranks.world)
+        return cut_shards(self.plan.entries, self.request.shard_bytes, self.ranks.world)
 
     def write(
         self,
@@ -473,11 +367,11 @@ class OutputJob:
         """Begin the outputs that are folders."""
         folders = {}
         for path in self.headers:
-            if self.options.overwrite:
+            if self.request.overwrite:
                 _check_no_snapshot(path)
             copies_folder = self.copied is not None and self.copied.like.is_folder
             if copies_folder or self.layout == "sharded":
-                replaces = SHARD_NAMES if self.options.overwrite else None
+                replaces = SHARD_NAMES if self.request.overwrite else None
                 folders[path] = stack.enter_context(files.PendingFolder(path, replaces))
         return folders
 
@@ -489,7 +383,7 @@ class OutputJob:
         folder: files.PendingFolder | None,
     ) -> FileOutput:
         """Begin the files of an output, at a `destination` until they are complete."""
-        overwrite = self.options.overwrite
+        overwrite = self.request.overwrite
         if self.copied is not None:
             return Copy(stack, self.copied, path, overwrite, folder)
         if self.layout == "pt":

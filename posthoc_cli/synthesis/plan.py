@@ -7,8 +7,9 @@ import logging
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,13 +21,12 @@ from posthoc_cli.errors import (
     InexactError,
     InvalidValueError,
     at_most_one,
-    check_max_error,
     check_number,
     list_first,
     percent,
 )
 from posthoc_cli.planning import SMALL_LOSS, check_within, error_curve
-from posthoc_cli.profiles import FloatArray, PowerFunction, Profile
+from posthoc_cli.profiles import FloatArray, PowerFunction
 from posthoc_cli.reconstruction import (
     ROUNDING,
     Prior,
@@ -36,8 +36,9 @@ from posthoc_cli.reconstruction import (
     reconstruct,
     seen_from,
 )
+from posthoc_cli.request import Request
 from posthoc_cli.snapshots.sampling import source_prior
-from posthoc_cli.snapshots.snapshot import OutputInfo, Used
+from posthoc_cli.snapshots.snapshot import OutputInfo, Selection, Used, check_globs
 from posthoc_cli.snapshots.sources import (
     Source,
     StoredTensors,
@@ -48,10 +49,10 @@ from posthoc_cli.snapshots.sources import (
     run_clock,
 )
 from posthoc_cli.snapshots.tensorfile import Box, Entry
-from posthoc_cli.targets import Mean, Target, as_targets, name_equal_length
+from posthoc_cli.targets import Mean, Target, name_equal_length
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 
 log = logging.getLogger(__name__)
@@ -266,15 +267,7 @@ class Plan(Combination):
         }
 
 
-def plan_synthesis(
-    sources: Sequence[Source],
-    targets: Sequence[Target | Profile | float | str],
-    t: float | None = None,
-    step: int | None = None,
-    method: str | None = None,
-    max_error: float | None = None,
-    dtype: torch.dtype | str | None = None,
-) -> Plan:
+def plan_synthesis(sources: Sequence[Source], request: Request) -> Plan:
     """Choose snapshots and coefficients. No tensor is read, except a sample if headers have no
     measurements.
 
@@ -282,28 +275,16 @@ def plan_synthesis(
         sources: averages of one run, in any order. If more than `reconstruction.MOST_SOLVED` are at
             or before the time of the targets, that many are used, chosen by their times alone, so
             for any targets alike (`Plan.choice`).
-        targets: at least one; each a sigma_rel in (0, 0.2887), a `targets.Target`, or an object
-            with a function `tail` over training time.
-        t: time of the targets; sources at or before it are used. By default the time of the newest
-            source.
-        step: the same in calls of `update_`; if the run's clock does not count steps, it must be
-            the step of a snapshot.
-        method: the solver; None for the default one.
-        max_error: the largest predicted error to accept.
-        dtype: dtype of the averages in the outputs; None for each parameter's own. Buffers keep
-            their own.
+        request: what to make of them.
 
     Raises:
-        InvalidValueError: an argument is invalid; the error names it and what would be accepted.
+        InvalidValueError: the request does not fit the run: its time, its names of tensors, or a
+            target that is longer than the run.
         InexactError: the predicted error of a target exceeds `max_error`, or is not known.
     """
-    method = check_method(method)
-    output_dtype = parse_dtype(dtype)
-    check_max_error(max_error)
-    wished = as_targets(targets)
-    if not wished:
-        raise InvalidValueError("sigma_rel", "at least one value is needed, in (0, 0.2887)")
-    time = _target_time(sources, t, step)
+    wished = request.wished
+    method = check_method(request.method)
+    time = _target_time(sources, request.t, request.step)
     clock = run_clock(sources)
     check_steps(wished, clock, time, sources)
     usable, later = _choose_sources(sources, wished, time)
@@ -328,15 +309,29 @@ def plan_synthesis(
         t=time,
         method=method,
         reconstruction=result.subset(snapshots=used),
-        dtype=output_dtype,
+        dtype=parse_dtype(request.dtype),
         solved=len(usable),
         available=sum(each <= time for each in times),
         run_end=max(times),
         steps=float(clock.step_at(time)) if clock.is_even else None,
     )
-    _check_errors(plan, max_error)
+    plan = _select_tensors(plan, request.selection)
+    _check_errors(plan, request.max_error)
     _warn_of_poor_targets(plan, known, prior)
     return plan
+
+
+def _select_tensors(plan: Plan, selection: Selection) -> Plan:
+    """Make only the tensors of which a name is selected."""
+    names = plan.names
+    check_globs(selection, chain(*names.values()))
+    chosen = set()
+    for name, aliases in names.items():
+        if any(map(selection.names, aliases)):
+            chosen.add(name)
+    if not chosen:
+        raise InvalidValueError("exclude", "leaves no tensor")
+    return plan if len(chosen) == len(names) else replace(plan, subset=frozenset(chosen))
 
 
 def check_steps(

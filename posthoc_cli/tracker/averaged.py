@@ -23,7 +23,8 @@ from posthoc_cli import files
 from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import FileFormatError, InvalidValueError, ModelMismatchError, VanishedError
 from posthoc_cli.reconstruction import ROUNDING
-from posthoc_cli.run import Wanted, Weights, make_weights
+from posthoc_cli.request import Request, Wanted
+from posthoc_cli.run import Weights, make_weights
 from posthoc_cli.snapshots.directory import read_snapshot
 from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.snapshots.sources import Source
@@ -52,7 +53,7 @@ def plan_possible(
     refusals = dict[str, str]()
     for label, target in targets.items():
         try:
-            plans[label] = plan_synthesis(sources, [target])
+            plans[label] = plan_synthesis(sources, Request(target))
         except InvalidValueError as error:
             refusals[label] = str(error)
     return plans, refusals

@@ -48,7 +48,8 @@ from posthoc_cli.errors import (
     quote,
 )
 from posthoc_cli.reconstruction import check_method
-from posthoc_cli.run import Run, Wanted, Weights, make_weights, with_consistent_plan
+from posthoc_cli.request import Request, Wanted
+from posthoc_cli.run import Run, Weights, make_weights, with_consistent_plan
 from posthoc_cli.snapshots.directory import DirectoryLock, find_snapshots
 from posthoc_cli.snapshots.snapshot import (
     Snapshot,
@@ -981,7 +982,7 @@ class PostHocEMA:
 
             def plan() -> Plan:
                 return averaged.log_predicted_error(
-                    plan_synthesis(self._list_durable(), [length], **asked)
+                    plan_synthesis(self._list_durable(), Request(length, **asked))
                 )
 
             return with_consistent_plan(plan, make_weights)
@@ -1047,7 +1048,7 @@ class PostHocEMA:
         def plan() -> averaged.SentPlan:
             return averaged.reduce_to_send(
                 averaged.log_predicted_error(
-                    plan_synthesis(self._list_durable(), [length], **asked)
+                    plan_synthesis(self._list_durable(), Request(length, **asked))
                 )
             )
 

@@ -8,7 +8,7 @@ from predictions import true_averages
 from torch import nn
 from trained import EVERY, TIMES, ema, named, network, train, write
 
-from posthoc_cli import PostHocEMA, Run, disk_sources, import_checkpoints, plan_synthesis
+from posthoc_cli import PostHocEMA, Request, Run, disk_sources, import_checkpoints, plan_synthesis
 from posthoc_cli.reconstruction import lost_gain
 
 LENGTHS = (0.05, 0.1, 0.2)
@@ -42,7 +42,7 @@ def hook(folder):
 
 @pytest.mark.parametrize("make", [weights_alone, weights_and_ema, hook])
 def test_the_loss_is_the_error_relative_to_the_true_distance_from_the_last_weights(make, tmp_path):
-    plan = plan_synthesis(disk_sources(make(tmp_path)), LENGTHS, dtype="float64")
+    plan = plan_synthesis(disk_sources(make(tmp_path)), Request(LENGTHS, dtype="float64"))
     last = train()[-1]
     for index, truth in enumerate(true_averages(LENGTHS, train())):
         distance = np.linalg.norm(truth - last) / np.linalg.norm(truth)

@@ -1,0 +1,304 @@
+"""What a user wants of a run: averages, of which tensors, made how, and in which files.
+
+The command line, `Run` and the plan of a synthesis take the same object. Each field says here what
+`--help` prints of its option, and is checked once, when the request is made; errors carry the
+field's name. So an option is one field and the place that uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from functools import cached_property, wraps
+from inspect import Parameter, signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+
+from posthoc_cli import files, resources
+from posthoc_cli.checkpoints.containers import INDEX_ENDING
+from posthoc_cli.dtypes import parse_dtype
+from posthoc_cli.errors import (
+    InvalidValueError,
+    argument,
+    at_most_one,
+    check_max_error,
+    check_word,
+)
+from posthoc_cli.profiles import Profile
+from posthoc_cli.reconstruction import check_method
+from posthoc_cli.resources import ProgressBar, no_bar, worker_count
+from posthoc_cli.snapshots.snapshot import Selection, make_selection
+from posthoc_cli.targets import Target, as_targets
+
+if TYPE_CHECKING:
+    import torch
+
+Wanted = float | str | Target | Profile
+"""What stands for an average, see `targets.as_target`."""
+
+LAYOUTS = {
+    "safetensors": (".safetensors",),
+    "sharded": (),
+    "pt": (".pt", ".pth", ".bin", ".ckpt"),
+}
+"""The layouts of an output, each with the file name extensions that it accepts; shards are in a
+folder."""
+
+_P = ParamSpec("_P")
+_S = TypeVar("_S")
+_R = TypeVar("_R")
+
+
+class Help(NamedTuple):
+    """What `--help` prints of a field's option."""
+
+    panel: str
+    metavar: str
+    text: str
+    default: str = ""  # as shown, where it is not the field's own
+
+
+def _option(panel: str, metavar: str, text: str, default: Any = None, shown: str = "") -> Any:
+    return field(default=default, metadata={"help": Help(panel, metavar, text, shown)})
+
+
+def _dtype() -> Any:
+    text = "float32, float16, bfloat16, float64 (or fp32, ...), or keep: each tensor's own."
+    return _option("Output", "DTYPE", text, shown="keep")
+
+
+@dataclass(frozen=True)
+class Request:
+    """Averages of a run.
+
+    Arguments:
+        targets: one or more; see `Wanted`.
+        t: time of the targets; snapshots at or before it are used.
+        step: the same in calls of `update_`; if the run's clock does not count steps, it must be
+            the step of a snapshot.
+        method: the solver, one of `reconstruction.METHODS`; None for the first.
+        max_error: the largest predicted error to accept.
+        dtype: dtype of the averages in the outputs; None or "keep" for each parameter's own.
+            Buffers keep their own.
+        include, exclude: globs on names of tensors: make only those that match the first, and none
+            that match the second.
+        device: where sums are computed; "auto" for the one that is there.
+
+    Raises:
+        InvalidValueError: an argument is invalid; the error names it and what would be accepted.
+    """
+
+    targets: Wanted | Sequence[Wanted]
+    _: KW_ONLY
+    t: float | None = _option(
+        "Which run", "TIME", "The training time of the averages.", shown="the last"
+    )
+    step: int | None = _option(
+        "Which run", "COUNT", "The same time as a step (a call of update_): 50000, 5e4, 50K."
+    )
+    method: str | None = _option(
+        "How",
+        "METHOD",
+        "The solver: minvar, for the least error of the weights, or paper, for the nearest "
+        "profile, as published.",
+        shown="minvar",
+    )
+    max_error: float | None = _option(
+        "How",
+        "ERROR",
+        "Fail if a predicted error exceeds this: 0.01, or 1%.",
+        shown="warn from a lost gain of 5% on",
+    )
+    dtype: torch.dtype | str | None = _dtype()
+    include: str | Sequence[str] | None = _option(
+        "Output", "GLOB", "Make only tensors of these names: 'decoder.*'. Repeatable."
+    )
+    exclude: str | Sequence[str] | None = _option(
+        "Output", "GLOB", "Leave out tensors of these names. Repeatable."
+    )
+    device: torch.device | str = _option(
+        "How",
+        "DEVICE",
+        "Where to compute the sums: auto, cpu, or what torch has: cuda, cuda:1, xpu, mps.",
+        "auto",
+    )
+
+    def __post_init__(self) -> None:
+        check_method(self.method)
+        check_max_error(self.max_error)
+        at_most_one(t=self.t, step=self.step)
+        parse_dtype(self.dtype)
+        if not self.wished:
+            raise InvalidValueError("sigma_rel", "at least one value is needed, in (0, 0.2887)")
+        self.selection  # noqa: B018  raises an error if invalid
+
+    @cached_property
+    def wished(self) -> tuple[Target, ...]:
+        return as_targets(self.targets)
+
+    @cached_property
+    def selection(self) -> Selection:
+        """The choice of tensors."""
+        return make_selection(self.include, self.exclude, "average")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRequest:
+    """How the files of a model are written.
+
+    Arguments:
+        dtype: see `Request`.
+        layout: one of `LAYOUTS`; None to choose it by the output's name.
+        max_shard_size: of a sharded output, such as "5GB", which is the default.
+        like: a checkpoint or model folder, which outputs are copies of but for the tensors of the
+            average.
+        overwrite: replace existing outputs.
+        distributed: all processes of a torchrun job make this call, and each writes some of the
+            shards.
+
+    Raises:
+        InvalidValueError: an argument is invalid, or contradicts another one.
+    """
+
+    dtype: torch.dtype | str | None = _dtype()
+    layout: str | None = _option(
+        "Output",
+        "LAYOUT",
+        "safetensors, sharded (a folder), or pt.",
+        shown="from the output's name",
+    )
+    max_shard_size: int | str | None = _option(
+        "Output", "SIZE", "The largest shard of a sharded output.", shown="5GB"
+    )
+    like: str | Path | None = _option(
+        "Output",
+        "CHECKPOINT",
+        "Make a copy of this checkpoint or model folder, with the average in place of its own.",
+    )
+    overwrite: bool = _option("Output", "", "Replace existing outputs.", False)
+    distributed: bool = False
+
+    def __post_init__(self) -> None:
+        parse_dtype(self.dtype)
+        if self.layout is not None:
+            check_word("layout", self.layout, LAYOUTS)
+        self.shard_bytes  # noqa: B018  raises an error if invalid
+        if self.like is None:
+            return
+        at_most_one(like=self.like, dtype=parse_dtype(self.dtype))
+        at_most_one(like=self.like, layout=self.layout)
+        at_most_one(like=self.like, max_shard_size=self.max_shard_size)
+        if self.distributed:
+            reason = "one process makes a copy: run the command without torchrun"
+            raise InvalidValueError("like", reason)
+        if self.overwrite and self.makes_folders:
+            raise InvalidValueError("overwrite", "a copy of a folder replaces no other folder")
+
+    @property
+    def shard_bytes(self) -> int:
+        size = "5GB" if self.max_shard_size is None else str(self.max_shard_size)
+        return resources.parse_bytes(size, "max_shard_size")
+
+    @property
+    def makes_folders(self) -> bool:
+        """Whether every output is a folder."""
+        if self.like is None:
+            return self.distributed or self.layout == "sharded"
+        like = files.local_path("like", self.like)
+        return like.is_dir() or like.name.endswith(INDEX_ENDING)
+
+    @property
+    def ending(self) -> str:
+        """The ending of the name of an output that is a file, by default."""
+        if self.like is not None:
+            return Path(self.like).suffix
+        return LAYOUTS[self.layout or "safetensors"][0]
+
+    def find_layout(self, path: Path) -> str:
+        """Find the layout of an output: as given, or by its name .pt, .safetensors, or a folder of
+        shards; or "like" for a copy.
+
+        Raises InvalidValueError if the name has the ending of another layout, or of none. A folder
+        may have any name.
+        """
+        if self.like is not None:
+            if not (self.makes_folders or path.name.endswith(self.ending)):
+                reason = f"must end in {self.ending}, like the file that it is a copy of"
+                raise InvalidValueError("out", reason, value=path)
+            return "like"
+        named = next((name for name, endings in LAYOUTS.items() if path.suffix in endings), None)
+        given = "sharded" if self.distributed else self.layout
+        layout = given or named or "sharded"
+        is_other = named not in (None, layout)
+        is_unknown = given is None and named is None and path.suffix
+        if (is_other or is_unknown) and not path.is_dir():
+            if is_other:
+                raise InvalidValueError(path, f"its extension does not fit the layout {layout}")
+            reason = "its extension is unknown"
+            raise InvalidValueError(
+                path, reason, "use .safetensors or .pt, or for a folder no extension"
+            )
+        if self.max_shard_size is not None and layout != "sharded":
+            reason = f"applies to sharded outputs only, and this layout is {layout}"
+            hint = f"add {argument('layout')} sharded"
+            raise InvalidValueError("max_shard_size", reason, hint, value=self.max_shard_size)
+        return layout
+
+
+@dataclass(frozen=True)
+class OutputRequest(FileRequest, Request):
+    """Averages of a run in files.
+
+    Arguments, beside those of `Request` and `FileRequest`:
+        out: a file, or a folder for a file per target; may be None in a dry run.
+        weights: replace the weights of `like`, not its own average.
+        average: the key, prefix or glob of the tensors of `like` to replace.
+        dry_run: plan only.
+        workers: number of threads; None for one per core.
+        progress: opens a progress bar.
+    """
+
+    out: str | Path | None = None
+    _: KW_ONLY
+    weights: bool = _option("Output", "", "Replace the raw weights of --like.", False)
+    average: str | None = _option(
+        "Output",
+        "KEY",
+        "The key, prefix or glob of the tensors of --like to replace.",
+        shown="by its name",
+    )
+    dry_run: bool = _option("How", "", "Show coefficients, errors and sizes; write nothing.", False)
+    workers: int | None = None
+    progress: ProgressBar = field(default=no_bar, compare=False)
+
+    def __post_init__(self) -> None:
+        Request.__post_init__(self)
+        FileRequest.__post_init__(self)
+        worker_count(self.workers)
+        at_most_one(weights=self.weights, average=self.average)
+        if self.like is None and (self.weights or self.average is not None):
+            name = "weights" if self.weights else "average"
+            raise InvalidValueError(name, f"needs {argument('like')}, whose tensors it replaces")
+        at_most_one(like=self.like, include=self.include)
+        at_most_one(like=self.like, exclude=self.exclude)
+
+
+def takes(
+    make: Callable[_P, Request],
+) -> Callable[[Callable[[_S, Any], _R]], Callable[Concatenate[_S, _P], _R]]:
+    """Give a method that takes a request the arguments of the request."""
+
+    def decorate(method: Callable[[_S, Any], _R]) -> Callable[Concatenate[_S, _P], _R]:
+        @wraps(method)
+        def call(self: _S, /, *args: _P.args, **options: _P.kwargs) -> _R:
+            return method(self, make(*args, **options))
+
+        taken = signature(make)
+        own = Parameter("self", Parameter.POSITIONAL_ONLY)
+        vars(call)["__signature__"] = taken.replace(
+            parameters=[own, *taken.parameters.values()],
+            return_annotation=signature(method).return_annotation,
+        )
+        return call
+
+    return decorate
