@@ -26,6 +26,7 @@ from posthoc_cli.errors import (
     argument,
     check_number,
     check_word,
+    count_noun,
     did_you_mean,
 )
 from posthoc_cli.profiles import (
@@ -224,7 +225,7 @@ class Window(Target):
         if self.steps > now:
             most = math.floor(now)
             raise self._error(
-                f"the run has {most:,} steps up to t = {t:,.12g}; must be at most that"
+                f"the run has {count_noun(most, 'step')} up to t = {t:,.12g}; must be at most that"
             )
 
         def tail(s: FloatArray) -> FloatArray:

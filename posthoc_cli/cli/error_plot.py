@@ -14,7 +14,7 @@ from posthoc_cli.planning import ErrorCurve, Schedule, format_widths
 def error_plot(
     directories: list[str] = Argument(
         None,
-        metavar="[DIR]...",
+        metavar="DIR",
         help="Directories of snapshots or of checkpoints, or globs of checkpoints.",
     ),
     out: str | None = options.PICTURE,

@@ -36,7 +36,7 @@ Dtype = Literal["keep", "float32", "float16", "bfloat16", "float64", "fp32", "fp
 
 SIGMA_REL = TARGETS(
     [],
-    metavar="NUMBERS",
+    metavar="LENGTHS",
     help=(
         "Lengths: a number, a list 0.05,0.10, a range 0.05:0.25:0.05 or 0.05,0.06,...,0.25. "
         "Repeatable."
@@ -44,7 +44,7 @@ SIGMA_REL = TARGETS(
 )
 DECAY = TARGETS(
     [],
-    metavar="NUMBERS",
+    metavar="DECAYS",
     help="Ordinary EMAs, by their decay: 0.9999; also lists or ranges. Repeatable.",
 )
 TARGET = TARGETS(
@@ -93,9 +93,14 @@ STEP_FROM = RARE(
     show_default="content or name",
     help=r"A pattern of the steps in names: 'step(\d+)'.",
 )
-STEPS_PER_EPOCH = RUN(None, help="Steps per epoch, for files whose numbers are epochs.")
+STEPS_PER_EPOCH = RUN(
+    None, metavar="COUNT", help="Steps per epoch, for files whose numbers are epochs."
+)
 FIRST_EPOCH = RARE(
-    None, show_default="by the numbers", help="The number of the first epoch: 0 or 1."
+    None,
+    metavar="NUMBER",
+    show_default="by the numbers",
+    help="The number of the first epoch: 0 or 1.",
 )
 MAX_SHARD_SIZE = OUTPUT(
     None, metavar="SIZE", show_default="5GB", help="The largest shard of a sharded output."

@@ -26,13 +26,13 @@ def sweep(
     directory: str = options.DIRECTORY_OR_CHECKPOINTS,
     sigma_rel: str | None = options.TARGETS(
         None,
-        metavar="NUMBERS",
+        metavar="LENGTHS",
         show_default="all whose lost gain is below 5 %",
         help="A range to search, 0.02:0.28, or a list to measure.",
     ),
     decay: str | None = options.TARGETS(
         None,
-        metavar="NUMBERS",
+        metavar="DECAYS",
         help="The same by decays, of EMAs of the same mean age: 0.99:0.9999.",
     ),
     command: str = options.HOW(
@@ -62,12 +62,13 @@ def sweep(
         None,
         metavar="COUNT",
         show_default="12; 6 with --look",
-        help="The lengths to measure first; the best of them once more.",
+        help="The lengths to measure first, at least 4; the best of them once more.",
     ),
     out: str = options.OUTPUT(
         "sweep",
         "--out",
         "-o",
+        metavar="FOLDER",
         help="Folder for trials, logs and the best average: new, or of an earlier sweep.",
     ),
     like: str | None = options.LIKE_MODEL,

@@ -7,7 +7,7 @@ from typing import Any
 
 from posthoc_cli import resources
 from posthoc_cli.cli import options, output
-from posthoc_cli.errors import InvalidValueError, percent
+from posthoc_cli.errors import InvalidValueError, count_noun, percent
 from posthoc_cli.report.facts import make_title
 
 
@@ -17,7 +17,7 @@ def synthesize(
     decay: list[str] = options.DECAY,
     target: list[str] = options.TARGET,
     out: str | None = options.OUTPUT(
-        None, "--out", "-o", help="A file; or a folder, for a file per target."
+        None, "--out", "-o", metavar="PATH", help="A file; or a folder, for a file per target."
     ),
     dtype: options.Dtype = options.DTYPE,
     like: str | None = options.LIKE_MODEL,
@@ -39,6 +39,7 @@ def synthesize(
     method: options.Method | None = options.METHOD,
     device: str = options.HOW(
         "auto",
+        metavar="DEVICE",
         help="Where to compute the sums: auto, cpu, or what torch has: cuda, cuda:1, xpu, mps.",
     ),
 ) -> None:
@@ -145,7 +146,7 @@ def _summary(
         what += f" (as {first['as']})"
     size = resources.format_bytes(first["bytes"])
     if len(targets) > 1:
-        what = output.count_noun(len(targets), "average")
+        what = count_noun(len(targets), "average")
         size += " each"
     parts = [f"{what} at t = {first['t']:,.12g} from {report['sources']}"]
     for key in errors:

@@ -13,7 +13,11 @@ import numpy as np
 from scipy.interpolate import PchipInterpolator
 
 from posthoc_cli import files
-from posthoc_cli.errors import InvalidValueError, percent
+from posthoc_cli.errors import (
+    InvalidValueError,
+    count_noun,
+    percent,
+)
 from posthoc_cli.sweep.search import Estimate, Lengths, Trial, estimate
 from posthoc_cli.targets import SigmaRel, full_title, name_equal_length
 
@@ -168,7 +172,7 @@ class SweepReport:
 def summarize(report: SweepReport) -> list[tuple[str, str]]:
     """Summarize a report as names and texts for people, the most important first."""
     failed = sum(trial.error is not None for trial in report.trials)
-    count = f"{len(report.trials)} trials"
+    count = count_noun(len(report.trials), "trial")
     if failed:
         count += f", {failed} of them failed"
     if report.minimize is None:

@@ -31,6 +31,7 @@ from posthoc_cli.errors import (
     OutputExistsError,
     argument,
     check_count,
+    count_noun,
     percent,
     quote,
 )
@@ -499,7 +500,7 @@ def searchable_lengths(run: Run, t: float) -> Lengths:
         return Lengths(round(low, 4), round(high, 4))
     times = sorted({source.t for source in run.sources if source.t <= t})
     if len(times) < 3:
-        reason = f"{len(times)} times are too few to search"
+        reason = f"has {count_noun(len(times), 'stored time')}, too few to search"
         raise InvalidValueError(run.directory, reason, f"name lengths with {argument('sigma_rel')}")
     # the width of a uniform mean over a window, as a fraction of t
     spacing = UNIFORM_SIGMA_REL * (t - times[-3]) / t
