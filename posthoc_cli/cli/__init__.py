@@ -35,6 +35,7 @@ from posthoc_cli.cli import (
     info,
     output,
     prune,
+    quotes,
     sweep,
     synthesize,
     verify,
@@ -248,7 +249,12 @@ def _report_usage(error: Any) -> int:
     text = error.format_message().replace("Value error, ", "")
     context = getattr(error, "ctx", None)
     if context is not None:
-        text += f" (see {context.command_path} --help)"
+        own = _option_names(context.command)
+        advice = ""
+        if not isinstance(context.command, _Group):
+            words = sys.argv[sys.argv.index(context.info_name) :]
+            advice = quotes.find_split(words, own.get("command"), own.values())
+        text += f"; {advice}" if advice else f" (see {context.command_path} --help)"
     _print_message("error", text)
     return 2
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typer import Argument
 
 from posthoc_cli.cli import options, output
+from posthoc_cli.cli.quotes import refuse_split
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.planning import ErrorCurve, Schedule, format_widths
 
@@ -66,6 +67,7 @@ def error_plot(
         )
         curves = [schedule.error_curve(ends)]
     else:
+        refuse_split(directories)
         runs = list(map(options.open_run, directories))
         curves = [run.error_curve(ends, t=t, method=method, others=targets) for run in runs]
     if picture is not None:

@@ -182,9 +182,11 @@ def note_copied(copied: dict[str, Any]) -> None:
 
 
 def log_to_stderr() -> None:
-    """Print the library's warnings to stderr, each once, and what it has found in checkpoints."""
+    """Print the library's warnings to stderr, each once, and notices: what it has found in
+    checkpoints, and what outputs have as copies."""
     show = errors.EachOnce(_print_message, logging.INFO)
-    logging.getLogger("posthoc_cli.checkpoints").setLevel(logging.INFO)
+    for name in ("posthoc_cli.checkpoints", "posthoc_cli.snapshots.snapshot"):
+        logging.getLogger(name).setLevel(logging.INFO)
     # which prints its messages itself
     show.addFilter(lambda record: not record.name.startswith("huggingface_hub"))
     logging.basicConfig(handlers=[show], force=True)

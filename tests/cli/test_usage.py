@@ -14,6 +14,7 @@ import torch
 import typer
 from factories import contents, flip_bit
 from safetensors.torch import save_file
+from torch import nn
 
 import posthoc_cli
 from posthoc_cli.cli import app
@@ -270,6 +271,22 @@ def test_an_output_that_fails_leaves_no_new_folder(typed, run):
     flip_bit(run / "0000000000002000-0.28.safetensors", -3)
     assert typed("synthesize run --sigma-rel 0.15 --out new/deep/a.safetensors").code == 1
     assert not Path("new").exists()
+
+
+def test_strict_takes_no_notice_for_a_warning(ema, tmp_path):
+    """Copies of BatchNorm's statistics are as the files hold them, and an evaluation may recompute
+    them."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    for step in range(100, 2100, 100):
+        for parameter in model.parameters():
+            parameter.data += 1e-3 * torch.randn_like(parameter)
+        torch.save(model.state_dict(), tmp_path / f"step{step}.pt")
+    line = ("synthesize", tmp_path, "--target", "last:5", "--out", tmp_path / "a.pt", "--json")
+    done = ema("--strict", *line)
+    assert done.code == 0, done.err
+    assert "recompute them with torch.optim.swa_utils.update_bn" in done.err
+    assert "warning" not in done.err
+    assert done.json["warnings"] == []
 
 
 def test_notes_name_options(typed):
