@@ -244,6 +244,11 @@ def percent(error: float | None) -> str:
     return f"{100 * error:.2g} %" if error < 0.995 else f"{100 * error:,.0f} %"
 
 
+def at_most(share: float | None) -> str:
+    """Write a lost gain, which is a bound: really lost is half of it or less."""
+    return percent(share) if share is None else f"at most about {percent(share)}"
+
+
 @contextmanager
 def collect_warnings(strict: bool = False) -> Iterator[list[str]]:
     """Collect what this package warns of in the block, each text once.

@@ -7,7 +7,7 @@ from typing import Any
 
 from posthoc_cli import resources
 from posthoc_cli.cli import options, output
-from posthoc_cli.errors import InvalidValueError, count_noun, percent
+from posthoc_cli.errors import InvalidValueError, at_most, count_noun, percent
 from posthoc_cli.report.facts import make_title
 
 
@@ -49,7 +49,8 @@ def synthesize(
     all targets, each block is verified, and an output appears complete or not at all.
 
     The predicted error is the expected relative L2 distance of the weights from the true average,
-    the lost gain is about the share of what averaging gains in a metric that this error loses.
+    the lost gain is at most about the share of what averaging gains in a metric that this error
+    loses.
     --method paper also shows the profile error: the distance between the target profile and the
     reconstructed one; --json shows it for both methods.
 
@@ -103,7 +104,8 @@ def _print_synthesize(report: dict[str, Any]) -> None:
         for target in targets:
             path = Path(target["output"] or "-")  # all in one folder
             rows.append(target | {"file": path.name})
-        output.print_rows(rows, ["target", *errors, "output:file"])
+        titles = ["predicted_error", "lost gain at most:lost_gain", *errors[2:]]
+        output.print_rows(rows, ["target", *titles, "output:file"])
         output.print_line()
     elif not first["output"]:
         output.print_coefficients(first["snapshots"])
@@ -150,13 +152,15 @@ def _summary(
         size += " each"
     parts = [f"{what} at t = {first['t']:,.12g} from {report['sources']}"]
     for key in errors:
-        largest = _largest([target[key] for target in targets])
-        parts.append(f"{make_title(key)} {largest}")
+        values = [target[key] for target in targets]
+        parts.append(f"{make_title(key)} {_largest(values, key)}")
     return ", ".join([*parts, size])
 
 
-def _largest(errors: list[float | None]) -> str:
+def _largest(errors: list[float | None], key: str) -> str:
     if None in errors:
         return percent(None)
-    largest = percent(max(filter(None, errors), default=0.0))
-    return f"up to {largest}" if len(errors) > 1 else largest
+    largest = max(filter(None, errors), default=0.0)
+    if key == "lost_gain":
+        return at_most(largest)
+    return f"up to {percent(largest)}" if len(errors) > 1 else percent(largest)

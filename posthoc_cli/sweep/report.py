@@ -15,6 +15,7 @@ from scipy.interpolate import PchipInterpolator
 from posthoc_cli import files
 from posthoc_cli.errors import (
     InvalidValueError,
+    at_most,
     count_noun,
     percent,
 )
@@ -188,7 +189,7 @@ def summarize(report: SweepReport) -> list[tuple[str, str]]:
         pairs.append(("gain", gain))
     pairs.append(("statistically tied", describe_tie(report.estimate)))
     pairs.append(("predicted error", percent(best.predicted_error)))
-    pairs.append(("lost gain", percent(best.lost_gain)))
+    pairs.append(("lost gain", at_most(best.lost_gain)))
     if report.is_at_end and not report.lengths.listed:
         count += "; the best lies at the end of the range, and may lie beyond"
     pairs.append(("measured", count))

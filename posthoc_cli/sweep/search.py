@@ -128,7 +128,7 @@ class Trial:
     value: Annotated[float, ANY_SIGN] | None = None
     standard_error: float | None = None
     predicted_error: float | None = None  # of the weights; None if unknown
-    lost_gain: float | None = None  # by this error
+    lost_gain: float | None = None  # by this error, at most
     seconds: float = 0.0
     error: str | None = None  # why it failed
 

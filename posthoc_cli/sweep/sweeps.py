@@ -510,7 +510,7 @@ def searchable_lengths(run: Run, t: float) -> Lengths:
     losses = curve.lost_gain[is_searched]
     log.warning(
         "%s: searching sigma_rel %g to %g, from the mean of the last two files to the mean of all: "
-        "lost gain %s to %s; %s",
+        "lost gain at most about %s to %s; %s",
         run.directory,
         lengths.low,
         lengths.high,
