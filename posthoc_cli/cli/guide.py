@@ -79,7 +79,7 @@ def _print_list(rows: list[dict[str, Any]]) -> None:
         for row in rows:
             if row["group"] == group:
                 listed.append({"guide": f"  {row['guide']}", "about": row["about"]})
-    output.print_rows(listed, [":guide", ":about"])
+    output.print_rows(listed, ["guide", "about"])
 
 
 def render(page: str) -> RenderableType:
