@@ -1,6 +1,7 @@
 """README and guides: their code runs, and the links, rooms and tests that they name exist."""
 
 import io
+import itertools
 import re
 import shlex
 import shutil
@@ -12,6 +13,7 @@ import forked
 import pytest
 import torch
 from ema_command import environments_of_ranks
+from markdown_it import MarkdownIt
 from rich.console import Console
 from torch import nn
 
@@ -76,7 +78,7 @@ def finished_run(tmp_path_factory):
             for parameter in model.parameters():
                 parameter += 3e-4 * torch.randn(parameter.shape)
             ema.update_(model)
-    torch.save(model.state_dict(), directory.parent / "model.pt")
+    torch.save({"model": model.state_dict(), "step": 2000}, directory.parent / "checkpoint.pt")
     return directory
 
 
@@ -282,6 +284,39 @@ def test_the_training_in_the_readme_ends_with_the_same_bits_after_six_kills(tmp_
     finished = forked.run(train)
     assert finished.code == 1
     assert finished.err == "this training is finished; to begin anew, remove run/checkpoint.pt\n"
+
+
+@pytest.fixture(scope="module")
+def page_of_the_index():
+    """The README as a package index shows it: with the substitutions of the build."""
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    page = README.read_text()
+    for rule in project["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]["substitutions"]:
+        replaced = re.sub(rule["pattern"], rule["replacement"], page)
+        assert replaced != page, rule
+        page = replaced
+    return page
+
+
+def test_the_page_of_the_index_has_no_picture_or_link_that_is_relative(page_of_the_index):
+    targets = []
+    tags = []
+    for token in MarkdownIt("commonmark").enable("table").parse(page_of_the_index):
+        for part in (token, *(token.children or ())):
+            targets += [part.attrs[name] for name in ("href", "src") if name in part.attrs]
+            if part.type.startswith("html"):
+                tags.append(part.content)
+    assert targets
+    assert not [target for target in targets if not target.startswith("https://")]
+    assert not tags  # such as of a <picture>
+
+
+def test_the_page_of_the_index_ends_no_sentence_in_the_air(page_of_the_index):
+    """Where a picture was, the sentence before it ends."""
+    paragraphs = re.sub(r"^```.*?^```$", "```", page_of_the_index, flags=re.DOTALL | re.MULTILINE)
+    for before, after in itertools.pairwise(paragraphs.split("\n\n")):
+        assert not before.endswith(":") or after.startswith("```"), before
 
 
 def test_the_readme_is_short_and_links_to_every_guide_and_links_to_files_lead_somewhere():
