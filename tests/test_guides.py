@@ -328,6 +328,34 @@ def test_the_readme_is_short_and_links_to_every_guide_and_links_to_files_lead_so
             assert link.startswith("https://") or (page.parent / link).exists(), link
 
 
+PAGES = ("#ffffff", "#0d1117")
+"""A light page, and a dark one."""
+
+
+def luminance(colour):
+    """Compute the relative luminance, as WCAG 2 defines it."""
+    parts = [int(colour[begin : begin + 2], 16) / 255 for begin in (1, 3, 5)]
+    linear = [x / 12.92 if x <= 0.03928 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+    red, green, blue = linear
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@pytest.mark.parametrize(
+    "picture", sorted((ROOT / ".assets").iterdir()), ids=lambda path: path.name
+)
+def test_a_picture_is_readable_on_light_and_on_dark_pages(picture):
+    """Each of its colours has a contrast of 3 to both, as WCAG 2 asks of graphics: so that nothing
+    opaque lies behind them."""
+    assert picture.suffix == ".svg"
+    pages = [page.read_text() for page in (README, *GUIDES)]
+    assert any(f".assets/{picture.name})" in page for page in pages)
+    colours = {*re.findall(r"(?:fill|stroke): (#\w{6})", picture.read_text())}
+    assert len(colours) >= 2
+    for colour, page in itertools.product(colours, PAGES):
+        dark, light = sorted((luminance(colour), luminance(page)))
+        assert (light + 0.05) / (dark + 0.05) >= 3, (colour, page)
+
+
 def test_a_guide_begins_with_its_name_and_subject():
     for guide in GUIDES:
         assert re.match(rf"# {guide.stem.capitalize()}.*: .*\n\n", guide.read_text())
