@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from posthoc_cli import Run, plots
@@ -52,7 +52,7 @@ def _recolour(axes: Axes) -> None:
     for line in (*axes.get_xgridlines(), *axes.get_ygridlines()):
         line.set(color=GREY, alpha=0.25)
     for line in axes.lines:
-        if to_hex(line.get_color()) == "#000000":
+        if len({*to_rgb(line.get_color())}) == 1:  # black, or a grey
             line.set_color(GREY)
 
 
