@@ -250,11 +250,11 @@ def _report_usage(error: Any) -> int:
     context = getattr(error, "ctx", None)
     if context is not None:
         own = _option_names(context.command)
-        advice = ""
+        split = ""
         if not isinstance(context.command, _Group):
             words = sys.argv[sys.argv.index(context.info_name) :]
-            advice = quotes.find_split(words, own.get("command"), own.values())
-        text += f"; {advice}" if advice else f" (see {context.command_path} --help)"
+            split = quotes.find_split(words, own.get("command"), own.values())
+        text = split or f"{text} (see {context.command_path} --help)"
     _print_message("error", text)
     return 2
 

@@ -14,11 +14,12 @@ from posthoc_cli.errors import InvalidValueError
 
 _TAKE_PATTERNS = ("audit", "error-plot", "import", "info", "sweep", "synthesize")
 """Commands whose DIR may be a pattern."""
+_SPLIT_PATTERN = "the shell has made several of a pattern; put it in quotes"
 
 
 def find_split(words: Sequence[str], run: str | None, options: Container[str]) -> str:
-    """Find the argument of a wrong command line that the shell has split, and say how to quote it;
-    nothing if there is none.
+    """Find the argument of a wrong command line that the shell has split, and write the message
+    that says what to quote; nothing if there is none.
 
     Arguments:
         words: the arguments of `ema`.
@@ -29,11 +30,11 @@ def find_split(words: Sequence[str], run: str | None, options: Container[str]) -
         _, *command = words[words.index(run) :]
         quoted = _join_command(command, options)
         if quoted:
-            return f"put the command in quotes: {run} {quoted}"
+            return f"{run}: the shell has split the command; put it in quotes: {run} {quoted}"
     if words[0] in _TAKE_PATTERNS:
         for exists, paths in itertools.groupby(words[1:], os.path.exists):
             if exists and (pattern := _find_pattern([*paths])):
-                return f"put a pattern in quotes: {pattern}"
+                return f"DIR: {_SPLIT_PATTERN}: {pattern}"
     return ""
 
 
@@ -55,13 +56,16 @@ def _find_pattern(paths: Sequence[str]) -> str:
     start = os.path.commonprefix(paths)  # noqa: RUF071
     ends = [path[len(start) :][::-1] for path in paths]
     end = os.path.commonprefix(ends)[::-1]  # noqa: RUF071
-    pattern = f"{glob.escape(start)}*{glob.escape(end)}"
-    is_exact = len(paths) > 1 and sorted(glob.glob(pattern)) == sorted(paths)  # noqa: PTH207
-    return shlex.quote(pattern) if is_exact and pattern != "*" else ""
+    for ending in (Path(end).suffix or end, end):
+        pattern = f"{glob.escape(start)}*{glob.escape(ending)}"
+        is_exact = sorted(glob.glob(pattern)) == sorted(paths)  # noqa: PTH207
+        if is_exact and len(paths) > 1 and pattern != "*":
+            return shlex.quote(pattern)
+    return ""
 
 
 def refuse_split(paths: Sequence[str]) -> None:
     """Raise an InvalidValueError if these are the files of one pattern."""
     pattern = _find_pattern(paths)
     if pattern and all(Path(path).is_file() for path in paths):
-        raise InvalidValueError("DIR", f"put a pattern in quotes: {pattern}")
+        raise InvalidValueError("DIR", f"{_SPLIT_PATTERN}: {pattern}")

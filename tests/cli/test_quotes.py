@@ -44,11 +44,21 @@ PATTERNS = {
 """Lines, and the pattern that each meant."""
 
 
+def test_the_pattern_is_as_short_as_may_be():
+    """Here all names end in 0.pt, which the user has not typed."""
+    for path in Path("ck").iterdir():
+        if path.stem[-1] != "0":
+            path.unlink()
+    torch.save({"w": torch.ones(3)}, "ck/epoch_030.pt")
+    refused = run_ema(*as_a_shell("info ck/epoch*.pt"))
+    assert refused.error.endswith("put it in quotes: 'ck/epoch_0*.pt'")
+
+
 @pytest.mark.parametrize("line", PATTERNS)
 def test_a_pattern_without_quotes_is_named_with_quotes(line):
     refused = run_ema(*as_a_shell(line))
     assert refused.code == 2
-    assert refused.error.endswith(f"put a pattern in quotes: {PATTERNS[line]}")
+    assert refused.error.endswith(f"of a pattern; put it in quotes: {PATTERNS[line]}")
 
 
 def test_the_pattern_in_quotes_goes_through():
@@ -73,7 +83,7 @@ COMMANDS = (
 def test_the_command_of_a_sweep_without_quotes_is_named_with_quotes(line, command):
     refused = run_ema(*shlex.split(line.replace("{}", command)))
     assert refused.code == 2
-    _, _, advice = refused.error.partition("; put the command in quotes: ")
+    _, _, advice = refused.error.partition(" has split the command; put it in quotes: ")
     assert shlex.split(advice) == ["--run", command]
 
 

@@ -289,6 +289,18 @@ def test_strict_takes_no_notice_for_a_warning(ema, tmp_path):
     assert done.json["warnings"] == []
 
 
+@pytest.mark.parametrize("text", ["last-2", "last", "lst:2", "windows:500", "decay:cos:20%"])
+def test_a_target_that_is_proposed_goes_through(typed, text):
+    Path("ck").mkdir()
+    for step in range(100, 1300, 100):
+        torch.save({"w": torch.randn(3)}, f"ck/step{step}.pt")
+    refused = typed(f"synthesize ck --dry-run --target {text}")
+    assert refused.code == 2
+    (proposed,) = re.findall(r"did you mean (.*)\?", refused.error)
+    done = typed(f"synthesize ck --dry-run --target {proposed}")
+    assert done.code == 0, done.err
+
+
 def test_notes_name_options(typed):
     torch.save({"w": torch.ones(3)}, "m.pt")
     assert "import with --step-from, a pattern" in typed("info m.pt").out
