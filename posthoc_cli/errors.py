@@ -6,8 +6,8 @@ do). The message joins them in one line. `quote` escapes and shortens names and 
 read from files.
 
 An error has exit code 2, wrong usage, if another command line is the remedy: it asks for what an
-undamaged input does not offer. The code is 1 if an input is damaged, if inputs do not fit each
-other, if the name of an output is taken, and if a check or the system fails.
+undamaged input does not offer, or the name of its output is taken. The code is 1 if an input is
+damaged, if inputs do not fit each other, and if a check or the system fails.
 """
 
 from __future__ import annotations
@@ -110,6 +110,8 @@ class LockedError(PostHocError):
 
 class OutputExistsError(PostHocError):
     """An output that already exists and may not be replaced."""
+
+    exit_code = 2
 
 
 class InexactError(PostHocError):
@@ -226,6 +228,11 @@ def list_first(texts: Iterable[str], most: int = 5) -> str:
     return f"{listed} and {left:,} more" if left > 0 else listed
 
 
+def count_noun(count: int, what: str) -> str:
+    """Write a count with its noun: "1 file", "1,200 files"."""
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
+
+
 def percent(error: float | None) -> str:
     """Write a relative error; tiny (rounding) and huge ones (weights near 0) become bounds."""
     if error is None:
@@ -235,6 +242,11 @@ def percent(error: float | None) -> str:
     if error >= 10:
         return "> 1,000 %"
     return f"{100 * error:.2g} %" if error < 0.995 else f"{100 * error:,.0f} %"
+
+
+def at_most(share: float | None) -> str:
+    """Write a lost gain, which is a bound: really lost is half of it or less."""
+    return percent(share) if share is None else f"at most about {percent(share)}"
 
 
 @contextmanager

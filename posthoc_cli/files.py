@@ -190,9 +190,12 @@ def local_path(name: str, path: str | Path) -> Path:
 
 
 def check_parent(path: Path) -> None:
-    """Raise InvalidValueError if the folder of the output `path` does not exist."""
-    if not path.parent.is_dir():
-        raise InvalidValueError("out", "its folder does not exist", value=path)
+    """Raise InvalidValueError if the folder of the output `path` cannot be made."""
+    for folder in path.parents:
+        if os.path.lexists(folder):
+            if not folder.is_dir():
+                raise InvalidValueError("out", f"{folder} is not a folder", value=path)
+            return
 
 
 def check_folder(path: Path) -> None:
@@ -209,7 +212,7 @@ def new_file(
     endings: Sequence[str],
     overwrite: bool,
 ) -> Path:
-    """Check the ending of an output, that its folder exists, and that it may be written."""
+    """Check the ending of an output, and that it and its folder may be written."""
     path = local_path("out", out)
     if path.suffix not in endings:
         raise InvalidValueError("out", f"must end in {', '.join(endings)}", value=path)

@@ -15,7 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from posthoc_cli.dtypes import EPS
-from posthoc_cli.errors import InvalidValueError, abbreviate, check_count, check_number
+from posthoc_cli.errors import (
+    InvalidValueError,
+    abbreviate,
+    check_count,
+    check_number,
+    count_noun,
+)
 from posthoc_cli.profiles import (
     UNIFORM_SIGMA_REL,
     FloatArray,
@@ -211,7 +217,8 @@ class Schedule:
         """Predict the errors at the end."""
         snapshots = self.snapshots()
         kept = len(snapshots) // len(self.sigma_rels)
-        label = f"{kept:,} snapshots of {self.steps:,} steps, one every {self.checkpoint_every:,}"
+        steps = count_noun(self.steps, "step")
+        label = f"{count_noun(kept, 'snapshot')} of {steps}, one every {self.checkpoint_every:,}"
         return error_curve(label, snapshots, self.prior(snapshots), sigma_range)
 
 

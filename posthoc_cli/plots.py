@@ -23,7 +23,11 @@ from matplotlib.image import imsave
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from posthoc_cli.errors import escape_text, percent
+from posthoc_cli.errors import (
+    at_most,
+    escape_text,
+    percent,
+)
 from posthoc_cli.planning import SMALL_LOSS, ErrorCurve
 
 FloatArray = npt.NDArray[np.float64]
@@ -155,7 +159,7 @@ def _draw_points(
     """Draw the averages of a curve that are not power functions."""
     for number, point in enumerate(curve.others, start=1):
         error = point.predicted_error
-        label = f"{point.label}: {percent(error)}, lost gain {percent(point.lost_gain)}"
+        label = f"{point.label}: {percent(error)}, lost gain {at_most(point.lost_gain)}"
         axes.plot(
             max(point.sigma_rel, _LEAST_WIDTH),
             np.clip(error, least, _MOST_ERROR),
@@ -203,7 +207,7 @@ def _draw_curve(
 
 
 def _draw_lost_gain(axes: Axes, curve: ErrorCurve, least: float, index: int) -> None:
-    label = None if index else "dashed: the share of the gain that the error loses"
+    label = None if index else "dashed: the error loses at most about this share of the gain"
     heights = np.clip(curve.lost_gain, least, None)
     dashes = (0, (4, 2))
     colour = _colour(index)

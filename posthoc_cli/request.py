@@ -98,7 +98,7 @@ class Request:
     )
     method: str | None = _option(
         "How",
-        "METHOD",
+        "",
         "The solver: minvar, for the least error of the weights, or paper, for the nearest "
         "profile, as published.",
         shown="minvar",

@@ -20,6 +20,7 @@ from posthoc_cli.errors import (
     PostHocError,
     VanishedError,
     at_most_one,
+    count_noun,
     percent,
 )
 from posthoc_cli.planning import (
@@ -86,7 +87,7 @@ class Weights(OrderedDict[str, "torch.Tensor"]):
 
     def __repr__(self) -> str:
         error = "unknown" if self.predicted_error is None else percent(self.predicted_error)
-        return f"Weights({len(self)} tensors, predicted error {error})"
+        return f"Weights({count_noun(len(self), 'tensor')}, predicted error {error})"
 
     def __enter__(self) -> Weights:
         return self

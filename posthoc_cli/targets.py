@@ -26,6 +26,7 @@ from posthoc_cli.errors import (
     argument,
     check_number,
     check_word,
+    count_noun,
     did_you_mean,
 )
 from posthoc_cli.profiles import (
@@ -224,7 +225,7 @@ class Window(Target):
         if self.steps > now:
             most = math.floor(now)
             raise self._error(
-                f"the run has {most:,} steps up to t = {t:,.12g}; must be at most that"
+                f"the run has {count_noun(most, 'step')} up to t = {t:,.12g}; must be at most that"
             )
 
         def tail(s: FloatArray) -> FloatArray:
@@ -511,9 +512,13 @@ def parse_targets(text: str, name: str = "target") -> list[Target]:
     if any(character.isalpha() for character in text.partition(":")[0]):
         before, _, after = text.rpartition(":")
         reason = f"must be a sigma_rel in (0, 0.2887), or one of {EXAMPLES}"
-        hint = did_you_mean(before or text, KINDS)
-        if before.strip() in ("beta", "decay"):
+        has_value = any(character.isdigit() for character in after) and bool(before)
+        if has_value and before.strip() in ("beta", "decay"):
             hint = _decay_hint(after.strip())
+        elif has_value:
+            hint = did_you_mean(text, [f"{word}:{after}" for word in KINDS])
+        else:
+            hint = did_you_mean(text, [kind.example for kind in KINDS.values()])
         raise bad(name, text, reason, hint)
     return parse_values(text, name, SigmaRel, SIGMA_FORMS)
 

@@ -29,6 +29,7 @@ from pathlib import Path
 
 import corner_cases
 import numpy as np
+import pictures
 from following import Tracking, distances, measure, true_averages
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -62,7 +63,7 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, help="file for a picture of error against sigma_rel")
     options = parser.parse_args()
     if options.figure is not None:
-        draw().savefig(options.figure)
+        pictures.write(draw, options.figure)
     if options.hard:
         cases = [*corner_cases.CASES]
         errors = in_processes(corner_cases.measure_case, cases)
@@ -116,7 +117,7 @@ def draw() -> Figure:
     wanted = [as_target(width) for width in widths]
     run = record(RUNS[0], STEPS)
     error, published, _, predicted = measure(run, [tracking], wanted)
-    figure = Figure(figsize=(8, 4.6), dpi=150, layout="constrained", facecolor="white")
+    figure = Figure(figsize=(8, 4.6), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     line = partial(axes.plot, linewidth=1.8)
     axes.set_prop_cycle(color=COLOURS[:4], linestyle=STYLES)

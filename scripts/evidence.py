@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pictures
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tables import markdown
@@ -54,7 +55,7 @@ Measured = dict[str, Any]
 def main() -> None:
     """Print the tables, and draw the picture."""
     measured = json.loads(RECORD.read_text())["trainings"]
-    PICTURE.write_bytes(plots.as_file(partial(draw, measured), ".svg"))
+    pictures.write(partial(draw, measured), PICTURE)
     print("\n\n".join(tables(measured)))
 
 
@@ -166,7 +167,7 @@ def _error(values: Sequence[float]) -> float:
 def draw(found: Sequence[Measured]) -> Figure:
     """Draw the language model's loss less that of the last weights, seed by seed, against the
     length."""
-    figure = Figure(figsize=(8, 3.4), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
     panels = list(figure.subplots(1, len(SCHEDULES)))
     for axes, schedule in zip(panels, SCHEDULES, strict=True):
         runs = [one["rows"] for one in _of(found, "language", schedule)]

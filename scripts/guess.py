@@ -12,6 +12,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pictures
 from matplotlib.figure import Figure
 
 from posthoc_cli import plots
@@ -37,7 +38,7 @@ def draw() -> Figure:
     measured = np.array([losses(rows, f"{length:g}") for length in lengths])
     guess = float(np.mean(losses(rows, GUESS)))
     last = float(np.mean(losses(rows, "last")))
-    figure = Figure(figsize=(6.4, 3.4), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     axes = figure.subplots()
     colours = plots.COLOURS
     axes.axhline(guess, color=colours[1], linestyle="--", label=f"EMA of 0.999: {guess:.2f}")
@@ -65,4 +66,4 @@ def draw() -> Figure:
 
 
 if __name__ == "__main__":
-    PICTURE.write_bytes(plots.as_file(draw, ".svg"))
+    pictures.write(draw, PICTURE)

@@ -1,5 +1,7 @@
 """README and guides: their code runs, and the links, rooms and tests that they name exist."""
 
+import io
+import itertools
 import re
 import shlex
 import shutil
@@ -11,9 +13,12 @@ import forked
 import pytest
 import torch
 from ema_command import environments_of_ranks
+from markdown_it import MarkdownIt
+from rich.console import Console
 from torch import nn
 
 from posthoc_cli import PostHocEMA, Run
+from posthoc_cli.cli.guide import render
 from posthoc_cli.planning import Schedule
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,7 +78,7 @@ def finished_run(tmp_path_factory):
             for parameter in model.parameters():
                 parameter += 3e-4 * torch.randn(parameter.shape)
             ema.update_(model)
-    torch.save(model.state_dict(), directory.parent / "model.pt")
+    torch.save({"model": model.state_dict(), "step": 2000}, directory.parent / "checkpoint.pt")
     return directory
 
 
@@ -126,7 +131,8 @@ def last_point(tag):
 
 @pytest.mark.usefixtures("folder")
 def test_the_code_of_all_pages_runs_in_one_folder_in_the_order_of_the_readme(ema, names, wandb):
-    order = re.findall(r"^\| \[\w+\]\(posthoc_cli/guides/(\w+)\.md\)", README.read_text(), re.M)
+    _, listed = README.read_text().split("## Guides\n")
+    order = dict.fromkeys(re.findall(r"\]\(posthoc_cli/guides/(\w+)\.md\)", listed))
     assert sorted(order) == [page.stem for page in GUIDES]
     for name in order:
         for language, block in code_blocks(PACKAGE / "guides" / f"{name}.md"):
@@ -142,7 +148,7 @@ def test_the_code_of_all_pages_runs_in_one_folder_in_the_order_of_the_readme(ema
     assert figures["_step"] == 20
     assert figures["predicted_error_0.1"] > 0
     names["writer"].close()
-    for width in ("0.05", "0.1", "0.28"):
+    for width in ("0.05", "0.1", "0.2", "0.28"):
         assert last_point(f"loss/{width}") == (20, 0.5)
 
 
@@ -242,29 +248,75 @@ def number_after(name, lines):
     return float(line.removeprefix(f"{name}: "))
 
 
-def test_the_training_in_the_readme_goes_on_after_an_interrupt_and_ends_when_it_is_finished(
-    tmp_path, monkeypatch
-):
-    """It is interrupted before its first checkpoint, and after one."""
-    monkeypatch.chdir(tmp_path)
+FOLDERS = ("whole", "killed")
+KILLED_AT = (50, 150, 199, 201, 305, 330)
+"""Before the first checkpoint, and after one: just before and after the next one, too."""
+
+
+def test_the_training_in_the_readme_ends_with_the_same_bits_after_six_kills(tmp_path, monkeypatch):
     programs = programs_of_the_readme()
-    task = programs["task.py"].replace("torch.randn(2000,", "torch.randn(230,")
-    Path("task.py").write_text(task)
+    task = programs["task.py"].replace("torch.randn(2000,", "torch.randn(340,")
     train = programs["train.py"]
     update = "    ema.update_(model)"
-    printing = train.replace(update, f"    print(step)\n{update}")
-    for count in (50, 150):
-        fails = train.replace(update, f"    print(step)\n    assert step < {count}\n{update}")
-        failed = forked.run(fails)
-        assert failed.code == 1
-        steps = failed.out.split()
-        assert steps == [str(step) for step in range(1, count + 1)]
-    done = forked.check(printing)
-    assert done.out.split()[:130] == [str(step) for step in range(101, 231)]
-    assert {snapshot.t for snapshot in Run("run/ema").snapshots} == {100, 200, 230}
-    again = forked.run(train)
-    assert again.code == 1
-    assert again.err == "this training is finished; to begin anew, remove run/checkpoint.pt\n"
+    for folder in FOLDERS:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "task.py").write_text(task)
+    monkeypatch.chdir(tmp_path / "whole")
+    expected = forked.check(train)
+    monkeypatch.chdir(tmp_path / "killed")
+    begun = 1
+    for count in KILLED_AT:
+        kill = f"    print(step, flush=True)\n    if step == {count}:\n        os._exit(9)\n"
+        killed = forked.run("import os\n" + train.replace(update, kill + update))
+        assert killed.code == 9
+        assert killed.out.split() == [str(step) for step in range(begun, count + 1)]
+        begun = count // 100 * 100 + 1
+    assert forked.check(train).out == expected.out
+    whole, again = (torch.load(tmp_path / folder / "run/checkpoint.pt") for folder in FOLDERS)
+    for name, weights in whole["model"].items():
+        assert torch.equal(again["model"][name], weights)
+    whole, again = (Run(tmp_path / folder / "run/ema").snapshots for folder in FOLDERS)
+    assert {snapshot.t for snapshot in again} == {100, 200, 300, 340}
+    for one, other in zip(whole, again, strict=True):
+        assert (one.t, one.sigma_rel) == (other.t, other.sigma_rel)
+        for name in one.entries:
+            assert torch.equal(one.tensor(name), other.tensor(name))
+    finished = forked.run(train)
+    assert finished.code == 1
+    assert finished.err == "this training is finished; to begin anew, remove run/checkpoint.pt\n"
+
+
+@pytest.fixture(scope="module")
+def page_of_the_index():
+    """The README as a package index shows it: with the substitutions of the build."""
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    page = README.read_text()
+    for rule in project["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]["substitutions"]:
+        replaced = re.sub(rule["pattern"], rule["replacement"], page)
+        assert replaced != page, rule
+        page = replaced
+    return page
+
+
+def test_the_page_of_the_index_has_no_picture_or_link_that_is_relative(page_of_the_index):
+    targets = []
+    tags = []
+    for token in MarkdownIt("commonmark").enable("table").parse(page_of_the_index):
+        for part in (token, *(token.children or ())):
+            targets += [part.attrs[name] for name in ("href", "src") if name in part.attrs]
+            if part.type.startswith("html"):
+                tags.append(part.content)
+    assert targets
+    assert not [target for target in targets if not target.startswith("https://")]
+    assert not tags  # such as of a <picture>
+
+
+def test_the_page_of_the_index_ends_no_sentence_in_the_air(page_of_the_index):
+    """Where a picture was, the sentence before it ends."""
+    paragraphs = re.sub(r"^```.*?^```$", "```", page_of_the_index, flags=re.DOTALL | re.MULTILINE)
+    for before, after in itertools.pairwise(paragraphs.split("\n\n")):
+        assert not before.endswith(":") or after.startswith("```"), before
 
 
 def test_the_readme_is_short_and_links_to_every_guide_and_links_to_files_lead_somewhere():
@@ -276,13 +328,41 @@ def test_the_readme_is_short_and_links_to_every_guide_and_links_to_files_lead_so
             assert link.startswith("https://") or (page.parent / link).exists(), link
 
 
+PAGES = ("#ffffff", "#0d1117")
+"""A light page, and a dark one."""
+
+
+def luminance(colour):
+    """Compute the relative luminance, as WCAG 2 defines it."""
+    parts = [int(colour[begin : begin + 2], 16) / 255 for begin in (1, 3, 5)]
+    linear = [x / 12.92 if x <= 0.03928 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+    red, green, blue = linear
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@pytest.mark.parametrize(
+    "picture", sorted((ROOT / ".assets").iterdir()), ids=lambda path: path.name
+)
+def test_a_picture_is_readable_on_light_and_on_dark_pages(picture):
+    """Each of its colours has a contrast of 3 to both, as WCAG 2 asks of graphics: so that nothing
+    opaque lies behind them."""
+    assert picture.suffix == ".svg"
+    pages = [page.read_text() for page in (README, *GUIDES)]
+    assert any(f".assets/{picture.name})" in page for page in pages)
+    colours = {*re.findall(r"(?:fill|stroke): (#\w{6})", picture.read_text())}
+    assert len(colours) >= 2
+    for colour, page in itertools.product(colours, PAGES):
+        dark, light = sorted((luminance(colour), luminance(page)))
+        assert (light + 0.05) / (dark + 0.05) >= 3, (colour, page)
+
+
 def test_a_guide_begins_with_its_name_and_subject():
     for guide in GUIDES:
         assert re.match(rf"# {guide.stem.capitalize()}.*: .*\n\n", guide.read_text())
 
 
-def test_the_development_guide_names_every_room():
-    text = (PACKAGE / "guides/development.md").read_text()
+def test_the_guide_for_contributors_names_every_room():
+    text = (PACKAGE / "guides/contributing.md").read_text()
     for path in PACKAGE.iterdir():
         if path.name[0] not in "_." and path.name != "py.typed":
             assert re.search(rf"^  {path.stem}(/|\.py) ", text, re.MULTILINE), path
@@ -314,22 +394,39 @@ def files_entered(call):
     return {path.name for path in entered}
 
 
-def test_the_development_guide_names_the_files_that_a_synthesis_enters(finished_run, tmp_path):
+def test_the_guide_for_contributors_names_the_files_that_a_synthesis_enters(finished_run, tmp_path):
     run = Run(finished_run)
     run.write([0.1], tmp_path / "first.safetensors")  # imports what is imported late
     entered = files_entered(lambda: Run(run.directory).write([0.1], tmp_path / "a.safetensors"))
-    _, _, text = (PACKAGE / "guides/development.md").read_text().partition("**A synthesis**")
+    _, _, text = (PACKAGE / "guides/contributing.md").read_text().partition("**A synthesis**")
     way, _, _ = text.partition("**A foreign file**")
     names = {Path(name).name for name in re.findall(r"`([\w/]+\.py)`", way)}
     assert entered - GROUND <= names
     assert len(entered) <= 21
 
 
-def test_ema_guide_lists_every_guide_with_its_subject(ema):
+def test_ema_guide_lists_nine_guides_and_the_other_pages_each_with_its_subject(ema):
     _, *rows = ema("guide").out.splitlines()
-    assert [row.split()[0] for row in rows] == [guide.stem for guide in GUIDES]
-    (training,) = [row for row in rows if row.startswith("training")]
+    groups = [row for row in rows if row[0] != " "]
+    assert groups == ["Guides:", "Reference:", "To change the program:"]
+    assert rows.index("Reference:") - rows.index("Guides:") == 1 + 9
+    pages = [row.split()[0] for row in rows if row not in groups]
+    assert sorted(pages) == [guide.stem for guide in GUIDES]
+    (training,) = [row for row in rows if row.startswith("  training")]
     assert "  record averages while a model trains" in training
+    listed = ema("guide", "--json").json["guides"]
+    assert [each["guide"] for each in listed] == pages
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.stem)
+def test_a_terminal_of_80_columns_shows_whole_lines_of_code_and_whole_words_in_tables(guide):
+    shown = io.StringIO()
+    Console(file=shown, width=80).print(render(guide.read_text()), crop=False)
+    lines = shown.getvalue().splitlines()
+    for code in re.findall(r"^```.+?\n(.*?)^```$", guide.read_text(), re.DOTALL | re.MULTILINE):
+        for line in code.splitlines():
+            assert f" {line}".rstrip() in [line.rstrip() for line in lines]
+    assert "\u2026" not in shown.getvalue()
 
 
 def test_the_command_has_the_name_of_the_package_too():

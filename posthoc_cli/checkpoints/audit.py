@@ -464,7 +464,8 @@ class _Judge:
             return EQUALS, text
         if untracked := self._untracked:
             count = len(set(self.sample.names))
-            text = f"{len(untracked)} of {count} tensors are not followed, or copied, while the "
+            verb = "is" if len(untracked) == 1 else "are"
+            text = f"{len(untracked)} of {count} tensors {verb} not followed, or copied, while the "
             return SOME_TENSORS, f"{text}others are averaged: {list_names([*untracked], 3)}"
         stands = (stays | ~moves).all(axis=1)
         spacings = np.diff(self.sample.times)

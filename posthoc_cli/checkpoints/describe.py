@@ -15,7 +15,13 @@ from posthoc_cli.checkpoints.places import Place
 from posthoc_cli.checkpoints.sets import TensorSets
 from posthoc_cli.checkpoints.settings import UNSPECIFIED
 from posthoc_cli.checkpoints.source import Checkpoint, make_checkpoint
-from posthoc_cli.errors import FileFormatError, InvalidValueError, PostHocError, list_first
+from posthoc_cli.errors import (
+    FileFormatError,
+    InvalidValueError,
+    PostHocError,
+    count_noun,
+    list_first,
+)
 from posthoc_cli.snapshots.directory import is_import
 from posthoc_cli.snapshots.outputs import describe_tensors
 from posthoc_cli.targets import SHORTEST_BETA, Beta, SigmaRel, name_equal_length
@@ -125,4 +131,4 @@ def _sets_in(content: Content) -> str:
         count = sets.counts[key]
         if count > 1:
             named.append(f"{key} ({count})")
-    return list_first(named, 4) or f"{len(content.tensors)} tensors"
+    return list_first(named, 4) or count_noun(len(content.tensors), "tensor")

@@ -26,7 +26,11 @@ from posthoc_cli.checkpoints.source import (
     tied_names,
 )
 from posthoc_cli.dtypes import EPS
-from posthoc_cli.errors import UnsuitableError, quote
+from posthoc_cli.errors import (
+    UnsuitableError,
+    count_noun,
+    quote,
+)
 from posthoc_cli.profiles import FloatArray
 
 _Named = dict[str, StoredTensor]
@@ -466,8 +470,8 @@ class TensorSets:
         are_unique = len(by_shape) == len(known) == len(set(shapes)) == len(shapes)
         if are_unique and by_shape.keys() == set(shapes):
             return {by_shape[tensor.shape]: tensor for tensor in in_order}
-        reason = f"holds an average without names: a list of {len(shapes)} tensors, whose order "
-        reason += f"among the {len(known)} weights nothing shows"
+        reason = f"holds an average without names: a list of {count_noun(len(shapes), 'tensor')}, "
+        reason += f"whose order among {count_noun(len(known), 'weight')} nothing shows"
         raise QuestionError(self.content.path, reason, {"kind": "checkpoints"})
 
 

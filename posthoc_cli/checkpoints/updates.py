@@ -59,7 +59,7 @@ class Updates:
         every = settings.update_every or self.every
         first, count, of_place = self._place(step, every, settings)
         if first < 1:
-            counted = f"{path.name} has counted {self.count:,} updates of its EMA by step {step:,}"
+            counted = f"{path.name} counts the updates of its EMA: {self.count:,} by step {step:,}"
             reason = f"must be given, and fit: {counted}"
             hint = "it is a setting of imports, and 1 if the EMA began late"
             raise InvalidValueError("update_every", reason, hint)

@@ -35,6 +35,7 @@ from posthoc_cli.cli import (
     info,
     output,
     prune,
+    quotes,
     sweep,
     synthesize,
     verify,
@@ -51,24 +52,30 @@ _NO_MEMORY = ("DefaultCPUAllocator: ", "failed to map segment")
 _NO_THREAD = "can't start new thread"  # of Python's RuntimeError
 
 
-class _Flags:
-    """Parameters whose help shows no type after options without a value, and not --help, which was
-    just used."""
+class _Plain:
+    """Parameters whose help shows no type of Python: none after arguments and after options without
+    a value. --help, which was just used, is not shown."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         params: list[Any] = super().get_params(ctx)  # type: ignore[misc]
-        for option in params:
-            if getattr(option, "is_flag", False):
-                option.metavar = ""
-                option.hidden = option.name == "help"
+        for parameter in params:
+            if getattr(parameter, "is_flag", False):
+                parameter.metavar = ""
+                parameter.hidden = parameter.name == "help"
+            elif parameter.param_type_name == "argument":
+                parameter.display_type = _show_nothing
         return params
 
 
-class _Group(_Flags, typer.core.TyperGroup):
+def _show_nothing(_: Any) -> str:
+    return ""
+
+
+class _Group(_Plain, typer.core.TyperGroup):
     """The group of all commands."""
 
 
-class _Command(_Flags, typer.core.TyperCommand):
+class _Command(_Plain, typer.core.TyperCommand):
     """A command: an error about arguments of the library names the options of these names."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -138,21 +145,13 @@ EXAMPLES: dict[Callable[..., int | None], tuple[str, ...]] = {
 }
 """The examples at the end of each command's help."""
 
-_PANELS = {
-    "Checkpoints that you have": (
-        audit.audit,
-        import_.import_,
-        synthesize.synthesize,
-        sweep.sweep,
-        error_plot.error_plot,
-        export.export,
-        info.info,
-        verify.verify,
-    ),
-    "A training with the hook": (prune.prune,),
+_PANELS: dict[str, tuple[Callable[..., int | None], ...]] = {
+    "Choose": (sweep.sweep, synthesize.synthesize, error_plot.error_plot),
+    "Look": (info.info, audit.audit, verify.verify),
+    "Files": (import_.import_, export.export, prune.prune),
     "Learn": (demo.demo, guide.guide),
 }
-"""The commands in the order of the help."""
+"""The commands in the order of the help, by what one wants."""
 
 for _panel, _functions in _PANELS.items():
     for _function in _functions:
@@ -189,8 +188,8 @@ def main() -> NoReturn:
 
     Exit codes: 0: done. 1: a failed check, or an error at run time. 2: the command line is wrong:
     an unknown option, a value out of range, a path that does not exist or is of another kind, an
-    output whose folder does not exist. 130: interrupted. 143, 129: ended by SIGTERM, SIGHUP. 141:
-    the reader of the output has closed it, as `head` does.
+    output that exists. 130: interrupted. 143, 129: ended by SIGTERM, SIGHUP. 141: the reader of the
+    output has closed it, as `head` does.
     """
     # Solves are small: BLAS threads take longer to start than to compute. NumPy reads this when it
     # is first imported.
@@ -250,7 +249,12 @@ def _report_usage(error: Any) -> int:
     text = error.format_message().replace("Value error, ", "")
     context = getattr(error, "ctx", None)
     if context is not None:
-        text += f" (see {context.command_path} --help)"
+        own = _option_names(context.command)
+        split = ""
+        if not isinstance(context.command, _Group):
+            words = sys.argv[sys.argv.index(context.info_name) :]
+            split = quotes.find_split(words, own.get("evaluate"), own.values())
+        text = split or f"{text} (see {context.command_path} --help)"
     _print_message("error", text)
     return 2
 

@@ -15,6 +15,7 @@ def demo(
         None,
         "--out",
         "-o",
+        metavar="FOLDER",
         show_default="ema-demo, ema-demo-2, ...",
         help="The folder for all files of the demo; new, or empty.",
     ),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typer import Argument
 
 from posthoc_cli.cli import options, output
+from posthoc_cli.cli.quotes import refuse_split
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.planning import ErrorCurve, Schedule, format_widths
 
@@ -14,7 +15,7 @@ from posthoc_cli.planning import ErrorCurve, Schedule, format_widths
 def error_plot(
     directories: list[str] = Argument(
         None,
-        metavar="[DIR]...",
+        metavar="DIR",
         help="Directories of snapshots or of checkpoints, or globs of checkpoints.",
     ),
     out: str | None = options.PICTURE,
@@ -42,10 +43,10 @@ def error_plot(
     """Draw how exact averages of any length will be.
 
     The curve is the predicted error: the expected relative L2 distance of the weights from the true
-    average. The dashed line is about the share of what averaging gains in a metric that this error
-    loses (`ema guide exactness`); the range below 5 % is shaded and named in the title. Tracked
-    profiles are marked. --method paper adds the profile error, the published measure: the relative
-    L2 distance between the target profile and the reconstructed one.
+    average. The dashed line is at most about the share of what averaging gains in a metric that
+    this error loses (`ema guide exactness`); the range below 5 % is shaded and named in the title.
+    Tracked profiles are marked. --method paper adds the profile error, the published measure: the
+    relative L2 distance between the target profile and the reconstructed one.
 
     With --steps it is the curve of a training to come, with the default profiles and float16
     snapshots, if the network moves evenly: as a random walk that covers a quarter of the norm of
@@ -66,6 +67,7 @@ def error_plot(
         )
         curves = [schedule.error_curve(ends)]
     else:
+        refuse_split(directories)
         runs = list(map(options.open_run, directories))
         curves = [run.error_curve(ends, t=t, method=method, others=targets) for run in runs]
     if picture is not None:
@@ -79,7 +81,7 @@ def error_plot(
 
 
 def _print_curves(curves: Sequence[ErrorCurve], is_paper: bool) -> None:
-    columns = ["  target:target", "width", "predicted_error", "lost_gain"]
+    columns = ["  target:target", "width", "predicted_error", "lost gain at most:lost_gain"]
     if is_paper:
         columns.append("profile_error")
     for curve in curves:

@@ -8,6 +8,7 @@ from typer import Argument
 
 from posthoc_cli import resources
 from posthoc_cli.cli import options, output
+from posthoc_cli.errors import count_noun
 
 
 def export(
@@ -19,9 +20,13 @@ def export(
         "last.pt or a DCP folder; or a folder of shards or its index.",
     ),
     out: str = options.OUTPUT(
-        ..., "--out", "-o", help="A .safetensors or .pt file, or a folder, for shards."
+        ...,
+        "--out",
+        "-o",
+        metavar="PATH",
+        help="A .safetensors or .pt file, or a folder, for shards.",
     ),
-    dtype: options.Dtype = options.DTYPE,
+    dtype: options.Dtype | None = options.DTYPE,
     layout: options.Layout | None = options.LAYOUT,
     max_shard_size: str | None = options.MAX_SHARD_SIZE,
     like: str | None = options.LIKE_MODEL,
@@ -69,6 +74,6 @@ def _print_export(report: dict[str, Any]) -> None:
         output.note_copied(copied)
     size = resources.format_bytes(report["bytes"])
     output.print_line(
-        f"wrote {report['tensors']} tensors, {size}, in {report['seconds']:.1f} s: "
+        f"wrote {count_noun(report['tensors'], 'tensor')}, {size}, in {report['seconds']:.1f} s: "
         f"{report['output']}"
     )

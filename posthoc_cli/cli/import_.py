@@ -36,13 +36,18 @@ def import_(
         [], metavar="GLOB", help="Leave out tensors with these names."
     ),
     sigma_rels: str | None = options.RARE(
-        None, help="Widths of the averages, by their numbers: 0.05,0.28."
+        None,
+        metavar="LENGTHS",
+        help="Widths of the averages, by their numbers: 0.05,0.28.",
     ),
     update_every: int | None = options.RARE(
-        None, help="Steps between two updates of the averages."
+        None, metavar="COUNT", help="Steps between two updates of the averages."
     ),
     update_after_step: int | None = options.RARE(
-        None, show_default="the library's", help="Steps before the first update of the averages."
+        None,
+        metavar="COUNT",
+        show_default="the library's",
+        help="Steps before the first update of the averages.",
     ),
     ema_decay: str | None = options.RUN(
         None,
@@ -64,6 +69,7 @@ def import_(
     ),
     steps: int | None = options.RARE(
         None,
+        metavar="COUNT",
         show_default="the last checkpoint's",
         help="Steps of the whole training, after which cosine and linear are at 1.",
     ),

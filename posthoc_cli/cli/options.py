@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import fields
+from functools import partial, wraps
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
 
 from typer import Argument, Option
 
 from posthoc_cli import errors, files, resources, targets
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.planning import check_sigma_range
+from posthoc_cli.request import Help, OutputRequest
 from posthoc_cli.targets import Beta, SigmaRel, Target, bad, parse_numbers
 
 if TYPE_CHECKING:
@@ -36,7 +39,7 @@ Dtype = Literal["keep", "float32", "float16", "bfloat16", "float64", "fp32", "fp
 
 SIGMA_REL = TARGETS(
     [],
-    metavar="NUMBERS",
+    metavar="LENGTHS",
     help=(
         "Lengths: a number, a list 0.05,0.10, a range 0.05:0.25:0.05 or 0.05,0.06,...,0.25. "
         "Repeatable."
@@ -44,7 +47,7 @@ SIGMA_REL = TARGETS(
 )
 DECAY = TARGETS(
     [],
-    metavar="NUMBERS",
+    metavar="DECAYS",
     help="Ordinary EMAs, by their decay: 0.9999; also lists or ranges. Repeatable.",
 )
 TARGET = TARGETS(
@@ -52,53 +55,46 @@ TARGET = TARGETS(
     metavar="KIND:VALUE",
     help=f"Other averages: {targets.EXAMPLES}; also lists or ranges. Repeatable.",
 )
-METHOD = HOW(
-    None,
-    show_default="minvar",
-    help=(
-        "The solver: minvar, for the least error of the weights, or paper, for the nearest "
-        "profile, as published."
-    ),
-)
-LAYOUT = OUTPUT(
-    None,
-    show_default="from the output's name",
-    metavar="LAYOUT",
-    help="safetensors, sharded (a folder), or pt.",
-)
-DTYPE = OUTPUT(
-    "keep",
-    metavar="DTYPE",
-    help="float32, float16, bfloat16, float64 (or fp32, ...), or keep: each tensor's own.",
-)
-LIKE_MODEL = OUTPUT(
-    None,
-    metavar="CHECKPOINT",
-    help="Make a copy of this checkpoint or model folder, with the average in place of its own.",
-)
-LIKE_AVERAGE = OUTPUT(
-    None,
-    metavar="KEY",
-    show_default="by its name",
-    help="The key, prefix or glob of the tensors of --like to replace.",
-)
-LIKE_WEIGHTS = OUTPUT(False, "--weights", help="Replace the raw weights of --like.")
-TIME = RUN(None, metavar="TIME", show_default="the last", help="The training time of the averages.")
-STEP = RUN(
-    None, metavar="COUNT", help="The same time as a step (a call of update_): 50000, 5e4, 50K."
-)
+_FIELDS = {field.name: field for field in fields(OutputRequest)}
+_FLAGS = {"overwrite": ("--overwrite", "-f")}
+
+
+def of(name: str) -> Any:
+    """Make the option for a field of a request."""
+    default = _FIELDS[name].default
+    help: Help = _FIELDS[name].metadata["help"]
+    return Option(
+        default,
+        *_FLAGS.get(name, (f"--{name.replace('_', '-')}",)),
+        metavar=help.metavar or None,
+        show_default=help.default or True,
+        help=help.text,
+        rich_help_panel=help.panel,
+    )
+
+
+METHOD = of("method")
+LAYOUT = of("layout")
+DTYPE = of("dtype")
+LIKE_MODEL = of("like")
+TIME = of("t")
+STEP = of("step")
+MAX_SHARD_SIZE = of("max_shard_size")
+OVERWRITE = of("overwrite")
 STEP_FROM = RARE(
     None,
     metavar="PATTERN",
     show_default="content or name",
     help=r"A pattern of the steps in names: 'step(\d+)'.",
 )
-STEPS_PER_EPOCH = RUN(None, help="Steps per epoch, for files whose numbers are epochs.")
-FIRST_EPOCH = RARE(
-    None, show_default="by the numbers", help="The number of the first epoch: 0 or 1."
+STEPS_PER_EPOCH = RUN(
+    None, metavar="COUNT", help="Steps per epoch, for files whose numbers are epochs."
 )
-MAX_SHARD_SIZE = OUTPUT(
-    None, metavar="SIZE", show_default="5GB", help="The largest shard of a sharded output."
+FIRST_EPOCH = RARE(
+    None,
+    metavar="NUMBER",
+    show_default="by the numbers",
+    help="The number of the first epoch: 0 or 1.",
 )
 SIGMA_RANGE = TARGETS(
     "0.05:0.28", metavar="LOW:HIGH", help="The range of sigma_rel that you will want."
@@ -108,7 +104,6 @@ DIRECTORY_OR_CHECKPOINTS = Argument(
     ..., metavar="DIR", help="The directory of the tracker's snapshots, or of checkpoints."
 )
 PICTURE = OUTPUT(None, "--out", "-o", metavar="FILE", help="The picture: .png, .svg or .pdf.")
-OVERWRITE = OUTPUT(False, "--overwrite", "-f", help="Replace existing outputs.")
 JSON = OUTPUT(False, "--json", help="Print one JSON object.")
 
 
@@ -171,6 +166,58 @@ def parse_targets(
     for text in others:
         parsed += targets.parse_targets(text, "--target")
     return list(dict.fromkeys(parsed))
+
+
+def with_request(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of a request, whose values it gets by name as `request`, parsed.
+
+    Layout and size of shards follow from the output's name, and `ema export` changes them.
+    """
+    asked = [
+        name
+        for name, each in _FIELDS.items()
+        if "help" in each.metadata and name not in ("layout", "max_shard_size")
+    ]
+
+    @wraps(command)
+    def call(**values: Any) -> None:
+        request = {}
+        for name in asked:
+            value = values.pop(name)
+            if name in _PARSED and value is not None:
+                value = _PARSED[name](value)
+            request[name] = value
+        command(**values, request=request)
+
+    own = signature(command)
+    parameters = dict(own.parameters)
+    del parameters["request"]
+    types = get_type_hints(command)
+    for name in asked:
+        types[name] = _find_type(name)
+        parameters[name] = Parameter(name, Parameter.KEYWORD_ONLY, default=of(name))
+    vars(call)["__signature__"] = own.replace(parameters=[*parameters.values()])
+    call.__annotations__ = types
+    return call
+
+
+_PARSED: dict[str, Callable[[Any], Any]] = {
+    "step": lambda text: parse_count(text, "--step"),
+    "max_error": parse_max_error,
+    "like": lambda path: check_exists(path),
+}
+
+
+def _find_type(name: str) -> Any:
+    """Find the type of a field's option for the parser of the command line."""
+    known = {
+        "t": float | None,
+        "method": Method | None,
+        "dtype": Dtype | None,
+        "include": list[str],
+        "exclude": list[str],
+    }
+    return bool if _FIELDS[name].default is False else known.get(name, str | None)
 
 
 def optional(

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from posthoc_cli import errors, files
-from posthoc_cli.errors import escape_text, list_first
+from posthoc_cli.errors import count_noun, escape_text, list_first
 from posthoc_cli.report.facts import make_title, text
 from posthoc_cli.resources import ProgressBar, no_bar
 
@@ -153,16 +153,12 @@ def write_picture(
     path: Path,
     overwrite: bool,
 ) -> None:
-    """Write a figure to a file, which appears complete or not at all."""
+    """Write a figure to a file, which appears complete or not at all, and make its folder."""
     from posthoc_cli import plots
 
     picture = plots.as_file(draw, path.suffix)
-    files.write_atomically(path, picture, overwrite)
-
-
-def count_noun(count: int, what: str) -> str:
-    """Write a count with its noun: "1 file", "1,200 files"."""
-    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
+    with files.new_directory(path.parent):
+        files.write_atomically(path, picture, overwrite)
 
 
 def list_tensors(names: list[str]) -> str:
@@ -186,9 +182,11 @@ def note_copied(copied: dict[str, Any]) -> None:
 
 
 def log_to_stderr() -> None:
-    """Print the library's warnings to stderr, each once, and what it has found in checkpoints."""
+    """Print the library's warnings to stderr, each once, and notices: what it has found in
+    checkpoints, and what outputs have as copies."""
     show = errors.EachOnce(_print_message, logging.INFO)
-    logging.getLogger("posthoc_cli.checkpoints").setLevel(logging.INFO)
+    for name in ("posthoc_cli.checkpoints", "posthoc_cli.snapshots.snapshot"):
+        logging.getLogger(name).setLevel(logging.INFO)
     # which prints its messages itself
     show.addFilter(lambda record: not record.name.startswith("huggingface_hub"))
     logging.basicConfig(handlers=[show], force=True)

@@ -9,7 +9,7 @@ import typer
 
 from posthoc_cli import resources
 from posthoc_cli.cli import options, output
-from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.errors import InvalidValueError, count_noun
 
 if TYPE_CHECKING:
     from posthoc_cli.snapshots.prune import Pruning
@@ -45,7 +45,7 @@ def prune(
             raise InvalidValueError("--yes", reason, "--dry-run shows what would be deleted")
         if not as_json:
             _print_prune(planned.to_dict(), ends)
-        what = output.count_noun(len(planned.to_delete), "snapshot")
+        what = count_noun(len(planned.to_delete), "snapshot")
         return yes or typer.confirm(f"delete {what} for good?", err=True)
 
     pruning = run.prune(
@@ -93,7 +93,7 @@ def _print_prune(
 
 
 def _print_end(report: dict[str, Any], dry_run: bool) -> None:
-    count = output.count_noun(len(report["gone"]), "snapshot")
+    count = count_noun(len(report["gone"]), "snapshot")
     what = f"{count}, {resources.format_bytes(report['gone_bytes'])}"
     if not report["gone"]:
         output.print_line("nothing has to be deleted")

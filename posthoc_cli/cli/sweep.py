@@ -33,13 +33,13 @@ def sweep(
     directory: str = options.DIRECTORY_OR_CHECKPOINTS,
     sigma_rel: str | None = options.TARGETS(
         None,
-        metavar="NUMBERS",
+        metavar="LENGTHS",
         show_default="all whose lost gain is below 5 %",
         help="A range to search, 0.02:0.28, or a list to measure.",
     ),
     decay: str | None = options.TARGETS(
         None,
-        metavar="NUMBERS",
+        metavar="DECAYS",
         help="The same by decays, of EMAs of the same mean age: 0.99:0.9999.",
     ),
     evaluate: str = options.HOW(
@@ -89,6 +89,7 @@ def sweep(
         "sweep",
         "--out",
         "-o",
+        metavar="FOLDER",
         help="Folder for trials, logs and the best average: new, or of an earlier sweep.",
     ),
     like: str | None = options.LIKE_MODEL,

@@ -7,40 +7,22 @@ from typing import Any
 
 from posthoc_cli import resources
 from posthoc_cli.cli import options, output
-from posthoc_cli.errors import InvalidValueError, percent
+from posthoc_cli.errors import InvalidValueError, at_most, count_noun, percent
 from posthoc_cli.report.facts import make_title
 
 
+@options.with_request
 def synthesize(
     directory: str = options.DIRECTORY_OR_CHECKPOINTS,
     sigma_rel: list[str] = options.SIGMA_REL,
     decay: list[str] = options.DECAY,
     target: list[str] = options.TARGET,
     out: str | None = options.OUTPUT(
-        None, "--out", "-o", help="A file; or a folder, for a file per target."
+        None, "--out", "-o", metavar="PATH", help="A file; or a folder, for a file per target."
     ),
-    dtype: options.Dtype = options.DTYPE,
-    like: str | None = options.LIKE_MODEL,
-    average: str | None = options.LIKE_AVERAGE,
-    weights: bool = options.LIKE_WEIGHTS,
-    overwrite: bool = options.OVERWRITE,
     as_json: bool = options.JSON,
-    t: float | None = options.TIME,
-    step: str | None = options.STEP,
-    dry_run: bool = options.HOW(
-        False, "--dry-run", help="Show coefficients, errors and sizes; write nothing."
-    ),
-    max_error: str | None = options.HOW(
-        None,
-        metavar="ERROR",
-        show_default="warn from a lost gain of 5% on",
-        help="Fail if a predicted error exceeds this: 0.01, or 1%.",
-    ),
-    method: options.Method | None = options.METHOD,
-    device: str = options.HOW(
-        "auto",
-        help="Where to compute the sums: auto, cpu, or what torch has: cuda, cuda:1, xpu, mps.",
-    ),
+    *,
+    request: dict[str, Any],
 ) -> None:
     """Make the average of any length from snapshots.
 
@@ -48,7 +30,8 @@ def synthesize(
     all targets, each block is verified, and an output appears complete or not at all.
 
     The predicted error is the expected relative L2 distance of the weights from the true average,
-    the lost gain is about the share of what averaging gains in a metric that this error loses.
+    the lost gain is at most about the share of what averaging gains in a metric that this error
+    loses.
     --method paper also shows the profile error: the distance between the target profile and the
     reconstructed one; --json shows it for both methods.
 
@@ -64,21 +47,7 @@ def synthesize(
     if not targets:
         raise InvalidValueError("no target", _NO_TARGET)
     report = run.write(
-        targets,
-        out,
-        t=t,
-        step=options.optional(options.parse_count, step, "--step"),
-        method=method,
-        max_error=options.optional(options.parse_max_error, max_error),
-        dtype=dtype,
-        device=device,
-        overwrite=overwrite,
-        dry_run=dry_run,
-        distributed=is_rank(),
-        like=options.optional(options.check_exists, like),
-        average=average,
-        weights=weights,
-        progress=output.progress_bar(),
+        targets, out, distributed=is_rank(), progress=output.progress_bar(), **request
     )
     if report is not None:
         output.show(report.to_dict(), as_json, _print_synthesize)
@@ -102,7 +71,8 @@ def _print_synthesize(report: dict[str, Any]) -> None:
         for target in targets:
             path = Path(target["output"] or "-")  # all in one folder
             rows.append(target | {"file": path.name})
-        output.print_rows(rows, ["target", *errors, "output:file"])
+        titles = ["predicted_error", "lost gain at most:lost_gain", *errors[2:]]
+        output.print_rows(rows, ["target", *titles, "output:file"])
         output.print_line()
     elif not first["output"]:
         output.print_coefficients(first["snapshots"])
@@ -145,17 +115,19 @@ def _summary(
         what += f" (as {first['as']})"
     size = resources.format_bytes(first["bytes"])
     if len(targets) > 1:
-        what = output.count_noun(len(targets), "average")
+        what = count_noun(len(targets), "average")
         size += " each"
     parts = [f"{what} at t = {first['t']:,.12g} from {report['sources']}"]
     for key in errors:
-        largest = _largest([target[key] for target in targets])
-        parts.append(f"{make_title(key)} {largest}")
+        values = [target[key] for target in targets]
+        parts.append(f"{make_title(key)} {_largest(values, key)}")
     return ", ".join([*parts, size])
 
 
-def _largest(errors: list[float | None]) -> str:
+def _largest(errors: list[float | None], key: str) -> str:
     if None in errors:
         return percent(None)
-    largest = percent(max(filter(None, errors), default=0.0))
-    return f"up to {largest}" if len(errors) > 1 else largest
+    largest = max(filter(None, errors), default=0.0)
+    if key == "lost_gain":
+        return at_most(largest)
+    return f"up to {percent(largest)}" if len(errors) > 1 else percent(largest)

@@ -9,7 +9,7 @@ from typer import Argument
 
 from posthoc_cli import resources
 from posthoc_cli.cli import options, output
-from posthoc_cli.errors import DirectoryError, PostHocError
+from posthoc_cli.errors import DirectoryError, PostHocError, count_noun
 
 _FINE = "intact", "unchanged", "unchecked"  # states of files, see `snapshots.verify`
 
@@ -72,9 +72,7 @@ def _print_verify(report: dict[str, Any]) -> None:
     fine = [file for file in report["files"] if file["state"] in _FINE]
     wrong = [file for file in report["files"] if file not in fine]
     if len(fine) > output.MOST_ROWS:
-        output.print_line(
-            f"{output.count_noun(len(fine), 'file')} with nothing wrong; --json lists them"
-        )
+        output.print_line(f"{count_noun(len(fine), 'file')} with nothing wrong; --json lists them")
     elif fine:
         output.print_rows(fine, ["file:path", "what", "state"])
     for file in wrong:
@@ -98,7 +96,7 @@ def _verdict(
 ) -> str:
     """Write the last line: how many files are intact, or which are not."""
     files = report["files"]
-    total = output.count_noun(len(files), "file")
+    total = count_noun(len(files), "file")
     if wrong:
         states = {file["state"] for file in wrong}
         verdict = states.pop() if len(states) == 1 else "not in order"

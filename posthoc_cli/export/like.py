@@ -40,7 +40,14 @@ from posthoc_cli.checkpoints.containers import INDEX_ENDING
 from posthoc_cli.checkpoints.layouts import Stored
 from posthoc_cli.checkpoints.pickles import FileRange, is_archive, member_begin
 from posthoc_cli.dtypes import DTYPES, EPS, ITEM_BYTES, WORDS
-from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, argument, quote
+from posthoc_cli.errors import (
+    FileFormatError,
+    InvalidValueError,
+    MismatchError,
+    argument,
+    count_noun,
+    quote,
+)
 from posthoc_cli.snapshots.outputs import model_files, weights_at
 from posthoc_cli.snapshots.sources import Source, StoredTensors
 from posthoc_cli.snapshots.tensorfile import (
@@ -310,7 +317,7 @@ class Like:
             if fitting:
                 return old, fitting[0]
             _, _, end = end.partition(".")
-        reason = f"lacks {len(absent)} tensors of the run, such as {absent[0]!r}"
+        reason = f"lacks {count_noun(len(absent), 'tensor')} of the run, such as {absent[0]!r}"
         hint = (
             "name a file or folder to which the trained model itself was saved; if transformers "
             "renames the tensors on disk, as in mixtures of experts, load the averages into the "

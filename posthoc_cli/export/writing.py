@@ -49,7 +49,7 @@ from posthoc_cli.request import LAYOUTS, FileRequest, OutputRequest
 from posthoc_cli.resources import no_bar, worker_count
 from posthoc_cli.snapshots.directory import is_import, is_snapshot_name
 from posthoc_cli.snapshots.outputs import INDEX_NAME
-from posthoc_cli.snapshots.snapshot import warn_of_statistics
+from posthoc_cli.snapshots.snapshot import note_statistics
 from posthoc_cli.snapshots.sources import count_sources
 from posthoc_cli.snapshots.tensorfile import (
     SUFFIX,
@@ -258,7 +258,7 @@ def write_synthesis(
     started = time.perf_counter()
     device, workers = _resources(request, ranks)
     if not ranks.rank:
-        warn_of_statistics(plan.newest.copies)
+        note_statistics(plan.newest.copies)
     copied = None
     if like is not None:
         plan, copied = like.fit(plan)

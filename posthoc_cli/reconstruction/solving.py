@@ -105,7 +105,7 @@ class Reconstruction:
 
     @property
     def lost_gain(self) -> FloatArray:
-        """The expected loss of the metric's gain, [targets]; see the function `lost_gain`."""
+        """A bound of the loss of the metric's gain, [targets]; see the function `lost_gain`."""
         return lost_gain(self.predicted_error, self.distance)
 
     def known_error(self, target: int) -> float | None:
@@ -118,12 +118,14 @@ class Reconstruction:
 
 
 def lost_gain(error: npt.ArrayLike, distance: npt.ArrayLike) -> FloatArray:
-    """Estimate the expected loss of what averaging gains in a metric, as a share of the gain, at
-    most 1.
+    """Bound the expected loss of what averaging gains in a metric, as a share of the gain, at most
+    1.
 
     The metric makes its gain over the distance from the last weights to the average; an error moves
-    the average by a part of that distance, in any direction, and loses about this part of the gain.
-    Weights that do not move have nothing to gain. Measured: `scripts/lost_gain.py`.
+    the average by a part of that distance, in any direction, and loses at most about this part of
+    the gain. Really lost is less, in the median 0.42 of it for 20 files of weights, 0.31 for 40,
+    0.12 for the hook and 0.09 for files of an EMA (`scripts/lost_gain.py`). Weights that do not
+    move have nothing to gain.
     """
     error = np.asarray(error)
     distance = np.asarray(distance)

@@ -256,7 +256,7 @@ def _render_trials(report: SweepReport, folder: Path) -> str:
         (report.metric, [_number(trial.value) for trial in trials]),
         ("standard error", [_number(trial.standard_error) for trial in trials]),
         ("predicted error", [_as_percent(trial.predicted_error) for trial in trials]),
-        ("lost gain", [_as_percent(trial.lost_gain) for trial in trials]),
+        ("lost gain, at most", [_as_percent(trial.lost_gain) for trial in trials]),
         ("seconds", [f"{trial.seconds:.1f}" for trial in trials]),
     ]
     filled = [(escape(name), cells) for name, cells in columns if any(cells)]

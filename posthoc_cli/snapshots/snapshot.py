@@ -413,10 +413,11 @@ def statistics_notice(copies: Iterable[str]) -> str | None:
     )
 
 
-def warn_of_statistics(copies: Iterable[str]) -> None:
-    """Warn of BatchNorm statistics that an average has from the raw weights."""
+def note_statistics(copies: Iterable[str]) -> None:
+    """Say that an average has BatchNorm's statistics from the raw weights. This is no warning: the
+    evaluation may recompute them, and no option would."""
     if notice := statistics_notice(copies):
-        log.warning(notice)
+        log.info(notice)
 
 
 # --- the snapshot

@@ -17,7 +17,13 @@ import numpy.typing as npt
 
 from posthoc_cli.clock import Clock, EpochClock
 from posthoc_cli.dtypes import DTYPES, ITEM_BYTES
-from posthoc_cli.errors import MismatchError, NonFiniteError, argument, quote
+from posthoc_cli.errors import (
+    MismatchError,
+    NonFiniteError,
+    argument,
+    count_noun,
+    quote,
+)
 from posthoc_cli.profiles import FloatArray, Point, StoredProfile
 from posthoc_cli.reconstruction import (
     Measurements,
@@ -251,9 +257,8 @@ class Source(StoredTensors, ABC):
     path_sketch: PathSketch | None = None  # of the weights up to `t`; None if unknown
 
     def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}({self.name}: {len(self.entries)} tensors at t = {self.t:,.12g})"
-        )
+        tensors = count_noun(len(self.entries), "tensor")
+        return f"{type(self).__name__}({self.name}: {tensors} at t = {self.t:,.12g})"
 
     @property
     def name(self) -> str:
@@ -384,9 +389,8 @@ def count_sources(
         count = len({source.path for source in sources})
     if total is None:
         total = count
-    number = f"{count:,}" if count == total else f"{count:,} of {total:,}"
-    word = sources[0].word
-    return f"{number} {word}" if total == 1 else f"{number} {word}s"
+    sources_in_all = count_noun(total, sources[0].word)
+    return sources_in_all if count == total else f"{count:,} of {sources_in_all}"
 
 
 # --- the values of a source

@@ -58,6 +58,7 @@ from posthoc_cli.errors import (
     RemoteError,
     UnsuitableError,
     VanishedError,
+    count_noun,
     quote,
 )
 
@@ -711,7 +712,7 @@ def _read_start(file: OpenedFile) -> bytes:
     """Read the first 8 + N bytes of a file, which precede the payload."""
     prefix = file.read_at(8, 0)
     if len(prefix) < 8:
-        reason = f"truncated: {file.size:,} bytes cannot hold a safetensors header"
+        reason = f"truncated: {count_noun(file.size, 'byte')} cannot hold a safetensors header"
         raise FileFormatError(file.path, reason)
     length = int.from_bytes(prefix, "little")
     if length <= MAX_HEADER_BYTES and 8 + length <= file.size:
@@ -756,7 +757,7 @@ def _decode_entries(
             raise ValueError(f"tensor {quote(name)}: begins at {places}")
         position += entry.nbytes
     state = "truncated" if nbytes < position else "too long"
-    problem = f"{state}: has {nbytes:,} bytes, its header says {position:,}"
+    problem = f"{state}: has {count_noun(nbytes, 'byte')}, its header says {position:,}"
     _require(position == nbytes, problem)
     return in_order
 

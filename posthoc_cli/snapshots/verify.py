@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from posthoc_cli import files
-from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, MismatchError
+from posthoc_cli.errors import (
+    DirectoryError,
+    FileFormatError,
+    InvalidValueError,
+    MismatchError,
+    count_noun,
+)
 from posthoc_cli.resources import ProgressBar, no_bar
 from posthoc_cli.snapshots.directory import (
     PICKLES,
@@ -90,8 +96,8 @@ class Verification:
     def __repr__(self) -> str:
         wrong = len(self.broken) + len(self.problems)
         return (
-            f"Verification({self.path}: {len(self.files)} files, {self.nbytes:,} bytes, "
-            f"{wrong} problems)"
+            f"Verification({self.path}: {count_noun(len(self.files), 'file')}, "
+            f"{count_noun(self.nbytes, 'byte')}, {count_noun(wrong, 'problem')})"
         )
 
     @property

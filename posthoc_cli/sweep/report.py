@@ -13,7 +13,7 @@ import numpy as np
 from scipy.interpolate import PchipInterpolator
 
 from posthoc_cli import files
-from posthoc_cli.errors import InvalidValueError, percent
+from posthoc_cli.errors import InvalidValueError, at_most, count_noun, percent
 from posthoc_cli.sweep.search import Estimate, Lengths, Trial, estimate, estimate_ends
 from posthoc_cli.targets import SigmaRel, full_title, name_equal_length
 
@@ -221,7 +221,7 @@ def _draw_curve(found: Estimate, name: str) -> list[dict[str, float]]:
 def summarize(report: SweepReport) -> list[tuple[str, str]]:
     """Summarize a report as names and texts for people, the most important first."""
     failed = sum(trial.error is not None for trial in report.trials)
-    count = f"{len(report.trials)} trials"
+    count = count_noun(len(report.trials), "trial")
     if failed:
         count += f", {failed} of them failed"
     if report.minimize is None:
@@ -237,7 +237,7 @@ def summarize(report: SweepReport) -> list[tuple[str, str]]:
         pairs.append(("gain", gain))
     pairs.append(("statistically tied", describe_tie(report)))
     pairs.append(("predicted error", percent(best.predicted_error)))
-    pairs.append(("lost gain", percent(best.lost_gain)))
+    pairs.append(("lost gain", at_most(best.lost_gain)))
     if report.is_at_end:
         count += "; the best lies at the end of the range, and may lie beyond"
     pairs.append(("measured", count))

@@ -136,7 +136,7 @@ class Trial:
     value: Annotated[float, ANY_SIGN] | None = None
     standard_error: float | None = None
     predicted_error: float | None = None  # of the weights; None if unknown
-    lost_gain: float | None = None  # by this error
+    lost_gain: float | None = None  # by this error, at most
     seconds: float = 0.0  # of the evaluation alone
     error: str | None = None  # why it failed
     t: float | None = None  # where an average ends that ends earlier than the others

@@ -16,6 +16,7 @@ from posthoc_cli.errors import (
     InvalidValueError,
     argument,
     check_count,
+    count_noun,
     percent,
 )
 from posthoc_cli.planning import SMALL_LOSS
@@ -358,7 +359,7 @@ def searchable_lengths(run: Run, t: float) -> Lengths:
         return Lengths(round(low, 4), round(high, 4))
     times = sorted({source.t for source in run.sources if source.t <= t})
     if len(times) < 3:
-        reason = f"{len(times)} times are too few to search"
+        reason = f"has {count_noun(len(times), 'stored time')}, too few to search"
         raise InvalidValueError(run.directory, reason, f"name lengths with {argument('sigma_rel')}")
     # the width of a uniform mean over a window, as a fraction of t
     spacing = UNIFORM_SIGMA_REL * (t - times[-3]) / t
@@ -368,7 +369,7 @@ def searchable_lengths(run: Run, t: float) -> Lengths:
     losses = curve.lost_gain[is_searched]
     log.warning(
         "%s: searching sigma_rel %g to %g, from the mean of the last two files to the mean of all: "
-        "lost gain %s to %s; %s",
+        "lost gain at most about %s to %s; %s",
         run.directory,
         lengths.low,
         lengths.high,

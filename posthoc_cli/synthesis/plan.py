@@ -20,6 +20,7 @@ from posthoc_cli.dtypes import EPS, parse_dtype
 from posthoc_cli.errors import (
     InexactError,
     InvalidValueError,
+    at_most,
     at_most_one,
     check_number,
     list_first,
@@ -464,8 +465,6 @@ def _warn_of_poor_targets(
         return
     errors = np.hypot(plan.reconstruction.predicted_error, plan.output_rounding)
     error = percent(float(errors.max()))
-    amount = "up to" if len(titles) > 1 else "about"
-    loss = f"{amount} {percent(float(losses.max()))}"
     if len(titles) > 1:
         error = f"up to {error}"
     snapshots = [source.profile for source in known]
@@ -478,10 +477,10 @@ def _warn_of_poor_targets(
     if curve.assumption:
         origin += f", if {curve.assumption}"
     log.warning(
-        "%s: predicted error %s %s; it loses %s of what averaging gains, %s",
+        "%s: predicted error %s %s; it loses %s of the gain; %s",
         list_first(titles),
         error,
         origin,
-        loss,
+        at_most(float(losses.max())),
         curve.good_range,
     )

@@ -32,6 +32,7 @@ from posthoc_cli.errors import (
     NotReadyError,
     PostHocError,
     check_count,
+    count_noun,
     quote,
 )
 from posthoc_cli.snapshots.directory import find_snapshots, read_directory
@@ -190,7 +191,7 @@ class Start:
             raise error if error.hint else error.with_hint(hint) from None
 
     def _no_snapshot(self, steps: Sequence[int]) -> ModelMismatchError:
-        times = f"{len(steps):,} times, step {steps[0]:,} to {steps[-1]:,}"
+        times = f"{count_noun(len(steps), 'time')}, step {steps[0]:,} to {steps[-1]:,}"
         reason = f"its weights match no snapshot of the run in {self.directory} ({times})"
         return ModelMismatchError("model", reason, ways_to_resume(steps[-1]))
 

@@ -14,9 +14,11 @@ import torch
 import typer
 from factories import contents, flip_bit
 from safetensors.torch import save_file
+from torch import nn
 
 import posthoc_cli
 from posthoc_cli.cli import app
+from posthoc_cli.sweep.search import LEAST_BUDGET
 
 
 def test_every_command_takes_counts_as_people_write_them(typed):
@@ -71,10 +73,32 @@ def test_help_and_version(ema):
     assert ema("prune", "--help") == ema("help", "prune")
     version = f"ema {posthoc_cli.__version__}\n"
     assert ema("-V").out == ema("--version").out == ema("version").out == version
-    groups = re.findall("Checkpoints that you have|A training with the hook|Learn", ema("-h").out)
-    assert len(groups) == 3
     for command in ("synthesize", "error-plot"):
         assert re.search(r"--method +[<\[]minvar\|paper[>\]] ", ema(command, "--help").out)
+
+
+def test_the_help_groups_commands_by_what_one_wants(ema):
+    panels = re.findall(r"─ (\w+) ─+╮\n(.*?)\n╰", ema("--help").out, re.DOTALL)
+    groups = {
+        panel: re.findall(r"^│ ([a-z][a-z-]+) ", rows, re.MULTILINE) for panel, rows in panels
+    }
+    assert groups == {
+        "Options": [],
+        "Choose": ["sweep", "synthesize", "error-plot"],
+        "Look": ["info", "audit", "verify"],
+        "Files": ["import", "export", "prune"],
+        "Learn": ["demo", "guide"],
+    }
+
+
+def test_no_help_names_a_type_of_python(ema):
+    for command in options():
+        text = ema(command, "--help").out
+        assert not re.search(r"<(str|int|float|list)|\b(TEXT|INTEGER|FLOAT)\b", text), text
+
+
+def test_the_help_says_the_least_budget(ema):
+    assert f"at least {LEAST_BUDGET};" in " ".join(ema("sweep", "--help").out.split())
 
 
 # --- the output of --json: all commands use the same names for the same things
@@ -201,6 +225,80 @@ def test_strict_takes_a_warning_as_an_error_and_writes_nothing(typed, run):
     assert refused.code == 1
     assert refused.error == f"warning: {warning}"
     assert [path.name for path in run.parent.iterdir()] == ["run"]
+
+
+OUTPUTS = {
+    "synthesize run --sigma-rel 0.15": "a.safetensors",
+    "synthesize run --sigma-rel 0.1,0.15": "lengths",
+    "export run/0000000000000100-0.05.safetensors": "a.pt",
+    "error-plot run": "error.png",
+    "import foreign": "imported",
+    "sweep run --eval 'basename {sigma_rel} {weights}' --minimize --sigma-rel 0.05,0.1": "swept",
+    "demo --steps 100": "demo",
+}
+"""A command with each kind of output, and the name of this."""
+
+
+@pytest.fixture
+def foreign(run):
+    folder = run.parent / "foreign"
+    folder.mkdir()
+    for step in (10, 20):
+        torch.save({"w": torch.full((3,), float(step))}, folder / f"step{step}.pt")
+
+
+@pytest.mark.usefixtures("foreign")
+@pytest.mark.parametrize("line", OUTPUTS)
+def test_missing_folders_of_an_output_are_made(typed, line):
+    name = OUTPUTS[line]
+    done = typed(f"{line} --out new/deep/{name}")
+    assert done.code == 0, done.err
+    assert [path.name for path in Path("new/deep").iterdir()] == [name]
+
+
+@pytest.mark.usefixtures("foreign")
+@pytest.mark.parametrize("line", OUTPUTS)
+def test_a_folder_that_cannot_be_made_is_named_before_any_work(typed, line, tmp_path):
+    Path("taken").write_text("precious")
+    before = contents(tmp_path)
+    refused = typed(f"{line} --out taken/deep/{OUTPUTS[line]}")
+    assert refused.code == 2
+    assert refused.error == f"--out taken/deep/{OUTPUTS[line]}: taken is not a folder"
+    assert contents(tmp_path) == before
+
+
+def test_an_output_that_fails_leaves_no_new_folder(typed, run):
+    flip_bit(run / "0000000000002000-0.28.safetensors", -3)
+    assert typed("synthesize run --sigma-rel 0.15 --out new/deep/a.safetensors").code == 1
+    assert not Path("new").exists()
+
+
+def test_strict_takes_no_notice_for_a_warning(ema, tmp_path):
+    """Copies of BatchNorm's statistics are as the files hold them, and an evaluation may recompute
+    them."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    for step in range(100, 2100, 100):
+        for parameter in model.parameters():
+            parameter.data += 1e-3 * torch.randn_like(parameter)
+        torch.save(model.state_dict(), tmp_path / f"step{step}.pt")
+    line = ("synthesize", tmp_path, "--target", "last:5", "--out", tmp_path / "a.pt", "--json")
+    done = ema("--strict", *line)
+    assert done.code == 0, done.err
+    assert "recompute them with torch.optim.swa_utils.update_bn" in done.err
+    assert "warning" not in done.err
+    assert done.json["warnings"] == []
+
+
+@pytest.mark.parametrize("text", ["last-2", "last", "lst:2", "windows:500", "decay:cos:20%"])
+def test_a_target_that_is_proposed_goes_through(typed, text):
+    Path("ck").mkdir()
+    for step in range(100, 1300, 100):
+        torch.save({"w": torch.randn(3)}, f"ck/step{step}.pt")
+    refused = typed(f"synthesize ck --dry-run --target {text}")
+    assert refused.code == 2
+    (proposed,) = re.findall(r"did you mean (.*)\?", refused.error)
+    done = typed(f"synthesize ck --dry-run --target {proposed}")
+    assert done.code == 0, done.err
 
 
 def test_notes_name_options(typed):

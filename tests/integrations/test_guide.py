@@ -66,6 +66,21 @@ def names_for(framework):
     }
 
 
+def check_logged_lengths(framework, names):
+    """Logged metrics are of the averages at the last evaluation, which snapshots hold rounded."""
+    if framework == "transformers":
+        logged = names["trainer"].state.log_history
+        steps = [row["step"] for row in logged if "eval_ema_0.2_loss" in row]
+        assert 10 in steps
+    elif framework == "lightning":
+        module = names["module"].eval()
+        for length in names["lengths"]:
+            module.load_state_dict(Run("run/lengths").average(length))
+            losses = [float(module.loss(batch)) for batch in names["loader"]]
+            shown = float(names["trainer"].callback_metrics[f"val_loss_{length}"])
+            assert shown == pytest.approx(sum(losses) / len(losses), rel=0.01)
+
+
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_an_example_runs(framework, tmp_path, monkeypatch):
     pytest.importorskip(framework)
@@ -73,6 +88,7 @@ def test_an_example_runs(framework, tmp_path, monkeypatch):
     names = names_for(framework)
     assert EXAMPLES[framework]
     exec(compile(EXAMPLES[framework], GUIDE.name, "exec"), names)
+    check_logged_lengths(framework, names)
     for name in ("ema", "ema_model"):
         if name in names:
             names[name].close()
