@@ -84,7 +84,7 @@ def statistics():
 
 def sweep(*words):
     command = f"{sys.executable} eval.py {{weights}}"
-    return ends("sweep", "ck", "--run", command, "--minimize", "--sigma-rel", "0.1,0.2", *words)
+    return ends("sweep", "ck", "--eval", command, "--minimize", "--sigma-rel", "0.1,0.2", *words)
 
 
 def no_metric():

@@ -119,8 +119,8 @@ EXAMPLES: dict[Callable[..., int | None], tuple[str, ...]] = {
         "ema synthesize run/ema --sigma-rel 0.1 --like last.pt --out averaged.pt",
     ),
     sweep.sweep: (
-        "ema sweep checkpoints/ --run 'python eval.py {weights}' --minimize --out best",
-        "ema sweep run/ema --run 'python eval.py {weights}' --metric acc --maximize --raw last.pt",
+        "ema sweep checkpoints/ --eval 'python eval.py {weights}' --minimize --out best",
+        "ema sweep run/ema --eval 'python eval.py {weights}' --metric acc --maximize --raw last.pt",
     ),
     error_plot.error_plot: (
         "ema error-plot run/ema --out error.png",
@@ -253,7 +253,7 @@ def _report_usage(error: Any) -> int:
         split = ""
         if not isinstance(context.command, _Group):
             words = sys.argv[sys.argv.index(context.info_name) :]
-            split = quotes.find_split(words, own.get("command"), own.values())
+            split = quotes.find_split(words, own.get("evaluate"), own.values())
         text = split or f"{text} (see {context.command_path} --help)"
     _print_message("error", text)
     return 2

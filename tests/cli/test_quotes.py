@@ -38,7 +38,7 @@ PATTERNS = {
     "import ck/*.pt --out run": "'ck/epoch_0*.pt'",
     "audit ck/*": "'ck/epoch_0*.pt'",
     "error-plot ck/*.pt": "'ck/epoch_0*.pt'",
-    "sweep ck/*.pt --run 'true {weights}' --minimize": "'ck/epoch_0*.pt'",
+    "sweep ck/*.pt --eval 'true {weights}' --minimize": "'ck/epoch_0*.pt'",
     "info out*/checkpoint-*": "'out [[]1]/checkpoint-*'",
 }
 """Lines, and the pattern that each meant."""
@@ -79,12 +79,12 @@ COMMANDS = (
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("line", ["sweep ck --run {} --minimize", "sweep ck --minimize --run {}"])
+@pytest.mark.parametrize("line", ["sweep ck --eval {} --minimize", "sweep ck --minimize --eval {}"])
 def test_the_command_of_a_sweep_without_quotes_is_named_with_quotes(line, command):
     refused = run_ema(*shlex.split(line.replace("{}", command)))
     assert refused.code == 2
     _, _, advice = refused.error.partition(" has split the command; put it in quotes: ")
-    assert shlex.split(advice) == ["--run", command]
+    assert shlex.split(advice) == ["--eval", command]
 
 
 OTHERS = (
@@ -92,7 +92,7 @@ OTHERS = (
     "export ck/*.pt --out a.pt",
     "info ck out*",  # which no pattern means
     "info ck/epoch_018.pt ck/epoch_021.pt",
-    "sweep ck --run 'python3 {weights}' --minimise",
+    "sweep ck --eval 'python3 {weights}' --minimise",
     "synthesize ck --target last:2 --sigma 3",
 )
 

@@ -111,7 +111,7 @@ COMMANDS = (
     "info a.safetensors", "info shards", "verify run", "verify run a.safetensors",
     "prune run --keep 5 --dry-run", "error-plot run --target window:500",
     "error-plot --steps 300 --every 100", "guide", "guide sweep",
-    "sweep run --run 'basename {sigma_rel} {weights}' --minimize --sigma-rel 0.05,0.1,0.2",
+    "sweep run --eval 'basename {sigma_rel} {weights}' --minimize --sigma-rel 0.05,0.1,0.2",
 )  # fmt: skip
 COLUMNS = {"sigma_rel", "predicted_error", "lost_gain", "profile_error"}
 """These are lists in curves, with a number for each point, and single numbers elsewhere."""
@@ -233,7 +233,7 @@ OUTPUTS = {
     "export run/0000000000000100-0.05.safetensors": "a.pt",
     "error-plot run": "error.png",
     "import foreign": "imported",
-    "sweep run --run 'basename {sigma_rel} {weights}' --minimize --sigma-rel 0.05,0.1": "swept",
+    "sweep run --eval 'basename {sigma_rel} {weights}' --minimize --sigma-rel 0.05,0.1": "swept",
     "demo --steps 100": "demo",
 }
 """A command with each kind of output, and the name of this."""
