@@ -84,7 +84,7 @@ def _print_list(rows: list[dict[str, Any]]) -> None:
 
 def render(page: str) -> RenderableType:
     """Render a guide for a terminal: lines of code and words in tables stay whole, so that they can
-    be copied, and links to guides are commands."""
+    be copied, links to guides are commands, and pictures their descriptions."""
     from rich.markdown import CodeBlock, Markdown, TableElement
     from rich.table import Table
     from rich.text import Text
@@ -105,4 +105,6 @@ def render(page: str) -> RenderableType:
     class Page(Markdown):
         elements = Markdown.elements | {"fence": Code, "table_open": Rows}
 
-    return Page(re.sub(r"\[(\w+)\]\(\1\.md\)", r"`ema guide \1`", page), hyperlinks=False)
+    page = re.sub(r"\[(\w+)\]\(\1\.md\)", r"`ema guide \1`", page)
+    page = re.sub(r"!\[(.+)\]\(.+\)", r"*Picture: \1*", page)
+    return Page(page, hyperlinks=False)

@@ -17,20 +17,20 @@ _TAKE_PATTERNS = ("audit", "error-plot", "import", "info", "sweep", "synthesize"
 _SPLIT_PATTERN = "the shell has made several of a pattern; put it in quotes"
 
 
-def find_split(words: Sequence[str], run: str | None, options: Container[str]) -> str:
+def find_split(words: Sequence[str], command: str | None, options: Container[str]) -> str:
     """Find the argument of a wrong command line that the shell has split, and write the message
     that says what to quote; nothing if there is none.
 
     Arguments:
         words: the arguments of `ema`.
-        run: the name of the option that takes a command, if this command has one.
+        command: the name of the option that takes a command, if this command has one.
         options: the names of all its options.
     """
-    if run in words:
-        _, *command = words[words.index(run) :]
-        quoted = _join_command(command, options)
-        if quoted:
-            return f"{run}: the shell has split the command; put it in quotes: {run} {quoted}"
+    if command in words:
+        _, *rest = words[words.index(command) :]
+        if quoted := _join_command(rest, options):
+            split = f"{command}: the shell has split the command"
+            return f"{split}; put it in quotes: {command} {quoted}"
     if words[0] in _TAKE_PATTERNS:
         for exists, paths in itertools.groupby(words[1:], os.path.exists):
             if exists and (pattern := _find_pattern([*paths])):
