@@ -2,10 +2,10 @@
 `Snapshot` is its header, and specifies its content; `OutputInfo` is the header of an output.
 
 Two texts of a header show the path of the weights: a sketch by random projections, and a sample.
-The sample holds, for some 512 elements, the network's weights at the snapshot's time and the values
-of the average. Names and shapes alone determine which elements these are. A model stands at a time
-of the run if its values equal the recorded ones, exactly or after rounding these to float16 or
-bfloat16, as a checkpoint in half precision has them.
+The sample holds some 512 elements of the network's weights at the snapshot's time. Names and shapes
+alone determine which elements these are. A model stands at a time of the run if its values equal
+the recorded ones, exactly or after rounding these to float16 or bfloat16, as a checkpoint in half
+precision has them.
 
 One small function, `convert`, decodes the JSON of a header by the annotations of the dataclass
 that holds it.
@@ -44,7 +44,16 @@ from posthoc_cli.planning import USEFUL_RANGE
 from posthoc_cli.profiles import FloatArray, PowerFunction
 from posthoc_cli.reconstruction import Measurements, Sketch, Steps, StoredAverage
 from posthoc_cli.snapshots.sources import PathSketch, Rule, Source, TrackedTensor
-from posthoc_cli.snapshots.tensorfile import FORMAT, Box, Chunk, Entry, TensorFile, compact
+from posthoc_cli.snapshots.tensorfile import (
+    FORMAT,
+    FORMATS,
+    WITH_AVERAGE,
+    Box,
+    Chunk,
+    Entry,
+    TensorFile,
+    compact,
+)
 
 log = Log(__name__)
 
@@ -55,24 +64,22 @@ Floats = npt.NDArray[np.float32]
 PLACES = 512  # elements in a sample; small models have fewer
 
 
-def encode_sample(weights: npt.ArrayLike, average: npt.ArrayLike) -> str:
-    """Encode a sample as headers store it: float32 values of the network, then of the average, in
-    base64."""
-    values = np.concatenate([weights, average])
-    data = values.astype("<f4").tobytes()
+def encode_sample(weights: npt.ArrayLike) -> str:
+    """Encode a sample as headers store it: float32 values in base64."""
+    data = np.asarray(weights, "<f4").tobytes()
     return base64.b64encode(data).decode()
 
 
-def decode_sample(text: str) -> tuple[Floats, Floats]:
-    """Decode the values of the network and of the average in a sample; raise ValueError if it is
-    invalid."""
+def decode_sample(text: str) -> Floats:
+    """Decode the network's values in a sample."""
     data = base64.b64decode(text, validate=True)
-    pairs, rest = divmod(len(data), 8)
-    if rest or pairs > PLACES:
-        raise ValueError(f"must be two equal numbers of at most {PLACES} float32 values")
-    values = np.frombuffer(data, "<f4").astype(np.float32)
-    weights, average = values.reshape(2, -1)
-    return weights, average
+    return np.frombuffer(data, "<f4").astype(np.float32)
+
+
+def _drop_average(sample: str) -> str:
+    """Drop the second half of a sample of format 3: the values of the average."""
+    values = decode_sample(sample)
+    return encode_sample(values[: len(values) // 2])
 
 
 def places(shapes: Mapping[str, Sequence[int]]) -> list[tuple[str, int]]:
@@ -118,22 +125,16 @@ def join_samples(
 ) -> str:
     """Join the samples of parts, which hold these boxes of complete tensors; return "" if one lacks
     values."""
-    left = []
-    for sample in samples:
-        of_network, of_average = decode_sample(sample)
-        left.append(zip(of_network, of_average, strict=True))
-    pairs = list[tuple[float, float]]()
+    left = [iter(decode_sample(sample)) for sample in samples]
+    values = list[float]()
     elements = places(shapes)
     for name, index in elements:
         for of_part, own in zip(left, boxes, strict=True):
             box = own.get(name)
             if box is not None and index_within(box, shapes[name], index) is not None:
-                pairs += islice(of_part, 1)
+                values += islice(of_part, 1)
                 break
-    if not elements or len(pairs) < len(elements):
-        return ""
-    weights, average = zip(*pairs, strict=True)
-    return encode_sample(weights, average)
+    return encode_sample(values) if len(values) == len(elements) else ""
 
 
 def are_equal(model: Floats, recorded: Floats) -> bool:
@@ -473,9 +474,8 @@ class Snapshot(Source):
     # a large model estimated from a sample: of the squares of the exact average, and of (stored -
     # exact).
     measurements: Measurements | None = None
-    # Base64 of little-endian float32 values: for the elements that `places` names the network's
-    # values at the last update, then as many of the exact average. A part has the elements in its
-    # chunks.
+    # Base64 of little-endian float32 values: of the network at the last update, for the elements
+    # that `places` names. A part has the elements in its chunks.
     sample: str = ""
     # base64 of random projections of the network's path up to `t`, see `encode_path`
     sketch: str = ""
@@ -570,7 +570,10 @@ def decode_snapshot(file: TensorFile) -> Snapshot:
     snapshot = decode(file, "snapshot", Snapshot)
     if snapshot.tensors.keys() != file.entries.keys():
         raise FileFormatError(file.path, "ema: tensors: are not the tensors of the file")
-    return replace(snapshot, path=file.path, files=(file,), entries=file.entries)
+    sample = snapshot.sample
+    if file.content["format"] == WITH_AVERAGE:
+        sample = _drop_average(sample)
+    return replace(snapshot, sample=sample, path=file.path, files=(file,), entries=file.entries)
 
 
 def ungroup_tensors(lists: Any) -> dict[str, TrackedTensor]:
@@ -590,7 +593,7 @@ def recorded_weights(snapshots: Sequence[Snapshot]) -> dict[int, Floats]:
     count = len(places(shapes))
     complete = {}
     for snapshot in snapshots:
-        weights, _ = decode_sample(snapshot.sample)
+        weights = decode_sample(snapshot.sample)
         if len(weights) == count:
             complete[snapshot.step] = weights
     return complete
@@ -645,8 +648,9 @@ def decode(
     signatures.
     """
     number = file.content.get("format")
-    if (file.kind, number) != (kind, FORMAT):
-        reason = f"is not of the kind {kind!r} and format {FORMAT}"
+    if file.kind != kind or number not in FORMATS:
+        accepted = " or ".join(map(str, FORMATS))
+        reason = f"is not of the kind {kind!r} and format {accepted}"
         if file.kind:
             reason += f", but {quote(file.kind)} of format {quote(number)}"
         else:

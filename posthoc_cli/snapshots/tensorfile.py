@@ -13,7 +13,7 @@ come first:
 
     ema.checksum    the checksum of the header
     ema             one JSON object: "sums" (it comes first), "kind" ("snapshot" or "output"),
-                    "format" (3), and the fields of the dataclass of that kind,
+                    "format" (4), and the fields of the dataclass of that kind,
                     `snapshot.Snapshot` or `outputs.OutputInfo`
 
 Checksums are XXH3 (64 bits, seed 0), written as 16 hexadecimal digits, most significant first.
@@ -67,7 +67,9 @@ if TYPE_CHECKING:
     from posthoc_cli.remote import RemoteBytes
 
 SUFFIX = ".safetensors"
-FORMAT = 3
+FORMAT = 4
+WITH_AVERAGE = 3  # the format in which a snapshot's sample also had as many values of the average
+FORMATS = (WITH_AVERAGE, FORMAT)  # that are read
 BLOCK = 131_072
 """Elements of a block, which has a checksum of its own: the tiles of a synthesis consist of blocks,
 for any dtype."""

@@ -29,7 +29,7 @@ from posthoc_cli.snapshots.outputs import (
 )
 from posthoc_cli.snapshots.snapshot import OutputInfo, Snapshot, decode, decode_snapshot
 from posthoc_cli.snapshots.sources import run_clock
-from posthoc_cli.snapshots.tensorfile import FORMAT, SUFFIX, file_size, read_file
+from posthoc_cli.snapshots.tensorfile import FORMAT, FORMATS, SUFFIX, file_size, read_file
 
 T = TypeVar("T")
 
@@ -272,7 +272,7 @@ def _report(
         file = read_file(path)
         is_known = (
             file.kind in (None, "snapshot", "output")
-            and file.content.get("format", FORMAT) == FORMAT
+            and file.content.get("format", FORMAT) in FORMATS
         )
         output = decode(file, "output", OutputInfo) if file.kind == "output" else None
         header = output or (None if file.kind is None else decode_snapshot(file))

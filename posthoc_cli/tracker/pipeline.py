@@ -493,13 +493,11 @@ class Pipeline:
             return None
         return sketcher
 
-    def _warn_of_standstill(self, storage: Storage, averages: Averages) -> None:
-        """Warn if the weights have not changed since the last snapshots."""
+    def _warn_of_standstill(self, step: int, sample: Values | None) -> None:
+        """Warn if the sampled weights have not changed since the last snapshots."""
         before = self._last_sample
-        if averages.sample is None or not storage.sample_size:
+        if sample is None or not len(sample):  # some processes of a sharded model have none
             return
-        step = averages.standing.step
-        sample = storage.in_order(averages.sample)
         self._last_sample = step, sample
         if before is not None and before[0] < step and np.array_equal(before[1], sample):
             log.warning(
@@ -523,10 +521,13 @@ class Pipeline:
         pool = self._pool_for(tensors.layout)
         with self._streams.in_own_streams():
             staged = stage(storage, averages, pool)
-            measured = [(average.measurements, average.sample) for average in staged]
+            measured = [average.measurements for average in staged]
             copies = _on_cpu(averages.copies)
-            infos = headers(self._settings, current, averages.path(pool), measured)
-            self._warn_of_standstill(storage, averages)
+            sample = None
+            if averages.sample is not None:
+                sample = storage.in_order(averages.sample)
+            infos = headers(self._settings, current, averages.path(pool), sample, measured)
+            self._warn_of_standstill(averages.standing.step, sample)
         self._writes.submit(lambda: snapshotter.record(infos, staged, copies))
 
 

@@ -86,10 +86,11 @@ def headers(
     settings: Settings,
     state: Tracking,
     path: PathSketch | None,
-    measured: Sequence[tuple[Measurements | None, str]],
+    sample: Values | None,
+    measured: Sequence[Measurements | None],
 ) -> list[Snapshot]:
     """Make the headers of snapshots of a state's averages, one for each profile, from the
-    measurements and the sample of each."""
+    measurements of each, and the network's path and sampled weights."""
     averages = state.averages
     standing = averages.standing
     tracked = state.tracked
@@ -99,6 +100,7 @@ def headers(
         for name, box in tracked.boxes.items():
             chunks[name] = Chunk(tracked.shapes[name], box.offset)
     sketch = encode_path(path)
+    sampled = "" if sample is None else encode_sample(sample)
     return [
         Snapshot(
             run_id=state.run_id,
@@ -116,14 +118,14 @@ def headers(
             selection=settings.selection,
             updates=standing.updates,
             measurements=measurements,
-            sample=sample,
+            sample=sampled,
             sketch=sketch,
             chunks=chunks,
             part=members.part,
             mesh=members.mesh,
             session=members.session,
         )
-        for sigma_rel, gamma, (measurements, sample) in zip(
+        for sigma_rel, gamma, measurements in zip(
             averages.sigma_rels, averages.gammas, measured, strict=True
         )
     ]
@@ -389,11 +391,6 @@ class Storage:
             entries[name] = Entry(dtype, place.shape)
         return entries
 
-    @property
-    def sample_size(self) -> int:
-        """The number of sampled elements, none in some processes of a sharded model."""
-        return len(self._order)
-
     def allocate(self, profiles: int) -> None:
         while len(self.memory) < profiles:
             self.memory.append(HostTensors(self.stored, self.layout))
@@ -413,7 +410,6 @@ class StagedAverage:
     others: dict[str, Tensor]  # tensors that are stored in another dtype, exactly
     nonfinite: str | None  # the first tensor that holds a nan or an infinity
     measurements: Measurements | None
-    sample: str  # the model's and the exact values; empty if the model's are unknown
 
     def __init__(self, storage: Storage, memory: HostTensors) -> None:
         self.storage = storage
@@ -421,12 +417,10 @@ class StagedAverage:
         self._tiles = tile_buckets(storage.layout)
         self._norms = [torch.empty(0)] * len(self._tiles)
         self._measured = storage.subset.buffers()
-        self._sample = storage.sample.buffers()
 
     def take(self, tile: Tile, exact: Tensor) -> None:
         self._norms[tile.number] = torch.linalg.vector_norm(exact)
         self.storage.subset.take(tile, exact, self._measured)
-        self.storage.sample.take(tile, exact, self._sample)
         if exact.device.type != "cpu":
             exact = exact.to(self.storage.stored[tile.bucket].dtype)
         self.memory.copy(tile, exact)
@@ -447,10 +441,6 @@ class StagedAverage:
         self.nonfinite = nonfinite_name(self.others)
         rounding[[name in self.others for name in names]] = 0.0
         self.measurements = make_measurements(squares, rounding)
-        self.sample = ""
-        if averages.sample is not None:
-            weights = storage.in_order(averages.sample)
-            self.sample = encode_sample(weights, storage.in_order(self._sample))
 
     def write_rounded(self, writer: TensorFileWriter) -> None:
         for name in self.storage.places:
