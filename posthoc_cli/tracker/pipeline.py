@@ -16,6 +16,7 @@ import logging
 import multiprocessing.util
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -75,8 +76,9 @@ class Pipeline:
         if device not in ("cpu", "model", None):
             reason = "must be 'cpu', or 'model' for the model's own device"
             raise InvalidValueError("device", reason, value=f"{str(device)!r}")
-        # the state after the last update; only jobs of the averages' thread change it
+        # the state; its averages are those of the last update, which only their thread changes
         self.tracking = tracking
+        self._counting = threading.Lock()
         self.snapshotter: Snapshotter | None = None  # until the tracker is the directory's writer
         self.closed = False  # if so, calls that change the state are refused
         self._has_ended = False
@@ -85,7 +87,6 @@ class Pipeline:
         self._device = device
         # whether updates return before they are done; known at the first update
         self._is_async: bool | None = None
-        self._counted = tracking.progress  # the last call that was counted
         self._process = os.getpid()
         self._pool = ThreadPool(min(torch.get_num_threads(), worker_count()))
         self._host_copy = HostCopy(self._pool.size)
@@ -117,9 +118,8 @@ class Pipeline:
 
     @property
     def progress(self) -> TrainingProgress:
-        """The progress of the training; one update behind if a call was interrupted after it had
-        queued its update."""
-        return max(self._counted, self.tracking.progress, key=lambda progress: progress.step)
+        """The last call that was counted."""
+        return self.tracking.progress
 
     @property
     def sample(self) -> Values | None:
@@ -165,12 +165,12 @@ class Pipeline:
             self._writes.wait_for_turn()
 
     def count(self, progress: TrainingProgress) -> None:
-        """Count a call without update."""
-        # this process only counts: its averages differ from the ones on disk from now on
-        if self.tracking.resumes:
-            self.set(replace(self.tracking, progress=progress, resumes=False))
-        else:
-            self._counted = progress
+        """Count a call, unless it was counted. An update is counted by its job, too: the call may
+        be interrupted after it has queued the job."""
+        with self._counting:
+            now = self.tracking
+            if progress.is_after(now.progress):
+                self.tracking = replace(now, progress=progress)
 
     def update(self, tensors: ModelTensors, progress: TrainingProgress) -> None:
         """Take in a model's values, after `wait_for_turn`; raise the error about values that are
@@ -191,7 +191,7 @@ class Pipeline:
             self._update_by_copy(values, copies, progress)
         else:
             self._update_in_place(values, copies, progress)
-        self._counted = progress
+        self.count(progress)
         self._updates.warn_of_waiting("updates of the averages (update_every)")
         self._writes.warn_of_waiting("snapshots (checkpoint_every)")
 
@@ -246,11 +246,10 @@ class Pipeline:
         if self.closed:
             return
         name = take_in()
-        now = self.tracking
         if self._settings.snapshot_is_due(progress.step):
-            self._submit_snapshots(now)
+            self._submit_snapshots()
         if name is not None:
-            raise nonfinite_error(name, now.tracked.tensors, progress.step)
+            raise nonfinite_error(name, self.tracking.tracked.tensors, progress.step)
 
     def _use_cores(self) -> None:
         """Let averages on the host use this process's share of the cores, which an accelerator's
@@ -266,7 +265,6 @@ class Pipeline:
 
         def work() -> None:
             self.check_open()
-            self._counted = tracking.progress
             self.tracking = tracking
 
         self._updates.call(work)
@@ -308,15 +306,15 @@ class Pipeline:
         """Copy the state, with the averages exact, to the host."""
 
         def work() -> Tracking:
-            current = self._current()
-            averages = current.averages
+            now = self.tracking
+            averages = now.averages
             tensors = averages.tensors
             with self._streams.in_own_streams():
                 kept = tensors.copy_to(on_host(tensors.layout))
                 copies = _on_cpu(averages.copies)
                 path = averages.path(exact=True)
             exact = Averages(averages.sigma_rels, averages.standing, kept, copies, known_path=path)
-            return replace(current, averages=exact)
+            return replace(now, averages=exact)
 
         return self._updates.call(work)
 
@@ -326,10 +324,9 @@ class Pipeline:
 
         def work() -> None:
             self._writes.wait()
-            current = self._current()
-            standing = current.averages.standing
-            if self.snapshotter is not None and not self.snapshotter.has(standing.t):
-                self._submit_snapshots(current)
+            t = self.tracking.averages.standing.t
+            if self.snapshotter is not None and not self.snapshotter.has(t):
+                self._submit_snapshots()
 
         self._updates.submit(work)
 
@@ -371,8 +368,10 @@ class Pipeline:
         run_id: str,
         read: Callable[[], Tracking | None],
     ) -> Tracking | None:
-        """Become the directory's writer, unless this is it, and continue from the state of `read`;
-        a failure leaves all as it was."""
+        """Become the directory's writer, unless this is it or only counts, and continue from the
+        state of `read`; a failure leaves all as it was."""
+        if not self.tracking.tracked.members.keeps:
+            return read()
         before = self.snapshotter
         try:
             snapshotter = before or self._new_writer()
@@ -423,14 +422,6 @@ class Pipeline:
         if self.snapshotter is not None:
             self.snapshotter.close()
 
-    def _current(self) -> Tracking:
-        """Return the state with all calls counted since the last update; without these calls if an
-        update is queued."""
-        counted = self.progress
-        now = self.tracking
-        later = counted.updated == now.progress.updated and counted.step > now.progress.step
-        return replace(now, progress=counted) if later else now
-
     def _pool_for(self, layout: Layout) -> ThreadPool:
         """Choose the pool for work on a layout: one thread for accelerators, so that one stream
         keeps the order."""
@@ -464,8 +455,7 @@ class Pipeline:
     ) -> str | None:
         """Update averages and counters; if a value is not finite, only count, and return the first
         tensor with such a value."""
-        now = self.tracking
-        averages = now.averages
+        averages = self.tracking.averages
         storage = self._find_storage(values.layout)
         if self._settings.snapshot_is_due(progress.step):
             # before anything is changed: memory may run out
@@ -474,7 +464,7 @@ class Pipeline:
         sample = storage.sample
         sketcher = self._sketcher(averages, storage)
         name = averages.update_(values, copies, progress.last, pool, sample, sketcher)
-        self.tracking = replace(now, progress=progress)
+        self.count(progress)
         return name
 
     def _sketcher(self, averages: Averages, storage: Storage) -> Sketcher | None:
@@ -508,10 +498,11 @@ class Pipeline:
                 step,
             )
 
-    def _submit_snapshots(self, current: Tracking) -> None:
+    def _submit_snapshots(self) -> None:
         """Stage the averages, and queue their snapshots, when earlier ones, which use the same
         memory, are written."""
-        averages = current.averages
+        now = self.tracking
+        averages = now.averages
         tensors = averages.tensors
         snapshotter = self.snapshotter
         if snapshotter is None or not averages.exist:
@@ -526,7 +517,7 @@ class Pipeline:
             sample = None
             if averages.sample is not None:
                 sample = storage.in_order(averages.sample)
-            infos = headers(self._settings, current, averages.path(pool), sample, measured)
+            infos = headers(self._settings, now, averages.path(pool), sample, measured)
             self._warn_of_standstill(averages.standing.step, sample)
         self._writes.submit(lambda: snapshotter.record(infos, staged, copies))
 

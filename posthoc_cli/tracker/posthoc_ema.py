@@ -23,7 +23,6 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
 from weakref import WeakSet
@@ -793,7 +792,10 @@ class PostHocEMA:
             now = self._pipeline.tracking
 
             def read() -> Tracking | None:
-                return self._start.read(now) if now.resumes and self.keeps_averages else None
+                if not now.resumes:
+                    return None
+                # a process that only counts has no averages to load
+                return self._start.read(now) if self.keeps_averages else replace(now, resumes=False)
 
             self._become_writer(self._members.keepers(), now.run_id, read)
 
@@ -828,9 +830,8 @@ class PostHocEMA:
     ) -> None:
         """Become a writer of the directory, if this process keeps averages, and continue from the
         state of `read`."""
-
-        begin = partial(self._pipeline.begin, run_id, read) if self.keeps_averages else read
-        if (loaded := group.first_then_others(begin)) is not None:
+        loaded = group.first_then_others(lambda: self._pipeline.begin(run_id, read))
+        if loaded is not None:
             self._pipeline.set(loaded)
         self._has_begun = True
 
@@ -839,7 +840,7 @@ class PostHocEMA:
         try:
             tensors = self._watch.tensors(model, self._pipeline.tracking.tracked)
         except PostHocError:
-            self._pipeline.set(replace(self._pipeline.tracking, progress=progress))
+            self._pipeline.count(progress)
             raise
         self._pipeline.update(tensors, progress)
 

@@ -197,7 +197,7 @@ class Start:
     def read(self, now: Tracking) -> Tracking:
         """Load the averages of the chosen call."""
         if self.step == 0:
-            return replace(now, progress=TrainingProgress(), resumes=False)
+            return replace(now, resumes=False)
         stored = _select_complete(read_directory(self.directory), self.settings.sigma_rels)
         chosen = _select_until(stored, self.step)
         loaded = _load(chosen, self.settings.sigma_rels, now.tracked)
