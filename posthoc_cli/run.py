@@ -374,8 +374,7 @@ class Run:
         asked: dict[str, Any] = {"t": t, "step": step, "method": method, "max_error": max_error}
         if distributed:
             with all_ranks() as ranks:
-                with ranks.together():
-                    plan = self.plan(wished, dtype=dtype, **asked)
+                plan = ranks.together(lambda: self.plan(wished, dtype=dtype, **asked))
                 return write_synthesis(plan, paths, options, copied, ranks, progress)
         return retry_vanished(
             lambda: write_synthesis(

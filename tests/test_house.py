@@ -20,8 +20,8 @@ from posthoc_cli.cli import app
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "posthoc_cli"
 ROOMS = (
-    "errors", "remote", "files", "resources", "devices", "dtypes", "profiles", "decay_rules",
-    "clock", "targets", "reconstruction",
+    "errors", "remote", "files", "resources", "devices", "group", "dtypes", "profiles",
+    "decay_rules", "clock", "targets", "reconstruction",
     "planning", "snapshots", "checkpoints", "synthesis", "export", "plots", "run", "tracker",
     "averages", "integrations", "sweep", "report", "demo", "cli",
 )  # fmt: skip
@@ -131,6 +131,7 @@ LIMITS = {
     "errors.py": 1_640,
     "export": 9_900,
     "files.py": 2_900,
+    "group.py": 750,
     "integrations": 4_800,
     "planning.py": 2_700,
     "plots.py": 3_100,

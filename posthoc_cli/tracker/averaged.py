@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from posthoc_cli import files
 from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import FileFormatError, InvalidValueError, ModelMismatchError, VanishedError
+from posthoc_cli.group import Group
 from posthoc_cli.reconstruction import ROUNDING
 from posthoc_cli.run import Wanted, Weights, make_weights
 from posthoc_cli.snapshots.directory import read_snapshot
@@ -32,7 +33,6 @@ from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.targets import Target, as_target
 from posthoc_cli.tracker.model import TrackedModel, named_tensors
 from posthoc_cli.tracker.processes import (
-    Group,
     ShardOwners,
     local_box,
     local_part,

@@ -23,11 +23,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from posthoc_cli.devices import copy_to_host, record_end, streams_of
+from posthoc_cli.devices import HOST, copy_to_host, record_end, streams_of
 from posthoc_cli.snapshots.sources import ElementRange
 from posthoc_cli.tracker.background import SINGLE_THREAD, ThreadPool
-
-HOST = torch.device("cpu")
 
 Positions = npt.NDArray[np.int64]
 

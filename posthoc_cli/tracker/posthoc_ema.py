@@ -46,6 +46,7 @@ from posthoc_cli.errors import (
     log_kept_messages,
     quote,
 )
+from posthoc_cli.group import Group
 from posthoc_cli.reconstruction import check_method
 from posthoc_cli.run import Run, Wanted, Weights, make_weights, with_consistent_plan
 from posthoc_cli.snapshots.directory import DirectoryLock, find_snapshots
@@ -73,7 +74,6 @@ from posthoc_cli.tracker.model import (
     unwrap,
 )
 from posthoc_cli.tracker.pipeline import Pipeline, wait_for_writers
-from posthoc_cli.tracker.processes import Group
 from posthoc_cli.tracker.resume import (
     Start,
     check_path,

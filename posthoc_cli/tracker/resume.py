@@ -34,6 +34,7 @@ from posthoc_cli.errors import (
     check_count,
     quote,
 )
+from posthoc_cli.group import Group
 from posthoc_cli.snapshots.directory import find_snapshots, read_directory
 from posthoc_cli.snapshots.snapshot import (
     Floats,
@@ -55,7 +56,7 @@ from posthoc_cli.tracker.model import (
     collect_tensors,
     named_tensors,
 )
-from posthoc_cli.tracker.processes import Group, Members, Notes, ShardOwners, find_group
+from posthoc_cli.tracker.processes import Members, Notes, ShardOwners, find_group
 from posthoc_cli.tracker.state import Tracking, check_profiles, zero_averages
 
 log = logging.getLogger(__name__)

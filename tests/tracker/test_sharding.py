@@ -15,7 +15,7 @@ from tracker.runs import assert_near, steps, times
 
 from posthoc_cli import Run
 from posthoc_cli.errors import RankError, VanishedError
-from posthoc_cli.tracker.processes import Group
+from posthoc_cli.group import Group
 
 BEGIN = """
 import torch.distributed.checkpoint as dcp
@@ -861,6 +861,24 @@ dist.barrier()
     assert third.out.startswith("RankError rank 1: tensor 'odd': ")
 
 
+def test_a_process_that_has_died_is_an_error_of_the_others(tmp_path):
+    code = """
+import os
+model = spread(Net(), "ddp")
+ema = PostHocEMA.from_model(model, folder / "run", **SETTINGS)
+go(ema, 1, 8)
+ema.flush()
+dist.barrier()
+if rank == 1:
+    os._exit(0)
+refused(ema.model(model, 0.2).__enter__)
+sys.stdout.flush()
+os._exit(0)
+"""
+    first, _ = run_group(TRAINED + code, 2, tmp_path)
+    assert first.out == "RankError another process of this job: failed or died\n", first.err
+
+
 GONE = VanishedError("a", "is gone")
 BROKE = RankError("a", "broke")
 
@@ -887,4 +905,16 @@ def test_processes_try_again_only_if_snapshots_vanished_and_nothing_else_failed(
             raise own
 
     with pytest.raises(raised):
+        Two(0, (0, 1)).together(work)
+
+
+def test_an_own_error_says_more_than_that_another_process_has_died():
+    class Two(Group):
+        def from_all(self, value):
+            raise RankError(f"another process than that of {value}", "died")
+
+    def work():
+        raise BROKE
+
+    with pytest.raises(RankError, match="broke"):
         Two(0, (0, 1)).together(work)
