@@ -70,8 +70,8 @@ class Weights(OrderedDict[str, "torch.Tensor"]):
     """Averaged tensors by name. It pickles as a plain OrderedDict, so that a file of it loads with
     `weights_only=True`.
 
-    It is its own context manager, since users of other libraries write `with ema.state_dict(...) as
-    weights`.
+    A `with` block of it does nothing: users of other libraries write `with ema.state_dict(...) as
+    weights`, where the block's end frees what was made.
     """
 
     # expected relative L2 distance from the true average; None if unknown

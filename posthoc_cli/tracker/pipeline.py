@@ -33,11 +33,13 @@ from posthoc_cli.errors import (
     DirectoryError,
     InvalidValueError,
     Log,
-    NotReadyError,
+    RefusedCallError,
     WriteError,
+    kept_messages,
     log_kept_messages,
 )
 from posthoc_cli.files import remove_unfinished
+from posthoc_cli.group import Group
 from posthoc_cli.resources import worker_count
 from posthoc_cli.tracker.averages import Averages
 from posthoc_cli.tracker.background import (
@@ -79,7 +81,9 @@ class Pipeline:
         # the state; its averages are those of the last update, which only their thread changes
         self.tracking = tracking
         self._counting = threading.Lock()
+        self._noted: Exception | None = None
         self.snapshotter: Snapshotter | None = None  # until the tracker is the directory's writer
+        self.has_begun = False  # whether this process is a writer, or knows the writers
         self.closed = False  # if so, calls that change the state are refused
         self._has_ended = False
         self.directory = directory
@@ -145,13 +149,13 @@ class Pipeline:
         if self.is_forked:
             reason = "this process was forked from the one that has the tracker, and its threads"
             hint = "call it there, or read the snapshots with PostHocEMA.from_path"
-            raise NotReadyError(self.directory, reason, hint)
+            raise RefusedCallError(self.directory, reason, hint)
 
     def check_open(self) -> None:
-        """Raise a NotReadyError in a forked process, and if the tracker is closed."""
+        """Raise a RefusedCallError in a forked process, and if the tracker is closed."""
         self.check_process()
         if self.closed:
-            raise NotReadyError(
+            raise RefusedCallError(
                 self.directory, "this tracker was closed", "continue with PostHocEMA.from_path"
             )
 
@@ -355,21 +359,53 @@ class Pipeline:
         if self.snapshotter is not None and self.tracking.tracked.members.is_chunked:
             self._writes.submit(self.snapshotter.end)
 
-    def flush(self) -> None:
+    def wait(self) -> None:
         """Wait until all work is done and durable."""
         self._updates.wait()
         self._writes.wait()
+
+    def flush(self) -> None:
+        """Wait as `wait` does, and raise an error of background work since the last call, once."""
+        self.wait()
+        self.note_error()
+        self.raise_noted()
+
+    def note_error(self) -> None:
+        """Note an error of background work since the last call; it stays noted if this call fails
+        itself."""
+        self._noted = self._noted or self.take_error()
+
+    def raise_noted(self) -> None:
+        if kept_messages:
+            log_kept_messages()
+        failure = self._noted
+        self._noted = None
+        if failure is not None:
+            raise failure
 
     def take_error(self) -> Exception | None:
         return self._updates.take_error() or self._writes.take_error()
 
     def begin(
         self,
+        group: Group,
+        run_id: str,
+        read: Callable[[], Tracking | None],
+    ) -> None:
+        """Become the directory's writer with the other processes of a group, the first one first,
+        and continue from the state of `read`."""
+        loaded = group.first_then_others(lambda: self._become_writer(run_id, read))
+        if loaded is not None:
+            self.set(loaded)
+        self.has_begun = True
+
+    def _become_writer(
+        self,
         run_id: str,
         read: Callable[[], Tracking | None],
     ) -> Tracking | None:
-        """Become the directory's writer, unless this is it or only counts, and continue from the
-        state of `read`; a failure leaves all as it was."""
+        """Become the directory's writer, unless this is it or only counts, and return the state of
+        `read`; a failure leaves all as it was."""
         if not self.tracking.tracked.members.keeps:
             return read()
         before = self.snapshotter
@@ -600,7 +636,7 @@ def wait_for_writers(directory: Path) -> None:
     """
     for pipeline in list(_writers):
         if str(pipeline.directory) == os.path.realpath(directory):  # resolves a loop of links, too
-            pipeline.flush()
+            pipeline.wait()
     log_kept_messages()
 
 
@@ -630,7 +666,7 @@ def _finish_all() -> None:
     for pipeline in list(_writers):
         pipeline.end()
     for pipeline in list(_writers):
-        pipeline.flush()
+        pipeline.wait()
         pipeline.release()
     end_threads()
     log_kept_messages()

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore
 
 from posthoc_cli.devices import HOST
-from posthoc_cli.errors import InvalidValueError, NotReadyError, RankError
+from posthoc_cli.errors import InvalidValueError, RankError, RefusedCallError
 from posthoc_cli.group import THIS_PROCESS, Group
 from posthoc_cli.snapshots.tensorfile import Box, row_major
 
@@ -344,12 +344,15 @@ class ShardOwners(Members):
 
     def keepers(self) -> Group:
         if not dist.is_initialized():
-            reason = "need all processes of the model, and their group was destroyed"
+            reason = (
+                "averages of which each process keeps a part need all processes of the model, and "
+                "their group was destroyed"
+            )
             hint = (
                 "use the snapshots: ema synthesize, or Run(directory).average(sigma_rel), in "
                 "one process"
             )
-            raise NotReadyError("averages of which each process keeps a part", reason, hint)
+            raise RefusedCallError("PostHocEMA", reason, hint)
         return self._group
 
     def callers(self, is_tracking: bool) -> Group:  # noqa: ARG002

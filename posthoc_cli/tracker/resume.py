@@ -29,8 +29,8 @@ from posthoc_cli.errors import (
     InvalidValueError,
     MismatchError,
     ModelMismatchError,
-    NotReadyError,
     PostHocError,
+    RefusedCallError,
     check_count,
     quote,
 )
@@ -143,7 +143,8 @@ class Start:
         if model is None:
             reason = "was made without a model, and reads the run"
             hint = "to continue the run, pass the model to from_path or from_model"
-            return cls(directory, settings, step, tracking, NotReadyError(directory, reason, hint))
+            refusal = RefusedCallError(directory, reason, hint)
+            return cls(directory, settings, step, tracking, refusal)
         # By the names in the snapshots: a model that is only to be filled may be frozen.
         tensors = collect_tensors(model, selection, tracking.tracked.known_names)
         processes = find_group(model, group)

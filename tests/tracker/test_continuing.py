@@ -34,7 +34,7 @@ from posthoc_cli.errors import (
     LockedError,
     MismatchError,
     ModelMismatchError,
-    NotReadyError,
+    RefusedCallError,
 )
 
 SETTINGS = {
@@ -235,7 +235,7 @@ def test_a_state_shares_no_memory_with_the_tracker_and_needs_no_pickles(tmp_path
 def test_copying_or_pickling_a_tracker_is_an_error_with_a_way_out(tmp_path):
     """As where it is a part of a model."""
     tracker = begin(nn.Linear(2, 2), tmp_path)
-    with refused("PostHocEMA", kind=NotReadyError):
+    with refused("PostHocEMA", kind=RefusedCallError):
         copy.deepcopy(tracker)
 
 
@@ -558,7 +558,7 @@ def test_a_tracker_without_a_model_reads_and_takes_no_updates(tmp_path):
     training = begun(tmp_path, 10)
     reader = PostHocEMA.from_path(tmp_path)
     assert reader.state_dict(0.15).keys() == training.path[0].keys()
-    with refused(tmp_path, "from_path", kind=NotReadyError):
+    with refused(tmp_path, "from_path", kind=RefusedCallError):
         reader.update_(training.model)
 
 
@@ -569,7 +569,7 @@ def test_a_closed_tracker_reads_but_does_not_write(tmp_path):
     ema.close()
     assert ema.closed
     assert ema.state_dict(0.15).keys() == training.path[0].keys()
-    with refused(tmp_path, "closed", kind=NotReadyError):
+    with refused(tmp_path, "closed", kind=RefusedCallError):
         ema.load_state_dict(state)
 
 

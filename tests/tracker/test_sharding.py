@@ -423,7 +423,9 @@ dist.destroy_process_group()
 refused(lambda: other.state_dict(0.15))
 """
     for out in check_group(BEGIN + code, 2, tmp_path):
-        assert out.startswith("NotReadyError averages of which each process keeps a part: ")
+        assert out.startswith(
+            "RefusedCallError PostHocEMA: averages of which each process keeps a part need all "
+        )
 
 
 REFUSED = """
@@ -681,7 +683,9 @@ refused(ema.state_dict)
         assert "state: " in lacks
         assert figure.endswith("; tracked: 0.1, 0.2")
         for line in ended:
-            assert line.startswith("NotReadyError averages of which each process keeps a part: ")
+            assert line.startswith(
+                "RefusedCallError PostHocEMA: averages of which each process keeps a part need all "
+            )
 
 
 @pytest.mark.cuda(simulated=False)
@@ -790,7 +794,7 @@ with ema.model(model, 0.2):
 ema.close()
 """
     for out in check_group(TRAINED + code, 2, tmp_path):
-        assert out.startswith("NotReadyError no average yet: ")
+        assert out.startswith(f"NotReadyError {tmp_path / 'run'}: has no average yet: ")
 
 
 @pytest.mark.parametrize("call", ["train(model, 1, 4, ema)", "ema.models(model, [0.2])"])

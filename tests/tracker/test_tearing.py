@@ -24,7 +24,7 @@ from torch import nn
 from tracker.runs import EITHER_DEVICE, Training, contents, track, update
 
 from posthoc_cli import PostHocEMA, Run
-from posthoc_cli.errors import NotReadyError
+from posthoc_cli.errors import RefusedCallError
 
 SIGMA_RELS = (0.2, 0.21)
 """Two similar widths: profiles that share a mean then have nearly its weights and differ from the
@@ -157,7 +157,7 @@ class Interruptions:
             self._way = ""
         except Stop:
             pass
-        except NotReadyError:
+        except RefusedCallError:
             assert chosen == "close"
         self._way = ""
 
@@ -168,7 +168,7 @@ class Interruptions:
             raise Stop
         calls = {"read": self._tracker.state_dict, "close": self._tracker.close}
         if way in calls:
-            with suppress(NotReadyError):  # within the call, not just before or after it
+            with suppress(RefusedCallError):  # within the call, not just before or after it
                 calls[way]()
 
 
