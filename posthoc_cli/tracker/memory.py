@@ -391,10 +391,9 @@ class Reader:
         """Return a tile's values, flat, in the averages' dtype; valid until the same thread's next
         call."""
         flat = self._flat(tile, thread)
-        scratch = self._make_scratch(tile, thread)
-        if flat.dtype == scratch.dtype:
+        if flat.dtype == self.layout[tile.bucket].wide:
             return flat
-        return scratch.copy_(flat)
+        return self._make_scratch(tile, thread).copy_(flat)
 
     def norms(self, pool: ThreadPool = SINGLE_THREAD) -> list[float]:
         """Compute each tile's norm: not finite if a value is not, or if squares overflow. It waits
