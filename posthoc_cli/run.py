@@ -34,6 +34,7 @@ from posthoc_cli.snapshots.directory import (
     list_directory,
     read_directory,
 )
+from posthoc_cli.snapshots.entry import Entry
 from posthoc_cli.snapshots.outputs import describe
 from posthoc_cli.snapshots.prune import Pruning, plan_pruning
 from posthoc_cli.snapshots.prune import prune as prune_directory
@@ -45,7 +46,6 @@ from posthoc_cli.snapshots.sources import (
     count_sources,
     run_clock,
 )
-from posthoc_cli.snapshots.tensorfile import Entry
 from posthoc_cli.snapshots.verify import DAMAGED, UNCHANGED, FileReport, Verification, verify
 from posthoc_cli.synthesis.plan import Plan, check_steps, plan_synthesis
 from posthoc_cli.targets import Target, as_targets

@@ -49,19 +49,14 @@ from posthoc_cli.errors import (
 from posthoc_cli.export.like import CopiedFile, Like, NamedChunk, Replacement
 from posthoc_cli.group import THIS_PROCESS, Group
 from posthoc_cli.resources import ProgressBar, no_bar, worker_count
+from posthoc_cli.snapshots.boxes import Box, boxes_of_range
 from posthoc_cli.snapshots.directory import is_import, is_snapshot_name
+from posthoc_cli.snapshots.entry import Entry, items
 from posthoc_cli.snapshots.outputs import INDEX_NAME
-from posthoc_cli.snapshots.snapshot import warn_of_statistics
+from posthoc_cli.snapshots.selection import warn_of_statistics
 from posthoc_cli.snapshots.sources import count_sources
-from posthoc_cli.snapshots.tensorfile import (
-    SUFFIX,
-    Box,
-    Entry,
-    TensorFileWriter,
-    boxes_of_range,
-    items,
-    read_file,
-)
+from posthoc_cli.snapshots.tensorfile import SUFFIX, read_file
+from posthoc_cli.snapshots.writer import TensorFileWriter
 from posthoc_cli.synthesis.engine import (
     InMemory,
     Output,

@@ -41,23 +41,14 @@ from posthoc_cli.planning import (
     times_to_drop,
 )
 from posthoc_cli.reconstruction import Measurements, measured_prior
-from posthoc_cli.snapshots.snapshot import (
-    Snapshot,
-    decode_snapshot,
-    join_paths,
-    join_samples,
-)
+from posthoc_cli.snapshots.boxes import Box, cover_problem
+from posthoc_cli.snapshots.entry import Entry
+from posthoc_cli.snapshots.opened_file import in_turn, read_small_file
+from posthoc_cli.snapshots.sketch_text import join_paths
+from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot
 from posthoc_cli.snapshots.sources import TrackedTensor, by_time, make_averages, model_difference
-from posthoc_cli.snapshots.tensorfile import (
-    SUFFIX,
-    Box,
-    Entry,
-    TensorFile,
-    cover_problem,
-    in_turn,
-    read_file,
-    read_small_file,
-)
+from posthoc_cli.snapshots.tensorfile import SUFFIX, TensorFile, read_file
+from posthoc_cli.snapshots.weights_sample import join_samples
 
 log = Log(__name__)
 

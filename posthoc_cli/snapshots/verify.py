@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from posthoc_cli import files
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, MismatchError
 from posthoc_cli.resources import ProgressBar, no_bar
+from posthoc_cli.snapshots.decoding import decode
 from posthoc_cli.snapshots.directory import (
     PICKLES,
     Directory,
@@ -20,6 +21,8 @@ from posthoc_cli.snapshots.directory import (
     is_parts_folder,
     list_candidates,
 )
+from posthoc_cli.snapshots.opened_file import file_size
+from posthoc_cli.snapshots.output_info import OutputInfo
 from posthoc_cli.snapshots.outputs import (
     INDEX_NAME,
     INDEX_SUFFIX,
@@ -27,9 +30,9 @@ from posthoc_cli.snapshots.outputs import (
     read_index,
     read_model,
 )
-from posthoc_cli.snapshots.snapshot import OutputInfo, Snapshot, decode, decode_snapshot
+from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot
 from posthoc_cli.snapshots.sources import run_clock
-from posthoc_cli.snapshots.tensorfile import FORMAT, FORMATS, SUFFIX, file_size, read_file
+from posthoc_cli.snapshots.tensorfile import FORMAT, FORMATS, SUFFIX, read_file
 
 T = TypeVar("T")
 

@@ -41,10 +41,12 @@ from posthoc_cli.planning import SMALL_LOSS
 from posthoc_cli.profiles import UNIFORM_SIGMA_REL, Point
 from posthoc_cli.resources import ProgressBar, no_bar
 from posthoc_cli.run import Run
+from posthoc_cli.snapshots.decoding import convert
 from posthoc_cli.snapshots.directory import LOCK_NAME, DirectoryLock
-from posthoc_cli.snapshots.snapshot import Snapshot, are_equal, convert, places, recorded_weights
+from posthoc_cli.snapshots.snapshot import Snapshot, recorded_weights
 from posthoc_cli.snapshots.sources import Source
 from posthoc_cli.snapshots.tensorfile import read_file
+from posthoc_cli.snapshots.weights_sample import are_equal, places
 from posthoc_cli.sweep import images
 from posthoc_cli.sweep.report import SweepReport
 from posthoc_cli.sweep.search import (

@@ -29,9 +29,10 @@ from posthoc_cli.errors import (
     NonFiniteError,
     RefusedCallError,
 )
-from posthoc_cli.snapshots.snapshot import Selection, index_within, places, running_statistics
+from posthoc_cli.snapshots.boxes import Box
+from posthoc_cli.snapshots.selection import Selection, running_statistics
 from posthoc_cli.snapshots.sources import TrackedTensor
-from posthoc_cli.snapshots.tensorfile import Box
+from posthoc_cli.snapshots.weights_sample import index_within, places
 from posthoc_cli.tracker.processes import (
     Members,
     as_dtensor,

@@ -41,18 +41,18 @@ from posthoc_cli.errors import (
 from posthoc_cli.files import remove_unfinished
 from posthoc_cli.group import Group
 from posthoc_cli.resources import worker_count
-from posthoc_cli.tracker.averages import Averages
+from posthoc_cli.tracker.arguments import Settings
 from posthoc_cli.tracker.background import (
     SINGLE_THREAD,
     ThreadPool,
     Worker,
     end_threads,
 )
-from posthoc_cli.tracker.clock import Settings, TrainingProgress
 from posthoc_cli.tracker.filling import check_fits
 from posthoc_cli.tracker.measuring import Sketcher, Values
 from posthoc_cli.tracker.memory import HostCopy, Layout, Reader, is_on_host, on_host
 from posthoc_cli.tracker.model import ModelTensors, nonfinite_error
+from posthoc_cli.tracker.progress import TrainingProgress
 from posthoc_cli.tracker.snapshotter import (
     Snapshotter,
     Storage,
@@ -60,6 +60,7 @@ from posthoc_cli.tracker.snapshotter import (
     stage,
 )
 from posthoc_cli.tracker.state import Tracking
+from posthoc_cli.tracker.tracked_averages import Averages
 
 log = Log(__name__)
 

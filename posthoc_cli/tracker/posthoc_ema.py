@@ -44,17 +44,13 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.run import Run, Wanted, Weights
 from posthoc_cli.snapshots.directory import DirectoryLock
-from posthoc_cli.snapshots.snapshot import (
-    are_equal,
-    make_selection,
-    recorded_weights,
-    statistics_notice,
-)
+from posthoc_cli.snapshots.selection import make_selection, statistics_notice
+from posthoc_cli.snapshots.snapshot import recorded_weights
+from posthoc_cli.snapshots.weights_sample import are_equal
 from posthoc_cli.targets import as_targets
+from posthoc_cli.tracker.arguments import Settings
 from posthoc_cli.tracker.attach import Attachment
-from posthoc_cli.tracker.averaged import AverageReader, Dtype
 from posthoc_cli.tracker.background import CallLock
-from posthoc_cli.tracker.clock import Settings, TrainingProgress
 from posthoc_cli.tracker.filling import (
     AveragedModel,
     Module,
@@ -70,6 +66,8 @@ from posthoc_cli.tracker.model import (
     unwrap,
 )
 from posthoc_cli.tracker.pipeline import Pipeline, wait_for_writers
+from posthoc_cli.tracker.progress import TrainingProgress
+from posthoc_cli.tracker.reading import AverageReader, Dtype
 from posthoc_cli.tracker.resume import (
     Start,
     check_path,

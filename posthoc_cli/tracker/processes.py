@@ -25,7 +25,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from posthoc_cli.devices import HOST
 from posthoc_cli.errors import InvalidValueError, RankError, RefusedCallError
 from posthoc_cli.group import THIS_PROCESS, Group
-from posthoc_cli.snapshots.tensorfile import Box, row_major
+from posthoc_cli.snapshots.boxes import Box, row_major
 
 # Seconds that a process waits for what another one is about to do: to make its tracker, which may
 # take as long as the start of Python and of a data set, or a file that a network file system shows

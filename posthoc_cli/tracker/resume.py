@@ -35,19 +35,14 @@ from posthoc_cli.errors import (
     quote,
 )
 from posthoc_cli.group import Group
+from posthoc_cli.snapshots.boxes import Box
 from posthoc_cli.snapshots.directory import find_snapshots, read_directory
-from posthoc_cli.snapshots.snapshot import (
-    Floats,
-    Selection,
-    Snapshot,
-    are_equal,
-    check_globs,
-    path_of_part,
-    recorded_weights,
-)
-from posthoc_cli.snapshots.tensorfile import Box, check_text, compact
-from posthoc_cli.tracker.averages import Averages, Standing
-from posthoc_cli.tracker.clock import Moment, Settings, TrainingProgress
+from posthoc_cli.snapshots.selection import Selection, check_globs
+from posthoc_cli.snapshots.sketch_text import path_of_part
+from posthoc_cli.snapshots.snapshot import Snapshot, recorded_weights
+from posthoc_cli.snapshots.strict_json import check_text, compact
+from posthoc_cli.snapshots.weights_sample import Floats, are_equal
+from posthoc_cli.tracker.arguments import Settings
 from posthoc_cli.tracker.model import (
     ModelTensors,
     ModelWatch,
@@ -57,7 +52,9 @@ from posthoc_cli.tracker.model import (
     named_tensors,
 )
 from posthoc_cli.tracker.processes import Members, Notes, ShardOwners, find_group
+from posthoc_cli.tracker.progress import Moment, TrainingProgress
 from posthoc_cli.tracker.state import Tracking, check_profiles, zero_averages
+from posthoc_cli.tracker.tracked_averages import Averages, Standing
 
 log = logging.getLogger(__name__)
 

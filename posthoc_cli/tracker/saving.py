@@ -12,7 +12,8 @@ import numpy as np
 
 from posthoc_cli.errors import ModelMismatchError
 from posthoc_cli.group import Group
-from posthoc_cli.snapshots.snapshot import are_equal, encode_path, join_paths, places
+from posthoc_cli.snapshots.sketch_text import encode_path, join_paths
+from posthoc_cli.snapshots.weights_sample import are_equal, places
 from posthoc_cli.tracker.filling import is_swapped
 from posthoc_cli.tracker.model import ModelWatch
 from posthoc_cli.tracker.pipeline import Pipeline

@@ -26,6 +26,7 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.profiles import FloatArray
 from posthoc_cli.reconstruction import Measurements
+from posthoc_cli.snapshots.boxes import Chunk
 from posthoc_cli.snapshots.directory import (
     LOCK_NAME,
     ON_ONE_FILE_SYSTEM,
@@ -41,23 +42,15 @@ from posthoc_cli.snapshots.directory import (
     thin,
     write_kept_time,
 )
-from posthoc_cli.snapshots.snapshot import (
-    Snapshot,
-    decode_snapshot,
-    encode_path,
-    encode_sample,
-)
+from posthoc_cli.snapshots.entry import Entry, tensor_bytes
+from posthoc_cli.snapshots.sketch_text import encode_path
+from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot
 from posthoc_cli.snapshots.sources import PathSketch
-from posthoc_cli.snapshots.tensorfile import (
-    Chunk,
-    Entry,
-    TensorFileWriter,
-    read_file,
-    tensor_bytes,
-)
-from posthoc_cli.tracker.averages import Averages
+from posthoc_cli.snapshots.tensorfile import read_file
+from posthoc_cli.snapshots.weights_sample import encode_sample
+from posthoc_cli.snapshots.writer import TensorFileWriter
+from posthoc_cli.tracker.arguments import Settings
 from posthoc_cli.tracker.background import ThreadPool
-from posthoc_cli.tracker.clock import Settings
 from posthoc_cli.tracker.measuring import Subset, Values, join_buckets, make_measurements
 from posthoc_cli.tracker.memory import (
     Elements,
@@ -74,6 +67,7 @@ from posthoc_cli.tracker.model import TrackedModel, nonfinite_name
 from posthoc_cli.tracker.processes import PATIENCE, Members
 from posthoc_cli.tracker.resume import ways_to_resume
 from posthoc_cli.tracker.state import Tracking
+from posthoc_cli.tracker.tracked_averages import Averages
 
 log = Log(__name__)
 

@@ -13,7 +13,8 @@ from snapshots.recorded import examine
 
 from posthoc_cli import Run
 from posthoc_cli.errors import FileFormatError
-from posthoc_cli.snapshots.snapshot import Snapshot, running_statistics
+from posthoc_cli.snapshots.selection import running_statistics
+from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.snapshots.tensorfile import read_file
 
 

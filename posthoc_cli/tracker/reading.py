@@ -32,10 +32,10 @@ from posthoc_cli.errors import (
 from posthoc_cli.group import Group
 from posthoc_cli.reconstruction import ROUNDING, check_method
 from posthoc_cli.run import Wanted, Weights, make_weights, with_consistent_plan
+from posthoc_cli.snapshots.boxes import Box
 from posthoc_cli.snapshots.directory import find_snapshots, read_snapshot
 from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.snapshots.sources import Source
-from posthoc_cli.snapshots.tensorfile import Box
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.targets import Target, as_target
 from posthoc_cli.tracker.model import TrackedModel, named_tensors
