@@ -1,5 +1,5 @@
-"""A snapshot: one average of one run at one time. The dataclass `Snapshot` is the header of its file,
-and specifies its content."""
+"""A snapshot: one average of one run at one time. The dataclass `Snapshot` is the header of its
+file, and specifies its content."""
 
 from __future__ import annotations
 

@@ -96,8 +96,8 @@ class Pipeline:
         self._pool = ThreadPool(min(torch.get_num_threads(), worker_count()))
         self._host_copy = HostCopy(self._pool.size)
         self._streams = DeviceStreams()
-        self._updates = Worker("averages")
-        self._writes = Worker("snapshots")
+        self._averaging = Worker("averages")
+        self._writing = Worker("snapshots")
         # of the model that was taken in last; gone when its tensors are
         self._values: WeakKeyDictionary[ModelTensors, Reader] = WeakKeyDictionary()
         self._storage: Storage | None = None
@@ -117,8 +117,8 @@ class Pipeline:
         writer = self.snapshotter
         if writer is not None and writer.times_written:
             figures["snapshot_bytes"] = float(writer.nbytes)
-            figures["snapshot_seconds"] = self._writes.job_seconds[0]
-            figures["snapshot_waited"] = self._writes.wait_seconds
+            figures["snapshot_seconds"] = self._writing.job_seconds[0]
+            figures["snapshot_waited"] = self._writing.wait_seconds
         return figures
 
     @property
@@ -138,7 +138,7 @@ class Pipeline:
             with self._streams.in_own_streams():
                 return storage.in_order(averages.sample)
 
-        return self._updates.call(work)
+        return self._averaging.call(work)
 
     # --- which calls are admitted ---
 
@@ -165,9 +165,9 @@ class Pipeline:
     def wait_for_turn(self, writes_too: bool) -> None:
         """Wait until an update can be queued, and with `writes_too` also snapshots."""
         if self._is_async:
-            self._updates.wait_for_turn()
+            self._averaging.wait_for_turn()
         if writes_too:
-            self._writes.wait_for_turn()
+            self._writing.wait_for_turn()
 
     def count(self, progress: TrainingProgress) -> None:
         """Count a call, unless it was counted. An update is counted by its job, too: the call may
@@ -187,7 +187,7 @@ class Pipeline:
             all_on_cpu = all(tensor.device.type == "cpu" for tensor in tensors.averaged.values())
             self._is_async = (self._device or ("model" if all_on_cpu else "cpu")) == "cpu"
             if self._is_async and not all_on_cpu:
-                self._updates.call(self._use_cores)
+                self._averaging.call(self._use_cores)
         copies = {name: torch.empty_like(tensor) for name, tensor in tensors.copied.items()}
         if copies:  # by one kernel: batch norms have many counters
             torch._foreach_copy_([*copies.values()], [*tensors.copied.values()])
@@ -197,8 +197,8 @@ class Pipeline:
         else:
             self._update_in_place(values, copies, progress)
         self.count(progress)
-        self._updates.warn_of_waiting("updates of the averages (update_every)")
-        self._writes.warn_of_waiting("snapshots (checkpoint_every)")
+        self._averaging.warn_of_waiting("updates of the averages (update_every)")
+        self._writing.warn_of_waiting("snapshots (checkpoint_every)")
 
     def _update_by_copy(
         self,
@@ -216,13 +216,13 @@ class Pipeline:
         if pool is SINGLE_THREAD:
             host_copy.copy(values)
         else:
-            self._updates.call(lambda: host_copy.copy(values, pool))
+            self._averaging.call(lambda: host_copy.copy(values, pool))
 
         def take_in() -> str | None:
             self._streams.last_events = events
             return self._take_in(host_copy.wait(), copies, progress)
 
-        self._updates.submit(lambda: self._update(take_in, progress))
+        self._averaging.submit(lambda: self._update(take_in, progress))
 
     def _update_in_place(
         self,
@@ -239,7 +239,7 @@ class Pipeline:
             with self._streams.in_streams_of_caller(streams):
                 return self._take_in(values, copies, progress)
 
-        self._updates.call(lambda: self._update(take_in, progress))
+        self._averaging.call(lambda: self._update(take_in, progress))
 
     def _update(
         self,
@@ -272,7 +272,7 @@ class Pipeline:
             self.check_open()
             self.tracking = tracking
 
-        self._updates.call(work)
+        self._averaging.call(work)
 
     # --- called by any thread ---
 
@@ -296,7 +296,7 @@ class Pipeline:
                     weights[name] = copy.to("cpu", copy=True)
             return weights
 
-        return self._updates.call(work)
+        return self._averaging.call(work)
 
     def predict_error(self, profile: int) -> float:
         """Predict the relative L2 error of what `read` returns, before its conversion."""
@@ -305,7 +305,7 @@ class Pipeline:
             with self._streams.in_own_streams():
                 return self.tracking.averages.predicted_error(profile)
 
-        return self._updates.call(work)
+        return self._averaging.call(work)
 
     def read_exactly(self) -> Tracking:
         """Copy the state, with the averages exact, to the host."""
@@ -321,19 +321,19 @@ class Pipeline:
             exact = Averages(averages.sigma_rels, averages.standing, kept, copies, known_path=path)
             return replace(now, averages=exact)
 
-        return self._updates.call(work)
+        return self._averaging.call(work)
 
     def write_missing(self) -> None:
         """Queue snapshots of the averages, unless they are stored when all earlier snapshots are
         durable."""
 
         def work() -> None:
-            self._writes.wait()
+            self._writing.wait()
             t = self.tracking.averages.standing.t
             if self.snapshotter is not None and not self.snapshotter.has(t):
                 self._submit_snapshots()
 
-        self._updates.submit(work)
+        self._averaging.submit(work)
 
     def keep_present(self) -> None:
         """Queue a note that the snapshots of the last update are to be kept."""
@@ -342,28 +342,28 @@ class Pipeline:
             snapshotter = self.snapshotter
             t = self.tracking.averages.standing.t
             if snapshotter is not None:
-                self._writes.submit(lambda: snapshotter.keep(t))
+                self._writing.submit(lambda: snapshotter.keep(t))
 
-        self._updates.submit(work)
+        self._averaging.submit(work)
 
     def end(self) -> None:
         """Refuse later calls that change the state, and queue the last snapshots of the training,
         once."""
         if not self._has_ended:
-            self._updates.submit(lambda: setattr(self, "closed", True))
+            self._averaging.submit(lambda: setattr(self, "closed", True))
             self.write_missing()
-            self._updates.submit(self._submit_end)
+            self._averaging.submit(self._submit_end)
             self._has_ended = True  # last: an interrupted call is made again
 
     def _submit_end(self) -> None:
         """Queue the last thinning, which waits for the parts of other processes."""
         if self.snapshotter is not None and self.tracking.tracked.members.is_chunked:
-            self._writes.submit(self.snapshotter.end)
+            self._writing.submit(self.snapshotter.end)
 
     def wait(self) -> None:
         """Wait until all work is done and durable."""
-        self._updates.wait()
-        self._writes.wait()
+        self._averaging.wait()
+        self._writing.wait()
 
     def flush(self) -> None:
         """Wait as `wait` does, and raise an error of background work since the last call, once."""
@@ -385,7 +385,7 @@ class Pipeline:
             raise failure
 
     def take_error(self) -> Exception | None:
-        return self._updates.take_error() or self._writes.take_error()
+        return self._averaging.take_error() or self._writing.take_error()
 
     def begin(
         self,
@@ -441,9 +441,9 @@ class Pipeline:
     def close(self) -> None:
         """Finish all work, and release the model's tensors and the directory."""
         self._values.clear()
-        self._updates.close()
+        self._averaging.close()
         self._pool.close()
-        self._writes.close()
+        self._writing.close()
         self.release()
 
     def abandon(self) -> None:
@@ -451,7 +451,7 @@ class Pipeline:
         refers to any more."""
         if self in _writers:
             self.end()
-            self._updates.submit(lambda: self._writes.submit(self.release))
+            self._averaging.submit(lambda: self._writing.submit(self.release))
 
     def release(self) -> None:
         """Release the directory for another writer."""
@@ -556,7 +556,7 @@ class Pipeline:
                 sample = storage.in_order(averages.sample)
             infos = headers(self._settings, now, averages.path(pool), sample, measured)
             self._warn_of_standstill(averages.standing.step, sample)
-        self._writes.submit(lambda: snapshotter.record(infos, staged, copies))
+        self._writing.submit(lambda: snapshotter.record(infos, staged, copies))
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

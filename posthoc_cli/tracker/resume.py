@@ -316,8 +316,8 @@ def _with_members(
         return replace(tracking, tracked=replace(tracking.tracked, members=members))
     values = vars(settings) | vars(settings.schedule) | vars(settings.selection)
     # the last one says whether there is an `include`
-    left_out = ("schedule", "selection", "only_trainable")
-    options = {name: str(value) for name, value in values.items() if name not in left_out}
+    not_compared = ("schedule", "selection", "only_trainable")
+    options = {name: str(value) for name, value in values.items() if name not in not_compared}
     options["checkpoint_dir"] = str(directory)
     options["to resume"] = "nothing"
     if tracking.resumes:
