@@ -214,8 +214,8 @@ class _RawModel:
     def restore(self) -> None:
         """Put the same objects, in the same memory, and their values back, whatever the block has
         converted, moved or replaced."""
-        reshard(self._model)  # a forward pass may have replaced chunks by complete tensors
-        lost = list[str]()
+        # a forward pass may have replaced chunks by complete tensors
+        lost = [f"{name}: its complete tensor was replaced" for name in reshard(self._model)]
         for module in self._modules:
             lost += module.restore()
         raw = dict.fromkeys(self._tensors.values())

@@ -43,11 +43,25 @@ def is_fully_sharded(module: nn.Module) -> bool:
     return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
 
 
-def reshard(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> list[str]:
     """Restore the sharded parameters of a `fully_shard` model: a forward pass without a backward
-    pass leaves some complete."""
-    for module in filter(is_fully_sharded, model.modules()):
+    pass leaves some complete.
+
+    Return the names of those whose complete tensor something has replaced: torch frees its own, and
+    would use the other one in the next pass.
+    """
+    modules = [*filter(is_fully_sharded, model.modules())]
+    if not modules:
+        return []
+    complete = dict(model.named_parameters())
+    for module in modules:
         module.reshard()  # type: ignore[operator]
+    replaced = []
+    for name, parameter in model.named_parameters():
+        before = complete.get(name, parameter)
+        if before is not parameter and local_tensors([before])[0].untyped_storage().nbytes():
+            replaced.append(name)
+    return replaced
 
 
 def refresh_shards(model: nn.Module) -> None:

@@ -188,6 +188,29 @@ for kind in ("fsdp", "tp"):
             check_same_snapshot(found, true)
 
 
+def test_a_complete_tensor_that_a_block_has_replaced_is_an_error_with_the_raw_weights(tmp_path):
+    """A forward pass gathers it; torch would use the other one in the next pass."""
+    code = """
+from posthoc_cli.errors import ModelMismatchError
+
+model = spread(Net(), "fsdp")
+ema = PostHocEMA.from_model(model, folder / "run", **SETTINGS)
+train(model, 1, 2, ema)
+raw = held(model)
+with ema.model(model, 0.2):
+    model(x)
+try:
+    with ema.model(model, 0.2):
+        model(x)
+        model.second.weight.data = torch.zeros(7, 8)
+except ModelMismatchError as error:
+    print(error.weights.keys() == raw.keys(), "second.weight" in str(error))
+assert equal(held(model), raw)
+"""
+    for out in check_group(BEGIN + code, 2, tmp_path):
+        assert out == "True True\n"
+
+
 @pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="the system does not report peak memory"
 )
