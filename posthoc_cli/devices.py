@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+HOST = torch.device("cpu")
+
 
 def streams_of(device: torch.device) -> Any:
     """Find the module of torch that has a device's streams; None if copies are waited for, as on

@@ -166,6 +166,11 @@ class NotReadyError(PostHocError, RuntimeError):
     """An average that does not exist yet, because no update was made."""
 
 
+class RefusedCallError(PostHocError, RuntimeError):
+    """A call that its object does not take now: a tracker that is closed, attached, in another call
+    or of another process; a model that holds averaged weights."""
+
+
 # --- texts for people
 
 

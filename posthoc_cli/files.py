@@ -21,7 +21,6 @@ import glob
 import os
 import re
 import secrets
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -46,14 +45,6 @@ NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 """Error numbers of `link` on a file system without hard links."""
 
 
-# of `os.open`; 0 where the system has no such flag, as Windows
-NO_LINK: int = getattr(os, "O_NOFOLLOW", 0)
-_NO_WAIT: int = getattr(os, "O_NONBLOCK", 0)
-_BYTES: int = getattr(os, "O_BINARY", 0)
-
-_seeking = threading.Lock()
-
-
 class FileSystem:
     """The operating system's file operations; each raises OSError if the system refuses."""
 
@@ -74,12 +65,11 @@ class FileSystem:
 
     def open_new(self, path: Path) -> int:
         """Create a file that does not exist yet and return a descriptor for reading and writing."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _BYTES
-        return os.open(path, flags, 0o666)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
 
     def open(self, path: Path) -> int:
         # Without O_NONBLOCK, opening a FIFO waits for a writer that may never come.
-        return os.open(path, os.O_RDONLY | _NO_WAIT | _BYTES)
+        return os.open(path, os.O_RDONLY | os.O_NONBLOCK)
 
     def read(
         self,
@@ -89,13 +79,7 @@ class FileSystem:
     ) -> int:
         """Read from `offset` into the beginning of `view`; return the number of bytes, 0 at the end
         of the file."""
-        if hasattr(os, "preadv"):
-            return os.preadv(descriptor, [view], offset)
-        with _seeking:  # Windows
-            os.lseek(descriptor, offset, os.SEEK_SET)
-            data = os.read(descriptor, len(view))
-        view[: len(data)] = data
-        return len(data)
+        return os.preadv(descriptor, [view], offset)
 
     def write(
         self,
@@ -104,17 +88,11 @@ class FileSystem:
         offset: int,
     ) -> int:
         """Write the beginning of `view` at `offset`; return the number of bytes written."""
-        if hasattr(os, "pwrite"):
-            return os.pwrite(descriptor, view, offset)
-        with _seeking:  # Windows
-            os.lseek(descriptor, offset, os.SEEK_SET)
-            return os.write(descriptor, view)
+        return os.pwrite(descriptor, view, offset)
 
     def fsync_directory(self, path: Path) -> None:
         """Wait until the directory's entries are on the disk, where the file system supports
         that."""
-        if os.name == "nt":
-            return
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

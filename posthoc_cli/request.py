@@ -27,7 +27,7 @@ from posthoc_cli.errors import (
 from posthoc_cli.profiles import Profile
 from posthoc_cli.reconstruction import check_method
 from posthoc_cli.resources import ProgressBar, no_bar, worker_count
-from posthoc_cli.snapshots.snapshot import Selection, make_selection
+from posthoc_cli.snapshots.selection import Selection, make_selection
 from posthoc_cli.targets import Target, as_targets
 
 if TYPE_CHECKING:

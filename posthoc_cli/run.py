@@ -39,6 +39,7 @@ from posthoc_cli.snapshots.directory import (
     list_directory,
     read_directory,
 )
+from posthoc_cli.snapshots.entry import Entry
 from posthoc_cli.snapshots.outputs import describe
 from posthoc_cli.snapshots.prune import Pruning, plan_pruning
 from posthoc_cli.snapshots.prune import prune as prune_directory
@@ -50,7 +51,6 @@ from posthoc_cli.snapshots.sources import (
     count_sources,
     run_clock,
 )
-from posthoc_cli.snapshots.tensorfile import Entry
 from posthoc_cli.snapshots.verify import DAMAGED, UNCHANGED, FileReport, Verification, verify
 from posthoc_cli.synthesis.plan import Plan, check_steps, plan_synthesis
 from posthoc_cli.targets import as_targets
@@ -75,8 +75,8 @@ class Weights(OrderedDict[str, "torch.Tensor"]):
     """Averaged tensors by name. It pickles as a plain OrderedDict, so that a file of it loads with
     `weights_only=True`.
 
-    It is its own context manager, since users of other libraries write `with ema.state_dict(...) as
-    weights`.
+    A `with` block of it does nothing: users of other libraries write `with ema.state_dict(...) as
+    weights`, where the block's end frees what was made.
     """
 
     # expected relative L2 distance from the true average; None if unknown
@@ -325,8 +325,7 @@ class Run:
 
         if request.distributed:
             with all_ranks() as ranks:
-                with ranks.together():
-                    made = plan()
+                made = ranks.together(plan)
                 return write_synthesis(made, paths, request, copied, ranks)
         return retry_vanished(lambda: write_synthesis(plan(), paths, request, copied))
 

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from posthoc_cli.clock import Clock
 from posthoc_cli.errors import (
     InvalidValueError,
     abbreviate,
@@ -40,6 +39,7 @@ from posthoc_cli.profiles import (
     sigma_rel_from_decay,
     sigma_rel_from_gamma,
 )
+from posthoc_cli.run_clock import Clock
 
 SHORTEST_BETA = 0.5  # the decay whose average has a mean age, beta / (1 - beta), of one step
 

@@ -39,8 +39,10 @@ from xxhash import xxh3_64_hexdigest
 from posthoc_cli import PostHocEMA, Request, disk_sources
 from posthoc_cli.export.writing import write_synthesis
 from posthoc_cli.request import OutputRequest
+from posthoc_cli.snapshots.entry import BLOCK, Entry
 from posthoc_cli.snapshots.snapshot import decode_snapshot
-from posthoc_cli.snapshots.tensorfile import BLOCK, Entry, encode_header, lay_out, read_file, seal
+from posthoc_cli.snapshots.tensorfile import read_file, seal
+from posthoc_cli.snapshots.writer import encode_header, lay_out
 from posthoc_cli.synthesis.engine import check_device, synthesize
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 

@@ -16,21 +16,18 @@ from torch import nn
 from posthoc_cli import PowerFunction
 from posthoc_cli.dtypes import stored_name
 from posthoc_cli.reconstruction import Measurements
+from posthoc_cli.snapshots.boxes import Chunk
+from posthoc_cli.snapshots.decoding import decode
 from posthoc_cli.snapshots.directory import find_snapshots, snapshot_path
-from posthoc_cli.snapshots.snapshot import (
-    OutputInfo,
-    Snapshot,
-    TrackingSchedule,
-    Used,
-    decode,
-    decode_path,
-    decode_snapshot,
-    encode_path,
-)
+from posthoc_cli.snapshots.entry import Entry, tensor_bytes
+from posthoc_cli.snapshots.output_info import OutputInfo, Used
+from posthoc_cli.snapshots.sketch_text import decode_path, encode_path
+from posthoc_cli.snapshots.snapshot import Snapshot, TrackingSchedule, decode_snapshot
 from posthoc_cli.snapshots.sources import TrackedTensor
-from posthoc_cli.snapshots.tensorfile import Chunk, Entry, TensorFileWriter, read_file, tensor_bytes
-from posthoc_cli.tracker.averages import Standing
-from posthoc_cli.tracker.clock import Moment
+from posthoc_cli.snapshots.tensorfile import read_file
+from posthoc_cli.snapshots.writer import TensorFileWriter
+from posthoc_cli.tracker.progress import Moment
+from posthoc_cli.tracker.tracked_averages import Standing
 
 SIGMA_RELS = (0.05, 0.10, 0.15, 0.28)
 """What a run in a test tracks, unless it says otherwise."""

@@ -21,13 +21,13 @@ from posthoc_cli import (
     gamma_from_sigma_rel,
     sigma_rel_from_gamma,
 )
-from posthoc_cli.clock import Clock
 from posthoc_cli.profiles import (
     UNIFORM_SIGMA_REL,
     Point,
     decay_from_sigma_rel,
     sigma_rel_from_decay,
 )
+from posthoc_cli.run_clock import Clock
 from posthoc_cli.targets import KINDS, GivenProfile, SigmaRel, as_target, parse_targets
 
 

@@ -17,10 +17,10 @@ from posthoc_cli import (
     plan_synthesis,
     synthesize,
 )
-from posthoc_cli.clock import Clock
 from posthoc_cli.dtypes import parse_dtype, stored_name, torch_dtype
 from posthoc_cli.errors import InvalidValueError, NonFiniteError
-from posthoc_cli.snapshots.tensorfile import Entry
+from posthoc_cli.run_clock import Clock
+from posthoc_cli.snapshots.entry import Entry
 from posthoc_cli.synthesis.engine import check_device
 
 TIMES = (10, 20, 30, 40)

@@ -1,7 +1,7 @@
 """The kinds of files that checkpoints are, in one table.
 
 To add one, write a reader, which returns what an opened file holds by the keys that lead to it: an
-`Entry` (`snapshots/tensorfile.py`) for each tensor, which says where its bytes lie in the file, and
+`Entry` (`snapshots/entry.py`) for each tensor, which says where its bytes lie in the file, and
 a number or text for each value. Add a row to `CONTAINERS`; take its ending out of a row without a
 reader, and its case out of `tests/checkpoints/test_owners.py`. `pickles.FileRange` and
 `pickles.member_begin` find members of a zip.
@@ -19,7 +19,8 @@ from posthoc_cli.checkpoints.pickles import Keys, read_tensors
 from posthoc_cli.errors import FileFormatError, UnsuitableError
 from posthoc_cli.files import is_url
 from posthoc_cli.snapshots.directory import PICKLES
-from posthoc_cli.snapshots.tensorfile import SUFFIX, OpenedFile, decode_file
+from posthoc_cli.snapshots.opened_file import OpenedFile
+from posthoc_cli.snapshots.tensorfile import SUFFIX, decode_file
 
 Leaves = dict[Keys, Any]
 """What a file holds, by the keys that lead to it: an `Entry`, a number or a text; or a `Node` in

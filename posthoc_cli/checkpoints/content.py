@@ -23,19 +23,12 @@ from posthoc_cli.checkpoints.containers import ENDINGS, KIND, find_container, re
 from posthoc_cli.checkpoints.folders import NO_MODEL, Distributed, Layout, OneFile, Refused, Sets
 from posthoc_cli.checkpoints.pickles import Keys, Node, read_pickled
 from posthoc_cli.errors import FileFormatError, list_first, quote
+from posthoc_cli.snapshots.boxes import Box, cover_problem
+from posthoc_cli.snapshots.entry import Entry, decode_values, is_sizes
+from posthoc_cli.snapshots.opened_file import OpenedFile, read_small_file, sampled_identity
 from posthoc_cli.snapshots.outputs import decode_index
-from posthoc_cli.snapshots.tensorfile import (
-    Box,
-    Entry,
-    Handle,
-    OpenedFile,
-    cover_problem,
-    decode_values,
-    is_sizes,
-    parse_object,
-    read_small_file,
-    sampled_identity,
-)
+from posthoc_cli.snapshots.strict_json import parse_object
+from posthoc_cli.snapshots.tensorfile import Handle
 
 # --- tensors
 

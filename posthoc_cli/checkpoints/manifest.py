@@ -33,14 +33,10 @@ from posthoc_cli.errors import (
     quote,
 )
 from posthoc_cli.profiles import Point
+from posthoc_cli.snapshots.decoding import convert
 from posthoc_cli.snapshots.directory import MANIFEST, is_import
-from posthoc_cli.snapshots.snapshot import convert
-from posthoc_cli.snapshots.tensorfile import (
-    OpenedFile,
-    parse_object,
-    read_small_file,
-    sampled_identity,
-)
+from posthoc_cli.snapshots.opened_file import OpenedFile, read_small_file, sampled_identity
+from posthoc_cli.snapshots.strict_json import parse_object
 
 _FORMAT = {"format": "ema import", "version": 3}
 _UNITS = ("steps", "epochs", "images")

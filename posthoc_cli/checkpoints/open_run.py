@@ -47,7 +47,7 @@ from posthoc_cli.errors import (
     quote,
 )
 from posthoc_cli.profiles import FloatArray, Point, StoredProfile
-from posthoc_cli.snapshots.snapshot import check_globs
+from posthoc_cli.snapshots.selection import check_globs
 from posthoc_cli.snapshots.sources import by_time, model_difference
 
 log = logging.getLogger(__name__)

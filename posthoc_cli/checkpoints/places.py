@@ -44,7 +44,7 @@ from posthoc_cli.checkpoints.source import are_near, first_values, make_checkpoi
 from posthoc_cli.errors import DirectoryError, FileFormatError, UnsuitableError, VanishedError
 from posthoc_cli.profiles import FloatArray
 from posthoc_cli.snapshots.directory import SUPERSEDED, is_import, is_snapshot_name
-from posthoc_cli.snapshots.tensorfile import named_on_error
+from posthoc_cli.snapshots.opened_file import named_on_error
 
 _STATE_FOLDER = re.compile(r"[-_]states?$|^states?$")
 _PARTITION = re.compile(

@@ -15,13 +15,8 @@ from posthoc_cli.checkpoints.content import Tensors
 from posthoc_cli.decay_rules import POWER_FUNCTION, RULES, UNLIMITED, WARM_UPS, DecayRule, WarmUp
 from posthoc_cli.errors import InvalidValueError, abbreviate, at_most_one
 from posthoc_cli.profiles import check_sigma_rel, gamma_from_sigma_rel
-from posthoc_cli.snapshots.snapshot import (
-    Count,
-    Selection,
-    convert,
-    field_kinds,
-    make_selection,
-)
+from posthoc_cli.snapshots.decoding import Count, convert, field_kinds
+from posthoc_cli.snapshots.selection import Selection, make_selection
 from posthoc_cli.snapshots.sources import Rule
 
 Arguments = dict[str, Any]

@@ -14,7 +14,6 @@ import xxhash
 from posthoc_cli.checkpoints.content import Content, Identity, StoredChunk, Tensors
 from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.checkpoints.updates import Updates
-from posthoc_cli.clock import Clock
 from posthoc_cli.decay_rules import POWER_FUNCTION, UNLIMITED
 from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import FileFormatError, quote
@@ -26,8 +25,11 @@ from posthoc_cli.profiles import (
     sigma_rel_from_gamma,
 )
 from posthoc_cli.reconstruction import Steps, StoredAverage
+from posthoc_cli.run_clock import Clock
+from posthoc_cli.snapshots.boxes import Box
+from posthoc_cli.snapshots.entry import Entry
 from posthoc_cli.snapshots.sources import Source, TrackedTensor
-from posthoc_cli.snapshots.tensorfile import Box, Entry, TensorFile
+from posthoc_cli.snapshots.tensorfile import TensorFile
 
 # of a codebook of vectors: the sums of which its vectors are the quotients
 _SUMS = ("cluster_size", "embed_avg")

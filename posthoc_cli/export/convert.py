@@ -28,10 +28,13 @@ from posthoc_cli.export.writing import OutputJob, check_not_in_run
 from posthoc_cli.request import FileRequest
 from posthoc_cli.resources import ProgressBar, no_bar
 from posthoc_cli.snapshots.directory import is_import, is_parts_folder, read_snapshot
+from posthoc_cli.snapshots.entry import Entry
+from posthoc_cli.snapshots.output_info import OutputInfo, Used
 from posthoc_cli.snapshots.outputs import models_at, read_model
-from posthoc_cli.snapshots.snapshot import OutputInfo, Snapshot, Used, running_statistics
+from posthoc_cli.snapshots.selection import running_statistics
+from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.snapshots.sources import StoredTensors, TrackedTensor
-from posthoc_cli.snapshots.tensorfile import FORMAT, SUFFIX, Entry, TensorFile
+from posthoc_cli.snapshots.tensorfile import FORMAT, SUFFIX, TensorFile
 from posthoc_cli.synthesis.plan import Combination, nbytes
 
 

@@ -39,27 +39,22 @@ from posthoc_cli.errors import (
     FileFormatError,
     InvalidValueError,
     OutputExistsError,
-    PostHocError,
     RankError,
     WriteError,
     argument,
 )
 from posthoc_cli.export.like import CopiedFile, Like, NamedChunk, Replacement
+from posthoc_cli.group import THIS_PROCESS, Group
 from posthoc_cli.request import LAYOUTS, FileRequest, OutputRequest
 from posthoc_cli.resources import no_bar, worker_count
+from posthoc_cli.snapshots.boxes import Box, boxes_of_range
 from posthoc_cli.snapshots.directory import is_import, is_snapshot_name
+from posthoc_cli.snapshots.entry import Entry, items
 from posthoc_cli.snapshots.outputs import INDEX_NAME
-from posthoc_cli.snapshots.snapshot import note_statistics
+from posthoc_cli.snapshots.selection import note_statistics
 from posthoc_cli.snapshots.sources import count_sources
-from posthoc_cli.snapshots.tensorfile import (
-    SUFFIX,
-    Box,
-    Entry,
-    TensorFileWriter,
-    boxes_of_range,
-    items,
-    read_file,
-)
+from posthoc_cli.snapshots.tensorfile import SUFFIX, read_file
+from posthoc_cli.snapshots.writer import TensorFileWriter
 from posthoc_cli.synthesis.engine import (
     InMemory,
     Output,
@@ -145,46 +140,8 @@ def is_rank() -> bool:
     return all(map(os.environ.get, names)) and os.environ["WORLD_SIZE"] != "1"
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """The processes of a torchrun job, or this process alone."""
-
-    rank: int = 0
-    world: int = 1
-    group: Any = None
-
-    @contextmanager
-    def together(self) -> Iterator[list[Any]]:
-        """Run the block in all ranks, and raise a RankError if it failed in another one.
-
-        It gets a list, which afterwards holds in all ranks what the first rank has put into it.
-        """
-        failure = None
-        shared = list[Any]()
-        try:
-            yield shared
-        except PostHocError as error:
-            failure = error
-        results: list[Any] = [(failure and str(failure), shared)] * self.world
-        try:
-            if self.group is not None:
-                dist.all_gather_object(results, results[0], self.group)
-        except RuntimeError as error:
-            raise failure or RankError(
-                "another process of this job",
-                "failed or died; nothing was written",
-            ) from error
-        for rank, (text, _) in enumerate(results):
-            if text:
-                raise failure or RankError(f"rank {rank}", f"failed: {text}")
-        shared[:] = results[0][1]
-
-
-ALONE = Ranks()
-
-
 @contextmanager
-def all_ranks() -> Iterator[Ranks]:
+def all_ranks() -> Iterator[Group]:
     """Connect the ranks of a torchrun job for the block; raise RankError if they do not meet."""
     wait = timedelta(minutes=30)  # for other ranks to begin, or to finish their current shards
     # or torch prints a stack trace when a rank has died
@@ -201,7 +158,7 @@ def all_ranks() -> Iterator[Ranks]:
     if dist.get_rank():  # the first rank logs for all
         logging.getLogger("posthoc_cli").setLevel(logging.ERROR)
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), group)
+        yield Group(dist.get_rank(), tuple(range(dist.get_world_size())), processes=group)
     finally:
         with suppress(RuntimeError):
             dist.destroy_process_group(None if is_own else group)
@@ -248,7 +205,7 @@ def write_synthesis(
     paths: Sequence[Path],
     request: OutputRequest,
     like: Like | None = None,
-    ranks: Ranks = ALONE,
+    group: Group = THIS_PROCESS,
 ) -> SynthesisReport | None:
     """Synthesize every target of a plan into its path, if there are any. Returns None in all ranks
     but one.
@@ -256,8 +213,8 @@ def write_synthesis(
     In a job this rank's share of the files is made. `like` is what outputs are copies of.
     """
     started = time.perf_counter()
-    device, workers = _resources(request, ranks)
-    if not ranks.rank:
+    device, workers = _resources(request, group)
+    if group.leads:
         note_statistics(plan.newest.copies)
     copied = None
     if like is not None:
@@ -266,11 +223,11 @@ def write_synthesis(
         infos = [plan.output_info(index) for index in range(len(plan.targets))]
         encoded = [info.encode() for info in infos]
         headers = dict(zip(paths, encoded, strict=True))
-        bar = no_bar if ranks.rank else request.progress
-        with bar("synthesizing", plan.read_bytes // ranks.world) as advance:
-            job = OutputJob(plan, headers, request, copied, ranks)
+        bar = request.progress if group.leads else no_bar
+        with bar("synthesizing", plan.read_bytes // len(group.ranks)) as advance:
+            job = OutputJob(plan, headers, request, copied, group)
             job.write(advance, device, workers)
-    if ranks.rank:
+    if not group.leads:
         return None
     seconds = time.perf_counter() - started
     return SynthesisReport(plan, tuple(paths), copied, str(device), seconds)
@@ -278,11 +235,11 @@ def write_synthesis(
 
 def _resources(
     request: OutputRequest,
-    ranks: Ranks,
+    group: Group,
 ) -> tuple[torch.device, int | None]:
     """Choose the device and the number of threads of this process. The processes of one machine
     share its cores, and each uses another device."""
-    if ranks.world == 1:
+    if group.is_alone:
         return check_device(request.device), request.workers
     device = request.device
     if devices := count_devices(str(device)):
@@ -305,7 +262,7 @@ class OutputJob:
     headers: Mapping[Path, Mapping[str, Any]]  # of each output
     request: FileRequest
     copied: Replacement | None = None  # what they are copies of
-    ranks: Ranks = ALONE
+    group: Group = THIS_PROCESS
 
     @cached_property
     def layout(self) -> str:
@@ -313,7 +270,7 @@ class OutputJob:
 
     @cached_property
     def shards(self) -> tuple[dict[str, list[str]], bytes]:
-        return cut_shards(self.plan.entries, self.request.shard_bytes, self.ranks.world)
+        return cut_shards(self.plan.entries, self.request.shard_bytes, len(self.group.ranks))
 
     def write(
         self,
@@ -327,29 +284,47 @@ class OutputJob:
         complete. Raises OutputExistsError, and WriteError, before anything is written if the
         outputs do not fit on the disk.
         """
-        is_first = self.ranks.rank == 0
         with ExitStack() as stack:
-            folders = {}
-            with self.ranks.together() as places:
-                if is_first:
-                    self._check_disk(stack)
-                    folders = self._create_folders(stack)
-                    places += [folder.temporary for folder in folders.values()]
-            with self.ranks.together():
+            folders = dict[Path, files.PendingFolder]()  # of the first process
+
+            def begin() -> list[Path]:
+                self._check_disk(stack)
+                folders.update(self._create_folders(stack))
+                return [folder.temporary for folder in folders.values()]
+
+            places = self.group.from_first(begin) or self.headers
+
+            def open_files() -> list[FileOutput]:
                 outputs = []
-                for path, destination in zip(self.headers, places or self.headers, strict=True):
+                for path, destination in zip(self.headers, places, strict=True):
                     outputs.append(self._open(stack, path, destination, folders.get(path)))
-                plan = self._rank_share()
-                tiles = cut_tiles(plan, len(outputs), device)
-                with closing(compute_tiles(plan, tiles, outputs, device, workers)) as computed:
-                    for tile in computed:
-                        advance(tile.stored_bytes)
-                for output in outputs:
-                    output.complete()
-            with self.ranks.together():
-                if is_first:
+                return outputs
+
+            outputs = self.group.together(open_files)
+            self.group.together(lambda: self._fill(outputs, advance, device, workers))
+
+            def publish() -> None:
+                if self.group.leads:
                     for output in outputs:
                         output.publish()
+
+            self.group.together(publish)
+
+    def _fill(
+        self,
+        outputs: Sequence[FileOutput],
+        advance: Callable[[int], object],
+        device: torch.device,
+        workers: int | None,
+    ) -> None:
+        """Write all tensors into the outputs; in a job, this rank's share."""
+        plan = self._rank_share()
+        tiles = cut_tiles(plan, len(outputs), device)
+        with closing(compute_tiles(plan, tiles, outputs, device, workers)) as computed:
+            for tile in computed:
+                advance(tile.stored_bytes)
+        for output in outputs:
+            output.complete()
 
     def _check_disk(self, stack: ExitStack) -> None:
         """Check that the outputs fit on the disk, and create their folder."""
@@ -397,19 +372,24 @@ class OutputJob:
         if folder is not None and index:
             files.write_atomically(destination / INDEX_NAME, index)
         writers = []
-        for name in [*shards][self.ranks.rank :: self.ranks.world]:
+        for name in [*shards][self._of_rank]:
             shard = {tensor: entries[tensor] for tensor in shards[name]}
             writer = TensorFileWriter(destination / name, shard, header, {})
             writers.append(stack.enter_context(writer))
         return TensorFiles(writers, folder, writers)
 
+    @property
+    def _of_rank(self) -> slice:
+        """The shards that this rank makes, of all."""
+        return slice(self.group.rank, None, len(self.group.ranks))
+
     def _rank_share(self) -> Combination:
         """Find what this rank makes."""
         plan = self.plan
-        if self.ranks.world == 1:
+        if self.group.is_alone:
             return plan
         shards, _ = self.shards
-        mine = [*shards.values()][self.ranks.rank :: self.ranks.world]
+        mine = [*shards.values()][self._of_rank]
         names = set(chain(*mine))
         subset = [name for name, aliases in plan.names.items() if not names.isdisjoint(aliases)]
         return replace(plan, subset=frozenset(subset))

@@ -177,7 +177,7 @@ def measured_prior(
     if sketch is not None:
         motion = Motion.from_sketch(sketch, steps)
     elif pairs:
-        motion, misfit = _fit(averages, pairs, norm, steps)
+        motion, misfit = _fit_distances(averages, pairs, norm, steps)
     else:
         motion = _even_motion(profiles, norm, steps)
         # Weights that are all 0 have distances, but all of these are 0.
@@ -223,7 +223,7 @@ walks leave 0.68 to 0.93, with noise beside them 0.51 to 0.67. Taken for a walk,
 made errors 4.0 times the predicted ones, and 2.2 times so."""
 
 
-def _fit(
+def _fit_distances(
     averages: Sequence[StoredAverage],
     pairs: Sequence[Pair],
     norm: FloatArray,
@@ -244,14 +244,14 @@ def _fit(
     misfit = _misfit(near, expected)
     are_sampled = any(update_interval(profile) > 1 for profile in profiles)
     if len(near) < len(pairs) and not are_sampled:
-        motion = _noisy(start, times, pairs, steps) or motion
-    motion = _with_noise(motion, profiles, steps)
+        motion = _fit_noise_instead(start, times, pairs, steps) or motion
+    motion = _add_scatter(motion, profiles, steps)
     even = _even_motion(profiles, norm, steps)
     first = seen_from(start, profiles)
     return motion.with_unseen(first, float(even.walk[0])), misfit
 
 
-def _noisy(
+def _fit_noise_instead(
     start: float,
     times: Sequence[float],
     pairs: Sequence[Pair],
@@ -264,7 +264,7 @@ def _noisy(
     return motion if shows_noise else None
 
 
-def _with_noise(
+def _add_scatter(
     motion: Motion,
     profiles: Sequence[StoredProfile],
     steps: Steps | None,

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from numpy.polynomial.legendre import leggauss, legvander
 
-from posthoc_cli.clock import Clock
 from posthoc_cli.profiles import FloatArray, PowerFunction, Profile, StoredProfile
+from posthoc_cli.run_clock import Clock
 
 IndexArray = npt.NDArray[np.intp]
 

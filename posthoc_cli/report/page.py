@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from posthoc_cli import plots
 from posthoc_cli.errors import FileFormatError, escape_text, percent
 from posthoc_cli.run import Run
-from posthoc_cli.snapshots.tensorfile import read_small_file
+from posthoc_cli.snapshots.opened_file import read_small_file
 from posthoc_cli.sweep import SweepReport, images
 from posthoc_cli.sweep.folder import LOGS
 from posthoc_cli.sweep.report import describe_gain, summarize

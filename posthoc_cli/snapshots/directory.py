@@ -9,11 +9,11 @@ snapshots, and these are compared with each other.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import secrets
 import socket
-import sys
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,23 +41,14 @@ from posthoc_cli.planning import (
     times_to_drop,
 )
 from posthoc_cli.reconstruction import Measurements, measured_prior
-from posthoc_cli.snapshots.snapshot import (
-    Snapshot,
-    decode_snapshot,
-    join_paths,
-    join_samples,
-)
+from posthoc_cli.snapshots.boxes import Box, cover_problem
+from posthoc_cli.snapshots.entry import Entry
+from posthoc_cli.snapshots.opened_file import in_turn, read_small_file
+from posthoc_cli.snapshots.sketch_text import join_paths
+from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot
 from posthoc_cli.snapshots.sources import TrackedTensor, by_time, make_averages, model_difference
-from posthoc_cli.snapshots.tensorfile import (
-    SUFFIX,
-    Box,
-    Entry,
-    TensorFile,
-    cover_problem,
-    in_turn,
-    read_file,
-    read_small_file,
-)
+from posthoc_cli.snapshots.tensorfile import SUFFIX, TensorFile, read_file
+from posthoc_cli.snapshots.weights_sample import join_samples
 
 log = Log(__name__)
 
@@ -519,7 +510,7 @@ class LockFile:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         # A link would lead to a file of somebody else.
-        flags = os.O_RDWR | os.O_CREAT | files.NO_LINK
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         with files.raise_write_errors(directory):
             self._descriptor = os.open(directory / LOCK_NAME, flags, 0o666)
         self.release = weakref.finalize(self, _release, self._descriptor, 0)
@@ -564,7 +555,7 @@ class DirectoryLock(LockFile, AbstractContextManager["DirectoryLock"]):
     def _take(self, own: str) -> None:
         """Lock the file; warn on a file system without locks."""
         try:
-            _lock(self._descriptor)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             name = _read_holder(self._descriptor)
             holder = f"another tracker of this {own}" if name == own else quote(name)[1:-1]
@@ -587,7 +578,7 @@ def _release(descriptor: int, holder: int) -> None:
     with suppress(OSError):
         if os.getpid() == holder:
             os.ftruncate(descriptor, 0)
-            _unlock(descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
     os.close(descriptor)
 
 
@@ -596,37 +587,6 @@ def _read_holder(descriptor: int) -> str:
     name = bytearray(100)
     count = files.system.read(descriptor, memoryview(name), 0)
     return name[:count].decode(errors="replace")
-
-
-_LOCKED_BYTE = 2**30  # on Windows: far from the name, which others could not read otherwise
-
-
-def _lock(descriptor: int) -> None:
-    """Take the lock of an open file; raise a BlockingIOError if another has it."""
-    if sys.platform == "win32":
-        import msvcrt
-
-        os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
-        try:
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        except PermissionError as error:
-            raise BlockingIOError from error
-    else:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def _unlock(descriptor: int) -> None:
-    if sys.platform == "win32":
-        import msvcrt
-
-        os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
-        msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 # --- removing from a directory

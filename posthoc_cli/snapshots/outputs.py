@@ -20,30 +20,21 @@ from typing import Any
 from posthoc_cli import files
 from posthoc_cli.dtypes import DTYPES
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, quote
+from posthoc_cli.snapshots.decoding import decode
 from posthoc_cli.snapshots.directory import (
     inspect_directory,
     is_parts_folder,
     is_snapshot_name,
     read_snapshot,
 )
-from posthoc_cli.snapshots.snapshot import (
-    OutputInfo,
-    Snapshot,
-    decode,
-    decode_snapshot,
-    file_bytes,
-    statistics_notice,
-)
+from posthoc_cli.snapshots.entry import Entry
+from posthoc_cli.snapshots.opened_file import read_small_file
+from posthoc_cli.snapshots.output_info import OutputInfo
+from posthoc_cli.snapshots.selection import statistics_notice
+from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot, file_bytes
 from posthoc_cli.snapshots.sources import Source, run_clock
-from posthoc_cli.snapshots.tensorfile import (
-    MAX_HEADER_BYTES,
-    SUFFIX,
-    Entry,
-    TensorFile,
-    parse_object,
-    read_file,
-    read_small_file,
-)
+from posthoc_cli.snapshots.strict_json import parse_object
+from posthoc_cli.snapshots.tensorfile import MAX_HEADER_BYTES, SUFFIX, TensorFile, read_file
 from posthoc_cli.targets import SigmaRel, name_equal_length
 
 INDEX_NAME = "model.safetensors.index.json"

@@ -29,6 +29,7 @@ from posthoc_cli.reconstruction import Prior, choose_evenly, one_blas_thread
 from posthoc_cli.snapshots.directory import (
     DirectoryLock,
     read_directory,
+    read_kept_time,
     remove_leftovers,
     remove_snapshot,
 )
@@ -92,14 +93,17 @@ def plan_pruning(
     """Plan which snapshots of a directory to delete so that `keep` times stay. Reads no tensors,
     except a sample if headers lack measurements.
 
-    All snapshots of a time are deleted, or none. The newest time of each profile stays, and the
-    newest one that all profiles have, from which training can continue.
+    All snapshots of a time are deleted, or none. The newest time of each profile stays, the newest
+    one that all profiles have, from which training can continue, and the one that the last
+    `ema.snapshot()` keeps.
     """
     check_count("keep", keep)
     check_sigma_range(sigma_range)
     profiles = [snapshot.profile for snapshot in snapshots]
     prior = source_prior(snapshots)
     needed = _needed_times(profiles)
+    kept_time = read_kept_time(snapshots[0].path.parent)
+    needed.update(profile.t for profile in profiles if profile.t == kept_time)
     order = times_to_drop(profiles, prior, keep, needed, sigma_range)
     dropped = {time.t for time in order}
     before = _curve(profiles, prior, range(len(profiles)), sigma_range)

@@ -1,297 +1,35 @@
-"""The headers of our files. A snapshot is one average of one run at one time: the dataclass
-`Snapshot` is its header, and specifies its content; `OutputInfo` is the header of an output.
-
-Two texts of a header show the path of the weights: a sketch by random projections, and a sample.
-The sample holds, for some 512 elements, the network's weights at the snapshot's time and the values
-of the average. Names and shapes alone determine which elements these are. A model stands at a time
-of the run if its values equal the recorded ones, exactly or after rounding these to float16 or
-bfloat16, as a checkpoint in half precision has them.
-
-One small function, `convert`, decodes the JSON of a header by the annotations of the dataclass
-that holds it.
-"""
+"""A snapshot: one average of one run at one time. The dataclass `Snapshot` is the header of its
+file, and specifies its content."""
 
 from __future__ import annotations
 
-import base64
-import math
-import re
-import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
-from fnmatch import fnmatchcase
-from functools import lru_cache
-from itertools import islice
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any
 
-import numpy as np
-import numpy.typing as npt
 import xxhash
 
-from posthoc_cli.clock import Clock
 from posthoc_cli.dtypes import EPS
-from posthoc_cli.errors import (
-    FileFormatError,
-    InvalidValueError,
-    Log,
-    check_word,
-    list_first,
-    quote,
-)
+from posthoc_cli.errors import FileFormatError
 from posthoc_cli.planning import USEFUL_RANGE
-from posthoc_cli.profiles import FloatArray, PowerFunction
-from posthoc_cli.reconstruction import Measurements, Sketch, Steps, StoredAverage
-from posthoc_cli.snapshots.sources import PathSketch, Rule, Source, TrackedTensor
-from posthoc_cli.snapshots.tensorfile import FORMAT, Box, Chunk, Entry, TensorFile, compact
-
-log = Log(__name__)
-
-# --- the sample
-
-Floats = npt.NDArray[np.float32]
-
-PLACES = 512  # elements in a sample; small models have fewer
-
-
-def encode_sample(weights: npt.ArrayLike, average: npt.ArrayLike) -> str:
-    """Encode a sample as headers store it: float32 values of the network, then of the average, in
-    base64."""
-    values = np.concatenate([weights, average])
-    data = values.astype("<f4").tobytes()
-    return base64.b64encode(data).decode()
-
-
-def decode_sample(text: str) -> tuple[Floats, Floats]:
-    """Decode the values of the network and of the average in a sample; raise ValueError if it is
-    invalid."""
-    data = base64.b64decode(text, validate=True)
-    pairs, rest = divmod(len(data), 8)
-    if rest or pairs > PLACES:
-        raise ValueError(f"must be two equal numbers of at most {PLACES} float32 values")
-    values = np.frombuffer(data, "<f4").astype(np.float32)
-    weights, average = values.reshape(2, -1)
-    return weights, average
-
-
-def places(shapes: Mapping[str, Sequence[int]]) -> list[tuple[str, int]]:
-    """Choose the sampled elements of tensors with these names and shapes: name and row-major index,
-    sorted.
-
-    All tensors have about equally many; if there are more than `PLACES` tensors, `PLACES` of them,
-    spread evenly by name, have one each.
-    """
-    sizes = {name: math.prod(shapes[name]) for name in sorted(shapes)}
-    names = [name for name, size in sizes.items() if size]
-    chosen = set[tuple[str, int]]()
-    if not names:
-        return []
-    for number in range(PLACES):
-        name = names[number * len(names) // PLACES]
-        text = f"{number}/{name}"
-        drawn = xxhash.xxh3_64_intdigest(text.encode(errors="replace"))
-        chosen.add((name, drawn % sizes[name]))
-    return sorted(chosen)
-
-
-def index_within(
-    box: Box,
-    shape: Sequence[int],
-    index: int,
-) -> int | None:
-    """Convert a row-major index in a tensor to the index in a box of it; return None if the element
-    is outside."""
-    indices = np.unravel_index(index, tuple(shape))
-    offset = tuple(map(int, indices))
-    element = Box(offset, (1,) * len(shape))
-    if not box.intersection(element).size:
-        return None
-    begin, _ = box.span(element)
-    return begin
-
-
-def join_samples(
-    samples: Sequence[str],
-    boxes: Sequence[Mapping[str, Box]],
-    shapes: Mapping[str, Sequence[int]],
-) -> str:
-    """Join the samples of parts, which hold these boxes of complete tensors; return "" if one lacks
-    values."""
-    left = []
-    for sample in samples:
-        of_network, of_average = decode_sample(sample)
-        left.append(zip(of_network, of_average, strict=True))
-    pairs = list[tuple[float, float]]()
-    elements = places(shapes)
-    for name, index in elements:
-        for of_part, own in zip(left, boxes, strict=True):
-            box = own.get(name)
-            if box is not None and index_within(box, shapes[name], index) is not None:
-                pairs += islice(of_part, 1)
-                break
-    if not elements or len(pairs) < len(elements):
-        return ""
-    weights, average = zip(*pairs, strict=True)
-    return encode_sample(weights, average)
-
-
-def are_equal(model: Floats, recorded: Floats) -> bool:
-    """Return whether a model's values are the recorded ones, exactly or rounded to float16 or
-    bfloat16."""
-    import torch  # already loaded: the caller has a model
-
-    if np.array_equal(model, recorded):
-        return True
-    values = torch.from_numpy(model)
-    exact = torch.from_numpy(recorded)
-    for dtype in (torch.float16, torch.bfloat16):
-        rounded = exact.to(dtype).float()
-        if torch.equal(values, rounded):
-            return True
-    return False
-
-
-# --- the sketch of the path
-
-MOST_WINDOWS = 4_096
-MOST_NUMBERS = 1_024
-# the largest difference after scaling to float16: differences down to 2**-28 of it keep all bits
-_LARGEST = 2.0**14
-_MOST = 1e60  # the bound on usable numbers: products of larger ones overflow
-_COUNTS_BYTES = 32  # windows, numbers of each, bytes of a number, projection
-_LIMITS = f"must be 1 to {MOST_WINDOWS:,} windows of 1 to {MOST_NUMBERS:,} numbers, of size 2 or 4"
-_AND = "|"  # the separator between the sketches of parts; used in memory only
-
-
-def encode_path(path: PathSketch | None, exact: bool = False) -> str:
-    """Encode a sketch as headers store it, or as states do if `exact`; empty for None or unusable
-    numbers."""
-    if path is None:
-        return ""
-    sketch = path.sketch
-    means = sketch.means.astype("<f4")
-    if not (np.isfinite(means).all() and np.all(sketch.spread < _MOST)):
-        return ""
-    windows, numbers = means.shape
-    full = windows if exact else 1
-    steps = np.diff(means.astype(np.float64), axis=0)
-    factor = float(np.abs(steps).max(initial=0.0)) / _LARGEST or 1.0
-    moves = _moves(means[: windows - full + 1] / factor)
-    parts = sketch.edges, sketch.folds, sketch.spread, factor, means[:full], moves
-    counts = np.array([windows, numbers, 4 if exact else 2, path.projection], "<i8")
-    stored = np.array(parts, _layout(windows, numbers, full))
-    return base64.b64encode(counts.tobytes() + stored.tobytes()).decode()
-
-
-def _moves(places: FloatArray) -> npt.NDArray[np.float16]:
-    """Round the moves between places, each from the rounded place before, so that errors do not add
-    up."""
-    moves = np.zeros(places[1:].shape, "<f2")
-    reached = places[0]
-    for move, position in zip(moves, places[1:], strict=True):
-        move[:] = position - reached
-        reached = reached + move
-    return moves
-
-
-def _layout(windows: int, numbers: int, full: int) -> np.dtype[Any]:
-    """Describe the layout of a sketch after its counts: so many full means, and the moves from each
-    to the next, in units of `factor`."""
-    fields: list[Any] = [
-        ("edges", "<f8", (windows + 1,)),
-        ("folds", "<f8", (windows,)),
-        ("spread", "<f8", (windows,)),
-        ("factor", "<f8"),
-        ("means", "<f4", (full, numbers)),
-        ("moves", "<f2", (windows - full, numbers)),
-    ]
-    return np.dtype(fields)
-
-
-def decode_path(text: str) -> PathSketch:
-    """Decode the path in a sketch, adding up the parts of `join_paths`; ValueError if it is
-    invalid."""
-    first, *others = map(_decode, text.split(_AND))
-    total = first.sketch
-    for other in others:
-        means = total.means + other.sketch.means
-        spread = total.spread + other.sketch.spread
-        total = replace(total, means=means, spread=spread)
-    return first._replace(sketch=total)
-
-
-def path_of_part(
-    text: str,
-    part: tuple[int, int] | None,
-) -> PathSketch | None:
-    """Decode the path of a part (its number, counted from 1, and the count) or of a complete model;
-    None if it is unknown."""
-    number, count = part or (1, 1)
-    texts = text.split(_AND)
-    if not text or len(texts) != count:
-        return None
-    return decode_path(texts[number - 1])
-
-
-def join_paths(texts: Sequence[str]) -> str:
-    """Join the sketches of a model's parts; return an empty text unless all have a sketch of the
-    same windows."""
-    if not all(texts):
-        return ""
-    windows = set()
-    for text in texts:
-        sketch = _decode(text).sketch
-        edges = sketch.edges.tobytes()
-        folds = sketch.folds.tobytes()
-        windows.add((sketch.means.shape, edges, folds))
-    if len(windows) != 1:
-        return ""
-    return _AND.join(texts)
-
-
-def _decode(text: str) -> PathSketch:
-    """Decode the sketch of one part; raise ValueError if it is invalid."""
-    data = base64.b64decode(text, validate=True)
-    if len(data) < _COUNTS_BYTES:
-        raise ValueError(_LIMITS)
-    windows, numbers, size, projection = np.frombuffer(data[:_COUNTS_BYTES], "<i8").tolist()
-    are_few = 0 < windows <= MOST_WINDOWS and 0 < numbers <= MOST_NUMBERS
-    if not (are_few and size in (2, 4)):
-        raise ValueError(_LIMITS)
-    layout = _layout(windows, numbers, windows if size == 4 else 1)
-    if len(data) < _COUNTS_BYTES + layout.itemsize:
-        raise ValueError(_LIMITS)
-    # Earlier versions appended the step of each window.
-    stored = np.frombuffer(data, layout, 1, _COUNTS_BYTES)[0]
-    edges, folds, spread, factor, means, moves = (
-        stored[name].astype(np.float64) for name in layout.names or ()
-    )
-    later = means[:1] + np.cumsum(moves * factor, axis=0)
-    return PathSketch(projection, Sketch(edges, folds, np.concatenate((means, later)), spread))
-
-
-# --- values
+from posthoc_cli.profiles import PowerFunction
+from posthoc_cli.reconstruction import Measurements, Steps, StoredAverage
+from posthoc_cli.run_clock import Clock
+from posthoc_cli.snapshots.boxes import Chunk
+from posthoc_cli.snapshots.decoding import ANY_SIGN, convert, decode, is_optional
+from posthoc_cli.snapshots.entry import Entry
+from posthoc_cli.snapshots.selection import Selection
+from posthoc_cli.snapshots.sketch_text import decode_path
+from posthoc_cli.snapshots.sources import PathSketch, Source, TrackedTensor
+from posthoc_cli.snapshots.strict_json import compact
+from posthoc_cli.snapshots.tensorfile import FORMAT, WITH_AVERAGE, TensorFile
+from posthoc_cli.snapshots.weights_sample import Floats, decode_sample, drop_average, places
 
 # the range of training times; products of times outside it overflow
 EARLIEST = 1e-100
 LATEST = 1e100
-T = TypeVar("T")
-
-
-def is_number(value: object) -> bool:
-    """Return whether a JSON value is a finite number."""
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
-
-
-# of numbers that may be negative; all others must not be
-ANY_SIGN = "of any sign"
-Count = Annotated[int, Rule("a whole number above 0", lambda count: count > 0)]
-RunId = Annotated[
-    str, Rule("32 hexadecimal digits", lambda text: re.fullmatch("[0-9a-f]{32}", text))
-]
-SketchText = Annotated[str, Rule("a sketch", lambda text: not text or decode_path(text))]
-"""Values of states and of options, which have no checksums; a sealed header is trusted."""
 
 
 @dataclass(frozen=True)
@@ -306,121 +44,6 @@ class TrackingSchedule:
     checkpoint_dtype: str | None = "F16"  # a safetensors name
     sigma_range: tuple[float, float] = USEFUL_RANGE
 
-
-# --- the choice of tensors
-
-BUFFERS = ("statistics", "copy", "average")  # the treatments of buffers
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-
-
-@dataclass(frozen=True)
-class Selection:
-    """A choice of tensors, by globs on their names; see `PostHocEMA.from_model`."""
-
-    only_trainable: bool = True
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    buffers: str = "statistics"
-    copy_only: tuple[str, ...] = ()
-
-    def names(self, name: str) -> bool:
-        """Return whether the globs select a name. `*` matches any characters including dots."""
-        if self.include and not _matches(name, self.include):
-            return False
-        return not _matches(name, self.exclude)
-
-    def copies(self, name: str) -> bool:
-        return _matches(name, self.copy_only)
-
-    def adapt_to(self, run: Source) -> Selection:
-        """Adapt the selection to a run that is resumed: running statistics keep their role."""
-        buffers = self.buffers
-        if buffers == "copy" and any(each.role == "statistic" for each in run.tensors.values()):
-            buffers = "statistics"
-        if buffers != "statistics":
-            return self
-        statistics = sorted(running_statistics(run.copies))
-        kept = [name for name in statistics if not self.copies(name)]
-        return replace(self, buffers=buffers, copy_only=(*self.copy_only, *kept))
-
-
-def _matches(name: str, globs: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, glob) for glob in globs)
-
-
-def make_selection(
-    include: str | Iterable[str] | None,
-    exclude: str | Iterable[str] | None,
-    buffers: str,
-) -> Selection:
-    """Make a selection from a user's arguments; raise InvalidValueError, naming the argument, if
-    one is invalid."""
-    check_word("buffers", buffers, BUFFERS)
-    included = _globs("include", include)
-    return Selection(not included, included, _globs("exclude", exclude), buffers)
-
-
-def _globs(
-    argument: str,
-    given: str | Iterable[str] | None,
-) -> tuple[str, ...]:
-    globs: tuple[Any, ...] = ()
-    if isinstance(given, Iterable) and not isinstance(given, str):
-        globs = tuple(given)
-    elif given is not None:
-        globs = (given,)
-    if not all(isinstance(glob, str) and glob for glob in globs):
-        reason = "must be a glob on names, such as 'decoder.*', or a list"
-        raise InvalidValueError(argument, reason, value=repr(given))
-    return globs
-
-
-def check_globs(selection: Selection, names: Iterable[str]) -> None:
-    """Raise InvalidValueError if a glob matches none of a model's names: it is usually misspelt."""
-    names = list(names)
-    examples = list_first(map(quote, names), 3) or "none"
-    for argument in ("include", "exclude", "copy_only"):
-        for glob in getattr(selection, argument):
-            if not any(fnmatchcase(name, glob) for name in names):
-                reason = f"matches no tensor of the model; it has names such as {examples}"
-                raise InvalidValueError(argument, reason, value=repr(glob))
-
-
-def running_statistics(names: Iterable[str]) -> frozenset[str]:
-    """Find the names of BatchNorm's running means and variances: a layer has both, and a count of
-    batches."""
-    known = frozenset(names)
-    mean = _STATISTICS[0]
-    statistics = set[str]()
-    for name in known:
-        if name.split(".")[-1] == mean:
-            layer = name.removesuffix(mean)
-            parts = [layer + part for part in _STATISTICS]
-            if known.issuperset(parts):
-                statistics.update(parts[:2])
-    return frozenset(statistics)
-
-
-def statistics_notice(copies: Iterable[str]) -> str | None:
-    """Write advice, in one line, about running statistics among the names of copies; None without
-    any."""
-    if not running_statistics(copies):
-        return None
-    return (
-        "the running statistics of BatchNorm are copies, which belong to the raw weights: "
-        "recompute them with torch.optim.swa_utils.update_bn(loader, model) before you measure or "
-        "use an average"
-    )
-
-
-def note_statistics(copies: Iterable[str]) -> None:
-    """Say that an average has BatchNorm's statistics from the raw weights. This is no warning: the
-    evaluation may recompute them, and no option would."""
-    if notice := statistics_notice(copies):
-        log.info(notice)
-
-
-# --- the snapshot
 
 OUTSIDE_HEADER = ("path", "files", "entries")
 """Fields of a `Snapshot` that say where it is; snapshots with the same header are equal."""
@@ -474,9 +97,8 @@ class Snapshot(Source):
     # a large model estimated from a sample: of the squares of the exact average, and of (stored -
     # exact).
     measurements: Measurements | None = None
-    # Base64 of little-endian float32 values: for the elements that `places` names the network's
-    # values at the last update, then as many of the exact average. A part has the elements in its
-    # chunks.
+    # Base64 of little-endian float32 values: of the network at the last update, for the elements
+    # that `places` names. A part has the elements in its chunks.
     sample: str = ""
     # base64 of random projections of the network's path up to `t`, see `encode_path`
     sketch: str = ""
@@ -538,7 +160,7 @@ class Snapshot(Source):
                 continue
             value = getattr(self, each.name)
             is_zero = value == 0 and each.default is None
-            if value or is_zero or not _is_optional(each):
+            if value or is_zero or not is_optional(each):
                 values[each.name] = value
         names = defaultdict(list)
         for name, tensor in self.tensors.items():
@@ -571,7 +193,10 @@ def decode_snapshot(file: TensorFile) -> Snapshot:
     snapshot = decode(file, "snapshot", Snapshot)
     if snapshot.tensors.keys() != file.entries.keys():
         raise FileFormatError(file.path, "ema: tensors: are not the tensors of the file")
-    return replace(snapshot, path=file.path, files=(file,), entries=file.entries)
+    sample = snapshot.sample
+    if file.content["format"] == WITH_AVERAGE:
+        sample = drop_average(sample)
+    return replace(snapshot, sample=sample, path=file.path, files=(file,), entries=file.entries)
 
 
 def ungroup_tensors(lists: Any) -> dict[str, TrackedTensor]:
@@ -591,165 +216,7 @@ def recorded_weights(snapshots: Sequence[Snapshot]) -> dict[int, Floats]:
     count = len(places(shapes))
     complete = {}
     for snapshot in snapshots:
-        weights, _ = decode_sample(snapshot.sample)
+        weights = decode_sample(snapshot.sample)
         if len(weights) == count:
             complete[snapshot.step] = weights
     return complete
-
-
-# --- the header of an output
-
-
-@dataclass(frozen=True)
-class Used:
-    """A snapshot that an output was made from."""
-
-    file: str
-    coefficient: Annotated[float, ANY_SIGN]
-
-
-@dataclass(frozen=True)
-class OutputInfo:
-    """The content of the header of an output, the file that a synthesis writes: `kind` is
-    "output"."""
-
-    run_id: str
-    profile: str  # the target, for people: "sigma_rel 0.15", "beta 0.9999", ...
-    sigma_rel: float | None  # None, like gamma, if the profile is not a power function
-    gamma: Annotated[float, ANY_SIGN] | None
-    t: float
-    t_unit: str
-    method: str
-    profile_error: float  # relative L2 error between the profiles
-    # expected relative L2 error of the weights; None if it is unknown
-    predicted_error: float | None
-    snapshots: tuple[Used, ...]
-    copies: tuple[str, ...] = ()  # names of the tensors that are copies (buffers), not averages
-
-    def encode(self) -> dict[str, Any]:
-        """Encode the header as a JSON object, without the checksums of blocks."""
-        return {"kind": "output", "format": FORMAT, **vars(self)}
-
-
-# --- decoding by annotations
-
-
-def decode(
-    file: TensorFile,
-    kind: str,
-    form: type[T],
-) -> T:
-    """Decode the content of a file of a kind as the dataclass `form`; raise FileFormatError if it
-    is invalid.
-
-    A header with a valid checksum is trusted: checksums guard against accidents and are not
-    signatures.
-    """
-    number = file.content.get("format")
-    if (file.kind, number) != (kind, FORMAT):
-        reason = f"is not of the kind {kind!r} and format {FORMAT}"
-        if file.kind:
-            reason += f", but {quote(file.kind)} of format {quote(number)}"
-        else:
-            reason += " of this package"
-        raise FileFormatError(file.path, reason)
-    try:
-        return cast(T, convert(file.content, form))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise FileFormatError(file.path, f"ema: {error}") from None
-
-
-@lru_cache
-def field_kinds(form: Any) -> dict[str, Any]:
-    """Find the annotations of a dataclass by field name."""
-    return get_type_hints(form, include_extras=True)
-
-
-def convert(value: Any, kind: Any) -> Any:
-    """Convert a JSON value to an annotated type: lists to tuples, objects to dataclasses, by their
-    fields.
-
-    Raises ValueError, which says what is expected. Numbers must be finite and at least 0, and
-    satisfy the annotation's `Rule`, or are converted by the function in its place. Keys that a
-    dataclass does not have are ignored: they come from later releases.
-    """
-    if kind in _PLAIN:
-        accepts, words = _PLAIN[kind]
-        _check(accepts(value), words, value)
-        return float(value) if kind is float else value
-    origin = get_origin(kind)
-    args = get_args(kind)
-    if origin is Annotated:
-        return _convert_by_rule(value, *args)
-    if type(None) in args:
-        return None if value is None else convert(value, args[0])
-    if origin is tuple:
-        return _convert_list(value, args)
-    _check(isinstance(value, dict), "a JSON object", value)
-    if is_dataclass(kind):
-        return _convert_object(value, kind)
-    return {name: _member(name, each, args[-1]) for name, each in value.items()}
-
-
-def _convert_by_rule(
-    value: Any,
-    kind: Any,
-    rule: Rule | Callable[[Any], Any],
-) -> Any:
-    if not isinstance(rule, Rule):
-        return rule(value)
-    result = convert(value, kind)
-    _check(bool(rule.accepts(result)), rule.words, value)
-    return result
-
-
-def _convert_list(
-    value: Any,
-    kinds: tuple[Any, ...],
-) -> tuple[Any, ...]:
-    words = f"a list of {len(kinds)}"
-    is_list = isinstance(value, list | tuple)
-    if kinds[-1] is ...:
-        words = "a list"
-        kinds = kinds[:1] * len(value) if is_list else kinds
-    _check(is_list and len(value) == len(kinds), words, value)
-    return tuple(map(convert, value, kinds))
-
-
-def _convert_object(value: Mapping[str, Any], form: Any) -> Any:
-    for each in fields(form):
-        if each.name not in value and not _is_optional(each):
-            raise ValueError(f"{each.name}: is missing")
-    members = {}
-    for name, kind in field_kinds(form).items():
-        if name in value:
-            members[name] = _member(name, value[name], kind)
-    return form(**members)
-
-
-def _member(name: str, value: Any, kind: Any) -> Any:
-    try:
-        return convert(value, kind)
-    except ValueError as error:
-        raise ValueError(f"{quote(name)[1:-1]}: {error}") from error
-
-
-def _is_optional(each: Field[Any]) -> bool:
-    """Return whether a header may lack a field: one that is empty by default."""
-    return each.default_factory is not MISSING or not each.default
-
-
-def _check(is_right: bool, words: str, value: Any) -> None:
-    if not is_right:
-        raise ValueError(f"must be {words}, not {quote(value)}")
-
-
-# The plain types of JSON values, each with a test and its description.
-_PLAIN: dict[Any, tuple[Callable[[Any], bool], str]] = {
-    Any: (lambda _: True, ""),
-    Annotated[float, ANY_SIGN]: (is_number, "a finite number"),
-    bool: (lambda value: isinstance(value, bool), "true or false"),
-    str: (lambda value: isinstance(value, str), "a string"),
-    int: (lambda value: type(value) is int and 0 <= value < 2**63, "a whole number, at least 0"),
-    float: (lambda value: is_number(value) and value >= 0, "a finite number, at least 0"),
-}

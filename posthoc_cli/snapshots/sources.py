@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from posthoc_cli.clock import Clock, EpochClock
 from posthoc_cli.dtypes import DTYPES, ITEM_BYTES
 from posthoc_cli.errors import (
     MismatchError,
@@ -31,15 +30,10 @@ from posthoc_cli.reconstruction import (
     StoredAverage,
     choose_evenly,
 )
-from posthoc_cli.snapshots.tensorfile import (
-    Box,
-    Entry,
-    TensorFile,
-    boxes_of_range,
-    decode_values,
-    items,
-    tensor_from_bytes,
-)
+from posthoc_cli.run_clock import Clock, EpochClock
+from posthoc_cli.snapshots.boxes import Box, boxes_of_range
+from posthoc_cli.snapshots.entry import Entry, decode_values, items, tensor_from_bytes
+from posthoc_cli.snapshots.tensorfile import TensorFile
 
 if TYPE_CHECKING:
     import torch

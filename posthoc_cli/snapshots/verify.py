@@ -19,6 +19,7 @@ from posthoc_cli.errors import (
     count_noun,
 )
 from posthoc_cli.resources import ProgressBar, no_bar
+from posthoc_cli.snapshots.decoding import decode
 from posthoc_cli.snapshots.directory import (
     PICKLES,
     Directory,
@@ -26,6 +27,8 @@ from posthoc_cli.snapshots.directory import (
     is_parts_folder,
     list_candidates,
 )
+from posthoc_cli.snapshots.opened_file import file_size
+from posthoc_cli.snapshots.output_info import OutputInfo
 from posthoc_cli.snapshots.outputs import (
     INDEX_NAME,
     INDEX_SUFFIX,
@@ -33,9 +36,9 @@ from posthoc_cli.snapshots.outputs import (
     read_index,
     read_model,
 )
-from posthoc_cli.snapshots.snapshot import OutputInfo, Snapshot, decode, decode_snapshot
+from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot
 from posthoc_cli.snapshots.sources import run_clock
-from posthoc_cli.snapshots.tensorfile import FORMAT, SUFFIX, file_size, read_file
+from posthoc_cli.snapshots.tensorfile import FORMAT, FORMATS, SUFFIX, read_file
 
 T = TypeVar("T")
 
@@ -278,7 +281,7 @@ def _report(
         file = read_file(path)
         is_known = (
             file.kind in (None, "snapshot", "output")
-            and file.content.get("format", FORMAT) == FORMAT
+            and file.content.get("format", FORMAT) in FORMATS
         )
         output = decode(file, "output", OutputInfo) if file.kind == "output" else None
         header = output or (None if file.kind is None else decode_snapshot(file))

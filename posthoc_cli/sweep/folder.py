@@ -12,8 +12,8 @@ from typing import Any
 
 from posthoc_cli import files
 from posthoc_cli.errors import FileFormatError, OutputExistsError, quote
+from posthoc_cli.snapshots.decoding import convert
 from posthoc_cli.snapshots.directory import LOCK_NAME, DirectoryLock
-from posthoc_cli.snapshots.snapshot import convert
 from posthoc_cli.sweep import images
 from posthoc_cli.sweep.search import LARGEST, Trial, average_title
 

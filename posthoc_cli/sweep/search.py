@@ -25,7 +25,7 @@ from scipy.special import stdtrit
 
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import FloatArray, check_sigma_rel, sigma_rel_from_decay
-from posthoc_cli.snapshots.snapshot import ANY_SIGN
+from posthoc_cli.snapshots.decoding import ANY_SIGN
 from posthoc_cli.targets import Beta, SigmaRel, bad, parse_numbers
 
 LEAST_BUDGET = 4  # a quadratic needs three lengths, and a fourth to show noise

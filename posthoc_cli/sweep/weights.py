@@ -22,9 +22,10 @@ from posthoc_cli.export.convert import export_file
 from posthoc_cli.export.like import check_shape
 from posthoc_cli.profiles import Point
 from posthoc_cli.run import Run
-from posthoc_cli.snapshots.snapshot import Snapshot, are_equal, places, recorded_weights
+from posthoc_cli.snapshots.snapshot import Snapshot, recorded_weights
 from posthoc_cli.snapshots.sources import Source
 from posthoc_cli.snapshots.tensorfile import read_file
+from posthoc_cli.snapshots.weights_sample import are_equal, places
 from posthoc_cli.sweep.search import average_title
 from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.targets import Mean, SigmaRel, Target

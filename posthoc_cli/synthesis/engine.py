@@ -27,9 +27,11 @@ from posthoc_cli.errors import InvalidValueError, NonFiniteError
 from posthoc_cli.files import is_url
 from posthoc_cli.profiles import FloatArray
 from posthoc_cli.resources import worker_count
-from posthoc_cli.snapshots.snapshot import running_statistics
+from posthoc_cli.snapshots.boxes import Box
+from posthoc_cli.snapshots.entry import BLOCK, tensor_bytes, tensor_from_bytes
+from posthoc_cli.snapshots.opened_file import in_turn
+from posthoc_cli.snapshots.selection import running_statistics
 from posthoc_cli.snapshots.sources import StoredTensors
-from posthoc_cli.snapshots.tensorfile import BLOCK, Box, in_turn, tensor_bytes, tensor_from_bytes
 from posthoc_cli.synthesis.plan import Combination, Plan
 
 # --- sums

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from posthoc_cli.checkpoints.settings import UNSPECIFIED
-from posthoc_cli.clock import Clock, EpochClock
 from posthoc_cli.dtypes import EPS, parse_dtype
 from posthoc_cli.errors import (
     InexactError,
@@ -38,8 +37,12 @@ from posthoc_cli.reconstruction import (
     seen_from,
 )
 from posthoc_cli.request import Request
+from posthoc_cli.run_clock import Clock, EpochClock
+from posthoc_cli.snapshots.boxes import Box
+from posthoc_cli.snapshots.entry import Entry
+from posthoc_cli.snapshots.output_info import OutputInfo, Used
 from posthoc_cli.snapshots.sampling import source_prior
-from posthoc_cli.snapshots.snapshot import OutputInfo, Selection, Used, check_globs
+from posthoc_cli.snapshots.selection import Selection, check_globs
 from posthoc_cli.snapshots.sources import (
     Source,
     StoredTensors,
@@ -49,7 +52,6 @@ from posthoc_cli.snapshots.sources import (
     count_sources,
     run_clock,
 )
-from posthoc_cli.snapshots.tensorfile import Box, Entry
 from posthoc_cli.targets import Mean, Target, name_equal_length
 
 if TYPE_CHECKING:

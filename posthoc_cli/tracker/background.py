@@ -22,7 +22,7 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 from threadpoolctl import ThreadpoolController
 
-from posthoc_cli.errors import Log, NotReadyError, WriteError, keep_messages
+from posthoc_cli.errors import Log, RefusedCallError, WriteError, keep_messages
 
 log = Log(__name__)
 
@@ -44,10 +44,10 @@ class CallLock:
         self._lock: Any = threading.RLock()
 
     def hold(self, call: str) -> AbstractContextManager[Any]:
-        """Return the lock, for a `with` statement; a NotReadyError if this thread holds it."""
+        """Return the lock, for a `with` statement; a RefusedCallError if this thread holds it."""
         if self._lock._is_owned():  # which threading.Condition asks, too
             reason = "the code that this signal handler or callback interrupts is in a call"
-            raise NotReadyError(call, reason, "set a flag, and make the call after it")
+            raise RefusedCallError(call, reason, "set a flag, and make the call after it")
         lock: AbstractContextManager[Any] = self._lock
         return lock
 

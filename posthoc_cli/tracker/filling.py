@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import chain
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+# see `posthoc_ema`
+from torch._compile import _disable_dynamo as not_compiled
 from torch.nn.parameter import is_lazy
 
 from posthoc_cli.errors import (
     InvalidValueError,
     ModelMismatchError,
     NonFiniteError,
-    NotReadyError,
+    RefusedCallError,
     list_first,
 )
+from posthoc_cli.run import Weights
 from posthoc_cli.tracker.model import ON_META, NamedTensor, check_model, named_tensors
 from posthoc_cli.tracker.processes import (
     is_sharded,
@@ -26,6 +30,8 @@ from posthoc_cli.tracker.processes import (
     refresh_shards,
     reshard,
 )
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @torch.no_grad()
@@ -109,6 +115,13 @@ def is_swapped(model: nn.Module) -> bool:
     return any(ids & held for held in [*_swapped])
 
 
+def check_raw(model: nn.Module, call: str) -> None:
+    """Raise a RefusedCallError if a model holds averaged weights."""
+    if is_swapped(model):
+        reason = "the model holds averaged weights now"
+        raise RefusedCallError(call, reason, "call it outside `with ema.model(...)`")
+
+
 def _part_ids(model: nn.Module) -> frozenset[int]:
     """Find the ids of a model's tensors, and of its modules: a block may replace tensors."""
     return frozenset(map(id, chain(model.parameters(), model.buffers(), model.modules())))
@@ -133,7 +146,7 @@ def swap_in(
         with _entering:
             if is_swapped(model):
                 reason = "holds averaged weights now"
-                raise NotReadyError("model", reason, "evaluate one average after the other")
+                raise RefusedCallError("model", reason, "evaluate one average after the other")
             _swapped.append(held)
         raw = _RawModel(model, targets.values())
         try:
@@ -146,6 +159,32 @@ def swap_in(
     finally:
         with _entering:
             _swapped[:] = [each for each in _swapped if each is not held]
+
+
+class AveragedModel(AbstractContextManager[Module]):
+    """A `with` block in which a model holds averaged weights of time `t`, made when it is
+    entered."""
+
+    def __init__(self, model: Module, make: Callable[[], Weights]) -> None:
+        self.t: float | None = None
+        self._model = model
+        self._make = make
+        self._stack = ExitStack()
+
+    @not_compiled
+    def __enter__(self) -> Module:
+        weights = self._make()
+        self._stack.enter_context(swap_in(self._model, weights))
+        self.t = weights.t
+        return self._model
+
+    @not_compiled
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._stack.__exit__(*error)
+
+    def __call__(self, *_: object, **__: object) -> NoReturn:
+        hint = "with ema.model(model, sigma_rel) as averaged: averaged(...)"
+        raise RefusedCallError("model", "holds averaged weights only within a `with` block", hint)
 
 
 class _RawModel:
@@ -175,8 +214,8 @@ class _RawModel:
     def restore(self) -> None:
         """Put the same objects, in the same memory, and their values back, whatever the block has
         converted, moved or replaced."""
-        reshard(self._model)  # a forward pass may have replaced chunks by complete tensors
-        lost = list[str]()
+        # a forward pass may have replaced chunks by complete tensors
+        lost = [f"{name}: its complete tensor was replaced" for name in reshard(self._model)]
         for module in self._modules:
             lost += module.restore()
         raw = dict.fromkeys(self._tensors.values())

@@ -23,11 +23,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from posthoc_cli.devices import copy_to_host, record_end, streams_of
+from posthoc_cli.devices import HOST, copy_to_host, record_end, streams_of
 from posthoc_cli.snapshots.sources import ElementRange
 from posthoc_cli.tracker.background import SINGLE_THREAD, ThreadPool
-
-HOST = torch.device("cpu")
 
 Positions = npt.NDArray[np.int64]
 
@@ -393,10 +391,9 @@ class Reader:
         """Return a tile's values, flat, in the averages' dtype; valid until the same thread's next
         call."""
         flat = self._flat(tile, thread)
-        scratch = self._make_scratch(tile, thread)
-        if flat.dtype == scratch.dtype:
+        if flat.dtype == self.layout[tile.bucket].wide:
             return flat
-        return scratch.copy_(flat)
+        return self._make_scratch(tile, thread).copy_(flat)
 
     def norms(self, pool: ThreadPool = SINGLE_THREAD) -> list[float]:
         """Compute each tile's norm: not finite if a value is not, or if squares overflow. It waits

@@ -10,7 +10,8 @@ recognised by its parent's type, never by its name: a user's module may have a c
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence, Set
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
@@ -26,10 +27,12 @@ from posthoc_cli.errors import (
     InvalidValueError,
     ModelMismatchError,
     NonFiniteError,
+    RefusedCallError,
 )
-from posthoc_cli.snapshots.snapshot import Selection, index_within, places, running_statistics
+from posthoc_cli.snapshots.boxes import Box
+from posthoc_cli.snapshots.selection import Selection, running_statistics
 from posthoc_cli.snapshots.sources import TrackedTensor
-from posthoc_cli.snapshots.tensorfile import Box
+from posthoc_cli.snapshots.weights_sample import index_within, places
 from posthoc_cli.tracker.processes import (
     Members,
     as_dtensor,
@@ -411,15 +414,51 @@ def nonfinite_error(
 
 
 class ModelWatch:
-    """A cache of the model's tensors, invalid when the model changes, and gone when the model
-    is."""
+    """The model that a tracker was made with, while it exists, and a cache of the tensors of the
+    model that it tracks, invalid when that changes, and gone when it is."""
 
-    def __init__(self, selection: Selection, members: Members) -> None:
+    def __init__(
+        self,
+        selection: Selection,
+        members: Members,
+        model: nn.Module | None = None,
+    ) -> None:
         self._selection = selection
         self._members = members
+        self.has_model = model is not None
+        self._model: Callable[[], nn.Module | None] = lambda: None
+        if model is not None:
+            self._model = weakref.ref(unwrap(model))
+        self._compared = self._model  # the model whose tensors were compared last
         self._cached: WeakKeyDictionary[
             nn.Module, tuple[TrackedModel, _ModelFingerprint, ModelTensors]
         ] = WeakKeyDictionary()
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The bare model that the tracker was made with; None if there is none any more."""
+        return self._model()
+
+    def find_model(self, call: str) -> nn.Module:
+        """Return the model that the tracker was made with, which a call needs."""
+        model = self.model
+        if model is None:
+            reason = "the model that this tracker was made with no longer exists"
+            raise RefusedCallError(call, reason)
+        return model
+
+    def find_sharded_model(self, call: str) -> nn.Module | None:
+        """Return the sharded model, whose parameters say where each chunk is; None if the model is
+        not sharded."""
+        return self.find_model(call) if self._members.is_chunked else None
+
+    def check_kind(self, model: nn.Module, tracked: TrackedModel) -> None:
+        """Raise a ModelMismatchError at the first call with another model, which has other
+        tensors."""
+        bare = unwrap(model)
+        if self._compared() is not bare:
+            self.check(model, tracked)
+            self._compared = weakref.ref(bare)
 
     def tensors(self, model: nn.Module, tracked: TrackedModel) -> ModelTensors:
         """Return the model's tensors, the same object unless the model has changed; raise an error
@@ -468,7 +507,7 @@ class ModelWatch:
         numbers = torch.stack(values).tolist()
         return dict(zip(tracked.sample_places, numbers, strict=True))
 
-    def check_kind(self, model: nn.Module) -> None:
+    def check_sharding(self, model: nn.Module) -> None:
         """Raise a ModelMismatchError if a model is sharded, but was not when its tracker was
         made."""
         if self._members.is_chunked:
@@ -484,7 +523,7 @@ class ModelWatch:
         also: frozenset[str] = frozenset(),
     ) -> ModelTensors:
         collected = collect_tensors(model, self._selection, also)
-        self.check_kind(model)
+        self.check_sharding(model)
         return collected.select_for(self._members)
 
 

@@ -16,6 +16,7 @@ import logging
 import multiprocessing.util
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -32,24 +33,26 @@ from posthoc_cli.errors import (
     DirectoryError,
     InvalidValueError,
     Log,
-    NotReadyError,
+    RefusedCallError,
     WriteError,
+    kept_messages,
     log_kept_messages,
 )
 from posthoc_cli.files import remove_unfinished
+from posthoc_cli.group import Group
 from posthoc_cli.resources import worker_count
-from posthoc_cli.tracker.averages import Averages
+from posthoc_cli.tracker.arguments import Settings
 from posthoc_cli.tracker.background import (
     SINGLE_THREAD,
     ThreadPool,
     Worker,
     end_threads,
 )
-from posthoc_cli.tracker.clock import Settings, TrainingProgress
 from posthoc_cli.tracker.filling import check_fits
 from posthoc_cli.tracker.measuring import Sketcher, Values
 from posthoc_cli.tracker.memory import HostCopy, Layout, Reader, is_on_host, on_host
 from posthoc_cli.tracker.model import ModelTensors, nonfinite_error
+from posthoc_cli.tracker.progress import TrainingProgress
 from posthoc_cli.tracker.snapshotter import (
     Snapshotter,
     Storage,
@@ -57,6 +60,7 @@ from posthoc_cli.tracker.snapshotter import (
     stage,
 )
 from posthoc_cli.tracker.state import Tracking
+from posthoc_cli.tracker.tracked_averages import Averages
 
 log = Log(__name__)
 
@@ -75,9 +79,12 @@ class Pipeline:
         if device not in ("cpu", "model", None):
             reason = "must be 'cpu', or 'model' for the model's own device"
             raise InvalidValueError("device", reason, value=f"{str(device)!r}")
-        # the state after the last update; only jobs of the averages' thread change it
+        # the state; its averages are those of the last update, which only their thread changes
         self.tracking = tracking
+        self._counting = threading.Lock()
+        self._noted: Exception | None = None
         self.snapshotter: Snapshotter | None = None  # until the tracker is the directory's writer
+        self.has_begun = False  # whether this process is a writer, or knows the writers
         self.closed = False  # if so, calls that change the state are refused
         self._has_ended = False
         self.directory = directory
@@ -85,13 +92,12 @@ class Pipeline:
         self._device = device
         # whether updates return before they are done; known at the first update
         self._is_async: bool | None = None
-        self._counted = tracking.progress  # the last call that was counted
         self._process = os.getpid()
         self._pool = ThreadPool(min(torch.get_num_threads(), worker_count()))
         self._host_copy = HostCopy(self._pool.size)
         self._streams = DeviceStreams()
-        self._updates = Worker("averages")
-        self._writes = Worker("snapshots")
+        self._averaging = Worker("averages")
+        self._writing = Worker("snapshots")
         # of the model that was taken in last; gone when its tensors are
         self._values: WeakKeyDictionary[ModelTensors, Reader] = WeakKeyDictionary()
         self._storage: Storage | None = None
@@ -111,15 +117,14 @@ class Pipeline:
         writer = self.snapshotter
         if writer is not None and writer.times_written:
             figures["snapshot_bytes"] = float(writer.nbytes)
-            figures["snapshot_seconds"] = self._writes.job_seconds[0]
-            figures["snapshot_waited"] = self._writes.wait_seconds
+            figures["snapshot_seconds"] = self._writing.job_seconds[0]
+            figures["snapshot_waited"] = self._writing.wait_seconds
         return figures
 
     @property
     def progress(self) -> TrainingProgress:
-        """The progress of the training; one update behind if a call was interrupted after it had
-        queued its update."""
-        return max(self._counted, self.tracking.progress, key=lambda progress: progress.step)
+        """The last call that was counted."""
+        return self.tracking.progress
 
     @property
     def sample(self) -> Values | None:
@@ -133,7 +138,7 @@ class Pipeline:
             with self._streams.in_own_streams():
                 return storage.in_order(averages.sample)
 
-        return self._updates.call(work)
+        return self._averaging.call(work)
 
     # --- which calls are admitted ---
 
@@ -145,13 +150,13 @@ class Pipeline:
         if self.is_forked:
             reason = "this process was forked from the one that has the tracker, and its threads"
             hint = "call it there, or read the snapshots with PostHocEMA.from_path"
-            raise NotReadyError(self.directory, reason, hint)
+            raise RefusedCallError(self.directory, reason, hint)
 
     def check_open(self) -> None:
-        """Raise a NotReadyError in a forked process, and if the tracker is closed."""
+        """Raise a RefusedCallError in a forked process, and if the tracker is closed."""
         self.check_process()
         if self.closed:
-            raise NotReadyError(
+            raise RefusedCallError(
                 self.directory, "this tracker was closed", "continue with PostHocEMA.from_path"
             )
 
@@ -160,17 +165,17 @@ class Pipeline:
     def wait_for_turn(self, writes_too: bool) -> None:
         """Wait until an update can be queued, and with `writes_too` also snapshots."""
         if self._is_async:
-            self._updates.wait_for_turn()
+            self._averaging.wait_for_turn()
         if writes_too:
-            self._writes.wait_for_turn()
+            self._writing.wait_for_turn()
 
     def count(self, progress: TrainingProgress) -> None:
-        """Count a call without update."""
-        # this process only counts: its averages differ from the ones on disk from now on
-        if self.tracking.resumes:
-            self.set(replace(self.tracking, progress=progress, resumes=False))
-        else:
-            self._counted = progress
+        """Count a call, unless it was counted. An update is counted by its job, too: the call may
+        be interrupted after it has queued the job."""
+        with self._counting:
+            now = self.tracking
+            if progress.is_after(now.progress):
+                self.tracking = replace(now, progress=progress)
 
     def update(self, tensors: ModelTensors, progress: TrainingProgress) -> None:
         """Take in a model's values, after `wait_for_turn`; raise the error about values that are
@@ -182,7 +187,7 @@ class Pipeline:
             all_on_cpu = all(tensor.device.type == "cpu" for tensor in tensors.averaged.values())
             self._is_async = (self._device or ("model" if all_on_cpu else "cpu")) == "cpu"
             if self._is_async and not all_on_cpu:
-                self._updates.call(self._use_cores)
+                self._averaging.call(self._use_cores)
         copies = {name: torch.empty_like(tensor) for name, tensor in tensors.copied.items()}
         if copies:  # by one kernel: batch norms have many counters
             torch._foreach_copy_([*copies.values()], [*tensors.copied.values()])
@@ -191,9 +196,9 @@ class Pipeline:
             self._update_by_copy(values, copies, progress)
         else:
             self._update_in_place(values, copies, progress)
-        self._counted = progress
-        self._updates.warn_of_waiting("updates of the averages (update_every)")
-        self._writes.warn_of_waiting("snapshots (checkpoint_every)")
+        self.count(progress)
+        self._averaging.warn_of_waiting("updates of the averages (update_every)")
+        self._writing.warn_of_waiting("snapshots (checkpoint_every)")
 
     def _update_by_copy(
         self,
@@ -211,13 +216,13 @@ class Pipeline:
         if pool is SINGLE_THREAD:
             host_copy.copy(values)
         else:
-            self._updates.call(lambda: host_copy.copy(values, pool))
+            self._averaging.call(lambda: host_copy.copy(values, pool))
 
         def take_in() -> str | None:
             self._streams.last_events = events
             return self._take_in(host_copy.wait(), copies, progress)
 
-        self._updates.submit(lambda: self._update(take_in, progress))
+        self._averaging.submit(lambda: self._update(take_in, progress))
 
     def _update_in_place(
         self,
@@ -234,7 +239,7 @@ class Pipeline:
             with self._streams.in_streams_of_caller(streams):
                 return self._take_in(values, copies, progress)
 
-        self._updates.call(lambda: self._update(take_in, progress))
+        self._averaging.call(lambda: self._update(take_in, progress))
 
     def _update(
         self,
@@ -246,11 +251,10 @@ class Pipeline:
         if self.closed:
             return
         name = take_in()
-        now = self.tracking
         if self._settings.snapshot_is_due(progress.step):
-            self._submit_snapshots(now)
+            self._submit_snapshots()
         if name is not None:
-            raise nonfinite_error(name, now.tracked.tensors, progress.step)
+            raise nonfinite_error(name, self.tracking.tracked.tensors, progress.step)
 
     def _use_cores(self) -> None:
         """Let averages on the host use this process's share of the cores, which an accelerator's
@@ -266,10 +270,9 @@ class Pipeline:
 
         def work() -> None:
             self.check_open()
-            self._counted = tracking.progress
             self.tracking = tracking
 
-        self._updates.call(work)
+        self._averaging.call(work)
 
     # --- called by any thread ---
 
@@ -293,7 +296,7 @@ class Pipeline:
                     weights[name] = copy.to("cpu", copy=True)
             return weights
 
-        return self._updates.call(work)
+        return self._averaging.call(work)
 
     def predict_error(self, profile: int) -> float:
         """Predict the relative L2 error of what `read` returns, before its conversion."""
@@ -302,36 +305,35 @@ class Pipeline:
             with self._streams.in_own_streams():
                 return self.tracking.averages.predicted_error(profile)
 
-        return self._updates.call(work)
+        return self._averaging.call(work)
 
     def read_exactly(self) -> Tracking:
         """Copy the state, with the averages exact, to the host."""
 
         def work() -> Tracking:
-            current = self._current()
-            averages = current.averages
+            now = self.tracking
+            averages = now.averages
             tensors = averages.tensors
             with self._streams.in_own_streams():
                 kept = tensors.copy_to(on_host(tensors.layout))
                 copies = _on_cpu(averages.copies)
                 path = averages.path(exact=True)
             exact = Averages(averages.sigma_rels, averages.standing, kept, copies, known_path=path)
-            return replace(current, averages=exact)
+            return replace(now, averages=exact)
 
-        return self._updates.call(work)
+        return self._averaging.call(work)
 
     def write_missing(self) -> None:
         """Queue snapshots of the averages, unless they are stored when all earlier snapshots are
         durable."""
 
         def work() -> None:
-            self._writes.wait()
-            current = self._current()
-            standing = current.averages.standing
-            if self.snapshotter is not None and not self.snapshotter.has(standing.t):
-                self._submit_snapshots(current)
+            self._writing.wait()
+            t = self.tracking.averages.standing.t
+            if self.snapshotter is not None and not self.snapshotter.has(t):
+                self._submit_snapshots()
 
-        self._updates.submit(work)
+        self._averaging.submit(work)
 
     def keep_present(self) -> None:
         """Queue a note that the snapshots of the last update are to be kept."""
@@ -340,39 +342,73 @@ class Pipeline:
             snapshotter = self.snapshotter
             t = self.tracking.averages.standing.t
             if snapshotter is not None:
-                self._writes.submit(lambda: snapshotter.keep(t))
+                self._writing.submit(lambda: snapshotter.keep(t))
 
-        self._updates.submit(work)
+        self._averaging.submit(work)
 
     def end(self) -> None:
         """Refuse later calls that change the state, and queue the last snapshots of the training,
         once."""
         if not self._has_ended:
-            self._updates.submit(lambda: setattr(self, "closed", True))
+            self._averaging.submit(lambda: setattr(self, "closed", True))
             self.write_missing()
-            self._updates.submit(self._submit_end)
+            self._averaging.submit(self._submit_end)
             self._has_ended = True  # last: an interrupted call is made again
 
     def _submit_end(self) -> None:
         """Queue the last thinning, which waits for the parts of other processes."""
         if self.snapshotter is not None and self.tracking.tracked.members.is_chunked:
-            self._writes.submit(self.snapshotter.end)
+            self._writing.submit(self.snapshotter.end)
+
+    def wait(self) -> None:
+        """Wait until all work is done and durable."""
+        self._averaging.wait()
+        self._writing.wait()
 
     def flush(self) -> None:
-        """Wait until all work is done and durable."""
-        self._updates.wait()
-        self._writes.wait()
+        """Wait as `wait` does, and raise an error of background work since the last call, once."""
+        self.wait()
+        self.note_error()
+        self.raise_noted()
+
+    def note_error(self) -> None:
+        """Note an error of background work since the last call; it stays noted if this call fails
+        itself."""
+        self._noted = self._noted or self.take_error()
+
+    def raise_noted(self) -> None:
+        if kept_messages:
+            log_kept_messages()
+        failure = self._noted
+        self._noted = None
+        if failure is not None:
+            raise failure
 
     def take_error(self) -> Exception | None:
-        return self._updates.take_error() or self._writes.take_error()
+        return self._averaging.take_error() or self._writing.take_error()
 
     def begin(
+        self,
+        group: Group,
+        run_id: str,
+        read: Callable[[], Tracking | None],
+    ) -> None:
+        """Become the directory's writer with the other processes of a group, the first one first,
+        and continue from the state of `read`."""
+        loaded = group.first_then_others(lambda: self._become_writer(run_id, read))
+        if loaded is not None:
+            self.set(loaded)
+        self.has_begun = True
+
+    def _become_writer(
         self,
         run_id: str,
         read: Callable[[], Tracking | None],
     ) -> Tracking | None:
-        """Become the directory's writer, unless this is it, and continue from the state of `read`;
-        a failure leaves all as it was."""
+        """Become the directory's writer, unless this is it or only counts, and return the state of
+        `read`; a failure leaves all as it was."""
+        if not self.tracking.tracked.members.keeps:
+            return read()
         before = self.snapshotter
         try:
             snapshotter = before or self._new_writer()
@@ -405,9 +441,9 @@ class Pipeline:
     def close(self) -> None:
         """Finish all work, and release the model's tensors and the directory."""
         self._values.clear()
-        self._updates.close()
+        self._averaging.close()
         self._pool.close()
-        self._writes.close()
+        self._writing.close()
         self.release()
 
     def abandon(self) -> None:
@@ -415,21 +451,13 @@ class Pipeline:
         refers to any more."""
         if self in _writers:
             self.end()
-            self._updates.submit(lambda: self._writes.submit(self.release))
+            self._averaging.submit(lambda: self._writing.submit(self.release))
 
     def release(self) -> None:
         """Release the directory for another writer."""
         _writers.discard(self)
         if self.snapshotter is not None:
             self.snapshotter.close()
-
-    def _current(self) -> Tracking:
-        """Return the state with all calls counted since the last update; without these calls if an
-        update is queued."""
-        counted = self.progress
-        now = self.tracking
-        later = counted.updated == now.progress.updated and counted.step > now.progress.step
-        return replace(now, progress=counted) if later else now
 
     def _pool_for(self, layout: Layout) -> ThreadPool:
         """Choose the pool for work on a layout: one thread for accelerators, so that one stream
@@ -464,8 +492,7 @@ class Pipeline:
     ) -> str | None:
         """Update averages and counters; if a value is not finite, only count, and return the first
         tensor with such a value."""
-        now = self.tracking
-        averages = now.averages
+        averages = self.tracking.averages
         storage = self._find_storage(values.layout)
         if self._settings.snapshot_is_due(progress.step):
             # before anything is changed: memory may run out
@@ -474,7 +501,7 @@ class Pipeline:
         sample = storage.sample
         sketcher = self._sketcher(averages, storage)
         name = averages.update_(values, copies, progress.last, pool, sample, sketcher)
-        self.tracking = replace(now, progress=progress)
+        self.count(progress)
         return name
 
     def _sketcher(self, averages: Averages, storage: Storage) -> Sketcher | None:
@@ -493,13 +520,11 @@ class Pipeline:
             return None
         return sketcher
 
-    def _warn_of_standstill(self, storage: Storage, averages: Averages) -> None:
-        """Warn if the weights have not changed since the last snapshots."""
+    def _warn_of_standstill(self, step: int, sample: Values | None) -> None:
+        """Warn if the sampled weights have not changed since the last snapshots."""
         before = self._last_sample
-        if averages.sample is None or not storage.sample_size:
+        if sample is None or not len(sample):  # some processes of a sharded model have none
             return
-        step = averages.standing.step
-        sample = storage.in_order(averages.sample)
         self._last_sample = step, sample
         if before is not None and before[0] < step and np.array_equal(before[1], sample):
             log.warning(
@@ -510,10 +535,11 @@ class Pipeline:
                 step,
             )
 
-    def _submit_snapshots(self, current: Tracking) -> None:
+    def _submit_snapshots(self) -> None:
         """Stage the averages, and queue their snapshots, when earlier ones, which use the same
         memory, are written."""
-        averages = current.averages
+        now = self.tracking
+        averages = now.averages
         tensors = averages.tensors
         snapshotter = self.snapshotter
         if snapshotter is None or not averages.exist:
@@ -523,11 +549,14 @@ class Pipeline:
         pool = self._pool_for(tensors.layout)
         with self._streams.in_own_streams():
             staged = stage(storage, averages, pool)
-            measured = [(average.measurements, average.sample) for average in staged]
+            measured = [average.measurements for average in staged]
             copies = _on_cpu(averages.copies)
-            infos = headers(self._settings, current, averages.path(pool), measured)
-            self._warn_of_standstill(storage, averages)
-        self._writes.submit(lambda: snapshotter.record(infos, staged, copies))
+            sample = None
+            if averages.sample is not None:
+                sample = storage.in_order(averages.sample)
+            infos = headers(self._settings, now, averages.path(pool), sample, measured)
+            self._warn_of_standstill(averages.standing.step, sample)
+        self._writing.submit(lambda: snapshotter.record(infos, staged, copies))
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -608,7 +637,7 @@ def wait_for_writers(directory: Path) -> None:
     """
     for pipeline in list(_writers):
         if str(pipeline.directory) == os.path.realpath(directory):  # resolves a loop of links, too
-            pipeline.flush()
+            pipeline.wait()
     log_kept_messages()
 
 
@@ -638,7 +667,7 @@ def _finish_all() -> None:
     for pipeline in list(_writers):
         pipeline.end()
     for pipeline in list(_writers):
-        pipeline.flush()
+        pipeline.wait()
         pipeline.release()
     end_threads()
     log_kept_messages()

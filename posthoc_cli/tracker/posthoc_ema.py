@@ -17,15 +17,13 @@ from __future__ import annotations
 
 import atexit
 import logging
-import math
 import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
+from typing import TYPE_CHECKING, Any, NoReturn, overload
 from weakref import WeakSet
 
 import numpy as np
@@ -37,37 +35,31 @@ from torch import nn
 from torch._compile import _disable_dynamo as not_compiled
 
 from posthoc_cli.devices import is_capturing
-from posthoc_cli.dtypes import parse_dtype, torch_dtype
 from posthoc_cli.errors import (
     InvalidValueError,
-    ModelMismatchError,
     NotReadyError,
     PostHocError,
-    kept_messages,
-    log_kept_messages,
+    RefusedCallError,
     quote,
 )
-from posthoc_cli.reconstruction import check_method
-from posthoc_cli.request import Request, Wanted
-from posthoc_cli.run import Run, Weights, make_weights, with_consistent_plan
-from posthoc_cli.snapshots.directory import DirectoryLock, find_snapshots
-from posthoc_cli.snapshots.snapshot import (
-    Snapshot,
-    are_equal,
-    encode_path,
-    join_paths,
-    make_selection,
-    places,
-    recorded_weights,
-    statistics_notice,
-)
-from posthoc_cli.synthesis.plan import Plan, plan_synthesis
-from posthoc_cli.targets import as_target, as_targets
-from posthoc_cli.tracker import averaged
+from posthoc_cli.request import Wanted
+from posthoc_cli.run import Run, Weights
+from posthoc_cli.snapshots.directory import DirectoryLock
+from posthoc_cli.snapshots.selection import make_selection, statistics_notice
+from posthoc_cli.snapshots.snapshot import recorded_weights
+from posthoc_cli.snapshots.weights_sample import are_equal
+from posthoc_cli.targets import as_targets
+from posthoc_cli.tracker.arguments import Settings
 from posthoc_cli.tracker.attach import Attachment
 from posthoc_cli.tracker.background import CallLock
-from posthoc_cli.tracker.clock import Settings, TrainingProgress
-from posthoc_cli.tracker.filling import check_weights, fill_in, is_swapped, swap_in
+from posthoc_cli.tracker.filling import (
+    AveragedModel,
+    Module,
+    check_raw,
+    check_weights,
+    fill_in,
+    is_swapped,
+)
 from posthoc_cli.tracker.model import (
     ModelWatch,
     check_model,
@@ -75,21 +67,17 @@ from posthoc_cli.tracker.model import (
     unwrap,
 )
 from posthoc_cli.tracker.pipeline import Pipeline, wait_for_writers
-from posthoc_cli.tracker.processes import Group
+from posthoc_cli.tracker.progress import TrainingProgress
+from posthoc_cli.tracker.reading import AverageReader, Dtype
 from posthoc_cli.tracker.resume import (
     Start,
     check_path,
-    sample_of_all,
-    warn_of_other_weights,
 )
-from posthoc_cli.tracker.state import StateInfo, Tracking, pack_state, read_info, unpack_state
+from posthoc_cli.tracker.saving import OwnState
+from posthoc_cli.tracker.state import Tracking
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Module = TypeVar("Module", bound=nn.Module)
-Result = TypeVar("Result")
-Dtype = torch.dtype | str | None
 
 log = logging.getLogger(__name__)
 
@@ -122,27 +110,21 @@ class PostHocEMA:
         self.settings = start.settings
         self._start = start
         self._members = start.tracking.tracked.members
-        self._watch = ModelWatch(self.settings.selection, self._members)
-        self._model: weakref.ref[nn.Module] | None = None
-        # the model whose tensors were compared last
-        self._checked: Callable[[], nn.Module | None] = lambda: None
+        self._watch = ModelWatch(self.settings.selection, self._members, model)
         self._pipeline = Pipeline(self.checkpoint_dir, self.settings, start.tracking, device)
+        self._reader = AverageReader(start, self._pipeline)
+        self._own_state = OwnState(start, self._pipeline, self._watch)
         # For a tracker that nobody closes. It must not wait for a thread: garbage may be collected
         # in that thread.
         weakref.finalize(self, self._pipeline.abandon).atexit = False
         # weak: the optimizer's hook holds the attachment, which holds the tracker
         self._attachment: weakref.ref[Attachment] | None = None
         self._lock = CallLock()
-        self._pending: Exception | None = None
         self._callbacks: list[Callable[[Any], None]] = []
         self._reported = 0
         self._warned_of: set[str] = set()
-        self._has_begun = False  # whether this process is a writer, or knows the writers
         self._is_filled = False  # whether `load_into` has replaced the model's weights
         _all.add(self)
-        if model is not None:
-            self._model = weakref.ref(unwrap(model))
-            self._checked = self._model
 
     @classmethod
     def from_model(
@@ -297,9 +279,7 @@ class PostHocEMA:
     def has_average(self) -> bool:
         """Whether an update has been due. Before the first one, calls for averages raise a
         NotReadyError."""
-        if self._pipeline.tracking.resumes:
-            return self._start.step != 0
-        return self._pipeline.progress.updated > 0
+        return self._reader.has_average
 
     @property
     def run(self) -> Run:
@@ -312,7 +292,7 @@ class PostHocEMA:
         """Return whether `model`, wrapped or bare, is the model that this tracker has taken updates
         from."""
         has_taken = self.step > 0 and not self._pipeline.tracking.resumes
-        return has_taken and self._tracked_model() is unwrap(check_model(model))
+        return has_taken and self._watch.model is unwrap(check_model(model))
 
     # --- tracking
 
@@ -334,12 +314,12 @@ class PostHocEMA:
                 NonFiniteError at the next call.
             WriteError: an earlier snapshot could not be written. Raised once; this call has done
                 its work.
-            NotReadyError: the tracker is closed, attached or in use, or the model holds averaged
+            RefusedCallError: the tracker is closed, attached or in use, or the model holds averaged
                 weights.
         """
         if self._attached is not None:
             reason = "this tracker is attached to an optimizer and is updated by its steps"
-            raise NotReadyError(
+            raise RefusedCallError(
                 "update_", reason, "leave out either this call or attach(), or detach() first"
             )
         self._count(check_model(model), t)
@@ -350,20 +330,20 @@ class PostHocEMA:
         t: float | None,
     ) -> None:
         """Count a training step."""
-        _check_raw(model, "update_")
+        check_raw(model, "update_")
         if is_capturing():
             reason = "a CUDA graph is being captured, which would count and average this step once"
-            raise NotReadyError("update_", reason, "call it after graph.replay()")
+            raise RefusedCallError("update_", reason, "call it after graph.replay()")
         grad_mode = torch.is_grad_enabled()
         try:
             with self._call("update_"):
                 self._pipeline.check_open()
-                self._check_kind(model)
+                self._watch.check_kind(model, self._pipeline.tracking.tracked)
                 self._begin()
                 self._advance(model, t)
         finally:  # a signal handler can raise just before torch.no_grad() restores the mode
             torch.set_grad_enabled(grad_mode)
-        self._raise_pending()
+        self._pipeline.raise_noted()
         self._run_callbacks()
 
     def attach(
@@ -384,7 +364,7 @@ class PostHocEMA:
             reason = f"must be given a torch.optim.Optimizer, not {type(optimizer).__name__}"
             hint = "call ema.update_(model) after each step that was taken"
             raise InvalidValueError("attach", reason, hint)
-        if self._model is None:
+        if not self._watch.has_model:
             reason = "this tracker was made without a model"
             raise InvalidValueError("attach", reason, "pass the model to from_model or from_path")
         unit = self.settings.t_unit
@@ -399,7 +379,7 @@ class PostHocEMA:
         self.detach()
 
         def update(time: float | None) -> None:
-            self._count(self._present_model("attach"), time)
+            self._count(self._watch.find_model("attach"), time)
 
         attachment = Attachment(optimizer, update, t)
         self._attachment = weakref.ref(attachment)
@@ -431,10 +411,10 @@ class PostHocEMA:
         """
         with self._call("snapshot"):
             self._pipeline.check_open()
-            model = self._tracked_model()
+            model = self._watch.model
             progress = self._pipeline.progress
             if model is not None and self.keeps_averages and 0 < progress.updated < progress.step:
-                _check_raw(model, "snapshot")
+                check_raw(model, "snapshot")
                 self._pipeline.wait_for_turn(writes_too=False)
                 self._take_in(model, replace(progress, updated=progress.step))
             has_begun = progress.updated > 0 or self._pipeline.tracking.resumes
@@ -444,7 +424,7 @@ class PostHocEMA:
                 self._pipeline.write_missing()
                 if keep:
                     self._pipeline.keep_present()
-            self._flush()
+            self._pipeline.flush()
 
     @not_compiled
     def flush(self) -> None:
@@ -455,12 +435,7 @@ class PostHocEMA:
             WriteError, NonFiniteError: an error since the last call, raised once.
         """
         with self._call("flush"):
-            self._flush()
-
-    def _flush(self) -> None:
-        self._pipeline.flush()
-        self._note_error()
-        self._raise_pending()
+            self._pipeline.flush()
 
     def metrics(
         self,
@@ -474,15 +449,10 @@ class PostHocEMA:
         length or target for which the run is long enough `predicted_error_0.15`, at the newest
         snapshot.
         """
-        targets = {target.label: target for target in as_targets(sigma_rels)}
         figures = {"step": float(self.step), "t": self.t}
         figures |= self._pipeline.figures()
-        snapshots = self._read_stored() if targets else []
-        plans, _ = averaged.plan_possible(snapshots, targets if snapshots else {})
-        for label, plan in plans.items():
-            error = plan.predicted_error(0)
-            if error is not None:
-                figures[f"predicted_error_{label}"] = error
+        for label, error in self._reader.predict_errors(as_targets(sigma_rels)).items():
+            figures[f"predicted_error_{label}"] = error
         return figures
 
     # --- averaged weights
@@ -514,7 +484,7 @@ class PostHocEMA:
         def make() -> Weights:
             check_model(model)
             with self._call("model"):
-                group, weights = self._average(model, sigma_rel, asked)
+                group, weights = self._reader.read(model, sigma_rel, asked)
                 group.together(lambda: check_weights(model, weights))
             notice = statistics_notice(self._pipeline.tracking.tracked.dtypes(copied=True))
             if notice is not None and self._is_first_warning("statistics"):
@@ -536,25 +506,9 @@ class PostHocEMA:
         their order.
         """
         targets = {target.label: target for target in as_targets(sigma_rels)}
-        group = self._callers({})
-
-        def find_refusals() -> dict[str, str]:
-            if not self.has_average:
-                return dict.fromkeys(targets, self.settings.first_update(self.step))
-            others = {}
-            for label, target in targets.items():
-                if self._tracked_profile(target, {}) is None:
-                    others[label] = target
-            stored = self._read_stored() if others else []
-            if not stored:
-                return dict.fromkeys(others, "no snapshot yet")
-            _, reasons = averaged.plan_possible(stored, others)
-            return reasons
-
         check_model(model)
         with self._call("models"):
-            group.together(self._flush)
-            refusals = group.from_first(find_refusals)
+            refusals = self._reader.find_refusals(targets)
         blocks = {}
         for label, target in targets.items():
             if label not in refusals:
@@ -563,6 +517,41 @@ class PostHocEMA:
                 reason = refusals[label]
                 log.warning("%s: no average of %s at step %d", reason, label, self.step)
         return blocks
+
+    @not_compiled
+    def average(
+        self,
+        sigma_rel: Wanted,
+        t: float | None = None,
+        step: int | None = None,
+        dtype: Dtype = None,
+        method: str | None = None,
+    ) -> Weights:
+        """Return averaged weights, copied to the CPU, by name, with their `t` and
+        `predicted_error`.
+
+        For a sharded model all processes make the call, and each gets the chunks that it owns, as
+        DTensors in host memory.
+
+        Arguments:
+            sigma_rel: length of the average, in (0, 0.2887); or another target, such as
+                `targets.Beta(0.9999)`, or its text form, "beta:0.9999"; or any object with a
+                function `tail`.
+            t, step: time of the average, or its number of calls. By default a tracked length is
+                taken now, any other at the time of the newest snapshots.
+            dtype, method: dtype of the averages, by default each parameter's own; and the solver,
+                "minvar" or "paper".
+        """
+        asked = {"t": t, "step": step, "dtype": dtype, "method": method}
+        return self._average("average", sigma_rel, asked)
+
+    def _average(self, call: str, sigma_rel: Wanted, asked: Mapping[str, Any]) -> Weights:
+        model = self._watch.find_sharded_model(call)
+        with self._call(call):
+            _, weights = self._reader.read(model, sigma_rel, asked)
+        if model is not None:
+            into_dtensors(weights, model)
+        return weights
 
     @overload
     def state_dict(self) -> dict[str, Any]: ...
@@ -586,37 +575,23 @@ class PostHocEMA:
         dtype: Dtype = None,
         method: str | None = None,
     ) -> Weights | dict[str, Any]:
-        """Return averaged weights, copied to the CPU, by name, with their `t` and
-        `predicted_error`; or the tracker's own state.
+        """Return the tracker's own state; or with `sigma_rel`, as other libraries have it, the
+        weights that `average` returns.
 
-        Without `sigma_rel` it returns the state. Save it in your training checkpoint;
-        `load_state_dict` continues from it exactly. In processes that keep no averages the state is
-        empty. For a sharded model all processes make the call, and each gets the chunks that it
-        owns, as DTensors in host memory, which torch.distributed.checkpoint reshards.
-
-        Arguments:
-            sigma_rel: length of the average, in (0, 0.2887); or another target, such as
-                `targets.Beta(0.9999)`, or its text form, "beta:0.9999"; or any object with a
-                function `tail`.
-            t, step: time of the average, or its number of calls. By default a tracked length is
-                taken now, any other at the time of the newest snapshots.
-            dtype, method: dtype of the averages, by default each parameter's own; and the solver,
-                "minvar" or "paper".
+        Save the state in your training checkpoint; `load_state_dict` continues from it exactly. In
+        processes that keep no averages it is empty. For a sharded model all processes make the
+        call, and each gets the chunks that it owns, as DTensors in host memory, which
+        torch.distributed.checkpoint reshards.
         """
         asked = {"t": t, "step": step, "dtype": dtype, "method": method}
-        if sigma_rel is None:
-            for name, value in asked.items():
-                if value is not None:
-                    reason = f"must be given with {name}, which is of an average"
-                    raise InvalidValueError("sigma_rel", reason)
-            with self._call("state_dict"):
-                return self._own_state()
-        model = self._chunked_model()
+        if sigma_rel is not None:
+            return self._average("state_dict", sigma_rel, asked)
+        for name, value in asked.items():
+            if value is not None:
+                reason = f"must be given with {name}, which is of an average"
+                raise InvalidValueError("sigma_rel", reason)
         with self._call("state_dict"):
-            _, weights = self._average(model, sigma_rel, asked)
-        if model is not None:
-            into_dtensors(weights, model)
-        return weights
+            return self._own_state.pack()
 
     @not_compiled
     def load_into(
@@ -634,10 +609,10 @@ class PostHocEMA:
         error leaves the model unchanged. A call within a block of `model` is such an error: the end
         of the block would undo it.
         """
-        _check_raw(check_model(model), "load_into")
+        check_raw(check_model(model), "load_into")
         asked = {"t": t, "step": step, "method": method}
         with self._call("load_into"):
-            group, weights = self._average(model, sigma_rel, asked)
+            group, weights = self._reader.read(model, sigma_rel, asked)
             targets = group.together(lambda: check_weights(model, weights))
             fill_in(targets, weights)
         self._is_filled = True
@@ -665,42 +640,12 @@ class PostHocEMA:
         """
         with self._call("load_state_dict"):
             self._pipeline.check_open()
-            self._load_state(state)
-
-    def _load_state(self, state: Mapping[str, Any]) -> None:
-        now = self._pipeline.tracking
-        if not (self._has_state or state):
-            # The writer loads the state. This process only counts, and must not resume from disk
-            # any more.
-            progress = replace(now.progress, updated=max(1, self.step))
-            self._pipeline.set(replace(now, progress=progress, resumes=False))
-            return
-        group = self._members.keepers()
-
-        def unpack() -> tuple[Tracking, tuple[float, ...]]:
-            self._flush()
-            return unpack_state(state, self.settings, now.tracked)
-
-        loaded, weights = group.together(unpack)
-        self._become_writer(group, loaded.run_id, lambda: loaded)
-        self._start.refusal = None
-        if self._tracked_model() is not None and not self._fits(group, weights) and group.leads:
-            warn_of_other_weights(self.checkpoint_dir, loaded.progress.step)
+            self._own_state.restore(state)
 
     def fits(self, state: Mapping[str, Any]) -> bool:
         """Return whether the model has the weights that the network had when a tracker's own state
         was taken, as far as it knows them. For a sharded model all processes make the call."""
-        return self._fits(self._members.keepers(), read_info(state).weights)
-
-    def _fits(self, group: Group, weights: Sequence[float]) -> bool:
-        if not weights:
-            return True
-        with np.errstate(over="ignore"):  # of a damaged state
-            recorded = np.array(weights, np.float32)
-        model = self._present_model("fits")
-        tracked = self._pipeline.tracking.tracked
-        own = group.together(lambda: self._watch.sample(model, tracked))
-        return are_equal(sample_of_all(group, own), recorded)
+        return self._own_state.fits(state)
 
     @not_compiled
     def close(self) -> None:
@@ -723,7 +668,7 @@ class PostHocEMA:
             log.warning("%s: no snapshot: %s", self.checkpoint_dir, self.settings.first_update(0))
         try:
             self._pipeline.end()
-            self._flush()
+            self._pipeline.flush()
         finally:
             self._watch.forget()
             self._pipeline.close()
@@ -753,7 +698,7 @@ class PostHocEMA:
             "save its state, ema.state_dict(), within a checkpoint, and keep the tracker "
             "outside of the module"
         )
-        raise NotReadyError(
+        raise RefusedCallError(
             "PostHocEMA", "a tracker can be neither saved nor copied as an object", hint
         )
 
@@ -772,31 +717,26 @@ class PostHocEMA:
         self._pipeline.check_process()
         return self._lock.hold(name)
 
-    def _check_kind(self, model: nn.Module) -> None:
-        """Raise a ModelMismatchError at the first call with another model, which has other
-        tensors."""
-        bare = unwrap(model)
-        if self._checked() is not bare:
-            self._watch.check(model, self._pipeline.tracking.tracked)
-            self._checked = weakref.ref(bare)
-
     def _begin(self) -> None:
         """Become the directory's writer at the first call."""
-        self._note_error()
+        self._pipeline.note_error()
         if self._start.refusal is not None and self._pipeline.tracking.resumes:
             if self._members.keeps and self._members.rank == 0:
                 # snapshots of unknown weights may belong to another training that still runs
                 DirectoryLock(self.checkpoint_dir).release()
             raise self._start.refusal
         self._is_filled = False
-        if not self._has_begun:
+        if not self._pipeline.has_begun:
             self._members.check_model()
             now = self._pipeline.tracking
 
             def read() -> Tracking | None:
-                return self._start.read(now) if now.resumes and self.keeps_averages else None
+                if not now.resumes:
+                    return None
+                # a process that only counts has no averages to load
+                return self._start.read(now) if self.keeps_averages else replace(now, resumes=False)
 
-            self._become_writer(self._members.keepers(), now.run_id, read)
+            self._pipeline.begin(self._members.keepers(), now.run_id, read)
 
     def _advance(
         self,
@@ -806,14 +746,14 @@ class PostHocEMA:
         settings = self.settings
         progress = self._pipeline.progress.after(t, settings)
         if settings.update_is_due(progress.step) and not self.keeps_averages:
-            self._watch.check_kind(model)
+            self._watch.check_sharding(model)
             if settings.snapshot_is_due(progress.step):
                 self._members.check_model(also_missing=True)
         elif settings.update_is_due(progress.step):
             # Nothing is counted during the wait: if it is interrupted, as for a slow disk, the call
             # has no effect.
             self._pipeline.wait_for_turn(settings.snapshot_is_due(progress.step))
-            self._note_error()
+            self._pipeline.note_error()
             # The last update may have been interrupted after it was queued.
             progress = self._pipeline.progress.after(t, settings)
             if settings.update_is_due(progress.step):
@@ -821,32 +761,18 @@ class PostHocEMA:
                 return
         self._pipeline.count(progress)
 
-    def _become_writer(
-        self,
-        group: Group,
-        run_id: str,
-        read: Callable[[], Tracking | None],
-    ) -> None:
-        """Become a writer of the directory, if this process keeps averages, and continue from the
-        state of `read`."""
-
-        begin = partial(self._pipeline.begin, run_id, read) if self.keeps_averages else read
-        if (loaded := group.first_then_others(begin)) is not None:
-            self._pipeline.set(loaded)
-        self._has_begun = True
-
     def _take_in(self, model: nn.Module, progress: TrainingProgress) -> None:
         """Queue the model's values for the averages; a model that has changed counts the call."""
         try:
             tensors = self._watch.tensors(model, self._pipeline.tracking.tracked)
         except PostHocError:
-            self._pipeline.set(replace(self._pipeline.tracking, progress=progress))
+            self._pipeline.count(progress)
             raise
         self._pipeline.update(tensors, progress)
 
     def _warn_of_moved_weights(self) -> None:
         """Warn if the model has moved since the last counted step, where that was an update."""
-        model = self._tracked_model()
+        model = self._watch.model
         tracking = self._pipeline.tracking
         if model is None or self.closed or self._is_filled or is_swapped(model):
             return
@@ -866,13 +792,13 @@ class PostHocEMA:
 
     def _keep_present(self) -> None:
         """Write a snapshot of the model's present weights, unless one has them."""
-        model = self._tracked_model()
+        model = self._watch.model
         tracking = self._pipeline.tracking
         if model is None or tracking.resumes or not self.has_average:
             return
         self.flush()
         sample = np.array([*self._watch.sample(model, tracking.tracked).values()], np.float32)
-        stored = self._read_stored()
+        stored = self._reader.read_stored()
         recorded = recorded_weights(stored).values() if stored else ()
         if not any(are_equal(sample, own) for own in recorded):
             self.snapshot(keep=False)
@@ -890,254 +816,6 @@ class PostHocEMA:
             for callback in self._callbacks:
                 callback(self)
 
-    def _note_error(self) -> None:
-        """Note an error of background work since the last call; it stays pending if this call fails
-        itself."""
-        self._pending = self._pending or self._pipeline.take_error()
-
-    def _raise_pending(self) -> None:
-        if kept_messages:
-            log_kept_messages()
-        failure = self._pending
-        self._pending = None
-        if failure is not None:
-            raise failure
-
-    # --- the tracker's own state
-
-    @property
-    def _has_state(self) -> bool:
-        return self._members.is_chunked or self.keeps_averages
-
-    def _own_state(self) -> dict[str, Any]:
-        if not self._has_state:
-            return {}
-        group = self._members.keepers()
-
-        def read() -> Tracking:
-            self._flush()
-            if self._pipeline.tracking.resumes:
-                return self._start.read(self._pipeline.tracking)
-            return self._pipeline.read_exactly()
-
-        tracking = group.together(read)
-        averages = tracking.averages
-        # Each process knows the path of its own part, and some processes have no average.
-        own_path = encode_path(averages.known_path, exact=True)
-        paths = group.from_all(own_path)
-        weights = self._present_weights(group)
-
-        def read_info() -> StateInfo:
-            return StateInfo(
-                run_id=tracking.run_id,
-                t_unit=self.settings.t_unit,
-                sigma_rels=averages.sigma_rels,
-                standing=averages.standing,
-                last=tracking.progress.last,
-                sketch=join_paths([path for path in paths if path]),
-                weights=weights,
-            )
-
-        return pack_state(tracking, group.from_first(read_info), self._chunked_model())
-
-    def _present_weights(self, group: Group) -> tuple[float, ...]:
-        """Read the network's sampled weights at the last call; empty if they are unknown."""
-        now = self._pipeline.tracking
-        model = self._tracked_model()
-        if not self._pipeline.progress.updated:
-            return ()
-        own: dict[int, float] = {}
-        if model is not None and not now.resumes and not is_swapped(model):
-            with suppress(ModelMismatchError):
-                own = self._watch.sample(model, now.tracked)
-        values = sample_of_all(group, own)
-        count = len(places(now.tracked.complete_shapes))
-        if len(values) < count or not np.isfinite(values).all():
-            return ()
-        return tuple(values.tolist())
-
-    # --- one average: a tracked one from memory, any other from snapshots
-
-    def _average(
-        self,
-        model: nn.Module | None,
-        length: Wanted,
-        given: Mapping[str, Any],
-    ) -> tuple[Group, Weights]:
-        """Make an average, in the processes that make the call; for a sharded `model` the chunks in
-        this process."""
-        asked = {name: value for name, value in given.items() if value is not None}
-        group = self._callers(asked)
-        if not group.from_first(lambda: self.has_average):
-            reason = f"{self.settings.first_update(self.step)}, so far {self.step:,}"
-            raise NotReadyError("no average yet", reason, "has_average says when there is one")
-        profile = self._tracked_profile(length, asked)
-        if self._members.is_chunked:
-            assert model is not None
-            return group, self._chunks(group, model, length, profile, asked)
-
-        def make() -> Weights:
-            if profile is not None:
-                return self._from_memory(profile, asked.get("dtype"))
-
-            def plan() -> Plan:
-                return averaged.log_predicted_error(
-                    plan_synthesis(self._list_durable(), Request(length, **asked))
-                )
-
-            return with_consistent_plan(plan, make_weights)
-
-        return group, averaged.from_first(group, make)
-
-    def _tracked_profile(
-        self,
-        length: Wanted,
-        asked: Mapping[str, Any],
-    ) -> int | None:
-        """Find the index of the tracked length that is wanted at the present time, else None."""
-        sigma_rel = as_target(length).sigma_rel
-        if sigma_rel is None or self._pipeline.tracking.resumes or {"t", "step"} & asked.keys():
-            return None
-        for index, tracked in enumerate(self.settings.sigma_rels):
-            if math.isclose(sigma_rel, tracked, rel_tol=1e-6):  # float32's
-                return index
-        return None
-
-    def _from_memory(self, profile: int, dtype: Dtype) -> Weights:
-        """Read a tracked average as it is now, rounded once; for a sharded model this process's
-        part."""
-        if not self.keeps_averages:
-            reason = "this process keeps no averages, the first one of its group does"
-            raise NotReadyError(reason, "read the snapshots with PostHocEMA.from_path")
-        self._flush()
-        tracked = self._pipeline.tracking.tracked
-        stored = parse_dtype(dtype)
-        own = tracked.dtypes(copied=False)
-        if stored is not None:
-            own = dict.fromkeys(own, torch_dtype(stored))
-        weights = Weights(self._pipeline.read(profile, own))
-        for alias, name in tracked.aliases.items():
-            weights[alias] = weights[name]
-        weights.t = self.t
-        converted = averaged.conversion_error(own, tracked.boxes)
-        weights.predicted_error = math.hypot(self._pipeline.predict_error(profile), converted)
-        return weights
-
-    def _chunks(
-        self,
-        group: Group,
-        model: nn.Module,
-        length: Wanted,
-        profile: int | None,
-        asked: Mapping[str, Any],
-    ) -> Weights:
-        """Make the chunks in this process of an average of a sharded model."""
-        tracked = self._pipeline.tracking.tracked
-        tensors = group.together(lambda: averaged.index_chunks(model, tracked))
-        members: Any = self._members
-        if profile is not None:
-
-            def own() -> Weights:
-                return (
-                    self._from_memory(profile, asked.get("dtype")) if members.keeps else Weights()
-                )
-
-            return averaged.with_replicas(group, group.together(own), tensors, members)
-        group.together(self._flush)
-
-        def plan() -> averaged.SentPlan:
-            return averaged.reduce_to_send(
-                averaged.log_predicted_error(
-                    plan_synthesis(self._list_durable(), Request(length, **asked))
-                )
-            )
-
-        return with_consistent_plan(
-            lambda: group.from_first(plan),
-            lambda sent: averaged.read_chunks(group, sent, length, tensors, self.checkpoint_dir),
-        )
-
-    def _list_durable(self) -> list[Snapshot]:
-        """List the run's durable snapshots, at least one."""
-        self._flush()
-        stored = self._read_stored()
-        if not stored:
-            reason = "other lengths than the tracked ones are made of snapshots"
-            raise NotReadyError("no snapshot yet", reason, "ema.snapshot() writes one")
-        return stored
-
-    def _read_stored(self) -> list[Snapshot]:
-        """Read the run's snapshots on disk, up to the step from which it is to resume; none if the
-        directory belongs to another run."""
-        last = self._start.step if self._pipeline.tracking.resumes else None
-        snapshots = find_snapshots(self.checkpoint_dir)
-        if last is not None:
-            snapshots = [snapshot for snapshot in snapshots if snapshot.step <= last]
-        return [snapshot for snapshot in snapshots if snapshot.run_id == self.run_id]
-
-    def _callers(self, asked: Mapping[str, Any]) -> Group:
-        """Find the processes that make a call for averages, after checking its options."""
-        check_method(asked.get("method"))
-        parse_dtype(asked.get("dtype"))
-        return self._members.callers(is_tracking=not self._pipeline.tracking.resumes)
-
-    def _tracked_model(
-        self,
-        default: nn.Module | None = None,
-    ) -> nn.Module | None:
-        """Return the model that this tracker was made with if it still exists, else `default`."""
-        model = None if self._model is None else self._model()
-        return default if model is None else model  # no `or`: it would ask for a model's length
-
-    def _present_model(
-        self,
-        call: str,
-        default: nn.Module | None = None,
-    ) -> nn.Module:
-        """Return the model that this tracker was made with, which a call needs."""
-        model = self._tracked_model(default)
-        if model is None:
-            raise NotReadyError(call, "the model that this tracker was made with no longer exists")
-        return model
-
-    def _chunked_model(self) -> nn.Module | None:
-        """Return the sharded model, whose parameters say where each chunk is; None if the model is
-        not sharded."""
-        return self._present_model("state_dict") if self._members.is_chunked else None
-
-
-class AveragedModel(AbstractContextManager[Module]):
-    """A `with` block in which a model holds averaged weights of time `t`, made when it is
-    entered."""
-
-    def __init__(self, model: Module, make: Callable[[], Weights]) -> None:
-        self.t: float | None = None
-        self._model = model
-        self._make = make
-        self._stack = ExitStack()
-
-    @not_compiled
-    def __enter__(self) -> Module:
-        weights = self._make()
-        self._stack.enter_context(swap_in(self._model, weights))
-        self.t = weights.t
-        return self._model
-
-    @not_compiled
-    def __exit__(self, *error: Any) -> bool | None:
-        return self._stack.__exit__(*error)
-
-    def __call__(self, *_: object, **__: object) -> NoReturn:
-        hint = "with ema.model(model, sigma_rel) as averaged: averaged(...)"
-        raise NotReadyError("model", "holds averaged weights only within a `with` block", hint)
-
-
-def _check_raw(model: nn.Module, call: str) -> None:
-    if is_swapped(model):
-        raise NotReadyError(
-            call, "the model holds averaged weights now", "call it outside `with ema.model(...)`"
-        )
-
 
 _all: WeakSet[PostHocEMA] = WeakSet()
 
@@ -1147,7 +825,7 @@ def _close_earlier(directory: Path) -> None:
     weights."""
     for tracker in [*_all]:
         is_same = str(tracker.checkpoint_dir) == os.path.realpath(directory)
-        if tracker.closed or not is_same or not (tracker._has_begun or tracker._attached):
+        if tracker.closed or not is_same or not (tracker._pipeline.has_begun or tracker._attached):
             continue
         log.warning(
             "%s: its earlier tracker is closed at step %d, as another one takes its place",

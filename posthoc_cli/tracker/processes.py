@@ -12,29 +12,20 @@ import hashlib
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore
 
-from posthoc_cli.errors import (
-    InvalidValueError,
-    NotReadyError,
-    PostHocError,
-    RankError,
-    VanishedError,
-)
-from posthoc_cli.snapshots.tensorfile import Box, row_major
-from posthoc_cli.tracker.memory import HOST
-
-Result = TypeVar("Result")
-
+from posthoc_cli.devices import HOST
+from posthoc_cli.errors import InvalidValueError, RankError, RefusedCallError
+from posthoc_cli.group import THIS_PROCESS, Group
+from posthoc_cli.snapshots.boxes import Box, row_major
 
 # Seconds that a process waits for what another one is about to do: to make its tracker, which may
 # take as long as the start of Python and of a data set, or a file that a network file system shows
@@ -52,11 +43,25 @@ def is_fully_sharded(module: nn.Module) -> bool:
     return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
 
 
-def reshard(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> list[str]:
     """Restore the sharded parameters of a `fully_shard` model: a forward pass without a backward
-    pass leaves some complete."""
-    for module in filter(is_fully_sharded, model.modules()):
+    pass leaves some complete.
+
+    Return the names of those whose complete tensor something has replaced: torch frees its own, and
+    would use the other one in the next pass.
+    """
+    modules = [*filter(is_fully_sharded, model.modules())]
+    if not modules:
+        return []
+    complete = dict(model.named_parameters())
+    for module in modules:
         module.reshard()  # type: ignore[operator]
+    replaced = []
+    for name, parameter in model.named_parameters():
+        before = complete.get(name, parameter)
+        if before is not parameter and local_tensors([before])[0].untyped_storage().nbytes():
+            replaced.append(name)
+    return replaced
 
 
 def refresh_shards(model: nn.Module) -> None:
@@ -149,104 +154,6 @@ def as_dtensor(local: Tensor, like: Tensor) -> Tensor:
         stride=row_major(sharded.shape),
     )
     return dtensor.cpu()  # `from_local` has moved it to the mesh's device
-
-
-@dataclass(frozen=True)
-class Group:
-    """Processes that make one call together, or one alone; the first of `ranks` makes what others
-    take."""
-
-    rank: int = 0
-    ranks: tuple[int, ...] = (0,)
-    device: torch.device = HOST
-    processes: Any = None  # torch's group of these ranks; None for all of the training
-
-    @property
-    def leads(self) -> bool:
-        return self.rank == self.ranks[0]
-
-    @property
-    def is_alone(self) -> bool:
-        return len(self.ranks) == 1
-
-    def from_all(self, value: Result) -> list[Result]:
-        values = [value] * len(self.ranks)
-        if not self.is_alone:
-            dist.all_gather_object(values, value, self.processes)
-        return values
-
-    def together(self, work: Callable[[], Result]) -> Result:
-        """Do work in every process, and return its result; if one fails, all raise its error or a
-        RankError with it.
-
-        If nothing else went wrong in any of them, all raise a VanishedError: they may try again.
-        """
-        if self.is_alone:
-            return work()
-        failure: Exception | None = None
-        try:
-            result = work()
-        except Exception as error:  # noqa: BLE001  raised again below, when the other processes know
-            failure = error
-        own_vanished = isinstance(failure, VanishedError)
-        own = None
-        if failure is not None:
-            own = own_vanished, self.rank, _describe(failure)
-        failed = sorted(filter(None, self.from_all(own)))
-        if not failed:
-            return result
-        vanished, rank, message = failed[0]
-        if failure is None or vanished != own_vanished:
-            kind = VanishedError if vanished else RankError
-            failure = kind(f"rank {rank}", message)
-        raise failure
-
-    def from_first(self, work: Callable[[], Result]) -> Result:
-        """Do work in the first process, and return its result in every process, or raise errors as
-        `together` does."""
-        if self.is_alone:
-            return work()
-
-        def work_first() -> list[Result]:
-            return [work()] if self.leads else []
-
-        sent = [self.together(work_first)]
-        dist.broadcast_object_list(sent, self.ranks[0], self.processes)
-        (result,) = sent[0]
-        return result
-
-    def first_then_others(self, work: Callable[[], Result]) -> Result:
-        """Do work in the first process, then in the others, and return its result; an error in one
-        is raised in all."""
-        done: list[Result] = []
-        self.from_first(lambda: done.append(work()))
-        return self.together(lambda: done[0] if done else work())
-
-    def broadcast(self, value: Tensor, ranks: Sequence[int]) -> None:
-        """Copy `value` of the first of these ranks to the others, in place; all of these ranks call
-        this."""
-        if len(ranks) < 2 or not value.numel():
-            return
-        in_bytes = value.contiguous().reshape(-1).view(torch.uint8)
-        buffer = in_bytes.to(self.device)
-        if len(ranks) == len(self.ranks):
-            dist.broadcast(buffer, ranks[0], self.processes)
-        elif self.rank == ranks[0]:
-            for other in ranks[1:]:
-                dist.send(buffer, other, self.processes)
-        else:
-            dist.recv(buffer, ranks[0], self.processes)
-        if self.rank != ranks[0]:
-            received = buffer.cpu().view(value.dtype)
-            value.copy_(received.view(value.shape))
-
-
-def _describe(error: BaseException) -> str:
-    """Put an error into words, with its type unless it is this package's."""
-    return str(error) if isinstance(error, PostHocError) else f"{type(error).__name__}: {error}"
-
-
-THIS_PROCESS = Group()
 
 
 def find_group(model: nn.Module, processes: Any = None) -> Group:
@@ -451,12 +358,15 @@ class ShardOwners(Members):
 
     def keepers(self) -> Group:
         if not dist.is_initialized():
-            reason = "need all processes of the model, and their group was destroyed"
+            reason = (
+                "averages of which each process keeps a part need all processes of the model, and "
+                "their group was destroyed"
+            )
             hint = (
                 "use the snapshots: ema synthesize, or Run(directory).average(sigma_rel), in "
                 "one process"
             )
-            raise NotReadyError("averages of which each process keeps a part", reason, hint)
+            raise RefusedCallError("PostHocEMA", reason, hint)
         return self._group
 
     def callers(self, is_tracking: bool) -> Group:  # noqa: ARG002

@@ -29,25 +29,21 @@ from posthoc_cli.errors import (
     InvalidValueError,
     MismatchError,
     ModelMismatchError,
-    NotReadyError,
     PostHocError,
+    RefusedCallError,
     check_count,
     count_noun,
     quote,
 )
+from posthoc_cli.group import Group
+from posthoc_cli.snapshots.boxes import Box
 from posthoc_cli.snapshots.directory import find_snapshots, read_directory
-from posthoc_cli.snapshots.snapshot import (
-    Floats,
-    Selection,
-    Snapshot,
-    are_equal,
-    check_globs,
-    path_of_part,
-    recorded_weights,
-)
-from posthoc_cli.snapshots.tensorfile import Box, check_text, compact
-from posthoc_cli.tracker.averages import Averages, Standing
-from posthoc_cli.tracker.clock import Moment, Settings, TrainingProgress
+from posthoc_cli.snapshots.selection import Selection, check_globs
+from posthoc_cli.snapshots.sketch_text import path_of_part
+from posthoc_cli.snapshots.snapshot import Snapshot, recorded_weights
+from posthoc_cli.snapshots.strict_json import check_text, compact
+from posthoc_cli.snapshots.weights_sample import Floats, are_equal
+from posthoc_cli.tracker.arguments import Settings
 from posthoc_cli.tracker.model import (
     ModelTensors,
     ModelWatch,
@@ -56,8 +52,10 @@ from posthoc_cli.tracker.model import (
     collect_tensors,
     named_tensors,
 )
-from posthoc_cli.tracker.processes import Group, Members, Notes, ShardOwners, find_group
+from posthoc_cli.tracker.processes import Members, Notes, ShardOwners, find_group
+from posthoc_cli.tracker.progress import Moment, TrainingProgress
 from posthoc_cli.tracker.state import Tracking, check_profiles, zero_averages
+from posthoc_cli.tracker.tracked_averages import Averages, Standing
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +141,8 @@ class Start:
         if model is None:
             reason = "was made without a model, and reads the run"
             hint = "to continue the run, pass the model to from_path or from_model"
-            return cls(directory, settings, step, tracking, NotReadyError(directory, reason, hint))
+            refusal = RefusedCallError(directory, reason, hint)
+            return cls(directory, settings, step, tracking, refusal)
         # By the names in the snapshots: a model that is only to be filled may be frozen.
         tensors = collect_tensors(model, selection, tracking.tracked.known_names)
         processes = find_group(model, group)
@@ -198,7 +197,7 @@ class Start:
     def read(self, now: Tracking) -> Tracking:
         """Load the averages of the chosen call."""
         if self.step == 0:
-            return replace(now, progress=TrainingProgress(), resumes=False)
+            return replace(now, resumes=False)
         stored = _select_complete(read_directory(self.directory), self.settings.sigma_rels)
         chosen = _select_until(stored, self.step)
         loaded = _load(chosen, self.settings.sigma_rels, now.tracked)
@@ -318,8 +317,8 @@ def _with_members(
         return replace(tracking, tracked=replace(tracking.tracked, members=members))
     values = vars(settings) | vars(settings.schedule) | vars(settings.selection)
     # the last one says whether there is an `include`
-    left_out = ("schedule", "selection", "only_trainable")
-    options = {name: str(value) for name, value in values.items() if name not in left_out}
+    not_compared = ("schedule", "selection", "only_trainable")
+    options = {name: str(value) for name, value in values.items() if name not in not_compared}
     options["checkpoint_dir"] = str(directory)
     options["to resume"] = "nothing"
     if tracking.resumes:

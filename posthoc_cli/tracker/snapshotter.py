@@ -26,6 +26,7 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.profiles import FloatArray
 from posthoc_cli.reconstruction import Measurements
+from posthoc_cli.snapshots.boxes import Chunk
 from posthoc_cli.snapshots.directory import (
     LOCK_NAME,
     ON_ONE_FILE_SYSTEM,
@@ -41,23 +42,15 @@ from posthoc_cli.snapshots.directory import (
     thin,
     write_kept_time,
 )
-from posthoc_cli.snapshots.snapshot import (
-    Snapshot,
-    decode_snapshot,
-    encode_path,
-    encode_sample,
-)
+from posthoc_cli.snapshots.entry import Entry, tensor_bytes
+from posthoc_cli.snapshots.sketch_text import encode_path
+from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot
 from posthoc_cli.snapshots.sources import PathSketch
-from posthoc_cli.snapshots.tensorfile import (
-    Chunk,
-    Entry,
-    TensorFileWriter,
-    read_file,
-    tensor_bytes,
-)
-from posthoc_cli.tracker.averages import Averages
+from posthoc_cli.snapshots.tensorfile import read_file
+from posthoc_cli.snapshots.weights_sample import encode_sample
+from posthoc_cli.snapshots.writer import TensorFileWriter
+from posthoc_cli.tracker.arguments import Settings
 from posthoc_cli.tracker.background import ThreadPool
-from posthoc_cli.tracker.clock import Settings
 from posthoc_cli.tracker.measuring import Subset, Values, join_buckets, make_measurements
 from posthoc_cli.tracker.memory import (
     Elements,
@@ -74,6 +67,7 @@ from posthoc_cli.tracker.model import TrackedModel, nonfinite_name
 from posthoc_cli.tracker.processes import PATIENCE, Members
 from posthoc_cli.tracker.resume import ways_to_resume
 from posthoc_cli.tracker.state import Tracking
+from posthoc_cli.tracker.tracked_averages import Averages
 
 log = Log(__name__)
 
@@ -86,10 +80,11 @@ def headers(
     settings: Settings,
     state: Tracking,
     path: PathSketch | None,
-    measured: Sequence[tuple[Measurements | None, str]],
+    sample: Values | None,
+    measured: Sequence[Measurements | None],
 ) -> list[Snapshot]:
     """Make the headers of snapshots of a state's averages, one for each profile, from the
-    measurements and the sample of each."""
+    measurements of each, and the network's path and sampled weights."""
     averages = state.averages
     standing = averages.standing
     tracked = state.tracked
@@ -99,6 +94,7 @@ def headers(
         for name, box in tracked.boxes.items():
             chunks[name] = Chunk(tracked.shapes[name], box.offset)
     sketch = encode_path(path)
+    sampled = "" if sample is None else encode_sample(sample)
     return [
         Snapshot(
             run_id=state.run_id,
@@ -116,14 +112,14 @@ def headers(
             selection=settings.selection,
             updates=standing.updates,
             measurements=measurements,
-            sample=sample,
+            sample=sampled,
             sketch=sketch,
             chunks=chunks,
             part=members.part,
             mesh=members.mesh,
             session=members.session,
         )
-        for sigma_rel, gamma, (measurements, sample) in zip(
+        for sigma_rel, gamma, measurements in zip(
             averages.sigma_rels, averages.gammas, measured, strict=True
         )
     ]
@@ -389,11 +385,6 @@ class Storage:
             entries[name] = Entry(dtype, place.shape)
         return entries
 
-    @property
-    def sample_size(self) -> int:
-        """The number of sampled elements, none in some processes of a sharded model."""
-        return len(self._order)
-
     def allocate(self, profiles: int) -> None:
         while len(self.memory) < profiles:
             self.memory.append(HostTensors(self.stored, self.layout))
@@ -413,7 +404,6 @@ class StagedAverage:
     others: dict[str, Tensor]  # tensors that are stored in another dtype, exactly
     nonfinite: str | None  # the first tensor that holds a nan or an infinity
     measurements: Measurements | None
-    sample: str  # the model's and the exact values; empty if the model's are unknown
 
     def __init__(self, storage: Storage, memory: HostTensors) -> None:
         self.storage = storage
@@ -421,12 +411,10 @@ class StagedAverage:
         self._tiles = tile_buckets(storage.layout)
         self._norms = [torch.empty(0)] * len(self._tiles)
         self._measured = storage.subset.buffers()
-        self._sample = storage.sample.buffers()
 
     def take(self, tile: Tile, exact: Tensor) -> None:
         self._norms[tile.number] = torch.linalg.vector_norm(exact)
         self.storage.subset.take(tile, exact, self._measured)
-        self.storage.sample.take(tile, exact, self._sample)
         if exact.device.type != "cpu":
             exact = exact.to(self.storage.stored[tile.bucket].dtype)
         self.memory.copy(tile, exact)
@@ -447,10 +435,6 @@ class StagedAverage:
         self.nonfinite = nonfinite_name(self.others)
         rounding[[name in self.others for name in names]] = 0.0
         self.measurements = make_measurements(squares, rounding)
-        self.sample = ""
-        if averages.sample is not None:
-            weights = storage.in_order(averages.sample)
-            self.sample = encode_sample(weights, storage.in_order(self._sample))
 
     def write_rounded(self, writer: TensorFileWriter) -> None:
         for name in self.storage.places:

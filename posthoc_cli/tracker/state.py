@@ -19,12 +19,14 @@ from posthoc_cli.errors import (
     quote,
 )
 from posthoc_cli.planning import format_widths
-from posthoc_cli.snapshots.snapshot import ANY_SIGN, RunId, SketchText, convert, path_of_part
-from posthoc_cli.tracker.averages import Averages, AverageTensors, Standing
-from posthoc_cli.tracker.clock import Moment, Settings, TrainingProgress
+from posthoc_cli.snapshots.decoding import ANY_SIGN, RunId, convert
+from posthoc_cli.snapshots.sketch_text import SketchText, path_of_part
+from posthoc_cli.tracker.arguments import Settings
 from posthoc_cli.tracker.memory import find_layout, on_host
 from posthoc_cli.tracker.model import TrackedModel, into_dtensors, nonfinite_name
 from posthoc_cli.tracker.processes import local_box
+from posthoc_cli.tracker.progress import Moment, TrainingProgress
+from posthoc_cli.tracker.tracked_averages import Averages, AverageTensors, Standing
 
 STATE_VERSION = 8
 

@@ -49,11 +49,11 @@ MUTATIONS = {
         train(trainings.late_device, "cpu"),
     ),
     "the next values wait for the last ones": (
-        (Pipeline, "wait_for_turn", "self._updates.wait_for_turn()", "pass"),
+        (Pipeline, "wait_for_turn", "self._averaging.wait_for_turn()", "pass"),
         train(trainings.late_device, "cpu"),
     ),
     "snapshots wait for the last ones": (
-        (Pipeline, "wait_for_turn", "self._writes.wait_for_turn()", "pass"),
+        (Pipeline, "wait_for_turn", "self._writing.wait_for_turn()", "pass"),
         train(trainings.a_snapshot_every_step, "model"),
     ),
     "copied buffers are read after they were copied": (

@@ -22,7 +22,7 @@ from torture.hostile import Bomb
 
 from posthoc_cli import PostHocError, Run
 from posthoc_cli.checkpoints.pickles import read_pickled
-from posthoc_cli.snapshots.tensorfile import OpenedFile
+from posthoc_cli.snapshots.opened_file import OpenedFile
 
 
 def read(run):

@@ -311,7 +311,7 @@ def test_contradictions_and_files_of_a_later_release_are_reported(typed, run):
     found = typed("verify run").out
     assert has_line("problem: .* differ in 'run_id'", found)
     assert "unreadable: " in found
-    assert "'future' of format 3" in found
+    assert "'future' of format 4" in found
 
 
 def test_nothing_is_pruned_while_a_tracker_writes(typed, run):

@@ -10,7 +10,7 @@ from pathlib import Path
 import forked
 import pytest
 import torch
-from checking import assert_same_tensors, load_output, refused
+from checking import refused
 from ema_command import unmeasured_environment
 from factories import RUN_ID, contents, write_snapshot
 from safetensors.torch import save_file
@@ -132,40 +132,6 @@ def test_nothing_of_the_user_the_host_or_the_environment_is_in_a_file(tmp_path):
     for content in pictures:
         assert b"Date" not in content
         assert b"Matplotlib v" not in content
-
-
-AS_ON_WINDOWS = """
-import os, signal, sys
-
-for name in [*sys.modules]:
-    if name.startswith("posthoc_cli"):
-        del sys.modules[name]
-for name in ("fcntl", "resource", "pwd", "grp", "termios"):
-    sys.modules[name] = None
-for name in ("preadv", "pread", "pwrite", "O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK", "killpg"):
-    delattr(os, name)
-del signal.SIGHUP
-from posthoc_cli.cli import main
-
-for line in LINES.splitlines():
-    sys.argv = ["ema", *line.split()]
-    try:
-        main()
-    except SystemExit as ended:
-        assert not ended.code, line
-"""
-READING = """\
-info run
-verify run
-synthesize run --sigma-rel 0.1 --out made.safetensors
-export made.safetensors --out shards
-export shards --out a.pt
-error-plot run --out a.svg"""
-
-
-def test_commands_that_read_a_run_need_no_module_that_windows_lacks(run, tmp_path):
-    forked.check(AS_ON_WINDOWS.replace("LINES", repr(READING)), cwd=run.parent)
-    assert_same_tensors(load_output(tmp_path / "a.pt"), load_output(tmp_path / "shards"))
 
 
 EVIL = """

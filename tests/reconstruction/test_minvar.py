@@ -12,10 +12,10 @@ from numpy.testing import assert_array_equal, assert_equal
 from reconstruction.quadrature import expected_square
 
 from posthoc_cli import Beta, Decay, PowerFunction, Window, reconstruct
-from posthoc_cli.clock import Clock
 from posthoc_cli.decay_rules import ema_pytorch_profile
 from posthoc_cli.profiles import Point
 from posthoc_cli.reconstruction import METHODS, Motion, Prior, Problem, Steps
+from posthoc_cli.run_clock import Clock
 
 T = 1000.0
 START = 3.0

@@ -13,7 +13,7 @@ from torch import nn
 from posthoc_cli import PostHocEMA, Run, export_file, files
 from posthoc_cli.errors import FileFormatError
 from posthoc_cli.reconstruction import Measurements, Sketch
-from posthoc_cli.snapshots.snapshot import encode_path
+from posthoc_cli.snapshots.sketch_text import encode_path
 from posthoc_cli.snapshots.sources import PathSketch
 
 

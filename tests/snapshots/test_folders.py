@@ -23,12 +23,12 @@ from snapshots.recorded import network, train
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError
 from posthoc_cli.snapshots import directory as directories
+from posthoc_cli.snapshots.boxes import Box, cover_problem
 from posthoc_cli.snapshots.directory import (
     DirectoryLock,
     inspect_directory,
     remove_snapshot,
 )
-from posthoc_cli.snapshots.tensorfile import Box, cover_problem
 
 GRIDS = {"0.weight": (2, 2), "1.num_batches_tracked": (), "0.bias": (1,)}
 

@@ -150,7 +150,7 @@ def test_the_metadata_of_a_snapshot_are_as_specified_and_read_back_exactly(tmp_p
     assert read_snapshot(path) == info
     assert read_by_the_book(path).content == plain | {
         "kind": "snapshot",
-        "format": 3,
+        "format": 4,
         "run_id": RUN_ID,
         "sigma_rel": 0.1,
         "gamma": exact_gamma(0.1),

@@ -13,7 +13,8 @@ from snapshots.recorded import examine
 
 from posthoc_cli import Run
 from posthoc_cli.errors import FileFormatError
-from posthoc_cli.snapshots.snapshot import Snapshot, running_statistics
+from posthoc_cli.snapshots.selection import running_statistics
+from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.snapshots.tensorfile import read_file
 
 
@@ -157,6 +158,7 @@ def test_a_name_is_never_a_path_and_is_shown_escaped(tmp_path, name):
     ("key", "text"),
     [
         ("format", "2"),
+        ("format", "5"),
         ("kind", '"output"'),
         ("kind", '"elsewhere"'),
         ("run_id", "1"),
@@ -173,6 +175,12 @@ def test_a_name_is_never_a_path_and_is_shown_escaped(tmp_path, name):
 def test_a_header_of_another_kind_or_format_is_refused(small, key, text):
     with pytest.raises(FileFormatError):
         examine(forge(small("snapshot"), {key: text}))
+
+
+@pytest.mark.parametrize("kind", ["snapshot", "output"])
+def test_a_file_of_format_3_is_read(small, kind):
+    path = forge(small(kind), {"format": "3"})
+    assert [*examine(path)] == [path.name]
 
 
 def test_a_missing_key_is_named(small):

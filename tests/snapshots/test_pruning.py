@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 from factories import contents, flip_bit, rewrite_snapshot
-from snapshots.recorded import call_number, failing, record
+from snapshots.recorded import call_number, failing, network, record, train
 
-from posthoc_cli import Run, files
+from posthoc_cli import PostHocEMA, Run, files
 from posthoc_cli.errors import FileFormatError, MismatchError
 from posthoc_cli.reconstruction import choose_evenly
 
@@ -43,6 +43,17 @@ def test_the_newest_time_with_all_profiles_stays(run, snapshots):
     last.path.unlink()
     Run(run).prune(keep=1)
     assert Run(run).snapshots == stored[-3:]
+
+
+def test_the_time_that_the_tracker_was_told_to_keep_stays(tmp_path):
+    model = network()
+    options = {"update_every": 1, "checkpoint_every": 10, "max_checkpoints": None}
+    with PostHocEMA.from_model(model, tmp_path, **options) as tracker:
+        train(tracker, model, 34)
+        tracker.snapshot()
+        train(tracker, model, 26)
+    Run(tmp_path).prune(keep=1)
+    assert {snapshot.step for snapshot in Run(tmp_path).snapshots} == {34, 60}
 
 
 def test_the_errors_are_those_of_the_directory_before_and_after(run):

@@ -15,12 +15,9 @@ from snapshots.recorded import call_number, failing
 
 from posthoc_cli import Run
 from posthoc_cli.errors import FileFormatError, VanishedError
-from posthoc_cli.snapshots.tensorfile import (
-    BLOCK,
-    Entry,
-    TensorFileWriter,
-    read_file,
-)
+from posthoc_cli.snapshots.entry import BLOCK, Entry
+from posthoc_cli.snapshots.tensorfile import read_file
+from posthoc_cli.snapshots.writer import TensorFileWriter
 
 
 def bytes_of(file, name):

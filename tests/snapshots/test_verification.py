@@ -23,7 +23,8 @@ from snapshots.recorded import failing
 
 from posthoc_cli import Run, export_file
 from posthoc_cli.errors import DirectoryError
-from posthoc_cli.snapshots.tensorfile import BLOCK, read_file
+from posthoc_cli.snapshots.entry import BLOCK
+from posthoc_cli.snapshots.tensorfile import read_file
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from truth import distance
 
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import DirectoryError
-from posthoc_cli.snapshots.tensorfile import tensor_bytes
+from posthoc_cli.snapshots.entry import tensor_bytes
 
 EITHER_DEVICE = pytest.mark.parametrize("device", ["cpu", "model"])
 """Averages on the host or on the model's own device."""

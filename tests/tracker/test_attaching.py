@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import StepLR
 from tracker.runs import track
 
 from posthoc_cli import PostHocEMA
-from posthoc_cli.errors import NotReadyError
+from posthoc_cli.errors import RefusedCallError
 
 
 def network():
@@ -178,14 +178,14 @@ def test_a_call_of_update_of_an_attached_tracker_is_refused_and_not_counted(tmp_
         attached(model, tmp_path / "two", optimizer) as other,
     ):
         step(model, optimizer)
-        with refused("update_", kind=NotReadyError):
+        with refused("update_", kind=RefusedCallError):
             tracker.update_(model)
         step(model, optimizer)
         step(model, sgd_of(model))
         assert tracker.step == 2
         assert other.step == 2
     step(model, optimizer)  # a closed tracker is detached
-    with refused(tmp_path / "one", "closed", kind=NotReadyError):
+    with refused(tmp_path / "one", "closed", kind=RefusedCallError):
         tracker.attach(optimizer)
 
 
@@ -196,7 +196,7 @@ def test_an_attached_tracker_needs_its_model_which_it_does_not_keep_alive(tmp_pa
     with refused("attach"):
         PostHocEMA.from_path(tmp_path).attach(optimizer)
     attached(nn.Linear(1, 1), tmp_path / "other", optimizer)
-    with refused("attach", kind=NotReadyError):
+    with refused("attach", kind=RefusedCallError):
         optimizer.step()
 
 

@@ -26,7 +26,7 @@ from torch import nn
 from tracker.runs import EITHER_DEVICE, Training, contents, steps, times, track, wait_for_writers
 
 from posthoc_cli import PostHocEMA, files
-from posthoc_cli.errors import NonFiniteError, NotReadyError, WriteError
+from posthoc_cli.errors import NonFiniteError, RefusedCallError, WriteError
 from posthoc_cli.tracker import background, pipeline
 
 SETTINGS = {
@@ -233,7 +233,7 @@ def test_a_call_within_a_call_of_its_own_thread_is_refused_at_once(tmp_path, slo
             for call in (tracker.flush, tracker.state_dict, tracker.close):
                 try:
                     call()
-                except NotReadyError as error:
+                except RefusedCallError as error:
                     subjects.append(error.subject)
             slow_disk.set()
 
@@ -306,7 +306,7 @@ def test_an_error_in_the_block_is_not_hidden_by_one_of_the_disk(tmp_path, caplog
 FORKS = """
 import os, signal, sys, torch
 from posthoc_cli import PostHocEMA
-from posthoc_cli.errors import NotReadyError
+from posthoc_cli.errors import RefusedCallError
 
 model = torch.nn.Linear(700, 700)
 tracker = PostHocEMA.from_model(
@@ -321,7 +321,7 @@ for number in range(40):  # as a DataLoader forks its workers
         for call in (lambda: tracker.update_(model), tracker.flush, tracker.state_dict):
             try:
                 call()
-            except NotReadyError:
+            except RefusedCallError:
                 continue
             os._exit(1)
         if number % 2:

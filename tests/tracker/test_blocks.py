@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 from tracker.runs import assert_near, track
 
-from posthoc_cli.errors import ModelMismatchError, NotReadyError
+from posthoc_cli.errors import ModelMismatchError, RefusedCallError
 from posthoc_cli.profiles import gamma_from_sigma_rel
 
 
@@ -41,7 +41,7 @@ def in_thread(work):
     def run():
         try:
             work()
-        except NotReadyError as error:
+        except RefusedCallError as error:
             errors.append(error)
 
     thread = threading.Thread(target=run)
@@ -62,7 +62,7 @@ def test_a_second_block_of_the_same_tensors_is_refused(tmp_path, other_of):
     raw = deepcopy(model.state_dict())
     with ema.model(model, 0.28):
         averaged = deepcopy(model.state_dict())
-        with refused("model", kind=NotReadyError), others.model(other, 0.05):
+        with refused("model", kind=RefusedCallError), others.model(other, 0.05):
             pass
         (error,) = in_thread(lambda: [*evaluation(others, other, 0.05)])
         assert error.subject == "model"
@@ -78,7 +78,7 @@ def test_a_model_is_not_filled_for_good_within_a_block_whose_end_would_undo_it(t
     model, ema = tracked(tmp_path / "run")
     with (
         ema.model(model, 0.28),
-        refused("load_into", kind=NotReadyError),
+        refused("load_into", kind=RefusedCallError),
     ):
         ema.load_into(model, 0.05)
 
@@ -148,7 +148,7 @@ def test_a_block_computes_anew_what_autocast_has_copied_of_other_weights(tmp_pat
 def test_a_block_that_is_called_like_a_model_says_that_it_needs_with(tmp_path):
     model, ema = tracked(tmp_path)
     for block in (ema.model(model, 0.1), ema.models(model, [0.05])["0.05"]):
-        with refused("model", "with ema.model", kind=NotReadyError):
+        with refused("model", "with ema.model", kind=RefusedCallError):
             block(torch.ones(2, 3))
 
 
@@ -338,9 +338,9 @@ def test_a_model_whose_tensors_were_replaced_still_holds_averaged_weights(tmp_pa
     model, ema = tracked(tmp_path)
     with ema.model(model, 0.28):
         load_other_objects(model)
-        with refused("update_", kind=NotReadyError):
+        with refused("update_", kind=RefusedCallError):
             ema.update_(model)
-        with refused("model", kind=NotReadyError), ema.model(model, 0.05):
+        with refused("model", kind=RefusedCallError), ema.model(model, 0.05):
             pass
 
 

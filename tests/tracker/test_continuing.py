@@ -21,7 +21,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import xxhash
 from checking import refused
-from factories import averages_in, info_of
+from factories import averages_in, forge, info_of
 from groups import check_group, truth
 from safetensors.torch import load_file
 from torch import nn
@@ -34,7 +34,7 @@ from posthoc_cli.errors import (
     LockedError,
     MismatchError,
     ModelMismatchError,
-    NotReadyError,
+    RefusedCallError,
 )
 
 SETTINGS = {
@@ -235,7 +235,7 @@ def test_a_state_shares_no_memory_with_the_tracker_and_needs_no_pickles(tmp_path
 def test_copying_or_pickling_a_tracker_is_an_error_with_a_way_out(tmp_path):
     """As where it is a part of a model."""
     tracker = begin(nn.Linear(2, 2), tmp_path)
-    with refused("PostHocEMA", kind=NotReadyError):
+    with refused("PostHocEMA", kind=RefusedCallError):
         copy.deepcopy(tracker)
 
 
@@ -394,17 +394,40 @@ def test_rounded_snapshots_that_a_run_resumes_from_are_one_warning(tmp_path, cap
     assert caplog.text.count("the averages continue from step 20, rounded") == 1
 
 
-def test_a_header_holds_the_weights_and_the_average_of_its_time(tmp_path):
+def test_a_header_holds_the_weights_of_its_time(tmp_path):
     """The format defines the elements of the sample. A snapshot off the schedule holds those of the
     last update."""
     training = begun(tmp_path, 77, device="cpu", buffers="copy")
     newest = Run(tmp_path).snapshots[-1]
-    expected = []
-    for tensors in (training.path[75], load_file(newest.path)):
-        for name, places in sampled(newest).items():
-            expected += tensors[name].reshape(-1)[places].tolist()
     sample = np.frombuffer(base64.b64decode(newest.sample), "<f4")
-    assert sample.tolist() == expected
+    assert sample.tolist() == values_of_sample(newest, training.path[75])
+
+
+def values_of_sample(snapshot, tensors):
+    values = []
+    for name, places in sampled(snapshot).items():
+        values += tensors[name].reshape(-1)[places].tolist()
+    return values
+
+
+def test_a_run_goes_on_from_snapshots_of_format_3_and_of_4(tmp_path, caplog):
+    """In format 3 the sample also had the values of the average, after those of the network."""
+    training = begun(tmp_path, 20)
+    for snapshot in Run(tmp_path).snapshots:
+        of_network = values_of_sample(snapshot, training.path[snapshot.step - 1])
+        of_average = values_of_sample(snapshot, load_file(snapshot.path))
+        both = np.array(of_network + of_average, "<f4").tobytes()
+        sample = json.dumps(base64.b64encode(both).decode())
+        if snapshot.step == 20:
+            forge(snapshot.path, {"format": "3", "sample": sample})
+    with resume(training.model, tmp_path) as ema:
+        assert ema.step == 20
+        training.run(30, ema)
+    assert ema.state_dict(0.15).t == 30
+    at_20 = training.at(20)
+    with resume(at_20.model, tmp_path) as ema:
+        assert ema.step == 20
+    assert "other weights" not in caplog.text
 
 
 def sampled(snapshot):
@@ -535,7 +558,7 @@ def test_a_tracker_without_a_model_reads_and_takes_no_updates(tmp_path):
     training = begun(tmp_path, 10)
     reader = PostHocEMA.from_path(tmp_path)
     assert reader.state_dict(0.15).keys() == training.path[0].keys()
-    with refused(tmp_path, "from_path", kind=NotReadyError):
+    with refused(tmp_path, "from_path", kind=RefusedCallError):
         reader.update_(training.model)
 
 
@@ -546,7 +569,7 @@ def test_a_closed_tracker_reads_but_does_not_write(tmp_path):
     ema.close()
     assert ema.closed
     assert ema.state_dict(0.15).keys() == training.path[0].keys()
-    with refused(tmp_path, "closed", kind=NotReadyError):
+    with refused(tmp_path, "closed", kind=RefusedCallError):
         ema.load_state_dict(state)
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from tracker.runs import track, update
 
-from posthoc_cli.errors import NotReadyError
+from posthoc_cli.errors import RefusedCallError
 
 
 @pytest.mark.cuda(simulated=False)
@@ -14,7 +14,7 @@ def test_a_captured_step_is_refused_on_a_device(tmp_path):
     ema = track(model, tmp_path)
     ema.update_(model)
     ema.flush()
-    with pytest.raises(NotReadyError, match="graph"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+    with pytest.raises(RefusedCallError, match="graph"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         ema.update_(model)
 
 

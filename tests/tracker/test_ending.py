@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tracker.runs import EITHER_DEVICE, Training, assert_near, track
 
 from posthoc_cli import PostHocEMA, Run, files
-from posthoc_cli.errors import LockedError, NotReadyError, WriteError
+from posthoc_cli.errors import LockedError, NotReadyError, RefusedCallError, WriteError
 from posthoc_cli.tracker import pipeline
 
 SETTINGS = {
@@ -61,7 +61,7 @@ def test_a_close_in_the_middle_of_an_update_is_refused_and_between_two_works(
     training.run(10, tracker)
 
     def handle(*_):
-        with refused("close", kind=NotReadyError):
+        with refused("close", kind=RefusedCallError):
             tracker.close()
         return {}
 

@@ -182,10 +182,12 @@ def test_an_untracked_length_is_of_the_newest_snapshots_and_says_their_time(tmp_
 
 def test_without_a_snapshot_an_untracked_length_is_refused_with_a_way_out(tmp_path):
     _, tracker = trained(tmp_path, 9)
-    with refused("no snapshot yet", "ema.snapshot()", kind=NotReadyError):
-        tracker.state_dict(0.15)
+    with refused(tmp_path, "no snapshot yet", "ema.snapshot()", kind=NotReadyError):
+        tracker.average(0.15)
     tracker.snapshot()
-    assert tracker.state_dict(0.15).t == 9
+    average = tracker.average(0.15, dtype="float64")
+    assert average.t == 9
+    assert_same_tensors(average, tracker.state_dict(0.15, dtype="float64"))
 
 
 def test_without_an_update_or_before_one_of_a_resumed_run_there_is_no_live_average(tmp_path):
@@ -194,7 +196,7 @@ def test_without_an_update_or_before_one_of_a_resumed_run_there_is_no_live_avera
     model = torch.compile(training.model, backend="eager")
     tracker = PostHocEMA.from_model(model, tmp_path, **SETTINGS)
     for call in (tracker.model(model, 0.05).__enter__, lambda: tracker.state_dict(0.1)):
-        with refused("no average yet", "call 2 ", kind=NotReadyError):
+        with refused(tmp_path, "no average yet", "call 2 ", kind=NotReadyError):
             call()
     assert not tracker.has_average
     assert tracker.models(model, [0.05]) == {}

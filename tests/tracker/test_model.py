@@ -13,7 +13,7 @@ from torch import nn
 from tracker.runs import track
 
 from posthoc_cli import PostHocEMA
-from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NotReadyError
+from posthoc_cli.errors import InvalidValueError, ModelMismatchError, RefusedCallError
 
 
 def network():
@@ -239,7 +239,7 @@ def test_no_tracker_of_a_part_or_all_of_a_model_takes_averaged_weights_as_an_upd
         for name, module in modules.items():
             try:
                 trackers[name].update_(module)
-            except NotReadyError:
+            except RefusedCallError:
                 refusing.add(name)
     assert refusing == REFUSING[swapped]
 

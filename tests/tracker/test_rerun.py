@@ -11,7 +11,7 @@ import torch
 from tracker.runs import Training, track
 
 from posthoc_cli import PostHocEMA
-from posthoc_cli.errors import NotReadyError
+from posthoc_cli.errors import RefusedCallError
 
 SETTINGS = {
     "update_every": 2,
@@ -90,7 +90,7 @@ def test_the_earlier_tracker_says_that_it_was_closed(tmp_path, caplog):
     ema = begin(training.model, tmp_path)
     training.run(5, ema)
     assert "closed at step 4" in caplog.text
-    with pytest.raises(NotReadyError, match="closed"):
+    with pytest.raises(RefusedCallError, match="closed"):
         earlier.update_(training.model)
     reader = PostHocEMA.from_path(tmp_path, Training().model)
     assert not ema.closed  # a reader, also with a model of its own, takes no place

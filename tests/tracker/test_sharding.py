@@ -15,7 +15,7 @@ from tracker.runs import assert_near, steps, times
 
 from posthoc_cli import Run
 from posthoc_cli.errors import RankError, VanishedError
-from posthoc_cli.tracker.processes import Group
+from posthoc_cli.group import Group
 
 BEGIN = """
 import torch.distributed.checkpoint as dcp
@@ -186,6 +186,29 @@ for kind in ("fsdp", "tp"):
         pairs = zip(Run(tmp_path / kind).snapshots, Run(tmp_path / "alone").snapshots, strict=True)
         for found, true in pairs:
             check_same_snapshot(found, true)
+
+
+def test_a_complete_tensor_that_a_block_has_replaced_is_an_error_with_the_raw_weights(tmp_path):
+    """A forward pass gathers it; torch would use the other one in the next pass."""
+    code = """
+from posthoc_cli.errors import ModelMismatchError
+
+model = spread(Net(), "fsdp")
+ema = PostHocEMA.from_model(model, folder / "run", **SETTINGS)
+train(model, 1, 2, ema)
+raw = held(model)
+with ema.model(model, 0.2):
+    model(x)
+try:
+    with ema.model(model, 0.2):
+        model(x)
+        model.second.weight.data = torch.zeros(7, 8)
+except ModelMismatchError as error:
+    print(error.weights.keys() == raw.keys(), "second.weight" in str(error))
+assert equal(held(model), raw)
+"""
+    for out in check_group(BEGIN + code, 2, tmp_path):
+        assert out == "True True\n"
 
 
 @pytest.mark.skipif(
@@ -423,7 +446,9 @@ dist.destroy_process_group()
 refused(lambda: other.state_dict(0.15))
 """
     for out in check_group(BEGIN + code, 2, tmp_path):
-        assert out.startswith("NotReadyError averages of which each process keeps a part: ")
+        assert out.startswith(
+            "RefusedCallError PostHocEMA: averages of which each process keeps a part need all "
+        )
 
 
 REFUSED = """
@@ -681,7 +706,9 @@ refused(ema.state_dict)
         assert "state: " in lacks
         assert figure.endswith("; tracked: 0.1, 0.2")
         for line in ended:
-            assert line.startswith("NotReadyError averages of which each process keeps a part: ")
+            assert line.startswith(
+                "RefusedCallError PostHocEMA: averages of which each process keeps a part need all "
+            )
 
 
 @pytest.mark.cuda(simulated=False)
@@ -790,7 +817,7 @@ with ema.model(model, 0.2):
 ema.close()
 """
     for out in check_group(TRAINED + code, 2, tmp_path):
-        assert out.startswith("NotReadyError no average yet: ")
+        assert out.startswith(f"NotReadyError {tmp_path / 'run'}: has no average yet: ")
 
 
 @pytest.mark.parametrize("call", ["train(model, 1, 4, ema)", "ema.models(model, [0.2])"])
@@ -861,6 +888,24 @@ dist.barrier()
     assert third.out.startswith("RankError rank 1: tensor 'odd': ")
 
 
+def test_a_process_that_has_died_is_an_error_of_the_others(tmp_path):
+    code = """
+import os
+model = spread(Net(), "ddp")
+ema = PostHocEMA.from_model(model, folder / "run", **SETTINGS)
+go(ema, 1, 8)
+ema.flush()
+dist.barrier()
+if rank == 1:
+    os._exit(0)
+refused(ema.model(model, 0.2).__enter__)
+sys.stdout.flush()
+os._exit(0)
+"""
+    first, _ = run_group(TRAINED + code, 2, tmp_path)
+    assert first.out == "RankError another process of this job: failed or died\n", first.err
+
+
 GONE = VanishedError("a", "is gone")
 BROKE = RankError("a", "broke")
 
@@ -887,4 +932,16 @@ def test_processes_try_again_only_if_snapshots_vanished_and_nothing_else_failed(
             raise own
 
     with pytest.raises(raised):
+        Two(0, (0, 1)).together(work)
+
+
+def test_an_own_error_says_more_than_that_another_process_has_died():
+    class Two(Group):
+        def from_all(self, value):
+            raise RankError(f"another process than that of {value}", "died")
+
+    def work():
+        raise BROKE
+
+    with pytest.raises(RankError, match="broke"):
         Two(0, (0, 1)).together(work)

@@ -67,6 +67,8 @@ def test_sharded_stages_are_tracked_together_and_continue(tmp_path):
 
 
 PLAIN = """
+from posthoc_cli.tracker import processes
+
 kind, late = arguments
 model = torch.nn.ModuleDict({f"layer{rank}": torch.nn.Linear(2, 2)})
 if kind == "shape":
@@ -76,6 +78,7 @@ if kind == "same":
 directory = folder / "run"
 if kind == "directories":
     directory = folder / f"run-{rank}"
+    processes.PATIENCE = 0.5
 options = {"update_every": 1, "checkpoint_every": 2}
 for turn in range(world):  # one makes its tracker and first update after the other, or all at once
     if turn == rank or late == "False":

@@ -24,7 +24,7 @@ from torch import nn
 from tracker.runs import EITHER_DEVICE, Training, contents, track, update
 
 from posthoc_cli import PostHocEMA, Run
-from posthoc_cli.errors import NotReadyError
+from posthoc_cli.errors import RefusedCallError
 
 SIGMA_RELS = (0.2, 0.21)
 """Two similar widths: profiles that share a mean then have nearly its weights and differ from the
@@ -157,7 +157,7 @@ class Interruptions:
             self._way = ""
         except Stop:
             pass
-        except NotReadyError:
+        except RefusedCallError:
             assert chosen == "close"
         self._way = ""
 
@@ -168,7 +168,7 @@ class Interruptions:
             raise Stop
         calls = {"read": self._tracker.state_dict, "close": self._tracker.close}
         if way in calls:
-            with suppress(NotReadyError):  # within the call, not just before or after it
+            with suppress(RefusedCallError):  # within the call, not just before or after it
                 calls[way]()
 
 
@@ -192,6 +192,37 @@ def test_an_update_that_a_signal_interrupts_was_made_or_was_not(tmp_path, device
     for snapshot in Run(tmp_path).snapshots:
         weights = load_file(snapshot.path)
         check(weights, truth(snapshot.sigma_rel, snapshot.step), 2 * TOLERANCE)
+
+
+@EITHER_DEVICE
+def test_a_snapshot_that_a_signal_interrupts_takes_weights_in_once(tmp_path, device):
+    """It takes them in at a step between two updates; the next snapshot must not do so again."""
+    model = Equal(30_000)
+    tracker = start(tmp_path, model, device, 10**6)
+    is_inside = False
+
+    def stop(*_):
+        if is_inside:
+            raise Stop
+
+    before = signal.signal(signal.SIGALRM, stop)
+    chance = random.Random(0)
+    try:
+        train(tracker, model, 1)
+        for number in range(1, 16):
+            train(tracker, model, EVERY)
+            with suppress(Stop):
+                is_inside = True
+                signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-6, 0.002))
+                tracker.snapshot()
+                is_inside = False
+            is_inside = False
+            tracker.snapshot()
+            assert info_of(tracker.state_dict())["standing"]["updates"] == 2 * number
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    tracker.close()
 
 
 # --- threads

@@ -17,7 +17,7 @@ from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import (
     ModelMismatchError,
     NonFiniteError,
-    NotReadyError,
+    RefusedCallError,
 )
 from posthoc_cli.snapshots.snapshot import TrackingSchedule
 from posthoc_cli.tracker import folding
@@ -272,7 +272,7 @@ def test_a_step_that_a_cuda_graph_captures_is_refused(tmp_path, monkeypatch):
     ema = track(model, tmp_path)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with refused("update_", "graph.replay()", kind=NotReadyError):
+    with refused("update_", "graph.replay()", kind=RefusedCallError):
         ema.update_(model)
 
 

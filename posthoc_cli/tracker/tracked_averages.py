@@ -48,7 +48,6 @@ from posthoc_cli.profiles import gamma_from_sigma_rel
 from posthoc_cli.reconstruction import ROUNDING
 from posthoc_cli.snapshots.sources import PathSketch
 from posthoc_cli.tracker.background import SINGLE_THREAD, ThreadPool
-from posthoc_cli.tracker.clock import Moment
 from posthoc_cli.tracker.folding import (
     WINDOW,
     lasting_roundings,
@@ -67,6 +66,7 @@ from posthoc_cli.tracker.memory import (
     is_on_host,
     tile_buckets,
 )
+from posthoc_cli.tracker.progress import Moment
 
 # the bits of a float32 that alone are the largest power of two not above its size
 SIGN_AND_EXPONENT = -0x80_0000

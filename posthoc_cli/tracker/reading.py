@@ -20,25 +20,36 @@ import torch
 from torch import Tensor, nn
 
 from posthoc_cli import files
-from posthoc_cli.dtypes import EPS
-from posthoc_cli.errors import FileFormatError, InvalidValueError, ModelMismatchError, VanishedError
-from posthoc_cli.reconstruction import ROUNDING
+from posthoc_cli.dtypes import EPS, parse_dtype, torch_dtype
+from posthoc_cli.errors import (
+    FileFormatError,
+    InvalidValueError,
+    ModelMismatchError,
+    NotReadyError,
+    RefusedCallError,
+    VanishedError,
+)
+from posthoc_cli.group import Group
+from posthoc_cli.reconstruction import ROUNDING, check_method
 from posthoc_cli.request import Request, Wanted
-from posthoc_cli.run import Weights, make_weights
-from posthoc_cli.snapshots.directory import read_snapshot
+from posthoc_cli.run import Weights, make_weights, with_consistent_plan
+from posthoc_cli.snapshots.boxes import Box
+from posthoc_cli.snapshots.directory import find_snapshots, read_snapshot
 from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.snapshots.sources import Source
-from posthoc_cli.snapshots.tensorfile import Box
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.targets import Target, as_target
 from posthoc_cli.tracker.model import TrackedModel, named_tensors
+from posthoc_cli.tracker.pipeline import Pipeline
 from posthoc_cli.tracker.processes import (
-    Group,
     ShardOwners,
     local_box,
     local_part,
     reshard,
 )
+from posthoc_cli.tracker.resume import Start
+
+Dtype = torch.dtype | str | None
 
 log = logging.getLogger(__name__)
 
@@ -240,3 +251,182 @@ def read_chunks(
         return make_weights(own)
 
     return group.together(make)
+
+
+# --- one average: a tracked one from memory, any other from snapshots
+
+
+class AverageReader:
+    """Reads averages for a tracker in the processes that ask together: of the tracked lengths from
+    memory, of any other from snapshots."""
+
+    def __init__(self, start: Start, pipeline: Pipeline) -> None:
+        self._start = start
+        self._directory = start.directory
+        self._settings = start.settings
+        self._members = start.tracking.tracked.members
+        self._pipeline = pipeline
+
+    @property
+    def has_average(self) -> bool:
+        """Whether an update has been due."""
+        if self._pipeline.tracking.resumes:
+            return self._start.step != 0
+        return self._pipeline.progress.updated > 0
+
+    def find_refusals(self, targets: Mapping[str, Target]) -> dict[str, str]:
+        """Say of each target by label why there can be no average yet, in all processes that make
+        the call."""
+        group = self._callers({})
+        group.together(self._pipeline.flush)
+        return group.from_first(lambda: self._find_refusals(targets))
+
+    def _find_refusals(self, targets: Mapping[str, Target]) -> dict[str, str]:
+        if not self.has_average:
+            reason = self._settings.first_update(self._pipeline.progress.step)
+            return dict.fromkeys(targets, reason)
+        others = {}
+        for label, target in targets.items():
+            if self._tracked_profile(target, {}) is None:
+                others[label] = target
+        stored = self.read_stored() if others else []
+        if not stored:
+            return dict.fromkeys(others, "no snapshot yet")
+        _, reasons = plan_possible(stored, others)
+        return reasons
+
+    def predict_errors(self, targets: Sequence[Target]) -> dict[str, float]:
+        """Predict the errors of averages at the newest snapshot, by label, without waiting."""
+        by_label = {target.label: target for target in targets}
+        snapshots = self.read_stored() if targets else []
+        plans, _ = plan_possible(snapshots, by_label if snapshots else {})
+        errors = {}
+        for label, plan in plans.items():
+            error = plan.predicted_error(0)
+            if error is not None:
+                errors[label] = error
+        return errors
+
+    def read(
+        self,
+        model: nn.Module | None,
+        length: Wanted,
+        given: Mapping[str, Any],
+    ) -> tuple[Group, Weights]:
+        """Make an average, in the processes that make the call; for a sharded `model` the chunks in
+        this process."""
+        asked = {name: value for name, value in given.items() if value is not None}
+        group = self._callers(asked)
+        if not group.from_first(lambda: self.has_average):
+            step = self._pipeline.progress.step
+            reason = f"has no average yet: {self._settings.first_update(step)}, so far {step:,}"
+            raise NotReadyError(self._directory, reason, "has_average says when there is one")
+        profile = self._tracked_profile(length, asked)
+        if self._members.is_chunked:
+            assert model is not None
+            return group, self._chunks(group, model, length, profile, asked)
+
+        def make() -> Weights:
+            if profile is not None:
+                return self._from_memory(profile, asked.get("dtype"))
+
+            def plan() -> Plan:
+                return log_predicted_error(
+                    plan_synthesis(self._list_durable(), Request(length, **asked))
+                )
+
+            return with_consistent_plan(plan, make_weights)
+
+        return group, from_first(group, make)
+
+    def _tracked_profile(
+        self,
+        length: Wanted,
+        asked: Mapping[str, Any],
+    ) -> int | None:
+        """Find the index of the tracked length that is wanted at the present time, else None."""
+        sigma_rel = as_target(length).sigma_rel
+        if sigma_rel is None or self._pipeline.tracking.resumes or {"t", "step"} & asked.keys():
+            return None
+        for index, tracked in enumerate(self._settings.sigma_rels):
+            if math.isclose(sigma_rel, tracked, rel_tol=1e-6):  # float32's
+                return index
+        return None
+
+    def _from_memory(self, profile: int, dtype: Dtype) -> Weights:
+        """Read a tracked average as it is now, rounded once; for a sharded model this process's
+        part."""
+        if not self._members.keeps:
+            reason = "this process keeps no averages, the first one of its group does"
+            hint = "read the snapshots with PostHocEMA.from_path"
+            raise RefusedCallError(self._directory, reason, hint)
+        self._pipeline.flush()
+        tracked = self._pipeline.tracking.tracked
+        stored = parse_dtype(dtype)
+        own = tracked.dtypes(copied=False)
+        if stored is not None:
+            own = dict.fromkeys(own, torch_dtype(stored))
+        weights = Weights(self._pipeline.read(profile, own))
+        for alias, name in tracked.aliases.items():
+            weights[alias] = weights[name]
+        weights.t = self._pipeline.progress.t
+        converted = conversion_error(own, tracked.boxes)
+        weights.predicted_error = math.hypot(self._pipeline.predict_error(profile), converted)
+        return weights
+
+    def _chunks(
+        self,
+        group: Group,
+        model: nn.Module,
+        length: Wanted,
+        profile: int | None,
+        asked: Mapping[str, Any],
+    ) -> Weights:
+        """Make the chunks in this process of an average of a sharded model."""
+        tracked = self._pipeline.tracking.tracked
+        tensors = group.together(lambda: index_chunks(model, tracked))
+        members: Any = self._members
+        if profile is not None:
+
+            def own() -> Weights:
+                return (
+                    self._from_memory(profile, asked.get("dtype")) if members.keeps else Weights()
+                )
+
+            return with_replicas(group, group.together(own), tensors, members)
+        group.together(self._pipeline.flush)
+
+        def plan() -> SentPlan:
+            return reduce_to_send(
+                log_predicted_error(plan_synthesis(self._list_durable(), Request(length, **asked)))
+            )
+
+        return with_consistent_plan(
+            lambda: group.from_first(plan),
+            lambda sent: read_chunks(group, sent, length, tensors, self._directory),
+        )
+
+    def _list_durable(self) -> list[Snapshot]:
+        """List the run's durable snapshots, at least one."""
+        self._pipeline.flush()
+        stored = self.read_stored()
+        if not stored:
+            reason = "has no snapshot yet, and other lengths than the tracked ones are made of them"
+            raise NotReadyError(self._directory, reason, "ema.snapshot() writes one")
+        return stored
+
+    def read_stored(self) -> list[Snapshot]:
+        """Read the run's snapshots on disk, up to the step from which it is to resume; none if the
+        directory belongs to another run."""
+        last = self._start.step if self._pipeline.tracking.resumes else None
+        snapshots = find_snapshots(self._directory)
+        if last is not None:
+            snapshots = [snapshot for snapshot in snapshots if snapshot.step <= last]
+        run_id = self._pipeline.tracking.run_id
+        return [snapshot for snapshot in snapshots if snapshot.run_id == run_id]
+
+    def _callers(self, asked: Mapping[str, Any]) -> Group:
+        """Find the processes that make a call for averages, after checking its options."""
+        check_method(asked.get("method"))
+        parse_dtype(asked.get("dtype"))
+        return self._members.callers(is_tracking=not self._pipeline.tracking.resumes)
