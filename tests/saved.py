@@ -11,7 +11,7 @@ from torch.nn.utils import parameters_to_vector
 from walks import STEPS, constant, history, saves
 
 from posthoc_cli import export_file, import_checkpoints
-from posthoc_cli.checkpoints.import_run import open_checkpoints
+from posthoc_cli.checkpoints.open_run import open_checkpoints
 from posthoc_cli.errors import InvalidValueError
 
 

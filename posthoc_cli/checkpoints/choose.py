@@ -46,7 +46,13 @@ from posthoc_cli.checkpoints.layouts import (
 )
 from posthoc_cli.checkpoints.places import Candidate, Place
 from posthoc_cli.checkpoints.settings import ImportSettings
-from posthoc_cli.checkpoints.source import are_near, first_values, make_checkpoint
+from posthoc_cli.checkpoints.source import (
+    COMPARED_FILES,
+    are_near,
+    first_values,
+    make_checkpoint,
+    moves_less,
+)
 from posthoc_cli.errors import (
     DirectoryError,
     FileFormatError,
@@ -57,9 +63,7 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.profiles import FloatArray
 
-_COMPARED_FILES = 5  # newest, whose motion is compared
 _ALIKE = 0.9  # share of the tensors that checkpoints of one model have in common
-_SLOWER = 0.99  # a copy in float16 moves as its original within a thousandth
 _LEAST = 1 / 3  # share of a model's tensors that its average has: the trained ones
 
 _OTHER_MODEL = "another model"
@@ -142,12 +146,13 @@ class Member:
         return self.reading.number if self.reading else None
 
     def is_later_than(self, other: Member) -> bool:
-        """Return whether its number is larger, and counts the same."""
+        """Return whether its number is larger, and counts the same, or something that is stated,
+        as epochs beside steps."""
         ours = self.reading
         theirs = other.reading
-        if ours is None or theirs is None:
+        if ours is None or theirs is None or (ours.unit != theirs.unit and not ours.unit):
             return False
-        return ours.number > theirs.number and ours.unit == theirs.unit
+        return ours.number > theirs.number
 
     def is_like(self, other: Member) -> bool:
         """Return whether both are of one model."""
@@ -174,7 +179,7 @@ class Chooser:
     def __init__(self, place: Place, settings: ImportSettings) -> None:
         self.place = place
         self.settings = settings
-        self.candidates = place.candidates()
+        self.candidates = place.candidates
         self.left_out = dict[Candidate, str]()  # with the reasons
         self._copies = set[Candidate]()
         folders = {each.path.parent for each in self.candidates}
@@ -278,25 +283,19 @@ class Chooser:
     # --- 2. one model
 
     def _of_one_model(self, members: list[Member]) -> list[Member]:
-        models = list[list[Member]]()
-        for member in sorted(members, key=lambda each: -each.shapes.total()):
-            for model in models:
-                if member.is_like(model[0]) or member.is_like(model[-1]):
-                    model.append(member)
-                    break
-            else:
-                models.append([member])
-        models = [model for model in models if model[0].shapes]
+        models = [model for model in _group_alike(members) if model[0].shapes]
         if not models:
             return members  # whose error says why
         models.sort(key=lambda model: (-len(model), -model[0].content.nbytes))
         chosen, *others = models
-        globs = {member.glob for member in chosen}
         for other in others:  # in one series a difference is an error that names it
-            chosen += [member for member in other if member.glob in globs]
-        others = [[each for each in other if each.glob not in globs] for other in others]
-        rivals = [other for other in others if 2 * len(other) > len(chosen)]
-        if rivals and len(chosen) > 1:
+            globs = {member.glob for member in chosen}
+            joining = [member for member in other if member.glob in globs]
+            if not _are_parts(chosen + joining):
+                chosen += joining
+        left = [[member for member in other if member not in chosen] for other in others]
+        rivals = [other for other in left if 2 * len(other) > len(chosen) > 1]
+        if rivals:
             raise self._ask_which([self._split(model)[0] for model in (chosen, *rivals)], "models")
         self._leave_out([each for each in members if each not in chosen], _OTHER_MODEL)
         return [each for each in members if each in chosen]
@@ -406,10 +405,11 @@ class Chooser:
         several = sorted(several, key=lambda each: -len(each))
         answers: list[Answer] = []
         root = glob.escape(str(self._root))
-        if len(several) == 2 and self._are_pairs(*several):
-            slower, faster = sorted(several, key=_motion)
-            answers.append(self._pair(slower, faster))
-            several = [faster, slower]
+        if len(several) == 2:
+            for slower, faster in (several, several[::-1]):
+                if _is_average_of(slower, faster):
+                    answers.append(self._pair(slower, faster))
+                    several = [faster, slower]
         weights = [each for each in several if each[0].role == "weights"]
         if len(weights) == 1:
             averages = [each for each in several if each[0].role == "average"]
@@ -427,17 +427,6 @@ class Chooser:
     def _pair(self, average: Series, weights: Series) -> Answer:
         globs = [self._exact_glob(each).rpartition("/")[2] for each in (average, weights)]
         return {"average": globs[0], "weights": globs[1]}
-
-    def _are_pairs(self, first: Series, other: Series) -> bool:
-        """Return whether two series have the same times, tensors of the same names, and values near
-        each other, and one moves less, so that it may be the average of the other."""
-        are_same = len(first) > 1 and _numbers(first) == _numbers(other)
-        if not are_same or first[0].role != other[0].role:
-            return False
-        if first[0].content.tensors.keys() != other[0].content.tensors.keys():
-            return False
-        slower, faster = sorted(map(_motion, (first, other)))
-        return slower < _SLOWER * faster and are_near(first[-1].values, other[-1].values)
 
     def _exact_glob(self, series: Series) -> str:
         """Make a glob of a series that matches no other candidate."""
@@ -466,11 +455,42 @@ def _numbers(series: Iterable[Member]) -> set[int | None]:
     return {member.number for member in series}
 
 
-def _motion(series: Series) -> float:
-    """Measure how far a series moves from file to file, squared; averages move less."""
+def _is_average_of(one: Series, other: Series) -> bool:
+    """Return whether a series has the times of another one and tensors of the same names, and moves
+    less, so that it may be its average."""
+    are_same = len(one) > 1 and _numbers(one) == _numbers(other) and one[0].role == other[0].role
+    if not are_same or one[0].content.tensors.keys() != other[0].content.tensors.keys():
+        return False
+    return moves_less(_newest_values(one), _newest_values(other))
+
+
+def _newest_values(series: Series) -> FloatArray:
     in_order = sorted(series, key=lambda member: member.number or 0)
-    rows = [member.values for member in in_order[-_COMPARED_FILES:]]
-    return float(np.square(np.diff(rows, axis=0)).sum())
+    return np.stack([member.values for member in in_order[-COMPARED_FILES:]])
+
+
+def _group_alike(members: Iterable[Member]) -> list[list[Member]]:
+    """Group members by the model that they are of."""
+    models = list[list[Member]]()
+    for member in sorted(members, key=lambda each: -each.shapes.total()):
+        for model in models:
+            if member.is_like(model[0]) or member.is_like(model[-1]):
+                model.append(member)
+                break
+        else:
+            models.append([member])
+    return models
+
+
+def _are_parts(members: Series) -> bool:
+    """Return whether a number in names tells models apart, each with several files, as in
+    `step_100_part0.pt`."""
+    for column in zip(*(NUMBER.findall(member.name) for member in members), strict=False):
+        number = dict(zip(members, column, strict=False))
+        parts = _group(members, number.__getitem__)
+        if 1 < len(parts) <= len(members) / 2:
+            return all(len(_group_alike(part)) == 1 for part in parts)
+    return False
 
 
 def _split_by_number(group: Series) -> list[Series]:

@@ -31,7 +31,7 @@ from posthoc_cli.checkpoints.containers import strip_ending
 from posthoc_cli.checkpoints.content import Content, Tensors, Values, list_names
 from posthoc_cli.checkpoints.folders import AVERAGE_WORD
 from posthoc_cli.checkpoints.places import Place
-from posthoc_cli.checkpoints.sets import Pair, TensorSets, are_mmcv_buffers, complete
+from posthoc_cli.checkpoints.sets import Pair, TensorSets, are_mmcv_buffers, complete, match_names
 from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings
 from posthoc_cli.checkpoints.source import Checkpoint, are_near, first_values, make_checkpoint
 from posthoc_cli.checkpoints.updates import Calls, Updates
@@ -77,6 +77,18 @@ class Found:
         if self.averaged:
             return complete(self.averaged, self.weights)
         return self.weights
+
+    @property
+    def twins(self) -> list[str]:
+        """The unused sets that have as many tensors as the weights or the average."""
+        counts = {len(self.averaged or self.weights), len(self.weights)}
+        sets = TensorSets(self.content, self.unused)
+        return [key for key in self.unused if sets.counts[key] in counts]
+
+    def paired_with(self, key: str) -> Found:
+        """Take another set for the average of the weights; for none if it does not match."""
+        other = TensorSets(self.content, (key,)).below(key)
+        return replace(self, pair=replace(self.pair, averaged=match_names(other, self.weights)))
 
     @property
     def starts(self) -> tuple[FloatArray, FloatArray]:

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -98,8 +99,9 @@ class Place:
 
     # --- the candidates
 
+    @cached_property
     def candidates(self) -> list[Candidate]:
-        """List the files and folders that may each be a checkpoint."""
+        """The files and folders that may each be a checkpoint."""
         path = files.expand_user(self.name)
         matches = _list_matches(path)
         if not matches:
@@ -347,7 +349,7 @@ def _list_matches(pattern: Path) -> list[Path]:
 def holds_checkpoints(name: str | Path) -> bool:
     """Return whether a directory, file or glob names checkpoints or an import."""
     try:
-        return is_import(name) or bool(Place(name).candidates())
+        return is_import(name) or bool(Place(name).candidates)
     except DirectoryError:  # also from a glob
         return files.is_glob(name)
 

@@ -295,15 +295,12 @@ class TensorSets:
     def _has_twin(self, path: str, others: Iterable[str], is_near: bool) -> bool:
         """Return whether a set has the names and shapes of another one, and with `is_near` values
         near it: two critics are no twins."""
-        tensors = self.below(path)
         for other in others:
             theirs = self.below(other)
-            shared = [name for name in tensors if name in theirs]
-            shared = [name for name in shared if tensors[name].shape == theirs[name].shape]
-            if 2 * len(shared) > min(len(tensors), len(theirs)):
-                both = [{name: each[name] for name in shared} for each in (tensors, theirs)]
-                if not is_near or are_near(*map(self._first_values, both)):
-                    return True
+            ours = match_names(self.below(path), theirs)
+            shared = {name: theirs[name] for name in ours}
+            if ours and not (is_near and not are_near(*map(self._first_values, (ours, shared)))):
+                return True
         return False
 
     def _first_values(self, tensors: Tensors) -> FloatArray:

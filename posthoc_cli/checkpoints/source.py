@@ -15,7 +15,7 @@ from posthoc_cli.checkpoints.content import Content, Identity, StoredChunk, Tens
 from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.checkpoints.updates import Updates
 from posthoc_cli.clock import Clock
-from posthoc_cli.decay_rules import POWER_FUNCTION, UNLIMITED
+from posthoc_cli.decay_rules import POWER_FUNCTION, UNLIMITED, OrdinaryEMA
 from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import FileFormatError, quote
 from posthoc_cli.profiles import (
@@ -34,6 +34,8 @@ _SUMS = ("cluster_size", "embed_avg")
 # of BatchNorm: a variance is not extrapolated
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 COMPARED = 1024  # elements of a tensor that are compared with another tensor's
+COMPARED_FILES = 5  # newest ones, whose motion is compared
+_SLOWER = 0.8  # averages of any length move by a third less than the weights
 _ANY_TIME = Point(1.0)  # where times are of no account
 
 
@@ -216,6 +218,19 @@ def are_near(ours: FloatArray, theirs: FloatArray) -> bool:
         return True
     norms = np.square(ours).sum() + np.square(theirs).sum()
     return bool(np.square(ours - theirs).sum() <= norms / 2)
+
+
+def moves_less(ours: FloatArray, theirs: FloatArray) -> bool:
+    """Return whether values at some times, [times, elements], are near others and move less from
+    time to time, as an average does."""
+    motion, other = (float(np.square(np.diff(rows, axis=0)).sum()) for rows in (ours, theirs))
+    return 0 < motion <= _SLOWER * other and are_near(ours[-1], theirs[-1])
+
+
+def is_copy(checkpoint: Checkpoint) -> bool:
+    """Return whether an ordinary EMA had not begun, so that it is a copy of the weights."""
+    profile = checkpoint.profile
+    return isinstance(profile, OrdinaryEMA) and profile.times[0] == profile.t
 
 
 def _group_files(content: Content, tensors: Tensors) -> tuple[TensorFile, ...]:

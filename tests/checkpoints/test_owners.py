@@ -218,13 +218,6 @@ def test_an_import_names_the_setting_that_was_given(tmp_path):
     assert line.startswith("sigma_rels is as given")
 
 
-def test_averages_whose_norms_grow_are_asked_about(tmp_path, caplog):
-    for number in range(1, 6):
-        store(tmp_path / f"ema_{100 * number}.pt", {"w": torch.full((8,), 1.65**number)})
-    read(tmp_path, ema_decay=0.99)
-    assert "grow by 1.65" in caplog.text
-
-
 def test_sets_whose_names_are_paths_are_chosen_by_a_pattern(tmp_path):
     """As those of JAX."""
     for step in (10, 20):
