@@ -13,7 +13,7 @@ from posthoc_cli.checkpoints.open_run import (
     FoundRun,
     find_run,
     find_unclaimed,
-    open_checkpoints,
+    open_unclaimed,
 )
 from posthoc_cli.checkpoints.places import Place
 from posthoc_cli.checkpoints.sets import TensorSets
@@ -30,7 +30,7 @@ def describe_checkpoints(place: Path) -> Values:
     numbers = ""
     notes: tuple[str, ...] = ()
     if is_import(place):
-        checkpoints = open_checkpoints(place)
+        checkpoints = open_unclaimed(place)
     else:
         found = _find(place)
         numbers = found.says

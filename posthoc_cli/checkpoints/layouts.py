@@ -85,6 +85,11 @@ class Found:
         sets = TensorSets(self.content, self.unused)
         return [key for key in self.unused if sets.counts[key] in counts]
 
+    def is_unlike(self, key: str) -> bool:
+        """Return whether a set is a network none of whose names the weights have."""
+        sets = TensorSets(self.content, (key,))
+        return sets.holds_network(key) and not match_names(sets.below(key), self.weights)
+
     def paired_with(self, key: str) -> Found:
         """Take another set for the average of the weights; for none if it does not match."""
         other = TensorSets(self.content, (key,)).below(key)

@@ -39,11 +39,13 @@ from posthoc_cli.checkpoints.source import (
     Checkpoint,
     are_near,
     first_values,
+    first_values_of,
     is_copy,
     make_checkpoint,
     moves_less,
 )
 from posthoc_cli.errors import (
+    DirectoryError,
     FileFormatError,
     InvalidValueError,
     MismatchError,
@@ -83,11 +85,25 @@ def open_checkpoints(name: str | Path) -> list[Checkpoint]:
     them."""
     path = files.expand_user(name)
     if is_import(path):
-        return _open_import(read_manifest(path))
-    run = find_run(name, UNSPECIFIED)
-    if run.checks:
-        log.info("%s: %s", name, "; ".join(run.checks))
-    return run.checkpoints
+        checkpoints = _open_import(read_manifest(path))
+    else:
+        run = find_run(name, UNSPECIFIED)
+        checkpoints = run.checkpoints
+        if run.checks:
+            log.info("%s: %s", name, "; ".join(run.checks))
+    _check_several(name, checkpoints)
+    return checkpoints
+
+
+def _check_several(name: str | Path, checkpoints: Sequence[Checkpoint]) -> None:
+    """Raise DirectoryError for a single checkpoint, even with an average of one length: no other
+    average follows from it."""
+    averages = [each for each in checkpoints if not isinstance(each.profile, Point)]
+    if len({each.t for each in checkpoints}) == 1 and len(averages) < 2:
+        time = f"{checkpoints[0].t_unit[:-1]} {checkpoints[0].t:,.12g}"
+        reason = f"holds one checkpoint, of {time}, and an average is made of several"
+        hint = "name a folder or a glob with more of them; `ema export` writes what one file holds"
+        raise DirectoryError(name, reason, hint)
 
 
 def open_unclaimed(
@@ -221,13 +237,14 @@ def _read(place: Place, settings: ImportSettings, is_audit: bool = False) -> Fou
     known; raise a QuestionError about what the files leave open."""
     chooser = Chooser(place, settings)
     if not chooser.candidates:
-        explain_nothing(place.name)
+        explain_nothing(place)
     members = chooser.choose()
     run = _with_one_prefix([member.found for member in members])
     if settings.average and not any(file.averaged for file in run):
         recognise(run[-1].content, settings)  # whose error says what there is
     _check_averages(run)
     if not is_audit:
+        _check_unmatched(run[-1], settings)
         _check_targets(run, settings)
     for file in run:
         check_given(file, settings)
@@ -279,6 +296,17 @@ def _check_averages(run: Sequence[Found]) -> None:
                 raise _mismatch(averages[0].path, file.path, reason, "exclude")
 
 
+def _check_unmatched(file: Found, settings: ImportSettings) -> None:
+    """Raise a QuestionError if a word calls a network an average, and no weights have its names."""
+    if settings.kind or settings.average or settings.weights:
+        return
+    for key in file.unused:
+        if AVERAGE_WORD.search(key) and file.is_unlike(key):
+            reason = f"must be given: {quote(key)} in {file.path.name} has tensors of other names "
+            reason += "than the weights: it is a part of the model, or an average of another one"
+            raise QuestionError("average", reason, {"kind": "checkpoints"}, {"average": key})
+
+
 def _check_targets(run: Sequence[Found], settings: ImportSettings) -> None:
     """Raise a QuestionError if what a word such as `target` calls an average is one of a part of
     the model, and other parts are trained, too, as in reinforcement learning."""
@@ -292,7 +320,7 @@ def _check_targets(run: Sequence[Found], settings: ImportSettings) -> None:
     used = {tensor.name for tensor in both[0].weights.values()}
     rest = [name for name, tensor in whole[0].weights.items() if tensor.name not in used]
     first, last = (
-        first_values(make_checkpoint(file.content, {name: file.weights[name] for name in rest}))
+        first_values_of(file.content, {name: file.weights[name] for name in rest})
         for file in (whole[0], whole[-1])
     )
     if np.array_equal(first, last):
@@ -519,37 +547,32 @@ def _make_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
         if difference := model_difference(first, other):
             raise _mismatch(first.path, other.path, difference, "include", "exclude")
     _check_times(ordered)
-    weights = {
-        checkpoint.t: checkpoint for checkpoint in ordered if isinstance(checkpoint.profile, Point)
-    }
-    run = list[Checkpoint]()
-    copies = list[Checkpoint]()
-    for checkpoint in ordered:
-        if checkpoint.t in weights and is_copy(checkpoint):
-            copies.append(checkpoint)
-        else:
-            run.append(checkpoint)
+    weights = {each.t: each for each in ordered if isinstance(each.profile, Point)}
+    copies = [each for each in ordered if each.t in weights and is_copy(each)]
     if copies:
-        _check_copies(by_time(copies), weights)
+        _check_copies(copies, weights)
+    run = [each for each in ordered if each not in copies]
     shapes = [(name, entry.shape) for name, entry in sorted(first.entries.items())]
     known = repr((shapes, first.identity))
     run_id = xxhash.xxh3_128_hexdigest(known.encode())
     return by_time([replace(checkpoint, run_id=run_id) for checkpoint in run])
 
 
-def _check_copies(
-    copies: Sequence[Checkpoint],
-    weights: Mapping[float, Checkpoint],
-) -> None:
+def _check_copies(copies: Sequence[Checkpoint], weights: Mapping[float, Checkpoint]) -> None:
     """Raise InvalidValueError if averages that have not begun are no copies of the weights, but
     stand still: they go on from earlier weights."""
-    earlier = copies[0]
-    later = copies[-1]
-    if _are_unequal(weights[earlier.t], weights[later.t]) and not _are_unequal(earlier, later):
-        names = f"{earlier.path.name} and {later.path.name}"
+    first, last = copies[0], copies[-1]
+    are_moved = _are_unequal(weights[first.t], weights[last.t])
+    if are_moved and not _are_unequal(first, last):
+        names = f"{first.path.name} and {last.path.name}"
         reason = f"{names} hold the same average, and other weights, from which it cannot begin"
         hint = "name with a glob the files in which its first value has faded"
         raise InvalidValueError("update_after_step", reason, hint)
+
+
+def _are_unequal(one: Checkpoint, other: Checkpoint) -> bool:
+    """Return whether two checkpoints of a model differ in the first elements of a tensor."""
+    return not np.array_equal(first_values(one), first_values(other), equal_nan=True)
 
 
 def _check_times(checkpoints: Sequence[Checkpoint]) -> None:
@@ -567,11 +590,6 @@ def _mismatch(first: Path, other: Path, difference: str, *settings: str) -> Mism
     hint = "name the files of one run with a glob, or import with "
     hint += " or ".join(map(argument, settings))
     return MismatchError(f"{first} and {other}", difference, hint)
-
-
-def _are_unequal(one: Checkpoint, other: Checkpoint) -> bool:
-    """Return whether two checkpoints of a model differ in the first elements of a tensor."""
-    return not np.array_equal(first_values(one), first_values(other), equal_nan=True)
 
 
 def _with_names(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:

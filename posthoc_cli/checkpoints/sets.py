@@ -17,23 +17,20 @@ from functools import cached_property
 
 from posthoc_cli.checkpoints.ask import QuestionError
 from posthoc_cli.checkpoints.content import Content, StoredTensor, Tensors, list_names
-from posthoc_cli.checkpoints.folders import AVERAGE_WORD, NO_MODEL
+from posthoc_cli.checkpoints.folders import AVERAGE_WORD, MODEL_FILES, NO_MODEL
 from posthoc_cli.checkpoints.source import (
     STATISTICS,
     are_near,
-    first_values,
-    make_checkpoint,
+    first_values_of,
     tied_names,
 )
 from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import UnsuitableError, quote
-from posthoc_cli.profiles import FloatArray
 
 _Named = dict[str, StoredTensor]
 
 _MODELS = (
-    "current_model_state", "state_dict", "model_state_dict", "model", "module",
-    "diffusion_pytorch_model", "adapter_model", "pytorch_model",
+    "current_model_state", "state_dict", "model_state_dict", "module", *MODEL_FILES,
 )  # fmt: skip
 """Keys of the model in a checkpoint; the first present one counts. If Lightning's `state_dict` is
 an average, its weights are under `current_model_state`."""
@@ -280,11 +277,11 @@ class TensorSets:
         found = list[str]()
         for path in paths:
             others = found if main is None else [main]
-            if self._holds_network(path) and not self._has_twin(path, others, main is None):
+            if self.holds_network(path) and not self._has_twin(path, others, main is None):
                 found.append(path)
         return found
 
-    def _holds_network(self, path: str) -> bool:
+    def holds_network(self, path: str) -> bool:
         """Return whether a set has a matrix that is called a weight: hyperparameters, metrics and
         replay buffers may have matrices, too."""
         for name, tensor in self.below(path).items():
@@ -299,12 +296,10 @@ class TensorSets:
             theirs = self.below(other)
             ours = match_names(self.below(path), theirs)
             shared = {name: theirs[name] for name in ours}
-            if ours and not (is_near and not are_near(*map(self._first_values, (ours, shared)))):
+            both = [first_values_of(self.content, each) for each in (ours, shared)]
+            if ours and (are_near(*both) or not is_near):
                 return True
         return False
-
-    def _first_values(self, tensors: Tensors) -> FloatArray:
-        return first_values(make_checkpoint(self.content, tensors))
 
     # --- an average and the weights
 

@@ -200,6 +200,11 @@ def make_checkpoint(
     )
 
 
+def first_values_of(content: Content, tensors: Tensors) -> FloatArray:
+    """Read the first elements of each averaged one of some tensors, in the order of names."""
+    return first_values(make_checkpoint(content, tensors))
+
+
 def first_values(source: Checkpoint) -> FloatArray:
     """Read the first elements of each averaged tensor of a source, in the order of names."""
     values = [np.zeros(0)]
