@@ -121,7 +121,7 @@ LIMITS = {
     "__init__.py": 400,
     "__main__.py": 100,
     "averages.py": 4_600,
-    "checkpoints": 51_700,
+    "checkpoints": 51_150,
     "cli": 11_050,
     "clock.py": 500,
     "decay_rules.py": 2_370,

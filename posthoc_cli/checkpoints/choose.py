@@ -14,6 +14,7 @@ one role at the same times or in two folders, and what else has a number of its 
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -36,7 +37,7 @@ from posthoc_cli.checkpoints.clock import (
     sign_of_most,
 )
 from posthoc_cli.checkpoints.containers import KIND
-from posthoc_cli.checkpoints.content import Content
+from posthoc_cli.checkpoints.content import Content, Tensors
 from posthoc_cli.checkpoints.folders import NUMBER, make_glob
 from posthoc_cli.checkpoints.layouts import (
     Found,
@@ -91,14 +92,24 @@ class Member:
     def shapes(self) -> Counter[Shape]:
         """The shapes of the selected tensors by the last two parts of their names: what stands
         before them may differ between the files of one model."""
-        tensors = self.content.tensors
-        with suppress(FileFormatError, InvalidValueError):
-            tensors = self.settings.select(self.found.tensors)
+        tensors = self._tensors
+        with suppress(InvalidValueError):
+            tensors = self.settings.select(tensors)
         found = Counter[Shape]()
         for name, tensor in tensors.items():
             if tensor.shape not in ((), (1,)):
                 found[".".join(name.split(".")[-2:]).replace("_", ""), tensor.shape] += 1
         return found
+
+    @cached_property
+    def _tensors(self) -> Tensors:
+        """The tensors of the model; all of them if it is unclear which these are."""
+        try:
+            return self.found.tensors
+        except VanishedError:
+            raise
+        except (FileFormatError, InvalidValueError):  # raised again when it is used
+            return self.content.tensors
 
     @cached_property
     def found(self) -> Found:
@@ -117,23 +128,24 @@ class Member:
         named = role_by_glob(self.path, self.settings)
         if named:
             return "average" if named == "ema" else "weights"
-        try:
-            found = self.found
-        except VanishedError:
-            raise
-        except (FileFormatError, InvalidValueError):  # raised again when it is used
-            return "both"
-        if found.averaged:
-            return "both" if found.weights else "average"
-        return "weights"
+        with suppress(FileFormatError, InvalidValueError):
+            if not self.found.averaged:
+                return "weights"
+            if not self.found.weights:
+                return "average"
+        return "both"
 
     @cached_property
     def values(self) -> FloatArray:
         """The first values of its tensors."""
-        tensors = self.content.tensors
-        with suppress(FileFormatError, InvalidValueError):
-            tensors = self.found.tensors
-        return first_values_of(self.content, tensors)
+        return first_values_of(self.content, self._tensors)
+
+    @property
+    def all_signs(self) -> Signs:
+        """Its signs, with what the tensors say: the number of a layout, or a count of updates."""
+        if self.found.reading is not None:
+            return Signs(self.path, {"given": self.found.reading})
+        return replace(self.signs, count=self.found.count)
 
     @property
     def reading(self) -> Reading | None:
@@ -182,8 +194,8 @@ class Chooser:
         self.candidates = place.candidates
         self.left_out = dict[Candidate, str]()  # with the reasons
         self._copies = set[Candidate]()
-        folders = {each.path.parent for each in self.candidates}
-        self._root = Path(*_common_parts(folders)) if folders else Path()
+        folders = {str(each.path.parent) for each in self.candidates}
+        self._root = Path(os.path.commonpath(folders) if folders else "")
 
     @property
     def notes(self) -> list[str]:
@@ -214,10 +226,8 @@ class Chooser:
         candidates = self.candidates
         pattern = self.settings.step_from
         if pattern:
-            candidates = [each for each in candidates if re.search(pattern, str(each.path))]
-            if not candidates:
-                reason = f"finds no number in {self.candidates[0].path}"
-                raise InvalidValueError("step_from", reason, value=pattern)
+            matching = [each for each in candidates if re.search(pattern, str(each.path))]
+            candidates = matching or candidates  # whose error names one
         named = [each for each in candidates if role_by_glob(each.path, self.settings)]
         if named and (self.settings.weights or not self.settings.average):
             candidates = named
@@ -400,8 +410,8 @@ class Chooser:
     # --- questions
 
     def _ask_which(self, several: Sequence[Series], what: str) -> InvalidValueError:
-        """Make the question which of several series are the run, with globs that match nothing
-        else; the longest first."""
+        """Make the question which of several series are the run; without a command if they are
+        parts of one, of which any proposal would leave most out."""
         several = sorted(several, key=lambda each: -len(each))
         counted = [f"{len(each)} x {self._glob_of(each)}" for each in several]
         reason = f"holds several {what}, {list_first(counted)}"
@@ -409,8 +419,12 @@ class Chooser:
             reason += ", and their values are of one run: its steps begin anew, as in each epoch"
             hint = "rename copies of the files after the step of the whole training"
             return InvalidValueError(self.place.name, reason, hint)
+        return QuestionError(self.place.name, reason, *self._list_answers(several))
+
+    def _list_answers(self, several: Sequence[Series]) -> list[Answer]:
+        """List the pairs of an average and its weights, the series together if they are of one run,
+        and each alone, with globs that match nothing else; the longest first."""
         answers: list[Answer] = []
-        root = glob.escape(str(self._root))
         if len(several) == 2:
             for slower, faster in (several, several[::-1]):
                 if _is_average_of(slower, faster):
@@ -420,13 +434,14 @@ class Chooser:
         if len(weights) == 1:
             averages = [each for each in several if each[0].role == "average"]
             answers += [self._pair(each, weights[0]) for each in averages]
+        globs = [self._exact_glob(each) for each in several]
         if len({each[0].glob for each in several}) == 1:
             joined = [member for each in several for member in each]
             follow = len(_numbers(joined)) == len(joined)
             if follow and are_near(joined[0].values, joined[-1].values):
-                answers.append({"place": f"{root}/{self._glob_of(joined)}"})
-        answers += [{"place": f"{root}/{self._exact_glob(each)}"} for each in several]
-        return QuestionError(self.place.name, reason, *answers)
+                globs.insert(0, self._glob_of(joined))
+        root = glob.escape(str(self._root))
+        return [*answers, *({"place": f"{root}/{pattern}"} for pattern in globs)]
 
     def _pair(self, average: Series, weights: Series) -> Answer:
         globs = [self._exact_glob(each).rpartition("/")[2] for each in (average, weights)]
@@ -553,13 +568,3 @@ def _group(members: Iterable[Member], key: Callable[[Member], Hashable]) -> list
     for member in members:
         groups.setdefault(key(member), []).append(member)
     return [*groups.values()]
-
-
-def _common_parts(folders: Iterable[Path]) -> tuple[str, ...]:
-    """Find the parts that all paths begin with."""
-    common = tuple[str, ...]()
-    for parts in zip(*(folder.parts for folder in folders), strict=False):
-        if len(set(parts)) > 1:
-            break
-        common = (*common, parts[0])
-    return common

@@ -93,9 +93,6 @@ class Reading:
     value: str = ""  # the key of the value in the content that shows it
 
 
-UNREAD = Reading(0, "", "")
-
-
 @dataclass(frozen=True)
 class Signs:
     """The numbers of one checkpoint, by the sign that shows each."""
@@ -397,7 +394,7 @@ def read_times(files: Sequence[Signs], settings: ImportSettings) -> Times:
     numbers = [file.by_sign[sign] for file in files]
     if sign == "stated":
         _check_names(files)
-    if any(reading.unit == "steps" for reading in numbers):
+    if any(reading.unit in ("steps", "images") for reading in numbers):
         return _read_steps(files, numbers, settings)
     return _read_unknown_numbers(files, numbers, settings)
 
@@ -417,14 +414,9 @@ def sign_of_most(files: Sequence[Signs]) -> str | None:
 def _explain_no_sign(files: Sequence[Signs]) -> InvalidValueError:
     """Make the error about files of which no sign shows the times of all."""
     first = next((file for file in files if not file.by_sign), files[0])
-    others = [file for file in files if file.by_sign.keys() != first.by_sign.keys()]
-    if first.problem is not None:
-        return first.problem
-    if not others:
-        hint = "name the files of one run with a glob"
-        return InvalidValueError(first.path, "states no step, nor does its name", hint)
-    reason = f"must be given: {first.path.name} and {others[0].path.name} state it in different "
-    return InvalidValueError("step_from", f"{reason}ways", "name the files of one run with a glob")
+    hint = "name the files of one run with a glob"
+    unsaid = InvalidValueError(first.path, "states no step, nor does its name", hint)
+    return first.problem or unsaid
 
 
 def _are_distinct(files: Sequence[Signs], sign: str) -> bool:
@@ -461,11 +453,12 @@ def _read_steps(
     settings: ImportSettings,
 ) -> Times:
     _check_one_count(files, numbers)
-    origin = numbers[0].origin
+    unit = "images" if numbers[0].unit == "images" else "steps"
+    says = f"{unit}, by {numbers[0].origin}"
     if settings.steps_per_epoch:
-        reason = f"does not apply to numbers that are steps, by {origin}"
+        reason = f"does not apply to numbers that are {says}"
         raise InvalidValueError("steps_per_epoch", reason, value=settings.steps_per_epoch)
-    return Times("steps", True, f"steps, by {origin}", [reading.number for reading in numbers])
+    return Times(unit, True, says, [reading.number for reading in numbers])
 
 
 def _read_unknown_numbers(

@@ -130,9 +130,6 @@ class _Decays:
         found |= changes
         if replace(self.given, **found).warm_up_row.is_schedule and not self.given.steps:
             found["last_step"] = self.checkpoints[-1].step
-        if any(source.updates.calls == "counted" for source in self.averages if source.updates):
-            found["update_every"] = self.given.update_every or 1
-            found["update_after_step"] = self.given.update_after_step or 0
         return replace(self.given, **found)
 
     def _round_decays(self, audit: Audit, distance: float) -> list[Settings]:
@@ -165,16 +162,15 @@ class _Decays:
             raise InvalidValueError("steps", reason, value=given.steps)
         lines = []
         for audit in audit_averages(self.checkpoints, given=given):
-            is_odd = audit.verdict in (SET_BACK, TOO_COARSE) and self._is_given
-            is_odd = is_odd or (audit.verdict == RARE and bool(self.given.update_every))
-            if not is_odd:
+            is_taken = self._is_taken_as_given(audit)
+            if not is_taken:
                 self._check_is_average(audit)
             if warm_up := self._warm_up_to(audit):
                 given, checks = self._with(replace(self.given, ema_warmup=warm_up)).settle()
                 return given, [f"ema_warmup: taken as {warm_up}, which the files show", *checks]
-            if audit.is_bad and not is_odd:
+            if audit.is_bad and not is_taken:
                 raise self._refute(audit)
-            if is_odd or audit.verdict == "undetermined":
+            if is_taken or audit.verdict == "undetermined":
                 reason = "is taken as given, which the files do not show: predicted errors hold if"
                 log.warning("%s %s it is right: %s", name, reason, audit.text)
             doubt = max(given.ema_doubt or 0.0, audit.difference)
@@ -188,6 +184,12 @@ class _Decays:
             reason = "is as given or in files: without weights next to the averages it cannot be "
             lines.append(f"{name} {reason}checked")
         return given, lines
+
+    def _is_taken_as_given(self, audit: Audit) -> bool:
+        """Return whether what the user gives is taken in spite of a fault that an audit names."""
+        if audit.verdict == RARE:
+            return self.given.update_every is not None
+        return audit.verdict in (SET_BACK, TOO_COARSE) and self._is_given
 
     @property
     def _is_given(self) -> bool:

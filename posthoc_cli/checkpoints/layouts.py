@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from posthoc_cli.checkpoints.ask import ASKED, Answer, QuestionError
-from posthoc_cli.checkpoints.clock import UNREAD, Reading
+from posthoc_cli.checkpoints.clock import Reading
 from posthoc_cli.checkpoints.containers import strip_ending
 from posthoc_cli.checkpoints.content import Content, Tensors, Values, list_names
 from posthoc_cli.checkpoints.folders import AVERAGE_WORD
@@ -54,7 +54,7 @@ class Found:
     # of another average, at a step
     profile: Callable[[int], StoredProfile] | None = None
     sigma_rel: float = 0.0  # and the width that its user asked for
-    reading: Reading = UNREAD  # its number
+    reading: Reading | None = None  # its number, if its name states it with the profile
     time: int = 0  # on the clock of its run; 0 before the training
     lacks: tuple[str, ...] = ()  # settings that must be given
     unused: tuple[str, ...] = ()  # paths of the sets that are neither of these
@@ -70,6 +70,13 @@ class Found:
     @property
     def weights(self) -> Tensors:
         return self.pair.weights
+
+    @property
+    def count(self) -> int:
+        """Updates that its average has counted, one for each step; 0 if none are known."""
+        if self.updates is None or self.updates.calls == "counted":
+            return 0
+        return self.updates.count or 0
 
     @property
     def tensors(self) -> Tensors:

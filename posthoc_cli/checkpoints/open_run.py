@@ -25,7 +25,7 @@ import xxhash
 from posthoc_cli import files
 from posthoc_cli.checkpoints.ask import ASKED, Answer, QuestionError, with_command
 from posthoc_cli.checkpoints.choose import Chooser
-from posthoc_cli.checkpoints.clock import UNREAD, Signs, Times, read_times
+from posthoc_cli.checkpoints.clock import Times, read_times
 from posthoc_cli.checkpoints.content import Content, list_names
 from posthoc_cli.checkpoints.decays import settle_decays
 from posthoc_cli.checkpoints.folders import AVERAGE_WORD
@@ -248,7 +248,7 @@ def _read(place: Place, settings: ImportSettings, is_audit: bool = False) -> Fou
         _check_targets(run, settings)
     for file in run:
         check_given(file, settings)
-    times = _read_run_times(run, [member.signs for member in members], settings)
+    times = read_times([member.all_signs for member in members], settings)
     run = _leave_out_untrained(run, times.numbers)
     if not is_audit:
         run = _check_roles(run, settings)
@@ -336,25 +336,6 @@ def _check_unit(times: Times) -> None:
     if times.unit == "epochs":
         reason = f"must be given: decays are of steps, and numbers are {times.says}"
         raise QuestionError("steps_per_epoch", reason, {"steps_per_epoch": ASKED})
-
-
-def _read_run_times(
-    run: Sequence[Found],
-    signs: Sequence[Signs],
-    settings: ImportSettings,
-) -> Times:
-    if all(file.reading is not UNREAD for file in run):
-        reading = run[0].reading
-        says = f"{reading.unit}, by {reading.origin}"
-        return Times(reading.unit, True, says, [file.reading.number for file in run])
-    counted = []
-    for file, each in zip(run, signs, strict=True):
-        updates = file.updates
-        count = 0
-        if updates is not None and updates.calls != "counted":
-            count = updates.count or 0
-        counted.append(replace(each, count=count))
-    return read_times(counted, settings)
 
 
 def _leave_out_untrained(run: Sequence[Found], times: Sequence[int]) -> list[Found]:
