@@ -45,7 +45,6 @@ from posthoc_cli.checkpoints.source import (
     moves_less,
 )
 from posthoc_cli.errors import (
-    DirectoryError,
     FileFormatError,
     InvalidValueError,
     MismatchError,
@@ -85,25 +84,11 @@ def open_checkpoints(name: str | Path) -> list[Checkpoint]:
     them."""
     path = files.expand_user(name)
     if is_import(path):
-        checkpoints = _open_import(read_manifest(path))
-    else:
-        run = find_run(name, UNSPECIFIED)
-        checkpoints = run.checkpoints
-        if run.checks:
-            log.info("%s: %s", name, "; ".join(run.checks))
-    _check_several(name, checkpoints)
-    return checkpoints
-
-
-def _check_several(name: str | Path, checkpoints: Sequence[Checkpoint]) -> None:
-    """Raise DirectoryError for a single checkpoint, even with an average of one length: no other
-    average follows from it."""
-    averages = [each for each in checkpoints if not isinstance(each.profile, Point)]
-    if len({each.t for each in checkpoints}) == 1 and len(averages) < 2:
-        time = f"{checkpoints[0].t_unit[:-1]} {checkpoints[0].t:,.12g}"
-        reason = f"holds one checkpoint, of {time}, and an average is made of several"
-        hint = "name a folder or a glob with more of them; `ema export` writes what one file holds"
-        raise DirectoryError(name, reason, hint)
+        return _open_import(read_manifest(path))
+    run = find_run(name, UNSPECIFIED)
+    if run.checks:
+        log.info("%s: %s", name, "; ".join(run.checks))
+    return run.checkpoints
 
 
 def open_unclaimed(
@@ -536,7 +521,9 @@ def _make_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     shapes = [(name, entry.shape) for name, entry in sorted(first.entries.items())]
     known = repr((shapes, first.identity))
     run_id = xxhash.xxh3_128_hexdigest(known.encode())
-    return by_time([replace(checkpoint, run_id=run_id) for checkpoint in run])
+    averages = [each for each in run if not isinstance(each.profile, Point)]
+    is_alone = len({each.t for each in run}) == 1 and len(averages) < 2
+    return by_time([replace(each, run_id=run_id, is_alone=is_alone) for each in run])
 
 
 def _check_copies(copies: Sequence[Checkpoint], weights: Mapping[float, Checkpoint]) -> None:

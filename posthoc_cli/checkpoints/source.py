@@ -17,7 +17,7 @@ from posthoc_cli.checkpoints.updates import Updates
 from posthoc_cli.clock import Clock
 from posthoc_cli.decay_rules import POWER_FUNCTION, UNLIMITED, OrdinaryEMA
 from posthoc_cli.dtypes import EPS
-from posthoc_cli.errors import FileFormatError, quote
+from posthoc_cli.errors import DirectoryError, FileFormatError, quote
 from posthoc_cli.profiles import (
     FloatArray,
     Point,
@@ -67,6 +67,7 @@ class Checkpoint(Source):
     updates: Updates | None = None  # of an ordinary EMA; None for other tensors
     # whether files or the user say what `step` counts
     is_stated: bool = True
+    is_alone: bool = False  # whether its run has no other time, so that no average can be made
     # the names that its tensors have in the file, by their names in the model
     stored: Mapping[str, str] = field(default_factory=dict, compare=False)
     # all files that were read to find it
@@ -95,6 +96,11 @@ class Checkpoint(Source):
         average counts steps. Otherwise motion is continuous: files whose numbers follow each other
         may be an epoch apart.
         """
+        if self.is_alone:
+            time = f"{self.t_unit[:-1]} {self.t:,.12g}"
+            reason = f"is one checkpoint, of {time}, and an average is made of several"
+            hint = "name a folder or a glob with more of them; `ema export` writes what it holds"
+            raise DirectoryError(self.path, reason, hint)
         profile: Any = self.profile
         dtypes = {self.tensors[name].dtype for name in self.averages}
         eps = EPS["F64" if dtypes == {"F64"} else "F32"]

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from saved import asked, read, store, times, write_each
 from walks import saves
 
-from posthoc_cli import PostHocEMA, Run
+from posthoc_cli import PostHocEMA, Run, import_checkpoints
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, PostHocError
 
 FIRST, *_, LAST = saves()
@@ -186,27 +186,40 @@ def one_file(folder):
 
 
 def one_in_a_folder(folder):
-    one_file(folder)
-    return folder
+    return one_file(folder).parent
 
 
 def one_by_a_glob(folder):
-    one_file(folder)
-    return folder / "step_*.pt"
+    return one_file(folder).parent / "step_*.pt"
 
 
 def one_average(folder):
-    store(folder / "ema_0.95_step_40.pt", {"decay": 0.95, "ema": FIRST.average, "step": 40})
+    store(folder / "step_40.pt", {"decay": 0.95, "ema": FIRST.average, "step": 40})
     return folder
 
 
-@pytest.mark.parametrize("make", [one_file, one_in_a_folder, one_by_a_glob, one_average])
+def imported(folder):
+    import_checkpoints(one_file(folder), folder / "run")
+    return folder / "run"
+
+
+def imported_pair(folder):
+    store(folder / "step_40.pt", {"model": FIRST.weights, "ema": FIRST.average})
+    import_checkpoints(folder, folder / "run", ema_decay=0.95)
+    return folder / "run"
+
+
+ONE = [one_file, one_in_a_folder, one_by_a_glob, one_average, imported, imported_pair]
+
+
+@pytest.mark.parametrize("make", ONE)
 def test_an_average_of_one_checkpoint_is_refused(make, tmp_path):
     """It was made, with an unknown error."""
-    place = make(tmp_path)
-    with refused(place, "one checkpoint", "step 40", "ema export", kind=DirectoryError):
-        Run(place).average(0.1)
-    assert Run(place).info()["checkpoints"]
+    run = Run(make(tmp_path))
+    with refused(tmp_path / "step_40.pt", "of step 40", "ema export", kind=DirectoryError):
+        run.average(0.1)
+    assert run.step == 40
+    assert run.info()["checkpoints"]
 
 
 def test_a_damaged_file_of_a_run_may_be_moved_away(tmp_path):
