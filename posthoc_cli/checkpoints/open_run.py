@@ -266,19 +266,21 @@ def _with_one_prefix(run: Sequence[Found]) -> list[Found]:
 def _check_averages(run: Sequence[Found]) -> None:
     """Raise MismatchError if an average fits its weights in some files alone, or lacks a tensor
     that it has in another file."""
-    averages = [file for file in run if file.averaged]
-    keys = {file.pair.average_key for file in averages} - {""}
+    first = next((file for file in run if file.averaged), None)
+    if first is None:
+        return
+    key = first.pair.average_key
     for file in run:
-        for key in keys.intersection(file.unused) if not file.averaged else ():
-            reason = f"do not match: {quote(key)} of {file.path.name} does not fit its weights"
-            raise _mismatch(averages[0].path, file.path, reason, "exclude")
-    for file in averages:
-        first_names = averages[0].averaged
-        for name in first_names.keys() ^ file.averaged.keys():
-            if {**first_names, **file.averaged}[name].shape not in ((), (1,)):
-                lacking = file if name in first_names else averages[0]
+        if not file.averaged:
+            if key in file.unused:
+                reason = f"do not match: {quote(key)} of {file.path.name} does not fit its weights"
+                raise _mismatch(first.path, file.path, reason, "exclude")
+            continue
+        for name in first.averaged.keys() ^ file.averaged.keys():
+            if {**first.averaged, **file.averaged}[name].shape not in ((), (1,)):
+                lacking = file if name in first.averaged else first
                 reason = f"do not match: {lacking.path.name} lacks {quote(name)} of the average"
-                raise _mismatch(averages[0].path, file.path, reason, "exclude")
+                raise _mismatch(first.path, file.path, reason, "exclude")
 
 
 def _check_unmatched(file: Found, settings: ImportSettings) -> None:

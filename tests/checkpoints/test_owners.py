@@ -243,7 +243,7 @@ def kair(folder):
 def test_a_series_that_moves_less_is_proposed_as_the_average(tmp_path):
     place = kair(tmp_path)
     said = asked(place, ema_decay=0.95, ema_warmup="none")
-    assert "10 x *_G.pth, 10 x *_E.pth" in said
+    assert "10 x *_E.pth, 10 x *_G.pth" in said
     globs = "--average '*_E.pth' --weights '*[0-9]_G.pth'"
     assert said.endswith(f" --ema-decay 0.95 --ema-warmup none {globs} --out run")
     check_last(place, average="*_E.pth", weights="*_G.pth")
