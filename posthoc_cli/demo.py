@@ -25,11 +25,8 @@ from posthoc_cli import files, plots
 from posthoc_cli.errors import InvalidValueError, OutputExistsError
 from posthoc_cli.report.page import PAGE, render
 from posthoc_cli.resources import ProgressBar
-from posthoc_cli.run import Run, make_weights
-from posthoc_cli.sweep import Lengths, SweepReport, images
-from posthoc_cli.sweep.search import USUAL_BUDGET, Trial, next_measurements
-from posthoc_cli.sweep.sweeps import LAST_WEIGHTS
-from posthoc_cli.targets import SigmaRel
+from posthoc_cli.run import Run
+from posthoc_cli.sweep import SweepReport, images
 from posthoc_cli.tracker import PostHocEMA
 
 Say = Callable[[str], None]  # prints a line
@@ -125,34 +122,14 @@ def _search(model: Denoiser, run: Run) -> SweepReport:
     """Measure the loss of the last weights, which the model has, and of averages."""
     data = make_waves(VALIDATION_IMAGES, seed=1)
     validation = Validation(data, seed=0, draws=16)
-    trials = [Trial(LAST_WEIGHTS, None, 0, float(validation(model).mean()))]
     averaged = make_denoiser(seed=0)
-    lengths = Lengths.from_list(SIGMA_RELS)
-    while batch := next_measurements(trials, lengths, USUAL_BUDGET, minimize=True):
-        for sigma_rel, seed in batch:
-            began = time.perf_counter()
-            plan = run.plan(sigma_rel)
-            averaged.load_state_dict(make_weights(plan))
-            trial = Trial(
-                SigmaRel(sigma_rel).title,
-                sigma_rel,
-                seed,
-                value=float(validation(averaged).mean()),
-                predicted_error=plan.predicted_error(0),
-                lost_gain=plan.lost_gain(0),
-                seconds=time.perf_counter() - began,
-            )
-            trials.append(trial)
-    return SweepReport(
-        lengths=lengths,
-        budget=USUAL_BUDGET,
-        compared=(LAST_WEIGHTS,),
-        metric="validation loss",
-        minimize=True,
-        settings={"run": run.sources[-1].run_id, "t": run.t, "like": None},
-        steps=run.step,
-        trials=tuple(trials),
-    )
+
+    def measure(weights: dict[str, torch.Tensor]) -> float:
+        averaged.load_state_dict(weights)
+        return float(validation(averaged).mean())
+
+    raw = model.state_dict()
+    return run.sweep(measure, metric="validation loss", sigma_rels=SIGMA_RELS, raw=raw)
 
 
 # --- samples

@@ -7,6 +7,7 @@ no kind.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -67,6 +68,14 @@ def count_devices(kind: str) -> int:
     if kind == "cpu" or not hasattr(module, "device_count"):
         return 0
     return int(module.device_count())
+
+
+def visible_cuda_devices() -> list[str]:
+    """List the CUDA devices of this process, each as CUDA_VISIBLE_DEVICES would name it alone."""
+    count = count_devices("cuda")
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(index) for index in range(count)] if given is None else given.split(",")
+    return names[:count]
 
 
 def list_devices() -> list[str]:

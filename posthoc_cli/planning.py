@@ -9,6 +9,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,6 +40,7 @@ from posthoc_cli.reconstruction import (
     relative_width,
 )
 
+_NAMED = 3  # stored times that an error names
 USEFUL_RANGE = (0.05, 0.28)  # the default range of sigma_rel for which thinning keeps snapshots
 
 # --- thinning
@@ -442,11 +444,17 @@ def check_within(
     value: float,
     known: Collection[float],
 ) -> float:
-    """Check a time or step; raise an InvalidValueError unless it lies between the least and the
-    largest known one."""
-    low = min(known)
-    high = max(known)
+    """Check a time or step; raise an InvalidValueError, which names the nearest known ones, unless
+    it lies between the least and the largest of them."""
+    stored = sorted({*known})
+    low = stored[0]
+    high = stored[-1]
+    is_late = isinstance(value, Real) and value > high
+    nearest = stored[-_NAMED:] if is_late else stored[:_NAMED]
+    listed = ", ".join(f"{time:,.12g}" for time in nearest)
     accepted = f"lie between the first snapshot, {low:,.12g}, and the last, {high:,.12g}"
+    if len(stored) > _NAMED:
+        accepted += f"; the nearest are at {listed}"
     return check_number(name, value, lambda time: low <= time <= high, accepted)
 
 

@@ -53,6 +53,7 @@ _LONGEST_TEXT = 200
 _WIDTH = 6.4
 _HEIGHT = 4.0
 _LINE = 0.16
+_CHARACTERS = 48  # of a line of the legend
 # margin in inches, since the edges of the white background are visible on a dark page
 _MARGIN = 0.1
 
@@ -223,25 +224,61 @@ def _draw_profile_errors(axes: Axes, curves: Sequence[ErrorCurve]) -> None:
         )
 
 
-def sweep_figure(report: dict[str, Any]) -> Figure:
-    """Draw a metric against sigma_rel, on a logarithmic axis, from `SweepReport.to_dict`.
+def sweep_figure(report: dict[str, Any], width: float = _WIDTH) -> Figure:
+    """Draw a metric against sigma_rel, on a logarithmic axis, from `SweepReport.to_dict`; `width`
+    is in inches.
 
     What the averages are compared with is drawn as lines; metrics far from all averages are only
     named.
     """
+    trials = []
+    for trial in report["trials"]:
+        if trial["sigma_rel"] is not None and trial["t"] is None:
+            trials.append(trial)
+    best = report["best"]
+    label = f"best: {best['sigma_rel']:g}"
+    if best.get("as"):
+        label += f" (as {best['as']})"
+    figure = _metric_figure(report, "sigma_rel", report["curve"], trials, width)
+    axes = figure.axes[0]
+    low, high = report["tied"] or (0, 0)
+    if low < high:
+        tied = f"statistically tied: {low:g} to {high:g}"
+        axes.axvspan(low, high, color=_colour(2), alpha=0.15, linewidth=0, label=tied)
+    axes.axvline(best["sigma_rel"], color=_colour(2), linewidth=1.6, label=label)
+    axes.set_xlabel("sigma_rel (width, as a fraction of training)")
+    return _finish(figure, axes.xaxis, width=width)
+
+
+def end_figure(report: dict[str, Any], width: float = _WIDTH) -> Figure:
+    """Draw a metric against the end of the longest average, as `sweep_figure` does against its
+    length."""
+    last = report["settings"]["t"]
+    best = report["best"]
+    trials = []
+    for trial in report["trials"]:
+        if trial["sigma_rel"] == best["sigma_rel"]:
+            trials.append(trial | {"t": last if trial["t"] is None else trial["t"]})
+    figure = _metric_figure(report, "t", report["end_curve"], trials, width)
+    axes = figure.axes[0]
+    label = f"best: t = {best['t']:,.12g}"
+    axes.axvline(best["t"], color=_colour(2), linewidth=1.6, label=label)
+    axes.set_xlabel(f"end of the average of sigma_rel {best['sigma_rel']:g} ({report['t_unit']})")
+    return _finish(figure, axes.xaxis, width=width)
+
+
+def _metric_figure(
+    report: dict[str, Any],
+    name: str,
+    curve: Sequence[dict[str, Any]],
+    trials: Sequence[dict[str, Any]],
+    width: float,
+) -> Figure:
+    """Draw the metric of trials against their value of this name, with the curve of the estimate,
+    and what averages are compared with."""
     figure, axes = _figure()
-    green = _colour(2)
-    if report["tied"] is not None:
-        low, high = report["tied"]
-        label = f"statistically tied: {low:g} to {high:g}"
-        axes.axvspan(low, high, color=green, alpha=0.15, linewidth=0, label=label)
-    band = _draw_estimate(axes, report["curve"])
-    bars = _draw_trials(axes, report["trials"], report["noise"] or 0.0)
-    best = report["best"]["sigma_rel"]
-    label = f"best: {best:g}"
-    if report["best"].get("as"):
-        label += f" (as {report['best']['as']})"
-    axes.axvline(best, color=green, linewidth=1.6, label=label)
+    band = _draw_estimate(axes, name, curve)
+    bars = _draw_trials(axes, name, trials, report["noise"] or 0.0)
     compared = [each for each in report["compared"] if each["value"] is not None]
     low, high = _metric_range(bars, [*band, *(each["value"] for each in compared)])
     for index, each in enumerate(compared):
@@ -250,20 +287,20 @@ def sweep_figure(report: dict[str, Any]) -> Figure:
             label += ", beyond this range"
         axes.axhline(
             each["value"],
-            label=_text(label),
+            label=_text(label, _characters(width)),
             linewidth=1.6,
-            color=_colour((1, 3)[index]),
+            color=_colour((1, 3, 5)[index]),
             linestyle=STYLES[index + 1],
         )
     axes.set_ylim(low, high)
-    axes.set(xscale="log", xlabel="sigma_rel (width, as a fraction of training)")
-    axes.set_ylabel(_text(report["metric"]))
-    return _finish(figure, axes.xaxis)
+    axes.set_xscale("log")
+    axes.set_ylabel(_text(report["metric"], _characters(width)))
+    return figure
 
 
-def _draw_estimate(axes: Axes, curve: Sequence[dict[str, Any]]) -> list[float]:
+def _draw_estimate(axes: Axes, name: str, curve: Sequence[dict[str, Any]]) -> list[float]:
     """Draw the estimate of the metric, and return the ends of its band."""
-    lengths = [point["sigma_rel"] for point in curve]
+    places = [point[name] for point in curve]
     means = np.array([point["estimate"] for point in curve])
     errors = np.array([point.get("standard_error", 0.0) for point in curve])
     low = means - 2 * errors
@@ -272,31 +309,31 @@ def _draw_estimate(axes: Axes, curve: Sequence[dict[str, Any]]) -> list[float]:
     label = "estimate"
     if errors.any():
         label += ", band: two standard errors"
-        axes.fill_between(lengths, low, high, color=blue, alpha=0.2, linewidth=0)
-    axes.plot(lengths, means, color=blue, linewidth=1.6, label=label)
+        axes.fill_between(places, low, high, color=blue, alpha=0.2, linewidth=0)
+    axes.plot(places, means, color=blue, linewidth=1.6, label=label)
     return [*low, *high]
 
 
 def _draw_trials(
     axes: Axes,
+    name: str,
     trials: Sequence[dict[str, Any]],
     noise: float,
 ) -> list[float]:
-    """Draw the measured metrics of averages, and return the ends of their bars."""
-    lengths = []
+    """Draw the metrics of trials, and return the ends of their bars."""
+    places = []
     metrics = []
     errors = []
     for trial in trials:
-        if trial["value"] is None or trial["sigma_rel"] is None:
-            continue
-        lengths.append(trial["sigma_rel"])
-        metrics.append(trial["value"])
-        errors.append(trial["standard_error"] or noise)
+        if trial["value"] is not None:
+            places.append(trial[name])
+            metrics.append(trial["value"])
+            errors.append(trial["standard_error"] or noise)
     values = np.array(metrics)
     noises = np.array(errors)
     has_bars = bool(noises.any())
     axes.errorbar(
-        lengths,
+        places,
         values,
         noises if has_bars else None,
         color=_colour(4),
@@ -422,7 +459,12 @@ def _reference() -> dict[str, Any]:
     return {"color": _colour(1), "linestyle": STYLES[1], "linewidth": 1.6}
 
 
-def _text(text: str, width: int = 48) -> str:
+def _characters(width: float) -> int:
+    """Count the characters of a line of the legend of a figure, of so many inches."""
+    return int(_CHARACTERS * width / _WIDTH)
+
+
+def _text(text: str, width: int = _CHARACTERS) -> str:
     """Escape control characters in a text, and `$`, which begins a formula; break it into lines.
 
     Lines of a legend fit into the figure even if they consist of W, the widest letter.
@@ -438,6 +480,7 @@ def _finish(
     figure: Figure,
     scaled: Axis,
     title: str = "",
+    width: float = _WIDTH,
 ) -> Figure:
     """Set round ticks on the logarithmic axis `scaled`, the title, and a legend below, where it
     covers no curve."""
@@ -457,7 +500,7 @@ def _finish(
     lines = 0
     for text in legend.get_texts():
         lines += 1 + text.get_text().count("\n")
-    figure.set_size_inches(_WIDTH, _HEIGHT + _LINE * lines)
+    figure.set_size_inches(width, _HEIGHT + _LINE * lines)
     return figure
 
 

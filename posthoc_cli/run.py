@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +18,13 @@ from posthoc_cli.errors import (
     FileFormatError,
     PostHocError,
     VanishedError,
+    at_most_one,
     percent,
 )
 from posthoc_cli.planning import (
     USEFUL_RANGE,
     ErrorCurve,
+    check_sigma_range,
     error_curve,
     time_between,
 )
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
 
     from posthoc_cli.checkpoints.audit import Audit
     from posthoc_cli.export.writing import SynthesisReport
+    from posthoc_cli.sweep import SweepReport
 
 log = logging.getLogger(__name__)
 
@@ -382,6 +385,62 @@ class Run:
                 self.plan(wished, dtype=dtype, **asked), paths, options, copied, progress=progress
             )
         )
+
+    def sweep(
+        self,
+        evaluate: str | Callable[[dict[str, torch.Tensor]], Any],
+        *,
+        minimize: bool = True,
+        metric: str | None = None,
+        sigma_range: tuple[float, float] | None = None,
+        sigma_rels: Sequence[float] | None = None,
+        budget: int | None = None,
+        t: float | None = None,
+        step: int | None = None,
+        raw: str | Path | Mapping[str, torch.Tensor] | None = None,
+        jobs: int = 1,
+        out: str | Path | None = None,
+    ) -> SweepReport:
+        """Find the best length of an average by a metric, as `ema sweep` does.
+
+        Arguments:
+            evaluate: a function that takes the tensors by name and returns the metric, a number, or
+                the metric and its standard error; or a command, as of `--eval`.
+            metric: where a command prints its metric, as `--metric`; or what a function returns.
+            sigma_range, sigma_rels: the range to search, by default all whose lost gain is below 5
+                %, or a list to measure.
+            budget: lengths to measure first.
+            t, step: as in `plan_synthesis`.
+            raw: the last weights, to measure them too: tensors by name, or a checkpoint.
+            jobs: commands that run side by side; a function is called in this thread.
+            out: a folder for trials, logs and the best average, with which the same call continues;
+                None to keep nothing.
+
+        Raises the errors of `Sweep.run_all`, and what the function raises.
+        """
+        from posthoc_cli.sweep import Lengths, Metric, Sweep
+        from posthoc_cli.sweep.search import USUAL_BUDGET
+
+        at_most_one(sigma_range=sigma_range, sigma_rels=sigma_rels)
+        lengths = None
+        if sigma_range is not None:
+            lengths = Lengths(*check_sigma_range(sigma_range))
+        if sigma_rels is not None:
+            lengths = Lengths.from_list(sigma_rels)
+        search = Sweep(
+            self,
+            evaluate,
+            Metric() if metric is None else Metric.parse(metric),
+            None if out is None else files.local_path("out", out),
+            lengths=lengths,
+            minimize=minimize,
+            budget=USUAL_BUDGET if budget is None else budget,
+            t=t,
+            step=step,
+            raw=Path(raw) if isinstance(raw, str) else raw,
+            jobs=jobs,
+        )
+        return search.run_all()
 
     # --- errors
 

@@ -217,7 +217,9 @@ def search_beside_ema(evaluate: Evaluate, own: float) -> SweepReport:
     step = LENGTHS.step(USUAL_BUDGET)
     if search.estimate(trials, step, minimize=True).noise > 0:
         trials.append(measure(EMA, None, own, 1))
-    return SweepReport(LENGTHS, USUAL_BUDGET, (EMA,), "metric", True, {}, trials=tuple(trials))
+    return SweepReport(
+        LENGTHS, USUAL_BUDGET, (EMA,), "metric", True, {"t": 1.0}, trials=tuple(trials)
+    )
 
 
 def gains_row(title: str, make: Callable[[Metric], Evaluate], scale: float) -> tuple[str, ...]:
@@ -258,7 +260,7 @@ def main() -> None:
         counts.append(count)
         if found.tied is not None:
             low, high = found.tied
-            near = found.sigma_rels[abs(np.log(found.sigma_rels / metric.best)).argmin()]
+            near = found.points[abs(np.log(found.points / metric.best)).argmin()]
             ties.append(low <= near <= high)
         chosen = grid(metric)
         grids.append(metric.is_within_noise(chosen))

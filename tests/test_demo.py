@@ -93,7 +93,7 @@ def test_a_demo_has_a_loss_of_each_length_and_of_the_last_weights(demo):
 
 def test_the_page_of_a_demo_shows_eight_samples_and_five_lengths(demo, best):
     page = (demo.out / "report.html").read_text()
-    titles = re.findall(r"<figcaption>(last weights|sigma_rel [\d.]+)[ ,]", page)
+    titles = re.findall(r"<figcaption><b>(last weights|sigma_rel [\d.]+)[ <]", page)
     assert titles[0] == "last weights"
     width = f"sigma_rel {demo.report['best']:g}"
     assert {"sigma_rel 0.05", "sigma_rel 0.28", width} <= {*titles}

@@ -66,6 +66,10 @@ FEW = {
 }
 """Rooms that may not import all rooms above them."""
 
+SWEEP = "posthoc_cli.sweep"
+"""The room of the one call of `Run` on a room that is built on `Run`, which it imports when it is
+made."""
+
 
 def test_imports_point_towards_errors():
     """Integrations import only the public tracker; a framework is imported only by the integration
@@ -88,6 +92,8 @@ def check_imports(path):
         return
     assert room in ROOMS, "add a new room to ROOMS"
     ours = {name for name in names if name.startswith("posthoc_cli.")}
+    if room == "run":
+        ours = {name for name in ours if not name.startswith(SWEEP)}
     allowed = FEW.get(room, set(ROOMS[: ROOMS.index(room) + 1]))
     assert {name.split(".")[1] for name in ours} <= allowed | {"__version__"}, path
     if room == "integrations":
@@ -126,22 +132,22 @@ LIMITS = {
     "clock.py": 500,
     "decay_rules.py": 2_370,
     "demo.py": 2_700,
-    "devices.py": 360,
+    "devices.py": 420,
     "dtypes.py": 500,
     "errors.py": 1_640,
     "export": 9_900,
     "files.py": 2_900,
     "integrations": 4_800,
     "planning.py": 2_700,
-    "plots.py": 3_100,
+    "plots.py": 3_360,
     "profiles.py": 1_100,
     "reconstruction": 15_000,
     "remote.py": 1_400,
-    "report": 2_200,
+    "report": 2_400,
     "resources.py": 500,
-    "run.py": 2_500,
+    "run.py": 2_740,
     "snapshots": 24_900,
-    "sweep": 10_200,
+    "sweep": 13_250,
     "synthesis": 7_800,
     "targets.py": 3_200,
     "tracker": 40_500,

@@ -113,8 +113,8 @@ EXAMPLES: dict[Callable[..., int | None], tuple[str, ...]] = {
         "ema synthesize run/ema --sigma-rel 0.1 --like last.pt --out averaged.pt",
     ),
     sweep.sweep: (
-        "ema sweep checkpoints/ --run 'python eval.py {weights}' --minimize --out best",
-        "ema sweep run/ema --run 'python eval.py {weights}' --metric acc --maximize --raw last.pt",
+        "ema sweep checkpoints/ --eval 'python eval.py {weights}' --minimize --out best",
+        "ema sweep run/ema --eval 'python eval.py {weights}' --metric acc --maximize --raw last.pt",
     ),
     error_plot.error_plot: (
         "ema error-plot run/ema --out error.png",

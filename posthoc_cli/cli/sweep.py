@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +24,11 @@ if TYPE_CHECKING:
 log = Log(__name__)
 
 
+def _refuse_run(value: str | None) -> None:
+    if value is not None:
+        raise InvalidValueError("--run", "is called --eval")
+
+
 def sweep(
     directory: str = options.DIRECTORY_OR_CHECKPOINTS,
     sigma_rel: str | None = options.TARGETS(
@@ -35,14 +42,23 @@ def sweep(
         metavar="NUMBERS",
         help="The same by decays, of EMAs of the same mean age: 0.99:0.9999.",
     ),
-    command: str = options.HOW(
+    evaluate: str = options.HOW(
         ...,
-        "--run",
+        "--eval",
         metavar="COMMAND",
         help=(
             "The evaluation, without a shell. {weights} becomes an average's file; also "
-            "{sigma_rel}, {seed}, {dir}."
+            "{sigma_rel}, {seed}, {dir}, {job}."
         ),
+    ),
+    old_name: str | None = options.HOW(  # noqa: ARG001
+        None,
+        "--run",
+        hidden=True,
+        is_eager=True,
+        callback=_refuse_run,
+        expose_value=False,
+        help="The former name of --eval.",
     ),
     metric: str | None = options.HOW(
         None,
@@ -62,7 +78,12 @@ def sweep(
         None,
         metavar="COUNT",
         show_default="12; 6 with --look",
-        help="The lengths to measure first; the best of them once more.",
+        help="The lengths to measure first, at least 4; the best of them once more.",
+    ),
+    jobs: int = options.HOW(
+        1,
+        metavar="COUNT",
+        help="Evaluations side by side, each with its {job} and a CUDA device of its own.",
     ),
     out: str = options.OUTPUT(
         "sweep",
@@ -73,14 +94,16 @@ def sweep(
     like: str | None = options.LIKE_MODEL,
     as_json: bool = options.JSON,
     t: float | None = options.TIME,
+    step: str | None = options.STEP,
     raw: str | None = options.RUN(
         None, metavar="CHECKPOINT", help="The last weights, to measure them too: last.pt."
     ),
 ) -> None:
     """Find the best length by your own metric, or by eye.
 
-    Runs the command for averages of twelve lengths, one after another, then where the best may lie
-    between them, and once more where the metric is noisy. Your own EMA and the last weights are
+    Runs the command for averages of twelve lengths, then where the best may lie between them, and
+    once more where the metric is noisy. If the longest one is best, it measures averages that end
+    earlier, too: the training may have gone on for too long. Your own EMA and the last weights are
     measured, too, if they are there.
 
     Images that the command writes to {dir} are kept, and the page shows them side by side. --look
@@ -105,29 +128,25 @@ def sweep(
     lengths = options.optional(Lengths.parse, sigma_rel, "--sigma-rel")
     folder = files.local_path("--out", out)
     run = options.open_run(directory)
+    count = options.optional(options.parse_count, step, "--step")
     if decay is not None:
-        lengths = Lengths.parse(decay, "--decay", _steps(run, decay, t))
-    show = output.print_note if as_json else output.print_line
-
-    def print_trial(trial: Trial, title: str, number: int, expected: int) -> None:
-        if trial.error is not None:
-            _warn_of_failure(trial, folder)
-        left = _time_left(trial.seconds * (expected - number))
-        show(f"trial {number} of about {expected}: {_result(trial, title)}{left}")
-
+        lengths = Lengths.parse(decay, "--decay", _count_steps(run, decay, t, count))
+    listing = _Listing(folder, output.print_note if as_json else output.print_line)
     search = Sweep(
         run,
-        command,
+        evaluate,
         Metric() if metric is None else Metric.parse(metric),
         folder,
         lengths=lengths,
         minimize=None if look else minimize,
         budget=budget or (_LOOK if look else USUAL_BUDGET),
         t=t,
+        step=count,
+        jobs=jobs,
         like=options.optional(options.check_exists, like),
         raw=options.optional(options.check_exists, raw),
         rerun_command=shlex.join(["ema", *sys.argv[1:]]),
-        on_trial=print_trial,
+        on_trial=listing.add,
         progress=output.progress_bar("trials"),
     )
     try:
@@ -145,11 +164,11 @@ def sweep(
         _print_sweep(report)
 
 
-def _steps(run: Run, decays: str, t: float | None) -> float:
+def _count_steps(run: Run, decays: str, t: float | None, step: int | None) -> float:
     """Count the steps up to a time; raise an InvalidValueError about decays if steps and times are
     not in one ratio."""
     first = re.split("[,:]", decays)[0]
-    plan = run.plan(parse_values(first, "--decay", Beta), t=t)
+    plan = run.plan(parse_values(first, "--decay", Beta), t=t, step=step)
     assert plan.steps is not None  # else it is refused
     return plan.steps
 
@@ -157,9 +176,25 @@ def _steps(run: Run, decays: str, t: float | None) -> float:
 _LOOK = 6  # lengths that fit side by side
 
 
-def _warn_of_failure(trial: Trial, out: Path) -> None:
-    logs = out / "logs" / f"{trial.name}.*"
-    log.warning("%s, seed %d: %s; see %s", trial.target, trial.seed, trial.error, logs)
+class _Listing:
+    """The lines of trials, with the time that is left."""
+
+    def __init__(self, folder: Path, show: Callable[[str], None]) -> None:
+        self._folder = folder
+        self._show = show
+        self._began = time.monotonic()
+        self._measured = 0
+
+    def add(self, trial: Trial, title: str, number: int, expected: int) -> None:
+        """Print a trial that has ended, the `number`-th of about `expected`."""
+        self._measured += 1
+        if trial.error is not None:
+            logs = self._folder / "logs" / f"{trial.name}.*"
+            log.warning("%s, seed %d: %s; see %s", trial.target, trial.seed, trial.error, logs)
+        # a trial takes longer than its evaluation: its average is made first
+        each = (time.monotonic() - self._began) / self._measured
+        left = _time_left(each * (expected - number))
+        self._show(f"trial {number} of about {expected}: {_result(trial, title)}{left}")
 
 
 def _result(trial: Trial, title: str) -> str:

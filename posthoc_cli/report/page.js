@@ -8,13 +8,19 @@ if (samples) {
   const show = () => {
     lengths.forEach((figure, index) => { figure.hidden = !all.checked && index !== slider.valueAsNumber; });
     slider.disabled = all.checked;
-    slider.setAttribute("aria-valuetext", lengths[slider.valueAsNumber].textContent.trim());
+    const name = lengths[slider.valueAsNumber].dataset.name;
+    slider.setAttribute("aria-valuetext", name);
+    slider.nextElementSibling.value = all.checked ? "" : name;
     samples.classList.toggle("all", all.checked);
   };
   slider.addEventListener("input", show);
   all.addEventListener("change", show);
   document.querySelector(".controls").hidden = false;
   show();
+  // Without smoothing where a pixel of the image is larger than one of the screen.
+  for (const image of samples.querySelectorAll("img")) {
+    image.decode().then(() => image.classList.toggle("small", image.naturalWidth < 200), () => {});
+  }
   document.addEventListener("keydown", (event) => {
     const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
     if (!step || slider.disabled || event.target.tagName === "INPUT") return;

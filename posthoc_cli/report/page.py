@@ -14,18 +14,21 @@ import shlex
 import string
 import time
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
 
 from posthoc_cli import plots
 from posthoc_cli.errors import FileFormatError, escape_text, percent
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots.tensorfile import read_small_file
 from posthoc_cli.sweep import SweepReport, images
-from posthoc_cli.sweep.report import summarize
+from posthoc_cli.sweep.folder import LOGS
+from posthoc_cli.sweep.report import describe_gain, summarize
 from posthoc_cli.sweep.search import Trial
-from posthoc_cli.sweep.sweeps import LOGS
 
 PAGE = "report.html"  # in the folder of a sweep
 _PACKAGES = ("posthoc-cli", "torch", "numpy", "safetensors")  # packages whose versions are shown
@@ -41,21 +44,42 @@ def render(run: Run, report: SweepReport, folder: Path) -> str:
     page = string.Template((room / "page.html").read_text("utf-8"))
     script = (room / "page.js").read_text("utf-8")
     digest = hashlib.sha256(script.encode()).digest()
-    gallery = _Gallery(report, folder)
+    gallery = _Gallery(run, report, folder)
+    chart = _render_charts(report)
+    samples = gallery.render()
     return page.substitute(
         digest=base64.b64encode(digest).decode(),
         script=script,
-        title=escape(str(run.directory)),
+        title=escape(_title(run, report)),
         date=time.strftime("%d %B %Y"),
-        answer=_definition_list(summarize(report)),
-        samples=gallery.render(),
+        answer=_render_answer(report),
+        pictures=f"{chart}\n{samples}",
         column=gallery.column,
         images_a_row=str(gallery.images_a_row),
-        chart=_render_chart(report),
+        take=_render_take(run, report),
+        summary=_definition_list(summarize(report)),
         trials=_render_trials(report, folder),
-        commands=escape("\n".join(_list_commands(run, report))),
+        command=escape(report.rerun_command),
         versions=escape(_list_versions()),
     )
+
+
+def _title(run: Run, report: SweepReport) -> str:
+    """Say what was searched, and by which metric."""
+    if report.minimize is None:
+        return f"Averages of {run.directory}, by eye"
+    direction = "lower" if report.minimize else "higher"
+    return f"Averages of {run.directory}, by {report.metric} ({direction} is better)"
+
+
+def _render_answer(report: SweepReport) -> str:
+    """Say how much better the best average is, and which it is."""
+    if report.minimize is None:
+        return ""
+    gain = describe_gain(report)
+    best = f"Best: {report.best_title}, {report.metric} {report.value:.6g}."
+    sentence = f"<strong>{escape(gain[0].upper() + gain[1:])}.</strong> " if gain else ""
+    return f'<p class="answer">{sentence}{escape(best)}</p>'
 
 
 def escape(text: str) -> str:
@@ -73,13 +97,47 @@ def _definition_list(pairs: Sequence[tuple[str, str]]) -> str:
     return f"<dl>{''.join(rows)}</dl>"
 
 
-def _render_chart(report: SweepReport) -> str:
+_WIDE = 8.5
+_NARROW = 4.4
+"""Widths of a chart in inches, for a screen and for a telephone, where letters of the same size are
+readable."""
+
+
+def _render_charts(report: SweepReport) -> str:
+    """Draw the metric against the length and, if it was measured, against the end."""
     if report.minimize is None:
         return ""
-    picture = plots.as_file(partial(plots.sweep_figure, report.to_dict()), ".svg")
-    source = _data_url("image/svg+xml", picture)
-    name = escape(f"{report.metric} against sigma_rel")
-    return f'<img class="chart" src="{source}" alt="{name}">'
+    values = report.to_dict()
+    charts = [_render_chart(plots.sweep_figure, values, f"{report.metric} against sigma_rel")]
+    if report.end_curve():
+        charts.append(_render_chart(plots.end_figure, values, f"{report.metric} against the end"))
+    return "\n".join(charts)
+
+
+def _render_chart(
+    draw: Callable[[dict[str, Any], float], Figure], values: dict[str, Any], title: str
+) -> str:
+    sources = []
+    for width in (_WIDE, _NARROW):
+        picture = plots.as_file(partial(draw, values, width), ".svg")
+        sources.append(_data_url("image/svg+xml", picture))
+    wide, narrow = sources
+    return (
+        f'<picture><source media="(max-width: 40rem)" srcset="{narrow}">'
+        f'<img class="chart" src="{wide}" alt="{escape(title)}"></picture>'
+    )
+
+
+def _render_take(run: Run, report: SweepReport) -> str:
+    """Name the file of the best average, and the command that makes it."""
+    if report.minimize is None:
+        return ""
+    place = ""
+    if report.outputs:
+        place = f"<p>The best average is in <code>{escape(str(report.outputs[0]))}</code>.</p>"
+    command = escape(_make_command(run, report, report.best_trial))
+    heading = '<section class="take"><h2>Take it</h2>'
+    return f"{heading}\n{place}\n<pre>{command}</pre>\n</section>"
 
 
 def _data_url(kind: str, content: bytes) -> str:
@@ -93,7 +151,8 @@ class _Gallery:
     """The images of each trial: first what averages are compared with, then the averages by length.
     Of many large images the first of each trial are shown."""
 
-    def __init__(self, report: SweepReport, folder: Path) -> None:
+    def __init__(self, run: Run, report: SweepReport, folder: Path) -> None:
+        self._run = run
         self._report = report
         self._paths: dict[Trial, list[Path]] = {}
         for trial in _sort_trials(report):
@@ -111,16 +170,17 @@ class _Gallery:
     def render(self) -> str:
         if not self._paths:
             return ""
+        report = self._report
         lengths = [trial for trial in self._paths if trial.sigma_rel is not None]
         first = len(lengths) // 2
-        if self._report.minimize is not None:
-            measured = [trial.sigma_rel for trial in lengths]
-            if self._report.best in measured:
-                first = measured.index(self._report.best)
+        for index, trial in enumerate(lengths):
+            if report.minimize is not None and report.is_best(trial):
+                first = index
         slider = f'type="range" min="0" max="{len(lengths) - 1}" step="1" value="{first}"'
         figures = "\n".join(map(self._render_trial, self._paths))
         return (
-            f'<p class="controls" hidden><label>length <input {slider}></label>'
+            f'<p class="controls" hidden><label><span>length</span> <input {slider}>'
+            "<output></output></label>"
             '<label><input type="checkbox"> all lengths</label></p>\n'
             f'<div class="samples">{figures}</div>'
         )
@@ -128,10 +188,10 @@ class _Gallery:
     def _render_trial(self, trial: Trial) -> str:
         report = self._report
         title = report.title(trial)
+        caption = f"<b>{escape(title)}</b>"
         if trial.value is not None:
-            title += f", {report.metric} {trial.value:.6g}"
-        caption = escape(title)
-        if report.minimize is not None and trial.sigma_rel == report.best:
+            caption += escape(f", {report.metric} {trial.value:.6g}")
+        if report.minimize is not None and report.is_best(trial):
             caption += " <strong>(best)</strong>"
         paths = self._paths[trial]
         count = math.ceil(len(paths) * self._share)
@@ -141,11 +201,14 @@ class _Gallery:
         for path in paths[:count]:
             name = escape(path.name)
             pictures.append(f'<img src="{_read_image(path)}" alt="{name}" title="{name}">')
-        kind = "" if trial.sigma_rel is None else ' class="length"'
-        row = "".join(pictures)
+        kind = ""
+        command = ""
+        if trial.sigma_rel is not None:
+            kind = f' class="length" data-name="{escape(title)}"'
+            command = f"<pre>{escape(_make_command(self._run, report, trial))}</pre>"
         return (
-            f'<figure{kind}><div class="images">{row}</div><figcaption>{caption}</figcaption>'
-            "</figure>"
+            f"<figure{kind}><figcaption>{caption}</figcaption>"
+            f'<div class="images">{"".join(pictures)}</div>{command}</figure>'
         )
 
 
@@ -168,10 +231,15 @@ def _read_image(path: Path) -> str:
 
 def _sort_trials(report: SweepReport) -> list[Trial]:
     """Sort trials: first what averages are compared with, the last weights before all; then the
-    others by length."""
+    others by length, and those that end earlier after the others, by their end."""
     return sorted(
         report.trials,
-        key=lambda trial: (trial.sigma_rel or 0.0, trial.target, trial.seed),
+        key=lambda trial: (
+            trial.sigma_rel or 0.0,
+            -(trial.t or math.inf),
+            trial.target,
+            trial.seed,
+        ),
     )
 
 
@@ -193,7 +261,6 @@ def _render_trials(report: SweepReport, folder: Path) -> str:
     ]
     filled = [(escape(name), cells) for name, cells in columns if any(cells)]
     heads = "".join(f"<th>{name}</th>" for name, _ in filled)
-    best = None if report.minimize is None else report.best
     logs = [_render_log(trial, folder) for trial in trials]
     if any(logs):
         heads += '<th class="text">log</th>'
@@ -202,7 +269,8 @@ def _render_trials(report: SweepReport, folder: Path) -> str:
         cells = [f'<td data-name="{name}">{escape(texts[index])}</td>' for name, texts in filled]
         if any(logs):
             cells.append(f'<td class="text" data-name="log">{logs[index]}</td>')
-        kind = ' class="best"' if best is not None and trial.sigma_rel == best else ""
+        is_best = report.minimize is not None and report.is_best(trial)
+        kind = ' class="best"' if is_best else ""
         rows.append(f"<tr{kind}>{''.join(cells)}</tr>")
     lines = "\n".join(rows)
     return f"<table><thead><tr>{heads}</tr></thead><tbody>\n{lines}\n</tbody></table>"
@@ -225,21 +293,20 @@ def _as_percent(error: float | None) -> str:
     return "" if error is None else percent(error)
 
 
-def _list_commands(run: Run, report: SweepReport) -> list[str]:
-    """List the command that repeats the sweep, and the command that makes its best average."""
-    commands = [report.rerun_command] if report.rerun_command else []
-    if report.minimize is None:
-        return commands
-    words = ["ema", "synthesize", str(run.directory), "--sigma-rel", f"{report.best:.12g}"]
-    t = report.settings["t"]
+def _make_command(run: Run, report: SweepReport, trial: Trial) -> str:
+    """Write the command that makes the average of a trial."""
+    name = f"sigma_rel-{trial.sigma_rel:.12g}"
+    words = ["ema", "synthesize", str(run.directory), "--sigma-rel", f"{trial.sigma_rel:.12g}"]
+    t = report.t if trial.t is None else trial.t
     if t != run.t:
         words += ["--t", f"{t:.12g}"]
+    if trial.t is not None:
+        name += f"-t-{t:.12g}"
     ending = ".safetensors"
     if like := report.settings["like"]:
         words += ["--like", like]
         ending = Path(like).suffix if Path(like).is_file() else ""
-    commands.append(shlex.join([*words, "--out", f"sigma_rel-{report.best:.12g}{ending}"]))
-    return commands
+    return shlex.join([*words, "--out", f"{name}{ending}"])
 
 
 def _list_versions() -> str:

@@ -14,7 +14,7 @@ from scipy.interpolate import PchipInterpolator
 
 from posthoc_cli import files
 from posthoc_cli.errors import InvalidValueError, percent
-from posthoc_cli.sweep.search import Estimate, Lengths, Trial, estimate
+from posthoc_cli.sweep.search import Estimate, Lengths, Trial, estimate, estimate_ends
 from posthoc_cli.targets import SigmaRel, full_title, name_equal_length
 
 RESULT = "sweep.json"  # the file of a report in the folder of a sweep
@@ -44,7 +44,9 @@ class SweepReport:
     metric: str
     minimize: bool | None
     settings: dict[str, Any]
+    ends: tuple[float, ...] = ()  # at which the longest average may end, too, the latest first
     steps: float | None = None  # of the training; None if it is not known
+    t_unit: str = "steps"
     rerun_command: str = ""
     trials: tuple[Trial, ...] = ()
     outputs: tuple[Path, ...] = ()
@@ -56,16 +58,40 @@ class SweepReport:
             raise InvalidValueError("estimate", "there is no estimate without a metric")
         return estimate(self.trials, self.lengths.step(self.budget), self.minimize)
 
+    @cached_property
+    def end_estimate(self) -> Estimate | None:
+        """The estimate for each end of the longest average; None if no earlier one was measured."""
+        if all(trial.t is None for trial in self.trials) or self.estimate.best != self.lengths.high:
+            return None
+        return estimate_ends(self.trials, self.estimate, self.t, bool(self.minimize))
+
+    @property
+    def t(self) -> float:
+        """The time at which the averages end, but for the earlier ones."""
+        return float(self.settings["t"])
+
     @property
     def best(self) -> float:
         """The sigma_rel whose metric is estimated to be best, which was written."""
         return self.estimate.best
 
     @property
+    def best_t(self) -> float:
+        """The time at which the best average ends."""
+        return self.t if self.end_estimate is None else self.end_estimate.best
+
+    @property
+    def chosen(self) -> Estimate:
+        """The estimate whose best point is the best average: for each end if that is earlier."""
+        if self.end_estimate is None or self.best_t == self.t:
+            return self.estimate
+        return self.end_estimate
+
+    @property
     def value(self) -> float:
         """The estimated metric of the best average: of the lowest of many the measured one is too
         good."""
-        return self.estimate.value
+        return self.chosen.value
 
     @property
     def gains(self) -> list[Gain]:
@@ -83,25 +109,42 @@ class SweepReport:
         if mean == 0:
             return Gain(title, mean, None, None)
         change = (self.value - mean) / abs(mean)
-        margin = self.estimate.margin(len(values)) / abs(mean)
+        margin = self.chosen.margin(len(values)) / abs(mean)
         known = None if math.isnan(margin) else margin
         return Gain(title, mean, -change if self.minimize else change, known)
+
+    def is_best(self, trial: Trial) -> bool:
+        """Whether a trial has measured the best average."""
+        end = self.settings["t"] if trial.t is None else trial.t
+        return trial.sigma_rel == self.best and end == self.best_t
 
     @property
     def best_trial(self) -> Trial:
         """The first trial of the best average."""
-        return next(trial for trial in self.trials if trial.sigma_rel == self.best)
+        return next(filter(self.is_best, self.trials))
 
     def title(self, trial: Trial) -> str:
         """Name what a trial has measured; for a length with the decay that is as long."""
-        if trial.sigma_rel is None:
+        if trial.sigma_rel is None or trial.t is not None:
             return trial.target
         return full_title(SigmaRel(trial.sigma_rel), self.steps)
+
+    @property
+    def best_title(self) -> str:
+        """Name the best average; one that ends earlier by what it is the mean of."""
+        trial = self.best_trial
+        if trial.t is None:
+            return self.title(trial)
+        return f"the mean of {self.t_unit} 1 to {trial.t:,.12g} ({trial.target})"
 
     @property
     def is_at_end(self) -> bool:
         """Whether the best length is the first or last of the range, so that a better one may lie
         beyond."""
+        if self.lengths.listed:
+            return False
+        if self.ends:
+            return self.best == self.lengths.low
         return self.best in (self.lengths.low, self.lengths.high)
 
     @property
@@ -112,22 +155,13 @@ class SweepReport:
         return is_between and (not self.minimize or "err" in self.metric.lower())
 
     def curve(self) -> list[dict[str, float]]:
-        """Draw points of a curve through the estimates, which has no extreme between them, with
-        standard errors."""
-        found = self.estimate
-        places = np.log(found.sigma_rels[found.shown])
-        if len(places) < 2:
-            return []
-        grid = np.linspace(places[0], places[-1], _POINTS)
-        means = PchipInterpolator(places, found.means[found.shown])(grid)
-        errors = np.interp(grid, places, found.errors[found.shown])
-        points = []
-        for place, mean, error in zip(grid.tolist(), means.tolist(), errors.tolist(), strict=True):
-            point = {"sigma_rel": math.exp(place), "estimate": mean}
-            if not math.isnan(error):
-                point["standard_error"] = error
-            points.append(point)
-        return points
+        """Draw points of a curve through the estimates of the lengths, which has no extreme between
+        them, with standard errors."""
+        return _draw_curve(self.estimate, "sigma_rel")
+
+    def end_curve(self) -> list[dict[str, float]]:
+        """Draw points of such a curve through the estimates of the ends."""
+        return [] if self.end_estimate is None else _draw_curve(self.end_estimate, "t")
 
     def write(self, folder: Path) -> None:
         """Write the report to a folder, made where it is missing; raise a WriteError if that
@@ -144,6 +178,7 @@ class SweepReport:
             "again": self.rerun_command,
             "outputs": list(map(str, self.outputs)),
             "settings": self.settings,
+            "t_unit": self.t_unit,
         }
         if self.minimize is None:
             return values
@@ -153,6 +188,7 @@ class SweepReport:
             "best": {
                 "target": best.target,
                 "sigma_rel": self.best,
+                "t": self.best_t,
                 "as": name_equal_length(SigmaRel(self.best), self.steps),
             },
             "value": self.value,
@@ -162,7 +198,24 @@ class SweepReport:
             "noise": None if math.isnan(found.noise) else found.noise,
             "tied": None if found.tied is None else list(found.tied),
             "curve": self.curve(),
+            "end_curve": self.end_curve(),
         }
+
+
+def _draw_curve(found: Estimate, name: str) -> list[dict[str, float]]:
+    places = np.log(found.points[found.shown])
+    if len(places) < 2:
+        return []
+    grid = np.linspace(places[0], places[-1], _POINTS)
+    means = PchipInterpolator(places, found.means[found.shown])(grid)
+    errors = np.interp(grid, places, found.errors[found.shown])
+    points = []
+    for place, mean, error in zip(grid.tolist(), means.tolist(), errors.tolist(), strict=True):
+        point = {name: math.exp(place), "estimate": mean}
+        if not math.isnan(error):
+            point["standard_error"] = error
+        points.append(point)
+    return points
 
 
 def summarize(report: SweepReport) -> list[tuple[str, str]]:
@@ -178,14 +231,14 @@ def summarize(report: SweepReport) -> list[tuple[str, str]]:
         text = "its trial failed" if compared.value is None else f"{compared.value:.6g}"
         pairs.append((compared.title, text))
     best = report.best_trial
-    pairs.append(("best", report.title(best)))
+    pairs.append(("best", report.best_title))
     pairs.append((report.metric, f"{report.value:.6g}"))
     if gain := describe_gain(report):
         pairs.append(("gain", gain))
-    pairs.append(("statistically tied", describe_tie(report.estimate)))
+    pairs.append(("statistically tied", describe_tie(report)))
     pairs.append(("predicted error", percent(best.predicted_error)))
     pairs.append(("lost gain", percent(best.lost_gain)))
-    if report.is_at_end and not report.lengths.listed:
+    if report.is_at_end:
         count += "; the best lies at the end of the range, and may lie beyond"
     pairs.append(("measured", count))
     return pairs
@@ -196,7 +249,7 @@ def describe_gain(report: SweepReport) -> str:
     known = [gain for gain in report.gains if gain.gain is not None]
     text = ", ".join(_compare(report, gain) for gain in known)
     if known and known[0].margin is None:
-        is_exact = report.estimate.noise == 0
+        is_exact = report.chosen.noise == 0
         text += ", on these examples" if is_exact else ", by one measurement each"
     return text
 
@@ -227,8 +280,9 @@ def _sizes(report: SweepReport, value: float, gain: float, margin: float | None)
     return [points, size] if report.may_be_percentage else [size]
 
 
-def describe_tie(found: Estimate) -> str:
-    """Say which lengths are not significantly worse than the best one."""
+def describe_tie(report: SweepReport) -> str:
+    """Say which lengths, or ends, are not significantly worse than the best one."""
+    found = report.chosen
     if found.noise == 0:
         return "none on these examples: a repetition had the same metric"
     if found.tied is None:
@@ -236,4 +290,5 @@ def describe_tie(found: Estimate) -> str:
     low, high = found.tied
     if low == high:
         return "none"
-    return f"sigma_rel {low:.12g} to {high:.12g}"
+    name = "sigma_rel" if found is report.estimate else "t ="
+    return f"{name} {low:,.12g} to {high:,.12g}"

@@ -6,13 +6,17 @@ search: what to measure next follows from them alone, so that a search continues
 them. It measures a grid of lengths, then the one where a quadratic through the best ones is lowest,
 then the best once more, and, if that has another metric, its neighbours. A list is measured as it
 is, without additions.
+
+If the longest length is the best one, the training may have gone on for too long: the search then
+measures averages of this length that end earlier. An average that is later and longer holds about
+what an earlier and shorter one does, so that this line finds the best pair of end and length.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
@@ -22,7 +26,7 @@ from scipy.special import stdtrit
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import FloatArray, check_sigma_rel, sigma_rel_from_decay
 from posthoc_cli.snapshots.snapshot import ANY_SIGN
-from posthoc_cli.targets import Beta, bad, parse_numbers
+from posthoc_cli.targets import Beta, SigmaRel, bad, parse_numbers
 
 LEAST_BUDGET = 4  # a quadratic needs three lengths, and a fourth to show noise
 USUAL_BUDGET = 12  # lengths of the grid: with it 94 % of choices are within the noise of the best
@@ -33,6 +37,10 @@ _WIDE = 0.75
 _SAME = 0.1
 """Distances in steps of the grid: between lengths with a gap to measure in, and below which two are
 the same."""
+_EARLIER = (
+    0.8  # ratio of one end to the one before it, which hardly matters: scripts/overfitting.py
+)
+_MOST_WORSE = 2  # ends in a row that are worse than the best one, after which the search has ended
 LARGEST = 1e100  # the largest magnitude of a metric: sums of squares are finite
 _FEWEST_FITTED = 6
 """The number of lengths from which on the quadratic at the best one, and not its measured mean, is
@@ -129,8 +137,9 @@ class Trial:
     standard_error: float | None = None
     predicted_error: float | None = None  # of the weights; None if unknown
     lost_gain: float | None = None  # by this error
-    seconds: float = 0.0
+    seconds: float = 0.0  # of the evaluation alone
     error: str | None = None  # why it failed
+    t: float | None = None  # where an average ends that ends earlier than the others
 
     @property
     def name(self) -> str:
@@ -138,10 +147,16 @@ class Trial:
         return re.sub(r"[^A-Za-z0-9_.]+", "-", f"{self.target}-seed-{self.seed}")
 
 
-class Measured(NamedTuple):
-    """The successful trials of averages, by length, shape [lengths]."""
+def average_title(sigma_rel: float, end: float | None = None) -> str:
+    """Name an average by its length, and by where it ends if it ends earlier than the others."""
+    title = SigmaRel(sigma_rel).title
+    return title if end is None else f"{title} at t = {end:,.12g}"
 
-    sigma_rels: FloatArray
+
+class Measured(NamedTuple):
+    """The successful trials of averages, by length or by end, shape [points]."""
+
+    points: FloatArray
     means: FloatArray
     counts: FloatArray
     # sum of the squared deviations of repeated measurements from their mean
@@ -150,22 +165,22 @@ class Measured(NamedTuple):
     stated: float
 
 
-def gather(trials: Sequence[Trial]) -> Measured:
-    """Combine the trials of each length."""
+def gather(trials: Iterable[tuple[float, Trial]]) -> Measured:
+    """Combine the successful trials of each point."""
     values: dict[float, list[float]] = {}
     stated = []
-    for trial in trials:
-        if trial.sigma_rel is not None and trial.value is not None:
-            values.setdefault(trial.sigma_rel, []).append(trial.value)
+    for point, trial in trials:
+        if trial.value is not None:
+            values.setdefault(point, []).append(trial.value)
             stated.append(trial.standard_error or math.nan)
-    sigma_rels = sorted(values)
+    points = sorted(values)
     scatter = 0.0
     for measured in values.values():
         scatter += float(np.var(measured)) * len(measured)
     return Measured(
-        np.array(sigma_rels),
-        np.array([np.mean(values[sigma_rel]) for sigma_rel in sigma_rels]),
-        np.array([float(len(values[sigma_rel])) for sigma_rel in sigma_rels]),
+        np.array(points),
+        np.array([np.mean(values[point]) for point in points]),
+        np.array([float(len(values[point])) for point in points]),
         scatter,
         float(np.median(stated)) if stated else math.nan,
     )
@@ -173,26 +188,27 @@ def gather(trials: Sequence[Trial]) -> Measured:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The metric of each measured length, of which near ones and repetitions are averaged.
+    """The metric of each measured point, a length or an end, of which near ones and repetitions are
+    averaged.
 
     Attributes:
-        sigma_rels: the measured lengths, in ascending order.
+        points: the measured lengths or ends, in ascending order.
         means: the estimated metrics; as measured if the metric has no noise.
         errors: their standard errors; nan if the noise is unknown.
         noise: the standard deviation of one measurement; 0 if a repetition had the same metric;
             nan if too few measurements show it.
-        best: the length with the best estimate.
-        tied: the ends of the lengths around it that are not significantly worse; None if the noise
-            is unknown or 0.
-        shown: which lengths are not so bad that their metrics were lowered.
-        vertex: the place where the quadratic at the best length is lowest, at most a step away.
-        value: the estimated metric of the best length, of few lengths its measured mean.
+        best: the point with the best estimate.
+        tied: the first and the last of the points around it that are not significantly worse; None
+            if the noise is unknown or 0.
+        shown: which points are not so bad that their metrics were lowered.
+        vertex: the place where the quadratic at the best point is lowest, at most a step away.
+        value: the estimated metric of the best point, of few points its measured mean.
         error: its standard error; nan if the noise is unknown.
         freedom: the degrees of freedom of the noise; infinite if only trials state it.
         stated: the standard error that trials state; nan if one states none.
     """
 
-    sigma_rels: FloatArray
+    points: FloatArray
     means: FloatArray
     errors: FloatArray
     noise: float
@@ -206,7 +222,7 @@ class Estimate:
     stated: float
 
     def margin(self, count: int) -> float:
-        """Compute half the width of the 95 % interval of the difference between the best length's
+        """Compute half the width of the 95 % interval of the difference between the best point's
         metric and the mean of `count` measurements of other weights; nan if unknown.
 
         Repetitions show only the noise that is drawn anew. The error that trials state is also that
@@ -220,26 +236,57 @@ class Estimate:
 
 
 def estimate(trials: Sequence[Trial], step: float, minimize: bool) -> Estimate:
-    """Estimate the metric at each measured length from a quadratic at each, with the weights of
+    """Estimate the metric at each measured length, `step` apart in the grid; the noise follows from
+    residuals and repetitions."""
+    lengths = []
+    for trial in trials:
+        if trial.sigma_rel is not None and trial.t is None:
+            lengths.append((trial.sigma_rel, trial))
+    return _smooth(gather(lengths), step, minimize)
+
+
+def estimate_ends(
+    trials: Sequence[Trial],
+    found: Estimate,
+    t: float,
+    minimize: bool,
+) -> Estimate:
+    """Estimate the metric at each measured end of the best length of a search; the noise is as
+    `found` among all lengths, which end at `t`."""
+    ends = []
+    for trial in trials:
+        if trial.sigma_rel == found.best:
+            ends.append((t if trial.t is None else trial.t, trial))
+    return _smooth(gather(ends), -math.log(_EARLIER), minimize, (found.noise, found.freedom))
+
+
+def _smooth(
+    measured: Measured,
+    step: float,
+    minimize: bool,
+    known_noise: tuple[float, float] | None = None,
+) -> Estimate:
+    """Estimate the metric at each measured point from a quadratic at each, with the weights of
     Cleveland (1979) to WINDOW steps.
 
     The estimates are linear in the measurements, so that their standard errors follow from the
-    noise, which is estimated from residuals and repetitions.
+    noise and its degrees of freedom.
     """
-    measured = gather(trials)
     sign = 1.0 if minimize else -1.0
     values = lower_far_values(sign * measured.means)
-    places = np.log(measured.sigma_rels)
+    places = np.log(measured.points)
     fits = fit_quadratics(places, measured.counts, WINDOW * step)
     smoother = fits[0]
     is_exact = measured.counts.max() > 1 and measured.scatter == 0
+    if known_noise is not None:
+        is_exact = known_noise[0] == 0
     if is_exact:
         smoother = np.eye(len(places))
     smooth = smoother @ values
     noise = 0.0
     freedom = math.inf
     if not is_exact:
-        noise, freedom = estimate_noise(measured, smoother, values - smooth)
+        noise, freedom = known_noise or estimate_noise(measured, smoother, values - smooth)
     best = int(smooth.argmin())
     differences = smoother - smoother[best]
     means = sign * smooth
@@ -250,12 +297,12 @@ def estimate(trials: Sequence[Trial], step: float, minimize: bool) -> Estimate:
         value = float(measured.means[best])
         error = noise / math.sqrt(measured.counts[best])
     return Estimate(
-        measured.sigma_rels,
+        measured.points,
         means,
         errors,
         noise,
-        float(measured.sigma_rels[best]),
-        tied_range(measured.sigma_rels, smooth, best, noise * spread(differences, measured.counts)),
+        float(measured.points[best]),
+        tied_range(measured.points, smooth, best, noise * spread(differences, measured.counts)),
         values == sign * measured.means,
         places[best] + vertex_offset(fits[:, best] @ values, step),
         value,
@@ -310,20 +357,20 @@ def estimate_noise(
 
 
 def tied_range(
-    sigma_rels: FloatArray,
+    points: FloatArray,
     smooth: FloatArray,
     best: int,
     errors: FloatArray,
 ) -> tuple[float, float] | None:
-    """Find the ends of the lengths around the best one whose difference from it is within two
-    standard errors of the difference."""
+    """Find the first and the last of the points around the best one whose difference from it is
+    within two standard errors of the difference."""
     if not errors.any() or np.isnan(errors).any():
         return None
     is_worse = smooth - smooth[best] > 2 * errors
     worse = np.flatnonzero(is_worse)
     first = worse[worse < best].max(initial=-1) + 1
     last = worse[worse > best].min(initial=len(smooth)) - 1
-    return float(sigma_rels[first]), float(sigma_rels[last])
+    return float(points[first]), float(points[last])
 
 
 def lower_far_values(values: FloatArray) -> FloatArray:
@@ -348,7 +395,7 @@ def next_measurements(
     Without a direction, `minimize` None, only the grid is measured. Residuals of a quadratic would
     be taken for noise of a metric that has none: of a list with residuals the best is repeated.
     """
-    tried = {(trial.sigma_rel, trial.seed) for trial in trials}
+    tried = {(trial.sigma_rel, trial.seed) for trial in trials if trial.t is None}
     missing = []
     for sigma_rel in lengths.grid(budget):
         if (sigma_rel, 0) not in tried:
@@ -367,15 +414,70 @@ def next_measurements(
         return [(found.best, 1)]
     if found.noise == 0 or len(repeated) > 1:
         return []
-    place = int(abs(found.sigma_rels - repeated[0]).argmin())
-    neighbours = found.sigma_rels[max(0, place - 1) : place + 2].tolist()
+    place = int(abs(found.points - repeated[0]).argmin())
+    neighbours = found.points[max(0, place - 1) : place + 2].tolist()
     return [(sigma_rel, 1) for sigma_rel in neighbours if (sigma_rel, 1) not in tried]
+
+
+def earlier_ends(times: Iterable[float], t: float) -> list[float]:
+    """List the stored times that are nearest to 0.8, 0.64, ... of `t`, the latest first; each has
+    another stored time before it, since an average of one is none."""
+    _, *usable = sorted({*times})
+    ends = []
+    end = _EARLIER * t
+    while usable and end > _EARLIER * usable[0]:
+        ends.append(min(usable, key=lambda time: abs(time - end)))
+        end *= _EARLIER
+    return [time for time in dict.fromkeys(ends) if time < t]
+
+
+def next_ends(
+    trials: Sequence[Trial],
+    found: Estimate,
+    ends: Sequence[float],
+    t: float,
+    minimize: bool,
+) -> list[tuple[float, int]]:
+    """Choose the earlier `ends` at which to measure the best length of a search next, each with its
+    seed; none if it has ended.
+
+    It ends when two in a row are worse than the best one. Where the metric is noisy, that one is
+    measured once more: the best of some is measured too good.
+    """
+    tried = {(trial.t, trial.seed) for trial in trials}
+    estimated = estimate_ends(trials, found, t, minimize)
+    means = _measured_means(trials, found.best, minimize)
+    best = means[None]
+    worse = 0
+    for index, end in enumerate(ends):
+        if (end, 0) not in tried:
+            return [(time, 0) for time in ends[index : index + _MOST_WORSE - worse]]
+        mean = means.get(end, math.inf)
+        worse = 0 if mean < best else worse + 1
+        best = min(best, mean)
+        if worse == _MOST_WORSE:
+            break
+    if estimated.best < t and estimated.noise != 0 and (estimated.best, 1) not in tried:
+        return [(estimated.best, 1)]
+    return []
+
+
+def _measured_means(
+    trials: Sequence[Trial], sigma_rel: float, minimize: bool
+) -> dict[float | None, float]:
+    """Average the metrics of a length at each end, by `Trial.t`, so that lower is better."""
+    values: dict[float | None, list[float]] = {}
+    for trial in trials:
+        if trial.sigma_rel == sigma_rel and trial.value is not None:
+            values.setdefault(trial.t, []).append(trial.value)
+    sign = 1 if minimize else -1
+    return {end: sign * sum(measured) / len(measured) for end, measured in values.items()}
 
 
 def is_in_gap(found: Estimate, step: float) -> bool:
     """Return whether the vertex lies between lengths that are about a step apart, and near
     neither."""
-    offsets = np.log(found.sigma_rels) - found.vertex
+    offsets = np.log(found.points) - found.vertex
     below = -offsets[offsets <= 0].max(initial=-math.inf)
     above = offsets[offsets > 0].min(initial=math.inf)
     return bool(min(below, above) > _SAME * step and below + above > _WIDE * step)

@@ -1,104 +1,82 @@
-"""A sweep: the user's command, run for averages of several lengths, with a record of each trial."""
+"""A sweep: the user's evaluation of averages of several lengths, with a record of each trial."""
 
 from __future__ import annotations
 
-import json
 import logging
-import re
-import shlex
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import partial
-from itertools import groupby
-from operator import itemgetter
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from safetensors import safe_open
-
-from posthoc_cli import files
-from posthoc_cli.checkpoints.source import Checkpoint
 from posthoc_cli.errors import (
     CommandError,
-    FileFormatError,
     InvalidValueError,
-    MismatchError,
-    OutputExistsError,
     argument,
     check_count,
     percent,
-    quote,
 )
-from posthoc_cli.export.convert import export_file
-from posthoc_cli.export.like import check_shape
-from posthoc_cli.export.writing import SynthesisReport
 from posthoc_cli.planning import SMALL_LOSS
-from posthoc_cli.profiles import UNIFORM_SIGMA_REL, Point
+from posthoc_cli.profiles import UNIFORM_SIGMA_REL
 from posthoc_cli.resources import ProgressBar, no_bar
 from posthoc_cli.run import Run
-from posthoc_cli.snapshots.directory import LOCK_NAME, DirectoryLock
-from posthoc_cli.snapshots.snapshot import Snapshot, are_equal, convert, places, recorded_weights
-from posthoc_cli.snapshots.sources import Source
-from posthoc_cli.snapshots.tensorfile import read_file
 from posthoc_cli.sweep import images
+from posthoc_cli.sweep.evaluation import (
+    Command,
+    Evaluation,
+    Function,
+    Measure,
+    check_command,
+    ending_like,
+)
+from posthoc_cli.sweep.folder import locked_folder, read_trials, record
+from posthoc_cli.sweep.metric import Metric, NoMetricError, TrialError
 from posthoc_cli.sweep.report import SweepReport
 from posthoc_cli.sweep.search import (
-    LARGEST,
     LEAST_BUDGET,
     USUAL_BUDGET,
     Lengths,
     Trial,
+    earlier_ends,
+    next_ends,
     next_measurements,
 )
-from posthoc_cli.sweep.trials import Metric, NoMetricError, TrialError, measure
-from posthoc_cli.synthesis.plan import Plan
-from posthoc_cli.targets import Mean, SigmaRel, Target
+from posthoc_cli.sweep.weights import Weights, average, find_compared
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-TRIALS = "trials.jsonl"  # the settings of the sweep, then a trial a line
-LOGS = "logs"
-LAST_WEIGHTS = "last weights"
-_PLACEHOLDER = re.compile(r"\{(weights|sigma_rel|seed|dir)\}")
-_SCRATCH = ".scratch"
+LONGEST = 0.28
+"""The sigma_rel from which on nothing longer is worth a search: the weight of the second half of
+training is 56 %, and that of the uniform average, 0.2887, is 50 %."""
 _DIRECTIONS = {True: "minimize", False: "maximize", None: "look"}
-_OPERATORS = ("|", "||", "&&", ">", ">>", "<", "&>", "2>", "2>&1")
 _DOUBT = "does the evaluation use the weights?"
-_USE_A_SHELL = "for pipes, variables or cd, use a shell: sh -c '...'"
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Weights to measure: an average, or others that are compared with averages."""
-
-    title: str
-    sigma_rel: float | None
-    text: str  # what {sigma_rel} becomes
-    # writes them to a file, and returns the plan of an average
-    write: Callable[[Path], Plan | None]
 
 
 @dataclass(eq=False)
 class Sweep:
-    """A search for the best length of an average by a user's command; or, if `minimize` is None, a
-    look at the images that it makes of some lengths."""
+    """A search for the best length of an average by a user's evaluation; or, if `minimize` is None,
+    a look at the images that it makes of some lengths."""
 
     run: Run
-    # the command line, with `{weights}` and optionally `{sigma_rel}`, `{seed}`, `{dir}`
-    command: str
-    metric: Metric
-    out: Path  # folder for the records, logs, images and the best average
+    # a command line with `{weights}`, or a function of the tensors by name that returns the metric
+    evaluate: str | Callable[[dict[str, Tensor]], Any]
+    metric: Metric  # of a command
+    # folder for the records, logs, images and the best average; a function needs none
+    out: Path | None
     lengths: Lengths | None = None  # by default see `searchable_lengths`
     minimize: bool | None = True
     budget: int = USUAL_BUDGET  # lengths of the grid
     t: float | None = None
+    step: int | None = None
     like: Path | None = None  # as in `Run.write`
-    raw: Path | None = None  # a checkpoint with the last weights, if the run lacks them
+    # a checkpoint with the last weights, or for a function the tensors, if the run lacks them
+    raw: Path | Mapping[str, Tensor] | None = None
+    jobs: int = 1  # commands that run side by side
     rerun_command: str = ""  # the command line that repeats this sweep
     # called with every trial when it ends, its title, its number, and about how many there will be
     on_trial: Callable[[Trial, str, int, int], None] = lambda *_: None
@@ -114,14 +92,22 @@ class Sweep:
             CommandError: the first trial has printed no metric, two trials in a row have failed
                 alike, or all have the same metric, your own EMA and the last weights, too.
         """
-        check_command(self.command, self.metric, needs_images=self.minimize is None)
         check_count("budget", self.budget, LEAST_BUDGET)
-        target: Target = SigmaRel(0.2 if self.lengths is None else self.lengths.high)
+        check_count("jobs", self.jobs)
+        self._evaluation = self._make_evaluation()
+        longest = 0.2 if self.lengths is None else self.lengths.high
         with mute_warnings():
-            plan = self._write(target, None, dry_run=True).plan
-            self.t = plan.t
-        lengths = self.lengths or searchable_lengths(self.run, self.t)
-        compared = self._compared_weights(self.t)
+            written = self.run.write(
+                longest, None, t=self.t, step=self.step, like=self.like, dry_run=True
+            )
+        assert written is not None  # as of a process other than the first one
+        self._t = written.plan.t
+        lengths = self.lengths or searchable_lengths(self.run, self._t)
+        compared = find_compared(self.run, self._t, self.raw)
+        ends = []
+        is_longest = self.lengths is None or lengths.high >= LONGEST
+        if is_longest and not lengths.listed:
+            ends = earlier_ends((source.t for source in self.run.sources), self._t)
         self._report = SweepReport(
             lengths=lengths,
             budget=self.budget,
@@ -129,39 +115,62 @@ class Sweep:
             metric=self.metric.key or "metric",
             minimize=self.minimize,
             settings=self._describe(),
-            steps=plan.steps,
+            ends=tuple(ends),
+            steps=written.plan.steps,
+            t_unit=self.run.sources[-1].t_unit,
             rerun_command=self.rerun_command,
         )
-        with self._locked_folder():
-            recorded = self._read_recorded(self._report.settings)
+        if self.out is None:
+            self._search(compared)
+            return self._report
+        with locked_folder(self.out):
+            recorded = read_trials(self.out, self._report.settings, self.minimize is None)
             known = [trial for trial in recorded if self._is_asked(trial)]
             self._report = replace(self._report, trials=tuple(known))
-            with self.progress("measuring", self._expected) as advance:
-                advance(len(known))
-                for trial in self._measure_all(compared):
-                    self._record(trial)
-                    title = self._report.title(trial)
-                    self.on_trial(trial, title, len(self._report.trials), self._expected)
-                    advance(1)
-                    self._check_latest()
-            self._check_enough()
+            self._search(compared)
             if self.minimize is not None:
-                path = self._write_best(self._report.best)
-                self._report = replace(self._report, outputs=(path,))
+                self._report = replace(self._report, outputs=(self._write_best(self.out),))
             self._report.write(self.out)
             return self._report
 
+    def _search(self, compared: Sequence[Weights]) -> None:
+        with (
+            self.progress("measuring", self._expected) as advance,
+            self._evaluation.executor() as self._executor,
+        ):
+            advance(len(self._report.trials))
+            for trial in self._measure_all(compared):
+                if self.out is not None:
+                    record(self.out, trial)
+                title = self._report.title(trial)
+                self.on_trial(trial, title, len(self._report.trials), self._expected)
+                advance(1)
+                self._check_latest()
+        self._check_enough()
+
+    def _make_evaluation(self) -> Evaluation:
+        if callable(self.evaluate):
+            return Function(self.evaluate)
+        if self.out is None:
+            raise InvalidValueError("out", "is required: a command has logs")
+        if isinstance(self.raw, Mapping):
+            raise InvalidValueError("raw", "must be a checkpoint where a command measures it")
+        metric = None if self.minimize is None else self.metric
+        check_command(self.evaluate, metric)
+        return Command(self.evaluate, metric, self.out, self.like, self.jobs)
+
     def _is_asked(self, trial: Trial) -> bool:
+        report = self._report
         if trial.sigma_rel is None:
-            return trial.target in self._report.compared
-        return trial.sigma_rel in self._report.lengths
+            return trial.target in report.compared
+        return trial.sigma_rel in report.lengths and (trial.t is None or trial.t in report.ends)
 
     def _describe(self) -> dict[str, Any]:
         """Describe what all trials of the folder have in common."""
         return {
             "run": self.run.sources[-1].run_id,
-            "t": self.t,
-            "command": self.command,
+            "t": self._t,
+            "command": self._evaluation.name,
             "metric": None if self.minimize is None else self.metric.text,
             "direction": _DIRECTIONS[self.minimize],
             "like": None if self.like is None else str(self.like.resolve()),
@@ -177,177 +186,98 @@ class Sweep:
             planned += 1 if report.lengths.listed else 2  # the best length, and once more
         return max(planned, len(report.trials))
 
-    # --- the weights to measure
-
-    def _compared_weights(self, t: float) -> list[Weights]:
-        """Find what averages are compared with: the user's own newest EMA, and the last weights, as
-        far as they are known."""
-        compared = []
-        own = None
-        last = None
-        for source in self.run.sources:
-            if isinstance(source, Checkpoint) and source.decay and source.t <= t:
-                own = source
-            if isinstance(source.profile, Point) and source.t == t:
-                last = source
-        if own is not None:
-            title = f"your EMA ({own.decay:.7g})"
-            compared.append(Weights(title, None, "ema", partial(self._copy, own)))
-        if last is not None and self.raw is not None:
-            reason = "is not needed: the run contains the last weights"
-            raise InvalidValueError("raw", reason, value=self.raw)
-        if last is not None:
-            compared.append(Weights(LAST_WEIGHTS, None, "raw", partial(self._copy, last)))
-        elif self.raw is not None:
-            compared.append(Weights(LAST_WEIGHTS, None, "raw", self._write_raw))
-        return compared
-
-    def _average(self, sigma_rel: float) -> Weights:
-        target = SigmaRel(sigma_rel)
-
-        def write(path: Path) -> Plan:
-            return self._write(target, path).plan
-
-        return Weights(target.title, sigma_rel, f"{sigma_rel!r}", write)
-
-    def _write(self, target: Target, path: Path | None, **options: Any) -> SynthesisReport:
-        written = self.run.write(target, path, t=self.t, like=self.like, **options)
-        assert written is not None  # as of a process other than the first one
-        return written
-
-    def _copy(self, source: Source, path: Path) -> None:
-        """Write an average or weights as they are stored."""
-        StoredRun(self.run.directory, source).write(Mean(1), path, like=self.like)
-
-    def _write_raw(self, path: Path) -> None:
-        """Write the weights in the checkpoint `raw` as averages are written."""
-        raw = self.raw
-        assert raw is not None
-        plain = path.with_name("raw.safetensors")
-        try:
-            export_file(raw, plain, weights=True)
-        except InvalidValueError:  # a file of nothing but weights
-            export_file(raw, plain)
-        lacking = self.run.tensors.keys() - read_file(plain).entries.keys()
-        if lacking:
-            reason = f"lacks tensor {quote(min(lacking))} of the averages"
-            raise MismatchError(raw, reason)
-        self._warn_of_other_step(raw, plain)
-        if self.like is None:
-            plain.rename(path)
-        else:
-            export_file(plain, path, like=self.like)
-
-    def _warn_of_other_step(self, raw: Path, plain: Path) -> None:
-        """Warn if weights differ from what the hook has recorded with the snapshots of the
-        averages' time."""
-        snapshots = []
-        for source in self.run.sources:
-            if isinstance(source, Snapshot) and source.t == self.t:
-                snapshots.append(source)
-        if not snapshots:
-            return
-        newest = snapshots[-1]
-        recorded = recorded_weights(snapshots).get(newest.step)
-        if recorded is None:
-            return
-        shapes = {name: newest.entries[name].shape for name in newest.averages}
-        values = []
-        with safe_open(plain, "pt") as file:
-            for name, elements in groupby(places(shapes), key=itemgetter(0)):
-                tensor = file.get_tensor(name)
-                check_shape(raw, name, tuple(tensor.shape), shapes[name])
-                flat = tensor.flatten().float()
-                values += [float(flat[index]) for _, index in elements]
-        if not are_equal(np.array(values, np.float32), recorded):
-            log.warning(
-                "%s: holds other weights than the model had at step %d, of the averages; the gain "
-                "is over those",
-                raw,
-                newest.step,
-            )
-
-    def _write_best(self, sigma_rel: float) -> Path:
-        path = self.out / f"best{self._suffix}"
-        if not self._suffix:  # a folder is never overwritten
+    def _write_best(self, out: Path) -> Path:
+        ending = ending_like(self.like)
+        path = out / f"best{ending}"
+        if not ending:  # a folder is never overwritten
             images.remove(path)
-        self._write(SigmaRel(sigma_rel), path, overwrite=bool(self._suffix))
+        report = self._report
+        with mute_warnings():
+            self.run.write(
+                report.best, path, t=report.best_t, like=self.like, overwrite=bool(ending)
+            )
         return path
-
-    @property
-    def _suffix(self) -> str:
-        if self.like is None:
-            return ".safetensors"
-        return "" if self.like.is_dir() else self.like.suffix
 
     # --- trials
 
     def _measure_all(self, compared: Sequence[Weights]) -> Iterator[Trial]:
         """Yield each trial when it has ended; the report then has it."""
-        known = {(trial.target, trial.seed) for trial in self._report.trials}
-        for weights in compared:
-            if (weights.title, 0) not in known:
-                yield self._measure(weights, 0)
-        while True:
-            report = self._report
-            batch = next_measurements(report.trials, report.lengths, self.budget, self.minimize)
-            if not batch:
-                break
-            for sigma_rel, seed in batch:
-                yield self._measure(self._average(sigma_rel), seed)
+        first = [(weights, 0) for weights in compared]
+        while batch := first + self._next_lengths():
+            first = []
+            yield from self._measure(batch)
             self._check_enough()
-        if self.minimize is not None and self._report.estimate.noise > 0:
+        if self.minimize is None:
+            return
+        while batch := self._next_ends():
+            yield from self._measure(batch)
+        if self._report.estimate.noise > 0:
             # of one measurement, your own EMA would have most of the gain's error
-            for weights in compared[:1]:
-                if (weights.title, 1) not in known:
-                    yield self._measure(weights, 1)
+            yield from self._measure([(weights, 1) for weights in compared[:1]])
 
-    def _measure(self, weights: Weights, seed: int) -> Trial:
-        """Make weights, run the command, and add the trial to the report."""
-        scratch = (self.out / _SCRATCH).absolute()  # the command may change the directory
-        files.make_directory(scratch)
-        path = scratch / f"weights{self._suffix}"
+    def _next_lengths(self) -> list[tuple[Weights, int]]:
+        report = self._report
+        asked = next_measurements(report.trials, report.lengths, self.budget, self.minimize)
+        return [(average(self.run, sigma_rel, self._t), seed) for sigma_rel, seed in asked]
+
+    def _next_ends(self) -> list[tuple[Weights, int]]:
+        report = self._report
+        found = report.estimate
+        if found.best != report.lengths.high or not report.ends:
+            return []
+        asked = next_ends(report.trials, found, report.ends, self._t, bool(self.minimize))
+        return [(average(self.run, found.best, self._t, end), seed) for end, seed in asked]
+
+    def _measure(self, batch: Sequence[tuple[Weights, int]]) -> Iterator[Trial]:
+        """Measure weights that have no trial yet, `jobs` at a time, and yield each trial when it
+        has ended. The report has them in the order of the batch, whichever ends first."""
+        before = self._report.trials
+        known = {(trial.target, trial.seed) for trial in before}
+        waiting = [pair for pair in batch if (pair[0].title, pair[1]) not in known]
+        order = [(weights.title, seed) for weights, seed in waiting]
+        free = [*range(self.jobs)]
+        running = dict[Future[tuple[float | None, float | None]], _Running]()
+        ended: list[Trial] = []
+        while waiting or running:
+            while waiting and free:
+                started = self._start(*waiting.pop(0), free.pop(0))
+                running[self._executor.submit(started.measure)] = started
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                started = running.pop(future)
+                free.append(started.job)
+                trial = self._finish(started, future)
+                ended.append(trial)
+                ended.sort(key=lambda trial: order.index((trial.target, trial.seed)))
+                self._report = replace(self._report, trials=(*before, *ended))
+                yield trial
+
+    def _start(self, weights: Weights, seed: int, job: int) -> _Running:
+        """Make weights to measure."""
+        trial = Trial(weights.title, weights.sigma_rel, seed, t=weights.t)
         with mute_warnings():
-            plan = weights.write(path)
-        trial = Trial(weights.title, weights.sigma_rel, seed)
-        if plan is not None:
-            error = plan.predicted_error(0)
-            trial = replace(trial, predicted_error=error, lost_gain=plan.lost_gain(0))
-        started = time.monotonic()
+            plan = weights.plan()
+            if plan is not None:
+                error = plan.predicted_error(0)
+                trial = replace(trial, predicted_error=error, lost_gain=plan.lost_gain(0))
+            measure = self._evaluation.prepare(weights, trial, job)
+        return _Running(trial, job, measure)
+
+    def _finish(
+        self, started: _Running, future: Future[tuple[float | None, float | None]]
+    ) -> Trial:
+        """Complete a trial by its metric, or by the reason why it has none."""
+        trial = replace(started.trial, seconds=started.seconds)
         try:
-            value, noise = self._evaluate(path, trial, weights.text)
-            trial = replace(trial, value=value, standard_error=noise)
+            value, error = future.result()
         except NoMetricError as failure:
             if not self._report.trials:
-                raise CommandError("--run", str(failure), failure.hint) from failure
-            trial = replace(trial, error=str(failure))
+                subject = argument("evaluate")
+                raise CommandError(subject, str(failure), failure.hint) from failure
+            return replace(trial, error=str(failure))
         except TrialError as failure:
-            trial = replace(trial, error=str(failure))
-        trial = replace(trial, seconds=time.monotonic() - started)
-        self._report = replace(self._report, trials=(*self._report.trials, trial))
-        images.remove(scratch)
-        return trial
-
-    def _evaluate(
-        self,
-        path: Path,
-        trial: Trial,
-        text: str,
-    ) -> tuple[float | None, float | None]:
-        """Run the command, and find the metric and its standard error, or raise a TrialError."""
-        # Each trial has a new folder: the process of a killed sweep may still write to its old one.
-        folder = Path(tempfile.mkdtemp(prefix=f"{trial.name}-", dir=path.parent))
-        texts = {"weights": path, "sigma_rel": text, "seed": trial.seed, "dir": folder}
-        words = []
-        for word in shlex.split(self.command):
-            words.append(_PLACEHOLDER.sub(lambda match: str(texts[match[1]]), word))
-        metric = None if self.minimize is None else self.metric
-        try:
-            measured = measure(words, folder, self.out / LOGS / trial.name, metric)
-            images.keep_images(folder, self.out / images.FOLDER / trial.name)
-            return measured
-        finally:
-            images.remove(folder)
+            return replace(trial, error=str(failure))
+        return replace(trial, value=value, standard_error=error)
 
     def _check_latest(self) -> None:
         """Raise a CommandError after two trials that failed alike, as all others would."""
@@ -368,7 +298,7 @@ class Sweep:
         """Raise a CommandError if too many lengths have failed, or all have the same metric; of a
         look, if it has no image."""
         if self.minimize is None:
-            if not (self.out / images.FOLDER).is_dir():
+            if self.out is not None and not (self.out / images.FOLDER).is_dir():
                 reason = "no trial has left an image in {dir}"
                 raise CommandError("the sweep", f"{reason}: {', '.join(images.ENDINGS)}")
             return
@@ -385,90 +315,22 @@ class Sweep:
             reason = f"every trial has the same metric, {measured[0].value:.12g}"
             raise CommandError("the sweep", reason, _DOUBT)
 
-    # --- the folder
 
-    @contextmanager
-    def _locked_folder(self) -> Iterator[None]:
-        """Make and lock the folder of the sweep; remove averages that a killed sweep has left, and
-        at the end ours."""
-        files.check_parent(self.out)
-        files.check_folder(self.out)
-        names = set[str]()
-        if self.out.is_dir():
-            names = {path.name for path in files.system.list(self.out)}
-        if names - {LOCK_NAME, LOGS, _SCRATCH} and TRIALS not in names:
-            # A sweep might replace or remove files of other programs that have the same names as
-            # its own.
-            reason = "is not empty, and not the folder of a sweep"
-            raise OutputExistsError(self.out, reason, "name another folder")
-        files.make_directory(self.out / LOGS)
-        with DirectoryLock(self.out):
-            try:
-                images.remove(self.out / _SCRATCH)
-                yield
-            finally:
-                images.remove(self.out / _SCRATCH)
+@dataclass
+class _Running:
+    """A trial that is being measured, and how long that took."""
 
-    def _read_recorded(self, asked: dict[str, Any]) -> list[Trial]:
-        """Read the recorded trials that succeeded, the last of repeated ones; raise an
-        OutputExistsError if they belong to another sweep."""
-        path = self.out / TRIALS
-        if not path.exists():
-            self._write_lines([json.dumps(asked)])
-            return []
-        recorded = {}
+    trial: Trial
+    job: int
+    _measure: Measure
+    seconds: float = 0.0
+
+    def measure(self) -> tuple[float | None, float | None]:
+        began = time.monotonic()
         try:
-            first, *entries = map(json.loads, path.read_text().splitlines())
-            settings = {**first}
-            for entry in entries:
-                trial = trial_from_json(entry)
-                is_measured = trial.value is not None or self.minimize is None
-                if is_measured and trial.error is None:
-                    recorded[trial.target, trial.seed] = trial
-        except (ValueError, TypeError, RecursionError) as error:
-            reason = "is not the record of a sweep"
-            raise FileFormatError(path, reason, "name another folder") from error
-        if not recorded:  # nothing to lose: the call may have been wrong
-            self._write_lines([json.dumps(asked)])
-            return []
-        for name, value in asked.items():
-            known = settings.get(name, value)
-            if known != value:
-                reason = f"holds a sweep of another {name}, {quote(known)}"
-                raise OutputExistsError(self.out, reason, "name another folder")
-        return [*recorded.values()]
-
-    def _record(self, trial: Trial) -> None:
-        """Add a trial durably to the file; raise a WriteError if that fails."""
-        lines = (self.out / TRIALS).read_text().splitlines()
-        line = json.dumps(asdict(trial), allow_nan=False)
-        self._write_lines([*lines, line])
-
-    def _write_lines(self, lines: Sequence[str]) -> None:
-        text = "".join(f"{line}\n" for line in lines)
-        files.write_atomically(self.out / TRIALS, text.encode(), overwrite=True)
-
-
-class StoredRun(Run):
-    """One stored average of a run, or its weights at one time, as a run."""
-
-    def __init__(self, directory: Path, source: Source) -> None:
-        super().__init__(directory)
-        self._source = source
-
-    @property
-    def sources(self) -> list[Source]:
-        return [self._source]
-
-
-def trial_from_json(entry: Any) -> Trial:
-    """Decode a recorded trial; raise a ValueError if a value is of another kind."""
-    trial: Trial = convert(entry, Trial)
-    if max(abs(trial.value or 0.0), trial.standard_error or 0.0) > LARGEST:
-        raise ValueError("a metric that is too large")
-    if trial.sigma_rel is not None:
-        return replace(trial, target=SigmaRel(trial.sigma_rel).title)
-    return trial
+            return self._measure()
+        finally:
+            self.seconds = time.monotonic() - began
 
 
 @contextmanager
@@ -481,9 +343,6 @@ def mute_warnings() -> Iterator[None]:
         yield
     finally:
         planning.disabled = was_disabled
-
-
-# --- what to search, and by which command
 
 
 def searchable_lengths(run: Run, t: float) -> Lengths:
@@ -518,33 +377,3 @@ def searchable_lengths(run: Run, t: float) -> Lengths:
         "`ema guide exactness` says what that costs",
     )
     return lengths
-
-
-def check_command(command: str, metric: Metric, needs_images: bool) -> None:
-    """Raise an InvalidValueError if the command cannot be used."""
-    value = command or "(empty)"
-    try:
-        words = shlex.split(command)
-    except ValueError as error:
-        reason = f"invalid quoting: {error}"
-        raise InvalidValueError("command", reason, value=value) from error
-    if not any("{weights}" in word for word in words):
-        reason = "must contain {weights}, which becomes the path of the average"
-        raise InvalidValueError("command", reason, value=value)
-    if "{dir}" not in command and metric.file is not None:
-        reason = "must contain {dir}, the folder that is searched for the file with the metric"
-        raise InvalidValueError("command", reason, value=value)
-    if "{dir}" not in command and needs_images:
-        reason = "must contain {dir}, the folder for the images"
-        raise InvalidValueError("command", reason, value=value)
-    operators = [word for word in words if word in _OPERATORS]
-    if operators:
-        reason = "the command runs without a shell"
-        raise InvalidValueError("command", reason, _USE_A_SHELL, value=operators[0])
-    if not _PLACEHOLDER.search(words[0]) and shutil.which(words[0]) is None:
-        reason = "command not found"
-        hint = f"start a script with its interpreter, such as python3; {_USE_A_SHELL}"
-        raise InvalidValueError("command", reason, hint, value=words[0])
-    script = words[1] if len(words) > 1 else ""
-    if script.endswith((".py", ".sh")) and not Path(script).is_file():
-        raise InvalidValueError("command", "no such file", value=script)

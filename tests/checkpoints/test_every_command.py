@@ -59,7 +59,7 @@ def test_a_sweep_and_its_page_name_what_to_repeat(ema, run, tmp_path, monkeypatc
     command = (
         "sweep",
         run / "own",
-        "--run",
+        "--eval",
         evaluation,
         "--minimize",
         "--out",
@@ -68,8 +68,8 @@ def test_a_sweep_and_its_page_name_what_to_repeat(ema, run, tmp_path, monkeypatc
     assert ema(*command, "--sigma-rel", "0.1,0.2").code == 0
     wanted = Run(run / "own").average(0.1)
     assert_same_tensors(load_file("swept/best.safetensors"), wanted)
-    (commands,) = re.findall("<pre>(.*?)</pre>", Path("swept/report.html").read_text(), re.DOTALL)
-    again, make = [line.removeprefix("ema ") for line in html.unescape(commands).splitlines()]
+    commands = re.findall("<pre>ema (.*?)</pre>", Path("swept/report.html").read_text(), re.DOTALL)
+    make, again = map(html.unescape, commands)
     assert ema(*shlex.split(make)).code == 0
     assert_same_tensors(load_file("sigma_rel-0.1.safetensors"), wanted)
     assert ema(*shlex.split(again), "--sigma-rel", "0.1,0.2").code == 0
@@ -145,7 +145,7 @@ def test_all_commands_ask_for_the_steps_of_an_epoch_by_the_same_line(ema, tmp_pa
     for command in (
         ["synthesize", "--sigma-rel", "0.1", "--dry-run"],
         ["error-plot", "--json"],
-        ["sweep", "--run", "true {weights}", "--minimize"],
+        ["sweep", "--eval", "true {weights}", "--minimize"],
         ["audit"],
     ):
         assert line in ema(command[0], tmp_path / "ck", *command[1:]).error

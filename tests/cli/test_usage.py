@@ -87,7 +87,7 @@ COMMANDS = (
     "info a.safetensors", "info shards", "verify run", "verify run a.safetensors",
     "prune run --keep 5 --dry-run", "error-plot run --target window:500",
     "error-plot --steps 300 --every 100", "guide", "guide sweep",
-    "sweep run --run 'basename {sigma_rel} {weights}' --minimize --sigma-rel 0.05,0.1,0.2",
+    "sweep run --eval 'basename {sigma_rel} {weights}' --minimize --sigma-rel 0.05,0.1,0.2",
 )  # fmt: skip
 COLUMNS = {"sigma_rel", "predicted_error", "lost_gain", "profile_error"}
 """These are lists in curves, with a number for each point, and single numbers elsewhere."""

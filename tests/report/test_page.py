@@ -58,7 +58,7 @@ def text(tmp_path_factory):
     script = f"if [ {{sigma_rel}} = 0.05 ]; then {fails}; fi; echo {{sigma_rel}}"
     command = f"sh -c '{script}' {{weights}}"
     lengths = widths(0.05, 0.1, 0.2, 0.25)
-    again = "ema sweep --run <b>"
+    again = "ema sweep --eval <b>"
     return sweep(run, folder / "a b<i>", lengths, command, rerun_command=again).read_text()
 
 
@@ -68,7 +68,7 @@ def test_a_page_has_the_answer_its_figure_and_every_trial(text):
         "statistically tied unknown",
         "4 trials, 1 of them failed",
         "ended with exit code 1",
-        "ema sweep --run <b>",
+        "ema sweep --eval <b>",
     ):
         assert words in " ".join(shown(text).split())
     (picture,) = images(text, r"svg\+xml")
@@ -121,7 +121,7 @@ def test_a_page_shows_the_images_of_the_last_weights_the_own_ema_and_each_length
     names = re.findall('<img[^>]* title="(.*?)"', text)
     assert html.escape(f"0{EVIL[:8]}.png") in names
     assert len(names) == len(drawn)
-    titles = re.findall(r"<figcaption>(.*?)(?: \(as decay [\d.]+\))?, metric", text)
+    titles = re.findall(r"<figcaption><b>(.*?)(?: \(as decay [\d.]+\))?</b>, metric", text)
     assert sorted(titles) == sorted(TITLES)
     words = " ".join(shown(text).split())
     gain = "gain -7.8 (98 %) worse than your EMA (0.9), -8.8 (98 %) worse than the last weights"
@@ -162,7 +162,9 @@ def test_in_a_browser_samples_fill_the_width_side_by_side_and_a_slider_chooses_t
     assert len(backgrounds) == 2
 
 
-COPIED = "getSelection().selectAllChildren(document.querySelector('pre')) ?? `${getSelection()}`"
+COPIED = (
+    "getSelection().selectAllChildren(document.querySelector('.take pre')) ?? `${getSelection()}`"
+)
 ALL = "[...document.querySelectorAll('*')]"
 SCROLLS = (
     "one => one.scrollWidth > one.clientWidth + 1 && getComputedStyle(one).overflowX != 'visible'"

@@ -7,6 +7,7 @@ import re
 import shlex
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -223,9 +224,9 @@ def test_a_metric_that_is_found_nowhere_stops_at_the_first_trial_and_names_what_
     printed = tmp_path / "printed"
     printed.write_text("of `steps`: loss: 0.55")
     command = f"sh -c 'echo >> {tmp_path}/calls; cat {printed}' sh {{weights}}"
-    done = ema("sweep", run.directory, "--run", command, "--minimize", "--out", out)
+    done = ema("sweep", run.directory, "--eval", command, "--minimize", "--out", out)
     assert done.code == 1
-    assert done.error.startswith("--run: ")
+    assert done.error.startswith("--eval: ")
     assert done.error.endswith(" `of `steps`: loss: 0.55`; add --metric loss")
     assert (tmp_path / "calls").read_text() == "\n"
 
@@ -236,7 +237,7 @@ def test_no_word_of_the_user_is_taken_for_an_argument_of_ours(ema, run, tmp_path
     printed.write_text("of `steps`, `metric` and `raw`")
     command = shell(f"if [ $2 = 0.1 ]; then cat {printed} >&2; exit 3; fi; echo $2")
     options = ("--minimize", "--sigma-rel", "0.05,0.1,0.2", "--json")
-    done = ema("sweep", run.directory, "--run", command, *options, "--out", out)
+    done = ema("sweep", run.directory, "--eval", command, *options, "--out", out)
     assert "of `steps`, `metric` and `raw`; see " in done.err
     (warning,) = json.loads(done.out)["warnings"]
     assert "of `steps`, `metric` and `raw`; see " in warning
@@ -266,6 +267,44 @@ def test_a_best_length_at_an_end_is_reported_as_such(run, out):
     assert wider.best == pytest.approx(0.1, rel=0.05)
     assert not wider.is_at_end
     assert {*narrow.trials} <= {*wider.trials}
+
+
+# --- side by side
+
+
+def test_jobs_run_side_by_side_each_with_a_number_and_give_the_same_result(run, tmp_path, out):
+    """Each of the first two waits until the other one runs, and the first ends last."""
+    begun = f"touch {tmp_path}/$2"
+    both = f"until [ -e {tmp_path}/0.05 ] && [ -e {tmp_path}/0.1 ]; do sleep 0.01; done"
+    last = (
+        f"[ $2 != 0.05 ] || until [ -s {out}/logs/sigma_rel-0.2-seed-0.out ]; do sleep 0.01; done"
+    )
+    script = f"echo $5 >> {tmp_path}/jobs; {begun}; {both}; {last}; echo $2"
+    command = shell(script).replace("{dir}", "{dir} {job}")
+    report = swept(run, out, command, jobs=2)
+    one = swept(run, tmp_path / "one", shell("echo $2"))
+    assert [replace(trial, seconds=0) for trial in report.trials] == [
+        replace(trial, seconds=0) for trial in one.trials
+    ]
+    assert {*(tmp_path / "jobs").read_text().split()} == {"0", "1"}
+    assert report.best == one.best
+
+
+@pytest.mark.parametrize(("jobs", "devices"), [(1, ["unset"]), (2, ["3", "5"]), (3, ["3", "5"])])
+def test_each_job_has_a_cuda_device_of_its_own(run, tmp_path, out, monkeypatch, jobs, devices):
+    """No machine of a test has two."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("posthoc_cli.sweep.evaluation.visible_cuda_devices", lambda: ["3", "5"])
+    script = f"echo ${{CUDA_VISIBLE_DEVICES-unset}} >> {tmp_path}/devices; echo $2"
+    swept(run, out, shell(script), jobs=jobs)
+    assert sorted({*(tmp_path / "devices").read_text().split()}) == devices
+
+
+def test_a_failure_of_the_first_two_of_several_jobs_ends_the_others(run, tmp_path, out):
+    command = shell(f"[ $2 = 0.2 ] || exit 3; echo $$ > {tmp_path}/pid; sleep 60")
+    with refused("the sweep", "exit code 3", kind=PostHocError):
+        swept(run, out, command, jobs=3)
+    assert not (tmp_path / "pid").exists() or gone(tmp_path / "pid")
 
 
 # --- raw weights
@@ -380,7 +419,7 @@ def test_a_run_of_plain_weights_is_searched_over_what_its_files_show(tmp_path, o
 
 
 def test_the_command_says_what_was_measured(ema, run, out):
-    command = ("sweep", run.directory, "--run", BOWL, "--minimize", "--out", out)
+    command = ("sweep", run.directory, "--eval", BOWL, "--minimize", "--out", out)
     done = ema(*command, "--sigma-rel", "0.05,0.1,0.2")
     assert "trial 2 of about 3: sigma_rel 0.1 (as decay 0.64): 0 (" in done.out
     assert re.search(r"last weights +not measured: .* --raw", done.out)
@@ -389,7 +428,7 @@ def test_the_command_says_what_was_measured(ema, run, out):
 
 def test_decays_name_the_lengths_of_the_same_mean_age(ema, run, out):
     """That of an EMA is -1 / ln(decay) steps, that of a power function steps / (gamma + 2)."""
-    command = ("sweep", run.directory, "--run", BOWL, "--minimize", "--out", out)
+    command = ("sweep", run.directory, "--eval", BOWL, "--minimize", "--out", out)
     done = ema(*command, "--decay", "0.6,0.7", "--json")
     report = json.loads(done.out)
     for trial, decay in zip(report["trials"], (0.6, 0.7), strict=True):
@@ -423,6 +462,12 @@ def test_last_weights_in_a_checkpoint_are_measured(run, tmp_path, out):
     report = swept(run, out, shell(LAST_OF_FILE), raw=raw)
     first, *_ = report.trials
     assert first == Trial("last weights", None, 0, 7.0, seconds=first.seconds)
+
+
+def test_a_metric_on_standard_error_and_in_colours_is_found(run, out):
+    colours = shell('printf "\\033[1mloss\\033[0m: \\033[36m%s\\033[0m\\n" $2 >&2')
+    report = swept(run, out, colours, Metric("loss"))
+    assert [trial.value for trial in report.trials] == [*LENGTHS]
 
 
 @pytest.mark.parametrize(
@@ -523,7 +568,7 @@ def test_after_ctrl_c_the_command_says_how_it_continues(ema, run, out, monkeypat
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Sweep, "run_all", interrupt)
-    done = ema("sweep", run.directory, "--run", BOWL, "--minimize", "--out", out)
+    done = ema("sweep", run.directory, "--eval", BOWL, "--minimize", "--out", out)
     assert done.code == 130
     assert "the same command" in done.err
 

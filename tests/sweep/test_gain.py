@@ -30,7 +30,9 @@ def report_of(metric, own=(1.0,), error=None, name="metric", minimize=True, leng
     while batch := next_measurements(trials, lengths, USUAL_BUDGET, minimize):
         trials += [Trial(f"sigma_rel {x:g}", x, s, metric(x, s), error) for x, s in batch]
     compared = (OWN, LAST)
-    return SweepReport(lengths, USUAL_BUDGET, compared, name, minimize, {}, trials=tuple(trials))
+    return SweepReport(
+        lengths, USUAL_BUDGET, compared, name, minimize, {"t": 1.0}, trials=tuple(trials)
+    )
 
 
 def texts_of(*arguments, **options):

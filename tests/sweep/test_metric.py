@@ -6,13 +6,13 @@ import os
 import pytest
 
 from posthoc_cli.sweep import Metric
-from posthoc_cli.sweep.trials import NoMetricError, TrialError
+from posthoc_cli.sweep.metric import NoMetricError, TrialError
 
 
-def printed(text, folder, name=None):
-    path = folder / "log.out"
-    path.write_text(text)
-    return Metric(name).read(path, folder)
+def printed(text, folder, name=None, errors=""):
+    (folder / "log.out").write_text(text)
+    (folder / "log.err").write_text(errors)
+    return Metric(name).read(folder / "log", folder)
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def test_of_a_metric_without_noise_the_best_length_is_found_and_measured_twice(u
     assert best.best == pytest.approx(0.09, rel=0.02)
     assert best.noise == 0
     assert best.tied is None
-    assert_allclose(best.means, [unit * bowl(x) for x in best.sigma_rels], rtol=1e-12)
+    assert_allclose(best.means, [unit * bowl(x) for x in best.points], rtol=1e-12)
     assert [each.seed for each in trials] == [0] * 13 + [1]
     assert trials[-1].sigma_rel == best.best
 
@@ -87,8 +87,8 @@ def test_the_noise_and_the_standard_errors_are_those_of_the_metric(noise):
     off = []
     stated = []
     for each in estimates:
-        place = abs(np.log(each.sigma_rels / 0.04)).argmin()
-        off.append(each.means[place] - bowl(each.sigma_rels[place]))
+        place = abs(np.log(each.points / 0.04)).argmin()
+        off.append(each.means[place] - bowl(each.points[place]))
         stated.append(each.errors[place])
     assert np.std(off) == pytest.approx(np.mean(stated), rel=0.35)
 
@@ -100,7 +100,7 @@ def test_the_tied_lengths_contain_the_best_one_and_the_choice_is_within_the_nois
         each = found(searched(noisy(0.5, seed)))
         low, high = each.tied
         assert low <= each.best <= high
-        nearest = each.sigma_rels[abs(np.log(each.sigma_rels / 0.09)).argmin()]
+        nearest = each.points[abs(np.log(each.points / 0.09)).argmin()]
         right += low <= nearest <= high
         regrets.append(bowl(each.best))
     assert right >= 34
@@ -144,7 +144,7 @@ def test_of_fewer_than_six_lengths_the_measured_mean_is_the_metric(count):
     again = [replace(each, seed=1, value=each.value + 0.02) for each in trials]
     best = found([*trials, *again], budget=count)
     (lowest,) = [each.value for each in trials if each.sigma_rel == best.best]
-    place = best.sigma_rels.tolist().index(best.best)
+    place = best.points.tolist().index(best.best)
     if count < 6:
         assert best.value == pytest.approx(lowest + 0.01)
         assert best.error == pytest.approx(best.noise / 2**0.5)

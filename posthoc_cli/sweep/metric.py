@@ -1,33 +1,23 @@
-"""A trial: the user's command as a process, and the metric that it prints or writes.
-
-Each process has a separate process group, so that all its remaining children can be ended with it.
-"""
+"""The metric that a command prints or writes."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import signal
-import subprocess
-import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from posthoc_cli import files
 from posthoc_cli.errors import InvalidValueError, argument, escape_text, list_first, quote
 from posthoc_cli.sweep.search import LARGEST
 
-_GRACE = 0.5  # seconds between SIGTERM and SIGKILL
-_TICK = 0.01  # seconds between looks at a process
 _TAIL = 10_000_000  # bytes at the end of standard output that are searched for the metric
-_END_OF_LOG = 300  # bytes at the end of a log that a message shows
+_END_OF_LOG = 300  # characters at the end of a log that a message shows
 _END_OF_OUTPUT = 10_000  # characters at the end of an output whose names a hint may name
 _DEEPEST = 100  # brackets in brackets; json.loads takes some 1,000, results of programs have 10
 _STRING_OR_BRACKET = re.compile(
@@ -43,6 +33,7 @@ _NUMBER = (
     r"([-+]?(?:(?:\d+(?:\.\d+)?|\.\d+)(?:e[-+]?\d+)?|nan|inf))(?!\w|[.,]\d)"
 )
 _NAMED_NUMBER = re.compile(rf"(?<![\w.])([A-Za-z][\w.]*){_NUMBER}", re.IGNORECASE)
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 # Each of these expressions reads a character a few times, however long the line is.
 
 
@@ -58,96 +49,14 @@ class NoMetricError(TrialError):
         self.hint = hint
 
 
-def measure(
-    words: Sequence[str],
-    folder: Path,
-    log: Path,
-    metric: Metric | None,
-) -> tuple[float | None, float | None]:
-    """Run a command, and find its metric, if one is asked for, and the standard error of the
-    metric, if any; a TrialError says why it has none.
-
-    `folder` is where files with the metric may be; `log` the path of the logs of standard output
-    and error, without the endings .out and .err.
-    """
-    out = log.with_name(f"{log.name}.out")
-    err = log.with_name(f"{log.name}.err")
-    for path in (out, err):
-        # the process of a killed sweep may still write to the old file
-        files.unlink_if_exists(path)
-    try:
-        _run(words, out, err)
-    except TrialError as error:
-        raise TrialError(f"{error}: {_last_words(out, err)}") from error
-    return (None, None) if metric is None else metric.read(out, folder)
-
-
-def _last_words(out: Path, err: Path) -> str:
-    """Find the last line of standard error, which says most of a traceback, or else the end of
-    standard output."""
-    _, _, line = _read_tail(err, _END_OF_LOG).strip().rpartition("\n")
-    text = line or " ".join(_read_tail(out, _END_OF_LOG).split())
-    return escape_text(text) or "it wrote nothing"
-
-
-def _run(
-    words: Sequence[str],
-    out: Path,
-    err: Path,
-) -> None:
-    """Run a command until it ends; raise a TrialError if it fails. All its remaining children end
-    with it."""
-    with out.open("wb") as stdout, err.open("wb") as stderr, ThreadPoolExecutor(1) as pool:
-        # In another thread, since the exception of a signal would lose a process that is just being
-        # started.
-        starting = pool.submit(
-            lambda: subprocess.Popen(
-                words,
-                stdin=subprocess.DEVNULL,
-                stdout=stdout,
-                stderr=stderr,
-                start_new_session=True,
-            )
-        )
-        try:
-            process = starting.result()
-            # not `wait`: another thread may receive the signal of Ctrl-C
-            while process.poll() is None:
-                time.sleep(_TICK)
-        except OSError as failure:
-            raise TrialError(f"cannot be started: {failure.strerror or failure}") from failure
-        finally:
-            if starting.exception() is None:
-                _end_group(starting.result())
-    if code := process.returncode:
-        raise TrialError(f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}")
-
-
-def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """End the group of a process, also on a second Ctrl-C; the group keeps the id of a process that
-    has ended."""
-    try:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(_GRACE)
-    finally:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-# --- metrics
-
-
 @dataclass(frozen=True)
 class Metric:
     """The place where a command prints or writes the metric.
 
     `key` is the key of a member of a JSON object, with dots between the keys of nested objects:
     `results.acc`, or the word before a number, as in `loss: 2.67`; None if the metric is a line of
-    standard output that is a number. `file` is the name or pattern of JSON files in the trial's
-    folder or below, of which the newest is used; None for standard output, where the last counts.
+    output that is a number. `file` is the name or pattern of JSON files in the trial's
+    folder or below, of which the newest is used; None for the output, where the last counts.
     """
 
     key: str | None = None
@@ -169,43 +78,45 @@ class Metric:
             raise InvalidValueError("metric", reason, value=text or "(empty)")
         return cls(key, file)
 
-    def read(
-        self,
-        stdout: Path,
-        folder: Path,
-    ) -> tuple[float, float | None]:
-        """Read the metric and its standard error, if any; raise a TrialError if there is no
-        metric."""
+    def read(self, log: Path, folder: Path) -> tuple[float, float | None]:
+        """Read the metric and its standard error, if any, from a file in `folder` or from the logs
+        of standard output and, if that has none, of standard error: `log` with the endings .out and
+        .err.
+
+        Raises a TrialError if there is no metric.
+        """
         key = self.key or ""
-        if self.file is None:
-            text = _read_tail(stdout, _TAIL).replace("\r", "\n")
-            printed = _find_printed(text, self.key)
-        else:
+        if self.file is not None:
             path, stored = _find_stored(folder, self.file)
-            printed = iter([stored])
-        found = None
-        names = dict[str, None]()
-        for value in printed:
-            members = _members(value)
-            names |= dict.fromkeys(members)
+            members = _members(stored)
             if key in members:
-                found = members
-        if found is not None:
-            return _check(found, key)
-        if self.file is None:
-            raise _no_metric_error(text, self.key, names)
-        closest = get_close_matches(key, names, 5, 0)
-        reason = f"{path.name} has no member {quote(self.key)}{_list_names(closest)}"
-        raise NoMetricError(reason, "")
+                return _check(members, key)
+            closest = get_close_matches(key, members, 5, 0)
+            reason = f"{path.name} has no member {quote(self.key)}{_list_names(closest)}"
+            raise NoMetricError(reason, "")
+        printed = ""
+        names = dict[str, None]()
+        for ending in (".out", ".err"):
+            text = read_tail(log.with_name(f"{log.name}{ending}"), _TAIL).replace("\r", "\n")
+            printed = printed or text.strip()
+            found = None
+            for value in _find_printed(text, self.key):
+                members = _members(value)
+                names |= dict.fromkeys(members)
+                if key in members:
+                    found = members
+            if found is not None:
+                return _check(found, key)
+        raise _no_metric_error(printed, self.key, names)
 
 
 def _no_metric_error(text: str, key: str | None, members: Iterable[str]) -> NoMetricError:
     """Make the error for an output without the metric, which says what its last line is, and hints
     at the names that are there."""
-    reason = "no line of its standard output is a number alone"
+    reason = "no line of its output is a number alone"
     if key is not None:
-        reason = f"its standard output has no number after {quote(key)}"
-    _, _, last = text.strip()[-_END_OF_LOG:].rpartition("\n")
+        reason = f"its output has no number after {quote(key)}"
+    _, _, last = text[-_END_OF_LOG:].rpartition("\n")
     if last:
         reason += f"; the last line is `{escape_text(last.strip())}`"
     else:
@@ -224,9 +135,16 @@ def _check(
     number = _number(members[name])
     if number is None:
         raise TrialError(f"{quote(name)} is {quote(members[name])}, not a number")
-    if not abs(number) <= LARGEST:
-        raise TrialError(f"its metric is {number}")
-    return number, _standard_error(members, name)
+    return check_metric(number, _standard_error(members, name))
+
+
+def check_metric(value: float, error: float | None) -> tuple[float, float | None]:
+    """Raise a TrialError for a metric that is no finite number of usual size; leave out such a
+    standard error."""
+    if not abs(value) <= LARGEST:
+        raise TrialError(f"its metric is {value}")
+    is_usable = error is not None and 0 < error <= LARGEST
+    return value, error if is_usable else None
 
 
 def _find_printed(text: str, key: str | None) -> Iterator[Any]:
@@ -290,12 +208,12 @@ def _find_stored(folder: Path, pattern: str) -> tuple[Path, Any]:
         raise TrialError(f"{newest.name} cannot be read: {error}") from error
 
 
-def _read_tail(path: Path, count: int) -> str:
-    """Read the last `count` bytes of a file as text."""
+def read_tail(path: Path, count: int) -> str:
+    """Read the last `count` bytes of a file as text, without the colours of a terminal."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         file.seek(max(0, size - count))
-        return file.read().decode(errors="replace")
+        return _COLOURS.sub("", file.read().decode(errors="replace"))
 
 
 def _members(value: Any) -> dict[str, Any]:
@@ -323,7 +241,7 @@ def _standard_error(
     head, comma, tail = name.partition(",")
     for word in ("stderr", "se", "standard_error"):
         error = _number(members.get(f"{head}_{word}{comma}{tail}"))
-        if error is not None and 0 < error <= LARGEST:
+        if error is not None:
             return error
     return None
 

@@ -1,0 +1,222 @@
+"""The weights that a sweep measures: averages, and what they are compared with."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from safetensors import safe_open
+
+from posthoc_cli import files
+from posthoc_cli.checkpoints.source import Checkpoint
+from posthoc_cli.errors import InvalidValueError, MismatchError, quote
+from posthoc_cli.export.convert import export_file
+from posthoc_cli.export.like import check_shape
+from posthoc_cli.profiles import Point
+from posthoc_cli.run import Run
+from posthoc_cli.snapshots.snapshot import Snapshot, are_equal, places, recorded_weights
+from posthoc_cli.snapshots.sources import Source
+from posthoc_cli.snapshots.tensorfile import read_file
+from posthoc_cli.sweep.search import average_title
+from posthoc_cli.synthesis.plan import Plan
+from posthoc_cli.targets import Mean, SigmaRel, Target
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+LAST_WEIGHTS = "last weights"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Weights to measure.
+
+    Attributes:
+        title: their name in messages.
+        text: what {sigma_rel} becomes in a command.
+        sigma_rel: the length of an average; None for what averages are compared with.
+        t: where an average ends that ends earlier than the others.
+    """
+
+    title: str
+    text: str
+    sigma_rel: float | None = None
+    t: float | None = None
+
+    def plan(self) -> Plan | None:
+        """Plan an average; return None for what averages are compared with."""
+        return None
+
+    def write(self, path: Path, like: Path | None) -> None:
+        """Write the weights to a file, or to a copy of the checkpoint `like`."""
+        raise NotImplementedError
+
+    def make(self) -> Mapping[str, Tensor]:
+        """Make the weights in memory."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunWeights(Weights):
+    """Weights that are a target of a run at a time."""
+
+    run: Run
+    target: Target
+    time: float
+
+    def plan(self) -> Plan | None:
+        return None if self.sigma_rel is None else self.run.plan(self.target, t=self.time)
+
+    def write(self, path: Path, like: Path | None) -> None:
+        self.run.write(self.target, path, t=self.time, like=like)
+
+    def make(self) -> Mapping[str, Tensor]:
+        return self.run.average(self.target, t=self.time)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawFile(Weights):
+    """The last weights of a run that has none, in a checkpoint."""
+
+    run: Run
+    path: Path
+
+    def write(self, path: Path, like: Path | None) -> None:
+        with self._plain_file(path.parent) as plain:
+            if like is None:
+                plain.rename(path)
+            else:
+                export_file(plain, path, like=like)
+
+    def make(self) -> Mapping[str, Tensor]:
+        from safetensors.torch import load_file
+
+        with tempfile.TemporaryDirectory() as folder, self._plain_file(Path(folder)) as plain:
+            return load_file(plain)
+
+    @contextmanager
+    def _plain_file(self, folder: Path) -> Iterator[Path]:
+        """Write the weights as averages are written."""
+        plain = folder / "raw.safetensors"
+        try:
+            export_file(self.path, plain, weights=True)
+        except InvalidValueError:  # a file of nothing but weights
+            export_file(self.path, plain)
+        lacking = self.run.tensors.keys() - read_file(plain).entries.keys()
+        if lacking:
+            reason = f"lacks tensor {quote(min(lacking))} of the averages"
+            raise MismatchError(self.path, reason)
+        self._warn_of_other_step(plain)
+        yield plain
+        files.unlink_if_exists(plain)
+
+    def _warn_of_other_step(self, plain: Path) -> None:
+        """Warn if the weights differ from what the hook has recorded with the last snapshots."""
+        snapshots = []
+        for source in self.run.sources:
+            if isinstance(source, Snapshot):
+                snapshots.append(source)
+        if not snapshots:
+            return
+        newest = snapshots[-1]
+        recorded = recorded_weights(snapshots).get(newest.step)
+        if recorded is None:
+            return
+        shapes = {name: newest.entries[name].shape for name in newest.averages}
+        values = []
+        with safe_open(plain, "pt") as file:
+            for name, elements in groupby(places(shapes), key=itemgetter(0)):
+                tensor = file.get_tensor(name)
+                check_shape(self.path, name, tuple(tensor.shape), shapes[name])
+                flat = tensor.flatten().float()
+                values += [float(flat[index]) for _, index in elements]
+        if not are_equal(np.array(values, np.float32), recorded):
+            log.warning(
+                "%s: holds other weights than the model had at step %d, the run's last one; the "
+                "gain is over those",
+                self.path,
+                newest.step,
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawTensors(Weights):
+    """The last weights of a run that has none, in memory."""
+
+    tensors: Mapping[str, Tensor]
+
+    def make(self) -> Mapping[str, Tensor]:
+        return self.tensors
+
+
+def average(run: Run, sigma_rel: float, t: float, end: float | None = None) -> RunWeights:
+    """Find an average at the time `t`, or at an earlier `end`."""
+    return RunWeights(
+        title=average_title(sigma_rel, end),
+        text=repr(sigma_rel),
+        sigma_rel=sigma_rel,
+        t=end,
+        run=run,
+        target=SigmaRel(sigma_rel),
+        time=t if end is None else end,
+    )
+
+
+def find_compared(
+    run: Run, t: float, raw: Path | Mapping[str, Tensor] | None = None
+) -> list[Weights]:
+    """Find what averages at the time `t` are compared with, as far as it is known: the user's own
+    newest EMA, the last weights, also in `raw`, and the weights at an earlier `t`."""
+    own = None
+    points = {}
+    for source in run.sources:
+        if isinstance(source, Checkpoint) and source.decay:
+            own = source
+        if isinstance(source.profile, Point):
+            points[source.t] = source
+    last = points.get(run.t)
+    if last is not None and raw is not None:
+        value = raw if isinstance(raw, Path) else None
+        raise InvalidValueError(
+            "raw", "is not needed: the run contains the last weights", value=value
+        )
+    compared: list[Weights] = []
+    if own is not None:
+        compared.append(_stored(run, own, f"your EMA ({own.decay:.7g})", "ema"))
+    if last is not None:
+        compared.append(_stored(run, last, LAST_WEIGHTS, "raw"))
+    elif isinstance(raw, Path):
+        compared.append(RawFile(title=LAST_WEIGHTS, text="raw", run=run, path=raw))
+    elif raw is not None:
+        compared.append(RawTensors(title=LAST_WEIGHTS, text="raw", tensors=raw))
+    if t in points and t < run.t:
+        compared.append(_stored(run, points[t], f"weights at t = {t:,.12g}", "raw"))
+    return compared
+
+
+def _stored(run: Run, source: Source, title: str, text: str) -> RunWeights:
+    """Find a stored average, or stored weights, as they are."""
+    stored = StoredRun(run.directory, source)
+    return RunWeights(title=title, text=text, run=stored, target=Mean(1), time=source.t)
+
+
+class StoredRun(Run):
+    """One stored average of a run, or its weights at one time, as a run."""
+
+    def __init__(self, directory: Path, source: Source) -> None:
+        super().__init__(directory)
+        self._source = source
+
+    @property
+    def sources(self) -> list[Source]:
+        return [self._source]
