@@ -135,10 +135,10 @@ def disk_sources(
             return [*read_directory(path)]
         except DirectoryError as error:
             no_snapshots = error
-    from posthoc_cli.checkpoints.import_run import open_checkpoints, open_unclaimed
+    from posthoc_cli.checkpoints.open_run import open_checkpoints, open_unclaimed
 
     try:
-        return [*(open_unclaimed(path, settings) if unclaimed else open_checkpoints(path))]
+        return [*(open_unclaimed(path, settings or {}) if unclaimed else open_checkpoints(path))]
     except NothingHereError as error:
         raise no_snapshots or error from None
 

@@ -128,7 +128,7 @@ LIMITS = {
     "__init__.py": 400,
     "__main__.py": 100,
     "averages.py": 4_600,
-    "checkpoints": 51_700,
+    "checkpoints": 51_150,
     "cli": 12_300,
     "decay_rules.py": 2_370,
     "demo.py": 2_700,

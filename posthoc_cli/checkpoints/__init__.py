@@ -7,10 +7,12 @@ is executed.
     sets, clock                 the weights and an average among them; the times of files
     settings, updates           what an import adds to files; how an ordinary EMA was updated
     source, layouts             a checkpoint as a source; what programs write
-    open_run, describe          the run at a place as sources; what `ema info` says of it
-    ask                         questions about what files leave open
-    import_run, manifest        the work of `ema import`, and its output
     audit, audit_decay          the check of an average, and the search for its decay
+    decays                      the decays of averages: said in files, given, or found
+    open_run                    the road from a place to the sources of a run
+    import_run, manifest        the work of `ema import`, and its output
+    describe                    what `ema info` says of a run
+    ask                         questions about what files leave open
 
 A file is read once for its index; a synthesis then streams the bytes of its tensors, as it streams
 snapshots.

@@ -33,10 +33,6 @@ class QuestionError(InvalidValueError):
         self.answers = answers
 
 
-class ProposalError(InvalidValueError):
-    """An error whose hint is a command to paste that goes through, perhaps after another one."""
-
-
 def _phrase(answer: Answer) -> str:
     """Put an answer into words, for a caller that is no import."""
     parts = []
@@ -55,46 +51,40 @@ def with_command(place: str | Path, given: Mapping[str, Any], attempt: Attempt[T
     try:
         return attempt(place, given)
     except QuestionError as question:
-        for most in (1, _MOST):
-            for answer in question.answers:
-                settings = {**given, **answer}
-                chosen = settings.pop("place", place)
-                if _goes_through(chosen, settings, attempt, most):
-                    raise _with_line(question, place, given, answer) from None
+        hint = ""
+        if answer := _find_answer(question, place, given, attempt):
+            command = ImportSettings(**given).command(**{"place": place, **answer})
+            hint = f"paste: {command}"
         subject, reason = question.subject, question.reason
-        raise InvalidValueError(subject, reason, value=question.value) from None
+        raise InvalidValueError(subject, reason, hint, value=question.value) from None
 
 
-def _with_line(
+def _find_answer(
     question: QuestionError,
     place: str | Path,
     given: Mapping[str, Any],
-    answer: Answer,
-) -> InvalidValueError:
-    changes = {"place": place, **answer}
-    line = ImportSettings(**given).command(**changes)
-    return ProposalError(question.subject, question.reason, f"paste: {line}", value=question.value)
+    attempt: Attempt[T],
+) -> Answer | None:
+    for answer in question.answers:
+        if _goes_through(place, {**given, **answer}, attempt, _MOST):
+            return answer
+    return None
 
 
 def _goes_through(
     place: str | Path,
-    settings: Mapping[str, Any],
+    settings: dict[str, Any],
     attempt: Attempt[T],
     most: int,
 ) -> bool:
     if ASKED in settings.values():
         return True
+    place = settings.pop("place", place)
     try:
         attempt(place, settings)
     except QuestionError as question:
-        for answer in question.answers if most > 1 else ():
-            following = {**settings, **answer}
-            chosen = following.pop("place", place)
-            if _goes_through(chosen, following, attempt, most - 1):
-                return True
-        return False
-    except ProposalError:
-        return True
+        following = [{**settings, **answer} for answer in question.answers if most > 1]
+        return any(_goes_through(place, each, attempt, most - 1) for each in following)
     except PostHocError:
         return False
     return True

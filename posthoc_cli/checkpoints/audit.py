@@ -150,8 +150,6 @@ class Audit:
     warm_up: str = ""  # rule by which the decay rose, as `ImportSettings.ema_warmup` names it
     # rules that explain the files about equally, the best first; none for a claim
     candidates: tuple[Candidate, ...] = ()
-    # steps between two updates that explain an average updated rarer than at each step
-    every: tuple[int, ...] = ()
     copied_until: float | None = None  # last time at which the average had not begun
     set_back_at: float | None = None  # first time that does not follow as others do
     # names of the tensors that the verdict is about; empty for all tensors
@@ -380,6 +378,16 @@ class _Fit:
     misfit: float
 
 
+@dataclass(frozen=True)
+class _Findings:
+    """The average that explains the intervals best."""
+
+    rows: Intervals
+    best: _Fit
+    sigma: float  # the uncertainty of its length, relative
+    own: list[_Fit]  # of each interval alone
+
+
 class _Judge:
     """What an average did between checkpoints."""
 
@@ -489,43 +497,42 @@ class _Judge:
         count = len(self.sample.gram)
         rows = self.sample.intervals(self.updates, self.is_averaged).between(self.copies, count)
         if not len(rows.gram):
-            return replace(
-                audit, text="the average equals the weights, except at the last checkpoint"
-            )
+            text = "the average equals the weights, except at the last checkpoint"
+            return replace(audit, text=text)
         if (rows.counts > 1.1).all() and rows.are_single:
             spacing = np.median(np.diff(self.sample.times))
-            text = (
-                "the average takes in only the weights of these files, as if it were updated once "
-            )
-            text += f"at each: every {spacing:,.0f} {self.unit}"
+            text = "the average takes in only the weights of these files, as if it were updated "
+            text += f"once at each: every {spacing:,.0f} {self.unit}"
             return replace(audit, verdict=RARE, text=text)
         fits = self._fit_all(rows, self.families)
-        if self.claim:
-            claim = self._fit_all(rows, [self.claim])[0]
-            is_other = fits[0].misfit < claim.misfit - _clear_from(rows)
-            is_other = is_other and self._uncertainty(rows, fits[0]) <= _TOLD
-            if not is_other or self._are_same(fits[0], claim):
-                return self._compare(audit, rows, claim, fits)
-        best = fits[0]
-        sigma = self._uncertainty(rows, best)
-        own = self._fit_each(rows, best)
-        audit = self._with_findings(audit, rows, best, sigma, own)
-        candidates = [self._describe_candidate(fit, sigma) for fit in self._find_rivals(rows, fits)]
-        audit = replace(audit, candidates=tuple(candidates))
-        if self.claim:
-            texts = " or by ".join(candidate.text for candidate in candidates)
-            text = f"the average moves as by {texts}, not {_claim_text(self.claim.rule)}"
-            return replace(audit, verdict="another rule", text=text)
-        if broken := self._judge_breaks(audit, rows, best, own):
+        if not self.claim:
+            return self._judge_found(audit, fits, self._describe(rows, fits[0]))
+        claim = self._fit_all(rows, [self.claim])[0]
+        is_other = fits[0].misfit < claim.misfit - _clear_from(rows)
+        is_other = is_other and self._uncertainty(rows, fits[0]) <= _TOLD
+        if not is_other or self._are_same(fits[0], claim):
+            return self._compare(audit, fits, self._describe(rows, claim))
+        found = self._describe(rows, fits[0])
+        candidates = self._find_candidates(fits, found)
+        texts = " or by ".join(candidate.text for candidate in candidates)
+        text = f"the average moves as by {texts}, not {_claim_text(self.claim.rule)}"
+        audit = self._with_findings(audit, found)
+        return replace(audit, candidates=candidates, verdict="another rule", text=text)
+
+    def _judge_found(self, audit: Audit, fits: Sequence[_Fit], found: _Findings) -> Audit:
+        """Judge an average without a claim by the rules that explain it best."""
+        candidates = self._find_candidates(fits, found)
+        audit = replace(self._with_findings(audit, found), candidates=candidates)
+        if broken := self._judge_breaks(audit, found):
             return broken
-        known = Family(best.family.member(best.log), is_known=True)
-        if rare := self._judge_rare_updates(audit, rows, known):
+        known = Family(found.best.family.member(found.best.log), is_known=True)
+        if rare := self._judge_rare_updates(audit, found.rows, known):
             return rare
         texts = ", and as ".join(candidate.text for candidate in candidates)
         if len(candidates) > 1:
             text = f"the files show it about equally as {texts}"
             return replace(audit, found=None, text=text)
-        if vague := self._why_vague(rows, best, sigma):
+        if vague := self._why_vague(found):
             return replace(audit, found=None, text=vague)
         return replace(audit, verdict="found", text=texts)
 
@@ -554,22 +561,21 @@ class _Judge:
         log = rows.fit(rule)
         return math.hypot(log, rows.uncertainty(rule, log))
 
-    def _is_told(self, rows: Intervals, claim: _Fit, sigma: float) -> bool:
+    def _is_told(self, found: _Findings) -> bool:
         """Return whether the intervals may refute a length: they are not noise, nor as long as
         several claimed lengths, so that the path within them may change what is found."""
-        spacing = float(np.median(rows.counts)) / claim.family.length(0.0, self.last)
-        return not rows.are_noise and (sigma <= _TOLD or spacing < FAR)
+        spacing = float(np.median(found.rows.counts)) / found.best.family.length(0.0, self.last)
+        return not found.rows.are_noise and (found.sigma <= _TOLD or spacing < FAR)
 
-    def _find_rivals(self, rows: Intervals, fits: Sequence[_Fit]) -> list[_Fit]:
-        """Choose the best average, and averages of other rules that explain the intervals about as
-        well."""
-        best = fits[0]
-        rivals = [best]
+    def _find_candidates(self, fits: Sequence[_Fit], found: _Findings) -> tuple[Candidate, ...]:
+        """Describe the best average, and averages of other rules that explain the intervals about
+        as well."""
+        rivals = [fits[0]]
         for fit in fits[1:]:
-            is_alike = fit.misfit < best.misfit + _equal_within(rows)
+            is_alike = fit.misfit < fits[0].misfit + _equal_within(found.rows)
             if is_alike and not any(self._are_same(fit, rival) for rival in rivals):
                 rivals.append(fit)
-        return rivals
+        return tuple(self._describe_candidate(fit, found.sigma) for fit in rivals)
 
     def _are_same(self, one: _Fit, other: _Fit) -> bool:
         """Return whether two fits make about the same averages at the times of the checkpoints."""
@@ -578,20 +584,17 @@ class _Judge:
 
     # --- findings
 
-    def _with_findings(
-        self,
-        audit: Audit,
-        rows: Intervals,
-        best: _Fit,
-        sigma: float,
-        own: Sequence[_Fit],
-    ) -> Audit:
+    def _describe(self, rows: Intervals, best: _Fit) -> _Findings:
+        return _Findings(rows, best, self._uncertainty(rows, best), self._fit_each(rows, best))
+
+    def _with_findings(self, audit: Audit, found: _Findings) -> Audit:
         """Add to the audit the numbers of an average and of its intervals."""
+        best = found.best
         rule = best.family.member(best.log)
         intervals = []
-        unexplained = _residual_shares(rows, best)
+        unexplained = _residual_shares(found.rows, best)
         claim = _Fit(self.claim, 0.0, 0.0) if self.claim else None
-        for index, fit in enumerate(own):
+        for index, fit in enumerate(found.own):
             at = index + self.copies
             begin, end = self.sample.times[at : at + 2].tolist()
             updates = float(self.updates[at + 1])
@@ -605,13 +608,12 @@ class _Judge:
                 unexplained=None if stays else float(unexplained[index]),
             )
             intervals.append(interval)
-        length = None if self._rises(best) else self._limit(best)
         return replace(
             audit,
             what=_name_parameter(rule),
             found=self._parameter(best),
-            length=length,
-            uncertainty=sigma,
+            length=None if self._rises(best) else self._limit(best),
+            uncertainty=found.sigma,
             warm_up=warm_up_text(rule).replace("none", ""),
             intervals=tuple(intervals),
         )
@@ -678,21 +680,12 @@ class _Judge:
             value = rule.decay
         return Candidate(warm_up, value, False, text)
 
-    def _at_strides(self, rows: Intervals, every: int) -> Intervals:
-        """Adapt the intervals to an average that is updated at every few steps."""
-        return Intervals(self.sample.times[self.copies :] // every, rows.gram, rows.rounding)
-
     # --- verdicts
 
-    def _judge_breaks(
-        self,
-        audit: Audit,
-        rows: Intervals,
-        best: _Fit,
-        own: Sequence[_Fit],
-    ) -> Audit | None:
-        """Judge an average that the weights do not explain, or not in some intervals; `own` are the
-        fits of each interval alone."""
+    def _judge_breaks(self, audit: Audit, found: _Findings) -> Audit | None:
+        """Judge an average that the weights do not explain, or not in some intervals."""
+        rows = found.rows
+        best = found.best
         audit = replace(audit, found=None, candidates=())
         is_foreign = np.median(_residual_shares(rows, best)) > _FOREIGN
         length = best.family.length(best.log, self.last)
@@ -706,73 +699,59 @@ class _Judge:
         places = np.flatnonzero(restarts & ~is_still)
         if places.size:
             last = int(places[-1])  # after which all is well
-            audit, text = self._name_break(audit, last, best, own)
-            text += ": it began again from the weights in between"
-            return replace(audit, verdict=SET_BACK, text=text, difference=abs(best.log))
-        gains = np.where(is_still, 0.0, [-fit.misfit for fit in own])
+            why = ": it began again from the weights in between"
+            audit = self._name_break(audit, last, found, why)
+            return replace(audit, verdict=SET_BACK, difference=abs(best.log))
+        gains = np.where(is_still, 0.0, [-fit.misfit for fit in found.own])
         if rows.are_noise:
             return None
         if np.quantile(gains, 0.75) > _CHANGED:
-            lengths = [self._length(fit, self.last) for fit in own]
+            lengths = [self._length(fit, self.last) for fit in found.own]
             text = f"each interval alone shows another length, from {min(lengths):,.3g} to "
             text += f"{max(lengths):,.3g} {self.unit}: its decay changes by an unknown rule"
             return replace(audit, verdict="another rule", text=text)
         if gains.max() > _ODD:
-            audit, text = self._name_break(audit, int(gains.argmax()), best, own)
-            text += " as others do: it or the weights were replaced, or its decay changed"
-            return replace(audit, text=text)
+            why = " as others do: it or the weights were replaced, or its decay changed"
+            return self._name_break(audit, int(gains.argmax()), found, why)
         return None
 
-    def _name_break(
-        self,
-        audit: Audit,
-        place: int,
-        best: _Fit,
-        own: Sequence[_Fit],
-    ) -> tuple[Audit, str]:
-        """Add to the audit an interval that differs from the others, and name it in a text."""
+    def _name_break(self, audit: Audit, place: int, found: _Findings, why: str) -> Audit:
+        """Name an interval that differs from the others."""
         begin, end = self.sample.times[self.copies :][place : place + 2]
         text = f"the average of {self._format_time(end)} does not follow from the one at "
-        doubt = abs(own[place].log - best.log)
-        audit = replace(audit, difference=doubt, set_back_at=float(end))
-        return audit, f"{text}{begin:,.12g}"
+        doubt = abs(found.own[place].log - found.best.log)
+        text += f"{begin:,.12g}{why}"
+        return replace(audit, text=text, difference=doubt, set_back_at=float(end))
 
-    def _compare(
-        self,
-        audit: Audit,
-        rows: Intervals,
-        best: _Fit,
-        others: Sequence[_Fit],
-    ) -> Audit:
-        """Judge an average with a claim by the best average of its family."""
-        sigma = self._uncertainty(rows, best)
-        own = self._fit_each(rows, best)
-        audit = self._with_findings(audit, rows, best, sigma, own)
-        if broken := self._judge_breaks(audit, rows, best, own):
+    def _compare(self, audit: Audit, fits: Sequence[_Fit], found: _Findings) -> Audit:
+        """Judge an average with a claim by the best average of its family; `fits` are of other
+        rules."""
+        rows = found.rows
+        best = found.best
+        audit = self._with_findings(audit, found)
+        if broken := self._judge_breaks(audit, found):
             return broken
-        found = self._describe_candidate(best, sigma).text
+        shown = self._describe_candidate(best, found.sigma).text
         claimed = _claim_text(best.family.rule)
         difference = abs(best.log)
         if not rows.are_noise:
             audit = replace(audit, difference=difference)
         is_better = best.misfit < rows.misfit(best.family, 0.0) - _BETTER
-        is_told = self._is_told(rows, best, sigma)
-        if is_told and is_better and difference > max(3 * sigma, _SLACK):
+        is_clear = difference > max(3 * found.sigma, _SLACK)
+        if is_better and is_clear and self._is_told(found):
             verdict = "too long" if best.log > 0 else "too short"
-            text = f"{verdict} by a factor of {math.exp(difference):.3g}: {found}, not {claimed}; "
-            text += _cause(verdict, difference, sigma)
-            rivals = tuple(
-                self._describe_candidate(fit, sigma) for fit in self._find_rivals(rows, others)
-            )
-            return replace(audit, verdict=verdict, text=text, candidates=rivals)
-        if vague := self._why_vague(rows, best, sigma):
+            text = f"{verdict} by a factor of {math.exp(difference):.3g}: {shown}, not {claimed}; "
+            text += _cause(verdict, difference, found.sigma)
+            candidates = self._find_candidates(fits, found)
+            return replace(audit, verdict=verdict, text=text, candidates=candidates)
+        if vague := self._why_vague(found):
             return replace(audit, found=None, text=vague)
         if difference > _VAGUE:
-            text = f"the checkpoints show it too vaguely: {found}, not {claimed}"
+            text = f"the checkpoints show it too vaguely: {shown}, not {claimed}"
             return replace(audit, found=None, text=text)
         if rare := self._judge_rare_updates(audit, rows, best.family):
             return rare
-        return replace(audit, verdict="as claimed", text=f"{found}, as claimed")
+        return replace(audit, verdict="as claimed", text=f"{shown}, as claimed")
 
     def _judge_rare_updates(self, audit: Audit, rows: Intervals, family: Family) -> Audit | None:
         """Judge an average that is nearly the mean of all weights if updates at every few steps
@@ -785,32 +764,26 @@ class _Judge:
         is_mean = rule.warm_up in (POWER_FUNCTION, "power") and 1 <= rule.power < 2
         if not self.may_be_rarer or not is_mean:
             return None
-        plain = rows.misfit(family, 0.0)
-        misfits = {}
-        for every in _STRIDES:
-            misfits[every] = self._at_strides(rows, every).misfit(family, 0.0)
-        most = min(plain, min(misfits.values()) + 2 * _equal_within(rows)) - _equal_within(rows)
-        best_first = sorted(misfits, key=misfits.__getitem__)
-        likely = tuple(every for every in best_first if misfits[every] < most)
-        if not likely:
+        times = self.sample.times[self.copies :]
+        rare = [replace(rows, updates=times // every).misfit(family, 0.0) for every in _STRIDES]
+        if min(rare) >= rows.misfit(family, 0.0) - _equal_within(rows):
             return None
-        text = f"an update at every {likely[0]} {self.unit} explains the files better than one at "
-        return replace(audit, verdict=RARE, text=f"{text}each", every=likely)
+        text = f"updates at every few {self.unit} explain the files better than one at each"
+        return replace(audit, verdict=RARE, text=text)
 
-    def _why_vague(self, rows: Intervals, best: _Fit, sigma: float) -> str:
+    def _why_vague(self, found: _Findings) -> str:
         """Say why a length is undetermined; empty if it is not."""
-        spacing = float(rows.counts.min())
-        length = best.family.length(0.0 if self.claim else best.log, self.last)
-        found = best.family.length(best.log, self.last)
-        is_decay = _name_parameter(best.family.rule) == "decay"
-        if is_decay and max(length, found) < _SHORTEST * spacing:
-            text = (
-                f"its time constant is below {_SHORTEST * spacing * self.every:,.3g} {self.unit}, "
-            )
-            text += "too short for the time between these checkpoints; checkpoints closer than "
+        family = found.best.family
+        spacing = float(found.rows.counts.min())
+        length = family.length(0.0 if self.claim else found.best.log, self.last)
+        longest = max(length, family.length(found.best.log, self.last))
+        if _name_parameter(family.rule) == "decay" and longest < _SHORTEST * spacing:
+            shortest = _SHORTEST * spacing * self.every
+            text = f"its time constant is below {shortest:,.3g} {self.unit}, too short for the "
+            text += "time between these checkpoints; checkpoints closer than "
             return f"{text}{length * self.every / _SHORTEST:,.0f} {self.unit} would show it"
-        if sigma > _VAGUE:
-            return f"the checkpoints do not show its length (± {percent(min(sigma, 1))})"
+        if found.sigma > _VAGUE:
+            return f"the checkpoints do not show its length (± {percent(min(found.sigma, 1))})"
         return ""
 
 

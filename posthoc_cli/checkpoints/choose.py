@@ -14,6 +14,7 @@ one role at the same times or in two folders, and what else has a number of its 
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -36,7 +37,7 @@ from posthoc_cli.checkpoints.clock import (
     sign_of_most,
 )
 from posthoc_cli.checkpoints.containers import KIND
-from posthoc_cli.checkpoints.content import Content
+from posthoc_cli.checkpoints.content import Content, Tensors
 from posthoc_cli.checkpoints.folders import NUMBER, make_glob
 from posthoc_cli.checkpoints.layouts import (
     Found,
@@ -45,8 +46,13 @@ from posthoc_cli.checkpoints.layouts import (
     says_its_profile,
 )
 from posthoc_cli.checkpoints.places import Candidate, Place
-from posthoc_cli.checkpoints.settings import ImportSettings
-from posthoc_cli.checkpoints.source import are_near, first_values, make_checkpoint
+from posthoc_cli.checkpoints.settings import ImportSettings, read_number
+from posthoc_cli.checkpoints.source import (
+    COMPARED_FILES,
+    are_near,
+    first_values_of,
+    moves_less,
+)
 from posthoc_cli.errors import (
     DirectoryError,
     FileFormatError,
@@ -57,9 +63,8 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.profiles import FloatArray
 
-_COMPARED_FILES = 5  # newest, whose motion is compared
 _ALIKE = 0.9  # share of the tensors that checkpoints of one model have in common
-_SLOWER = 0.99  # a copy in float16 moves as its original within a thousandth
+_SHORTER = 0.8  # of a random walk in 5 epochs of 4 files each 0.3, in 2 of 10 0.7; of two seeds 1
 _LEAST = 1 / 3  # share of a model's tensors that its average has: the trained ones
 
 _OTHER_MODEL = "another model"
@@ -87,14 +92,24 @@ class Member:
     def shapes(self) -> Counter[Shape]:
         """The shapes of the selected tensors by the last two parts of their names: what stands
         before them may differ between the files of one model."""
-        tensors = self.content.tensors
-        with suppress(FileFormatError, InvalidValueError):
-            tensors = self.settings.select(self.found.tensors)
+        tensors = self._tensors
+        with suppress(InvalidValueError):
+            tensors = self.settings.select(tensors)
         found = Counter[Shape]()
         for name, tensor in tensors.items():
             if tensor.shape not in ((), (1,)):
                 found[".".join(name.split(".")[-2:]).replace("_", ""), tensor.shape] += 1
         return found
+
+    @cached_property
+    def _tensors(self) -> Tensors:
+        """The tensors of the model; all of them if it is unclear which these are."""
+        try:
+            return self.found.tensors
+        except VanishedError:
+            raise
+        except (FileFormatError, InvalidValueError):  # raised again when it is used
+            return self.content.tensors
 
     @cached_property
     def found(self) -> Found:
@@ -113,23 +128,24 @@ class Member:
         named = role_by_glob(self.path, self.settings)
         if named:
             return "average" if named == "ema" else "weights"
-        try:
-            found = self.found
-        except VanishedError:
-            raise
-        except (FileFormatError, InvalidValueError):  # raised again when it is used
-            return "both"
-        if found.averaged:
-            return "both" if found.weights else "average"
-        return "weights"
+        with suppress(FileFormatError, InvalidValueError):
+            if not self.found.averaged:
+                return "weights"
+            if not self.found.weights:
+                return "average"
+        return "both"
 
     @cached_property
     def values(self) -> FloatArray:
         """The first values of its tensors."""
-        tensors = self.content.tensors
-        with suppress(FileFormatError, InvalidValueError):
-            tensors = self.found.tensors
-        return first_values(make_checkpoint(self.content, tensors))
+        return first_values_of(self.content, self._tensors)
+
+    @property
+    def all_signs(self) -> Signs:
+        """Its signs, with what the tensors say: the number of a layout, or a count of updates."""
+        if self.found.reading is not None:
+            return Signs(self.path, {"given": self.found.reading})
+        return replace(self.signs, count=self.found.count)
 
     @property
     def reading(self) -> Reading | None:
@@ -142,12 +158,13 @@ class Member:
         return self.reading.number if self.reading else None
 
     def is_later_than(self, other: Member) -> bool:
-        """Return whether its number is larger, and counts the same."""
+        """Return whether its number is larger, and counts the same, or something that is stated,
+        as epochs beside steps."""
         ours = self.reading
         theirs = other.reading
-        if ours is None or theirs is None:
+        if ours is None or theirs is None or (ours.unit != theirs.unit and not ours.unit):
             return False
-        return ours.number > theirs.number and ours.unit == theirs.unit
+        return ours.number > theirs.number
 
     def is_like(self, other: Member) -> bool:
         """Return whether both are of one model."""
@@ -174,11 +191,11 @@ class Chooser:
     def __init__(self, place: Place, settings: ImportSettings) -> None:
         self.place = place
         self.settings = settings
-        self.candidates = place.candidates()
+        self.candidates = place.candidates
         self.left_out = dict[Candidate, str]()  # with the reasons
         self._copies = set[Candidate]()
-        folders = {each.path.parent for each in self.candidates}
-        self._root = Path(*_common_parts(folders)) if folders else Path()
+        folders = {str(each.path.parent) for each in self.candidates}
+        self._root = Path(os.path.commonpath(folders) if folders else "")
 
     @property
     def notes(self) -> list[str]:
@@ -209,10 +226,8 @@ class Chooser:
         candidates = self.candidates
         pattern = self.settings.step_from
         if pattern:
-            candidates = [each for each in candidates if re.search(pattern, str(each.path))]
-            if not candidates:
-                reason = f"finds no number in {self.candidates[0].path}"
-                raise InvalidValueError("step_from", reason, value=pattern)
+            matching = [each for each in candidates if re.search(pattern, str(each.path))]
+            candidates = matching or candidates  # whose error names one
         named = [each for each in candidates if role_by_glob(each.path, self.settings)]
         if named and (self.settings.weights or not self.settings.average):
             candidates = named
@@ -256,7 +271,7 @@ class Chooser:
         globs = {member.glob for member in members}
         for candidate, problem in failed:
             if not members or self._glob(candidate.path) in globs:
-                raise problem  # of the run itself
+                raise problem.with_hint("move it away to leave it out") if members else problem
             self._leave_out([candidate], problem.reason)
         if not members:
             hint = "name their folder, a file, or a glob such as 'out/step*.pt'"
@@ -278,26 +293,20 @@ class Chooser:
     # --- 2. one model
 
     def _of_one_model(self, members: list[Member]) -> list[Member]:
-        models = list[list[Member]]()
-        for member in sorted(members, key=lambda each: -each.shapes.total()):
-            for model in models:
-                if member.is_like(model[0]) or member.is_like(model[-1]):
-                    model.append(member)
-                    break
-            else:
-                models.append([member])
-        models = [model for model in models if model[0].shapes]
+        models = [model for model in _group_alike(members) if model[0].shapes]
         if not models:
             return members  # whose error says why
         models.sort(key=lambda model: (-len(model), -model[0].content.nbytes))
         chosen, *others = models
-        globs = {member.glob for member in chosen}
         for other in others:  # in one series a difference is an error that names it
-            chosen += [member for member in other if member.glob in globs]
-        others = [[each for each in other if each.glob not in globs] for other in others]
-        rivals = [other for other in others if 2 * len(other) > len(chosen)]
-        if rivals and len(chosen) > 1:
-            raise self._ask_which([self._split(model)[0] for model in (chosen, *rivals)], "models")
+            globs = {member.glob for member in chosen}
+            joining = [member for member in other if member.glob in globs]
+            if not _are_parts(chosen + joining):
+                chosen += joining
+        left = [[member for member in other if member not in chosen] for other in others]
+        rivals = [other for other in left if 2 * len(other) > len(chosen) > 1]
+        if rivals:
+            raise self._ask_which([_main_series(model) for model in (chosen, *rivals)], "models")
         self._leave_out([each for each in members if each not in chosen], _OTHER_MODEL)
         return [each for each in members if each in chosen]
 
@@ -400,44 +409,43 @@ class Chooser:
 
     # --- questions
 
-    def _ask_which(self, several: Sequence[Series], what: str) -> QuestionError:
-        """Make the question which of several series are the run, with globs that match nothing
-        else; the longest first."""
+    def _ask_which(self, several: Sequence[Series], what: str) -> InvalidValueError:
+        """Make the question which of several series are the run; without a command if they are
+        parts of one, of which any proposal would leave most out."""
         several = sorted(several, key=lambda each: -len(each))
+        counted = [f"{len(each)} x {self._glob_of(each)}" for each in several]
+        reason = f"holds several {what}, {list_first(counted)}"
+        if _follow_each_other(several):
+            reason += ", and their values are of one run: its steps begin anew, as in each epoch"
+            hint = "rename copies of the files after the step of the whole training"
+            return InvalidValueError(self.place.name, reason, hint)
+        return QuestionError(self.place.name, reason, *self._list_answers(several))
+
+    def _list_answers(self, several: Sequence[Series]) -> list[Answer]:
+        """List the pairs of an average and its weights, the series together if they are of one run,
+        and each alone, with globs that match nothing else; the longest first."""
         answers: list[Answer] = []
-        root = glob.escape(str(self._root))
-        if len(several) == 2 and self._are_pairs(*several):
-            slower, faster = sorted(several, key=_motion)
-            answers.append(self._pair(slower, faster))
-            several = [faster, slower]
+        if len(several) == 2:
+            for slower, faster in (several, several[::-1]):
+                if _is_average_of(slower, faster):
+                    answers.append(self._pair(slower, faster))
+                    several = [faster, slower]
         weights = [each for each in several if each[0].role == "weights"]
         if len(weights) == 1:
             averages = [each for each in several if each[0].role == "average"]
             answers += [self._pair(each, weights[0]) for each in averages]
+        globs = [self._exact_glob(each) for each in several]
         if len({each[0].glob for each in several}) == 1:
             joined = [member for each in several for member in each]
             follow = len(_numbers(joined)) == len(joined)
             if follow and are_near(joined[0].values, joined[-1].values):
-                answers.append({"place": f"{root}/{self._glob_of(joined)}"})
-        answers += [{"place": f"{root}/{self._exact_glob(each)}"} for each in several]
-        counted = [f"{len(each)} x {self._glob_of(each)}" for each in several]
-        reason = f"holds several {what}, {list_first(counted)}"
-        return QuestionError(self.place.name, reason, *answers)
+                globs.insert(0, self._glob_of(joined))
+        root = glob.escape(str(self._root))
+        return [*answers, *({"place": f"{root}/{pattern}"} for pattern in globs)]
 
     def _pair(self, average: Series, weights: Series) -> Answer:
         globs = [self._exact_glob(each).rpartition("/")[2] for each in (average, weights)]
         return {"average": globs[0], "weights": globs[1]}
-
-    def _are_pairs(self, first: Series, other: Series) -> bool:
-        """Return whether two series have the same times, tensors of the same names, and values near
-        each other, and one moves less, so that it may be the average of the other."""
-        are_same = len(first) > 1 and _numbers(first) == _numbers(other)
-        if not are_same or first[0].role != other[0].role:
-            return False
-        if first[0].content.tensors.keys() != other[0].content.tensors.keys():
-            return False
-        slower, faster = sorted(map(_motion, (first, other)))
-        return slower < _SLOWER * faster and are_near(first[-1].values, other[-1].values)
 
     def _exact_glob(self, series: Series) -> str:
         """Make a glob of a series that matches no other candidate."""
@@ -466,11 +474,65 @@ def _numbers(series: Iterable[Member]) -> set[int | None]:
     return {member.number for member in series}
 
 
-def _motion(series: Series) -> float:
-    """Measure how far a series moves from file to file, squared; averages move less."""
+def _is_average_of(one: Series, other: Series) -> bool:
+    """Return whether a series has the times of another one and tensors of the same names, and moves
+    less, so that it may be its average."""
+    are_same = len(one) > 1 and _numbers(one) == _numbers(other) and one[0].role == other[0].role
+    if not are_same or one[0].content.tensors.keys() != other[0].content.tensors.keys():
+        return False
+    return moves_less(_newest_values(one), _newest_values(other))
+
+
+def _follow_each_other(several: Sequence[Series]) -> bool:
+    """Return whether series at the same times are of one run, in the order of all numbers in names:
+    then that way through all files is shorter than one from the first file to each series."""
+    joined = [member for series in several for member in series]
+    if len({(member.glob, member.values.shape) for member in joined}) > 1:
+        return False
+    if len(_numbers(joined)) == len(joined):
+        return False
+    firsts = np.array([min(series, key=_numbers_in_name).values for series in several])
+    apart = sum(map(_motion, several)) + np.square(firsts - firsts[0]).sum()
+    return bool(_motion(joined) < _SHORTER * apart)
+
+
+def _motion(members: Series) -> float:
+    in_order = sorted(members, key=_numbers_in_name)
+    return float(np.square(np.diff([member.values for member in in_order], axis=0)).sum())
+
+
+def _numbers_in_name(member: Member) -> list[float]:
+    return [read_number(text) or 0 for text in NUMBER.findall(member.name)]
+
+
+def _newest_values(series: Series) -> FloatArray:
     in_order = sorted(series, key=lambda member: member.number or 0)
-    rows = [member.values for member in in_order[-_COMPARED_FILES:]]
-    return float(np.square(np.diff(rows, axis=0)).sum())
+    return np.stack([member.values for member in in_order[-COMPARED_FILES:]])
+
+
+def _group_alike(members: Iterable[Member]) -> list[list[Member]]:
+    """Group members by the model that they are of."""
+    models = list[list[Member]]()
+    for member in sorted(members, key=lambda each: -each.shapes.total()):
+        for model in models:
+            if member.is_like(model[0]) or member.is_like(model[-1]):
+                model.append(member)
+                break
+        else:
+            models.append([member])
+    return models
+
+
+def _are_parts(members: Series) -> bool:
+    """Return whether a number in names tells models apart, each with several files, as in
+    `step_100_part0.pt`."""
+    for column in zip(*(NUMBER.findall(member.name) for member in members), strict=False):
+        number = dict(zip(members, column, strict=False))
+        parts = _group(members, number.__getitem__)
+        are_few = 1 < len(parts) <= len(members) / 2
+        if are_few and all(len(_group_alike(part)) == 1 for part in parts):
+            return True
+    return False
 
 
 def _split_by_number(group: Series) -> list[Series]:
@@ -496,18 +558,13 @@ def _read_varying(series: Series) -> None:
         member.signs = replace(member.signs, by_sign={**member.signs.by_sign, LONE: reading})
 
 
+def _main_series(model: Series) -> Series:
+    """Choose the members whose names most differ in numbers alone."""
+    return max(_group(model, lambda member: member.glob), key=len)
+
+
 def _group(members: Iterable[Member], key: Callable[[Member], Hashable]) -> list[Series]:
     groups = dict[Hashable, Series]()
     for member in members:
         groups.setdefault(key(member), []).append(member)
     return [*groups.values()]
-
-
-def _common_parts(folders: Iterable[Path]) -> tuple[str, ...]:
-    """Find the parts that all paths begin with."""
-    common = tuple[str, ...]()
-    for parts in zip(*(folder.parts for folder in folders), strict=False):
-        if len(set(parts)) > 1:
-            break
-        common = (*common, parts[0])
-    return common

@@ -68,9 +68,10 @@ _ALONE = re.compile(
 _GROUPED = re.compile(r"(?<![0-9])[0-9]{1,3}(?:[_,][0-9]{3})+(?![0-9])")  # 1_000
 _SPELLED = r"[0-9]{1,3}(?:[_,][0-9]{3})+(?![0-9])|[0-9]+(?:\.[0-9]+)?(?:[kmb](?![a-z0-9]))?"
 """1_000, 1.5k or 1000."""
+_SECONDS = re.compile(r"1[5-9][0-9]{8}(?:[0-9]{3})?")  # or thousandths, of 2017 to 2033
 _DATE = re.compile(
-    r"(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])(?:[0-9]{4}|[0-9]{6})?"
-    r"|1[5-9][0-9]{8}(?:[0-9]{3})?"  # seconds, or thousandths, of 2017 to 2033
+    r"(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])(?:[0-9]{4}|[0-9]{6})?|"
+    + _SECONDS.pattern
 )
 _THOUSANDS = re.compile(r"[0-9]+(?:\.[0-9]+)?[km]", re.IGNORECASE)  # steps as 10k or 1.5M
 _GOES_ON = re.compile(r"[.,_-]?[0-9]")  # after such a letter: it is no unit then, as in 1k5
@@ -90,9 +91,6 @@ class Reading:
     unit: Unit  # empty if nothing states it
     origin: str  # where it was found, for a message
     value: str = ""  # the key of the value in the content that shows it
-
-
-UNREAD = Reading(0, "", "")
 
 
 @dataclass(frozen=True)
@@ -348,7 +346,10 @@ def _ask_for_step(path: Path, doubt: str) -> InvalidValueError:
         patterns |= dict.fromkeys(reversed(_list_patterns(path, spelled).values()))
     if patterns:
         return QuestionError(path, reason, *({"step_from": pattern} for pattern in patterns))
-    return InvalidValueError(path, reason, _describe_pattern())
+    hint = _describe_pattern()
+    if _SECONDS.search(path.name):
+        hint = "rename copies of the files after their steps"
+    return InvalidValueError(path, reason, hint)
 
 
 def _list_patterns(path: Path, spelled: str) -> dict[str, str]:
@@ -362,6 +363,8 @@ def _list_patterns(path: Path, spelled: str) -> dict[str, str]:
         if not number[0].isdecimal():
             digits = r"(\d[\d_,]*\d)" if number[0][-1].isdigit() else r"([\d.]+[kmb])"
         end = number.end()
+        if _SECONDS.fullmatch(number[0]):
+            continue
         behind = re.escape(re.split("[0-9]", path.name[end:], maxsplit=1)[0])
         for after in ("", behind, f"{behind}$"):
             pattern = before + digits + after
@@ -391,7 +394,7 @@ def read_times(files: Sequence[Signs], settings: ImportSettings) -> Times:
     numbers = [file.by_sign[sign] for file in files]
     if sign == "stated":
         _check_names(files)
-    if any(reading.unit == "steps" for reading in numbers):
+    if any(reading.unit in ("steps", "images") for reading in numbers):
         return _read_steps(files, numbers, settings)
     return _read_unknown_numbers(files, numbers, settings)
 
@@ -411,14 +414,9 @@ def sign_of_most(files: Sequence[Signs]) -> str | None:
 def _explain_no_sign(files: Sequence[Signs]) -> InvalidValueError:
     """Make the error about files of which no sign shows the times of all."""
     first = next((file for file in files if not file.by_sign), files[0])
-    others = [file for file in files if file.by_sign.keys() != first.by_sign.keys()]
-    if first.problem is not None:
-        return first.problem
-    if not others:
-        hint = "name the files of one run with a glob"
-        return InvalidValueError(first.path, "states no step, nor does its name", hint)
-    reason = f"must be given: {first.path.name} and {others[0].path.name} state it in different "
-    return InvalidValueError("step_from", f"{reason}ways", "name the files of one run with a glob")
+    hint = "name the files of one run with a glob"
+    unsaid = InvalidValueError(first.path, "states no step, nor does its name", hint)
+    return first.problem or unsaid
 
 
 def _are_distinct(files: Sequence[Signs], sign: str) -> bool:
@@ -455,11 +453,12 @@ def _read_steps(
     settings: ImportSettings,
 ) -> Times:
     _check_one_count(files, numbers)
-    origin = numbers[0].origin
+    unit = "images" if numbers[0].unit == "images" else "steps"
+    says = f"{unit}, by {numbers[0].origin}"
     if settings.steps_per_epoch:
-        reason = f"does not apply to numbers that are steps, by {origin}"
+        reason = f"does not apply to numbers that are {says}"
         raise InvalidValueError("steps_per_epoch", reason, value=settings.steps_per_epoch)
-    return Times("steps", True, f"steps, by {origin}", [reading.number for reading in numbers])
+    return Times(unit, True, says, [reading.number for reading in numbers])
 
 
 def _read_unknown_numbers(
@@ -520,17 +519,19 @@ def _read_epochs(
         says += f"; the first checkpoint is of step {min(steps):,}"
         return Times("steps", True, says, steps)
     counts = [file.count for file in files]
-    if all(counts) and _are_proportional(counts, epochs):
+    if all(counts) and _spread(counts, epochs) <= _SPREAD:
         says += "; steps are the updates that the averages have counted"
         return Times("steps", True, says, counts)
     return Times("epochs", False, says, epochs)
 
 
-def _are_proportional(counts: Sequence[int], epochs: Sequence[int]) -> bool:
-    """Return whether counts of updates cover the whole training: torchvision's counts begin when
-    the learning rate has risen."""
+_SPREAD = 1.01  # of counts of the whole training: torchvision's begin when the rate has risen
+
+
+def _spread(counts: Sequence[int], epochs: Sequence[int]) -> float:
+    """Compute the largest number of updates in an epoch, relative to the smallest."""
     rates = [count / max(epoch, 1) for count, epoch in zip(counts, epochs, strict=True)]
-    return max(rates) <= 1.01 * min(rates)
+    return max(rates) / min(rates)
 
 
 def _explain_epochs(numbers: Sequence[Reading]) -> str:
@@ -561,5 +562,9 @@ def _offset(files: Sequence[Signs], numbers: Sequence[int], settings: ImportSett
     distinct = sorted({*numbers})
     if distinct[0] == 0:
         return 1
+    counts = [file.count for file in files]
+    if all(counts):
+        later = [number + 1 for number in numbers]
+        return int(_spread(counts, later) < min(_spread(counts, numbers), _SPREAD))
     every = math.gcd(*(number - distinct[0] for number in distinct))
     return int(every > 1 and (distinct[0] + 1) % every == 0)

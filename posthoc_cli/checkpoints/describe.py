@@ -7,10 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from posthoc_cli.checkpoints.content import Content, Values
-from posthoc_cli.checkpoints.import_run import FoundRun, find_run, open_checkpoints, place_at
 from posthoc_cli.checkpoints.layouts import recognise
 from posthoc_cli.checkpoints.manifest import read_manifest
-from posthoc_cli.checkpoints.open_run import PlaceRun, make_run
+from posthoc_cli.checkpoints.open_run import (
+    FoundRun,
+    find_run,
+    find_unclaimed,
+    open_unclaimed,
+)
 from posthoc_cli.checkpoints.places import Place
 from posthoc_cli.checkpoints.sets import TensorSets
 from posthoc_cli.checkpoints.settings import UNSPECIFIED
@@ -32,12 +36,12 @@ def describe_checkpoints(place: Path) -> Values:
     numbers = ""
     notes: tuple[str, ...] = ()
     if is_import(place):
-        checkpoints = open_checkpoints(place)
+        checkpoints = open_unclaimed(place)
     else:
         found = _find(place)
         numbers = found.says
         notes = found.notes
-        checkpoints = make_run(found.checkpoints)
+        checkpoints = found.checkpoints
     newest = checkpoints[-1]
     rows = []
     for checkpoint in checkpoints:
@@ -71,13 +75,13 @@ def describe_checkpoints(place: Path) -> Values:
     return described
 
 
-def _find(place: Path) -> FoundRun | PlaceRun:
+def _find(place: Path) -> FoundRun:
     """Find the run at a place, with the decay that its files show; if they leave the decay open,
     with a note about it."""
     try:
         return find_run(place, UNSPECIFIED)
     except InvalidValueError as error:
-        found = place_at(place)
+        found = find_unclaimed(place)
         note = f"cannot be used as it is: {error}"
         return replace(found, notes=(*found.notes, note))
 
@@ -96,7 +100,7 @@ def describe_files(place: Path, error: PostHocError) -> Values:
     """Describe what files hold that need an import, for JSON, and what the import would have to be
     told; raise the error that says so if none can be opened."""
     opener = Place(place)
-    candidates = opener.candidates()
+    candidates = opener.candidates
     rows: list[Values] = []
     opened = []
     for candidate in candidates:

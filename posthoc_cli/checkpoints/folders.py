@@ -26,6 +26,8 @@ AVERAGE_WORD = re.compile(
 """Pattern of a key, prefix or name that says that its tensors are an average, also `modelTeacher`;
 solo-learn trains its `momentum_classifier` like any other layer. `non_ema`, `model_without_ema` and
 `ema_backup` are the weights."""
+MODEL_FILES = ("model", "diffusion_pytorch_model", "adapter_model", "pytorch_model")
+"""Names of weights in folders of Hugging Face's libraries, the likeliest first."""
 NO_MODEL = re.compile(
     r"(?<![a-z])(?:opt|optims?|optimizers?|optimization|(?:lr_?)?schedulers?|rng|random_states?|"
     r"(?:grad_)?scaler|(?:train|training)[_-]args|dataloaders?)(?![a-z])|^chained_|^opt\d",

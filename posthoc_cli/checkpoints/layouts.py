@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from posthoc_cli.checkpoints.ask import ASKED, Answer, QuestionError
-from posthoc_cli.checkpoints.clock import UNREAD, Reading
+from posthoc_cli.checkpoints.clock import Reading
 from posthoc_cli.checkpoints.containers import strip_ending
 from posthoc_cli.checkpoints.content import Content, Tensors, Values, list_names
 from posthoc_cli.checkpoints.folders import AVERAGE_WORD
 from posthoc_cli.checkpoints.places import Place
-from posthoc_cli.checkpoints.sets import Pair, TensorSets, are_mmcv_buffers, complete
+from posthoc_cli.checkpoints.sets import Pair, TensorSets, are_mmcv_buffers, complete, match_names
 from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings
 from posthoc_cli.checkpoints.source import Checkpoint, are_near, first_values, make_checkpoint
 from posthoc_cli.checkpoints.updates import Calls, Updates
@@ -54,7 +54,7 @@ class Found:
     # of another average, at a step
     profile: Callable[[int], StoredProfile] | None = None
     sigma_rel: float = 0.0  # and the width that its user asked for
-    reading: Reading = UNREAD  # its number
+    reading: Reading | None = None  # its number, if its name states it with the profile
     time: int = 0  # on the clock of its run; 0 before the training
     lacks: tuple[str, ...] = ()  # settings that must be given
     unused: tuple[str, ...] = ()  # paths of the sets that are neither of these
@@ -72,11 +72,35 @@ class Found:
         return self.pair.weights
 
     @property
+    def count(self) -> int:
+        """Updates that its average has counted, one for each step; 0 if none are known."""
+        if self.updates is None or self.updates.calls == "counted":
+            return 0
+        return self.updates.count or 0
+
+    @property
     def tensors(self) -> Tensors:
         """The tensors of the model: the average's, and the weights that the average lacks."""
         if self.averaged:
             return complete(self.averaged, self.weights)
         return self.weights
+
+    @property
+    def twins(self) -> list[str]:
+        """The unused sets that have as many tensors as the weights or the average."""
+        counts = {len(self.averaged or self.weights), len(self.weights)}
+        sets = TensorSets(self.content, self.unused)
+        return [key for key in self.unused if sets.counts[key] in counts]
+
+    def is_unlike(self, key: str) -> bool:
+        """Return whether a set is a network none of whose names the weights have."""
+        sets = TensorSets(self.content, (key,))
+        return sets.holds_network(key) and not match_names(sets.below(key), self.weights)
+
+    def paired_with(self, key: str) -> Found:
+        """Take another set for the average of the weights; for none if it does not match."""
+        other = TensorSets(self.content, (key,)).below(key)
+        return replace(self, pair=replace(self.pair, averaged=match_names(other, self.weights)))
 
     @property
     def starts(self) -> tuple[FloatArray, FloatArray]:

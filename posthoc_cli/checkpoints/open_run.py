@@ -1,8 +1,9 @@
-"""Open a directory, files or folders of any program as the sources of a run.
+"""The road from a place to the sources of a run, for every command.
 
 `places` lists what may be a checkpoint, `choose` says which ones are a run, of weights, averages or
-both; here they get their times and become sources. Times come from contents and names, never from
-the order or the age of files. The manifest of an import says all of this.
+both; here they get their times and roles, and become sources, whose decays `decays` finds. Times
+come from contents and names, never from the order or the age of files. The manifest of an import
+says all of this: nothing is decided again.
 """
 
 from __future__ import annotations
@@ -11,32 +12,38 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import xxhash
 
-from posthoc_cli.checkpoints.ask import ASKED, Answer, QuestionError
+from posthoc_cli import files
+from posthoc_cli.checkpoints.ask import ASKED, Answer, QuestionError, with_command
 from posthoc_cli.checkpoints.choose import Chooser
-from posthoc_cli.checkpoints.clock import UNREAD, Signs, Times, read_times
-from posthoc_cli.checkpoints.content import Content, Tensors, list_names
+from posthoc_cli.checkpoints.clock import Times, read_times
+from posthoc_cli.checkpoints.content import Content, list_names
+from posthoc_cli.checkpoints.decays import settle_decays
 from posthoc_cli.checkpoints.folders import AVERAGE_WORD
 from posthoc_cli.checkpoints.layouts import Found, check_applies, check_given, recognise
-from posthoc_cli.checkpoints.manifest import Listed, Manifest
+from posthoc_cli.checkpoints.manifest import Listed, Manifest, read_manifest
 from posthoc_cli.checkpoints.places import Place, explain_nothing
-from posthoc_cli.checkpoints.sets import TensorSets, match_names
-from posthoc_cli.checkpoints.settings import ImportSettings
+from posthoc_cli.checkpoints.sets import match_names
+from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings
 from posthoc_cli.checkpoints.source import (
+    COMPARED_FILES,
     Checkpoint,
     are_near,
     first_values,
+    first_values_of,
+    is_copy,
     make_checkpoint,
+    moves_less,
 )
-from posthoc_cli.decay_rules import OrdinaryEMA
 from posthoc_cli.errors import (
     FileFormatError,
     InvalidValueError,
@@ -47,21 +54,127 @@ from posthoc_cli.errors import (
     quote,
 )
 from posthoc_cli.profiles import FloatArray, Point, StoredProfile
+from posthoc_cli.snapshots.directory import is_import
 from posthoc_cli.snapshots.selection import check_globs
 from posthoc_cli.snapshots.sources import by_time, model_difference
 
 log = logging.getLogger(__name__)
 
 _EPOCHS = 1000  # largest number that is read as perhaps epochs: few trainings have more
-_GROWTH = 1.3
-"""Factor between the norms of successive files that no average reaches: even if weights grow evenly
-from 0 for the whole training, their averages grow by less after three files."""
 _TARGET = re.compile("target|teacher|momentum", re.IGNORECASE)
-_COMPARED_FILES = 5  # newest, which are opened once more to see how two sets move
-_SLOWER = 0.8  # averages of any length move by a third less than the weights
+# Least cosine between successive motions at which weights may be an average: for an EMA of 100
+# steps in files 100 steps apart it is 0.5 to 0.9, for weights late in a training -0.3 to 0.4.
+_ALIKE = 0.5
 
 
-def open_import(manifest: Manifest) -> list[Checkpoint]:
+@dataclass(frozen=True)
+class FoundRun:
+    """The run that the files at a place make with some settings."""
+
+    checkpoints: list[Checkpoint]
+    settings: ImportSettings  # given, or found
+    says: str  # what the numbers of files are taken for
+    notes: tuple[str, ...]  # what is not used
+    may_be_epochs: bool = False  # whether few numbers of no stated unit are taken for steps
+    checks: tuple[str, ...] = ()  # lines about the decay
+
+
+def open_checkpoints(name: str | Path) -> list[Checkpoint]:
+    """Open the checkpoints of an import, or the checkpoints at a place as an import would take
+    them."""
+    path = files.expand_user(name)
+    if is_import(path):
+        return _open_import(read_manifest(path))
+    run = find_run(name, UNSPECIFIED)
+    if run.checks:
+        log.info("%s: %s", name, "; ".join(run.checks))
+    return run.checkpoints
+
+
+def open_unclaimed(
+    name: str | Path,
+    given: Mapping[str, Any] = MappingProxyType({}),
+) -> list[Checkpoint]:
+    """Open the checkpoints at a place without reading their values, as for an audit: averages whose
+    decay no file states get placeholders as profiles.
+
+    An import has its settings, and takes none.
+    """
+    path = files.expand_user(name)
+    if not is_import(path):
+        return find_unclaimed(name, given, is_audit=True).checkpoints
+    for setting, value in given.items():
+        reason = "is a setting of imports, and this is one: give it the files' folder instead"
+        raise InvalidValueError(setting, reason, value=value)
+    return _open_import(read_manifest(path))
+
+
+def find_run(name: str | Path, given: ImportSettings) -> FoundRun:
+    """Find the run at a place, with the decays of its averages; a question about what its files
+    leave open ends in the command that answers it."""
+    return _find(name, given.given, _read_with_decays)
+
+
+def find_unclaimed(
+    name: str | Path,
+    given: Mapping[str, Any] = MappingProxyType({}),
+    is_audit: bool = False,
+) -> FoundRun:
+    """Find the run at a place without the decays that no file states. For an audit, which says how
+    an average moves, nothing is asked about its motion."""
+    return _find(name, given, partial(_read, is_audit=is_audit))
+
+
+def _find(
+    name: str | Path,
+    given: Mapping[str, Any],
+    read: Callable[[Place, ImportSettings], FoundRun],
+) -> FoundRun:
+    places = dict[str, Place]()  # each file of them is opened once
+
+    def attempt(name: str | Path, values: Mapping[str, Any]) -> FoundRun:
+        place = places.setdefault(str(name), Place(name))
+        proposed = values != given  # a line to paste, which is an import
+        return (_read_with_decays if proposed else read)(place, ImportSettings(**values))
+
+    run = with_command(name, given, attempt)
+    for note in run.notes:
+        log.warning("%s: %s", name, note)
+    return run
+
+
+def _read_with_decays(place: Place, given: ImportSettings) -> FoundRun:
+    run = _read(place, given)
+    numbers = run.says if run.may_be_epochs else ""
+    settings, checks = settle_decays(run.checkpoints, given, numbers)
+    checkpoints = [checkpoint.with_settings(settings) for checkpoint in run.checkpoints]
+    notes = (*run.notes, *_note_on_motion(checkpoints, settings))
+    return replace(
+        run, checkpoints=checkpoints, settings=settings, notes=notes, checks=tuple(checks)
+    )
+
+
+def _note_on_motion(checkpoints: Sequence[Checkpoint], settings: ImportSettings) -> list[str]:
+    """Note that files move as averages do, each in the direction of the one before. Weights that
+    drift do the same."""
+    newest = checkpoints[-COMPARED_FILES:]
+    are_weights = all(isinstance(source.profile, Point) for source in checkpoints)
+    if settings.kind or not are_weights or len(newest) < 4:
+        return []
+    motions = np.diff([first_values(source) for source in newest], axis=0)
+    along = float((motions[1:] * motions[:-1]).sum())
+    size = float(np.linalg.norm(motions[1:]) * np.linalg.norm(motions[:-1]))
+    if along <= _ALIKE * size:
+        return []
+    text = f"the files move alike from one to the next (cosine {along / size:.2f}), as averages do,"
+    text += f" or weights that drift; if they hold an EMA, import with {argument('kind')} ema"
+    return [text]
+
+
+# --- an import
+
+
+def _open_import(manifest: Manifest) -> list[Checkpoint]:
     """Open the checkpoints of an import in the roles and at the times that it has found; raise
     FileFormatError if a file is not as it was."""
     contents = dict[Path, Content]()
@@ -78,7 +191,7 @@ def open_import(manifest: Manifest) -> list[Checkpoint]:
     for checkpoint in checkpoints:
         for path, identity in checkpoint.opened.items():
             manifest.check_identity(path, identity.nbytes, identity.sample)
-    return checkpoints
+    return _make_run(checkpoints)
 
 
 def _restore(listed: Listed, content: Content, manifest: Manifest) -> Checkpoint:
@@ -101,56 +214,38 @@ def _restore(listed: Listed, content: Content, manifest: Manifest) -> Checkpoint
     return checkpoint.with_settings(manifest.settings)
 
 
-# --- all checkpoints at a place
+# --- the checkpoints at a place
 
 
-@dataclass(frozen=True)
-class PlaceRun:
-    """The run that was found at a place."""
-
-    checkpoints: list[Checkpoint]
-    says: str  # what the numbers of files are taken for
-    notes: tuple[str, ...] = ()  # what is not used
-    may_be_epochs: bool = False  # whether few numbers of no stated unit are taken for steps
-
-
-def read_place(
-    place: str | Path,
-    settings: ImportSettings,
-    is_audit: bool = False,
-) -> PlaceRun:
-    """Find all checkpoints at a place, without outputs of this package, with the profiles that are
-    known.
-
-    Raise a QuestionError about what the files leave open; for an audit, which says how an average
-    moves, not about its motion.
-    """
-    chooser = Chooser(Place(place), settings)
+def _read(place: Place, settings: ImportSettings, is_audit: bool = False) -> FoundRun:
+    """Read all checkpoints at a place, without outputs of this package, with the profiles that are
+    known; raise a QuestionError about what the files leave open."""
+    chooser = Chooser(place, settings)
     if not chooser.candidates:
         explain_nothing(place)
     members = chooser.choose()
     run = _with_one_prefix([member.found for member in members])
     if settings.average and not any(file.averaged for file in run):
         recognise(run[-1].content, settings)  # whose error says what there is
-    _check_one_model(run, settings)
+    _check_averages(run)
     if not is_audit:
+        _check_unmatched(run[-1], settings)
         _check_targets(run, settings)
     for file in run:
         check_given(file, settings)
-    times = _read_run_times(run, [member.signs for member in members], settings)
+    times = read_times([member.all_signs for member in members], settings)
     run = _leave_out_untrained(run, times.numbers)
     if not is_audit:
         run = _check_roles(run, settings)
     check_applies(any(file.averaged for file in run), settings)
-    has_decays = any(file.updates is not None for file in run)
     may_be_epochs = False
-    if has_decays:
+    if any(file.updates is not None for file in run):
         _check_unit(times)
         may_be_epochs = not times.is_stated and max(times.numbers) <= _EPOCHS
         times = replace(times, is_stated=True)
-    notes = [*chooser.notes, *_note_unused(run)]
-    checkpoints = _make_all(run, times, settings)
-    return PlaceRun(checkpoints, times.says, tuple(notes), may_be_epochs)
+    notes = (*chooser.notes, *_note_unused(run))
+    checkpoints = _make_run(_make_all(run, times, settings))
+    return FoundRun(checkpoints, settings, times.says, notes, may_be_epochs)
 
 
 def _with_one_prefix(run: Sequence[Found]) -> list[Found]:
@@ -168,35 +263,35 @@ def _with_one_prefix(run: Sequence[Found]) -> list[Found]:
     return named
 
 
-def _check_one_model(run: Sequence[Found], settings: ImportSettings) -> None:
-    """Raise MismatchError if files hold tensors of other names or shapes than the first one, or if
-    an average lacks a tensor that it has in another file."""
-    first = _selected(run[0], settings)
-    ours = {name: tensor.shape for name, tensor in first.items()}
-    averages = [file for file in run if file.averaged]
-    for file in run[1:]:
-        tensors = _selected(file, settings)
-        if {name: tensor.shape for name, tensor in tensors.items()} != ours:
-            sources = make_checkpoint(run[0].content, first), make_checkpoint(file.content, tensors)
-            if difference := model_difference(*sources):
-                raise _mismatch(run[0].path, file.path, difference, "include", "exclude")
-    keys = {file.pair.average_key for file in averages} - {""}
+def _check_averages(run: Sequence[Found]) -> None:
+    """Raise MismatchError if an average fits its weights in some files alone, or lacks a tensor
+    that it has in another file."""
+    first = next((file for file in run if file.averaged), None)
+    if first is None:
+        return
+    key = first.pair.average_key
     for file in run:
-        for key in keys.intersection(file.unused) if not file.averaged else ():
-            reason = f"do not match: {quote(key)} of {file.path.name} does not fit its weights"
-            raise _mismatch(averages[0].path, file.path, reason, "exclude")
-    for file in averages:
-        first_names = averages[0].averaged
-        for name in first_names.keys() ^ file.averaged.keys():
-            if {**first_names, **file.averaged}[name].shape not in ((), (1,)):
-                lacking = file if name in first_names else averages[0]
+        if not file.averaged:
+            if key in file.unused:
+                reason = f"do not match: {quote(key)} of {file.path.name} does not fit its weights"
+                raise _mismatch(first.path, file.path, reason, "exclude")
+            continue
+        for name in first.averaged.keys() ^ file.averaged.keys():
+            if {**first.averaged, **file.averaged}[name].shape not in ((), (1,)):
+                lacking = file if name in first.averaged else first
                 reason = f"do not match: {lacking.path.name} lacks {quote(name)} of the average"
-                raise _mismatch(averages[0].path, file.path, reason, "exclude")
+                raise _mismatch(first.path, file.path, reason, "exclude")
 
 
-def _selected(file: Found, settings: ImportSettings) -> Tensors:
-    names = settings.selection.names
-    return {name: tensor for name, tensor in file.tensors.items() if names(name)}
+def _check_unmatched(file: Found, settings: ImportSettings) -> None:
+    """Raise a QuestionError if a word calls a network an average, and no weights have its names."""
+    if settings.kind or settings.average or settings.weights:
+        return
+    for key in file.unused:
+        if AVERAGE_WORD.search(key) and file.is_unlike(key):
+            reason = f"must be given: {quote(key)} in {file.path.name} has tensors of other names "
+            reason += "than the weights: it is a part of the model, or an average of another one"
+            raise QuestionError("average", reason, {"kind": "checkpoints"}, {"average": key})
 
 
 def _check_targets(run: Sequence[Found], settings: ImportSettings) -> None:
@@ -212,7 +307,7 @@ def _check_targets(run: Sequence[Found], settings: ImportSettings) -> None:
     used = {tensor.name for tensor in both[0].weights.values()}
     rest = [name for name, tensor in whole[0].weights.items() if tensor.name not in used]
     first, last = (
-        first_values(make_checkpoint(file.content, {name: file.weights[name] for name in rest}))
+        first_values_of(file.content, {name: file.weights[name] for name in rest})
         for file in (whole[0], whole[-1])
     )
     if np.array_equal(first, last):
@@ -228,25 +323,6 @@ def _check_unit(times: Times) -> None:
     if times.unit == "epochs":
         reason = f"must be given: decays are of steps, and numbers are {times.says}"
         raise QuestionError("steps_per_epoch", reason, {"steps_per_epoch": ASKED})
-
-
-def _read_run_times(
-    run: Sequence[Found],
-    signs: Sequence[Signs],
-    settings: ImportSettings,
-) -> Times:
-    if all(file.reading is not UNREAD for file in run):
-        reading = run[0].reading
-        says = f"{reading.unit}, by {reading.origin}"
-        return Times(reading.unit, True, says, [file.reading.number for file in run])
-    counted = []
-    for file, each in zip(run, signs, strict=True):
-        updates = file.updates
-        count = 0
-        if updates is not None and updates.calls != "counted":
-            count = updates.count or 0
-        counted.append(replace(each, count=count))
-    return read_times(counted, settings)
 
 
 def _leave_out_untrained(run: Sequence[Found], times: Sequence[int]) -> list[Found]:
@@ -298,18 +374,17 @@ def _check_roles(run: list[Found], settings: ImportSettings) -> list[Found]:
         _check_twins(run, settings)
         return run
     ours, theirs = _read_starts(both)
-    average, weights = _measure_motions(ours, theirs)
     pair = both[0].pair
     named = quote(pair.average_key) if pair.average_key else "the average"
     model = quote(pair.weights_key) if pair.weights_key else "the model"
-    if average == 0 < weights:
+    if not np.diff(ours, axis=0).any() and np.diff(theirs, axis=0).any():
         log.warning("%s: %s never moves, and is not used", both[0].path.parent, named)
         return [_without_average(file) for file in run]
     others: list[Answer] = []
-    for key in _find_twins(both[0]):
+    for key in both[0].twins:
         others.append({"average": pair.average_key, "weights": key})
     alone: Answer = {"kind": "checkpoints"}
-    if weights > 0 and np.array_equal(ours, theirs):
+    if np.diff(theirs, axis=0).any() and np.array_equal(ours, theirs):
         reason = f"must be given: {named} equals {model} in all files, as if they were written "
         reason += "while the average was swapped in"
         raise QuestionError("weights", reason, *others, alone)
@@ -325,30 +400,21 @@ def _check_twins(run: Sequence[Found], settings: ImportSettings) -> None:
     less, as averages do: no word says which is the average."""
     if len(run) < 2 or not all(file.weights for file in run) or settings.weights or settings.kind:
         return
-    for key in _find_twins(run[0]):
-        pairs = []
-        for file in run:
-            average = TensorSets(file.content, (key,)).below(key)
-            pair = replace(file.pair, averaged=match_names(average, file.weights))
-            pairs.append(replace(file, pair=pair))
-        if not all(file.averaged for file in pairs):
+    own = run[0].pair.weights_key
+    for key in run[0].twins:
+        pairs = [file.paired_with(key) for file in run]
+        if not own or not all(file.averaged for file in pairs):
             continue
-        theirs, ours = _read_starts(pairs)
-        motion, own = _measure_motions(theirs, ours)
-        motions = {key: motion, file.pair.weights_key: own}
-        slower, faster = sorted(motions, key=lambda each: motions[each])
-        is_slower = 0 < motions[slower] <= _SLOWER * motions[faster]
-        if is_slower and are_near(ours[-1], theirs[-1]) and faster:
-            reason = f"must be given: the files hold {quote(key)}, too, and of the two "
-            reason += f"{quote(slower)} moves less, as averages do"
-            answer = {"average": slower, "weights": faster}
-            raise QuestionError("average", reason, answer, {"kind": "checkpoints"})
-
-
-def _measure_motions(ours: FloatArray, theirs: FloatArray) -> tuple[float, float]:
-    """Measure how far two sets, [times, elements], move from time to time, squared."""
-    average, weights = np.square(np.diff([ours, theirs], axis=1)).sum(axis=(1, 2)).tolist()
-    return average, weights
+        ours, theirs = _read_starts(pairs)
+        slower, faster = key, own
+        if moves_less(theirs, ours):
+            slower, faster = own, key
+        elif not moves_less(ours, theirs):
+            continue
+        reason = f"must be given: the files hold {quote(key)}, too, and of the two "
+        reason += f"{quote(slower)} moves less, as averages do"
+        answer = {"average": slower, "weights": faster}
+        raise QuestionError("average", reason, answer, {"kind": "checkpoints"})
 
 
 def _without_average(file: Found) -> Found:
@@ -358,19 +424,8 @@ def _without_average(file: Found) -> Found:
 def _read_starts(run: Sequence[Found]) -> tuple[FloatArray, FloatArray]:
     """Read the first elements of the newest averages and weights: [times, elements] each."""
     in_order = sorted(run, key=lambda file: file.time)
-    pairs = [file.starts for file in in_order[-_COMPARED_FILES:]]
+    pairs = [file.starts for file in in_order[-COMPARED_FILES:]]
     return np.stack([ours for ours, _ in pairs]), np.stack([theirs for _, theirs in pairs])
-
-
-def _find_twins(file: Found) -> list[str]:
-    """List the unused sets that have as many tensors as the weights or the average."""
-    counts = {len(file.averaged or file.weights), len(file.weights)}
-    found = []
-    for key in file.unused:
-        below = [name for name in file.content.tensors if name.startswith(f"{key}.")]
-        if len(below) in counts:
-            found.append(key)
-    return found
 
 
 # --- sources
@@ -447,7 +502,7 @@ def _with_profile(average: Checkpoint, settings: ImportSettings, every: int) -> 
 # --- several checkpoints as one run
 
 
-def make_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+def _make_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     """Return checkpoints by time, as one run: with a common run id, and distinct names.
 
     An average that has not begun is
@@ -460,38 +515,34 @@ def make_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
         if difference := model_difference(first, other):
             raise _mismatch(first.path, other.path, difference, "include", "exclude")
     _check_times(ordered)
-    weights = {
-        checkpoint.t: checkpoint for checkpoint in ordered if isinstance(checkpoint.profile, Point)
-    }
-    run = list[Checkpoint]()
-    copies = list[Checkpoint]()
-    for checkpoint in ordered:
-        if checkpoint.t in weights and is_copy(checkpoint):
-            copies.append(checkpoint)
-        else:
-            run.append(checkpoint)
+    weights = {each.t: each for each in ordered if isinstance(each.profile, Point)}
+    copies = [each for each in ordered if each.t in weights and is_copy(each)]
     if copies:
-        _check_copies(by_time(copies), weights)
-    _check_averages(run)
+        _check_copies(copies, weights)
+    run = [each for each in ordered if each not in copies]
     shapes = [(name, entry.shape) for name, entry in sorted(first.entries.items())]
     known = repr((shapes, first.identity))
     run_id = xxhash.xxh3_128_hexdigest(known.encode())
-    return by_time([replace(checkpoint, run_id=run_id) for checkpoint in run])
+    averages = [each for each in run if not isinstance(each.profile, Point)]
+    is_alone = len({each.t for each in run}) == 1 and len(averages) < 2
+    return by_time([replace(each, run_id=run_id, is_alone=is_alone) for each in run])
 
 
-def _check_copies(
-    copies: Sequence[Checkpoint],
-    weights: Mapping[float, Checkpoint],
-) -> None:
+def _check_copies(copies: Sequence[Checkpoint], weights: Mapping[float, Checkpoint]) -> None:
     """Raise InvalidValueError if averages that have not begun are no copies of the weights, but
     stand still: they go on from earlier weights."""
-    earlier = copies[0]
-    later = copies[-1]
-    if _are_unequal(weights[earlier.t], weights[later.t]) and not _are_unequal(earlier, later):
-        names = f"{earlier.path.name} and {later.path.name}"
+    first, last = copies[0], copies[-1]
+    are_moved = _are_unequal(weights[first.t], weights[last.t])
+    if are_moved and not _are_unequal(first, last):
+        names = f"{first.path.name} and {last.path.name}"
         reason = f"{names} hold the same average, and other weights, from which it cannot begin"
         hint = "name with a glob the files in which its first value has faded"
         raise InvalidValueError("update_after_step", reason, hint)
+
+
+def _are_unequal(one: Checkpoint, other: Checkpoint) -> bool:
+    """Return whether two checkpoints of a model differ in the first elements of a tensor."""
+    return not np.array_equal(first_values(one), first_values(other), equal_nan=True)
 
 
 def _check_times(checkpoints: Sequence[Checkpoint]) -> None:
@@ -509,42 +560,6 @@ def _mismatch(first: Path, other: Path, difference: str, *settings: str) -> Mism
     hint = "name the files of one run with a glob, or import with "
     hint += " or ".join(map(argument, settings))
     return MismatchError(f"{first} and {other}", difference, hint)
-
-
-def is_copy(checkpoint: Checkpoint) -> bool:
-    """Return whether an ordinary EMA had not begun, so that it is a copy of the weights."""
-    profile = checkpoint.profile
-    return isinstance(profile, OrdinaryEMA) and profile.times[0] == profile.t
-
-
-def _are_unequal(one: Checkpoint, other: Checkpoint) -> bool:
-    """Return whether two checkpoints of a model differ in the first elements of a tensor."""
-    return not np.array_equal(first_values(one), first_values(other), equal_nan=True)
-
-
-def _check_averages(run: Sequence[Checkpoint]) -> None:
-    """Check the newest averages of a run without weights, by their first elements."""
-    averages = by_time([average for average in run if isinstance(average.profile, OrdinaryEMA)])
-    if len(averages) < 4 or len(averages) < len(run):
-        return
-    _warn_of_growth(averages[-1], _first_values(averages[-4:]))
-
-
-def _first_values(averages: Sequence[Checkpoint]) -> FloatArray:
-    """Read the first elements of averages, [times, elements]."""
-    return np.stack([first_values(average) for average in averages])
-
-
-def _warn_of_growth(newest: Checkpoint, values: FloatArray) -> None:
-    """Warn if averages, [times, elements], grow from file to file: they may be sums, or moments."""
-    squares = np.square(values).sum(axis=1)
-    norms = np.sqrt(squares).tolist()
-    factors = [b / a for a, b in pairwise(norms) if a > 0]
-    if factors and min(factors) > _GROWTH:
-        name = newest.path.name
-        log.warning(
-            "%s: norms grow by %.3g from file to file: is this an average?", name, factors[-1]
-        )
 
 
 def _with_names(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:

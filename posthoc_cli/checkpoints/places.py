@@ -11,9 +11,10 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from posthoc_cli.checkpoints.content import Content, Reader
 from posthoc_cli.checkpoints.folders import (
     AVERAGE_WORD,
     DCP_METADATA,
+    MODEL_FILES,
     SHARD,
     Distributed,
     Layout,
@@ -40,7 +42,7 @@ from posthoc_cli.checkpoints.folders import (
     is_state,
     make_glob,
 )
-from posthoc_cli.checkpoints.source import are_near, first_values, make_checkpoint
+from posthoc_cli.checkpoints.source import are_near, first_values_of
 from posthoc_cli.errors import DirectoryError, FileFormatError, UnsuitableError, VanishedError
 from posthoc_cli.profiles import FloatArray
 from posthoc_cli.snapshots.directory import SUPERSEDED, is_import, is_snapshot_name
@@ -56,8 +58,6 @@ nanotron, of verl, and of Llama."""
 _OF_MANY = re.compile(
     r"[0-9]+-of-0*(?:[2-9]|[1-9][0-9]+)(?![0-9])|(?<![a-z])rank[_-]?0*[01](?![0-9])"
 )
-_USUAL = ("model", "diffusion_pytorch_model", "adapter_model", "pytorch_model")
-"""Names of weights in folders of Hugging Face's libraries, the likeliest first."""
 _TIME = re.compile(
     r"(?:step|iter|epoch|(?<![a-z])ep)[a-z]*[=_.-]*([0-9]+)"
     r"|^(?:checkpoint|ckpt)[=_.-]*([0-9]+)|^([0-9]+)$",
@@ -87,6 +87,7 @@ class Place:
     def __init__(self, name: str | Path) -> None:
         self.name = name
         self.notes = list[str]()
+        self.runs = list[Path]()  # folders of snapshots
         self._reader = Reader()
         self._left = _MOST_ENTRIES
         self._is_cut = False
@@ -98,8 +99,9 @@ class Place:
 
     # --- the candidates
 
+    @cached_property
     def candidates(self) -> list[Candidate]:
-        """List the files and folders that may each be a checkpoint."""
+        """The files and folders that may each be a checkpoint."""
         path = files.expand_user(self.name)
         matches = _list_matches(path)
         if not matches:
@@ -126,11 +128,10 @@ class Place:
         if real in self._listed:
             return []
         self._listed.add(real)
-        listed, others = self._list(folder)
-        members = {entry: each for entry, each in listed.items() if not is_snapshot_name(entry)}
+        members, others = self._list(folder)
         below = list[Candidate]()
         for other in others if levels else ():
-            if not (is_snapshot_name(other) or other.name == SUPERSEDED or is_import(other)):
+            if not (other.name == SUPERSEDED or is_import(other)):
                 below += self._candidates_in(other, levels - 1)
         own = self._find_layout(folder, members)
         if own is None or (below and not isinstance(own, Refused)):
@@ -144,7 +145,7 @@ class Place:
             return self._find_layout(path, self._list(path)[0])
         if _PARTITION.search(path.name):
             return Refused(path, _partitions_error(path))
-        return _layout_of_file(path)
+        return _refuse_shards([path]) or _layout_of_file(path)
 
     def open_at(self, path: Path) -> Content:
         """Open the checkpoint that a path names: of a folder with the checkpoints of a training the
@@ -157,7 +158,7 @@ class Place:
 
     def _final_model_in(self, folder: Path) -> Layout | None:
         members, _ = self._list(folder)
-        for stem in _USUAL:
+        for stem in MODEL_FILES:
             for entry, layout in members.items():
                 if strip_ending(entry.name) == stem:
                     return layout
@@ -181,12 +182,17 @@ class Place:
             entries = sorted(files.system.list(folder))
         self._left -= len(entries)
         by_name = {entry.name: entry for entry in entries}
+        shards = [entry for entry in entries if SHARD.search(entry.name)]
+        has_index = any(name.endswith(INDEX_ENDING) for name in by_name)
         if DCP_METADATA in by_name:
             return {folder: Distributed(by_name[DCP_METADATA])}, []
         members: dict[Path, Layout] = {}
         others = list[Path]()
         for name, entry in by_name.items():
             if name.startswith(".") or is_state(name):
+                continue
+            if is_snapshot_name(entry):
+                self.runs.append(folder)
                 continue
             if entry.is_dir():
                 self._is_cut |= self._left < 0
@@ -197,10 +203,10 @@ class Place:
                     members[entry] = layout
                 else:
                     others.append(entry)
-            elif name.endswith(INDEX_ENDING) or (
-                not SHARD.search(name) and may_hold_tensors(entry)
-            ):
+            elif entry not in shards and (name.endswith(INDEX_ENDING) or may_hold_tensors(entry)):
                 members[entry] = _layout_of_file(entry)
+        if shards and not has_index:
+            members[shards[0]] = _refuse_shards(shards) or OneFile(shards[0])
         return members, others
 
     def _layout_below(self, folder: Path, levels: int, is_numbered: bool) -> Layout | None:
@@ -225,7 +231,7 @@ class Place:
             by_stem[strip_ending(entry.name)] = (
                 layout  # of two formats safetensors, which come last
             )
-        usual = [stem for stem in _USUAL if stem in by_stem]
+        usual = [stem for stem in MODEL_FILES if stem in by_stem]
         for stem in usual[1:]:  # the same model in another format
             del by_stem[stem]
         if len(by_stem) == 1:
@@ -263,7 +269,7 @@ class Place:
         for entry, layout in members.items():
             if entry != folder:
                 stems[strip_ending(entry.name)] = layout
-        has_usual = not stems.keys().isdisjoint(_USUAL)
+        has_usual = not stems.keys().isdisjoint(MODEL_FILES)
         timed = [stem for stem in stems if _is_time_within(folder, stem)]
         if len(set(map(make_glob, timed))) < len(timed) or (timed and not has_usual):
             return True
@@ -303,7 +309,7 @@ class Place:
 
     def _first_values(self, *layouts: Layout) -> list[FloatArray]:
         contents = [self._reader.read(layout, {}) for layout in layouts]
-        return [first_values(make_checkpoint(each, each.tensors)) for each in contents]
+        return [first_values_of(content, content.tensors) for content in contents]
 
 
 def _layout_of_file(path: Path) -> Layout:
@@ -312,6 +318,16 @@ def _layout_of_file(path: Path) -> Layout:
     if not files.is_url(path) and path.is_symlink() and not path.exists():
         return Refused(path, UnsuitableError(path, "is a link to a file that is missing"))
     return OneFile(path)
+
+
+def _refuse_shards(files: Sequence[Path]) -> Refused | None:
+    """Refuse files that are shards of a model; None for one file, or a shard that is all of it."""
+    path = files[0]
+    if not SHARD.search(path.name) or "-of-00001." in path.name:
+        return None
+    reason = f"is a shard of a model, whose index (*{INDEX_ENDING}) says what belongs together"
+    hint = "name the folder of the index; without one, save the model again in one file"
+    return Refused(path, UnsuitableError(path, reason, hint))
 
 
 def _has_equals(signatures: Iterable[frozenset[tuple[str, tuple[int, ...]]]]) -> bool:
@@ -347,14 +363,17 @@ def _list_matches(pattern: Path) -> list[Path]:
 def holds_checkpoints(name: str | Path) -> bool:
     """Return whether a directory, file or glob names checkpoints or an import."""
     try:
-        return is_import(name) or bool(Place(name).candidates())
+        return is_import(name) or bool(Place(name).candidates)
     except DirectoryError:  # also from a glob
         return files.is_glob(name)
 
 
-def explain_nothing(name: str | Path) -> None:
+def explain_nothing(place: Place) -> None:
     """Raise the error that says why nothing at a place is a checkpoint."""
-    folder = files.expand_user(name)
+    folder = files.expand_user(place.name)
+    for run in place.runs:
+        if run != folder:
+            raise DirectoryError(place.name, "holds no checkpoints", f"did you mean {run}?")
     with suppress(OSError):
         numbered = [each for each in files.system.list(folder) if re.search("[0-9]", each.name)]
         for entry in sorted(numbered)[:_MOST_FOREIGN]:
@@ -362,4 +381,4 @@ def explain_nothing(name: str | Path) -> None:
             if row is not None and row.read is None:
                 raise foreign_error(entry, row)
     hint = "name their folder, a file, or a glob such as 'out/step*.pt'"
-    raise NothingHereError(name, "holds no checkpoints", hint)
+    raise NothingHereError(place.name, "holds no checkpoints", hint)

@@ -17,27 +17,20 @@ from functools import cached_property
 
 from posthoc_cli.checkpoints.ask import QuestionError
 from posthoc_cli.checkpoints.content import Content, StoredTensor, Tensors, list_names
-from posthoc_cli.checkpoints.folders import AVERAGE_WORD, NO_MODEL
+from posthoc_cli.checkpoints.folders import AVERAGE_WORD, MODEL_FILES, NO_MODEL
 from posthoc_cli.checkpoints.source import (
     STATISTICS,
     are_near,
-    first_values,
-    make_checkpoint,
+    first_values_of,
     tied_names,
 )
 from posthoc_cli.dtypes import EPS
-from posthoc_cli.errors import (
-    UnsuitableError,
-    count_noun,
-    quote,
-)
-from posthoc_cli.profiles import FloatArray
+from posthoc_cli.errors import UnsuitableError, count_noun, quote
 
 _Named = dict[str, StoredTensor]
 
 _MODELS = (
-    "current_model_state", "state_dict", "model_state_dict", "model", "module",
-    "diffusion_pytorch_model", "adapter_model", "pytorch_model",
+    "current_model_state", "state_dict", "model_state_dict", "module", *MODEL_FILES,
 )  # fmt: skip
 """Keys of the model in a checkpoint; the first present one counts. If Lightning's `state_dict` is
 an average, its weights are under `current_model_state`."""
@@ -284,11 +277,11 @@ class TensorSets:
         found = list[str]()
         for path in paths:
             others = found if main is None else [main]
-            if self._holds_network(path) and not self._has_twin(path, others, main is None):
+            if self.holds_network(path) and not self._has_twin(path, others, main is None):
                 found.append(path)
         return found
 
-    def _holds_network(self, path: str) -> bool:
+    def holds_network(self, path: str) -> bool:
         """Return whether a set has a matrix that is called a weight: hyperparameters, metrics and
         replay buffers may have matrices, too."""
         for name, tensor in self.below(path).items():
@@ -299,19 +292,14 @@ class TensorSets:
     def _has_twin(self, path: str, others: Iterable[str], is_near: bool) -> bool:
         """Return whether a set has the names and shapes of another one, and with `is_near` values
         near it: two critics are no twins."""
-        tensors = self.below(path)
         for other in others:
             theirs = self.below(other)
-            shared = [name for name in tensors if name in theirs]
-            shared = [name for name in shared if tensors[name].shape == theirs[name].shape]
-            if 2 * len(shared) > min(len(tensors), len(theirs)):
-                both = [{name: each[name] for name in shared} for each in (tensors, theirs)]
-                if not is_near or are_near(*map(self._first_values, both)):
-                    return True
+            ours = match_names(self.below(path), theirs)
+            shared = {name: theirs[name] for name in ours}
+            both = [first_values_of(self.content, each) for each in (ours, shared)]
+            if ours and (are_near(*both) or not is_near):
+                return True
         return False
-
-    def _first_values(self, tensors: Tensors) -> FloatArray:
-        return first_values(make_checkpoint(self.content, tensors))
 
     # --- an average and the weights
 

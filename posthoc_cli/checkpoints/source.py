@@ -14,9 +14,9 @@ import xxhash
 from posthoc_cli.checkpoints.content import Content, Identity, StoredChunk, Tensors
 from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.checkpoints.updates import Updates
-from posthoc_cli.decay_rules import POWER_FUNCTION, UNLIMITED
+from posthoc_cli.decay_rules import POWER_FUNCTION, UNLIMITED, OrdinaryEMA
 from posthoc_cli.dtypes import EPS
-from posthoc_cli.errors import FileFormatError, quote
+from posthoc_cli.errors import DirectoryError, FileFormatError, quote
 from posthoc_cli.profiles import (
     FloatArray,
     Point,
@@ -36,6 +36,8 @@ _SUMS = ("cluster_size", "embed_avg")
 # of BatchNorm: a variance is not extrapolated
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 COMPARED = 1024  # elements of a tensor that are compared with another tensor's
+COMPARED_FILES = 5  # newest ones, whose motion is compared
+_SLOWER = 0.8  # averages of any length move by a third less than the weights
 _ANY_TIME = Point(1.0)  # where times are of no account
 
 
@@ -67,6 +69,7 @@ class Checkpoint(Source):
     updates: Updates | None = None  # of an ordinary EMA; None for other tensors
     # whether files or the user say what `step` counts
     is_stated: bool = True
+    is_alone: bool = False  # whether its run has no other time, so that no average can be made
     # the names that its tensors have in the file, by their names in the model
     stored: Mapping[str, str] = field(default_factory=dict, compare=False)
     # all files that were read to find it
@@ -95,6 +98,11 @@ class Checkpoint(Source):
         average counts steps. Otherwise motion is continuous: files whose numbers follow each other
         may be an epoch apart.
         """
+        if self.is_alone:
+            time = f"{self.t_unit[:-1]} {self.t:,.12g}"
+            reason = f"is one checkpoint, of {time}, and an average is made of several"
+            hint = "name a folder or a glob with more of them; `ema export` writes what it holds"
+            raise DirectoryError(self.path, reason, hint)
         profile: Any = self.profile
         dtypes = {self.tensors[name].dtype for name in self.averages}
         eps = EPS["F64" if dtypes == {"F64"} else "F32"]
@@ -200,6 +208,11 @@ def make_checkpoint(
     )
 
 
+def first_values_of(content: Content, tensors: Tensors) -> FloatArray:
+    """Read the first elements of each averaged one of some tensors, in the order of names."""
+    return first_values(make_checkpoint(content, tensors))
+
+
 def first_values(source: Checkpoint) -> FloatArray:
     """Read the first elements of each averaged tensor of a source, in the order of names."""
     values = [np.zeros(0)]
@@ -218,6 +231,19 @@ def are_near(ours: FloatArray, theirs: FloatArray) -> bool:
         return True
     norms = np.square(ours).sum() + np.square(theirs).sum()
     return bool(np.square(ours - theirs).sum() <= norms / 2)
+
+
+def moves_less(ours: FloatArray, theirs: FloatArray) -> bool:
+    """Return whether values at some times, [times, elements], are near others and move less from
+    time to time, as an average does."""
+    motion, other = (float(np.square(np.diff(rows, axis=0)).sum()) for rows in (ours, theirs))
+    return 0 < motion <= _SLOWER * other and are_near(ours[-1], theirs[-1])
+
+
+def is_copy(checkpoint: Checkpoint) -> bool:
+    """Return whether an ordinary EMA had not begun, so that it is a copy of the weights."""
+    profile = checkpoint.profile
+    return isinstance(profile, OrdinaryEMA) and profile.times[0] == profile.t
 
 
 def _group_files(content: Content, tensors: Tensors) -> tuple[TensorFile, ...]:

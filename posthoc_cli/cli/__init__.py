@@ -83,13 +83,14 @@ class _Command(_Plain, typer.core.TyperCommand):
         options = dict[str, str]()
         for command in ctx.parent.command.commands.values():  # a hint may ask for another one
             options |= _option_names(command)
-        with name_options(options | own):
+        options |= own
+        with name_options(options):
             try:
                 return super().invoke(ctx)
             except PostHocError as error:
                 if isinstance(error.args[0], str):  # else a path, which may be named like an option
                     names = error.subject.split(" and ")
-                    error.subject = " and ".join(own.get(name, name) for name in names)
+                    error.subject = " and ".join(options.get(name, name) for name in names)
                 raise
 
 
