@@ -87,11 +87,11 @@ class Sweep:
         """Run the sweep, or continue one with the same settings that was stopped.
 
         Raises:
-            InvalidValueError: an argument cannot be used.
+            InvalidValueError: an argument cannot be used, or the first trial has printed no metric.
             OutputExistsError: the folder holds something else, such as another sweep.
             LockedError: another sweep is running in this folder.
-            CommandError: the first trial has printed no metric, two trials in a row have failed
-                alike, or all have the same metric, your own EMA and the last weights, too.
+            CommandError: two trials in a row have failed alike, or all have the same metric, your
+                own EMA and the last weights, too.
         """
         check_count("budget", self.budget, LEAST_BUDGET)
         check_count("jobs", self.jobs)
@@ -273,8 +273,7 @@ class Sweep:
             value, error = future.result()
         except NoMetricError as failure:
             if not self._report.trials:
-                subject = argument("evaluate")
-                raise CommandError(subject, str(failure), failure.hint) from failure
+                raise InvalidValueError("evaluate", str(failure), failure.hint) from failure
             return replace(trial, error=str(failure))
         except TrialError as failure:
             return replace(trial, error=str(failure))

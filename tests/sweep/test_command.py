@@ -225,7 +225,7 @@ def test_a_metric_that_is_found_nowhere_stops_at_the_first_trial_and_names_what_
     printed.write_text("of `steps`: loss: 0.55")
     command = f"sh -c 'echo >> {tmp_path}/calls; cat {printed}' sh {{weights}}"
     done = ema("sweep", run.directory, "--eval", command, "--minimize", "--out", out)
-    assert done.code == 1
+    assert done.code == 2
     assert done.error.startswith("--eval: ")
     assert done.error.endswith(" `of `steps`: loss: 0.55`; add --metric loss")
     assert (tmp_path / "calls").read_text() == "\n"
