@@ -423,7 +423,7 @@ class PendingFile(_Pending):
         fails."""
         with raise_write_errors(self.path):
             system.fsync(self.descriptor)
-            self._close()  # Windows renames and removes no open file
+            self._close()
             linked = not self._overwrite
             replaces = self._overwrite and os.path.lexists(self.path)
             try:

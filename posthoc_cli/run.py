@@ -311,7 +311,9 @@ class Run:
         Returns the report; None in every rank of a torchrun job but the first.
         """
         from posthoc_cli.export.like import Like
-        from posthoc_cli.export.writing import all_ranks, output_paths, write_synthesis
+        from posthoc_cli.export.names import output_paths
+        from posthoc_cli.export.torchrun import all_ranks
+        from posthoc_cli.export.writing import write_synthesis
 
         paths = output_paths(request)
         copied = None

@@ -308,10 +308,8 @@ def _prepare_streams() -> None:
 def _allow_many_files() -> None:
     """Raise the limit of open files: a run may have more snapshots than the usual limit of
     1,024."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return
+    import resource
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = 65_536 if hard == resource.RLIM_INFINITY else min(65_536, hard)
     with suppress(ValueError, OSError):  # some systems allow less than they report
@@ -320,7 +318,6 @@ def _allow_many_files() -> None:
 
 def _clean_up_on_signals() -> None:
     """Exit as after an error, without partial outputs, on SIGTERM and when the terminal closes."""
-    # Windows has one
-    for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+    for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, lambda received, _: sys.exit(128 + received))

@@ -40,7 +40,7 @@ def synthesize(
     For one large model on many machines: torchrun -m posthoc_cli synthesize ... makes a folder of
     shards, of which each process writes some. If a job was killed, run it again.
     """
-    from posthoc_cli.export.writing import is_rank
+    from posthoc_cli.export.torchrun import is_rank
 
     targets = options.parse_targets(sigma_rel, decay, target)
     run = options.open_run(directory)

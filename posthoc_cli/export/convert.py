@@ -23,8 +23,9 @@ from posthoc_cli.errors import (
     at_most_one,
     quote,
 )
+from posthoc_cli.export.job import OutputJob
 from posthoc_cli.export.like import Like, Replacement
-from posthoc_cli.export.writing import OutputJob, check_not_in_run
+from posthoc_cli.export.names import check_not_in_run
 from posthoc_cli.request import FileRequest
 from posthoc_cli.resources import ProgressBar, no_bar
 from posthoc_cli.snapshots.directory import is_import, is_parts_folder, read_snapshot

@@ -23,6 +23,7 @@ from posthoc_cli.errors import (
     list_first,
 )
 from posthoc_cli.run import Weights
+from posthoc_cli.synthesis.engine import holds
 from posthoc_cli.tracker.model import ON_META, NamedTensor, check_model, named_tensors
 from posthoc_cli.tracker.processes import (
     is_sharded,
@@ -82,10 +83,9 @@ def check_fits(
         return
     if torch.finfo(dtype).max >= torch.finfo(values.dtype).max:
         return
-    fits = values.to(dtype).float().isfinite()
-    lost = values[values.isfinite() & ~fits]
-    if lost.numel():
-        largest = float(lost.abs().max())
+    finite = values[values.isfinite()]
+    if not holds(dtype, finite):
+        largest = float(finite.abs().max())
         reason = f"{dtype} cannot hold its largest value, {largest:.6g}"
         hint = "take it in float32, or convert the model first, with model.float()"
         raise NonFiniteError(f"tensor {name!r}", reason, hint)
