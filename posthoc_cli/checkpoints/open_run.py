@@ -406,14 +406,13 @@ def _check_twins(run: Sequence[Found], settings: ImportSettings) -> None:
         if not own or not all(file.averaged for file in pairs):
             continue
         ours, theirs = _read_starts(pairs)
-        slower, faster = key, own
+        answer = {"average": key, "weights": own}
         if moves_less(theirs, ours):
-            slower, faster = own, key
+            answer = {"average": own, "weights": key}
         elif not moves_less(ours, theirs):
             continue
         reason = f"must be given: the files hold {quote(key)}, too, and of the two "
-        reason += f"{quote(slower)} moves less, as averages do"
-        answer = {"average": slower, "weights": faster}
+        reason += f"{quote(answer['average'])} moves less, as averages do"
         raise QuestionError("average", reason, answer, {"kind": "checkpoints"})
 
 
@@ -531,7 +530,8 @@ def _make_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
 def _check_copies(copies: Sequence[Checkpoint], weights: Mapping[float, Checkpoint]) -> None:
     """Raise InvalidValueError if averages that have not begun are no copies of the weights, but
     stand still: they go on from earlier weights."""
-    first, last = copies[0], copies[-1]
+    first = copies[0]
+    last = copies[-1]
     are_moved = _are_unequal(weights[first.t], weights[last.t])
     if are_moved and not _are_unequal(first, last):
         names = f"{first.path.name} and {last.path.name}"

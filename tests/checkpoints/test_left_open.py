@@ -172,8 +172,7 @@ def test_counted_updates_show_whether_epochs_begin_at_0(last, tmp_path):
             content = {"model": save.weights, "ema": average}
             store(place / f"epoch_{save.epoch - 1 + first}.pt", content)
         steps = [save.step for save in saves()]
-        begin, end = int(last[1]), int(last[3])
-        expected = steps[begin - first : end - first + 1]
+        expected = steps[int(last[1]) - first : int(last[3]) - first + 1]
         assert times(place / f"epoch_{last}.pt", ema_decay=0.95)[::2] == expected
 
 
