@@ -3,6 +3,7 @@ tensors."""
 
 import io
 import json
+import os
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -13,6 +14,9 @@ from safetensors.torch import load_file
 from posthoc_cli.errors import InvalidValueError
 
 Module = TypeVar("Module", bound=torch.nn.Module)
+
+heavy = pytest.mark.skipif("EMA_HEAVY" not in os.environ, reason="needs EMA_HEAVY=1, as in .ci/run")
+"""Marks tests of many seconds, which the gate runs, and `make test` leaves out."""
 
 
 @contextmanager

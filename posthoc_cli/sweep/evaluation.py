@@ -13,7 +13,7 @@ import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -117,6 +117,7 @@ class Command:
     like: Path | None = None  # as in `Run.write`
     jobs: int = 1
     _is_stopped: threading.Event = field(default_factory=threading.Event)
+    _processes: list[subprocess.Popen[bytes]] = field(default_factory=list)  # that have begun
 
     @contextmanager
     def executor(self) -> Iterator[Executor]:
@@ -124,7 +125,10 @@ class Command:
             try:
                 yield executor
             finally:
+                # In this thread, which a second Ctrl-C interrupts, and not only in the others,
+                # which may end with it.
                 self._is_stopped.set()
+                _end_groups(self._processes)
 
     def prepare(self, weights: Weights, trial: Trial, job: int) -> Measure:
         folder = (self.out / SCRATCH / str(job)).absolute()  # the command may change the directory
@@ -194,11 +198,11 @@ class Command:
             except OSError as failure:
                 reason = f"cannot be started: {failure.strerror or failure}"
                 raise TrialError(reason) from failure
-            try:
-                while process.poll() is None and not self._is_stopped.wait(_TICK):
-                    pass
-            finally:
-                _end_group(process)
+            self._processes.append(process)
+            while process.poll() is None and not self._is_stopped.wait(_TICK):
+                pass
+            _end_groups([process])
+            self._processes.remove(process)
         if code := process.returncode:
             reason = f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
             raise TrialError(f"{reason}: {_last_words(out, err)}")
@@ -219,15 +223,26 @@ def _last_words(out: Path, err: Path) -> str:
     return escape_text(text) or "it wrote nothing"
 
 
-def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """End the group of a process, which keeps the id of a process that has ended."""
+def _end_groups(processes: Iterable[subprocess.Popen[bytes]]) -> None:
+    """End the groups of processes, also on a second Ctrl-C; a group keeps the id of a process that
+    has ended."""
+    ending = [*processes]
+    try:
+        for process in ending:
+            _signal_group(process, signal.SIGTERM)
+        for process in ending:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_GRACE)
+    finally:
+        for process in ending:
+            _signal_group(process, signal.SIGKILL)
+        for process in ending:
+            process.wait()
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
     with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGTERM)
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(_GRACE)
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+        os.killpg(process.pid, number)
 
 
 def check_command(command: str, metric: Metric | None) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import edm2_layout
 import pytest
 import torch
-from checking import assert_same_tensors
+from checking import assert_same_tensors, heavy
 from checkpoint_layouts import LAYOUTS, distributed
 from saved import exported, store, values_of
 from torture.hostile import Bomb
@@ -188,6 +188,7 @@ def read_traced(run):
     return message, used
 
 
+@heavy
 @pytest.mark.parametrize("what", REPEATS)
 def test_the_memory_of_a_refused_file_is_limited_by_its_length(what, tmp_path):
     """64 MB are free, and 4 bytes a byte; the memory of an item is at most thrice its cost."""

@@ -155,8 +155,6 @@ def test_an_import_replaces_nothing_else(folder, tmp_path, ema):
     for place in (folder, folder / "step20.safetensors"):
         done = ema("import", folder, "--out", place, "--overwrite")
         assert done.error.startswith(f"{place}: ")
-    done = ema("import", folder, "--out", tmp_path / "x" / "y")
-    assert done.error.startswith(f"--out {tmp_path / 'x' / 'y'}: ")
 
 
 def test_a_dry_run_writes_nothing(folder, tmp_path, ema):

@@ -6,12 +6,8 @@ import sys
 import warnings
 from pathlib import Path
 
-import pytest
 import torch
 from forked import Forked
-
-heavy = pytest.mark.skipif("EMA_HEAVY" not in os.environ, reason="make integrations runs it")
-
 
 FRAMEWORKS = ("accelerate", "diffusers", "lightning.pytorch", "transformers.trainer")
 """What processes have imported when they start: that takes ten seconds of processor time."""

@@ -8,7 +8,8 @@ import torch
 
 pytest.importorskip("deepspeed")
 
-from integrations.programs import exit_codes_of_two, heavy
+from checking import heavy
+from integrations.programs import exit_codes_of_two
 from truth import distance, exact
 
 pytestmark = [

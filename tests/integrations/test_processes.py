@@ -4,7 +4,8 @@ import signal
 
 import pytest
 import torch
-from integrations.programs import heavy, train
+from checking import heavy
+from integrations.programs import train
 from truth import distance, exact
 
 pytest.importorskip("lightning.pytorch")
