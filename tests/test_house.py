@@ -155,8 +155,8 @@ LIMITS = {
     "targets.py": 3_220,
     "tracker": 41_150,
 }
-"""Tokens of each room at most: 2 % above what it had, at least 100, so that a small change passes. A room that
-shrinks lowers its limit; only the owners raise one."""
+"""Tokens of each room at most: 2 % above what it had, at least 100, so that a small change passes.
+A room that shrinks lowers its limit; only the owners raise one."""
 
 LAYOUT = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
