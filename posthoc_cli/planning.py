@@ -93,7 +93,7 @@ def times_to_drop(
 ) -> list[SameTime]:
     """Choose which times to drop so that `keep` remain, the least needed first.
 
-    All profiles keep the same times, from each of which a training can continue. At each step the
+    All profiles keep the same times, so that a training can continue from each. At each step the
     time is dropped that raises the predicted error over `sigma_range`, at the time of the last
     snapshot, least; among equals (where nothing moved) the time whose neighbours are closest
     together. Times that are `needed` stay. If there are very many, only an even choice of them is

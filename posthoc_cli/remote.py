@@ -67,7 +67,7 @@ class RemotePath(PosixPath):
     _listed: dict[str, Any] | None = None  # what the listing of its folder says
 
     def __str__(self) -> str:
-        """Write the URL with both slashes, of which a Path keeps one; a relative path has none."""
+        """Write the URL with both slashes: a Path keeps one; a relative path has none."""
         scheme, colon, rest = super().__str__().partition(":/")
         return f"{scheme}://{rest}" if colon else scheme
 

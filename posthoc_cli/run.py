@@ -456,7 +456,7 @@ class Run:
         """Find the decay, or the sigma_rel, that the averages really have; see `checkpoints.audit`.
 
         `claimed` is the decay that they should have, in (0, 1); by default the decay in the files
-        or of an import. The others are settings of an import, of which the files' numbers may need
+        or of an import. The others are settings of an import: the files' numbers may need
         one. Returns one audit for each average; `is_bad` if it contradicts the claim. An
         InvalidValueError if less than two times have both an average and the weights.
         """

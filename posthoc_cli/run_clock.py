@@ -34,7 +34,7 @@ class Clock:
 
     @property
     def is_even(self) -> bool:
-        """Whether steps and times are in one ratio, as far as the known pairs show."""
+        """Whether the known steps and times are in one ratio."""
         lengths = np.array(self.times) / np.array(self.steps)
         return bool(np.ptp(lengths) <= EQUAL_STEPS * lengths[-1])
 

@@ -165,7 +165,9 @@ class Beta(Target):
     counts_steps = True
 
     def __init__(self, beta: float) -> None:
-        accepted = f"lie in [{SHORTEST_BETA:g}, 1); below that the mean age is less than one step"
+        accepted = f"lie in [{SHORTEST_BETA:g}, 1)"
+        if isinstance(beta, numbers.Real) and beta < SHORTEST_BETA:
+            accepted += "; below that the mean age is less than one step"
         self.beta = check_number("decay", beta, lambda value: SHORTEST_BETA <= value < 1, accepted)
         super().__init__(f"decay {self.beta!r}")
 

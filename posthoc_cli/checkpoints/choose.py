@@ -411,7 +411,7 @@ class Chooser:
 
     def _ask_which(self, several: Sequence[Series], what: str) -> InvalidValueError:
         """Make the question which of several series are the run; without a command if they are
-        parts of one, of which any proposal would leave most out."""
+        parts of one: any proposal would leave most of them out."""
         several = sorted(several, key=lambda each: -len(each))
         counted = [f"{len(each)} x {self._glob_of(each)}" for each in several]
         reason = f"holds several {what}, {list_first(counted)}"

@@ -347,8 +347,8 @@ def _ask_for_step(path: Path, doubt: str) -> InvalidValueError:
     if patterns:
         return QuestionError(path, reason, *({"step_from": pattern} for pattern in patterns))
     hint = _describe_pattern()
-    if _SECONDS.search(path.name):
-        hint = "rename copies of the files after their steps"
+    if _SECONDS.search(path.name) or not re.search("[0-9]", path.name):
+        hint = "rename copies of the files after their steps, such as step1000.pt"
     return InvalidValueError(path, reason, hint)
 
 
@@ -412,7 +412,7 @@ def sign_of_most(files: Sequence[Signs]) -> str | None:
 
 
 def _explain_no_sign(files: Sequence[Signs]) -> InvalidValueError:
-    """Make the error about files of which no sign shows the times of all."""
+    """Make the error about files whose times no sign shows."""
     first = next((file for file in files if not file.by_sign), files[0])
     hint = "name the files of one run with a glob"
     unsaid = InvalidValueError(first.path, "states no step, nor does its name", hint)

@@ -93,7 +93,7 @@ class _Decays:
 
     def _find(self) -> tuple[ImportSettings, list[str]]:
         """Complete the settings with the decay that the files show."""
-        # some files may say their decay, of which all have the same
+        # some files may say their decay, which is the same in all
         unclaimed = [replace(source, decay=0.0, sigma_rel=0.0) for source in self.checkpoints]
         audit = next(audit_averages(unclaimed, given=self.given), None)
         if audit is None:

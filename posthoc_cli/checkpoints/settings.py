@@ -6,6 +6,8 @@ import re
 import shlex
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from itertools import count
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -55,7 +57,7 @@ def _half_life(value: Any) -> float:
 
 
 FOUND = "found"
-"""The `ema_decay` that takes what the files show, as far as they show it."""
+"""The `ema_decay` that takes what the files show."""
 
 
 def parse_warm_up(text: str) -> Arguments | None:
@@ -158,19 +160,19 @@ class ImportSettings:
 
     def __post_init__(self) -> None:
         globs = make_selection(self.include, self.exclude, "copy")
-        vars(self).update(include=globs.include, exclude=globs.exclude)
+        object.__setattr__(self, "include", globs.include)
+        object.__setattr__(self, "exclude", globs.exclude)
         for name, kind in field_kinds(ImportSettings).items():
             value = getattr(self, name)
             try:
-                vars(self)[name] = convert(
-                    tuple(value) if isinstance(value, list | np.ndarray) else value, kind
-                )
+                listed = tuple(value) if isinstance(value, list | np.ndarray) else value
+                object.__setattr__(self, name, convert(listed, kind))
             except ValueError as error:
                 raise InvalidValueError(
                     name, str(error).partition(", not ")[0], value=abbreviate(value)
                 ) from None
         if isinstance(self.ema_decay, float):
-            vars(self)["ema_decay"] = float(self.ema_decay)  # of NumPy, which is no plain value
+            object.__setattr__(self, "ema_decay", float(self.ema_decay))  # of NumPy
         for sigma_rel in self.sigma_rels:
             check_sigma_rel(sigma_rel, "sigma_rels")
         at_most_one(sigma_rels=self.sigma_rels or None, ema_decay=self.ema_decay)
@@ -235,7 +237,12 @@ class ImportSettings:
                 words += [option, ",".join(map(str, value))]
             else:
                 words += [option, str(value)]
-        return shlex.join([*words, "--out", "run"])
+        free = "run"
+        for number in count(2):
+            if not Path(free).exists():
+                break
+            free = f"run-{number}"
+        return shlex.join([*words, "--out", free])
 
     @property
     def selection(self) -> Selection:

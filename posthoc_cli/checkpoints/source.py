@@ -31,7 +31,7 @@ from posthoc_cli.snapshots.entry import Entry
 from posthoc_cli.snapshots.sources import Source, TrackedTensor
 from posthoc_cli.snapshots.tensorfile import TensorFile
 
-# of a codebook of vectors: the sums of which its vectors are the quotients
+# of a codebook: its vectors are quotients of these sums
 _SUMS = ("cluster_size", "embed_avg")
 # of BatchNorm: a variance is not extrapolated
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")

@@ -25,7 +25,7 @@ _Place = tuple[int, int, Arguments]
 
 @dataclass(frozen=True)
 class Updates:
-    """How an ordinary EMA was updated, as far as its file says."""
+    """What a file says of how its ordinary EMA was updated."""
 
     # arguments of `DecayRule`; without "decay", "base" and "steps" if they are unknown
     rule: Arguments = field(default_factory=dict)

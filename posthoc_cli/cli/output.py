@@ -176,7 +176,7 @@ def note_copied(copied: dict[str, Any]) -> None:
     if kept := copied["kept"]:
         print_note(f"kept {list_tensors(kept)} of {name}, which the run does not have")
     if shared := copied["shared"]:
-        print_note(f"not written: {list_tensors(shared)}, of which {name} has the weights alone")
+        print_note(f"not written: {list_tensors(shared)}; {name} has the weights of these alone")
     if left_out := copied["left_out"]:
         print_note(f"not copied: {list_first(left_out)}")
 

@@ -52,7 +52,7 @@ def _join_command(words: Sequence[str], options: Container[str]) -> str:
 
 
 def _find_pattern(paths: Sequence[str]) -> str:
-    """Find a pattern in quotes of exactly these files or folders, of which there are several."""
+    """Find a pattern in quotes of exactly these several files or folders."""
     start = os.path.commonprefix(paths)  # noqa: RUF071
     ends = [path[len(start) :][::-1] for path in paths]
     end = os.path.commonprefix(ends)[::-1]  # noqa: RUF071

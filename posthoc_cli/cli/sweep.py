@@ -110,7 +110,7 @@ def sweep(
     Images that the command writes to {dir} are kept, and the page shows them side by side. --look
     makes this page without a metric.
 
-    A standard error next to the metric (acc_stderr) bounds its noise, and that of the gain. A
+    A standard error next to the metric (acc_stderr) bounds its noise, and the gain's. A
     failed trial does not count; two in a row that fail alike end the sweep. The same command
     continues an earlier one. OUT receives trials.jsonl, sweep.json, logs, images, report.html and
     the best average.

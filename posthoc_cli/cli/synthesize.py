@@ -38,7 +38,7 @@ def synthesize(
     DIR may also contain checkpoints, or averages of other libraries: see ema guide checkpoints.
 
     For one large model on many machines: torchrun -m posthoc_cli synthesize ... makes a folder of
-    shards, of which each process writes some. If a job was killed, run it again.
+    shards; each process writes some of them. If a job was killed, run it again.
     """
     from posthoc_cli.export.torchrun import is_rank
 

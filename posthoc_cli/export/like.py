@@ -71,7 +71,7 @@ _OTHER_FOLDERS = re.compile(
     r"(?:checkpoint|ckpt|epoch|step)[-_]?\d+|runs|logs|wandb", re.IGNORECASE
 )
 """The names of folders in the output of a training that are not part of its model: other
-checkpoints, of which a Trainer keeps many, and logs."""
+checkpoints (a Trainer keeps many) and logs."""
 
 
 @dataclass(frozen=True)

@@ -281,7 +281,7 @@ _SAME = 0.98
 """Tail of an average from which on it is taken for equal to all others that have as much: what lies
 before moves their difference by at most a fiftieth of its own motion."""
 
-_SEEN_WITHIN = 400  # parts of training, to one of which `seen_from` is exact for averages
+_SEEN_WITHIN = 400  # parts of training: `seen_from` is exact to one of them for averages
 
 
 def seen_from(start: float, profiles: Sequence[StoredProfile]) -> float:
@@ -737,7 +737,7 @@ def sampling_errors(profiles: Sequence[StoredProfile], motion: Motion) -> FloatA
     shape [n or less, n].
 
     Their sum over updates k is sum_k m_k (theta_k - the mean of the steps since update k - 1), with
-    the masses m_k. Averages share an error as far as they share masses.
+    the masses m_k. Averages that share masses share their error.
     """
     intervals = np.array([update_interval(profile) for profile in profiles])
     jumps = [profile.jumps for profile in profiles if isinstance(profile, OrdinaryEMA)]
@@ -765,7 +765,7 @@ def compress_rows(rows: FloatArray) -> FloatArray:
 
 
 def median_of_neighbours(values: FloatArray) -> FloatArray:
-    """Compute the median of each value, the two before and the two after it, as far as these exist:
+    """Compute the median of each value, the two before and the two after it, where these exist:
     shape of `values`."""
     padded = np.pad(values, 2, constant_values=np.nan)
     neighbours = sliding_window_view(padded, 5)

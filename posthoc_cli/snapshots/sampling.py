@@ -3,7 +3,7 @@
 The averages of a source, concatenated by name, form a long vector, which is cut into runs. Some
 runs are chosen at random, seeded by the run id: the same elements in every source, all equally
 likely. Sums over the sample, times all elements / elements in the sample, are unbiased estimates,
-and exact for models of which all elements are read.
+and exact for models whose elements are all read.
 
 The sample is not verified, since a checksum covers a block, which would have to be read completely.
 It is used for estimates only; a synthesis verifies what it reads. Memory: the samples of one time
@@ -420,7 +420,7 @@ def _distance(sample: _Sample, before: Sequence[_Sample], mixture: _Mixture) -> 
 
 @dataclass(frozen=True, eq=False)
 class _Mixture:
-    """The profile of a sum of averages with these coefficients, the last of which is the newest.
+    """The profile of a sum of averages with these coefficients, the newest average's last.
 
     Its tails are exact at any time, as the averages' are, so that their common part cancels: of an
     average whose decay rises to 1 a late interval has less mass than any early update.

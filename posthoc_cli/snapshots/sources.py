@@ -244,7 +244,7 @@ class Source(StoredTensors, ABC):
     t_unit: str
     step: int
     sigma_rel: float  # the width that the average was tracked for; 0 for other averages
-    # the earliest time with mass in averages of the run, as far as this source shows
+    # the earliest time with mass in averages of the run that this source shows
     t_first: float
     left_out: tuple[str, ...]  # names in the model's state that were not tracked
     measurements: Measurements | None  # None if they must be estimated

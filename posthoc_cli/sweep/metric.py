@@ -56,7 +56,7 @@ class Metric:
     `key` is the key of a member of a JSON object, with dots between the keys of nested objects:
     `results.acc`, or the word before a number, as in `loss: 2.67`; None if the metric is a line of
     output that is a number. `file` is the name or pattern of JSON files in the trial's
-    folder or below, of which the newest is used; None for the output, where the last counts.
+    folder or below, where the newest counts; None for the output, where the last counts.
     """
 
     key: str | None = None

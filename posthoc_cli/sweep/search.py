@@ -52,7 +52,7 @@ second best metric. Larger ones are lowered: they only show that a length is bad
 
 @dataclass(frozen=True)
 class Lengths:
-    """The sigma_rels to search: a range, or a list of which all are measured."""
+    """The sigma_rels to search: a range, or a list that is measured as it is."""
 
     low: float
     high: float
@@ -75,7 +75,7 @@ class Lengths:
     @classmethod
     def parse(cls, text: str, name: str, steps: float | None = None) -> Lengths:
         """Parse a range LOW:HIGH or a list of sigma_rels, or, with a number of `steps`, of decays,
-        each of which stands for the sigma_rel that is as long; an InvalidValueError about `name`
+        each for the sigma_rel that is as long; an InvalidValueError about `name`
         says what is accepted."""
         is_range = text.count(":") == 1 and "," not in text
         numbers = text.replace(":", ",") if is_range else text
@@ -188,7 +188,7 @@ def gather(trials: Iterable[tuple[float, Trial]]) -> Measured:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The metric of each measured point, a length or an end, of which near ones and repetitions are
+    """The metric of each measured point, a length or an end, where near ones and repetitions are
     averaged.
 
     Attributes:
@@ -227,7 +227,7 @@ class Estimate:
 
         Repetitions show only the noise that is drawn anew. The error that trials state is also that
         of the examples, which all may share. It is then common to a part, and twice the error of
-        one mean bounds that of the difference.
+        one mean bounds the error of the difference.
         """
         if self.noise == 0:
             return 2 * self.stated
@@ -405,7 +405,7 @@ def next_measurements(
     step = lengths.step(budget)
     found = estimate(trials, step, minimize)
     if lengths.listed and math.isnan(found.noise):
-        return []  # few lengths, of which the best is as measured
+        return []  # few lengths: the best is as measured
     between = lengths.round(math.exp(found.vertex))
     if not lengths.listed and (between, 0) not in tried and is_in_gap(found, step):
         return [(between, 0)]

@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 
 LONGEST = 0.28
 """The sigma_rel from which on nothing longer is worth a search: the weight of the second half of
-training is 56 %, and that of the uniform average, 0.2887, is 50 %."""
+training is 56 %; it is 50 % in the uniform average, 0.2887."""
 _DIRECTIONS = {True: "minimize", False: "maximize", None: "look"}
 _DOUBT = "does the evaluation use the weights?"
 
@@ -335,7 +335,7 @@ class _Running:
 
 @contextmanager
 def mute_warnings() -> Iterator[None]:
-    """Mute the warnings of inexact averages, of which a sweep has said the range before."""
+    """Mute the warnings of inexact averages: a sweep has said their range before."""
     planning = logging.getLogger("posthoc_cli.synthesis.plan")
     was_disabled = planning.disabled
     planning.disabled = True

@@ -176,7 +176,7 @@ def average(run: Run, sigma_rel: float, t: float, end: float | None = None) -> R
 def find_compared(
     run: Run, t: float, raw: Path | Mapping[str, Tensor] | None = None
 ) -> list[Weights]:
-    """Find what averages at the time `t` are compared with, as far as it is known: the user's own
+    """Find what averages at the time `t` are compared with, where it is known: the user's own
     newest EMA, the last weights, also in `raw`, and the weights at an earlier `t`."""
     own = None
     points = {}

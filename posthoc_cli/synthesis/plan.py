@@ -325,7 +325,7 @@ def plan_synthesis(sources: Sequence[Source], request: Request) -> Plan:
 
 
 def _select_tensors(plan: Plan, selection: Selection) -> Plan:
-    """Make only the tensors of which a name is selected."""
+    """Make only the tensors with a name that is selected."""
     names = plan.names
     check_globs(selection, chain(*names.values()))
     chosen = set()

@@ -184,7 +184,7 @@ class TrackedModel:
         described = f"{kind}, {torch_dtype(tensor.dtype)} of shape {shape}"
         if self.members.is_chunked:
             box = self.boxes[name]
-            described += f", of which this process has {list(box.shape)} at {list(box.offset)}"
+            described += f"; this process has {list(box.shape)} at {list(box.offset)}"
         return described
 
 
@@ -241,7 +241,7 @@ class _Collection:
 
     def __init__(self, entries: Sequence[NamedTensor], selection: Selection) -> None:
         self._selection = selection
-        # A tied parameter is one tensor with several names, any of which may be selected.
+        # A tied parameter is one tensor with several names; any of them may be selected.
         self._copied = set()
         for entry in entries:
             if selection.copies(entry.name):

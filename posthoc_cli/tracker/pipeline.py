@@ -79,7 +79,7 @@ class Pipeline:
         if device not in ("cpu", "model", None):
             reason = "must be 'cpu', or 'model' for the model's own device"
             raise InvalidValueError("device", reason, value=f"{str(device)!r}")
-        # the state; its averages are those of the last update, which only their thread changes
+        # the state; only their thread changes its averages, which are of the last update
         self.tracking = tracking
         self._counting = threading.Lock()
         self._noted: Exception | None = None

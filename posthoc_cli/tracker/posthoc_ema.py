@@ -644,7 +644,7 @@ class PostHocEMA:
 
     def fits(self, state: Mapping[str, Any]) -> bool:
         """Return whether the model has the weights that the network had when a tracker's own state
-        was taken, as far as it knows them. For a sharded model all processes make the call."""
+        was taken, if it knows them. For a sharded model all processes make the call."""
         return self._own_state.fits(state)
 
     @not_compiled

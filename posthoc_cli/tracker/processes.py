@@ -209,7 +209,7 @@ class Members:
         time."""
 
     def keepers(self) -> Group:
-        """Find the processes that keep averages, all of which make a call."""
+        """Find the processes that keep averages; all of them make a call."""
         return THIS_PROCESS
 
     def callers(self, is_tracking: bool) -> Group:

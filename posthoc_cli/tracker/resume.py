@@ -223,7 +223,7 @@ def warn_of_other_weights(directory: Path, step: int) -> None:
 
 
 def sample_of_all(group: Group, own: Mapping[int, float]) -> Floats:
-    """Collect the values of a sample, of which each process has some, by number."""
+    """Collect the values of a sample by number; each process has some."""
     sample = ChainMap(*group.from_all(dict(own)))
     values = [sample[number] for number in sorted(sample)]
     return np.array(values, np.float32)

@@ -336,7 +336,7 @@ class Averages:
 
     def predicted_error(self, profile: int) -> float:
         """Predict the relative L2 error of an average: of its arithmetic, and of the rounded
-        snapshots that it has continued from, as far as these still count."""
+        snapshots that it has continued from, if these still count."""
         standing = self.standing
         gamma = self.gammas[profile]
         spacings = [torch.finfo(bucket.wide).eps for bucket in self.tensors.layout]

@@ -13,9 +13,11 @@ import xxhash
 from checking import assert_same_tensors, refused
 from checkpoint_layouts import STEPS, filled
 from factories import contents
+from safetensors.torch import save_file
 from saved import write_each
 
 from posthoc_cli import Run, files, import_checkpoints
+from posthoc_cli.checkpoints.settings import UNSPECIFIED
 from posthoc_cli.errors import (
     FileFormatError,
     OutputExistsError,
@@ -155,6 +157,21 @@ def test_an_import_replaces_nothing_else(folder, tmp_path, ema):
     for place in (folder, folder / "step20.safetensors"):
         done = ema("import", folder, "--out", place, "--overwrite")
         assert done.error.startswith(f"{place}: ")
+
+
+def test_a_proposed_import_goes_to_a_folder_that_does_not_exist(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert UNSPECIFIED.command("old").endswith(" --out run")
+    Path("run").mkdir()
+    Path("run-2").touch()
+    assert UNSPECIFIED.command("old").endswith(" --out run-3")
+
+
+def test_names_without_a_number_are_to_be_changed(tmp_path):
+    for name in "ab":
+        save_file({"w": torch.ones(9)}, tmp_path / f"{name}.safetensors")
+    with refused(tmp_path / "a.safetensors", "rename", "step1000.pt"):
+        import_checkpoints(tmp_path, tmp_path / "new")
 
 
 def test_a_dry_run_writes_nothing(folder, tmp_path, ema):
