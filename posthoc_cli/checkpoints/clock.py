@@ -348,7 +348,7 @@ def _ask_for_step(path: Path, doubt: str) -> InvalidValueError:
         return QuestionError(path, reason, *({"step_from": pattern} for pattern in patterns))
     hint = _describe_pattern()
     if _SECONDS.search(path.name) or not re.search("[0-9]", path.name):
-        hint = "rename copies of the files after their steps, such as step1000.pt"
+        hint = "leave it out, or rename copies of the files after their steps: step1000.pt"
     return InvalidValueError(path, reason, hint)
 
 

@@ -112,5 +112,5 @@ def _verdict(
     if all(file["state"] == "unchanged" for file in files):
         return f"{total}: all as they were at the import, by size and a sample of the content"
     if not intact:
-        return f"{total}: none found damaged; they have no checksums"
+        return f"{total}: none found damaged, all without checksums"
     return f"{total}: {intact:,} intact, {len(files) - intact:,} without checksums"

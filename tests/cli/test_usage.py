@@ -302,5 +302,7 @@ def test_a_target_that_is_proposed_goes_through(typed, text):
 
 
 def test_notes_name_options(typed):
-    torch.save({"w": torch.ones(3)}, "m.pt")
-    assert "import with --step-from, a pattern" in typed("info m.pt").out
+    Path("names").mkdir()
+    for step in (1, 2):
+        torch.save({"w": torch.ones(3)}, f"names/a{step}-b{step + 3}.pt")
+    assert "--step-from" in typed("info names").out
