@@ -15,6 +15,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,7 +111,9 @@ def _train_and_search(
     say("never saw")
     run = Run(snapshots)
     report = _search(model, run)
-    run.write([report.best], out / "best.safetensors")
+    best = out / "best.safetensors"
+    run.write(report.best, best)
+    report = replace(report, outputs=(best,))
     report.write(out / "sweep")
     _draw_samples(model, run, report, out / "sweep")
     page = render(run, report, out / "sweep")

@@ -59,7 +59,7 @@ def render(run: Run, report: SweepReport, folder: Path) -> str:
         take=_render_take(run, report),
         summary=_definition_list(summarize(report)),
         trials=_render_trials(report, folder),
-        command=escape(report.rerun_command),
+        again=_render_again(report),
         versions=escape(_list_versions()),
     )
 
@@ -95,6 +95,14 @@ def _definition_list(pairs: Sequence[tuple[str, str]]) -> str:
         emphasis = ' class="best"' if name in ("best", "gain") else ""
         rows.append(f"<dt>{escape(name)}</dt><dd{emphasis}>{escape(value)}</dd>")
     return f"<dl>{''.join(rows)}</dl>"
+
+
+def _render_again(report: SweepReport) -> str:
+    """Show the command that repeats the search; a search in Python has none."""
+    if not report.rerun_command:
+        return ""
+    command = escape(report.rerun_command)
+    return f"<section><h2>Repeat or continue the search</h2>\n<pre>{command}</pre>\n</section>"
 
 
 _WIDE = 8.5
