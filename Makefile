@@ -67,6 +67,7 @@ bench: $(READY)
 	$(BIN)/python scripts/bench_synthesis.py
 	$(BIN)/python scripts/bench_update.py
 	$(BIN)/python scripts/bench_sweep.py
+	$(BIN)/python scripts/overfitting.py
 
 # Not `$(READY)`, which needs a network.
 gpu:

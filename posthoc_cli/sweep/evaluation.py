@@ -29,6 +29,7 @@ from posthoc_cli.sweep.folder import LOGS, SCRATCH
 from posthoc_cli.sweep.metric import Metric, TrialError, check_metric, read_tail
 from posthoc_cli.sweep.search import Trial
 from posthoc_cli.sweep.weights import Weights
+from posthoc_cli.synthesis.plan import Plan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,8 +56,8 @@ class Evaluation(Protocol):
     def executor(self) -> AbstractContextManager[Executor]:
         """Make what runs measurements; all that still run end with the block."""
 
-    def prepare(self, weights: Weights, trial: Trial, job: int) -> Measure:
-        """Make weights, and return what measures them."""
+    def prepare(self, weights: Weights, trial: Trial, job: int) -> tuple[Measure, Plan | None]:
+        """Make weights; return what measures them, and the plan of an average."""
 
 
 # --- a function
@@ -76,8 +77,14 @@ class Function:
     def executor(self) -> Executor:
         return _Caller()
 
-    def prepare(self, weights: Weights, trial: Trial, job: int) -> Measure:  # noqa: ARG002
-        return partial(self._measure, dict(weights.make()))
+    def prepare(
+        self,
+        weights: Weights,
+        trial: Trial,  # noqa: ARG002
+        job: int,  # noqa: ARG002
+    ) -> tuple[Measure, Plan | None]:
+        tensors, plan = weights.make()
+        return partial(self._measure, dict(tensors)), plan
 
     def _measure(self, tensors: dict[str, Tensor]) -> tuple[float, float | None]:
         result = self.function(tensors)
@@ -130,11 +137,11 @@ class Command:
                 self._is_stopped.set()
                 _end_groups(self._processes)
 
-    def prepare(self, weights: Weights, trial: Trial, job: int) -> Measure:
+    def prepare(self, weights: Weights, trial: Trial, job: int) -> tuple[Measure, Plan | None]:
         folder = (self.out / SCRATCH / str(job)).absolute()  # the command may change the directory
         files.make_directory(folder)
         path = folder / f"weights{ending_like(self.like)}"
-        weights.write(path, self.like)
+        plan = weights.write(path, self.like)
         # Each trial has a new folder: the process of a killed sweep may still write to its old one.
         made = Path(tempfile.mkdtemp(prefix=f"{trial.name}-", dir=folder))
         texts = {
@@ -147,7 +154,7 @@ class Command:
         words = []
         for word in shlex.split(self.name):
             words.append(_PLACEHOLDER.sub(lambda match: str(texts[match[1]]), word))
-        return partial(self._measure, words, trial, made, self._environment(job))
+        return partial(self._measure, words, trial, made, self._environment(job)), plan
 
     def _environment(self, job: int) -> dict[str, str]:
         devices = visible_cuda_devices() if self.jobs > 1 else []

@@ -257,11 +257,10 @@ class Sweep:
         """Make weights to measure."""
         trial = Trial(weights.title, weights.sigma_rel, seed, t=weights.t)
         with mute_warnings():
-            plan = weights.plan()
-            if plan is not None:
-                error = plan.predicted_error(0)
-                trial = replace(trial, predicted_error=error, lost_gain=plan.lost_gain(0))
-            measure = self._evaluation.prepare(weights, trial, job)
+            measure, plan = self._evaluation.prepare(weights, trial, job)
+        if plan is not None:
+            error = plan.predicted_error(0)
+            trial = replace(trial, predicted_error=error, lost_gain=plan.lost_gain(0))
         return _Running(trial, job, measure)
 
     def _finish(

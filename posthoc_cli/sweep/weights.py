@@ -21,7 +21,7 @@ from posthoc_cli.errors import InvalidValueError, MismatchError, quote
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.export.like import check_shape
 from posthoc_cli.profiles import Point
-from posthoc_cli.run import Run
+from posthoc_cli.run import Run, make_weights, retry_vanished
 from posthoc_cli.snapshots.snapshot import Snapshot, recorded_weights
 from posthoc_cli.snapshots.sources import Source
 from posthoc_cli.snapshots.tensorfile import read_file
@@ -54,16 +54,13 @@ class Weights:
     sigma_rel: float | None = None
     t: float | None = None
 
-    def plan(self) -> Plan | None:
-        """Plan an average; return None for what averages are compared with."""
-        return None
-
-    def write(self, path: Path, like: Path | None) -> None:
-        """Write the weights to a file, or to a copy of the checkpoint `like`."""
+    def write(self, path: Path, like: Path | None) -> Plan | None:
+        """Write the weights to a file, or to a copy of the checkpoint `like`; return the plan of an
+        average."""
         raise NotImplementedError
 
-    def make(self) -> Mapping[str, Tensor]:
-        """Make the weights in memory."""
+    def make(self) -> tuple[Mapping[str, Tensor], Plan | None]:
+        """Make the weights in memory, and return the plan of an average, too."""
         raise NotImplementedError
 
 
@@ -75,14 +72,17 @@ class RunWeights(Weights):
     target: Target
     time: float
 
-    def plan(self) -> Plan | None:
-        return None if self.sigma_rel is None else self.run.plan(self.target, t=self.time)
+    def write(self, path: Path, like: Path | None) -> Plan | None:
+        written = self.run.write(self.target, path, t=self.time, like=like)
+        assert written is not None  # as of a process other than the first one
+        return None if self.sigma_rel is None else written.plan
 
-    def write(self, path: Path, like: Path | None) -> None:
-        self.run.write(self.target, path, t=self.time, like=like)
+    def make(self) -> tuple[Mapping[str, Tensor], Plan | None]:
+        def attempt() -> tuple[Mapping[str, Tensor], Plan | None]:
+            plan = self.run.plan(self.target, t=self.time)
+            return make_weights(plan), None if self.sigma_rel is None else plan
 
-    def make(self) -> Mapping[str, Tensor]:
-        return self.run.average(self.target, t=self.time)
+        return retry_vanished(attempt)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,18 +92,19 @@ class RawFile(Weights):
     run: Run
     path: Path
 
-    def write(self, path: Path, like: Path | None) -> None:
+    def write(self, path: Path, like: Path | None) -> Plan | None:
         with self._plain_file(path.parent) as plain:
             if like is None:
                 plain.rename(path)
             else:
                 export_file(plain, path, like=like)
+        return None
 
-    def make(self) -> Mapping[str, Tensor]:
+    def make(self) -> tuple[Mapping[str, Tensor], Plan | None]:
         from safetensors.torch import load_file
 
         with tempfile.TemporaryDirectory() as folder, self._plain_file(Path(folder)) as plain:
-            return load_file(plain)
+            return load_file(plain), None
 
     @contextmanager
     def _plain_file(self, folder: Path) -> Iterator[Path]:
@@ -156,8 +157,8 @@ class RawTensors(Weights):
 
     tensors: Mapping[str, Tensor]
 
-    def make(self) -> Mapping[str, Tensor]:
-        return self.tensors
+    def make(self) -> tuple[Mapping[str, Tensor], Plan | None]:
+        return self.tensors, None
 
 
 def average(run: Run, sigma_rel: float, t: float, end: float | None = None) -> RunWeights:
