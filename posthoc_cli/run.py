@@ -358,8 +358,9 @@ class Run:
             t, step: as in `plan_synthesis`.
             raw: the last weights, to measure them too: tensors by name, or a checkpoint.
             jobs: commands that run side by side; a function is called in this thread.
-            out: a folder for trials, logs and the best average, with which the same call continues;
-                None to keep nothing.
+            out: a folder for trials, logs and the best average, with which the same call continues
+                (a function is known by its name: name another folder if it has changed); None to
+                keep nothing.
 
         Raises the errors of `Sweep.run_all`, and what the function raises.
         """

@@ -59,7 +59,7 @@ _FIELDS = {field.name: field for field in fields(OutputRequest)}
 _FLAGS = {"overwrite": ("--overwrite", "-f")}
 
 
-def of(name: str) -> Any:
+def make_option(name: str) -> Any:
     """Make the option for a field of a request."""
     default = _FIELDS[name].default
     help: Help = _FIELDS[name].metadata["help"]
@@ -73,14 +73,14 @@ def of(name: str) -> Any:
     )
 
 
-METHOD = of("method")
-LAYOUT = of("layout")
-DTYPE = of("dtype")
-LIKE_MODEL = of("like")
-TIME = of("t")
-STEP = of("step")
-MAX_SHARD_SIZE = of("max_shard_size")
-OVERWRITE = of("overwrite")
+METHOD = make_option("method")
+LAYOUT = make_option("layout")
+DTYPE = make_option("dtype")
+LIKE_MODEL = make_option("like")
+TIME = make_option("t")
+STEP = make_option("step")
+MAX_SHARD_SIZE = make_option("max_shard_size")
+OVERWRITE = make_option("overwrite")
 STEP_FROM = RARE(
     None,
     metavar="PATTERN",
@@ -195,17 +195,10 @@ def with_request(command: Callable[..., None]) -> Callable[..., None]:
     types = get_type_hints(command)
     for name in asked:
         types[name] = _find_type(name)
-        parameters[name] = Parameter(name, Parameter.KEYWORD_ONLY, default=of(name))
+        parameters[name] = Parameter(name, Parameter.KEYWORD_ONLY, default=make_option(name))
     vars(call)["__signature__"] = own.replace(parameters=[*parameters.values()])
     call.__annotations__ = types
     return call
-
-
-_PARSED: dict[str, Callable[[Any], Any]] = {
-    "step": lambda text: parse_count(text, "--step"),
-    "max_error": parse_max_error,
-    "like": lambda path: check_exists(path),
-}
 
 
 def _find_type(name: str) -> Any:
@@ -265,6 +258,14 @@ def _check_content(path: Path) -> None:
     if is_text and not path.name.endswith(".index.json"):
         reason = f"is a text file, not a file of tensors: {errors.quote(text[:40])}"
         raise InvalidValueError(path, reason)
+
+
+_PARSED: dict[str, Callable[[Any], Any]] = {
+    "step": partial(parse_count, option="--step"),
+    "max_error": parse_max_error,
+    "like": check_exists,
+}
+"""Turn the texts of options for the fields of a request into values."""
 
 
 def new_picture(out: str | None, overwrite: bool) -> Path | None:
