@@ -19,6 +19,11 @@ to all of training so far, and of the relative difference between the profiles i
 within it."""
 
 
+FEWEST_SHARED = 10
+"""Fewest updates in a mean that profiles share. Each saves the time of one mean, and a fold takes
+that of 8 (scripts/bench_update.py)."""
+
+
 def _reach(gammas: Sequence[float]) -> float:
     """Compute the time that a mean of more than two values may cover for these profiles, relative
     to `t`."""
@@ -47,10 +52,10 @@ def window_ends(
     return covered > _reach(gammas) * t
 
 
-def may_share_mean(window: int, begin: float, t: float) -> bool:
-    """Return whether all profiles may share a mean of `WINDOW` updates, each as long as these in
-    (begin, t]."""
-    return (t - begin) * WINDOW <= LONGEST * t * window
+def may_share_mean(gammas: Sequence[float], window: int, begin: float, t: float) -> bool:
+    """Return whether profiles may share a mean of `FEWEST_SHARED` updates, each as long as these
+    in (begin, t]."""
+    return (t - begin) * FEWEST_SHARED <= _reach(gammas) * t * window
 
 
 def sketched_window_ends(
@@ -95,17 +100,20 @@ def lasting_roundings(
     """Estimate how far an average is from the exact one after `updates` at even times: the root
     mean square, in units of one rounding to nearest.
 
-    Windows of k = L updates values have the relative length L = min(1 / 8, WINDOW / updates), and
-    a fold leaves 1 - m = (1 - L)^(gamma + 1) of earlier errors: 1 / (1 - (1 - m)^2) of the squares
-    last. Each adds a rounding of the average (dithers cancel out), and m times the error of the
-    mean. Where weights scatter, each of a mean's k values is rounded independently: k / 3 squares.
-    Where they move steadily, as a share `smooth` of them does, all roundings are alike, and the
-    mean is behind by k times its mean weight up to each value, c, at most 1 / 2.
+    Windows of k = L updates values have the relative length L = min(1 / 8, WINDOW / updates), at
+    most a thousandth where profiles share a mean, and a fold leaves 1 - m = (1 - L)^(gamma + 1) of
+    earlier errors: 1 / (1 - (1 - m)^2) of the squares last. Each adds a rounding of the average
+    (dithers cancel out), and m times the error of the mean. Where weights scatter, each of a mean's
+    k values is rounded independently: k / 3 squares. Where they move steadily, as a share `smooth`
+    of them does, all roundings are alike, and the mean is behind by k times its mean weight up to
+    each value, c, at most 1 / 2.
 
     Measured (3,000 weights that scatter, walk or move steadily, 20 to 100,000 updates, sigma_rel
     0.01 to 0.28): 0.2 to 1.2 of this, for weights that hardly move less.
     """
     length = min(LONGEST_OWN, WINDOW / max(1, updates))
+    if updates * LONGEST > FEWEST_SHARED:
+        length = min(length, LONGEST)
     values = max(0.0, length * updates - 1)  # the first one is copied
     left = (1 - length) ** (gamma + 1)
     mass = 1 - left

@@ -2,7 +2,7 @@
 
 Norms and rounding errors, see `reconstruction.Measurements`, are sums over the subset in float64,
 scaled to all elements: exact for small models, and for n elements of about one size within (2 /
-n)^(1/2), 0.2 % for half a million.
+n)^(1/2), 0.4 % for 131,072.
 
 The path of the weights is projected to a few numbers at every fold, see `reconstruction.Sketch`:
 each element of the subset is multiplied by a random sign and the square root of the number of
@@ -29,7 +29,7 @@ from posthoc_cli.snapshots.sources import PathSketch
 from posthoc_cli.tracker.folding import new_value_share, sketched_window_ends
 from posthoc_cli.tracker.memory import Elements, Layout, Tile
 
-MEASURED_ELEMENTS = 2**19  # of a large model, about
+MEASURED_ELEMENTS = 2**17  # of a large model, about
 
 Values = npt.NDArray[Any]
 Hashes = npt.NDArray[np.uint64]

@@ -5,7 +5,7 @@ always in the same direction. So each profile has two float32 tensors: `mean` of
 the last fold (the window), weighted as the profile weighs them, and `high`, its average at the last
 fold. An update is one linear interpolation of each mean, as in other EMA hooks. A fold, after
 `WINDOW` updates or an eighth of the run, adds the mean with the profile's mass m of the window, and
-a share u of the last digit, |u| < 1/2, of each element that changes, before the sum is rounded:
+a share u of each element's last digit, |u| < 1/2, before the sum is rounded:
 
     high' = fl(high + m (mean - high) + u ulp(high)),    m = 1 - (t_folded / t)^(gamma + 1)
 
@@ -15,11 +15,11 @@ not lost, and each fold leaves one rounding error; n folds leave (n / (2 gamma +
 A mean is not dithered: where a weight moves steadily by some digits an update, always rounded
 alike, it lags behind by up to a quarter of a digit for each update in it.
 
-Where `WINDOW` updates take less than a thousandth of training, the mean of the first profile, of
-the largest gamma, serves all, and the others rest. Within a window of relative length L the weights
-of another gamma' differ from it by (gamma - gamma') L: noise leaves ((gamma - gamma') L)^2 / 12 of
-its variance's share in the average, drift (gamma - gamma') L^2 / 12 of the path. The newest value
-enters each mean with the profile's own share.
+Where `FEWEST_SHARED` updates take less than a thousandth of training, the mean of the first
+profile, of the largest gamma, serves all for as long, and the others rest. Within a window of
+relative length L the weights of another gamma' differ from it by (gamma - gamma') L: noise leaves
+((gamma - gamma') L)^2 / 12 of its variance's share in the average, drift (gamma - gamma') L^2 / 12
+of the path. The newest value enters each mean with the profile's own share.
 
 The relative L2 error against sums in float64 is at most 1.5e-6 in 1,000,000 updates
 (scripts/long_runs.py). Tensors of float64 parameters are float64: their folds are not dithered, and
@@ -101,7 +101,7 @@ class Standing:
     def step(self) -> int:
         return self.last.step
 
-    def after(self, last: Moment, folds: bool) -> Standing:
+    def after(self, gammas: Sequence[float], last: Moment, folds: bool) -> Standing:
         """Make the standing after an update, which folds the means or not."""
         t = last.t
         max_interval = 0.0
@@ -122,7 +122,7 @@ class Standing:
             window=0,
             folds=self.folds + 1,
             folded_t=t,
-            shared=may_share_mean(after.window, self.folded_t, t),
+            shared=may_share_mean(gammas, after.window, self.folded_t, t),
         )
 
     def shares(self, gammas: Sequence[float], t: float) -> Shares:
@@ -271,7 +271,7 @@ class Averages:
         if self.sample is not None:
             self.earlier_samples = (*self.earlier_samples[-1:], self.sample)
         self.sample = update.sample
-        self.standing = before.after(moment, shares.folds)
+        self.standing = before.after(self.gammas, moment, shares.folds)
         if sketcher is not None:
             self._sketch(sketcher, before.shared, shares.folds)
         return None
@@ -533,13 +533,15 @@ def _add_dithered(
     mass: float,
     dither: float,
 ) -> None:
-    """Add a share of the change, and of the last digit of each element that changes; `change` and
-    `digit` are overwritten."""
+    """Add a share of the change, and less than half of the last digit, which alone changes no
+    element (above 1e-37); `change` and `digit` are overwritten."""
     # The last digit away from 0, or towards it: towards 0 the last digit of a power of two is half
     # as large.
-    torch.sign(change, out=digit).abs_().mul_(high)
-    if dither <= 0:
-        digit.mul_(1 - 2**-24)
-    digit.view(torch.int32).bitwise_and_(SIGN_AND_EXPONENT)
+    bits = digit.view(torch.int32)
+    if dither > 0:
+        torch.bitwise_and(high.view(torch.int32), SIGN_AND_EXPONENT, out=bits)
+    else:
+        torch.mul(high, 1 - 2**-24, out=digit)
+        bits.bitwise_and_(SIGN_AND_EXPONENT)
     change.mul_(mass).add_(digit, alpha=dither * 2**-23)
     high.add_(change)

@@ -104,22 +104,35 @@ def test_folds_do_not_lose_steps_below_half_a_last_digit(tmp_path, monkeypatch):
     assert np.abs(off).max() < 2 * 2**-23
 
 
+def test_averages_of_weights_that_do_not_change_are_their_bits(tmp_path):
+    """Folds add less than half a last digit, of which a power of two has a smaller one below it."""
+    powers = 2.0 ** torch.arange(-120, 121)
+    weights = torch.cat([powers, -powers, torch.zeros(1), powers * torch.rand(len(powers))])
+    model = Scalar(torch.float32, size=len(weights))
+    model.weight.data.copy_(weights)
+    with track(model, tmp_path, (0.05, 0.28), checkpoint_every=10**6) as tracker:
+        for _ in range(300):
+            tracker.update_(model)
+        for sigma_rel in (0.05, 0.28):
+            assert np.array_equal(tracked(tracker, sigma_rel), weights.double().numpy())
+
+
 def test_averages_stay_exact_when_profiles_begin_to_share_a_mean(tmp_path):
-    """They share it from t = 104,000 on; the run is resumed with fewer profiles within a window
+    """They share it from t = 10,000 on; the run is resumed with fewer profiles within a window
     before, and again within one after that."""
     model = Scalar(torch.float32, size=500)
     nn.init.normal_(model.weight)
     path = []
     times = []
     state = {}
-    for updates, sigma_rels in ((200, (0.05, 0.15, 0.28)), (250, (0.05, 0.15)), (50, (0.05, 0.15))):
+    for updates, sigma_rels in ((200, (0.05, 0.15, 0.28)), (452, (0.05, 0.15)), (55, (0.05, 0.15))):
         with track(model, tmp_path / f"{updates}", sigma_rels, checkpoint_every=10**6) as tracker:
             if state:
                 tracker.load_state_dict(state)
             for _ in range(updates):
                 model.weight.data += 1e-3 * torch.randn(500)
                 path.append(model.values())
-                times.append(103_601.0 + len(times))
+                times.append(9_601.0 + len(times))
                 tracker.update_(model, times[-1])
             for sigma_rel in sigma_rels:
                 exact = exact_average(path, sigma_rel, times)
