@@ -387,9 +387,11 @@ def check_count(
 
 def at_most_one(**given: object) -> None:
     """Raise InvalidValueError if several of these arguments are given; None and False are not."""
-    count = sum(value is not None and value is not False for value in given.values())
-    if count > 1:
-        raise InvalidValueError(" and ".join(given), "give at most one of them")
+    values = [value for value in given.values() if value is not None and value is not False]
+    if len(values) > 1:
+        first, *_ = given
+        names = " and ".join(map(argument, given))
+        raise InvalidValueError(first, f"give at most one of {names}")
 
 
 def check_word(

@@ -89,8 +89,7 @@ class _Command(_Plain, typer.core.TyperCommand):
                 return super().invoke(ctx)
             except PostHocError as error:
                 if isinstance(error.args[0], str):  # else a path, which may be named like an option
-                    names = error.subject.split(" and ")
-                    error.subject = " and ".join(options.get(name, name) for name in names)
+                    error.subject = options.get(error.subject, error.subject)
                 raise
 
 

@@ -78,11 +78,9 @@ def read_state(
     places = [Path(folder) / name for name in _state_names(number)]
     paths = [path for path in places if path.exists()]
     if len(paths) > 1:
-        raise MismatchError(
-            " and ".join(map(str, paths)),
-            "are the tracker's states of two saves",
-            "remove the older",
-        )
+        names = " and ".join(path.name for path in paths)
+        reason = f"{names} are the tracker's states of two saves"
+        raise MismatchError(folder, reason, "remove the older")
     for path in paths:
         if path.is_dir():
             state = ema.state_dict()
