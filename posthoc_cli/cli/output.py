@@ -177,8 +177,8 @@ def note_copied(copied: dict[str, Any]) -> None:
         print_note(f"kept {list_tensors(kept)} of {name}, which the run does not have")
     if shared := copied["shared"]:
         print_note(f"not written: {list_tensors(shared)}; {name} has the weights of these alone")
-    if left_out := copied["left_out"]:
-        print_note(f"not copied: {list_first(left_out)}")
+    if not_copied := copied["not_copied"]:
+        print_note(f"not copied: {list_first(not_copied)}")
 
 
 def log_to_stderr() -> None:

@@ -139,24 +139,24 @@ class Like:
 
     @cached_property
     def other_files(self) -> tuple[list[Path], list[str]]:
-        """The files of a folder that are copied unchanged, and the names of what is left out."""
+        """The files of a folder that are copied unchanged, and the names of the others."""
         copied = []
-        left_out = []
+        not_copied = []
         folders = []
         if self.is_folder:
             folders.append(self.path)
         while folders:
             for entry in sorted(folders.pop().iterdir()):
-                if self._is_left_out(entry):
-                    left_out.append(str(entry.relative_to(self.path)))
+                if self._stays_behind(entry):
+                    not_copied.append(str(entry.relative_to(self.path)))
                 elif files.is_real_folder(entry):
                     if not entry.name.startswith("."):
                         folders.append(entry)
                 elif entry not in self.files:
                     copied.append(entry)
-        return copied, left_out
+        return copied, not_copied
 
-    def _is_left_out(self, entry: Path) -> bool:
+    def _stays_behind(self, entry: Path) -> bool:
         if files.is_real_folder(entry):
             if entry == self.place or entry in self.place.parents:
                 return False
@@ -457,13 +457,13 @@ class Replacement:
         return sum(path.stat().st_size for path in (*self.like.files, *others))
 
     def to_dict(self) -> dict[str, Any]:
-        _, left_out = self.like.other_files
+        _, not_copied = self.like.other_files
         return {
             "path": str(self.like.path),
             "replaced": self.like.word,
             "kept": self.kept,
             "shared": self.shared,
-            "left_out": left_out,
+            "not_copied": not_copied,
         }
 
 

@@ -64,7 +64,7 @@ class PostHocCallback(TrainerCallback):
         self.options = options
         self.ema: PostHocEMA | None = None
         self._installed: Callable[[], Trainer | None] = lambda: None  # the trainer of `install`
-        self._is_left_out = False
+        self._has_skipped = False
 
     def install(self, trainer: Trainer) -> PostHocCallback:
         """Add the callback to a trainer, so that it can evaluate and save averages. A second call
@@ -136,7 +136,7 @@ class PostHocCallback(TrainerCallback):
         optimizer: torch.optim.Optimizer,
         *_: Any,
     ) -> None:
-        self._is_left_out = was_skipped(optimizer)
+        self._has_skipped = was_skipped(optimizer)
 
     def on_step_end(
         self,
@@ -148,7 +148,7 @@ class PostHocCallback(TrainerCallback):
         """Count the step, unless a GradScaler has skipped it."""
         if (
             self.ema is not None
-            and not self._is_left_out
+            and not self._has_skipped
             and not getattr(optimizer, "step_was_skipped", False)
         ):
             self.ema.update_(model)
