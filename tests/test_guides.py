@@ -12,6 +12,7 @@ from pathlib import Path
 import forked
 import pytest
 import torch
+from checking import heavy
 from ema_command import environments_of_ranks
 from markdown_it import MarkdownIt
 from rich.cells import cell_len
@@ -131,6 +132,7 @@ def last_point(tag):
     return last.step, last.value
 
 
+@heavy
 @pytest.mark.usefixtures("folder")
 def test_the_code_of_all_pages_runs_in_one_folder_in_the_order_of_the_readme(ema, names, wandb):
     _, listed = README.read_text().split("## Guides\n")
@@ -220,6 +222,7 @@ def programs_of_the_readme():
     return programs
 
 
+@heavy
 def test_the_readme_runs_as_pasted_in_an_empty_folder(ema, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     programs = programs_of_the_readme()

@@ -9,6 +9,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from checking import heavy
 from factories import Span, exact_gamma, exact_weights
 from predictions import (
     assert_predicted,
@@ -570,6 +571,7 @@ def test_the_prediction_holds(make, targets, limits, why, tmp_path):
 # --- what else a prediction is
 
 
+@heavy
 def test_predictions_allow_for_oscillations_that_files_do_not_show(tmp_path):
     """Of averages, as EDM2 writes them. Without the widening 4 of 15 runs are within 3; nothing in
     the files excludes that they oscillate."""
@@ -607,6 +609,7 @@ def nearest(path, averages, steps, decay, width):
     return values[-1] + c @ (values[:-1] - values[-1])
 
 
+@heavy
 def test_at_uneven_steps_no_interval_moves_for_nothing(tmp_path):
     """A fitted motion of 0 in one interval cost nothing: errors were 60 times the predicted."""
     random = np.random.default_rng(105)
