@@ -29,24 +29,27 @@ import numpy as np
 from posthoc_cli import files
 from posthoc_cli.checkpoints.ask import Answer, QuestionError
 from posthoc_cli.checkpoints.clock import (
+    COUNTED,
     LONE,
-    Reading,
     Signs,
-    read_number_in_names,
+    Time,
+    has_word,
+    is_numbered,
     read_signs,
+    read_varying,
     sign_of_most,
 )
 from posthoc_cli.checkpoints.containers import KIND
 from posthoc_cli.checkpoints.content import Content, Tensors
-from posthoc_cli.checkpoints.folders import NUMBER, make_glob
 from posthoc_cli.checkpoints.layouts import (
     Found,
     recognise,
     role_by_glob,
     says_its_profile,
 )
+from posthoc_cli.checkpoints.names import NUMBER, make_glob, read_number
 from posthoc_cli.checkpoints.places import Candidate, Place
-from posthoc_cli.checkpoints.settings import ImportSettings, read_number
+from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.checkpoints.source import (
     COMPARED_FILES,
     are_near,
@@ -144,24 +147,26 @@ class Member:
     def all_signs(self) -> Signs:
         """Its signs, with what the tensors say: the number of a layout, or a count of updates."""
         if self.found.reading is not None:
-            return Signs(self.path, {"given": self.found.reading})
-        return replace(self.signs, count=self.found.count)
+            return {"given": self.found.reading}
+        if not self.found.count:
+            return self.signs
+        return {**self.signs, COUNTED: Time(self.found.count, "steps", "")}
 
     @property
-    def reading(self) -> Reading | None:
+    def time(self) -> Time | None:
         """Its number on the clock of its run, or of the surest sign of its own."""
-        sign = self.sign or sign_of_most([self.signs])
-        return self.signs.by_sign[sign] if sign else None
+        sign = self.sign or sign_of_most({self.path: self.signs})
+        return self.signs[sign] if sign else None
 
     @property
     def number(self) -> int | None:
-        return self.reading.number if self.reading else None
+        return self.time.number if self.time else None
 
     def is_later_than(self, other: Member) -> bool:
         """Return whether its number is larger, and counts the same, or something that is stated,
         as epochs beside steps."""
-        ours = self.reading
-        theirs = other.reading
+        ours = self.time
+        theirs = other.time
         if ours is None or theirs is None or (ours.unit != theirs.unit and not ours.unit):
             return False
         return ours.number > theirs.number
@@ -314,10 +319,10 @@ class Chooser:
 
     def _timed(self, members: list[Member]) -> list[Member]:
         """Select the members that the surest sign of most shows the time of."""
-        sign = sign_of_most([member.signs for member in members])
+        sign = sign_of_most({member.path: member.signs for member in members})
         if sign is None:
             return members
-        timed = [member for member in members if sign in member.signs.by_sign]
+        timed = [member for member in members if sign in member.signs]
         for member in timed:
             member.sign = sign
         if sign == LONE:  # a number that nothing calls a step may mean something else in few names
@@ -327,7 +332,7 @@ class Chooser:
             timed = [member for each in large for member in each]
         untimed = [member for member in members if member not in timed]
         for series in _group(untimed, lambda member: member.glob):
-            has_own_clock = len(series) > 1 and series[0].signs.is_numbered
+            has_own_clock = len(series) > 1 and is_numbered(series[0].path, series[0].signs)
             for member in series:
                 twin = next((each for each in reversed(timed) if member.is_copy_of(each)), None)
                 if twin is None or has_own_clock:
@@ -401,8 +406,9 @@ class Chooser:
             if member.candidate in self._copies:
                 continue
             is_other = self.left_out.get(member.candidate) == _OTHER_MODEL
-            is_numbered = member.signs.is_numbered and not is_other
-            if is_numbered or member.is_later_than(newest):
+            if member.is_later_than(newest) or (
+                not is_other and is_numbered(member.path, member.signs)
+            ):
                 doubtful.append(member)
         if doubtful:
             raise self._ask_which([*chosen, *self._split(doubtful)], "series of files")
@@ -551,11 +557,11 @@ def _read_varying(series: Series) -> None:
     time in their names differs."""
     if len(series) < 2 or len(_numbers(series)) == len(series):
         return
-    if any(member.signs.has_word for member in series):
+    if any(has_word(member.signs) for member in series):
         return
-    readings = read_number_in_names([member.path.name for member in series])
+    readings = read_varying([member.path.name for member in series])
     for member, reading in zip(series, readings, strict=False):
-        member.signs = replace(member.signs, by_sign={**member.signs.by_sign, LONE: reading})
+        member.signs = {**member.signs, LONE: reading}
 
 
 def _main_series(model: Series) -> Series:

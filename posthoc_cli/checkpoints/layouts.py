@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from posthoc_cli.checkpoints.ask import ASKED, Answer, QuestionError
-from posthoc_cli.checkpoints.clock import Reading
+from posthoc_cli.checkpoints.clock import Time
 from posthoc_cli.checkpoints.containers import strip_ending
 from posthoc_cli.checkpoints.content import Content, Tensors, Values, list_names
 from posthoc_cli.checkpoints.folders import AVERAGE_WORD
@@ -54,7 +54,7 @@ class Found:
     # of another average, at a step
     profile: Callable[[int], StoredProfile] | None = None
     sigma_rel: float = 0.0  # and the width that its user asked for
-    reading: Reading | None = None  # its number, if its name states it with the profile
+    reading: Time | None = None  # its number, if its name states it with the profile
     time: int = 0  # on the clock of its run; 0 before the training
     lacks: tuple[str, ...] = ()  # settings that must be given
     unused: tuple[str, ...] = ()  # paths of the sets that are neither of these
@@ -423,7 +423,7 @@ def _read_numbered(content: Content, settings: ImportSettings) -> Found | None:
         Pair(averaged),
         profile=partial(ema_pytorch_profile, gamma, every=every, first=first),
         sigma_rel=width,
-        reading=Reading(int(match["step"]), "steps", _IN_NAMES),
+        reading=Time(int(match["step"]), "steps", _IN_NAMES),
         lacks=lacks if has_model else (*lacks, "update_after_step"),
     )
 
@@ -446,7 +446,7 @@ def _edm2(content: Content, _: ImportSettings) -> Found | None:
         Pair(sets.below("ema") if sets.counts["ema"] else sets.model()),
         profile=partial(PowerFunction.from_sigma_rel, width),
         sigma_rel=width,
-        reading=Reading(1000 * int(match["step"]), "images", _IN_NAMES),
+        reading=Time(1000 * int(match["step"]), "images", _IN_NAMES),
     )
 
 

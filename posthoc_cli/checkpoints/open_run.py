@@ -25,7 +25,7 @@ import xxhash
 from posthoc_cli import files
 from posthoc_cli.checkpoints.ask import ASKED, Answer, QuestionError, with_command
 from posthoc_cli.checkpoints.choose import Chooser
-from posthoc_cli.checkpoints.clock import Times, read_times
+from posthoc_cli.checkpoints.clock import Time, read_times
 from posthoc_cli.checkpoints.content import Content, list_names
 from posthoc_cli.checkpoints.decays import settle_decays
 from posthoc_cli.checkpoints.folders import AVERAGE_WORD
@@ -233,19 +233,20 @@ def _read(place: Place, settings: ImportSettings, is_audit: bool = False) -> Fou
         _check_targets(run, settings)
     for file in run:
         check_given(file, settings)
-    times = read_times([member.all_signs for member in members], settings)
-    run = _leave_out_untrained(run, times.numbers)
+    times = read_times({member.path: member.all_signs for member in members}, settings)
+    run = _leave_out_untrained(run, times)
     if not is_audit:
         run = _check_roles(run, settings)
     check_applies(any(file.averaged for file in run), settings)
+    last = max(times, key=lambda time: time.number)
     may_be_epochs = False
     if any(file.updates is not None for file in run):
-        _check_unit(times)
-        may_be_epochs = not times.is_stated and max(times.numbers) <= _EPOCHS
-        times = replace(times, is_stated=True)
+        _check_unit(last)
+        may_be_epochs = not last.is_stated and last.number <= _EPOCHS
+        last = replace(last, is_stated=True)
     notes = (*chooser.notes, *_note_unused(run))
-    checkpoints = _make_run(_make_all(run, times, settings))
-    return FoundRun(checkpoints, settings, times.says, notes, may_be_epochs)
+    checkpoints = _make_run(_make_all(run, last, settings))
+    return FoundRun(checkpoints, settings, last.origin, notes, may_be_epochs)
 
 
 def _with_one_prefix(run: Sequence[Found]) -> list[Found]:
@@ -318,24 +319,25 @@ def _check_targets(run: Sequence[Found], settings: ImportSettings) -> None:
     raise QuestionError("kind", reason, {"kind": "checkpoints"}, part)
 
 
-def _check_unit(times: Times) -> None:
+def _check_unit(time: Time) -> None:
     """Raise a QuestionError if numbers are epochs: the decay of an average counts steps."""
-    if times.unit == "epochs":
-        reason = f"must be given: decays are of steps, and numbers are {times.says}"
+    if time.unit == "epochs":
+        reason = f"must be given: decays are of steps, and numbers are {time.origin}"
         raise QuestionError("steps_per_epoch", reason, {"steps_per_epoch": ASKED})
 
 
-def _leave_out_untrained(run: Sequence[Found], times: Sequence[int]) -> list[Found]:
+def _leave_out_untrained(run: Sequence[Found], times: Sequence[Time]) -> list[Found]:
     """Return the checkpoints of a training that has begun, with their times."""
-    if max(times) <= 0:
+    numbers = [time.number for time in times]
+    if max(numbers) <= 0:
         reason = "all files have the number 0, which may be something else than a step"
         hint = f"name the files of one run with a glob, or import with {argument('step_from')}"
         raise InvalidValueError(run[0].path, reason, hint)
     used = []
-    for file, time in zip(run, times, strict=True):
-        if time > 0:
-            used.append(replace(file, time=time))
-        elif time == 0:
+    for file, number in zip(run, numbers, strict=True):
+        if number > 0:
+            used.append(replace(file, time=number))
+        elif number == 0:
             reason = "left out: it holds the weights before the training, of step 0"
             log.warning("%s: %s", file.path, reason)
     return used
@@ -430,7 +432,7 @@ def _read_starts(run: Sequence[Found]) -> tuple[FloatArray, FloatArray]:
 # --- sources
 
 
-def _make_all(run: Sequence[Found], times: Times, settings: ImportSettings) -> list[Checkpoint]:
+def _make_all(run: Sequence[Found], clock: Time, settings: ImportSettings) -> list[Checkpoint]:
     names = dict[str, None]()
     for file in run:
         names.update(dict.fromkeys([*file.averaged, *file.weights]))
@@ -438,7 +440,7 @@ def _make_all(run: Sequence[Found], times: Times, settings: ImportSettings) -> l
     every = _interval_of_counts(run)
     checkpoints = []
     for file in run:
-        checkpoints += _make(file, times, settings, every)
+        checkpoints += _make(file, clock, settings, every)
     for name, entry in checkpoints[0].entries.items():
         if entry.dtype.startswith("F8"):
             reason = f"tensor {quote(name)} has 8 bits a value, too few for averages"
@@ -462,14 +464,14 @@ def _interval_of_counts(run: Sequence[Found]) -> int:
     return steps // updates if is_whole else 1
 
 
-def _make(file: Found, times: Times, settings: ImportSettings, every: int) -> list[Checkpoint]:
+def _make(file: Found, clock: Time, settings: ImportSettings, every: int) -> list[Checkpoint]:
     """Make the sources in a checkpoint: the weights, the average, or both. Its updates may be
     `every` so many steps."""
     time = file.time
     averaged = settings.select(file.tensors if file.averaged else {})
     weights = settings.select(file.weights)
     profile: StoredProfile = Point(float(time))
-    about = {"kind": file.kind, "t_unit": times.unit, "is_stated": times.is_stated}
+    about = {"kind": file.kind, "t_unit": clock.unit, "is_stated": clock.is_stated}
     checkpoints = []
     if weights:
         chosen = {name: weights[name] for name in averaged or weights}

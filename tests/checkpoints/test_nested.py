@@ -182,7 +182,13 @@ def test_a_file_of_another_format_is_named(save, message, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["g_{:08}", "checkpoints/{:06}/pretrained_model/model.safetensors", "model.pt.ep{}"]
+    "name",
+    [
+        "g_{:08}",
+        "checkpoints/{:06}/pretrained_model/model.safetensors",
+        "model.pt.ep{}",
+        "a/alone/b/alone/c/step{}.pt",  # what is alone is no level
+    ],
 )
 def test_files_are_known_by_their_first_bytes_three_folders_down(name, tmp_path):
     place = write_at(tmp_path / "run", name)
@@ -195,8 +201,13 @@ def test_files_are_known_by_their_first_bytes_three_folders_down(name, tmp_path)
 
 def test_files_far_down_are_not_opened(tmp_path, monkeypatch):
     """To read the files of a whole disk takes minutes."""
+    folder = tmp_path
+    for name in ("data", "of", "many", "more", "words"):
+        (folder / "others").mkdir()
+        folder = folder / name
+        folder.mkdir()
     for name in ("first.pkl", "other.pkl"):
-        store(tmp_path / "data" / "of" / "many" / "more" / "words" / name, {"x": torch.ones(3)})
+        store(folder / name, {"x": torch.ones(3)})
     opened = []
     monkeypatch.setattr(files.system, "open", opened.append)
     with refused(tmp_path, kind=DirectoryError):
