@@ -205,7 +205,7 @@ def _is_date(text: str) -> bool:
 
 # --- questions about the number in a name
 
-_SPELLED = r"[0-9]{1,3}(?:[_,][0-9]{3})+(?![0-9])|[0-9]+(?:\.[0-9]+)?[kmb](?![a-z0-9])|[0-9]+"
+_SPELLED = r"[0-9]{1,3}(?:[_,][0-9]{3})+(?![0-9kmb])|[0-9]+(?:\.[0-9]+)?[kmb](?![a-z0-9])|[0-9]+"
 """1_000, 1.5k or 1000."""
 
 
@@ -217,7 +217,8 @@ def _ask_for_step(path: Path) -> InvalidValueError:
         doubt = f"{marks[0].text!r} may be something else"
     reason = f"cannot determine its training step: {doubt}"
     patterns = [*reversed(_list_patterns(path, _SPELLED))]
-    patterns += reversed(_list_patterns(path, "[0-9]+"))
+    if not any("kKmMbB" in pattern for pattern in patterns):  # whose digits alone are no steps
+        patterns += reversed(_list_patterns(path, "[0-9]+"))
     if patterns:
         return QuestionError(path, reason, *({"step_from": pattern} for pattern in patterns))
     hint = _describe_pattern()
