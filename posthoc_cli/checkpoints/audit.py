@@ -38,11 +38,10 @@ from posthoc_cli.errors import (
     percent,
 )
 from posthoc_cli.profiles import FloatArray, Point, gamma_from_sigma_rel, sigma_rel_from_gamma
+from posthoc_cli.snapshots.sampling import estimate_roundings, read_elements
 from posthoc_cli.snapshots.sources import (
     ElementRange,
     Source,
-    expected_roundings,
-    finite_values,
 )
 
 _MOST_ELEMENTS = 100_000  # in the sample
@@ -294,7 +293,7 @@ def _rounding_covariance(moved: FloatArray, rounding: FloatArray) -> FloatArray:
 
 
 _Point = tuple[FloatArray, FloatArray, FloatArray]
-"""The weights and the average of one time, [elements], and squared roundings of its pieces."""
+"""The weights and the average of one time, and the squared roundings of the latter: [elements]."""
 
 
 def _read(pairs: Sequence[tuple[Checkpoint, Checkpoint]]) -> _Sample:
@@ -307,12 +306,12 @@ def _read(pairs: Sequence[tuple[Checkpoint, Checkpoint]]) -> _Sample:
     points = (_read_point(weights, average, pieces) for weights, average in pairs)
     first = next(points)
     window = deque([first, first], maxlen=4)
-    rounding = [first[2]]
+    rounding = [np.add.reduceat(first[2], starts)]
     grams = []
     still = []
     for point in chain(points, [None]):  # after the last one nothing moves
         if point is not None:
-            rounding.append(point[2])
+            rounding.append(np.add.reduceat(point[2], starts))
             (x, e, _), (x_end, e_end, _) = window[-1], point
             still.append(float(((e == e_end) & (x != x_end)).mean()))
         window.append(point or window[-1])
@@ -332,13 +331,9 @@ def _read(pairs: Sequence[tuple[Checkpoint, Checkpoint]]) -> _Sample:
 
 def _read_point(weights: Checkpoint, average: Checkpoint, pieces: Sequence[ElementRange]) -> _Point:
     with weights, average:  # which share their files
-        x = [finite_values(weights, *piece) for piece in pieces]
-        e = [finite_values(average, *piece) for piece in pieces]
-    roundings = []
-    for piece, values in zip(pieces, e, strict=True):
-        dtype = average.entries[piece.name].dtype
-        roundings.append(float(expected_roundings(values, dtype, "F32").sum()))
-    return np.concatenate(x), np.concatenate(e), np.array(roundings)
+        x = read_elements(weights, pieces)
+        e = read_elements(average, pieces)
+    return x, e, estimate_roundings(average, pieces, e)
 
 
 def _sum_products(window: Sequence[_Point], starts: npt.NDArray[np.intp]) -> FloatArray:

@@ -1,4 +1,4 @@
-"""What `ema info` says about checkpoints of other programs."""
+"""What `ema info` says about a place."""
 
 from __future__ import annotations
 
@@ -9,13 +9,8 @@ from pathlib import Path
 from posthoc_cli.checkpoints.content import Content, Values
 from posthoc_cli.checkpoints.layouts import recognise
 from posthoc_cli.checkpoints.manifest import read_manifest
-from posthoc_cli.checkpoints.open_run import (
-    FoundRun,
-    find_run,
-    find_unclaimed,
-    open_unclaimed,
-)
-from posthoc_cli.checkpoints.places import Place
+from posthoc_cli.checkpoints.open_run import FoundRun, find_run, find_unclaimed
+from posthoc_cli.checkpoints.places import Place, holds_checkpoints
 from posthoc_cli.checkpoints.sets import TensorSets
 from posthoc_cli.checkpoints.settings import UNSPECIFIED
 from posthoc_cli.checkpoints.source import Checkpoint, make_checkpoint
@@ -26,25 +21,48 @@ from posthoc_cli.errors import (
     count_noun,
     list_first,
 )
-from posthoc_cli.snapshots.directory import is_import
-from posthoc_cli.snapshots.outputs import describe_tensors
+from posthoc_cli.snapshots.directory import is_import, is_snapshot_name, list_directory
+from posthoc_cli.snapshots.outputs import describe, describe_tensors
 from posthoc_cli.targets import SHORTEST_BETA, Beta, SigmaRel, name_equal_length
 
 
-def describe_checkpoints(place: Path) -> Values:
-    """Describe the times, tensors and sizes, for JSON; values are read only to find a decay."""
-    numbers = ""
-    notes: tuple[str, ...] = ()
-    if is_import(place):
-        checkpoints = open_unclaimed(place)
-    else:
-        found = _find(place)
-        numbers = found.says
-        notes = found.notes
-        checkpoints = found.checkpoints
-    newest = checkpoints[-1]
-    rows = []
-    for checkpoint in checkpoints:
+def describe_place(place: Path) -> Values:
+    """Describe what is there, as a dict for JSON: snapshots and outputs as `describe` does, and
+    checkpoints of other programs, of which values are read only to find a decay."""
+    is_foreign = is_import(place)
+    if not is_foreign:
+        is_own = place.is_dir() and any(map(is_snapshot_name, list_directory(place)))
+        if is_own or not holds_checkpoints(place):
+            return describe(place)
+    try:
+        return _describe_run(place, _find(place))
+    except PostHocError as error:
+        if is_foreign:
+            raise
+        with suppress(PostHocError):
+            # outputs, or a model of another program that is not a checkpoint
+            described = describe(place)
+            kinds = {item["kind"] for item in described.get("outputs", ())}
+            if kinds <= {"output"}:
+                return described
+        return _describe_files(place, error)
+
+
+def _find(place: Path) -> FoundRun:
+    """Find the run at a place, with the decay that its files show; if they leave the decay open,
+    with a note about it."""
+    try:
+        return find_run(place)
+    except InvalidValueError as error:
+        found = find_unclaimed(place)
+        note = f"cannot be used as it is: {error}"
+        return replace(found, notes=(*found.notes, note))
+
+
+def _describe_run(place: Path, found: FoundRun) -> Values:
+    newest = found.checkpoints[-1]
+    rows = list[Values]()
+    for checkpoint in found.checkpoints:
         row = {
             "file": checkpoint.name,
             "t": checkpoint.t,
@@ -61,29 +79,18 @@ def describe_checkpoints(place: Path) -> Values:
         "t_unit": newest.t_unit,
         "t": newest.t,
         "step": newest.step,
-        "numbers": numbers,
+        "numbers": found.numbers,
         **describe_tensors(newest),
-        "bytes": sum(checkpoint.file_bytes for checkpoint in checkpoints),
+        "bytes": sum(row["bytes"] for row in rows),
         "checkpoints": rows,
-        "notes": list(notes),
+        "notes": list(found.notes),
     }
-    if is_import(place):
-        manifest = read_manifest(place)
+    if found.out is not None:
+        manifest = read_manifest(found.out)
         described["refers_to"] = str(manifest.origin)
         described["files"] = len(manifest.files)
-        described["settings"] = manifest.settings.given
+        described["settings"] = found.settings.given
     return described
-
-
-def _find(place: Path) -> FoundRun:
-    """Find the run at a place, with the decay that its files show; if they leave the decay open,
-    with a note about it."""
-    try:
-        return find_run(place, UNSPECIFIED)
-    except InvalidValueError as error:
-        found = find_unclaimed(place)
-        note = f"cannot be used as it is: {error}"
-        return replace(found, notes=(*found.notes, note))
 
 
 def _other_name(checkpoint: Checkpoint) -> str | None:
@@ -96,7 +103,7 @@ def _other_name(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def describe_files(place: Path, error: PostHocError) -> Values:
+def _describe_files(place: Path, error: PostHocError) -> Values:
     """Describe what files hold that need an import, for JSON, and what the import would have to be
     told; raise the error that says so if none can be opened."""
     opener = Place(place)

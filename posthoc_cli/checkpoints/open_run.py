@@ -67,62 +67,54 @@ _TARGET = re.compile("target|teacher|momentum", re.IGNORECASE)
 _ALIKE = 0.5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FoundRun:
-    """The run that the files at a place make with some settings."""
+    """The run that the files at a place make with some settings, or that an import has found."""
 
-    checkpoints: list[Checkpoint]
+    checkpoints: Sequence[Checkpoint]
     settings: ImportSettings  # given, or found
-    says: str  # what the numbers of files are taken for
-    notes: tuple[str, ...]  # what is not used
+    numbers: str = ""  # what the numbers of files are taken for
+    notes: tuple[str, ...] = ()  # what is not used
     may_be_epochs: bool = False  # whether few numbers of no stated unit are taken for steps
     checks: tuple[str, ...] = ()  # lines about the decay
+    out: Path | None = None  # the folder of the import; None for none
+    written: bool = False  # whether an import has written it, which may have existed already
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{count:,} x {what}" for what, count in self.counts.items())
+        return f"FoundRun({str(self.out)!r}: {counts})"
+
+    @property
+    def counts(self) -> Counter[str]:
+        """How many checkpoints hold what, in words."""
+        return Counter(checkpoint.holds for checkpoint in self.checkpoints)
+
+    def to_dict(self) -> dict[str, Any]:
+        rows = [
+            {"path": str(checkpoint.path), "t": checkpoint.t, "holds": checkpoint.holds}
+            for checkpoint in self.checkpoints
+        ]
+        return {
+            "run": self.checkpoints[0].run_id,
+            "out": None if self.out is None else str(self.out),
+            "written": self.written,
+            "numbers": self.numbers,
+            "checks": list(self.checks),
+            "checkpoints": rows,
+        }
 
 
-def open_checkpoints(name: str | Path) -> list[Checkpoint]:
-    """Open the checkpoints of an import, or the checkpoints at a place as an import would take
-    them."""
-    path = files.expand_user(name)
-    if is_import(path):
-        return _open_import(read_manifest(path))
-    run = find_run(name, UNSPECIFIED)
-    if run.checks:
-        log.info("%s: %s", name, "; ".join(run.checks))
-    return run.checkpoints
-
-
-def open_unclaimed(
-    name: str | Path,
-    given: Mapping[str, Any] = MappingProxyType({}),
-) -> list[Checkpoint]:
-    """Open the checkpoints at a place without reading their values, as for an audit: averages whose
-    decay no file states get placeholders as profiles.
-
-    An import has its settings, and takes none.
-    """
-    path = files.expand_user(name)
-    if not is_import(path):
-        return find_unclaimed(name, given, is_audit=True).checkpoints
-    for setting, value in given.items():
-        reason = "is a setting of imports, and this is one: give it the files' folder instead"
-        raise InvalidValueError(setting, reason, value=value)
-    return _open_import(read_manifest(path))
-
-
-def find_run(name: str | Path, given: ImportSettings) -> FoundRun:
-    """Find the run at a place, with the decays of its averages; a question about what its files
-    leave open ends in the command that answers it."""
+def find_run(name: str | Path, given: ImportSettings = UNSPECIFIED) -> FoundRun:
+    """Find the run at a place, with the decays of its averages, or open an import; a question about
+    what files leave open ends in the command that answers it."""
     return _find(name, given.given, _read_with_decays)
 
 
-def find_unclaimed(
-    name: str | Path,
-    given: Mapping[str, Any] = MappingProxyType({}),
-    is_audit: bool = False,
-) -> FoundRun:
-    """Find the run at a place without the decays that no file states. For an audit, which says how
-    an average moves, nothing is asked about its motion."""
-    return _find(name, given, partial(_read, is_audit=is_audit))
+def find_unclaimed(name: str | Path, given: Mapping[str, Any] = MappingProxyType({})) -> FoundRun:
+    """Find the run at a place without reading its values, as for an audit: averages whose decay no
+    file states get placeholders as profiles, and nothing is asked about how they move. An import
+    has its settings, and takes none."""
+    return _find(name, given, partial(_read, is_unclaimed=True))
 
 
 def _find(
@@ -130,6 +122,12 @@ def _find(
     given: Mapping[str, Any],
     read: Callable[[Place, ImportSettings], FoundRun],
 ) -> FoundRun:
+    path = files.expand_user(name)
+    if is_import(path):
+        for setting, value in given.items():
+            reason = "is a setting of imports, and this is one: give it the files' folder instead"
+            raise InvalidValueError(setting, reason, value=value)
+        return _open_import(read_manifest(path))
     places = dict[str, Place]()  # each file of them is opened once
 
     def attempt(name: str | Path, values: Mapping[str, Any]) -> FoundRun:
@@ -145,7 +143,7 @@ def _find(
 
 def _read_with_decays(place: Place, given: ImportSettings) -> FoundRun:
     run = _read(place, given)
-    numbers = run.says if run.may_be_epochs else ""
+    numbers = run.numbers if run.may_be_epochs else ""
     settings, checks = settle_decays(run.checkpoints, given, numbers)
     checkpoints = [checkpoint.with_settings(settings) for checkpoint in run.checkpoints]
     notes = (*run.notes, *_note_on_motion(checkpoints, settings))
@@ -174,7 +172,7 @@ def _note_on_motion(checkpoints: Sequence[Checkpoint], settings: ImportSettings)
 # --- an import
 
 
-def _open_import(manifest: Manifest) -> list[Checkpoint]:
+def _open_import(manifest: Manifest) -> FoundRun:
     """Open the checkpoints of an import in the roles and at the times that it has found; raise
     FileFormatError if a file is not as it was."""
     contents = dict[Path, Content]()
@@ -191,7 +189,7 @@ def _open_import(manifest: Manifest) -> list[Checkpoint]:
     for checkpoint in checkpoints:
         for path, identity in checkpoint.opened.items():
             manifest.check_identity(path, identity.nbytes, identity.sample)
-    return _make_run(checkpoints)
+    return FoundRun(_make_run(checkpoints), manifest.settings, out=manifest.folder)
 
 
 def _restore(listed: Listed, content: Content, manifest: Manifest) -> Checkpoint:
@@ -217,7 +215,7 @@ def _restore(listed: Listed, content: Content, manifest: Manifest) -> Checkpoint
 # --- the checkpoints at a place
 
 
-def _read(place: Place, settings: ImportSettings, is_audit: bool = False) -> FoundRun:
+def _read(place: Place, settings: ImportSettings, is_unclaimed: bool = False) -> FoundRun:
     """Read all checkpoints at a place, without outputs of this package, with the profiles that are
     known; raise a QuestionError about what the files leave open."""
     chooser = Chooser(place, settings)
@@ -228,14 +226,14 @@ def _read(place: Place, settings: ImportSettings, is_audit: bool = False) -> Fou
     if settings.average and not any(file.averaged for file in run):
         recognise(run[-1].content, settings)  # whose error says what there is
     _check_averages(run)
-    if not is_audit:
+    if not is_unclaimed:
         _check_unmatched(run[-1], settings)
         _check_targets(run, settings)
     for file in run:
         check_given(file, settings)
     times = read_times({member.path: member.all_signs for member in members}, settings)
     run = _leave_out_untrained(run, times)
-    if not is_audit:
+    if not is_unclaimed:
         run = _check_roles(run, settings)
     check_applies(any(file.averaged for file in run), settings)
     last = max(times, key=lambda time: time.number)
