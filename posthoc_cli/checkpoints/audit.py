@@ -500,36 +500,49 @@ class _Judge:
             text += f"once at each: every {spacing:,.0f} {self.unit}"
             return replace(audit, verdict=RARE, text=text)
         fits = self._fit_all(rows, self.families)
-        if not self.claim:
-            return self._judge_found(audit, fits, self._describe(rows, fits[0]))
-        claim = self._fit_all(rows, [self.claim])[0]
-        is_other = fits[0].misfit < claim.misfit - _clear_from(rows)
-        is_other = is_other and self._uncertainty(rows, fits[0]) <= _TOLD
-        if not is_other or self._are_same(fits[0], claim):
-            return self._compare(audit, fits, self._describe(rows, claim))
-        found = self._describe(rows, fits[0])
-        candidates = self._find_candidates(fits, found)
-        texts = " or by ".join(candidate.text for candidate in candidates)
-        text = f"the average moves as by {texts}, not {_claim_text(self.claim.rule)}"
-        audit = self._with_findings(audit, found)
-        return replace(audit, candidates=candidates, verdict="another rule", text=text)
-
-    def _judge_found(self, audit: Audit, fits: Sequence[_Fit], found: _Findings) -> Audit:
-        """Judge an average without a claim by the rules that explain it best."""
-        candidates = self._find_candidates(fits, found)
-        audit = replace(self._with_findings(audit, found), candidates=candidates)
+        best = fits[0]
+        is_other = False
+        if self.claim:
+            best = self._fit_all(rows, [self.claim])[0]
+            is_clear = fits[0].misfit < best.misfit - _clear_from(rows)
+            is_other = is_clear and not self._are_same(fits[0], best)
+            is_other = is_other and self._uncertainty(rows, fits[0]) <= _TOLD
+        found = self._describe(rows, fits[0] if is_other else best)
+        audit = replace(
+            self._with_findings(audit, found), candidates=self._find_candidates(fits, found)
+        )
+        if is_other and self.claim:
+            texts = " or by ".join(candidate.text for candidate in audit.candidates)
+            text = f"the average moves as by {texts}, not {_claim_text(self.claim.rule)}"
+            return replace(audit, verdict="another rule", text=text)
         if broken := self._judge_breaks(audit, found):
             return broken
-        known = Family(found.best.family.member(found.best.log), is_known=True)
-        if rare := self._judge_rare_updates(audit, found.rows, known):
-            return rare
-        texts = ", and as ".join(candidate.text for candidate in candidates)
-        if len(candidates) > 1:
+        return self._judge_length(audit, found)
+
+    def _judge_length(self, audit: Audit, found: _Findings) -> Audit:
+        """Judge an average by the length that explains it best, or by the rules that do."""
+        best = found.best
+        texts = ", and as ".join(candidate.text for candidate in audit.candidates)
+        if self.claim:
+            texts = self._describe_candidate(best, found.sigma).text
+            if wrong := self._judge_claim(audit, found, texts):
+                return wrong
+            audit = replace(audit, candidates=())
+        if self._are_updates_rare(found):
+            text = f"updates at every few {self.unit} explain the files better than one at each"
+            return replace(audit, verdict=RARE, text=text, candidates=())
+        if len(audit.candidates) > 1:
             text = f"the files show it about equally as {texts}"
             return replace(audit, found=None, text=text)
         if vague := self._why_vague(found):
             return replace(audit, found=None, text=vague)
-        return replace(audit, verdict="found", text=texts)
+        if not self.claim:
+            return replace(audit, verdict="found", text=texts)
+        if abs(best.log) > _VAGUE:
+            claimed = _claim_text(best.family.rule)
+            text = f"the checkpoints show it too vaguely: {texts}, not {claimed}"
+            return replace(audit, found=None, text=text)
+        return replace(audit, verdict="as claimed", text=f"{texts}, as claimed")
 
     def _fit_all(self, rows: Intervals, families: Sequence[Family]) -> list[_Fit]:
         """Fit the best average of each family; return them, the best of all first.
@@ -611,6 +624,7 @@ class _Judge:
             uncertainty=found.sigma,
             warm_up=warm_up_text(rule).replace("none", ""),
             intervals=tuple(intervals),
+            difference=abs(best.log) if self.claim and not found.rows.are_noise else 0.0,
         )
 
     def _fit_each(self, rows: Intervals, best: _Fit) -> list[_Fit]:
@@ -718,53 +732,34 @@ class _Judge:
         text += f"{begin:,.12g}{why}"
         return replace(audit, text=text, difference=doubt, set_back_at=float(end))
 
-    def _compare(self, audit: Audit, fits: Sequence[_Fit], found: _Findings) -> Audit:
-        """Judge an average with a claim by the best average of its family; `fits` are of other
-        rules."""
-        rows = found.rows
+    def _judge_claim(self, audit: Audit, found: _Findings, shown: str) -> Audit | None:
+        """Judge an average that is clearly longer or shorter than claimed."""
         best = found.best
-        audit = self._with_findings(audit, found)
-        if broken := self._judge_breaks(audit, found):
-            return broken
-        shown = self._describe_candidate(best, found.sigma).text
-        claimed = _claim_text(best.family.rule)
         difference = abs(best.log)
-        if not rows.are_noise:
-            audit = replace(audit, difference=difference)
-        is_better = best.misfit < rows.misfit(best.family, 0.0) - _BETTER
+        is_better = best.misfit < found.rows.misfit(best.family, 0.0) - _BETTER
         is_clear = difference > max(3 * found.sigma, _SLACK)
-        if is_better and is_clear and self._is_told(found):
-            verdict = "too long" if best.log > 0 else "too short"
-            text = f"{verdict} by a factor of {math.exp(difference):.3g}: {shown}, not {claimed}; "
-            text += _cause(verdict, difference, found.sigma)
-            candidates = self._find_candidates(fits, found)
-            return replace(audit, verdict=verdict, text=text, candidates=candidates)
-        if vague := self._why_vague(found):
-            return replace(audit, found=None, text=vague)
-        if difference > _VAGUE:
-            text = f"the checkpoints show it too vaguely: {shown}, not {claimed}"
-            return replace(audit, found=None, text=text)
-        if rare := self._judge_rare_updates(audit, rows, best.family):
-            return rare
-        return replace(audit, verdict="as claimed", text=f"{shown}, as claimed")
+        if not (is_better and is_clear and self._is_told(found)):
+            return None
+        verdict = "too long" if best.log > 0 else "too short"
+        text = f"{verdict} by a factor of {math.exp(difference):.3g}: {shown}, not "
+        text += f"{_claim_text(best.family.rule)}; {_cause(verdict, difference, found.sigma)}"
+        return replace(audit, verdict=verdict, text=text)
 
-    def _judge_rare_updates(self, audit: Audit, rows: Intervals, family: Family) -> Audit | None:
-        """Judge an average that is nearly the mean of all weights if updates at every few steps
-        explain the intervals better than updates at each.
+    def _are_updates_rare(self, found: _Findings) -> bool:
+        """Return whether an average is nearly the mean of all weights, and updates at every few
+        steps explain the intervals better than updates at each.
 
         The length does not show it: in the mean of each 10th an error was 4 times as large as
         predicted.
         """
-        rule = family.rule
-        is_mean = rule.warm_up in (POWER_FUNCTION, "power") and 1 <= rule.power < 2
+        rows = found.rows
+        family = Family(found.best.family.member(found.best.log), is_known=True)
+        is_mean = family.rule.warm_up in (POWER_FUNCTION, "power") and 1 <= family.rule.power < 2
         if not self.may_be_rarer or not is_mean:
-            return None
+            return False
         times = self.sample.times[self.copies :]
         rare = [replace(rows, updates=times // every).misfit(family, 0.0) for every in _STRIDES]
-        if min(rare) >= rows.misfit(family, 0.0) - _equal_within(rows):
-            return None
-        text = f"updates at every few {self.unit} explain the files better than one at each"
-        return replace(audit, verdict=RARE, text=text)
+        return min(rare) < rows.misfit(family, 0.0) - _equal_within(rows)
 
     def _why_vague(self, found: _Findings) -> str:
         """Say why a length is undetermined; empty if it is not."""
