@@ -21,10 +21,10 @@ import numpy.typing as npt
 
 from posthoc_cli.checkpoints.audit_decay import (
     FAR,
+    Average,
     Bools,
-    Family,
     Intervals,
-    possible_families,
+    possible_averages,
 )
 from posthoc_cli.checkpoints.content import list_names
 from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings, warm_up_text
@@ -365,22 +365,13 @@ def _choose_pieces(first: Checkpoint) -> list[ElementRange]:
 
 
 @dataclass(frozen=True)
-class _Fit:
-    """A family of averages, and which of them explains the intervals best."""
-
-    family: Family
-    log: float
-    misfit: float
-
-
-@dataclass(frozen=True)
 class _Findings:
     """The average that explains the intervals best."""
 
     rows: Intervals
-    best: _Fit
+    best: Average
     sigma: float  # the uncertainty of its length, relative
-    own: list[_Fit]  # of each interval alone
+    own: list[Average]  # of each interval alone
 
 
 class _Judge:
@@ -405,9 +396,9 @@ class _Judge:
         self.updates = np.maximum((sample.times - first) // self.every + 1, 0)
         self.last = float(self.updates[-1])
         self.claim = _find_claim(newest, claimed)
-        self.families = possible_families(self.last)
+        self.averages = possible_averages(self.last)
         if not self.claim:
-            self.families = _list_families(newest, given, self.last)
+            self.averages = _list_averages(newest, given, self.last)
         is_counted = newest.updates is not None and newest.updates.count is not None
         self.may_be_rarer = self.every == 1 and given.update_every is None and not is_counted
         moves = sample.moves
@@ -499,7 +490,7 @@ class _Judge:
             text = "the average takes in only the weights of these files, as if it were updated "
             text += f"once at each: every {spacing:,.0f} {self.unit}"
             return replace(audit, verdict=RARE, text=text)
-        fits = self._fit_all(rows, self.families)
+        fits = self._fit_all(rows, self.averages)
         best = fits[0]
         is_other = False
         if self.claim:
@@ -524,9 +515,11 @@ class _Judge:
         best = found.best
         texts = ", and as ".join(candidate.text for candidate in audit.candidates)
         if self.claim:
-            texts = self._describe_candidate(best, found.sigma).text
-            if wrong := self._judge_claim(audit, found, texts):
+            if not found.rows.are_noise:
+                audit = replace(audit, difference=abs(best.log))
+            if wrong := self._judge_claim(audit, found, self.claim):
                 return wrong
+            texts = self._describe_candidate(best, found.sigma).text
             audit = replace(audit, candidates=())
         if self._are_updates_rare(found):
             text = f"updates at every few {self.unit} explain the files better than one at each"
@@ -539,43 +532,42 @@ class _Judge:
         if not self.claim:
             return replace(audit, verdict="found", text=texts)
         if abs(best.log) > _VAGUE:
-            claimed = _claim_text(best.family.rule)
+            claimed = _claim_text(best.rule)
             text = f"the checkpoints show it too vaguely: {texts}, not {claimed}"
             return replace(audit, found=None, text=text)
         return replace(audit, verdict="as claimed", text=f"{texts}, as claimed")
 
-    def _fit_all(self, rows: Intervals, families: Sequence[Family]) -> list[_Fit]:
-        """Fit the best average of each family; return them, the best of all first.
+    def _fit_all(self, rows: Intervals, averages: Sequence[Average]) -> list[Average]:
+        """Fit the best average of each rule; return them, the best of all first.
 
         Rules that few libraries have, and rules that begin as the mean of all weights, count as
         worse by as much as is about equal.
         """
         fits = []
-        for family in families:
-            log = rows.fit(family)
-            misfit = rows.misfit(family, log)
-            rule = family.member(log)
-            if not family.is_known and (rule.begins_as_mean or not RULES[rule.warm_up].is_common):
+        for average in averages:
+            fit = rows.fit(average)
+            misfit = rows.misfit(fit)
+            rule = fit.own_rule
+            if not fit.is_known and (rule.begins_as_mean or not RULES[rule.warm_up].is_common):
                 misfit += _equal_within(rows)
-            fits.append(_Fit(family, log, misfit))
+            fits.append(replace(fit, misfit=misfit))
         return sorted(fits, key=lambda fit: fit.misfit)
 
-    def _uncertainty(self, rows: Intervals, fit: _Fit) -> float:
+    def _uncertainty(self, rows: Intervals, fit: Average) -> float:
         """Estimate the uncertainty of a length; for a decay that rises, by how much more or less
         often it may be applied."""
         if not self._rises(fit):
-            return rows.uncertainty(fit.family, fit.log)
-        rule = Family(fit.family.member(fit.log), is_known=True)
-        log = rows.fit(rule)
-        return math.hypot(log, rows.uncertainty(rule, log))
+            return rows.uncertainty(fit)
+        often = rows.fit(Average(fit.own_rule, is_known=True))
+        return math.hypot(often.log, rows.uncertainty(often))
 
     def _is_told(self, found: _Findings) -> bool:
         """Return whether the intervals may refute a length: they are not noise, nor as long as
         several claimed lengths, so that the path within them may change what is found."""
-        spacing = float(np.median(found.rows.counts)) / found.best.family.length(0.0, self.last)
+        spacing = float(np.median(found.rows.counts)) / (self.claim or found.best).length(self.last)
         return not found.rows.are_noise and (found.sigma <= _TOLD or spacing < FAR)
 
-    def _find_candidates(self, fits: Sequence[_Fit], found: _Findings) -> tuple[Candidate, ...]:
+    def _find_candidates(self, fits: Sequence[Average], found: _Findings) -> tuple[Candidate, ...]:
         """Describe the best average, and averages of other rules that explain the intervals about
         as well."""
         rivals = [fits[0]]
@@ -585,23 +577,22 @@ class _Judge:
                 rivals.append(fit)
         return tuple(self._describe_candidate(fit, found.sigma) for fit in rivals)
 
-    def _are_same(self, one: _Fit, other: _Fit) -> bool:
+    def _are_same(self, one: Average, other: Average) -> bool:
         """Return whether two fits make about the same averages at the times of the checkpoints."""
         difference = _tails(one, self.updates) - _tails(other, self.updates)
         return bool(np.abs(difference).max() <= _SAME)
 
     # --- findings
 
-    def _describe(self, rows: Intervals, best: _Fit) -> _Findings:
+    def _describe(self, rows: Intervals, best: Average) -> _Findings:
         return _Findings(rows, best, self._uncertainty(rows, best), self._fit_each(rows, best))
 
     def _with_findings(self, audit: Audit, found: _Findings) -> Audit:
         """Add to the audit the numbers of an average and of its intervals."""
         best = found.best
-        rule = best.family.member(best.log)
+        rule = best.own_rule
         intervals = []
         unexplained = _residual_shares(found.rows, best)
-        claim = _Fit(self.claim, 0.0, 0.0) if self.claim else None
         for index, fit in enumerate(found.own):
             at = index + self.copies
             begin, end = self.sample.times[at : at + 2].tolist()
@@ -612,7 +603,7 @@ class _Judge:
                 begin,
                 end,
                 found=self._length(fit, updates) if moves else None,
-                claimed=self._length(claim, updates) if claim else None,
+                claimed=self._length(self.claim, updates) if self.claim else None,
                 unexplained=None if stays else float(unexplained[index]),
             )
             intervals.append(interval)
@@ -624,51 +615,49 @@ class _Judge:
             uncertainty=found.sigma,
             warm_up=warm_up_text(rule).replace("none", ""),
             intervals=tuple(intervals),
-            difference=abs(best.log) if self.claim and not found.rows.are_noise else 0.0,
         )
 
-    def _fit_each(self, rows: Intervals, best: _Fit) -> list[_Fit]:
+    def _fit_each(self, rows: Intervals, best: Average) -> list[Average]:
         """Fit the average that explains each interval alone; its misfit is relative to the best
         average's, if the weights moved at any times within the interval."""
         fits = []
         for index in range(len(rows.gram)):
             row = rows.between(index, index + 1)
-            log = row.fit(best.family, near=best.log)
-            less = row.uneven_misfit(best.family, log) - row.uneven_misfit(best.family, best.log)
-            fits.append(_Fit(best.family, log, less))
+            fit = row.fit(best, is_near=True)
+            fits.append(replace(fit, misfit=row.uneven_misfit(fit) - row.uneven_misfit(best)))
         return fits
 
-    def _length(self, fit: _Fit, updates: float) -> float:
+    def _length(self, fit: Average, updates: float) -> float:
         """Compute the time constant after so many updates, in units of time, or the sigma_rel."""
-        if _name_parameter(fit.family.rule) == "sigma_rel":
+        if _name_parameter(fit.rule) == "sigma_rel":
             return self._parameter(fit)
-        return self.every * fit.family.length(fit.log, updates)
+        return self.every * fit.length(updates)
 
-    def _limit(self, fit: _Fit) -> float:
+    def _limit(self, fit: Average) -> float:
         """Compute the time constant after the warm-up, or before a schedule, or the sigma_rel."""
-        rule = fit.family.member(fit.log)
-        if fit.family.is_known or _name_parameter(rule) == "sigma_rel":
+        rule = fit.own_rule
+        if fit.is_known or _name_parameter(rule) == "sigma_rel":
             return self._length(fit, self.last)
         return self.every / (1 - _main_number(rule))
 
-    def _parameter(self, fit: _Fit) -> float:
+    def _parameter(self, fit: Average) -> float:
         """Compute the decay of the last update, or the first decay of a schedule, or the
         sigma_rel."""
-        rule = fit.family.rule
+        rule = fit.rule
         if rule.is_schedule or _name_parameter(rule) == "sigma_rel":
             return _main_number(rule.longer(math.exp(fit.log)))
-        return fit.family.last_decay(fit.log, self.last)
+        return fit.last_decay(self.last)
 
-    def _rises(self, fit: _Fit) -> bool:
+    def _rises(self, fit: Average) -> bool:
         """Return whether the decay of an unknown rule has not reached its limit."""
-        rule = fit.family.rule
-        if fit.family.is_known or not rule.warm_up or rule.is_schedule:
+        rule = fit.rule
+        if fit.is_known or not rule.warm_up or rule.is_schedule:
             return False
         return self._limit(fit) > (1 + _RISES) * self._length(fit, self.last)
 
-    def _describe_candidate(self, fit: _Fit, sigma: float) -> Candidate:
+    def _describe_candidate(self, fit: Average, sigma: float) -> Candidate:
         """Describe an average by the settings of an import, and by a text."""
-        rule = fit.family.member(fit.log)
+        rule = fit.own_rule
         value = self._parameter(fit)
         warm_up = warm_up_text(rule)
         if _name_parameter(rule) == "sigma_rel":
@@ -684,7 +673,7 @@ class _Judge:
             return Candidate(warm_up, value, True, text)
         length = self._limit(fit)
         text = f"decay {shown}, a time constant of {length:,.4g} {self.unit} (± {percent(sigma)})"
-        if not fit.family.is_known and rule.warm_up:
+        if not fit.is_known and rule.warm_up:
             text += f", reached by {rule.rule}"
             value = rule.decay
         return Candidate(warm_up, value, False, text)
@@ -697,14 +686,14 @@ class _Judge:
         best = found.best
         audit = replace(audit, found=None, candidates=())
         is_foreign = np.median(_residual_shares(rows, best)) > _FOREIGN
-        length = best.family.length(best.log, self.last)
+        length = best.length(self.last)
         is_unlike = is_foreign or length < _SHORTEST * rows.counts.min()
         if is_unlike and rows.motion.sum() > _FARTHER * rows.gram[..., 2, 2].sum():
             return replace(audit, verdict=UNRELATED, text=_UNRELATED)
         if is_foreign:
             return replace(audit, text=_OTHER_WEIGHTS)
         is_still = self.sample.stays[self.copies :].all(axis=1)  # between two updates
-        restarts = rows.find_restarts(best.family, 0.0 if self.claim else best.log)
+        restarts = rows.find_restarts(self.claim or best)
         places = np.flatnonzero(restarts & ~is_still)
         if places.size:
             last = int(places[-1])  # after which all is well
@@ -732,17 +721,18 @@ class _Judge:
         text += f"{begin:,.12g}{why}"
         return replace(audit, text=text, difference=doubt, set_back_at=float(end))
 
-    def _judge_claim(self, audit: Audit, found: _Findings, shown: str) -> Audit | None:
+    def _judge_claim(self, audit: Audit, found: _Findings, claim: Average) -> Audit | None:
         """Judge an average that is clearly longer or shorter than claimed."""
         best = found.best
         difference = abs(best.log)
-        is_better = best.misfit < found.rows.misfit(best.family, 0.0) - _BETTER
+        is_better = best.misfit < found.rows.misfit(claim) - _BETTER
         is_clear = difference > max(3 * found.sigma, _SLACK)
         if not (is_better and is_clear and self._is_told(found)):
             return None
         verdict = "too long" if best.log > 0 else "too short"
+        shown = self._describe_candidate(best, found.sigma).text
         text = f"{verdict} by a factor of {math.exp(difference):.3g}: {shown}, not "
-        text += f"{_claim_text(best.family.rule)}; {_cause(verdict, difference, found.sigma)}"
+        text += f"{_claim_text(claim.rule)}; {_cause(verdict, difference, found.sigma)}"
         return replace(audit, verdict=verdict, text=text)
 
     def _are_updates_rare(self, found: _Findings) -> bool:
@@ -753,21 +743,21 @@ class _Judge:
         predicted.
         """
         rows = found.rows
-        family = Family(found.best.family.member(found.best.log), is_known=True)
-        is_mean = family.rule.warm_up in (POWER_FUNCTION, "power") and 1 <= family.rule.power < 2
+        average = Average(found.best.own_rule, is_known=True)
+        rule = average.rule
+        is_mean = rule.warm_up in (POWER_FUNCTION, "power") and 1 <= rule.power < 2
         if not self.may_be_rarer or not is_mean:
             return False
         times = self.sample.times[self.copies :]
-        rare = [replace(rows, updates=times // every).misfit(family, 0.0) for every in _STRIDES]
-        return min(rare) < rows.misfit(family, 0.0) - _equal_within(rows)
+        rare = [replace(rows, updates=times // every).misfit(average) for every in _STRIDES]
+        return min(rare) < rows.misfit(average) - _equal_within(rows)
 
     def _why_vague(self, found: _Findings) -> str:
         """Say why a length is undetermined; empty if it is not."""
-        family = found.best.family
         spacing = float(found.rows.counts.min())
-        length = family.length(0.0 if self.claim else found.best.log, self.last)
-        longest = max(length, family.length(found.best.log, self.last))
-        if _name_parameter(family.rule) == "decay" and longest < _SHORTEST * spacing:
+        length = (self.claim or found.best).length(self.last)
+        longest = max(length, found.best.length(self.last))
+        if _name_parameter(found.best.rule) == "decay" and longest < _SHORTEST * spacing:
             shortest = _SHORTEST * spacing * self.every
             text = f"its time constant is below {shortest:,.3g} {self.unit}, too short for the "
             text += "time between these checkpoints; checkpoints closer than "
@@ -777,24 +767,24 @@ class _Judge:
         return ""
 
 
-def _find_claim(newest: Checkpoint, claimed: float | None) -> Family | None:
+def _find_claim(newest: Checkpoint, claimed: float | None) -> Average | None:
     """Find the rule that an average is claimed to follow; None without a claim."""
     if newest.sigma_rel:
         power = gamma_from_sigma_rel(newest.sigma_rel) + 1
-        return Family(DecayRule(warm_up=POWER_FUNCTION, power=power, copies=1), is_known=True)
+        return Average(DecayRule(warm_up=POWER_FUNCTION, power=power, copies=1), is_known=True)
     decay = claimed or newest.decay
     if not decay:
         return None
     rule = DecayRule()
     if isinstance(newest.profile, OrdinaryEMA):
         rule = newest.profile.rule
-    return Family(replace(rule, decay=decay), is_known=True)
+    return Average(replace(rule, decay=decay), is_known=True)
 
 
-def _list_families(newest: Checkpoint, given: ImportSettings, updates: float) -> list[Family]:
+def _list_averages(newest: Checkpoint, given: ImportSettings, updates: float) -> list[Average]:
     """List the rules that an average of unknown decay may follow: the rule that its file or the
     settings name, else all."""
-    possible = possible_families(updates)
+    possible = possible_averages(updates)
     if not isinstance(newest.profile, OrdinaryEMA):
         return possible
     rule = newest.profile.rule
@@ -805,9 +795,11 @@ def _list_families(newest: Checkpoint, given: ImportSettings, updates: float) ->
         said = newest.updates.rule if newest.updates else {}
         if number and number not in said:  # one of ema-pytorch's powers, which counts calls
             alike = [each.rule for each in possible if each.rule.warm_up == rule.warm_up]
-            return [Family(replace(each, copies=rule.copies, stride=rule.stride)) for each in alike]
+            return [
+                Average(replace(each, copies=rule.copies, stride=rule.stride)) for each in alike
+            ]
     steps = rule.steps if rule.steps < math.inf else updates
-    return [Family(replace(rule, decay=0.5, base=0.5, before=0, steps=steps))]
+    return [Average(replace(rule, decay=0.5, base=0.5, before=0, steps=steps))]
 
 
 def _name_parameter(rule: DecayRule) -> str:
@@ -845,10 +837,10 @@ def _claim_text(rule: DecayRule) -> str:
     return text
 
 
-def _tails(fit: _Fit, updates: FloatArray) -> FloatArray:
+def _tails(fit: Average, updates: FloatArray) -> FloatArray:
     """Compute what the average after so many updates has of each earlier one: [updates,
     updates]."""
-    lost = fit.family.forgotten(fit.log, np.append(0.0, updates))
+    lost = fit.forgotten(np.append(0.0, updates))
     return np.tril(np.exp(np.minimum(lost - lost[:, None], 0)))
 
 
@@ -862,10 +854,10 @@ def _clear_from(rows: Intervals) -> float:
     return _CLEARLY + 1 / len(rows.gram)
 
 
-def _residual_shares(rows: Intervals, fit: _Fit) -> FloatArray:
+def _residual_shares(rows: Intervals, fit: Average) -> FloatArray:
     """Compute the share of the average's motion in each interval that is left unexplained, as an L2
     norm: in the median over the pieces, since one of them may have been scaled for some steps."""
-    shares = np.maximum(rows.residuals(fit.family, fit.log), 0) / rows.motion
+    shares = np.maximum(rows.residuals(fit), 0) / rows.motion
     return np.sqrt(np.median(shares, axis=1))
 
 

@@ -39,7 +39,6 @@ from posthoc_cli.checkpoints.source import (
     Checkpoint,
     are_near,
     first_values,
-    first_values_of,
     is_copy,
     make_checkpoint,
     moves_less,
@@ -295,24 +294,20 @@ def _check_unmatched(file: Found, settings: ImportSettings) -> None:
 
 def _check_targets(run: Sequence[Found], settings: ImportSettings) -> None:
     """Raise a QuestionError if what a word such as `target` calls an average is one of a part of
-    the model, and other parts are trained, too, as in reinforcement learning."""
+    the model, which has other parts, too, as in reinforcement learning."""
     both = [file for file in run if file.averaged and file.weights]
     if len(both) < 2 or settings.average or settings.kind:
         return
     pair = both[0].pair
     if not _TARGET.search(pair.average_key):
         return
-    whole = [recognise(file.content, replace(settings, kind="checkpoints")) for file in both]
+    whole = recognise(both[0].content, replace(settings, kind="checkpoints"))
     used = {tensor.name for tensor in both[0].weights.values()}
-    rest = [name for name, tensor in whole[0].weights.items() if tensor.name not in used]
-    first, last = (
-        first_values_of(file.content, {name: file.weights[name] for name in rest})
-        for file in (whole[0], whole[-1])
-    )
-    if np.array_equal(first, last):
+    rest = [name for name, tensor in whole.weights.items() if tensor.name not in used]
+    if not rest:
         return
     reason = f"must be given: {quote(pair.average_key)} is an average of {quote(pair.weights_key)}"
-    reason += f", a part of the model; {list_names(rest, 3)} is trained, too"
+    reason += f", a part of the model, which also has {list_names(rest, 3)}"
     part: Answer = {"average": pair.average_key, "weights": pair.weights_key}
     raise QuestionError("kind", reason, {"kind": "checkpoints"}, part)
 
