@@ -9,11 +9,10 @@ follow from the one before it.
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import chain, compress
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -229,6 +228,8 @@ class _Sample:
     times: FloatArray
     gram: FloatArray  # as in `Intervals`: [intervals, pieces, 5, 5]
     rounding: FloatArray  # squared rounding errors of the averages: [times, pieces]
+    stays: Bools  # whether the average stands still: [intervals, pieces]
+    equals_weights: Bools  # whether the average equals the weights: [times, pieces]
     norms: FloatArray  # squared, of the newest weights: [pieces]
     # share of the elements of the average that stand still while the weights move: [intervals]
     still: FloatArray
@@ -242,21 +243,6 @@ class _Sample:
         if not is_clear.any():
             is_clear[:] = True
         return np.asarray((motion > 0) & is_clear)
-
-    @cached_property
-    def stays(self) -> Bools:
-        """Whether the average stands still: [intervals, pieces]. The two squares are then sums of
-        the same products, so that their difference is exactly 0."""
-        y = self.gram[..., 0, :2]
-        return np.asarray(y[..., 0] + self.gram[..., 1, 1] == 2 * y[..., 1])
-
-    @cached_property
-    def equals_weights(self) -> Bools:
-        """Whether the average equals the weights: [times, pieces]."""
-        begin = self.gram[..., 1, 1] == 0
-        last = self.gram[-1]
-        end = last[:, 0, 0] + last[:, 2, 2] == 2 * last[:, 0, 2]
-        return np.vstack([begin, end])
 
     def intervals(self, updates: FloatArray, pieces: Bools) -> Intervals:
         """Select the intervals of some pieces, each relative to the motion of its weights, without
@@ -292,8 +278,8 @@ def _rounding_covariance(moved: FloatArray, rounding: FloatArray) -> FloatArray:
     return np.asarray(spacings * np.interp(moved / spacings, squares, covariances, right=0.0))
 
 
-_Point = tuple[FloatArray, FloatArray, FloatArray]
-"""The weights and the average of one time, and the squared roundings of the latter: [elements]."""
+_Point = tuple[FloatArray, FloatArray]
+"""The weights and the average of one time: [elements]."""
 
 
 def _read(pairs: Sequence[tuple[Checkpoint, Checkpoint]]) -> _Sample:
@@ -303,43 +289,44 @@ def _read(pairs: Sequence[tuple[Checkpoint, Checkpoint]]) -> _Sample:
     pieces = _choose_pieces(newest)
     sizes = [piece.end - piece.begin for piece in pieces]
     starts = np.cumsum([0, *sizes[:-1]])
-    points = (_read_point(weights, average, pieces) for weights, average in pairs)
-    first = next(points)
-    window = deque([first, first], maxlen=4)
-    rounding = [np.add.reduceat(first[2], starts)]
-    grams = []
+    window = list[_Point]()
+    rounding = []
+    equals = []
+    stays = []
     still = []
-    for point in chain(points, [None]):  # after the last one nothing moves
-        if point is not None:
-            rounding.append(np.add.reduceat(point[2], starts))
-            (x, e, _), (x_end, e_end, _) = window[-1], point
-            still.append(float(((e == e_end) & (x != x_end)).mean()))
-        window.append(point or window[-1])
-        if len(window) == window.maxlen:
+    grams = []
+    for weights, average in pairs:
+        with weights, average:  # which share their files
+            x = read_elements(weights, pieces)
+            e = read_elements(average, pieces)
+        rounding.append(np.add.reduceat(estimate_roundings(average, pieces, e), starts))
+        equals.append(np.logical_and.reduceat(x == e, starts))
+        x_begin, e_begin = window[-1] if window else (x, e)
+        stays.append(np.logical_and.reduceat(e == e_begin, starts))
+        still.append(float(((e == e_begin) & (x != x_begin)).mean()))
+        if not window:
+            window.append((x, e))  # before the first one nothing moves, and after the last one
+        window = [*window[-3:], (x, e)]
+        if len(window) == 4:
             grams.append(_sum_products(window, starts))
-    x, _, _ = window[-1]
+    grams.append(_sum_products([*window[-3:], window[-1]], starts))
     return _Sample(
         names=[piece.name for piece in pieces],
         times=np.array([average.t for _, average in pairs]),
         gram=np.array(grams),
         rounding=np.array(rounding),
+        stays=np.array(stays[1:]),
+        equals_weights=np.array(equals),
         norms=np.add.reduceat(x * x, starts),
-        still=np.array(still),
+        still=np.array(still[1:]),
         dtype=newest.entries[pieces[0].name].dtype,
     )
-
-
-def _read_point(weights: Checkpoint, average: Checkpoint, pieces: Sequence[ElementRange]) -> _Point:
-    with weights, average:  # which share their files
-        x = read_elements(weights, pieces)
-        e = read_elements(average, pieces)
-    return x, e, estimate_roundings(average, pieces, e)
 
 
 def _sum_products(window: Sequence[_Point], starts: npt.NDArray[np.intp]) -> FloatArray:
     """Sum the products in the interval between the second and the third of four times, by piece:
     [pieces, 5, 5]."""
-    (before, _, _), (x, e, _), (x_end, e_end, _), (after, _, _) = window
+    (before, _), (x, e), (x_end, e_end), (after, _) = window
     rows = np.stack([e_end - x, e - x, x_end - x, x - before, after - x_end])
     products = rows[:, None] * rows
     return np.moveaxis(np.add.reduceat(products, starts, axis=2), 2, 0)

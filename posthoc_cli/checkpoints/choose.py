@@ -49,7 +49,7 @@ from posthoc_cli.checkpoints.layouts import (
     says_its_profile,
 )
 from posthoc_cli.checkpoints.names import NUMBER, make_glob, read_number
-from posthoc_cli.checkpoints.places import Candidate, Place
+from posthoc_cli.checkpoints.places import Place
 from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.checkpoints.source import (
     COMPARED_FILES,
@@ -80,16 +80,12 @@ Shape = tuple[str, tuple[int, ...]]
 class Member:
     """A candidate that was opened, and what it says of itself."""
 
-    candidate: Candidate
+    path: Path
     name: str  # its path from the folder of all candidates on
     content: Content
     settings: ImportSettings
     signs: Signs
     sign: str | None = None  # the clock of its run
-
-    @property
-    def path(self) -> Path:
-        return self.candidate.path
 
     @cached_property
     def glob(self) -> str:
@@ -202,9 +198,9 @@ class Chooser:
         self.place = place
         self.settings = settings
         self.candidates = place.candidates
-        self.left_out = dict[Candidate, str]()  # with the reasons
-        self._copies = set[Candidate]()
-        folders = {str(each.path.parent) for each in self.candidates}
+        self.left_out = dict[Path, str]()  # with the reasons
+        self._copies = set[Path]()
+        folders = {str(path.parent) for path in self.candidates}
         self._root = Path(os.path.commonpath(folders) if folders else "")
 
     @property
@@ -215,9 +211,9 @@ class Chooser:
 
     def choose(self) -> list[Member]:
         """Choose the members of one run; raise a QuestionError if several runs are possible."""
-        named = [each for each in self.candidates if says_its_profile(each.path)]
+        named = [path for path in self.candidates if says_its_profile(path)]
         if named:
-            self._leave_out([each for each in self.candidates if each not in named], "another name")
+            self._leave_out([path for path in self.candidates if path not in named], "another name")
             return self._open(named)
         opened = self._open(self._given())
         if len(opened) < 2:
@@ -230,61 +226,60 @@ class Chooser:
         self._check_left_out([member for member in opened if member not in chosen], series)
         return [member for member in members if member in chosen]
 
-    def _given(self) -> list[Candidate]:
+    def _given(self) -> list[Path]:
         """List the candidates that the settings do not exclude: they find a step in the path, or
         name roles by globs."""
-        candidates = self.candidates
+        candidates = [*self.candidates]
         pattern = self.settings.step_from
         if pattern:
-            matching = [each for each in candidates if re.search(pattern, str(each.path))]
+            matching = [path for path in candidates if re.search(pattern, str(path))]
             candidates = matching or candidates  # whose error names one
-        named = [each for each in candidates if role_by_glob(each.path, self.settings)]
+        named = [path for path in candidates if role_by_glob(path, self.settings)]
         if named and (self.settings.weights or not self.settings.average):
             candidates = named
-        self._leave_out([each for each in self.candidates if each not in candidates], "not named")
+        self._leave_out([path for path in self.candidates if path not in candidates], "not named")
         return candidates
 
-    def _leave_out(self, left: Iterable[Candidate | Member], reason: str) -> None:
+    def _leave_out(self, left: Iterable[Path | Member], reason: str) -> None:
         for each in left:
-            candidate = each.candidate if isinstance(each, Member) else each
-            self.left_out.setdefault(candidate, reason)
+            path = each.path if isinstance(each, Member) else each
+            self.left_out.setdefault(path, reason)
 
     # --- 1. what can be read
 
-    def _open(self, candidates: Sequence[Candidate]) -> list[Member]:
+    def _open(self, candidates: Sequence[Path]) -> list[Member]:
         members = list[Member]()
-        has_numbers = any(re.search("[0-9]", self._name(each)) for each in candidates)
-        failed = list[tuple[Candidate, FileFormatError]]()
-        for candidate in candidates:
+        has_numbers = any(re.search("[0-9]", self._name(path)) for path in candidates)
+        failed = list[tuple[Path, FileFormatError]]()
+        for path in candidates:
             try:
-                content = self.place.open(candidate)
+                content = self.place.open(path)
             except VanishedError:
                 raise
             except FileFormatError as error:
-                failed.append((candidate, error))
+                failed.append((path, error))
                 continue
             if content.values.get(KIND) == "output":
                 continue
             if not content.tensors and len(candidates) > 1:
-                self._leave_out([candidate], "holds no tensors")
+                self._leave_out([path], "holds no tensors")
                 continue
             signs = read_signs(content, self.settings, self._root if has_numbers else None)
-            name = self._name(candidate)
-            members.append(Member(candidate, name, content, self.settings, signs))
+            members.append(Member(path, self._name(path), content, self.settings, signs))
         for series in _group(members, lambda member: member.glob):
             _read_varying(series)
         globs = {member.glob for member in members}
-        for candidate, problem in failed:
-            if not members or make_glob(self._name(candidate)) in globs:
+        for path, problem in failed:
+            if not members or make_glob(self._name(path)) in globs:
                 raise problem.with_hint("move it away to leave it out") if members else problem
-            self._leave_out([candidate], problem.reason)
+            self._leave_out([path], problem.reason)
         if not members:
             hint = "name their folder, a file, or a glob such as 'out/step*.pt'"
             raise DirectoryError(self.place.name, "holds no checkpoints", hint)
         return members
 
-    def _name(self, candidate: Candidate) -> str:
-        return "/".join(candidate.path.parts[len(self._root.parts) :])
+    def _name(self, path: Path) -> str:
+        return "/".join(path.parts[len(self._root.parts) :])
 
     # --- 2. one model
 
@@ -353,7 +348,7 @@ class Chooser:
             if twin is None:
                 left.append(member)
             else:
-                self._copies.add(member.candidate)
+                self._copies.add(member.path)
                 self._leave_out([member], f"a copy of {twin.path.name}")
         return left
 
@@ -381,9 +376,9 @@ class Chooser:
         newest = max((member for series in chosen for member in series), key=_order)
         doubtful = []
         for member in left:
-            if member.candidate in self._copies:
+            if member.path in self._copies:
                 continue
-            is_other = self.left_out.get(member.candidate) == _OTHER_MODEL
+            is_other = self.left_out.get(member.path) == _OTHER_MODEL
             if member.is_later_than(newest) or (
                 not is_other and is_numbered(member.path, member.signs)
             ):
@@ -434,7 +429,7 @@ class Chooser:
     def _exact_glob(self, series: Series) -> str:
         """Make a glob of a series that matches no other candidate."""
         own = {member.path for member in series}
-        others = [self._name(each) for each in self.candidates if each.path not in own]
+        others = [self._name(path) for path in self.candidates if path not in own]
         pattern = self._glob_of(series)
         if any(fnmatchcase(name, pattern) for name in others):
             return pattern.replace("*", "*[0-9]")

@@ -107,13 +107,11 @@ def _describe_files(place: Path, error: PostHocError) -> Values:
     """Describe what files hold that need an import, for JSON, and what the import would have to be
     told; raise the error that says so if none can be opened."""
     opener = Place(place)
-    candidates = opener.candidates
     rows: list[Values] = []
     opened = []
-    for candidate in candidates:
-        path = candidate.path
+    for path in opener.candidates:
         try:
-            content = opener.open(candidate)
+            content = opener.open(path)
         except FileFormatError as wrong:
             rows.append({"file": path.name, "holds": wrong.reason})
             continue
@@ -123,7 +121,7 @@ def _describe_files(place: Path, error: PostHocError) -> Values:
     if not opened or (place.is_file() and not opened[0].tensors):
         raise error
     described: Values = {"kind": "checkpoints", "path": str(place), "checkpoints": rows}
-    if len(candidates) == 1:
+    if len(rows) == 1:
         described["kind"] = "checkpoint"
         with suppress(FileFormatError, InvalidValueError):
             tensors = recognise(opened[0], UNSPECIFIED).tensors

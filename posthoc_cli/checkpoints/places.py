@@ -12,9 +12,8 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -64,16 +63,9 @@ _LEVELS = 3  # of folders below a place; one that is alone in its folder does no
 _MOST_FOREIGN = 100  # files whose kinds are looked at where nothing is a checkpoint
 _MOST_ENTRIES = 20_000  # at a place: listing a whole disk would take minutes
 
+Layouts = dict[Path, Layout]
 _Signature = frozenset[tuple[str, tuple[int, ...]]]
 """The names and shapes of the tensors of a model."""
-
-
-@dataclass(frozen=True, eq=False)
-class Candidate:
-    """A file or folder that may be a checkpoint, and what it consists of."""
-
-    path: Path
-    layout: Layout
 
 
 class NothingHereError(DirectoryError):
@@ -91,9 +83,9 @@ class Place:
         self._left = _MOST_ENTRIES
         self._listed = set[str]()  # folders, also by links
 
-    def open(self, candidate: Candidate) -> Content:
+    def open(self, path: Path) -> Content:
         """Read the content of a candidate; raise FileFormatError if it cannot be read."""
-        return self._reader.open(candidate.path, candidate.layout)
+        return self._reader.open(path, self.candidates[path])
 
     def open_at(self, path: Path) -> Content:
         """Open the checkpoint that a path names: of a folder with the checkpoints of a training the
@@ -109,76 +101,73 @@ class Place:
         folder; None if there is none."""
         if not path.is_dir():
             return _layout_of_file(path)
-        by_stem = {}
-        for candidate in self._find(path, _LEVELS):
-            if candidate.path == path:
-                return candidate.layout
-            if candidate.path.parent == path:
-                by_stem[strip_ending(candidate.path.name)] = candidate.layout
+        found = self._find(path, _LEVELS)
+        if path in found:
+            return found[path]
+        by_stem = {strip_ending(each.name): found[each] for each in found if each.parent == path}
         return next((by_stem[stem] for stem in MODEL_FILES if stem in by_stem), None)
 
     # --- the candidates
 
     @cached_property
-    def candidates(self) -> list[Candidate]:
-        """The files and folders that may each be a checkpoint."""
+    def candidates(self) -> Layouts:
+        """The files and folders that may each be a checkpoint, and what they consist of."""
         path = files.expand_user(self.name)
         matches = _list_matches(path)
         if not matches:
             raise DirectoryError(self.name, "no file or folder matches")
-        found: dict[Path, Layout] = {}
+        found: Layouts = {}
         for match in sorted(matches, key=_is_link):
             if match.is_dir():
-                for each in self._find(match, _LEVELS):
-                    place = each.layout.path
-                    is_file = isinstance(each.layout, OneFile | Refused) and place.parent == match
-                    found[place if is_file else each.path] = each.layout
+                found |= self._find(match, _LEVELS)
+                own = found.get(match)
+                if isinstance(own, OneFile | Refused) and own.path.parent == match:
+                    found[own.path] = found.pop(match)
             elif match == path or not is_snapshot_name(match):
                 found[match] = _layout_of_file(match)
         if self._left < 0:
             note = f"holds more than {_MOST_ENTRIES:,} files; some folders in it were not looked "
             self.notes.append(f"{note}at: name the folder of the checkpoints")
-        return [Candidate(place, layout) for place, layout in sorted(found.items())]
+        return dict(sorted(found.items()))
 
-    def _find(self, folder: Path, levels: int) -> list[Candidate]:
+    def _find(self, folder: Path, levels: int) -> Layouts:
         """Find the checkpoints in a folder and so many levels of folders in it, or the folder if it
         is one itself."""
         real = str(folder) if files.is_url(folder) else os.path.realpath(folder)
         if real in self._listed:
-            return []
+            return {}
         self._listed.add(real)
         with named_on_error(folder, "read"):
             entries = sorted(files.system.list(folder))
         self._left -= len(entries)
         by_name = {entry.name: entry for entry in entries if not is_state(entry.name)}
         if DCP_METADATA in by_name:
-            return [Candidate(folder, Distributed(by_name[DCP_METADATA]))]
+            return {folder: Distributed(by_name[DCP_METADATA])}
         if MANIFEST in by_name:
-            return []
+            return {}
         visible = [entry for name, entry in by_name.items() if not name.startswith(".")]
         inner = [entry for entry in visible if entry.is_dir()]
         members = self._find_files(folder, [entry for entry in visible if entry not in inner])
-        below = list[Candidate]()
+        below: Layouts = {}
         inner = [entry for entry in inner if _may_be_listed(entry)]
         if len(inner) > 1:
             levels -= 1
         for entry in sorted(inner, key=_is_link):
             if levels < 0 or self._left < 0:
                 break
-            found = self._find(entry, levels)
-            if found and found[0].path == entry:
-                members[entry] = found.pop(0).layout
-            below += found
+            below |= self._find(entry, levels)
+            if entry in below:
+                members[entry] = below.pop(entry)
         members = dict(sorted(members.items()))
         own = self._join(folder, members)
         if own is None or (below and not isinstance(own, Refused)):
-            return [*(Candidate(entry, layout) for entry, layout in members.items()), *below]
-        return [Candidate(folder, own), *below]
+            return members | below
+        return {folder: own} | below
 
-    def _find_files(self, folder: Path, entries: Sequence[Path]) -> dict[Path, Layout]:
+    def _find_files(self, folder: Path, entries: Sequence[Path]) -> Layouts:
         """Find the files that are each a checkpoint or a part of one; of shards without an index
         the first one stands for all."""
-        members: dict[Path, Layout] = {}
+        members: Layouts = {}
         has_whole = any(entry.name.endswith(INDEX_ENDING) for entry in entries)
         for entry in entries:
             is_shard = SHARD.search(entry.name) is not None
@@ -193,7 +182,7 @@ class Place:
 
     # --- one folder
 
-    def _join(self, folder: Path, members: Mapping[Path, Layout]) -> Layout | None:
+    def _join(self, folder: Path, members: Layouts) -> Layout | None:
         """Find what a folder with such members is; None if they are checkpoints of several times,
         or if there are none."""
         if self._are_partitions(members):
@@ -207,7 +196,7 @@ class Place:
             del by_stem[stem]
         return by_stem.popitem()[1] if len(by_stem) == 1 else Sets(folder, by_stem)
 
-    def _are_partitions(self, members: Mapping[Path, Layout]) -> bool:
+    def _are_partitions(self, members: Layouts) -> bool:
         """Return whether a name says that files are partitions of a model, or files of a number
         "of" several, or of two ranks, hold tensors of the same names that are not equal, as each
         rank may write them: shards do not."""
@@ -230,7 +219,7 @@ class Place:
             others.append(layout)
         return False
 
-    def _are_several_times(self, folder: Path, members: Mapping[Path, Layout]) -> bool:
+    def _are_several_times(self, folder: Path, members: Layouts) -> bool:
         """Return whether entries are checkpoints of several times, and not the parts of one."""
         stems = {strip_ending(entry.name): layout for entry, layout in members.items()}
         has_usual = not stems.keys().isdisjoint(MODEL_FILES)
