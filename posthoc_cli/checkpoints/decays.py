@@ -25,7 +25,7 @@ from posthoc_cli.checkpoints.audit import (
     audit_averages,
     round_decays,
 )
-from posthoc_cli.checkpoints.settings import FOUND, ImportSettings
+from posthoc_cli.checkpoints.settings import FOUND, ImportSettings, parse_warm_up
 from posthoc_cli.checkpoints.source import COMPARED_FILES, Checkpoint, first_values, is_copy
 from posthoc_cli.decay_rules import POWER_FUNCTION, RULES, OrdinaryEMA, WarmUp
 from posthoc_cli.errors import InvalidValueError, argument
@@ -179,6 +179,7 @@ class _Decays:
                 given = replace(given, ema_restart=audit.set_back_at)
             lines.append(f"given: {audit.text}")
         if not lines:
+            self._check_warm_up()
             _check_alone(self.averages)
             reason = "is as given or in files: without weights next to the averages it cannot be "
             lines.append(f"{name} {reason}checked")
@@ -209,6 +210,16 @@ class _Decays:
         decay = given.rule().get("decay", 0.0)
         difference = abs(math.log((1 - decay) / (1 - candidate.value)))
         return candidate.warm_up if difference <= 2 * (audit.uncertainty or 0.0) else ""
+
+    def _check_warm_up(self) -> None:
+        """Raise InvalidValueError for a warm-up other than what files state."""
+        given = parse_warm_up(self.given.ema_warmup or "")
+        for source in self.averages:
+            stated = source.updates.rule.get("warm_up") if source.updates else None
+            if given and stated and given["warm_up"] != stated:
+                reason = f"contradicts {source.path.name}, whose decay rises by {stated}, and "
+                reason += "without weights next to the averages nothing shows which is right"
+                raise InvalidValueError("ema_warmup", reason, value=self.given.ema_warmup)
 
     def _refute(self, audit: Audit) -> QuestionError:
         """Make the error that names the setting which an audit refutes."""
