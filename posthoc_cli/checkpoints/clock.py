@@ -260,11 +260,8 @@ def read_times(files: Mapping[Path, Signs], settings: ImportSettings) -> list[Ti
     """
     sign = sign_of_most(files)
     for path, signs in files.items():
-        if sign not in signs and not signs.keys() - {COUNTED}:
-            raise _ask_for_step(path)
         if sign not in signs:
-            hint = "name the files of one run with a glob"
-            raise InvalidValueError(path, "states no step, nor does its name", hint)
+            raise _ask_for_step(path)
     clock = _Clock(files, [signs[sign or ""] for signs in files.values()], settings)
     if sign == "stated":
         _check_names(files)
