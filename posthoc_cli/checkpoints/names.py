@@ -27,7 +27,8 @@ _MARK = re.compile(
         (?P<before> steps? | iter(?:ation)?s? | ep(?:och)?s? | (?:checkpoint|ckpt)s? ) [=_.\-\ ]*
       | (?P<other> (?: v | version | avg | fp | bf | int | float | fold | seed | copy | acc | loss
                      | fid | psnr | wer | m?ap | m?iou | auc | dice ) [_.=\-]? ) ) )?
-    (?P<digits> [0-9]+ (?:[.,_-][0-9]+)* (?:[kmb](?![a-z0-9]))? )
+    (?P<digits> [0-9]+ (?:[.,_-][0-9]+)*
+                (?: [kmb] (?= (?:steps?|iter(?:ation)?s?)? (?![a-z0-9]) ) )? )
     (?: [_\-\ ]? (?P<behind> steps? | iter(?:ation)?s? | ep(?:och)?s? ) (?![a-z]|[=_.\-\ ]*[0-9])
       | (?P<attached> [a-z]+ ) )?
     """,
@@ -87,12 +88,19 @@ def read_name(name: str) -> list[Mark]:
     """Find the numbers in a name but for metrics."""
     marks = []
     for match in _MARK.finditer(_METRIC.sub(_hide_metric, _SHARD.sub("", name))):
-        beside = match["before"] or match["behind"] or ""
-        word = "other" if match["other"] else _WORDS.get(beside[:1].lower(), "")
-        text = (match["other"] or "") + match["digits"] + (match["attached"] or "")
+        word = "other" if match["other"] else _find_word(match["before"])
+        if word not in ("steps", "epochs"):
+            word = _find_word(match["behind"]) or word
+        text = match["digits"] + (match["attached"] or "")
+        if word == "other":
+            text = match["other"] + text
         number = None if match["attached"] else _read_time(text, word)
         marks.append(Mark(text, match.start("digits"), number, word))
     return marks
+
+
+def _find_word(text: str | None) -> str:
+    return _WORDS[text[0].lower()] if text else ""
 
 
 def _hide_metric(match: re.Match[str]) -> str:

@@ -488,3 +488,19 @@ def test_info_says_what_numbers_are_taken_for(tmp_path, ema):
     for command in (["info"], ["import", "--dry-run"]):
         shown = ema(*command, tmp_path).out
         assert sentence in " ".join(shown.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        ("{}kstep.pt", [1000, 2000, 4000]),
+        ("ckpt_{}-iteration.pt", [1, 2, 4]),
+        ("acc_{}_steps.pt", [1, 2, 4]),
+        ("iter{}_iteration.pt", [1, 2, 4]),
+        ("lr1e-4-step-{}.pt", [1, 2, 4]),
+    ],
+)
+def test_a_word_for_time_on_either_side_of_a_number_says_its_unit(name, steps, tmp_path):
+    write(tmp_path, name, (1, 2, 4))
+    assert steps_of(tmp_path) == steps
+    assert says(tmp_path).startswith("steps, by the word for steps")
