@@ -199,6 +199,15 @@ def test_files_are_known_by_their_first_bytes_three_folders_down(name, tmp_path)
     assert times(place) == [*STEPS]
 
 
+@pytest.mark.parametrize("inner", ["", "*", "*/model.pt"])
+def test_a_link_to_a_folder_of_the_run_does_not_take_its_place(inner, tmp_path):
+    place = write_at(tmp_path / "run", "step_{}/model.pt")
+    elsewhere = write_at(tmp_path / "elsewhere", "step_{}/model.pt")
+    (place / "best").symlink_to("step_200")
+    (place / "step_300").symlink_to(elsewhere / "step_400")
+    assert times(place / inner) == [*STEPS[:2], 300, STEPS[2]]
+
+
 def test_files_far_down_are_not_opened(tmp_path, monkeypatch):
     """To read the files of a whole disk takes minutes."""
     folder = tmp_path
