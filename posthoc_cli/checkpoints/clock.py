@@ -219,12 +219,12 @@ def _ask_for_step(path: Path) -> InvalidValueError:
     patterns = [*reversed(_list_patterns(path, _SPELLED))]
     if not any("kKmMbB" in pattern for pattern in patterns):  # whose digits alone are no steps
         patterns += reversed(_list_patterns(path, "[0-9]+"))
+    rename = "leave it out, or rename copies of the files after their steps: step1000.pt"
     if patterns:
-        return QuestionError(path, reason, *({"step_from": pattern} for pattern in patterns))
-    hint = _describe_pattern()
-    if SECONDS.search(path.name) or not re.search("[0-9]", path.name):
-        hint = "leave it out, or rename copies of the files after their steps: step1000.pt"
-    return InvalidValueError(path, reason, hint)
+        answers = [{"step_from": pattern} for pattern in patterns]
+        return QuestionError(path, reason, *answers, otherwise=rename)
+    can_find = re.search("[0-9]", path.name) and not SECONDS.search(path.name)
+    return InvalidValueError(path, reason, _describe_pattern() if can_find else rename)
 
 
 def _list_patterns(path: Path, spelled: str) -> list[str]:

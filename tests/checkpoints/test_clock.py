@@ -412,7 +412,7 @@ def test_the_only_number_that_differs_in_names_is_the_time(name, numbers, steps,
 def test_k_and_m_that_repeat_a_time_have_no_proposal_for_a_part(tmp_path):
     """Of 20 files those in k alone were proposed."""
     write(tmp_path, "net_{}.pt", ("100k", "200k", "0.10M", "0.20M", "0.30M"))
-    with pytest.raises(InvalidValueError) as raised:
+    with pytest.raises(InvalidValueError, match="rename copies") as raised:
         read(tmp_path)
     assert "paste" not in str(raised.value)
 
