@@ -81,6 +81,7 @@ class Place:
         self.runs = list[Path]()  # folders of snapshots
         self._reader = Reader()
         self._left = _MOST_ENTRIES
+        self._is_cut = False
         self._listed = set[str]()  # folders, also by links
 
     def open(self, path: Path) -> Content:
@@ -125,7 +126,7 @@ class Place:
                     found[own.path] = found.pop(match)
             elif match == path or not is_snapshot_name(match):
                 found[match] = _layout_of_file(match)
-        if self._left < 0:
+        if self._is_cut:
             note = f"holds more than {_MOST_ENTRIES:,} files; some folders in it were not looked "
             self.notes.append(f"{note}at: name the folder of the checkpoints")
         return dict(sorted(found.items()))
@@ -146,13 +147,14 @@ class Place:
         if MANIFEST in by_name:
             return {}
         visible = [entry for name, entry in by_name.items() if not name.startswith(".")]
-        inner = [entry for entry in visible if entry.is_dir()]
-        members = self._find_files(folder, [entry for entry in visible if entry not in inner])
+        folders = {entry for entry in visible if entry.is_dir()}
+        members = self._find_files(folder, [entry for entry in visible if entry not in folders])
         below: Layouts = {}
-        inner = [entry for entry in inner if _may_be_listed(entry)]
+        inner = [entry for entry in visible if entry in folders and _may_be_listed(entry)]
         if len(inner) > 1:
             levels -= 1
         for entry in sorted(inner, key=_is_link):
+            self._is_cut = self._is_cut or self._left < 0
             if levels < 0 or self._left < 0:
                 break
             below |= self._find(entry, levels)
