@@ -34,9 +34,12 @@ from posthoc_cli.request import OutputRequest, Request, Wanted, takes
 from posthoc_cli.resources import ProgressBar, no_bar
 from posthoc_cli.snapshots.directory import (
     is_import,
+    is_snapshot_name,
+    list_directory,
     read_directory,
 )
 from posthoc_cli.snapshots.entry import Entry
+from posthoc_cli.snapshots.outputs import describe
 from posthoc_cli.snapshots.prune import Pruning, plan_pruning
 from posthoc_cli.snapshots.prune import prune as prune_directory
 from posthoc_cli.snapshots.sampling import source_prior
@@ -259,9 +262,13 @@ class Run:
 
     def info(self) -> dict[str, Any]:
         """Return a description of the directory and its problems, from headers."""
-        from posthoc_cli.checkpoints.describe import describe_place
+        directory = self.directory
+        is_own = directory.is_dir() and any(map(is_snapshot_name, list_directory(directory)))
+        if is_own or not holds_checkpoints(directory):
+            return describe(directory)
+        from posthoc_cli.checkpoints.describe import describe_checkpoints
 
-        return describe_place(self.directory)
+        return describe_checkpoints(directory)
 
     # --- averages
 

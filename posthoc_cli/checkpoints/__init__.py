@@ -12,7 +12,7 @@ is executed.
     decays                      the decays of averages: said in files, given, or found
     open_run                    the road from a place to the sources of a run
     import_run, manifest        the work of `ema import`, and its output
-    describe                    what `ema info` says of a place
+    describe                    what `ema info` says of checkpoints
     ask                         questions about what files leave open
 
 A file is read once for its index; a synthesis then streams the bytes of its tensors, as it streams

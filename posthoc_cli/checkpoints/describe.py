@@ -1,4 +1,4 @@
-"""What `ema info` says about a place."""
+"""What `ema info` says about checkpoints of other programs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from posthoc_cli.checkpoints.content import Content, Values
 from posthoc_cli.checkpoints.layouts import recognise
 from posthoc_cli.checkpoints.manifest import read_manifest
 from posthoc_cli.checkpoints.open_run import FoundRun, find_run, find_unclaimed
-from posthoc_cli.checkpoints.places import Place, holds_checkpoints
+from posthoc_cli.checkpoints.places import Place
 from posthoc_cli.checkpoints.sets import TensorSets
 from posthoc_cli.checkpoints.settings import UNSPECIFIED
 from posthoc_cli.checkpoints.source import Checkpoint, make_checkpoint
@@ -21,23 +21,18 @@ from posthoc_cli.errors import (
     count_noun,
     list_first,
 )
-from posthoc_cli.snapshots.directory import is_import, is_snapshot_name, list_directory
+from posthoc_cli.snapshots.directory import is_import
 from posthoc_cli.snapshots.outputs import describe, describe_tensors
 from posthoc_cli.targets import SHORTEST_BETA, Beta, SigmaRel, name_equal_length
 
 
-def describe_place(place: Path) -> Values:
-    """Describe what is there, as a dict for JSON: snapshots and outputs as `describe` does, and
-    checkpoints of other programs, of which values are read only to find a decay."""
-    is_foreign = is_import(place)
-    if not is_foreign:
-        is_own = place.is_dir() and any(map(is_snapshot_name, list_directory(place)))
-        if is_own or not holds_checkpoints(place):
-            return describe(place)
+def describe_checkpoints(place: Path) -> Values:
+    """Describe the checkpoints of other programs at a place, or an import, as a dict for JSON;
+    values are read only to find a decay."""
     try:
         return _describe_run(place, _find(place))
     except PostHocError as error:
-        if is_foreign:
+        if is_import(place):
             raise
         with suppress(PostHocError):
             # outputs, or a model of another program that is not a checkpoint
