@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -135,12 +134,15 @@ def disk_sources(
             return [*read_directory(path)]
         except DirectoryError as error:
             no_snapshots = error
-    from posthoc_cli.checkpoints.open_run import open_checkpoints, open_unclaimed
+    from posthoc_cli.checkpoints.open_run import find_run, find_unclaimed
 
     try:
-        return [*(open_unclaimed(path, settings or {}) if unclaimed else open_checkpoints(path))]
+        found = find_unclaimed(path, settings or {}) if unclaimed else find_run(path)
     except NothingHereError as error:
         raise no_snapshots or error from None
+    if found.checks:
+        log.info("%s: %s", path, "; ".join(found.checks))
+    return [*found.checkpoints]
 
 
 ATTEMPTS = 100  # largest number of plans; no training removes a snapshot after every one of them
@@ -259,30 +261,14 @@ class Run:
         }
 
     def info(self) -> dict[str, Any]:
-        """Return a description of the directory and its problems, from headers: see `describe`.
-
-        For checkpoints see `describe_checkpoints`, and `describe_files` if they need an import.
-        """
+        """Return a description of the directory and its problems, from headers."""
         directory = self.directory
-        is_foreign = is_import(directory)
-        if not is_foreign:
-            is_own = directory.is_dir() and any(map(is_snapshot_name, list_directory(directory)))
-            if is_own or not holds_checkpoints(directory):
-                return describe(directory)
-        from posthoc_cli.checkpoints.describe import describe_checkpoints, describe_files
+        is_own = directory.is_dir() and any(map(is_snapshot_name, list_directory(directory)))
+        if is_own or not holds_checkpoints(directory):
+            return describe(directory)
+        from posthoc_cli.checkpoints.describe import describe_checkpoints
 
-        if is_foreign:
-            return describe_checkpoints(directory)
-        try:
-            return describe_checkpoints(directory)
-        except PostHocError as error:
-            with suppress(PostHocError):
-                # outputs, or a model of another program that is not a checkpoint
-                described = describe(directory)
-                others = [item for item in described.get("outputs", []) if item["kind"] != "output"]
-                if not others:
-                    return described
-            return describe_files(directory, error)
+        return describe_checkpoints(directory)
 
     # --- averages
 

@@ -4,14 +4,15 @@ is executed.
     pickles, containers         the tensors and values of a file, by its kind
     folders, content            what a checkpoint consists of; its tensors and values
     places, choose              what lies at a place; which of it is one run
-    sets, clock                 the weights and an average among them; the times of files
+    sets                        the weights and an average among them
+    names, clock                the numbers in names; the times of files
     settings, updates           what an import adds to files; how an ordinary EMA was updated
     source, layouts             a checkpoint as a source; what programs write
     audit, audit_decay          the check of an average, and the search for its decay
     decays                      the decays of averages: said in files, given, or found
     open_run                    the road from a place to the sources of a run
     import_run, manifest        the work of `ema import`, and its output
-    describe                    what `ema info` says of a run
+    describe                    what `ema info` says of checkpoints
     ask                         questions about what files leave open
 
 A file is read once for its index; a synthesis then streams the bytes of its tensors, as it streams

@@ -28,9 +28,12 @@ class QuestionError(InvalidValueError):
         reason: str,
         *answers: Answer,
         value: object = "",
+        otherwise: str = "",
     ) -> None:
+        """`otherwise` is the hint if no answer goes through."""
         super().__init__(subject, reason, " or ".join(map(_phrase, answers[:3])), value=value)
         self.answers = answers
+        self.otherwise = otherwise
 
 
 def _phrase(answer: Answer) -> str:
@@ -51,7 +54,7 @@ def with_command(place: str | Path, given: Mapping[str, Any], attempt: Attempt[T
     try:
         return attempt(place, given)
     except QuestionError as question:
-        hint = ""
+        hint = question.otherwise
         if answer := _find_answer(question, place, given, attempt):
             command = ImportSettings(**given).command(**{"place": place, **answer})
             hint = f"paste: {command}"

@@ -9,11 +9,10 @@ follow from the one before it.
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import chain, compress
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -21,10 +20,10 @@ import numpy.typing as npt
 
 from posthoc_cli.checkpoints.audit_decay import (
     FAR,
+    Average,
     Bools,
-    Family,
     Intervals,
-    possible_families,
+    possible_averages,
 )
 from posthoc_cli.checkpoints.content import list_names
 from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings, warm_up_text
@@ -38,11 +37,10 @@ from posthoc_cli.errors import (
     percent,
 )
 from posthoc_cli.profiles import FloatArray, Point, gamma_from_sigma_rel, sigma_rel_from_gamma
+from posthoc_cli.snapshots.sampling import estimate_roundings, read_elements
 from posthoc_cli.snapshots.sources import (
     ElementRange,
     Source,
-    expected_roundings,
-    finite_values,
 )
 
 _MOST_ELEMENTS = 100_000  # in the sample
@@ -230,6 +228,8 @@ class _Sample:
     times: FloatArray
     gram: FloatArray  # as in `Intervals`: [intervals, pieces, 5, 5]
     rounding: FloatArray  # squared rounding errors of the averages: [times, pieces]
+    stays: Bools  # whether the average stands still: [intervals, pieces]
+    equals_weights: Bools  # whether the average equals the weights: [times, pieces]
     norms: FloatArray  # squared, of the newest weights: [pieces]
     # share of the elements of the average that stand still while the weights move: [intervals]
     still: FloatArray
@@ -243,21 +243,6 @@ class _Sample:
         if not is_clear.any():
             is_clear[:] = True
         return np.asarray((motion > 0) & is_clear)
-
-    @cached_property
-    def stays(self) -> Bools:
-        """Whether the average stands still: [intervals, pieces]. The two squares are then sums of
-        the same products, so that their difference is exactly 0."""
-        y = self.gram[..., 0, :2]
-        return np.asarray(y[..., 0] + self.gram[..., 1, 1] == 2 * y[..., 1])
-
-    @cached_property
-    def equals_weights(self) -> Bools:
-        """Whether the average equals the weights: [times, pieces]."""
-        begin = self.gram[..., 1, 1] == 0
-        last = self.gram[-1]
-        end = last[:, 0, 0] + last[:, 2, 2] == 2 * last[:, 0, 2]
-        return np.vstack([begin, end])
 
     def intervals(self, updates: FloatArray, pieces: Bools) -> Intervals:
         """Select the intervals of some pieces, each relative to the motion of its weights, without
@@ -293,8 +278,8 @@ def _rounding_covariance(moved: FloatArray, rounding: FloatArray) -> FloatArray:
     return np.asarray(spacings * np.interp(moved / spacings, squares, covariances, right=0.0))
 
 
-_Point = tuple[FloatArray, FloatArray, FloatArray]
-"""The weights and the average of one time, [elements], and squared roundings of its pieces."""
+_Point = tuple[FloatArray, FloatArray]
+"""The weights and the average of one time: [elements]."""
 
 
 def _read(pairs: Sequence[tuple[Checkpoint, Checkpoint]]) -> _Sample:
@@ -304,47 +289,44 @@ def _read(pairs: Sequence[tuple[Checkpoint, Checkpoint]]) -> _Sample:
     pieces = _choose_pieces(newest)
     sizes = [piece.end - piece.begin for piece in pieces]
     starts = np.cumsum([0, *sizes[:-1]])
-    points = (_read_point(weights, average, pieces) for weights, average in pairs)
-    first = next(points)
-    window = deque([first, first], maxlen=4)
-    rounding = [first[2]]
-    grams = []
+    window = list[_Point]()
+    rounding = []
+    equals = []
+    stays = []
     still = []
-    for point in chain(points, [None]):  # after the last one nothing moves
-        if point is not None:
-            rounding.append(point[2])
-            (x, e, _), (x_end, e_end, _) = window[-1], point
-            still.append(float(((e == e_end) & (x != x_end)).mean()))
-        window.append(point or window[-1])
-        if len(window) == window.maxlen:
+    grams = []
+    for weights, average in pairs:
+        with weights, average:  # which share their files
+            x = read_elements(weights, pieces)
+            e = read_elements(average, pieces)
+        rounding.append(np.add.reduceat(estimate_roundings(average, pieces, e), starts))
+        equals.append(np.logical_and.reduceat(x == e, starts))
+        x_begin, e_begin = window[-1] if window else (x, e)
+        stays.append(np.logical_and.reduceat(e == e_begin, starts))
+        still.append(float(((e == e_begin) & (x != x_begin)).mean()))
+        if not window:
+            window.append((x, e))  # before the first one nothing moves, and after the last one
+        window = [*window[-3:], (x, e)]
+        if len(window) == 4:
             grams.append(_sum_products(window, starts))
-    x, _, _ = window[-1]
+    grams.append(_sum_products([*window[-3:], window[-1]], starts))
     return _Sample(
         names=[piece.name for piece in pieces],
         times=np.array([average.t for _, average in pairs]),
         gram=np.array(grams),
         rounding=np.array(rounding),
+        stays=np.array(stays[1:]),
+        equals_weights=np.array(equals),
         norms=np.add.reduceat(x * x, starts),
-        still=np.array(still),
+        still=np.array(still[1:]),
         dtype=newest.entries[pieces[0].name].dtype,
     )
-
-
-def _read_point(weights: Checkpoint, average: Checkpoint, pieces: Sequence[ElementRange]) -> _Point:
-    with weights, average:  # which share their files
-        x = [finite_values(weights, *piece) for piece in pieces]
-        e = [finite_values(average, *piece) for piece in pieces]
-    roundings = []
-    for piece, values in zip(pieces, e, strict=True):
-        dtype = average.entries[piece.name].dtype
-        roundings.append(float(expected_roundings(values, dtype, "F32").sum()))
-    return np.concatenate(x), np.concatenate(e), np.array(roundings)
 
 
 def _sum_products(window: Sequence[_Point], starts: npt.NDArray[np.intp]) -> FloatArray:
     """Sum the products in the interval between the second and the third of four times, by piece:
     [pieces, 5, 5]."""
-    (before, _, _), (x, e, _), (x_end, e_end, _), (after, _, _) = window
+    (before, _), (x, e), (x_end, e_end), (after, _) = window
     rows = np.stack([e_end - x, e - x, x_end - x, x - before, after - x_end])
     products = rows[:, None] * rows
     return np.moveaxis(np.add.reduceat(products, starts, axis=2), 2, 0)
@@ -370,22 +352,13 @@ def _choose_pieces(first: Checkpoint) -> list[ElementRange]:
 
 
 @dataclass(frozen=True)
-class _Fit:
-    """A family of averages, and which of them explains the intervals best."""
-
-    family: Family
-    log: float
-    misfit: float
-
-
-@dataclass(frozen=True)
 class _Findings:
     """The average that explains the intervals best."""
 
     rows: Intervals
-    best: _Fit
+    best: Average
     sigma: float  # the uncertainty of its length, relative
-    own: list[_Fit]  # of each interval alone
+    own: list[Average]  # of each interval alone
 
 
 class _Judge:
@@ -410,9 +383,9 @@ class _Judge:
         self.updates = np.maximum((sample.times - first) // self.every + 1, 0)
         self.last = float(self.updates[-1])
         self.claim = _find_claim(newest, claimed)
-        self.families = possible_families(self.last)
+        self.averages = possible_averages(self.last)
         if not self.claim:
-            self.families = _list_families(newest, given, self.last)
+            self.averages = _list_averages(newest, given, self.last)
         is_counted = newest.updates is not None and newest.updates.count is not None
         self.may_be_rarer = self.every == 1 and given.update_every is None and not is_counted
         moves = sample.moves
@@ -504,70 +477,84 @@ class _Judge:
             text = "the average takes in only the weights of these files, as if it were updated "
             text += f"once at each: every {spacing:,.0f} {self.unit}"
             return replace(audit, verdict=RARE, text=text)
-        fits = self._fit_all(rows, self.families)
-        if not self.claim:
-            return self._judge_found(audit, fits, self._describe(rows, fits[0]))
-        claim = self._fit_all(rows, [self.claim])[0]
-        is_other = fits[0].misfit < claim.misfit - _clear_from(rows)
-        is_other = is_other and self._uncertainty(rows, fits[0]) <= _TOLD
-        if not is_other or self._are_same(fits[0], claim):
-            return self._compare(audit, fits, self._describe(rows, claim))
-        found = self._describe(rows, fits[0])
-        candidates = self._find_candidates(fits, found)
-        texts = " or by ".join(candidate.text for candidate in candidates)
-        text = f"the average moves as by {texts}, not {_claim_text(self.claim.rule)}"
-        audit = self._with_findings(audit, found)
-        return replace(audit, candidates=candidates, verdict="another rule", text=text)
-
-    def _judge_found(self, audit: Audit, fits: Sequence[_Fit], found: _Findings) -> Audit:
-        """Judge an average without a claim by the rules that explain it best."""
-        candidates = self._find_candidates(fits, found)
-        audit = replace(self._with_findings(audit, found), candidates=candidates)
+        fits = self._fit_all(rows, self.averages)
+        best = fits[0]
+        is_other = False
+        if self.claim:
+            best = self._fit_all(rows, [self.claim])[0]
+            is_clear = fits[0].misfit < best.misfit - _clear_from(rows)
+            is_other = is_clear and not self._are_same(fits[0], best)
+            is_other = is_other and self._uncertainty(rows, fits[0]) <= _TOLD
+        found = self._describe(rows, fits[0] if is_other else best)
+        audit = replace(
+            self._with_findings(audit, found), candidates=self._find_candidates(fits, found)
+        )
+        if is_other and self.claim:
+            texts = " or by ".join(candidate.text for candidate in audit.candidates)
+            text = f"the average moves as by {texts}, not {_claim_text(self.claim.rule)}"
+            return replace(audit, verdict="another rule", text=text)
         if broken := self._judge_breaks(audit, found):
             return broken
-        known = Family(found.best.family.member(found.best.log), is_known=True)
-        if rare := self._judge_rare_updates(audit, found.rows, known):
-            return rare
-        texts = ", and as ".join(candidate.text for candidate in candidates)
-        if len(candidates) > 1:
+        return self._judge_length(audit, found)
+
+    def _judge_length(self, audit: Audit, found: _Findings) -> Audit:
+        """Judge an average by the length that explains it best, or by the rules that do."""
+        best = found.best
+        texts = ", and as ".join(candidate.text for candidate in audit.candidates)
+        if self.claim:
+            if not found.rows.are_noise:
+                audit = replace(audit, difference=abs(best.log))
+            if wrong := self._judge_claim(audit, found, self.claim):
+                return wrong
+            texts = self._describe_candidate(best, found.sigma).text
+            audit = replace(audit, candidates=())
+        if self._are_updates_rare(found):
+            text = f"updates at every few {self.unit} explain the files better than one at each"
+            return replace(audit, verdict=RARE, text=text, candidates=())
+        if len(audit.candidates) > 1:
             text = f"the files show it about equally as {texts}"
             return replace(audit, found=None, text=text)
         if vague := self._why_vague(found):
             return replace(audit, found=None, text=vague)
-        return replace(audit, verdict="found", text=texts)
+        if not self.claim:
+            return replace(audit, verdict="found", text=texts)
+        if abs(best.log) > _VAGUE:
+            claimed = _claim_text(best.rule)
+            text = f"the checkpoints show it too vaguely: {texts}, not {claimed}"
+            return replace(audit, found=None, text=text)
+        return replace(audit, verdict="as claimed", text=f"{texts}, as claimed")
 
-    def _fit_all(self, rows: Intervals, families: Sequence[Family]) -> list[_Fit]:
-        """Fit the best average of each family; return them, the best of all first.
+    def _fit_all(self, rows: Intervals, averages: Sequence[Average]) -> list[Average]:
+        """Fit the best average of each rule; return them, the best of all first.
 
         Rules that few libraries have, and rules that begin as the mean of all weights, count as
         worse by as much as is about equal.
         """
         fits = []
-        for family in families:
-            log = rows.fit(family)
-            misfit = rows.misfit(family, log)
-            rule = family.member(log)
-            if not family.is_known and (rule.begins_as_mean or not RULES[rule.warm_up].is_common):
+        for average in averages:
+            fit = rows.fit(average)
+            misfit = rows.misfit(fit)
+            rule = fit.own_rule
+            if not fit.is_known and (rule.begins_as_mean or not RULES[rule.warm_up].is_common):
                 misfit += _equal_within(rows)
-            fits.append(_Fit(family, log, misfit))
+            fits.append(replace(fit, misfit=misfit))
         return sorted(fits, key=lambda fit: fit.misfit)
 
-    def _uncertainty(self, rows: Intervals, fit: _Fit) -> float:
+    def _uncertainty(self, rows: Intervals, fit: Average) -> float:
         """Estimate the uncertainty of a length; for a decay that rises, by how much more or less
         often it may be applied."""
         if not self._rises(fit):
-            return rows.uncertainty(fit.family, fit.log)
-        rule = Family(fit.family.member(fit.log), is_known=True)
-        log = rows.fit(rule)
-        return math.hypot(log, rows.uncertainty(rule, log))
+            return rows.uncertainty(fit)
+        often = rows.fit(Average(fit.own_rule, is_known=True))
+        return math.hypot(often.log, rows.uncertainty(often))
 
     def _is_told(self, found: _Findings) -> bool:
         """Return whether the intervals may refute a length: they are not noise, nor as long as
         several claimed lengths, so that the path within them may change what is found."""
-        spacing = float(np.median(found.rows.counts)) / found.best.family.length(0.0, self.last)
+        spacing = float(np.median(found.rows.counts)) / (self.claim or found.best).length(self.last)
         return not found.rows.are_noise and (found.sigma <= _TOLD or spacing < FAR)
 
-    def _find_candidates(self, fits: Sequence[_Fit], found: _Findings) -> tuple[Candidate, ...]:
+    def _find_candidates(self, fits: Sequence[Average], found: _Findings) -> tuple[Candidate, ...]:
         """Describe the best average, and averages of other rules that explain the intervals about
         as well."""
         rivals = [fits[0]]
@@ -577,23 +564,22 @@ class _Judge:
                 rivals.append(fit)
         return tuple(self._describe_candidate(fit, found.sigma) for fit in rivals)
 
-    def _are_same(self, one: _Fit, other: _Fit) -> bool:
+    def _are_same(self, one: Average, other: Average) -> bool:
         """Return whether two fits make about the same averages at the times of the checkpoints."""
         difference = _tails(one, self.updates) - _tails(other, self.updates)
         return bool(np.abs(difference).max() <= _SAME)
 
     # --- findings
 
-    def _describe(self, rows: Intervals, best: _Fit) -> _Findings:
+    def _describe(self, rows: Intervals, best: Average) -> _Findings:
         return _Findings(rows, best, self._uncertainty(rows, best), self._fit_each(rows, best))
 
     def _with_findings(self, audit: Audit, found: _Findings) -> Audit:
         """Add to the audit the numbers of an average and of its intervals."""
         best = found.best
-        rule = best.family.member(best.log)
+        rule = best.own_rule
         intervals = []
         unexplained = _residual_shares(found.rows, best)
-        claim = _Fit(self.claim, 0.0, 0.0) if self.claim else None
         for index, fit in enumerate(found.own):
             at = index + self.copies
             begin, end = self.sample.times[at : at + 2].tolist()
@@ -604,7 +590,7 @@ class _Judge:
                 begin,
                 end,
                 found=self._length(fit, updates) if moves else None,
-                claimed=self._length(claim, updates) if claim else None,
+                claimed=self._length(self.claim, updates) if self.claim else None,
                 unexplained=None if stays else float(unexplained[index]),
             )
             intervals.append(interval)
@@ -618,48 +604,47 @@ class _Judge:
             intervals=tuple(intervals),
         )
 
-    def _fit_each(self, rows: Intervals, best: _Fit) -> list[_Fit]:
+    def _fit_each(self, rows: Intervals, best: Average) -> list[Average]:
         """Fit the average that explains each interval alone; its misfit is relative to the best
         average's, if the weights moved at any times within the interval."""
         fits = []
         for index in range(len(rows.gram)):
             row = rows.between(index, index + 1)
-            log = row.fit(best.family, near=best.log)
-            less = row.uneven_misfit(best.family, log) - row.uneven_misfit(best.family, best.log)
-            fits.append(_Fit(best.family, log, less))
+            fit = row.fit(best, is_near=True)
+            fits.append(replace(fit, misfit=row.uneven_misfit(fit) - row.uneven_misfit(best)))
         return fits
 
-    def _length(self, fit: _Fit, updates: float) -> float:
+    def _length(self, fit: Average, updates: float) -> float:
         """Compute the time constant after so many updates, in units of time, or the sigma_rel."""
-        if _name_parameter(fit.family.rule) == "sigma_rel":
+        if _name_parameter(fit.rule) == "sigma_rel":
             return self._parameter(fit)
-        return self.every * fit.family.length(fit.log, updates)
+        return self.every * fit.length(updates)
 
-    def _limit(self, fit: _Fit) -> float:
+    def _limit(self, fit: Average) -> float:
         """Compute the time constant after the warm-up, or before a schedule, or the sigma_rel."""
-        rule = fit.family.member(fit.log)
-        if fit.family.is_known or _name_parameter(rule) == "sigma_rel":
+        rule = fit.own_rule
+        if fit.is_known or _name_parameter(rule) == "sigma_rel":
             return self._length(fit, self.last)
         return self.every / (1 - _main_number(rule))
 
-    def _parameter(self, fit: _Fit) -> float:
+    def _parameter(self, fit: Average) -> float:
         """Compute the decay of the last update, or the first decay of a schedule, or the
         sigma_rel."""
-        rule = fit.family.rule
+        rule = fit.rule
         if rule.is_schedule or _name_parameter(rule) == "sigma_rel":
             return _main_number(rule.longer(math.exp(fit.log)))
-        return fit.family.last_decay(fit.log, self.last)
+        return fit.last_decay(self.last)
 
-    def _rises(self, fit: _Fit) -> bool:
+    def _rises(self, fit: Average) -> bool:
         """Return whether the decay of an unknown rule has not reached its limit."""
-        rule = fit.family.rule
-        if fit.family.is_known or not rule.warm_up or rule.is_schedule:
+        rule = fit.rule
+        if fit.is_known or not rule.warm_up or rule.is_schedule:
             return False
         return self._limit(fit) > (1 + _RISES) * self._length(fit, self.last)
 
-    def _describe_candidate(self, fit: _Fit, sigma: float) -> Candidate:
+    def _describe_candidate(self, fit: Average, sigma: float) -> Candidate:
         """Describe an average by the settings of an import, and by a text."""
-        rule = fit.family.member(fit.log)
+        rule = fit.own_rule
         value = self._parameter(fit)
         warm_up = warm_up_text(rule)
         if _name_parameter(rule) == "sigma_rel":
@@ -675,7 +660,7 @@ class _Judge:
             return Candidate(warm_up, value, True, text)
         length = self._limit(fit)
         text = f"decay {shown}, a time constant of {length:,.4g} {self.unit} (± {percent(sigma)})"
-        if not fit.family.is_known and rule.warm_up:
+        if not fit.is_known and rule.warm_up:
             text += f", reached by {rule.rule}"
             value = rule.decay
         return Candidate(warm_up, value, False, text)
@@ -688,14 +673,14 @@ class _Judge:
         best = found.best
         audit = replace(audit, found=None, candidates=())
         is_foreign = np.median(_residual_shares(rows, best)) > _FOREIGN
-        length = best.family.length(best.log, self.last)
+        length = best.length(self.last)
         is_unlike = is_foreign or length < _SHORTEST * rows.counts.min()
         if is_unlike and rows.motion.sum() > _FARTHER * rows.gram[..., 2, 2].sum():
             return replace(audit, verdict=UNRELATED, text=_UNRELATED)
         if is_foreign:
             return replace(audit, text=_OTHER_WEIGHTS)
         is_still = self.sample.stays[self.copies :].all(axis=1)  # between two updates
-        restarts = rows.find_restarts(best.family, 0.0 if self.claim else best.log)
+        restarts = rows.find_restarts(self.claim or best)
         places = np.flatnonzero(restarts & ~is_still)
         if places.size:
             last = int(places[-1])  # after which all is well
@@ -723,61 +708,43 @@ class _Judge:
         text += f"{begin:,.12g}{why}"
         return replace(audit, text=text, difference=doubt, set_back_at=float(end))
 
-    def _compare(self, audit: Audit, fits: Sequence[_Fit], found: _Findings) -> Audit:
-        """Judge an average with a claim by the best average of its family; `fits` are of other
-        rules."""
-        rows = found.rows
+    def _judge_claim(self, audit: Audit, found: _Findings, claim: Average) -> Audit | None:
+        """Judge an average that is clearly longer or shorter than claimed."""
         best = found.best
-        audit = self._with_findings(audit, found)
-        if broken := self._judge_breaks(audit, found):
-            return broken
-        shown = self._describe_candidate(best, found.sigma).text
-        claimed = _claim_text(best.family.rule)
         difference = abs(best.log)
-        if not rows.are_noise:
-            audit = replace(audit, difference=difference)
-        is_better = best.misfit < rows.misfit(best.family, 0.0) - _BETTER
+        is_better = best.misfit < found.rows.misfit(claim) - _BETTER
         is_clear = difference > max(3 * found.sigma, _SLACK)
-        if is_better and is_clear and self._is_told(found):
-            verdict = "too long" if best.log > 0 else "too short"
-            text = f"{verdict} by a factor of {math.exp(difference):.3g}: {shown}, not {claimed}; "
-            text += _cause(verdict, difference, found.sigma)
-            candidates = self._find_candidates(fits, found)
-            return replace(audit, verdict=verdict, text=text, candidates=candidates)
-        if vague := self._why_vague(found):
-            return replace(audit, found=None, text=vague)
-        if difference > _VAGUE:
-            text = f"the checkpoints show it too vaguely: {shown}, not {claimed}"
-            return replace(audit, found=None, text=text)
-        if rare := self._judge_rare_updates(audit, rows, best.family):
-            return rare
-        return replace(audit, verdict="as claimed", text=f"{shown}, as claimed")
+        if not (is_better and is_clear and self._is_told(found)):
+            return None
+        verdict = "too long" if best.log > 0 else "too short"
+        shown = self._describe_candidate(best, found.sigma).text
+        text = f"{verdict} by a factor of {math.exp(difference):.3g}: {shown}, not "
+        text += f"{_claim_text(claim.rule)}; {_cause(verdict, difference, found.sigma)}"
+        return replace(audit, verdict=verdict, text=text)
 
-    def _judge_rare_updates(self, audit: Audit, rows: Intervals, family: Family) -> Audit | None:
-        """Judge an average that is nearly the mean of all weights if updates at every few steps
-        explain the intervals better than updates at each.
+    def _are_updates_rare(self, found: _Findings) -> bool:
+        """Return whether an average is nearly the mean of all weights, and updates at every few
+        steps explain the intervals better than updates at each.
 
         The length does not show it: in the mean of each 10th an error was 4 times as large as
         predicted.
         """
-        rule = family.rule
+        rows = found.rows
+        average = Average(found.best.own_rule, is_known=True)
+        rule = average.rule
         is_mean = rule.warm_up in (POWER_FUNCTION, "power") and 1 <= rule.power < 2
         if not self.may_be_rarer or not is_mean:
-            return None
+            return False
         times = self.sample.times[self.copies :]
-        rare = [replace(rows, updates=times // every).misfit(family, 0.0) for every in _STRIDES]
-        if min(rare) >= rows.misfit(family, 0.0) - _equal_within(rows):
-            return None
-        text = f"updates at every few {self.unit} explain the files better than one at each"
-        return replace(audit, verdict=RARE, text=text)
+        rare = [replace(rows, updates=times // every).misfit(average) for every in _STRIDES]
+        return min(rare) < rows.misfit(average) - _equal_within(rows)
 
     def _why_vague(self, found: _Findings) -> str:
         """Say why a length is undetermined; empty if it is not."""
-        family = found.best.family
         spacing = float(found.rows.counts.min())
-        length = family.length(0.0 if self.claim else found.best.log, self.last)
-        longest = max(length, family.length(found.best.log, self.last))
-        if _name_parameter(family.rule) == "decay" and longest < _SHORTEST * spacing:
+        length = (self.claim or found.best).length(self.last)
+        longest = max(length, found.best.length(self.last))
+        if _name_parameter(found.best.rule) == "decay" and longest < _SHORTEST * spacing:
             shortest = _SHORTEST * spacing * self.every
             text = f"its time constant is below {shortest:,.3g} {self.unit}, too short for the "
             text += "time between these checkpoints; checkpoints closer than "
@@ -787,24 +754,24 @@ class _Judge:
         return ""
 
 
-def _find_claim(newest: Checkpoint, claimed: float | None) -> Family | None:
+def _find_claim(newest: Checkpoint, claimed: float | None) -> Average | None:
     """Find the rule that an average is claimed to follow; None without a claim."""
     if newest.sigma_rel:
         power = gamma_from_sigma_rel(newest.sigma_rel) + 1
-        return Family(DecayRule(warm_up=POWER_FUNCTION, power=power, copies=1), is_known=True)
+        return Average(DecayRule(warm_up=POWER_FUNCTION, power=power, copies=1), is_known=True)
     decay = claimed or newest.decay
     if not decay:
         return None
     rule = DecayRule()
     if isinstance(newest.profile, OrdinaryEMA):
         rule = newest.profile.rule
-    return Family(replace(rule, decay=decay), is_known=True)
+    return Average(replace(rule, decay=decay), is_known=True)
 
 
-def _list_families(newest: Checkpoint, given: ImportSettings, updates: float) -> list[Family]:
+def _list_averages(newest: Checkpoint, given: ImportSettings, updates: float) -> list[Average]:
     """List the rules that an average of unknown decay may follow: the rule that its file or the
     settings name, else all."""
-    possible = possible_families(updates)
+    possible = possible_averages(updates)
     if not isinstance(newest.profile, OrdinaryEMA):
         return possible
     rule = newest.profile.rule
@@ -815,9 +782,11 @@ def _list_families(newest: Checkpoint, given: ImportSettings, updates: float) ->
         said = newest.updates.rule if newest.updates else {}
         if number and number not in said:  # one of ema-pytorch's powers, which counts calls
             alike = [each.rule for each in possible if each.rule.warm_up == rule.warm_up]
-            return [Family(replace(each, copies=rule.copies, stride=rule.stride)) for each in alike]
+            return [
+                Average(replace(each, copies=rule.copies, stride=rule.stride)) for each in alike
+            ]
     steps = rule.steps if rule.steps < math.inf else updates
-    return [Family(replace(rule, decay=0.5, base=0.5, before=0, steps=steps))]
+    return [Average(replace(rule, decay=0.5, base=0.5, before=0, steps=steps))]
 
 
 def _name_parameter(rule: DecayRule) -> str:
@@ -855,10 +824,10 @@ def _claim_text(rule: DecayRule) -> str:
     return text
 
 
-def _tails(fit: _Fit, updates: FloatArray) -> FloatArray:
+def _tails(fit: Average, updates: FloatArray) -> FloatArray:
     """Compute what the average after so many updates has of each earlier one: [updates,
     updates]."""
-    lost = fit.family.forgotten(fit.log, np.append(0.0, updates))
+    lost = fit.forgotten(np.append(0.0, updates))
     return np.tril(np.exp(np.minimum(lost - lost[:, None], 0)))
 
 
@@ -872,10 +841,10 @@ def _clear_from(rows: Intervals) -> float:
     return _CLEARLY + 1 / len(rows.gram)
 
 
-def _residual_shares(rows: Intervals, fit: _Fit) -> FloatArray:
+def _residual_shares(rows: Intervals, fit: Average) -> FloatArray:
     """Compute the share of the average's motion in each interval that is left unexplained, as an L2
     norm: in the median over the pieces, since one of them may have been scaled for some steps."""
-    shares = np.maximum(rows.residuals(fit.family, fit.log), 0) / rows.motion
+    shares = np.maximum(rows.residuals(fit), 0) / rows.motion
     return np.sqrt(np.median(shares, axis=1))
 
 

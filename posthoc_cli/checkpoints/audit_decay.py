@@ -6,7 +6,7 @@ Let x and e be the weights and the average at one checkpoint, x' and e' those at
     y = B d + s v + residual,
 
 where B is the mass of e' from before the interval, and s the mean of its tail over the interval.
-Both follow from how much the average forgets, which a `Family` says for each length. The sums of
+Both follow from how much the `Average` forgets, which its rule says for each length. The sums of
 products of y, d and v over the elements of a piece of a tensor (Gram matrices) suffice: the best
 length leaves the smallest residuals. Rounding of stored averages adds a known variance to d and y,
 which is subtracted.
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -82,30 +82,34 @@ def forgotten(rule: DecayRule, numbers: FloatArray) -> FloatArray:
 
 
 @dataclass(frozen=True)
-class Family:
-    """Averages of one rule that differ in length by factors, given by their logarithms."""
+class Average:
+    """An average by a rule. Those of one rule differ in length by factors, given by their
+    logarithms."""
 
     rule: DecayRule  # of the factor 1
     # whether the decay is known: then averages differ in how often it is applied, else in the decay
     is_known: bool = False
+    log: float = 0.0  # of its length
+    misfit: float = 0.0  # of the intervals to which it was fitted, see `Intervals.misfit`
 
-    def member(self, log: float) -> DecayRule:
-        """Return the rule of one average; a known rule as it is."""
-        return self.rule if self.is_known else self.rule.longer(math.exp(log))
+    @property
+    def own_rule(self) -> DecayRule:
+        """The rule of this length; a known rule as it is."""
+        return self.rule if self.is_known else self.rule.longer(math.exp(self.log))
 
-    def forgotten(self, log: float, numbers: FloatArray) -> FloatArray:
+    def forgotten(self, numbers: FloatArray) -> FloatArray:
         """Compute what is forgotten after so many updates; see the function of this name."""
-        factor = math.exp(-log) if self.is_known else 1.0
-        return factor * forgotten(self.member(log), numbers)
+        factor = math.exp(-self.log) if self.is_known else 1.0
+        return factor * forgotten(self.own_rule, numbers)
 
-    def last_decay(self, log: float, updates: float) -> float:
+    def last_decay(self, updates: float) -> float:
         """Compute the share of the average that its last update keeps."""
-        before, after = self.forgotten(log, np.array([updates - 1, updates])).tolist()
+        before, after = self.forgotten(np.array([updates - 1, updates])).tolist()
         return math.exp(before - after)
 
-    def length(self, log: float, updates: float) -> float:
+    def length(self, updates: float) -> float:
         """Compute the time constant of the last update, in updates."""
-        return 1 / max(1 - self.last_decay(log, updates), 1e-15)
+        return 1 / max(1 - self.last_decay(updates), 1e-15)
 
     def limits(self, updates: float) -> tuple[float, float]:
         """Compute the logarithms between which a length is searched."""
@@ -116,7 +120,7 @@ class Family:
         return -0.5, math.log(100 * max(updates, 2.0))
 
 
-def possible_families(updates: float) -> list[Family]:
+def possible_averages(updates: float) -> list[Average]:
     """List the rules that an average may follow if nothing is said of it, the most common first. A
     schedule ends after so many updates."""
     rules = [DecayRule(0.5), DecayRule(warm_up=POWER_FUNCTION, power=updates, copies=1)]
@@ -126,7 +130,7 @@ def possible_families(updates: float) -> list[Family]:
         rules += [rule.with_number(number) for number in numbers]
         if not numbers:
             rules.append(rule)
-    return [Family(rule) for rule in rules]
+    return [Average(rule) for rule in rules]
 
 
 # --- the intervals
@@ -166,7 +170,7 @@ class Intervals:
         """The number of updates in each interval."""
         return np.diff(self.updates)
 
-    def shares(self, family: Family, log: float) -> tuple[FloatArray, FloatArray]:
+    def shares(self, average: Average) -> tuple[FloatArray, FloatArray]:
         """Compute B and s: [intervals] each."""
         begin = self.updates[:-1, None]
         end = self.updates[1:, None]
@@ -175,18 +179,18 @@ class Intervals:
         places = (np.arange(points) + 0.5) / points
         passed = np.maximum(places * counts - 0.5, 0)
         numbers = np.hstack([begin + passed, begin, end])
-        lost = family.forgotten(log, numbers)
+        lost = average.forgotten(numbers)
         kept = np.exp(lost - lost[:, -1:])
         return kept[:, -2], 1 - kept[:, :-2].mean(axis=1)
 
-    def residuals(self, family: Family, log: float, goes_on: bool = False) -> FloatArray:
+    def residuals(self, average: Average, goes_on: bool = False) -> FloatArray:
         """Compute the squared norms of y - B d - s v: [intervals, pieces]; with `goes_on` without
         what the motion before and after explains.
 
         They are negative where averages that hardly moved are rounded alike, so that less than the
         variance of two roundings is left.
         """
-        b, s = self.shares(family, log)
+        b, s = self.shares(average)
         factors = np.zeros((len(b), 5))
         factors[:, 0] = 1
         factors[:, 1] = -b
@@ -201,32 +205,32 @@ class Intervals:
             left = left - (near * solved).sum(axis=(2, 3))
         return left
 
-    def misfit(self, family: Family, log: float, goes_on: bool = False) -> float:
+    def misfit(self, average: Average, goes_on: bool = False) -> float:
         """Compute the mean log of the residuals, with equal weights for all intervals and pieces.
 
         In ten trainings lengths are half as far off as by the logs of sums over pieces.
         """
-        return float(np.log(self._floored(self.residuals(family, log, goes_on))).mean())
+        return float(np.log(self._floored(self.residuals(average, goes_on))).mean())
 
     def _floored(self, left: FloatArray) -> FloatArray:
         """Count residuals as no less than a billionth of the motion."""
         left = np.maximum(left + self.rounding, 0)
         return np.asarray(left + 1e-9 * self.gram[..., 2, 2] + _NOTHING)
 
-    def uneven_misfit(self, family: Family, log: float) -> float:
+    def uneven_misfit(self, average: Average) -> float:
         """Compute the misfit if the weights moved from x to x' at any times within each
         interval."""
-        b, _ = self.shares(family, log)
+        b, _ = self.shares(average)
         return float(self._uneven_misfits(b, 0 * b).mean())
 
-    def find_restarts(self, family: Family, log: float) -> Bools:
+    def find_restarts(self, average: Average) -> Bools:
         """Find in which intervals the average began again from the weights: [intervals].
 
         Either it keeps B of what was before, y = B d + s v with any s, or it began again, y = s v,
         with no less of the motion than if it did so at once. Files that are two lengths apart or
         more do not show it.
         """
-        b, s = self.shares(family, log)
+        b, s = self.shares(average)
         gains = self._uneven_misfits(b, 0 * b) - self._uneven_misfits(0 * b, s)
         usual = float(np.median(gains))
         if len(gains) < 3 or usual > -_RESTART:
@@ -255,30 +259,31 @@ class Intervals:
 
     def fit(
         self,
-        family: Family,
-        near: float | None = None,
-        measure: Callable[[Family, float], float] | None = None,
-    ) -> float:
-        """Find the log of the length that leaves the smallest misfit, by another `measure` if
-        given; `near` limits how far it is from another one."""
+        average: Average,
+        is_near: bool = False,
+        measure: Callable[[Average], float] | None = None,
+    ) -> Average:
+        """Find the length that leaves the smallest misfit, or the smallest other `measure`; with
+        `is_near` near that of the average."""
         measure = measure or self.misfit
-        low, high = family.limits(self.updates[-1])
+        low, high = average.limits(self.updates[-1])
         count = _GRID
-        if near is not None:
-            low = max(low, min(near, high) - 2)
-            high = min(high, near + 2)
+        if is_near:
+            low = max(low, min(average.log, high) - 2)
+            high = min(high, average.log + 2)
             count = _GRID // 2
+
+        def measure_at(log: float) -> float:
+            return measure(replace(average, log=log))
+
         grid = np.linspace(low, high, count)
-        misfits = [measure(family, log) for log in grid.tolist()]
-        best = int(np.argmin(misfits))
+        best = int(np.argmin([measure_at(log) for log in grid.tolist()]))
         bounds = (grid[max(best - 1, 0)], grid[min(best + 1, count - 1)])
         options = {"xatol": 1e-4}
-        found = minimize_scalar(
-            partial(measure, family), bounds=bounds, method="bounded", options=options
-        )
-        return float(found.x)
+        found = minimize_scalar(measure_at, bounds=bounds, method="bounded", options=options)
+        return replace(average, log=float(found.x))
 
-    def uncertainty(self, family: Family, log: float) -> float:
+    def uncertainty(self, average: Average) -> float:
         """Estimate the uncertainty of the logarithm of a length that `fit` found.
 
         It is what five signs say together: half of what the earlier and the later checkpoints
@@ -291,22 +296,23 @@ class Intervals:
             return math.inf
         earlier = self.between(0, (count + 1) // 2)
         later = self.between(count // 2, count)
-        shares = self.residuals(family, log).sum(axis=0) / self.motion.sum(axis=0)
+        shares = self.residuals(average).sum(axis=0) / self.motion.sum(axis=0)
         is_clear = shares <= np.median(shares)
+        goes_on = self.fit(average, True, partial(self.misfit, goes_on=True))
         signs = [
-            self.fit(family, log, partial(self.misfit, goes_on=True)) - log,
-            (earlier.fit(family, near=log) - later.fit(family, near=log)) / 2,
+            goes_on.log - average.log,
+            (earlier.fit(average, True).log - later.fit(average, True).log) / 2,
         ]
         if not is_clear.all():
-            clear = self.select_pieces(is_clear).fit(family, near=log)
-            others = self.select_pieces(~is_clear).fit(family, near=log)
-            signs.append((clear - others) / 2)
-        spacing = float(np.median(self.counts)) / family.length(log, self.updates[-1])
+            clear = self.select_pieces(is_clear).fit(average, True)
+            others = self.select_pieces(~is_clear).fit(average, True)
+            signs.append((clear.log - others.log) / 2)
+        spacing = float(np.median(self.counts)) / average.length(self.updates[-1])
         signs.append(_UNLIKE * spacing)
-        uneven = self.fit(family, log, self.uneven_misfit)
-        gain = self.uneven_misfit(family, log) - self.uneven_misfit(family, uneven)
+        uneven = self.fit(average, True, self.uneven_misfit)
+        gain = self.uneven_misfit(average) - self.uneven_misfit(uneven)
         if gain > _SHOWN or spacing > FAR:
-            signs.append(_UNEVEN * (uneven - log))
+            signs.append(_UNEVEN * (uneven.log - average.log))
         return math.hypot(*signs)
 
     @property

@@ -5,7 +5,8 @@
    most of them is chosen.
 3. Words in names, settings, or the sets of tensors say the role of each: weights, average, both.
 4. The surest sign of time that most have is the clock of the run.
-5. Of the checkpoints of one role those with equal values are copies.
+5. Checkpoints of one role, with names that differ in numbers alone, are a series; those with equal
+   values are copies.
 
 What this leaves open is a question: a second model with about as many checkpoints, two series of
 one role at the same times or in two folders, and what else has a number of its own or a later one.
@@ -17,7 +18,7 @@ import glob
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -29,24 +30,27 @@ import numpy as np
 from posthoc_cli import files
 from posthoc_cli.checkpoints.ask import Answer, QuestionError
 from posthoc_cli.checkpoints.clock import (
+    COUNTED,
     LONE,
-    Reading,
     Signs,
-    read_number_in_names,
+    Time,
+    has_word,
+    is_numbered,
     read_signs,
+    read_varying,
     sign_of_most,
 )
 from posthoc_cli.checkpoints.containers import KIND
 from posthoc_cli.checkpoints.content import Content, Tensors
-from posthoc_cli.checkpoints.folders import NUMBER, make_glob
 from posthoc_cli.checkpoints.layouts import (
     Found,
     recognise,
     role_by_glob,
     says_its_profile,
 )
-from posthoc_cli.checkpoints.places import Candidate, Place
-from posthoc_cli.checkpoints.settings import ImportSettings, read_number
+from posthoc_cli.checkpoints.names import NUMBER, make_glob, read_number
+from posthoc_cli.checkpoints.places import Place
+from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.checkpoints.source import (
     COMPARED_FILES,
     are_near,
@@ -76,17 +80,17 @@ Shape = tuple[str, tuple[int, ...]]
 class Member:
     """A candidate that was opened, and what it says of itself."""
 
-    candidate: Candidate
+    path: Path
     name: str  # its path from the folder of all candidates on
-    glob: str  # of the names that differ in numbers alone
     content: Content
     settings: ImportSettings
     signs: Signs
     sign: str | None = None  # the clock of its run
 
-    @property
-    def path(self) -> Path:
-        return self.candidate.path
+    @cached_property
+    def glob(self) -> str:
+        """The glob of the names that differ in numbers alone."""
+        return make_glob(self.name)
 
     @cached_property
     def shapes(self) -> Counter[Shape]:
@@ -144,24 +148,26 @@ class Member:
     def all_signs(self) -> Signs:
         """Its signs, with what the tensors say: the number of a layout, or a count of updates."""
         if self.found.reading is not None:
-            return Signs(self.path, {"given": self.found.reading})
-        return replace(self.signs, count=self.found.count)
+            return {"given": self.found.reading}
+        if not self.found.count:
+            return self.signs
+        return {**self.signs, COUNTED: Time(self.found.count, "steps", "")}
 
     @property
-    def reading(self) -> Reading | None:
+    def time(self) -> Time | None:
         """Its number on the clock of its run, or of the surest sign of its own."""
-        sign = self.sign or sign_of_most([self.signs])
-        return self.signs.by_sign[sign] if sign else None
+        sign = self.sign or sign_of_most({self.path: self.signs})
+        return self.signs[sign] if sign else None
 
     @property
     def number(self) -> int | None:
-        return self.reading.number if self.reading else None
+        return self.time.number if self.time else None
 
     def is_later_than(self, other: Member) -> bool:
         """Return whether its number is larger, and counts the same, or something that is stated,
         as epochs beside steps."""
-        ours = self.reading
-        theirs = other.reading
+        ours = self.time
+        theirs = other.time
         if ours is None or theirs is None or (ours.unit != theirs.unit and not ours.unit):
             return False
         return ours.number > theirs.number
@@ -192,9 +198,9 @@ class Chooser:
         self.place = place
         self.settings = settings
         self.candidates = place.candidates
-        self.left_out = dict[Candidate, str]()  # with the reasons
-        self._copies = set[Candidate]()
-        folders = {str(each.path.parent) for each in self.candidates}
+        self.left_out = dict[Path, str]()  # with the reasons
+        self._copies = set[Path]()
+        folders = {str(path.parent) for path in self.candidates}
         self._root = Path(os.path.commonpath(folders) if folders else "")
 
     @property
@@ -205,90 +211,75 @@ class Chooser:
 
     def choose(self) -> list[Member]:
         """Choose the members of one run; raise a QuestionError if several runs are possible."""
-        named = [each for each in self.candidates if says_its_profile(each.path)]
+        named = [path for path in self.candidates if says_its_profile(path)]
         if named:
-            self._leave_out([each for each in self.candidates if each not in named], "another name")
+            self._leave_out([path for path in self.candidates if path not in named], "another name")
             return self._open(named)
         opened = self._open(self._given())
         if len(opened) < 2:
             return opened
-        members = self._timed(self._of_one_model(opened))
-        if _numbers(members) <= {None, 0}:
+        members = self._of_one_model(opened)
+        series = self._choose_series(members)
+        if not series:
             return members  # whose error says why
-        series = self._series_of_one_model(members)
         chosen = {member for each in series for member in each}
         self._check_left_out([member for member in opened if member not in chosen], series)
         return [member for member in members if member in chosen]
 
-    def _given(self) -> list[Candidate]:
+    def _given(self) -> list[Path]:
         """List the candidates that the settings do not exclude: they find a step in the path, or
         name roles by globs."""
-        candidates = self.candidates
+        candidates = [*self.candidates]
         pattern = self.settings.step_from
         if pattern:
-            matching = [each for each in candidates if re.search(pattern, str(each.path))]
+            matching = [path for path in candidates if re.search(pattern, str(path))]
             candidates = matching or candidates  # whose error names one
-        named = [each for each in candidates if role_by_glob(each.path, self.settings)]
+        named = [path for path in candidates if role_by_glob(path, self.settings)]
         if named and (self.settings.weights or not self.settings.average):
             candidates = named
-        self._leave_out([each for each in self.candidates if each not in candidates], "not named")
+        self._leave_out([path for path in self.candidates if path not in candidates], "not named")
         return candidates
 
-    def _leave_out(self, left: Iterable[Candidate | Member], reason: str) -> None:
+    def _leave_out(self, left: Iterable[Path | Member], reason: str) -> None:
         for each in left:
-            candidate = each.candidate if isinstance(each, Member) else each
-            self.left_out.setdefault(candidate, reason)
-
-    def _leave_out_copy(self, member: Member, other: Member) -> None:
-        self._copies.add(member.candidate)
-        self._leave_out([member], f"a copy of {other.path.name}")
+            path = each.path if isinstance(each, Member) else each
+            self.left_out.setdefault(path, reason)
 
     # --- 1. what can be read
 
-    def _open(self, candidates: Sequence[Candidate]) -> list[Member]:
+    def _open(self, candidates: Sequence[Path]) -> list[Member]:
         members = list[Member]()
-        has_numbers = any(re.search("[0-9]", self._name(each)) for each in candidates)
-        failed = list[tuple[Candidate, FileFormatError]]()
-        for candidate in candidates:
+        has_numbers = any(re.search("[0-9]", self._name(path)) for path in candidates)
+        failed = list[tuple[Path, FileFormatError]]()
+        for path in candidates:
             try:
-                content = self.place.open(candidate)
+                content = self.place.open(path)
             except VanishedError:
                 raise
             except FileFormatError as error:
-                failed.append((candidate, error))
+                failed.append((path, error))
                 continue
             if content.values.get(KIND) == "output":
                 continue
             if not content.tensors and len(candidates) > 1:
-                self._leave_out([candidate], "holds no tensors")
+                self._leave_out([path], "holds no tensors")
                 continue
-            name = self._name(candidate)
-            form = self._glob(candidate.path)
             signs = read_signs(content, self.settings, self._root if has_numbers else None)
-            members.append(Member(candidate, name, form, content, self.settings, signs))
+            members.append(Member(path, self._name(path), content, self.settings, signs))
         for series in _group(members, lambda member: member.glob):
             _read_varying(series)
         globs = {member.glob for member in members}
-        for candidate, problem in failed:
-            if not members or self._glob(candidate.path) in globs:
+        for path, problem in failed:
+            if not members or make_glob(self._name(path)) in globs:
                 raise problem.with_hint("move it away to leave it out") if members else problem
-            self._leave_out([candidate], problem.reason)
+            self._leave_out([path], problem.reason)
         if not members:
             hint = "name their folder, a file, or a glob such as 'out/step*.pt'"
             raise DirectoryError(self.place.name, "holds no checkpoints", hint)
         return members
 
-    def _glob(self, path: Path) -> str:
-        """Make the glob of a path from the folder of all candidates on, in which what the user's
-        pattern finds is a number."""
-        text = str(path)
-        match = re.search(self.settings.step_from, text) if self.settings.step_from else None
-        if match is not None:
-            text = f"{text[: match.start(1)]}0{text[match.end(1) :]}"
-        return make_glob("/".join(Path(text).parts[len(self._root.parts) :]))
-
-    def _name(self, candidate: Candidate) -> str:
-        return "/".join(candidate.path.parts[len(self._root.parts) :])
+    def _name(self, path: Path) -> str:
+        return "/".join(path.parts[len(self._root.parts) :])
 
     # --- 2. one model
 
@@ -310,66 +301,55 @@ class Chooser:
         self._leave_out([each for each in members if each not in chosen], _OTHER_MODEL)
         return [each for each in members if each in chosen]
 
-    # --- 4. one clock
+    # --- 4. and 5. one clock, and one series of each role
 
-    def _timed(self, members: list[Member]) -> list[Member]:
-        """Select the members that the surest sign of most shows the time of."""
-        sign = sign_of_most([member.signs for member in members])
-        if sign is None:
-            return members
-        timed = [member for member in members if sign in member.signs.by_sign]
+    def _choose_series(self, members: Sequence[Member]) -> list[Series]:
+        """Choose the series of one run, at the times that the surest sign of most shows: without
+        copies, and single files at the times of others. None if nothing says a time."""
+        sign = sign_of_most({member.path: member.signs for member in members})
+        timed = [member for member in members if sign in member.signs]
+        untimed = [member for member in members if member not in timed]
         for member in timed:
             member.sign = sign
-        if sign == LONE:  # a number that nothing calls a step may mean something else in few names
-            alike = sorted(_group(timed, lambda member: member.glob), key=len)
-            most = {each[0].role: len(each) for each in alike}
-            large = [each for each in alike if 2 * len(each) > most[each[0].role]]
-            timed = [member for each in large for member in each]
-        untimed = [member for member in members if member not in timed]
-        for series in _group(untimed, lambda member: member.glob):
-            has_own_clock = len(series) > 1 and series[0].signs.is_numbered
-            for member in series:
-                twin = next((each for each in reversed(timed) if member.is_copy_of(each)), None)
-                if twin is None or has_own_clock:
-                    self._leave_out([member], "nothing says its time")
-                else:
-                    self._leave_out_copy(member, twin)
-        return [member for member in members if member in timed]
-
-    # --- 5. one series of each role
-
-    def _series_of_one_model(self, members: list[Member]) -> list[Series]:
-        """Choose the series of one run, without copies and single files at the times of others."""
+        if _numbers(timed) <= {0}:
+            return []
         kept = list[Series]()
         is_clear = True
-        for series in sorted(self._split(members), key=len, reverse=True):
+        for series in sorted(self._split(timed), key=len, reverse=True):
             others = [each for each in kept if each[0].role == series[0].role]
+            if sign == LONE and others and 2 * len(series) <= len(others[0]):
+                untimed += series  # in few names such a number may mean something else
+                continue
             left = self._without_copies(series, others)
             rivals = [each for each in others if self._are_rivals(each, series)]
-            if left and len(series) == 1 and any(len(each) > 1 for each in rivals):
+            if len(left) == 1 and any(len(each) > 1 for each in rivals):
                 self._leave_out(left, f"at the time of one of {self._glob_of(rivals[0])}")
+            elif len(left) == 1 and any(each[0].role == "both" for each in kept):
+                self._leave_out(left, "a single file")
             elif left:
                 is_clear = is_clear and not rivals
                 kept.append(left)
-        if any(each[0].role == "both" and len(each) > 1 for each in kept):
-            single = [each for each in kept if len(each) == 1]
-            self._leave_out([member for each in single for member in each], "a single file")
-            kept = [each for each in kept if len(each) > 1]
+        for series in self._split(untimed):
+            if len(series) == 1 or not is_numbered(series[0].path, series[0].signs):
+                series = self._without_copies(series, kept)
+            self._leave_out(series, "nothing says its time")
         roles = {each[0].role for each in kept}
         if not is_clear or ("both" in roles and len(roles) > 1):
             raise self._ask_which(kept, "series of files")
         return kept
 
-    def _without_copies(self, series: Series, others: Sequence[Series]) -> Series:
+    def _without_copies(self, series: Series, others: Iterable[Series]) -> Series:
+        """Leave out the copies of members of other series, and of one at the same time."""
         left = Series()
+        known = [member for other in others for member in other]
         for member in series:
-            known = [each for other in others for each in other]
-            known += [each for each in left if each.number == member.number]
-            twin = next((each for each in known if member.is_copy_of(each)), None)
+            at_time = [each for each in left if each.number == member.number]
+            twin = next((each for each in known + at_time if member.is_copy_of(each)), None)
             if twin is None:
                 left.append(member)
             else:
-                self._leave_out_copy(member, twin)
+                self._copies.add(member.path)
+                self._leave_out([member], f"a copy of {twin.path.name}")
         return left
 
     def _are_rivals(self, one: Series, other: Series) -> bool:
@@ -385,7 +365,7 @@ class Chooser:
         group, by the number in names that tells them apart, as a seed does."""
         series = list[Series]()
         for group in _group(members, lambda member: (member.glob, self._folder(member))):
-            series += _split_by_number(group) if len(_numbers(group)) < len(group) else [group]
+            series += _split_by_time(group) if len(_numbers(group)) < len(group) else [group]
         return series
 
     # --- what is left out
@@ -393,16 +373,15 @@ class Chooser:
     def _check_left_out(self, left: Sequence[Member], chosen: Sequence[Series]) -> None:
         """Raise a QuestionError if a member that was left out, and is no copy, is later than the
         chosen ones, or is of their model and has a number in its name."""
-        newest = max(
-            (member for series in chosen for member in series), key=lambda each: each.number or 0
-        )
+        newest = max((member for series in chosen for member in series), key=_order)
         doubtful = []
         for member in left:
-            if member.candidate in self._copies:
+            if member.path in self._copies:
                 continue
-            is_other = self.left_out.get(member.candidate) == _OTHER_MODEL
-            is_numbered = member.signs.is_numbered and not is_other
-            if is_numbered or member.is_later_than(newest):
+            is_other = self.left_out.get(member.path) == _OTHER_MODEL
+            if member.is_later_than(newest) or (
+                not is_other and is_numbered(member.path, member.signs)
+            ):
                 doubtful.append(member)
         if doubtful:
             raise self._ask_which([*chosen, *self._split(doubtful)], "series of files")
@@ -450,7 +429,7 @@ class Chooser:
     def _exact_glob(self, series: Series) -> str:
         """Make a glob of a series that matches no other candidate."""
         own = {member.path for member in series}
-        others = [self._name(each) for each in self.candidates if each.path not in own]
+        others = [self._name(path) for path in self.candidates if path not in own]
         pattern = self._glob_of(series)
         if any(fnmatchcase(name, pattern) for name in others):
             return pattern.replace("*", "*[0-9]")
@@ -487,13 +466,12 @@ def _follow_each_other(several: Sequence[Series]) -> bool:
     """Return whether series at the same times are of one run, in the order of all numbers in names:
     then that way through all files is shorter than one from the first file to each series."""
     joined = [member for series in several for member in series]
-    if len({(member.glob, member.values.shape) for member in joined}) > 1:
+    alike = {(member.glob, member.values.shape) for member in joined}
+    if len(alike) > 1 or len(_numbers(joined)) == len(joined):
         return False
-    if len(_numbers(joined)) == len(joined):
-        return False
-    firsts = np.array([min(series, key=_numbers_in_name).values for series in several])
-    apart = sum(map(_motion, several)) + np.square(firsts - firsts[0]).sum()
-    return bool(_motion(joined) < _SHORTER * apart)
+    firsts = [min(series, key=_numbers_in_name).values for series in several]
+    to_each = float(np.square(np.stack(firsts) - firsts[0]).sum())
+    return _motion(joined) < _SHORTER * (to_each + sum(map(_motion, several)))
 
 
 def _motion(members: Series) -> float:
@@ -505,8 +483,12 @@ def _numbers_in_name(member: Member) -> list[float]:
     return [read_number(text) or 0 for text in NUMBER.findall(member.name)]
 
 
+def _order(member: Member) -> int:
+    return member.number or 0
+
+
 def _newest_values(series: Series) -> FloatArray:
-    in_order = sorted(series, key=lambda member: member.number or 0)
+    in_order = sorted(series, key=_order)
     return np.stack([member.values for member in in_order[-COMPARED_FILES:]])
 
 
@@ -523,25 +505,29 @@ def _group_alike(members: Iterable[Member]) -> list[list[Member]]:
     return models
 
 
-def _are_parts(members: Series) -> bool:
-    """Return whether a number in names tells models apart, each with several files, as in
-    `step_100_part0.pt`."""
+def _split_by_numbers(members: Series) -> Iterator[list[Series]]:
+    """Split members by a number in their names into parts of two or more, by each that does."""
     for column in zip(*(NUMBER.findall(member.name) for member in members), strict=False):
         number = dict(zip(members, column, strict=False))
         parts = _group(members, number.__getitem__)
-        are_few = 1 < len(parts) <= len(members) / 2
-        if are_few and all(len(_group_alike(part)) == 1 for part in parts):
+        if 2 * len(parts) <= len(members):
+            yield parts
+
+
+def _are_parts(members: Series) -> bool:
+    """Return whether a number in names tells models apart, each with several files, as in
+    `step_100_part0.pt`."""
+    for parts in _split_by_numbers(members):
+        if len(parts) > 1 and all(len(_group_alike(part)) == 1 for part in parts):
             return True
     return False
 
 
-def _split_by_number(group: Series) -> list[Series]:
+def _split_by_time(group: Series) -> list[Series]:
     """Split a group in which times repeat by a number in names, if that gives each part distinct
     times."""
-    for column in zip(*(NUMBER.findall(member.name) for member in group), strict=False):
-        number = dict(zip(group, column, strict=False))
-        parts = _group(group, number.__getitem__)
-        if 2 * len(parts) <= len(group) and all(len(_numbers(part)) == len(part) for part in parts):
+    for parts in _split_by_numbers(group):
+        if all(len(_numbers(part)) == len(part) for part in parts):
             return parts
     return [group]
 
@@ -551,11 +537,11 @@ def _read_varying(series: Series) -> None:
     time in their names differs."""
     if len(series) < 2 or len(_numbers(series)) == len(series):
         return
-    if any(member.signs.has_word for member in series):
+    if any(has_word(member.signs) for member in series):
         return
-    readings = read_number_in_names([member.path.name for member in series])
+    readings = read_varying([member.path.name for member in series])
     for member, reading in zip(series, readings, strict=False):
-        member.signs = replace(member.signs, by_sign={**member.signs.by_sign, LONE: reading})
+        member.signs = {**member.signs, LONE: reading}
 
 
 def _main_series(model: Series) -> Series:

@@ -9,12 +9,7 @@ from pathlib import Path
 from posthoc_cli.checkpoints.content import Content, Values
 from posthoc_cli.checkpoints.layouts import recognise
 from posthoc_cli.checkpoints.manifest import read_manifest
-from posthoc_cli.checkpoints.open_run import (
-    FoundRun,
-    find_run,
-    find_unclaimed,
-    open_unclaimed,
-)
+from posthoc_cli.checkpoints.open_run import FoundRun, find_run, find_unclaimed
 from posthoc_cli.checkpoints.places import Place
 from posthoc_cli.checkpoints.sets import TensorSets
 from posthoc_cli.checkpoints.settings import UNSPECIFIED
@@ -27,24 +22,42 @@ from posthoc_cli.errors import (
     list_first,
 )
 from posthoc_cli.snapshots.directory import is_import
-from posthoc_cli.snapshots.outputs import describe_tensors
+from posthoc_cli.snapshots.outputs import describe, describe_tensors
 from posthoc_cli.targets import SHORTEST_BETA, Beta, SigmaRel, name_equal_length
 
 
 def describe_checkpoints(place: Path) -> Values:
-    """Describe the times, tensors and sizes, for JSON; values are read only to find a decay."""
-    numbers = ""
-    notes: tuple[str, ...] = ()
-    if is_import(place):
-        checkpoints = open_unclaimed(place)
-    else:
-        found = _find(place)
-        numbers = found.says
-        notes = found.notes
-        checkpoints = found.checkpoints
-    newest = checkpoints[-1]
-    rows = []
-    for checkpoint in checkpoints:
+    """Describe the checkpoints of other programs at a place, or an import, as a dict for JSON;
+    values are read only to find a decay."""
+    try:
+        return _describe_run(place, _find(place))
+    except PostHocError as error:
+        if is_import(place):
+            raise
+        with suppress(PostHocError):
+            # outputs, or a model of another program that is not a checkpoint
+            described = describe(place)
+            kinds = {item["kind"] for item in described.get("outputs", ())}
+            if kinds <= {"output"}:
+                return described
+        return _describe_files(place, error)
+
+
+def _find(place: Path) -> FoundRun:
+    """Find the run at a place, with the decay that its files show; if they leave the decay open,
+    with a note about it."""
+    try:
+        return find_run(place)
+    except InvalidValueError as error:
+        found = find_unclaimed(place)
+        note = f"cannot be used as it is: {error}"
+        return replace(found, notes=(*found.notes, note))
+
+
+def _describe_run(place: Path, found: FoundRun) -> Values:
+    newest = found.checkpoints[-1]
+    rows = list[Values]()
+    for checkpoint in found.checkpoints:
         row = {
             "file": checkpoint.name,
             "t": checkpoint.t,
@@ -61,29 +74,18 @@ def describe_checkpoints(place: Path) -> Values:
         "t_unit": newest.t_unit,
         "t": newest.t,
         "step": newest.step,
-        "numbers": numbers,
+        "numbers": found.numbers,
         **describe_tensors(newest),
-        "bytes": sum(checkpoint.file_bytes for checkpoint in checkpoints),
+        "bytes": sum(row["bytes"] for row in rows),
         "checkpoints": rows,
-        "notes": list(notes),
+        "notes": list(found.notes),
     }
-    if is_import(place):
-        manifest = read_manifest(place)
+    if found.out is not None:
+        manifest = read_manifest(found.out)
         described["refers_to"] = str(manifest.origin)
         described["files"] = len(manifest.files)
-        described["settings"] = manifest.settings.given
+        described["settings"] = found.settings.given
     return described
-
-
-def _find(place: Path) -> FoundRun:
-    """Find the run at a place, with the decay that its files show; if they leave the decay open,
-    with a note about it."""
-    try:
-        return find_run(place, UNSPECIFIED)
-    except InvalidValueError as error:
-        found = find_unclaimed(place)
-        note = f"cannot be used as it is: {error}"
-        return replace(found, notes=(*found.notes, note))
 
 
 def _other_name(checkpoint: Checkpoint) -> str | None:
@@ -96,17 +98,15 @@ def _other_name(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def describe_files(place: Path, error: PostHocError) -> Values:
+def _describe_files(place: Path, error: PostHocError) -> Values:
     """Describe what files hold that need an import, for JSON, and what the import would have to be
     told; raise the error that says so if none can be opened."""
     opener = Place(place)
-    candidates = opener.candidates
     rows: list[Values] = []
     opened = []
-    for candidate in candidates:
-        path = candidate.path
+    for path in opener.candidates:
         try:
-            content = opener.open(candidate)
+            content = opener.open(path)
         except FileFormatError as wrong:
             rows.append({"file": path.name, "holds": wrong.reason})
             continue
@@ -116,7 +116,7 @@ def describe_files(place: Path, error: PostHocError) -> Values:
     if not opened or (place.is_file() and not opened[0].tensors):
         raise error
     described: Values = {"kind": "checkpoints", "path": str(place), "checkpoints": rows}
-    if len(candidates) == 1:
+    if len(rows) == 1:
         described["kind"] = "checkpoint"
         with suppress(FileFormatError, InvalidValueError):
             tensors = recognise(opened[0], UNSPECIFIED).tensors

@@ -1,8 +1,6 @@
 """What a checkpoint consists of, a `Layout`: one file of tensors, the shards of a model, a folder
 of torch.distributed.checkpoint, or several of these as the parts of one checkpoint; and the words
-and numbers in names.
-
-A name is a sign of a role or of a time: what belongs together, `places` decides by contents.
+in names, which are signs of a role.
 """
 
 from __future__ import annotations
@@ -34,12 +32,6 @@ NO_MODEL = re.compile(
     re.IGNORECASE,
 )
 """Pattern of names of files and groups that hold no model: the state of a training."""
-NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?(?:e[-+]?[0-9]+)?(?:[kmb](?![a-z]))?", re.IGNORECASE)
-"""A number in a name: a step, also as 1.2M, an epoch, or a metric."""
-_LENGTH = re.compile(
-    r"(?<![a-z])(?:emas?|decay|sigma|rel|beta|avg)[a-z_=-]{0,9}(0?\.[0-9]+)", re.IGNORECASE
-)
-"""A number behind a word for decay or width: it says which average a file holds."""
 
 
 @dataclass(frozen=True)
@@ -85,14 +77,3 @@ Layout = OneFile | Shards | Distributed | Sets | Refused
 def is_state(name: str) -> bool:
     """Return whether a name says that a file or folder holds the state of a training."""
     return NO_MODEL.search(name) is not None and "model" not in name
-
-
-def make_glob(name: str) -> str:
-    """Make a glob of the names that differ from a name in their numbers alone, but not in the
-    length of an average."""
-    begin = 0
-    glob = ""
-    for length in _LENGTH.finditer(name):
-        glob += NUMBER.sub("*", name[begin : length.start(1)]) + length[1]
-        begin = length.end(1)
-    return glob + NUMBER.sub("*", name[begin:])

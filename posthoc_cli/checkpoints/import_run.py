@@ -2,52 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints.manifest import write_manifest
-from posthoc_cli.checkpoints.open_run import find_run
+from posthoc_cli.checkpoints.open_run import FoundRun, find_run
 from posthoc_cli.checkpoints.settings import ImportSettings
-from posthoc_cli.checkpoints.source import Checkpoint
 from posthoc_cli.errors import DirectoryError, InvalidValueError, argument
 from posthoc_cli.snapshots.directory import inspect_directory, is_import
-
-
-@dataclass(frozen=True, repr=False)
-class Import:
-    """The result of an import."""
-
-    checkpoints: tuple[Checkpoint, ...]
-    out: Path | None  # folder of the run; None in a dry run without an output
-    numbers: str  # what the numbers of files are taken for
-    checks: tuple[str, ...]  # results of the comparison of settings and files, a line each
-    written: bool  # not in a dry run, and not if the run existed already
-
-    def __repr__(self) -> str:
-        counts = ", ".join(f"{count:,} x {what}" for what, count in self.counts.items())
-        return f"Import({str(self.out)!r}: {counts})"
-
-    @property
-    def counts(self) -> Counter[str]:
-        """How many checkpoints hold what, in words."""
-        return Counter(checkpoint.holds for checkpoint in self.checkpoints)
-
-    def to_dict(self) -> dict[str, Any]:
-        rows = [
-            {"path": str(checkpoint.path), "t": checkpoint.t, "holds": checkpoint.holds}
-            for checkpoint in self.checkpoints
-        ]
-        return {
-            "run": self.checkpoints[0].run_id,
-            "out": None if self.out is None else str(self.out),
-            "written": self.written,
-            "numbers": self.numbers,
-            "checks": list(self.checks),
-            "checkpoints": rows,
-        }
 
 
 def import_checkpoints(
@@ -57,7 +21,7 @@ def import_checkpoints(
     overwrite: bool = False,
     dry_run: bool = False,
     **settings: Any,
-) -> Import:
+) -> FoundRun:
     """Make a run of other programs' checkpoints or averages, which every command and `Run` opens.
 
     The run is a small index of the checkpoints; nothing is copied.
@@ -90,4 +54,4 @@ def import_checkpoints(
     if target is not None and not dry_run:
         files.check_parent(target)
         written = write_manifest(target, origin, found.settings, found.checkpoints, overwrite)
-    return Import(tuple(found.checkpoints), target, found.says, found.checks, written)
+    return replace(found, out=target, written=written)

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from posthoc_cli.checkpoints.ask import ASKED, Answer, QuestionError
-from posthoc_cli.checkpoints.clock import Reading
+from posthoc_cli.checkpoints.clock import Time
 from posthoc_cli.checkpoints.containers import strip_ending
 from posthoc_cli.checkpoints.content import Content, Tensors, Values, list_names
 from posthoc_cli.checkpoints.folders import AVERAGE_WORD
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 class Found:
     """What a checkpoint holds: an average, the weights under the same names, or one of the two."""
 
-    content: Content
+    sets: TensorSets
     kind: str  # one of `KINDS`
     pair: Pair
     # of an ordinary EMA; its profile follows in `Checkpoint.with_settings`
@@ -54,10 +54,14 @@ class Found:
     # of another average, at a step
     profile: Callable[[int], StoredProfile] | None = None
     sigma_rel: float = 0.0  # and the width that its user asked for
-    reading: Reading | None = None  # its number, if its name states it with the profile
+    reading: Time | None = None  # its number, if its name states it with the profile
     time: int = 0  # on the clock of its run; 0 before the training
     lacks: tuple[str, ...] = ()  # settings that must be given
     unused: tuple[str, ...] = ()  # paths of the sets that are neither of these
+
+    @property
+    def content(self) -> Content:
+        return self.sets.content
 
     @property
     def path(self) -> Path:
@@ -89,18 +93,20 @@ class Found:
     def twins(self) -> list[str]:
         """The unused sets that have as many tensors as the weights or the average."""
         counts = {len(self.averaged or self.weights), len(self.weights)}
-        sets = TensorSets(self.content, self.unused)
-        return [key for key in self.unused if sets.counts[key] in counts]
+        return [key for key in self.unused if self.sets.counts[key] in counts]
 
     def is_unlike(self, key: str) -> bool:
         """Return whether a set is a network none of whose names the weights have."""
-        sets = TensorSets(self.content, (key,))
-        return sets.holds_network(key) and not match_names(sets.below(key), self.weights)
+        is_matched = match_names(self.sets.below(key), self.weights)
+        return self.sets.holds_network(key) and not is_matched
 
     def paired_with(self, key: str) -> Found:
         """Take another set for the average of the weights; for none if it does not match."""
-        other = TensorSets(self.content, (key,)).below(key)
-        return replace(self, pair=replace(self.pair, averaged=match_names(other, self.weights)))
+        averaged = match_names(self.sets.below(key), self.weights)
+        return self.with_tensors(averaged, self.weights)
+
+    def with_tensors(self, averaged: Tensors, weights: Tensors) -> Found:
+        return replace(self, pair=replace(self.pair, averaged=averaged, weights=weights))
 
     @property
     def starts(self) -> tuple[FloatArray, FloatArray]:
@@ -157,9 +163,9 @@ def _recognise_sets(sets: TensorSets, settings: ImportSettings) -> Found:
                 return fixed
     pair = _find_average(sets, settings)
     if pair is not None:
-        return _describe(content, pair)
+        return _describe(sets, pair)
     if settings.kind == "ema" or (settings.weights is None and _is_average_file(content.path)):
-        return _describe(content, Pair(averaged=sets.model()))
+        return _describe(sets, Pair(averaged=sets.model()))
     found = _find_weights(sets, settings)
     if settings.weights is None and are_mmcv_buffers(found.weights):
         reason = "holds the weights twice, under names that begin with ema_ and without; a hook "
@@ -182,7 +188,7 @@ def _find_weights(sets: TensorSets, settings: ImportSettings) -> Found:
     else:
         key = sets.find_path(settings.weights, "weights")
         pair = Pair(weights=sets.below(key), weights_key=key)
-    return Found(sets.content, "checkpoints", pair)
+    return Found(sets, "checkpoints", pair)
 
 
 def _find_average(sets: TensorSets, settings: ImportSettings) -> Pair | None:
@@ -329,15 +335,15 @@ def _values_below(values: Values, start: str) -> Values:
     return below
 
 
-def _describe(content: Content, pair: Pair) -> Found:
+def _describe(sets: TensorSets, pair: Pair) -> Found:
     """Describe an average with what the values beside it, or the name of its file, say of its
     updates."""
-    library, values = _find_library(content, pair.average_key)
+    library, values = _find_library(sets.content, pair.average_key)
     if library is not None:
-        return Found(content, "ema", pair, library.read(values), lacks=library.lacks)
-    decay = named_decay(content.path)
+        return Found(sets, "ema", pair, library.read(values), lacks=library.lacks)
+    decay = named_decay(sets.content.path)
     updates = Updates({} if decay is None else {"decay": decay})
-    return Found(content, "ema", pair, updates)
+    return Found(sets, "ema", pair, updates)
 
 
 def named_decay(path: Path) -> float | None:
@@ -363,7 +369,7 @@ class Fixed:
         if not (averaged and weights and count):
             return None
         pair = Pair(averaged, weights, self.average, self.weights)
-        return Found(sets.content, "ema", pair, Updates({"copies": 1}, count, calls="from first"))
+        return Found(sets, "ema", pair, Updates({"copies": 1}, count, calls="from first"))
 
 
 FIXED = (
@@ -387,7 +393,7 @@ def _torchtitan(sets: TensorSets) -> Found | None:
         return None
     rule = {"decay": UNLIMITED, "warm_up": "ramp-up", "power": RAMP_UP}
     updates = Updates(rule, calls="after copy")
-    return Found(sets.content, "ema", Pair(averaged, sets.model()), updates)
+    return Found(sets, "ema", Pair(averaged, sets.model()), updates)
 
 
 # --- averages whose files' names say what they are
@@ -418,12 +424,12 @@ def _read_numbered(content: Content, settings: ImportSettings) -> Found | None:
         averaged.pop(counter, None)
     lacks = ("sigma_rels", "update_every")
     return Found(
-        content,
+        sets,
         "ema-pytorch" if has_model else "posthoc-ema",
         Pair(averaged),
         profile=partial(ema_pytorch_profile, gamma, every=every, first=first),
         sigma_rel=width,
-        reading=Reading(int(match["step"]), "steps", _IN_NAMES),
+        reading=Time(int(match["step"]), "steps", _IN_NAMES),
         lacks=lacks if has_model else (*lacks, "update_after_step"),
     )
 
@@ -441,12 +447,12 @@ def _edm2(content: Content, _: ImportSettings) -> Found | None:
     width = float(match["width"])
     sets = TensorSets(content)
     return Found(
-        content,
+        sets,
         "edm2",
         Pair(sets.below("ema") if sets.counts["ema"] else sets.model()),
         profile=partial(PowerFunction.from_sigma_rel, width),
         sigma_rel=width,
-        reading=Reading(1000 * int(match["step"]), "images", _IN_NAMES),
+        reading=Time(1000 * int(match["step"]), "images", _IN_NAMES),
     )
 
 

@@ -25,7 +25,7 @@ import xxhash
 from posthoc_cli import files
 from posthoc_cli.checkpoints.ask import ASKED, Answer, QuestionError, with_command
 from posthoc_cli.checkpoints.choose import Chooser
-from posthoc_cli.checkpoints.clock import Times, read_times
+from posthoc_cli.checkpoints.clock import Time, read_times
 from posthoc_cli.checkpoints.content import Content, list_names
 from posthoc_cli.checkpoints.decays import settle_decays
 from posthoc_cli.checkpoints.folders import AVERAGE_WORD
@@ -39,7 +39,6 @@ from posthoc_cli.checkpoints.source import (
     Checkpoint,
     are_near,
     first_values,
-    first_values_of,
     is_copy,
     make_checkpoint,
     moves_less,
@@ -67,62 +66,54 @@ _TARGET = re.compile("target|teacher|momentum", re.IGNORECASE)
 _ALIKE = 0.5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FoundRun:
-    """The run that the files at a place make with some settings."""
+    """The run that the files at a place make with some settings, or that an import has found."""
 
-    checkpoints: list[Checkpoint]
+    checkpoints: Sequence[Checkpoint]
     settings: ImportSettings  # given, or found
-    says: str  # what the numbers of files are taken for
-    notes: tuple[str, ...]  # what is not used
+    numbers: str = ""  # what the numbers of files are taken for
+    notes: tuple[str, ...] = ()  # what is not used
     may_be_epochs: bool = False  # whether few numbers of no stated unit are taken for steps
     checks: tuple[str, ...] = ()  # lines about the decay
+    out: Path | None = None  # the folder of the import; None for none
+    written: bool = False  # whether an import has written it, which may have existed already
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{count:,} x {what}" for what, count in self.counts.items())
+        return f"FoundRun({str(self.out)!r}: {counts})"
+
+    @property
+    def counts(self) -> Counter[str]:
+        """How many checkpoints hold what, in words."""
+        return Counter(checkpoint.holds for checkpoint in self.checkpoints)
+
+    def to_dict(self) -> dict[str, Any]:
+        rows = [
+            {"path": str(checkpoint.path), "t": checkpoint.t, "holds": checkpoint.holds}
+            for checkpoint in self.checkpoints
+        ]
+        return {
+            "run": self.checkpoints[0].run_id,
+            "out": None if self.out is None else str(self.out),
+            "written": self.written,
+            "numbers": self.numbers,
+            "checks": list(self.checks),
+            "checkpoints": rows,
+        }
 
 
-def open_checkpoints(name: str | Path) -> list[Checkpoint]:
-    """Open the checkpoints of an import, or the checkpoints at a place as an import would take
-    them."""
-    path = files.expand_user(name)
-    if is_import(path):
-        return _open_import(read_manifest(path))
-    run = find_run(name, UNSPECIFIED)
-    if run.checks:
-        log.info("%s: %s", name, "; ".join(run.checks))
-    return run.checkpoints
-
-
-def open_unclaimed(
-    name: str | Path,
-    given: Mapping[str, Any] = MappingProxyType({}),
-) -> list[Checkpoint]:
-    """Open the checkpoints at a place without reading their values, as for an audit: averages whose
-    decay no file states get placeholders as profiles.
-
-    An import has its settings, and takes none.
-    """
-    path = files.expand_user(name)
-    if not is_import(path):
-        return find_unclaimed(name, given, is_audit=True).checkpoints
-    for setting, value in given.items():
-        reason = "is a setting of imports, and this is one: give it the files' folder instead"
-        raise InvalidValueError(setting, reason, value=value)
-    return _open_import(read_manifest(path))
-
-
-def find_run(name: str | Path, given: ImportSettings) -> FoundRun:
-    """Find the run at a place, with the decays of its averages; a question about what its files
-    leave open ends in the command that answers it."""
+def find_run(name: str | Path, given: ImportSettings = UNSPECIFIED) -> FoundRun:
+    """Find the run at a place, with the decays of its averages, or open an import; a question about
+    what files leave open ends in the command that answers it."""
     return _find(name, given.given, _read_with_decays)
 
 
-def find_unclaimed(
-    name: str | Path,
-    given: Mapping[str, Any] = MappingProxyType({}),
-    is_audit: bool = False,
-) -> FoundRun:
-    """Find the run at a place without the decays that no file states. For an audit, which says how
-    an average moves, nothing is asked about its motion."""
-    return _find(name, given, partial(_read, is_audit=is_audit))
+def find_unclaimed(name: str | Path, given: Mapping[str, Any] = MappingProxyType({})) -> FoundRun:
+    """Find the run at a place without reading its values, as for an audit: averages whose decay no
+    file states get placeholders as profiles, and nothing is asked about how they move. An import
+    has its settings, and takes none."""
+    return _find(name, given, partial(_read, is_unclaimed=True))
 
 
 def _find(
@@ -130,6 +121,12 @@ def _find(
     given: Mapping[str, Any],
     read: Callable[[Place, ImportSettings], FoundRun],
 ) -> FoundRun:
+    path = files.expand_user(name)
+    if is_import(path):
+        for setting, value in given.items():
+            reason = "is a setting of imports, and this is one: give it the files' folder instead"
+            raise InvalidValueError(setting, reason, value=value)
+        return _open_import(read_manifest(path))
     places = dict[str, Place]()  # each file of them is opened once
 
     def attempt(name: str | Path, values: Mapping[str, Any]) -> FoundRun:
@@ -145,7 +142,7 @@ def _find(
 
 def _read_with_decays(place: Place, given: ImportSettings) -> FoundRun:
     run = _read(place, given)
-    numbers = run.says if run.may_be_epochs else ""
+    numbers = run.numbers if run.may_be_epochs else ""
     settings, checks = settle_decays(run.checkpoints, given, numbers)
     checkpoints = [checkpoint.with_settings(settings) for checkpoint in run.checkpoints]
     notes = (*run.notes, *_note_on_motion(checkpoints, settings))
@@ -174,7 +171,7 @@ def _note_on_motion(checkpoints: Sequence[Checkpoint], settings: ImportSettings)
 # --- an import
 
 
-def _open_import(manifest: Manifest) -> list[Checkpoint]:
+def _open_import(manifest: Manifest) -> FoundRun:
     """Open the checkpoints of an import in the roles and at the times that it has found; raise
     FileFormatError if a file is not as it was."""
     contents = dict[Path, Content]()
@@ -191,7 +188,7 @@ def _open_import(manifest: Manifest) -> list[Checkpoint]:
     for checkpoint in checkpoints:
         for path, identity in checkpoint.opened.items():
             manifest.check_identity(path, identity.nbytes, identity.sample)
-    return _make_run(checkpoints)
+    return FoundRun(_make_run(checkpoints), manifest.settings, out=manifest.folder)
 
 
 def _restore(listed: Listed, content: Content, manifest: Manifest) -> Checkpoint:
@@ -217,7 +214,7 @@ def _restore(listed: Listed, content: Content, manifest: Manifest) -> Checkpoint
 # --- the checkpoints at a place
 
 
-def _read(place: Place, settings: ImportSettings, is_audit: bool = False) -> FoundRun:
+def _read(place: Place, settings: ImportSettings, is_unclaimed: bool = False) -> FoundRun:
     """Read all checkpoints at a place, without outputs of this package, with the profiles that are
     known; raise a QuestionError about what the files leave open."""
     chooser = Chooser(place, settings)
@@ -228,24 +225,25 @@ def _read(place: Place, settings: ImportSettings, is_audit: bool = False) -> Fou
     if settings.average and not any(file.averaged for file in run):
         recognise(run[-1].content, settings)  # whose error says what there is
     _check_averages(run)
-    if not is_audit:
+    if not is_unclaimed:
         _check_unmatched(run[-1], settings)
         _check_targets(run, settings)
     for file in run:
         check_given(file, settings)
-    times = read_times([member.all_signs for member in members], settings)
-    run = _leave_out_untrained(run, times.numbers)
-    if not is_audit:
+    times = read_times({member.path: member.all_signs for member in members}, settings)
+    run = _leave_out_untrained(run, times)
+    if not is_unclaimed:
         run = _check_roles(run, settings)
     check_applies(any(file.averaged for file in run), settings)
+    last = max(times, key=lambda time: time.number)
     may_be_epochs = False
     if any(file.updates is not None for file in run):
-        _check_unit(times)
-        may_be_epochs = not times.is_stated and max(times.numbers) <= _EPOCHS
-        times = replace(times, is_stated=True)
+        _check_unit(last)
+        may_be_epochs = not last.is_stated and last.number <= _EPOCHS
+        last = replace(last, is_stated=True)
     notes = (*chooser.notes, *_note_unused(run))
-    checkpoints = _make_run(_make_all(run, times, settings))
-    return FoundRun(checkpoints, settings, times.says, notes, may_be_epochs)
+    checkpoints = _make_run(_make_all(run, last, settings))
+    return FoundRun(checkpoints, settings, last.origin, notes, may_be_epochs)
 
 
 def _with_one_prefix(run: Sequence[Found]) -> list[Found]:
@@ -258,7 +256,7 @@ def _with_one_prefix(run: Sequence[Found]) -> list[Found]:
             averaged = match_names(file.averaged, ours)
             weights = match_names(file.weights, ours)
             if len(averaged) == len(file.averaged) and len(weights) == len(file.weights):
-                file = replace(file, pair=replace(file.pair, averaged=averaged, weights=weights))
+                file = file.with_tensors(averaged, weights)
         named.append(file)
     return named
 
@@ -296,46 +294,43 @@ def _check_unmatched(file: Found, settings: ImportSettings) -> None:
 
 def _check_targets(run: Sequence[Found], settings: ImportSettings) -> None:
     """Raise a QuestionError if what a word such as `target` calls an average is one of a part of
-    the model, and other parts are trained, too, as in reinforcement learning."""
+    the model, which has other parts, too, as in reinforcement learning."""
     both = [file for file in run if file.averaged and file.weights]
     if len(both) < 2 or settings.average or settings.kind:
         return
     pair = both[0].pair
     if not _TARGET.search(pair.average_key):
         return
-    whole = [recognise(file.content, replace(settings, kind="checkpoints")) for file in both]
+    whole = recognise(both[0].content, replace(settings, kind="checkpoints"))
     used = {tensor.name for tensor in both[0].weights.values()}
-    rest = [name for name, tensor in whole[0].weights.items() if tensor.name not in used]
-    first, last = (
-        first_values_of(file.content, {name: file.weights[name] for name in rest})
-        for file in (whole[0], whole[-1])
-    )
-    if np.array_equal(first, last):
+    rest = [name for name, tensor in whole.weights.items() if tensor.name not in used]
+    if not rest:
         return
     reason = f"must be given: {quote(pair.average_key)} is an average of {quote(pair.weights_key)}"
-    reason += f", a part of the model; {list_names(rest, 3)} is trained, too"
+    reason += f", a part of the model, which also has {list_names(rest, 3)}"
     part: Answer = {"average": pair.average_key, "weights": pair.weights_key}
     raise QuestionError("kind", reason, {"kind": "checkpoints"}, part)
 
 
-def _check_unit(times: Times) -> None:
+def _check_unit(time: Time) -> None:
     """Raise a QuestionError if numbers are epochs: the decay of an average counts steps."""
-    if times.unit == "epochs":
-        reason = f"must be given: decays are of steps, and numbers are {times.says}"
+    if time.unit == "epochs":
+        reason = f"must be given: decays are of steps, and numbers are {time.origin}"
         raise QuestionError("steps_per_epoch", reason, {"steps_per_epoch": ASKED})
 
 
-def _leave_out_untrained(run: Sequence[Found], times: Sequence[int]) -> list[Found]:
+def _leave_out_untrained(run: Sequence[Found], times: Sequence[Time]) -> list[Found]:
     """Return the checkpoints of a training that has begun, with their times."""
-    if max(times) <= 0:
+    numbers = [time.number for time in times]
+    if max(numbers) <= 0:
         reason = "all files have the number 0, which may be something else than a step"
         hint = f"name the files of one run with a glob, or import with {argument('step_from')}"
         raise InvalidValueError(run[0].path, reason, hint)
     used = []
-    for file, time in zip(run, times, strict=True):
-        if time > 0:
-            used.append(replace(file, time=time))
-        elif time == 0:
+    for file, number in zip(run, numbers, strict=True):
+        if number > 0:
+            used.append(replace(file, time=number))
+        elif number == 0:
             reason = "left out: it holds the weights before the training, of step 0"
             log.warning("%s: %s", file.path, reason)
     return used
@@ -379,7 +374,8 @@ def _check_roles(run: list[Found], settings: ImportSettings) -> list[Found]:
     model = quote(pair.weights_key) if pair.weights_key else "the model"
     if not np.diff(ours, axis=0).any() and np.diff(theirs, axis=0).any():
         log.warning("%s: %s never moves, and is not used", both[0].path.parent, named)
-        return [_without_average(file) for file in run]
+        weights = [file.with_tensors({}, file.weights) for file in run]
+        return [replace(file, updates=None, kind="checkpoints") for file in weights]
     others: list[Answer] = []
     for key in both[0].twins:
         others.append({"average": pair.average_key, "weights": key})
@@ -416,10 +412,6 @@ def _check_twins(run: Sequence[Found], settings: ImportSettings) -> None:
         raise QuestionError("average", reason, answer, {"kind": "checkpoints"})
 
 
-def _without_average(file: Found) -> Found:
-    return replace(file, pair=replace(file.pair, averaged={}), updates=None, kind="checkpoints")
-
-
 def _read_starts(run: Sequence[Found]) -> tuple[FloatArray, FloatArray]:
     """Read the first elements of the newest averages and weights: [times, elements] each."""
     in_order = sorted(run, key=lambda file: file.time)
@@ -430,15 +422,14 @@ def _read_starts(run: Sequence[Found]) -> tuple[FloatArray, FloatArray]:
 # --- sources
 
 
-def _make_all(run: Sequence[Found], times: Times, settings: ImportSettings) -> list[Checkpoint]:
+def _make_all(run: Sequence[Found], clock: Time, settings: ImportSettings) -> list[Checkpoint]:
     names = dict[str, None]()
     for file in run:
         names.update(dict.fromkeys([*file.averaged, *file.weights]))
     check_globs(settings.selection, names)
-    every = _interval_of_counts(run)
     checkpoints = []
     for file in run:
-        checkpoints += _make(file, times, settings, every)
+        checkpoints += _make(file, clock, settings)
     for name, entry in checkpoints[0].entries.items():
         if entry.dtype.startswith("F8"):
             reason = f"tensor {quote(name)} has 8 bits a value, too few for averages"
@@ -449,27 +440,13 @@ def _make_all(run: Sequence[Found], times: Times, settings: ImportSettings) -> l
     return checkpoints
 
 
-def _interval_of_counts(run: Sequence[Found]) -> int:
-    """Find the interval of updates that the counts in the first and the last file show; else 1."""
-    points = []
-    for file in run:
-        if file.updates and file.updates.count:
-            points.append((file.time, file.updates.count))
-    if len(points) < 2:
-        return 1
-    steps, updates = np.subtract(max(points), min(points)).tolist()
-    is_whole = updates > 0 and steps % updates == 0
-    return steps // updates if is_whole else 1
-
-
-def _make(file: Found, times: Times, settings: ImportSettings, every: int) -> list[Checkpoint]:
-    """Make the sources in a checkpoint: the weights, the average, or both. Its updates may be
-    `every` so many steps."""
+def _make(file: Found, clock: Time, settings: ImportSettings) -> list[Checkpoint]:
+    """Make the sources in a checkpoint: the weights, the average, or both."""
     time = file.time
     averaged = settings.select(file.tensors if file.averaged else {})
     weights = settings.select(file.weights)
     profile: StoredProfile = Point(float(time))
-    about = {"kind": file.kind, "t_unit": times.unit, "is_stated": times.is_stated}
+    about = {"kind": file.kind, "t_unit": clock.unit, "is_stated": clock.is_stated}
     checkpoints = []
     if weights:
         chosen = {name: weights[name] for name in averaged or weights}
@@ -479,23 +456,8 @@ def _make(file: Found, times: Times, settings: ImportSettings, every: int) -> li
             profile = file.profile(time)
         about |= {"sigma_rel": file.sigma_rel, "updates": file.updates}
         average = make_checkpoint(file.content, averaged, profile, time, **about)
-        checkpoints.append(_with_profile(average, settings, every))
+        checkpoints.append(average.with_settings(settings))
     return checkpoints
-
-
-def _with_profile(average: Checkpoint, settings: ImportSettings, every: int) -> Checkpoint:
-    """Give an average its profile.
-
-    Raise a QuestionError if its count of updates does not fit its step: it began late, has another
-    interval, or is no EMA, as Lightning's SWA.
-    """
-    try:
-        return average.with_settings(settings)
-    except InvalidValueError as error:
-        answers: list[Answer] = [{"update_every": every}, {"kind": "checkpoints"}]
-        if settings.update_every:
-            del answers[0]
-        raise QuestionError(error.subject, error.reason, *answers, value=error.value) from error
 
 
 # --- several checkpoints as one run
@@ -532,17 +494,13 @@ def _check_copies(copies: Sequence[Checkpoint], weights: Mapping[float, Checkpoi
     stand still: they go on from earlier weights."""
     first = copies[0]
     last = copies[-1]
-    are_moved = _are_unequal(weights[first.t], weights[last.t])
-    if are_moved and not _are_unequal(first, last):
+    averaged = first_values(last) - first_values(first)
+    moved = first_values(weights[last.t]) - first_values(weights[first.t])
+    if moved.any() and not averaged.any():
         names = f"{first.path.name} and {last.path.name}"
         reason = f"{names} hold the same average, and other weights, from which it cannot begin"
         hint = "name with a glob the files in which its first value has faded"
         raise InvalidValueError("update_after_step", reason, hint)
-
-
-def _are_unequal(one: Checkpoint, other: Checkpoint) -> bool:
-    """Return whether two checkpoints of a model differ in the first elements of a tensor."""
-    return not np.array_equal(first_values(one), first_values(other), equal_nan=True)
 
 
 def _check_times(checkpoints: Sequence[Checkpoint]) -> None:

@@ -1,9 +1,10 @@
 """What lies at a place: the files and folders that may each be a checkpoint.
 
 A file is a candidate if its first bytes begin a file of tensors. A folder is one checkpoint if its
-entries are the parts of one time, and else a place with several. Names say the times of entries if
-a word does; where none does, the tensors of two entries decide: checkpoints of two times hold the
-same names and shapes, and values near each other, as two layers of a model do not.
+entries are the parts of one time, and else a place with several, three levels deep. Names say the
+times of entries if a word does; where none does, the tensors of two entries decide: checkpoints of
+two times hold the same names and shapes, and values near each other, as two layers of a model do
+not.
 """
 
 from __future__ import annotations
@@ -11,9 +12,8 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -40,12 +40,12 @@ from posthoc_cli.checkpoints.folders import (
     Sets,
     Shards,
     is_state,
-    make_glob,
 )
+from posthoc_cli.checkpoints.names import find_times, has_time, make_glob
 from posthoc_cli.checkpoints.source import are_near, first_values_of
 from posthoc_cli.errors import DirectoryError, FileFormatError, UnsuitableError, VanishedError
 from posthoc_cli.profiles import FloatArray
-from posthoc_cli.snapshots.directory import SUPERSEDED, is_import, is_snapshot_name
+from posthoc_cli.snapshots.directory import MANIFEST, SUPERSEDED, is_import, is_snapshot_name
 from posthoc_cli.snapshots.opened_file import named_on_error
 
 _STATE_FOLDER = re.compile(r"[-_]states?$|^states?$")
@@ -58,23 +58,14 @@ nanotron, of verl, and of Llama."""
 _OF_MANY = re.compile(
     r"[0-9]+-of-0*(?:[2-9]|[1-9][0-9]+)(?![0-9])|(?<![a-z])rank[_-]?0*[01](?![0-9])"
 )
-_TIME = re.compile(
-    r"(?:step|iter|epoch|(?<![a-z])ep)[a-z]*[=_.-]*([0-9]+)"
-    r"|^(?:checkpoint|ckpt)[=_.-]*([0-9]+)|^([0-9]+)$",
-    re.IGNORECASE,
-)
-_DEEP = 5  # levels below a folder whose name is a time: fairseq2 has a file four folders down
-_LEVELS = 3  # of folders below a place that hold checkpoints of several times
+_WORD_OF_TIME = re.compile(r"(?:step|iter|ep(?:och)?)[a-z]*[=_.-]*$", re.IGNORECASE)
+_LEVELS = 3  # of folders below a place; one that is alone in its folder does not count
 _MOST_FOREIGN = 100  # files whose kinds are looked at where nothing is a checkpoint
 _MOST_ENTRIES = 20_000  # at a place: listing a whole disk would take minutes
 
-
-@dataclass(frozen=True, eq=False)
-class Candidate:
-    """A file or folder that may be a checkpoint, and what it consists of."""
-
-    path: Path
-    layout: Layout
+Layouts = dict[Path, Layout]
+_Signature = frozenset[tuple[str, tuple[int, ...]]]
+"""The names and shapes of the tensors of a model."""
 
 
 class NothingHereError(DirectoryError):
@@ -93,201 +84,162 @@ class Place:
         self._is_cut = False
         self._listed = set[str]()  # folders, also by links
 
-    def open(self, candidate: Candidate) -> Content:
+    def open(self, path: Path) -> Content:
         """Read the content of a candidate; raise FileFormatError if it cannot be read."""
-        return self._reader.open(candidate.path, candidate.layout)
-
-    # --- the candidates
-
-    @cached_property
-    def candidates(self) -> list[Candidate]:
-        """The files and folders that may each be a checkpoint."""
-        path = files.expand_user(self.name)
-        matches = _list_matches(path)
-        if not matches:
-            raise DirectoryError(self.name, "no file or folder matches")
-        found = dict[Path, Candidate]()
-        for match in matches:
-            if match != path and is_snapshot_name(match):
-                continue
-            layout = None if match.is_dir() else self.layout_at(match)
-            if layout is not None:
-                found[match] = Candidate(match, layout)
-                continue
-            for candidate in self._candidates_in(match, 0 if files.is_url(path) else _LEVELS):
-                found[candidate.path] = candidate
-        if self._is_cut:
-            note = f"holds more than {_MOST_ENTRIES:,} files; some folders in it were not looked "
-            self.notes.append(f"{note}at: name the folder of the checkpoints")
-        return [*found.values()]
-
-    def _candidates_in(self, folder: Path, levels: int) -> list[Candidate]:
-        """List the checkpoints in a folder and in the folders in it, or the folder if it is one
-        itself."""
-        real = str(folder) if files.is_url(folder) else os.path.realpath(folder)
-        if real in self._listed:
-            return []
-        self._listed.add(real)
-        members, others = self._list(folder)
-        below = list[Candidate]()
-        for other in others if levels else ():
-            if not (other.name == SUPERSEDED or is_import(other)):
-                below += self._candidates_in(other, levels - 1)
-        own = self._find_layout(folder, members)
-        if own is None or (below and not isinstance(own, Refused)):
-            return [*(Candidate(entry, layout) for entry, layout in members.items()), *below]
-        is_file = isinstance(own, OneFile | Refused) and own.path.parent == folder
-        return [Candidate(own.path if is_file else folder, own), *below]
-
-    def layout_at(self, path: Path) -> Layout | None:
-        """Find what a file or folder consists of; None for a folder that is not one checkpoint."""
-        if path.is_dir():
-            return self._find_layout(path, self._list(path)[0])
-        if _PARTITION.search(path.name):
-            return Refused(path, _partitions_error(path))
-        return _refuse_shards([path]) or _layout_of_file(path)
+        return self._reader.open(path, self.candidates[path])
 
     def open_at(self, path: Path) -> Content:
         """Open the checkpoint that a path names: of a folder with the checkpoints of a training the
         model beside them."""
-        layout = self.layout_at(path) or self._final_model_in(path)
+        layout = self.layout_at(path)
         if layout is None:
             reason = "holds no weights: no safetensors, .bin or .pt file, and no .metadata"
             raise UnsuitableError(path, reason)
         return self._reader.open(path, layout)
 
-    def _final_model_in(self, folder: Path) -> Layout | None:
-        members, _ = self._list(folder)
-        for stem in MODEL_FILES:
-            for entry, layout in members.items():
-                if strip_ending(entry.name) == stem:
-                    return layout
-        return None
+    def layout_at(self, path: Path) -> Layout | None:
+        """Find what a file or folder consists of, or else the model beside the checkpoints in a
+        folder; None if there is none."""
+        if not path.is_dir():
+            return _layout_of_file(path)
+        found = self._find(path, _LEVELS)
+        if path in found:
+            return found[path]
+        by_stem = {strip_ending(each.name): found[each] for each in found if each.parent == path}
+        return next((by_stem[stem] for stem in MODEL_FILES if stem in by_stem), None)
 
-    # --- one folder
+    # --- the candidates
 
-    def _list(self, folder: Path) -> tuple[dict[Path, Layout], list[Path]]:
-        """List the entries of a folder that are each a checkpoint or a part of one, perhaps deeper
-        below a name that says a time, and the other folders in it."""
-        is_numbered = _TIME.search(folder.name) is not None
-        return self._list_below(folder, _DEEP if is_numbered else 2, is_numbered)
+    @cached_property
+    def candidates(self) -> Layouts:
+        """The files and folders that may each be a checkpoint, and what they consist of."""
+        path = files.expand_user(self.name)
+        matches = _list_matches(path)
+        if not matches:
+            raise DirectoryError(self.name, "no file or folder matches")
+        found: Layouts = {}
+        for match in sorted(matches, key=_is_link):
+            if match.is_dir():
+                found |= self._find(match, _LEVELS)
+                own = found.get(match)
+                if isinstance(own, OneFile | Refused) and own.path.parent == match:
+                    found[own.path] = found.pop(match)
+            elif match == path or not is_snapshot_name(match):
+                found[match] = _layout_of_file(match)
+        if self._is_cut:
+            note = f"holds more than {_MOST_ENTRIES:,} files; some folders in it were not looked "
+            self.notes.append(f"{note}at: name the folder of the checkpoints")
+        return dict(sorted(found.items()))
 
-    def _list_below(
-        self,
-        folder: Path,
-        levels: int,
-        is_numbered: bool,
-    ) -> tuple[dict[Path, Layout], list[Path]]:
+    def _find(self, folder: Path, levels: int) -> Layouts:
+        """Find the checkpoints in a folder and so many levels of folders in it, or the folder if it
+        is one itself."""
+        real = str(folder) if files.is_url(folder) else os.path.realpath(folder)
+        if real in self._listed:
+            return {}
+        self._listed.add(real)
         with named_on_error(folder, "read"):
             entries = sorted(files.system.list(folder))
         self._left -= len(entries)
-        by_name = {entry.name: entry for entry in entries}
-        shards = [entry for entry in entries if SHARD.search(entry.name)]
-        has_index = any(name.endswith(INDEX_ENDING) for name in by_name)
+        by_name = {entry.name: entry for entry in entries if not is_state(entry.name)}
         if DCP_METADATA in by_name:
-            return {folder: Distributed(by_name[DCP_METADATA])}, []
-        members: dict[Path, Layout] = {}
-        others = list[Path]()
-        for name, entry in by_name.items():
-            if name.startswith(".") or is_state(name):
-                continue
+            return {folder: Distributed(by_name[DCP_METADATA])}
+        if MANIFEST in by_name:
+            return {}
+        visible = [entry for name, entry in by_name.items() if not name.startswith(".")]
+        folders = {entry for entry in visible if entry.is_dir()}
+        members = self._find_files(folder, [entry for entry in visible if entry not in folders])
+        below: Layouts = {}
+        inner = [entry for entry in visible if entry in folders and _may_be_listed(entry)]
+        if len(inner) > 1:
+            levels -= 1
+        for entry in sorted(inner, key=_is_link):
+            self._is_cut = self._is_cut or self._left < 0
+            if levels < 0 or self._left < 0:
+                break
+            below |= self._find(entry, levels)
+            if entry in below:
+                members[entry] = below.pop(entry)
+        members = dict(sorted(members.items()))
+        own = self._join(folder, members)
+        if own is None or (below and not isinstance(own, Refused)):
+            return members | below
+        return {folder: own} | below
+
+    def _find_files(self, folder: Path, entries: Sequence[Path]) -> Layouts:
+        """Find the files that are each a checkpoint or a part of one; of shards without an index
+        the first one stands for all."""
+        members: Layouts = {}
+        has_whole = any(entry.name.endswith(INDEX_ENDING) for entry in entries)
+        for entry in entries:
+            is_shard = SHARD.search(entry.name) is not None
             if is_snapshot_name(entry):
                 self.runs.append(folder)
+            elif is_shard and has_whole:
                 continue
-            if entry.is_dir():
-                self._is_cut |= self._left < 0
-                if _STATE_FOLDER.search(name) or self._left < 0:
-                    continue
-                layout = self._layout_below(entry, levels - 1, is_numbered)
-                if layout is not None:
-                    members[entry] = layout
-                else:
-                    others.append(entry)
-            elif entry not in shards and (name.endswith(INDEX_ENDING) or may_hold_tensors(entry)):
+            elif entry.name.endswith(INDEX_ENDING) or may_hold_tensors(entry):
                 members[entry] = _layout_of_file(entry)
-        if shards and not has_index:
-            members[shards[0]] = _refuse_shards(shards) or OneFile(shards[0])
-        return members, others
+                has_whole = has_whole or is_shard
+        return members
 
-    def _layout_below(self, folder: Path, levels: int, is_numbered: bool) -> Layout | None:
-        if not is_numbered and re.search("[0-9]", folder.name):
-            levels = _DEEP
-            is_numbered = True
-        is_open = files.is_url(folder) or os.access(folder, os.R_OK | os.X_OK)
-        if levels < 1 or not is_open:
-            return None
-        members, _ = self._list_below(folder, levels, is_numbered)
-        return self._find_layout(folder, members)
+    # --- one folder
 
-    def _find_layout(self, folder: Path, members: Mapping[Path, Layout]) -> Layout | None:
+    def _join(self, folder: Path, members: Layouts) -> Layout | None:
         """Find what a folder with such members is; None if they are checkpoints of several times,
         or if there are none."""
         if self._are_partitions(members):
             return Refused(folder, _partitions_error(folder))
         if not members or self._are_several_times(folder, members):
             return None
-        by_stem: dict[str, Layout] = {}
-        for entry, layout in members.items():
-            by_stem[strip_ending(entry.name)] = (
-                layout  # of two formats safetensors, which come last
-            )
+        # of two formats safetensors, which come last
+        by_stem = {strip_ending(entry.name): layout for entry, layout in members.items()}
         usual = [stem for stem in MODEL_FILES if stem in by_stem]
         for stem in usual[1:]:  # the same model in another format
             del by_stem[stem]
-        if len(by_stem) == 1:
-            return by_stem.popitem()[1]
-        return Sets(folder, by_stem)
+        return by_stem.popitem()[1] if len(by_stem) == 1 else Sets(folder, by_stem)
 
-    def _are_partitions(self, members: Mapping[Path, Layout]) -> bool:
+    def _are_partitions(self, members: Layouts) -> bool:
         """Return whether a name says that files are partitions of a model, or files of a number
-        "of" several, or of two ranks, hold tensors of the same names, as shards do not."""
+        "of" several, or of two ranks, hold tensors of the same names that are not equal, as each
+        rank may write them: shards do not."""
         if any(_PARTITION.search(entry.name) for entry in members):
             return True
         by_name = dict[str, list[Layout]]()
         for entry, layout in members.items():
             number = _OF_MANY.search(entry.name)
-            time = _TIME.search(entry.name)
-            is_time = number and time and time.start(1) == number.start()  # epoch-01-of-20
-            if number is None or is_time or AVERAGE_WORD.search(entry.name):
+            if number is None or AVERAGE_WORD.search(entry.name):
+                continue
+            if _WORD_OF_TIME.search(entry.name[: number.start()]):  # epoch-01-of-20
                 continue
             others = by_name.setdefault(entry.name.replace(number[0], ""), [])
-            if any(self._are_partitions_of_one(layout, other) for other in others):
-                return True
+            for other in others:
+                names = {name for name, _ in self._signature(layout)}
+                shared = names & {name for name, _ in self._signature(other)}
+                ours, theirs = self._first_values(layout, other)
+                if shared and not np.array_equal(ours, theirs):
+                    return True
             others.append(layout)
         return False
 
-    def _are_partitions_of_one(self, one: Layout, other: Layout) -> bool:
-        """Return whether two files hold tensors of the same names, but not equal ones, as each rank
-        may write them."""
-        names = [{name for name, _ in self._signature(layout)} for layout in (one, other)]
-        values = self._first_values(one, other)
-        return bool(names[0] & names[1]) and not np.array_equal(values[0], values[1])
-
-    def _are_several_times(self, folder: Path, members: Mapping[Path, Layout]) -> bool:
+    def _are_several_times(self, folder: Path, members: Layouts) -> bool:
         """Return whether entries are checkpoints of several times, and not the parts of one."""
-        stems = dict[str, Layout]()
-        for entry, layout in members.items():
-            if entry != folder:
-                stems[strip_ending(entry.name)] = layout
+        stems = {strip_ending(entry.name): layout for entry, layout in members.items()}
         has_usual = not stems.keys().isdisjoint(MODEL_FILES)
         timed = [stem for stem in stems if _is_time_within(folder, stem)]
         if len(set(map(make_glob, timed))) < len(timed) or (timed and not has_usual):
             return True
-        says_time = _TIME.search(strip_ending(folder.name)) is not None
-        by_glob = dict[str, list[Layout]]()
+        says_time = has_time(strip_ending(folder.name))
+        first = dict[str, Layout]()  # by the glob of its name
         for stem, layout in stems.items():
-            by_glob.setdefault(make_glob(stem), []).append(layout)
-        for layouts in by_glob.values():
-            first, *others = layouts
-            for other in others:
-                if self._are_alike(first, other):
-                    return not says_time or self._are_near(first, other)
+            other = first.setdefault(make_glob(stem), layout)
+            if other is not layout and _has_equals(map(self._signature, (other, layout))):
+                return not says_time or are_near(*self._first_values(other, layout))
         if says_time or has_usual:
             return False
-        weights = [layouts[0] for glob, layouts in by_glob.items() if not AVERAGE_WORD.search(glob)]
+        weights = [layout for glob, layout in first.items() if not AVERAGE_WORD.search(glob)]
         return _has_equals(map(self._signature, weights))
 
-    def _signature(self, layout: Layout) -> frozenset[tuple[str, tuple[int, ...]]]:
+    def _signature(self, layout: Layout) -> _Signature:
         """Find the names and shapes of the tensors of a layout, without the state of an optimizer;
         none if it cannot be read."""
         try:
@@ -301,12 +253,6 @@ class Place:
             (name, tensor.shape) for name, tensor in named if not content.is_of_optimizer(name)
         )
 
-    def _are_alike(self, one: Layout, other: Layout) -> bool:
-        return _has_equals([self._signature(one), self._signature(other)])
-
-    def _are_near(self, one: Layout, other: Layout) -> bool:
-        return are_near(*self._first_values(one, other))
-
     def _first_values(self, *layouts: Layout) -> list[FloatArray]:
         contents = [self._reader.read(layout, {}) for layout in layouts]
         return [first_values_of(content, content.tensors) for content in contents]
@@ -317,20 +263,27 @@ def _layout_of_file(path: Path) -> Layout:
         return Shards(path)
     if not files.is_url(path) and path.is_symlink() and not path.exists():
         return Refused(path, UnsuitableError(path, "is a link to a file that is missing"))
+    if _PARTITION.search(path.name):
+        return Refused(path, _partitions_error(path))
+    if SHARD.search(path.name) and "-of-00001." not in path.name:
+        reason = f"is a shard of a model, whose index (*{INDEX_ENDING}) says what belongs together"
+        hint = "name the folder of the index; without one, save the model again in one file"
+        return Refused(path, UnsuitableError(path, reason, hint))
     return OneFile(path)
 
 
-def _refuse_shards(files: Sequence[Path]) -> Refused | None:
-    """Refuse files that are shards of a model; None for one file, or a shard that is all of it."""
-    path = files[0]
-    if not SHARD.search(path.name) or "-of-00001." in path.name:
-        return None
-    reason = f"is a shard of a model, whose index (*{INDEX_ENDING}) says what belongs together"
-    hint = "name the folder of the index; without one, save the model again in one file"
-    return Refused(path, UnsuitableError(path, reason, hint))
+def _may_be_listed(folder: Path) -> bool:
+    """Return whether a folder can be read, and is not one of states, or set aside by a tracker."""
+    if _STATE_FOLDER.search(folder.name) or folder.name == SUPERSEDED:
+        return False
+    return files.is_url(folder) or os.access(folder, os.R_OK | os.X_OK)
 
 
-def _has_equals(signatures: Iterable[frozenset[tuple[str, tuple[int, ...]]]]) -> bool:
+def _is_link(path: Path) -> bool:
+    return not files.is_url(path) and path.is_symlink()
+
+
+def _has_equals(signatures: Iterable[_Signature]) -> bool:
     """Return whether two that hold tensors hold the same."""
     known = [signature for signature in signatures if signature]
     return len(set(known)) < len(known)
@@ -344,10 +297,7 @@ def _partitions_error(path: Path) -> UnsuitableError:
 def _is_time_within(folder: Path, stem: str) -> bool:
     """Return whether a name is a time, and does not repeat the time of its folder, as in
     `checkpoint-500/global_step500`."""
-    match = _TIME.search(stem)
-    if match is None:
-        return False
-    return match[match.lastindex or 0].lstrip("0") not in folder.name
+    return has_time(stem) and find_times(stem)[0].text.lstrip("0") not in folder.name
 
 
 def _list_matches(pattern: Path) -> list[Path]:

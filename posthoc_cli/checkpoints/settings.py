@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 from dataclasses import dataclass, replace
-from decimal import Decimal
 from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +13,7 @@ import numpy as np
 
 from posthoc_cli.checkpoints import KINDS
 from posthoc_cli.checkpoints.content import Tensors
+from posthoc_cli.checkpoints.names import read_number
 from posthoc_cli.decay_rules import POWER_FUNCTION, RULES, UNLIMITED, WARM_UPS, DecayRule, WarmUp
 from posthoc_cli.errors import InvalidValueError, abbreviate, at_most_one
 from posthoc_cli.profiles import check_sigma_rel, gamma_from_sigma_rel
@@ -23,23 +23,6 @@ from posthoc_cli.snapshots.sources import Rule
 
 Arguments = dict[str, Any]
 """Arguments of `DecayRule`, or values by name."""
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
-_NUMBER = re.compile(
-    r"((?:[0-9]{1,3}(?:(?:,[0-9]{3})+|(?:_[0-9]{3})+)|[0-9]+)(?:\.[0-9]+)?(?:e\+?[0-9]{1,2})?)([kmb]?)",
-    re.I,
-)
-
-
-def read_number(text: str) -> float | None:
-    """Read the number in a text such as 1500, 1,500, 1_500, 1.5k or 1.5e3, an int if possible; else
-    None."""
-    match = _NUMBER.fullmatch(text)
-    if match is None or sum(map(str.isdigit, text)) > 19:
-        return None
-    digits = re.sub("[,_]", "", match[1])
-    value = Decimal(digits) * _UNITS[match[2].lower()]
-    return int(value) if value == value.to_integral_value() else float(value)
 
 
 def _groups(pattern: str) -> int:

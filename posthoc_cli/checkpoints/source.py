@@ -28,14 +28,15 @@ from posthoc_cli.reconstruction import Steps, StoredAverage
 from posthoc_cli.run_clock import Clock
 from posthoc_cli.snapshots.boxes import Box
 from posthoc_cli.snapshots.entry import Entry
-from posthoc_cli.snapshots.sources import Source, TrackedTensor
+from posthoc_cli.snapshots.sampling import read_elements
+from posthoc_cli.snapshots.sources import ElementRange, Source, StoredTensors, TrackedTensor
 from posthoc_cli.snapshots.tensorfile import TensorFile
 
 # of a codebook: its vectors are quotients of these sums
 _SUMS = ("cluster_size", "embed_avg")
 # of BatchNorm: a variance is not extrapolated
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-COMPARED = 1024  # elements of a tensor that are compared with another tensor's
+_COMPARED = 1024  # elements of a tensor that are compared with another tensor's
 COMPARED_FILES = 5  # newest ones, whose motion is compared
 _SLOWER = 0.8  # averages of any length move by a third less than the weights
 _ANY_TIME = Point(1.0)  # where times are of no account
@@ -215,12 +216,11 @@ def first_values_of(content: Content, tensors: Tensors) -> FloatArray:
 
 def first_values(source: Checkpoint) -> FloatArray:
     """Read the first elements of each averaged tensor of a source, in the order of names."""
-    values = [np.zeros(0)]
-    with source:
-        for name in sorted(source.averages):
-            count = min(source.entries[name].size, COMPARED)
-            values.append(source.values(name, 0, count))
-    return np.nan_to_num(np.concatenate(values), posinf=0.0, neginf=0.0)
+    ranges = []
+    for name in sorted(source.averages):
+        ranges.append(ElementRange(name, 0, min(source.entries[name].size, _COMPARED)))
+    values = read_elements(source, ranges, StoredTensors.values)
+    return np.nan_to_num(values, posinf=0.0, neginf=0.0)
 
 
 def are_near(ours: FloatArray, theirs: FloatArray) -> bool:

@@ -16,7 +16,7 @@ import logging
 import math
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, chain, groupby, pairwise
@@ -37,6 +37,7 @@ from posthoc_cli.reconstruction import (
 from posthoc_cli.snapshots.sources import (
     ElementRange,
     Source,
+    StoredTensors,
     by_time,
     expected_roundings,
     finite_values,
@@ -343,24 +344,47 @@ def _sampled_ranges(source: Source) -> list[ElementRange]:
 
 
 def _read(source: Source, ranges: Sequence[ElementRange]) -> _Sample:
-    values = np.empty(sum(end - begin for _, begin, end in ranges))
-    roundings = np.zeros(values.shape)  # takes no memory until it is written to
+    values = read_elements(source, ranges)
     starts: dict[str, int] = {}
+    at = 0
+    for name, begin, end in ranges:
+        starts.setdefault(name, at)
+        at += end - begin
+    total = sum(source.entries[name].size for name in source.averages)
+    scale = total / max(values.size, 1)
+    roundings = estimate_roundings(source, ranges, values)
+    return _Sample(source, values, np.array([*starts.values()], np.intp), scale, roundings)
+
+
+def read_elements(
+    source: StoredTensors,
+    ranges: Sequence[ElementRange],
+    read: Callable[[StoredTensors, str, int, int], FloatArray] = finite_values,
+) -> FloatArray:
+    """Read ranges of elements, end to end: the elements of any source that estimates rest on."""
+    values = np.empty(sum(end - begin for _, begin, end in ranges))
     at = 0
     with source:
         for name, begin, end in ranges:
-            starts.setdefault(name, at)
-            part = finite_values(source, name, begin, end)
-            elements = slice(at, at + part.size)
-            values[elements] = part
-            stored = source.entries[name].dtype
-            expected = expected_roundings(part, stored, source.tensors[name].dtype)
-            if expected.any():
-                roundings[elements] = expected
-            at += part.size
-    total = sum(source.entries[name].size for name in source.averages)
-    scale = total / max(values.size, 1)
-    return _Sample(source, values, np.array([*starts.values()], np.intp), scale, roundings)
+            values[at : at + end - begin] = read(source, name, begin, end)
+            at += end - begin
+    return values
+
+
+def estimate_roundings(
+    source: StoredTensors, ranges: Sequence[ElementRange], values: FloatArray
+) -> FloatArray:
+    """Estimate the expected squared rounding error of each of these elements."""
+    roundings = np.zeros(values.shape)  # takes no memory until it is written to
+    at = 0
+    for name, begin, end in ranges:
+        elements = slice(at, at + end - begin)
+        stored = source.entries[name].dtype
+        expected = expected_roundings(values[elements], stored, source.tensors[name].dtype)
+        if expected.any():
+            roundings[elements] = expected
+        at = elements.stop
+    return roundings
 
 
 # the largest difference between the tails of two averages up to a time if one continues the other

@@ -14,7 +14,7 @@ from saved import asked, read, times, write_each
 from walks import EVERY, STEPS
 
 from posthoc_cli import Run
-from posthoc_cli.errors import FileFormatError, MismatchError
+from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError
 
 ALL = [*range(1, 21)]
 BEST = [3, 7, 9, 20]
@@ -284,7 +284,7 @@ def test_a_count_of_epochs_behind_the_numbers_in_names_is_asked_about(tmp_path):
     """VITS stores the epoch as `iteration`: each was taken for a step."""
     for epoch in (1, 2, 4, 5):
         store(tmp_path / f"G_{100 * epoch}.pth", iteration=epoch)
-    with refused("step_from", "'iteration'", r" --step-from 'G_(\d+)' --out run"):
+    with refused("step_from", "'iteration'", r" --step-from 'G_(\d+)\.pth$' --out run"):
         read(tmp_path)
     assert steps_of(tmp_path, step_from=r"G_(\d+)") == [100, 200, 400, 500]
 
@@ -384,6 +384,7 @@ def test_a_folder_without_a_number_is_left_out_of_a_glob(tmp_path, caplog):
     [
         ("net_v2_{:_}.pt", (1000, 2000, 3500), [1000, 2000, 3500]),
         ("{}-7b.pt", (20250101, 20250301), [20250101, 20250301]),
+        ("run{}.pt", ("1_900k", "2_1.2M", "3_1.50M"), [900_000, 1_200_000, 1_500_000]),
     ],
 )
 def test_a_question_about_steps_ends_in_a_pattern_that_reads_them(name, numbers, steps, tmp_path):
@@ -406,6 +407,14 @@ def test_a_question_about_steps_ends_in_a_pattern_that_reads_them(name, numbers,
 def test_the_only_number_that_differs_in_names_is_the_time(name, numbers, steps, tmp_path):
     write(tmp_path, name, numbers)
     assert times(tmp_path) == steps
+
+
+def test_k_and_m_that_repeat_a_time_have_no_proposal_for_a_part(tmp_path):
+    """Of 20 files those in k alone were proposed."""
+    write(tmp_path, "net_{}.pt", ("100k", "200k", "0.10M", "0.20M", "0.30M"))
+    with pytest.raises(InvalidValueError, match="rename copies") as raised:
+        read(tmp_path)
+    assert "paste" not in str(raised.value)
 
 
 @pytest.mark.parametrize("folder", ["{}.ckpt", "{:07}"])
@@ -479,3 +488,19 @@ def test_info_says_what_numbers_are_taken_for(tmp_path, ema):
     for command in (["info"], ["import", "--dry-run"]):
         shown = ema(*command, tmp_path).out
         assert sentence in " ".join(shown.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        ("{}kstep.pt", [1000, 2000, 4000]),
+        ("ckpt_{}-iteration.pt", [1, 2, 4]),
+        ("acc_{}_steps.pt", [1, 2, 4]),
+        ("iter{}_iteration.pt", [1, 2, 4]),
+        ("lr1e-4-step-{}.pt", [1, 2, 4]),
+    ],
+)
+def test_a_word_for_time_on_either_side_of_a_number_says_its_unit(name, steps, tmp_path):
+    write(tmp_path, name, (1, 2, 4))
+    assert steps_of(tmp_path) == steps
+    assert says(tmp_path).startswith("steps, by the word for steps")

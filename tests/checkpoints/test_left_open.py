@@ -158,7 +158,7 @@ def test_seconds_since_1970_are_not_proposed_as_steps(begin, name, tmp_path):
 def test_a_step_beside_seconds_is_proposed(tmp_path):
     for number, save in enumerate(saves()):
         store(tmp_path / f"{1_700_000_000 + 600 * number}_{save.step}.pt", save.weights)
-    assert asked(tmp_path).endswith(r" --step-from '_(\d+)\.pt' --out run")
+    assert asked(tmp_path).endswith(r" --step-from '\d+_(\d+)\.pt$' --out run")
 
 
 @pytest.mark.parametrize("last", ["[5-9]", "[3-8]", "[1-9]"])

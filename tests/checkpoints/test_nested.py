@@ -182,7 +182,13 @@ def test_a_file_of_another_format_is_named(save, message, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["g_{:08}", "checkpoints/{:06}/pretrained_model/model.safetensors", "model.pt.ep{}"]
+    "name",
+    [
+        "g_{:08}",
+        "checkpoints/{:06}/pretrained_model/model.safetensors",
+        "model.pt.ep{}",
+        "a/alone/b/alone/c/step{}.pt",  # what is alone is no level
+    ],
 )
 def test_files_are_known_by_their_first_bytes_three_folders_down(name, tmp_path):
     place = write_at(tmp_path / "run", name)
@@ -193,10 +199,24 @@ def test_files_are_known_by_their_first_bytes_three_folders_down(name, tmp_path)
     assert times(place) == [*STEPS]
 
 
+@pytest.mark.parametrize("inner", ["", "*", "*/model.pt"])
+def test_a_link_to_a_folder_of_the_run_does_not_take_its_place(inner, tmp_path):
+    place = write_at(tmp_path / "run", "step_{}/model.pt")
+    elsewhere = write_at(tmp_path / "elsewhere", "step_{}/model.pt")
+    (place / "best").symlink_to("step_200")
+    (place / "step_300").symlink_to(elsewhere / "step_400")
+    assert times(place / inner) == [*STEPS[:2], 300, STEPS[2]]
+
+
 def test_files_far_down_are_not_opened(tmp_path, monkeypatch):
     """To read the files of a whole disk takes minutes."""
+    folder = tmp_path
+    for name in ("data", "of", "many", "more", "words"):
+        (folder / "others").mkdir()
+        folder = folder / name
+        folder.mkdir()
     for name in ("first.pkl", "other.pkl"):
-        store(tmp_path / "data" / "of" / "many" / "more" / "words" / name, {"x": torch.ones(3)})
+        store(folder / name, {"x": torch.ones(3)})
     opened = []
     monkeypatch.setattr(files.system, "open", opened.append)
     with refused(tmp_path, kind=DirectoryError):
@@ -209,7 +229,10 @@ def test_a_place_is_looked_at_once_and_only_in_part_if_it_is_large(tmp_path, mon
     (place / "itself").symlink_to(place)
     assert times(place) == [*STEPS]
     assert not caplog.text
-    (place / "many" / "more").mkdir(parents=True)
-    monkeypatch.setattr(places, "_MOST_ENTRIES", 4)
+    monkeypatch.setattr(places, "_MOST_ENTRIES", 2)
+    (place / "itself").unlink()
     assert times(place) == [*STEPS]
-    assert "holds more than 4 files" in caplog.text
+    assert not caplog.text
+    (place / "many" / "more").mkdir(parents=True)
+    assert times(place) == [*STEPS]
+    assert "holds more than 2 files" in caplog.text
