@@ -390,7 +390,7 @@ def at_most_one(**given: object) -> None:
     values = [value for value in given.values() if value is not None and value is not False]
     if len(values) > 1:
         first, *_ = given
-        names = " and ".join(map(argument, given))
+        names = ", ".join(map(argument, given))
         raise InvalidValueError(first, f"give at most one of {names}")
 
 

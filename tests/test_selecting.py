@@ -78,7 +78,7 @@ def test_a_selection_of_nothing_is_refused(run, chosen, subject, words):
 def test_a_copy_has_all_tensors(run, tmp_path):
     like = tmp_path / "like.safetensors"
     save_file(dict(run.average(0.1)), like)
-    with refused("like", "`like` and `include`"):
+    with refused("like", "`like`, `include`"):
         run.write(0.1, tmp_path / "out.safetensors", like=like, include="head")
 
 
@@ -94,7 +94,7 @@ def test_a_tied_tensor_is_selected_by_any_of_its_names(tmp_path):
 
 
 def test_a_request_is_checked_when_it_is_made():
-    with refused("t", "`t` and `step`"):
+    with refused("t", "`t`, `step`"):
         Request(0.1, t=1, step=1)
     with refused("max_error 2"):
         Request(0.1, max_error=2)

@@ -107,7 +107,7 @@ def test_bad_arguments_are_named(run, name, values):
     for value in values:
         with pytest.raises(InvalidValueError, match=f"^(target|{name}) "):
             tracker.state_dict(**{"sigma_rel": 0.1, name: value})
-    with refused("t", "`t` and `step`"):
+    with refused("t", "`t`, `step`"):
         tracker.state_dict(0.1, t=10, step=10)
 
 
