@@ -9,7 +9,7 @@ from pathlib import Path
 import forked
 import pytest
 import torch
-from checking import assert_same_tensors, refused
+from checking import assert_same_tensors, heavy, refused
 from factories import rewrite_snapshot
 from safetensors.torch import load_file
 from torch import nn
@@ -104,6 +104,7 @@ class Motion:
         return ratios
 
 
+@heavy
 @pytest.mark.parametrize("motion", [scatter, drift, creep, settle])
 @pytest.mark.parametrize("every", [1, 4])
 def test_the_printed_error_of_arithmetic_is_the_true_one(tmp_path, motion, every):
@@ -363,6 +364,7 @@ print((resident("VmHWM") - before - kept) / count, (held - kept) / count)
 """
 
 
+@heavy
 @pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="the system does not report memory"
 )
