@@ -22,11 +22,10 @@ from posthoc_cli.snapshots.directory import find_snapshots, snapshot_path
 from posthoc_cli.snapshots.entry import Entry, tensor_bytes
 from posthoc_cli.snapshots.output_info import OutputInfo, Used
 from posthoc_cli.snapshots.sketch_text import decode_path, encode_path
-from posthoc_cli.snapshots.snapshot import Snapshot, TrackingSchedule, decode_snapshot
+from posthoc_cli.snapshots.snapshot import START, Snapshot, TrackingSchedule, decode_snapshot
 from posthoc_cli.snapshots.sources import TrackedTensor
 from posthoc_cli.snapshots.tensorfile import read_file
 from posthoc_cli.snapshots.writer import TensorFileWriter
-from posthoc_cli.tracker.progress import Moment
 from posthoc_cli.tracker.tracked_averages import Standing
 
 SIGMA_RELS = (0.05, 0.10, 0.15, 0.28)
@@ -352,7 +351,7 @@ def info_of(state):
     """Return the numbers of a tracker's own state, those that equal their default, too."""
     info = json.loads(state["info"])
     standing = vars(Standing()) | info.get("standing", {})
-    nothing = vars(Moment())
+    nothing = vars(START)
     standing |= nothing | info.get("standing", {}).get("last", {})
     return nothing | info.get("last", {}) | info | {"standing": standing}
 

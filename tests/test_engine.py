@@ -13,7 +13,7 @@ import forked
 import pytest
 import torch
 from bench_synthesis import write_sparse_snapshots
-from checking import assert_same_tensors, load_output, refused
+from checking import assert_same_tensors, heavy, load_output, refused
 from device import DEVICE, IS_SIMULATED, MODULE
 from factories import (
     RUN_ID,
@@ -145,6 +145,7 @@ print(resident("HWM") - before)
 """
 
 
+@heavy
 def test_memory_does_not_grow_with_the_model(tmp_path):
     """4 and 24 million parameters in sparse files: a copy of one of the 4 float16 snapshots would
     take 40 MB more."""

@@ -18,7 +18,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from checking import assert_same_tensors, refused
+from checking import assert_same_tensors, heavy, refused
 from factories import contents
 from groups import check_group
 from safetensors.torch import load_file, save_file
@@ -516,6 +516,7 @@ def test_an_archive_of_another_writer_has_its_checksums_in_local_headers(tmp_pat
     check_replaced(loaded["model"])
 
 
+@heavy
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
     """The tensors are of 40 MB, and so is the state of the optimizer."""
     state = {"w": torch.ones(10_000_000)}

@@ -7,6 +7,7 @@ import sys
 
 import gpu
 import torch
+from checking import heavy
 
 CPU = torch.device("cpu")
 
@@ -58,6 +59,7 @@ def test_a_program_that_takes_too_long_is_stopped(monkeypatch, capsys):
     assert capsys.readouterr().out == "stopped after 0 s\n"
 
 
+@heavy
 def test_tests_for_a_device_are_found_without_plug_ins(tmp_path):
     absent = {"pytest_timeout", "pytest_randomly", "xdist", "pytest_cov", "hypothesis"}
     absent |= {"ema_pytorch", "posthoc_ema", "torch_ema", "flint", "sklearn"}

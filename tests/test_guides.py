@@ -262,6 +262,7 @@ KILLED_AT = (50, 150, 199, 201, 305, 330)
 """Before the first checkpoint, and after one: just before and after the next one, too."""
 
 
+@heavy
 def test_the_training_in_the_readme_ends_with_the_same_bits_after_six_kills(tmp_path, monkeypatch):
     programs = programs_of_the_readme()
     task = programs["task.py"].replace("torch.randn(2000,", "torch.randn(340,")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checking import heavy
 from ema_command import run_ema
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -153,6 +154,7 @@ PROVOKED = (
 )  # fmt: skip
 
 
+@heavy
 def test_each_message_of_the_guide_is_met():
     messages = re.findall(r"^```text\n(.*)\n```$", GUIDE.read_text(), re.MULTILINE)
     assert len(messages) == len(PROVOKED) == 10

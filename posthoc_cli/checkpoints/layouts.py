@@ -103,10 +103,7 @@ class Found:
     def paired_with(self, key: str) -> Found:
         """Take another set for the average of the weights; for none if it does not match."""
         averaged = match_names(self.sets.below(key), self.weights)
-        return self.with_tensors(averaged, self.weights)
-
-    def with_tensors(self, averaged: Tensors, weights: Tensors) -> Found:
-        return replace(self, pair=replace(self.pair, averaged=averaged, weights=weights))
+        return replace(self, pair=replace(self.pair, averaged=averaged))
 
     @property
     def starts(self) -> tuple[FloatArray, FloatArray]:

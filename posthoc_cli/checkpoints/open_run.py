@@ -256,7 +256,7 @@ def _with_one_prefix(run: Sequence[Found]) -> list[Found]:
             averaged = match_names(file.averaged, ours)
             weights = match_names(file.weights, ours)
             if len(averaged) == len(file.averaged) and len(weights) == len(file.weights):
-                file = file.with_tensors(averaged, weights)
+                file = replace(file, pair=replace(file.pair, averaged=averaged, weights=weights))
         named.append(file)
     return named
 
@@ -374,8 +374,7 @@ def _check_roles(run: list[Found], settings: ImportSettings) -> list[Found]:
     model = quote(pair.weights_key) if pair.weights_key else "the model"
     if not np.diff(ours, axis=0).any() and np.diff(theirs, axis=0).any():
         log.warning("%s: %s never moves, and is not used", both[0].path.parent, named)
-        weights = [file.with_tensors({}, file.weights) for file in run]
-        return [replace(file, updates=None, kind="checkpoints") for file in weights]
+        return [_without_average(file) for file in run]
     others: list[Answer] = []
     for key in both[0].twins:
         others.append({"average": pair.average_key, "weights": key})
@@ -412,6 +411,10 @@ def _check_twins(run: Sequence[Found], settings: ImportSettings) -> None:
         raise QuestionError("average", reason, answer, {"kind": "checkpoints"})
 
 
+def _without_average(file: Found) -> Found:
+    return replace(file, pair=replace(file.pair, averaged={}), updates=None, kind="checkpoints")
+
+
 def _read_starts(run: Sequence[Found]) -> tuple[FloatArray, FloatArray]:
     """Read the first elements of the newest averages and weights: [times, elements] each."""
     in_order = sorted(run, key=lambda file: file.time)
@@ -427,9 +430,10 @@ def _make_all(run: Sequence[Found], clock: Time, settings: ImportSettings) -> li
     for file in run:
         names.update(dict.fromkeys([*file.averaged, *file.weights]))
     check_globs(settings.selection, names)
+    every = _interval_of_counts(run)
     checkpoints = []
     for file in run:
-        checkpoints += _make(file, clock, settings)
+        checkpoints += _make(file, clock, settings, every)
     for name, entry in checkpoints[0].entries.items():
         if entry.dtype.startswith("F8"):
             reason = f"tensor {quote(name)} has 8 bits a value, too few for averages"
@@ -440,8 +444,22 @@ def _make_all(run: Sequence[Found], clock: Time, settings: ImportSettings) -> li
     return checkpoints
 
 
-def _make(file: Found, clock: Time, settings: ImportSettings) -> list[Checkpoint]:
-    """Make the sources in a checkpoint: the weights, the average, or both."""
+def _interval_of_counts(run: Sequence[Found]) -> int:
+    """Find the interval of updates that the counts in the first and the last file show; else 1."""
+    points = []
+    for file in run:
+        if file.updates and file.updates.count:
+            points.append((file.time, file.updates.count))
+    if len(points) < 2:
+        return 1
+    steps, updates = np.subtract(max(points), min(points)).tolist()
+    is_whole = updates > 0 and steps % updates == 0
+    return steps // updates if is_whole else 1
+
+
+def _make(file: Found, clock: Time, settings: ImportSettings, every: int) -> list[Checkpoint]:
+    """Make the sources in a checkpoint: the weights, the average, or both. Its updates may be
+    `every` so many steps."""
     time = file.time
     averaged = settings.select(file.tensors if file.averaged else {})
     weights = settings.select(file.weights)
@@ -456,8 +474,23 @@ def _make(file: Found, clock: Time, settings: ImportSettings) -> list[Checkpoint
             profile = file.profile(time)
         about |= {"sigma_rel": file.sigma_rel, "updates": file.updates}
         average = make_checkpoint(file.content, averaged, profile, time, **about)
-        checkpoints.append(average.with_settings(settings))
+        checkpoints.append(_with_profile(average, settings, every))
     return checkpoints
+
+
+def _with_profile(average: Checkpoint, settings: ImportSettings, every: int) -> Checkpoint:
+    """Give an average its profile.
+
+    Raise a QuestionError if its count of updates does not fit its step: it began late, has another
+    interval, or is no EMA, as Lightning's SWA.
+    """
+    try:
+        return average.with_settings(settings)
+    except InvalidValueError as error:
+        answers: list[Answer] = [{"update_every": every}, {"kind": "checkpoints"}]
+        if settings.update_every:
+            del answers[0]
+        raise QuestionError(error.subject, error.reason, *answers, value=error.value) from error
 
 
 # --- several checkpoints as one run
@@ -494,13 +527,17 @@ def _check_copies(copies: Sequence[Checkpoint], weights: Mapping[float, Checkpoi
     stand still: they go on from earlier weights."""
     first = copies[0]
     last = copies[-1]
-    averaged = first_values(last) - first_values(first)
-    moved = first_values(weights[last.t]) - first_values(weights[first.t])
-    if moved.any() and not averaged.any():
+    are_moved = _are_unequal(weights[first.t], weights[last.t])
+    if are_moved and not _are_unequal(first, last):
         names = f"{first.path.name} and {last.path.name}"
         reason = f"{names} hold the same average, and other weights, from which it cannot begin"
         hint = "name with a glob the files in which its first value has faded"
         raise InvalidValueError("update_after_step", reason, hint)
+
+
+def _are_unequal(one: Checkpoint, other: Checkpoint) -> bool:
+    """Return whether two checkpoints of a model differ in the first elements of a tensor."""
+    return not np.array_equal(first_values(one), first_values(other), equal_nan=True)
 
 
 def _check_times(checkpoints: Sequence[Checkpoint]) -> None:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from posthoc_cli.checkpoints.ask import ASKED, Answer, QuestionError
 from posthoc_cli.checkpoints.settings import Arguments, ImportSettings
 from posthoc_cli.decay_rules import RULES, UNLIMITED, DecayRule, OrdinaryEMA
+from posthoc_cli.errors import InvalidValueError
 
 _ANY_DECAY = 0.999  # in place of an unknown decay
 
@@ -59,12 +59,10 @@ class Updates:
         every = settings.update_every or self.every
         first, count, of_place = self._place(step, every, settings)
         if first < 1:
-            # it began late, has another interval, or is no EMA, as Lightning's SWA
             counted = f"{path.name} counts the updates of its EMA: {self.count:,} by step {step:,}"
-            answer: Answer = {"update_every": ASKED}
-            if settings.update_every:
-                answer = {"kind": "checkpoints"}
-            raise QuestionError("update_every", f"must be given, and fit: {counted}", answer)
+            reason = f"must be given, and fit: {counted}"
+            hint = "it is a setting of imports, and 1 if the EMA began late"
+            raise InvalidValueError("update_every", reason, hint)
         rule: Arguments = {"decay": _ANY_DECAY} | self._rule(settings, every) | of_place
         if _is_schedule(rule):
             rule["before"] = (first - 1) // every

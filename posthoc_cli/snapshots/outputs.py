@@ -240,7 +240,8 @@ def _describe_run(snapshots: Sequence[Snapshot]) -> dict[str, Any]:
         )
     return {
         "run": runs[0] if len(runs) == 1 else runs,
-        **_fields(newest, "t_unit t step"),
+        "t_unit": newest.t_unit,
+        **vars(newest.moment),
         **_describe_settings(newest),
         **describe_tensors(newest),
         "snapshots": [
@@ -278,7 +279,8 @@ def _describe_snapshot(snapshot: Snapshot) -> dict[str, Any]:
         "run": snapshot.run_id,
         **_fields(snapshot, "sigma_rel gamma"),
         "as": _other_name(snapshot.sigma_rel, snapshot.step),
-        **_fields(snapshot, "t t_unit step t_first max_interval"),
+        **vars(snapshot.moment),
+        **_fields(snapshot, "t_unit t_first max_interval"),
         **_describe_settings(snapshot),
         "measurements": measurements,
         **describe_tensors(snapshot),

@@ -45,12 +45,24 @@ class TrackingSchedule:
     sigma_range: tuple[float, float] = USEFUL_RANGE
 
 
+@dataclass(frozen=True)
+class Moment:
+    """A call of `update_`: its number, and what the loop gives. A tracker's progress, averages and
+    states hold it as a whole, and the headers of snapshots each of its fields."""
+
+    step: int
+    t: float  # the training time, on the run's clock
+
+
+START = Moment(0, 0.0)
+"""Before the first call."""
+
 OUTSIDE_HEADER = ("path", "files", "entries")
 """Fields of a `Snapshot` that say where it is; snapshots with the same header are equal."""
 
 
-@dataclass(frozen=True, repr=False)
-class Snapshot(Source):
+@dataclass(frozen=True, repr=False, kw_only=True)
+class Snapshot(Moment, Source):
     """A snapshot: the content of its header, and the files that hold its tensors.
 
     The header's "ema" is a JSON object of all other fields than `OUTSIDE_HEADER`; fields equal to
@@ -74,9 +86,7 @@ class Snapshot(Source):
     sigma_rel: float  # width of the profile, as the user gave it
     gamma: Annotated[float, ANY_SIGN]  # exponent of the profile
     sigma_rels: tuple[float, ...]  # of all profiles that the run tracks, increasing
-    t: float
     t_unit: str  # what `t` counts: "steps", "images", ...
-    step: int  # number of `update_` calls up to `t`
     # of the first update; the profile's mass before it applies to the values of that time
     t_first: float
     max_interval: float  # the longest interval between two updates since `t_first`
@@ -114,6 +124,10 @@ class Snapshot(Source):
     files: tuple[TensorFile, ...] = field(default=(), compare=False)
     # dtype and complete shape
     entries: Mapping[str, Entry] = field(default_factory=dict, compare=False)
+
+    @property
+    def moment(self) -> Moment:
+        return Moment(**{each.name: getattr(self, each.name) for each in fields(Moment)})
 
     @property
     def identity(self) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -53,10 +53,6 @@ from posthoc_cli.snapshots.sources import (
     run_clock,
 )
 from posthoc_cli.targets import Mean, Target, name_equal_length
-
-if TYPE_CHECKING:
-    pass
-
 
 log = logging.getLogger(__name__)
 

@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import Any
 
 from posthoc_cli.errors import InvalidValueError, abbreviate
-from posthoc_cli.snapshots.snapshot import EARLIEST, LATEST
+from posthoc_cli.snapshots.snapshot import EARLIEST, LATEST, START, Moment
 from posthoc_cli.tracker.arguments import Settings
-
-
-@dataclass(frozen=True)
-class Moment:
-    """A call of `update_`: its number, and what the loop gives. Progress, averages, states and the
-    headers of snapshots hold it as a whole; a further field is a field of a header, too."""
-
-    step: int = 0
-    t: float = 0.0  # the training time, on the run's clock
-
-    @classmethod
-    def from_header(cls, header: Any) -> Moment:
-        """Read the moment of a snapshot from its header."""
-        return cls(**{each.name: getattr(header, each.name) for each in fields(cls)})
 
 
 @dataclass(frozen=True)
 class TrainingProgress:
     """The last call of a training; all is 0 before the first."""
 
-    last: Moment = field(default_factory=Moment)
+    last: Moment = START
     updated: int = 0  # the step of the last call at which an update was due
     own_clock: bool | None = None  # whether the calls pass `t`; None while unknown
 

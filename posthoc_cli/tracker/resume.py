@@ -53,7 +53,7 @@ from posthoc_cli.tracker.model import (
     named_tensors,
 )
 from posthoc_cli.tracker.processes import Members, Notes, ShardOwners, find_group
-from posthoc_cli.tracker.progress import Moment, TrainingProgress
+from posthoc_cli.tracker.progress import TrainingProgress
 from posthoc_cli.tracker.state import Tracking, check_profiles, zero_averages
 from posthoc_cli.tracker.tracked_averages import Averages, Standing
 
@@ -394,7 +394,7 @@ def _resume(last: Snapshot, sigma_rels: Sequence[float]) -> Tracking:
 
 
 def _progress_at(snapshot: Snapshot) -> TrainingProgress:
-    return TrainingProgress.resume(Moment.from_header(snapshot), snapshot.step)
+    return TrainingProgress.resume(snapshot.moment, snapshot.step)
 
 
 def _are_rounded(snapshot: Snapshot) -> bool:
@@ -424,7 +424,7 @@ def _load(
         _fill(high.views, chosen[sigma_rel], tracked)
     _fill(averages.copies, newest, tracked)
     averages.standing = Standing(
-        Moment.from_header(newest),
+        newest.moment,
         newest.t_first,
         newest.max_interval,
         newest.updates,

@@ -21,11 +21,12 @@ from posthoc_cli.errors import (
 from posthoc_cli.planning import format_widths
 from posthoc_cli.snapshots.decoding import ANY_SIGN, RunId, convert
 from posthoc_cli.snapshots.sketch_text import SketchText, path_of_part
+from posthoc_cli.snapshots.snapshot import START, Moment
 from posthoc_cli.tracker.arguments import Settings
 from posthoc_cli.tracker.memory import find_layout, on_host
 from posthoc_cli.tracker.model import TrackedModel, into_dtensors, nonfinite_name
 from posthoc_cli.tracker.processes import local_box
-from posthoc_cli.tracker.progress import Moment, TrainingProgress
+from posthoc_cli.tracker.progress import TrainingProgress
 from posthoc_cli.tracker.tracked_averages import Averages, AverageTensors, Standing
 
 STATE_VERSION = 8
@@ -55,7 +56,7 @@ class StateInfo:
     t_unit: str
     sigma_rels: tuple[float, ...]
     standing: Standing = field(default_factory=Standing)
-    last: Moment = field(default_factory=Moment)  # the last call
+    last: Moment = START  # the last call
     sketch: SketchText = ""
     # of a snapshot's sample at the last call; empty if unknown
     weights: tuple[Annotated[float, ANY_SIGN], ...] = ()

@@ -46,6 +46,7 @@ from torch import Tensor
 
 from posthoc_cli.profiles import gamma_from_sigma_rel
 from posthoc_cli.reconstruction import ROUNDING
+from posthoc_cli.snapshots.snapshot import START, Moment
 from posthoc_cli.snapshots.sources import PathSketch
 from posthoc_cli.tracker.background import SINGLE_THREAD, ThreadPool
 from posthoc_cli.tracker.folding import (
@@ -66,7 +67,6 @@ from posthoc_cli.tracker.memory import (
     is_on_host,
     tile_buckets,
 )
-from posthoc_cli.tracker.progress import Moment
 
 # the bits of a float32 that alone are the largest power of two not above its size
 SIGN_AND_EXPONENT = -0x80_0000
@@ -81,7 +81,7 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 class Standing:
     """The state of the averages, except their tensors, at the last update."""
 
-    last: Moment = field(default_factory=Moment)
+    last: Moment = START
     t_first: float = 0.0  # the time of the first update
     max_interval: float = 0.0  # the longest time between two updates so far
     updates: int = 0

@@ -10,7 +10,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from checking import refused
+from checking import heavy, refused
 from factories import RUN_ID, write_snapshot
 from predictions import walk
 from trained import EVERY, STEPS, TIMES, by, ema, named, ratio, timm, train, write
@@ -205,6 +205,7 @@ def test_a_trackers_snapshots_need_no_audit(tmp_path):
         Run(tmp_path).audit()
 
 
+@heavy
 def test_an_audit_of_many_checkpoints_takes_little_memory(tmp_path, healthy):
     moves = 0.01 * np.random.default_rng(0).standard_normal((480, 200))
     moves[0] *= 100

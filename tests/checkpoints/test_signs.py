@@ -173,7 +173,7 @@ def test_a_mean_of_some_steps_is_taken_as_its_counts_say(files, run):
         average = {"module.w": torch.tensor(mean).float(), "n_averaged": torch.tensor(count)}
         weights = {"w": torch.tensor(path[step - 1]).float()}
         store(files / f"step{step}.pt", {"model": weights, "swa": average, "step": step})
-    with refused("update_every", "counts the updates", "--update-every N --out run"):
+    with refused("update_every", "--update-every 50 --out run"):
         import_checkpoints(files, run)
     with refused("ema_decay", "--update-every 50 --ema-decay found --out run") as asked:
         import_checkpoints(files, run, update_every=50)

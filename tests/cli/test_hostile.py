@@ -10,7 +10,7 @@ from pathlib import Path
 import forked
 import pytest
 import torch
-from checking import refused
+from checking import heavy, refused
 from ema_command import unmeasured_environment
 from factories import RUN_ID, contents, write_snapshot
 from safetensors.torch import save_file
@@ -142,6 +142,7 @@ savefig.directory: /
 """
 
 
+@heavy
 def test_a_matplotlibrc_in_the_working_directory_neither_runs_anything_nor_changes_a_picture(
     ema, run, tmp_path
 ):

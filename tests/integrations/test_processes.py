@@ -24,14 +24,8 @@ SAVED = {
 """By program the step of the checkpoint before the kill."""
 
 
-KINDS = [
-    "alone",
-    pytest.param("ddp", marks=heavy),
-    pytest.param("sharded", marks=heavy),
-]
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@heavy
+@pytest.mark.parametrize("kind", ["alone", "ddp", "sharded"])
 @pytest.mark.parametrize("program", SAVED)
 def test_a_killed_training_resumes_exactly_and_evaluates_the_average(
     tmp_path,

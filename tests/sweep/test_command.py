@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checking import assert_same_tensors, refused
+from checking import assert_same_tensors, heavy, refused
 from factories import contents, random_walk, write_ema_checkpoints, write_run
 from forked import Forked
 from safetensors.torch import load_file, save_file
@@ -168,6 +168,7 @@ def mutate(lines, random):
     return [*lines[:at], changed[index], *lines[at + 1 :]]
 
 
+@heavy
 def test_odd_records_are_measured_again_or_refused_in_one_line(tmp_path, out):
     """Of 300 changes of a record by chance."""
     write_run(tmp_path / "run", random_walk(4, {"b": (7,)}), range(1, 5))

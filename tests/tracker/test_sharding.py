@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checking import assert_same_tensors
+from checking import assert_same_tensors, heavy
 from factories import sketch_of
 from groups import alone, averages, check_group, run_group, truth
 from tracker.runs import assert_near, steps, times
@@ -551,6 +551,7 @@ else:
 """
 
 
+@heavy
 @pytest.mark.parametrize("last", [8, 6])
 def test_a_clock_that_differs_between_processes_is_named_at_a_snapshot(last, tmp_path):
     """Each process would write its part for another time, and none would be complete: of snapshots
@@ -618,6 +619,7 @@ def train_stages(kinds, name, *stages):
 """
 
 
+@heavy
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_run_resumes_bit_for_bit_on_one_arrangement_of_processes_after_the_other(tmp_path):
     """From one process to FSDP, HSDP, tensor parallelism and back."""
