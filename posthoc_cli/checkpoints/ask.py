@@ -69,7 +69,8 @@ def _find_answer(
     attempt: Attempt[T],
 ) -> Answer | None:
     for answer in question.answers:
-        if _goes_through(place, {**given, **answer}, attempt, _MOST):
+        settings = {**given, **answer}
+        if settings != given and _goes_through(place, settings, attempt, _MOST):
             return answer
     return None
 
@@ -87,7 +88,8 @@ def _goes_through(
         attempt(place, settings)
     except QuestionError as question:
         following = [{**settings, **answer} for answer in question.answers if most > 1]
-        return any(_goes_through(place, each, attempt, most - 1) for each in following)
+        new = [each for each in following if each != settings]
+        return any(_goes_through(place, each, attempt, most - 1) for each in new)
     except PostHocError:
         return False
     return True

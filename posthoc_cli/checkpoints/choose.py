@@ -23,6 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -262,7 +263,7 @@ class Chooser:
             if content.values.get(KIND) == "output":
                 continue
             if not content.tensors and len(candidates) > 1:
-                self._leave_out([path], "holds no tensors")
+                failed.append((path, UnsuitableError(path, "holds no tensors")))
                 continue
             signs = read_signs(content, self.settings, self._root if has_numbers else None)
             members.append(Member(path, self._name(path), content, self.settings, signs))
@@ -305,7 +306,7 @@ class Chooser:
 
     def _choose_series(self, members: Sequence[Member]) -> list[Series]:
         """Choose the series of one run, at the times that the surest sign of most shows: without
-        copies, and single files at the times of others. None if nothing says a time."""
+        copies, and single files at the times of others; none if nothing says a time."""
         sign = sign_of_most({member.path: member.signs for member in members})
         timed = [member for member in members if sign in member.signs]
         untimed = [member for member in members if member not in timed]
@@ -324,7 +325,7 @@ class Chooser:
             rivals = [each for each in others if self._are_rivals(each, series)]
             if len(left) == 1 and any(len(each) > 1 for each in rivals):
                 self._leave_out(left, f"at the time of one of {self._glob_of(rivals[0])}")
-            elif len(left) == 1 and any(each[0].role == "both" for each in kept):
+            elif len(left) == 1 and any(len(each) > 1 for each in kept if each[0].role == "both"):
                 self._leave_out(left, "a single file")
             elif left:
                 is_clear = is_clear and not rivals
@@ -416,15 +417,16 @@ class Chooser:
         globs = [self._exact_glob(each) for each in several]
         if len({each[0].glob for each in several}) == 1:
             joined = [member for each in several for member in each]
-            follow = len(_numbers(joined)) == len(joined)
-            if follow and are_near(joined[0].values, joined[-1].values):
+            if len(_numbers(joined)) == len(joined) and _are_near_in_time(joined):
                 globs.insert(0, self._glob_of(joined))
         root = glob.escape(str(self._root))
         return [*answers, *({"place": f"{root}/{pattern}"} for pattern in globs)]
 
     def _pair(self, average: Series, weights: Series) -> Answer:
-        globs = [self._exact_glob(each).rpartition("/")[2] for each in (average, weights)]
-        return {"average": globs[0], "weights": globs[1]}
+        globs = [self._exact_glob(each) for each in (average, weights)]
+        names = [pattern.rpartition("/")[2] for pattern in globs]
+        ours, theirs = globs if names[0] == names[1] else names
+        return {"average": ours, "weights": theirs}
 
     def _exact_glob(self, series: Series) -> str:
         """Make a glob of a series that matches no other candidate."""
@@ -472,6 +474,12 @@ def _follow_each_other(several: Sequence[Series]) -> bool:
     firsts = [min(series, key=_numbers_in_name).values for series in several]
     to_each = float(np.square(np.stack(firsts) - firsts[0]).sum())
     return _motion(joined) < _SHORTER * (to_each + sum(map(_motion, several)))
+
+
+def _are_near_in_time(members: Series) -> bool:
+    """Return whether values are near those before them, as in phases of one run."""
+    in_order = sorted(members, key=_order)
+    return all(are_near(before.values, after.values) for before, after in pairwise(in_order))
 
 
 def _motion(members: Series) -> float:
@@ -535,9 +543,9 @@ def _split_by_time(group: Series) -> list[Series]:
 def _read_varying(series: Series) -> None:
     """Take the only number that differs in all names of a series as a sign of time, if no sign of
     time in their names differs."""
-    if len(series) < 2 or len(_numbers(series)) == len(series):
+    if len(series) < 2 or any(has_word(member.signs) for member in series):
         return
-    if any(has_word(member.signs) for member in series):
+    if len({member.signs[LONE].number for member in series if LONE in member.signs}) == len(series):
         return
     readings = read_varying([member.path.name for member in series])
     for member, reading in zip(series, readings, strict=False):

@@ -10,8 +10,9 @@ apart.
 from __future__ import annotations
 
 import math
+import operator
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +26,8 @@ from posthoc_cli.checkpoints.names import (
     SECONDS,
     Unit,
     find_times,
+    hide_dates,
+    hide_decimals,
     make_glob,
     read_name,
     read_number,
@@ -185,10 +188,11 @@ _GROUPED = re.compile(r"(?<![0-9])[0-9]{1,3}(?:[_,][0-9]{3})+(?![0-9])")  # 1_00
 
 
 def read_varying(names: Sequence[str]) -> list[Time]:
-    """Read the only number that differs in all of several names; none if several do, or if it may
-    mean something else. Decimals are metrics, but 1.2M is a number."""
+    """Read the only number that differs in all of several names, but for dates; none if several do,
+    or if it may mean something else. Decimals are metrics, but 1.2M is a number."""
+    names = [hide_dates(strip_ending(name)) for name in names]
     found = []
-    for column in zip(*(NUMBER.findall(strip_ending(name)) for name in names), strict=False):
+    for column in zip(*map(NUMBER.findall, names), strict=False):
         numbers = [read_number(text) for text in column]
         if all(isinstance(number, int) for number in numbers) and len({*numbers}) == len(names):
             found.append(column)
@@ -209,39 +213,67 @@ _SPELLED = r"[0-9]{1,3}(?:[_,][0-9]{3})+(?![0-9kmb])|[0-9]+(?:\.[0-9]+)?[kmb](?!
 """1_000, 1.5k or 1000."""
 
 
-def _ask_for_step(path: Path) -> InvalidValueError:
-    """Make the question which number of a name is the step; the last one is proposed first."""
+def _ask_for_step(path: Path, files: Iterable[Path]) -> InvalidValueError:
+    """Make the question which number of a name is the step, of a file among others; the last one is
+    proposed first."""
     marks = find_times(_name_with_time(path, path.parent))
     doubt = "its name has no number, or several"
     if len(marks) == 1:
         doubt = f"{marks[0].text!r} may be something else"
     reason = f"cannot determine its training step: {doubt}"
-    patterns = [*reversed(_list_patterns(path, _SPELLED))]
-    if not any("kKmMbB" in pattern for pattern in patterns):  # whose digits alone are no steps
-        patterns += reversed(_list_patterns(path, "[0-9]+"))
+    answers = [{"step_from": pattern} for pattern in _list_patterns(path, files)]
     rename = "leave it out, or rename copies of the files after their steps: step1000.pt"
-    if patterns:
-        answers = [{"step_from": pattern} for pattern in patterns]
-        return QuestionError(path, reason, *answers, otherwise=rename)
-    can_find = re.search("[0-9]", path.name) and not SECONDS.search(path.name)
-    return InvalidValueError(path, reason, _describe_pattern() if can_find else rename)
+    if not answers:
+        return InvalidValueError(path, reason, rename)
+    return QuestionError(path, reason, *answers, otherwise=rename)
 
 
-def _list_patterns(path: Path, spelled: str) -> list[str]:
-    """List the patterns of a name that each find one of its numbers, by how these are spelled."""
-    texts = re.split(f"({spelled})", path.name, flags=re.IGNORECASE)
-    parts = [re.escape(text) for text in texts]
-    for place in range(1, len(texts), 2):
-        parts[place] = r"\d+"
-        if not texts[place].isdecimal():
-            has_unit = texts[place][-1].isalpha()
-            parts[place] = "[0-9.]+[kKmMbB]" if has_unit else r"\d[\d_,]*\d"
-    patterns = []
-    for place in range(1, len(texts), 2):
-        if not SECONDS.fullmatch(texts[place]):
-            found = [*parts[:place], f"({parts[place]})", *parts[place + 1 :]]
-            patterns.append(f"{''.join(found)}$")
-    return patterns
+def _list_patterns(path: Path, files: Iterable[Path]) -> list[str]:
+    """List the patterns that each find one number of a name, and of most files; the last one first,
+    but numbers behind words such as `seed` last.
+
+    Digits such as 42_100 are one number if the 42 differs among files and none begins with 0, else
+    first the 100 alone.
+    """
+    names = [file.name for file in files]
+    found = [*_find_patterns(path, _SPELLED)]
+    if not any("kKmMbB" in pattern for _, pattern in found):  # whose digits alone are no steps
+        first = {re.split("[_,]", text)[0] for text in _GROUPED.findall(" ".join(names))}
+        are_grouped = len(first) > 1 and not any(text.startswith("0") for text in first)
+        digits = _find_patterns(path, "[0-9]+")
+        found = [*found, *digits] if are_grouped else [*digits, *found]
+    counts = dict[str, int]()
+    for _, pattern in sorted(found, key=operator.itemgetter(0), reverse=True):
+        counts[pattern] = sum(re.search(pattern, name) is not None for name in names)
+    return [pattern for pattern, count in counts.items() if count == max(counts.values())]
+
+
+def _find_patterns(path: Path, spelled: str) -> Iterator[tuple[tuple[bool, int], str]]:
+    """Find the patterns of a name that each find one of its numbers, by how these are spelled, and
+    its place: no parts of dates and decimals. What stands before it may be a hash of each file."""
+    name = path.name
+    others = {mark.begin for mark in read_name(name) if mark.word == "other"}
+    for number in re.finditer(spelled, hide_decimals(hide_dates(name)), re.IGNORECASE):
+        if SECONDS.fullmatch(number[0]):
+            continue
+        place = (number.start() not in others, number.end())
+        before = name[: number.start()]
+        found = f"({_generalise(number[0])}){_generalise(name[number.end() :])}$"
+        yield place, _generalise(before) + found
+        yield place, _generalise(before[-1:]) + found
+
+
+def _generalise(text: str) -> str:
+    """Make the pattern of a text in which its numbers may be others."""
+    pattern = ""
+    end = 0
+    for number in re.finditer(_SPELLED, text, re.IGNORECASE):
+        digits = r"\d+"
+        if not number[0].isdecimal():
+            digits = "[0-9.]+[kKmMbB]" if number[0][-1].isalpha() else r"\d[\d_,]*\d"
+        pattern += re.escape(text[end : number.start()]) + digits
+        end = number.end()
+    return pattern + re.escape(text[end:])
 
 
 def _describe_pattern() -> str:
@@ -261,7 +293,7 @@ def read_times(files: Mapping[Path, Signs], settings: ImportSettings) -> list[Ti
     sign = sign_of_most(files)
     for path, signs in files.items():
         if sign not in signs:
-            raise _ask_for_step(path)
+            raise _ask_for_step(path, files)
     clock = _Clock(files, [signs[sign or ""] for signs in files.values()], settings)
     if sign == "stated":
         _check_names(files)
@@ -303,8 +335,12 @@ def _check_names(files: Mapping[Path, Signs]) -> None:
     if len({*named}) > 1:
         reason = f"must be given: {signs['stated'].origin} is {stated[0]:,} in {path.name}, behind "
         reason += f"the {named[0]:,} in its name"
-        patterns = reversed(_list_patterns(path, _SPELLED))
-        raise QuestionError("step_from", reason, *({"step_from": each} for each in patterns))
+        answers = []
+        for pattern in _list_patterns(path, files):
+            match = re.search(pattern, path.name)
+            if match and read_number(match[1]) == named[0]:
+                answers.append({"step_from": pattern})
+        raise QuestionError("step_from", reason, *answers)
 
 
 @dataclass(frozen=True)
@@ -357,10 +393,12 @@ class _Clock:
         Where names confirm the steps of contents, the epochs may begin anew at a resume.
         """
         pairs = set()
+        named = [_number_in_name(signs) for signs in self.files.values()]
+        if self.numbers[0].key and named == [time.number for time in self.numbers]:
+            return
         for signs, time in zip(self.files.values(), self.numbers, strict=True):
             epoch = signs.get("stated epoch") or signs.get("epoch in name")
-            is_confirmed = bool(time.key) and _number_in_name(signs) == time.number
-            if epoch is None or is_confirmed or (time.key and time.key not in _ANEW):
+            if epoch is None or (time.key and time.key not in _ANEW):
                 return
             pairs.add((epoch.number, time.number))
         for (before, number), (later, later_number) in pairwise(sorted(pairs)):

@@ -140,7 +140,7 @@ def role_by_glob(path: Path, settings: ImportSettings) -> str:
     """Return "ema" or "checkpoints" for a file that a glob in `average` or `weights` names; else an
     empty text."""
     for kind, text in (("ema", settings.average), ("checkpoints", settings.weights)):
-        if text and fnmatchcase(path.name, text):
+        if text and (fnmatchcase(path.name, text) or ("/" in text and path.match(text))):
             return kind
     return ""
 

@@ -49,6 +49,19 @@ _DATE = re.compile(
     r"(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])(?:[0-9]{4}|[0-9]{6})?|"
     + SECONDS.pattern
 )
+_MOMENT = re.compile(
+    r"""
+    (?<![0-9]) (?:19|20)[0-9]{2} (?:
+        (?P<join>[-_.]) (?:0[1-9]|1[0-2]) (?P=join) (?:0[1-9]|[12][0-9]|3[01])
+        (?: [-_.T\ ] (?:[01][0-9]|2[0-3]) [-_.:h]? [0-5][0-9] (?: [-_.:m]? [0-5][0-9] )? )?
+      | (?:0[1-9]|1[0-2]) (?:0[1-9]|[12][0-9]|3[01]) [-_T]
+        (?:[01][0-9]|2[0-3]) [0-5][0-9] [0-5][0-9]
+    ) (?![0-9])
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+"""A date in parts, such as 2024-05-01 or 20240501-123000: none of its numbers is a step."""
+_DECIMAL = re.compile(r"(?<![0-9])[0-9]+\.[0-9]+(?![0-9]|\.[0-9]|[kmb])", re.IGNORECASE)
 MOST = 10**15
 """The largest number that is read as a time."""
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
@@ -104,8 +117,8 @@ def _find_word(text: str | None) -> str:
 
 
 def _hide_metric(match: re.Match[str]) -> str:
-    """Return a decimal behind a word for time, and nothing for any other."""
-    return match[0] if _OF_TIME.fullmatch(match["word"]) else "~" * len(match[0])
+    """Return a decimal behind a word for time, and signs that are no digits for any other."""
+    return match[0] if _OF_TIME.fullmatch(match["word"]) else _hide(match)
 
 
 def _read_time(text: str, word: str) -> int | None:
@@ -117,6 +130,20 @@ def _read_time(text: str, word: str) -> int | None:
         return None
     number = read_number(text)
     return number if isinstance(number, int) and number <= MOST else None
+
+
+def hide_dates(name: str) -> str:
+    """Replace dates in parts by signs that are no digits, as many of them."""
+    return _MOMENT.sub(_hide, name)
+
+
+def hide_decimals(name: str) -> str:
+    """Replace decimals by signs that are no digits, as many of them."""
+    return _DECIMAL.sub(_hide, name)
+
+
+def _hide(match: re.Match[str]) -> str:
+    return "~" * len(match[0])
 
 
 def find_times(name: str) -> list[Mark]:

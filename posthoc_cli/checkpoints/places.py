@@ -215,8 +215,10 @@ class Place:
             for other in others:
                 names = {name for name, _ in self._signature(layout)}
                 shared = names & {name for name, _ in self._signature(other)}
+                if not shared:
+                    continue
                 ours, theirs = self._first_values(layout, other)
-                if shared and not np.array_equal(ours, theirs):
+                if not np.array_equal(ours, theirs):
                     return True
             others.append(layout)
         return False

@@ -6,11 +6,13 @@ import shutil
 import pytest
 import torch
 from checking import refused
+from checkpoint_layouts import distributed
 from safetensors.torch import load_file, save_file
 from saved import asked, named, read, store, times, write_each
 from walks import saves
 
 from posthoc_cli import Run
+from posthoc_cli.checkpoints.describe import describe_checkpoints
 from posthoc_cli.errors import FileFormatError, PostHocError
 
 STEPS = [float(save.step) for save in saves()]
@@ -233,6 +235,19 @@ def test_two_phases_of_one_run_are_proposed_together(tmp_path):
     assert times(tmp_path / "phase*" / "step_*.pt") == STEPS
 
 
+@pytest.mark.parametrize("name", ["epoch_{}/step_{}.pt", "v_{}/checkpoints/epoch=1-step={}.ckpt"])
+def test_phases_far_from_the_first_are_proposed_together(name, tmp_path):
+    """The first of them was proposed alone: the last weights had moved far from the first ones."""
+    generator = torch.Generator().manual_seed(0)
+    position = torch.randn(6, 6, generator=generator)
+    for number in range(12):
+        position = position + 0.9 * torch.randn(6, 6, generator=generator)
+        content = {"w.weight": position.clone()}
+        store(tmp_path / name.format(number // 4, 50 * (number + 1)), content)
+    words = shlex.split(asked(tmp_path).partition("paste: ")[2])
+    assert times(words[2]) == [50.0 * (number + 1) for number in range(12)]
+
+
 @pytest.mark.parametrize("name", ["model_{}_part{}.pt", "{}-{}.pt", "part{1}_of_step{0}.pt"])
 def test_parts_of_several_times_are_no_parts_of_one_checkpoint(name, tmp_path):
     """Of 20 such files one was proposed."""
@@ -256,6 +271,26 @@ def test_copies_in_another_dtype_are_not_proposed_as_averages(tmp_path):
         half = {name: value.half() for name, value in save.weights.items()}
         store(tmp_path / f"step_{save.step}_fp16.safetensors", half)
     assert "--average" not in asked(tmp_path)
+
+
+def test_pairs_in_files_of_other_names_are_one_run(tmp_path):
+    for save, name in zip(saves(), "abcdefghij", strict=True):
+        content = {"model": save.weights, "ema": save.average, "step": save.step}
+        store(tmp_path / f"{name * 4}.pt", content)
+    found = read(tmp_path, ema_decay=0.95)
+    assert found.counts == {"weights": 10, "EMA of decay 0.95": 10}
+
+
+def test_two_series_of_equal_names_are_proposed_by_their_folders(tmp_path):
+    """`--average '*.pt' --weights '*.pt'` was proposed, and asked the same again."""
+    for save in saves():
+        store(tmp_path / "fast" / f"{save.step}.pt", save.weights)
+        store(tmp_path / "slow" / f"{save.step}.pt", save.average)
+    words = shlex.split(asked(tmp_path).partition("paste: ")[2])
+    given = dict(zip(words[3::2], words[4::2], strict=True))
+    assert given == {"--average": "slow/*.pt", "--weights": "fast/*.pt", "--out": "run"}
+    found = read(tmp_path, average="slow/*.pt", weights="fast/*.pt", ema_decay=0.95)
+    assert found.counts == {"weights": 10, "EMA of decay 0.95": 10}
 
 
 def test_two_models_with_as_many_files_are_a_question(tmp_path):
@@ -310,6 +345,27 @@ def test_a_damaged_file_of_the_run_is_an_error(tmp_path):
     file.write_bytes(file.read_bytes()[:1000])
     with refused(file, kind=FileFormatError):
         read(tmp_path)
+
+
+def test_a_later_checkpoint_whose_tensors_are_missing_is_an_error(tmp_path):
+    """A folder of torch.distributed.checkpoint is written last, and was left out."""
+    for save in saves():
+        distributed(tmp_path / f"step_{save.step}", {"model": save.weights})
+    (tmp_path / f"step_{LAST.step}" / ".metadata").unlink()
+    with refused(tmp_path / f"step_{LAST.step}", "move it away", kind=FileFormatError):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["step_{}/ckpt_rank{}.pt", "checkpoint-{}/{}-of-2.pt"])
+def test_a_damaged_file_of_a_rank_does_not_hide_what_else_there_is(name, tmp_path):
+    """`ema info` showed nothing."""
+    for step, ranks in ((40, 1), (80, 2)):
+        for rank in range(ranks):
+            damaged = tmp_path / name.format(step, rank)
+            store(damaged, {"model": FIRST.weights})
+    damaged.write_bytes(damaged.read_bytes()[:2000])
+    described = describe_checkpoints(tmp_path)
+    assert any("model (" in row["holds"] for row in described["checkpoints"])
 
 
 def test_other_files_that_cannot_be_read_are_left_out_and_named(tmp_path, caplog):

@@ -289,6 +289,16 @@ def test_a_count_of_epochs_behind_the_numbers_in_names_is_asked_about(tmp_path):
     assert steps_of(tmp_path, step_from=r"G_(\d+)") == [100, 200, 400, 500]
 
 
+@pytest.mark.parametrize("name", ["G_step{1}_epoch{0}.pth", "{1}_v2.pth"])
+def test_a_count_of_epochs_is_asked_about_beside_other_numbers_in_names(name, tmp_path):
+    """Epochs were taken for steps, or proposed."""
+    for epoch in (1, 2, 4, 5):
+        store(tmp_path / name.format(epoch, 100 * epoch), iteration=epoch)
+    words = shlex.split(asked(tmp_path).partition("paste: ")[2])
+    pattern = words[words.index("--step-from") + 1]
+    assert steps_of(tmp_path, step_from=pattern) == [100, 200, 400, 500]
+
+
 def test_a_count_that_repeats_gives_way_to_the_numbers_in_names(tmp_path):
     for number, count in enumerate((1, 1, 2, 2), 1):
         store(tmp_path / f"G_{100 * number}.pth", global_step=count)
@@ -330,7 +340,12 @@ def in_contents(folder, step, epoch, within):
     store(folder / f"2024-05-01_{step}.pt", epoch=epoch, step=within)
 
 
-@pytest.mark.parametrize("save", [in_names, in_contents])
+def beside_names(folder, step, epoch, within):
+    """In the first epoch both are equal, and the steps within all were taken."""
+    store(folder / f"model_{step}.pt", epoch=epoch, step=within)
+
+
+@pytest.mark.parametrize("save", [in_names, in_contents, beside_names])
 def test_steps_that_begin_anew_in_each_epoch_are_refused(save, tmp_path):
     for step, (epoch, within) in WITHIN.items():
         save(tmp_path, step, epoch, within)
@@ -407,6 +422,59 @@ def test_a_question_about_steps_ends_in_a_pattern_that_reads_them(name, numbers,
 def test_the_only_number_that_differs_in_names_is_the_time(name, numbers, steps, tmp_path):
     write(tmp_path, name, numbers)
     assert times(tmp_path) == steps
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers", "steps"),
+    [
+        ("seed42_{}.pt", (100, 200, 900), [100, 200, 900]),
+        ("exp-12_{}.ckpt", (100, 300), [100, 300]),
+        ("net_{:_}.pt", (11_000, 12_000, 13_500), [11_000, 12_000, 13_500]),
+        ("{}.ckpt", ("00_100_2.69", "01_200_1.33", "02_300_0.71"), [100, 200, 300]),
+        ("{}-acc0.5.pt", ("01_100", "02_200"), [100, 200]),
+        ("{}.pt", ("2024-05-01_a3-b100", "2024-05-01_a4-b250"), [100, 250]),
+        ("net_{}.pt", ("100_fid48", "250_fid31"), [100, 250]),
+        ("{}.pt", ("0c77_1600", "b12a_1100", "d8e4_700"), [700, 1100, 1600]),
+    ],
+)
+def test_no_seed_metric_or_date_is_proposed_as_a_step(name, numbers, steps, tmp_path):
+    """The decimals of a loss were proposed, minutes, and 42,100 for the step 100 of the seed 42."""
+    write(tmp_path, name, numbers)
+    words = shlex.split(asked(tmp_path).partition("paste: ")[2])
+    assert steps_of(tmp_path, step_from=words[words.index("--step-from") + 1]) == steps
+
+
+DATES = [
+    "2024-05-01_12-{:02}-00.pt",
+    "2024-05-{:02}.pt",
+    "run.2024.05.{:02}.pt",
+    "20240501-12{:02}00.pt",
+    "model_20240501_12{:02}00.pt",
+    "2024-05-01T12:30:{:02}/model.pt",
+]
+
+
+@pytest.mark.parametrize("name", DATES)
+def test_a_part_of_a_date_is_no_step(name, tmp_path):
+    """Minutes were taken for epochs, without a word."""
+    write(tmp_path, name, range(21, 27))
+    with pytest.raises(InvalidValueError, match="rename copies") as raised:
+        read(tmp_path)
+    assert "paste" not in str(raised.value)
+
+
+def test_the_number_that_differs_beside_a_date_is_the_time(tmp_path):
+    for number, step in enumerate((100, 200, 700), 1):
+        store(tmp_path / f"a_2024-05-01_12-3{number}-00_{step}.pt")
+        store(tmp_path / "other" / f"20240501-12300{number}_{step}.pt")
+    assert steps_of(tmp_path / "a_*") == [100, 200, 700]
+    assert steps_of(tmp_path / "other") == [100, 200, 700]
+
+
+def test_a_date_beside_a_step_in_the_contents_is_taken(tmp_path):
+    for number in (1, 2, 4):
+        store(tmp_path / f"2024-05-01_12-3{number}-00.pt", step=100 * number)
+    assert steps_of(tmp_path) == [100, 200, 400]
 
 
 def test_k_and_m_that_repeat_a_time_have_no_proposal_for_a_part(tmp_path):

@@ -134,7 +134,7 @@ def test_names_of_values_are_no_options(tmp_path, ema):
 
 def test_info_of_safetensors_that_are_no_run_as_they_are(tmp_path, ema):
     """They were shown as outputs of this package."""
-    write_each(tmp_path, "2024-05-01_12-{save.epoch:02}-00-save-{save.step}.safetensors", weights)
+    write_each(tmp_path, "x{save.epoch:02}-save-{save.step}.safetensors", weights)
     report = ema("info", tmp_path, "--json").json
     assert report["kind"] == "checkpoints"
     assert "cannot be used as it is: " in report["notes"][0]
