@@ -23,6 +23,7 @@ def run_python(*arguments, **variables):
     )
 
 
+@heavy
 def test_without_a_device_one_line_says_so_and_nothing_is_run():
     done = run_python("scripts/gpu.py", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 1

@@ -9,6 +9,7 @@ from pathlib import Path
 import gpu
 import pytest
 from accelerator import simulator
+from checking import heavy
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -30,12 +31,18 @@ def run_checks(*arguments):
     return done.stdout
 
 
-LONG = HERE / "check_tracker.py"
-CHECKS = sorted(HERE.glob("check_*.py"))
+SCENARIOS = HERE / "check_tracker.py"
+MUTATIONS = HERE / "check_mutations.py"
+OTHERS = sorted({*HERE.glob("check_*.py")} - {SCENARIOS, MUTATIONS})
 
 
 @pytest.mark.parametrize(
-    "paths", [[LONG], [path for path in CHECKS if path != LONG]], ids=["tracker", "others"]
+    "paths",
+    [
+        pytest.param([SCENARIOS], id="tracker"),
+        pytest.param([MUTATIONS], id="mutations", marks=heavy),
+        pytest.param(OTHERS, id="others"),
+    ],
 )
 def test_checks_on_the_simulated_accelerator(paths):
     assert " passed" in run_checks(*map(str, paths))

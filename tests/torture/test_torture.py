@@ -22,15 +22,9 @@ EXPERIMENTS = {
 """By name: a function of an empty folder, the share of all cases to try (0 to 1, at least one of
 each kind) and a seed; and the share that the gate tries."""
 
-KILLED = (
-    "trainings killed and resumed by their own script",
-    "one process of a sharded training killed",
-)
-"""Experiments that start many programs."""
-MARKED = [pytest.param(name, marks=heavy) if name in KILLED else name for name in EXPERIMENTS]
 
-
-@pytest.mark.parametrize("name", MARKED)
+@heavy
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_nothing_is_lost_missed_or_executed(name, tmp_path):
     experiment, share = EXPERIMENTS[name]
     tally = experiment(tmp_path, share, 0)

@@ -7,6 +7,7 @@ import json
 
 import forked
 import pytest
+from checking import heavy
 
 pytest.importorskip("IPython")
 
@@ -82,6 +83,7 @@ def run_cells(folder, *cells):
     return errors
 
 
+@heavy
 def test_cells_that_train_are_run_again(tmp_path):
     (tmp_path / "net.py").touch()
     errors = run_cells(

@@ -107,6 +107,7 @@ for kind in arguments:
 """
 
 
+@heavy
 @pytest.mark.parametrize(
     ("ranks", "kinds"),
     [
@@ -211,6 +212,7 @@ assert equal(held(model), raw)
         assert out == "True True\n"
 
 
+@heavy
 @pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="the system does not report peak memory"
 )
