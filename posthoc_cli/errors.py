@@ -387,11 +387,10 @@ def check_count(
 
 def at_most_one(**given: object) -> None:
     """Raise InvalidValueError if several of these arguments are given; None and False are not."""
-    values = [value for value in given.values() if value is not None and value is not False]
-    if len(values) > 1:
-        first, *_ = given
+    present = [name for name, value in given.items() if value is not None and value is not False]
+    if len(present) > 1:
         names = ", ".join(map(argument, given))
-        raise InvalidValueError(first, f"give at most one of {names}")
+        raise InvalidValueError(present[0], f"give at most one of {names}")
 
 
 def check_word(

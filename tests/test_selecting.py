@@ -8,6 +8,7 @@ from factories import exact_average, random_walk, write_run
 from safetensors.torch import load_file, save_file
 
 from posthoc_cli import Request, Run
+from posthoc_cli.errors import at_most_one
 
 SHAPES = {"encoder.a": (30, 10), "encoder.b": (7,), "decoder.a": (5, 4), "head": (3,)}
 
@@ -91,6 +92,12 @@ def test_a_tied_tensor_is_selected_by_any_of_its_names(tmp_path):
         ema.update_(model)
     made = Run(tmp_path / "run").average(0.1, include="b.weight")
     assert made.keys() == {"a.weight", "b.weight"}
+
+
+def test_of_arguments_that_exclude_each_other_a_given_one_is_the_subject():
+    at_most_one(t=None, step=1, last=False)
+    with refused("step", "`t`, `step`, `last`"):
+        at_most_one(t=None, step=1, last=True)
 
 
 def test_a_request_is_checked_when_it_is_made():
