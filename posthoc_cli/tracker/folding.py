@@ -93,6 +93,7 @@ def new_value_share(gamma: float, t_prev: float, t: float) -> float:
 
 
 def lasting_roundings(
+    gammas: Sequence[float],
     gamma: float,
     updates: int,
     smooth: float,
@@ -101,7 +102,7 @@ def lasting_roundings(
     mean square, in units of one rounding to nearest.
 
     Windows of k = L updates values have the relative length L = min(1 / 8, WINDOW / updates), at
-    most a thousandth where profiles share a mean, and a fold leaves 1 - m = (1 - L)^(gamma + 1) of
+    most `_reach` where profiles share a mean, and a fold leaves 1 - m = (1 - L)^(gamma + 1) of
     earlier errors: 1 / (1 - (1 - m)^2) of the squares last. Each adds a rounding of the average
     (dithers cancel out), and m times the error of the mean. Where weights scatter, each of a mean's
     k values is rounded independently: k / 3 squares. Where they move steadily, as a share `smooth`
@@ -112,8 +113,9 @@ def lasting_roundings(
     0.01 to 0.28): 0.2 to 1.2 of this, for weights that hardly move less.
     """
     length = min(LONGEST_OWN, WINDOW / max(1, updates))
-    if updates * LONGEST > FEWEST_SHARED:
-        length = min(length, LONGEST)
+    reach = _reach(gammas)
+    if updates * reach >= FEWEST_SHARED:
+        length = min(length, reach)
     values = max(0.0, length * updates - 1)  # the first one is copied
     left = (1 - length) ** (gamma + 1)
     mass = 1 - left

@@ -341,7 +341,7 @@ class Averages:
         gamma = self.gammas[profile]
         spacings = [torch.finfo(bucket.wide).eps for bucket in self.tensors.layout]
         spacing = max(spacings, default=0.0)  # some processes have no average
-        own = lasting_roundings(gamma, standing.updates, self._smooth_share())
+        own = lasting_roundings(self.gammas, gamma, standing.updates, self._smooth_share())
         kept = (standing.rounded_t / standing.t) ** (gamma + 1)
         return math.hypot(ROUNDING * spacing * own, standing.rounding * kept)
 
