@@ -209,7 +209,7 @@ def _is_date(text: str) -> bool:
 
 # --- questions about the number in a name
 
-_SPELLED = r"[0-9]{1,3}(?:[_,][0-9]{3})+(?![0-9kmb])|[0-9]+(?:\.[0-9]+)?[kmb](?![a-z0-9])|[0-9]+"
+_SPELLING = r"[0-9]{1,3}(?:[_,][0-9]{3})+(?![0-9kmb])|[0-9]+(?:\.[0-9]+)?[kmb](?![a-z0-9])|[0-9]+"
 """1_000, 1.5k or 1000."""
 
 
@@ -236,7 +236,7 @@ def _list_patterns(path: Path, files: Iterable[Path]) -> list[str]:
     first the 100 alone.
     """
     names = [file.name for file in files]
-    found = [*_find_patterns(path, _SPELLED)]
+    found = [*_find_patterns(path, _SPELLING)]
     if not any("kKmMbB" in pattern for _, pattern in found):  # whose digits alone are no steps
         first = {re.split("[_,]", text)[0] for text in _GROUPED.findall(" ".join(names))}
         are_grouped = len(first) > 1 and not any(text.startswith("0") for text in first)
@@ -267,7 +267,7 @@ def _generalise(text: str) -> str:
     """Make the pattern of a text in which its numbers may be others."""
     pattern = ""
     end = 0
-    for number in re.finditer(_SPELLED, text, re.IGNORECASE):
+    for number in re.finditer(_SPELLING, text, re.IGNORECASE):
         digits = r"\d+"
         if not number[0].isdecimal():
             digits = "[0-9.]+[kKmMbB]" if number[0][-1].isalpha() else r"\d[\d_,]*\d"
