@@ -54,7 +54,7 @@ def describe(checkpoint):
     """Return what is found out about a checkpoint: its role, its time, its profile, its tensors."""
     profile = checkpoint.profile
     tails = [profile.tail(share * profile.t) for share in (0.3, 0.7, 0.9, 0.99)]
-    about = (checkpoint.path, checkpoint.t, checkpoint.t_unit, checkpoint.holds, checkpoint.kind)
+    about = (checkpoint.path, checkpoint.t, checkpoint.t_unit, checkpoint.holds)
     return about, tails, checkpoint.stored, checkpoint.tensors, checkpoint.aliases
 
 

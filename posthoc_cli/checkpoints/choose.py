@@ -43,14 +43,10 @@ from posthoc_cli.checkpoints.clock import (
 )
 from posthoc_cli.checkpoints.containers import KIND
 from posthoc_cli.checkpoints.content import Content, Tensors
-from posthoc_cli.checkpoints.layouts import (
-    Found,
-    recognise,
-    role_by_glob,
-    says_its_profile,
-)
+from posthoc_cli.checkpoints.layouts import recognise, role_by_glob, says_its_profile
 from posthoc_cli.checkpoints.names import NUMBER, make_glob, read_number
 from posthoc_cli.checkpoints.places import Place
+from posthoc_cli.checkpoints.sets import Found
 from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.checkpoints.source import (
     COMPARED_FILES,

@@ -7,7 +7,7 @@ word in a key or in the name of a file says which is the average (`folders.AVERA
    `containers.CONTAINERS`;
 2. if values beside the average say its decay or count its updates: a function that reads them, and
    a row of `LIBRARIES`;
-3. if the two sets lie under fixed keys that no word tells apart: a row of `FIXED`;
+3. if the two sets lie under fixed keys that no word tells apart: the keys in its row, too;
 4. if names of files say the time and the profile: a function in `BY_NAME`;
 5. for a new name of a step or an epoch: an item of `clock.STEPS` or `clock.EPOCHS`;
 6. a line in the guide `checkpoints`, and a test that writes such files in
@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
@@ -31,90 +32,15 @@ from posthoc_cli.checkpoints.containers import strip_ending
 from posthoc_cli.checkpoints.content import Content, Tensors, Values, list_names
 from posthoc_cli.checkpoints.folders import AVERAGE_WORD
 from posthoc_cli.checkpoints.places import Place
-from posthoc_cli.checkpoints.sets import Pair, TensorSets, are_mmcv_buffers, complete, match_names
-from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings
-from posthoc_cli.checkpoints.source import Checkpoint, are_near, first_values, make_checkpoint
+from posthoc_cli.checkpoints.sets import Found, TensorSets, are_mmcv_buffers
+from posthoc_cli.checkpoints.settings import ImportSettings
+from posthoc_cli.checkpoints.source import Checkpoint, are_near, make_checkpoint
 from posthoc_cli.checkpoints.updates import Calls, Updates
 from posthoc_cli.decay_rules import RAMP_UP, UNLIMITED, ema_pytorch_profile
 from posthoc_cli.errors import FileFormatError, InvalidValueError, argument
-from posthoc_cli.profiles import FloatArray, PowerFunction, StoredProfile, gamma_from_sigma_rel
+from posthoc_cli.profiles import PowerFunction, gamma_from_sigma_rel
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a checkpoint holds: an average, the weights under the same names, or one of the two."""
-
-    sets: TensorSets
-    kind: str  # one of `KINDS`
-    pair: Pair
-    # of an ordinary EMA; its profile follows in `Checkpoint.with_settings`
-    updates: Updates | None = None
-    # of another average, at a step
-    profile: Callable[[int], StoredProfile] | None = None
-    sigma_rel: float = 0.0  # and the width that its user asked for
-    reading: Time | None = None  # its number, if its name states it with the profile
-    time: int = 0  # on the clock of its run; 0 before the training
-    lacks: tuple[str, ...] = ()  # settings that must be given
-    unused: tuple[str, ...] = ()  # paths of the sets that are neither of these
-
-    @property
-    def content(self) -> Content:
-        return self.sets.content
-
-    @property
-    def path(self) -> Path:
-        return self.content.path
-
-    @property
-    def averaged(self) -> Tensors:
-        return self.pair.averaged
-
-    @property
-    def weights(self) -> Tensors:
-        return self.pair.weights
-
-    @property
-    def count(self) -> int:
-        """Updates that its average has counted, one for each step; 0 if none are known."""
-        if self.updates is None or self.updates.calls == "counted":
-            return 0
-        return self.updates.count or 0
-
-    @property
-    def tensors(self) -> Tensors:
-        """The tensors of the model: the average's, and the weights that the average lacks."""
-        if self.averaged:
-            return complete(self.averaged, self.weights)
-        return self.weights
-
-    @property
-    def twins(self) -> list[str]:
-        """The unused sets that have as many tensors as the weights or the average."""
-        counts = {len(self.averaged or self.weights), len(self.weights)}
-        return [key for key in self.unused if self.sets.counts[key] in counts]
-
-    def is_unlike(self, key: str) -> bool:
-        """Return whether a set is a network none of whose names the weights have."""
-        is_matched = match_names(self.sets.below(key), self.weights)
-        return self.sets.holds_network(key) and not is_matched
-
-    def paired_with(self, key: str) -> Found:
-        """Take another set for the average of the weights; for none if it does not match."""
-        averaged = match_names(self.sets.below(key), self.weights)
-        return replace(self, pair=replace(self.pair, averaged=averaged))
-
-    @property
-    def starts(self) -> tuple[FloatArray, FloatArray]:
-        """The first elements of the average, and of its weights: of matrices if there are any, as
-        the vectors of two networks, such as the gains of norms, may be near each other."""
-        shared = self.averaged.keys() & self.weights.keys()
-        names = {name for name in shared if len(self.weights[name].shape) > 1} or shared
-        ours = make_checkpoint(self.content, {name: self.averaged[name] for name in names})
-        theirs = make_checkpoint(self.content, {name: self.weights[name] for name in names})
-        with ours:  # the file stays open
-            return first_values(ours), first_values(theirs)
 
 
 def recognise(content: Content, settings: ImportSettings) -> Found:
@@ -125,13 +51,7 @@ def recognise(content: Content, settings: ImportSettings) -> Found:
         if found is not None and settings.kind in (None, found.kind):
             return found
     sets = TensorSets(content, (settings.average, settings.weights))
-    try:
-        found = _recognise_sets(sets, settings)
-    except (TypeError, ValueError, OverflowError) as error:
-        if isinstance(error, InvalidValueError):
-            raise
-        reason = f"holds an EMA whose settings cannot be read: {error}"
-        raise FileFormatError(content.path, reason) from error
+    found = _recognise_sets(sets, settings)
     used = [*found.averaged.values(), *found.weights.values()]
     return replace(found, unused=sets.without(used))
 
@@ -153,24 +73,21 @@ def _recognise_sets(sets: TensorSets, settings: ImportSettings) -> Found:
     if settings.kind == "checkpoints":
         return _find_weights(sets, settings)
     if settings.average is None and settings.weights is None:
-        finders: list[Callable[[TensorSets], Found | None]] = [row.find for row in FIXED]
-        for find in (*finders, _torchtitan):
-            fixed = find(sets)
-            if fixed is not None:
-                return fixed
-    pair = _find_average(sets, settings)
-    if pair is not None:
-        return _describe(sets, pair)
+        if found := _torchtitan(sets):
+            return found
+        settings = _name_fixed(sets, settings)
+    if average := _find_average(sets, settings):
+        return _with_updates(average)
     if settings.kind == "ema" or (settings.weights is None and _is_average_file(content.path)):
-        return _describe(sets, Pair(averaged=sets.model()))
-    found = _find_weights(sets, settings)
-    if settings.weights is None and are_mmcv_buffers(found.weights):
+        return _with_updates(Found(sets, sets.model()))
+    weights = _find_weights(sets, settings)
+    if settings.weights is None and are_mmcv_buffers(weights.weights):
         reason = "holds the weights twice, under names that begin with ema_ and without; a hook "
         reason += "such as mmcv's swaps the two, and nothing shows which are the averages"
         path = sets.model_path() or "*"
         buffers = {"average": "ema_*", "weights": path}
         raise QuestionError(content.path, reason, buffers, {"average": path, "weights": "ema_*"})
-    return found
+    return weights
 
 
 def _is_average_file(path: Path) -> bool:
@@ -179,32 +96,36 @@ def _is_average_file(path: Path) -> bool:
     return AVERAGE_WORD.search(stem) is not None or bool(AVERAGE_WORD.fullmatch(path.parent.name))
 
 
+def _name_fixed(sets: TensorSets, settings: ImportSettings) -> ImportSettings:
+    """Name the two sets of a program that stores them under fixed keys, once it has counted an
+    update."""
+    for row in LIBRARIES:
+        is_counted = row.weights and sets.content.values.get(row.marks[0])
+        if is_counted and sets.below(row.average) and sets.below(row.weights):
+            return replace(settings, average=row.average, weights=row.weights)
+    return settings
+
+
 def _find_weights(sets: TensorSets, settings: ImportSettings) -> Found:
     if settings.weights is None:
-        pair = Pair(weights=sets.model(), weights_key=sets.model_path())
-    else:
-        key = sets.find_path(settings.weights, "weights")
-        pair = Pair(weights=sets.below(key), weights_key=key)
-    return Found(sets, "checkpoints", pair)
+        return Found(sets, weights=sets.model(), weights_key=sets.model_path())
+    key = sets.find_path(settings.weights, "weights")
+    return Found(sets, weights=sets.below(key), weights_key=key)
 
 
-def _find_average(sets: TensorSets, settings: ImportSettings) -> Pair | None:
+def _find_average(sets: TensorSets, settings: ImportSettings) -> Found | None:
     """Find the average that the settings or a word name, with the weights that match it; alone if
     it is named, or if it is all of a checkpoint. None if there is none."""
     weights = None
     if settings.weights is not None:
         weights = sets.find_path(settings.weights, "weights")
-    if settings.average is not None:
-        path = sets.find_path(settings.average, "average")
-        return sets.pair(path, weights, is_named=True) or sets.alone(path)
+    is_named = settings.average is not None
     candidates = [*sets.averages, *_averaged_models(sets)]
+    if settings.average is not None:
+        candidates = [sets.find_path(settings.average, "average")]
     pairs = []
     for path in candidates:
-        pair = sets.pair(path, weights)
-        if pair is not None:
-            pairs.append(pair)
-        else:
-            pairs += sets.pairs_within(path, weights)
+        pairs += sets.pairs(path, weights, is_named)
     if len(pairs) > 1:
         keys = [pair.average_key for pair in pairs]
         reason = f"which of its sets of tensors is the average is unclear: {list_names(keys)}"
@@ -214,7 +135,7 @@ def _find_average(sets: TensorSets, settings: ImportSettings) -> Pair | None:
         raise QuestionError(sets.content.path, reason, *answers)
     if pairs:
         return pairs[0]
-    if len(candidates) == 1 and weights is None and sets.is_all(candidates[0]):
+    if is_named or (len(candidates) == 1 and weights is None and sets.is_all(candidates[0])):
         return sets.alone(candidates[0])
     return None
 
@@ -240,7 +161,8 @@ class Library:
 
     marks: tuple[str, ...]  # the values that show it
     read: Callable[[Values], Updates]
-    key: str = ""  # of the average; empty for any
+    average: str = ""  # its key; empty for any
+    weights: str = ""  # the key of the weights, if no word tells the two sets apart
     lacks: tuple[str, ...] = ()  # settings that its files do not hold
 
 
@@ -289,42 +211,53 @@ def _counting(
 
 
 _YOLO: Values = {"decay": 0.9999, "warm_up": "exp", "tau": 2000.0}
+_AVERAGED_MODEL: Values = {"calls": "from first", "copies": 1}
 LIBRARIES = (
+    Library(  # Lightning's EMAWeightAveraging
+        ("averaging_state.n_averaged",),
+        partial(_counting, name="averaging_state.n_averaged", **_AVERAGED_MODEL),
+        "state_dict",
+        "current_model_state",
+    ),
+    Library(  # mmengine, whose hook swaps the two before a checkpoint is written
+        ("ema_state_dict.steps",),
+        partial(_counting, name="ema_state_dict.steps", **_AVERAGED_MODEL),
+        "state_dict",
+        "ema_state_dict.module",
+    ),
     Library(("optimization_step", "decay"), _diffusers),
     Library(
         ("initted", "step"),  # ema-pytorch
         partial(_counting, name="step", calls="counted", warm_up="power"),
         lacks=("update_every", "update_after_step"),
     ),
-    Library(("n_averaged",), partial(_counting, name="n_averaged", calls="from first", copies=1)),
-    Library(("updates",), partial(_counting, **_YOLO), key="ema"),  # ultralytics, YOLOv5
+    Library(("n_averaged",), partial(_counting, name="n_averaged", **_AVERAGED_MODEL)),
+    Library(("updates",), partial(_counting, **_YOLO), "ema"),  # ultralytics, YOLOv5
     Library(("decay",), _with_decay),
     Library(("updates",), _counting),  # RT-DETR, D-FINE
 )
 """The first one whose values are there counts."""
 
 
-def _find_library(
-    content: Content,
-    average_key: str,
-) -> tuple[Library | None, Values]:
+def _find_library(average_key: str, values: Values) -> tuple[Library | None, Values]:
     """Find the program that stored an average, and the values beside its marks."""
     places = [average_key]
     while places[-1]:
         outer, _, _ = places[-1].rpartition(".")
         places.append(outer)
     for library in LIBRARIES:
-        if library.key not in ("", average_key):
+        if library.average not in ("", average_key):
             continue
         for place in places:
-            start = f"{place}." if place else ""
-            marks = [content.values.get(start + mark) for mark in library.marks]
+            beside = _values_below(values, place)
+            marks = map(beside.get, library.marks)
             if all(isinstance(value, int | float | str) for value in marks):
-                return library, _values_below(content.values, start)
+                return library, beside
     return None, {}
 
 
-def _values_below(values: Values, start: str) -> Values:
+def _values_below(values: Values, path: str) -> Values:
+    start = f"{path}." if path else ""
     below = {}
     for name, value in values.items():
         if name.startswith(start):
@@ -332,15 +265,18 @@ def _values_below(values: Values, start: str) -> Values:
     return below
 
 
-def _describe(sets: TensorSets, pair: Pair) -> Found:
-    """Describe an average with what the values beside it, or the name of its file, say of its
-    updates."""
-    library, values = _find_library(sets.content, pair.average_key)
-    if library is not None:
-        return Found(sets, "ema", pair, library.read(values), lacks=library.lacks)
-    decay = named_decay(sets.content.path)
-    updates = Updates({} if decay is None else {"decay": decay})
-    return Found(sets, "ema", pair, updates)
+def _with_updates(found: Found) -> Found:
+    """Add what the values beside an average, or the name of its file, say of its updates."""
+    library, values = _find_library(found.average_key, found.content.values)
+    if library is None:
+        decay = named_decay(found.path)
+        return replace(found, updates=Updates({} if decay is None else {"decay": decay}))
+    try:
+        updates = library.read(values)
+    except (TypeError, ValueError, OverflowError) as error:
+        reason = f"holds an EMA whose settings cannot be read: {error}"
+        raise FileFormatError(found.path, reason) from error
+    return replace(found, updates=updates, lacks=library.lacks)
 
 
 def named_decay(path: Path) -> float | None:
@@ -349,32 +285,6 @@ def named_decay(path: Path) -> float | None:
     match = re.match(r"ema_(0\.\d+)_", path.name)
     return float(match[1]) if match else None
 
-
-@dataclass(frozen=True)
-class Fixed:
-    """A program that stores an average and the weights under fixed keys, with a number of
-    updates."""
-
-    average: str
-    weights: str
-    count: str
-
-    def find(self, sets: TensorSets) -> Found | None:
-        count = _read_count(sets.content.values.get(self.count))
-        averaged = sets.below(self.average)
-        weights = sets.below(self.weights)
-        if not (averaged and weights and count):
-            return None
-        pair = Pair(averaged, weights, self.average, self.weights)
-        return Found(sets, "ema", pair, Updates({"copies": 1}, count, calls="from first"))
-
-
-FIXED = (
-    # Lightning's EMAWeightAveraging
-    Fixed("state_dict", "current_model_state", "averaging_state.n_averaged"),
-    # mmengine, whose hook swaps the two before a checkpoint is written
-    Fixed("state_dict", "ema_state_dict.module", "ema_state_dict.steps"),
-)
 
 _TITAN_EMA = re.compile(r"(?:ema_optimizer\.)*state\.(.+)\.ema_params")
 
@@ -389,8 +299,7 @@ def _torchtitan(sets: TensorSets) -> Found | None:
     if not averaged:
         return None
     rule = {"decay": UNLIMITED, "warm_up": "ramp-up", "power": RAMP_UP}
-    updates = Updates(rule, calls="after copy")
-    return Found(sets, "ema", Pair(averaged, sets.model()), updates)
+    return Found(sets, averaged, sets.model(), updates=Updates(rule, calls="after copy"))
 
 
 # --- averages whose files' names say what they are
@@ -422,9 +331,9 @@ def _read_numbered(content: Content, settings: ImportSettings) -> Found | None:
     lacks = ("sigma_rels", "update_every")
     return Found(
         sets,
-        "ema-pytorch" if has_model else "posthoc-ema",
-        Pair(averaged),
+        averaged,
         profile=partial(ema_pytorch_profile, gamma, every=every, first=first),
+        kind="ema-pytorch" if has_model else "posthoc-ema",
         sigma_rel=width,
         reading=Time(int(match["step"]), "steps", _IN_NAMES),
         lacks=lacks if has_model else (*lacks, "update_after_step"),
@@ -445,8 +354,8 @@ def _edm2(content: Content, _: ImportSettings) -> Found | None:
     sets = TensorSets(content)
     return Found(
         sets,
-        "edm2",
-        Pair(sets.below("ema") if sets.counts["ema"] else sets.model()),
+        sets.below("ema") if sets.counts["ema"] else sets.model(),
+        kind="edm2",
         profile=partial(PowerFunction.from_sigma_rel, width),
         sigma_rel=width,
         reading=Time(1000 * int(match["step"]), "images", _IN_NAMES),
@@ -509,13 +418,9 @@ class Stored:
     that is called an average. Each of the two may raise FileFormatError or InvalidValueError.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        average: str | None = None,
-    ) -> None:
+    def __init__(self, path: Path, average: str | None = None) -> None:
         self._content = Place(path).open_at(path)
-        self._settings = replace(UNSPECIFIED, average=average)
+        self._settings = ImportSettings(average=average)
 
     @cached_property
     def average(self) -> Checkpoint | None:
@@ -527,15 +432,14 @@ class Stored:
             option = argument("average")
             reason = f"the average is unrelated to the weights; name it with {option} if it is one"
             log.warning("%s: %s", self._content.path, reason)
-        return self._make(found.tensors)
+        return make_checkpoint(self._content, found.tensors)
 
     @cached_property
     def weights(self) -> Checkpoint:
-        try:
-            found = self._found
-        except (FileFormatError, InvalidValueError):  # perhaps of several averages
-            return self._make(TensorSets(self._content).model())
-        return self._make(found.weights or TensorSets(self._content).model())
+        weights: Tensors = {}
+        with suppress(FileFormatError, InvalidValueError):  # perhaps of several averages
+            weights = self._found.weights
+        return make_checkpoint(self._content, weights or TensorSets(self._content).model())
 
     @cached_property
     def _found(self) -> Found:
@@ -546,6 +450,3 @@ class Stored:
         """The names of the outermost sets, for a message."""
         keys = dict.fromkeys(tensor.keys[0] for tensor in self._content.tensors.values())
         return list_names([*keys]) or "it has none"
-
-    def _make(self, tensors: Tensors) -> Checkpoint:
-        return make_checkpoint(self._content, tensors)

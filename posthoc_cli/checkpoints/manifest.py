@@ -17,7 +17,6 @@ from pathlib import Path
 import xxhash
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints import KINDS
 from posthoc_cli.checkpoints.clock import check_whole_number
 from posthoc_cli.checkpoints.content import Values
 from posthoc_cli.checkpoints.settings import ImportSettings
@@ -41,6 +40,7 @@ from posthoc_cli.snapshots.strict_json import parse_object
 _FORMAT = {"format": "ema import", "version": 3}
 _UNITS = ("steps", "epochs", "images")
 _AGAIN = "import again"
+_MOST_BYTES = 100_000_000  # of a manifest
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,10 @@ class Listed:
     A file with an average and the weights is listed twice."""
 
     path: Path  # of a file or folder
-    kind: str
     step: int
     is_average: bool
     names: dict[str, str]  # in the file, by the names of the model's tensors
     updates: Updates | None  # of an ordinary EMA
-
-    @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint) -> Listed:
-        is_average = not isinstance(checkpoint.profile, Point)
-        path = _absolute(checkpoint.path)
-        names = dict(checkpoint.stored)
-        return cls(path, checkpoint.kind, checkpoint.step, is_average, names, checkpoint.updates)
 
 
 @dataclass(frozen=True)
@@ -106,7 +98,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read the manifest in a folder, without opening the files; raise FileFormatError if it is
     damaged."""
     path = folder / MANIFEST
-    raw = parse_object(path, read_small_file(path, 100_000_000), "import")
+    raw = parse_object(path, read_small_file(path, _MOST_BYTES), "import")
     try:
         if any(raw.get(key) != value for key, value in _FORMAT.items()):
             raise ValueError("is of another format or version")
@@ -122,26 +114,23 @@ def _decode(folder: Path, path: Path, raw: Values) -> Manifest:
     names = [convert(each, dict[str, str]) for each in raw["names"]]
     listed = {}
     for row in raw["checkpoints"]:
-        text, kind, is_average = row["path"], row["kind"], bool(row["is_average"])
-        if kind not in KINDS:
-            raise ValueError(f"no kind {kind!r}")
-        place = _absolute(text, base)
+        place = _absolute(row["path"], base)
+        is_average = bool(row["is_average"])
         if (place, is_average) in listed:
-            raise ValueError(f"lists the checkpoint {text!r} twice")
+            raise ValueError(f"lists the checkpoint {place} twice")
         step = check_whole_number(path, row["step"])
         updates = _decode_updates(row["updates"])
-        checkpoint = Listed(place, kind, step, is_average, names[row["names"]], updates)
-        listed[place, is_average] = checkpoint
-    stored = raw["files"].items()
-    identities = {_absolute(text, base): (nbytes, sample) for text, (nbytes, sample) in stored}
+        listed[place, is_average] = Listed(place, step, is_average, names[row["names"]], updates)
+    identities = {}
+    for text, (nbytes, sample) in raw["files"].items():
+        identities[_absolute(text, base)] = (nbytes, sample)
     unit, is_stated = raw["unit"]
     if not (listed and identities and unit in _UNITS and type(is_stated) is bool):
         raise ValueError("holds no checkpoints, or no unit of their times")
     settings = ImportSettings(**raw["settings"])
     origin = _absolute(raw["from"], base)
-    times = (unit, is_stated)
     checkpoints = tuple(listed.values())
-    return Manifest(folder, origin, settings, times, checkpoints, identities)
+    return Manifest(folder, origin, settings, (unit, is_stated), checkpoints, identities)
 
 
 def _decode_updates(values: Values | None) -> Updates | None:
@@ -155,17 +144,11 @@ def _decode_updates(values: Values | None) -> Updates | None:
     return updates
 
 
-def _absolute(
-    place: str | Path,
-    base: Path | None = None,
-) -> Path:
-    """Return a URL as it is, and any other path as an absolute one; a relative path begins at a
-    folder, by default the working directory."""
+def _absolute(place: str | Path, base: Path) -> Path:
+    """Return a URL as it is, and any other path as an absolute one; a relative path begins at
+    `base`."""
     path = files.check_path("path", place)
-    if files.is_url(path):
-        return path
-    absolute = (base or Path.cwd()) / path
-    return files.as_path(os.path.normpath(str(absolute)))
+    return path if files.is_url(path) else files.as_path(os.path.normpath(str(base / path)))
 
 
 def _checksum(values: Values) -> str:
@@ -185,62 +168,68 @@ def write_manifest(
 
     Raise OutputExistsError if it holds something else, or, without `overwrite`, another import.
     """
-    identities = {}
-    for checkpoint in checkpoints:
-        for path, identity in checkpoint.opened.items():
-            identities[_absolute(path)] = (identity.nbytes, identity.sample)
-    identities = dict(sorted(identities.items()))
-    first = checkpoints[0]
-    unit = (first.t_unit, first.is_stated)
-    listed = tuple(map(Listed.from_checkpoint, checkpoints))
-    manifest = Manifest(out, _absolute(origin), settings, unit, listed, identities)
+    path = out / MANIFEST
+    values = _encode(out, origin, settings, checkpoints)
+    content = (json.dumps(values, indent=1) + "\n").encode()
     exists = is_import(out)
     if exists:
         with suppress(FileFormatError):  # a damaged manifest is replaced
-            present = read_manifest(out)
-            if present == manifest:
+            if read_small_file(path, _MOST_BYTES) == content:
                 return False
             if not overwrite:
-                _check_same(present, manifest)
+                _check_same(read_manifest(out), origin, settings)
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         reason = "already exists, and holds something else"
         raise OutputExistsError(out, reason, "choose another name")
-    content = json.dumps(_encode(manifest), indent=1) + "\n"
     with files.new_directory(out):
-        files.write_atomically(out / MANIFEST, content.encode(), overwrite=exists)
+        files.write_atomically(path, content, overwrite=exists)
     return True
 
 
-def _encode(manifest: Manifest) -> Values:
-    out = manifest.folder
+def _encode(
+    out: Path,
+    origin: Path,
+    settings: ImportSettings,
+    checkpoints: Sequence[Checkpoint],
+) -> Values:
     names = list[dict[str, str]]()
     rows = []
-    for listed in manifest.checkpoints:
-        if listed.names not in names:
-            names.append(listed.names)
-        updates = vars(listed.updates) if listed.updates else None
-        row = {"path": _relative(listed.path, out), "names": names.index(listed.names)}
-        rows.append({**vars(listed), **row, "updates": updates})
+    identities = {}
+    for checkpoint in checkpoints:
+        stored = dict(checkpoint.stored)
+        if stored not in names:
+            names.append(stored)
+        row = {
+            "path": _relative(checkpoint.path, out),
+            "step": checkpoint.step,
+            "is_average": not isinstance(checkpoint.profile, Point),
+            "names": names.index(stored),
+            "updates": vars(checkpoint.updates) if checkpoint.updates else None,
+        }
+        rows.append(row)
+        for path, identity in checkpoint.opened.items():
+            identities[_relative(path, out)] = (identity.nbytes, identity.sample)
+    first = checkpoints[0]
     values = {
         **_FORMAT,
-        "from": _relative(manifest.origin, out),
-        "settings": manifest.settings.given,
-        "unit": manifest.unit,
+        "from": _relative(origin, out),
+        "settings": settings.given,
+        "unit": (first.t_unit, first.is_stated),
         "checkpoints": rows,
         "names": names,
-        "files": {_relative(path, out): identity for path, identity in manifest.files.items()},
+        "files": dict(sorted(identities.items())),
     }
     return {**values, "checksum": _checksum(values)}
 
 
-def _check_same(present: Manifest, manifest: Manifest) -> None:
+def _check_same(present: Manifest, origin: Path, settings: ImportSettings) -> None:
     """Raise OutputExistsError if the present import is of something else, or has other settings."""
     hint = f"choose another name, or {argument('overwrite')} to replace it"
     reason = f"is an import of {present.origin}"
-    if present.settings.without_findings != manifest.settings.without_findings:
-        raise OutputExistsError(manifest.folder, f"{reason} with other settings", hint)
-    if present.origin != manifest.origin:
-        raise OutputExistsError(manifest.folder, reason, hint)
+    if present.settings.without_findings != settings.without_findings:
+        raise OutputExistsError(present.folder, f"{reason} with other settings", hint)
+    if present.origin != _absolute(origin, Path.cwd()):
+        raise OutputExistsError(present.folder, reason, hint)
 
 
 def _relative(path: Path, folder: Path) -> str:

@@ -29,10 +29,10 @@ from posthoc_cli.checkpoints.clock import Time, read_times
 from posthoc_cli.checkpoints.content import Content, list_names
 from posthoc_cli.checkpoints.decays import settle_decays
 from posthoc_cli.checkpoints.folders import AVERAGE_WORD
-from posthoc_cli.checkpoints.layouts import Found, check_applies, check_given, recognise
+from posthoc_cli.checkpoints.layouts import check_applies, check_given, recognise
 from posthoc_cli.checkpoints.manifest import Listed, Manifest, read_manifest
 from posthoc_cli.checkpoints.places import Place, explain_nothing
-from posthoc_cli.checkpoints.sets import match_names
+from posthoc_cli.checkpoints.sets import Found, match_names
 from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings
 from posthoc_cli.checkpoints.source import (
     COMPARED_FILES,
@@ -198,7 +198,7 @@ def _restore(listed: Listed, content: Content, manifest: Manifest) -> Checkpoint
         raise FileFormatError(listed.path, reason, "import again")
     tensors = {name: content.tensors[stored] for name, stored in listed.names.items()}
     unit, is_stated = manifest.unit
-    about: dict[str, Any] = {"kind": listed.kind, "t_unit": unit, "is_stated": is_stated}
+    about: dict[str, Any] = {"t_unit": unit, "is_stated": is_stated}
     profile: StoredProfile = Point(float(listed.step))
     if listed.is_average and listed.updates is None:  # the name of the file says its profile
         found = recognise(content, manifest.settings)
@@ -256,7 +256,7 @@ def _with_one_prefix(run: Sequence[Found]) -> list[Found]:
             averaged = match_names(file.averaged, ours)
             weights = match_names(file.weights, ours)
             if len(averaged) == len(file.averaged) and len(weights) == len(file.weights):
-                file = replace(file, pair=replace(file.pair, averaged=averaged, weights=weights))
+                file = replace(file, averaged=averaged, weights=weights)
         named.append(file)
     return named
 
@@ -267,7 +267,7 @@ def _check_averages(run: Sequence[Found]) -> None:
     first = next((file for file in run if file.averaged), None)
     if first is None:
         return
-    key = first.pair.average_key
+    key = first.average_key
     for file in run:
         if not file.averaged:
             if key in file.unused:
@@ -298,7 +298,7 @@ def _check_targets(run: Sequence[Found], settings: ImportSettings) -> None:
     both = [file for file in run if file.averaged and file.weights]
     if len(both) < 2 or settings.average or settings.kind:
         return
-    pair = both[0].pair
+    pair = both[0]
     if not _TARGET.search(pair.average_key):
         return
     whole = recognise(both[0].content, replace(settings, kind="checkpoints"))
@@ -369,7 +369,7 @@ def _check_roles(run: list[Found], settings: ImportSettings) -> list[Found]:
         _check_twins(run, settings)
         return run
     ours, theirs = _read_starts(both)
-    pair = both[0].pair
+    pair = both[0]
     named = quote(pair.average_key) if pair.average_key else "the average"
     model = quote(pair.weights_key) if pair.weights_key else "the model"
     if not np.diff(ours, axis=0).any() and np.diff(theirs, axis=0).any():
@@ -395,7 +395,7 @@ def _check_twins(run: Sequence[Found], settings: ImportSettings) -> None:
     less, as averages do: no word says which is the average."""
     if len(run) < 2 or not all(file.weights for file in run) or settings.weights or settings.kind:
         return
-    own = run[0].pair.weights_key
+    own = run[0].weights_key
     for key in run[0].twins:
         pairs = [file.paired_with(key) for file in run]
         if not own or not all(file.averaged for file in pairs):
@@ -412,7 +412,7 @@ def _check_twins(run: Sequence[Found], settings: ImportSettings) -> None:
 
 
 def _without_average(file: Found) -> Found:
-    return replace(file, pair=replace(file.pair, averaged={}), updates=None, kind="checkpoints")
+    return replace(file, averaged={}, updates=None)
 
 
 def _read_starts(run: Sequence[Found]) -> tuple[FloatArray, FloatArray]:
@@ -464,7 +464,7 @@ def _make(file: Found, clock: Time, settings: ImportSettings, every: int) -> lis
     averaged = settings.select(file.tensors if file.averaged else {})
     weights = settings.select(file.weights)
     profile: StoredProfile = Point(float(time))
-    about = {"kind": file.kind, "t_unit": clock.unit, "is_stated": clock.is_stated}
+    about: dict[str, Any] = {"t_unit": clock.unit, "is_stated": clock.is_stated}
     checkpoints = []
     if weights:
         chosen = {name: weights[name] for name in averaged or weights}

@@ -11,21 +11,27 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
+from itertools import combinations
+from pathlib import Path
 
 from posthoc_cli.checkpoints.ask import QuestionError
+from posthoc_cli.checkpoints.clock import Time
 from posthoc_cli.checkpoints.content import Content, StoredTensor, Tensors, list_names
 from posthoc_cli.checkpoints.folders import AVERAGE_WORD, MODEL_FILES, NO_MODEL
 from posthoc_cli.checkpoints.source import (
     STATISTICS,
     are_near,
-    first_values_of,
+    first_values,
+    make_checkpoint,
     tied_names,
 )
+from posthoc_cli.checkpoints.updates import Updates
 from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import UnsuitableError, count_noun, quote
+from posthoc_cli.profiles import FloatArray, StoredProfile
 
 _Named = dict[str, StoredTensor]
 
@@ -47,14 +53,72 @@ _WRAPPERS = re.compile(
 
 
 @dataclass(frozen=True)
-class Pair:
-    """An average and the weights of the same model, by the names of the weights; either may be
-    empty."""
+class Found:
+    """What a checkpoint holds: an average, the weights under the same names, or one of the two."""
 
+    sets: TensorSets
     averaged: Tensors = field(default_factory=dict)
     weights: Tensors = field(default_factory=dict)
     average_key: str = ""  # path of the average in the checkpoint
     weights_key: str = ""
+    # of an ordinary EMA; its profile follows in `Checkpoint.with_settings`
+    updates: Updates | None = None
+    # of another average, at a step
+    profile: Callable[[int], StoredProfile] | None = None
+    kind: str = ""  # of another average, one of `KINDS`
+    sigma_rel: float = 0.0  # and the width that its user asked for
+    reading: Time | None = None  # its number, if its name states it with the profile
+    time: int = 0  # on the clock of its run; 0 before the training
+    lacks: tuple[str, ...] = ()  # settings that must be given
+    unused: tuple[str, ...] = ()  # paths of the sets that are neither of these
+
+    @property
+    def content(self) -> Content:
+        return self.sets.content
+
+    @property
+    def path(self) -> Path:
+        return self.content.path
+
+    @property
+    def count(self) -> int:
+        """Updates that its average has counted, one for each step; 0 if none are known."""
+        if self.updates is None or self.updates.calls == "counted":
+            return 0
+        return self.updates.count or 0
+
+    @property
+    def tensors(self) -> Tensors:
+        """The tensors of the model: the average's, and the weights that the average lacks."""
+        if self.averaged:
+            return complete(self.averaged, self.weights)
+        return self.weights
+
+    @property
+    def twins(self) -> list[str]:
+        """The unused sets that have as many tensors as the weights or the average."""
+        counts = {len(self.averaged or self.weights), len(self.weights)}
+        return [key for key in self.unused if self.sets.counts[key] in counts]
+
+    def is_unlike(self, key: str) -> bool:
+        """Return whether a set is a network none of whose names the weights have."""
+        is_matched = match_names(self.sets.below(key), self.weights)
+        return self.sets.holds_network(key) and not is_matched
+
+    def paired_with(self, key: str) -> Found:
+        """Take another set for the average of the weights; for none if it does not match."""
+        return replace(self, averaged=match_names(self.sets.below(key), self.weights))
+
+    @property
+    def starts(self) -> tuple[FloatArray, FloatArray]:
+        """The first elements of the average, and of its weights: of matrices if there are any, as
+        the vectors of two networks, such as the gains of norms, may be near each other."""
+        shared = self.averaged.keys() & self.weights.keys()
+        names = {name for name in shared if len(self.weights[name].shape) > 1} or shared
+        ours = make_checkpoint(self.content, {name: self.averaged[name] for name in names})
+        theirs = make_checkpoint(self.content, {name: self.weights[name] for name in names})
+        with ours:  # the file stays open
+            return first_values(ours), first_values(theirs)
 
 
 class TensorSets:
@@ -67,42 +131,39 @@ class TensorSets:
     def __init__(
         self,
         content: Content,
-        named: Sequence[str | None] = (),
+        named: Iterable[str | None] = (),
     ) -> None:
         """`named`: what the user calls sets; these count as sets, whatever their words say."""
         self.content = content
         self.tensors = _Named()
         self.counts = Counter[str]()  # of tensors, by path
         self.keys = dict[str, str]()  # the last key of each path of whole keys
+        self._at = dict[str, list[StoredTensor]]()  # not below further keys, by path of whole keys
         given = [text for text in named if text]
         for name, tensor in content.tensors.items():
-            if not _is_state(tensor, content) or any(_lies_below(tensor, text) for text in given):
-                self.tensors[name] = tensor
-                self._count(tensor)
-
-    def _count(self, tensor: StoredTensor) -> None:
-        *outer, _ = tensor.keys
-        self.counts.update(_paths(tensor))
-        for level, key in enumerate(outer, 1):
-            self.keys[".".join(outer[:level])] = key
+            if _is_state(tensor, content) and not any(_lies_below(tensor, text) for text in given):
+                continue
+            self.tensors[name] = tensor
+            self.counts.update(_paths(tensor))
+            *outer, _ = tensor.keys
+            self._at.setdefault(".".join(outer), []).append(tensor)
+            for level, key in enumerate(outer, 1):
+                self.keys[".".join(outer[:level])] = key
 
     @cached_property
     def averages(self) -> list[str]:
         """The outermost paths that a word calls an average. A prefix of few names belongs to a
         layer."""
-        in_group = Counter[str]()
-        for tensor in self.tensors.values():
-            in_group[".".join(tensor.keys[:-1])] += 1
         found = list[str]()
         for path in sorted(self.counts, key=_depth):
-            key = self.keys.get(path, path.rpartition(".")[2])
+            key = self.keys.get(path) or path.rpartition(".")[2]
             is_inner = any(_lies_in(path, average) for average in found)
             if is_inner or not AVERAGE_WORD.search(key):
                 continue
             group = path
             while group and group not in self.keys:
                 group = group.rpartition(".")[0]
-            if path in self.keys or 4 * self.counts[path] >= in_group[group]:
+            if 4 * self.counts[path] >= len(self._at.get(group, ())):
                 found.append(path)
         return found
 
@@ -115,23 +176,19 @@ class TensorSets:
         if path.endswith("*"):
             return self._with_prefix(path[:-1])
         start = f"{path}." if path else ""
-        is_average = bool(path) and self.is_averaged(path)
+        is_average = self.is_averaged(path)
         inner = {}
         for name, tensor in self.tensors.items():
-            if not name.startswith(start):
-                continue
-            if is_average or not self.is_averaged(name):
+            if name.startswith(start) and (is_average or not self.is_averaged(name)):
                 inner[_PARTS.sub("", name.removeprefix(start))] = tensor
         return inner
 
     def _with_prefix(self, prefix: str) -> Tensors:
+        begin = re.compile(rf"(?:^|\.){re.escape(prefix)}")
         found = {}
         for name, tensor in self.tensors.items():
-            for path in ("", *_paths(tensor)):
-                rest = name.removeprefix(f"{path}." if path else "")
-                if rest.startswith(prefix):
-                    found[rest.removeprefix(prefix)] = tensor
-                    break
+            if match := begin.search(name):
+                found[name[match.end() :]] = tensor
         return found
 
     def find_path(self, text: str, setting: str) -> str:
@@ -179,73 +236,93 @@ class TensorSets:
     @cached_property
     def models(self) -> list[str]:
         """The path of the model's weights; several paths, or none, if it is unclear."""
-        path = ""
-        while True:
-            groups = self._groups_below(path)
-            known = [key for key in _MODELS if key in groups]
-            if known and (len(groups) == 1 or not path):
-                path = f"{path}.{known[0]}".lstrip(".")
-                continue
-            if path.rpartition(".")[2] in _MODELS:
-                return [path]
-            if known:
-                return [f"{path}.{known[0]}"]
-            if len(groups) != 1 or self._is_flat(path, groups):
-                break
-            path = f"{path}.{groups[0]}".lstrip(".")
-        if self._is_flat(path, groups):
+        return self._find_models("")
+
+    def _find_models(self, path: str) -> list[str]:
+        groups = self._groups_below(path)
+        known = [group for group in groups if self.keys[group] in _MODELS]
+        is_model = self.keys.get(path) in _MODELS
+        if known and (len(groups) == 1 or not is_model):
+            return self._find_models(min(known, key=lambda group: _MODELS.index(self.keys[group])))
+        if is_model or self._is_flat(path, groups):
             return [path]
-        return [f"{path}.{key}".lstrip(".") for key in groups]
+        return self._find_models(groups[0]) if len(groups) == 1 else groups
+
+    def _inner_paths(self, path: str) -> list[str]:
+        """List the paths that go on from a path by one key."""
+        return [inner for inner, key in self.keys.items() if inner == f"{path}.{key}".lstrip(".")]
 
     def _groups_below(self, path: str) -> list[str]:
-        """List the next keys after a path of keys that lead to tensors, but to no average."""
-        keys = []
-        for inner, key in self.keys.items():
-            if inner == f"{path}.{key}".lstrip(".") and not self.is_averaged(inner):
-                keys.append(key)
-        return keys
+        """List the paths that go on from a path by one key, but to no average."""
+        return [inner for inner in self._inner_paths(path) if not self.is_averaged(inner)]
 
     def _is_flat(self, path: str, groups: Sequence[str]) -> bool:
         """Return whether the tensors at a path itself are a model, and not a loss or the like
         beside one."""
-        level = path.count(".") + 2 if path else 1
-        flat = []
-        for name, tensor in self.tensors.items():
-            if len(tensor.keys) == level and (not path or name.startswith(f"{path}.")):
-                flat.append(tensor.keys[-1])
-        if not flat:
-            return False
-        sizes = [self.counts[f"{path}.{key}".lstrip(".")] for key in groups]
-        return len(flat) >= max(sizes, default=1) or any("." in name for name in flat)
+        flat = self._at.get(path, [])
+        sizes = [self.counts[group] for group in groups]
+        has_names = any("." in tensor.keys[-1] for tensor in flat)
+        return has_names or len(flat) >= max(sizes, default=1)
 
-    def model_path(self) -> str:
-        """Find the path of the model's weights; raise an error if it is unclear."""
+    @cached_property
+    def parts(self) -> list[str]:
+        """The paths of the parts of the model: its main part, and the networks next to it that are
+        no twins of it; or several networks that are no copies of each other. Raise an error if it
+        is unclear."""
         path = self.content.path
         if not self.content.tensors:
             raise UnsuitableError(path, "holds no tensors with names")
-        if len(self.models) == 1:
-            return self.models[0]
-        if self.models and self.parts == self.models:
-            return self.models[0].rpartition(".")[0]
         if not self.models:
             groups = [*dict.fromkeys(tensor.keys[0] for tensor in self.content.tensors.values())]
             raise UnsuitableError(
                 path, f"holds no weights, only tensors under {list_names(groups)}"
             )
+        main, *others = self.models
+        if not others:
+            return [main, *self._parts_beside(main)]
+        if all(map(self.holds_network, self.models)) and not self._has_copies(self.models):
+            return self.models
         reason = "which tensors are the model's is unclear: it has tensors under"
         answers = [{"weights": model} for model in self.models]
         raise QuestionError(path, f"{reason} {list_names(self.models)}", *answers)
 
+    def _parts_beside(self, main: str) -> list[str]:
+        if not main:
+            return []
+        found = []
+        for path in self._groups_below(main.rpartition(".")[0]):
+            is_part = path != main and self.holds_network(path)
+            if is_part and not self._match(path, main).averaged:
+                found.append(path)
+        return found
+
+    def _has_copies(self, paths: Iterable[str]) -> bool:
+        """Return whether two sets have the same names and shapes, and values near each other: two
+        critics are no copies."""
+        for path, other in combinations(paths, 2):
+            match = self._match(path, other)
+            if match.averaged and are_near(*match.starts):
+                return True
+        return False
+
+    def _match(self, path: str, other: str) -> Found:
+        """Match a set with the names of another one."""
+        theirs = self.below(other)
+        return Found(self, match_names(self.below(path), theirs), theirs, path, other)
+
+    def model_path(self) -> str:
+        """Find the path of the model's weights, or of the keys of its parts; raise an error if it
+        is unclear."""
+        main, *_ = self.parts
+        return main if len(self.models) == 1 else main.rpartition(".")[0]
+
     def model(self) -> Tensors:
         """Return the weights of the model by name, of all its parts: under their own names if the
         parts are files whose names for tensors differ, else under their keys."""
-        if not self.parts:
-            return self._main_model()
         by_key = {}
-        if self.parts != self.models:
-            by_key[""] = self._main_model()
         for path in self.parts:
-            by_key[path.rpartition(".")[2]] = self.below(path)
+            key = "" if [path] == self.models else path.rpartition(".")[2]
+            by_key[key] = self._part(path)
         names = [name for part in by_key.values() for name in part]
         # the parts of a folder are files of their own
         is_bare = self.content.path.is_dir() and len(set(names)) == len(names)
@@ -255,31 +332,11 @@ class TensorSets:
                 tensors[name if is_bare or not key else f"{key}.{name}"] = tensor
         return tensors
 
-    def _main_model(self) -> Tensors:
-        path = self.model_path()
+    def _part(self, path: str) -> Tensors:
         tensors = self.below(path)
         if not path:
             return {name: tensor for name, tensor in tensors.items() if len(tensor.keys) == 1}
         return tensors
-
-    @cached_property
-    def parts(self) -> list[str]:
-        """The paths of the parts of the model beside its main part, or of all parts if none is the
-        main one: keys next to it that hold a network, and no twin of another part."""
-        paths = self.models
-        main = paths[0] if len(paths) == 1 else None
-        if main == "":
-            return []
-        if main is not None:
-            outer = main.rpartition(".")[0]
-            paths = [f"{outer}.{key}".lstrip(".") for key in self._groups_below(outer)]
-            paths = [path for path in paths if not _lies_in(main, path)]
-        found = list[str]()
-        for path in paths:
-            others = found if main is None else [main]
-            if self.holds_network(path) and not self._has_twin(path, others, main is None):
-                found.append(path)
-        return found
 
     def holds_network(self, path: str) -> bool:
         """Return whether a set has a matrix that is called a weight: hyperparameters, metrics and
@@ -289,27 +346,16 @@ class TensorSets:
                 return True
         return False
 
-    def _has_twin(self, path: str, others: Iterable[str], is_near: bool) -> bool:
-        """Return whether a set has the names and shapes of another one, and with `is_near` values
-        near it: two critics are no twins."""
-        for other in others:
-            theirs = self.below(other)
-            ours = match_names(self.below(path), theirs)
-            shared = {name: theirs[name] for name in ours}
-            both = [first_values_of(self.content, each) for each in (ours, shared)]
-            if ours and (are_near(*both) or not is_near):
-                return True
-        return False
-
     # --- an average and the weights
 
-    def pair(
+    def pairs(
         self,
         average: str,
         weights: str | None = None,
         is_named: bool = False,
-    ) -> Pair | None:
-        """Find the weights that match an average; None if no weights do.
+    ) -> list[Found]:
+        """Find an average with the weights that match it, or several averages at the keys next to
+        a path, as of several decays; none if no weights match.
 
         Arguments:
             average: the path of the average, or of what it lies in.
@@ -320,40 +366,31 @@ class TensorSets:
         for path in self._within(average):
             pairs += self._pairs_at(path, weights, is_named)
         if not pairs:
-            return None
+            for path in self._inner_paths(average):
+                pairs += self._pairs_at(path, weights, is_named)[:1]
+            return pairs
         best = min(map(self._rank, pairs))
         likeliest = [pair for pair in pairs if self._rank(pair) == best]
         keys = [*dict.fromkeys(pair.weights_key for pair in likeliest)]
         if len(keys) > 1:
             reason = f"which of its sets of tensors is the model is unclear: {list_names(keys)}"
             raise QuestionError(self.content.path, reason, *({"weights": key} for key in keys))
-        return likeliest[-1]  # without keys of the average's own, such as `module`
+        return likeliest[-1:]  # without keys of the average's own, such as `module`
 
-    def pairs_within(self, outer: str, weights: str | None) -> list[Pair]:
-        """Find the averages at the keys next to a path, as of several decays."""
-        pairs = []
-        for path, key in self.keys.items():
-            if path == f"{outer}.{key}":
-                pairs += self._pairs_at(path, weights, is_named=False)[:1]
-        return pairs
-
-    def alone(self, average: str) -> Pair:
+    def alone(self, average: str) -> Found:
         """Return an average without weights, by its names without the keys that all of them begin
         with."""
         path = average
         for inner in self._within(average):
-            is_all = self.counts[inner] >= self.counts[path]
-            if inner not in self.keys or not is_all:
+            if inner not in self.keys or self.counts[inner] < self.counts[path]:
                 break
             path = inner
-        return Pair(self.below(path), {}, path)
+        return Found(self, self.below(path), {}, path)
 
     def is_all(self, path: str) -> bool:
         """Return whether a set has all tensors but counters."""
-        for name, tensor in self.tensors.items():
-            if not _lies_in(name, path) and not _is_counter(tensor):
-                return False
-        return True
+        named = self.tensors.items()
+        return all(_lies_in(name, path) or _is_counter(tensor) for name, tensor in named)
 
     def _within(self, path: str) -> Iterator[str]:
         """Yield a path, and the paths of the main parts within it."""
@@ -388,14 +425,14 @@ class TensorSets:
         average: str,
         weights: str | None,
         is_named: bool,
-    ) -> list[Pair]:
+    ) -> list[Found]:
         averaged = self.below(average)
         if weights is not None:
             averaged = _without_nested(averaged, self.below(weights))
         if averaged and all(map(str.isdecimal, averaged)):
             path = self.model_path() if weights is None else weights
             raw = self._with_names(path)
-            return [Pair(self._match_list(averaged, raw), raw, average, path)]
+            return [Found(self, self._match_list(averaged, raw), raw, average, path)]
         pairs = []
         roots = self._roots(averaged, average) if weights is None else [weights]
         for path in roots:
@@ -404,7 +441,7 @@ class TensorSets:
                 raw = match_names(raw, averaged)
             matched = match_names(averaged, raw)
             if matched and (is_named or 2 * len(matched) > len(raw)):
-                pairs.append(Pair(matched, raw, average, path))
+                pairs.append(Found(self, matched, raw, average, path))
         return pairs
 
     def _with_names(self, path: str) -> Tensors:
@@ -413,13 +450,10 @@ class TensorSets:
         tensors = self.below(path)
         if not tensors or not all(map(str.isdecimal, tensors)) or path in self.models:
             return tensors
-        model = self._main_model()
+        model = self._part(self.model_path())
         return {**model, **self._match_list(tensors, model)}
 
-    def _rank(
-        self,
-        pair: Pair,
-    ) -> tuple[bool, bool, bool, int]:
+    def _rank(self, pair: Found) -> tuple[bool, bool, bool, int]:
         """Rate how unlikely a set is to be the weights of an average. Unlikely are a set within an
         average, a set outside of the model, a key other than the average's without the word for it,
         and a deep path."""
@@ -448,9 +482,9 @@ class TensorSets:
         Safetensors files are sorted by name.
         """
         known = {name: tensor for name, tensor in weights.items() if _may_be_listed(name, tensor)}
-        in_order = [listed[position] for position in sorted(listed, key=int)]
+        in_order = [listed[position] for position in sorted(listed, key=lambda each: each.zfill(9))]
+        is_counted = listed.keys() == {*map(str, range(len(listed)))}  # and no places in memory
         shapes = [tensor.shape for tensor in in_order]
-        is_counted = sorted(map(int, listed)) == [*range(len(listed))]  # not places in memory
         is_sorted = any(_is_safetensors(tensor) for tensor in known.values())
         if is_counted and not is_sorted and shapes == [tensor.shape for tensor in known.values()]:
             return dict(zip(known, in_order, strict=True))
@@ -575,15 +609,13 @@ def _find_roots(longest: str, names: Iterable[str], form: Callable[[str], str]) 
     """Find the paths below which one of the names is the longest name of an average, both in a
     common form."""
     wanted = form(longest)
-    last = form(longest.rpartition(".")[2])
     roots = dict[str, None]()
     for name in names:
-        if not form(name).endswith(last):
-            continue
-        parts = name.split(".")
-        for level in range(len(parts)):
-            if form(".".join(parts[level:])) == wanted:
-                roots[".".join(parts[:level])] = None
+        if form(name).endswith(wanted):
+            parts = name.split(".")
+            for level in range(len(parts)):
+                if form(".".join(parts[level:])) == wanted:
+                    roots[".".join(parts[:level])] = None
     return [*roots]
 
 

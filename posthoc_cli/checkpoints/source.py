@@ -65,7 +65,6 @@ class Checkpoint(Source):
     decay: float = 0.0
     # hash of names, shapes and content; empty until checkpoints were compared with each other
     run_id: str = ""
-    kind: str = "checkpoints"  # one of `KINDS`
     name: str = ""  # the name of the file or folder, or more of its path if several have this name
     updates: Updates | None = None  # of an ordinary EMA; None for other tensors
     # whether files or the user say what `step` counts

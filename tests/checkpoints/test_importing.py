@@ -258,7 +258,7 @@ FIRST = "../ck/step1.pt"
 
 def first(**changed):
     """Return changes that make a manifest refer to one checkpoint alone."""
-    row = {"path": FIRST, "kind": "checkpoints", "step": 1, "is_average": False, "names": 0}
+    row = {"path": FIRST, "step": 1, "is_average": False, "names": 0}
     return {"checkpoints": [{**row, "updates": None, **changed}]}
 
 
@@ -268,7 +268,6 @@ HOSTILE = {
     "a zero": listed("a\0b"),
     "a url": listed("s3://bucket/x.pt"),
     "no files": {"files": {}},
-    "a kind that is a list": first(kind=[]),
     "a far step": first(step=10**300),
     "names beyond the list": first(names=7),
     "names that are numbers": {"names": [{"w": 1}]},
