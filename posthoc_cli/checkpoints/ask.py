@@ -55,7 +55,7 @@ def with_command(place: str | Path, given: Mapping[str, Any], attempt: Attempt[T
         return attempt(place, given)
     except QuestionError as question:
         hint = question.otherwise
-        if answer := _find_answer(question, place, given, attempt):
+        if answer := _find_answer(question, place, given, attempt, _MOST):
             command = ImportSettings(**given).command(**{"place": place, **answer})
             hint = f"paste: {command}"
         subject, reason = question.subject, question.reason
@@ -67,10 +67,12 @@ def _find_answer(
     place: str | Path,
     given: Mapping[str, Any],
     attempt: Attempt[T],
+    most: int,
 ) -> Answer | None:
+    """Find the first answer that goes through; so many questions in turn may follow."""
     for answer in question.answers:
         settings = {**given, **answer}
-        if settings != given and _goes_through(place, settings, attempt, _MOST):
+        if settings != given and _goes_through(place, settings, attempt, most):
             return answer
     return None
 
@@ -81,15 +83,15 @@ def _goes_through(
     attempt: Attempt[T],
     most: int,
 ) -> bool:
+    if not most:
+        return False
     if ASKED in settings.values():
         return True
     place = settings.pop("place", place)
     try:
         attempt(place, settings)
     except QuestionError as question:
-        following = [{**settings, **answer} for answer in question.answers if most > 1]
-        new = [each for each in following if each != settings]
-        return any(_goes_through(place, each, attempt, most - 1) for each in new)
+        return _find_answer(question, place, settings, attempt, most - 1) is not None
     except PostHocError:
         return False
     return True

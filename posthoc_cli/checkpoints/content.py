@@ -66,9 +66,7 @@ class StoredTensor:
     path: Path  # the checkpoint
     keys: Keys  # that lead to it
     shape: tuple[int, ...]
-    parts: tuple[StoredChunk, ...] = ()
-    problem: str = ""  # why it cannot be read
-    find_parts: Callable[[], tuple[StoredChunk, ...]] | None = None  # if they are not known yet
+    find_chunks: Callable[[], Sequence[StoredChunk]]  # FileFormatError if it cannot be read
 
     @property
     def name(self) -> str:
@@ -76,11 +74,7 @@ class StoredTensor:
 
     @cached_property
     def chunks(self) -> tuple[StoredChunk, ...]:
-        if self.problem:
-            raise FileFormatError(self.path, f"tensor {quote(self.name)}: {self.problem}")
-        if self.find_parts is None:
-            return self.parts
-        return self.find_parts()
+        return tuple(self.find_chunks())
 
     @property
     def place(self) -> tuple[Path, Entry] | None:
@@ -128,6 +122,11 @@ class Content:
 def list_names(names: Sequence[str], most: int = 5) -> str:
     """List a few names, for a message."""
     return list_first(map(quote, names), most)
+
+
+def refuse_tensor(path: Path, name: str, problem: str) -> NoReturn:
+    """Raise FileFormatError for a tensor of a file."""
+    raise FileFormatError(path, f"tensor {quote(name)}: {problem}")
 
 
 # --- files and folders
@@ -250,27 +249,20 @@ def _read_file(path: Path, opened: Files) -> Content:
     with OpenedFile(path) as file:
         for keys, value in read_leaves(file).items():
             name = ".".join(keys)
-            if not isinstance(value, Entry | Node):
+            if isinstance(value, Node):
+                kind = quote(value.name.removeprefix("torch._utils._rebuild_"))
+                problem = f"is of a kind that cannot be read ({kind})"
+                refuse = partial(refuse_tensor, path, name, problem)
+                tensors[name] = StoredTensor(path, keys, (), refuse)
+            elif isinstance(value, Entry):
+                chunk = StoredChunk(path, value, Box.full(value.shape))
+                tensors[name] = StoredTensor(path, keys, value.shape, partial(tuple, [chunk]))
+                if value.size == 1 and _last_part(name) in COUNTERS:
+                    values[name] = _read_number(file, value)
+            else:
                 values[name] = value
-                continue
-            tensors[name] = _make_tensor(path, keys, value)
-            is_counter = _last_part(name) in COUNTERS
-            if is_counter and isinstance(value, Entry) and value.size == 1:
-                values[name] = _read_number(file, value)
         opened[path] = Identity.from_file(file)
     return Content(path, tensors, values, opened)
-
-
-def _make_tensor(
-    path: Path,
-    keys: Keys,
-    value: Entry | Node,
-) -> StoredTensor:
-    if isinstance(value, Node):
-        kind = quote(value.name.removeprefix("torch._utils._rebuild_"))
-        return StoredTensor(path, keys, (), problem=f"is of a kind that cannot be read ({kind})")
-    chunk = StoredChunk(path, value, Box.full(value.shape))
-    return StoredTensor(path, keys, value.shape, (chunk,))
 
 
 def _last_part(name: str) -> str:
@@ -297,8 +289,7 @@ def _read_shards(index: Path, opened: Files) -> Content:
         shard = _read_file(index.parent / name, opened)
         for tensor in listed:
             if tensor not in shard.tensors:
-                reason = f"tensor {quote(tensor)}: is not in it, as the index says"
-                raise FileFormatError(shard.path, reason)
+                refuse_tensor(shard.path, tensor, "is not in it, as the index says")
             tensors[tensor] = shard.tensors[tensor]
         if KIND in shard.values:
             values[KIND] = shard.values[KIND]
@@ -325,30 +316,22 @@ def _read_distributed(metadata: Path, opened: Files) -> Content:
     stored = state.get("storage_data")
     if not (isinstance(listed, dict) and isinstance(stored, dict)):
         raise FileFormatError(metadata, "is not the metadata of torch.distributed.checkpoint")
-    objects = _Objects(metadata, _places_in(stored), opened)
+    objects = _Objects(metadata, stored, opened)
     tensors = {}
     values = {}
     for name, described in listed.items():
         if not isinstance(name, str):
             continue
-        if isinstance(_state(described).get("chunks"), list):
+        about = _state(described)
+        if isinstance(about.get("chunks"), list):
+            size: Any = about.get("size")
+            shape = tuple(size) if is_sizes(size) else ()
+            chunks = partial(objects.chunks, name, shape, about["chunks"])
             keys = _key_path(name, state.get("planner_data"))
-            tensor = objects.make_tensor(name, keys, _state(described))
-            tensors[tensor.name] = tensor
+            tensors[".".join(keys)] = StoredTensor(metadata, keys, shape, chunks)
         elif _last_part(name) in COUNTERS and not NO_MODEL.search(name):
             values[name] = objects.read(name, ())[1]
-    return Content(metadata.parent, tensors, values, objects.files)
-
-
-def _places_in(stored: Mapping[Any, Any]) -> dict[_Index, Values]:
-    places = {}
-    for index, place in stored.items():
-        key = _state(index)
-        fqn = key.get("fqn")
-        offset = key.get("offset") or ()
-        if isinstance(fqn, str) and is_sizes(offset):
-            places[fqn, tuple(offset)] = _state(place)
-    return places
+    return Content(metadata.parent, tensors, values, opened)
 
 
 def _key_path(name: str, planned: Any) -> Keys:
@@ -369,9 +352,19 @@ class _Objects:
     """
 
     metadata: Path
-    # of objects in files, by their names and offsets
-    places: Mapping[_Index, Values]
-    files: dict[Path, Identity]
+    stored: Mapping[Any, Any]  # places in files, by objects with the name and the offset
+    files: Files
+
+    @cached_property
+    def places(self) -> dict[_Index, Values]:
+        places = {}
+        for index, place in self.stored.items():
+            key = _state(index)
+            fqn = key.get("fqn")
+            offset = key.get("offset") or ()
+            if isinstance(fqn, str) and is_sizes(offset):
+                places[fqn, tuple(offset)] = _state(place)
+        return places
 
     @cached_property
     def nbytes(self) -> Counter[str]:
@@ -383,73 +376,49 @@ class _Objects:
                 nbytes[str(place.get("relative_path"))] += length
         return nbytes
 
-    def make_tensor(
-        self,
-        name: str,
-        keys: Keys,
-        described: Values,
-    ) -> StoredTensor:
-        """Return a tensor as the metadata describe it; its chunks are looked for when they are
-        needed."""
-        size: Any = described.get("size")
-        if not is_sizes(size):
-            size = ()
-        boxes = []
-        problem: str | None = None
-        for chunk in map(_state, described["chunks"]):
-            offset: Any = chunk.get("offsets")
-            shape: Any = chunk.get("sizes")
-            is_box = is_sizes(offset) and is_sizes(shape)
-            if not (is_box and len(offset) == len(shape) == len(size)):
-                problem = "its shape, or the shape of a chunk, is malformed"
-                break
-            boxes.append(Box(tuple(offset), tuple(shape)))
-        problem = problem or cover_problem(size, boxes) or ""
-        chunks = partial(self.chunks, name, boxes)
-        return StoredTensor(self.metadata, keys, tuple(size), (), problem, chunks)
-
     def chunks(
         self,
         name: str,
-        boxes: Sequence[Box],
-    ) -> tuple[StoredChunk, ...]:
+        shape: tuple[int, ...],
+        described: Sequence[Any],
+    ) -> list[StoredChunk]:
+        """Find the chunks of a tensor, which the metadata describe."""
         chunks = []
+        boxes = []
+        for chunk in map(_state, described):
+            offset: Any = chunk.get("offsets")
+            sizes: Any = chunk.get("sizes")
+            is_box = is_sizes(offset) and is_sizes(sizes)
+            if not (is_box and len(offset) == len(sizes) == len(shape)):
+                problem = "its shape, or the shape of a chunk, is malformed"
+                refuse_tensor(self.metadata, name, problem)
+            boxes.append(Box(tuple(offset), tuple(sizes)))
+        if problem := cover_problem(shape, boxes) or "":
+            refuse_tensor(self.metadata, name, problem)
         for box in boxes:
             path, entry = self.read(name, box.offset)
             if not isinstance(entry, Entry) or entry.shape != box.shape:
-                self._refuse(path, name, f"holds no tensor of shape {list(box.shape)}")
+                refuse_tensor(path, name, f"holds no tensor of shape {list(box.shape)}")
             chunks.append(StoredChunk(path, entry, box))
-        return tuple(chunks)
+        return chunks
 
-    def read(
-        self,
-        name: str,
-        offset: tuple[int, ...],
-    ) -> tuple[Path, Any]:
+    def read(self, name: str, offset: tuple[int, ...]) -> tuple[Path, Any]:
         """Return the file and the object with a name and an offset, or with the name alone."""
         place: Any = self.places.get((name, offset)) or self.places.get((name, ()), {})
         file_name, begin, length = map(place.get, ("relative_path", "offset", "length"))
         if not isinstance(file_name, str) or not is_sizes((begin, length)):
-            self._refuse(self.metadata, name, "its place is missing")
+            refuse_tensor(self.metadata, name, "its place is missing")
         if Path(file_name).name != file_name or not file_name.isprintable():
             problem = f"{quote(file_name)} is not the name of a file in its folder"
-            self._refuse(self.metadata, name, problem)
+            refuse_tensor(self.metadata, name, problem)
         if place.get("transform_descriptors"):
-            self._refuse(self.metadata, name, "is compressed or encrypted, which cannot be read")
+            refuse_tensor(self.metadata, name, "is compressed or encrypted, which cannot be read")
         path = self.metadata.parent / file_name
         with OpenedFile(path) as file:
             if path not in self.files:
                 self.files[path] = Identity.from_file(file)
             if begin + length > file.size:
-                self._refuse(path, name, "truncated: it would end beyond the file")
+                refuse_tensor(path, name, "truncated: it would end beyond the file")
             if self.nbytes[file_name] > file.size:
                 raise FileFormatError(path, "is shorter than its objects: truncated or overlapping")
             return path, read_pickled(file, begin, begin + length)
-
-    def _refuse(
-        self,
-        path: Path,
-        name: str,
-        problem: str,
-    ) -> NoReturn:
-        raise FileFormatError(path, f"tensor {quote(name)}: {problem}")

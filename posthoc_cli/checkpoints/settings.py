@@ -43,6 +43,18 @@ FOUND = "found"
 """The `ema_decay` that takes what the files show."""
 
 
+def _check_decay(value: Any) -> Any:
+    """Return a decay, one of NumPy as a plain float; raise ValueError for what is none."""
+    if isinstance(value, int | float) and 0 < value < 1:
+        return float(value)
+    if value != FOUND and not _half_life(value):
+        raise ValueError(
+            "must be in (0, 1), 0.99 for 99%, a half-life such as half-life:500000 or "
+            "half-life:5%, or found"
+        )
+    return value
+
+
 def parse_warm_up(text: str) -> Arguments | None:
     """Parse "none", "ratio" or "power:0.75" to arguments of `DecayRule`; None for any other
     text."""
@@ -89,17 +101,6 @@ _Pattern = Annotated[
     ),
 ]
 _FirstEpoch = Annotated[int, Rule("0 or 1", lambda epoch: epoch in (0, 1))]
-_Decay = Annotated[
-    Any,
-    Rule(
-        "in (0, 1), 0.99 for 99%, a half-life such as half-life:500000 or half-life:5%, or found",
-        lambda value: (
-            value == FOUND
-            or _half_life(value) > 0
-            or (isinstance(value, int | float) and 0 < value < 1)
-        ),
-    ),
-]
 _WarmUp = Annotated[
     str,
     Rule(
@@ -125,7 +126,7 @@ class ImportSettings:
     update_every: Count | None = None  # interval of the updates of an average
     update_after_step: int | None = None  # the step after which they began
     # of ordinary EMAs, in (0, 1), or "half-life:500000" in steps or images, or in %, or `FOUND`
-    ema_decay: _Decay | None = None
+    ema_decay: Annotated[Any, _check_decay] | None = None
     # one of `WARM_UPS`, perhaps with its number, as "power:0.75"; "none" for none
     ema_warmup: _WarmUp | None = None
     steps: Count | None = None  # of the whole training, after which a scheduled decay is 1
@@ -154,8 +155,6 @@ class ImportSettings:
                 raise InvalidValueError(
                     name, str(error).partition(", not ")[0], value=abbreviate(value)
                 ) from None
-        if isinstance(self.ema_decay, float):
-            object.__setattr__(self, "ema_decay", float(self.ema_decay))  # of NumPy
         for sigma_rel in self.sigma_rels:
             check_sigma_rel(sigma_rel, "sigma_rels")
         at_most_one(sigma_rels=self.sigma_rels or None, ema_decay=self.ema_decay)

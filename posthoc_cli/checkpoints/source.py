@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from posthoc_cli.checkpoints.content import Content, Identity, StoredChunk, Tensors
+from posthoc_cli.checkpoints.content import Content, Identity, StoredChunk, Tensors, refuse_tensor
 from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.checkpoints.updates import Updates
 from posthoc_cli.decay_rules import POWER_FUNCTION, UNLIMITED, OrdinaryEMA
 from posthoc_cli.dtypes import EPS
-from posthoc_cli.errors import DirectoryError, FileFormatError, quote
+from posthoc_cli.errors import DirectoryError
 from posthoc_cli.profiles import (
     FloatArray,
     Point,
@@ -181,16 +181,14 @@ def make_checkpoint(
     aliases = tied_names(tensors)
     for name in tensors:
         if name in ("", "__metadata__") or "\0" in name or not _is_text(name):
-            reason = f"tensor {quote(name)}: a model's tensor cannot have this name"
-            raise FileFormatError(path, reason)
+            refuse_tensor(path, name, "a model's tensor cannot have this name")
     stored = {name: tensor for name, tensor in tensors.items() if name not in aliases}
     entries = {}
     roles = {}
     for name, tensor in stored.items():
         dtype, *others = {chunk.entry.dtype for chunk in tensor.chunks}
         if others:
-            reason = f"tensor {quote(name)}: its chunks are of several dtypes"
-            raise FileFormatError(path, reason)
+            refuse_tensor(path, name, "its chunks are of several dtypes")
         entries[name] = Entry(dtype, tensor.shape)
         roles[name] = TrackedTensor(_role(name, dtype, tensors), dtype)
     return Checkpoint(

@@ -35,19 +35,16 @@ class Updates:
 
     def is_known(self, settings: ImportSettings) -> bool:
         """Whether the file and the settings say the decay of every update."""
-        rule = self._rule(settings, 1)
-        if self.ends(settings):
-            return {"base", "steps"} <= rule.keys()
-        return "decay" in rule
+        name = "steps" if self.ends(settings) else "decay"
+        return name in self._rule(settings, 1)
 
     def ends(self, settings: ImportSettings) -> bool:
         """Whether the decay rises to 1 at a step of the training."""
-        rule = self._rule(settings, 1)
-        return _is_schedule(rule)
+        return _is_schedule(self._rule(settings, 1))
 
     def needs_steps(self, settings: ImportSettings) -> bool:
         """Whether the decay rises until a step of the training that nothing says."""
-        return self.ends(settings) and "steps" not in self._rule(settings, 1)
+        return self.ends(settings) and not self.is_known(settings)
 
     def profile(
         self,
