@@ -28,26 +28,9 @@ from posthoc_cli.snapshots.entry import Entry, decode_values, is_sizes
 from posthoc_cli.snapshots.opened_file import OpenedFile, read_small_file, sampled_identity
 from posthoc_cli.snapshots.outputs import decode_index
 from posthoc_cli.snapshots.strict_json import parse_object
-from posthoc_cli.snapshots.tensorfile import Handle
+from posthoc_cli.snapshots.tensorfile import TensorFile
 
 # --- tensors
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What a file is recognised by."""
-
-    stamp: tuple[int, int | str]  # its size, and what changes when it is written to
-    sample: str  # `sampled_identity`
-    handle: Handle = field(default_factory=Handle, compare=False)  # for all tensors in it
-
-    @classmethod
-    def from_file(cls, file: OpenedFile) -> Identity:
-        return cls(file.stamp, sampled_identity(file))
-
-    @property
-    def nbytes(self) -> int:
-        return self.stamp[0]
 
 
 @dataclass(frozen=True)
@@ -63,7 +46,6 @@ class StoredChunk:
 class StoredTensor:
     """A tensor of a checkpoint."""
 
-    path: Path  # the checkpoint
     keys: Keys  # that lead to it
     shape: tuple[int, ...]
     find_chunks: Callable[[], Sequence[StoredChunk]]  # FileFormatError if it cannot be read
@@ -88,6 +70,10 @@ class StoredTensor:
 Tensors = Mapping[str, StoredTensor]
 Values = dict[str, Any]
 """Numbers and texts, by their keys."""
+Files = dict[Path, TensorFile]
+"""The files of a checkpoint, without their tensors: what each is recognised by, and its handle for
+all tensors in it. Files of torch.distributed.checkpoint join them when their chunks are looked
+for."""
 
 
 @dataclass(frozen=True)
@@ -97,11 +83,11 @@ class Content:
     path: Path  # the file or folder
     tensors: Tensors  # by their keys, joined by dots
     values: Values = field(default_factory=dict)  # mostly numbers and texts, by their keys
-    files: dict[Path, Identity] = field(default_factory=dict)
+    files: Files = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
-        return sum(identity.nbytes for identity in self.files.values())
+        return sum(file.nbytes for file in self.files.values())
 
     @cached_property
     def optimizers(self) -> frozenset[str]:
@@ -139,11 +125,6 @@ COUNTERS = {
     "decay", "optimization_step", "initted", "n_averaged", "num_batches_seen", "count",
 }  # fmt: skip
 """Last keys of values that trainings store as tensors of one element."""
-
-
-Files = dict[Path, Identity]
-"""The files of a checkpoint; files of torch.distributed.checkpoint join them when their chunks are
-looked for."""
 
 
 class Reader:
@@ -222,7 +203,7 @@ def _read_counts(folder: Path, opened: Files) -> Values:
             for name, digits in found:
                 values.setdefault(name, int(digits))
             if found:
-                opened[file] = _identity(file)
+                opened[file] = identify(file)
     return values
 
 
@@ -239,7 +220,7 @@ def _read_settings(folders: Iterable[Path], name: str, opened: Files) -> Values:
         for key, value in settings.items():
             if value is not None:
                 values[key] = value
-        opened[file] = _identity(file)
+        opened[file] = identify(file)
     return values
 
 
@@ -253,15 +234,15 @@ def _read_file(path: Path, opened: Files) -> Content:
                 kind = quote(value.name.removeprefix("torch._utils._rebuild_"))
                 problem = f"is of a kind that cannot be read ({kind})"
                 refuse = partial(refuse_tensor, path, name, problem)
-                tensors[name] = StoredTensor(path, keys, (), refuse)
+                tensors[name] = StoredTensor(keys, (), refuse)
             elif isinstance(value, Entry):
                 chunk = StoredChunk(path, value, Box.full(value.shape))
-                tensors[name] = StoredTensor(path, keys, value.shape, partial(tuple, [chunk]))
+                tensors[name] = StoredTensor(keys, value.shape, partial(tuple, [chunk]))
                 if value.size == 1 and _last_part(name) in COUNTERS:
                     values[name] = _read_number(file, value)
             else:
                 values[name] = value
-        opened[path] = Identity.from_file(file)
+        opened[path] = _identify(file)
     return Content(path, tensors, values, opened)
 
 
@@ -269,9 +250,14 @@ def _last_part(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _identity(path: Path) -> Identity:
+def identify(path: Path) -> TensorFile:
+    """Return a file without its tensors."""
     with OpenedFile(path) as file:
-        return Identity.from_file(file)
+        return _identify(file)
+
+
+def _identify(file: OpenedFile) -> TensorFile:
+    return TensorFile(file.path, {}, file.stamp, checksum=sampled_identity(file))
 
 
 def _read_number(file: OpenedFile, entry: Entry) -> float:
@@ -284,7 +270,7 @@ def _read_number(file: OpenedFile, entry: Entry) -> float:
 def _read_shards(index: Path, opened: Files) -> Content:
     tensors = {}
     values = {}
-    opened[index] = _identity(index)
+    opened[index] = identify(index)
     for name, listed in decode_index(index, ENDINGS).items():
         shard = _read_file(index.parent / name, opened)
         for tensor in listed:
@@ -311,7 +297,7 @@ def _state(value: Any) -> Values:
 def _read_distributed(metadata: Path, opened: Files) -> Content:
     with OpenedFile(metadata) as file:
         state = _state(read_pickled(file, 0, file.size))
-        opened[metadata] = Identity.from_file(file)
+        opened[metadata] = _identify(file)
     listed = state.get("state_dict_metadata")
     stored = state.get("storage_data")
     if not (isinstance(listed, dict) and isinstance(stored, dict)):
@@ -328,7 +314,7 @@ def _read_distributed(metadata: Path, opened: Files) -> Content:
             shape = tuple(size) if is_sizes(size) else ()
             chunks = partial(objects.chunks, name, shape, about["chunks"])
             keys = _key_path(name, state.get("planner_data"))
-            tensors[".".join(keys)] = StoredTensor(metadata, keys, shape, chunks)
+            tensors[".".join(keys)] = StoredTensor(keys, shape, chunks)
         elif _last_part(name) in COUNTERS and not NO_MODEL.search(name):
             values[name] = objects.read(name, ())[1]
     return Content(metadata.parent, tensors, values, opened)
@@ -416,7 +402,7 @@ class _Objects:
         path = self.metadata.parent / file_name
         with OpenedFile(path) as file:
             if path not in self.files:
-                self.files[path] = Identity.from_file(file)
+                self.files[path] = _identify(file)
             if begin + length > file.size:
                 refuse_tensor(path, name, "truncated: it would end beyond the file")
             if self.nbytes[file_name] > file.size:

@@ -32,7 +32,7 @@ from posthoc_cli.checkpoints.containers import strip_ending
 from posthoc_cli.checkpoints.content import Content, Tensors, Values, list_names
 from posthoc_cli.checkpoints.folders import AVERAGE_WORD
 from posthoc_cli.checkpoints.places import Place
-from posthoc_cli.checkpoints.sets import Found, TensorSets, are_mmcv_buffers
+from posthoc_cli.checkpoints.sets import Found, TensorSets
 from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.checkpoints.source import Checkpoint, are_near, make_checkpoint
 from posthoc_cli.checkpoints.updates import Calls, Updates
@@ -81,12 +81,13 @@ def _recognise_sets(sets: TensorSets, settings: ImportSettings) -> Found:
     if settings.kind == "ema" or (settings.weights is None and _is_average_file(content.path)):
         return _with_updates(Found(sets, sets.model()))
     weights = _find_weights(sets, settings)
-    if settings.weights is None and are_mmcv_buffers(weights.weights):
+    path = weights.weights_key
+    if settings.weights is None and sets.pairs("ema_*", path):
         reason = "holds the weights twice, under names that begin with ema_ and without; a hook "
         reason += "such as mmcv's swaps the two, and nothing shows which are the averages"
-        path = sets.model_path() or "*"
-        buffers = {"average": "ema_*", "weights": path}
-        raise QuestionError(content.path, reason, buffers, {"average": path, "weights": "ema_*"})
+        buffers = {"average": "ema_*", "weights": path or "*"}
+        swapped = {"average": path or "*", "weights": "ema_*"}
+        raise QuestionError(content.path, reason, buffers, swapped)
     return weights
 
 

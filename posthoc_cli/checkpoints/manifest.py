@@ -18,7 +18,7 @@ import xxhash
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints.clock import check_whole_number
-from posthoc_cli.checkpoints.content import Values
+from posthoc_cli.checkpoints.content import Values, identify
 from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.checkpoints.source import Checkpoint
 from posthoc_cli.checkpoints.updates import Updates
@@ -34,8 +34,9 @@ from posthoc_cli.errors import (
 from posthoc_cli.profiles import Point
 from posthoc_cli.snapshots.decoding import convert
 from posthoc_cli.snapshots.directory import MANIFEST, is_import
-from posthoc_cli.snapshots.opened_file import OpenedFile, read_small_file, sampled_identity
+from posthoc_cli.snapshots.opened_file import read_small_file
 from posthoc_cli.snapshots.strict_json import parse_object
+from posthoc_cli.snapshots.tensorfile import TensorFile
 
 _FORMAT = {"format": "ema import", "version": 3}
 _UNITS = ("steps", "epochs", "images")
@@ -76,22 +77,16 @@ class Manifest:
     def check_file(self, path: Path) -> None:
         """Raise FileFormatError unless a file is the one that was imported."""
         try:
-            with OpenedFile(path) as file:
-                self.check_identity(path, file.size, sampled_identity(file))
+            self.check_identity(identify(path))
         except VanishedError:  # a caller would try again, as for a directory that a tracker writes
             reason = f"is missing, and {self.folder} refers to it"
             raise FileFormatError(path, reason, f"move both together, or {_AGAIN}") from None
 
-    def check_identity(
-        self,
-        path: Path,
-        nbytes: int,
-        sample: str,
-    ) -> None:
-        """Raise FileFormatError unless a file with this identity is the one that was imported."""
-        if self.files.get(path) != (nbytes, sample):
+    def check_identity(self, file: TensorFile) -> None:
+        """Raise FileFormatError unless an opened file is the one that was imported."""
+        if self.files.get(file.path) != (file.nbytes, file.checksum):
             reason = f"was replaced, or has changed, since {self.folder} was imported"
-            raise FileFormatError(path, reason, _AGAIN)
+            raise FileFormatError(file.path, reason, _AGAIN)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -207,8 +202,8 @@ def _encode(
             "updates": vars(checkpoint.updates) if checkpoint.updates else None,
         }
         rows.append(row)
-        for path, identity in checkpoint.opened.items():
-            identities[_relative(path, out)] = (identity.nbytes, identity.sample)
+        for path, file in checkpoint.opened.items():
+            identities[_relative(path, out)] = (file.nbytes, file.checksum)
     first = checkpoints[0]
     values = {
         **_FORMAT,

@@ -186,8 +186,8 @@ def _open_import(manifest: Manifest) -> FoundRun:
             manifest.check_file(path)
         raise
     for checkpoint in checkpoints:
-        for path, identity in checkpoint.opened.items():
-            manifest.check_identity(path, identity.nbytes, identity.sample)
+        for file in checkpoint.opened.values():
+            manifest.check_identity(file)
     return FoundRun(_make_run(checkpoints), manifest.settings, out=manifest.folder)
 
 

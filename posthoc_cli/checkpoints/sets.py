@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -22,7 +22,6 @@ from posthoc_cli.checkpoints.clock import Time
 from posthoc_cli.checkpoints.content import Content, StoredTensor, Tensors, list_names
 from posthoc_cli.checkpoints.folders import AVERAGE_WORD, MODEL_FILES, NO_MODEL
 from posthoc_cli.checkpoints.source import (
-    STATISTICS,
     are_near,
     first_values,
     make_checkpoint,
@@ -32,6 +31,7 @@ from posthoc_cli.checkpoints.updates import Updates
 from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import UnsuitableError, count_noun, quote
 from posthoc_cli.profiles import FloatArray, StoredProfile
+from posthoc_cli.snapshots.selection import STATISTICS
 
 _Named = dict[str, StoredTensor]
 
@@ -541,14 +541,6 @@ def complete(averaged: Tensors, weights: Tensors) -> Tensors:
         if name in averaged:
             by_place.setdefault(place, averaged[name])
     return {name: by_place.get(place, weights[name]) for name, place in places.items()}
-
-
-def are_mmcv_buffers(named: Mapping[str, StoredTensor]) -> bool:
-    """Return whether names are as mmcv's hook makes them: buffers `ema_backbone_conv_weight` beside
-    the weights, and nothing says which of the two are the averages."""
-    buffers = {name[4:]: tensor for name, tensor in named.items() if re.match(r"ema_\w+$", name)}
-    model = {name: tensor for name, tensor in named.items() if name[:4] != "ema_"}
-    return 2 * len(match_names(buffers, model)) > max(1, len(model))
 
 
 def _is_state(tensor: StoredTensor, content: Content) -> bool:

@@ -181,13 +181,12 @@ class ImportSettings:
         elif self.sigma_rels:
             power = gamma_from_sigma_rel(self.sigma_rels[0]) + 1
             rule = {"decay": UNLIMITED, "warm_up": POWER_FUNCTION, "power": power, "copies": 1}
-        uncertainty = self.ema_uncertainty or self.ema_doubt
-        if uncertainty is not None:
-            rule["uncertainty"] = uncertainty
-        if self.ema_restart is not None:
-            rule["restart"] = self.ema_restart
-        if steps := self.steps or self.last_step:
-            rule["steps"] = steps
+        others = {
+            "uncertainty": self.ema_uncertainty or self.ema_doubt,
+            "restart": self.ema_restart,
+            "steps": self.steps or self.last_step,
+        }
+        rule |= {name: value for name, value in others.items() if value is not None}
         return rule | (parse_warm_up(self.ema_warmup or "") or {})
 
     @property

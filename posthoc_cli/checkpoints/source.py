@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from posthoc_cli.checkpoints.content import Content, Identity, StoredChunk, Tensors, refuse_tensor
+from posthoc_cli.checkpoints.content import Content, StoredChunk, Tensors, refuse_tensor
 from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.checkpoints.updates import Updates
 from posthoc_cli.decay_rules import POWER_FUNCTION, UNLIMITED, OrdinaryEMA
@@ -26,16 +26,14 @@ from posthoc_cli.profiles import (
 )
 from posthoc_cli.reconstruction import Steps, StoredAverage
 from posthoc_cli.run_clock import Clock
-from posthoc_cli.snapshots.boxes import Box
 from posthoc_cli.snapshots.entry import Entry
 from posthoc_cli.snapshots.sampling import read_elements
+from posthoc_cli.snapshots.selection import STATISTICS
 from posthoc_cli.snapshots.sources import ElementRange, Source, StoredTensors, TrackedTensor
 from posthoc_cli.snapshots.tensorfile import TensorFile
 
 # of a codebook: its vectors are quotients of these sums
 _SUMS = ("cluster_size", "embed_avg")
-# of BatchNorm: a variance is not extrapolated
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _COMPARED = 1024  # elements of a tensor that are compared with another tensor's
 COMPARED_FILES = 5  # newest ones, whose motion is compared
 _SLOWER = 0.8  # averages of any length move by a third less than the weights
@@ -73,7 +71,7 @@ class Checkpoint(Source):
     # the names that its tensors have in the file, by their names in the model
     stored: Mapping[str, str] = field(default_factory=dict, compare=False)
     # all files that were read to find it
-    opened: Mapping[Path, Identity] = field(default_factory=dict, compare=False)
+    opened: Mapping[Path, TensorFile] = field(default_factory=dict, compare=False)
 
     @property
     def t(self) -> float:  # type: ignore[override]  # in a frozen class no field can be assigned either
@@ -246,27 +244,17 @@ def is_copy(checkpoint: Checkpoint) -> bool:
 def _group_files(content: Content, tensors: Tensors) -> tuple[TensorFile, ...]:
     """Group the files of tensors; a file with several chunks of a tensor counts as several."""
     layers = dict[tuple[Path, int], dict[str, StoredChunk]]()
-    are_whole = True
     for name, tensor in tensors.items():
         for number, chunk in enumerate(tensor.chunks):
             layers.setdefault((chunk.path, number), {})[name] = chunk
-            are_whole = are_whole and chunk.box == Box.full(tensor.shape)
-    paths = []
+    grouped = []
     for (path, _), chunks in layers.items():
         boxes = {}
-        if len(layers) > 1 or not are_whole:
+        if len(layers) > 1:  # else all tensors are whole
             boxes = {name: chunk.box for name, chunk in chunks.items()}
-        identity = content.files[path]
-        file = TensorFile(
-            path,
-            {name: chunk.entry for name, chunk in chunks.items()},
-            identity.stamp,
-            boxes=boxes,
-            checksum=identity.sample,
-            handle=identity.handle,
-        )
-        paths.append(file)
-    return tuple(paths)
+        entries = {name: chunk.entry for name, chunk in chunks.items()}
+        grouped.append(replace(content.files[path], entries=entries, boxes=boxes))
+    return tuple(grouped)
 
 
 def _is_text(name: str) -> bool:
@@ -292,4 +280,5 @@ def _is_statistic(name: str, names: Collection[str]) -> bool:
     stem = name[:-1]
     is_vector = name.endswith(("_u", "_v")) and f"{stem}u" in names and f"{stem}v" in names
     is_of_norm = f"{stem}orig" in names or ("parametrizations." in name and stem.endswith("._"))
-    return last in STATISTICS or (is_vector and is_of_norm)
+    is_of_batch_norm = last in STATISTICS  # a variance is not extrapolated
+    return is_of_batch_norm or (is_vector and is_of_norm)

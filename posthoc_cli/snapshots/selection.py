@@ -14,7 +14,7 @@ log = Log(__name__)
 
 BUFFERS = ("statistics", "copy", "average")  # the treatments of buffers
 
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclass(frozen=True)
@@ -94,12 +94,12 @@ def running_statistics(names: Iterable[str]) -> frozenset[str]:
     """Find the names of BatchNorm's running means and variances: a layer has both, and a count of
     batches."""
     known = frozenset(names)
-    mean = _STATISTICS[0]
+    mean = STATISTICS[0]
     statistics = set[str]()
     for name in known:
         if name.split(".")[-1] == mean:
             layer = name.removesuffix(mean)
-            parts = [layer + part for part in _STATISTICS]
+            parts = [layer + part for part in STATISTICS]
             if known.issuperset(parts):
                 statistics.update(parts[:2])
     return frozenset(statistics)
