@@ -113,7 +113,7 @@ def may_hold_tensors(path: Path) -> bool:
     bytes. In a store each would be a request, and endings decide."""
     if path.name.endswith(ENDINGS):
         return True
-    if is_url(path) or container_by_name(path.name) is not None or _NO_TENSORS.search(path.name):
+    if is_url(path):
         return False
     try:
         row = find_container(path)
@@ -139,10 +139,9 @@ def read_leaves(file: OpenedFile) -> Leaves:
     A file whose first bytes are of no known kind is read as its name says, or as a pickle: the
     reader says what is wrong with it.
     """
-    named = container_by_name(file.path.name)
-    row = named
-    if named is None or named.read is not None:
-        row = _container_by_bytes(file) or named
+    row = container_by_name(file.path.name)
+    if row is None or row.read is not None:
+        row = _container_by_bytes(file) or row
     if row is None:
         return read_tensors(file)
     if row.read is None:

@@ -429,7 +429,7 @@ class TensorSets:
         averaged = self.below(average)
         if weights is not None:
             averaged = _without_nested(averaged, self.below(weights))
-        if averaged and all(map(str.isdecimal, averaged)):
+        if _is_list(averaged):
             path = self.model_path() if weights is None else weights
             raw = self._with_names(path)
             return [Found(self, self._match_list(averaged, raw), raw, average, path)]
@@ -448,7 +448,7 @@ class TensorSets:
         """Return the tensors of a set; a list takes the names of the model, and the weights that it
         lacks."""
         tensors = self.below(path)
-        if not tensors or not all(map(str.isdecimal, tensors)) or path in self.models:
+        if not _is_list(tensors) or path in self.models:
             return tensors
         model = self._part(self.model_path())
         return {**model, **self._match_list(tensors, model)}
@@ -470,7 +470,7 @@ class TensorSets:
         names = [name for name, tensor in averaged.items() if not _is_counter(tensor)]
         if not names:
             return []
-        longest = max(names, key=lambda name: (_depth(name), len(name), name))
+        longest = max(names, key=len)
         outside = [name for name in self.tensors if not _lies_in(name, average)]
         roots = _find_roots(longest, outside, _squeeze)
         return roots or _find_roots(longest, outside, _strip_wrappers)
@@ -520,9 +520,11 @@ def match_names(averaged: Tensors, weights: Tensors) -> Tensors:
             full = by_bare.get(_strip_wrappers(name), "")
         if full and weights[full].shape == tensor.shape:
             matched[full] = tensor
-        elif full and not _is_counter(tensor):
+        elif _is_counter(tensor):
+            continue
+        elif full:
             return {}
-        elif not _is_counter(tensor):
+        else:
             others += 1
     return matched if 4 * others <= len(matched) else {}
 
@@ -535,12 +537,11 @@ def complete(averaged: Tensors, weights: Tensors) -> Tensors:
     if not weights:
         return averaged
     first_names = tied_names(weights)
-    places = {name: first_names.get(name, name) for name in weights}
-    by_place = _Named()
-    for name, place in places.items():
+    by_first = _Named()
+    for name in weights:
         if name in averaged:
-            by_place.setdefault(place, averaged[name])
-    return {name: by_place.get(place, weights[name]) for name, place in places.items()}
+            by_first.setdefault(first_names.get(name, name), averaged[name])
+    return {name: by_first.get(first_names.get(name, name), weights[name]) for name in weights}
 
 
 def _is_state(tensor: StoredTensor, content: Content) -> bool:
@@ -559,6 +560,11 @@ def _is_state(tensor: StoredTensor, content: Content) -> bool:
 
 def _is_counter(tensor: StoredTensor) -> bool:
     return tensor.shape in ((), (1,))
+
+
+def _is_list(tensors: Tensors) -> bool:
+    """Return whether tensors have positions in place of names."""
+    return bool(tensors) and all(map(str.isdecimal, tensors))
 
 
 def _may_be_listed(name: str, tensor: StoredTensor) -> bool:
