@@ -441,7 +441,8 @@ class _Objects:
             if path not in self.files:
                 self.files[path] = Identity.from_file(file)
             if begin + length > file.size:
-                self._refuse(path, name, "truncated: it would end beyond the file")
+                problem = "truncated: it would end beyond the file"
+                self._refuse(path, name, problem, f"move {path.parent} away to leave it out")
             if self.nbytes[file_name] > file.size:
                 raise FileFormatError(path, "is shorter than its objects: truncated or overlapping")
             return path, read_pickled(file, begin, begin + length)
@@ -451,5 +452,6 @@ class _Objects:
         path: Path,
         name: str,
         problem: str,
+        hint: str = "",
     ) -> NoReturn:
-        raise FileFormatError(path, f"tensor {quote(name)}: {problem}")
+        raise FileFormatError(path, f"tensor {quote(name)}: {problem}", hint)
