@@ -110,9 +110,9 @@ def list_names(names: Sequence[str], most: int = 5) -> str:
     return list_first(map(quote, names), most)
 
 
-def refuse_tensor(path: Path, name: str, problem: str) -> NoReturn:
+def refuse_tensor(path: Path, name: str, problem: str, hint: str = "") -> NoReturn:
     """Raise FileFormatError for a tensor of a file."""
-    raise FileFormatError(path, f"tensor {quote(name)}: {problem}")
+    raise FileFormatError(path, f"tensor {quote(name)}: {problem}", hint)
 
 
 # --- files and folders
@@ -403,8 +403,10 @@ class _Objects:
         with OpenedFile(path) as file:
             if path not in self.files:
                 self.files[path] = _identify(file)
+            hint = f"move {path.parent} away to leave it out"
             if begin + length > file.size:
-                refuse_tensor(path, name, "truncated: it would end beyond the file")
+                refuse_tensor(path, name, "truncated: it would end beyond the file", hint)
             if self.nbytes[file_name] > file.size:
-                raise FileFormatError(path, "is shorter than its objects: truncated or overlapping")
+                reason = "is shorter than its objects: truncated or overlapping"
+                raise FileFormatError(path, reason, hint)
             return path, read_pickled(file, begin, begin + length)
