@@ -89,6 +89,11 @@ class Content:
     def nbytes(self) -> int:
         return sum(file.nbytes for file in self.files.values())
 
+    @property
+    def groups(self) -> list[str]:
+        """The first keys of its tensors."""
+        return [*dict.fromkeys(tensor.keys[0] for tensor in self.tensors.values())]
+
     @cached_property
     def optimizers(self) -> frozenset[str]:
         """The keys of optimizer states: whatever they are called, `param_groups` lies beside
@@ -390,6 +395,20 @@ class _Objects:
 
     def read(self, name: str, offset: tuple[int, ...]) -> tuple[Path, Any]:
         """Return the file and the object with a name and an offset, or with the name alone."""
+        path, begin, end = self._find(name, offset)
+        hint = f"move {path.parent} away to leave it out"
+        with OpenedFile(path) as file:
+            if path not in self.files:
+                self.files[path] = _identify(file)
+            if end > file.size:
+                refuse_tensor(path, name, "truncated: it would end beyond the file", hint)
+            if self.nbytes[path.name] > file.size:
+                reason = "is shorter than its objects: truncated or overlapping"
+                raise FileFormatError(path, reason, hint)
+            return path, read_pickled(file, begin, end)
+
+    def _find(self, name: str, offset: tuple[int, ...]) -> tuple[Path, int, int]:
+        """Find the file of an object, and its range there."""
         place: Any = self.places.get((name, offset)) or self.places.get((name, ()), {})
         file_name, begin, length = map(place.get, ("relative_path", "offset", "length"))
         if not isinstance(file_name, str) or not is_sizes((begin, length)):
@@ -399,14 +418,4 @@ class _Objects:
             refuse_tensor(self.metadata, name, problem)
         if place.get("transform_descriptors"):
             refuse_tensor(self.metadata, name, "is compressed or encrypted, which cannot be read")
-        path = self.metadata.parent / file_name
-        with OpenedFile(path) as file:
-            if path not in self.files:
-                self.files[path] = _identify(file)
-            hint = f"move {path.parent} away to leave it out"
-            if begin + length > file.size:
-                refuse_tensor(path, name, "truncated: it would end beyond the file", hint)
-            if self.nbytes[file_name] > file.size:
-                reason = "is shorter than its objects: truncated or overlapping"
-                raise FileFormatError(path, reason, hint)
-            return path, read_pickled(file, begin, begin + length)
+        return self.metadata.parent / file_name, begin, begin + length

@@ -250,15 +250,14 @@ def _find_library(average_key: str, values: Values) -> tuple[Library | None, Val
         if library.average not in ("", average_key):
             continue
         for place in places:
-            beside = _values_below(values, place)
-            marks = map(beside.get, library.marks)
+            start = f"{place}." if place else ""
+            marks = [values.get(start + mark) for mark in library.marks]
             if all(isinstance(value, int | float | str) for value in marks):
-                return library, beside
+                return library, _values_below(values, start)
     return None, {}
 
 
-def _values_below(values: Values, path: str) -> Values:
-    start = f"{path}." if path else ""
+def _values_below(values: Values, start: str) -> Values:
     below = {}
     for name, value in values.items():
         if name.startswith(start):
@@ -451,5 +450,4 @@ class Stored:
     @property
     def groups(self) -> str:
         """The names of the outermost sets, for a message."""
-        keys = dict.fromkeys(tensor.keys[0] for tensor in self._content.tensors.values())
-        return list_names([*keys]) or "it has none"
+        return list_names(self._content.groups) or "it has none"

@@ -99,33 +99,33 @@ def read_manifest(folder: Path) -> Manifest:
             raise ValueError("is of another format or version")
         if raw.pop("checksum") != _checksum(raw):
             raise ValueError("its checksum does not match")
-        return _decode(folder, path, raw)
+        return _decode(folder, raw)
     except (ValueError, TypeError, AttributeError, LookupError) as error:
         raise FileFormatError(path, f"damaged import: {quote(str(error))[1:-1]}", _AGAIN) from error
 
 
-def _decode(folder: Path, path: Path, raw: Values) -> Manifest:
+def _decode(folder: Path, raw: Values) -> Manifest:
     base = folder if files.is_url(folder) else Path(os.path.realpath(folder))
     names = [convert(each, dict[str, str]) for each in raw["names"]]
-    listed = {}
-    for row in raw["checkpoints"]:
-        place = _absolute(row["path"], base)
-        is_average = bool(row["is_average"])
-        if (place, is_average) in listed:
-            raise ValueError(f"lists the checkpoint {place} twice")
-        step = check_whole_number(path, row["step"])
-        updates = _decode_updates(row["updates"])
-        listed[place, is_average] = Listed(place, step, is_average, names[row["names"]], updates)
+    checkpoints = tuple(_decode_listed(row, names, base) for row in raw["checkpoints"])
+    if len({(listed.path, listed.is_average) for listed in checkpoints}) < len(checkpoints):
+        raise ValueError("lists a checkpoint twice")
     identities = {}
     for text, (nbytes, sample) in raw["files"].items():
         identities[_absolute(text, base)] = (nbytes, sample)
     unit, is_stated = raw["unit"]
-    if not (listed and identities and unit in _UNITS and type(is_stated) is bool):
+    if not (checkpoints and identities and unit in _UNITS and type(is_stated) is bool):
         raise ValueError("holds no checkpoints, or no unit of their times")
     settings = ImportSettings(**raw["settings"])
     origin = _absolute(raw["from"], base)
-    checkpoints = tuple(listed.values())
     return Manifest(folder, origin, settings, (unit, is_stated), checkpoints, identities)
+
+
+def _decode_listed(row: Values, names: Sequence[dict[str, str]], base: Path) -> Listed:
+    path = _absolute(row["path"], base)
+    step = check_whole_number(path, row["step"])
+    updates = _decode_updates(row["updates"])
+    return Listed(path, step, bool(row["is_average"]), names[row["names"]], updates)
 
 
 def _decode_updates(values: Values | None) -> Updates | None:

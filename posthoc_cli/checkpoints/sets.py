@@ -273,10 +273,8 @@ class TensorSets:
         if not self.content.tensors:
             raise UnsuitableError(path, "holds no tensors with names")
         if not self.models:
-            groups = [*dict.fromkeys(tensor.keys[0] for tensor in self.content.tensors.values())]
-            raise UnsuitableError(
-                path, f"holds no weights, only tensors under {list_names(groups)}"
-            )
+            groups = list_names(self.content.groups)
+            raise UnsuitableError(path, f"holds no weights, only tensors under {groups}")
         main, *others = self.models
         if not others:
             return [main, *self._parts_beside(main)]
@@ -429,6 +427,8 @@ class TensorSets:
         averaged = self.below(average)
         if weights is not None:
             averaged = _without_nested(averaged, self.below(weights))
+        if not averaged:
+            return []
         if _is_list(averaged):
             path = self.model_path() if weights is None else weights
             raw = self._with_names(path)
@@ -485,12 +485,12 @@ class TensorSets:
         in_order = [listed[position] for position in sorted(listed, key=lambda each: each.zfill(9))]
         is_counted = listed.keys() == {*map(str, range(len(listed)))}  # and no places in memory
         shapes = [tensor.shape for tensor in in_order]
+        known_shapes = [tensor.shape for tensor in known.values()]
         is_sorted = any(_is_safetensors(tensor) for tensor in known.values())
-        if is_counted and not is_sorted and shapes == [tensor.shape for tensor in known.values()]:
+        if is_counted and not is_sorted and shapes == known_shapes:
             return dict(zip(known, in_order, strict=True))
-        by_shape = {tensor.shape: name for name, tensor in known.items()}
-        are_unique = len(by_shape) == len(known) == len(set(shapes)) == len(shapes)
-        if are_unique and by_shape.keys() == set(shapes):
+        by_shape = dict(zip(known_shapes, known, strict=True))
+        if sorted(by_shape) == sorted(known_shapes) == sorted(shapes):
             return {by_shape[tensor.shape]: tensor for tensor in in_order}
         reason = f"holds an average without names: a list of {count_noun(len(shapes), 'tensor')}, "
         reason += f"whose order among {count_noun(len(known), 'weight')} nothing shows"
