@@ -265,25 +265,22 @@ def _values_below(values: Values, start: str) -> Values:
     return below
 
 
+_DECAY_IN_NAME = re.compile(r"ema_(0\.\d+)_")
+"""Pattern of names such as guided-diffusion's `ema_0.9999_000050.pt`, next to `model000050.pt`."""
+
+
 def _with_updates(found: Found) -> Found:
     """Add what the values beside an average, or the name of its file, say of its updates."""
     library, values = _find_library(found.average_key, found.content.values)
     if library is None:
-        decay = named_decay(found.path)
-        return replace(found, updates=Updates({} if decay is None else {"decay": decay}))
+        named = _DECAY_IN_NAME.match(found.path.name)
+        return replace(found, updates=Updates({"decay": float(named[1])} if named else {}))
     try:
         updates = library.read(values)
     except (TypeError, ValueError, OverflowError) as error:
         reason = f"holds an EMA whose settings cannot be read: {error}"
         raise FileFormatError(found.path, reason) from error
     return replace(found, updates=updates, lacks=library.lacks)
-
-
-def named_decay(path: Path) -> float | None:
-    """Find the decay in a name such as guided-diffusion's `ema_0.9999_000050.pt`, next to
-    `model000050.pt`."""
-    match = re.match(r"ema_(0\.\d+)_", path.name)
-    return float(match[1]) if match else None
 
 
 _TITAN_EMA = re.compile(r"(?:ema_optimizer\.)*state\.(.+)\.ema_params")

@@ -380,9 +380,8 @@ class TensorSets:
         with."""
         path = average
         for inner in self._within(average):
-            if inner not in self.keys or self.counts[inner] < self.counts[path]:
-                break
-            path = inner
+            if inner in self.keys and self.counts[inner] == self.counts[average]:
+                path = inner
         return Found(self, self.below(path), {}, path)
 
     def is_all(self, path: str) -> bool:

@@ -64,13 +64,10 @@ def parse_warm_up(text: str) -> Arguments | None:
     if name not in WARM_UPS:
         return None
     row = WARM_UPS[name]
-    if not colon:
-        rule: Arguments = {"warm_up": name}
-        if row.number:
-            rule[row.number] = row.usual
-        return rule
-    value = read_number(number)
-    if not row.number or not value or (row.is_schedule and value >= 1):
+    if not row.number:
+        return None if colon else {"warm_up": name}
+    value = read_number(number) if colon else row.usual
+    if not value or (row.is_schedule and value >= 1):
         return None
     return {"warm_up": name, row.number: float(value)}
 
