@@ -128,7 +128,7 @@ LIMITS = {
     "__init__.py": 430,
     "__main__.py": 190,
     "averages.py": 4_580,
-    "checkpoints": 49_550,
+    "checkpoints": 48_850,
     "cli": 12_340,
     "decay_rules.py": 2_430,
     "demo.py": 2_580,
