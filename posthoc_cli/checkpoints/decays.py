@@ -21,13 +21,12 @@ from posthoc_cli.checkpoints.audit import (
     TOO_COARSE,
     UNRELATED,
     Audit,
-    Candidate,
     audit_averages,
-    round_decays,
 )
-from posthoc_cli.checkpoints.settings import FOUND, ImportSettings, parse_warm_up
+from posthoc_cli.checkpoints.audit_rules import main_number
+from posthoc_cli.checkpoints.settings import FOUND, ImportSettings, parse_warm_up, warm_up_text
 from posthoc_cli.checkpoints.source import COMPARED_FILES, Checkpoint, first_values, is_copy
-from posthoc_cli.decay_rules import POWER_FUNCTION, RULES, OrdinaryEMA, WarmUp
+from posthoc_cli.decay_rules import POWER_FUNCTION, RULES, DecayRule, OrdinaryEMA
 from posthoc_cli.errors import InvalidValueError, argument
 
 log = logging.getLogger(__name__)
@@ -76,8 +75,7 @@ class _Decays:
             value = self.given.update_after_step
             raise InvalidValueError("update_after_step", reason, value=value)
         if any(source.updates.needs_steps(self.given) for source in averages if source.updates):
-            settled = self._with(replace(self.given, last_step=last))
-            given, lines = settled.settle()
+            given, lines = self._settle_with(last_step=last)
             return given, [f"steps: taken as {last:,}, the last checkpoint's", *lines]
         if not all(source.is_known for source in averages):
             return self._find()
@@ -85,9 +83,10 @@ class _Decays:
             return self._confirm()
         return self.given, []
 
-    def _with(self, given: ImportSettings) -> _Decays:
+    def _settle_with(self, **changes: Any) -> tuple[ImportSettings, list[str]]:
+        given = replace(self.given, **changes)
         changed = [checkpoint.with_settings(given) for checkpoint in self.checkpoints]
-        return _Decays(changed, given, self.numbers)
+        return _Decays(changed, given, self.numbers).settle()
 
     # --- a decay that nothing says
 
@@ -101,54 +100,32 @@ class _Decays:
             raise _question("ema_decay", f"{reason}averages in two files or more")
         self._check_is_average(audit)
         sigma = audit.uncertainty or 0.0
-        rounded = self._round_decays(audit, sigma)
-        is_reached = not any(candidate.rises for candidate in audit.candidates)
-        if audit.verdict == "found" and len(rounded) == 1 and sigma <= _SURE and is_reached:
-            (changes,) = rounded
-            shown = changes.get("ema_decay") or changes["ema_warmup"]
-            text = f"found: {audit.text}; taken as {shown}"
-            return self._adopt(changes, 0.0), [text]
-        if audit.verdict == "found" and self.given.ema_decay == FOUND:
-            (candidate,) = audit.candidates
-            changes = _express_as_settings(candidate, candidate.value)
-            return self._adopt(changes, sigma), [f"found: {audit.text}"]
-        rounded = self._round_decays(audit, 2 * sigma)
-        proposals = rounded
-        if audit.verdict == "found" and sigma <= _CLEAR:
-            proposals = [*rounded, {"ema_decay": FOUND}]
-        if self.numbers and not rounded:
+        answers = _list_round(audit, 2 * sigma)
+        if audit.average and audit.verdict == "found":
+            near = _list_round(audit, sigma)
+            if len(near) == 1 and sigma <= _SURE and not audit.average.rises:
+                taken = " ".join(map(str, near[0].values()))
+                return self._adopt(near[0], 0.0), [f"found: {audit.text}; taken as {taken}"]
+            if self.given.ema_decay == FOUND:
+                shown = _settings_of(audit.average.fitted)
+                return self._adopt(shown, sigma), [f"found: {audit.text}"]
+        if self.numbers and not answers:
             reason = f"numbers are {self.numbers}, and the decay is not a round one: {audit.text}"
             raise _question("steps_per_epoch", reason)
+        if audit.verdict == "found" and sigma <= _CLEAR:
+            answers.append({"ema_decay": FOUND})
         reason = audit.text
-        if not proposals:
+        if not answers:
             reason += f"; {argument('kind')} checkpoints takes the weights alone"
-        raise _question("ema_decay", reason, *proposals)
+        raise _question("ema_decay", reason, *answers)
 
     def _adopt(self, changes: Settings, uncertainty: float) -> ImportSettings:
         """Put a decay that was found into the settings."""
         found: Settings = {"ema_decay": None, "ema_uncertainty": uncertainty}
-        found |= changes
-        if replace(self.given, **found).warm_up_row.is_schedule and not self.given.steps:
-            found["last_step"] = self.checkpoints[-1].step
-        return replace(self.given, **found)
-
-    def _round_decays(self, audit: Audit, distance: float) -> list[Settings]:
-        """List settings with round decays within a relative distance of the length that was found,
-        the likeliest first; a decay that still rises fits any higher one."""
-        rounded = []
-        for candidate in audit.candidates:
-            if candidate.rises:
-                highest = 10.0 ** math.floor(math.log10(1 - candidate.value) - 1)
-                rounded.append(_express_as_settings(candidate, round(1 - highest, 12)))
-            elif candidate.warm_up != POWER_FUNCTION and (audit.uncertainty or 0.0) <= _CLEAR:
-                near = round_decays(candidate.value, distance)
-                row = _row(candidate)
-                if row.is_schedule and row.usual:
-                    ratio = (1 - row.usual) / (1 - candidate.value)
-                    if abs(math.log(ratio)) <= distance:
-                        near.append(row.usual)
-                rounded += [_express_as_settings(candidate, decay) for decay in near]
-        return rounded
+        given = replace(self.given, **(found | changes))
+        if given.warm_up_row.is_schedule and not given.steps:
+            given = replace(given, last_step=self.checkpoints[-1].step)
+        return given
 
     # --- a decay that files or settings say
 
@@ -160,56 +137,47 @@ class _Decays:
         if given.steps and not any(update.ends(given) for update in updates):
             reason = "is of no use: these averages have no decay that rises to 1"
             raise InvalidValueError("steps", reason, value=given.steps)
-        lines = []
-        for audit in audit_averages(self.checkpoints, given=given):
-            is_taken = self._is_taken_as_given(audit)
-            if not is_taken:
-                self._check_is_average(audit)
-            if warm_up := self._warm_up_to(audit):
-                given, checks = self._with(replace(self.given, ema_warmup=warm_up)).settle()
-                return given, [f"ema_warmup: taken as {warm_up}, which the files show", *checks]
-            if audit.is_bad and not is_taken:
-                raise self._refute(audit)
-            if is_taken or audit.verdict == "undetermined":
-                reason = "is taken as given, which the files do not show: predicted errors hold if"
-                log.warning("%s %s it is right: %s", name, reason, audit.text)
-            doubt = max(given.ema_doubt or 0.0, audit.difference)
-            given = replace(given, ema_doubt=min(doubt, _MOST_DOUBT) or None)
-            if audit.verdict == SET_BACK:
-                given = replace(given, ema_restart=audit.set_back_at)
-            lines.append(f"given: {audit.text}")
-        if not lines:
+        audit = next(audit_averages(self.checkpoints, given=given), None)
+        if audit is None:
             self._check_warm_up()
             _check_alone(self.averages)
             reason = "is as given or in files: without weights next to the averages it cannot be "
-            lines.append(f"{name} {reason}checked")
-        return given, lines
+            return given, [f"{name} {reason}checked"]
+        is_taken = self._is_taken_as_given(audit)
+        if not is_taken:
+            self._check_is_average(audit)
+        if warm_up := self._find_warm_up(audit):
+            settings, lines = self._settle_with(ema_warmup=warm_up)
+            return settings, [f"ema_warmup: taken as {warm_up}, which the files show", *lines]
+        if audit.is_bad and not is_taken:
+            raise self._refute(audit, name)
+        if is_taken or audit.verdict == "undetermined":
+            reason = "is taken as given, which the files do not show: predicted errors hold if"
+            log.warning("%s %s it is right: %s", name, reason, audit.text)
+        doubt = max(given.ema_doubt or 0.0, audit.difference)
+        given = replace(given, ema_doubt=min(doubt, _MOST_DOUBT) or None)
+        if audit.verdict == SET_BACK:
+            given = replace(given, ema_restart=audit.set_back_at)
+        return given, [f"given: {audit.text}"]
 
     def _is_taken_as_given(self, audit: Audit) -> bool:
         """Return whether what the user gives is taken in spite of a fault that an audit names."""
         if audit.verdict == RARE:
             return self.given.update_every is not None
-        return audit.verdict in (SET_BACK, TOO_COARSE) and self._is_given
+        is_given = bool({"decay", "base"} & self.given.rule().keys())
+        return is_given and audit.verdict in (SET_BACK, TOO_COARSE)
 
-    @property
-    def _is_given(self) -> bool:
-        """Whether the user says the decay, and not files."""
-        given = self.given
-        is_rule = given.warm_up_row.is_schedule or bool(given.sigma_rels)
-        return is_rule or given.ema_decay not in (None, FOUND)
-
-    def _warm_up_to(self, audit: Audit) -> str:
+    def _find_warm_up(self, audit: Audit) -> str:
         """Find the warm-up that leads to the given decay, if the files show that decay; else ""."""
-        given = self.given
-        if given.ema_warmup is not None or not self._is_given or len(audit.candidates) != 1:
+        decay = self.given.rule().get("decay")
+        if not (decay and audit.average and audit.verdict == "another rule"):
             return ""
-        (candidate,) = audit.candidates
-        is_rule = candidate.warm_up in (POWER_FUNCTION, "none") or _row(candidate).is_schedule
-        if audit.verdict != "another rule" or is_rule or candidate.rises:
+        shown = _settings_of(audit.average.fitted)
+        is_given = self.given.ema_warmup is not None
+        if is_given or audit.average.rises or len(shown) < 2:  # no decay with a warm-up
             return ""
-        decay = given.rule().get("decay", 0.0)
-        difference = abs(math.log((1 - decay) / (1 - candidate.value)))
-        return candidate.warm_up if difference <= 2 * (audit.uncertainty or 0.0) else ""
+        difference = abs(math.log((1 - decay) / (1 - shown["ema_decay"])))
+        return shown["ema_warmup"] if difference <= 2 * (audit.uncertainty or 0.0) else ""
 
     def _check_warm_up(self) -> None:
         """Raise InvalidValueError for a warm-up other than what files state."""
@@ -221,21 +189,20 @@ class _Decays:
                 reason += "without weights next to the averages nothing shows which is right"
                 raise InvalidValueError("ema_warmup", reason, value=self.given.ema_warmup)
 
-    def _refute(self, audit: Audit) -> QuestionError:
+    def _refute(self, audit: Audit, name: str) -> QuestionError:
         """Make the error that names the setting which an audit refutes."""
         reason = f"does not fit the files: {audit.text}"
         given = self.given
         answers: list[Settings] = []
-        for candidate in audit.candidates:
-            if given.ema_decay and candidate.warm_up != POWER_FUNCTION:
-                answers.append({"ema_warmup": candidate.warm_up})
-        rounded = self._round_decays(audit, audit.uncertainty or 0.0)
-        answers += [{"ema_warmup": "none"} | changes for changes in rounded]
-        if len(audit.candidates) == 1 and (audit.uncertainty or 1.0) <= _CLEAR:
+        average = audit.average
+        if given.ema_decay and average and not average.is_width:
+            answers.append({"ema_warmup": warm_up_text(average.fitted)})
+        near = _list_round(audit, audit.uncertainty or 0.0)
+        answers += [{"ema_warmup": "none"} | changes for changes in near]
+        if average and (audit.uncertainty or 1.0) <= _CLEAR:
             answers.append({"ema_decay": FOUND})
         if given.warm_up_row.is_schedule:
             return QuestionError("ema_warmup", reason, *answers, value=given.ema_warmup)
-        name = "sigma_rels" if given.sigma_rels else "ema_decay"
         if given.sigma_rels:
             answers = [{"sigma_rels": ()} | changes for changes in answers]
         return QuestionError(name, reason, *answers, value=f"{audit.claimed:.12g}")
@@ -253,18 +220,9 @@ class _Decays:
             raise QuestionError("average", audit.text, *swapped, alone)
         if audit.verdict == RARE:
             raise _question("update_every", audit.text)
-        way = ""
-        if audit.verdict in (SET_BACK, DOES_NOT_MOVE):
-            later = argument("update_after_step")
-            way = f"name files of one side by a glob, later ones with {later}; or take the weights "
-        elif audit.verdict == SOME_TENSORS:
-            way = f"leave them out with {argument('exclude')}, or take the weights "
-        elif audit.verdict in (EQUALS, TOO_COARSE):
-            way = "take the weights "
-        if way:
-            raise QuestionError("average", f"{audit.text}; {way}alone", alone)
-        begins = self._last_copy(audit)
-        if begins and self.given.update_after_step is None:
+        if way := _find_way(audit.verdict):
+            raise QuestionError("average", f"{audit.text}; {way} alone", alone)
+        if begins := self._last_copy(audit):
             what = f"no average differs from the weights until step {begins:,.12g}"
             raise _question("update_after_step", f"{what}, after which it began")
 
@@ -272,22 +230,30 @@ class _Decays:
         """Find the last time of weights without an average, or with a copy, that nothing else
         explains; 0 if there is none."""
         first = self.averages[0]
-        if first.updates is None or first.updates.count is not None:
+        is_counted = first.updates is None or first.updates.count is not None
+        begins_as_copy = isinstance(first.profile, OrdinaryEMA) and first.profile.rule.copies
+        if is_counted or begins_as_copy or self.given.update_after_step is not None:
             return 0.0
         weights = [source.t for source in self.checkpoints if source.updates is None]
         earlier = [t for t in weights if t < first.t]
         if len(weights) - len(earlier) != len(self.averages):
             earlier = []  # averages are in some files only
-        last = max([*earlier, audit.copied_until or 0.0])
-        if not isinstance(first.profile, OrdinaryEMA) or first.profile.rule.copies:
-            return 0.0
-        settings = first.profile.settings
-        return 0.0 if settings["first"] - settings["every"] >= last else last
+        return max([*earlier, audit.copied_until or 0.0])
 
 
 def _question(name: str, reason: str, *answers: Answer) -> QuestionError:
     """Make the question for a setting, which the user may know better than the answers say."""
     return QuestionError(name, f"must be given: {reason}", *answers, {name: ASKED})
+
+
+def _find_way(verdict: str) -> str:
+    """Find what to do about an average that no decay describes; empty for another verdict."""
+    if verdict in (SET_BACK, DOES_NOT_MOVE):
+        later = argument("update_after_step")
+        return f"name files of one side by a glob, later ones with {later}; or take the weights"
+    if verdict == SOME_TENSORS:
+        return f"leave them out with {argument('exclude')}, or take the weights"
+    return "take the weights" if verdict in (EQUALS, TOO_COARSE) else ""
 
 
 def _find_key(checkpoint: Checkpoint) -> str:
@@ -296,21 +262,48 @@ def _find_key(checkpoint: Checkpoint) -> str:
     return stored.removesuffix(name).rstrip(".") if stored != name else ""
 
 
-def _express_as_settings(candidate: Candidate, value: float) -> Settings:
-    """Express a rule with another value as settings."""
-    if candidate.warm_up == POWER_FUNCTION:
-        return {"sigma_rels": (min(float(f"{value:.4g}"), 0.2886),)}
-    if _row(candidate).is_schedule:
-        return {"ema_warmup": f"{candidate.warm_up}:{value:.12g}"}
-    changes: Settings = {"ema_decay": value}
-    if candidate.warm_up != "none":
-        changes["ema_warmup"] = candidate.warm_up
-    return changes
+# --- rules as settings
 
 
-def _row(candidate: Candidate) -> WarmUp:
-    name, _, _ = candidate.warm_up.partition(":")
-    return RULES[name.replace("none", "")]
+def _settings_of(rule: DecayRule) -> Settings:
+    """Express a rule as settings."""
+    if rule.warm_up == POWER_FUNCTION:
+        return {"sigma_rels": (min(float(f"{main_number(rule):.4g}"), 0.2886),)}
+    if rule.is_schedule:
+        return {"ema_warmup": warm_up_text(rule)}
+    settings: Settings = {"ema_decay": rule.decay}
+    if rule.warm_up:
+        settings["ema_warmup"] = warm_up_text(rule)
+    return settings
+
+
+def _list_round(audit: Audit, distance: float) -> list[Settings]:
+    """List settings with round decays within a relative distance of the length that was found, the
+    likeliest first; a decay that still rises fits any higher one."""
+    average = audit.average
+    if average is None or average.is_width:
+        return []
+    decays = list[float]()
+    if average.rises:
+        rest = 10.0 ** math.floor(math.log10(1 - average.parameter) - 1)
+        decays = [round(1 - rest, 12)]
+    elif (audit.uncertainty or 0.0) <= _CLEAR:
+        decays = _round_decays(average.fitted, distance)
+    rule = average.fitted
+    return [_settings_of(replace(rule, decay=decay, base=decay)) for decay in decays]
+
+
+def _round_decays(rule: DecayRule, distance: float) -> list[float]:
+    """List the decays 1 - 10^-k, 1 - 2 10^-k and 1 - 5 10^-k, and the usual one of a schedule,
+    whose time constants are within a relative distance, the nearest first."""
+    rests = np.outer((1.0, 2.0, 5.0), 10.0 ** -np.arange(1, 10)).ravel()
+    usual = RULES[rule.warm_up].usual
+    if rule.is_schedule and usual:
+        rests = np.append(rests, 1 - usual)
+    distances = np.abs(np.log(rests / (1 - main_number(rule))))
+    nearest = rests[np.argsort(distances)]
+    count = int((distances <= distance).sum())
+    return [round(1 - rest, 15) for rest in nearest[:count].tolist()]
 
 
 def _check_alone(averages: Sequence[Checkpoint]) -> None:
