@@ -11,12 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from posthoc_cli.checkpoints.audit_fit import FAR, NEAR, Intervals
+from posthoc_cli.checkpoints.audit_fit import FAR, TOLD, Explanation
 from posthoc_cli.checkpoints.audit_rules import (
     Average,
     claim_text,
@@ -29,7 +28,7 @@ from posthoc_cli.checkpoints.audit_sample import Pair, Sample, read_sample
 from posthoc_cli.checkpoints.content import list_names
 from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings, warm_up_text
 from posthoc_cli.checkpoints.source import Checkpoint
-from posthoc_cli.decay_rules import POWER_FUNCTION, RULES
+from posthoc_cli.decay_rules import POWER_FUNCTION
 from posthoc_cli.dtypes import DTYPES
 from posthoc_cli.errors import (
     DirectoryError,
@@ -37,23 +36,12 @@ from posthoc_cli.errors import (
     check_number,
     percent,
 )
-from posthoc_cli.profiles import FloatArray, Point
+from posthoc_cli.profiles import Point
 from posthoc_cli.snapshots.sources import Source
 
-# Rules explain n intervals about equally if their misfits, times n, differ by less than this /
-# sqrt(n). Of 13 rules and 10 recorded trainings the true rule was within 0.42 of the best one with
-# 5 files, and within 0.23 with 20.
-_ALIKE = 1.2
-# Another rule explains n intervals clearly better than a claimed one if its misfit, times n, is
-# less by 1 and this for each interval: of 13 rules and 4 trainings with files 20, 100 and 300 steps
-# apart no other one explained them better than the true rule by more than 0.7 with 15 files, and
-# 1.9 with 75; a constant decay was worse than a schedule by 3.6.
-_CLEARLY = 0.05
 _BETTER = 0.05  # and a length if its misfit is less than the claimed length's by this
-_SAME = 0.06  # averages are the same if their tails differ by less
 _SLACK = math.log(1.1)  # between the found and the claimed length of an average that is as claimed
 _VAGUE = 0.25  # above this uncertainty, or difference within it, a length is undetermined
-_TOLD = 0.2  # and up to this one another rule is told, or a length by files that are far apart
 _FOREIGN = 0.8  # largest unexplained share of the motion of an average that belongs to the weights
 # A decay changes if in a quarter of the intervals a length of their own leaves so much less (mean
 # log of squares): of 345 healthy series at most 0.13, with noise about a minimum 0.6. One interval
@@ -196,7 +184,7 @@ def _audit(pairs: Sequence[Pair], claimed: float | None, given: ImportSettings) 
         is_counted = newest.updates is not None and newest.updates.count is not None
         may_be_rarer = sample.every == 1 and given.update_every is None and not is_counted
         possible = list_averages(last) if claim else list_unclaimed(newest, given, last)
-        audit = _Judge(sample, sample.intervals, claim, possible, may_be_rarer).audit()
+        audit = _Judge(sample, Explanation(sample.intervals, claim, possible), may_be_rarer).audit()
     if claim:
         audit = replace(audit, claimed=main_number(claim.rule))
     if sample.copies:
@@ -261,186 +249,85 @@ def _find_copying(sample: Sample) -> Audit | None:
 
 @dataclass(frozen=True)
 class _Judge:
-    """What explains how an average moves, and the verdict."""
+    """The verdict on an average that moves."""
 
     sample: Sample
-    rows: Intervals
-    claim: Average | None
-    possible: Sequence[Average]  # averages of each rule, the simplest first
+    found: Explanation
     may_be_rarer: bool  # than at each step
-
-    @cached_property
-    def fits(self) -> list[Average]:
-        """The averages of each rule that explain the intervals best.
-
-        Rules that few libraries have, and rules that begin as the mean of all weights, count as
-        worse by as much as is about equal.
-        """
-        fits = []
-        for average in self.possible:
-            fit = self.rows.fit(average)
-            rule = fit.fitted
-            if rule.begins_as_mean or not RULES[rule.warm_up].is_common:
-                fit = replace(fit, misfit=fit.misfit + self._equal_within)
-            fits.append(fit)
-        return fits
-
-    @property
-    def _equal_within(self) -> float:
-        """The difference of misfits at which rules explain the intervals about equally."""
-        return float(_ALIKE / len(self.rows.gram) ** 1.5)
-
-    @cached_property
-    def equal(self) -> list[Average]:
-        """The averages that explain the intervals about equally, the simplest first."""
-        least = min(fit.misfit for fit in self.fits)
-        return [fit for fit in self.fits if fit.misfit < least + self._equal_within]
-
-    @cached_property
-    def alike(self) -> list[Average]:
-        """Those of them that end like the one that explains the intervals best."""
-        best = min(self.equal, key=lambda fit: fit.misfit)
-        return [fit for fit in self.equal if self._end_difference(fit, best) <= _SAME]
-
-    @cached_property
-    def best(self) -> Average:
-        """The average that the verdict is about: the claimed one, or one by another rule that
-        explains the intervals better, in the simplest way."""
-        simplest = self.alike[0]
-        if self.claim is None:
-            return simplest
-        claimed = self.rows.fit(self.claim)
-        least = _CLEARLY + 1 / len(self.rows.gram)
-        is_better = simplest.misfit < claimed.misfit - least
-        is_same = self._differences(simplest, claimed).max() <= _SAME
-        if is_better and not is_same and self._estimate_uncertainty(simplest) <= _TOLD:
-            return simplest
-        return claimed
-
-    def _differences(self, one: Average, other: Average) -> FloatArray:
-        """Compute what the tails of two averages differ by, at each time: [times, times]."""
-        updates = np.append(0.0, self.sample.updates)
-        return np.abs(one.tails(updates) - other.tails(updates))
-
-    def _end_difference(self, one: Average, other: Average) -> float:
-        """Compute what the tails of two averages differ by at the newest checkpoint."""
-        return float(self._differences(one, other)[-1].max())
-
-    @cached_property
-    def sigma(self) -> float:
-        """The uncertainty of its length; without a claim also of its rule.
-
-        Tails of lengths that differ by a factor 1 + u differ by u / e at most.
-        """
-        sigma = self._estimate_uncertainty(self.best)
-        if self.claim:
-            return sigma
-        differences = [self._end_difference(fit, self.best) for fit in self.equal]
-        return math.hypot(sigma, math.e * max(differences))
-
-    def _estimate_uncertainty(self, fit: Average) -> float:
-        """Estimate the uncertainty of a length; for a decay that rises, by how much more or less
-        often it may be applied."""
-        if not fit.rises:
-            return self.rows.uncertainty(fit)
-        often = self.rows.fit(replace(fit, rule=fit.fitted, is_known=True))
-        return math.hypot(often.log, self.rows.uncertainty(often))
-
-    @cached_property
-    def own(self) -> list[Average]:
-        """The averages that explain each interval alone; their misfits are relative to the best
-        average's, if the weights moved at any times within the interval."""
-        fits = []
-        for index in range(len(self.rows.gram)):
-            row = self.rows.between(index, index + 1)
-            fit = row.fit(self.best, NEAR)
-            misfit = row.uneven_misfit(fit) - row.uneven_misfit(self.best)
-            fits.append(replace(fit, misfit=misfit))
-        return fits
-
-    @property
-    def unexplained(self) -> FloatArray:
-        """The share of the average's motion in each interval that is left unexplained, as an L2
-        norm: in the median over the pieces, since one of them may have been scaled for some
-        steps."""
-        shares = np.maximum(self.rows.residuals(self.best), 0) / self.rows.motion
-        return np.sqrt(np.median(shares, axis=1))
 
     @property
     def text(self) -> str:
-        return self.best.describe(self.sigma, self.sample.every, self.sample.unit)
+        return self.found.best.describe(self.found.sigma, self.sample.every, self.sample.unit)
 
     # --- the audit
 
     def audit(self) -> Audit:
         """Judge the average, and add what was found."""
-        best = self.best
+        best = self.found.best
         rule = best.fitted
-        is_other = self.claim is not None and not best.is_known
+        is_other = self.found.claim is not None and not best.is_known
         audit = None if is_other else self._find_break()
         if audit is None:
-            audit = replace(
-                self._judge_length(),
-                difference=abs(best.log) if best.is_known and not self.rows.are_noise else 0.0,
-                average=best,
-            )
+            audit = replace(self._judge_length(), average=best)
             if audit.verdict != "undetermined":
                 audit = replace(audit, found=best.parameter)
+            if best.is_known and not self.found.rows.are_noise:
+                audit = replace(audit, difference=abs(best.log))
         has_length = not (best.rises or rule.is_schedule)
         return replace(
             audit,
             what=best.what,
-            length=self._length(best, best.updates) if has_length else None,
-            uncertainty=self.sigma,
+            length=self._length(best) if has_length else None,
+            uncertainty=self.found.sigma,
             warm_up=warm_up_text(rule).replace("none", ""),
             intervals=self._list_intervals(),
         )
 
     def _list_intervals(self) -> tuple[Interval, ...]:
         sample = self.sample
-        unexplained = self.unexplained.tolist()
+        unexplained = self.found.unexplained.tolist()
         intervals = []
-        for place, fit in enumerate(self.own, sample.copies):
+        for place, fit in enumerate(self.found.own, sample.copies):
             updates = float(sample.updates[place + 1])
+            claim = self.found.claim and replace(self.found.claim, updates=updates)
             moves = bool(sample.moves[place].any())
             stays = bool(sample.stays[place].all())
             interval = Interval(
                 begin=float(sample.times[place]),
                 end=float(sample.times[place + 1]),
-                found=self._length(fit, updates) if moves else None,
-                claimed=self._length(self.claim, updates) if self.claim else None,
+                found=self._length(replace(fit, updates=updates)) if moves else None,
+                claimed=self._length(claim) if claim else None,
                 unexplained=None if stays else unexplained[place - sample.copies],
             )
             intervals.append(interval)
         return tuple(intervals)
 
-    def _length(self, fit: Average, updates: float) -> float:
-        """Compute the time constant after so many updates, in the unit of times, or the
-        sigma_rel."""
-        return fit.parameter if fit.is_width else self.sample.every * fit.length(updates)
+    def _length(self, fit: Average) -> float:
+        """Compute the time constant in the unit of times, or the sigma_rel."""
+        return fit.parameter if fit.is_width else self.sample.every * fit.length
 
     def _find_break(self) -> Audit | None:
         """Name an average that the weights do not explain, or not in some intervals."""
-        rows = self.rows
-        best = self.best
-        is_foreign = np.median(self.unexplained) > _FOREIGN
-        is_short = best.length(best.updates) < _SHORTEST * rows.counts.min()
+        rows = self.found.rows
+        best = self.found.best
+        is_foreign = np.median(self.found.unexplained) > _FOREIGN
+        is_short = best.length < _SHORTEST * rows.counts.min()
         is_farther = rows.motion.sum() > _FARTHER * rows.gram[..., 2, 2].sum()
         if is_farther and (is_foreign or is_short):
             return Audit(UNRELATED, _UNRELATED)
         if is_foreign:
             return Audit("undetermined", _OTHER_WEIGHTS)
         is_still = self.sample.stays[self.sample.copies :].all(axis=1)  # between two updates
-        places = np.flatnonzero(rows.find_restarts(self.claim or best) & ~is_still)
+        places = np.flatnonzero(rows.find_restarts(self.found.claim or best) & ~is_still)
         if places.size:
             why = ": it began again from the weights in between"
             audit = self._name_break(int(places[-1]), why)  # after which all is well
             return replace(audit, verdict=SET_BACK, difference=abs(best.log))
-        gains = np.where(is_still, 0.0, [-fit.misfit for fit in self.own])
+        gains = np.where(is_still, 0.0, [-fit.misfit for fit in self.found.own])
         if rows.are_noise:
             gains[:] = 0.0
         if np.quantile(gains, 0.75) > _CHANGED:
-            lengths = [self._length(fit, best.updates) for fit in self.own]
+            lengths = [self._length(fit) for fit in self.found.own]
             text = f"each interval alone shows another length, from {min(lengths):,.3g} to "
             text += f"{max(lengths):,.3g} {self.sample.unit}: its decay changes by an unknown rule"
             return Audit("another rule", text)
@@ -460,7 +347,7 @@ class _Judge:
         return Audit(
             "undetermined",
             f"{text}at {begin:,.12g}{why}",
-            difference=abs(self.own[place].log - self.best.log),
+            difference=abs(self.found.own[place].log - self.found.best.log),
             set_back_at=float(end),
         )
 
@@ -472,25 +359,27 @@ class _Judge:
         The length does not show it: in the mean of each 10th an error was 4 times as large as
         predicted.
         """
-        average = replace(self.best, rule=self.best.fitted, is_known=True, log=0.0)
+        average = replace(self.found.best, rule=self.found.best.fitted, is_known=True, log=0.0)
         rule = average.rule
         is_mean = rule.warm_up in (POWER_FUNCTION, "power") and 1 <= rule.power < 2
         if not self.may_be_rarer or not is_mean:
             return False
         times = self.sample.times[self.sample.copies :]
-        rare = [replace(self.rows, updates=times // every).misfit(average) for every in _STRIDES]
-        return min(rare) < self.rows.misfit(average) - self._equal_within
+        rare = [
+            replace(self.found.rows, updates=times // every).misfit(average) for every in _STRIDES
+        ]
+        return min(rare) < self.found.rows.misfit(average) - self.found.equal_within
 
     # --- lengths
 
     def _judge_length(self) -> Audit:
         """Judge an average by the length that explains it."""
-        if self.claim:
-            return self._judge_claim(self.claim)
-        if vague := self._why_vague(self.best):
+        if self.found.claim:
+            return self._judge_claim(self.found.claim)
+        if vague := self._why_vague(self.found.best):
             return Audit("undetermined", vague)
         text = self.text
-        if rules := [fit.rule.warm_up for fit in self.alike if fit is not self.best]:
+        if rules := [fit.rule.warm_up for fit in self.found.alike if fit is not self.found.best]:
             names = ", ".join(dict.fromkeys(rules))
             text += f"; with {names} the files would look the same"
         return Audit("found", text)
@@ -499,34 +388,39 @@ class _Judge:
         """Judge an average by the rule and the length that explain it best."""
         text = self.text
         claimed = claim_text(claim.rule)
-        if not self.best.is_known:
+        if not self.found.best.is_known:
             return Audit("another rule", f"the average moves as by {text}, not {claimed}")
         if self._refutes(claim):
-            verdict = "too long" if self.best.log > 0 else "too short"
-            factor = math.exp(abs(self.best.log))
-            text = f"{verdict} by a factor of {factor:.3g}: {text}, not {claimed}"
-            return Audit(verdict, f"{text}; {self._cause}")
+            factor = f"{math.exp(abs(self.found.best.log)):.3g}"
+            verdict = "too long"
+            cause = f"as if updated every {factor} steps, or at steps that are counted twice"
+            if self.found.best.log < 0:
+                verdict = "too short"
+                cause = f"as if updated {factor} times a step: once a microbatch, or by each of so "
+                cause += "many processes"
+            text = f"{verdict} by a factor of {factor}: {text}, not {claimed}; {cause}"
+            return Audit(verdict, text)
         if vague := self._why_vague(claim):
             return Audit("undetermined", vague)
-        if abs(self.best.log) > _VAGUE:
+        if abs(self.found.best.log) > _VAGUE:
             text = f"the checkpoints show it too vaguely: {text}, not {claimed}"
             return Audit("undetermined", text)
         return Audit("as claimed", f"{text}, as claimed")
 
     def _why_vague(self, claim: Average) -> str:
         """Say why a length is undetermined; empty if it is not."""
-        spacing = float(self.rows.counts.min())
-        length = claim.length(claim.updates)
-        longest = max(length, self.best.length(claim.updates))
+        spacing = float(self.found.rows.counts.min())
+        length = claim.length
+        longest = max(length, self.found.best.length)
         every = self.sample.every
         unit = self.sample.unit
-        if not self.best.is_width and longest < _SHORTEST * spacing:
+        if not self.found.best.is_width and longest < _SHORTEST * spacing:
             shortest = _SHORTEST * spacing * every
             text = f"its time constant is below {shortest:,.3g} {unit}, too short for the time "
             text += "between these checkpoints; checkpoints closer than "
             return f"{text}{length * every / _SHORTEST:,.0f} {unit} would show it"
-        if self.sigma > _VAGUE:
-            return f"the checkpoints do not show its length (± {percent(min(self.sigma, 1))})"
+        if self.found.sigma > _VAGUE:
+            return f"the checkpoints do not show its length (± {percent(min(self.found.sigma, 1))})"
         return ""
 
     def _refutes(self, claim: Average) -> bool:
@@ -535,22 +429,10 @@ class _Judge:
         Files that are as far apart as several lengths may show another one because of the path of
         the weights within an interval.
         """
-        is_better = self.best.misfit < self.rows.misfit(claim) - _BETTER
-        is_clear = abs(self.best.log) > max(3 * self.sigma, _SLACK)
-        spacing = float(np.median(self.rows.counts)) / claim.length(claim.updates)
-        return is_better and is_clear and (self.sigma <= _TOLD or spacing < FAR)
-
-    @property
-    def _cause(self) -> str:
-        """The likely cause of another length than claimed."""
-        factors = [math.exp(abs(self.best.log) + sign * min(self.sigma, 1)) for sign in (-1, 1)]
-        factor = " to ".join(dict.fromkeys(f"{each:.3g}" for each in factors))
-        if self.best.log > 0:
-            return f"as if updated every k steps, or at steps that are counted twice (k = {factor})"
-        return (
-            f"as if updated {factor} times a step: once a microbatch, or by each of so many "
-            "processes"
-        )
+        is_better = self.found.best.misfit < self.found.rows.misfit(claim) - _BETTER
+        is_clear = abs(self.found.best.log) > max(3 * self.found.sigma, _SLACK)
+        spacing = float(np.median(self.found.rows.counts)) / claim.length
+        return is_better and is_clear and (self.found.sigma <= TOLD or spacing < FAR)
 
 
 _OTHER_WEIGHTS = (

@@ -29,7 +29,7 @@ class Average:
     """
 
     rule: DecayRule  # of the factor 1
-    updates: float  # until the newest checkpoint
+    updates: float  # until a checkpoint, by default the newest one
     is_known: bool = False
     log: float = 0.0
     misfit: float = 0.0  # of the intervals to which it was fitted
@@ -70,47 +70,48 @@ class Average:
         return np.asarray(by_number * math.exp(-self.log) if self.is_known else by_number)
 
     def tails(self, updates: FloatArray) -> FloatArray:
-        """Compute what the average after so many updates has from before each of them: [updates,
-        updates]."""
+        """Compute what the average after the last of so many updates has from before each of them:
+        shape of `updates`."""
         lost = self.forgotten(updates)
-        return np.tril(np.exp(np.minimum(lost - lost[:, None], 0)))
+        return np.asarray(np.exp(lost - lost[-1]))
 
-    def last_decay(self, updates: float) -> float:
-        """Compute the share of the average that an update keeps."""
-        before, after = self.forgotten(np.array([updates - 1, updates])).tolist()
+    @property
+    def last_decay(self) -> float:
+        """The share of the average that the last update keeps."""
+        before, after = self.forgotten(np.array([self.updates - 1, self.updates])).tolist()
         return math.exp(before - after)
 
-    def length(self, updates: float) -> float:
-        """Compute the time constant of an update, in updates."""
-        return 1 / max(1 - self.last_decay(updates), 1e-15)
+    @property
+    def length(self) -> float:
+        """The time constant of the last update, in updates."""
+        return 1 / max(1 - self.last_decay, 1e-15)
 
     @property
     def parameter(self) -> float:
         """The decay of the last update, the first decay of a schedule, or the sigma_rel."""
         if self.is_width or self.rule.is_schedule:
             return main_number(self.rule.longer(math.exp(self.log)))
-        return self.last_decay(self.updates)
+        return self.last_decay
 
     @property
     def rises(self) -> bool:
         """Whether the decay of an unknown rule has not reached its limit."""
         if self.is_known or self.is_width:
             return False
-        return 1 / (1 - self.fitted.decay) > (1 + _RISES) * self.length(self.updates)
+        return 1 / (1 - self.fitted.decay) > (1 + _RISES) * self.length
 
     def describe(self, sigma: float, every: int, unit: str) -> str:
         """Describe it, with the uncertainty of its length."""
         rule = self.fitted.rule
-        value = self.parameter
         if self.is_width:
-            return f"sigma_rel {value:.4g} (± {percent(sigma)})"
+            return f"sigma_rel {self.parameter:.4g} (± {percent(sigma)})"
         if self.rule.is_schedule:
             return f"decay by {rule} (± {percent(sigma)} of what an update takes in)"
-        decay = _decay_text(value, sigma)
+        taken_in = float(f"{1 - self.last_decay:.3g}")
+        text = f"decay {1 - taken_in:.12g}"
         if self.rises:
-            return f"decay {decay} at the end, still rising by {rule}"
-        length = every * self.length(self.updates)
-        text = f"decay {decay}, a time constant of {length:,.4g} {unit} (± {percent(sigma)})"
+            return f"{text} at the end, still rising by {rule}"
+        text += f", a time constant of {every * self.length:,.4g} {unit} (± {percent(sigma)})"
         if self.rule.warm_up and not self.is_known:
             text += f", reached by {rule}"
         return text
@@ -131,15 +132,6 @@ def claim_text(rule: DecayRule) -> str:
     if rule.warm_up not in ("", POWER_FUNCTION):
         text += f", reached by {rule.rule}"
     return text
-
-
-def _decay_text(decay: float, sigma: float) -> str:
-    """Write a decay with two digits of its uncertainty, `sigma` relative to 1 - decay."""
-    error = (1 - decay) * min(max(sigma, 1e-9), 1.0)
-    if error <= 0:
-        return f"{decay:.7g}"
-    decimals = 1 - math.floor(math.log10(error))
-    return f"{decay:.{decimals}f}"
 
 
 # --- which averages are looked for

@@ -26,6 +26,7 @@ from posthoc_cli.checkpoints.audit import (
 from posthoc_cli.checkpoints.audit_rules import main_number
 from posthoc_cli.checkpoints.settings import FOUND, ImportSettings, parse_warm_up, warm_up_text
 from posthoc_cli.checkpoints.source import COMPARED_FILES, Checkpoint, first_values, is_copy
+from posthoc_cli.checkpoints.updates import Updates
 from posthoc_cli.decay_rules import POWER_FUNCTION, RULES, DecayRule, OrdinaryEMA
 from posthoc_cli.errors import InvalidValueError, argument
 
@@ -66,6 +67,10 @@ class _Decays:
     def averages(self) -> list[Checkpoint]:
         return [source for source in self.checkpoints if source.updates is not None]
 
+    @property
+    def updates(self) -> list[Updates]:
+        return [source.updates for source in self.checkpoints if source.updates is not None]
+
     def settle(self) -> tuple[ImportSettings, list[str]]:
         """Decide the settings, and note how in lines about them."""
         averages = self.averages
@@ -74,7 +79,7 @@ class _Decays:
             reason = f"is not before the last checkpoint, of step {last:,}: no average has begun"
             value = self.given.update_after_step
             raise InvalidValueError("update_after_step", reason, value=value)
-        if any(source.updates.needs_steps(self.given) for source in averages if source.updates):
+        if any(updates.needs_steps(self.given) for updates in self.updates):
             given, lines = self._settle_with(last_step=last)
             return given, [f"steps: taken as {last:,}, the last checkpoint's", *lines]
         if not all(source.is_known for source in averages):
@@ -100,18 +105,19 @@ class _Decays:
             raise _question("ema_decay", f"{reason}averages in two files or more")
         self._check_is_average(audit)
         sigma = audit.uncertainty or 0.0
-        answers = _list_round(audit, 2 * sigma)
         if audit.average and audit.verdict == "found":
-            near = _list_round(audit, sigma)
-            if len(near) == 1 and sigma <= _SURE and not audit.average.rises:
-                taken = " ".join(map(str, near[0].values()))
-                return self._adopt(near[0], 0.0), [f"found: {audit.text}; taken as {taken}"]
+            taken = _find_round(audit, sigma)
+            if taken and sigma <= _SURE and not audit.average.rises:
+                text = " ".join(map(str, taken.values()))
+                return self._adopt(taken, 0.0), [f"found: {audit.text}; taken as {text}"]
             if self.given.ema_decay == FOUND:
                 shown = _settings_of(audit.average.fitted)
                 return self._adopt(shown, sigma), [f"found: {audit.text}"]
-        if self.numbers and not answers:
+        nearest = _find_round(audit, 2 * sigma)
+        if self.numbers and not nearest:
             reason = f"numbers are {self.numbers}, and the decay is not a round one: {audit.text}"
             raise _question("steps_per_epoch", reason)
+        answers = [nearest] if nearest else []
         if audit.verdict == "found" and sigma <= _CLEAR:
             answers.append({"ema_decay": FOUND})
         reason = audit.text
@@ -133,8 +139,7 @@ class _Decays:
         """Compare the averages that the settings describe with the weights."""
         given = self.given
         name = "sigma_rels" if given.sigma_rels else "ema_decay"
-        updates = [source.updates for source in self.averages if source.updates]
-        if given.steps and not any(update.ends(given) for update in updates):
+        if given.steps and not any(updates.ends(given) for updates in self.updates):
             reason = "is of no use: these averages have no decay that rises to 1"
             raise InvalidValueError("steps", reason, value=given.steps)
         audit = next(audit_averages(self.checkpoints, given=given), None)
@@ -182,8 +187,8 @@ class _Decays:
     def _check_warm_up(self) -> None:
         """Raise InvalidValueError for a warm-up other than what files state."""
         given = parse_warm_up(self.given.ema_warmup or "")
-        for source in self.averages:
-            stated = source.updates.rule.get("warm_up") if source.updates else None
+        for source, updates in zip(self.averages, self.updates, strict=True):
+            stated = updates.rule.get("warm_up")
             if given and stated and given["warm_up"] != stated:
                 reason = f"contradicts {source.path.name}, whose decay rises by {stated}, and "
                 reason += "without weights next to the averages nothing shows which is right"
@@ -197,8 +202,8 @@ class _Decays:
         average = audit.average
         if given.ema_decay and average and not average.is_width:
             answers.append({"ema_warmup": warm_up_text(average.fitted)})
-        near = _list_round(audit, audit.uncertainty or 0.0)
-        answers += [{"ema_warmup": "none"} | changes for changes in near]
+        if nearest := _find_round(audit, audit.uncertainty or 0.0):
+            answers.append({"ema_warmup": "none"} | nearest)
         if average and (audit.uncertainty or 1.0) <= _CLEAR:
             answers.append({"ema_decay": FOUND})
         if given.warm_up_row.is_schedule:
@@ -230,7 +235,7 @@ class _Decays:
         """Find the last time of weights without an average, or with a copy, that nothing else
         explains; 0 if there is none."""
         first = self.averages[0]
-        is_counted = first.updates is None or first.updates.count is not None
+        is_counted = self.updates[0].count is not None
         begins_as_copy = isinstance(first.profile, OrdinaryEMA) and first.profile.rule.copies
         if is_counted or begins_as_copy or self.given.update_after_step is not None:
             return 0.0
@@ -277,33 +282,28 @@ def _settings_of(rule: DecayRule) -> Settings:
     return settings
 
 
-def _list_round(audit: Audit, distance: float) -> list[Settings]:
-    """List settings with round decays within a relative distance of the length that was found, the
-    likeliest first; a decay that still rises fits any higher one."""
+def _find_round(audit: Audit, distance: float) -> Settings:
+    """Express the rule that was found as settings, with the nearest one of 1 - 10^-k, 1 - 2 10^-k,
+    1 - 5 10^-k and the usual number of a schedule; empty if its time constant is not within a
+    relative distance. A decay that still rises fits any higher one."""
     average = audit.average
     if average is None or average.is_width:
-        return []
-    decays = list[float]()
+        return {}
+    rule = average.fitted
     if average.rises:
         rest = 10.0 ** math.floor(math.log10(1 - average.parameter) - 1)
-        decays = [round(1 - rest, 12)]
-    elif (audit.uncertainty or 0.0) <= _CLEAR:
-        decays = _round_decays(average.fitted, distance)
-    rule = average.fitted
-    return [_settings_of(replace(rule, decay=decay, base=decay)) for decay in decays]
-
-
-def _round_decays(rule: DecayRule, distance: float) -> list[float]:
-    """List the decays 1 - 10^-k, 1 - 2 10^-k and 1 - 5 10^-k, and the usual one of a schedule,
-    whose time constants are within a relative distance, the nearest first."""
-    rests = np.outer((1.0, 2.0, 5.0), 10.0 ** -np.arange(1, 10)).ravel()
-    usual = RULES[rule.warm_up].usual
-    if rule.is_schedule and usual:
-        rests = np.append(rests, 1 - usual)
-    distances = np.abs(np.log(rests / (1 - main_number(rule))))
-    nearest = rests[np.argsort(distances)]
-    count = int((distances <= distance).sum())
-    return [round(1 - rest, 15) for rest in nearest[:count].tolist()]
+    else:
+        found = 1 - main_number(rule)
+        power = 10.0 ** math.floor(math.log10(found))
+        rests = [power, 2 * power, 5 * power, 10 * power]
+        if rule.is_schedule:
+            rests.append(1 - (RULES[rule.warm_up].usual or 0.0))
+        rest = min(rests, key=lambda each: abs(math.log(each / found)))
+        is_vague = (audit.uncertainty or 0.0) > _CLEAR
+        if is_vague or abs(math.log(rest / found)) > distance:
+            return {}
+    decay = round(1 - rest, 12)
+    return _settings_of(replace(rule, decay=decay, base=decay))
 
 
 def _check_alone(averages: Sequence[Checkpoint]) -> None:
