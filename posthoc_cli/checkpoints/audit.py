@@ -109,7 +109,8 @@ class Audit:
     # names of the tensors that the verdict is about; empty for all tensors
     tensors: tuple[str, ...] = ()
     intervals: tuple[Interval, ...] = ()
-    average: Average | None = None  # what explains the files; None if they contradict each other
+    # what explains the files, of unknown decay; None if they contradict each other
+    average: Average | None = None
 
     def __repr__(self) -> str:
         return f"Audit({self.text})"
@@ -268,7 +269,7 @@ class _Judge:
         is_other = self.found.claim is not None and not best.is_known
         audit = None if is_other else self._find_break()
         if audit is None:
-            audit = replace(self._judge_length(), average=best)
+            audit = replace(self._judge_length(), average=self.found.simplest)
             if audit.verdict != "undetermined":
                 audit = replace(audit, found=best.parameter)
             if best.is_known and not self.found.rows.are_noise:

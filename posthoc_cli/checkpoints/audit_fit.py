@@ -334,16 +334,21 @@ class Explanation:
         return [fit for fit in self.equal if self._end_difference(fit, best) <= _SAME]
 
     @cached_property
+    def simplest(self) -> Average:
+        """The simplest of them, of unknown decay."""
+        return self.alike[0]
+
+    @cached_property
     def best(self) -> Average:
-        """The average that the verdict is about: the claimed one, or one by another rule that
-        explains the intervals better, in the simplest way."""
-        simplest = self.alike[0]
+        """The average that the verdict is about: the claimed one at the best length, unless another
+        rule explains the intervals clearly better."""
         if self.claim is None:
-            return simplest
+            return self.simplest
         claimed = self.rows.fit(self.claim)
         least = _CLEARLY + 1 / len(self.rows.gram)
-        is_better = simplest.misfit < claimed.misfit - least
-        return simplest if is_better and self._uncertainty(simplest) <= TOLD else claimed
+        is_better = self.simplest.misfit < claimed.misfit - least
+        is_told = is_better and self._uncertainty(self.simplest) <= TOLD
+        return self.simplest if is_told else claimed
 
     def _end_difference(self, one: Average, other: Average) -> float:
         """Compute what the tails of two averages differ by at the newest checkpoint."""

@@ -200,10 +200,12 @@ class _Decays:
         given = self.given
         answers: list[Settings] = []
         average = audit.average
+        nearest = _find_round(audit, audit.uncertainty or 0.0)
+        fits_any = average is not None and average.rises and given.ema_decay is not None
+        if nearest and not fits_any:
+            answers.append({"ema_warmup": "none"} | nearest)
         if given.ema_decay and average and not average.is_width:
             answers.append({"ema_warmup": warm_up_text(average.fitted)})
-        if nearest := _find_round(audit, audit.uncertainty or 0.0):
-            answers.append({"ema_warmup": "none"} | nearest)
         if average and (audit.uncertainty or 1.0) <= _CLEAR:
             answers.append({"ema_decay": FOUND})
         if given.warm_up_row.is_schedule:
