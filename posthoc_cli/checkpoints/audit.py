@@ -230,9 +230,10 @@ def _find_copying(sample: Sample) -> Audit | None:
         text = "the average is equal to the weights: it is copied, or its decay is 0"
         return Audit(EQUALS, text)
     if untracked := sample.untracked:
+        count = len(set(sample.names))
         verb = "is" if len(untracked) == 1 else "are"
-        text = f"{len(untracked)} of {len(set(sample.names))} tensors {verb} not followed, or "
-        text += f"copied, while the others are averaged: {list_names(untracked, 3)}"
+        text = f"{len(untracked)} of {count} tensors {verb} not followed, or copied, while the "
+        text += f"others are averaged: {list_names(untracked, 3)}"
         return Audit(SOME_TENSORS, text, tensors=tuple(untracked))
     rows = sample.intervals
     if not len(rows.gram):
