@@ -29,7 +29,6 @@ import numpy.typing as npt
 from scipy.optimize import minimize_scalar
 
 from posthoc_cli.checkpoints.audit_rules import Average
-from posthoc_cli.decay_rules import RULES
 from posthoc_cli.profiles import FloatArray
 
 Bools = npt.NDArray[np.bool_]
@@ -302,19 +301,8 @@ class Explanation:
 
     @cached_property
     def fits(self) -> list[Average]:
-        """The averages of each rule that explain the intervals best.
-
-        Rules that few libraries have, and rules that begin as the mean of all weights, count as
-        worse by as much as is about equal.
-        """
-        fits = []
-        for average in self.possible:
-            fit = self.rows.fit(average)
-            rule = fit.fitted
-            if rule.begins_as_mean or not RULES[rule.warm_up].is_common:
-                fit = replace(fit, misfit=fit.misfit + self.equal_within)
-            fits.append(fit)
-        return fits
+        """The average of each rule that explains the intervals best, the simplest rule first."""
+        return [self.rows.fit(average) for average in self.possible]
 
     @property
     def equal_within(self) -> float:
