@@ -46,7 +46,9 @@ $(READY): $(INSTALLED)
 demo: $(INSTALLED)
 	$(BIN)/ema demo
 
-test: lint types unit
+# Tests wait for processes and disks at times: the types are checked meanwhile.
+test: lint
+	$(MAKE) --no-print-directory --jobs 2 types unit
 
 lint: $(READY)
 	$(BIN)/ruff check .

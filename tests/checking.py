@@ -19,6 +19,11 @@ heavy = pytest.mark.skipif("EMA_HEAVY" not in os.environ, reason="needs EMA_HEAV
 """Marks tests of many seconds, which the gate runs, and `make test` leaves out."""
 
 
+def each_heavy(*values):
+    """Mark parameters of a test, beside others that every run takes."""
+    return [pytest.param(value, marks=heavy) for value in values]
+
+
 @contextmanager
 def refused(subject, *words, kind=InvalidValueError):
     """Expect an error of this kind about `subject`, with its value or without, in one line that

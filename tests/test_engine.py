@@ -29,7 +29,7 @@ from sums import assert_sums
 
 from posthoc_cli import PostHocEMA, Run, synthesize
 from posthoc_cli.errors import FileFormatError, NonFiniteError
-from posthoc_cli.synthesis.engine import SLOTS
+from posthoc_cli.synthesis.calculator import SLOTS
 
 LARGE = 1_300_003
 """Elements of a tensor of several tiles, which ends within a block and within a vector

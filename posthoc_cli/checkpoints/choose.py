@@ -32,11 +32,13 @@ from posthoc_cli import files
 from posthoc_cli.checkpoints.ask import Answer, QuestionError
 from posthoc_cli.checkpoints.clock import (
     COUNTED,
+    GROUPED,
     LONE,
     Signs,
     Time,
     has_word,
     is_numbered,
+    list_patterns,
     read_signs,
     read_varying,
     sign_of_most,
@@ -212,11 +214,12 @@ class Chooser:
 
     def choose(self) -> list[Member]:
         """Choose the members of one run; raise a QuestionError if several runs are possible."""
-        named = [path for path in self.candidates if says_its_profile(path)]
-        if named:
-            self._leave_out([path for path in self.candidates if path not in named], "another name")
-            return self._open(named)
+        self._leave_out(self.place.states, "the state of a training alone")
         opened = self._open(self._given())
+        named = [member for member in opened if says_its_profile(member.content)]
+        if named:
+            self._leave_out([member for member in opened if member not in named], "another name")
+            return named
         if len(opened) < 2:
             return opened
         members = self._of_one_model(opened)
@@ -415,10 +418,14 @@ class Chooser:
             averages = [each for each in several if each[0].role == "average"]
             answers += [self._pair(each, weights[0]) for each in averages]
         globs = [self._exact_glob(each) for each in several]
+        members = [member for each in several for member in each]
         if len({each[0].glob for each in several}) == 1:
-            joined = [member for each in several for member in each]
-            if len(_numbers(joined)) == len(joined) and _are_near_in_time(joined):
-                globs.insert(0, self._glob_of(joined))
+            if len(_numbers(members)) == len(members) and _are_near_in_time(members):
+                globs.insert(0, self._glob_of(members))
+        elif len({make_glob(GROUPED.sub("0", member.name)) for member in members}) == 1:
+            longest = max(members, key=lambda member: len(member.name))
+            paths = [member.path for member in members]
+            answers += [{"step_from": pattern} for pattern in list_patterns(longest.path, paths)]
         root = glob.escape(str(self._root))
         return [*answers, *({"place": f"{root}/{pattern}"} for pattern in globs)]
 
@@ -447,8 +454,7 @@ class Chooser:
     def _folder(self, member: Member) -> Path:
         """Find the folder of a series, in which its numbered files or folders lie."""
         folder = member.path.parent
-        has_number = "*" in make_glob(member.path.name)
-        return folder if has_number or folder == self._root else folder.parent
+        return folder if is_numbered(member.path, {}) or folder == self._root else folder.parent
 
 
 def _numbers(series: Iterable[Member]) -> set[int | None]:

@@ -10,8 +10,8 @@ apart.
 from __future__ import annotations
 
 import math
-import operator
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -129,14 +129,14 @@ def _parse_whole(value: object) -> int | None:
 
 
 def _name_with_time(path: Path, outside: Path | None) -> str:
-    """Find the name that may say the time of a file or folder: its own if it has numbers, else
-    that of the folder around it.
+    """Find the name that may say the time of a file or folder: its own if it has numbers that may
+    be times, else that of the folder around it.
 
     The latter counts only if a word is beside its number, or if it is the whole name, such as
     `0000100` or `100.ckpt`: any other number may belong to an experiment.
     """
     name = strip_ending(path.name)
-    if read_name(name) or path.parent == outside:
+    if any(mark.word != "other" for mark in read_name(name)) or path.parent == outside:
         return name
     outer = strip_ending(path.parent.name)
     is_whole = _LONE_FOLDER.fullmatch(outer) or (outer.isdecimal() and outer != path.parent.name)
@@ -184,7 +184,7 @@ def check_whole_number(path: Path, number: float) -> int:
     return int(number)
 
 
-_GROUPED = re.compile(r"(?<![0-9])[0-9]{1,3}(?:[_,][0-9]{3})+(?![0-9])")  # 1_000
+GROUPED = re.compile(r"(?<![0-9])[0-9]{1,3}(?:[_,][0-9]{3})+(?![0-9])")  # 1_000
 
 
 def read_varying(names: Sequence[str]) -> list[Time]:
@@ -196,7 +196,7 @@ def read_varying(names: Sequence[str]) -> list[Time]:
         numbers = [read_number(text) for text in column]
         if all(isinstance(number, int) for number in numbers) and len({*numbers}) == len(names):
             found.append(column)
-    is_unclear = any(_GROUPED.search(name) for name in names)
+    is_unclear = any(GROUPED.search(name) for name in names)
     if len(found) != 1 or is_unclear or any(map(_is_date, found[0])):
         return []
     origin = "the only number that differs in names"
@@ -221,37 +221,53 @@ def _ask_for_step(path: Path, files: Iterable[Path]) -> InvalidValueError:
     if len(marks) == 1:
         doubt = f"{marks[0].text!r} may be something else"
     reason = f"cannot determine its training step: {doubt}"
-    answers = [{"step_from": pattern} for pattern in _list_patterns(path, files)]
+    answers = [{"step_from": pattern} for pattern in list_patterns(path, files)]
     rename = "leave it out, or rename copies of the files after their steps: step1000.pt"
     if not answers:
         return InvalidValueError(path, reason, rename)
     return QuestionError(path, reason, *answers, otherwise=rename)
 
 
-def _list_patterns(path: Path, files: Iterable[Path]) -> list[str]:
-    """List the patterns that each find one number of a name, and of most files; the last one first,
-    but numbers behind words such as `seed` last.
+def list_patterns(path: Path, files: Iterable[Path]) -> list[str]:
+    """List the patterns that each find one number of a name, and of most files: first one whose
+    numbers are as evenly spaced as times are, then the last one; numbers behind words such as
+    `seed` come last."""
+    names = {file: file.name for file in files}
+    if len({*names.values()}) == 1:
+        names = {file: f"{file.parent.name}/{file.name}" for file in names}
+    spellings = [_SPELLING, "[0-9]+"] if _are_grouped(names.values()) else ["[0-9]+", _SPELLING]
+    if any("kK" in pattern for _, pattern in _find_patterns(names[path], _SPELLING)):
+        spellings = [_SPELLING]  # the digits of 1.5k alone are no steps
+    ranks = dict[str, tuple[int, bool, int, bool, int]]()
+    for order, spelled in enumerate(spellings):
+        for (is_free, end), pattern in _find_patterns(names[path], spelled):
+            matches = [*filter(None, (re.search(pattern, name) for name in names.values()))]
+            is_even = _are_even(read_number(match[1]) or 0 for match in matches)
+            ranks.setdefault(pattern, (len(matches), is_free, -order, is_even, end))
+    most = max((rank[0] for rank in ranks.values()), default=0)
+    likely = [pattern for pattern, rank in ranks.items() if rank[0] == most]
+    return sorted(likely, key=ranks.__getitem__, reverse=True)
 
-    Digits such as 42_100 are one number if the 42 differs among files and none begins with 0, else
-    first the 100 alone.
-    """
-    names = [file.name for file in files]
-    found = [*_find_patterns(path, _SPELLING)]
-    if not any("kKmMbB" in pattern for _, pattern in found):  # whose digits alone are no steps
-        first = {re.split("[_,]", text)[0] for text in _GROUPED.findall(" ".join(names))}
-        are_grouped = len(first) > 1 and not any(text.startswith("0") for text in first)
-        digits = _find_patterns(path, "[0-9]+")
-        found = [*found, *digits] if are_grouped else [*digits, *found]
-    counts = dict[str, int]()
-    for _, pattern in sorted(found, key=operator.itemgetter(0), reverse=True):
-        counts[pattern] = sum(re.search(pattern, name) is not None for name in names)
-    return [pattern for pattern, count in counts.items() if count == max(counts.values())]
+
+def _are_grouped(names: Iterable[str]) -> bool:
+    """Return whether digits such as 42_100 are one number: the 42 differs among files, none begins
+    with 0, and none is as long as in 4200_100."""
+    together = " ".join(names)
+    first = {re.split("[_,]", text)[0] for text in GROUPED.findall(together)}
+    if len(first) < 2 or any(text.startswith("0") for text in first):
+        return False
+    return not re.search("[0-9]{4}[_,][0-9]{3}(?![0-9])", together)
 
 
-def _find_patterns(path: Path, spelled: str) -> Iterator[tuple[tuple[bool, int], str]]:
+def _are_even(numbers: Iterable[float]) -> bool:
+    """Return whether most intervals between numbers are equal, and none is 0."""
+    intervals = Counter(after - before for before, after in pairwise(sorted(numbers)))
+    return 0 not in intervals and 2 * max(intervals.values(), default=0) > intervals.total()
+
+
+def _find_patterns(name: str, spelled: str) -> Iterator[tuple[tuple[bool, int], str]]:
     """Find the patterns of a name that each find one of its numbers, by how these are spelled, and
     its place: no parts of dates and decimals. What stands before it may be a hash of each file."""
-    name = path.name
     others = {mark.begin for mark in read_name(name) if mark.word == "other"}
     for number in re.finditer(spelled, hide_decimals(hide_dates(name)), re.IGNORECASE):
         if SECONDS.fullmatch(number[0]):
@@ -270,7 +286,7 @@ def _generalise(text: str) -> str:
     for number in re.finditer(_SPELLING, text, re.IGNORECASE):
         digits = r"\d+"
         if not number[0].isdecimal():
-            digits = "[0-9.]+[kKmMbB]" if number[0][-1].isalpha() else r"\d[\d_,]*\d"
+            digits = "[0-9.]+[kKmMbB]" if number[0][-1].isalpha() else r"\d[\d_,]*"
         pattern += re.escape(text[end : number.start()]) + digits
         end = number.end()
     return pattern + re.escape(text[end:])
@@ -336,7 +352,7 @@ def _check_names(files: Mapping[Path, Signs]) -> None:
         reason = f"must be given: {signs['stated'].origin} is {stated[0]:,} in {path.name}, behind "
         reason += f"the {named[0]:,} in its name"
         answers = []
-        for pattern in _list_patterns(path, files):
+        for pattern in list_patterns(path, files):
             match = re.search(pattern, path.name)
             if match and read_number(match[1]) == named[0]:
                 answers.append({"step_from": pattern})

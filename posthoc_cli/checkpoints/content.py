@@ -440,10 +440,13 @@ class _Objects:
         with OpenedFile(path) as file:
             if path not in self.files:
                 self.files[path] = Identity.from_file(file)
+            hint = f"move {path.parent} away to leave it out"
             if begin + length > file.size:
-                self._refuse(path, name, "truncated: it would end beyond the file")
+                reason = f"tensor {quote(name)}: truncated: it would end beyond the file"
+                raise FileFormatError(path, reason, hint)
             if self.nbytes[file_name] > file.size:
-                raise FileFormatError(path, "is shorter than its objects: truncated or overlapping")
+                reason = "is shorter than its objects: truncated or overlapping"
+                raise FileFormatError(path, reason, hint)
             return path, read_pickled(file, begin, begin + length)
 
     def _refuse(

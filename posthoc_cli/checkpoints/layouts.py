@@ -404,7 +404,7 @@ def _read_numbered(content: Content, settings: ImportSettings) -> Found | None:
     """Recognise averages of ema-pytorch and pytorch-posthoc-ema by their numbers; their settings
     are not in the files."""
     match = _NUMBERED.fullmatch(content.path.name)
-    if not match or "initted" not in content.tensors:
+    if not (match and says_its_profile(content)):
         return None
     sets = TensorSets(content)
     has_model = sets.counts["ema_model"] > 0
@@ -456,9 +456,11 @@ def _edm2(content: Content, _: ImportSettings) -> Found | None:
 BY_NAME: tuple[Callable[[Content, ImportSettings], Found | None], ...] = (_edm2, _read_numbered)
 
 
-def says_its_profile(path: Path) -> bool:
+def says_its_profile(content: Content) -> bool:
     """Return whether the name of a file states the time and the profile."""
-    return bool(_EDM2.fullmatch(path.name) or _NUMBERED.fullmatch(path.name))
+    name = content.path.name
+    is_numbered = _NUMBERED.fullmatch(name) and "initted" in content.tensors
+    return bool(_EDM2.fullmatch(name) or is_numbered)
 
 
 # --- what an import must be told

@@ -80,6 +80,8 @@ class Place:
         self.notes = list[str]()
         self.runs = list[Path]()  # folders of snapshots
         self._reader = Reader()
+        self.states = list[Path]()  # folders with a time that hold the state of a training alone
+        self.is_deeper = False  # whether there are folders below `_LEVELS`
         self._left = _MOST_ENTRIES
         self._is_cut = False
         self._listed = set[str]()  # folders, also by links
@@ -155,11 +157,14 @@ class Place:
             levels -= 1
         for entry in sorted(inner, key=_is_link):
             self._is_cut = self._is_cut or self._left < 0
+            self.is_deeper = self.is_deeper or levels < 0
             if levels < 0 or self._left < 0:
                 break
             below |= self._find(entry, levels)
             if entry in below:
                 members[entry] = below.pop(entry)
+        if len(by_name) < len(entries) and not by_name and has_time(folder.name):
+            self.states.append(folder)
         members = dict(sorted(members.items()))
         own = self._join(folder, members)
         if own is None or (below and not isinstance(own, Refused)):
@@ -333,4 +338,9 @@ def explain_nothing(place: Place) -> None:
             if row is not None and row.read is None:
                 raise foreign_error(entry, row)
     hint = "name their folder, a file, or a glob such as 'out/step*.pt'"
+    if place.is_deeper:
+        reason = (
+            f"holds no checkpoints in {_LEVELS} levels of folders; those below were not looked at"
+        )
+        raise DirectoryError(place.name, reason, hint)
     raise NothingHereError(place.name, "holds no checkpoints", hint)

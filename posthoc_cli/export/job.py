@@ -42,11 +42,9 @@ from posthoc_cli.request import FileRequest
 from posthoc_cli.snapshots.outputs import INDEX_NAME
 from posthoc_cli.snapshots.tensorfile import SUFFIX, read_file
 from posthoc_cli.snapshots.writer import TensorFileWriter
-from posthoc_cli.synthesis.engine import (
-    compute_tiles,
-    cut_tiles,
-)
+from posthoc_cli.synthesis.engine import compute_tiles
 from posthoc_cli.synthesis.plan import Combination, nbytes
+from posthoc_cli.synthesis.tiles import cut_tiles
 
 
 @dataclass(frozen=True)

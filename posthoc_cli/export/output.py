@@ -27,12 +27,9 @@ from posthoc_cli.snapshots.boxes import Box, boxes_of_range
 from posthoc_cli.snapshots.entry import Entry, items
 from posthoc_cli.snapshots.outputs import INDEX_NAME
 from posthoc_cli.snapshots.writer import TensorFileWriter
-from posthoc_cli.synthesis.engine import (
-    InMemory,
-    Output,
-    Tile,
-)
+from posthoc_cli.synthesis.engine import InMemory
 from posthoc_cli.synthesis.plan import Combination, nbytes
+from posthoc_cli.synthesis.tiles import Output, Tile
 
 CPU = torch.device("cpu")
 SHARD_NAMES = re.compile(rf"model(-\d{{5}}-of-\d{{5}})?\.safetensors|{re.escape(INDEX_NAME)}")

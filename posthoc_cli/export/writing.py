@@ -19,9 +19,7 @@ from posthoc_cli.request import OutputRequest
 from posthoc_cli.resources import no_bar, worker_count
 from posthoc_cli.snapshots.selection import note_statistics
 from posthoc_cli.snapshots.sources import count_sources
-from posthoc_cli.synthesis.engine import (
-    check_device,
-)
+from posthoc_cli.synthesis.engine import check_device
 from posthoc_cli.synthesis.plan import Plan, nbytes
 
 

@@ -412,10 +412,11 @@ class PostHocEMA:
         with self._call("snapshot"):
             self._pipeline.check_open()
             model = self._watch.model
+            # the last call may have been interrupted after it had queued an update
+            self._pipeline.wait_for_turn(writes_too=False)
             progress = self._pipeline.progress
             if model is not None and self.keeps_averages and 0 < progress.updated < progress.step:
                 check_raw(model, "snapshot")
-                self._pipeline.wait_for_turn(writes_too=False)
                 self._take_in(model, replace(progress, updated=progress.step))
             has_begun = progress.updated > 0 or self._pipeline.tracking.resumes
             if self.keeps_averages and not has_begun:

@@ -13,7 +13,7 @@ from accelerator import check_synthesis, trainings
 from accelerator.trainings import core, synchronize
 
 from posthoc_cli import devices
-from posthoc_cli.synthesis.engine import Calculator
+from posthoc_cli.synthesis.calculator import Calculator
 from posthoc_cli.tracker.memory import HostCopy
 from posthoc_cli.tracker.pipeline import DeviceStreams, Pipeline
 

@@ -1,9 +1,11 @@
 """What is asked about, or refused with what to do, where files leave it open."""
 
 import os
+import shlex
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from checking import refused
 from safetensors.torch import save_file
 from saved import asked, read, store, times, write_each
@@ -251,3 +253,105 @@ def test_a_setting_is_named_as_the_option_that_takes_it(tmp_path, ema):
         shown = ema(*command, tmp_path)
         assert shown.code == 2
         assert "--steps-per-epoch: must be given" in " ".join(shown.err.split())
+
+
+# --- numbers without words
+
+FALLING = [826, 731, 645, 512, 498, 431, 377, 345, 301, 288]
+"""Losses of the checkpoints, times 1,000: as distinct as steps are."""
+
+
+def pasted_pattern(place):
+    """Return the pattern of the step in the command that a question ends in."""
+    words = shlex.split(asked(place).partition("paste: ")[2])
+    return words[words.index("--step-from") + 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "unit"),
+    [
+        ("net_{step}_{metric}.pt", "step"),
+        ("net_{metric}_{step}.pt", "step"),
+        ("{epoch}-{metric}.pth", "epoch"),
+        ("{step}-{metric}/model.pt", "step"),
+        ("run7_{step}_{metric}.pt", "step"),
+    ],
+)
+def test_of_two_numbers_that_differ_the_evenly_spaced_one_is_proposed(name, unit, tmp_path):
+    """The last one was, which is a loss as often as a step."""
+    right = []
+    for save, metric in zip(saves(), FALLING, strict=True):
+        numbers = {"step": 10 * save.step, "epoch": save.epoch}
+        store(tmp_path / name.format(metric=metric, **numbers), save.weights)
+        right.append(numbers[unit])
+    assert times(tmp_path, step_from=pasted_pattern(tmp_path)) == right
+
+
+@pytest.mark.parametrize("name", ["net_{}.pt", "step_{}.pt", "{}/model.pt", "{}.pt"])
+@pytest.mark.parametrize("join", ["_", ","])
+def test_steps_of_which_the_larger_ones_are_grouped_are_read_together(join, name, tmp_path):
+    """Of 1_000 beside 900 a glob took the larger half."""
+    steps = [5 * save.step for save in saves()]
+    assert min(steps) < 1000 < max(steps)
+    for save, step in zip(saves(), steps, strict=True):
+        store(tmp_path / name.format(f"{step:{join}}"), save.weights)
+    assert times(tmp_path, step_from=pasted_pattern(tmp_path)) == steps
+
+
+@pytest.mark.parametrize(
+    "name", ["step{}/rank{}.pt", "step_{}_rank{}.pt", "epoch{}/model_rank_{}.pt", "iter{}/v{}.pt"]
+)
+def test_equal_files_of_several_ranks_are_copies(name, tmp_path, caplog):
+    """Those in the folder of a step were called steps that begin anew."""
+    for save in saves():
+        for rank in range(2):
+            store(tmp_path / name.format(save.epoch, rank), save.weights)
+    assert times(tmp_path) == [save.epoch for save in saves()]
+    assert "a copy of" in caplog.text
+
+
+# --- where nothing is found
+
+
+def write_a_model(folder, out):
+    Run(folder).write(0.1, out)
+
+
+@pytest.mark.parametrize("name", ["checkpoint-{}", "step_{}", "epoch={}"])
+def test_a_folder_that_holds_the_state_of_a_training_alone_is_named(name, tmp_path, caplog):
+    """As the newest one, after a save that was interrupted before the model."""
+    for save in saves():
+        folder = tmp_path / name.format(save.step)
+        store(folder / "model.pt", save.weights)
+        store(folder / "optimizer.pt", {"state": {}})
+    newest = tmp_path / name.format(10_000)
+    store(newest / "optimizer.pt", {"state": {}})
+    store(newest / "scheduler.pt", {"last_epoch": 3})
+    assert len(times(tmp_path)) == len(saves())
+    assert f"{newest.name} (the state of a training alone)" in caplog.text
+
+
+def test_folders_that_are_too_deep_are_mentioned(tmp_path):
+    deep = tmp_path / "a" / "b" / "c" / "d"
+    write_each(deep / "e", "step{save.step}.pt", weights)
+    for folder in deep.parents[:4]:  # one that is alone in its folder does not count
+        (folder / "logs").mkdir()
+    for call in (import_checkpoints, write_a_model):
+        with pytest.raises(DirectoryError, match="those below were not looked at"):
+            call(tmp_path, tmp_path.parent / "out")
+    assert len(times(deep.parent)) == len(saves())
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_chunk_of_a_newest_checkpoint_that_was_cut_off_is_named_with_what_to_do(tmp_path):
+    for save in saves()[:3]:
+        dcp.save(
+            {"model": save.weights}, checkpoint_id=tmp_path / f"step-{save.step}", no_dist=True
+        )
+    newest = tmp_path / f"step-{save.step}"
+    (chunk,) = newest.glob("*.distcp")
+    with chunk.open("r+b") as file:
+        file.truncate(chunk.stat().st_size // 2)
+    with pytest.raises(FileFormatError, match="truncated") as raised:
+        import_checkpoints(tmp_path, tmp_path / "out")
+    assert raised.value.hint == f"move {newest} away to leave it out"

@@ -9,7 +9,7 @@ from collections import defaultdict, namedtuple
 import numpy as np
 import pytest
 import torch
-from checking import assert_same_tensors, refused
+from checking import assert_same_tensors, heavy, refused
 from checkpoint_layouts import LAYOUTS, STEPS, check_average, distributed, filled
 from factories import contents
 from groups import Net, check_group, move
@@ -394,7 +394,7 @@ for step in range(1, 4):
 """
 
 
-@pytest.mark.parametrize(("kind", "ranks"), [("fsdp", 2), ("fsdp-tp", 4)])
+@pytest.mark.parametrize(("kind", "ranks"), [("fsdp", 2), pytest.param("fsdp-tp", 4, marks=heavy)])
 def test_chunks_of_processes_make_the_tensors(kind, ranks, tmp_path):
     (tmp_path / "run").mkdir()
     check_group(TRAIN, ranks, tmp_path, kind)

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from checking import refused
+from checking import each_heavy, refused
 from predictions import assert_predicted, normal, walk
 from saved import store
 from trained import by, ema, paste, write
@@ -43,7 +43,7 @@ def taken(folder, run, caplog, **settings):
 
 
 @pytest.mark.parametrize("kind", ["constant", "cosine", "cycles"])
-@pytest.mark.parametrize("begin", [430, 450, 451])
+@pytest.mark.parametrize("begin", [450, *each_heavy(430, 451)])
 def test_an_average_that_began_again_is_named_and_predicted(kind, begin, files, run, caplog):
     """Without a sign of it errors were up to 880 times the predicted ones."""
     path = walk(rates(kind), SIZE)

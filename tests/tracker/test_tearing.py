@@ -9,6 +9,7 @@ read, or left, in the middle of an update. The definition gives the correct valu
 
 import random
 import signal
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -222,6 +223,28 @@ def test_a_snapshot_that_a_signal_interrupts_takes_weights_in_once(tmp_path, dev
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+    tracker.close()
+
+
+def test_a_snapshot_waits_for_weights_that_an_interrupted_one_has_queued(tmp_path):
+    """The interruption comes when the job is queued, which is still running as the next one asks
+    what was counted."""
+    model = Equal(1_000_000)
+    tracker = start(tmp_path, model, "cpu", 10**6)
+
+    def stop(frame, event, _):
+        if event == "return" and frame.f_code.co_name == "submit":
+            sys.setprofile(None)
+            raise Stop
+
+    train(tracker, model, EVERY + 1)
+    for number in range(2, 4):
+        with pytest.raises(Stop):
+            sys.setprofile(stop)
+            tracker.snapshot()
+        tracker.snapshot()
+        assert info_of(tracker.state_dict())["standing"]["updates"] == 2 * number - 2
+        train(tracker, model, EVERY)
     tracker.close()
 
 
