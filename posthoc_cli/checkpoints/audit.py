@@ -36,7 +36,7 @@ from posthoc_cli.errors import (
     check_number,
     percent,
 )
-from posthoc_cli.profiles import Point
+from posthoc_cli.profiles import FloatArray, Point
 from posthoc_cli.snapshots.sources import Source
 
 _BETTER = 0.05  # and a length if its misfit is less than the claimed length's by this
@@ -161,18 +161,14 @@ def audit_averages(
     given: ImportSettings = UNSPECIFIED,
 ) -> Iterator[Audit]:
     """Yield the audit of each average, by sigma_rel; `given` are the settings of an import."""
-    weights = {}
-    for checkpoint in checkpoints:
-        if isinstance(checkpoint.profile, Point):
-            weights[checkpoint.t] = checkpoint
-    pairs = dict[float, list[Pair]]()
-    for checkpoint in checkpoints:
-        if weights.get(checkpoint.t, checkpoint) is not checkpoint:
-            pairs.setdefault(checkpoint.sigma_rel, []).append((weights[checkpoint.t], checkpoint))
-    for width in sorted(pairs):
-        if len(pairs[width]) > 1:
+    weights = {source.t: source for source in checkpoints if isinstance(source.profile, Point)}
+    averages = [source for source in checkpoints if weights.get(source.t, source) is not source]
+    for width in sorted({average.sigma_rel for average in averages}):
+        of_width = [average for average in averages if average.sigma_rel == width]
+        if len(of_width) > 1:
             name = f"sigma_rel {width:g}" if width else ""
-            yield replace(_audit(pairs[width], claimed, given), name=name)
+            pairs = [(weights[average.t], average) for average in of_width]
+            yield replace(_audit(pairs, claimed, given), name=name)
 
 
 def _audit(pairs: Sequence[Pair], claimed: float | None, given: ImportSettings) -> Audit:
@@ -185,14 +181,17 @@ def _audit(pairs: Sequence[Pair], claimed: float | None, given: ImportSettings) 
         is_counted = newest.updates is not None and newest.updates.count is not None
         may_be_rarer = sample.every == 1 and given.update_every is None and not is_counted
         possible = list_averages(last) if claim else list_unclaimed(newest, given, last)
-        audit = _Judge(sample, Explanation(sample.intervals, claim, possible), may_be_rarer).audit()
+        audit = _Judge(sample.intervals, claim, possible, sample, may_be_rarer).audit()
     if claim:
         audit = replace(audit, claimed=main_number(claim.rule))
     if sample.copies:
         audit = replace(audit, copied_until=float(sample.times[sample.copies - 1]))
-    is_exact = sample.dtype in ("F32", "F64")
-    if is_exact or sample.still < _STILL or audit.verdict in ("found", "as claimed"):
-        return audit
+    is_fine = audit.verdict in ("found", "as claimed") or sample.dtype in ("F32", "F64")
+    return audit if is_fine or sample.still < _STILL else _name_dtype(audit, sample)
+
+
+def _name_dtype(audit: Audit, sample: Sample) -> Audit:
+    """Name the dtype in which an average stands still."""
     dtype = DTYPES[sample.dtype].torch_name
     text = f"{percent(sample.still)} of its elements stand still from file to file: {dtype} has "
     text += "too few digits for an average; keep it in float32"
@@ -250,48 +249,47 @@ def _find_copying(sample: Sample) -> Audit | None:
 
 
 @dataclass(frozen=True)
-class _Judge:
+class _Judge(Explanation):
     """The verdict on an average that moves."""
 
     sample: Sample
-    found: Explanation
-    may_be_rarer: bool  # than at each step
+    may_be_rarer: bool  # updates, than at each step
 
     @property
     def text(self) -> str:
-        return self.found.best.describe(self.found.sigma, self.sample.every, self.sample.unit)
+        return self.best.describe(self.sigma, self.sample.every, self.sample.unit)
 
     # --- the audit
 
     def audit(self) -> Audit:
         """Judge the average, and add what was found."""
-        best = self.found.best
+        best = self.best
         rule = best.fitted
-        is_other = self.found.claim is not None and not best.is_known
+        is_other = self.claim is not None and not best.is_known
         audit = None if is_other else self._find_break()
         if audit is None:
-            audit = replace(self._judge_length(), average=self.found.simplest)
+            audit = replace(self._judge_length(), average=self.simplest)
             if audit.verdict != "undetermined":
                 audit = replace(audit, found=best.parameter)
-            if best.is_known and not self.found.rows.are_noise:
+            if best.is_known and not self.rows.are_noise:
                 audit = replace(audit, difference=abs(best.log))
         has_length = not (best.rises or rule.is_schedule)
         return replace(
             audit,
             what=best.what,
             length=self._length(best) if has_length else None,
-            uncertainty=self.found.sigma,
+            uncertainty=self.sigma,
             warm_up=warm_up_text(rule).replace("none", ""),
             intervals=self._list_intervals(),
         )
 
     def _list_intervals(self) -> tuple[Interval, ...]:
         sample = self.sample
-        unexplained = self.found.unexplained.tolist()
+        unexplained = self.unexplained.tolist()
         intervals = []
-        for place, fit in enumerate(self.found.own, sample.copies):
+        for place, fit in enumerate(self.own, sample.copies):
             updates = float(sample.updates[place + 1])
-            claim = self.found.claim and replace(self.found.claim, updates=updates)
+            claim = self.claim and replace(self.claim, updates=updates)
             moves = bool(sample.moves[place].any())
             stays = bool(sample.stays[place].all())
             interval = Interval(
@@ -310,9 +308,9 @@ class _Judge:
 
     def _find_break(self) -> Audit | None:
         """Name an average that the weights do not explain, or not in some intervals."""
-        rows = self.found.rows
-        best = self.found.best
-        is_foreign = np.median(self.found.unexplained) > _FOREIGN
+        rows = self.rows
+        best = self.best
+        is_foreign = np.median(self.unexplained) > _FOREIGN
         is_short = best.length < _SHORTEST * rows.counts.min()
         is_farther = rows.motion.sum() > _FARTHER * rows.gram[..., 2, 2].sum()
         if is_farther and (is_foreign or is_short):
@@ -320,26 +318,30 @@ class _Judge:
         if is_foreign:
             return Audit("undetermined", _OTHER_WEIGHTS)
         is_still = self.sample.stays[self.sample.copies :].all(axis=1)  # between two updates
-        places = np.flatnonzero(rows.find_restarts(self.found.claim or best) & ~is_still)
+        places = np.flatnonzero(rows.find_restarts(self.claim or best) & ~is_still)
         if places.size:
             why = ": it began again from the weights in between"
             audit = self._name_break(int(places[-1]), why)  # after which all is well
             return replace(audit, verdict=SET_BACK, difference=abs(best.log))
-        gains = np.where(is_still, 0.0, [-fit.misfit for fit in self.found.own])
+        if self._are_updates_rare:
+            unit = self.sample.unit
+            text = f"updates at every few {unit} explain the files better than one at each"
+            return Audit(RARE, text)
         if rows.are_noise:
-            gains[:] = 0.0
+            return None
+        return self._find_change(np.where(is_still, 0.0, [-fit.misfit for fit in self.own]))
+
+    def _find_change(self, gains: FloatArray) -> Audit | None:
+        """Name a decay that changes, or an interval that differs from the others, by what a length
+        of its own gains in each: [intervals]."""
         if np.quantile(gains, 0.75) > _CHANGED:
-            lengths = [self._length(fit) for fit in self.found.own]
+            lengths = [self._length(fit) for fit in self.own]
             text = f"each interval alone shows another length, from {min(lengths):,.3g} to "
             text += f"{max(lengths):,.3g} {self.sample.unit}: its decay changes by an unknown rule"
             return Audit("another rule", text)
         if gains.max() > _ODD:
             why = " as others do: it or the weights were replaced, or its decay changed"
             return self._name_break(int(gains.argmax()), why)
-        if self._are_updates_rare:
-            unit = self.sample.unit
-            text = f"updates at every few {unit} explain the files better than one at each"
-            return Audit(RARE, text)
         return None
 
     def _name_break(self, place: int, why: str) -> Audit:
@@ -349,7 +351,7 @@ class _Judge:
         return Audit(
             "undetermined",
             f"{text}at {begin:,.12g}{why}",
-            difference=abs(self.found.own[place].log - self.found.best.log),
+            difference=abs(self.own[place].log - self.best.log),
             set_back_at=float(end),
         )
 
@@ -361,27 +363,25 @@ class _Judge:
         The length does not show it: in the mean of each 10th an error was 4 times as large as
         predicted.
         """
-        average = replace(self.found.best, rule=self.found.best.fitted, is_known=True, log=0.0)
+        average = replace(self.best, rule=self.best.fitted, is_known=True, log=0.0)
         rule = average.rule
         is_mean = rule.warm_up in (POWER_FUNCTION, "power") and 1 <= rule.power < 2
         if not self.may_be_rarer or not is_mean:
             return False
         times = self.sample.times[self.sample.copies :]
-        rare = [
-            replace(self.found.rows, updates=times // every).misfit(average) for every in _STRIDES
-        ]
-        return min(rare) < self.found.rows.misfit(average) - self.found.equal_within
+        rare = [replace(self.rows, updates=times // every).misfit(average) for every in _STRIDES]
+        return min(rare) < self.rows.misfit(average) - self.equal_within
 
     # --- lengths
 
     def _judge_length(self) -> Audit:
         """Judge an average by the length that explains it."""
-        if self.found.claim:
-            return self._judge_claim(self.found.claim)
-        if vague := self._why_vague(self.found.best):
+        if self.claim:
+            return self._judge_claim(self.claim)
+        if vague := self._why_vague(self.best):
             return Audit("undetermined", vague)
         text = self.text
-        if rules := [fit.rule.warm_up for fit in self.found.alike if fit is not self.found.best]:
+        if rules := [fit.rule.warm_up for fit in self.alike if fit is not self.best]:
             names = ", ".join(dict.fromkeys(rules))
             text += f"; with {names} the files would look the same"
         return Audit("found", text)
@@ -390,13 +390,13 @@ class _Judge:
         """Judge an average by the rule and the length that explain it best."""
         text = self.text
         claimed = claim_text(claim.rule)
-        if not self.found.best.is_known:
+        if not self.best.is_known:
             return Audit("another rule", f"the average moves as by {text}, not {claimed}")
         if self._refutes(claim):
-            factor = f"{math.exp(abs(self.found.best.log)):.3g}"
+            factor = f"{math.exp(abs(self.best.log)):.3g}"
             verdict = "too long"
             cause = f"as if updated every {factor} steps, or at steps that are counted twice"
-            if self.found.best.log < 0:
+            if self.best.log < 0:
                 verdict = "too short"
                 cause = f"as if updated {factor} times a step: once a microbatch, or by each of so "
                 cause += "many processes"
@@ -404,25 +404,25 @@ class _Judge:
             return Audit(verdict, text)
         if vague := self._why_vague(claim):
             return Audit("undetermined", vague)
-        if abs(self.found.best.log) > _VAGUE:
+        if abs(self.best.log) > _VAGUE:
             text = f"the checkpoints show it too vaguely: {text}, not {claimed}"
             return Audit("undetermined", text)
         return Audit("as claimed", f"{text}, as claimed")
 
     def _why_vague(self, claim: Average) -> str:
         """Say why a length is undetermined; empty if it is not."""
-        spacing = float(self.found.rows.counts.min())
+        spacing = float(self.rows.counts.min())
         length = claim.length
-        longest = max(length, self.found.best.length)
+        longest = max(length, self.best.length)
         every = self.sample.every
         unit = self.sample.unit
-        if not self.found.best.is_width and longest < _SHORTEST * spacing:
+        if not self.best.is_width and longest < _SHORTEST * spacing:
             shortest = _SHORTEST * spacing * every
             text = f"its time constant is below {shortest:,.3g} {unit}, too short for the time "
             text += "between these checkpoints; checkpoints closer than "
             return f"{text}{length * every / _SHORTEST:,.0f} {unit} would show it"
-        if self.found.sigma > _VAGUE:
-            return f"the checkpoints do not show its length (± {percent(min(self.found.sigma, 1))})"
+        if self.sigma > _VAGUE:
+            return f"the checkpoints do not show its length (± {percent(min(self.sigma, 1))})"
         return ""
 
     def _refutes(self, claim: Average) -> bool:
@@ -431,10 +431,10 @@ class _Judge:
         Files that are as far apart as several lengths may show another one because of the path of
         the weights within an interval.
         """
-        is_better = self.found.best.misfit < self.found.rows.misfit(claim) - _BETTER
-        is_clear = abs(self.found.best.log) > max(3 * self.found.sigma, _SLACK)
-        spacing = float(np.median(self.found.rows.counts)) / claim.length
-        return is_better and is_clear and (self.found.sigma <= TOLD or spacing < FAR)
+        is_better = self.best.misfit < self.rows.misfit(claim) - _BETTER
+        is_clear = abs(self.best.log) > max(3 * self.sigma, _SLACK)
+        spacing = float(np.median(self.rows.counts)) / claim.length
+        return is_better and is_clear and (self.sigma <= TOLD or spacing < FAR)
 
 
 _OTHER_WEIGHTS = (

@@ -299,11 +299,6 @@ class Explanation:
     claim: Average | None
     possible: Sequence[Average]  # of unknown decay, by each rule, the simplest first
 
-    @cached_property
-    def fits(self) -> list[Average]:
-        """The average of each rule that explains the intervals best, the simplest rule first."""
-        return [self.rows.fit(average) for average in self.possible]
-
     @property
     def equal_within(self) -> float:
         """The difference of misfits at which rules explain the intervals about equally."""
@@ -312,8 +307,9 @@ class Explanation:
     @cached_property
     def equal(self) -> list[Average]:
         """The averages that explain the intervals about equally, the simplest first."""
-        least = min(fit.misfit for fit in self.fits)
-        return [fit for fit in self.fits if fit.misfit < least + self.equal_within]
+        fits = [self.rows.fit(average) for average in self.possible]
+        least = min(fit.misfit for fit in fits)
+        return [fit for fit in fits if fit.misfit < least + self.equal_within]
 
     @cached_property
     def alike(self) -> list[Average]:

@@ -96,7 +96,7 @@ class Average:
     @property
     def rises(self) -> bool:
         """Whether the decay of an unknown rule has not reached its limit."""
-        if self.is_known or self.is_width:
+        if self.is_known or self.is_width or self.rule.is_schedule:
             return False
         return 1 / (1 - self.fitted.decay) > (1 + _RISES) * self.length
 

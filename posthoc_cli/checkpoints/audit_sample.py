@@ -149,19 +149,13 @@ def read_sample(pairs: Sequence[Pair], update_every: int = 1) -> Sample:
     rounding = []
     still = []
     gram = []
-    window = deque[_Point](maxlen=4)
-    for point in _read_points(pairs, pieces):
-        window.append(point)
-        if len(window) == 4:
-            _, begin, end, _ = window
-            rounding.append(np.add.reduceat(begin.rounding, starts))
-            still.append(begin.still_share(end))
-            gram.append(_sum_products(window, starts))
-    first = every = update_every
-    if isinstance(newest.profile, OrdinaryEMA):
-        first = newest.profile.settings["first"]
-        every = newest.profile.settings["every"]
+    for window in _windows(_read_points(pairs, pieces)):
+        _, begin, end, _ = window
+        rounding.append(np.add.reduceat(begin.rounding, starts))
+        still.append(begin.still_share(end))
+        gram.append(_sum_products(window, starts))
     times = np.array([average.t for _, average in pairs])
+    first, every = _find_updates(newest, update_every)
     return Sample(
         names=[piece.name for piece in pieces],
         times=times,
@@ -170,10 +164,18 @@ def read_sample(pairs: Sequence[Pair], update_every: int = 1) -> Sample:
         updates=np.maximum((times - first) // every + 1, 0),
         gram=np.array(gram),
         rounding=np.array(rounding),
-        norms=np.add.reduceat(point.weights**2, starts),
+        norms=np.add.reduceat(end.weights**2, starts),
         still=float(np.median(still[:-1])),
         dtype=newest.entries[pieces[0].name].dtype,
     )
+
+
+def _find_updates(newest: Checkpoint, update_every: int) -> tuple[int, int]:
+    """Find the step of the first update of an average, and their interval."""
+    if not isinstance(newest.profile, OrdinaryEMA):
+        return update_every, update_every
+    settings = newest.profile.settings
+    return settings["first"], settings["every"]
 
 
 def _read_points(pairs: Sequence[Pair], pieces: Sequence[ElementRange]) -> Iterator[_Point]:
@@ -189,6 +191,15 @@ def _read_points(pairs: Sequence[Pair], pieces: Sequence[ElementRange]) -> Itera
             yield point
     yield point
     yield point
+
+
+def _windows(points: Iterator[_Point]) -> Iterator[Sequence[_Point]]:
+    """Yield each four points that follow each other."""
+    window = deque[_Point](maxlen=4)
+    for point in points:
+        window.append(point)
+        if len(window) == 4:
+            yield tuple(window)
 
 
 def _sum_products(window: Sequence[_Point], starts: npt.NDArray[np.intp]) -> FloatArray:

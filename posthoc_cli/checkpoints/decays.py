@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,11 @@ class _Decays:
     def updates(self) -> list[Updates]:
         return [source.updates for source in self.checkpoints if source.updates is not None]
 
+    @property
+    def name(self) -> str:
+        """The setting that says the averages."""
+        return "sigma_rels" if self.given.sigma_rels else "ema_decay"
+
     def settle(self) -> tuple[ImportSettings, list[str]]:
         """Decide the settings, and note how in lines about them."""
         averages = self.averages
@@ -113,17 +119,22 @@ class _Decays:
             if self.given.ema_decay == FOUND:
                 shown = _settings_of(audit.average.fitted)
                 return self._adopt(shown, sigma), [f"found: {audit.text}"]
+        raise self._ask(audit)
+
+    def _ask(self, audit: Audit) -> QuestionError:
+        """Make the question for a decay that the files do not show clearly."""
+        sigma = audit.uncertainty or 0.0
         nearest = _find_round(audit, 2 * sigma)
         if self.numbers and not nearest:
             reason = f"numbers are {self.numbers}, and the decay is not a round one: {audit.text}"
-            raise _question("steps_per_epoch", reason)
+            return _question("steps_per_epoch", reason)
         answers = [nearest] if nearest else []
         if audit.verdict == "found" and sigma <= _CLEAR:
             answers.append({"ema_decay": FOUND})
         reason = audit.text
         if not answers:
             reason += f"; {argument('kind')} checkpoints takes the weights alone"
-        raise _question("ema_decay", reason, *answers)
+        return _question("ema_decay", reason, *answers)
 
     def _adopt(self, changes: Settings, uncertainty: float) -> ImportSettings:
         """Put a decay that was found into the settings."""
@@ -138,16 +149,12 @@ class _Decays:
     def _confirm(self) -> tuple[ImportSettings, list[str]]:
         """Compare the averages that the settings describe with the weights."""
         given = self.given
-        name = "sigma_rels" if given.sigma_rels else "ema_decay"
         if given.steps and not any(updates.ends(given) for updates in self.updates):
             reason = "is of no use: these averages have no decay that rises to 1"
             raise InvalidValueError("steps", reason, value=given.steps)
         audit = next(audit_averages(self.checkpoints, given=given), None)
         if audit is None:
-            self._check_warm_up()
-            _check_alone(self.averages)
-            reason = "is as given or in files: without weights next to the averages it cannot be "
-            return given, [f"{name} {reason}checked"]
+            return given, [self._check_alone()]
         is_taken = self._is_taken_as_given(audit)
         if not is_taken:
             self._check_is_average(audit)
@@ -155,10 +162,10 @@ class _Decays:
             settings, lines = self._settle_with(ema_warmup=warm_up)
             return settings, [f"ema_warmup: taken as {warm_up}, which the files show", *lines]
         if audit.is_bad and not is_taken:
-            raise self._refute(audit, name)
+            raise self._refute(audit)
         if is_taken or audit.verdict == "undetermined":
             reason = "is taken as given, which the files do not show: predicted errors hold if"
-            log.warning("%s %s it is right: %s", name, reason, audit.text)
+            log.warning("%s %s it is right: %s", self.name, reason, audit.text)
         doubt = max(given.ema_doubt or 0.0, audit.difference)
         given = replace(given, ema_doubt=min(doubt, _MOST_DOUBT) or None)
         if audit.verdict == SET_BACK:
@@ -184,8 +191,9 @@ class _Decays:
         difference = abs(math.log((1 - decay) / (1 - shown["ema_decay"])))
         return shown["ema_warmup"] if difference <= 2 * (audit.uncertainty or 0.0) else ""
 
-    def _check_warm_up(self) -> None:
-        """Raise InvalidValueError for a warm-up other than what files state."""
+    def _check_alone(self) -> str:
+        """Raise InvalidValueError for averages without weights next to them that contradict the
+        settings; return a line that says that little can be checked."""
         given = parse_warm_up(self.given.ema_warmup or "")
         for source, updates in zip(self.averages, self.updates, strict=True):
             stated = updates.rule.get("warm_up")
@@ -193,8 +201,13 @@ class _Decays:
                 reason = f"contradicts {source.path.name}, whose decay rises by {stated}, and "
                 reason += "without weights next to the averages nothing shows which is right"
                 raise InvalidValueError("ema_warmup", reason, value=self.given.ema_warmup)
+        _check_size(self.averages)
+        reason = (
+            "is as given or in files: without weights next to the averages it cannot be checked"
+        )
+        return f"{self.name} {reason}"
 
-    def _refute(self, audit: Audit, name: str) -> QuestionError:
+    def _refute(self, audit: Audit) -> QuestionError:
         """Make the error that names the setting which an audit refutes."""
         reason = f"does not fit the files: {audit.text}"
         given = self.given
@@ -212,7 +225,7 @@ class _Decays:
             return QuestionError("ema_warmup", reason, *answers, value=given.ema_warmup)
         if given.sigma_rels:
             answers = [{"sigma_rels": ()} | changes for changes in answers]
-        return QuestionError(name, reason, *answers, value=f"{audit.claimed:.12g}")
+        return QuestionError(self.name, reason, *answers, value=f"{audit.claimed:.12g}")
 
     # --- what both refuse
 
@@ -308,20 +321,19 @@ def _find_round(audit: Audit, distance: float) -> Settings:
     return _settings_of(replace(rule, decay=decay, base=decay))
 
 
-def _check_alone(averages: Sequence[Checkpoint]) -> None:
+def _check_size(averages: Sequence[Checkpoint]) -> None:
     """Raise InvalidValueError if the weights that would make such averages are far larger than the
     averages.
 
     The mean of what an average took in since an earlier one is (e' - B e) / (1 - B), with the share
     B that is left of e: it is nearly e' if B is 1.
     """
-    newest = averages[-COMPARED_FILES:]
-    values = [first_values(average) for average in newest]
-    for earlier, later, before, after in zip(newest, newest[1:], values, values[1:], strict=False):
+    for earlier, later in pairwise(averages[-COMPARED_FILES:]):
         kept = 1 - float(later.profile.tail(earlier.t))
         if kept > 0.995:
             continue
-        mean = (after - kept * before) / (1 - kept)
+        after = first_values(later)
+        mean = (after - kept * first_values(earlier)) / (1 - kept)
         if np.linalg.norm(mean) > _LARGE * np.linalg.norm(after):
             reason = f"does not fit: the weights between {earlier.path.name} and {later.path.name} "
             reason += "would be far larger than their average"
