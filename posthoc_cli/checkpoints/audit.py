@@ -1,9 +1,9 @@
 """Check that an average is what it claims to be, or find its decay, from checkpoints of it and of
 the weights; NumPy float64 on a sample.
 
-`audit_fit` finds the length that explains how the average moved. This module says which rule it
-follows, and recognises faults: an average that does not move, equals the weights, or does not
-follow from the one before it.
+`audit_fit` finds the average that explains how the stored one moved. This module judges it, and
+recognises faults: an average that does not move, equals the weights, or does not follow from the
+one before it.
 """
 
 from __future__ import annotations
