@@ -299,7 +299,14 @@ def test_steps_of_which_the_larger_ones_are_grouped_are_read_together(join, name
 
 
 @pytest.mark.parametrize(
-    "name", ["step{}/rank{}.pt", "step_{}_rank{}.pt", "epoch{}/model_rank_{}.pt", "iter{}/v{}.pt"]
+    "name",
+    [
+        "step{}/rank{}.pt",
+        "step_{}_rank{}.pt",
+        "epoch{}/model_rank_{}.pt",
+        "iter{}/v{}.pt",
+        "{:03}/gpu{}.pt",
+    ],
 )
 def test_equal_files_of_several_ranks_are_copies(name, tmp_path, caplog):
     """Those in the folder of a step were called steps that begin anew."""
