@@ -154,12 +154,11 @@ class WarmUp:
     usual: float | None = None  # its value without NUMBER, from the library that has the rule
     is_schedule: bool = False  # whether it leads to 1 at a step of the training, without `decay`
     others: tuple[float, ...] = ()  # the number's values in other libraries
-    is_common: bool = False  # whether many libraries have it
 
 
 WARM_UPS: dict[str, WarmUp] = {
     # LitEma, torch-ema and diffusers
-    "ratio": WarmUp(_ratio, "the warm-up (1 + n) / (10 + n)", is_common=True),
+    "ratio": WarmUp(_ratio, "the warm-up (1 + n) / (10 + n)"),
     # ema-pytorch, timm; diffusers with use_ema_warmup; a mean teacher's is min(1 - 1 / (n + 1), d)
     "power": WarmUp(
         _power,
@@ -167,7 +166,6 @@ WARM_UPS: dict[str, WarmUp] = {
         "power",
         2 / 3,
         others=(0.75, 1.0),
-        is_common=True,
     ),
     # EDM and StyleGAN
     "ramp-up": WarmUp(
@@ -175,7 +173,6 @@ WARM_UPS: dict[str, WarmUp] = {
         "the ramp-up of its half-life to {power:g} of the training so far",
         "power",
         RAMP_UP,
-        is_common=True,
     ),
     # ultralytics, yolov5
     "exp": WarmUp(_exponential, "the warm-up d (1 - exp(-n / {tau:g}))", "tau", 2000.0),
@@ -193,7 +190,7 @@ WARM_UPS: dict[str, WarmUp] = {
 """The rules that have a name in options and settings; `RULES` has two more."""
 
 RULES = WARM_UPS | {
-    "": WarmUp(_constant, "a constant decay", is_common=True),
+    "": WarmUp(_constant, "a constant decay"),
     # after one copy it is equation 2 of arXiv 2312.02696, with power = gamma + 1
     POWER_FUNCTION: WarmUp(_power_function, "(n / (n + 1))^{power:.3g}", "power"),
 }
@@ -231,14 +228,6 @@ class DecayRule:
     @property
     def is_schedule(self) -> bool:
         return RULES[self.warm_up].is_schedule
-
-    @property
-    def begins_as_mean(self) -> bool:
-        """Whether an average begins as the mean of all weights: with each update, one more
-        counts."""
-        updates = np.array([2.0, 3.0])
-        earlier, later = 1 / (1 - self.at(updates))
-        return bool(np.isclose(later - earlier, 1))
 
     def with_number(self, number: float) -> DecayRule:
         """Set another number of the rule's row in `WARM_UPS`."""

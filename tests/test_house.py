@@ -130,7 +130,7 @@ LIMITS = {
     "averages.py": 4_580,
     "checkpoints": 48_850,
     "cli": 12_340,
-    "decay_rules.py": 2_430,
+    "decay_rules.py": 2_300,
     "demo.py": 2_580,
     "devices.py": 520,
     "dtypes.py": 580,

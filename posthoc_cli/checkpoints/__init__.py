@@ -8,7 +8,8 @@ is executed.
     names, clock                the numbers in names; the times of files
     settings, updates           what an import adds to files; how an ordinary EMA was updated
     source, layouts             a checkpoint as a source; what programs write
-    audit, audit_decay          the check of an average, and the search for its decay
+    audit, audit_sample         the check of an average, by a sample of its elements
+    audit_fit, audit_rules      the search for its length, and the rules that it may follow
     decays                      the decays of averages: said in files, given, or found
     open_run                    the road from a place to the sources of a run
     import_run, manifest        the work of `ema import`, and its output

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checking import refused
-from predictions import assert_predicted
+from predictions import assert_predicted, walk
 from trained import (
     STEPS,
     TIMES,
@@ -17,6 +17,7 @@ from trained import (
     ema,
     paste,
     ratio,
+    settings_of,
     train,
     write,
 )
@@ -204,6 +205,36 @@ def test_a_base_that_is_wrong_does_not_fit(files, run):
         import_checkpoints(files, run, ema_warmup="cosine:0.9")
 
 
+@pytest.mark.parametrize("given", [0.98, 0.995, 0.9999])
+def test_a_decay_that_files_refute_by_another_one_is_replaced(given, files, run):
+    saved(files, constant)
+    with refused(f"ema_decay {given}", "--ema-decay 0.99 ") as asked:
+        import_checkpoints(files, run, ema_decay=given)
+    paste(asked.value, run)
+
+
+MEANS_AT_FIRST = {
+    "mean": lambda decay, n: min(decay, n / (n + 1)),
+    "power": lambda decay, n: min(decay, 1 - (1 + n) ** -0.75),
+    "unbiased": lambda decay, n: 1 - (1 - decay) / (1 - decay**n),
+}
+"""The decay of the n-th update, which rises to another one before the first file."""
+
+
+@pytest.mark.parametrize("rule", MEANS_AT_FIRST)
+@pytest.mark.parametrize("decay", [0.98, 0.99])
+def test_a_warm_up_that_ends_before_the_files_is_no_question(decay, rule, files, run):
+    """The simplest rule is taken, and the text names those that explain the files as well. What the
+    first files have of the weights before them changes little."""
+    path = walk(np.full(2000, 0.02), 300)
+    write(files, path, by(lambda n: MEANS_AT_FIRST[rule](decay, n)), steps=range(600, 2001, 100))
+    done = import_checkpoints(files, run)
+    assert re.search("with .*power.* the files would look the same", done.checks[0])
+    assert settings_of(run)["ema_decay"] == decay
+    assert "ema_warmup" not in settings_of(run)
+    assert_predicted(run, path, targets=(0.05, 0.1, 0.2, 0.28), low=0.0, high=3)
+
+
 @pytest.mark.parametrize("given", [0.1, 0.02])
 def test_a_width_that_files_refute_by_a_decay_or_another_width_is_named(given, files, run):
     saved(files, constant)
@@ -247,9 +278,9 @@ def test_a_length_that_drift_and_noise_hide_is_not_claimed(files):
     assert "too short for the time between these checkpoints" in audit.text
 
 
-def test_rules_that_drift_and_noise_explain_equally_are_asked_for(files, run):
+def test_a_length_that_drift_and_noise_explain_by_several_rules_is_asked_for(files, run):
     write(files, drifting(0.1), ema(0.95))
-    with refused("ema_decay", "about equally"):
+    with refused("ema_decay", "do not show its length"):
         import_checkpoints(files, run)
     assert not run.exists()
 
