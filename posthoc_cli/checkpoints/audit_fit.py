@@ -60,6 +60,7 @@ _UNDONE = 0.4
 _NOTHING = 1e-12  # of a piece's motion: a residual that counts as none
 _LEAST = 1e-9  # of an interval's: what float32 leaves of a motion that is explained
 _SPACING = 0.3  # of the logarithms of lengths at which a search begins
+_FLAT = 1e-6  # difference of misfits that shows nothing
 _NEAR = 2.0  # how far a search near a length goes, in its logarithm
 
 # Rules explain n intervals about equally if their misfits, times n, differ by less than this /
@@ -272,7 +273,8 @@ def _half_difference(average: Average, rows: Intervals, others: Intervals) -> fl
 
 def _search(average: Average, measure: Callable[[Average], float], reach: float) -> Average:
     """Find the length with the smallest measure, which becomes the misfit, no farther from the
-    average's than `reach`, between logarithms."""
+    average's than `reach`, between logarithms; its own if the intervals do not limit it, as before
+    the end of a warm-up."""
 
     def measure_at(log: float) -> float:
         return measure(replace(average, log=log))
@@ -285,6 +287,9 @@ def _search(average: Average, measure: Callable[[Average], float], reach: float)
     bounds = (grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)])
     options = {"xatol": 1e-4}
     found = minimize_scalar(measure_at, bounds=bounds, method="bounded", options=options)
+    here = measure(average)
+    if here <= found.fun + _FLAT:
+        return replace(average, misfit=here)
     return replace(average, log=float(found.x), misfit=float(found.fun))
 
 

@@ -235,6 +235,27 @@ def test_a_warm_up_that_ends_before_the_files_is_no_question(decay, rule, files,
     assert_predicted(run, path, targets=(0.05, 0.1, 0.2, 0.28), low=0.0, high=3)
 
 
+@pytest.mark.parametrize(
+    ("rule", "decay"),
+    [
+        (lambda n: 1 - (1 + n) ** -0.75, 0.995),
+        (lambda n: 1 - (1 + n) ** -0.75, 0.994),
+        (lambda n: 1 - (1 + n) ** (-2 / 3), 0.99),
+        (ratio, 0.99),
+        (ratio, 0.992),
+    ],
+)
+def test_the_files_of_a_warm_up_put_no_doubt_on_the_decay_that_it_reaches(rule, decay, files):
+    """Half of the files or more are before its end, and explained by any decay above theirs."""
+    path = walk(np.full(2000, 0.02), 300)
+    write(files, path, by(lambda n: min(decay, rule(n))), steps=range(100, 2001, 100))
+    (audit,) = Run(files).audit()
+    assert audit.verdict == "found"
+    off = abs(math.log((1 - audit.found) / (1 - decay)))
+    assert off <= 2 * audit.uncertainty
+    assert audit.uncertainty < 0.06
+
+
 @pytest.mark.parametrize("given", [0.1, 0.02])
 def test_a_width_that_files_refute_by_a_decay_or_another_width_is_named(given, files, run):
     saved(files, constant)
