@@ -151,7 +151,7 @@ LIMITS = {
     "run_clock.py": 530,
     "snapshots": 25_530,
     "sweep": 13_350,
-    "synthesis": 7_790,
+    "synthesis": 7_950,
     "targets.py": 3_220,
     "tracker": 41_150,
 }
