@@ -413,15 +413,12 @@ class Chooser:
         if len(weights) == 1:
             averages = [each for each in several if each[0].role == "average"]
             answers += [self._pair(each, weights[0]) for each in averages]
-        globs = [self._exact_glob(each) for each in several]
         members = [member for each in several for member in each]
-        if len({each[0].glob for each in several}) == 1:
-            if len(_numbers(members)) == len(members) and _are_near_in_time(members):
-                globs.insert(0, self._glob_of(members))
-        elif len({make_glob(GROUPED.sub("0", member.name)) for member in members}) == 1:
-            longest = max(members, key=lambda member: len(member.name))
-            paths = [member.path for member in members]
-            answers += [{"step_from": pattern} for pattern in list_patterns(longest.path, paths)]
+        globs = [self._exact_glob(each) for each in several]
+        if len({each[0].glob for each in several}) > 1:
+            answers += _list_spellings(members)
+        elif len(_numbers(members)) == len(members) and _are_near_in_time(members):
+            globs.insert(0, self._glob_of(members))
         root = glob.escape(str(self._root))
         return [*answers, *({"place": f"{root}/{pattern}"} for pattern in globs)]
 
@@ -451,6 +448,15 @@ class Chooser:
         """Find the folder of a series, in which its numbered files or folders lie."""
         folder = member.path.parent
         return folder if is_numbered(member.path, {}) or folder == self._root else folder.parent
+
+
+def _list_spellings(members: Series) -> list[Answer]:
+    """List the patterns of a number that is 1_000 in some names, and 900 in others alike."""
+    if len({make_glob(GROUPED.sub("0", member.name)) for member in members}) > 1:
+        return []
+    longest = max(members, key=lambda member: len(member.name))
+    paths = [member.path for member in members]
+    return [{"step_from": pattern} for pattern in list_patterns(longest.path, paths)]
 
 
 def _numbers(series: Iterable[Member]) -> set[int | None]:

@@ -236,7 +236,7 @@ def list_patterns(path: Path, files: Iterable[Path]) -> list[str]:
     if len({*names.values()}) == 1:
         names = {file: f"{file.parent.name}/{file.name}" for file in names}
     spellings = [_SPELLING, "[0-9]+"] if _are_grouped(names.values()) else ["[0-9]+", _SPELLING]
-    if any("kK" in pattern for _, pattern in _find_patterns(names[path], _SPELLING)):
+    if "kK" in _generalise(names[path]):
         spellings = [_SPELLING]  # the digits of 1.5k alone are no steps
     ranks = dict[str, tuple[int, bool, int, bool, int]]()
     for order, spelled in enumerate(spellings):
