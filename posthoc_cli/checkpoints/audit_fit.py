@@ -60,7 +60,7 @@ _UNDONE = 0.4
 _NOTHING = 1e-12  # of a piece's motion: a residual that counts as none
 _LEAST = 1e-9  # of an interval's: what float32 leaves of a motion that is explained
 _SPACING = 0.3  # of the logarithms of lengths at which a search begins
-_FLAT = 1e-6  # difference of misfits that shows nothing
+_FLAT = 1e-9  # difference of misfits that shows nothing: of lengths that do not limit a decay
 _NEAR = 2.0  # how far a search near a length goes, in its logarithm
 
 # Rules explain n intervals about equally if their misfits, times n, differ by less than this /
@@ -283,14 +283,16 @@ def _search(average: Average, measure: Callable[[Average], float], reach: float)
     low = max(low, average.log - reach)
     high = min(high, average.log + reach)
     grid = np.linspace(low, high, math.ceil((high - low) / _SPACING) + 2)
+    if low < average.log < high:
+        grid = np.union1d(grid, average.log)
     best = int(np.argmin([measure_at(log) for log in grid.tolist()]))
     bounds = (grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)])
     options = {"xatol": 1e-4}
     found = minimize_scalar(measure_at, bounds=bounds, method="bounded", options=options)
-    here = measure(average)
-    if here <= found.fun + _FLAT:
-        return replace(average, misfit=here)
-    return replace(average, log=float(found.x), misfit=float(found.fun))
+    log = float(found.x)
+    if abs(measure(average) - found.fun) <= _FLAT:
+        log = average.log
+    return replace(average, log=log, misfit=float(found.fun))
 
 
 # --- which average explains the intervals
