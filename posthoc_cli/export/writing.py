@@ -27,7 +27,7 @@ from posthoc_cli.synthesis.plan import Plan, nbytes
 class SynthesisReport:
     """The plan of a synthesis, and its result."""
 
-    plan: Plan
+    plan: Plan  # of what is written: fitted to the checkpoint that it is a copy of
     outputs: tuple[Path, ...] = ()  # one per target; empty in a dry run
     copied: Replacement | None = None  # the checkpoint that they are copies of
     device: str = "cpu"  # computed the sums
