@@ -195,6 +195,7 @@ def torchrun_code(guide):
     return code
 
 
+@heavy
 def test_torch_loads_a_snapshot_of_the_sharded_training_onto_another_mesh(tmp_path):
     """The guide `distributed` has the training, the guide `format` the call that loads."""
     run_on_two(torchrun_code("distributed"), tmp_path)

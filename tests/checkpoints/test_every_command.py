@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checking import assert_same_tensors, refused
+from checking import assert_same_tensors, heavy, refused
 from factories import contents, write_run
 from safetensors.torch import load_file
 from saved import read, store
@@ -53,6 +53,7 @@ def test_checkpoints_are_not_called_snapshots(ema, run):
     assert "snapshot" not in made.out + made.err
 
 
+@heavy
 def test_a_sweep_and_its_page_name_what_to_repeat(ema, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     evaluation = "sh -c 'echo {sigma_rel} | sed s/raw/9/' {weights}"

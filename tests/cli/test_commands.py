@@ -13,7 +13,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from checking import assert_same_tensors
+from checking import assert_same_tensors, heavy
 from factories import OTHER_RUN_ID, contents, flip_bit, forge, rewrite_snapshot, snapshot_files
 from numpy.testing import assert_allclose
 from safetensors.torch import load_file
@@ -393,6 +393,7 @@ def test_a_lack_of_memory_or_of_threads_is_named(typed, monkeypatch, fault, mess
     assert result.error == message
 
 
+@heavy
 def test_messages_that_cannot_be_printed_change_no_exit_code():
     command = [sys.executable, *shlex.split("-m posthoc_cli demo --steps none")]
     with Path("/dev/full").open("wb") as full:

@@ -7,7 +7,7 @@ import forked
 import pytest
 import torch
 import torch.distributed as dist
-from checking import assert_same_tensors, load_output, refused
+from checking import assert_same_tensors, heavy, load_output, refused
 from ema_command import environments_of_ranks
 from factories import (
     INDEX,
@@ -69,6 +69,7 @@ def start_ranks(code, *arguments):
     return ranks
 
 
+@heavy
 def test_when_the_first_rank_is_killed_the_others_end_and_leave_no_model(run, tmp_path):
     """Also without a launcher; the job can be run again."""
     out = tmp_path / "out"

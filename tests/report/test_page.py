@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, browser
+from checking import heavy
 from factories import random_walk, write_ema_checkpoints, write_run
 from matplotlib.figure import Figure
 
@@ -128,6 +129,7 @@ def test_a_page_shows_the_images_of_the_last_weights_the_own_ema_and_each_length
     assert f"{gain}, by one measurement each" in words
 
 
+@heavy
 def test_of_many_large_images_a_page_shows_the_first_of_each_length(tmp_path, monkeypatch):
     monkeypatch.setattr("posthoc_cli.report.page._MOST_IMAGES", 1)
     text = looks(tmp_path / "files", 2).read_text()

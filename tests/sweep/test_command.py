@@ -372,6 +372,7 @@ def awk(prints):
     return f"awk -v x={{sigma_rel}} -v s={{seed}} {program} {{weights}}"
 
 
+@heavy
 def test_where_noise_shows_the_own_ema_is_measured_twice(own, out):
     noisy = awk("v = x ? log(x / 0.1) ^ 2 + 0.5 : 1; print v + 0.02 * sin(1000 * x + 2 * s)")
     lengths = Lengths(0.05, 0.2)
@@ -405,6 +406,7 @@ def test_metrics_that_differ_in_nothing_are_an_error(own, out, caplog):
     assert "all trials so far have the same metric, 75.71" in caplog.text
 
 
+@heavy
 def test_a_run_of_plain_weights_is_searched_over_what_its_files_show(tmp_path, out, caplog):
     random = torch.Generator().manual_seed(0)
     weights = torch.zeros(50)
