@@ -561,7 +561,8 @@ OF_AVERAGES = [
 
 
 @pytest.mark.parametrize(
-    ("make", "targets", "limits", "why"), [*TRACKED, *OF_WEIGHTS, *OF_AVERAGES]
+    ("make", "targets", "limits", "why"),
+    [*TRACKED, *OF_WEIGHTS, *(row._replace(marks=(heavy,)) for row in OF_AVERAGES)],
 )
 def test_the_prediction_holds(make, targets, limits, why, tmp_path):
     print(why)  # beside a failure

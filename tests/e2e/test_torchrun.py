@@ -90,6 +90,7 @@ def test_when_the_first_rank_is_killed_the_others_end_and_leave_no_model(run, tm
     assert (out / INDEX).exists()
 
 
+@heavy
 def test_an_error_in_one_rank_is_named_by_all(run, tmp_path):
     shard = next(run.iterdir())
     flip_bit(shard)  # of the last tensor, which one rank reads
@@ -110,6 +111,7 @@ def test_a_job_makes_a_folder_of_shards(run, tmp_path):
         Run(run).write(0.1, path, distributed=True)
 
 
+@heavy
 def test_a_job_of_one_process_that_has_a_group_makes_the_same_tensors(run, tmp_path):
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:

@@ -18,7 +18,7 @@ from unittest.mock import Mock
 import forked
 import pytest
 import torch
-from checking import refused
+from checking import heavy, refused
 from device import DEVICE
 from factories import info_of
 from snapshots.recorded import failing
@@ -362,6 +362,7 @@ def test_threads_end_with_their_tracker_which_does_not_keep_the_model_alive(tmp_
         assert not thread.is_alive()
 
 
+@heavy
 def test_a_training_that_waits_gets_one_warning_with_the_times(
     tmp_path,
     gate,

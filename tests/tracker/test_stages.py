@@ -3,6 +3,7 @@
 import re
 
 import torch
+from checking import heavy
 from groups import check_group, truth
 from tracker.runs import assert_near, steps
 
@@ -57,6 +58,7 @@ with PostHocEMA.from_model(model, folder / "run", resume="auto", **groups.SETTIN
 """
 
 
+@heavy
 def test_sharded_stages_are_tracked_together_and_continue(tmp_path):
     """Two stages on two processes each, which have a buffer in common."""
     exact = truth(0.2, [2, 4, 6, 8])
