@@ -214,8 +214,7 @@ _SPELLING = r"[0-9]{1,3}(?:[_,][0-9]{3})+(?![0-9kmb])|[0-9]+(?:\.[0-9]+)?[kmb](?
 
 
 def _ask_for_step(path: Path, files: Iterable[Path]) -> InvalidValueError:
-    """Make the question which number of a name is the step, of a file among others; the last one is
-    proposed first."""
+    """Make the question which number of a name is the step, of a file among others."""
     marks = find_times(_name_with_time(path, path.parent))
     doubt = "its name has no number, or several"
     if len(marks) == 1:
