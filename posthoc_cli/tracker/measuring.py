@@ -317,6 +317,7 @@ class Sketcher:
         self.subset = subset
         self._projection = _identify(subset, part)
         self._values = subset.buffers()
+        self._views = subset.views(self._values)
         self._factors = list[Tensor]()  # of the elements, by bucket
         factors = torch.from_numpy(_signed_roots(subset, part))
         begin = 0
@@ -353,7 +354,7 @@ class Sketcher:
         return True
 
     def take(self, tile: Tile, values: Tensor) -> None:
-        self.subset.take(tile, values, self._values)
+        self.subset.take(tile, values, self._views)
 
     def end_value(
         self,

@@ -256,8 +256,15 @@ class FlatTensors:
                 views[name] = place.view(elements)
         return views
 
+    @cached_property
+    def _tiles(self) -> list[Tensor]:
+        tiles = []
+        for tile in tile_buckets(self.layout):
+            tiles.append(self.flats[tile.bucket][tile.begin : tile.end])
+        return tiles
+
     def tile(self, tile: Tile) -> Tensor:
-        return self.flats[tile.bucket][tile.begin : tile.end]
+        return self._tiles[tile.number]
 
 
 class HostTensors:
@@ -336,6 +343,14 @@ def _tile_part(tensor: Tensor, begin: int, end: int) -> TilePart:
     return tensor[first:last], slice(begin - skipped, end - skipped)
 
 
+def _in_place(parts: Sequence[TilePart], dtype: torch.dtype) -> Tensor | None:
+    """Return a tile's only part if it is flat and of this dtype."""
+    first, *others = parts
+    if others or not isinstance(first, Tensor) or first.dtype != dtype:
+        return None
+    return first
+
+
 class Reader:
     """Reads a layout's tensors by tile in up to `threads` threads: views, no copies. `parts` are
     the parts of each tile."""
@@ -349,6 +364,10 @@ class Reader:
         self.layout = layout
         self.tiles = tile_buckets(layout)
         self._parts = parts
+        # of each tile: its values, if they can be read in place
+        self._in_place = list[Tensor | None]()
+        for tile, of_tile in zip(self.tiles, parts, strict=True):
+            self._in_place.append(_in_place(of_tile, layout[tile.bucket].wide))
         self._scratch = list[Tensor]()  # by bucket, a row for each thread
         for bucket in layout:
             shape = threads, min(bucket.size, bucket.tile)
@@ -390,6 +409,9 @@ class Reader:
     def values(self, tile: Tile, thread: int = 0) -> Tensor:
         """Return a tile's values, flat, in the averages' dtype; valid until the same thread's next
         call."""
+        in_place = self._in_place[tile.number]
+        if in_place is not None:
+            return in_place
         flat = self._flat(tile, thread)
         if flat.dtype == self.layout[tile.bucket].wide:
             return flat
@@ -446,10 +468,11 @@ class Elements:
     def __init__(self, layout: Layout, positions: Sequence[Positions]) -> None:
         self.layout = layout
         self._counts = [*map(len, positions)]
-        # where in the tile, and where in the buffer
+        # of each tile: where its elements are in it, and where in the buffer
         self._of_tiles: list[tuple[Tensor, slice | Tensor]] = []
         orders = [np.argsort(of_bucket, kind="stable") for of_bucket in positions]
-        for tile in tile_buckets(layout):
+        self._tiles = tile_buckets(layout)
+        for tile in self._tiles:
             device = layout[tile.bucket].device
             order = orders[tile.bucket]
             ascending = positions[tile.bucket][order]
@@ -470,20 +493,28 @@ class Elements:
             zeros.append(buffer)
         return zeros
 
+    def views(self, buffers: Sequence[Tensor]) -> list[Tensor]:
+        """View each tile's part of the buffers, or the whole buffer if its elements are apart."""
+        views = []
+        for tile, (_, numbers) in zip(self._tiles, self._of_tiles, strict=True):
+            buffer = buffers[tile.bucket]
+            views.append(buffer[numbers] if isinstance(numbers, slice) else buffer)
+        return views
+
     def take(
         self,
         tile: Tile,
         values: Tensor,
-        buffers: Sequence[Tensor],
+        views: Sequence[Tensor],
     ) -> None:
-        """Copy the selected elements of a tile, which has these values, to the buffers."""
+        """Copy the selected elements of a tile, which has these values, to views of buffers."""
         index, numbers = self._of_tiles[tile.number]
-        buffer = buffers[tile.bucket]
+        view = views[tile.number]
         if isinstance(numbers, Tensor):
             selected = values.index_select(0, index)
-            buffer.index_copy_(0, numbers, selected)
+            view.index_copy_(0, numbers, selected)
         elif numbers.start < numbers.stop:
-            torch.index_select(values, 0, index, out=buffer[numbers])
+            torch.index_select(values, 0, index, out=view)
 
 
 class HostCopy:

@@ -411,10 +411,11 @@ class StagedAverage:
         self._tiles = tile_buckets(storage.layout)
         self._norms = [torch.empty(0)] * len(self._tiles)
         self._measured = storage.subset.buffers()
+        self._views = storage.subset.views(self._measured)
 
     def take(self, tile: Tile, exact: Tensor) -> None:
         self._norms[tile.number] = torch.linalg.vector_norm(exact)
-        self.storage.subset.take(tile, exact, self._measured)
+        self.storage.subset.take(tile, exact, self._views)
         if exact.device.type != "cpu":
             exact = exact.to(self.storage.stored[tile.bucket].dtype)
         self.memory.copy(tile, exact)

@@ -38,6 +38,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -168,12 +169,20 @@ class AverageTensors:
     def nbytes(self) -> int:
         return sum(tensors.nbytes for tensors in self.mean + self.high)
 
+    @cached_property
+    def _means(self) -> list[list[Tensor]]:
+        """Each tile of the means."""
+        means = []
+        for tile in tile_buckets(self.layout):
+            means.append([mean.tile(tile) for mean in self.mean])
+        return means
+
     def means(self, tile: Tile, shared: bool) -> list[Tensor]:
         """Return a tile of the means in use: one for each profile, or the first alone."""
-        first = self.mean[0].tile(tile)
-        if shared and first.dtype != torch.float64:
-            return [first]
-        return [mean.tile(tile) for mean in self.mean]
+        means = self._means[tile.number]
+        if shared and means[0].dtype != torch.float64:
+            return means[:1]
+        return means
 
     def mean_view(
         self,
@@ -424,6 +433,7 @@ class _Update:
     ) -> None:
         self.sample = sampled.buffers()
         self._sampled = sampled
+        self._sample_views = sampled.views(self.sample)
         self._averages = averages
         self._tensors = averages.tensors
         self._sketcher = averages.sketcher
@@ -445,7 +455,7 @@ class _Update:
 
         def take(tile: Tile, thread: int) -> None:
             value = self._values.values(tile, thread)
-            norm = float(torch.linalg.vector_norm(value))
+            norm = math.sqrt(torch.dot(value, value))
             norms[tile.number] = norm
             if norm <= limits[tile.number]:
                 self._take(tile, value, thread)
@@ -479,7 +489,7 @@ class _Update:
         value: Tensor,
         thread: int,
     ) -> None:
-        self._sampled.take(tile, value, self.sample)
+        self._sampled.take(tile, value, self._sample_views)
         if self._sketcher is not None and not self._before.shared:
             self._sketcher.take(tile, value)
         if self._shares.folds:
