@@ -57,7 +57,7 @@ class Evaluation(Protocol):
         """Make what runs measurements; all that still run end with the block."""
 
     def prepare(self, weights: Weights, trial: Trial, job: int) -> tuple[Measure, Plan | None]:
-        """Make weights; return what measures them, and the plan of an average."""
+        """Make weights; return what measures them, and their plan, as `Weights` returns it."""
 
 
 # --- a function

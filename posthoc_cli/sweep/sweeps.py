@@ -258,7 +258,7 @@ class Sweep:
         trial = Trial(weights.title, weights.sigma_rel, seed, t=weights.t)
         with mute_warnings():
             measure, plan = self._evaluation.prepare(weights, trial, job)
-        if plan is not None:
+        if plan is not None and weights.sigma_rel is not None:
             error = plan.predicted_error(0)
             trial = replace(trial, predicted_error=error, lost_gain=plan.lost_gain(0))
         return _Running(trial, job, measure)

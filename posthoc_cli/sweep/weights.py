@@ -55,12 +55,12 @@ class Weights:
     t: float | None = None
 
     def write(self, path: Path, like: Path | None) -> Plan | None:
-        """Write the weights to a file, or to a copy of the checkpoint `like`; return the plan of an
-        average."""
+        """Write the weights to a file, or to a copy of the checkpoint `like`; return their plan, if
+        they are a target of a run."""
         raise NotImplementedError
 
     def make(self) -> tuple[Mapping[str, Tensor], Plan | None]:
-        """Make the weights in memory, and return the plan of an average, too."""
+        """Make the weights in memory, and return their plan, too, if they are a target of a run."""
         raise NotImplementedError
 
 
@@ -72,15 +72,15 @@ class RunWeights(Weights):
     target: Target
     time: float
 
-    def write(self, path: Path, like: Path | None) -> Plan | None:
+    def write(self, path: Path, like: Path | None) -> Plan:
         written = self.run.write(self.target, path, t=self.time, like=like)
         assert written is not None  # as of a process other than the first one
-        return None if self.sigma_rel is None else written.plan
+        return written.plan
 
-    def make(self) -> tuple[Mapping[str, Tensor], Plan | None]:
-        def attempt() -> tuple[Mapping[str, Tensor], Plan | None]:
+    def make(self) -> tuple[Mapping[str, Tensor], Plan]:
+        def attempt() -> tuple[Mapping[str, Tensor], Plan]:
             plan = self.run.plan(self.target, t=self.time)
-            return make_weights(plan), None if self.sigma_rel is None else plan
+            return make_weights(plan), plan
 
         return retry_vanished(attempt)
 
