@@ -6,8 +6,6 @@ import itertools
 import re
 import subprocess
 import sys
-import tokenize
-from collections import Counter
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -122,67 +120,6 @@ def test_imports_have_no_circles():
     TopologicalSorter(
         {name: imported(path) & modules.keys() for name, path in modules.items()}
     ).prepare()
-
-
-LIMITS = {
-    "__init__.py": 430,
-    "__main__.py": 190,
-    "averages.py": 4_580,
-    "checkpoints": 48_850,
-    "cli": 12_340,
-    "decay_rules.py": 2_300,
-    "demo.py": 2_580,
-    "devices.py": 520,
-    "dtypes.py": 580,
-    "errors.py": 1_780,
-    "export": 9_480,
-    "files.py": 2_750,
-    "group.py": 840,
-    "integrations": 4_790,
-    "planning.py": 2_780,
-    "plots.py": 3_400,
-    "profiles.py": 1_180,
-    "reconstruction": 15_040,
-    "remote.py": 1_430,
-    "report": 2_460,
-    "request.py": 1_570,
-    "resources.py": 500,
-    "run.py": 2_420,
-    "run_clock.py": 530,
-    "snapshots": 25_530,
-    "sweep": 13_350,
-    "synthesis": 7_950,
-    "targets.py": 3_220,
-    "tracker": 41_150,
-}
-"""Tokens of each room at most: 2 % above what it had, at least 100, so that a small change passes.
-A room that shrinks lowers its limit; only the owners raise one."""
-
-LAYOUT = {
-    tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
-    tokenize.ENDMARKER,
-}  # fmt: skip
-
-
-def count_tokens(path):
-    """Count names, numbers, operators and strings; docstrings, comments and layout are free."""
-    docstrings = set()
-    for node in parsed(path):
-        text = node.value if isinstance(node, ast.Expr) else None
-        if isinstance(text, ast.Constant) and isinstance(text.value, str):
-            docstrings.update(range(node.lineno, node.end_lineno + 1))
-    with path.open() as file:
-        tokens = [*tokenize.generate_tokens(file.readline)]
-    return sum(t.type not in LAYOUT and t.start[0] not in docstrings for t in tokens)
-
-
-def test_no_room_grows():
-    counts = Counter()
-    for path in MODULES:
-        counts[path.relative_to(PACKAGE).parts[0]] += count_tokens(path)
-    assert counts.keys() == LIMITS.keys()
-    larger = [f"{room}: {counts[room]:,} tokens" for room in counts if counts[room] > LIMITS[room]]
-    assert not larger, "make the room smaller first"
 
 
 RUN = """
