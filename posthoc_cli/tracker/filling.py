@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import copy
 from itertools import chain
@@ -196,11 +196,14 @@ class _RawModel:
         self._model = model
         changing = {id(target.tensor) for target in filled}
         changing.update(map(id, model.buffers()))  # a forward pass may change them
-        modules = [*model.modules()]
-        self._modes = [(module, module.training) for module in modules]
-        # the first batch gives a module of lazy tensors another class, which stays
-        self._modules = [_RawModule(module) for module in modules if not _has_lazy_tensors(module)]
-        self._adapters = [_RawAdapter(layer) for layer in _find_adapters(modules)]
+        modules = dict(model.named_modules())
+        self._modes = [(module, module.training) for module in modules.values()]
+        self._modules: dict[str, _RawModule] = {}
+        for path, module in modules.items():
+            # the first batch gives a module of lazy tensors another class, which stays
+            if not _has_lazy_tensors(module):
+                self._modules[path] = _RawModule(module)
+        self._adapters = [_RawAdapter(layer) for layer in _find_adapters(modules.values())]
         known: dict[int, _RawTensor] = {}
         self._tensors: dict[str, _RawTensor] = {}  # by all names of a tied one
         for entry in named_tensors(model):
@@ -222,12 +225,12 @@ class _RawModel:
         converted, moved, replaced or rebuilt."""
         # a forward pass may have replaced chunks by complete tensors
         lost = [f"{name}: its complete tensor was replaced" for name in reshard(self._model)]
-        kept = {*map(id, self._model.modules())}
+        present = dict(self._model.named_modules(remove_duplicate=False))
         raw = dict.fromkeys(self._tensors.values())
         lost += _restore_each(raw, _RawTensor.restore_memory)
         try:
-            for module in self._modules:
-                lost += module.restore(kept)
+            for path, module in self._modules.items():
+                lost += module.restore(present.get(path))
             self._undo_merges()
         finally:
             lost += _restore_each(raw, _RawTensor.restore_values)
@@ -245,7 +248,7 @@ class _RawModel:
         """Restore modes and gradients; raise an error that has the raw weights if some are lost."""
         for module, mode in self._modes:
             module.training = mode
-        parts: list[_RawModule | _RawTensor] = [*self._modules, *self._tensors.values()]
+        parts: list[_RawModule | _RawTensor] = [*self._modules.values(), *self._tensors.values()]
         if any(part.was_replaced for part in parts):
             refresh_shards(self._model)
         torch.clear_autocast_cache()
@@ -316,11 +319,11 @@ class _RawModule:
         properties = _find_properties(type(module))
         return type(module), properties, id(forward), children, parameters, buffers
 
-    def restore(self, kept: Set[int]) -> list[str]:
+    def restore(self, present: nn.Module | None) -> list[str]:
         """Register again what was replaced or removed, and restore the rest if the module was
-        rebuilt, or removed from the model, whose modules have the ids `kept`. Return what something
+        rebuilt or is not the one that its place in the model has at present. Return what something
         else hides now."""
-        if id(self._module) not in kept or self._read_structure() != self._structure:
+        if present is not self._module or self._read_structure() != self._structure:
             self._restore_attributes()
         hidden = []
         for name in _CONTENT:
