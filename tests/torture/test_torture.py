@@ -1,4 +1,4 @@
-"""The experiments on what the guide `durability` promises; `make torture` runs all of each and
+"""The experiments on what the guide `snapshots` promises; `make torture` runs all of each and
 prints a table."""
 
 import pytest
