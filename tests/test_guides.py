@@ -331,7 +331,7 @@ def test_the_page_of_the_index_ends_no_sentence_in_the_air(page_of_the_index):
 
 
 def test_the_readme_is_short_and_links_to_every_guide_and_links_to_files_lead_somewhere():
-    assert len(README.read_text().splitlines()) <= 227
+    assert len(README.read_text().splitlines()) <= 280
     for guide in GUIDES:
         assert f"posthoc_cli/guides/{guide.name})" in README.read_text()
     for page in (README, *GUIDES):
