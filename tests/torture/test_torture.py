@@ -30,3 +30,11 @@ def test_nothing_is_lost_missed_or_executed(name, tmp_path):
     tally = experiment(tmp_path, share, 0)
     assert tally.tried > 0
     assert tally == Tally(tally.tried)
+
+
+@pytest.mark.timeout(120)
+def test_small_files_that_cannot_be_read_are_named(tmp_path):
+    """A pipe would wait for a writer, a device fill the memory."""
+    tally = hostile.replace_files(tmp_path, 1.0, 0, hostile.SMALL_FILES, hostile.UNREADABLE)
+    assert tally.tried > 90
+    assert tally == Tally(tally.tried)
