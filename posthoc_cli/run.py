@@ -140,8 +140,8 @@ def disk_sources(
         found = find_unclaimed(path, settings or {}) if unclaimed else find_run(path)
     except NothingHereError as error:
         raise no_snapshots or error from None
-    if found.checks:
-        log.info("%s: %s", path, "; ".join(found.checks))
+    if not (unclaimed or found.out):  # an import has said it
+        log.info("%s: %s", path, found.summary)
     return [*found.checkpoints]
 
 
