@@ -24,7 +24,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.profiles import FloatArray, check_sigma_rel, sigma_rel_from_decay
+from posthoc_cli.profiles import FloatArray, check_sigma_rel, round_sigma_rel, sigma_rel_from_decay
 from posthoc_cli.snapshots.decoding import ANY_SIGN
 from posthoc_cli.targets import Beta, SigmaRel, bad, parse_numbers
 
@@ -122,7 +122,7 @@ def sigma_rel_for_decay(decay: float, steps: float) -> float:
         most = 1 - 2 / steps
         reason = f"is longer than the uniform average of {steps:,.12g} steps; must be below "
         raise InvalidValueError("decay", f"{reason}{most:.6g}", value=f"{decay:g}")
-    return float(f"{sigma_rel:.4g}")
+    return round_sigma_rel(sigma_rel, 4)
 
 
 @dataclass(frozen=True)
