@@ -170,9 +170,10 @@ def note_copied(copied: dict[str, Any]) -> None:
     """Print what a copy of a checkpoint has from the average, and what of the checkpoint."""
     name = Path(copied["path"]).resolve().name
     if copied["replaced"] == "average":
-        print_note(f"replaced the average in {name}; its weights stay as they are")
+        what = "the average is replaced; the weights stay as they are"
     else:
-        print_note(f"replaced the weights in {name}")
+        what = "the weights are replaced"
+    print_note(f"a copy of {name}, in which {what}")
     if kept := copied["kept"]:
         print_note(f"kept {list_tensors(kept)} of {name}, which the run does not have")
     if shared := copied["shared"]:
