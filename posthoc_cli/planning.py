@@ -218,7 +218,8 @@ class Schedule:
         snapshots = self.snapshots()
         kept = len(snapshots) // len(self.sigma_rels)
         steps = count_noun(self.steps, "step")
-        label = f"{count_noun(kept, 'snapshot')} of {steps}, one every {self.checkpoint_every:,}"
+        times = count_noun(kept, "time")
+        label = f"snapshots at {times} of {steps}, one every {self.checkpoint_every:,}"
         return error_curve(label, snapshots, self.prior(snapshots), sigma_range)
 
 

@@ -47,6 +47,7 @@ from posthoc_cli.snapshots.snapshot import Snapshot, file_bytes
 from posthoc_cli.snapshots.sources import (
     Source,
     choose_sources,
+    count_files,
     count_sources,
     run_clock,
 )
@@ -201,11 +202,11 @@ class Run:
             return f"Run({str(self.directory)!r}: {error.reason})"
         widths = self.profiles
         last = sources[-1]
-        what = "checkpoints"
+        what = count_sources(sources)
         if widths:
-            what = f"snapshots of {', '.join(f'{width:g}' for width in widths)}"
+            what += f" of {', '.join(f'{width:g}' for width in widths)}"
         time = f"{last.t:,.12g} {last.t_unit}"
-        return f"Run({str(self.directory)!r}: {len(sources):,} {what} up to {time})"
+        return f"Run({str(self.directory)!r}: {what} up to {time})"
 
     # --- contents
 
@@ -396,8 +397,8 @@ class Run:
         usable, later = choose_sources(sources, t)
         last = usable[-1].t
         known = [*usable, *later]
-        available = sum(source.t <= last for source in sources)
-        counts = count_sources(sources, len(usable), available)
+        available = count_files(source for source in sources if source.t <= last)
+        counts = count_sources(usable, total=available)
         label = f"{self.directory}: {counts} up to {last:,.12g} {sources[0].t_unit}"
         clock = run_clock(sources)
         wished = as_targets(others)

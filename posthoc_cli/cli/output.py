@@ -124,7 +124,7 @@ def print_some(
         return
     half = MOST_ROWS // 2
     print_rows([*rows[:half], *rows[-half:]], columns)
-    print_line(f"and {len(rows) - MOST_ROWS:,} more; --json lists them")
+    print_line(f"and {len(rows) - MOST_ROWS:,} more rows; --json lists them")
 
 
 def print_coefficients(snapshots: Sequence[Mapping[str, Any]]) -> None:
@@ -137,7 +137,7 @@ def print_coefficients(snapshots: Sequence[Mapping[str, Any]]) -> None:
     print_rows(rows, ["file", "coefficient"])
     left = len(snapshots) - len(rows)
     if left:
-        print_line(f"and {left:,} more with smaller coefficients; --json lists them")
+        print_line(f"and {left:,} more rows with smaller coefficients; --json lists them")
 
 
 def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:

@@ -98,16 +98,16 @@ class Metric:
             reason = f"{path.name} has no member {quote(self.key)}{_list_names(closest)}"
             raise NoMetricError(reason, "")
         output = _read_lines(printed.with_name(f"{printed.name}.out"))
-        members, names = _find_last(output, self.key)
-        if members is not None:
-            return _check(members, key)
+        found, names = _find_last(output, self.key)
+        if found is not None:
+            return _check(found, key)
         errors = _read_lines(printed.with_name(f"{printed.name}.err"))
-        members, error_names = _find_last(errors, self.key)
-        if members is None:
+        found, error_names = _find_last(errors, self.key)
+        if found is None:
             text = output.strip() or errors.strip()
             raise _no_metric_error(text, self.key, names | error_names)
         _warn_of_standard_error(output.strip(), self.key, names)
-        return _check(members, key)
+        return _check(found, key)
 
 
 def _find_last(text: str, key: str | None) -> tuple[dict[str, Any] | None, dict[str, None]]:
