@@ -112,7 +112,7 @@ def _train_and_search(
     run = Run(snapshots)
     report = _search(model, run)
     best = out / "best.safetensors"
-    run.write(report.best, best)
+    run.write(report.estimate.best, best)
     report = replace(report, outputs=(best,))
     report.write(out / "sweep")
     _draw_samples(model, run, report, out / "sweep")

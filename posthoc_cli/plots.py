@@ -240,16 +240,17 @@ def sweep_figure(report: dict[str, Any], width: float = _WIDTH) -> Figure:
         if trial["sigma_rel"] is not None and trial["t"] is None:
             trials.append(trial)
     best = report["best"]
-    label = f"best: {best['sigma_rel']:g}"
-    if best.get("as"):
-        label += f" (as {best['as']})"
     figure = _metric_figure(report, "sigma_rel", report["curve"], trials, width)
     axes = figure.axes[0]
     low, high = report["tied"] or (0, 0)
     if low < high:
         tied = f"statistically tied: {low:g} to {high:g}"
         axes.axvspan(low, high, color=_colour(2), alpha=0.15, linewidth=0, label=tied)
-    axes.axvline(best["sigma_rel"], color=_colour(2), linewidth=1.6, label=label)
+    if best["sigma_rel"] is not None:
+        label = f"best: {best['sigma_rel']:g}"
+        if best.get("as"):
+            label += f" (as {best['as']})"
+        axes.axvline(best["sigma_rel"], color=_colour(2), linewidth=1.6, label=label)
     axes.set_xlabel("sigma_rel (width, as a fraction of training)")
     return _finish(figure, axes.xaxis, width=width)
 

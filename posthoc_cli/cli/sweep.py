@@ -189,7 +189,7 @@ class _Listing:
     def add(self, trial: Trial, title: str, number: int, expected: int) -> None:
         """Print a trial that has ended, the `number`-th of about `expected`."""
         self._measured += 1
-        if trial.error is not None:
+        if trial.error is not None and not trial.is_random:
             logs = self._folder / "logs" / f"{trial.name}.*"
             log.warning("%s, seed %d: %s; see %s", trial.target, trial.seed, trial.error, logs)
         # a trial takes longer than its evaluation: its average is made first

@@ -137,15 +137,17 @@ def _render_chart(
 
 
 def _render_take(run: Run, report: SweepReport) -> str:
-    """Name the file of the best average, and the command that makes it."""
+    """Name the file of the best average, and the command that makes it, if it is one of ours."""
     if report.minimize is None:
         return ""
     place = ""
     if report.outputs:
         place = f"<p>The best average is in <code>{escape(str(report.outputs[0]))}</code>.</p>"
-    command = escape(_make_command(run, report, report.best_trial))
+    command = ""
+    if report.best is not None:
+        command = f"<pre>{escape(_make_command(run, report, report.best_trial))}</pre>"
     heading = '<section class="take"><h2>Take it</h2>'
-    return f"{heading}\n{place}\n<pre>{command}</pre>\n</section>"
+    return f"{heading}\n{place}\n{command}\n</section>"
 
 
 def _data_url(kind: str, content: bytes) -> str:
