@@ -93,8 +93,8 @@ def check_fits(
 
 def _is_writable(tensor: Tensor) -> bool:
     """Return whether values can be copied into a tensor: not if its elements share memory
-    (expanded), nor if it is sparse."""
-    if tensor.layout != torch.strided:
+    (expanded), nor if it is sparse or nested."""
+    if tensor.is_nested or tensor.layout != torch.strided:
         return False
     dimensions = zip(tensor.stride(), tensor.shape, strict=True)
     return all(stride > 0 or size < 2 for stride, size in dimensions)
