@@ -66,9 +66,7 @@ class _Figure(Figure):
     """A figure that a notebook can show without pyplot."""
 
     def _repr_html_(self) -> str:
-        text = as_file(lambda: self, ".svg").decode()
-        _, _, drawing = text.partition("?>")
-        return drawing
+        return as_html(lambda: self)
 
 
 def as_file(
@@ -90,6 +88,13 @@ def as_file(
         kind = suffix.removeprefix(".")
         figure.savefig(stream, format=kind, metadata=_METADATA[suffix])
     return stream.getvalue()
+
+
+def as_html(draw: Callable[[], Figure]) -> str:
+    """Draw a figure as the SVG of an HTML page."""
+    text = as_file(draw, ".svg").decode()
+    _, _, drawing = text.partition("?>")
+    return drawing
 
 
 def error_figure(curves: Sequence[ErrorCurve], profile_error: bool = False) -> Figure:

@@ -330,7 +330,8 @@ class Run:
         self,
         evaluate: str | Callable[[dict[str, torch.Tensor]], Any],
         *,
-        minimize: bool = True,
+        minimize: bool | None = None,
+        maximize: bool | None = None,
         metric: str | None = None,
         sigma_range: tuple[float, float] | None = None,
         sigma_rels: Sequence[float] | None = None,
@@ -341,11 +342,13 @@ class Run:
         jobs: int = 1,
         out: str | Path | None = None,
     ) -> SweepReport:
-        """Find the best length of an average by a metric, as `ema sweep` does.
+        """Find the best length of an average by a metric, as `ema sweep` does. A notebook shows the
+        report with its curve.
 
         Arguments:
             evaluate: a function that takes the tensors by name and returns the metric, a number, or
                 the metric and its standard error; or a command, as of `--eval`.
+            minimize, maximize: whether a lower or a higher metric is better: one of them is True.
             metric: where a command prints its metric, as `--metric`; or what a function returns.
             sigma_range, sigma_rels: the range to search, by default all whose lost gain is below 5
                 %, or a list to measure.
@@ -353,35 +356,45 @@ class Run:
             t, step: as in `plan_synthesis`.
             raw: the last weights, to measure them too: tensors by name, or a checkpoint.
             jobs: commands that run side by side; a function is called in this thread.
-            out: a folder for trials, logs and the best average, with which the same call continues
-                (a function is known by its name: name another folder if it has changed); None to
-                keep nothing.
+            out: a folder for trials, logs, the best average and the page, with which the same call
+                continues (a function is known by its name: name another folder if it has changed);
+                None to keep nothing.
 
         Raises the errors of `Sweep.run_all`, and what the function raises.
         """
         from posthoc_cli.sweep import Lengths, Metric, Sweep
         from posthoc_cli.sweep.search import USUAL_BUDGET
 
+        is_lower_better = {minimize, None if maximize is None else not maximize} - {None}
+        if len(is_lower_better) != 1:
+            reason = "say whether lower or higher is better: give minimize=True or maximize=True"
+            raise InvalidValueError("minimize", reason)
         at_most_one(sigma_range=sigma_range, sigma_rels=sigma_rels)
         lengths = None
         if sigma_range is not None:
             lengths = Lengths(*check_sigma_range(sigma_range))
         if sigma_rels is not None:
             lengths = Lengths.from_list(sigma_rels)
+        folder = None if out is None else files.local_path("out", out)
         search = Sweep(
             self,
             evaluate,
             Metric() if metric is None else Metric.parse(metric),
-            None if out is None else files.local_path("out", out),
+            folder,
             lengths=lengths,
-            minimize=minimize,
+            minimize=is_lower_better.pop(),
             budget=USUAL_BUDGET if budget is None else budget,
             t=t,
             step=step,
             raw=Path(raw) if isinstance(raw, str) else raw,
             jobs=jobs,
         )
-        return search.run_all()
+        report = search.run_all()
+        if folder is None:
+            return report
+        from posthoc_cli.report.page import write_page
+
+        return write_page(report, folder)
 
     # --- errors
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -54,10 +55,33 @@ class SweepReport:
     ends: tuple[float, ...] = ()  # at which the longest average may end, too, the latest first
     steps: float | None = None  # of the training; None if it is not known
     t_unit: str = "steps"
+    directory: Path = Path()  # of the run
+    newest_t: float | None = None  # the time of its newest snapshot or checkpoint
     own_ema: str | None = None  # which of `compared` is the user's own EMA
     rerun_command: str = ""
     trials: tuple[Trial, ...] = ()
     outputs: tuple[Path, ...] = ()
+
+    def __repr__(self) -> str:
+        if self.minimize is None:
+            return f"SweepReport({count_noun(len(self.trials), 'trial')}, by eye)"
+        text = f"best: {self.best_title}; {self.metric}: {self.value:.6g}"
+        if gain := describe_gain(self):
+            text += f"; gain: {gain}"
+        return f"SweepReport({text})"
+
+    def _repr_html_(self) -> str:
+        """Show the result and its curve in a notebook."""
+        text = f"<p>{html.escape(repr(self))}</p>"
+        if self.minimize is None:
+            return text
+        from posthoc_cli import plots
+
+        values = self.to_dict()
+        text += plots.as_html(lambda: plots.sweep_figure(values))
+        if self.end_curve():
+            text += plots.as_html(lambda: plots.end_figure(values))
+        return text
 
     @cached_property
     def estimate(self) -> Estimate:

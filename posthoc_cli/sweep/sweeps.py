@@ -113,11 +113,14 @@ class Sweep:
         lengths = self.lengths or searchable_lengths(self.run, self._t)
         compared = find_compared(self.run, self._t, self.raw)
         own = find_own_ema(self.run)
+        sources = self.run.sources
         ends = []
         is_longest = self.lengths is None or lengths.high >= LONGEST
         if is_longest and not lengths.listed:
-            ends = earlier_ends((source.t for source in self.run.sources), self._t)
+            ends = earlier_ends((source.t for source in sources), self._t)
         self._report = SweepReport(
+            directory=self.run.directory,
+            newest_t=sources[-1].t,
             lengths=lengths,
             budget=self.budget,
             compared=tuple(weights.title for weights in compared),
@@ -127,7 +130,7 @@ class Sweep:
             settings=self._describe(),
             ends=tuple(ends),
             steps=written.plan.steps,
-            t_unit=self.run.sources[-1].t_unit,
+            t_unit=sources[-1].t_unit,
             rerun_command=self.rerun_command,
         )
         if self.out is None:
