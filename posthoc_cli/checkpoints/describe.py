@@ -23,6 +23,7 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.snapshots.directory import is_import
 from posthoc_cli.snapshots.outputs import describe, describe_tensors
+from posthoc_cli.snapshots.sources import count_files
 from posthoc_cli.targets import SHORTEST_BETA, Beta, SigmaRel, name_equal_length
 
 
@@ -75,6 +76,7 @@ def _describe_run(place: Path, found: FoundRun) -> Values:
         "t": newest.t,
         "step": newest.step,
         "numbers": found.numbers,
+        "number_of_checkpoints": count_files(found.checkpoints),
         **describe_tensors(newest),
         "bytes": sum(row["bytes"] for row in rows),
         "checkpoints": rows,

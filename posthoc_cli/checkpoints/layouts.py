@@ -373,7 +373,6 @@ def says_its_profile(content: Content) -> bool:
 
 _OF_AVERAGES = {
     "sigma_rels", "update_every", "update_after_step", "ema_decay", "ema_warmup", "steps",
-    "ema_restarts",
 }  # fmt: skip
 _DEFAULTS = {"update_every": "10", "update_after_step": "100"}  # of ema-pytorch
 

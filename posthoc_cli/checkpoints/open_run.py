@@ -54,6 +54,7 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.profiles import FloatArray, Point, StoredProfile
 from posthoc_cli.snapshots.directory import is_import
+from posthoc_cli.snapshots.output_info import AVERAGE_OF_TWO
 from posthoc_cli.snapshots.selection import check_globs
 from posthoc_cli.snapshots.sources import by_time, model_difference
 
@@ -575,6 +576,6 @@ def _with_names(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     for checkpoint in checkpoints:
         name = "/".join(checkpoint.path.parts[shared:])
         if counts[checkpoint.path] > 1 and not isinstance(checkpoint.profile, Point):
-            name += " (average)"
+            name += AVERAGE_OF_TWO
         named.append(replace(checkpoint, name=name))
     return named

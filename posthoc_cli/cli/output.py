@@ -124,7 +124,7 @@ def print_some(
         return
     half = MOST_ROWS // 2
     print_rows([*rows[:half], *rows[-half:]], columns)
-    print_line(f"and {len(rows) - MOST_ROWS:,} more; --json lists them")
+    print_line(f"and {len(rows) - MOST_ROWS:,} more rows; --json lists them")
 
 
 def print_coefficients(snapshots: Sequence[Mapping[str, Any]]) -> None:
@@ -137,7 +137,7 @@ def print_coefficients(snapshots: Sequence[Mapping[str, Any]]) -> None:
     print_rows(rows, ["file", "coefficient"])
     left = len(snapshots) - len(rows)
     if left:
-        print_line(f"and {left:,} more with smaller coefficients; --json lists them")
+        print_line(f"and {left:,} more rows with smaller coefficients; --json lists them")
 
 
 def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
@@ -170,9 +170,10 @@ def note_copied(copied: dict[str, Any]) -> None:
     """Print what a copy of a checkpoint has from the average, and what of the checkpoint."""
     name = Path(copied["path"]).resolve().name
     if copied["replaced"] == "average":
-        print_note(f"replaced the average in {name}; its weights stay as they are")
+        what = "the average is replaced; the weights stay as they are"
     else:
-        print_note(f"replaced the weights in {name}")
+        what = "the weights are replaced"
+    print_note(f"a copy of {name}, in which {what}")
     if kept := copied["kept"]:
         print_note(f"kept {list_tensors(kept)} of {name}, which the run does not have")
     if shared := copied["shared"]:
