@@ -70,9 +70,10 @@ def tails_at(times: FloatArray, profiles: Sequence[Profile]) -> FloatArray:
 
 UNIFORM_SIGMA_REL = 12**-0.5
 SHORTEST_SIGMA_REL = 1e-12
-_LONGEST = 0.2886  # the longest of four digits
 """sigma_rel of the uniform average, which is above every other, and the least one: shorter than one
 step of any training. Far below it the formulas overflow."""
+
+_LONGEST = 0.2886  # the longest of four digits
 
 
 def check_sigma_rel(sigma_rel: float, name: str = "sigma_rel") -> float:
