@@ -180,14 +180,19 @@ def note_copied(copied: dict[str, Any]) -> None:
         print_note(f"not written: {list_tensors(shared)}; {name} has the weights of these alone")
     if not_copied := copied["not_copied"]:
         print_note(f"not copied: {list_first(not_copied)}")
+    if copied["has_tracker"]:
+        text = "the tracker's state in the copy is that of the training"
+        if copied["replaced"] == "weights":
+            text += ", not of the new weights: a resume from the copy will say so"
+        print_note(text)
 
 
 def log_to_stderr() -> None:
     """Print the library's warnings to stderr, each once, and notices: what it has found in
     checkpoints, and what outputs have as copies."""
     show = errors.EachOnce(_print_message, logging.INFO)
-    for name in ("posthoc_cli.run", "posthoc_cli.snapshots.selection"):
-        logging.getLogger(name).setLevel(logging.INFO)
+    for module in ("run", "checkpoints.open_run", "snapshots.selection"):
+        logging.getLogger(f"posthoc_cli.{module}").setLevel(logging.INFO)
     # which prints its messages itself
     show.addFilter(lambda record: not record.name.startswith("huggingface_hub"))
     logging.basicConfig(handlers=[show], force=True)
