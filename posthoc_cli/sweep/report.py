@@ -191,7 +191,8 @@ class SweepReport:
     def is_at_end(self) -> bool:
         """Whether the best length is the first or last of the range, so that a better one may lie
         beyond."""
-        if self.lengths.listed or self.all_tied:
+        is_tied = self.estimate.noise == 0 and self.estimate.tied is not None
+        if self.lengths.listed or is_tied:
             return False
         if self.ends:
             return self.best == self.lengths.low

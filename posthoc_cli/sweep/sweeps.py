@@ -329,8 +329,8 @@ class Sweep:
         lengths = [trial for trial in trials if trial.value is not None and trial.sigma_rel]
         if len(lengths) == 2 and self._report.all_tied:
             log.warning(
-                "all trials so far have the same metric, %s: does the evaluation use the weights? "
-                "If all others have it, too, random weights will show that",
+                "all trials so far have the same metric, %.12g: does the evaluation use the "
+                "weights? If all others have it, too, random weights will show that",
                 last.value,
             )
 

@@ -80,11 +80,12 @@ def test_where_all_tie_the_untuned_length_is_taken_and_no_gain_claimed(plain, pa
 
 def test_where_all_tie_the_users_own_ema_is_kept(stored, tmp_path):
     run, ema = stored
-    report = swept(run, Saturated(run), tmp_path / "out")
+    out = tmp_path / "out"
+    report = run.sweep(Saturated(run), maximize=True, sigma_range=(0.02, 0.28), budget=4, out=out)
     assert report.best is None
     assert report.best_trial.target == "your EMA (0.9)"
-    assert_same_tensors(load_file(tmp_path / "out/best.safetensors"), {"w": ema})
-    written = json.loads((tmp_path / "out/sweep.json").read_text())
+    assert_same_tensors(load_file(out / "best.safetensors"), {"w": ema})
+    written = json.loads((out / "sweep.json").read_text())
     assert written["all_tied"]
     assert written["best"] == {
         "target": "your EMA (0.9)", "sigma_rel": None, "t": None, "as": None
@@ -92,6 +93,11 @@ def test_where_all_tie_the_users_own_ema_is_kept(stored, tmp_path):
     assert [each["gain"] for each in written["compared"]] == [0, 0]
     texts = dict(summarize(report))
     assert texts["best"] == "your EMA (0.9), untuned, since all tie"
+    page = (out / "report.html").read_text()
+    assert "None: all have the same metric" in page
+    assert "ema synthesize" not in page
+    assert report._repr_html_().count("<svg") == 1
+    assert "gain: none: all have the same metric" in repr(report)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +120,7 @@ def test_an_evaluation_that_does_not_use_the_weights_is_an_error(stored, tmp_pat
     out = tmp_path / "out"
     with refused("the sweep", "same metric, 7, and random weights, too", kind=PostHocError):
         swept(run, lambda _: 7, out)
-    assert "all trials so far have the same metric, 7.0" in caplog.text
+    assert "all trials so far have the same metric, 7: does" in caplog.text
     assert not (out / "best.safetensors").exists()
     again = []
     with refused("the sweep", "does the evaluation use the weights?", kind=PostHocError):
@@ -154,6 +160,24 @@ def test_one_other_metric_is_enough_for_a_choice(plain):
     second, _ = sorted({*lengths})[-2:]
     assert describe_tie(report) == f"sigma_rel 0.02 to {second}, which have the same metric"
     assert not any(trial.is_random for trial in report.trials)
+
+
+def test_a_best_length_at_an_end_that_others_equal_does_not_point_beyond(plain):
+    shortest = plain.average(0.1)["w"]
+    longest = plain.average(0.28)["w"]
+
+    def evaluate(weights):
+        return 0.9 if torch.equal(weights["w"], longest) else 1.0
+
+    report = swept(plain, evaluate, lengths=Lengths(0.1, 0.28))
+    assert report.best == 0.1
+    assert not report.is_at_end
+    alone = swept(
+        plain,
+        lambda weights: float(torch.equal(weights["w"], shortest)),
+        lengths=Lengths(0.1, 0.28),
+    )
+    assert alone.is_at_end
 
 
 def test_other_weights_with_another_metric_show_that_they_are_used(stored):
