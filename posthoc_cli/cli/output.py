@@ -179,6 +179,11 @@ def note_copied(copied: dict[str, Any]) -> None:
         print_note(f"not written: {list_tensors(shared)}; {name} has the weights of these alone")
     if not_copied := copied["not_copied"]:
         print_note(f"not copied: {list_first(not_copied)}")
+    if copied["has_tracker"]:
+        text = "the tracker's state in the copy is that of the training"
+        if copied["replaced"] == "weights":
+            text += ", not of the new weights: a resume from the copy will say so"
+        print_note(text)
 
 
 def log_to_stderr() -> None:
