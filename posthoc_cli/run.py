@@ -140,8 +140,8 @@ def disk_sources(
         found = find_unclaimed(path, settings or {}) if unclaimed else find_run(path)
     except NothingHereError as error:
         raise no_snapshots or error from None
-    if found.checks:
-        log.info("%s: %s", path, "; ".join(found.checks))
+    if not (unclaimed or found.out):  # an import has said it
+        log.info("%s: %s", path, found.summary)
     return [*found.checkpoints]
 
 
@@ -189,8 +189,7 @@ class Run:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = files.check_path("directory", directory)
-        self._checked: Sequence[Source] = ()
-        self._identities: list[str] = []  # of the sources that were checked
+        self._checked: Sequence[Source] = ()  # whose decays were looked for
 
     def __repr__(self) -> str:
         if files.is_url(self.directory):  # without a request
@@ -213,15 +212,15 @@ class Run:
     def sources(self) -> list[Source]:
         """The snapshots or checkpoints to make averages from, by time. The decays of averages in
         checkpoints are looked for once for the same files."""
-        sources = disk_sources(self.directory, unclaimed=True)
+        if self._checked:
+            sources = disk_sources(self.directory, unclaimed=True)
+            if _identities(sources) == _identities(self._checked):
+                return [*self._checked]
+        sources = disk_sources(self.directory)
         are_known = all(isinstance(source, Snapshot) for source in sources)
-        if are_known or is_import(self.directory):
-            return sources
-        identities = [source.identity for source in sources]
-        if identities != self._identities:
-            self._checked = disk_sources(self.directory)
-            self._identities = identities
-        return [*self._checked]
+        if not are_known and not is_import(self.directory):
+            self._checked = sources
+        return [*sources]
 
     @property
     def snapshots(self) -> list[Snapshot]:
@@ -311,11 +310,20 @@ class Run:
         def plan() -> Plan:
             return plan_synthesis(self.sources, planned)
 
-        if request.distributed:
-            with all_ranks() as ranks:
-                made = ranks.together(plan)
+        if not request.distributed:
+            return retry_vanished(lambda: write_synthesis(plan(), paths, request, copied))
+        with all_ranks() as ranks:
+
+            def write_shards() -> SynthesisReport | None:
+                sources = ranks.together(lambda: self.sources)
+                if ranks.differ([(source.name, source.identity) for source in sources]):
+                    raise VanishedError(
+                        self.directory, "changed while the processes of this job read it"
+                    )
+                made = ranks.together(lambda: plan_synthesis(sources, planned))
                 return write_synthesis(made, paths, request, copied, ranks)
-        return retry_vanished(lambda: write_synthesis(plan(), paths, request, copied))
+
+            return retry_vanished(write_shards)
 
     def sweep(
         self,
@@ -491,6 +499,10 @@ class Run:
             return planned
         with progress("verifying what stays", file_bytes(planned.kept)) as advance:
             return prune_directory(self.directory, planned, advance)
+
+
+def _identities(sources: Sequence[Source]) -> set[str]:
+    return {source.identity for source in sources}
 
 
 def _check_import(manifest: Manifest) -> Verification:

@@ -82,13 +82,21 @@ class FoundRun:
     written: bool = False  # whether an import has written it, which may have existed already
 
     def __repr__(self) -> str:
-        counts = ", ".join(f"{count:,} x {what}" for what, count in self.counts.items())
-        return f"FoundRun({str(self.out)!r}: {counts})"
+        return f"FoundRun({str(self.out)!r}: {self.contents})"
 
     @property
     def counts(self) -> Counter[str]:
         """How many checkpoints hold what, in words."""
         return Counter(checkpoint.holds for checkpoint in self.checkpoints)
+
+    @property
+    def contents(self) -> str:
+        return ", ".join(f"{count:,} x {what}" for what, count in self.counts.items())
+
+    @property
+    def summary(self) -> str:
+        """What was found, and what shows the decay, in one line."""
+        return "; ".join([self.contents, *self.checks])
 
     def to_dict(self) -> dict[str, Any]:
         rows = [
