@@ -281,14 +281,17 @@ class Chooser:
                 raise problem.with_hint("move it away to leave it out") if members else problem
             self._leave_out([path], problem.reason)
         if not members:
-            reason = "holds no checkpoints"
-            if self.left_out:
-                reason += ", only outputs of ema"
-            elif self.place.trackers:
-                reason += ", only the state of a tracker"
-            hint = "name their folder, a file, or a glob such as 'out/step*.pt'"
-            raise DirectoryError(self.place.name, reason, hint)
+            raise self._nothing_left()
         return members
+
+    def _nothing_left(self) -> DirectoryError:
+        """Make the error about a place that holds nothing but what this package wrote."""
+        held = "the state of a tracker"
+        if self.left_out:
+            held = "outputs of ema"
+        reason = f"holds no checkpoints, only {held}"
+        hint = "name their folder, a file, or a glob such as 'out/step*.pt'"
+        return DirectoryError(self.place.name, reason, hint)
 
     def _name(self, path: Path) -> str:
         return "/".join(path.parts[len(self._root.parts) :])

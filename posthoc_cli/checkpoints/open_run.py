@@ -204,7 +204,7 @@ def _open_import(manifest: Manifest) -> FoundRun:
         for file in checkpoint.opened.values():
             manifest.check_identity(file)
     trackers = chain.from_iterable(content.trackers for content in contents.values())
-    notes = tuple(note_trackers(manifest.origin, trackers, ()))
+    notes = tuple(note_trackers(manifest.origin, trackers))
     for note in notes:
         log.info("%s: %s", manifest.folder, note)
     return FoundRun(_make_run(checkpoints), manifest.settings, notes=notes, out=manifest.folder)

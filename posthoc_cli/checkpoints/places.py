@@ -85,6 +85,7 @@ class Place:
         self.states = list[Path]()  # folders with a time that hold the state of a training alone
         self.outputs = list[Path]()  # of this package, beside a model
         self.trackers = list[TrackerState]()  # of what was opened
+        self._has_opened = False
         self._set_aside = dict[Path, list[TrackerState]]()  # of files beside models, by folder
         self.is_deeper = False  # whether there are folders below `_LEVELS`
         self._left = _MOST_ENTRIES
@@ -109,12 +110,14 @@ class Place:
         aside = self._set_aside.get(path) or self._set_aside.get(path.parent, [])
         content = replace(content, trackers=(*content.trackers, *aside))
         self.trackers += content.trackers
+        self._has_opened = True
         return content
 
     @property
     def tracker_notes(self) -> list[str]:
-        """The runs whose trackers have the states in what was opened, a line each."""
-        return note_trackers(self.name, self.trackers, self.runs)
+        """The runs whose trackers have the states in what was opened, and the runs beside it, a
+        line each; none if nothing was."""
+        return note_trackers(self.name, self.trackers, self.runs if self._has_opened else ())
 
     def layout_at(self, path: Path) -> Layout | None:
         """Find what a file or folder consists of, or else the model beside the checkpoints in a

@@ -7,7 +7,7 @@ JSON text of `tracker.state.StateInfo`, with the run id. Its tensors are none of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -64,16 +64,16 @@ def find_trackers(values: Mapping[str, Any]) -> list[TrackerState]:
 def note_trackers(
     place: str | Path,
     states: Iterable[TrackerState],
-    runs: Iterable[Path],
+    runs: Collection[Path] = (),
 ) -> list[str]:
-    """Name the run of each state at a place, in a line; `runs` are the folders of snapshots that
-    were found there."""
+    """Name the run of each state at a place, in a line, and each further one of the `runs`, folders
+    of snapshots that were found there."""
     by_run = {state.run_id: state for state in states}
-    known = [*runs]
+    others = [*dict.fromkeys(runs)]
     lines = []
     for state in by_run.values():
         text = "holds the state of a tracker, whose snapshots make more exact averages: "
-        run = _find_run(state, [*known, *_list_places(place, state)])
+        run = _find_run(state, [*others, *_list_places(place, state)])
         if run is not None:
             text += f"name {run}"
         elif state.directory:
@@ -81,6 +81,9 @@ def note_trackers(
         else:
             text += f"their run is {state.run_id}"
         lines.append(text)
+        others = [other for other in others if other != run]
+    for run in others:
+        lines.append(f"holds the snapshots of a tracker, too: name {run} for averages of these")
     return lines
 
 

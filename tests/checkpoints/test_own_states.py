@@ -1,12 +1,13 @@
 """The state of a tracker in a training's checkpoints: it is no model, no average and no part of
 either, and commands name the run that the tracker wrote."""
 
+import shlex
 import shutil
 
 import pytest
 import torch
-from checkpoint_layouts import check_average, distributed
 from checking import assert_same_tensors, refused
+from checkpoint_layouts import check_average, distributed
 from saved import exported, store
 from tracker.runs import Training, track
 
@@ -98,12 +99,13 @@ def test_a_state_is_no_part_of_the_model_and_names_its_run(tmp_path, save):
 
 
 COMMANDS = {
-    "info": (),
-    "synthesize": ("--sigma-rel", 0.2, "--out", "made.safetensors"),
-    "error-plot": ("--out", "errors.png"),
-    "audit": (),
-    "import": ("--out", "own"),
-    "sweep": ("--sigma-rel", "0.2", "--eval", "echo 1 {weights}", "--minimize", "--out", "swept"),
+    "info": "saved",
+    "synthesize": "saved --sigma-rel 0.2 --out made.safetensors",
+    "error-plot": "saved --out errors.png",
+    "audit": "saved",
+    "import": "saved --out own",
+    "sweep": "saved --sigma-rel 0.1,0.2 --minimize --out swept --eval "
+    "\"sh -c 'echo {sigma_rel} | sed s/raw/9/' {weights}\"",
 }
 
 
@@ -111,7 +113,7 @@ COMMANDS = {
 def test_every_command_names_the_run_once(tmp_path, command, ema, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train(tmp_path, in_a_key)
-    done = ema(command, "saved", *COMMANDS[command])
+    done = ema(command, *shlex.split(COMMANDS[command]))
     assert done.code == (2 if command == "audit" else 0)  # which compares averages: there are none
     assert done.err.count(NOTE) == 1
     assert f"saved: {NOTE}name run\n" in done.err
@@ -121,14 +123,27 @@ def test_every_command_names_the_run_once(tmp_path, command, ema, monkeypatch):
 
 def test_a_folder_with_the_newest_checkpoint_alone_names_the_run_beside_it(tmp_path, ema):
     """As the README's `run/`."""
-    train(tmp_path / "run", lambda folder, *saved: in_a_key(folder.parent, *saved))
-    for path in (tmp_path / "run").glob("s*.pt"):
-        if path.name != "s40.pt":
-            path.unlink()
-    done = ema("synthesize", tmp_path / "run", "--sigma-rel", 0.2, "--dry-run")
-    assert f"{NOTE}name {tmp_path / 'run/run'}\n" in done.err
+
+    def save(folder, step, weights, state):
+        store(folder.parent / "checkpoint.pt", {"step": step, "model": weights, "ema": state})
+
+    train(tmp_path, save)
+    done = ema("synthesize", tmp_path, "--sigma-rel", 0.2, "--dry-run")
+    assert f"{NOTE}name {tmp_path / 'run'}\n" in done.err
     assert "is one checkpoint" in done.err
-    assert ema("info", tmp_path / "run").code == 0
+    assert ema("info", tmp_path).code == 0
+
+
+def test_a_run_in_the_folder_of_checkpoints_without_a_state_is_named(tmp_path, ema):
+    def save(folder, step, weights, state):
+        store(folder.parent / f"step{step}.pt", weights)
+
+    weights = train(tmp_path, save)
+    check_average(Run(tmp_path), weights)
+    done = ema("synthesize", tmp_path, "--sigma-rel", 0.2, "--dry-run")
+    assert done.code == 0, done.err
+    named = f"holds the snapshots of a tracker, too: name {tmp_path / 'run'} for averages of these"
+    assert done.err.count(named) == 1
 
 
 def test_a_run_that_was_moved_with_its_checkpoints_is_found_and_another_one_is_not(tmp_path):

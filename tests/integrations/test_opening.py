@@ -5,11 +5,12 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from checking import assert_same_tensors, each_heavy
 from checkpoint_layouts import check_average
-from checking import assert_same_tensors
 from ema_command import run_ema
 from integrations.programs import forget
 from truth import EVERY
@@ -85,23 +86,22 @@ def lightning(folder, validate=None):
 
 def load_resumed(path):
     """Return the weights with which Lightning resumes a training."""
+    from integrations.digits import EVERY as OPTIONS
     from integrations.digits import Regression, loader, make_trainer
     from lightning.pytorch import Callback
 
     from posthoc_cli.integrations.lightning import PostHocWeightAveraging
 
     class Looking(Callback):
-        def on_fit_start(self, trainer, module):
-            self.module = module
-
         def on_train_start(self, trainer, module):
             self.weights = {name: value.clone() for name, value in module.state_dict().items()}
             trainer.should_stop = True
 
     looking = Looking()
-    callback = PostHocWeightAveraging(path.parent.parent / "looked", validate=0.15)
-    trainer = make_trainer(path.parent.parent / "looked", looking, callback, max_epochs=9)
-    trainer.fit(Regression(), loader(), ckpt_path=path)
+    with TemporaryDirectory() as folder:
+        callback = PostHocWeightAveraging(Path(folder, "ema"), **OPTIONS)
+        trainer = make_trainer(Path(folder), looking, callback, max_epochs=9)
+        trainer.fit(Regression(), loader(), loader(), ckpt_path=path)
     return looking.weights
 
 
@@ -119,16 +119,9 @@ def load_for_tests(path):
 
 def accelerate(folder):
     pytest.importorskip("accelerate")
-    from accelerate import Accelerator
-
     from posthoc_cli.integrations.accelerate import prepare
 
-    forget()
-    torch.manual_seed(0)
-    accelerator = Accelerator(cpu=True)
-    bare = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Linear(5, 1))
-    plain = torch.optim.Adam(bare.parameters(), lr=0.05)
-    model, optimizer = accelerator.prepare(bare, plain)
+    accelerator, model, optimizer = prepare_all()
     ema = prepare(accelerator, model, folder / "ema", optimizer, **EVERY)
     for step in range(1, STEPS[-1] + 1):
         accelerator.backward(model(torch.randn(4, 4)).square().mean())
@@ -137,12 +130,23 @@ def accelerate(folder):
         if step in STEPS:
             accelerator.save_state(str(folder / f"saved/step_{step}"))
     ema.close()
+    return Training(folder, "saved", "step_{}", load_state)
 
-    def load(path):
-        accelerator.load_state(str(path))
-        return {name: value.clone() for name, value in bare.state_dict().items()}
 
-    return Training(folder, "saved", "step_{}", load)
+def prepare_all():
+    from accelerate import Accelerator
+
+    forget()
+    torch.manual_seed(0)
+    accelerator = Accelerator(cpu=True)
+    bare = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Linear(5, 1))
+    return accelerator, *accelerator.prepare(bare, torch.optim.Adam(bare.parameters(), lr=0.05))
+
+
+def load_state(path):
+    accelerator, model, _ = prepare_all()
+    accelerator.load_state(str(path))
+    return model.state_dict()
 
 
 def diffusers(folder):
@@ -224,13 +228,16 @@ COMMANDS = {
     "info": "info {saved}",
     "synthesize": "synthesize {saved} --sigma-rel 0.2 --out made.safetensors",
     "error-plot": "error-plot {saved} --out errors.png",
-    "sweep": "sweep {saved} --sigma-rel 0.2 --eval 'echo 1 {{weights}}' --minimize --out swept",
+    "sweep": "sweep {saved} --sigma-rel 0.1,0.2 --minimize --out swept --eval "
+    "\"sh -c 'echo {{sigma_rel}} | sed s/raw/9/' {{weights}}\"",
     "audit": "audit {saved}",
     "import": "import {saved} --out own",
 }
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command", ["info", "synthesize", "audit", "import", *each_heavy("error-plot", "sweep")]
+)
 def test_a_command_opens_the_checkpoints_and_names_the_run(training, command, typed):
     done = typed(COMMANDS[command].format(saved=training.place))
     if command == "audit" and training.load_average is None:
