@@ -259,7 +259,7 @@ def _read_file(path: Path, opened: Files) -> Content:
     tensors = {}
     with OpenedFile(path) as file:
         leaves = read_leaves(file)
-        mark = decode_mark(str(leaves.pop((MARK,), "")), path)
+        mark = decode_mark(leaves.get((MARK,)), path)
         for keys, value in leaves.items():
             name = ".".join(keys)
             if isinstance(value, Node):

@@ -107,7 +107,8 @@ class Place:
 
     def _open(self, path: Path, layout: Layout) -> Content:
         content = self._reader.open(path, layout)
-        aside = self._set_aside.get(path) or self._set_aside.get(path.parent, [])
+        folders = (path, path.parent, layout.path.parent)
+        aside = next((self._set_aside[each] for each in folders if each in self._set_aside), [])
         content = replace(content, trackers=(*content.trackers, *aside))
         self.trackers += content.trackers
         self._has_opened = True
@@ -189,7 +190,7 @@ class Place:
         own = self._join(folder, members)
         if own is None or (below and not isinstance(own, Refused)):
             return members | below
-        return {folder: own} | below
+        return {folder: self._set_own_aside(folder, own)} | below
 
     def _find_files(self, folder: Path, entries: Sequence[Path]) -> Layouts:
         """Find the files that are each a checkpoint or a part of one; of shards without an index
@@ -221,38 +222,38 @@ class Place:
         usual = [stem for stem in MODEL_FILES if stem in by_stem]
         for stem in usual[1:]:  # the same model in another format
             del by_stem[stem]
-        by_stem = self._set_own_aside(folder, by_stem)
         return by_stem.popitem()[1] if len(by_stem) == 1 else Sets(folder, by_stem)
 
-    def _set_own_aside(self, folder: Path, by_stem: dict[str, Layout]) -> dict[str, Layout]:
-        """Return the members of a folder without what this package wrote beside them: states of
-        trackers alone, and outputs. All of them if there are no others, or if the folder is a copy
-        of a checkpoint."""
+    def _set_own_aside(self, folder: Path, layout: Layout) -> Layout:
+        """Return what a folder is without what this package wrote beside a model: states of
+        trackers alone, and outputs. It stays as it is if it is a copy of a checkpoint, or has no
+        more than these."""
+        if not isinstance(layout, Sets):
+            return layout
         trackers = dict[str, Sequence[TrackerState]]()
         outputs = dict[str, Path]()
-        if len(by_stem) > 1:
-            for stem, layout in by_stem.items():
-                content = self._read(layout)
-                if content is None:
-                    continue
-                if content.mark is not None and content.mark.copied:
-                    return by_stem
-                if content.mark is not None and content.mark.kind == "output":
-                    outputs[stem] = layout.path
-                elif content.trackers and not content.tensors:
-                    trackers[stem] = content.trackers
+        for stem, member in layout.members.items():
+            content = self._read(member)
+            if content is None:
+                continue
+            if content.mark is not None and content.mark.copied:
+                return layout
+            if content.mark is not None and content.mark.kind == "output":
+                outputs[stem] = member.path
+            elif content.trackers and not content.tensors:
+                trackers[stem] = content.trackers
         own = {*trackers, *outputs}
-        if len(own) == len(by_stem):
-            return by_stem
+        kept = {stem: member for stem, member in layout.members.items() if stem not in own}
+        if not kept:
+            return layout
         self.outputs += outputs.values()
-        kept = {stem: layout for stem, layout in by_stem.items() if stem not in own}
         aside = self._set_aside[folder] = []
         for stem, states in trackers.items():
             aside += [state.below(stem) for state in states]
         for stem in kept:
             inner = self._set_aside.pop(folder / stem, [])
             aside += inner if len(kept) == 1 else [state.below(stem) for state in inner]
-        return kept
+        return kept.popitem()[1] if len(kept) == 1 else Sets(folder, kept)
 
     def _read(self, layout: Layout) -> Content | None:
         """Read what a layout holds; None if it cannot be read."""

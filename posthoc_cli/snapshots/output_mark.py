@@ -65,8 +65,10 @@ def encode_mark(header: Mapping[str, Any], copied: str = "") -> str:
     return compact({**known, "profile": profile, "copied": copied})
 
 
-def decode_mark(text: str, path: Path) -> OutputMark | None:
-    """Read the mark of a file at a path; None if it is something else."""
+def decode_mark(text: object, path: Path) -> OutputMark | None:
+    """Read the mark of a file at a path; None for anything else under its name."""
+    if not isinstance(text, str):
+        return None
     with suppress(FileFormatError, ValueError):
         mark: OutputMark = convert(parse_object(path, text, "mark"), OutputMark)
         return mark.at(path)

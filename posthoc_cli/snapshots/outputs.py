@@ -206,7 +206,7 @@ def _describe_model(path: Path) -> dict[str, Any]:
     }
     if output is None:
         described = {"kind": "safetensors", "path": str(path), **sizes}
-        mark = decode_mark(shards[0].metadata.get(MARK, ""), path)
+        mark = decode_mark(shards[0].metadata.get(MARK), path)
         return described if mark is None else described | {"holds": str(mark)}
     return {
         "kind": "output",

@@ -1,6 +1,7 @@
 """The state of a tracker in a training's checkpoints: it is no model, no average and no part of
 either, and commands name the run that the tracker wrote."""
 
+import json
 import shlex
 import shutil
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from checking import assert_same_tensors, refused
 from checkpoint_layouts import check_average, distributed
+from factories import RUN_ID
 from saved import exported, store
 from tracker.runs import Training, track
 
@@ -285,3 +287,31 @@ def test_a_copy_of_a_folder_has_the_file_of_its_state(tmp_path, ema):
     assert "the tracker's state in the copy is that of the training" in done.err
     name = "custom_checkpoint_0.pkl"
     assert (out / name).read_bytes() == (like / name).read_bytes()
+
+
+# --- what is no state
+
+
+@pytest.mark.parametrize(
+    "info",
+    ["", "{", "[]", '{"run_id": 3}', '{"run_id": "zz"}', "{" * 10_000, '{"t": "\\u0000"}'],
+)
+def test_a_text_beside_a_version_is_no_state(tmp_path, info):
+    weights = {}
+    for step in STEPS:
+        weights[step] = {"mean.weight": torch.full((3, 2), float(step))}
+        store(tmp_path / f"s{step}.pt", {**weights[step], "version": 8, "info": info})
+    check_average(Run(tmp_path), weights)
+
+
+@pytest.mark.parametrize("directory", ["", "/", "..", "/run", "x" * 5000])
+def test_a_state_with_any_directory_is_set_aside(tmp_path, directory):
+    info = json.dumps({"run_id": RUN_ID, "directory": directory})
+    weights = {}
+    for step in STEPS:
+        weights[step] = {"mean.weight": torch.full((3, 2), float(step))}
+        state = {"version": 8, "info": info, "mean": {"0.1": {"a": torch.ones(3)}}}
+        store(tmp_path / f"s{step}.pt", {"model": weights[step], "state": state})
+    check_average(Run(tmp_path), weights)
+    (note,) = [note for note in Run(tmp_path).info()["notes"] if NOTE in note]
+    assert "name" not in note
