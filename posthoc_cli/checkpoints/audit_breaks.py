@@ -135,7 +135,7 @@ def find_exchanged(rows: Intervals) -> Bools:
     best = paths[min(sums, key=sums.__getitem__)]
     turned_sum = sum(least[ends][:, place] for place, ends in enumerate(pairwise(best)))
     gains = least[False, False].sum(axis=1) - turned_sum
-    return np.array(best) & bool(gains.min() > _EXCHANGED)
+    return np.asarray(np.array(best) & bool(gains.min() > _EXCHANGED))
 
 
 def _least_misfits(rows: Intervals) -> FloatArray:

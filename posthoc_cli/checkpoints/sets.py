@@ -113,9 +113,11 @@ class Found:
     def exchanged(self) -> Found:
         """What it holds if the average is in the place of the weights, and these in its place."""
         shared = self.averaged.keys() & self.weights.keys()
-        averaged = self.averaged | {name: self.weights[name] for name in shared}
-        weights = self.weights | {name: self.averaged[name] for name in shared}
-        return replace(self, averaged=averaged, weights=weights)
+        averaged = {name: self.weights[name] for name in shared}
+        weights = {name: self.averaged[name] for name in shared}
+        return replace(
+            self, averaged={**self.averaged, **averaged}, weights={**self.weights, **weights}
+        )
 
     @property
     def starts(self) -> tuple[FloatArray, FloatArray]:

@@ -11,7 +11,8 @@ from checking import each_heavy, refused
 from predictions import assert_predicted, walk
 from saved import store
 from torch import nn
-from trained import by, ema, paste, ratio, train, write
+from trained import by, paste, ratio, train, write
+from trained import ema as ema_of
 
 from posthoc_cli import Run, import_checkpoints
 
@@ -50,7 +51,7 @@ def test_files_in_exchanged_places_are_named_and_turned(which, files, run):
     """Taken as they are, the newest one made an error of 6 % at a predicted one of 0.1 %."""
     steps = SWAPPED[which]
     weights = path()
-    write(files, weights, ema(0.99), steps=TIMES, form=swapped_at(*steps))
+    write(files, weights, ema_of(0.99), steps=TIMES, form=swapped_at(*steps))
     (audit,) = Run(files).audit()
     assert audit.verdict == "exchanged"
     assert [*audit.exchanged] == steps
@@ -63,25 +64,25 @@ def test_files_in_exchanged_places_are_named_and_turned(which, files, run):
 
 @pytest.mark.parametrize("falls", [True, *each_heavy(False)])
 def test_a_file_of_a_real_training_in_exchanged_places_is_named(falls, files):
-    write(files, train(falls=falls), ema(0.99), steps=TIMES, form=swapped_at(900))
+    write(files, train(falls=falls), ema_of(0.99), steps=TIMES, form=swapped_at(900))
     (audit,) = Run(files).audit()
     assert [*audit.exchanged] == [900]
 
 
 def test_a_given_decay_does_not_excuse_exchanged_places(files, run):
-    write(files, path(), ema(0.99), steps=TIMES, form=swapped_at(700))
+    write(files, path(), ema_of(0.99), steps=TIMES, form=swapped_at(700))
     with refused("exchanged", "--exchanged 700 "):
         import_checkpoints(files, run, ema_decay=0.99)
 
 
 def test_files_that_were_turned_wrongly_are_turned_back(files, run):
-    write(files, path(), ema(0.99), steps=TIMES, form=swapped_at(700))
+    write(files, path(), ema_of(0.99), steps=TIMES, form=swapped_at(700))
     with refused("exchanged", "--exchanged 700 "):
         import_checkpoints(files, run, exchanged=(1200,))
 
 
 def test_a_step_of_no_file_holds_nothing_to_exchange(files, run):
-    write(files, path(), ema(0.99), steps=TIMES)
+    write(files, path(), ema_of(0.99), steps=TIMES)
     with refused("exchanged 725"):
         import_checkpoints(files, run, exchanged=(725,))
 
@@ -126,7 +127,7 @@ def test_an_average_that_began_again_is_taken_with_its_decay(decay, files, run):
 
 
 def test_a_claim_that_is_wrong_is_not_excused_by_a_new_begin(files):
-    write(files, train(), ema(0.99), steps=TIMES)
+    write(files, train(), ema_of(0.99), steps=TIMES)
     (audit,) = Run(files).audit(0.999)
     assert audit.verdict == "too short"
 
@@ -172,8 +173,25 @@ FAR = {
 @pytest.mark.parametrize("case", FAR)
 def test_a_claim_outside_of_what_files_show_is_refused_however_vague(case, files, run):
     decay, claimed, verdict = FAR[case]
-    write(files, path(), ema(decay), steps=range(100, STEPS + 1, 100))
+    write(files, path(), ema_of(decay), steps=range(100, STEPS + 1, 100))
     (audit,) = Run(files).audit(claimed)
     assert audit.verdict == verdict
     with refused(f"ema_decay {claimed}", "does not fit the files"):
         import_checkpoints(files, run, ema_decay=claimed)
+
+
+# --- the table of `ema audit`
+
+
+def test_of_many_intervals_those_that_matter_are_printed(files, ema):
+    """The lengths of single intervals are those that they show, not within limits about another."""
+    write(files, path(), by(lambda n: 0.0 if n == 901 else 0.998), steps=TIMES)
+    done = ema("audit", files)
+    assert done.code == 1
+    rows = [line.split() for line in done.out.splitlines() if line.endswith("%")]
+    assert len(rows) == 10
+    assert ["900", "950"] in [row[:2] for row in rows]
+    (audit,) = ema("audit", files, "--json").json["audits"]
+    assert len(audit["intervals"]) == len(TIMES) - 1
+    (restart,) = (each for each in audit["intervals"] if each["begin"] == 900)
+    assert restart["found"] < 500 / 8
