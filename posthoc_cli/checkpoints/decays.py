@@ -168,8 +168,10 @@ class _Decays:
             raise self._refute(audit)
         warnings = []
         if is_taken or audit.verdict == "undetermined":
-            reason = "is taken as given, which the files do not show: predicted errors hold if"
-            warnings = [f"{self.name} {reason} it is right: {audit.text}"]
+            reason = "which the files do not show: predicted errors hold if it is right"
+            if audit.set_back_at is not None:
+                reason = "and predicted errors count what the files show"
+            warnings = [f"{self.name} is taken as given, {reason}: {audit.text}"]
         doubt = max(given.ema_doubt or 0.0, audit.difference)
         given = replace(
             given, ema_doubt=min(doubt, _MOST_DOUBT) or None, ema_restart=_find_restart(audit)
@@ -248,7 +250,7 @@ class _Decays:
             raise QuestionError("exchanged", audit.text, {"exchanged": tuple(sorted(steps))}, alone)
         if audit.verdict == RARE:
             raise _question("update_every", audit.text)
-        if audit.verdict == SET_BACK and (decay := _find_round(audit, audit.uncertainty or 0.0)):
+        if audit.verdict == SET_BACK and (decay := self._find_decay(audit)):
             reason = f"{audit.text}; with its decay, predicted errors count that"
             raise QuestionError("average", reason, decay, alone)
         if way := _find_way(audit.verdict):
@@ -256,6 +258,13 @@ class _Decays:
         if begins := self._last_copy(audit):
             what = f"no average differs from the weights until step {begins:,.12g}"
             raise _question("update_after_step", f"{what}, after which it began")
+
+    def _find_decay(self, audit: Audit) -> Settings:
+        """Find the decay that files say, or the round one that they show; empty for none."""
+        newest = self.averages[-1]
+        if isinstance(newest.profile, OrdinaryEMA) and newest.is_known:
+            return _settings_of(newest.profile.rule)
+        return _find_round(audit, audit.uncertainty or 0.0)
 
     def _last_copy(self, audit: Audit) -> float:
         """Find the last time of weights without an average, or with a copy, that nothing else
