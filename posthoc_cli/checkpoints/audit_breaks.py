@@ -43,7 +43,7 @@ class _Limit:
 # are found, and of 94 whose warm-up did 84.
 _BEGAN = _Limit(0.25, 2.0, 0.05)
 _ROSE = _Limit(0.3, 10.0, 0.2)
-_DOUBTED = 0.3  # of a sign: 2 % of the healthy series have as much
+_DOUBTED = 0.2  # of a sign: 3 % of the healthy series have as much
 
 # Places are exchanged if that explains so much more. Of 1,300 series with the right ones, 36
 # trainings, one explains 1.05 more, all others 0.6 at most.
