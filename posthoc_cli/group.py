@@ -42,6 +42,11 @@ class Group:
                 dist.all_gather_object(values, value, self.processes)
         return values
 
+    def differ(self, value: object) -> bool:
+        """Return whether the processes have different values."""
+        first, *others = self.from_all(value)
+        return any(other != first for other in others)
+
     def together(self, work: Callable[[], Result]) -> Result:
         """Do work in every process, and return its result; if one fails, all raise its error or a
         RankError with it.

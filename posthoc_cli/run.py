@@ -47,6 +47,7 @@ from posthoc_cli.snapshots.snapshot import Snapshot, file_bytes
 from posthoc_cli.snapshots.sources import (
     Source,
     choose_sources,
+    count_files,
     count_sources,
     run_clock,
 )
@@ -140,8 +141,8 @@ def disk_sources(
         found = find_unclaimed(path, settings or {}) if unclaimed else find_run(path)
     except NothingHereError as error:
         raise no_snapshots or error from None
-    if found.checks:
-        log.info("%s: %s", path, "; ".join(found.checks))
+    if not (unclaimed or found.out):  # an import has said it
+        log.info("%s: %s", path, found.summary)
     return [*found.checkpoints]
 
 
@@ -189,8 +190,7 @@ class Run:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = files.check_path("directory", directory)
-        self._checked: Sequence[Source] = ()
-        self._identities: list[str] = []  # of the sources that were checked
+        self._checked: Sequence[Source] = ()  # whose decays were looked for
 
     def __repr__(self) -> str:
         if files.is_url(self.directory):  # without a request
@@ -201,11 +201,11 @@ class Run:
             return f"Run({str(self.directory)!r}: {error.reason})"
         widths = self.profiles
         last = sources[-1]
-        what = "checkpoints"
+        what = count_sources(sources)
         if widths:
-            what = f"snapshots of {', '.join(f'{width:g}' for width in widths)}"
+            what += f" of {', '.join(f'{width:g}' for width in widths)}"
         time = f"{last.t:,.12g} {last.t_unit}"
-        return f"Run({str(self.directory)!r}: {len(sources):,} {what} up to {time})"
+        return f"Run({str(self.directory)!r}: {what} up to {time})"
 
     # --- contents
 
@@ -213,15 +213,15 @@ class Run:
     def sources(self) -> list[Source]:
         """The snapshots or checkpoints to make averages from, by time. The decays of averages in
         checkpoints are looked for once for the same files."""
-        sources = disk_sources(self.directory, unclaimed=True)
+        if self._checked:
+            sources = disk_sources(self.directory, unclaimed=True)
+            if _identities(sources) == _identities(self._checked):
+                return [*self._checked]
+        sources = disk_sources(self.directory)
         are_known = all(isinstance(source, Snapshot) for source in sources)
-        if are_known or is_import(self.directory):
-            return sources
-        identities = [source.identity for source in sources]
-        if identities != self._identities:
-            self._checked = disk_sources(self.directory)
-            self._identities = identities
-        return [*self._checked]
+        if not are_known and not is_import(self.directory):
+            self._checked = sources
+        return [*sources]
 
     @property
     def snapshots(self) -> list[Snapshot]:
@@ -311,17 +311,27 @@ class Run:
         def plan() -> Plan:
             return plan_synthesis(self.sources, planned)
 
-        if request.distributed:
-            with all_ranks() as ranks:
-                made = ranks.together(plan)
+        if not request.distributed:
+            return retry_vanished(lambda: write_synthesis(plan(), paths, request, copied))
+        with all_ranks() as ranks:
+
+            def write_shards() -> SynthesisReport | None:
+                sources = ranks.together(lambda: self.sources)
+                if ranks.differ([(source.name, source.identity) for source in sources]):
+                    raise VanishedError(
+                        self.directory, "changed while the processes of this job read it"
+                    )
+                made = ranks.together(lambda: plan_synthesis(sources, planned))
                 return write_synthesis(made, paths, request, copied, ranks)
-        return retry_vanished(lambda: write_synthesis(plan(), paths, request, copied))
+
+            return retry_vanished(write_shards)
 
     def sweep(
         self,
         evaluate: str | Callable[[dict[str, torch.Tensor]], Any],
         *,
-        minimize: bool = True,
+        minimize: bool | None = None,
+        maximize: bool | None = None,
         metric: str | None = None,
         sigma_range: tuple[float, float] | None = None,
         sigma_rels: Sequence[float] | None = None,
@@ -332,11 +342,13 @@ class Run:
         jobs: int = 1,
         out: str | Path | None = None,
     ) -> SweepReport:
-        """Find the best length of an average by a metric, as `ema sweep` does.
+        """Find the best length of an average by a metric, as `ema sweep` does. A notebook shows the
+        report with its curve.
 
         Arguments:
             evaluate: a function that takes the tensors by name and returns the metric, a number, or
                 the metric and its standard error; or a command, as of `--eval`.
+            minimize, maximize: whether a lower or a higher metric is better: one of them is True.
             metric: where a command prints its metric, as `--metric`; or what a function returns.
             sigma_range, sigma_rels: the range to search, by default all whose lost gain is below 5
                 %, or a list to measure.
@@ -344,35 +356,45 @@ class Run:
             t, step: as in `plan_synthesis`.
             raw: the last weights, to measure them too: tensors by name, or a checkpoint.
             jobs: commands that run side by side; a function is called in this thread.
-            out: a folder for trials, logs and the best average, with which the same call continues
-                (a function is known by its name: name another folder if it has changed); None to
-                keep nothing.
+            out: a folder for trials, logs, the best average and the page, with which the same call
+                continues (a function is known by its name: name another folder if it has changed);
+                None to keep nothing.
 
         Raises the errors of `Sweep.run_all`, and what the function raises.
         """
         from posthoc_cli.sweep import Lengths, Metric, Sweep
         from posthoc_cli.sweep.search import USUAL_BUDGET
 
+        is_lower_better = {minimize, None if maximize is None else not maximize} - {None}
+        if len(is_lower_better) != 1:
+            reason = "say whether lower or higher is better: give minimize=True or maximize=True"
+            raise InvalidValueError("minimize", reason)
         at_most_one(sigma_range=sigma_range, sigma_rels=sigma_rels)
         lengths = None
         if sigma_range is not None:
             lengths = Lengths(*check_sigma_range(sigma_range))
         if sigma_rels is not None:
             lengths = Lengths.from_list(sigma_rels)
+        folder = None if out is None else files.local_path("out", out)
         search = Sweep(
             self,
             evaluate,
             Metric() if metric is None else Metric.parse(metric),
-            None if out is None else files.local_path("out", out),
+            folder,
             lengths=lengths,
-            minimize=minimize,
+            minimize=is_lower_better.pop(),
             budget=USUAL_BUDGET if budget is None else budget,
             t=t,
             step=step,
             raw=Path(raw) if isinstance(raw, str) else raw,
             jobs=jobs,
         )
-        return search.run_all()
+        report = search.run_all()
+        if folder is None:
+            return report
+        from posthoc_cli.report.page import write_page
+
+        return write_page(report, folder)
 
     # --- errors
 
@@ -396,8 +418,8 @@ class Run:
         usable, later = choose_sources(sources, t)
         last = usable[-1].t
         known = [*usable, *later]
-        available = sum(source.t <= last for source in sources)
-        counts = count_sources(sources, len(usable), available)
+        available = count_files(source for source in sources if source.t <= last)
+        counts = count_sources(usable, total=available)
         label = f"{self.directory}: {counts} up to {last:,.12g} {sources[0].t_unit}"
         clock = run_clock(sources)
         wished = as_targets(others)
@@ -491,6 +513,10 @@ class Run:
             return planned
         with progress("verifying what stays", file_bytes(planned.kept)) as advance:
             return prune_directory(self.directory, planned, advance)
+
+
+def _identities(sources: Sequence[Source]) -> set[str]:
+    return {source.identity for source in sources}
 
 
 def _check_import(manifest: Manifest) -> Verification:

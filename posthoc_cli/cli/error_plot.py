@@ -43,8 +43,8 @@ def error_plot(
     """Draw how exact averages of any length will be.
 
     The curve is the predicted error: the expected relative L2 distance of the weights from the true
-    average. The dashed line is at most about the share of what averaging gains in a metric that
-    this error loses (`ema guide exactness`); the range below 5 % is shaded and named in the title.
+    average. The dashed line is the lost gain: an upper estimate of how much of averaging's benefit
+    this error costs (`ema guide exactness`). The range below 5 % is shaded and named in the title.
     Tracked profiles are marked. --method paper adds the profile error, the published measure: the
     relative L2 distance between the target profile and the reconstructed one.
 

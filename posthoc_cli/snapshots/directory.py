@@ -252,10 +252,7 @@ def find_snapshots(directory: Path) -> list[Snapshot]:
     directory."""
     if files.is_absent(directory):
         return []
-    content = inspect_directory(directory)
-    for problem in content.problems:
-        raise problem
-    return list(content.snapshots)
+    return _without_problems(inspect_directory(directory))
 
 
 def read_directory(directory: Path) -> list[Snapshot]:
@@ -264,9 +261,9 @@ def read_directory(directory: Path) -> list[Snapshot]:
     Raises DirectoryError if there are none, FileFormatError for a damaged file, MismatchError for
     two that differ.
     """
-    if snapshots := find_snapshots(directory):
-        return snapshots
     content = inspect_directory(directory)
+    if snapshots := _without_problems(content):
+        return snapshots
     others = [*content.notes]
     for path in content.entries:
         if path.suffix in (SUFFIX, *PICKLES):
@@ -276,6 +273,13 @@ def read_directory(directory: Path) -> list[Snapshot]:
     if content.incomplete:
         hint = ON_ONE_FILE_SYSTEM
     raise DirectoryError(directory, reason, hint)
+
+
+def _without_problems(content: Directory) -> list[Snapshot]:
+    """List the snapshots of a directory; raise its first problem."""
+    for problem in content.problems:
+        raise problem
+    return [*content.snapshots]
 
 
 # --- snapshots of several parts

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from checking import assert_same_tensors, heavy, refused
-from factories import contents, write_run
+from factories import contents, write_ema_checkpoints, write_run
 from safetensors.torch import load_file
 from saved import read, store
 
@@ -51,6 +51,95 @@ def test_checkpoints_are_not_called_snapshots(ema, run):
     assert described["settings"] == SETTINGS | {"exclude": ["*skip.*"]}
     assert re.search(r"predicted error \S+ % from the \d+ checkpoints up to t = 385", made.err)
     assert "snapshot" not in made.out + made.err
+
+
+def test_a_file_of_weights_and_an_average_is_counted_as_one_checkpoint(ema, files, tmp_path):
+    """By all commands, also where some have no coefficient."""
+    files.mkdir()
+    write_ema_checkpoints(files)  # 21 files, 20 of which have both
+    out = tmp_path / "out.safetensors"
+    run = Run(files)
+    texts = [
+        ema("synthesize", files, "--sigma-rel", 0.02, "--out", out).out,
+        ema("synthesize", files, "--sigma-rel", 0.1, "--dry-run").out,
+        ema("error-plot", files).out,
+        repr(run),
+        repr(run.plan(0.02)),
+        repr(run.error_curve()),
+    ]
+    found = re.findall(r"(?:(\d+) of )?(\d+) checkpoints", "\n".join(texts))
+    assert len(found) == len(texts)
+    assert {total for _, total in found} == {"21"}
+    used, _ = found[0]
+    assert run.plan(0.02).to_dict()["solved_with"] == 21
+    assert re.search(rf"^snapshots +{used}$", ema("info", out).out, re.MULTILINE)
+    described = ema("info", files).out
+    assert re.search(r"^number of checkpoints +21$", described, re.MULTILINE)
+    assert "and 31 more rows" in described
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Checkpoints of weights with an EMA, which show its decay or say it, and of weights alone; and
+    an import."""
+    place = tmp_path_factory.mktemp("found")
+    shown = place / "shown"
+    shown.mkdir()
+    write_ema_checkpoints(shown, steps=400)
+    for file in shown.iterdir():
+        content = torch.load(file)
+        store(place / "alone" / file.name, {"model": content["model"]})
+        if "ema" in content:
+            content["ema"] = {"decay": 0.9, "w": content["ema"]["module.w"]}
+            store(place / "stated" / file.name, content)
+    (place / "measure.sh").write_text("cksum < $1 | cut -c 1-6")
+    import_checkpoints(shown, place / "own", ema_decay=0.9)
+    return place
+
+
+OPENING = (
+    "synthesize shown --sigma-rel 0.1,0.2 --dry-run",
+    "synthesize shown --target last:2 --out new.pt --json",
+    "error-plot shown shown",
+    "sweep shown --eval 'sh measure.sh {weights}' --minimize --sigma-rel 0.1,0.2",
+)
+FOUND = re.compile(r"shown: 40 x EMA of decay 0.9, 41 x weights; found: decay .*; taken as 0.9")
+
+
+@pytest.mark.parametrize("line", OPENING)
+def test_a_command_says_first_and_once_what_it_has_found_in_foreign_files(
+    line, folders, ema, monkeypatch
+):
+    monkeypatch.chdir(folders)
+    done = ema(*shlex.split(line))
+    assert done.code == 0, done.err
+    said, *others = done.err.splitlines()
+    assert FOUND.fullmatch(said)
+    assert said not in others
+
+
+@pytest.mark.parametrize(
+    ("name", "finding"),
+    [
+        ("stated", "40 x EMA of decay 0.9, 40 x weights; given: decay .*, as claimed"),
+        ("alone", "41 x weights"),
+    ],
+)
+def test_what_was_found_depends_on_what_files_say(name, finding, folders, ema, monkeypatch):
+    monkeypatch.chdir(folders)
+    said = ema("error-plot", name, "--json").err.strip()
+    assert re.fullmatch(f"{name}: {finding}", said)
+
+
+def test_an_import_has_said_what_it_found(folders, ema):
+    assert ema("error-plot", folders / "own", "--json").err == ""
+
+
+def test_an_audit_answers_without_the_notice(folders, ema, monkeypatch):
+    monkeypatch.chdir(folders)
+    audited = ema("audit", "shown")
+    assert audited.err == ""
+    assert "found: decay 0." in audited.out
 
 
 @heavy

@@ -1,6 +1,8 @@
 """A synthesis by the ranks of a torchrun job, and its files after one of them was killed or has
 failed."""
 
+import json
+import os
 import time
 
 import forked
@@ -17,6 +19,8 @@ from factories import (
     split_snapshot,
     write_snapshot,
 )
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from posthoc_cli import Run
 
@@ -67,6 +71,63 @@ def start_ranks(code, *arguments):
     for environment in environments_of_ranks(WORLD):
         ranks.append(forked.Forked(code + forked.EMA, *arguments, env=environment))
     return ranks
+
+
+LATE = """
+import os
+from pathlib import Path
+from posthoc_cli.group import Group
+from posthoc_cli.snapshots import directory
+
+late, read = Path("late"), Path("read")
+inspect, from_all = directory.inspect_directory, Group.from_all
+
+def inspect_late(path):
+    if late.exists():
+        read.open().close()  # waits until the first rank has read the directory
+        for file in sorted(late.iterdir()):
+            file.rename(path / file.name)
+        late.rmdir()
+    return inspect(path)
+
+def tell(group, value):
+    if late.exists():
+        read.open("w").close()
+    return from_all(group, value)
+
+if os.environ["RANK"] == "0":
+    Group.from_all = tell
+if os.environ["RANK"] == "1":
+    directory.inspect_directory = inspect_late
+"""
+"""Files appear when the first rank has read the directory and before the second one does."""
+
+
+@pytest.mark.parametrize("kind", ["snapshots", "checkpoints"])
+def test_ranks_that_read_different_snapshots_read_again(run, tmp_path, kind, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("read")
+    late = tmp_path / "late"
+    late.mkdir()
+    for path in run.glob("*20-*"):
+        path.rename(late / path.name)
+    if kind == "checkpoints":
+        for path in [*run.iterdir(), *late.iterdir()]:
+            save_file(load_file(path), path.with_name(f"step{path.name[:16]}.safetensors"))
+            path.unlink()
+        step_10 = run / "step0000000000000010.safetensors"
+        save_file(load_file(step_10), run / "step0000000000000005.safetensors")
+    ranks = start_ranks(LATE, *arguments(run, tmp_path / "out"))
+    assert [process.wait() for process in ranks] == [0] * WORLD
+    out, errors = ranks[0].communicate()
+    assert "at t = 20 from" in out
+    assert errors.count("planning again") == 1
+    times = set()
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            times.add(json.loads(file.metadata()["ema"])["t"])
+    assert times == {20.0}
+    assert_same_tensors(load_output(tmp_path / "out"), Run(run).average(0.1))
 
 
 @heavy
