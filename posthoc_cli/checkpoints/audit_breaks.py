@@ -145,7 +145,7 @@ def _least_misfits(rows: Intervals) -> FloatArray:
     left = list(map(rows.even_logs, a, s))
     motion = np.log(np.maximum(rows.gram[..., 2, 2], NOTHING))
     tables = [*_tabulate(rows, (motion + each for each in left)), *_tabulate(rows, left)]
-    return np.min(tables, axis=1)
+    return np.asarray(np.min(tables, axis=1))
 
 
 def _turn(gram: FloatArray, begin: bool, end: bool) -> FloatArray:
