@@ -159,9 +159,9 @@ def _find(
 def _read_with_decays(place: Place, given: ImportSettings) -> FoundRun:
     run = _read(place, given)
     numbers = run.numbers if run.may_be_epochs else ""
-    settings, checks = settle_decays(run.checkpoints, given, numbers)
+    settings, checks, warnings = settle_decays(run.checkpoints, given, numbers)
     checkpoints = [checkpoint.with_settings(settings) for checkpoint in run.checkpoints]
-    notes = (*run.notes, *_note_on_motion(checkpoints, settings))
+    notes = (*run.notes, *warnings, *_note_on_motion(checkpoints, settings))
     return replace(
         run, checkpoints=checkpoints, settings=settings, notes=notes, checks=tuple(checks)
     )
@@ -465,8 +465,10 @@ def _make_all(run: Sequence[Found], clock: Time, settings: ImportSettings) -> li
     check_globs(settings.selection, names)
     every = _interval_of_counts(run)
     checkpoints = []
+    _check_exchanged(run, settings)
     for file in run:
-        checkpoints += _make(file, clock, settings, every)
+        turned = file.exchanged if file.time in settings.exchanged else file
+        checkpoints += _make(turned, clock, settings, every)
     for name, entry in checkpoints[0].entries.items():
         if entry.dtype.startswith("F8"):
             reason = f"tensor {quote(name)} has 8 bits a value, too few for averages"
@@ -475,6 +477,15 @@ def _make_all(run: Sequence[Found], clock: Time, settings: ImportSettings) -> li
             )
             raise UnsuitableError(checkpoints[0].path, reason, hint)
     return checkpoints
+
+
+def _check_exchanged(run: Sequence[Found], settings: ImportSettings) -> None:
+    """Raise InvalidValueError for a step of which no file holds both an average and the weights."""
+    steps = [file.time for file in run if file.averaged and file.weights]
+    for step in settings.exchanged:
+        if step not in steps:
+            reason = "is the step of no file that holds an average and the weights"
+            raise InvalidValueError("exchanged", reason, value=step)
 
 
 def _interval_of_counts(run: Sequence[Found]) -> int:

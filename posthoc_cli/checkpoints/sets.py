@@ -112,6 +112,16 @@ class Found:
         return replace(self, averaged=match_names(self.sets.below(key), self.weights))
 
     @property
+    def exchanged(self) -> Found:
+        """What it holds if the average is in the place of the weights, and these in its place."""
+        shared = self.averaged.keys() & self.weights.keys()
+        averaged = {name: self.weights[name] for name in shared}
+        weights = {name: self.averaged[name] for name in shared}
+        return replace(
+            self, averaged={**self.averaged, **averaged}, weights={**self.weights, **weights}
+        )
+
+    @property
     def starts(self) -> tuple[FloatArray, FloatArray]:
         """The first elements of the average, and of its weights: of matrices if there are any, as
         the vectors of two networks, such as the gains of norms, may be near each other."""

@@ -138,6 +138,8 @@ class ImportSettings:
     first_epoch: _FirstEpoch | None = None  # the number of their first epoch
     average: str | None = None  # key or prefix of the average's tensors in a file, such as "ema"
     weights: str | None = None  # and of the weights'
+    # steps of files that hold these two in exchanged places
+    exchanged: tuple[Count, ...] = ()
 
     def __post_init__(self) -> None:
         globs = make_selection(self.include, self.exclude, "copy")

@@ -87,6 +87,11 @@ def import_(
         show_default="by its names",
         help="The key or prefix of the weights' tensors in the files.",
     ),
+    exchanged: str | None = options.RARE(
+        None,
+        metavar="STEPS",
+        help="Steps of files that hold the average and the weights in exchanged places: 900,1000.",
+    ),
     overwrite: bool = options.OUTPUT(
         False,
         "--overwrite",
@@ -125,6 +130,7 @@ def import_(
         first_epoch=first_epoch,
         average=average,
         weights=weights,
+        exchanged=options.optional(_parse_steps, exchanged) or (),
     )
     if as_json:
         output.print_json(report.to_dict())
@@ -144,6 +150,11 @@ def _print_import(report: FoundRun, dry_run: bool) -> None:
         output.print_line("nothing was written")
     else:
         output.print_line(f"nothing was written: {report.out} is this import already")
+
+
+def _parse_steps(text: str) -> list[float]:
+    numbers = parse_numbers(text, "--exchanged", "a list of steps such as 900,1000")
+    return [int(number) if number.is_integer() else number for number in numbers]
 
 
 def _parse_decay(text: str) -> float | str:

@@ -184,7 +184,8 @@ def test_a_rule_that_is_said_fits_the_files(decay, files, run):
     *others, checked = import_checkpoints(files, run, **settings).checks
     assert others == besides
     assert "as claimed" in checked
-    assert_predicted(run, below=1e-2)  # the first files of long averages are not exact
+    # the first files of long averages are not exact
+    assert_predicted(run, below=1e-2, low=0.2)
     profile = last_profile(run)
     decays = [decay(step) for step in range(1401, STEPS + 1)]
     mass = 1 - math.prod(decays)
@@ -362,7 +363,7 @@ def test_a_decay_that_is_true_with_a_warm_up_is_taken_with_the_warm_up(files, ru
     taken, line = import_checkpoints(files, run, ema_decay=0.998).checks
     assert "power:1" in taken
     assert "as claimed" in line
-    assert_predicted(run, below=1e-2)
+    assert_predicted(run, below=1e-2, low=0.2)
 
 
 def test_a_length_that_nothing_limits_is_said_in_one_line(files):
