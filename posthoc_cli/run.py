@@ -305,8 +305,12 @@ class Run:
         copied = None
         planned: Request = request
         if request.like is not None:
-            copied = Like.find(request.like, self.tensors, request.weights, request.average)
-            planned = replace(request, like=None, weights=False, average=None, dtype=copied.dtype)
+            copied = Like.find(
+                request.like, self.tensors, request.raw, request.average, request.weights
+            )
+            planned = replace(
+                request, like=None, raw=False, average=None, weights=None, dtype=copied.dtype
+            )
 
         def plan() -> Plan:
             return plan_synthesis(self.sources, planned)

@@ -40,6 +40,7 @@ from posthoc_cli.profiles import (
     sigma_rel_from_decay,
     sigma_rel_from_gamma,
 )
+from posthoc_cli.resources import COUNTS, parse_amount
 from posthoc_cli.run_clock import Clock
 
 SHORTEST_BETA = 0.5  # the decay whose average has a mean age, beta / (1 - beta), of one step
@@ -585,11 +586,9 @@ def _numbers(text: str, form: str) -> list[float]:
 
 
 def _number(text: str, form: str) -> float:
-    """Parse a finite number, 5% as 0.05."""
-    try:
-        number = float(text.removesuffix("%"))
-    except ValueError:
-        number = math.nan
+    """Parse a finite number, 5% as 0.05, 1K as 1000."""
+    amount = parse_amount(text.removesuffix("%"), COUNTS)
+    number = math.nan if amount is None else float(amount)
     if not math.isfinite(number):
         raise InvalidValueError("number", f"must be {form}", value=text or "(empty)")
     return float(f"{number / 100:.12g}") if text.endswith("%") else number

@@ -319,7 +319,7 @@ def test_the_average_of_diffusers_in_a_folder_of_its_own(tmp_path, run):
         (folder / "config.json").write_text("{}")
     for replaced in ("unet_ema", "unet"):
         out = tmp_path / replaced
-        run.write(TARGET, out, like=like, weights=replaced == "unet")
+        run.write(TARGET, out, like=like, raw=replaced == "unet")
         name = f"{replaced}/diffusion_pytorch_model.safetensors"
         assert changed_files(like, out) == {name}
         check_replaced(load_file(out / name))

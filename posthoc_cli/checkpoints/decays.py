@@ -143,6 +143,7 @@ class _Decays:
         """Put a decay that was found into the settings."""
         found: Settings = {"ema_decay": None, "ema_uncertainty": uncertainty}
         given = replace(self.given, **(found | changes))
+        self._check_steps(given.warm_up_row.is_schedule)
         if given.warm_up_row.is_schedule and not given.steps:
             given = replace(given, last_step=self.checkpoints[-1].step)
         return given
@@ -152,9 +153,7 @@ class _Decays:
     def _confirm(self) -> Settled:
         """Compare the averages that the settings describe with the weights."""
         given = self.given
-        if given.steps and not any(updates.ends(given) for updates in self.updates):
-            reason = "is of no use: these averages have no decay that rises to 1"
-            raise InvalidValueError("steps", reason, value=given.steps)
+        self._check_steps(any(updates.ends(given) for updates in self.updates))
         audit = next(audit_averages(self.checkpoints, given=given), None)
         if audit is None:
             return given, [self._check_alone()], []
@@ -235,6 +234,11 @@ class _Decays:
         return QuestionError(self.name, reason, *answers, value=f"{audit.claimed:.12g}")
 
     # --- what both refuse
+
+    def _check_steps(self, are_used: bool) -> None:
+        if self.given.steps and not are_used:
+            reason = "is of no use: these averages have no decay that rises to 1"
+            raise InvalidValueError("steps", reason, value=self.given.steps)
 
     def _check_is_average(self, audit: Audit) -> None:
         """Raise a QuestionError if no decay describes an average, or if nothing says when it

@@ -157,6 +157,7 @@ class ImportSettings:
         for sigma_rel in self.sigma_rels:
             check_sigma_rel(sigma_rel, "sigma_rels")
         at_most_one(sigma_rels=self.sigma_rels or None, ema_decay=self.ema_decay)
+        at_most_one(sigma_rels=self.sigma_rels or None, ema_warmup=self.ema_warmup)
         if self.warm_up_row.is_schedule and self.ema_decay is not None:
             reason = f"has no place beside ema_warmup {self.ema_warmup}, which has its own"
             raise InvalidValueError("ema_decay", reason, value=self.ema_decay)

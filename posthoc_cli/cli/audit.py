@@ -26,8 +26,8 @@ def audit(
         help="The decay that it should have.",
     ),
     step_from: str | None = options.STEP_FROM,
-    steps_per_epoch: int | None = options.STEPS_PER_EPOCH,
-    first_epoch: int | None = options.FIRST_EPOCH,
+    steps_per_epoch: str | None = options.STEPS_PER_EPOCH,
+    first_epoch: str | None = options.FIRST_EPOCH,
     out: str | None = options.PICTURE,
     overwrite: bool = options.OVERWRITE,
     as_json: bool = options.JSON,
@@ -43,11 +43,15 @@ def audit(
     """
     picture = options.new_picture(out, overwrite)
     audits = options.open_path(directory).audit(
-        claimed, step_from=step_from, steps_per_epoch=steps_per_epoch, first_epoch=first_epoch
+        claimed,
+        step_from=step_from,
+        steps_per_epoch=options.optional_count(steps_per_epoch, "--steps-per-epoch"),
+        first_epoch=options.optional_count(first_epoch, "--first-epoch"),
     )
     report = {"audits": [audit.to_dict() | {"as": _other_name(audit)} for audit in audits]}
-    if not audits[0].intervals:
-        picture = None  # there is nothing to draw
+    if picture is not None and not audits[0].intervals:
+        output.print_note(f"note: {picture} was not written: there are no intervals to draw")
+        picture = None
     if picture is not None:
         from posthoc_cli import plots
 

@@ -40,10 +40,10 @@ def import_(
         metavar="LENGTHS",
         help="Widths of the averages, by their numbers: 0.05,0.28.",
     ),
-    update_every: int | None = options.RARE(
+    update_every: str | None = options.RARE(
         None, metavar="COUNT", help="Steps between two updates of the averages."
     ),
-    update_after_step: int | None = options.RARE(
+    update_after_step: str | None = options.RARE(
         None,
         metavar="COUNT",
         show_default="the library's",
@@ -67,14 +67,14 @@ def import_(
             "cosine[:0.996] or linear[:0.996] to 1 (DINO, I-JEPA); none."
         ),
     ),
-    steps: int | None = options.RARE(
+    steps: str | None = options.RARE(
         None,
         metavar="COUNT",
         show_default="the last checkpoint's",
         help="Steps of the whole training, after which cosine and linear are at 1.",
     ),
-    steps_per_epoch: int | None = options.STEPS_PER_EPOCH,
-    first_epoch: int | None = options.FIRST_EPOCH,
+    steps_per_epoch: str | None = options.STEPS_PER_EPOCH,
+    first_epoch: str | None = options.FIRST_EPOCH,
     average: str | None = options.RUN(
         None,
         metavar="KEY",
@@ -121,13 +121,13 @@ def import_(
         include=include,
         exclude=exclude,
         sigma_rels=options.optional(parse_numbers, sigma_rels, "--sigma-rels") or (),
-        update_every=update_every,
-        update_after_step=update_after_step,
+        update_every=options.optional_count(update_every, "--update-every"),
+        update_after_step=options.optional_count(update_after_step, "--update-after-step"),
         ema_decay=options.optional(_parse_decay, ema_decay),
         ema_warmup=ema_warmup,
-        steps=steps,
-        steps_per_epoch=steps_per_epoch,
-        first_epoch=first_epoch,
+        steps=options.optional_count(steps, "--steps"),
+        steps_per_epoch=options.optional_count(steps_per_epoch, "--steps-per-epoch"),
+        first_epoch=options.optional_count(first_epoch, "--first-epoch"),
         average=average,
         weights=weights,
         exchanged=options.optional(_parse_steps, exchanged) or (),

@@ -93,11 +93,13 @@ class Like:
         cls,
         like: Path | str,
         tensors: Iterable[str],
-        weights: bool,
-        average: str | None,
+        raw: bool = False,
+        average: str | None = None,
+        weights: str | None = None,
     ) -> Like:
-        """Find the average of a checkpoint, or if it has none its weights; in a pipeline, the
-        average of the only component that has some of these tensors.
+        """Find the average of a checkpoint, or its weights if it has none or if they are asked for;
+        in a pipeline, the average of the only component that has some of these tensors. The last
+        arguments are as in `Stored`.
 
         Raises InvalidValueError if nothing is there, for something in a folder that is neither a
         file nor a link to a file in it, or for a file of this package; and FileFormatError.
@@ -108,8 +110,8 @@ class Like:
         if not path.exists():
             raise InvalidValueError("like", "no such file or folder", value=path)
         place = _component(path, set(tensors))
-        stored = Stored(place, average)
-        source = None if weights else stored.average
+        stored = Stored(place, raw, average, weights)
+        source = None if stored.is_raw else stored.average
         chunks = {} if source is None else _own_chunks(source, stored)
         word = "average" if chunks else "weights"
         if source is None or not chunks:

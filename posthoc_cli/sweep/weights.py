@@ -108,7 +108,7 @@ class RawFile(Weights):
         """Write the weights as averages are written."""
         plain = folder / "raw.safetensors"
         try:
-            export_file(self.path, plain, weights=True)
+            export_file(self.path, plain, raw=True)
         except InvalidValueError:  # a file of nothing but weights
             export_file(self.path, plain)
         lacking = self.run.tensors.keys() - read_file(plain).entries.keys()
