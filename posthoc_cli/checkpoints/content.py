@@ -1,9 +1,9 @@
 """The content of one checkpoint: its tensors, and the numbers and texts beside them.
 
-A checkpoint is a file, the shards of a model, a folder of torch.distributed.checkpoint, or a folder
-of several of these, whose names are then the first keys of their tensors; see `folders`. Each file
-is opened once for its content; its tensors are then read in place. It has no checksums: a file is
-recognised by its size, the places of its tensors, and a sample of it.
+A checkpoint is a file, the shards or parts of a model, a folder of torch.distributed.checkpoint, or
+a folder of several of these, whose names are then the first keys of their tensors; see `folders`.
+Each file is opened once for its content; its tensors are then read in place. It has no checksums: a
+file is recognised by its size, the places of its tensors, and a sample of it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,17 @@ from typing import Any, NoReturn
 import numpy as np
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.containers import ENDINGS, find_container, read_leaves
-from posthoc_cli.checkpoints.folders import NO_MODEL, Distributed, Layout, OneFile, Refused, Sets
+from posthoc_cli.checkpoints.containers import ENDINGS, Leaves, find_container, read_leaves
+from posthoc_cli.checkpoints.folders import (
+    NO_MODEL,
+    Distributed,
+    Layout,
+    OneFile,
+    Parts,
+    Refused,
+    Sets,
+    Shards,
+)
 from posthoc_cli.checkpoints.pickles import Keys, Node, read_pickled
 from posthoc_cli.checkpoints.trackers import TENSORS, VALUES, TrackerState, find_trackers
 from posthoc_cli.errors import FileFormatError, list_first, quote
@@ -142,13 +151,17 @@ COUNTERS = {
     "decay", "optimization_step", "initted", "n_averaged", "num_batches_seen", "count",
 }  # fmt: skip
 """Last keys of values that trainings store as tensors of one element."""
+OFFSETS = "DCP_SHARDING_INFO"
+"""Key of the text in the header of a file of torch's `HuggingFaceStorageWriter` that says where in
+its tensors the chunks begin that the file holds."""
 
 
 class Reader:
     """Reads checkpoints; a file that belongs to several layouts is opened once."""
 
     def __init__(self) -> None:
-        self._known = dict[Path, Content]()  # of single files
+        self._files = dict[Path, Content]()
+        self._models = dict[Layout, Content]()
 
     def open(self, path: Path, layout: Layout) -> Content:
         """Open the checkpoint at a path, which is as `layout` says; raise FileFormatError if it
@@ -170,12 +183,38 @@ class Reader:
             return _read_distributed(layout.path, opened)
         if isinstance(layout, Sets):
             return self._read_sets(layout, opened)
-        if layout.path not in self._known:
-            read = _read_file if isinstance(layout, OneFile) else _read_shards
-            self._known[layout.path] = read(layout.path, {})
-        content = self._known[layout.path]
+        if layout not in self._models:
+            self._models[layout] = self._read_model(layout)
+        content = self._models[layout]
         opened.update(content.files)
         return replace(content, files=opened)
+
+    def read_file(self, path: Path) -> Content:
+        """Read what a file holds, which may be a part of a model."""
+        if path not in self._files:
+            self._files[path] = _read_file(path)
+        return self._files[path]
+
+    def _read_model(self, layout: OneFile | Shards | Parts) -> Content:
+        if isinstance(layout, Shards):
+            return self._read_shards(layout.path)
+        paths = layout.paths if isinstance(layout, Parts) else (layout.path,)
+        return _join([self.read_file(path) for path in paths])
+
+    def _read_shards(self, index: Path) -> Content:
+        tensors = {}
+        mark = None
+        opened = {index: identify(index)}
+        for name, listed in decode_index(index, ENDINGS).items():
+            shard = self.read_file(index.parent / name)
+            whole = _join([shard]).tensors
+            for tensor in listed:
+                if tensor not in whole:
+                    refuse_tensor(shard.path, tensor, "is not in it, as the index says")
+                tensors[tensor] = whole[tensor]
+            mark = mark or shard.mark
+            opened |= shard.files
+        return Content(index.parent, tensors, files=opened, mark=mark)
 
     def _read_sets(self, layout: Sets, opened: Files) -> Content:
         tensors = {}
@@ -254,12 +293,13 @@ def _read_settings(folders: Iterable[Path], name: str, opened: Files) -> Values:
     return values
 
 
-def _read_file(path: Path, opened: Files) -> Content:
+def _read_file(path: Path) -> Content:
     values = Values()
     tensors = {}
     with OpenedFile(path) as file:
         leaves = read_leaves(file)
         mark = decode_mark(leaves.get((MARK,)), path)
+        offsets = _read_offsets(path, leaves)
         for keys, value in leaves.items():
             name = ".".join(keys)
             if isinstance(value, Node):
@@ -268,14 +308,17 @@ def _read_file(path: Path, opened: Files) -> Content:
                 refuse = partial(refuse_tensor, path, name, problem)
                 tensors[name] = StoredTensor(keys, (), refuse)
             elif isinstance(value, Entry):
-                chunk = StoredChunk(path, value, Box.full(value.shape))
+                box = Box.full(value.shape)
+                if offsets is not None:
+                    box = _find_box(path, name, offsets, value)
+                chunk = StoredChunk(path, value, box)
                 tensors[name] = StoredTensor(keys, value.shape, partial(tuple, [chunk]))
                 if value.size == 1 and _last_part(name) in COUNTERS:
                     values[name] = _read_number(file, value)
             else:
                 values[name] = value
-        opened[path] = _identify(file)
-    return _without_trackers(Content(path, tensors, values, opened, mark=mark))
+        content = Content(path, tensors, values, {path: _identify(file)}, mark=mark)
+    return _without_trackers(content)
 
 
 def _without_trackers(content: Content) -> Content:
@@ -318,18 +361,60 @@ def _read_number(file: OpenedFile, entry: Entry) -> float:
     return float(decode_values(raw, entry.dtype)[0])
 
 
-def _read_shards(index: Path, opened: Files) -> Content:
+# --- the parts of a model
+
+
+def _read_offsets(path: Path, leaves: Leaves) -> Values | None:
+    """Read what a part says about where its chunks begin; None if it is not such a part."""
+    text = leaves.get((OFFSETS,))
+    return parse_object(path, text, OFFSETS) if isinstance(text, str) else None
+
+
+def _find_box(path: Path, name: str, offsets: Values, entry: Entry) -> Box:
+    described = offsets.get(name)
+    begin = described.get("saved_offsets") if isinstance(described, dict) else None
+    if not isinstance(begin, list) or not is_sizes(begin) or len(begin) != len(entry.shape):
+        refuse_tensor(path, name, f"{OFFSETS} in the header does not say where it begins")
+    return Box(tuple(begin), entry.shape)
+
+
+def _join(parts: Sequence[Content]) -> Content:
+    """Join the parts of a model, or check that a file is none; raise FileFormatError unless each
+    element of a tensor is in one of them."""
+    first, *more = parts
+    if not more and OFFSETS not in first.values:
+        return first
+    values = Values()
+    opened = Files()
+    pieces = dict[str, list[StoredTensor]]()
+    for part in parts:
+        values |= part.values
+        opened |= part.files
+        for name, tensor in part.tensors.items():
+            pieces.setdefault(name, []).append(tensor)
     tensors = {}
-    mark = None
-    opened[index] = identify(index)
-    for name, listed in decode_index(index, ENDINGS).items():
-        shard = _read_file(index.parent / name, opened)
-        for tensor in listed:
-            if tensor not in shard.tensors:
-                refuse_tensor(shard.path, tensor, "is not in it, as the index says")
-            tensors[tensor] = shard.tensors[tensor]
-        mark = mark or shard.mark
-    return Content(index.parent, tensors, files=opened, mark=mark)
+    for name, several in pieces.items():
+        tensors[name] = several[0]
+        if OFFSETS in values or len(several) > 1:
+            chunks = list[StoredChunk]()
+            for tensor in several:
+                chunks += tensor.chunks
+            shape = _join_boxes(name, chunks)
+            tensors[name] = StoredTensor(several[0].keys, shape, partial(tuple, chunks))
+    return Content(first.path, tensors, values, opened, mark=first.mark)
+
+
+def _join_boxes(name: str, chunks: Sequence[StoredChunk]) -> tuple[int, ...]:
+    """Find the shape of the tensor that chunks make."""
+    boxes = [chunk.box for chunk in chunks]
+    shape = tuple(map(max, zip(*(box.end for box in boxes), strict=False)))
+    if all(len(box.shape) == len(shape) for box in boxes) and not cover_problem(shape, boxes):
+        return shape
+    paths = [chunk.path for chunk in chunks]
+    held = list_names([path.name for path in paths])
+    problem = f"its chunks in {held} do not hold each element exactly once: parts are missing, or "
+    hint = "name a folder with all parts of one, or with the whole model, such as `consolidated`"
+    refuse_tensor(paths[0].parent, name, f"{problem}of two saves", hint)
 
 
 # --- torch.distributed.checkpoint

@@ -1,6 +1,6 @@
-"""What a checkpoint consists of, a `Layout`: one file of tensors, the shards of a model, a folder
-of torch.distributed.checkpoint, or several of these as the parts of one checkpoint; and the words
-in names, which are signs of a role.
+"""What a checkpoint consists of, a `Layout`: one file of tensors, the shards or parts of a model, a
+folder of torch.distributed.checkpoint, or several of these as the parts of one checkpoint; and the
+words in names, which are signs of a role.
 """
 
 from __future__ import annotations
@@ -49,6 +49,20 @@ class Shards:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """A model in several files without an index: their names count them, or their headers say
+    where what they hold belongs."""
+
+    path: Path  # of the first
+    paths: tuple[Path, ...]
+
+    @property
+    def are_counted(self) -> bool:
+        """Whether names say how many there are, and not only how many each process has written."""
+        return not self.path.name.startswith("shard-")
+
+
+@dataclass(frozen=True)
 class Distributed:
     """A checkpoint of torch.distributed.checkpoint."""
 
@@ -71,7 +85,7 @@ class Refused:
     error: UnsuitableError
 
 
-Layout = OneFile | Shards | Distributed | Sets | Refused
+Layout = OneFile | Shards | Parts | Distributed | Sets | Refused
 
 
 def is_state(name: str) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
@@ -28,7 +28,7 @@ from posthoc_cli.checkpoints.containers import (
     may_hold_tensors,
     strip_ending,
 )
-from posthoc_cli.checkpoints.content import Content, Reader
+from posthoc_cli.checkpoints.content import OFFSETS, Content, Reader
 from posthoc_cli.checkpoints.folders import (
     AVERAGE_WORD,
     DCP_METADATA,
@@ -37,6 +37,7 @@ from posthoc_cli.checkpoints.folders import (
     Distributed,
     Layout,
     OneFile,
+    Parts,
     Refused,
     Sets,
     Shards,
@@ -45,7 +46,13 @@ from posthoc_cli.checkpoints.folders import (
 from posthoc_cli.checkpoints.names import find_times, has_time, make_glob
 from posthoc_cli.checkpoints.source import are_near, first_values_of
 from posthoc_cli.checkpoints.trackers import TrackerState, note_trackers
-from posthoc_cli.errors import DirectoryError, FileFormatError, UnsuitableError, VanishedError
+from posthoc_cli.errors import (
+    DirectoryError,
+    FileFormatError,
+    UnsuitableError,
+    VanishedError,
+    list_first,
+)
 from posthoc_cli.profiles import FloatArray
 from posthoc_cli.snapshots.directory import MANIFEST, SUPERSEDED, is_import, is_snapshot_name
 from posthoc_cli.snapshots.opened_file import named_on_error
@@ -58,8 +65,14 @@ _PARTITION = re.compile(
 """In names of the partitions of ZeRO-3, of DeepSpeed's pipelines and experts, of Megatron, of
 nanotron, of verl, and of Llama."""
 _OF_MANY = re.compile(
-    r"[0-9]+-of-0*(?:[2-9]|[1-9][0-9]+)(?![0-9])|(?<![a-z])rank[_-]?0*[01](?![0-9])"
+    r"[0-9]+[-_]of[-_]0*(?:[2-9]|[1-9][0-9]+)(?![0-9])|(?<![a-z])rank[_-]?0*[01](?![0-9])"
 )
+_PART = re.compile(
+    r"(?:shard-[0-9]{5}-model-)?(?P<number>[0-9]{1,5})[-_]of[-_](?P<total>[0-9]{1,5})(?![0-9])"
+)
+"""In names of parts: their number and how many there are. With torch's `HuggingFaceStorageWriter`
+each process, whose number is that of the shard, writes so many."""
+_WORD_OF_PART = re.compile(r"(?<![a-z])(?:shard|part|rank)[-_]?$", re.IGNORECASE)
 _WORD_OF_TIME = re.compile(r"(?:step|iter|ep(?:och)?)[a-z]*[=_.-]*$", re.IGNORECASE)
 _LEVELS = 3  # of folders below a place; one that is alone in its folder does not count
 _MOST_FOREIGN = 100  # files whose kinds are looked at where nothing is a checkpoint
@@ -82,7 +95,7 @@ class Place:
         self.notes = list[str]()
         self.runs = list[Path]()  # folders of snapshots
         self._reader = Reader()
-        self.states = list[Path]()  # folders with a time that hold the state of a training alone
+        self.left_out = dict[Path, str]()  # with the reasons
         self.outputs = list[Path]()  # of this package, beside a model
         self.trackers = list[TrackerState]()  # of what was opened
         self._has_opened = False
@@ -124,7 +137,7 @@ class Place:
         """Find what a file or folder consists of, or else the model beside the checkpoints in a
         folder; None if there is none."""
         if not path.is_dir():
-            return _layout_of_file(path)
+            return self._layout_of_file(path)
         found = self._find(path, _LEVELS)
         if path in found:
             return found[path]
@@ -148,7 +161,11 @@ class Place:
                 if isinstance(own, OneFile | Refused) and own.path.parent == match:
                     found[own.path] = found.pop(match)
             elif match == path or not is_snapshot_name(match):
-                found[match] = _layout_of_file(match)
+                layout = self._layout_of_file(match)
+                found[layout.path] = layout
+        if any(not parts.are_counted for parts in _list_parts(found.values())):
+            note = "files shard-* are joined as their headers say, which do not count them: "
+            self.notes.append(f"{note}make sure that none is missing")
         if self._is_cut:
             note = f"holds more than {_MOST_ENTRIES:,} files; some folders in it were not looked "
             self.notes.append(f"{note}at: name the folder of the checkpoints")
@@ -185,7 +202,7 @@ class Place:
             if entry in below:
                 members[entry] = below.pop(entry)
         if len(by_name) < len(entries) and not by_name and has_time(folder.name):
-            self.states.append(folder)
+            self.left_out[folder] = "the state of a training alone"
         members = dict(sorted(members.items()))
         own = self._join(folder, members)
         if own is None or (below and not isinstance(own, Refused)):
@@ -193,20 +210,75 @@ class Place:
         return {folder: self._set_own_aside(folder, own)} | below
 
     def _find_files(self, folder: Path, entries: Sequence[Path]) -> Layouts:
-        """Find the files that are each a checkpoint or a part of one; of shards without an index
-        the first one stands for all."""
+        """Find the files that are each a checkpoint or a part of one; those that an index names
+        belong to it."""
         members: Layouts = {}
-        has_whole = any(entry.name.endswith(INDEX_ENDING) for entry in entries)
+        parts = dict[str, list[Path]]()
+        has_index = any(entry.name.endswith(INDEX_ENDING) for entry in entries)
         for entry in entries:
-            is_shard = SHARD.search(entry.name) is not None
             if is_snapshot_name(entry):
                 self.runs.append(folder)
-            elif is_shard and has_whole:
+            elif has_index and SHARD.search(entry.name):
                 continue
-            elif entry.name.endswith(INDEX_ENDING) or may_hold_tensors(entry):
-                members[entry] = _layout_of_file(entry)
-                has_whole = has_whole or is_shard
+            elif entry.name.endswith(INDEX_ENDING):
+                members[entry] = Shards(entry)
+            elif may_hold_tensors(entry):
+                if model := _name_of_model(entry.name):
+                    parts.setdefault(model, []).append(entry)
+                else:
+                    members[entry] = _layout_of_one(entry)
+        for paths in parts.values():
+            members |= self._join_parts(paths)
         return members
+
+    def _layout_of_file(self, path: Path) -> Layout:
+        """Find what a file that is named alone belongs to."""
+        if path.name.endswith(INDEX_ENDING):
+            return Shards(path)
+        model = _name_of_model(path.name)
+        if model is None or not path.is_file():
+            return _layout_of_one(path)
+        beside = [each for each in sorted(files.system.list(path.parent)) if each.is_file()]
+        if SHARD.search(path.name) and any(each.name.endswith(INDEX_ENDING) for each in beside):
+            reason = f"is a shard of a model, whose index (*{INDEX_ENDING}) says what belongs to it"
+            return Refused(path, UnsuitableError(path, reason, "name the folder of the index"))
+        members = self._join_parts([each for each in beside if _name_of_model(each.name) == model])
+        if self._are_partitions(members):
+            return Refused(path, _partitions_error(path))
+        return members.get(path) or next(iter(members.values()))
+
+    def _join_parts(self, paths: Sequence[Path]) -> Layouts:
+        """Find what files are whose names count the parts of one model: its parts if their headers
+        say so, or if all are there and no two hold the same tensor; else each for itself."""
+        first = paths[0]
+        each = {path: _layout_of_one(path) for path in paths}
+        refused = [layout for layout in each.values() if isinstance(layout, Refused)]
+        if refused:
+            return {first: refused[0]}
+        parts = Parts(first, tuple(paths))
+        missing = _missing_parts(paths)
+        names = list[str]()
+        try:
+            contents = [self._reader.read_file(path) for path in paths]
+        except VanishedError:
+            raise
+        except FileFormatError:  # raised again when the model is read
+            return {first: parts}
+        for content in contents:
+            names += content.tensors
+        if not any(OFFSETS in content.values for content in contents):
+            if len(set(names)) < len(names) and SHARD.search(first.name):
+                return {first: Refused(first, _partitions_error(first))}
+            is_whole = len(paths) == 1 and not missing
+            is_unsure = missing and not _is_called_part(first.name)
+            if is_whole or is_unsure or len(set(names)) < len(names):
+                return each
+        if any(content.mark is not None for content in contents):
+            reason = f"is a shard of an output of `ema`, and its index (*{INDEX_ENDING}) is missing"
+            return {first: Refused(first, UnsuitableError(first, reason, "write it again"))}
+        if missing:
+            return {first: Refused(first, _missing_error(first, missing))}
+        return {first: parts}
 
     # --- one folder
 
@@ -215,6 +287,8 @@ class Place:
         or if there are none."""
         if self._are_partitions(members):
             return Refused(folder, _partitions_error(folder))
+        if refused := self._leave_out_parts(folder, members):
+            return refused
         if not members or self._are_several_times(folder, members):
             return None
         # of two formats safetensors, which come last
@@ -283,11 +357,30 @@ class Place:
                 shared = names & {name for name, _ in self._signature(other)}
                 if not shared:
                     continue
-                ours, theirs = self._first_values(layout, other)
-                if not np.array_equal(ours, theirs):
+                if not self._have_equal_values(layout, other):
                     return True
             others.append(layout)
         return False
+
+    def _leave_out_parts(self, folder: Path, members: Layouts) -> Refused | None:
+        """Leave out the parts of a model that lies whole beside them, as in `consolidated`; refuse
+        the folder if the two differ."""
+        for parts in [entry for entry in members if isinstance(members[entry], Parts)]:
+            ours = dict(self._signature(members[parts]))
+            for whole, layout in members.items():
+                if not _may_be_whole(whole, parts, members):
+                    continue
+                theirs = dict(self._signature(layout))
+                if ours.keys().isdisjoint(theirs):
+                    continue
+                if ours != theirs or not self._have_equal_values(members[parts], layout):
+                    reason = f"holds the parts of a model, and another one in {whole.name}"
+                    hint = "move one of them away, or name one"
+                    return Refused(folder, UnsuitableError(folder, reason, hint))
+                self.left_out[parts] = f"the parts of {whole.name}"
+                del members[parts]
+                break
+        return None
 
     def _are_several_times(self, folder: Path, members: Layouts) -> bool:
         """Return whether entries are checkpoints of several times, and not the parts of one."""
@@ -318,23 +411,74 @@ class Place:
             (name, tensor.shape) for name, tensor in named if not content.is_of_optimizer(name)
         )
 
+    def _have_equal_values(self, one: Layout, other: Layout) -> bool:
+        ours, theirs = self._first_values(one, other)
+        return np.array_equal(ours, theirs)
+
     def _first_values(self, *layouts: Layout) -> list[FloatArray]:
         contents = [self._reader.read(layout, {}) for layout in layouts]
         return [first_values_of(content, content.tensors) for content in contents]
 
 
-def _layout_of_file(path: Path) -> Layout:
-    if path.name.endswith(INDEX_ENDING):
-        return Shards(path)
+def _layout_of_one(path: Path) -> Layout:
+    """Find what a file is that is no part of a model."""
     if not files.is_url(path) and path.is_symlink() and not path.exists():
         return Refused(path, UnsuitableError(path, "is a link to a file that is missing"))
     if _PARTITION.search(path.name):
         return Refused(path, _partitions_error(path))
-    if SHARD.search(path.name) and "-of-00001." not in path.name:
-        reason = f"is a shard of a model, whose index (*{INDEX_ENDING}) says what belongs together"
-        hint = "name the folder of the index; without one, save the model again in one file"
-        return Refused(path, UnsuitableError(path, reason, hint))
     return OneFile(path)
+
+
+def _name_of_model(name: str) -> str | None:
+    """Return the name of a part without its number; None if a name counts no parts."""
+    match = _PART.search(name)
+    if match is None or _WORD_OF_TIME.search(name[: match.start()]):  # epoch-01-of-20
+        return None
+    return f"{name[: match.start()]}*{match['total']}{name[match.end() :]}"
+
+
+def _is_called_part(name: str) -> bool:
+    """Return whether a name says that a file is a part, and not one of several folds or seeds."""
+    match = _PART.search(name)
+    return match is not None and bool(
+        SHARD.search(name) or _WORD_OF_PART.search(name[: match.start()])
+    )
+
+
+def _missing_parts(paths: Sequence[Path]) -> list[int]:
+    """List the parts of a model that the names of others count, from 0 or 1 on."""
+    numbers = set[int]()
+    total = 0
+    for match in filter(None, [_PART.search(path.name) for path in paths]):
+        numbers.add(int(match["number"]))
+        total = int(match["total"])
+    first = 0 if 0 in numbers else 1
+    return sorted({*range(first, first + total)} - numbers)
+
+
+def _missing_error(path: Path, missing: Sequence[int]) -> UnsuitableError:
+    listed = list_first(map(str, missing))
+    reason = f"is a part of a model, by its name; those that are missing have the numbers {listed}"
+    hint = f"put them, or the index (*{INDEX_ENDING}), beside it; rename a file that is the whole"
+    return UnsuitableError(path, reason, hint)
+
+
+def _list_parts(layouts: Iterable[Layout]) -> Iterator[Parts]:
+    for layout in layouts:
+        if isinstance(layout, Parts):
+            yield layout
+        elif isinstance(layout, Sets):
+            yield from _list_parts(layout.members.values())
+
+
+def _may_be_whole(whole: Path, parts: Path, members: Layouts) -> bool:
+    """Return whether a member may hold the model of parts: it is no average, of no other time, and
+    one of the two lies in the folder itself, where two folders would be two models."""
+    if not isinstance(members[whole], OneFile | Shards) or AVERAGE_WORD.search(whole.name):
+        return False
+    if any(has_time(strip_ending(entry.name)) for entry in (whole, parts)):
+        return False
+    return members[whole].path == whole or members[parts].path == parts
 
 
 def _may_be_listed(folder: Path) -> bool:

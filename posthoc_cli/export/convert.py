@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,16 @@ from typing import Any
 import torch
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.folders import AVERAGE_WORD, Layout, Sets
+from posthoc_cli.checkpoints.content import OFFSETS
+from posthoc_cli.checkpoints.folders import (
+    AVERAGE_WORD,
+    Layout,
+    OneFile,
+    Parts,
+    Refused,
+    Sets,
+    Shards,
+)
 from posthoc_cli.checkpoints.layouts import Stored
 from posthoc_cli.checkpoints.places import Place
 from posthoc_cli.dtypes import EPS, parse_dtype
@@ -37,6 +47,8 @@ from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.snapshots.sources import StoredTensors, TrackedTensor
 from posthoc_cli.snapshots.tensorfile import FORMAT, SUFFIX, TensorFile
 from posthoc_cli.synthesis.plan import Combination, nbytes
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -216,7 +228,11 @@ def _read_source(
     if is_import(source):
         reason = "is the run of an import, which refers to other files"
         raise UnsuitableError(source, reason, "make an average of it with `ema synthesize`")
-    if average is not None or weights is not None or _is_checkpoint(source):
+    place = Place(source)
+    layout = place.layout_at(source) if source.exists() else None
+    for path, reason in place.left_out.items():
+        log.warning("%s: left out (%s)", path, reason)
+    if average is not None or weights is not None or _is_checkpoint(layout):
         stored = Stored(source, raw, average, weights)
         checkpoint = stored.weights if stored.is_raw else stored.average
         if checkpoint is None:
@@ -228,18 +244,19 @@ def _read_source(
     if raw:
         reason = f"is for a training's checkpoint, and {source.name} is not one"
         raise InvalidValueError("raw", reason)
+    if isinstance(layout, OneFile | Shards) and source not in (layout.path, layout.path.parent):
+        source = layout.path
     return _read_model(source)
 
 
-def _is_checkpoint(source: Path) -> bool:
+def _is_checkpoint(layout: Layout | None) -> bool:
     """Return whether a source is a training's checkpoint: a file or folder that is not safetensors,
-    or an average among several models, which may lie deeper in it."""
-    if not source.exists():
-        return False
-    layout = Place(source).layout_at(source)
+    parts of a model, or an average among several models, which may lie deeper in it."""
     if isinstance(layout, Sets):
         has_average = any(map(AVERAGE_WORD.search, layout.members))
         return has_average or any(map(_is_pickled, layout.members.values()))
+    if isinstance(layout, Parts | Refused):
+        return True
     return layout is not None and _is_pickled(layout)
 
 
@@ -261,4 +278,6 @@ def _read_model(path: Path) -> StoredTensors:
             hint = "export the folder of all its parts"
             raise UnsuitableError(path, "is a part of a snapshot", hint)
         return snapshot
+    if any(OFFSETS in file.metadata for file in opened):
+        Place(path).open_at(path)  # whose error says so if it is a part of a model
     return Model(path, opened, info)

@@ -37,6 +37,7 @@ import torch
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints.containers import INDEX_ENDING, SAFETENSORS, container_by_bytes
+from posthoc_cli.checkpoints.content import OFFSETS
 from posthoc_cli.checkpoints.folders import DCP_METADATA
 from posthoc_cli.checkpoints.layouts import Stored
 from posthoc_cli.checkpoints.pickles import FileRange, is_archive, member_begin
@@ -189,6 +190,8 @@ class Like:
         for path in self.files:
             if not path.is_relative_to(self.path):
                 reason = f"the tensors to replace are in {path}: name that file"
+                if len(self.files) > 1:
+                    reason = f"is a part of a model: name its folder, {path.parent}"
                 raise InvalidValueError("like", reason, value=self.path)
             if path.suffix == SUFFIX and read_file(path).kind is not None:
                 reason = f"{path.name} was written by this package, with checksums"
@@ -201,6 +204,20 @@ class Like:
                 reason = f"{name} is not a file of this folder, or leads out of it"
                 hint = "remove it, or put a copy of the file in its place"
                 raise InvalidValueError("like", reason, hint, value=self.path)
+        for path in others:
+            if path.suffix == SUFFIX and self._is_part(path):
+                model = next(iter(self.files))
+                if model.parent != self.path:
+                    model = model.parent
+                reason = f"holds the model twice: {path.name} is a part of it, beside {model.name}"
+                raise InvalidValueError("like", reason, f"name {model}", value=self.path)
+
+    def _is_part(self, path: Path) -> bool:
+        """Return whether a file holds chunks of tensors that are replaced elsewhere."""
+        with suppress(FileFormatError):
+            file = read_file(path)
+            return OFFSETS in file.metadata and not self.chunks.keys().isdisjoint(file.entries)
+        return False
 
     # --- tensors
 
