@@ -37,7 +37,7 @@ from posthoc_cli.errors import (
     percent,
 )
 from posthoc_cli.profiles import FloatArray, Point
-from posthoc_cli.snapshots.sources import Source
+from posthoc_cli.snapshots.source import Source
 
 _BETTER = 0.05  # and a length if its misfit is less than the claimed length's by this
 _SLACK = math.log(1.1)  # between the found and the claimed length of an average that is as claimed

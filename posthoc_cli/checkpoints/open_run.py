@@ -12,9 +12,8 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -33,7 +32,7 @@ from posthoc_cli.checkpoints.layouts import check_applies, check_given, recognis
 from posthoc_cli.checkpoints.manifest import Listed, Manifest, read_manifest
 from posthoc_cli.checkpoints.places import Place, explain_nothing
 from posthoc_cli.checkpoints.sets import Found, match_names
-from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings
+from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.checkpoints.source import (
     COMPARED_FILES,
     Checkpoint,
@@ -53,9 +52,10 @@ from posthoc_cli.errors import (
     quote,
 )
 from posthoc_cli.profiles import FloatArray, Point, StoredProfile
-from posthoc_cli.snapshots.directory import is_import
+from posthoc_cli.snapshots.directory import MANIFEST, is_import
 from posthoc_cli.snapshots.selection import check_globs
-from posthoc_cli.snapshots.sources import by_time, model_difference
+from posthoc_cli.snapshots.source import by_time, model_difference
+from posthoc_cli.snapshots.sources import Sources
 
 log = logging.getLogger(__name__)
 
@@ -66,88 +66,68 @@ _TARGET = re.compile("target|teacher|momentum", re.IGNORECASE)
 _ALIKE = 0.5
 
 
-@dataclass(frozen=True, repr=False)
-class FoundRun:
-    """The run that the files at a place make with some settings, or that an import has found."""
+@dataclass(frozen=True)
+class _Found:
+    """The checkpoints that files make with some settings."""
 
     checkpoints: Sequence[Checkpoint]
     settings: ImportSettings  # given, or found
-    numbers: str = ""  # what the numbers of files are taken for
-    notes: tuple[str, ...] = ()  # what is not used
-    may_be_epochs: bool = False  # whether few numbers of no stated unit are taken for steps
-    checks: tuple[str, ...] = ()  # lines about the decay
-    out: Path | None = None  # the folder of the import; None for none
-    written: bool = False  # whether an import has written it, which may have existed already
-
-    def __repr__(self) -> str:
-        counts = ", ".join(f"{count:,} x {what}" for what, count in self.counts.items())
-        return f"FoundRun({str(self.out)!r}: {counts})"
-
-    @property
-    def counts(self) -> Counter[str]:
-        """How many checkpoints hold what, in words."""
-        return Counter(checkpoint.holds for checkpoint in self.checkpoints)
-
-    def to_dict(self) -> dict[str, Any]:
-        rows = [
-            {"path": str(checkpoint.path), "t": checkpoint.t, "holds": checkpoint.holds}
-            for checkpoint in self.checkpoints
-        ]
-        return {
-            "run": self.checkpoints[0].run_id,
-            "out": None if self.out is None else str(self.out),
-            "written": self.written,
-            "numbers": self.numbers,
-            "checks": list(self.checks),
-            "checkpoints": rows,
-        }
+    numbers: str  # what the numbers of files are taken for
+    notes: tuple[str, ...]  # what is not used
+    may_be_epochs: bool  # whether few numbers of no stated unit are taken for steps
+    findings: tuple[str, ...] = ()  # lines about the decay
 
 
-def find_run(name: str | Path, given: ImportSettings = UNSPECIFIED) -> FoundRun:
-    """Find the run at a place, with the decays of its averages, or open an import; a question about
-    what files leave open ends in the command that answers it."""
-    return _find(name, given.given, _read_with_decays)
-
-
-def find_unclaimed(name: str | Path, given: Mapping[str, Any] = MappingProxyType({})) -> FoundRun:
-    """Find the run at a place without reading its values, as for an audit: averages whose decay no
-    file states get placeholders as profiles, and nothing is asked about how they move. An import
-    has its settings, and takes none."""
-    return _find(name, given, partial(_read, is_unclaimed=True))
-
-
-def _find(
+def find(
     name: str | Path,
-    given: Mapping[str, Any],
-    read: Callable[[Place, ImportSettings], FoundRun],
-) -> FoundRun:
+    given: Mapping[str, Any] = MappingProxyType({}),
+    settle: bool = True,
+    look: files.Look | None = None,
+) -> Sources:
+    """Find the run at a place, or open an import, which has its settings, and takes none.
+
+    A question about what files leave open ends in the command that answers it. Without `settle`, as
+    for an audit, no values are read: averages whose decay no file states get placeholders as
+    profiles, and nothing is asked about how they move.
+    """
     path = files.expand_user(name)
+    look = look or files.Look()
     if is_import(path):
         for setting, value in given.items():
             reason = "is a setting of imports, and this is one: give it the files' folder instead"
             raise InvalidValueError(setting, reason, value=value)
-        return _open_import(read_manifest(path))
-    places = dict[str, Place]()  # each file of them is opened once
+        return _open_import(path, look)
+    places = {str(name): Place(name, look)}  # each file of them is opened once
 
-    def attempt(name: str | Path, values: Mapping[str, Any]) -> FoundRun:
+    def attempt(name: str | Path, values: Mapping[str, Any]) -> _Found:
         place = places.setdefault(str(name), Place(name))
-        proposed = values != given  # a line to paste, which is an import
-        return (_read_with_decays if proposed else read)(place, ImportSettings(**values))
+        settings = ImportSettings(**values)
+        if settle or values != given:  # a line to paste, which is an import
+            return _read_with_decays(place, settings)
+        return _read(place, settings, is_unclaimed=True)
 
-    run = with_command(name, given, attempt)
-    for note in run.notes:
+    found = with_command(name, given, attempt)
+    for note in found.notes:
         log.warning("%s: %s", name, note)
-    return run
+    return Sources(
+        path,
+        tuple(found.checkpoints),
+        look=look,
+        settings=found.settings.given,
+        numbers=found.numbers,
+        notes=found.notes,
+        findings=found.findings,
+    )
 
 
-def _read_with_decays(place: Place, given: ImportSettings) -> FoundRun:
+def _read_with_decays(place: Place, given: ImportSettings) -> _Found:
     run = _read(place, given)
     numbers = run.numbers if run.may_be_epochs else ""
     settings, checks = settle_decays(run.checkpoints, given, numbers)
     checkpoints = [checkpoint.with_settings(settings) for checkpoint in run.checkpoints]
     notes = (*run.notes, *_note_on_motion(checkpoints, settings))
     return replace(
-        run, checkpoints=checkpoints, settings=settings, notes=notes, checks=tuple(checks)
+        run, checkpoints=checkpoints, settings=settings, notes=notes, findings=tuple(checks)
     )
 
 
@@ -171,15 +151,19 @@ def _note_on_motion(checkpoints: Sequence[Checkpoint], settings: ImportSettings)
 # --- an import
 
 
-def _open_import(manifest: Manifest) -> FoundRun:
+def _open_import(folder: Path, look: files.Look) -> Sources:
     """Open the checkpoints of an import in the roles and at the times that it has found; raise
     FileFormatError if a file is not as it was."""
+    look.add(folder / MANIFEST)
+    manifest = read_manifest(folder)
+    for path in manifest.files:
+        look.add(path)
     contents = dict[Path, Content]()
     checkpoints = []
     try:
         for listed in manifest.checkpoints:
             if listed.path not in contents:
-                contents[listed.path] = Place(listed.path).open_at(listed.path)
+                contents[listed.path] = Place(listed.path, look).open_at(listed.path)
             checkpoints.append(_restore(listed, contents[listed.path], manifest))
     except PostHocError:
         for path in manifest.files:
@@ -188,7 +172,8 @@ def _open_import(manifest: Manifest) -> FoundRun:
     for checkpoint in checkpoints:
         for file in checkpoint.opened.values():
             manifest.check_identity(file)
-    return FoundRun(_make_run(checkpoints), manifest.settings, out=manifest.folder)
+    run = _make_run(checkpoints)
+    return Sources(folder, tuple(run), look=look, settings=manifest.settings.given)
 
 
 def _restore(listed: Listed, content: Content, manifest: Manifest) -> Checkpoint:
@@ -214,7 +199,7 @@ def _restore(listed: Listed, content: Content, manifest: Manifest) -> Checkpoint
 # --- the checkpoints at a place
 
 
-def _read(place: Place, settings: ImportSettings, is_unclaimed: bool = False) -> FoundRun:
+def _read(place: Place, settings: ImportSettings, is_unclaimed: bool = False) -> _Found:
     """Read all checkpoints at a place, without outputs of this package, with the profiles that are
     known; raise a QuestionError about what the files leave open."""
     chooser = Chooser(place, settings)
@@ -243,7 +228,7 @@ def _read(place: Place, settings: ImportSettings, is_unclaimed: bool = False) ->
         last = replace(last, is_stated=True)
     notes = (*chooser.notes, *_note_unused(run))
     checkpoints = _make_run(_make_all(run, last, settings))
-    return FoundRun(checkpoints, settings, last.origin, notes, may_be_epochs)
+    return _Found(checkpoints, settings, last.origin, notes, may_be_epochs)
 
 
 def _with_one_prefix(run: Sequence[Found]) -> list[Found]:

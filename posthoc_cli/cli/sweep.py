@@ -134,7 +134,7 @@ def sweep(
         lengths = Lengths.parse(decay, "--decay", _count_steps(run, decay, t, count))
     listing = _Listing(folder, output.print_note if as_json else output.print_line)
     search = Sweep(
-        run,
+        run.sources,
         evaluate,
         Metric() if metric is None else Metric.parse(metric),
         folder,

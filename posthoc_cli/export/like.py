@@ -52,7 +52,7 @@ from posthoc_cli.snapshots.boxes import Box
 from posthoc_cli.snapshots.entry import Entry
 from posthoc_cli.snapshots.opened_file import OpenedFile
 from posthoc_cli.snapshots.outputs import model_files, weights_at
-from posthoc_cli.snapshots.sources import Source, StoredTensors
+from posthoc_cli.snapshots.source import Source, StoredTensors
 from posthoc_cli.snapshots.tensorfile import SUFFIX, TensorFile, read_file
 from posthoc_cli.synthesis.plan import Combination
 

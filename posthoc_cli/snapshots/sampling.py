@@ -1,4 +1,4 @@
-"""The prior of several sources: from what their headers measured, or from a sample of their values.
+"""The measurements of several sources, estimated from a sample of their values.
 
 The averages of a source, concatenated by name, form a long vector, which is cut into runs. Some
 runs are chosen at random, seeded by the run id: the same elements in every source, all equally
@@ -17,7 +17,7 @@ import math
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain, groupby, pairwise
 from typing import Any
@@ -26,23 +26,14 @@ import numpy as np
 import numpy.typing as npt
 
 from posthoc_cli.profiles import Discrete, FloatArray, StoredProfile
-from posthoc_cli.reconstruction import (
-    MEASURED,
-    SAMPLED,
-    Distance,
-    Measurements,
-    Prior,
-    measured_prior,
-)
-from posthoc_cli.snapshots.sources import (
+from posthoc_cli.reconstruction import Distance, Measurements
+from posthoc_cli.snapshots.source import (
     ElementRange,
     Source,
     StoredTensors,
     by_time,
     expected_roundings,
     finite_values,
-    make_averages,
-    newest_path,
     series_key,
 )
 
@@ -50,30 +41,6 @@ log = logging.getLogger(__name__)
 
 MOST_ELEMENTS = 1_000_000
 RUN_ELEMENTS = 1_024
-
-
-def source_prior(sources: Sequence[Source]) -> Prior:
-    """Make the prior: the motion of the network and the rounding of each source, in their order.
-
-    If the header of a file has no measurements, or the newest one no sketch, the measurements of
-    all files are estimated from a sample.
-    """
-    on_disk = [source for source in sources if source.files]
-    averages = make_averages(sources)
-    path = newest_path(sources)
-    sketch = None if path is None else path.sketch
-    unmeasured = [source for source in on_disk if source.measurements is None]
-    if sketch is not None and not unmeasured:
-        return measured_prior(averages, sketch)
-    sampled = iter(sample_measurements(on_disk))
-    for index, source in enumerate(sources):
-        if source.files:
-            measured = next(sampled)
-            averages[index] = replace(averages[index], measurements=measured)
-    prior = measured_prior(averages, sketch)
-    if prior.evidence == MEASURED:
-        return replace(prior, evidence=SAMPLED)
-    return prior
 
 
 # Of Gaussian motions d with a standard deviation of 0, 0.35, 0.5, 0.7, 1, 1.5, 2, 4, 8 and 32

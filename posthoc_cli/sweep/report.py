@@ -50,6 +50,7 @@ class SweepReport:
     rerun_command: str = ""
     trials: tuple[Trial, ...] = ()
     outputs: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()  # on what the averages were made of
 
     @cached_property
     def estimate(self) -> Estimate:
@@ -179,6 +180,7 @@ class SweepReport:
             "outputs": list(map(str, self.outputs)),
             "settings": self.settings,
             "t_unit": self.t_unit,
+            "notes": list(self.notes),
         }
         if self.minimize is None:
             return values

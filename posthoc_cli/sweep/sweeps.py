@@ -8,21 +8,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from posthoc_cli.errors import (
     CommandError,
     InvalidValueError,
+    VanishedError,
     argument,
     check_count,
     count_noun,
     percent,
 )
+from posthoc_cli.export.writing import write_averages
 from posthoc_cli.planning import SMALL_LOSS
 from posthoc_cli.profiles import UNIFORM_SIGMA_REL
+from posthoc_cli.request import OutputRequest
 from posthoc_cli.resources import ProgressBar, no_bar
-from posthoc_cli.run import Run
+from posthoc_cli.snapshots.sources import Sources, count_sources
 from posthoc_cli.sweep import images
 from posthoc_cli.sweep.evaluation import (
     Command,
@@ -44,7 +48,14 @@ from posthoc_cli.sweep.search import (
     next_ends,
     next_measurements,
 )
-from posthoc_cli.sweep.weights import Weights, average, find_compared
+from posthoc_cli.sweep.weights import (
+    Candidate,
+    HeldSources,
+    average,
+    find_compared,
+    hold_until,
+)
+from posthoc_cli.synthesis.curve import run_curve
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,7 +74,7 @@ class Sweep:
     """A search for the best length of an average by a user's evaluation; or, if `minimize` is None,
     a look at the images that it makes of some lengths."""
 
-    run: Run
+    sources: Sources
     # a command line with `{weights}`, or a function of the tensors by name that returns the metric
     evaluate: str | Callable[[dict[str, Tensor]], Any]
     metric: Metric  # of a command
@@ -97,18 +108,20 @@ class Sweep:
         check_count("jobs", self.jobs)
         self._evaluation = self._make_evaluation()
         longest = 0.2 if self.lengths is None else self.lengths.high
+        request = OutputRequest(
+            longest, None, t=self.t, step=self.step, like=self.like, dry_run=True
+        )
         with mute_warnings():
-            written = self.run.write(
-                longest, None, t=self.t, step=self.step, like=self.like, dry_run=True
-            )
+            written = write_averages(lambda: self.sources, request)
         assert written is not None  # as of a process other than the first one
         self._t = written.plan.t
-        lengths = self.lengths or searchable_lengths(self.run, self._t)
-        compared = find_compared(self.run, self._t, self.raw)
+        self._held = HeldSources(hold_until(self.sources, self._t))
+        lengths = self.lengths or searchable_lengths(self.sources, self._t)
+        compared = find_compared(self.sources, self._t, self.raw)
         ends = []
         is_longest = self.lengths is None or lengths.high >= LONGEST
         if is_longest and not lengths.listed:
-            ends = earlier_ends((source.t for source in self.run.sources), self._t)
+            ends = earlier_ends(self.sources.times, self._t)
         self._report = SweepReport(
             lengths=lengths,
             budget=self.budget,
@@ -118,7 +131,7 @@ class Sweep:
             settings=self._describe(),
             ends=tuple(ends),
             steps=written.plan.steps,
-            t_unit=self.run.sources[-1].t_unit,
+            t_unit=self.sources.t_unit,
             rerun_command=self.rerun_command,
         )
         if self.out is None:
@@ -134,12 +147,13 @@ class Sweep:
             self._report.write(self.out)
             return self._report
 
-    def _search(self, compared: Sequence[Weights]) -> None:
+    def _search(self, compared: Sequence[Candidate]) -> None:
         with (
             self.progress("measuring", self._expected) as advance,
             self._evaluation.executor() as self._executor,
         ):
-            advance(len(self._report.trials))
+            self._started = len(self._report.trials)
+            advance(self._started)
             for trial in self._measure_all(compared):
                 if self.out is not None:
                     record(self.out, trial)
@@ -169,7 +183,7 @@ class Sweep:
     def _describe(self) -> dict[str, Any]:
         """Describe what all trials of the folder have in common."""
         return {
-            "run": self.run.sources[-1].run_id,
+            "run": self.sources.run_id,
             "t": self._t,
             "command": self._evaluation.name,
             "metric": None if self.minimize is None else self.metric.text,
@@ -193,15 +207,16 @@ class Sweep:
         if not ending:  # a folder is never overwritten
             images.remove(path)
         report = self._report
+        request = OutputRequest(
+            report.best, path, t=report.best_t, like=self.like, overwrite=bool(ending)
+        )
         with mute_warnings():
-            self.run.write(
-                report.best, path, t=report.best_t, like=self.like, overwrite=bool(ending)
-            )
+            write_averages(lambda: self._held.sources, request, self._held.renew)
         return path
 
     # --- trials
 
-    def _measure_all(self, compared: Sequence[Weights]) -> Iterator[Trial]:
+    def _measure_all(self, compared: Sequence[Candidate]) -> Iterator[Trial]:
         """Yield each trial when it has ended; the report then has it."""
         first = [(weights, 0) for weights in compared]
         while batch := first + self._next_lengths():
@@ -216,20 +231,20 @@ class Sweep:
             # of one measurement, your own EMA would have most of the gain's error
             yield from self._measure([(weights, 1) for weights in compared[:1]])
 
-    def _next_lengths(self) -> list[tuple[Weights, int]]:
+    def _next_lengths(self) -> list[tuple[Candidate, int]]:
         report = self._report
         asked = next_measurements(report.trials, report.lengths, self.budget, self.minimize)
-        return [(average(self.run, sigma_rel, self._t), seed) for sigma_rel, seed in asked]
+        return [(average(self._held, sigma_rel, self._t), seed) for sigma_rel, seed in asked]
 
-    def _next_ends(self) -> list[tuple[Weights, int]]:
+    def _next_ends(self) -> list[tuple[Candidate, int]]:
         report = self._report
         found = report.estimate
         if found.best != report.lengths.high or not report.ends:
             return []
         asked = next_ends(report.trials, found, report.ends, self._t, bool(self.minimize))
-        return [(average(self.run, found.best, self._t, end), seed) for end, seed in asked]
+        return [(average(self._held, found.best, self._t, end), seed) for end, seed in asked]
 
-    def _measure(self, batch: Sequence[tuple[Weights, int]]) -> Iterator[Trial]:
+    def _measure(self, batch: Sequence[tuple[Candidate, int]]) -> Iterator[Trial]:
         """Measure weights that have no trial yet, `jobs` at a time, and yield each trial when it
         has ended. The report has them in the order of the batch, whichever ends first."""
         before = self._report.trials
@@ -253,15 +268,28 @@ class Sweep:
                 self._report = replace(self._report, trials=(*before, *ended))
                 yield trial
 
-    def _start(self, weights: Weights, seed: int, job: int) -> _Running:
-        """Make weights to measure."""
+    def _start(self, weights: Candidate, seed: int, job: int) -> _Running:
+        """Make weights to measure; if their files are gone, the trial fails."""
         trial = Trial(weights.title, weights.sigma_rel, seed, t=weights.t)
-        with mute_warnings():
-            measure, plan = self._evaluation.prepare(weights, trial, job)
+        before = self._held.sources
+        self._started += 1
+        try:
+            with mute_warnings():
+                measure, plan = self._evaluation.prepare(weights, trial, job)
+        except VanishedError as vanished:
+            return _Running(trial, job, partial(_fail, str(vanished)))
+        if self._held.sources is not before:
+            self._note_renewal()
         if plan is not None and weights.sigma_rel is not None:
             error = plan.predicted_error(0)
             trial = replace(trial, predicted_error=error, lost_gain=plan.lost_gain(0))
         return _Running(trial, job, measure)
+
+    def _note_renewal(self) -> None:
+        """Note from which trial on averages are made of other sources."""
+        left = count_sources(self._held.sources)
+        note = f"from trial {self._started} on made of the {left} that remain"
+        self._report = replace(self._report, notes=(*self._report.notes, note))
 
     def _finish(
         self, started: _Running, future: Future[tuple[float | None, float | None]]
@@ -332,6 +360,10 @@ class _Running:
             self.seconds = time.monotonic() - began
 
 
+def _fail(reason: str) -> NoReturn:
+    raise TrialError(reason)
+
+
 @contextmanager
 def mute_warnings() -> Iterator[None]:
     """Mute the warnings of inexact averages: a sweep has said their range before."""
@@ -344,21 +376,21 @@ def mute_warnings() -> Iterator[None]:
         planning.disabled = was_disabled
 
 
-def searchable_lengths(run: Run, t: float) -> Lengths:
+def searchable_lengths(sources: Sources, t: float) -> Lengths:
     """Find the widest range of sigma_rel whose lost gain is below SMALL_LOSS.
 
     Without one, take the range from the mean of the last two stored times to the mean of all, and
     warn of what they lose.
     """
-    curve = run.error_curve(t=t)
+    curve = run_curve(sources, t=t)
     ranges = curve.ranges_below(SMALL_LOSS)
     if ranges:
         low, high = max(ranges, key=lambda ends: ends[1] / ends[0])
         return Lengths(round(low, 4), round(high, 4))
-    times = sorted({source.t for source in run.sources if source.t <= t})
+    times = [time for time in sources.times if time <= t]
     if len(times) < 3:
         reason = f"has {count_noun(len(times), 'stored time')}, too few to search"
-        raise InvalidValueError(run.directory, reason, f"name lengths with {argument('sigma_rel')}")
+        raise InvalidValueError(sources.place, reason, f"name lengths with {argument('sigma_rel')}")
     # the width of a uniform mean over a window, as a fraction of t
     spacing = UNIFORM_SIGMA_REL * (t - times[-3]) / t
     whole = UNIFORM_SIGMA_REL * (t - times[0] + t - times[-2]) / t
@@ -368,7 +400,7 @@ def searchable_lengths(run: Run, t: float) -> Lengths:
     log.warning(
         "%s: searching sigma_rel %g to %g, from the mean of the last two files to the mean of all: "
         "lost gain at most about %s to %s; %s",
-        run.directory,
+        sources.place,
         lengths.low,
         lengths.high,
         percent(float(losses.min())),

@@ -45,7 +45,7 @@ from posthoc_cli.snapshots.directory import (
 from posthoc_cli.snapshots.entry import Entry, tensor_bytes
 from posthoc_cli.snapshots.sketch_text import encode_path
 from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot
-from posthoc_cli.snapshots.sources import PathSketch
+from posthoc_cli.snapshots.source import PathSketch
 from posthoc_cli.snapshots.tensorfile import read_file
 from posthoc_cli.snapshots.weights_sample import encode_sample
 from posthoc_cli.snapshots.writer import TensorFileWriter
