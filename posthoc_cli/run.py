@@ -19,6 +19,7 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.opening import open_sources
 from posthoc_cli.planning import USEFUL_RANGE, ErrorCurve, check_sigma_range
+from posthoc_cli.profiles import Point
 from posthoc_cli.request import OutputRequest, Request, Wanted, takes
 from posthoc_cli.resources import ProgressBar, no_bar
 from posthoc_cli.snapshots.directory import (
@@ -32,10 +33,10 @@ from posthoc_cli.snapshots.outputs import describe
 from posthoc_cli.snapshots.prune import Pruning, plan_pruning
 from posthoc_cli.snapshots.prune import prune as prune_directory
 from posthoc_cli.snapshots.snapshot import Snapshot, file_bytes
-from posthoc_cli.snapshots.sources import Sources, use
+from posthoc_cli.snapshots.sources import Sources, announce, use
 from posthoc_cli.snapshots.verify import DAMAGED, UNCHANGED, FileReport, Verification, verify
 from posthoc_cli.synthesis.curve import run_curve
-from posthoc_cli.synthesis.plan import Plan, plan_synthesis
+from posthoc_cli.synthesis.plan import Plan, announce_plan, plan_synthesis
 from posthoc_cli.synthesis.weights import Weights, make_weights
 
 if TYPE_CHECKING:
@@ -140,9 +141,13 @@ class Run:
             reason = "is several; `write` makes more than one"
             raise InvalidValueError("target", reason, value=request.targets)
         device = "cpu" if request.device == "auto" else request.device
-        return use(
-            self.sources, lambda sources: make_weights(plan_synthesis(sources, request), device)
-        )
+
+        def average(sources: Sources) -> Weights:
+            plan = plan_synthesis(sources, request)
+            announce_plan(plan)
+            return make_weights(plan, device)
+
+        return use(self.sources, average)
 
     @takes(OutputRequest)
     def write(self, request: OutputRequest) -> SynthesisReport | None:
@@ -153,7 +158,7 @@ class Run:
         """
         from posthoc_cli.export.writing import write_averages
 
-        return write_averages(lambda: self.sources, request)
+        return write_averages(lambda: self.sources, request, announce_plan)
 
     def sweep(
         self,
@@ -275,7 +280,11 @@ class Run:
             "first_epoch": first_epoch,
         }
         given = {name: value for name, value in settings.items() if value is not None}
-        return audit_sources(open_sources(self.directory, given, settle=False), claimed)
+        sources = open_sources(self.directory, given, settle=False)
+        if all(isinstance(source.profile, Point) for source in sources):
+            sources = open_sources(self.directory, given)  # asks which of two sets is an average
+        announce(sources)
+        return audit_sources(sources, claimed)
 
     def prune(
         self,

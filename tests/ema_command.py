@@ -22,6 +22,7 @@ class Result:
     code: int
     out: str
     err: str
+    shown: str = ""  # both, in the order in which a terminal shows them
 
     @property
     def json(self):
@@ -55,10 +56,23 @@ def as_command(*arguments):
                 signal.signal(number, handler)
 
 
+class Stream(io.StringIO):
+    """A stream that is also shown on a terminal."""
+
+    def __init__(self, terminal):
+        super().__init__()
+        self._terminal = terminal
+
+    def write(self, text):
+        self._terminal.write(text)
+        return super().write(text)
+
+
 def run_ema(*arguments):
     """Run `ema` and return its result; an uncaught exception is printed as by the interpreter."""
-    out = io.StringIO()
-    err = io.StringIO()
+    terminal = io.StringIO()
+    out = Stream(terminal)
+    err = Stream(terminal)
     code = 0
     with as_command(*arguments), redirect_stdout(out), redirect_stderr(err):
         try:
@@ -68,7 +82,7 @@ def run_ema(*arguments):
         except Exception as error:  # noqa: BLE001 - as the interpreter does
             sys.excepthook(type(error), error, error.__traceback__)
             code = 1
-    return Result(code, out.getvalue(), err.getvalue())
+    return Result(code, out.getvalue(), err.getvalue(), terminal.getvalue())
 
 
 def unmeasured_environment():

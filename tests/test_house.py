@@ -263,3 +263,38 @@ def check_calls(path):
     assert "allow_pickle" not in text, path
     assert "load_file" not in calls or "from safetensors.torch import load_file" in text
     assert "import_module" not in text or path == PACKAGE / "__init__.py"
+
+
+READING = {
+    "open", "fdopen", "read_text", "read_bytes", "fromfile", "memmap", "loadtxt", "genfromtxt",
+    "mmap", "load_file", "safe_open", "load", "copyfile", "copy2", "copytree",
+}  # fmt: skip
+OPENING_CHECKPOINTS = {"self.place.open", "self._reader.open", "opener.open"}
+UNGUARDED = {
+    "files.py": {"os.open", "system.open"},  # the file operations themselves
+    "snapshots/opened_file.py": {"files.system.open"},  # the guarded read
+    "snapshots/directory.py": {"os.open"},  # the lock, which is written
+    "checkpoints/pickles.py": INERT,  # from an opened file
+    "export/output.py": {"shutil.copyfile"},  # what `like` has found to be files of its folder
+    "integrations/__init__.py": {"torch.load", "load"},  # the tracker's own state
+    "sweep/evaluation.py": {"out.open", "err.open"},  # which are written
+    "sweep/weights.py": {"safe_open", "load_file"},  # what it has just written
+    # files of the package
+    "cli/guide.py": {"(room / f'{name}.md').read_text"},
+    "report/page.py": {"(room / 'page.html').read_text", "(room / 'page.js').read_text"},
+    "cli/__init__.py": {"os.open", "Path(os.devnull).open"},
+}
+"""What opens or copies a file by other means than `OpenedFile`, by module."""
+
+
+def test_files_are_read_through_the_guard_against_pipes_and_devices():
+    """`OpenedFile` waits for no writer and takes regular files alone, `read_small_file` bounds
+    their size: a folder of somebody else may hold anything."""
+    for path in MODULES:
+        calls = set()
+        for node in parsed(path):
+            if isinstance(node, ast.Call):
+                calls.add(ast.unparse(node.func))
+        reading = {call for call in calls if call.split(".")[-1] in READING}
+        name = path.relative_to(PACKAGE).as_posix()
+        assert reading - OPENING_CHECKPOINTS == UNGUARDED.get(name, set()), path

@@ -204,7 +204,8 @@ def _read_counts(folder: Path, opened: Files) -> Values:
     values = Values()
     for file in sorted(folder.glob("*.yaml"))[:_MOST_FILES]:
         if file.is_file() and file.stat().st_size <= _MOST_COUNTS:
-            found = _COUNT.findall(file.read_text(errors="replace"))
+            text = read_small_file(file, _MOST_COUNTS).decode(errors="replace")
+            found = _COUNT.findall(text)
             for name, digits in found:
                 values.setdefault(name, int(digits))
             if found:

@@ -3,7 +3,6 @@ weights, or what the weights show."""
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,8 +30,6 @@ from posthoc_cli.checkpoints.updates import Updates
 from posthoc_cli.decay_rules import POWER_FUNCTION, RULES, DecayRule, OrdinaryEMA
 from posthoc_cli.errors import InvalidValueError, argument
 
-log = logging.getLogger(__name__)
-
 _SURE = 0.05  # largest uncertainty of a length from which a decay is taken
 _CLEAR = 0.12  # and one from which a decay is proposed
 _MOST_DOUBT = 3.0  # of the logarithm of a length
@@ -45,15 +42,17 @@ Settings = dict[str, Any]
 def settle_decays(
     checkpoints: Sequence[Checkpoint],
     given: ImportSettings,
-    numbers: str = "",
+    numbers: str,
+    doubts: list[str],
 ) -> tuple[ImportSettings, list[str]]:
     """Complete the settings with what determines the averages among checkpoints, and write lines
     about it: a stated decay, which is compared with the weights, or the round decay that they show.
 
-    `numbers` is what the numbers of files are taken for, if these may be epochs. Raise
+    `numbers` is what the numbers of files are taken for, if these may be epochs. What is taken as
+    given though files do not show it joins `doubts`. Raise
     InvalidValueError if nothing says or shows the decay, or if they contradict it.
     """
-    return _Decays(checkpoints, given, numbers).settle()
+    return _Decays(checkpoints, given, numbers, doubts).settle()
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,7 @@ class _Decays:
     checkpoints: Sequence[Checkpoint]
     given: ImportSettings
     numbers: str
+    doubts: list[str]
 
     @property
     def averages(self) -> list[Checkpoint]:
@@ -97,7 +97,7 @@ class _Decays:
     def _settle_with(self, **changes: Any) -> tuple[ImportSettings, list[str]]:
         given = replace(self.given, **changes)
         changed = [checkpoint.with_settings(given) for checkpoint in self.checkpoints]
-        return _Decays(changed, given, self.numbers).settle()
+        return replace(self, checkpoints=changed, given=given).settle()
 
     # --- a decay that nothing says
 
@@ -165,7 +165,7 @@ class _Decays:
             raise self._refute(audit)
         if is_taken or audit.verdict == "undetermined":
             reason = "is taken as given, which the files do not show: predicted errors hold if"
-            log.warning("%s %s it is right: %s", self.name, reason, audit.text)
+            self.doubts.append(f"{self.name} {reason} it is right: {audit.text}")
         doubt = max(given.ema_doubt or 0.0, audit.difference)
         given = replace(given, ema_doubt=min(doubt, _MOST_DOUBT) or None)
         if audit.verdict == SET_BACK:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from posthoc_cli.checkpoints.source import Checkpoint
 from posthoc_cli.errors import DirectoryError, InvalidValueError, argument
 from posthoc_cli.snapshots.directory import inspect_directory, is_import
 from posthoc_cli.snapshots.sources import Sources
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, repr=False)
@@ -41,7 +44,7 @@ class ImportReport:
     @property
     def checks(self) -> tuple[str, ...]:
         """Lines about the decay."""
-        return self.sources.findings
+        return self.sources.findings[1:]
 
     @property
     def counts(self) -> Counter[str]:
@@ -98,7 +101,10 @@ def import_checkpoints(
     if is_import(origin) or (origin.is_dir() and inspect_directory(origin).snapshots):
         reason = "is a run already, and needs no import"
         raise DirectoryError(origin, reason, "name the files of the other program")
-    report = ImportReport(find(origin, given.given), target, written=False)
+    sources = find(origin, given.given)
+    for note in sources.notes:
+        log.warning("%s: %s", directory, note)
+    report = ImportReport(sources, target, written=False)
     if target is None or dry_run:
         return report
     files.check_parent(target)

@@ -8,7 +8,6 @@ says all of this: nothing is decided again.
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections import Counter
@@ -57,8 +56,6 @@ from posthoc_cli.snapshots.selection import check_globs
 from posthoc_cli.snapshots.source import by_time, model_difference
 from posthoc_cli.snapshots.sources import Sources
 
-log = logging.getLogger(__name__)
-
 _EPOCHS = 1000  # largest number that is read as perhaps epochs: few trainings have more
 _TARGET = re.compile("target|teacher|momentum", re.IGNORECASE)
 # Least cosine between successive motions at which weights may be an average: for an EMA of 100
@@ -75,7 +72,13 @@ class _Found:
     numbers: str  # what the numbers of files are taken for
     notes: tuple[str, ...]  # what is not used
     may_be_epochs: bool  # whether few numbers of no stated unit are taken for steps
-    findings: tuple[str, ...] = ()  # lines about the decay
+    checks: tuple[str, ...] = ()  # lines about the decay
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        counts = Counter(checkpoint.holds for checkpoint in self.checkpoints)
+        contents = ", ".join(f"{count:,} x {what}" for what, count in counts.items())
+        return contents, *self.checks
 
 
 def find(
@@ -107,8 +110,6 @@ def find(
         return _read(place, settings, is_unclaimed=True)
 
     found = with_command(name, given, attempt)
-    for note in found.notes:
-        log.warning("%s: %s", name, note)
     return Sources(
         path,
         tuple(found.checkpoints),
@@ -116,18 +117,19 @@ def find(
         settings=found.settings.given,
         numbers=found.numbers,
         notes=found.notes,
-        findings=found.findings,
+        findings=found.findings if settle else (),
     )
 
 
 def _read_with_decays(place: Place, given: ImportSettings) -> _Found:
     run = _read(place, given)
     numbers = run.numbers if run.may_be_epochs else ""
-    settings, checks = settle_decays(run.checkpoints, given, numbers)
+    doubts = list[str]()
+    settings, checks = settle_decays(run.checkpoints, given, numbers, doubts)
     checkpoints = [checkpoint.with_settings(settings) for checkpoint in run.checkpoints]
-    notes = (*run.notes, *_note_on_motion(checkpoints, settings))
+    notes = (*run.notes, *doubts, *_note_on_motion(checkpoints, settings))
     return replace(
-        run, checkpoints=checkpoints, settings=settings, notes=notes, findings=tuple(checks)
+        run, checkpoints=checkpoints, settings=settings, notes=notes, checks=tuple(checks)
     )
 
 
@@ -216,9 +218,10 @@ def _read(place: Place, settings: ImportSettings, is_unclaimed: bool = False) ->
     for file in run:
         check_given(file, settings)
     times = read_times({member.path: member.all_signs for member in members}, settings)
-    run = _leave_out_untrained(run, times)
+    notes = list[str]()
+    run = _leave_out_untrained(run, times, notes)
     if not is_unclaimed:
-        run = _check_roles(run, settings)
+        run = _check_roles(run, settings, notes)
     check_applies(any(file.averaged for file in run), settings)
     last = max(times, key=lambda time: time.number)
     may_be_epochs = False
@@ -226,9 +229,9 @@ def _read(place: Place, settings: ImportSettings, is_unclaimed: bool = False) ->
         _check_unit(last)
         may_be_epochs = not last.is_stated and last.number <= _EPOCHS
         last = replace(last, is_stated=True)
-    notes = (*chooser.notes, *_note_unused(run))
+    notes += [*chooser.notes, *_note_unused(run)]
     checkpoints = _make_run(_make_all(run, last, settings))
-    return _Found(checkpoints, settings, last.origin, notes, may_be_epochs)
+    return _Found(checkpoints, settings, last.origin, tuple(notes), may_be_epochs)
 
 
 def _with_one_prefix(run: Sequence[Found]) -> list[Found]:
@@ -304,8 +307,11 @@ def _check_unit(time: Time) -> None:
         raise QuestionError("steps_per_epoch", reason, {"steps_per_epoch": ASKED})
 
 
-def _leave_out_untrained(run: Sequence[Found], times: Sequence[Time]) -> list[Found]:
-    """Return the checkpoints of a training that has begun, with their times."""
+def _leave_out_untrained(
+    run: Sequence[Found], times: Sequence[Time], notes: list[str]
+) -> list[Found]:
+    """Return the checkpoints of a training that has begun, with their times; note what is left
+    out."""
     numbers = [time.number for time in times]
     if max(numbers) <= 0:
         reason = "all files have the number 0, which may be something else than a step"
@@ -317,7 +323,7 @@ def _leave_out_untrained(run: Sequence[Found], times: Sequence[Time]) -> list[Fo
             used.append(replace(file, time=number))
         elif number == 0:
             reason = "left out: it holds the weights before the training, of step 0"
-            log.warning("%s: %s", file.path, reason)
+            notes.append(f"{file.path.name}: {reason}")
     return used
 
 
@@ -342,8 +348,8 @@ def _note_unused(run: Sequence[Found]) -> list[str]:
 # --- which of two sets is the average
 
 
-def _check_roles(run: list[Found], settings: ImportSettings) -> list[Found]:
-    """Return the checkpoints, without an average that never moves.
+def _check_roles(run: list[Found], settings: ImportSettings, notes: list[str]) -> list[Found]:
+    """Return the checkpoints, without an average that never moves, which is noted.
 
     Raise a QuestionError if what a word calls an average equals the weights, or is unrelated to
     them. How it moves is no sign against a word: of files far apart, or where a rate falls, an
@@ -358,7 +364,7 @@ def _check_roles(run: list[Found], settings: ImportSettings) -> list[Found]:
     named = quote(pair.average_key) if pair.average_key else "the average"
     model = quote(pair.weights_key) if pair.weights_key else "the model"
     if not np.diff(ours, axis=0).any() and np.diff(theirs, axis=0).any():
-        log.warning("%s: %s never moves, and is not used", both[0].path.parent, named)
+        notes.append(f"{named} never moves, and is not used")
         return [_without_average(file) for file in run]
     others: list[Answer] = []
     for key in both[0].twins:

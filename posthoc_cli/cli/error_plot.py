@@ -10,6 +10,7 @@ from posthoc_cli.cli import options, output
 from posthoc_cli.cli.quotes import refuse_split
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.planning import ErrorCurve, Schedule, format_widths
+from posthoc_cli.snapshots.sources import announce
 
 
 def error_plot(
@@ -43,8 +44,8 @@ def error_plot(
     """Draw how exact averages of any length will be.
 
     The curve is the predicted error: the expected relative L2 distance of the weights from the true
-    average. The dashed line is at most about the share of what averaging gains in a metric that
-    this error loses (`ema guide exactness`); the range below 5 % is shaded and named in the title.
+    average. The dashed line is the lost gain: an upper estimate of how much of averaging's benefit
+    this error costs (`ema guide exactness`). The range below 5 % is shaded and named in the title.
     Tracked profiles are marked. --method paper adds the profile error, the published measure: the
     relative L2 distance between the target profile and the reconstructed one.
 
@@ -59,22 +60,27 @@ def error_plot(
     ends = options.parse_sigma_range(sigma_range)
     if bool(directories) == bool(steps):
         raise InvalidValueError("DIR", "name a directory, or give --steps of a training to come")
+    curves = list[ErrorCurve]()
+    findings = list[str]()
     if steps:
         schedule = Schedule(
             options.parse_count(steps, "--steps"),
             options.parse_count(every, "--every"),
             options.parse_count(keep, "--keep", "20"),
         )
-        curves = [schedule.error_curve(ends)]
+        curves.append(schedule.error_curve(ends))
     else:
         refuse_split(directories)
         runs = list(map(options.open_run, directories))
-        curves = [run.error_curve(ends, t=t, method=method, others=targets) for run in runs]
+        for run in runs:
+            curves.append(run.error_curve(ends, t=t, method=method, others=targets))
+            announce(run.sources)
+            findings += run.sources.findings
     if picture is not None:
         output.write_picture(
             lambda: plots.error_figure(curves, method == "paper"), picture, overwrite
         )
-    report = {"curves": [curve.to_dict() for curve in curves]}
+    report = {"curves": [curve.to_dict() for curve in curves], "findings": findings}
     output.show(report, as_json, lambda _: _print_curves(curves, method == "paper"), picture)
     if picture is None and not as_json:
         output.print_note("note: --out errors.png draws the curve")

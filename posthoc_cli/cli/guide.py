@@ -23,8 +23,7 @@ _GROUPS = {
         "gain", "training", "trainers", "distributed", "checkpoints", "sweep", "synthesis",
         "exactness", "troubleshooting",
     ),
-    "Reference": ("averages", "durability", "format"),
-    "To change the program": ("contributing",),
+    "Reference": ("averages", "snapshots"),
 }  # fmt: skip
 
 

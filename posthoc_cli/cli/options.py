@@ -249,8 +249,10 @@ def check_exists(
 def _check_content(path: Path) -> None:
     """Raise an InvalidValueError for an empty file, and for a text file other than the index of
     shards."""
-    with path.open("rb") as file:
-        beginning = file.read(256)
+    from posthoc_cli.snapshots.opened_file import OpenedFile
+
+    with OpenedFile(path) as file:
+        beginning = file.read_at(min(256, file.size), 0)
     if not beginning:
         raise InvalidValueError(path, "is an empty file")
     text = beginning.decode(errors="replace")

@@ -185,7 +185,7 @@ def log_to_stderr() -> None:
     """Print the library's warnings to stderr, each once, and notices: what it has found in
     checkpoints, and what outputs have as copies."""
     show = errors.EachOnce(_print_message, logging.INFO)
-    for name in ("posthoc_cli.checkpoints", "posthoc_cli.snapshots.selection"):
+    for name in ("posthoc_cli.snapshots.sources", "posthoc_cli.snapshots.selection"):
         logging.getLogger(name).setLevel(logging.INFO)
     # which prints its messages itself
     show.addFilter(lambda record: not record.name.startswith("huggingface_hub"))

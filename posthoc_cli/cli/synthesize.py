@@ -29,9 +29,9 @@ def synthesize(
     Name one or more targets by --sigma-rel, --decay and --target. The snapshots are read once for
     all targets, each block is verified, and an output appears complete or not at all.
 
-    The predicted error is the expected relative L2 distance of the weights from the true average,
-    the lost gain is at most about the share of what averaging gains in a metric that this error
-    loses.
+    The predicted error is the expected relative L2 distance of the weights from the true average.
+    The lost gain is an upper estimate of how much of averaging's benefit this error costs: 5 %
+    keeps at least 95 % of it.
     --method paper also shows the profile error: the distance between the target profile and the
     reconstructed one; --json shows it for both methods.
 

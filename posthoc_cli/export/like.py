@@ -50,10 +50,10 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.snapshots.boxes import Box
 from posthoc_cli.snapshots.entry import Entry
-from posthoc_cli.snapshots.opened_file import OpenedFile
+from posthoc_cli.snapshots.opened_file import OpenedFile, read_small_file
 from posthoc_cli.snapshots.outputs import model_files, weights_at
 from posthoc_cli.snapshots.source import Source, StoredTensors
-from posthoc_cli.snapshots.tensorfile import SUFFIX, TensorFile, read_file
+from posthoc_cli.snapshots.tensorfile import MAX_HEADER_BYTES, SUFFIX, TensorFile, read_file
 from posthoc_cli.synthesis.plan import Combination
 
 P = TypeVar("P", bound=Combination)
@@ -240,7 +240,10 @@ class Like:
 
     def _check_quantized(self, averages: Iterable[set[str]]) -> None:
         config = self.place / "config.json"
-        is_quantized = config.is_file() and b'"quantization_config"' in config.read_bytes()
+        is_quantized = False
+        if config.is_file():
+            content = read_small_file(config, MAX_HEADER_BYTES)
+            is_quantized = b'"quantization_config"' in content
         known = self.source.entries
         dtypes = {known[name].dtype for name in set().union(*averages) & known.keys()}
         if is_quantized or not dtypes <= EPS.keys():

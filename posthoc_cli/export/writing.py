@@ -57,6 +57,7 @@ class SynthesisReport:
             "choice": self.plan.choice,
             "read_bytes": self.plan.read_bytes,
             "left_out": left_out,
+            "findings": list(self.plan.chosen.sources.findings),
         }
         if self.copied is not None:
             report["like"] = self.copied.to_dict()
@@ -66,10 +67,14 @@ class SynthesisReport:
 def write_averages(
     read: Callable[[], Sources],
     request: OutputRequest,
+    announce: Callable[[Plan], object] = lambda _: None,
     renew: Callable[[Sources], object] = lambda _: None,
 ) -> SynthesisReport | None:
-    """Write averages of the run that `read` finds to files, see `Run.write`; `renew` is called with
-    its sources if they were read again."""
+    """Write averages of the run that `read` finds to files, see `Run.write`.
+
+    `announce` is called with their plan before anything is written, `renew` with the sources if
+    they were read again.
+    """
     paths = output_paths(request)
     copied = None
     planned: Request = request
@@ -80,6 +85,7 @@ def write_averages(
 
     def write(sources: Sources, ranks: Group = THIS_PROCESS) -> SynthesisReport | None:
         plan = ranks.together(lambda: plan_synthesis(sources, planned))
+        announce(plan)
         return write_synthesis(plan, paths, request, copied, ranks)
 
     if not request.distributed:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, overload
+from typing import Any, NamedTuple, Protocol, TypeVar, overload
 
 import numpy as np
 import xxhash
@@ -35,11 +35,18 @@ from posthoc_cli.reconstruction import (
 )
 from posthoc_cli.run_clock import Clock, EpochClock
 from posthoc_cli.snapshots.entry import Entry
-from posthoc_cli.snapshots.sampling import sample_measurements
+from posthoc_cli.snapshots.sampling import sample_values
 from posthoc_cli.snapshots.source import PathSketch, Source, by_time
 from posthoc_cli.targets import Mean
 
 log = logging.getLogger(__name__)
+
+
+class _KnownPrior(NamedTuple):
+    """A prior, and what its sample shows that speaks against one training."""
+
+    prior: Prior
+    doubts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -58,8 +65,8 @@ class Sources(Sequence[Source]):
     settings: Mapping[str, Any] = field(default_factory=dict)  # of an import, given or found
     numbers: str = ""  # what the numbers of files are taken for
     notes: tuple[str, ...] = ()  # what is not used, or left out
-    findings: tuple[str, ...] = ()  # how decays were found
-    _priors: dict[tuple[int, ...], Prior] = field(default_factory=dict)
+    findings: tuple[str, ...] = ()  # what other programs' files hold, and how decays were found
+    _priors: dict[tuple[int, ...], _KnownPrior] = field(default_factory=dict)
 
     @classmethod
     def of(cls, items: Iterable[Source], place: Path | None = None) -> Sources:
@@ -190,7 +197,15 @@ class Sources(Sequence[Source]):
         key = tuple(range(len(self.items)) if indices is None else indices)
         if key not in self._priors:
             self._priors[key] = _make_prior([self.items[index] for index in key])
-        return self._priors[key]
+        return self._priors[key].prior
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What the values that priors were made from say against the files being of one run."""
+        doubts = dict[str, None]()
+        for known in self._priors.values():
+            doubts.update(dict.fromkeys(known.doubts))
+        return (*doubts,)
 
     # --- the place
 
@@ -252,6 +267,15 @@ def count_sources(
     return sources_in_all if count == total else f"{count:,} of {sources_in_all}"
 
 
+def announce(sources: Sources) -> None:
+    """Log what is to be known of sources before something is made of them: what was found in other
+    programs' files as a notice, and what is not used, or in doubt, as warnings."""
+    if sources.findings:
+        log.info("%s: %s", sources.place, "; ".join(sources.findings))
+    for text in (*sources.notes, *sources.doubts):
+        log.warning("%s: %s", sources.place, text)
+
+
 # --- the clock and the prior
 
 
@@ -268,7 +292,7 @@ def _make_clock(sources: Sequence[Source]) -> Clock:
     return kind(steps, times)
 
 
-def _make_prior(sources: Sequence[Source]) -> Prior:
+def _make_prior(sources: Sequence[Source]) -> _KnownPrior:
     """Make the prior: the motion of the network and the rounding of each source, in their order.
 
     If the header of a file has no measurements, or the newest one no sketch, the measurements of
@@ -280,16 +304,17 @@ def _make_prior(sources: Sequence[Source]) -> Prior:
     sketch = None if path is None else path.sketch
     unmeasured = [source for source in on_disk if source.measurements is None]
     if sketch is not None and not unmeasured:
-        return measured_prior(averages, sketch)
-    sampled = iter(sample_measurements(on_disk))
+        return _KnownPrior(measured_prior(averages, sketch))
+    sample = sample_values(on_disk)
+    sampled = iter(sample.measure_sources(on_disk))
     for index, source in enumerate(sources):
         if source.files:
             measured = next(sampled)
             averages[index] = replace(averages[index], measurements=measured)
     prior = measured_prior(averages, sketch)
     if prior.evidence == MEASURED:
-        return replace(prior, evidence=SAMPLED)
-    return prior
+        prior = replace(prior, evidence=SAMPLED)
+    return _KnownPrior(prior, tuple(sample.doubts))
 
 
 def _newest_path(sources: Sequence[Source]) -> PathSketch | None:

@@ -14,12 +14,14 @@ from posthoc_cli import files
 from posthoc_cli.errors import FileFormatError, OutputExistsError, quote
 from posthoc_cli.snapshots.decoding import convert
 from posthoc_cli.snapshots.directory import LOCK_NAME, DirectoryLock
+from posthoc_cli.snapshots.opened_file import read_small_file
 from posthoc_cli.sweep import images
 from posthoc_cli.sweep.search import LARGEST, Trial, average_title
 
 TRIALS = "trials.jsonl"  # the settings of the sweep, then a trial a line
 LOGS = "logs"
 SCRATCH = ".scratch"  # a folder for each job, with the weights and files of its trial
+_MOST_BYTES = 100_000_000  # of a record
 
 
 @contextmanager
@@ -64,7 +66,7 @@ def read_trials(out: Path, settings: dict[str, Any], is_look: bool) -> list[Tria
         return []
     recorded = {}
     try:
-        first, *entries = map(json.loads, path.read_text().splitlines())
+        first, *entries = map(json.loads, _read_lines(path))
         known = {**first}
         for entry in entries:
             trial = _decode(entry)
@@ -87,9 +89,13 @@ def read_trials(out: Path, settings: dict[str, Any], is_look: bool) -> list[Tria
 
 def record(out: Path, trial: Trial) -> None:
     """Add a trial durably to the record; raise a WriteError if that fails."""
-    lines = (out / TRIALS).read_text().splitlines()
+    lines = _read_lines(out / TRIALS)
     line = json.dumps(asdict(trial), allow_nan=False)
     _write_lines(out, [*lines, line])
+
+
+def _read_lines(path: Path) -> list[str]:
+    return read_small_file(path, _MOST_BYTES).decode().splitlines()
 
 
 def _write_lines(out: Path, lines: Sequence[str]) -> None:

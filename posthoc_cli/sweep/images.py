@@ -9,6 +9,7 @@ from pathlib import Path
 
 from posthoc_cli import files
 from posthoc_cli.resources import format_bytes
+from posthoc_cli.snapshots.opened_file import read_small_file
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ def _images(folder: Path) -> Iterator[Path]:
         if size > MOST_BYTES:
             most = format_bytes(MOST_BYTES)
             log.warning("%s: %s, too large to be kept: at most %s", name, format_bytes(size), most)
-        elif image_type(path.read_bytes()) is None:
+        elif image_type(read_small_file(path, MOST_BYTES)) is None:
             log.warning("%s: not kept, since it is not a PNG, JPEG, WebP or GIF image", name)
         else:
             yield path

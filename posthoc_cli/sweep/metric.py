@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -13,10 +12,19 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from posthoc_cli.errors import InvalidValueError, argument, escape_text, list_first, quote
+from posthoc_cli.errors import (
+    FileFormatError,
+    InvalidValueError,
+    argument,
+    escape_text,
+    list_first,
+    quote,
+)
+from posthoc_cli.snapshots.opened_file import OpenedFile, read_small_file
 from posthoc_cli.sweep.search import LARGEST
 
 _TAIL = 10_000_000  # bytes at the end of standard output that are searched for the metric
+_MOST_BYTES = 1_000_000_000  # of a JSON file: programs may store each of their samples in it
 _END_OF_LOG = 300  # characters at the end of a log that a message shows
 _END_OF_OUTPUT = 10_000  # characters at the end of an output whose names a hint may name
 _DEEPEST = 100  # brackets in brackets; json.loads takes some 1,000, results of programs have 10
@@ -203,17 +211,20 @@ def _find_stored(folder: Path, pattern: str) -> tuple[Path, Any]:
         raise TrialError(f"there is no {pattern} in its folder{_list_names(names)}")
     newest = max(matching, key=lambda path: (path.stat().st_mtime_ns, path))
     try:
-        return newest, json.loads(newest.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
+        text = read_small_file(newest, _MOST_BYTES).decode("utf-8-sig")
+        return newest, json.loads(text)
+    except FileFormatError as error:
+        raise TrialError(f"{newest.name} {error.reason}") from error
+    except (ValueError, RecursionError) as error:
         raise TrialError(f"{newest.name} cannot be read: {error}") from error
 
 
 def read_tail(path: Path, count: int) -> str:
     """Read the last `count` bytes of a file as text, without the colours of a terminal."""
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        file.seek(max(0, size - count))
-        return _COLOURS.sub("", file.read().decode(errors="replace"))
+    with OpenedFile(path) as file:
+        count = min(count, file.size)
+        tail = file.read_at(count, file.size - count)
+    return _COLOURS.sub("", tail.decode(errors="replace"))
 
 
 def _members(value: Any) -> dict[str, Any]:

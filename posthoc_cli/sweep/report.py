@@ -50,7 +50,8 @@ class SweepReport:
     rerun_command: str = ""
     trials: tuple[Trial, ...] = ()
     outputs: tuple[Path, ...] = ()
-    notes: tuple[str, ...] = ()  # on what the averages were made of
+    notes: tuple[str, ...] = ()  # on what the averages were made of, and what is not used
+    findings: tuple[str, ...] = ()  # what other programs' files hold, and how decays were found
 
     @cached_property
     def estimate(self) -> Estimate:
@@ -181,6 +182,7 @@ class SweepReport:
             "settings": self.settings,
             "t_unit": self.t_unit,
             "notes": list(self.notes),
+            "findings": list(self.findings),
         }
         if self.minimize is None:
             return values

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from posthoc_cli.planning import SMALL_LOSS
 from posthoc_cli.profiles import UNIFORM_SIGMA_REL
 from posthoc_cli.request import OutputRequest
 from posthoc_cli.resources import ProgressBar, no_bar
-from posthoc_cli.snapshots.sources import Sources, count_sources
+from posthoc_cli.snapshots.sources import Sources, announce, count_sources
 from posthoc_cli.sweep import images
 from posthoc_cli.sweep.evaluation import (
     Command,
@@ -111,9 +110,9 @@ class Sweep:
         request = OutputRequest(
             longest, None, t=self.t, step=self.step, like=self.like, dry_run=True
         )
-        with mute_warnings():
-            written = write_averages(lambda: self.sources, request)
+        written = write_averages(lambda: self.sources, request)
         assert written is not None  # as of a process other than the first one
+        announce(self.sources)
         self._t = written.plan.t
         self._held = HeldSources(hold_until(self.sources, self._t))
         lengths = self.lengths or searchable_lengths(self.sources, self._t)
@@ -133,6 +132,8 @@ class Sweep:
             steps=written.plan.steps,
             t_unit=self.sources.t_unit,
             rerun_command=self.rerun_command,
+            notes=(*self.sources.notes, *self.sources.doubts),
+            findings=self.sources.findings,
         )
         if self.out is None:
             self._search(compared)
@@ -210,8 +211,7 @@ class Sweep:
         request = OutputRequest(
             report.best, path, t=report.best_t, like=self.like, overwrite=bool(ending)
         )
-        with mute_warnings():
-            write_averages(lambda: self._held.sources, request, self._held.renew)
+        write_averages(lambda: self._held.sources, request, renew=self._held.renew)
         return path
 
     # --- trials
@@ -274,8 +274,7 @@ class Sweep:
         before = self._held.sources
         self._started += 1
         try:
-            with mute_warnings():
-                measure, plan = self._evaluation.prepare(weights, trial, job)
+            measure, plan = self._evaluation.prepare(weights, trial, job)
         except VanishedError as vanished:
             return _Running(trial, job, partial(_fail, str(vanished)))
         if self._held.sources is not before:
@@ -362,18 +361,6 @@ class _Running:
 
 def _fail(reason: str) -> NoReturn:
     raise TrialError(reason)
-
-
-@contextmanager
-def mute_warnings() -> Iterator[None]:
-    """Mute the warnings of inexact averages: a sweep has said their range before."""
-    planning = logging.getLogger("posthoc_cli.synthesis.plan")
-    was_disabled = planning.disabled
-    planning.disabled = True
-    try:
-        yield
-    finally:
-        planning.disabled = was_disabled
 
 
 def searchable_lengths(sources: Sources, t: float) -> Lengths:

@@ -111,7 +111,7 @@ class RunWeights(Candidate):
 
     def write(self, path: Path, like: Path | None) -> Plan:
         request = OutputRequest(self.target, path, t=self.time, like=like)
-        written = write_averages(lambda: self.held.sources, request, self.held.renew)
+        written = write_averages(lambda: self.held.sources, request, renew=self.held.renew)
         assert written is not None  # as of a process other than the first one
         return written.plan
 

@@ -40,7 +40,7 @@ from posthoc_cli.snapshots.entry import Entry
 from posthoc_cli.snapshots.output_info import OutputInfo, Used
 from posthoc_cli.snapshots.selection import Selection, check_globs
 from posthoc_cli.snapshots.source import Source, StoredTensors, TrackedTensor
-from posthoc_cli.snapshots.sources import Choice, Sources, count_sources
+from posthoc_cli.snapshots.sources import Choice, Sources, announce, count_sources
 from posthoc_cli.targets import Mean, Target, name_equal_length
 
 log = logging.getLogger(__name__)
@@ -132,6 +132,7 @@ class Plan(Combination):
     # the sources in use, all at or before `t`; if there are copies, also the newest one
     sources: tuple[Source, ...]
     targets: tuple[Target, ...]
+    chosen: Choice = field(repr=False, compare=False)  # the sources that were solved for
     t: float
     method: str
     reconstruction: Reconstruction  # coefficients [sources, targets], errors [targets]
@@ -194,6 +195,32 @@ class Plan(Combination):
         """The expected loss of gain of each target, with the rounding of the outputs."""
         errors = np.hypot(self.reconstruction.predicted_error, self.output_rounding)
         return lost_gain(errors, self.reconstruction.distance)
+
+    @cached_property
+    def warnings(self) -> tuple[str, ...]:
+        """A line about the targets whose errors lose more than SMALL_LOSS of the gain, and the
+        sigma_rels that lose less."""
+        losses = self.lost_gains
+        titles = [self.targets[index].title for index in np.flatnonzero(losses > SMALL_LOSS)]
+        if not titles:
+            return ()
+        errors = np.hypot(self.reconstruction.predicted_error, self.output_rounding)
+        error = percent(float(errors.max()))
+        if len(titles) > 1:
+            error = f"up to {error}"
+        profiles = self.chosen.known_profiles
+        curve = error_curve("", profiles, self.chosen.known_prior, t=self.t, method=self.method)
+        sources = count_sources(self.sources, self.solved)
+        origin = f"from the {sources} up to t = {self.t:,.12g}"
+        first = seen_from(0.0, [source.profile for source in self.sources])
+        if first > self.t / 2:
+            origin += f", which show nothing of the training before t = {first:,.4g}"
+        if curve.assumption:
+            origin += f", if {curve.assumption}"
+        lost = f"it loses {at_most(float(losses.max()))} of the gain"
+        return (
+            f"{list_first(titles)}: predicted error {error} {origin}; {lost}; {curve.good_range}",
+        )
 
     def profile_error(self, target: int) -> float:
         """Compute the relative L2 distance between a target's profile and the reconstructed one."""
@@ -288,6 +315,7 @@ def plan_synthesis(sources: Sequence[Source], request: Request) -> Plan:
     plan = Plan(
         sources=tuple(usable[i] for i in used),
         targets=wished,
+        chosen=choice,
         t=time,
         method=method,
         reconstruction=result.subset(snapshots=used),
@@ -299,7 +327,6 @@ def plan_synthesis(sources: Sequence[Source], request: Request) -> Plan:
     )
     plan = _select_tensors(plan, request.selection)
     _check_errors(plan, request.max_error)
-    _warn_of_poor_targets(plan, choice)
     return plan
 
 
@@ -380,30 +407,9 @@ def _check_errors(plan: Plan, max_error: float | None) -> None:
             raise InexactError(target.title, f"{predicted}, {accepted}", hint)
 
 
-def _warn_of_poor_targets(plan: Plan, choice: Choice) -> None:
-    """Log the targets whose errors lose more than SMALL_LOSS of the gain, and the sigma_rels that
-    lose less."""
-    losses = plan.lost_gains
-    titles = [plan.targets[index].title for index in np.flatnonzero(losses > SMALL_LOSS)]
-    if not titles:
-        return
-    errors = np.hypot(plan.reconstruction.predicted_error, plan.output_rounding)
-    error = percent(float(errors.max()))
-    if len(titles) > 1:
-        error = f"up to {error}"
-    curve = error_curve("", choice.known_profiles, choice.known_prior, t=plan.t, method=plan.method)
-    sources = count_sources(plan.sources, plan.solved)
-    origin = f"from the {sources} up to t = {plan.t:,.12g}"
-    first = seen_from(0.0, [source.profile for source in plan.sources])
-    if first > plan.t / 2:
-        origin += f", which show nothing of the training before t = {first:,.4g}"
-    if curve.assumption:
-        origin += f", if {curve.assumption}"
-    log.warning(
-        "%s: predicted error %s %s; it loses %s of the gain; %s",
-        list_first(titles),
-        error,
-        origin,
-        at_most(float(losses.max())),
-        curve.good_range,
-    )
+def announce_plan(plan: Plan) -> None:
+    """Log what is to be known of averages, and of the run that they are made from, before they are
+    used."""
+    announce(plan.chosen.sources)
+    for warning in plan.warnings:
+        log.warning("%s", warning)

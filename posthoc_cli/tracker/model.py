@@ -341,9 +341,11 @@ def _check(entry: NamedTensor) -> None:
         reason = "is sharded over processes by DeepSpeed ZeRO-3, whose parameters have no values"
         hint = "use ZeRO-1 or ZeRO-2, or fully_shard"
         raise InvalidValueError("tensor", f"{reason} between steps", hint, value=value)
-    if tensor.layout != torch.strided:
-        reason = f"is {tensor.layout}; only dense tensors can be tracked"
-        raise InvalidValueError("tensor", reason, value=value)
+    if tensor.is_nested or tensor.layout != torch.strided:
+        kind = "a nested tensor" if tensor.is_nested else tensor.layout
+        reason = f"is {kind}; only dense tensors can be tracked"
+        hint = f"leave it out with exclude={value}"
+        raise InvalidValueError("tensor", reason, hint, value=value)
     if tensor.is_meta:
         hint = "model.to_empty(device=...), then load or initialise its weights"
         raise InvalidValueError("tensor", ON_META, hint, value=value)

@@ -8,7 +8,6 @@ first process. An error in one process is raised in all of them before a model h
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
@@ -38,7 +37,7 @@ from posthoc_cli.snapshots.directory import find_snapshots, read_snapshot
 from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.snapshots.source import Source
 from posthoc_cli.snapshots.sources import Sources, use
-from posthoc_cli.synthesis.plan import Plan, plan_synthesis
+from posthoc_cli.synthesis.plan import Plan, announce_plan, plan_synthesis
 from posthoc_cli.synthesis.weights import Weights, make_weights
 from posthoc_cli.targets import Target, as_target
 from posthoc_cli.tracker.model import TrackedModel, named_tensors
@@ -52,8 +51,6 @@ from posthoc_cli.tracker.processes import (
 from posthoc_cli.tracker.resume import Start
 
 Dtype = torch.dtype | str | None
-
-log = logging.getLogger(__name__)
 
 
 def plan_possible(
@@ -70,16 +67,6 @@ def plan_possible(
         except InvalidValueError as error:
             refusals[label] = str(error)
     return plans, refusals
-
-
-def log_predicted_error(plan: Plan) -> Plan:
-    """Log the predicted error of a plan of one target."""
-    error = plan.predicted_error(0)
-    predicted = "unknown" if error is None else f"{error:.2g}"
-    log.info(
-        "average of %s at t = %.12g: predicted error %s", plan.targets[0].title, plan.t, predicted
-    )
-    return plan
 
 
 def conversion_error(dtypes: Mapping[str, torch.dtype], boxes: Mapping[str, Box]) -> float:
@@ -229,8 +216,11 @@ def reduce_to_send(plan: Plan, sources: Sources) -> SentPlan:
     """Reduce a plan from these sources to what the first process sends."""
     newest: Any = plan.newest
     header = replace(newest, files=(), sketch="", sample="")
+    nothing: Any = None  # of the sources, which the others read anew
     used = [(source.name, source.identity) for source in plan.sources]
-    return SentPlan(replace(plan, sources=(header,), targets=()), used, sources.identity)
+    return SentPlan(
+        replace(plan, sources=(header,), targets=(), chosen=nothing), used, sources.identity
+    )
 
 
 @dataclass(frozen=True)
@@ -311,7 +301,7 @@ class AverageReader:
         for label, target in targets.items():
             if self._tracked_profile(target, {}) is None:
                 others[label] = target
-        stored = self.read_stored() if others else []
+        stored = self._list_stored() if others else []
         if not stored:
             return dict.fromkeys(others, "no snapshot yet")
         _, reasons = plan_possible(stored, others)
@@ -320,7 +310,7 @@ class AverageReader:
     def predict_errors(self, targets: Sequence[Target]) -> dict[str, float]:
         """Predict the errors of averages at the newest snapshot, by label, without waiting."""
         by_label = {target.label: target for target in targets}
-        snapshots = self.read_stored() if targets else []
+        snapshots = self._list_stored() if targets else []
         plans, _ = plan_possible(snapshots, by_label if snapshots else {})
         errors = {}
         for label, plan in plans.items():
@@ -353,11 +343,11 @@ class AverageReader:
                 return self._from_memory(profile, asked.get("dtype"))
 
             def average(sources: Sources) -> Weights:
-                return make_weights(
-                    log_predicted_error(plan_synthesis(sources, Request(length, **asked)))
-                )
+                plan = plan_synthesis(sources, Request(length, **asked))
+                announce_plan(plan)
+                return make_weights(plan)
 
-            return use(self._read_durable(), average)
+            return use(self._take_durable(), average)
 
         return group, from_first(group, make)
 
@@ -419,8 +409,9 @@ class AverageReader:
         group.together(self._pipeline.flush)
 
         def plan() -> SentPlan:
-            sources = self._read_durable()
-            made = log_predicted_error(plan_synthesis(sources, Request(length, **asked)))
+            sources = self._take_durable()
+            made = plan_synthesis(sources, Request(length, **asked))
+            announce_plan(made)
             return reduce_to_send(made, sources)
 
         def read_plan(received: _ReceivedPlan) -> Weights:
@@ -429,14 +420,32 @@ class AverageReader:
         receive = partial(group.from_first, plan)
         return use(_ReceivedPlan(receive(), receive), read_plan)
 
+    def _take_durable(self) -> Sources:
+        """Take the run's durable snapshots, at least one: the writer's from its memory."""
+        self._pipeline.flush()
+        known = self._pipeline.known_snapshots
+        if not known:
+            return self._read_durable()
+        sources = Sources.of(known)
+        return replace(sources, read=partial(self._take_again, sources.identity))
+
+    def _take_again(self, identity: str) -> Sources:
+        """Take them again; if they are the same, somebody else has deleted one, and the directory
+        says what is left."""
+        sources = self._take_durable()
+        return self._read_durable() if sources.identity == identity else sources
+
     def _read_durable(self) -> Sources:
         """Read the run's durable snapshots, at least one."""
-        self._pipeline.flush()
         stored = self.read_stored()
         if not stored:
             reason = "has no snapshot yet, and other lengths than the tracked ones are made of them"
             raise NotReadyError(self._directory, reason, "ema.snapshot() writes one")
         return Sources(self._directory, tuple(stored), self._read_durable)
+
+    def _list_stored(self) -> Sequence[Snapshot]:
+        """List the run's snapshots: the writer's from its memory."""
+        return self._pipeline.known_snapshots or self.read_stored()
 
     def read_stored(self) -> list[Snapshot]:
         """Read the run's snapshots on disk, up to the step from which it is to resume; none if the

@@ -268,6 +268,12 @@ class Snapshotter:
         own = {(part.t, part.sigma_rel) for part in self._stored}
         return [s for s in find_snapshots(self.directory) if (s.t, s.sigma_rel) in own]
 
+    @property
+    def known(self) -> Sequence[Snapshot] | None:
+        """All snapshots of the directory, as this process holds them; None if others write parts
+        or thin."""
+        return self._stored if self._leads and not self._members.is_chunked else None
+
     def end(self) -> None:
         """Thin once more when the training has ended and all parts are there."""
         until = time.monotonic() + LAST_PARTS

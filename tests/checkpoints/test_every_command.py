@@ -3,12 +3,13 @@
 import html
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from checking import assert_same_tensors, heavy, refused
-from factories import contents, write_run
+from factories import contents, write_ema_checkpoints, write_run
 from safetensors.torch import load_file
 from saved import read, store
 
@@ -51,6 +52,70 @@ def test_checkpoints_are_not_called_snapshots(ema, run):
     assert described["settings"] == SETTINGS | {"exclude": ["*skip.*"]}
     assert re.search(r"predicted error \S+ % from the \d+ checkpoints up to t = 385", made.err)
     assert "snapshot" not in made.out + made.err
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Checkpoints of weights with an EMA, which show its decay or say it, and of weights alone; and
+    an import."""
+    place = tmp_path_factory.mktemp("found")
+    shown = place / "shown"
+    shown.mkdir()
+    write_ema_checkpoints(shown, steps=400)
+    for file in shown.iterdir():
+        content = torch.load(file)
+        store(place / "alone" / file.name, {"model": content["model"]})
+        if "ema" in content:
+            content["ema"] = {"decay": 0.9, "w": content["ema"]["module.w"]}
+            store(place / "stated" / file.name, content)
+    (place / "measure.sh").write_text("cksum < $1 | cut -c 1-6")
+    import_checkpoints(shown, place / "own", ema_decay=0.9)
+    return place
+
+
+OPENING = (
+    "synthesize shown --sigma-rel 0.1,0.2 --dry-run",
+    "synthesize shown --target last:2 --out new.pt --json",
+    "error-plot shown shown",
+    "sweep shown --eval 'sh measure.sh {weights}' --minimize --sigma-rel 0.1,0.2",
+)
+FOUND = re.compile(r"shown: 40 x EMA of decay 0.9, 41 x weights; found: decay .*; taken as 0.9")
+
+
+@pytest.mark.parametrize("line", OPENING)
+def test_a_command_says_first_and_once_what_it_has_found_in_foreign_files(
+    line, folders, ema, monkeypatch
+):
+    monkeypatch.chdir(folders)
+    done = ema(*shlex.split(line))
+    assert done.code == 0, done.err
+    said, *others = done.err.splitlines()
+    assert FOUND.fullmatch(said)
+    assert said not in others
+
+
+@pytest.mark.parametrize(
+    ("name", "finding"),
+    [
+        ("stated", "40 x EMA of decay 0.9, 40 x weights; given: decay .*, as claimed"),
+        ("alone", "41 x weights"),
+    ],
+)
+def test_what_was_found_depends_on_what_files_say(name, finding, folders, ema, monkeypatch):
+    monkeypatch.chdir(folders)
+    said = ema("error-plot", name, "--json").err.strip()
+    assert re.fullmatch(f"{name}: {finding}", said)
+
+
+def test_an_import_has_said_what_it_found(folders, ema):
+    assert ema("error-plot", folders / "own", "--json").err == ""
+
+
+def test_an_audit_answers_without_the_notice(folders, ema, monkeypatch):
+    monkeypatch.chdir(folders)
+    audited = ema("audit", "shown")
+    assert audited.err == ""
+    assert "found: decay 0." in audited.out
 
 
 @heavy
@@ -162,3 +227,57 @@ def test_all_commands_ask_for_the_steps_of_an_epoch_by_the_same_line(ema, tmp_pa
     assert re.search(r"400  EMA of decay 0\.95  sigma_rel 0\.04[678]\d*  ", informed.out)
     curve = ema("error-plot", tmp_path / "run", "--json")
     assert curve.code == 0
+
+
+@pytest.fixture
+def twins(tmp_path, monkeypatch):
+    """Files of two sets, of which no word says that one is an average of the other."""
+    monkeypatch.chdir(tmp_path)
+    random = torch.Generator().manual_seed(0)
+    weights = torch.randn(200, generator=random)
+    smooth = weights
+    for step in range(1, 201):
+        weights = weights + 0.02 * torch.randn(200, generator=random)
+        smooth = smooth.lerp(weights, 0.05)
+        if step % 20 == 0:
+            content = {"step": step, "model": {"w": weights}, "smooth": {"w": smooth}}
+            store(Path(f"twins/step{step}.pt"), content)
+    return "twins"
+
+
+def test_every_command_asks_the_same_which_set_is_an_average(twins, ema):
+    lines = (
+        f"audit {twins}",
+        f"synthesize {twins} --sigma-rel 0.1 --dry-run",
+        f"import {twins} --dry-run",
+    )
+    errors = {ema(*line.split()).err for line in lines}
+    (error,) = errors
+    assert "'smooth' moves less, as averages do" in error
+    *_, note = ema("info", twins, "--json").json["notes"]
+    assert "'smooth' moves less, as averages do" in note
+
+
+@pytest.fixture
+def stated(folders, tmp_path, monkeypatch):
+    """Files that say their decay, beside one of another model."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folders / "stated", "stated")
+    store(Path("stated/classifier.pt"), {"other": torch.ones(3)})
+    return "stated"
+
+
+@pytest.mark.parametrize("line", ["import {} --dry-run", "audit {}", "info {}", "error-plot {}"])
+def test_a_command_says_once_what_is_not_used(line, stated, ema):
+    done = ema(*line.format(stated).split())
+    text = "left out: classifier.pt (another model)"
+    assert (done.out + done.err).count(text) == 1
+
+
+def test_what_was_found_and_left_out_is_in_the_json_report(stated, ema):
+    for line in (f"synthesize {stated} --sigma-rel 0.1 --dry-run", f"error-plot {stated}"):
+        report = ema(*line.split(), "--json").json
+        contents, finding = report["findings"]
+        assert contents == "40 x EMA of decay 0.9, 40 x weights"
+        assert finding.startswith("given: decay ")
+        assert "stated: left out: classifier.pt (another model)" in report["warnings"]

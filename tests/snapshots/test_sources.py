@@ -148,3 +148,19 @@ def test_an_average_of_unknown_decay_is_not_planned_with(tmp_path):
     sources = open_sources(tmp_path, settle=False)
     with refused("sources", "unknown decay", kind=InvalidValueError):
         plan_synthesis(sources, Request(0.1))
+
+
+def test_what_a_result_can_say_is_logged_when_something_is_made(tmp_path, caplog):
+    """Not by a look at the run or a plan, which hold it as values."""
+    folder = filled(tmp_path / "run", 10, 20, 30)
+    torch.save({"other": torch.ones(4)}, folder / "another.pt")
+    run = Run(folder)
+    plan = run.plan(0.05)
+    run.error_curve()
+    run.info()
+    assert run.t == 30
+    assert not caplog.messages
+    (note,) = run.sources.notes
+    (warning,) = plan.warnings
+    run.average(0.05)
+    assert caplog.messages[-2:] == [f"{folder}: {note}", warning]

@@ -167,9 +167,10 @@ def test_the_newest_file_of_the_name_is_read_and_lm_evals_standard_error_is_foun
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("results.json", "no results.json .*'nested.json', 'other.json'"),
+        ("results.json", "no results.json .*'memory.json', 'nested.json', 'other.json'"),
         ("../elsewhere.json", "no ../elsewhere.json .*'nested.json'"),
         ("nested.json", "nested.json cannot be read"),
+        ("memory.json", "memory.json cannot be read"),
         ("other.json", "'a' is "),
     ],
 )
@@ -178,6 +179,7 @@ def test_a_file_without_the_metric_is_an_error(tmp_path, name, message):
     folder = tmp_path / "trial"
     folder.mkdir()
     (folder / "nested.json").write_text(100_000 * "[")
+    (folder / "memory.json").symlink_to("/proc/self/mem")
     (folder / "other.json").write_text('{"a": [1]}')
     with pytest.raises(TrialError, match=message):
         Metric("a", name).read(tmp_path, folder)

@@ -5,24 +5,31 @@ Each use ends at once with one error, or without harm; nothing outside is touche
 is left.
 """
 
+import errno
 import itertools
 import os
 import pickle
 import random
 import re
+import resource
+import shlex
 import shutil
+import stat
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
-from checkpoint_layouts import LAYOUTS, walk
+from checkpoint_layouts import LAYOUTS, distributed, walk
 from ema_command import run_ema
 from factories import INDEX, contents, random_walk, split_snapshot, write_run
+from safetensors.torch import save_file
 from snapshots.recorded import SMALL, examine, small_output, small_snapshot, used
 from tracker.runs import track
 
-from posthoc_cli import Run, export_file
+from posthoc_cli import Run, export_file, files, import_checkpoints
 from torture.training import Tally
 
 
@@ -38,18 +45,31 @@ class Bomb(str):
 
 LINKS = {
     "a link to /dev/zero": "/dev/zero",
+    "a link to /proc/kmsg": "/proc/kmsg",
+    "a link to /proc/self/mem": "/proc/self/mem",
     "a link to nothing": "nothing",
     "a link to a directory": "outside",
     "a link to somebody's file": "outside/secret",
     "a link to somebody's model": "outside/model.safetensors",
 }
 """What a link leads to, within the folder that contains all files."""
+UNREADABLE = (
+    "a link to /dev/zero",
+    "a link to /proc/kmsg",
+    "a link to /proc/self/mem",
+    "a pipe",
+    "a socket",
+    "a directory",
+    "a file that may not be read",
+)
 THINGS = (
-    *LINKS,
+    *UNREADABLE,
+    "a link to nothing",
+    "a link to a directory",
+    "a link to somebody's file",
+    "a link to somebody's model",
     "a link to itself",
     "another name of somebody's file",
-    "a pipe",
-    "a directory",
     "an empty file",
     "a pickle",
     "a PyTorch file",
@@ -68,6 +88,11 @@ def put(thing, path, home):
         path.hardlink_to(home / "outside/secret")
     elif thing == "a pipe":
         os.mkfifo(path)
+    elif thing == "a socket":
+        os.mknod(path, stat.S_IFSOCK | 0o600)
+    elif thing == "a file that may not be read":
+        path.write_bytes(b"{}\n")
+        path.chmod(0)
     elif thing == "a directory":
         path.mkdir()
     elif thing == "an empty file":
@@ -75,7 +100,8 @@ def put(thing, path, home):
     elif thing == "a pickle":
         path.write_bytes(pickle.dumps({"w": bomb}))
     elif thing == "a PyTorch file":
-        torch.save({"w": torch.ones(3), "bomb": bomb}, path)
+        with path.open("wb") as file:  # torch takes no name like `.metadata`
+            torch.save({"w": torch.ones(3), "bomb": bomb}, file)
     else:
         path.write_bytes(b"{}\n" * 100)
 
@@ -100,7 +126,27 @@ SHARDS = (
     "export made.safetensors --like sharded --out out/f",
 )
 FOLDER = ("export made.safetensors --out out/f",)
+TRAINER = ("info trainer", "synthesize trainer --sigma-rel 0.1 --out out/o.safetensors")
+SMALL_FILES = {
+    "swept/trials.jsonl": (
+        "sweep run --eval \"sh -c 'echo $1' sh {sigma_rel} {weights}\" --minimize --out swept "
+        "--sigma-rel 0.1,0.2",
+    ),
+    "import/ema-import.json": ("info import",),
+    f"trainer/checkpoint-20/{INDEX}": TRAINER,
+    "trainer/checkpoint-20/trainer_state.json": TRAINER,
+    "trainer/checkpoint-20/counts.yaml": TRAINER,
+    "pairs/step-20/unet_ema/config.json": ("info pairs",),
+    "distributed/step-20/.metadata": ("info distributed",),
+    f"sharded/{INDEX}": SHARDS,
+    "trainer/checkpoint-20/config.json": (
+        "export made.safetensors --like trainer/checkpoint-20 --out out/f",
+    ),
+    "fresh/.ema.kept": ("",),
+}
+"""The commands that read a small file beside tensors, in whose place another thing is put."""
 PLACES = {
+    **SMALL_FILES,
     "x": ANY,
     "x.pt": ("export made.safetensors --like x.pt --out out/o.pt",),
     "run/0000000000000010-0.05.safetensors": RUN,
@@ -109,7 +155,6 @@ PLACES = {
     "run/.ema.lock": RUN[::2],
     "run/superseded": RUN[::2],
     "sharded/model-00001-of-00002.safetensors": SHARDS,
-    f"sharded/{INDEX}": SHARDS,
     "out/o.safetensors": (MADE,),
     "out/o.pt": SHARDS[1:2],
     "out/o.png": RUN[3:],
@@ -117,19 +162,57 @@ PLACES = {
     "out/f/model.safetensors": FOLDER,
     f"out/f/{INDEX}": FOLDER,
     "fresh/.ema.lock": ("",),
-    "fresh/.ema.kept": ("",),
     "fresh/superseded": ("",),
 }
 """The commands that read or write a place; "": a training. Those that write below "out" also run
 with --overwrite."""
 
 
-def replace_files(folder, share, seed):
+def replace_files(folder, share, seed, places=PLACES, things=THINGS):
     """Put every special file at every place, and use it."""
     tally = Tally()
     home = folder / "home"
     template = folder / "template"
     before = Path.cwd()
+    _write_template(template)
+    meetings = all_meetings(places, things)
+    count = max(1, round(share * len(meetings)))
+    try:
+        for meeting in random.Random(seed).sample(meetings, count):
+            shutil.rmtree(home, ignore_errors=True)
+            shutil.copytree(template, home)
+            os.chdir(home)
+            with mock.patch.object(files, "system", Permissions()), bounded_memory():
+                _meet(home, *meeting, tally)
+    finally:
+        os.chdir(before)
+    return tally
+
+
+class Permissions(files.FileSystem):
+    """A file system that asks for permission to read a file, also of the superuser."""
+
+    def open(self, path):
+        if path.exists() and not path.stat().st_mode & stat.S_IRUSR:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return super().open(path)
+
+
+@contextmanager
+def bounded_memory():
+    """Let this process have 4 GB of addresses more than now: a device never ends."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + (4 << 30)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (most, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def _write_template(template):
+    """Write what meetings are copies of: a run, outputs, checkpoints of other programs."""
     moves = random_walk(20, {"w": (3,), "v": (2, 2)})
     write_run(template / "run", moves, (5, 10, 15, 20))
     Run(template / "run").write([0.05], template / "made.safetensors")
@@ -138,26 +221,25 @@ def replace_files(folder, share, seed):
         (template / name).mkdir()
     (template / "outside" / "secret").write_bytes(b"another user's file, which must not change")
     shutil.copy(template / "made.safetensors", template / "outside" / "model.safetensors")
-    meetings = all_meetings()
-    count = max(1, round(share * len(meetings)))
-    try:
-        for meeting in random.Random(seed).sample(meetings, count):
-            shutil.rmtree(home, ignore_errors=True)
-            shutil.copytree(template, home)
-            os.chdir(home)
-            _meet(home, *meeting, tally)
-    finally:
-        os.chdir(before)
-    return tally
+    for step, weights in enumerate(moves, start=1):
+        tensors = {name: torch.from_numpy(value) for name, value in weights.items()}
+        if step % 5 == 0:
+            LAYOUTS["transformers"](template / "trainer", step, tensors)
+            distributed(template / "distributed" / f"step-{step}", tensors)
+            for name in ("unet", "unet_ema"):
+                part = template / "pairs" / f"step-{step}" / name
+                part.mkdir(parents=True)
+                save_file(tensors, part / "diffusion_pytorch_model.safetensors")
+    import_checkpoints(template / "trainer", template / "import")
 
 
-def all_meetings():
+def all_meetings(places, things):
     """Return every place, thing and command."""
     meetings = []
-    for place, commands in PLACES.items():
+    for place, commands in places.items():
         if place.startswith("out/"):
             commands = (*commands, *(f"{command} --overwrite" for command in commands))
-        meetings += itertools.product([place], THINGS, commands)
+        meetings += itertools.product([place], things, commands)
     return meetings
 
 
@@ -172,7 +254,8 @@ def _meet(home, place, thing, command, tally):
     tally.tried += 1
     with tally.judged(what):
         if command:
-            tally.missed += _unclear(what, command)
+            is_named = place in SMALL_FILES and not path.is_dir()
+            tally.missed += _unclear(what, command, path.name if is_named else "")
         else:
             _track(home)
     if (home / "executed").exists():
@@ -186,13 +269,14 @@ def _meet(home, place, thing, command, tally):
         tally.lost.append(f"{what}: temporaries were left")
 
 
-def _unclear(what, command):
-    """Run a command; return a line unless it ends as usual, with one error if it fails."""
-    result = run_ema(*command.split())
+def _unclear(what, command, name):
+    """Run a command; return a line unless it ends as usual, with one error, which says a name, if
+    it fails."""
+    result = run_ema(*shlex.split(command))
     errors = [line for line in result.err.splitlines() if line.startswith("ema: error: ")]
     errors += re.findall("^problem.*", result.out, re.MULTILINE)[:1]  # of `ema info`
     is_usual = result.code in (0, 1, 2) and "Traceback" not in result.err
-    if is_usual and len(errors) == (result.code > 0):
+    if is_usual and len(errors) == (result.code > 0) and name in "".join([*errors, name][:1]):
         return []
     return [f"{what}: ended with {result.code}: {result.err[-500:]!a}"]
 

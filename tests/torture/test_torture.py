@@ -1,4 +1,4 @@
-"""The experiments on what the guide `durability` promises; `make torture` runs all of each and
+"""The experiments on what the guide `snapshots` promises; `make torture` runs all of each and
 prints a table."""
 
 import pytest
@@ -29,4 +29,12 @@ def test_nothing_is_lost_missed_or_executed(name, tmp_path):
     experiment, share = EXPERIMENTS[name]
     tally = experiment(tmp_path, share, 0)
     assert tally.tried > 0
+    assert tally == Tally(tally.tried)
+
+
+@pytest.mark.timeout(120)
+def test_small_files_that_cannot_be_read_are_named(tmp_path):
+    """A pipe would wait for a writer, a device fill the memory."""
+    tally = hostile.replace_files(tmp_path, 1.0, 0, hostile.SMALL_FILES, hostile.UNREADABLE)
+    assert tally.tried > 90
     assert tally == Tally(tally.tried)

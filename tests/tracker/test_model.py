@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from contextlib import suppress
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
@@ -166,17 +167,28 @@ def test_the_end_of_a_block_restores_everything(tmp_path, body, infers):
     optimizer.step()
 
 
-def test_a_sparse_buffer_is_allowed_unless_it_would_be_stored(tmp_path):
+ROWS = [torch.ones(2, 3), torch.ones(4, 3)]
+NOT_DENSE = {
+    "nested": partial(torch.nested.nested_tensor, ROWS),
+    "nested, jagged": partial(torch.nested.nested_tensor, ROWS, layout=torch.jagged),
+    "sparse": torch.eye(3).to_sparse,
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
+@pytest.mark.parametrize("kind", NOT_DENSE)
+def test_a_sparse_or_nested_buffer_is_allowed_unless_it_would_be_stored(tmp_path, kind):
     model = nn.Linear(2, 2)
-    sparse = torch.eye(3).to_sparse()
-    model.register_buffer("adjacency", sparse, persistent=False)
-    tracker = track(model, tmp_path)
+    table = NOT_DENSE[kind]()
+    model.register_buffer("adjacency", table, persistent=False)
+    model.register_buffer("table", table)
+    with refused("tensor 'table'", "dense", "exclude='table'"):
+        PostHocEMA.from_model(model, tmp_path)
+    tracker = track(model, tmp_path, exclude="table")
     tracker.update_(model)
     with tracker.model(model, sigma_rel=0.28):
         pass
-    model.register_buffer("table", sparse)
-    with refused("tensor 'table'"):
-        PostHocEMA.from_model(model, tmp_path)
+    assert model.table is table
 
 
 def test_usual_mistakes_name_what_was_meant(tmp_path):
