@@ -218,7 +218,8 @@ class Schedule:
         snapshots = self.snapshots()
         kept = len(snapshots) // len(self.sigma_rels)
         steps = count_noun(self.steps, "step")
-        label = f"{count_noun(kept, 'snapshot')} of {steps}, one every {self.checkpoint_every:,}"
+        times = count_noun(kept, "time")
+        label = f"snapshots at {times} of {steps}, one every {self.checkpoint_every:,}"
         return error_curve(label, snapshots, self.prior(snapshots), sigma_range)
 
 
@@ -414,6 +415,7 @@ def _points(
         others, profile_errors, predicted_errors, losses, strict=True
     ):
         width = getattr(others[title], "sigma_rel", None) or relative_width(others[title], t)
+        width = _drop_rounding(width)
         points.append(ErrorPoint(title, width, profile_error, predicted, lost_gain))
     return tuple(points)
 
@@ -435,8 +437,13 @@ def tracked_widths(profiles: Iterable[Profile]) -> list[float]:
     widths = set()
     for profile in profiles:
         if isinstance(profile, PowerFunction):
-            widths.add(float(f"{profile.sigma_rel:.12g}"))
+            widths.add(_drop_rounding(profile.sigma_rel))
     return sorted(widths)
+
+
+def _drop_rounding(sigma_rel: float) -> float:
+    """Round a width that was computed from a gamma to the digits that it was given with."""
+    return float(f"{sigma_rel:.12g}")
 
 
 def time_between(snapshots: Sequence[StoredProfile], t: float | None) -> float:

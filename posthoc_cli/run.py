@@ -33,7 +33,7 @@ from posthoc_cli.snapshots.outputs import describe
 from posthoc_cli.snapshots.prune import Pruning, plan_pruning
 from posthoc_cli.snapshots.prune import prune as prune_directory
 from posthoc_cli.snapshots.snapshot import Snapshot, file_bytes
-from posthoc_cli.snapshots.sources import Sources, announce, use
+from posthoc_cli.snapshots.sources import Sources, announce, count_sources, use
 from posthoc_cli.snapshots.verify import DAMAGED, UNCHANGED, FileReport, Verification, verify
 from posthoc_cli.synthesis.curve import run_curve
 from posthoc_cli.synthesis.plan import Plan, announce_plan, plan_synthesis
@@ -73,11 +73,11 @@ class Run:
             sources = self.sources
         except PostHocError as error:
             return f"Run({str(self.directory)!r}: {error.reason})"
-        what = "checkpoints"
+        what = count_sources(sources)
         if sources.widths:
-            what = f"snapshots of {', '.join(f'{width:g}' for width in sources.widths)}"
+            what += f" of {', '.join(f'{width:g}' for width in sources.widths)}"
         time = f"{sources.t:,.12g} {sources.t_unit}"
-        return f"Run({str(self.directory)!r}: {len(sources):,} {what} up to {time})"
+        return f"Run({str(self.directory)!r}: {what} up to {time})"
 
     # --- contents
 
@@ -164,7 +164,8 @@ class Run:
         self,
         evaluate: str | Callable[[dict[str, torch.Tensor]], Any],
         *,
-        minimize: bool = True,
+        minimize: bool | None = None,
+        maximize: bool | None = None,
         metric: str | None = None,
         sigma_range: tuple[float, float] | None = None,
         sigma_rels: Sequence[float] | None = None,
@@ -175,11 +176,13 @@ class Run:
         jobs: int = 1,
         out: str | Path | None = None,
     ) -> SweepReport:
-        """Find the best length of an average by a metric, as `ema sweep` does.
+        """Find the best length of an average by a metric, as `ema sweep` does. A notebook shows the
+        report with its curve.
 
         Arguments:
             evaluate: a function that takes the tensors by name and returns the metric, a number, or
                 the metric and its standard error; or a command, as of `--eval`.
+            minimize, maximize: whether a lower or a higher metric is better: one of them is True.
             metric: where a command prints its metric, as `--metric`; or what a function returns.
             sigma_range, sigma_rels: the range to search, by default all whose lost gain is below 5
                 %, or a list to measure.
@@ -187,35 +190,45 @@ class Run:
             t, step: as in `plan_synthesis`.
             raw: the last weights, to measure them too: tensors by name, or a checkpoint.
             jobs: commands that run side by side; a function is called in this thread.
-            out: a folder for trials, logs and the best average, with which the same call continues
-                (a function is known by its name: name another folder if it has changed); None to
-                keep nothing.
+            out: a folder for trials, logs, the best average and the page, with which the same call
+                continues (a function is known by its name: name another folder if it has changed);
+                None to keep nothing.
 
         Raises the errors of `Sweep.run_all`, and what the function raises.
         """
         from posthoc_cli.sweep import Lengths, Metric, Sweep
         from posthoc_cli.sweep.search import USUAL_BUDGET
 
+        is_lower_better = {minimize, None if maximize is None else not maximize} - {None}
+        if len(is_lower_better) != 1:
+            reason = "say whether lower or higher is better: give minimize=True or maximize=True"
+            raise InvalidValueError("minimize", reason)
         at_most_one(sigma_range=sigma_range, sigma_rels=sigma_rels)
         lengths = None
         if sigma_range is not None:
             lengths = Lengths(*check_sigma_range(sigma_range))
         if sigma_rels is not None:
             lengths = Lengths.from_list(sigma_rels)
+        folder = None if out is None else files.local_path("out", out)
         search = Sweep(
             self.sources,
             evaluate,
             Metric() if metric is None else Metric.parse(metric),
-            None if out is None else files.local_path("out", out),
+            folder,
             lengths=lengths,
-            minimize=minimize,
+            minimize=is_lower_better.pop(),
             budget=USUAL_BUDGET if budget is None else budget,
             t=t,
             step=step,
             raw=Path(raw) if isinstance(raw, str) else raw,
             jobs=jobs,
         )
-        return search.run_all()
+        report = search.run_all()
+        if folder is None:
+            return report
+        from posthoc_cli.report.page import write_page
+
+        return write_page(report, folder)
 
     # --- errors
 

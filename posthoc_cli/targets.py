@@ -36,6 +36,7 @@ from posthoc_cli.profiles import (
     StoredProfile,
     check_sigma_rel,
     decay_from_sigma_rel,
+    round_sigma_rel,
     sigma_rel_from_decay,
     sigma_rel_from_gamma,
 )
@@ -192,7 +193,7 @@ class Beta(Target):
     def on_clock(self, t: float, clock: Clock) -> str:
         gamma = 1 / _share(-1 / math.log(self.beta), t, clock) - 2  # of the same mean age
         sigma_rel = sigma_rel_from_gamma(max(gamma, 1e-3))
-        return f"--sigma-rel {sigma_rel:.4g}"
+        return f"--sigma-rel {round_sigma_rel(sigma_rel, 4):g}"
 
 
 class HalfLife(Beta):
@@ -440,7 +441,7 @@ def name_equal_length(target: Target, steps: float | None) -> str | None:
         return f"decay {1 - float(f'{left:.2g}'):.12g}"
     if target.beta is not None:
         sigma_rel = sigma_rel_from_decay(target.beta, steps)
-        return None if sigma_rel is None else f"sigma_rel {sigma_rel:.3g}"
+        return None if sigma_rel is None else f"sigma_rel {round_sigma_rel(sigma_rel, 3):g}"
     return None
 
 

@@ -22,7 +22,7 @@ ROOMS = (
     "errors", "remote", "files", "resources", "devices", "group", "dtypes", "profiles",
     "decay_rules", "run_clock", "targets", "reconstruction",
     "planning", "snapshots", "checkpoints", "opening", "request", "synthesis", "export", "plots",
-    "sweep", "run", "tracker", "averages", "integrations", "report", "demo", "cli",
+    "sweep", "report", "run", "tracker", "averages", "integrations", "demo", "cli",
 )  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

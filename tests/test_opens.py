@@ -78,7 +78,7 @@ def loss(tensors):
 
 def sweep(run):
     """Return the number of averages that it has made."""
-    return len(run.sweep(loss, sigma_rels=[0.1, 0.15, 0.2, 0.25]).trials)
+    return len(run.sweep(loss, minimize=True, sigma_rels=[0.1, 0.15, 0.2, 0.25]).trials)
 
 
 MOST = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,13 +19,15 @@ from typing import Any, NoReturn
 import numpy as np
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.containers import ENDINGS, KIND, find_container, read_leaves
+from posthoc_cli.checkpoints.containers import ENDINGS, find_container, read_leaves
 from posthoc_cli.checkpoints.folders import NO_MODEL, Distributed, Layout, OneFile, Refused, Sets
 from posthoc_cli.checkpoints.pickles import Keys, Node, read_pickled
+from posthoc_cli.checkpoints.trackers import TENSORS, VALUES, TrackerState, find_trackers
 from posthoc_cli.errors import FileFormatError, list_first, quote
 from posthoc_cli.snapshots.boxes import Box, cover_problem
 from posthoc_cli.snapshots.entry import Entry, decode_values, is_sizes
 from posthoc_cli.snapshots.opened_file import OpenedFile, read_small_file, sampled_identity
+from posthoc_cli.snapshots.output_mark import MARK, OutputMark, decode_mark, find_mark
 from posthoc_cli.snapshots.outputs import decode_index
 from posthoc_cli.snapshots.strict_json import parse_object
 from posthoc_cli.snapshots.tensorfile import TensorFile
@@ -84,6 +86,8 @@ class Content:
     tensors: Tensors  # by their keys, joined by dots
     values: Values = field(default_factory=dict)  # mostly numbers and texts, by their keys
     files: Files = field(default_factory=dict)
+    trackers: tuple[TrackerState, ...] = ()  # our own, whose tensors and values are not among these
+    mark: OutputMark | None = None  # of an output of this package
 
     @property
     def nbytes(self) -> int:
@@ -104,6 +108,14 @@ class Content:
             if is_group:
                 keys.add(f"{outer}.state".removeprefix("."))
         return frozenset(keys)
+
+    @property
+    def tracker_averages(self) -> dict[str, str]:
+        """The lengths of the averages that a tracker's callback has saved in it, by path."""
+        found = dict[str, str]()
+        for state in self.trackers:
+            found |= state.average_paths
+        return found
 
     def is_of_optimizer(self, name: str) -> bool:
         """Return whether a tensor or a value is part of an optimizer's state."""
@@ -168,6 +180,8 @@ class Reader:
     def _read_sets(self, layout: Sets, opened: Files) -> Content:
         tensors = {}
         values = {}
+        trackers = []
+        marks = []
         for key, member in layout.members.items():
             try:
                 content = self.read(member, opened)
@@ -183,7 +197,17 @@ class Reader:
                 tensors[moved.name] = moved
             for name, value in {**content.values, **settings}.items():
                 values[f"{key}.{name}"] = value
-        return Content(layout.path, tensors, values, opened)
+            trackers += [state.below(key) for state in content.trackers]
+            marks.append(content.mark)
+        return Content(layout.path, tensors, values, opened, tuple(trackers), _mark_of_all(marks))
+
+
+def _mark_of_all(marks: Sequence[OutputMark | None]) -> OutputMark | None:
+    """Find the mark of a folder with such members: one of a copied folder stands for all of it."""
+    copied = [mark for mark in marks if mark is not None and mark.copied]
+    if copied:
+        return copied[0]
+    return marks[0] if all(marks) else None
 
 
 def is_text(layout: Layout) -> bool:
@@ -234,7 +258,9 @@ def _read_file(path: Path, opened: Files) -> Content:
     values = Values()
     tensors = {}
     with OpenedFile(path) as file:
-        for keys, value in read_leaves(file).items():
+        leaves = read_leaves(file)
+        mark = decode_mark(str(leaves.pop((MARK,), "")), path)
+        for keys, value in leaves.items():
             name = ".".join(keys)
             if isinstance(value, Node):
                 kind = quote(value.name.removeprefix("torch._utils._rebuild_"))
@@ -249,7 +275,26 @@ def _read_file(path: Path, opened: Files) -> Content:
             else:
                 values[name] = value
         opened[path] = _identify(file)
-    return Content(path, tensors, values, opened)
+    return _without_trackers(Content(path, tensors, values, opened, mark=mark))
+
+
+def _without_trackers(content: Content) -> Content:
+    """Set the states of trackers aside: they are no part of a model, and no average."""
+    states = find_trackers(content.values)
+    if not states:
+        return content
+    own = set[str]()
+    beginnings = list[str]()
+    for state in states:
+        start = f"{state.path}." if state.path else ""
+        own.update(start + name for name in VALUES)
+        beginnings += [f"{start}{key}." for key in TENSORS]
+    tensors = {}
+    for name, tensor in content.tensors.items():
+        if not name.startswith(tuple(beginnings)):
+            tensors[name] = tensor
+    values = {name: value for name, value in content.values.items() if name not in own}
+    return replace(content, tensors=tensors, values=values, trackers=tuple(states))
 
 
 def _last_part(name: str) -> str:
@@ -275,7 +320,7 @@ def _read_number(file: OpenedFile, entry: Entry) -> float:
 
 def _read_shards(index: Path, opened: Files) -> Content:
     tensors = {}
-    values = {}
+    mark = None
     opened[index] = identify(index)
     for name, listed in decode_index(index, ENDINGS).items():
         shard = _read_file(index.parent / name, opened)
@@ -283,9 +328,8 @@ def _read_shards(index: Path, opened: Files) -> Content:
             if tensor not in shard.tensors:
                 refuse_tensor(shard.path, tensor, "is not in it, as the index says")
             tensors[tensor] = shard.tensors[tensor]
-        if KIND in shard.values:
-            values[KIND] = shard.values[KIND]
-    return Content(index.parent, tensors, values, opened)
+        mark = mark or shard.mark
+    return Content(index.parent, tensors, files=opened, mark=mark)
 
 
 # --- torch.distributed.checkpoint
@@ -303,6 +347,7 @@ def _state(value: Any) -> Values:
 def _read_distributed(metadata: Path, opened: Files) -> Content:
     with OpenedFile(metadata) as file:
         state = _state(read_pickled(file, 0, file.size))
+        _, mark = find_mark(file)
         opened[metadata] = _identify(file)
     listed = state.get("state_dict_metadata")
     stored = state.get("storage_data")
@@ -321,9 +366,20 @@ def _read_distributed(metadata: Path, opened: Files) -> Content:
             chunks = partial(objects.chunks, name, shape, about["chunks"])
             keys = _key_path(name, state.get("planner_data"))
             tensors[".".join(keys)] = StoredTensor(keys, shape, chunks)
-        elif _last_part(name) in COUNTERS and not NO_MODEL.search(name):
+        elif _is_counter(name) or _is_of_tracker(name, listed):
             values[name] = objects.read(name, ())[1]
-    return Content(metadata.parent, tensors, values, opened)
+    found = Content(metadata.parent, tensors, values, opened, mark=decode_mark(mark, metadata))
+    return _without_trackers(found)
+
+
+def _is_counter(name: str) -> bool:
+    return _last_part(name) in COUNTERS and not NO_MODEL.search(name)
+
+
+def _is_of_tracker(name: str, listed: Collection[Any]) -> bool:
+    """Return whether an object may be a value of a tracker's state: both values are there."""
+    path = name.removesuffix(_last_part(name))
+    return _last_part(name) in VALUES and all(f"{path}{value}" in listed for value in VALUES)
 
 
 def _key_path(name: str, planned: Any) -> Keys:

@@ -29,6 +29,7 @@ from posthoc_cli.checkpoints.source import COMPARED_FILES, Checkpoint, first_val
 from posthoc_cli.checkpoints.updates import Updates
 from posthoc_cli.decay_rules import POWER_FUNCTION, RULES, DecayRule, OrdinaryEMA
 from posthoc_cli.errors import InvalidValueError, argument
+from posthoc_cli.profiles import round_sigma_rel
 
 _SURE = 0.05  # largest uncertainty of a length from which a decay is taken
 _CLEAR = 0.12  # and one from which a decay is proposed
@@ -288,7 +289,7 @@ def _find_key(checkpoint: Checkpoint) -> str:
 def _settings_of(rule: DecayRule) -> Settings:
     """Express a rule as settings."""
     if rule.warm_up == POWER_FUNCTION:
-        return {"sigma_rels": (min(float(f"{main_number(rule):.4g}"), 0.2886),)}
+        return {"sigma_rels": (round_sigma_rel(main_number(rule), 4),)}
     if rule.is_schedule:
         return {"ema_warmup": warm_up_text(rule)}
     settings: Settings = {"ema_decay": rule.decay}

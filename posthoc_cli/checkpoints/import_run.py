@@ -102,6 +102,8 @@ def import_checkpoints(
         reason = "is a run already, and needs no import"
         raise DirectoryError(origin, reason, "name the files of the other program")
     sources = find(origin, given.given)
+    for notice in sources.notices:
+        log.info("%s: %s", directory, notice)
     for note in sources.notes:
         log.warning("%s: %s", directory, note)
     report = ImportReport(sources, target, written=False)

@@ -98,8 +98,11 @@ def _is_average_file(path: Path) -> bool:
 
 
 def _name_fixed(sets: TensorSets, settings: ImportSettings) -> ImportSettings:
-    """Name the two sets of a program that stores them under fixed keys, once it has counted an
-    update."""
+    """Name the average that a tracker's callback has saved, or the two sets of a program that
+    stores them under fixed keys, once it has counted an update."""
+    for path in sets.content.tracker_averages:
+        if sets.counts[path]:
+            return replace(settings, average=path)
     for row in LIBRARIES:
         is_counted = row.weights and sets.content.values.get(row.marks[0])
         if is_counted and sets.below(row.average) and sets.below(row.weights):
@@ -373,7 +376,6 @@ def says_its_profile(content: Content) -> bool:
 
 _OF_AVERAGES = {
     "sigma_rels", "update_every", "update_after_step", "ema_decay", "ema_warmup", "steps",
-    "ema_restarts",
 }  # fmt: skip
 _DEFAULTS = {"update_every": "10", "update_after_step": "100"}  # of ema-pytorch
 
@@ -443,6 +445,11 @@ class Stored:
     @cached_property
     def _found(self) -> Found:
         return recognise(self._content, self._settings)
+
+    @property
+    def has_tracker(self) -> bool:
+        """Whether the checkpoint holds the state of one of our trackers."""
+        return bool(self._content.trackers)
 
     @property
     def groups(self) -> str:

@@ -8,11 +8,13 @@ says all of this: nothing is decided again.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -41,6 +43,7 @@ from posthoc_cli.checkpoints.source import (
     make_checkpoint,
     moves_less,
 )
+from posthoc_cli.checkpoints.trackers import note_trackers
 from posthoc_cli.errors import (
     FileFormatError,
     InvalidValueError,
@@ -52,9 +55,12 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.profiles import FloatArray, Point, StoredProfile
 from posthoc_cli.snapshots.directory import MANIFEST, is_import
+from posthoc_cli.snapshots.output_info import AVERAGE_OF_TWO
 from posthoc_cli.snapshots.selection import check_globs
 from posthoc_cli.snapshots.source import by_time, model_difference
 from posthoc_cli.snapshots.sources import Sources
+
+log = logging.getLogger(__name__)
 
 _EPOCHS = 1000  # largest number that is read as perhaps epochs: few trainings have more
 _TARGET = re.compile("target|teacher|momentum", re.IGNORECASE)
@@ -109,7 +115,12 @@ def find(
             return _read_with_decays(place, settings)
         return _read(place, settings, is_unclaimed=True)
 
-    found = with_command(name, given, attempt)
+    try:
+        found = with_command(name, given, attempt)
+    except PostHocError:  # which has no sources that hold them
+        for notice in places[str(name)].tracker_notes:
+            log.info("%s: %s", name, notice)
+        raise
     return Sources(
         path,
         tuple(found.checkpoints),
@@ -117,6 +128,7 @@ def find(
         settings=found.settings.given,
         numbers=found.numbers,
         notes=found.notes,
+        notices=tuple(places[str(name)].tracker_notes),
         findings=found.findings if settle else (),
     )
 
@@ -175,7 +187,14 @@ def _open_import(folder: Path, look: files.Look) -> Sources:
         for file in checkpoint.opened.values():
             manifest.check_identity(file)
     run = _make_run(checkpoints)
-    return Sources(folder, tuple(run), look=look, settings=manifest.settings.given)
+    trackers = chain.from_iterable(content.trackers for content in contents.values())
+    return Sources(
+        folder,
+        tuple(run),
+        look=look,
+        settings=manifest.settings.given,
+        notices=tuple(note_trackers(manifest.origin, trackers)),
+    )
 
 
 def _restore(listed: Listed, content: Content, manifest: Manifest) -> Checkpoint:
@@ -221,6 +240,7 @@ def _read(place: Place, settings: ImportSettings, is_unclaimed: bool = False) ->
     notes = list[str]()
     run = _leave_out_untrained(run, times, notes)
     if not is_unclaimed:
+        run = [_without_tracked(file, settings) for file in run]
         run = _check_roles(run, settings, notes)
     check_applies(any(file.averaged for file in run), settings)
     last = max(times, key=lambda time: time.number)
@@ -337,6 +357,8 @@ def _note_unused(run: Sequence[Found]) -> list[str]:
         option = f"{argument('weights')} '{first}'"
         if averages:
             option = f"{argument('average')} '{averages[0]}'"
+        if length := file.content.tracker_averages.get(first):
+            option = f"{argument('average')} '{first}' {argument('sigma_rels')} {length}"
         text = f"{file.path.name} also holds {list_names(file.unused)}, not used: an import with "
         text += f"{option} takes it"
         if file.averaged:
@@ -400,6 +422,16 @@ def _check_twins(run: Sequence[Found], settings: ImportSettings) -> None:
         reason = f"must be given: the files hold {quote(key)}, too, and of the two "
         reason += f"{quote(answer['average'])} moves less, as averages do"
         raise QuestionError("average", reason, answer, {"kind": "checkpoints"})
+
+
+def _without_tracked(file: Found, settings: ImportSettings) -> Found:
+    """Leave out an average that a tracker's callback has saved: of any length, the tracker's
+    snapshots make a more exact one."""
+    is_tracked = file.average_key in file.content.tracker_averages
+    if settings.average or not (is_tracked and file.weights):
+        return file
+    unused = (file.average_key, *file.unused)
+    return replace(_without_average(file), unused=unused)
 
 
 def _without_average(file: Found) -> Found:
@@ -558,6 +590,6 @@ def _with_names(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     for checkpoint in checkpoints:
         name = "/".join(checkpoint.path.parts[shared:])
         if counts[checkpoint.path] > 1 and not isinstance(checkpoint.profile, Point):
-            name += " (average)"
+            name += AVERAGE_OF_TWO
         named.append(replace(checkpoint, name=name))
     return named

@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -42,6 +43,7 @@ from posthoc_cli.checkpoints.folders import (
 )
 from posthoc_cli.checkpoints.names import find_times, has_time, make_glob
 from posthoc_cli.checkpoints.source import are_near, first_values_of
+from posthoc_cli.checkpoints.trackers import TrackerState, note_trackers
 from posthoc_cli.errors import DirectoryError, FileFormatError, UnsuitableError, VanishedError
 from posthoc_cli.profiles import FloatArray
 from posthoc_cli.snapshots.directory import MANIFEST, SUPERSEDED, is_import, is_snapshot_name
@@ -81,6 +83,10 @@ class Place:
         self.runs = list[Path]()  # folders of snapshots
         self._reader = Reader()
         self.states = list[Path]()  # folders with a time that hold the state of a training alone
+        self.outputs = list[Path]()  # of this package, beside a model
+        self.trackers = list[TrackerState]()  # of what was opened
+        self._has_opened = False
+        self._set_aside = dict[Path, list[TrackerState]]()  # of files beside models, by folder
         self.is_deeper = False  # whether there are folders below `_LEVELS`
         self._left = _MOST_ENTRIES
         self._is_cut = False
@@ -88,7 +94,7 @@ class Place:
 
     def open(self, path: Path) -> Content:
         """Read the content of a candidate; raise FileFormatError if it cannot be read."""
-        return self._reader.open(path, self.candidates[path])
+        return self._open(path, self.candidates[path])
 
     def open_at(self, path: Path) -> Content:
         """Open the checkpoint that a path names: of a folder with the checkpoints of a training the
@@ -97,7 +103,21 @@ class Place:
         if layout is None:
             reason = "holds no weights: no safetensors, .bin or .pt file, and no .metadata"
             raise UnsuitableError(path, reason)
-        return self._reader.open(path, layout)
+        return self._open(path, layout)
+
+    def _open(self, path: Path, layout: Layout) -> Content:
+        content = self._reader.open(path, layout)
+        aside = self._set_aside.get(path) or self._set_aside.get(path.parent, [])
+        content = replace(content, trackers=(*content.trackers, *aside))
+        self.trackers += content.trackers
+        self._has_opened = True
+        return content
+
+    @property
+    def tracker_notes(self) -> list[str]:
+        """The runs whose trackers have the states in what was opened, and the runs beside it, a
+        line each; none if nothing was."""
+        return note_trackers(self.name, self.trackers, self.runs if self._has_opened else ())
 
     def layout_at(self, path: Path) -> Layout | None:
         """Find what a file or folder consists of, or else the model beside the checkpoints in a
@@ -201,7 +221,47 @@ class Place:
         usual = [stem for stem in MODEL_FILES if stem in by_stem]
         for stem in usual[1:]:  # the same model in another format
             del by_stem[stem]
+        by_stem = self._set_own_aside(folder, by_stem)
         return by_stem.popitem()[1] if len(by_stem) == 1 else Sets(folder, by_stem)
+
+    def _set_own_aside(self, folder: Path, by_stem: dict[str, Layout]) -> dict[str, Layout]:
+        """Return the members of a folder without what this package wrote beside them: states of
+        trackers alone, and outputs. All of them if there are no others, or if the folder is a copy
+        of a checkpoint."""
+        trackers = dict[str, Sequence[TrackerState]]()
+        outputs = dict[str, Path]()
+        if len(by_stem) > 1:
+            for stem, layout in by_stem.items():
+                content = self._read(layout)
+                if content is None:
+                    continue
+                if content.mark is not None and content.mark.copied:
+                    return by_stem
+                if content.mark is not None and content.mark.kind == "output":
+                    outputs[stem] = layout.path
+                elif content.trackers and not content.tensors:
+                    trackers[stem] = content.trackers
+        own = {*trackers, *outputs}
+        if len(own) == len(by_stem):
+            return by_stem
+        self.outputs += outputs.values()
+        kept = {stem: layout for stem, layout in by_stem.items() if stem not in own}
+        aside = self._set_aside[folder] = []
+        for stem, states in trackers.items():
+            aside += [state.below(stem) for state in states]
+        for stem in kept:
+            inner = self._set_aside.pop(folder / stem, [])
+            aside += inner if len(kept) == 1 else [state.below(stem) for state in inner]
+        return kept
+
+    def _read(self, layout: Layout) -> Content | None:
+        """Read what a layout holds; None if it cannot be read."""
+        try:
+            return self._reader.read(layout, {})
+        except VanishedError:
+            raise
+        except FileFormatError:
+            return None
 
     def _are_partitions(self, members: Layouts) -> bool:
         """Return whether a name says that files are partitions of a model, or files of a number
@@ -249,11 +309,8 @@ class Place:
     def _signature(self, layout: Layout) -> _Signature:
         """Find the names and shapes of the tensors of a layout, without the state of an optimizer;
         none if it cannot be read."""
-        try:
-            content = self._reader.read(layout, {})
-        except VanishedError:
-            raise
-        except FileFormatError:
+        content = self._read(layout)
+        if content is None:
             return frozenset()
         named = content.tensors.items()
         return frozenset(

@@ -96,9 +96,11 @@ class Found:
 
     @property
     def twins(self) -> list[str]:
-        """The unused sets that have as many tensors as the weights or the average."""
+        """The unused sets that have as many tensors as the weights or the average, and that no
+        tracker has made."""
         counts = {len(self.averaged or self.weights), len(self.weights)}
-        return [key for key in self.unused if self.sets.counts[key] in counts]
+        others = [key for key in self.unused if key not in self.content.tracker_averages]
+        return [key for key in others if self.sets.counts[key] in counts]
 
     def is_unlike(self, key: str) -> bool:
         """Return whether a set is a network none of whose names the weights have."""

@@ -254,6 +254,8 @@ def _report_usage(error: Any) -> int:
         if not isinstance(context.command, _Group):
             words = sys.argv[sys.argv.index(context.info_name) :]
             split = quotes.find_split(words, own.get("evaluate"), own.values())
+        if quotes.may_be_split(text):
+            text += "; put a path with spaces in quotes"
         text = split or f"{text} (see {context.command_path} --help)"
     _print_message("error", text)
     return 2

@@ -287,21 +287,31 @@ def open_path(given: str, directory: bool = False) -> Run:
 
 def open_run(given: str, directory: bool = True) -> Run:
     """Open the run of DIR, which may be a file unless `directory`."""
+    from posthoc_cli.checkpoints.places import holds_checkpoints
+
     run = open_path(given, directory)
     path = run.directory
     if files.is_glob(path) or not path.is_dir() or holds_snapshots(path):
         return run
     if directory and (path / "sweep.json").is_file():
         raise InvalidValueError(path, "is the folder of a sweep", "name the directory of the run")
-    check_not_above_run(path)
+    if _find_run_in(path) is not None and not holds_checkpoints(path):
+        check_not_above_run(path)
     return run
 
 
 def check_not_above_run(path: Path) -> None:
     """Raise an InvalidValueError if a folder in this one holds snapshots."""
+    folder = _find_run_in(path)
+    if folder is not None:
+        raise InvalidValueError(path, "holds no snapshots itself", f"did you mean {folder}?")
+
+
+def _find_run_in(path: Path) -> Path | None:
     for folder in sorted(path.iterdir()):
         if folder.is_dir() and holds_snapshots(folder):
-            raise InvalidValueError(path, "holds no snapshots itself", f"did you mean {folder}?")
+            return folder
+    return None
 
 
 def holds_snapshots(folder: Path) -> bool:

@@ -7,7 +7,6 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -115,7 +114,7 @@ def sweep(
     continues an earlier one. OUT receives trials.jsonl, sweep.json, logs, images, report.html and
     the best average.
     """
-    from posthoc_cli.report.page import PAGE, render
+    from posthoc_cli.report.page import write_page
     from posthoc_cli.sweep import Lengths, Metric, Sweep
     from posthoc_cli.sweep.search import USUAL_BUDGET
 
@@ -155,10 +154,7 @@ def sweep(
     except KeyboardInterrupt:
         output.print_note("the same command continues")
         raise
-    page = folder / PAGE
-    content = render(run, report, folder).encode(errors="backslashreplace")
-    files.write_atomically(page, content, overwrite=True)
-    report = replace(report, outputs=(*report.outputs, page))
+    report = write_page(report, folder)
     if as_json:
         output.print_json(report.to_dict() | {"warnings": output.warnings})
     else:
@@ -189,7 +185,7 @@ class _Listing:
     def add(self, trial: Trial, title: str, number: int, expected: int) -> None:
         """Print a trial that has ended, the `number`-th of about `expected`."""
         self._measured += 1
-        if trial.error is not None:
+        if trial.error is not None and not trial.is_random:
             logs = self._folder / "logs" / f"{trial.name}.*"
             log.warning("%s, seed %d: %s; see %s", trial.target, trial.seed, trial.error, logs)
         # a trial takes longer than its evaluation: its average is made first

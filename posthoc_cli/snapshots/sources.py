@@ -65,6 +65,7 @@ class Sources(Sequence[Source]):
     settings: Mapping[str, Any] = field(default_factory=dict)  # of an import, given or found
     numbers: str = ""  # what the numbers of files are taken for
     notes: tuple[str, ...] = ()  # what is not used, or left out
+    notices: tuple[str, ...] = ()  # what is not used, as is meant
     findings: tuple[str, ...] = ()  # what other programs' files hold, and how decays were found
     _priors: dict[tuple[int, ...], _KnownPrior] = field(default_factory=dict)
 
@@ -190,7 +191,8 @@ class Sources(Sequence[Source]):
         for mean in means:
             usable.update(np.flatnonzero(mean.compute_coefficients(profiles[:split])).tolist())
         later = [split + index for index in choose_evenly(profiles[split:])]
-        return Choice(self, t, tuple(sorted(usable)), tuple(later), split)
+        available = count_files(self.items[:split])
+        return Choice(self, t, tuple(sorted(usable)), tuple(later), available)
 
     def prior(self, indices: Sequence[int] | None = None) -> Prior:
         """Make the prior of some sources, or of all, from headers or a sample of values."""
@@ -223,7 +225,7 @@ class Choice:
     t: float
     usable: tuple[int, ...]
     later: tuple[int, ...]
-    available: int  # number of all sources at or before `t`
+    available: int  # number of all snapshots or checkpoints at or before `t`
 
     @property
     def usable_sources(self) -> list[Source]:
@@ -255,23 +257,28 @@ def count_sources(
     count: int | None = None,
     total: int | None = None,
 ) -> str:
-    """Name the number and kind of sources: "1 snapshot", or with counts "20 of 80 checkpoints".
-
-    A checkpoint of weights and an average is one.
-    """
+    """Name the number and kind of sources: "1 snapshot", or of more of them "20 of 80 checkpoints".
+    `count` is their number, as `count_files` finds it, if they are others than `sources`."""
     if count is None:
-        count = len({source.path for source in sources})
+        count = count_files(sources)
     if total is None:
         total = count
     sources_in_all = count_noun(total, sources[0].word)
     return sources_in_all if count == total else f"{count:,} of {sources_in_all}"
 
 
+def count_files(sources: Iterable[Source]) -> int:
+    """Count snapshots or checkpoints; one that holds weights and an average is one."""
+    return len({source.path for source in sources})
+
+
 def announce(sources: Sources) -> None:
     """Log what is to be known of sources before something is made of them: what was found in other
-    programs' files as a notice, and what is not used, or in doubt, as warnings."""
+    programs' files as notices, and what is not used, or in doubt, as warnings."""
     if sources.findings:
         log.info("%s: %s", sources.place, "; ".join(sources.findings))
+    for text in sources.notices:
+        log.info("%s: %s", sources.place, text)
     for text in (*sources.notes, *sources.doubts):
         log.warning("%s: %s", sources.place, text)
 

@@ -40,7 +40,7 @@ from posthoc_cli.synthesis.weights import make_weights
 from posthoc_cli.targets import Mean, SigmaRel, Target
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Generator, Tensor
 
 log = logging.getLogger(__name__)
 
@@ -109,8 +109,8 @@ class RunWeights(Candidate):
     target: Target
     time: float
 
-    def write(self, path: Path, like: Path | None) -> Plan:
-        request = OutputRequest(self.target, path, t=self.time, like=like)
+    def write(self, path: Path, like: Path | None, overwrite: bool = False) -> Plan:
+        request = OutputRequest(self.target, path, t=self.time, like=like, overwrite=overwrite)
         written = write_averages(lambda: self.held.sources, request, renew=self.held.renew)
         assert written is not None  # as of a process other than the first one
         return written.plan
@@ -132,10 +132,7 @@ class RawFile(Candidate):
 
     def write(self, path: Path, like: Path | None) -> Plan | None:
         with self._plain_file(path.parent) as plain:
-            if like is None:
-                plain.rename(path)
-            else:
-                export_file(plain, path, like=like)
+            _move(plain, path, like)
         return None
 
     def make(self) -> tuple[Mapping[str, Tensor], Plan | None]:
@@ -199,6 +196,53 @@ class RawTensors(Candidate):
         return self.tensors, None
 
 
+@dataclass(frozen=True, kw_only=True)
+class RandomWeights(Candidate):
+    """Random values in place of those of other weights, as large as these."""
+
+    others: Candidate
+    seed: int
+
+    def write(self, path: Path, like: Path | None) -> Plan | None:
+        from safetensors.torch import save_file
+
+        tensors, _ = self.make()
+        plain = path.parent / "random.safetensors"
+        save_file({**tensors}, plain)
+        _move(plain, path, like)
+        files.unlink_if_exists(plain)
+        return None
+
+    def make(self) -> tuple[Mapping[str, Tensor], Plan | None]:
+        import torch
+
+        tensors, _ = self.others.make()
+        generator = torch.Generator().manual_seed(self.seed)
+        return {name: _randomize(tensor, generator) for name, tensor in tensors.items()}, None
+
+
+def _randomize(tensor: Tensor, generator: Generator) -> Tensor:
+    """Draw normal values whose mean square is that of a tensor, and none below 0 where it has none,
+    as a variance; copy integers."""
+    import torch
+
+    if not tensor.is_floating_point():
+        return tensor.clone()
+    values = tensor.float()
+    random = torch.randn(tensor.shape, generator=generator) * values.square().mean().sqrt()
+    if (values >= 0).all():
+        random = random.abs()
+    return random.to(tensor.dtype)
+
+
+def _move(plain: Path, path: Path, like: Path | None) -> None:
+    """Make a file of weights an output, or their source in a copy of the checkpoint `like`."""
+    if like is None:
+        plain.rename(path)
+    else:
+        export_file(plain, path, like=like)
+
+
 def average(held: HeldSources, sigma_rel: float, t: float, end: float | None = None) -> RunWeights:
     """Find an average at the time `t`, or at an earlier `end`."""
     return RunWeights(
@@ -212,16 +256,24 @@ def average(held: HeldSources, sigma_rel: float, t: float, end: float | None = N
     )
 
 
+def find_own_ema(sources: Sources) -> RunWeights | None:
+    """Find the user's own newest EMA, if the run has one."""
+    own = None
+    for source in sources:
+        if isinstance(source, Checkpoint) and source.decay:
+            own = source
+    if own is None:
+        return None
+    return _stored(own, f"your EMA ({own.decay:.7g})", "ema")
+
+
 def find_compared(
     sources: Sources, t: float, raw: Path | Mapping[str, Tensor] | None = None
 ) -> list[Candidate]:
     """Find what averages at the time `t` are compared with, where it is known: the user's own
     newest EMA, the last weights, also in `raw`, and the weights at an earlier `t`."""
-    own = None
     points = {}
     for source in sources:
-        if isinstance(source, Checkpoint) and source.decay:
-            own = source
         if isinstance(source.profile, Point):
             points[source.t] = source
     last = points.get(sources.t)
@@ -231,8 +283,8 @@ def find_compared(
             "raw", "is not needed: the run contains the last weights", value=value
         )
     compared: list[Candidate] = []
-    if own is not None:
-        compared.append(_stored(own, f"your EMA ({own.decay:.7g})", "ema"))
+    if (own := find_own_ema(sources)) is not None:
+        compared.append(own)
     if last is not None:
         compared.append(_stored(last, LAST_WEIGHTS, "raw"))
     elif isinstance(raw, Path):

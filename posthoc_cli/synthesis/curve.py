@@ -25,7 +25,7 @@ def run_curve(
     check_steps(wished, sources, t)
     choice = sources.choose(t)
     last = choice.usable_sources[-1].t
-    counts = count_sources(sources, len(choice.usable), choice.available)
+    counts = count_sources(choice.usable_sources, total=choice.available)
     label = f"{sources.place}: {counts} up to {last:,.12g} {sources.t_unit}"
     named_profiles = {}
     for target in wished:

@@ -40,7 +40,7 @@ from posthoc_cli.snapshots.entry import Entry
 from posthoc_cli.snapshots.output_info import OutputInfo, Used
 from posthoc_cli.snapshots.selection import Selection, check_globs
 from posthoc_cli.snapshots.source import Source, StoredTensors, TrackedTensor
-from posthoc_cli.snapshots.sources import Choice, Sources, announce, count_sources
+from posthoc_cli.snapshots.sources import Choice, Sources, announce, count_files, count_sources
 from posthoc_cli.targets import Mean, Target, name_equal_length
 
 log = logging.getLogger(__name__)
@@ -136,9 +136,9 @@ class Plan(Combination):
     t: float
     method: str
     reconstruction: Reconstruction  # coefficients [sources, targets], errors [targets]
-    # number of sources at or before `t` that were solved for, at most `reconstruction.MOST_SOLVED`
+    # snapshots or checkpoints, as `count_files` counts them, that were solved for
     solved: int = 0
-    available: int = 0  # number of all sources at or before `t`
+    available: int = 0  # number of all of them at or before `t`
     run_end: float = 0.0  # time of the newest source, used or not
     steps: float | None = None  # of the run at `t`; None if its clock is not in one ratio to steps
 
@@ -147,9 +147,13 @@ class Plan(Combination):
         for index, target in enumerate(self.targets):
             error = percent(self.predicted_error(index))
             parts.append(f"{target.title} (predicted error {error})")
-        return (
-            f"Plan(at t = {self.t:,.12g} from {count_sources(self.sources)}: {list_first(parts)})"
-        )
+        return f"Plan(at t = {self.t:,.12g} from {self.counts}: {list_first(parts)})"
+
+    @property
+    def counts(self) -> str:
+        """How many of the snapshots or checkpoints at or before `t` have a coefficient, in
+        words."""
+        return count_sources(self.sources, total=self.available)
 
     @property
     def choice(self) -> str | None:
@@ -320,7 +324,7 @@ def plan_synthesis(sources: Sequence[Source], request: Request) -> Plan:
         method=method,
         reconstruction=result.subset(snapshots=used),
         dtype=parse_dtype(request.dtype),
-        solved=len(usable),
+        solved=count_files(usable),
         available=choice.available,
         run_end=sources.t,
         steps=float(sources.clock.step_at(time)) if sources.clock.is_even else None,

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from checking import refused
 from predictions import assert_predicted, walk
+from safetensors.torch import save_file
 from trained import (
     STEPS,
     TIMES,
@@ -23,6 +25,7 @@ from trained import (
 )
 
 from posthoc_cli import Run, import_checkpoints
+from posthoc_cli.checkpoints import layouts
 from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.checkpoints.updates import Updates
 from posthoc_cli.decay_rules import DecayRule
@@ -197,6 +200,23 @@ def test_a_decay_takes_no_steps_of_a_schedule(files, run, ema):
     saved(files, constant)
     done = ema("import", files, "--out", run, "--ema-decay", 0.99, "--steps", STEPS)
     assert done.error.startswith("--steps 1500: ")
+
+
+OF_AVERAGES = {
+    "sigma_rels": (0.1,), "update_every": 10, "update_after_step": 10, "ema_decay": 0.99,
+    "ema_warmup": "cosine", "steps": STEPS,
+}  # fmt: skip
+"""A value of each setting of averages."""
+
+
+def test_a_setting_of_averages_is_refused_for_files_that_hold_none(files, run):
+    files.mkdir()
+    for step in (1, 2, 3):
+        save_file({"w": torch.full((3,), float(step))}, files / f"step{step}.safetensors")
+    assert {*OF_AVERAGES} == layouts._OF_AVERAGES
+    for name, value in OF_AVERAGES.items():
+        with refused(name, "taken for weights"):
+            import_checkpoints(files, run, **{name: value})
 
 
 def test_a_base_that_is_wrong_does_not_fit(files, run):

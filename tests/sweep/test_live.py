@@ -29,7 +29,7 @@ def test_while_the_training_thins_each_length_is_made_of_what_the_report_says(tm
             tracker.flush()
             return norm(tensors)
 
-        report = run.sweep(evaluate, sigma_rels=LENGTHS)
+        report = run.sweep(evaluate, minimize=True, sigma_rels=LENGTHS)
     assert report.t == 400
     begins = []
     for note in report.notes:
@@ -82,7 +82,7 @@ def test_weights_whose_file_is_gone_are_a_failed_trial(folder):
             save(folder, 210)
         return norm(tensors)
 
-    report = Run(folder).sweep(evaluate, sigma_rels=[0.1, 0.15, 0.2, 0.25])
+    report = Run(folder).sweep(evaluate, minimize=True, sigma_rels=[0.1, 0.15, 0.2, 0.25])
     failed = [trial for trial in report.trials if trial.error]
     assert [trial.target for trial in failed] == ["last weights"]
     assert "step200.pt" in failed[0].error
@@ -101,7 +101,7 @@ def test_if_all_files_are_replaced_by_later_ones_the_sweep_says_so_and_keeps_its
 
     words = "t = 200", "removed while it ran", "trials are kept"
     with refused("the sweep", *words, kind=CommandError):
-        Run(folder).sweep(evaluate, sigma_rels=LENGTHS, out=tmp_path / "out")
+        Run(folder).sweep(evaluate, minimize=True, sigma_rels=LENGTHS, out=tmp_path / "out")
     _, *lines = (tmp_path / "out" / "trials.jsonl").read_text().splitlines()
     targets = [json.loads(line)["target"] for line in lines]
     assert targets[:2] == ["your EMA (0.95)", "last weights"]
@@ -114,7 +114,7 @@ def test_if_all_files_are_removed_the_sweep_says_so(folder):
         return norm(tensors)
 
     with refused("the sweep", "removed while it ran", kind=CommandError):
-        Run(folder).sweep(evaluate, sigma_rels=LENGTHS)
+        Run(folder).sweep(evaluate, minimize=True, sigma_rels=LENGTHS)
 
 
 def test_a_sweep_looks_at_its_place_once(folder, monkeypatch):
@@ -125,7 +125,7 @@ def test_a_sweep_looks_at_its_place_once(folder, monkeypatch):
         save(folder, 210)  # a later one is of another sweep
         return norm(tensors)
 
-    report = run.sweep(evaluate, sigma_rels=[0.1, 0.15, 0.2])
+    report = run.sweep(evaluate, minimize=True, sigma_rels=[0.1, 0.15, 0.2])
     assert report.t == 200
     assert not report.notes
     assert run.t == 210
