@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from posthoc_cli.checkpoints.import_run import import_checkpoints
     from posthoc_cli.errors import PostHocError
     from posthoc_cli.export.convert import export_file
+    from posthoc_cli.opening import disk_sources
     from posthoc_cli.planning import error_curve
     from posthoc_cli.profiles import PowerFunction, gamma_from_sigma_rel, sigma_rel_from_gamma
     from posthoc_cli.reconstruction import reconstruct
     from posthoc_cli.request import Request
-    from posthoc_cli.run import Run, disk_sources
+    from posthoc_cli.run import Run
     from posthoc_cli.synthesis.engine import synthesize
     from posthoc_cli.synthesis.plan import plan_synthesis
     from posthoc_cli.targets import Beta, Decay, HalfLife, Mean, Window
@@ -43,7 +44,7 @@ _HOMES = {
     "HalfLife": "targets", "Mean": "targets", "Window": "targets", "PostHocEMA": "tracker",
     "PostHocError": "errors", "PowerFunction": "profiles",
     "Request": "request", "Run": "run",
-    "disk_sources": "run", "error_curve": "planning",
+    "disk_sources": "opening", "error_curve": "planning",
     "export_file": "export.convert", "gamma_from_sigma_rel": "profiles",
     "import_checkpoints": "checkpoints.import_run", "plan_synthesis": "synthesis.plan",
     "reconstruct": "reconstruction", "sigma_rel_from_gamma": "profiles",

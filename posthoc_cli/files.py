@@ -217,6 +217,76 @@ def is_absent(path: Path) -> bool:
     return False
 
 
+class Look:
+    """What lies in folders: each is listed once, and the size, time and inode of each entry is
+    taken before any is opened, so that a later look finds what has changed since."""
+
+    def __init__(self) -> None:
+        self._folders = dict[Path, dict[Path, Stamp]]()
+        self._paths = dict[Path, Stamp]()
+        self._patterns = dict[Path, list[Path]]()
+
+    def list_folder(self, folder: Path) -> list[Path]:
+        """List a folder, sorted; raise OSError if it cannot be listed."""
+        if folder not in self._folders:
+            entries = sorted(system.list(folder))
+            self._folders[folder] = {entry: _stamp(entry) for entry in entries}
+        return [*self._folders[folder]]
+
+    def match(self, pattern: Path) -> list[Path]:
+        """List the files and folders that a glob or a path names, sorted."""
+        matches = _list_matches(pattern)
+        self._patterns[pattern] = matches
+        for path in matches:
+            self.add(path)
+        return matches
+
+    def add(self, path: Path) -> None:
+        """Look at a path that is in no listed folder."""
+        self._paths[path] = _stamp(path)
+
+    def is_current(self) -> bool:
+        """Look again, and return whether nothing has changed; False if there is nothing to compare,
+        as in a store."""
+        paths = [*self._folders, *self._paths]
+        if not paths or any(map(is_url, paths)):
+            return False
+        again = Look()
+        with suppress(OSError):
+            for folder in self._folders:
+                again.list_folder(folder)
+            for pattern in self._patterns:
+                again.match(pattern)
+            for path in self._paths:
+                again.add(path)
+            return vars(again) == vars(self)
+        return False
+
+
+Stamp = tuple[int, int, int] | None
+"""The size, the time of the last change and the inode of a file; None for what is not there, and
+for objects of a store, where each would be a request."""
+
+
+def _stamp(path: Path) -> Stamp:
+    if is_url(path):
+        return None
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def _list_matches(pattern: Path) -> list[Path]:
+    if not is_glob(pattern):
+        return [pattern] if pattern.exists() else []
+    if is_url(pattern):
+        return [*pattern.parent.glob(pattern.name)]
+    # Path.glob takes no absolute patterns
+    return sorted(map(Path, glob.glob(str(pattern), recursive=True)))  # noqa: PTH207
+
+
 # --- directories, and what interrupted writes leave
 
 

@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import logging
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints.manifest import Manifest, read_manifest
-from posthoc_cli.checkpoints.places import NothingHereError, holds_checkpoints
+from posthoc_cli.checkpoints.places import holds_checkpoints
 from posthoc_cli.errors import (
     DirectoryError,
     FileFormatError,
     InvalidValueError,
     PostHocError,
-    VanishedError,
     at_most_one,
-    count_noun,
-    percent,
 )
-from posthoc_cli.planning import (
-    USEFUL_RANGE,
-    ErrorCurve,
-    check_sigma_range,
-    error_curve,
-    time_between,
-)
-from posthoc_cli.profiles import PowerFunction
+from posthoc_cli.opening import open_sources
+from posthoc_cli.planning import USEFUL_RANGE, ErrorCurve, check_sigma_range
+from posthoc_cli.profiles import Point
 from posthoc_cli.request import OutputRequest, Request, Wanted, takes
 from posthoc_cli.resources import ProgressBar, no_bar
 from posthoc_cli.snapshots.directory import (
@@ -42,18 +32,12 @@ from posthoc_cli.snapshots.entry import Entry
 from posthoc_cli.snapshots.outputs import describe
 from posthoc_cli.snapshots.prune import Pruning, plan_pruning
 from posthoc_cli.snapshots.prune import prune as prune_directory
-from posthoc_cli.snapshots.sampling import source_prior
 from posthoc_cli.snapshots.snapshot import Snapshot, file_bytes
-from posthoc_cli.snapshots.sources import (
-    Source,
-    choose_sources,
-    count_files,
-    count_sources,
-    run_clock,
-)
+from posthoc_cli.snapshots.sources import Sources, announce, count_sources, use
 from posthoc_cli.snapshots.verify import DAMAGED, UNCHANGED, FileReport, Verification, verify
-from posthoc_cli.synthesis.plan import Plan, check_steps, plan_synthesis
-from posthoc_cli.targets import as_targets
+from posthoc_cli.synthesis.curve import run_curve
+from posthoc_cli.synthesis.plan import Plan, announce_plan, plan_synthesis
+from posthoc_cli.synthesis.weights import Weights, make_weights
 
 if TYPE_CHECKING:
     import torch
@@ -62,120 +46,10 @@ if TYPE_CHECKING:
     from posthoc_cli.export.writing import SynthesisReport
     from posthoc_cli.sweep import SweepReport
 
-log = logging.getLogger(__name__)
-
-_T = TypeVar("_T")
-_Planned = TypeVar("_Planned")
-
-"""An average: a sigma_rel, a target such as Beta(0.9999), its text form, or an object with a
-function `tail`."""
-
-
-class Weights(OrderedDict[str, "torch.Tensor"]):
-    """Averaged tensors by name. It pickles as a plain OrderedDict, so that a file of it loads with
-    `weights_only=True`.
-
-    A `with` block of it does nothing: users of other libraries write `with ema.state_dict(...) as
-    weights`, where the block's end frees what was made.
-    """
-
-    # expected relative L2 distance from the true average; None if unknown
-    predicted_error: float | None = None
-    # relative L2 distance between the wanted profile and the one made from the snapshots
-    profile_error: float = 0.0
-    t: float | None = None  # the training time of the average
-
-    def __repr__(self) -> str:
-        error = "unknown" if self.predicted_error is None else percent(self.predicted_error)
-        return f"Weights({count_noun(len(self), 'tensor')}, predicted error {error})"
-
-    def __enter__(self) -> Weights:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return OrderedDict, (), None, None, iter(self.items())
-
-
-def make_weights(
-    plan: Plan,
-    device: torch.device | str = "cpu",
-) -> Weights:
-    """Make the first target of a plan in memory. Raises the errors of `synthesize`."""
-    from posthoc_cli.synthesis.engine import synthesize
-
-    tensors = {name: values[0] for name, values in synthesize(plan, device)}
-    weights = Weights((name, tensors[name]) for name in plan.entries)
-    weights.predicted_error = plan.predicted_error(0)
-    weights.profile_error = plan.profile_error(0)
-    weights.t = plan.t
-    return weights
-
-
-def disk_sources(
-    directory: str | Path,
-    unclaimed: bool = False,
-    settings: dict[str, Any] | None = None,
-) -> list[Source]:
-    """Read the sources in the directory of a run or of an import, or in the files that a path or a
-    glob names.
-
-    They are snapshots of a tracker, or checkpoints as an import would take them. With `unclaimed`
-    no values are read, averages of unknown decay have a placeholder as profile, and some settings
-    of an import may be given. Raise DirectoryError if there are none, FileFormatError or
-    MismatchError if a file is damaged or of another model, InvalidValueError if an import must be
-    given a setting.
-    """
-    path = files.expand_user(directory)
-    no_snapshots = None
-    if not (files.is_glob(path) or is_import(path)):
-        try:
-            return [*read_directory(path)]
-        except DirectoryError as error:
-            no_snapshots = error
-    from posthoc_cli.checkpoints.open_run import find_run, find_unclaimed
-
-    try:
-        found = find_unclaimed(path, settings or {}) if unclaimed else find_run(path)
-    except NothingHereError as error:
-        raise no_snapshots or error from None
-    if not (unclaimed or found.out):  # an import has said it
-        log.info("%s: %s", path, found.summary)
-    return [*found.checkpoints]
-
-
-ATTEMPTS = 100  # largest number of plans; no training removes a snapshot after every one of them
-
-
-def retry_vanished(attempt: Callable[[], _T]) -> _T:
-    """Call `attempt`, which makes a plan and uses it, again if snapshots of the plan are removed
-    before they are opened.
-
-    Readers take no lock, so a tracker may thin away snapshots of the plan. Open files stay readable
-    when they are removed, and all are opened before they are used. `attempt` must leave nothing
-    when it raises an error.
-    """
-    for _ in range(ATTEMPTS - 1):
-        try:
-            return attempt()
-        except VanishedError as error:
-            log.warning("%s; planning again with the snapshots that remain", error)
-    return attempt()
-
-
-def with_consistent_plan(
-    make: Callable[[], _Planned],
-    use: Callable[[_Planned], _T],
-) -> _T:
-    """Return `use(make())`, see `retry_vanished`."""
-    return retry_vanished(lambda: use(make()))
-
 
 class Run:
-    """The snapshots of one run, or its checkpoints. Every call reads the headers anew; only
-    averages read tensors.
+    """The snapshots of one run, or its checkpoints. Headers are read by the first call, and by a
+    later one if names, sizes or times of files have changed; only averages read tensors.
 
     Arguments:
         directory: the directory of a tracker's snapshots; or a directory, a file or a glob of
@@ -190,7 +64,7 @@ class Run:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = files.check_path("directory", directory)
-        self._checked: Sequence[Source] = ()  # whose decays were looked for
+        self._sources: Sources | None = None  # as they were last read
 
     def __repr__(self) -> str:
         if files.is_url(self.directory):  # without a request
@@ -199,29 +73,20 @@ class Run:
             sources = self.sources
         except PostHocError as error:
             return f"Run({str(self.directory)!r}: {error.reason})"
-        widths = self.profiles
-        last = sources[-1]
         what = count_sources(sources)
-        if widths:
-            what += f" of {', '.join(f'{width:g}' for width in widths)}"
-        time = f"{last.t:,.12g} {last.t_unit}"
+        if sources.widths:
+            what += f" of {', '.join(f'{width:g}' for width in sources.widths)}"
+        time = f"{sources.t:,.12g} {sources.t_unit}"
         return f"Run({str(self.directory)!r}: {what} up to {time})"
 
     # --- contents
 
     @property
-    def sources(self) -> list[Source]:
-        """The snapshots or checkpoints to make averages from, by time. The decays of averages in
-        checkpoints are looked for once for the same files."""
-        if self._checked:
-            sources = disk_sources(self.directory, unclaimed=True)
-            if _identities(sources) == _identities(self._checked):
-                return [*self._checked]
-        sources = disk_sources(self.directory)
-        are_known = all(isinstance(source, Snapshot) for source in sources)
-        if not are_known and not is_import(self.directory):
-            self._checked = sources
-        return [*sources]
+    def sources(self) -> Sources:
+        """The snapshots or checkpoints to make averages from, by time."""
+        if self._sources is None or not self._sources.look.is_current():
+            self._sources = open_sources(self.directory)
+        return self._sources
 
     @property
     def snapshots(self) -> list[Snapshot]:
@@ -231,34 +96,23 @@ class Run:
     @property
     def profiles(self) -> list[float]:
         """The sigma_rel of each tracked profile."""
-        return sorted(
-            {
-                source.sigma_rel
-                for source in self.sources
-                if isinstance(source.profile, PowerFunction)
-            }
-        )
+        return [*self.sources.widths]
 
     @property
     def t(self) -> float:
         """Training time of the newest snapshot."""
-        return self.sources[-1].t
+        return self.sources.t
 
     @property
     def step(self) -> int:
         """Calls of `update_` up to the newest snapshot."""
-        return self.sources[-1].step
+        return self.sources.step
 
     @property
     def tensors(self) -> dict[str, Entry]:
         """Dtype (its safetensors name) and shape of every tensor of an average, under all its
         names."""
-        newest = self.sources[-1]
-        names = {name: name for name in newest.tensors} | newest.aliases
-        return {
-            alias: Entry(newest.tensors[name].dtype, newest.entries[name].shape)
-            for alias, name in names.items()
-        }
+        return self.sources.tensors
 
     def info(self) -> dict[str, Any]:
         """Return a description of the directory and its problems, from headers."""
@@ -287,7 +141,13 @@ class Run:
             reason = "is several; `write` makes more than one"
             raise InvalidValueError("target", reason, value=request.targets)
         device = "cpu" if request.device == "auto" else request.device
-        return retry_vanished(lambda: make_weights(plan_synthesis(self.sources, request), device))
+
+        def average(sources: Sources) -> Weights:
+            plan = plan_synthesis(sources, request)
+            announce_plan(plan)
+            return make_weights(plan, device)
+
+        return use(self.sources, average)
 
     @takes(OutputRequest)
     def write(self, request: OutputRequest) -> SynthesisReport | None:
@@ -296,39 +156,9 @@ class Run:
 
         Returns the report; None in every rank of a torchrun job but the first.
         """
-        from posthoc_cli.export.like import Like
-        from posthoc_cli.export.names import output_paths
-        from posthoc_cli.export.torchrun import all_ranks
-        from posthoc_cli.export.writing import write_synthesis
+        from posthoc_cli.export.writing import write_averages
 
-        paths = output_paths(request)
-        copied = None
-        planned: Request = request
-        if request.like is not None:
-            copied = Like.find(
-                request.like, self.tensors, request.raw, request.average, request.weights
-            )
-            planned = replace(
-                request, like=None, raw=False, average=None, weights=None, dtype=copied.dtype
-            )
-
-        def plan() -> Plan:
-            return plan_synthesis(self.sources, planned)
-
-        if not request.distributed:
-            return retry_vanished(lambda: write_synthesis(plan(), paths, request, copied))
-        with all_ranks() as ranks:
-
-            def write_shards() -> SynthesisReport | None:
-                sources = ranks.together(lambda: self.sources)
-                if ranks.differ([(source.name, source.identity) for source in sources]):
-                    raise VanishedError(
-                        self.directory, "changed while the processes of this job read it"
-                    )
-                made = ranks.together(lambda: plan_synthesis(sources, planned))
-                return write_synthesis(made, paths, request, copied, ranks)
-
-            return retry_vanished(write_shards)
+        return write_averages(lambda: self.sources, request, announce_plan)
 
     def sweep(
         self,
@@ -381,7 +211,7 @@ class Run:
             lengths = Lengths.from_list(sigma_rels)
         folder = None if out is None else files.local_path("out", out)
         search = Sweep(
-            self,
+            self.sources,
             evaluate,
             Metric() if metric is None else Metric.parse(metric),
             folder,
@@ -417,25 +247,7 @@ class Run:
         that a synthesis at `t` uses. A sample of the tensors is read if headers have no
         measurements.
         """
-        sources = self.sources
-        t = time_between([source.profile for source in sources], t)
-        usable, later = choose_sources(sources, t)
-        last = usable[-1].t
-        known = [*usable, *later]
-        available = count_files(source for source in sources if source.t <= last)
-        counts = count_sources(usable, total=available)
-        label = f"{self.directory}: {counts} up to {last:,.12g} {sources[0].t_unit}"
-        clock = run_clock(sources)
-        wished = as_targets(others)
-        check_steps(wished, clock, t, sources)
-        first = min(source.t_first for source in sources)
-        named_profiles = {}
-        for target in wished:
-            named_profiles[target.title] = target.profile(t, clock, first)
-        profiles = [source.profile for source in known]
-        return error_curve(
-            label, profiles, source_prior(known), sigma_range, t, method, named_profiles
-        )
+        return run_curve(self.sources, sigma_range, t, method, others)
 
     # --- maintenance
 
@@ -481,7 +293,11 @@ class Run:
             "first_epoch": first_epoch,
         }
         given = {name: value for name, value in settings.items() if value is not None}
-        return audit_sources(disk_sources(self.directory, True, given), claimed)
+        sources = open_sources(self.directory, given, settle=False)
+        if all(isinstance(source.profile, Point) for source in sources):
+            sources = open_sources(self.directory, given)  # asks which of two sets is an average
+        announce(sources)
+        return audit_sources(sources, claimed)
 
     def prune(
         self,
@@ -517,10 +333,6 @@ class Run:
             return planned
         with progress("verifying what stays", file_bytes(planned.kept)) as advance:
             return prune_directory(self.directory, planned, advance)
-
-
-def _identities(sources: Sequence[Source]) -> set[str]:
-    return {source.identity for source in sources}
 
 
 def _check_import(manifest: Manifest) -> Verification:

@@ -27,7 +27,7 @@ from trajectories import RECIPES, Replay, Trajectory, record
 
 from posthoc_cli import Run, import_checkpoints
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.run import Weights
+from posthoc_cli.synthesis.weights import Weights
 from posthoc_cli.targets import as_target
 
 WIDTHS = (0.05, 0.10, 0.15, 0.25)

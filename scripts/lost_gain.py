@@ -66,7 +66,7 @@ from posthoc_cli import (
 )
 from posthoc_cli.demo import Denoiser
 from posthoc_cli.profiles import Point
-from posthoc_cli.snapshots.sources import Source
+from posthoc_cli.snapshots.source import Source
 
 FILES = 80
 """Checkpoints of a training."""

@@ -23,7 +23,7 @@ from posthoc_cli.snapshots.entry import Entry, tensor_bytes
 from posthoc_cli.snapshots.output_info import OutputInfo, Used
 from posthoc_cli.snapshots.sketch_text import decode_path, encode_path
 from posthoc_cli.snapshots.snapshot import START, Snapshot, TrackingSchedule, decode_snapshot
-from posthoc_cli.snapshots.sources import TrackedTensor
+from posthoc_cli.snapshots.source import TrackedTensor
 from posthoc_cli.snapshots.tensorfile import read_file
 from posthoc_cli.snapshots.writer import TensorFileWriter
 from posthoc_cli.tracker.tracked_averages import Standing

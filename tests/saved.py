@@ -11,7 +11,7 @@ from torch.nn.utils import parameters_to_vector
 from walks import STEPS, constant, history, saves
 
 from posthoc_cli import export_file, import_checkpoints
-from posthoc_cli.checkpoints.open_run import find_unclaimed
+from posthoc_cli.checkpoints.open_run import find
 from posthoc_cli.errors import InvalidValueError
 
 
@@ -44,7 +44,7 @@ def read(place, **settings):
     with TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         found = import_checkpoints(place, out, **settings)
-        reopened = find_unclaimed(out).checkpoints
+        reopened = find(out)
     for ours, theirs in zip(found.checkpoints, reopened, strict=True):
         assert describe(ours) == describe(theirs)
     return found

@@ -123,7 +123,7 @@ def test_curves_are_what_the_command_prints(run, ema):
     curve = run.error_curve((0.05, 0.28), others=Window(50)).to_dict()
     words = "--sigma-range 0.05:0.28 --target window:50 --json"
     printed = ema("error-plot", run.directory, *words.split()).json
-    assert printed == {"curves": [curve], "warnings": []}
+    assert printed == {"curves": [curve], "findings": [], "warnings": []}
 
 
 def test_a_further_target_of_a_curve_has_the_width_that_was_asked_for(run):

@@ -40,7 +40,7 @@ from posthoc_cli.errors import (
     percent,
 )
 from posthoc_cli.profiles import FloatArray, Point
-from posthoc_cli.snapshots.sources import Source
+from posthoc_cli.snapshots.source import Source
 
 _BETTER = 0.05  # and a length if its misfit is less than the claimed length's by this
 _WORSE = math.log(2)  # the same, whatever the path of the weights between two files

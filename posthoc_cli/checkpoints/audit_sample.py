@@ -17,7 +17,7 @@ from posthoc_cli.checkpoints.source import Checkpoint
 from posthoc_cli.decay_rules import OrdinaryEMA
 from posthoc_cli.profiles import FloatArray
 from posthoc_cli.snapshots.sampling import estimate_roundings, read_elements
-from posthoc_cli.snapshots.sources import ElementRange
+from posthoc_cli.snapshots.source import ElementRange
 
 _MOST_ELEMENTS = 100_000  # in the sample
 _PIECES = 32  # least pieces of tensors, if the sample has enough elements

@@ -98,7 +98,7 @@ class _Decays:
     def _settle_with(self, **changes: Any) -> Settled:
         given = replace(self.given, **changes)
         changed = [checkpoint.with_settings(given) for checkpoint in self.checkpoints]
-        return _Decays(changed, given, self.numbers).settle()
+        return replace(self, checkpoints=changed, given=given).settle()
 
     # --- a decay that nothing says
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from posthoc_cli.checkpoints.content import Content, Values
 from posthoc_cli.checkpoints.layouts import recognise
 from posthoc_cli.checkpoints.manifest import read_manifest
-from posthoc_cli.checkpoints.open_run import FoundRun, find_run, find_unclaimed
+from posthoc_cli.checkpoints.open_run import find
 from posthoc_cli.checkpoints.places import Place
 from posthoc_cli.checkpoints.sets import TensorSets
 from posthoc_cli.checkpoints.settings import UNSPECIFIED
@@ -23,7 +23,7 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.snapshots.directory import is_import
 from posthoc_cli.snapshots.outputs import describe, describe_tensors
-from posthoc_cli.snapshots.sources import count_files
+from posthoc_cli.snapshots.sources import Sources, count_files
 from posthoc_cli.targets import SHORTEST_BETA, Beta, SigmaRel, name_equal_length
 
 
@@ -44,21 +44,21 @@ def describe_checkpoints(place: Path) -> Values:
         return _describe_files(place, error)
 
 
-def _find(place: Path) -> FoundRun:
+def _find(place: Path) -> Sources:
     """Find the run at a place, with the decay that its files show; if they leave the decay open,
     with a note about it."""
     try:
-        return find_run(place)
+        return find(place)
     except InvalidValueError as error:
-        found = find_unclaimed(place)
+        sources = find(place, settle=False)
         note = f"cannot be used as it is: {error}"
-        return replace(found, notes=(*found.notes, note))
+        return replace(sources, notes=(*sources.notes, note))
 
 
-def _describe_run(place: Path, found: FoundRun) -> Values:
-    newest = found.checkpoints[-1]
+def _describe_run(place: Path, sources: Sources) -> Values:
+    checkpoints = [source for source in sources if isinstance(source, Checkpoint)]
     rows = list[Values]()
-    for checkpoint in found.checkpoints:
+    for checkpoint in checkpoints:
         row = {
             "file": checkpoint.name,
             "t": checkpoint.t,
@@ -71,22 +71,22 @@ def _describe_run(place: Path, found: FoundRun) -> Values:
     described = {
         "kind": "checkpoints",
         "path": str(place),
-        "run": newest.run_id,
-        "t_unit": newest.t_unit,
-        "t": newest.t,
-        "step": newest.step,
-        "numbers": found.numbers,
-        "number_of_checkpoints": count_files(found.checkpoints),
-        **describe_tensors(newest),
+        "run": sources.run_id,
+        "t_unit": sources.t_unit,
+        "t": sources.t,
+        "step": sources.step,
+        "numbers": sources.numbers,
+        "number_of_checkpoints": count_files(checkpoints),
+        **describe_tensors(sources.newest),
         "bytes": sum(row["bytes"] for row in rows),
         "checkpoints": rows,
-        "notes": list(found.notes),
+        "notes": [*sources.notes, *sources.notices],
     }
-    if found.out is not None:
-        manifest = read_manifest(found.out)
+    if is_import(place):
+        manifest = read_manifest(place)
         described["refers_to"] = str(manifest.origin)
         described["files"] = len(manifest.files)
-        described["settings"] = found.settings.given
+        described["settings"] = sources.settings
     return described
 
 

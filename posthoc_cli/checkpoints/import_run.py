@@ -2,16 +2,68 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import logging
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints.manifest import check_target, write_manifest
-from posthoc_cli.checkpoints.open_run import FoundRun, find_run
+from posthoc_cli.checkpoints.open_run import find
 from posthoc_cli.checkpoints.settings import ImportSettings
+from posthoc_cli.checkpoints.source import Checkpoint
 from posthoc_cli.errors import DirectoryError, InvalidValueError, argument, at_most_one
 from posthoc_cli.snapshots.directory import inspect_directory, is_import
+from posthoc_cli.snapshots.sources import Sources
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, repr=False)
+class ImportReport:
+    """The run that an import has made."""
+
+    sources: Sources
+    out: Path | None  # the folder of the run; None for none
+    written: bool  # whether the import has written it, which may have existed already
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{count:,} x {what}" for what, count in self.counts.items())
+        return f"ImportReport({str(self.out)!r}: {counts})"
+
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        return [source for source in self.sources if isinstance(source, Checkpoint)]
+
+    @property
+    def numbers(self) -> str:
+        """What the numbers of files are taken for."""
+        return self.sources.numbers
+
+    @property
+    def checks(self) -> tuple[str, ...]:
+        """Lines about the decay."""
+        return self.sources.findings[1:]
+
+    @property
+    def counts(self) -> Counter[str]:
+        """How many checkpoints hold what, in words."""
+        return Counter(checkpoint.holds for checkpoint in self.checkpoints)
+
+    def to_dict(self) -> dict[str, Any]:
+        rows = [
+            {"path": str(checkpoint.path), "t": checkpoint.t, "holds": checkpoint.holds}
+            for checkpoint in self.checkpoints
+        ]
+        return {
+            "run": self.sources.run_id,
+            "out": None if self.out is None else str(self.out),
+            "written": self.written,
+            "numbers": self.numbers,
+            "checks": list(self.checks),
+            "checkpoints": rows,
+        }
 
 
 def import_checkpoints(
@@ -21,7 +73,7 @@ def import_checkpoints(
     overwrite: bool = False,
     dry_run: bool = False,
     **settings: Any,
-) -> FoundRun:
+) -> ImportReport:
     """Make a run of other programs' checkpoints or averages, which every command and `Run` opens.
 
     The run is a small index of the checkpoints; nothing is copied.
@@ -50,12 +102,18 @@ def import_checkpoints(
     if is_import(origin) or (origin.is_dir() and inspect_directory(origin).snapshots):
         reason = "is a run already, and needs no import"
         raise DirectoryError(origin, reason, "name the files of the other program")
-    found = find_run(origin, given)
-    written = False
-    if target is not None:
-        files.check_parent(target)
-        if dry_run:
-            check_target(target, origin, found.settings, overwrite)
-        else:
-            written = write_manifest(target, origin, found.settings, found.checkpoints, overwrite)
-    return replace(found, out=target, written=written)
+    sources = find(origin, given.given)
+    for notice in sources.notices:
+        log.info("%s: %s", directory, notice)
+    for note in sources.notes:
+        log.warning("%s: %s", directory, note)
+    report = ImportReport(sources, target, written=False)
+    if target is None:
+        return report
+    files.check_parent(target)
+    found = ImportSettings(**sources.settings)
+    if dry_run:
+        check_target(target, origin, found, overwrite)
+        return report
+    written = write_manifest(target, origin, found, report.checkpoints, overwrite)
+    return replace(report, written=written)

@@ -12,9 +12,8 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
@@ -34,7 +33,7 @@ from posthoc_cli.checkpoints.layouts import check_applies, check_given, recognis
 from posthoc_cli.checkpoints.manifest import Listed, Manifest, read_manifest
 from posthoc_cli.checkpoints.places import Place, explain_nothing
 from posthoc_cli.checkpoints.sets import Found, match_names
-from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings
+from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.checkpoints.source import (
     COMPARED_FILES,
     Checkpoint,
@@ -55,10 +54,11 @@ from posthoc_cli.errors import (
     quote,
 )
 from posthoc_cli.profiles import FloatArray, Point, StoredProfile
-from posthoc_cli.snapshots.directory import is_import
+from posthoc_cli.snapshots.directory import MANIFEST, is_import
 from posthoc_cli.snapshots.output_info import AVERAGE_OF_TWO
 from posthoc_cli.snapshots.selection import check_globs
-from posthoc_cli.snapshots.sources import by_time, model_difference
+from posthoc_cli.snapshots.source import by_time, model_difference
+from posthoc_cli.snapshots.sources import Sources
 
 log = logging.getLogger(__name__)
 
@@ -69,94 +69,71 @@ _TARGET = re.compile("target|teacher|momentum", re.IGNORECASE)
 _ALIKE = 0.5
 
 
-@dataclass(frozen=True, repr=False)
-class FoundRun:
-    """The run that the files at a place make with some settings, or that an import has found."""
+@dataclass(frozen=True)
+class _Found:
+    """The checkpoints that files make with some settings."""
 
     checkpoints: Sequence[Checkpoint]
     settings: ImportSettings  # given, or found
-    numbers: str = ""  # what the numbers of files are taken for
-    notes: tuple[str, ...] = ()  # what is not used
-    may_be_epochs: bool = False  # whether few numbers of no stated unit are taken for steps
+    numbers: str  # what the numbers of files are taken for
+    notes: tuple[str, ...]  # what is not used
+    may_be_epochs: bool  # whether few numbers of no stated unit are taken for steps
     checks: tuple[str, ...] = ()  # lines about the decay
-    out: Path | None = None  # the folder of the import; None for none
-    written: bool = False  # whether an import has written it, which may have existed already
-
-    def __repr__(self) -> str:
-        return f"FoundRun({str(self.out)!r}: {self.contents})"
 
     @property
-    def counts(self) -> Counter[str]:
-        """How many checkpoints hold what, in words."""
-        return Counter(checkpoint.holds for checkpoint in self.checkpoints)
-
-    @property
-    def contents(self) -> str:
-        return ", ".join(f"{count:,} x {what}" for what, count in self.counts.items())
-
-    @property
-    def summary(self) -> str:
-        """What was found, and what shows the decay, in one line."""
-        return "; ".join([self.contents, *self.checks])
-
-    def to_dict(self) -> dict[str, Any]:
-        rows = [
-            {"path": str(checkpoint.path), "t": checkpoint.t, "holds": checkpoint.holds}
-            for checkpoint in self.checkpoints
-        ]
-        return {
-            "run": self.checkpoints[0].run_id,
-            "out": None if self.out is None else str(self.out),
-            "written": self.written,
-            "numbers": self.numbers,
-            "checks": list(self.checks),
-            "checkpoints": rows,
-        }
+    def findings(self) -> tuple[str, ...]:
+        counts = Counter(checkpoint.holds for checkpoint in self.checkpoints)
+        contents = ", ".join(f"{count:,} x {what}" for what, count in counts.items())
+        return contents, *self.checks
 
 
-def find_run(name: str | Path, given: ImportSettings = UNSPECIFIED) -> FoundRun:
-    """Find the run at a place, with the decays of its averages, or open an import; a question about
-    what files leave open ends in the command that answers it."""
-    return _find(name, given.given, _read_with_decays)
-
-
-def find_unclaimed(name: str | Path, given: Mapping[str, Any] = MappingProxyType({})) -> FoundRun:
-    """Find the run at a place without reading its values, as for an audit: averages whose decay no
-    file states get placeholders as profiles, and nothing is asked about how they move. An import
-    has its settings, and takes none."""
-    return _find(name, given, partial(_read, is_unclaimed=True))
-
-
-def _find(
+def find(
     name: str | Path,
-    given: Mapping[str, Any],
-    read: Callable[[Place, ImportSettings], FoundRun],
-) -> FoundRun:
+    given: Mapping[str, Any] = MappingProxyType({}),
+    settle: bool = True,
+    look: files.Look | None = None,
+) -> Sources:
+    """Find the run at a place, or open an import, which has its settings, and takes none.
+
+    A question about what files leave open ends in the command that answers it. Without `settle`, as
+    for an audit, no values are read: averages whose decay no file states get placeholders as
+    profiles, and nothing is asked about how they move.
+    """
     path = files.expand_user(name)
+    look = look or files.Look()
     if is_import(path):
         for setting, value in given.items():
             reason = "is a setting of imports, and this is one: give it the files' folder instead"
             raise InvalidValueError(setting, reason, value=value)
-        return _open_import(read_manifest(path))
-    places = dict[str, Place]()  # each file of them is opened once
+        return _open_import(path, look)
+    places = {str(name): Place(name, look)}  # each file of them is opened once
 
-    def attempt(name: str | Path, values: Mapping[str, Any]) -> FoundRun:
+    def attempt(name: str | Path, values: Mapping[str, Any]) -> _Found:
         place = places.setdefault(str(name), Place(name))
-        proposed = values != given  # a line to paste, which is an import
-        return (_read_with_decays if proposed else read)(place, ImportSettings(**values))
+        settings = ImportSettings(**values)
+        if settle or values != given:  # a line to paste, which is an import
+            return _read_with_decays(place, settings)
+        return _read(place, settings, is_unclaimed=True)
 
     try:
-        run = with_command(name, given, attempt)
-    finally:
-        found = places[str(name)].tracker_notes
-        for note in found:
-            log.info("%s: %s", name, note)
-    for note in run.notes:
-        log.warning("%s: %s", name, note)
-    return replace(run, notes=(*run.notes, *found))
+        found = with_command(name, given, attempt)
+    except PostHocError:  # which has no sources that hold them
+        for notice in places[str(name)].tracker_notes:
+            log.info("%s: %s", name, notice)
+        raise
+    return Sources(
+        path,
+        tuple(found.checkpoints),
+        look=look,
+        settings=found.settings.given,
+        numbers=found.numbers,
+        notes=found.notes,
+        notices=tuple(places[str(name)].tracker_notes),
+        findings=found.findings if settle else (),
+    )
 
 
-def _read_with_decays(place: Place, given: ImportSettings) -> FoundRun:
+def _read_with_decays(place: Place, given: ImportSettings) -> _Found:
     run = _read(place, given)
     numbers = run.numbers if run.may_be_epochs else ""
     settings, checks, warnings = settle_decays(run.checkpoints, given, numbers)
@@ -187,15 +164,19 @@ def _note_on_motion(checkpoints: Sequence[Checkpoint], settings: ImportSettings)
 # --- an import
 
 
-def _open_import(manifest: Manifest) -> FoundRun:
+def _open_import(folder: Path, look: files.Look) -> Sources:
     """Open the checkpoints of an import in the roles and at the times that it has found; raise
     FileFormatError if a file is not as it was."""
+    look.add(folder / MANIFEST)
+    manifest = read_manifest(folder)
+    for path in manifest.files:
+        look.add(path)
     contents = dict[Path, Content]()
     checkpoints = []
     try:
         for listed in manifest.checkpoints:
             if listed.path not in contents:
-                contents[listed.path] = Place(listed.path).open_at(listed.path)
+                contents[listed.path] = Place(listed.path, look).open_at(listed.path)
             checkpoints.append(_restore(listed, contents[listed.path], manifest))
     except PostHocError:
         for path in manifest.files:
@@ -204,11 +185,15 @@ def _open_import(manifest: Manifest) -> FoundRun:
     for checkpoint in checkpoints:
         for file in checkpoint.opened.values():
             manifest.check_identity(file)
+    run = _make_run(checkpoints)
     trackers = chain.from_iterable(content.trackers for content in contents.values())
-    notes = tuple(note_trackers(manifest.origin, trackers))
-    for note in notes:
-        log.info("%s: %s", manifest.folder, note)
-    return FoundRun(_make_run(checkpoints), manifest.settings, notes=notes, out=manifest.folder)
+    return Sources(
+        folder,
+        tuple(run),
+        look=look,
+        settings=manifest.settings.given,
+        notices=tuple(note_trackers(manifest.origin, trackers)),
+    )
 
 
 def _restore(listed: Listed, content: Content, manifest: Manifest) -> Checkpoint:
@@ -234,7 +219,7 @@ def _restore(listed: Listed, content: Content, manifest: Manifest) -> Checkpoint
 # --- the checkpoints at a place
 
 
-def _read(place: Place, settings: ImportSettings, is_unclaimed: bool = False) -> FoundRun:
+def _read(place: Place, settings: ImportSettings, is_unclaimed: bool = False) -> _Found:
     """Read all checkpoints at a place, without outputs of this package, with the profiles that are
     known; raise a QuestionError about what the files leave open."""
     chooser = Chooser(place, settings)
@@ -251,10 +236,11 @@ def _read(place: Place, settings: ImportSettings, is_unclaimed: bool = False) ->
     for file in run:
         check_given(file, settings)
     times = read_times({member.path: member.all_signs for member in members}, settings)
-    run = _leave_out_untrained(run, times)
+    notes = list[str]()
+    run = _leave_out_untrained(run, times, notes)
     if not is_unclaimed:
         run = [_without_tracked(file, settings) for file in run]
-        run = _check_roles(run, settings)
+        run = _check_roles(run, settings, notes)
     check_applies(any(file.averaged for file in run), settings)
     last = max(times, key=lambda time: time.number)
     may_be_epochs = False
@@ -262,9 +248,9 @@ def _read(place: Place, settings: ImportSettings, is_unclaimed: bool = False) ->
         _check_unit(last)
         may_be_epochs = not last.is_stated and last.number <= _EPOCHS
         last = replace(last, is_stated=True)
-    notes = (*chooser.notes, *_note_unused(run))
+    notes += [*chooser.notes, *_note_unused(run)]
     checkpoints = _make_run(_make_all(run, last, settings))
-    return FoundRun(checkpoints, settings, last.origin, notes, may_be_epochs)
+    return _Found(checkpoints, settings, last.origin, tuple(notes), may_be_epochs)
 
 
 def _with_one_prefix(run: Sequence[Found]) -> list[Found]:
@@ -340,8 +326,11 @@ def _check_unit(time: Time) -> None:
         raise QuestionError("steps_per_epoch", reason, {"steps_per_epoch": ASKED})
 
 
-def _leave_out_untrained(run: Sequence[Found], times: Sequence[Time]) -> list[Found]:
-    """Return the checkpoints of a training that has begun, with their times."""
+def _leave_out_untrained(
+    run: Sequence[Found], times: Sequence[Time], notes: list[str]
+) -> list[Found]:
+    """Return the checkpoints of a training that has begun, with their times; note what is left
+    out."""
     numbers = [time.number for time in times]
     if max(numbers) <= 0:
         reason = "all files have the number 0, which may be something else than a step"
@@ -353,7 +342,7 @@ def _leave_out_untrained(run: Sequence[Found], times: Sequence[Time]) -> list[Fo
             used.append(replace(file, time=number))
         elif number == 0:
             reason = "left out: it holds the weights before the training, of step 0"
-            log.warning("%s: %s", file.path, reason)
+            notes.append(f"{file.path.name}: {reason}")
     return used
 
 
@@ -380,8 +369,8 @@ def _note_unused(run: Sequence[Found]) -> list[str]:
 # --- which of two sets is the average
 
 
-def _check_roles(run: list[Found], settings: ImportSettings) -> list[Found]:
-    """Return the checkpoints, without an average that never moves.
+def _check_roles(run: list[Found], settings: ImportSettings, notes: list[str]) -> list[Found]:
+    """Return the checkpoints, without an average that never moves, which is noted.
 
     Raise a QuestionError if what a word calls an average equals the weights, or is unrelated to
     them. How it moves is no sign against a word: of files far apart, or where a rate falls, an
@@ -396,7 +385,7 @@ def _check_roles(run: list[Found], settings: ImportSettings) -> list[Found]:
     named = quote(pair.average_key) if pair.average_key else "the average"
     model = quote(pair.weights_key) if pair.weights_key else "the model"
     if not np.diff(ours, axis=0).any() and np.diff(theirs, axis=0).any():
-        log.warning("%s: %s never moves, and is not used", both[0].path.parent, named)
+        notes.append(f"{named} never moves, and is not used")
         return [_without_average(file) for file in run]
     others: list[Answer] = []
     for key in both[0].twins:

@@ -9,7 +9,6 @@ not.
 
 from __future__ import annotations
 
-import glob
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -90,8 +89,9 @@ class NothingHereError(DirectoryError):
 class Place:
     """A folder, a file or a glob, and the checkpoints there, each opened once."""
 
-    def __init__(self, name: str | Path) -> None:
+    def __init__(self, name: str | Path, look: files.Look | None = None) -> None:
         self.name = name
+        self._look = look or files.Look()
         self.notes = list[str]()
         self.runs = list[Path]()  # folders of snapshots
         self._reader = Reader()
@@ -150,7 +150,7 @@ class Place:
     def candidates(self) -> Layouts:
         """The files and folders that may each be a checkpoint, and what they consist of."""
         path = files.expand_user(self.name)
-        matches = _list_matches(path)
+        matches = self._look.match(path)
         if not matches:
             raise DirectoryError(self.name, "no file or folder matches")
         found: Layouts = {}
@@ -179,7 +179,7 @@ class Place:
             return {}
         self._listed.add(real)
         with named_on_error(folder, "read"):
-            entries = sorted(files.system.list(folder))
+            entries = self._look.list_folder(folder)
         self._left -= len(entries)
         by_name = {entry.name: entry for entry in entries if not is_state(entry.name)}
         if DCP_METADATA in by_name:
@@ -507,16 +507,6 @@ def _is_time_within(folder: Path, stem: str) -> bool:
     """Return whether a name is a time, and does not repeat the time of its folder, as in
     `checkpoint-500/global_step500`."""
     return has_time(stem) and find_times(stem)[0].text.lstrip("0") not in folder.name
-
-
-def _list_matches(pattern: Path) -> list[Path]:
-    """List the files and folders that a glob or a path names."""
-    if not files.is_glob(pattern):
-        return [pattern] if pattern.exists() else []
-    if files.is_url(pattern):
-        return [*pattern.parent.glob(pattern.name)]
-    # Path.glob takes no absolute patterns
-    return sorted(map(Path, glob.glob(str(pattern), recursive=True)))  # noqa: PTH207
 
 
 def holds_checkpoints(name: str | Path) -> bool:

@@ -19,7 +19,7 @@ from posthoc_cli.errors import InvalidValueError, abbreviate, at_most_one
 from posthoc_cli.profiles import check_sigma_rel, gamma_from_sigma_rel
 from posthoc_cli.snapshots.decoding import Count, convert, field_kinds
 from posthoc_cli.snapshots.selection import Selection, make_selection
-from posthoc_cli.snapshots.sources import Rule
+from posthoc_cli.snapshots.source import Rule
 
 Arguments = dict[str, Any]
 """Arguments of `DecayRule`, or values by name."""

@@ -29,7 +29,7 @@ from posthoc_cli.run_clock import Clock
 from posthoc_cli.snapshots.entry import Entry
 from posthoc_cli.snapshots.sampling import read_elements
 from posthoc_cli.snapshots.selection import STATISTICS
-from posthoc_cli.snapshots.sources import ElementRange, Source, StoredTensors, TrackedTensor
+from posthoc_cli.snapshots.source import ElementRange, Source, StoredTensors, TrackedTensor
 from posthoc_cli.snapshots.tensorfile import TensorFile
 
 # of a codebook: its vectors are quotients of these sums
@@ -122,7 +122,7 @@ class Checkpoint(Source):
         return f"average {known} sigma_rel {self.sigma_rel:g}"
 
     @property
-    def is_known(self) -> bool:
+    def is_known(self) -> bool:  # type: ignore[override]
         """Whether its profile is known, and not a placeholder for an ordinary EMA's."""
         return self.updates is None or bool(self.decay or self.sigma_rel)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from typer import Argument
 
@@ -11,9 +10,7 @@ from posthoc_cli.cli import options, output
 from posthoc_cli.cli.quotes import refuse_split
 from posthoc_cli.errors import InvalidValueError, argument
 from posthoc_cli.planning import ErrorCurve, Schedule, format_widths
-
-if TYPE_CHECKING:
-    from posthoc_cli.run import Run
+from posthoc_cli.snapshots.sources import announce
 
 
 def error_plot(
@@ -69,29 +66,33 @@ def error_plot(
     ends = options.parse_sigma_range(sigma_range)
     if bool(directories) == (steps is not None):
         raise InvalidValueError("DIR", "name a directory, or give --steps of a training to come")
-    planned: Sequence[Run | Schedule]
+    curves = list[ErrorCurve]()
+    findings = list[str]()
     if steps is not None:
-        planned = [
-            Schedule(
-                options.parse_count(steps, "--steps"),
-                options.parse_count(every or "1000", "--every"),
-                options.parse_count(keep or "20", "--keep", "20"),
-            )
-        ]
+        schedule = Schedule(
+            options.parse_count(steps, "--steps"),
+            options.parse_count(every or "1000", "--every"),
+            options.parse_count(keep or "20", "--keep", "20"),
+        )
+        at = options.optional(options.parse_time, t)
+        curves.append(schedule.error_curve(ends, t=at, method=method, others=targets))
     else:
         refuse_split(directories)
         for name, value in {"every": every, "keep": keep}.items():
             if value is not None:
                 reason = f"is of a training to come: give {argument('steps')} in place of DIR"
                 raise InvalidValueError(name, reason, value=value)
-        planned = list(map(options.open_run, directories))
-    at = options.optional(options.parse_time, t)
-    curves = [each.error_curve(ends, t=at, method=method, others=targets) for each in planned]
+        at = options.optional(options.parse_time, t)
+        runs = list(map(options.open_run, directories))
+        for run in runs:
+            curves.append(run.error_curve(ends, t=at, method=method, others=targets))
+            announce(run.sources)
+            findings += run.sources.findings
     if picture is not None:
         output.write_picture(
             lambda: plots.error_figure(curves, method == "paper"), picture, overwrite
         )
-    report = {"curves": [curve.to_dict() for curve in curves]}
+    report = {"curves": [curve.to_dict() for curve in curves], "findings": findings}
     output.show(report, as_json, lambda _: _print_curves(curves, method == "paper"), picture)
     if picture is None and not as_json:
         output.print_note("note: --out errors.png draws the curve")

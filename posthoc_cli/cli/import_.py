@@ -11,7 +11,7 @@ from posthoc_cli.cli import options, output
 from posthoc_cli.targets import parse_numbers
 
 if TYPE_CHECKING:
-    from posthoc_cli.checkpoints.open_run import FoundRun
+    from posthoc_cli.checkpoints.import_run import ImportReport
 
 
 def import_(
@@ -138,7 +138,7 @@ def import_(
         _print_import(report, dry_run)
 
 
-def _print_import(report: FoundRun, dry_run: bool) -> None:
+def _print_import(report: ImportReport, dry_run: bool) -> None:
     output.print_line(f"numbers are {report.numbers}")
     for what, count in report.counts.items():
         output.print_line(f"{count:,} x {what}")

@@ -140,7 +140,7 @@ def sweep(
         most = _LOOK if look else USUAL_BUDGET
     listing = _Listing(folder, output.print_note if as_json else output.print_line)
     search = Sweep(
-        run,
+        run.sources,
         evaluate,
         Metric() if metric is None else Metric.parse(metric),
         folder,

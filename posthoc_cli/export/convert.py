@@ -44,7 +44,7 @@ from posthoc_cli.snapshots.output_info import OutputInfo, Used
 from posthoc_cli.snapshots.outputs import models_at, read_model
 from posthoc_cli.snapshots.selection import running_statistics
 from posthoc_cli.snapshots.snapshot import Snapshot
-from posthoc_cli.snapshots.sources import StoredTensors, TrackedTensor
+from posthoc_cli.snapshots.source import StoredTensors, TrackedTensor
 from posthoc_cli.snapshots.tensorfile import FORMAT, SUFFIX, TensorFile
 from posthoc_cli.synthesis.plan import Combination, nbytes
 

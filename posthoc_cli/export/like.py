@@ -56,7 +56,7 @@ from posthoc_cli.snapshots.entry import Entry
 from posthoc_cli.snapshots.opened_file import OpenedFile, read_small_file
 from posthoc_cli.snapshots.output_mark import find_mark, mark_archive, mark_header, mark_pickle
 from posthoc_cli.snapshots.outputs import model_files, weights_at
-from posthoc_cli.snapshots.sources import Source, StoredTensors
+from posthoc_cli.snapshots.source import Source, StoredTensors
 from posthoc_cli.snapshots.tensorfile import MAX_HEADER_BYTES, SUFFIX, TensorFile, read_file
 from posthoc_cli.synthesis.plan import Combination
 

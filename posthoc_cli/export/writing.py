@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from posthoc_cli.devices import count_devices
+from posthoc_cli.errors import VanishedError
 from posthoc_cli.export.job import OutputJob
 from posthoc_cli.export.like import Like, Replacement
+from posthoc_cli.export.names import output_paths
+from posthoc_cli.export.torchrun import all_ranks
 from posthoc_cli.group import THIS_PROCESS, Group
-from posthoc_cli.request import OutputRequest
+from posthoc_cli.request import OutputRequest, Request
 from posthoc_cli.resources import no_bar, worker_count
 from posthoc_cli.snapshots.selection import note_statistics
+from posthoc_cli.snapshots.sources import ATTEMPTS, Sources, use
 from posthoc_cli.synthesis.engine import check_device
-from posthoc_cli.synthesis.plan import Plan, nbytes
+from posthoc_cli.synthesis.plan import Plan, nbytes, plan_synthesis
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,10 +57,54 @@ class SynthesisReport:
             "choice": self.plan.choice,
             "read_bytes": self.plan.read_bytes,
             "left_out": left_out,
+            "findings": list(self.plan.chosen.sources.findings),
         }
         if self.copied is not None:
             report["like"] = self.copied.to_dict()
         return report
+
+
+def write_averages(
+    read: Callable[[], Sources],
+    request: OutputRequest,
+    announce: Callable[[Plan], object] = lambda _: None,
+    renew: Callable[[Sources], object] = lambda _: None,
+) -> SynthesisReport | None:
+    """Write averages of the run that `read` finds to files, see `Run.write`.
+
+    `announce` is called with their plan before anything is written, `renew` with the sources if
+    they were read again.
+    """
+    paths = output_paths(request)
+    copied = None
+    planned: Request = request
+    if request.like is not None:
+        tensors = read().tensors
+        copied = Like.find(request.like, tensors, request.raw, request.average, request.weights)
+        planned = replace(
+            request, like=None, raw=False, average=None, weights=None, dtype=copied.dtype
+        )
+
+    def write(sources: Sources, ranks: Group = THIS_PROCESS) -> SynthesisReport | None:
+        plan = ranks.together(lambda: plan_synthesis(sources, planned))
+        announce(plan)
+        return write_synthesis(plan, paths, request, copied, ranks)
+
+    if not request.distributed:
+        return use(read(), write, renew)
+    with all_ranks() as ranks:
+        return use(_read_together(read, ranks), lambda sources: write(sources, ranks))
+
+
+def _read_together(read: Callable[[], Sources], ranks: Group) -> Sources:
+    """Read sources in all ranks of a job until all have read the same."""
+    for _ in range(ATTEMPTS):
+        sources = ranks.together(read)
+        read = sources.again
+        if not ranks.differ(sources.identity):
+            return replace(sources, read=partial(_read_together, read, ranks))
+        log.warning("%s: changed while the ranks of this job read it; reading again", sources.place)
+    raise VanishedError(sources.place, "changes whenever the ranks of this job read it")
 
 
 def write_synthesis(

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from posthoc_cli.errors import FileFormatError, quote
-from posthoc_cli.snapshots.sources import Rule
+from posthoc_cli.snapshots.source import Rule
 from posthoc_cli.snapshots.tensorfile import FORMATS, TensorFile
 
 T = TypeVar("T")

@@ -40,13 +40,14 @@ from posthoc_cli.planning import (
     newest_times,
     times_to_drop,
 )
-from posthoc_cli.reconstruction import Measurements, measured_prior
+from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots.boxes import Box, cover_problem
 from posthoc_cli.snapshots.entry import Entry
 from posthoc_cli.snapshots.opened_file import in_turn, read_small_file
 from posthoc_cli.snapshots.sketch_text import join_paths
 from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot
-from posthoc_cli.snapshots.sources import TrackedTensor, by_time, make_averages, model_difference
+from posthoc_cli.snapshots.source import TrackedTensor, by_time, model_difference
+from posthoc_cli.snapshots.sources import Sources
 from posthoc_cli.snapshots.tensorfile import SUFFIX, TensorFile, read_file
 from posthoc_cli.snapshots.weights_sample import join_samples
 
@@ -135,10 +136,10 @@ def is_parts_folder(path: Path) -> bool:
     return False
 
 
-def list_directory(directory: Path) -> tuple[Path, ...]:
+def list_directory(directory: Path, look: files.Look | None = None) -> tuple[Path, ...]:
     """List the paths in a directory; raise DirectoryError if it is not one, or cannot be read."""
     try:
-        return tuple(sorted(files.system.list(directory)))
+        return tuple(look.list_folder(directory) if look else sorted(files.system.list(directory)))
     except OSError as error:
         if isinstance(error, PostHocError):
             raise
@@ -149,9 +150,9 @@ def list_directory(directory: Path) -> tuple[Path, ...]:
         raise DirectoryError(directory, f"cannot be read: {reason.lower()}") from error
 
 
-def list_candidates(directory: Path) -> Directory:
+def list_candidates(directory: Path, look: files.Look | None = None) -> Directory:
     """List a directory and the folders of parts in it; raise the errors of `list_directory`."""
-    entries = list_directory(directory)
+    entries = list_directory(directory, look)
     candidates = dict[Path, list[Path]]()
     everything = [*entries]
     for path in entries:
@@ -160,7 +161,7 @@ def list_candidates(directory: Path) -> Directory:
         elif is_snapshot_name(path) and path.suffix != SUFFIX and files.is_real_folder(path):
             inside = [path]  # if it cannot be listed, the attempt to read it will say why
             with suppress(DirectoryError):
-                inside = [*list_directory(path)]
+                inside = [*list_directory(path, look)]
             candidates[path] = [file for file in inside if is_tensor_file(file) or file == path]
             everything += inside
     leftovers = [path for path in everything if files.is_temporary(path.name)]
@@ -179,10 +180,10 @@ def _read(path: Path) -> Snapshot | FileFormatError | None:
         return None if files.is_absent(path) else error
 
 
-def inspect_directory(directory: Path) -> Directory:
+def inspect_directory(directory: Path, look: files.Look | None = None) -> Directory:
     """Read the headers of all snapshots in a directory, continuing after errors; raise the errors
     of `list_directory`."""
-    listing = list_candidates(directory)
+    listing = list_candidates(directory, look)
     headers = in_turn(_read, listing.files, files.is_url(directory))
     return inspect_listing(listing, headers)
 
@@ -255,13 +256,13 @@ def find_snapshots(directory: Path) -> list[Snapshot]:
     return _without_problems(inspect_directory(directory))
 
 
-def read_directory(directory: Path) -> list[Snapshot]:
+def read_directory(directory: Path, look: files.Look | None = None) -> list[Snapshot]:
     """Read the snapshots of one run, by time, then sigma_rel. Reads headers only.
 
     Raises DirectoryError if there are none, FileFormatError for a damaged file, MismatchError for
     two that differ.
     """
-    content = inspect_directory(directory)
+    content = inspect_directory(directory, look)
     if snapshots := _without_problems(content):
         return snapshots
     others = [*content.notes]
@@ -749,8 +750,7 @@ def _least_needed(
 ) -> set[float]:
     """Find the times that reconstruction needs least, so that `keep` are left, or at least the
     newest and `kept_time`."""
-    path = snapshots[-1].path_sketch
-    prior = measured_prior(make_averages(snapshots), path and path.sketch)
+    prior = Sources.of(snapshots).prior()
     profiles = [snapshot.profile for snapshot in snapshots]
     needed = {*newest_times(profiles, count_protected_times(keep))}
     needed.update(profile.t for profile in profiles if profile.t == kept_time)

@@ -33,7 +33,8 @@ from posthoc_cli.snapshots.output_info import OutputInfo
 from posthoc_cli.snapshots.output_mark import MARK, decode_mark
 from posthoc_cli.snapshots.selection import statistics_notice
 from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot, file_bytes
-from posthoc_cli.snapshots.sources import Source, run_clock
+from posthoc_cli.snapshots.source import Source
+from posthoc_cli.snapshots.sources import Sources
 from posthoc_cli.snapshots.strict_json import parse_object
 from posthoc_cli.snapshots.tensorfile import MAX_HEADER_BYTES, SUFFIX, TensorFile, read_file
 from posthoc_cli.targets import SigmaRel, name_equal_length
@@ -265,7 +266,7 @@ def _other_name(sigma_rel: float | None, steps: float | None) -> str | None:
 def _even_steps(snapshots: Sequence[Snapshot]) -> float | None:
     """Find the steps up to the newest snapshot; None if steps are not equally long."""
     with suppress(MismatchError):
-        if run_clock(snapshots).is_even:
+        if Sources.of(snapshots).clock.is_even:
             return snapshots[-1].step
     return None
 

@@ -33,8 +33,8 @@ from posthoc_cli.snapshots.directory import (
     remove_leftovers,
     remove_snapshot,
 )
-from posthoc_cli.snapshots.sampling import source_prior
 from posthoc_cli.snapshots.snapshot import Snapshot, file_bytes
+from posthoc_cli.snapshots.sources import Sources
 
 _POINTS = 41  # sigma_rels whose errors are compared
 
@@ -100,7 +100,7 @@ def plan_pruning(
     check_count("keep", keep)
     check_sigma_range(sigma_range)
     profiles = [snapshot.profile for snapshot in snapshots]
-    prior = source_prior(snapshots)
+    prior = Sources.of(snapshots).prior()
     needed = _needed_times(profiles)
     kept_time = read_kept_time(snapshots[0].path.parent)
     needed.update(profile.t for profile in profiles if profile.t == kept_time)

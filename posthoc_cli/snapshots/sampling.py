@@ -1,4 +1,4 @@
-"""The prior of several sources: from what their headers measured, or from a sample of their values.
+"""The measurements of several sources, estimated from a sample of their values.
 
 The averages of a source, concatenated by name, form a long vector, which is cut into runs. Some
 runs are chosen at random, seeded by the run id: the same elements in every source, all equally
@@ -12,12 +12,11 @@ and of the two newest earlier sources of each kind, three of one kind alone, 8 M
 
 from __future__ import annotations
 
-import logging
 import math
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain, groupby, pairwise
 from typing import Any
@@ -26,54 +25,19 @@ import numpy as np
 import numpy.typing as npt
 
 from posthoc_cli.profiles import Discrete, FloatArray, StoredProfile
-from posthoc_cli.reconstruction import (
-    MEASURED,
-    SAMPLED,
-    Distance,
-    Measurements,
-    Prior,
-    measured_prior,
-)
-from posthoc_cli.snapshots.sources import (
+from posthoc_cli.reconstruction import Distance, Measurements
+from posthoc_cli.snapshots.source import (
     ElementRange,
     Source,
     StoredTensors,
     by_time,
     expected_roundings,
     finite_values,
-    make_averages,
-    newest_path,
     series_key,
 )
 
-log = logging.getLogger(__name__)
-
 MOST_ELEMENTS = 1_000_000
 RUN_ELEMENTS = 1_024
-
-
-def source_prior(sources: Sequence[Source]) -> Prior:
-    """Make the prior: the motion of the network and the rounding of each source, in their order.
-
-    If the header of a file has no measurements, or the newest one no sketch, the measurements of
-    all files are estimated from a sample.
-    """
-    on_disk = [source for source in sources if source.files]
-    averages = make_averages(sources)
-    path = newest_path(sources)
-    sketch = None if path is None else path.sketch
-    unmeasured = [source for source in on_disk if source.measurements is None]
-    if sketch is not None and not unmeasured:
-        return measured_prior(averages, sketch)
-    sampled = iter(sample_measurements(on_disk))
-    for index, source in enumerate(sources):
-        if source.files:
-            measured = next(sampled)
-            averages[index] = replace(averages[index], measurements=measured)
-    prior = measured_prior(averages, sketch)
-    if prior.evidence == MEASURED:
-        return replace(prior, evidence=SAMPLED)
-    return prior
 
 
 # Of Gaussian motions d with a standard deviation of 0, 0.35, 0.5, 0.7, 1, 1.5, 2, 4, 8 and 32
@@ -136,7 +100,6 @@ _STILL = 1e-12
 equal values moves by roundings."""
 
 
-@np.errstate(over="ignore", invalid="ignore")
 def sample_measurements(sources: Sequence[Source]) -> list[Measurements | None]:
     """Estimate the measurements of the sources of one run, in their order, from the stored
     averages.
@@ -150,14 +113,20 @@ def sample_measurements(sources: Sequence[Source]) -> list[Measurements | None]:
     Norms, to which errors are relative, cover the tensors that move: a constant table of noise
     levels may be far longer than all weights.
     """
-    sampling = _Sampling()
+    return sample_values(sources).measure_sources(sources)
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def sample_values(sources: Sequence[Source]) -> Sampling:
+    """Read the sample of the sources of one run."""
+    sampling = Sampling()
     ranges = _sampled_ranges(sources[0]) if sources else []
     for _, at_time in groupby(by_time(sources), key=lambda source: source.t):
         sampling.add([_read(source, ranges) for source in at_time])
-    return sampling.measure_sources(sources)
+    return sampling
 
 
-class _Sampling:
+class Sampling:
     """The measurements of a run's sources, taken in one time after another."""
 
     def __init__(self) -> None:
@@ -209,13 +178,17 @@ class _Sampling:
         self._moved |= np.add.reduceat(moves, sample.starts) > _STILL * squares
         return squares * sample.scale
 
+    @property
+    def doubts(self) -> list[str]:
+        """Lines that say that files may be of two trainings, for each kind."""
+        return [*filter(None, map(_find_two_trainings, self._steps.values()))]
+
+    @np.errstate(over="ignore", invalid="ignore")
     def measure_sources(
         self,
         sources: Sequence[Source],
     ) -> list[Measurements | None]:
         """List the measurements of the sources; all None if values are too large to be squared."""
-        for steps in self._steps.values():
-            _warn_of_two_trainings(steps)
         moving = self._moved if np.any(self._moved) else ...  # all if none moves
         measurements = list[Measurements | None]()
         sums = list[float]()
@@ -283,22 +256,22 @@ def _are_apart(sample: _Sample, other: _Sample) -> bool:
     return bool(2 * apart.sum() > sizes.sum())
 
 
-def _warn_of_two_trainings(steps: Sequence[_Step]) -> None:
-    """Warn if files move as the files of two trainings do: one follows the other, or they are
+_HINT = "name the files of one training with a glob"
+
+
+def _find_two_trainings(steps: Sequence[_Step]) -> str:
+    """Say that files move as the files of two trainings do: one follows the other, or they are
     interleaved, as after a training was resumed from before some of its files; or each file is of
-    another training."""
+    another training. Empty if they do not."""
     if len(steps) > 1 and all(step.is_apart for step in steps):
-        _warn_of_files(
-            steps[0], "each is as far from the next one as if they were of different trainings"
-        )
-        return
+        reason = "each is as far from the next one as if they were of different trainings"
+        return f"{reason}: {_HINT}"
     for previous, step in pairwise(steps):
         over_one = min(previous.squared, step.squared)
         if step.over_two < _BACK * over_one:
             names = f"{previous.before.name} and {step.after.name} are closer to each other than to"
             reason = f"{step.before.name} between them, as if it is of another training"
-            _warn_of_files(step, f"{names} {reason}, or of one that was resumed from before it")
-            return
+            return f"{names} {reason}, or of one that was resumed from before it: {_HINT}"
     neighbours = zip(steps, steps[1:], steps[2:], strict=False)
     for earlier, step, later in neighbours:
         usual = step.rounding
@@ -308,12 +281,8 @@ def _warn_of_two_trainings(steps: Sequence[_Step]) -> None:
         if step.squared > _JUMP * usual > 0:
             names = f"{step.before.name} and {step.after.name}"
             reason = "are as far apart as files of two trainings, unlike others beside them"
-            _warn_of_files(step, f"{names} {reason}")
-
-
-def _warn_of_files(step: _Step, reason: str) -> None:
-    hint = "name the files of one training with a glob"
-    log.warning("%s: %s: %s", step.after.path.parent, reason, hint)
+            return f"{names} {reason}: {_HINT}"
+    return ""
 
 
 def _sampled_ranges(source: Source) -> list[ElementRange]:

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from posthoc_cli.errors import InvalidValueError, Log, check_word, list_first, quote
-from posthoc_cli.snapshots.sources import Source
+from posthoc_cli.snapshots.source import Source
 
 log = Log(__name__)
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from posthoc_cli.profiles import FloatArray
 from posthoc_cli.reconstruction import Sketch
-from posthoc_cli.snapshots.sources import PathSketch, Rule
+from posthoc_cli.snapshots.source import PathSketch, Rule
 
 MOST_WINDOWS = 4_096
 MOST_NUMBERS = 1_024

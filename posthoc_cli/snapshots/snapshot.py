@@ -22,7 +22,7 @@ from posthoc_cli.snapshots.decoding import ANY_SIGN, convert, decode, is_optiona
 from posthoc_cli.snapshots.entry import Entry
 from posthoc_cli.snapshots.selection import Selection
 from posthoc_cli.snapshots.sketch_text import decode_path
-from posthoc_cli.snapshots.sources import PathSketch, Source, TrackedTensor
+from posthoc_cli.snapshots.source import PathSketch, Source, TrackedTensor
 from posthoc_cli.snapshots.strict_json import compact
 from posthoc_cli.snapshots.tensorfile import FORMAT, WITH_AVERAGE, TensorFile
 from posthoc_cli.snapshots.weights_sample import Floats, decode_sample, drop_average, places

@@ -1,373 +1,255 @@
-"""The sources of averages: snapshots on disk and checkpoints of other programs; what several of
-them show together: their order, their clock, and the prior of a reconstruction."""
+"""The sources of a run, as they were read once: what they show together, and what is done with them
+while a training removes some."""
 
 from __future__ import annotations
 
 import logging
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, overload
 
 import numpy as np
-import numpy.typing as npt
+import xxhash
 
-from posthoc_cli.dtypes import DTYPES, ITEM_BYTES
 from posthoc_cli.errors import (
+    InvalidValueError,
     MismatchError,
-    NonFiniteError,
-    argument,
+    VanishedError,
+    at_most_one,
+    check_number,
     count_noun,
-    quote,
 )
-from posthoc_cli.profiles import FloatArray, Point, StoredProfile
+from posthoc_cli.files import Look
+from posthoc_cli.planning import check_within
+from posthoc_cli.profiles import PowerFunction, StoredProfile
 from posthoc_cli.reconstruction import (
-    Measurements,
-    Sketch,
+    MEASURED,
+    SAMPLED,
+    Prior,
     StoredAverage,
     choose_evenly,
+    measured_prior,
 )
 from posthoc_cli.run_clock import Clock, EpochClock
-from posthoc_cli.snapshots.boxes import Box, boxes_of_range
-from posthoc_cli.snapshots.entry import Entry, decode_values, items, tensor_from_bytes
-from posthoc_cli.snapshots.tensorfile import TensorFile
-
-if TYPE_CHECKING:
-    import torch
+from posthoc_cli.snapshots.entry import Entry
+from posthoc_cli.snapshots.sampling import sample_values
+from posthoc_cli.snapshots.source import PathSketch, Source, by_time
+from posthoc_cli.targets import Mean
 
 log = logging.getLogger(__name__)
 
 
-class Rule(NamedTuple):
-    """A condition on a header's value besides its type: in words, and as a test, which may raise
-    ValueError."""
+class _KnownPrior(NamedTuple):
+    """A prior, and what its sample shows that speaks against one training."""
 
-    words: str
-    accepts: Callable[[Any], object]
+    prior: Prior
+    doubts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Sources(Sequence[Source]):
+    """What a run is, as it was read once: its sources by time, and what they show together.
+
+    Facts are of all its sources, whichever of them an average is made of. Only `again` looks at the
+    place a second time, and only `prior` reads values, of the same sources once.
+    """
+
+    place: Path  # as given: a folder, a file, a glob, a URL or an import
+    items: tuple[Source, ...]  # by time, sigma_rel, checkpoints last
+    # reads the place again; without it there is nothing but these items
+    read: Callable[[], Sources] | None = None
+    look: Look = field(default_factory=Look)  # what lay at the place
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of an import, given or found
+    numbers: str = ""  # what the numbers of files are taken for
+    notes: tuple[str, ...] = ()  # what is not used, or left out
+    notices: tuple[str, ...] = ()  # what is not used, as is meant
+    findings: tuple[str, ...] = ()  # what other programs' files hold, and how decays were found
+    _priors: dict[tuple[int, ...], _KnownPrior] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, items: Iterable[Source], place: Path | None = None) -> Sources:
+        """Make sources of some items alone, such as a part of a run."""
+        ordered = tuple(by_time(items))
+        return cls(ordered[0].path.parent if place is None else place, ordered)
+
+    def __repr__(self) -> str:
+        return f"Sources({count_sources(self)} up to {self.t:,.12g} {self.t_unit})"
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @overload
+    def __getitem__(self, index: int) -> Source: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Source, ...]: ...
+    def __getitem__(self, index: int | slice) -> Source | tuple[Source, ...]:
+        return self.items[index]
+
+    def __eq__(self, other: object) -> bool:
+        return self.items == other.items if isinstance(other, Sources) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]
+
+    # --- facts of all
+
+    @property
+    def newest(self) -> Source:
+        return self.items[-1]
+
+    @property
+    def t(self) -> float:
+        return self.newest.t
+
+    @property
+    def step(self) -> int:
+        return self.newest.step
+
+    @property
+    def t_unit(self) -> str:
+        return self.newest.t_unit
+
+    @property
+    def run_id(self) -> str:
+        return self.newest.run_id
+
+    @cached_property
+    def times(self) -> tuple[float, ...]:
+        """The times of the sources, each once, ascending."""
+        return tuple(sorted({source.t for source in self.items}))
+
+    @cached_property
+    def t_first(self) -> float:
+        """The earliest time that has mass in averages of the run."""
+        return min(source.t_first for source in self.items)
+
+    @cached_property
+    def clock(self) -> Clock:
+        """The run's clock from the steps and times of all sources; a MismatchError if two
+        contradict each other."""
+        return _make_clock(self.items)
+
+    @cached_property
+    def widths(self) -> tuple[float, ...]:
+        """The sigma_rel of each tracked profile, ascending."""
+        widths = set()
+        for source in self.items:
+            if isinstance(source.profile, PowerFunction):
+                widths.add(source.sigma_rel)
+        return tuple(sorted(widths))
+
+    @cached_property
+    def tensors(self) -> dict[str, Entry]:
+        """The dtype and shape of every tensor of an average, under all its names."""
+        newest = self.newest
+        names = {name: name for name in newest.tensors} | newest.aliases
+        entries = {}
+        for alias, name in names.items():
+            entries[alias] = Entry(newest.tensors[name].dtype, newest.entries[name].shape)
+        return entries
+
+    @cached_property
+    def identity(self) -> str:
+        """16 hexadecimal digits that identify the names and the content of all sources."""
+        known = [(source.name, source.identity) for source in self.items]
+        return xxhash.xxh3_64_hexdigest(repr(known).encode())
+
+    def time(self, t: float | None, step: int | None = None) -> float:
+        """Find the training time of averages at `t`, or at `step`, by default of the newest source;
+        raise an InvalidValueError if the sources do not surround it."""
+        at_most_one(t=t, step=step)
+        if t is not None:
+            return check_within("t", t, self.times)
+        if step is None:
+            return self.t
+        if self.t_unit == "epochs":
+            reason = "does not apply: the numbers of these checkpoints are epochs"
+            raise InvalidValueError("step", reason, "give t in epochs", value=step)
+        time_at = {source.step: source.t for source in self.items}
+        check_within("step", step, time_at.keys())
+        check_number("step", step, float.is_integer, "be a whole number")
+        if step in time_at:
+            return time_at[step]
+        if all(t == known for known, t in time_at.items()):
+            return float(step)
+        before = max(known for known in time_at if known < step)
+        after = min(known for known in time_at if known > step)
+        reason = f"lies between the snapshots at {before:,} and {after:,}"
+        hint = f"take one of them, or give t in {self.t_unit}"
+        raise InvalidValueError("step", reason, hint, value=step)
+
+    # --- what a solve takes
+
+    def choose(self, t: float, means: Sequence[Mean] = ()) -> Choice:
+        """Choose the sources that a solve at `t` takes, an even choice of very many; also those
+        that the coefficients of means refer to."""
+        split = sum(source.t <= t for source in self.items)
+        profiles = [source.profile for source in self.items]
+        usable = {*choose_evenly(profiles[:split])}
+        for mean in means:
+            usable.update(np.flatnonzero(mean.compute_coefficients(profiles[:split])).tolist())
+        later = [split + index for index in choose_evenly(profiles[split:])]
+        available = count_files(self.items[:split])
+        return Choice(self, t, tuple(sorted(usable)), tuple(later), available)
+
+    def prior(self, indices: Sequence[int] | None = None) -> Prior:
+        """Make the prior of some sources, or of all, from headers or a sample of values."""
+        key = tuple(range(len(self.items)) if indices is None else indices)
+        if key not in self._priors:
+            self._priors[key] = _make_prior([self.items[index] for index in key])
+        return self._priors[key].prior
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What the values that priors were made from say against the files being of one run."""
+        doubts = dict[str, None]()
+        for known in self._priors.values():
+            doubts.update(dict.fromkeys(known.doubts))
+        return (*doubts,)
+
+    # --- the place
+
+    def again(self) -> Sources:
+        """Read the place again."""
+        return self if self.read is None else self.read()
 
 
 @dataclass(frozen=True)
-class TrackedTensor:
-    """How a run tracks one tensor.
+class Choice:
+    """The sources that a solve at `t` takes, by their indices: those to combine, at or before `t`,
+    and later ones, which show the motion, too."""
 
-    Its role is "average", "statistic" or "copy". A statistic is averaged but is not a weight:
-    neither measured nor stored in fewer bits.
-    """
-
-    role: str
-    dtype: str  # in the model, a safetensors name
-
-
-class ElementRange(NamedTuple):
-    """The elements `begin` to `end` of a tensor, row-major."""
-
-    name: str
-    begin: int
-    end: int
-
-
-class StoredTensors:
-    """Tensors in files, which any thread may read.
-
-    As a context manager it keeps its files open; they must be the files whose headers were read.
-    """
-
-    path: Path  # the file or folder
-    files: tuple[TensorFile, ...]  # that together hold its tensors
-    entries: Mapping[str, Entry]  # dtype and complete shape of each stored tensor
-    tensors: dict[str, TrackedTensor]
-    # further names of tensors, each with the name under which the tensor is stored
-    aliases: dict[str, str]
+    sources: Sources
     t: float
-    knows_buffers = True  # which are copied; other programs average theirs, masks too
+    usable: tuple[int, ...]
+    later: tuple[int, ...]
+    available: int  # number of all snapshots or checkpoints at or before `t`
 
     @property
-    def copies(self) -> list[str]:
-        return self._names_with_role("copy")
+    def usable_sources(self) -> list[Source]:
+        return [self.sources[index] for index in self.usable]
 
     @property
-    def averages(self) -> list[str]:
-        return self._names_with_role("average")
-
-    def _names_with_role(self, role: str) -> list[str]:
-        return [name for name, tensor in self.tensors.items() if tensor.role == role]
-
-    def cells(self, name: str) -> int:
-        """Count the chunks that each row of a tensor is spread over."""
-        if len(self.files) == 1:
-            return 1
-        boxes = list[Box]()
-        for file in self.files:
-            box = file.box(name)
-            if box and box.size:
-                boxes.append(box)
-        rows = {box.offset[:1] for box in boxes}
-        return len(boxes) // max(1, len(rows))
-
-    def __enter__(self) -> Any:
-        with ExitStack() as stack:
-            for file in self.files:
-                stack.enter_context(file)
-            stack.pop_all()
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        with ExitStack() as stack:
-            for file in self.files:
-                stack.callback(file.__exit__, kind)
-
-    def read_box(
-        self,
-        name: str,
-        box: Box,
-        out: memoryview,
-        begin: int = 0,
-        verify: bool = True,
-    ) -> None:
-        """Fill `out` with the row-major elements of a box of a tensor, from element `begin` on,
-        verified by default."""
-        dtype = self.entries[name].dtype
-        for file in self.files:
-            if file.box(name) == box and file.entries[name].dtype == dtype:
-                offset = begin * ITEM_BYTES[dtype]
-                file.read(name, offset, out, verify)
-                return
-        flat = np.frombuffer(out, items(dtype))
-        pieces = list(boxes_of_range(box, begin, begin + flat.size))
-        for file in self.files:
-            chunk = file.box(name)
-            if chunk is None:
-                continue
-            parts = []
-            for piece in pieces:
-                part = chunk.intersection(piece)
-                if part.size:
-                    parts.append(part)
-            if parts:
-                spans = [chunk.span(part) for part in parts]
-                first, _ = min(spans)
-                last = max(end for _, end in spans)
-                values = self._read(file, name, first, last, verify)
-                for part in parts:
-                    target = box.view(flat, part, begin)
-                    target[...] = chunk.view(values, part, first)
-
-    def _read(
-        self,
-        file: TensorFile,
-        name: str,
-        begin: int,
-        end: int,
-        verify: bool,
-    ) -> npt.NDArray[Any]:
-        """Read the elements `begin` to `end` of a chunk, in the dtype of the run."""
-        stored = file.entries[name].dtype
-        dtype = self.entries[name].dtype
-        size = ITEM_BYTES[stored]
-        count = end - begin
-        data = np.empty(count * size, np.uint8)
-        file.read(name, begin * size, data.data, verify)
-        # parts use a wider dtype for values that are too large or small for the run's dtype
-        if stored != dtype:
-            values = decode_values(data, stored)
-            wide = np.dtype(DTYPES[dtype].torch_name)
-            data = values.astype(wide).view(np.uint8)
-        return data.view(items(dtype))
-
-    def read_many(self, names: Sequence[str], out: memoryview) -> None:
-        """Fill `out` with complete tensors, end to end, verified."""
-        first, *others = self.files
-        if not (others or first.boxes):
-            first.read_many(names, out)
-            return
-        at = 0
-        for name in names:
-            entry = self.entries[name]
-            end = at + entry.nbytes
-            self.read_box(name, Box.full(entry.shape), out[at:end])
-            at = end
-
-    def tensor(
-        self,
-        name: str,
-        box: Box | None = None,
-    ) -> torch.Tensor:
-        """Read a tensor, or a box of it, verified, in its stored dtype."""
-        dtype = self.entries[name].dtype
-        box = box or Box.full(self.entries[name].shape)
-        data = np.empty(box.size * ITEM_BYTES[dtype], np.uint8)
-        self.read_box(name, box, data.data)
-        return tensor_from_bytes(data, dtype, box.shape)
-
-    def values(
-        self,
-        name: str,
-        begin: int,
-        end: int,
-    ) -> FloatArray:
-        """Read the elements `begin` to `end` of a tensor as float64, unverified, for estimates
-        only."""
-        entry = self.entries[name]
-        count = end - begin
-        data = np.empty(count * ITEM_BYTES[entry.dtype], np.uint8)
-        box = Box.full(entry.shape)
-        self.read_box(name, box, data.data, begin, verify=False)
-        return decode_values(data, entry.dtype)
-
-    def is_mask(self, values: FloatArray) -> bool:
-        """Return whether values belong to a buffer that holds infinity, such as an attention
-        mask."""
-        if self.knows_buffers:
-            return False
-        lowest, *others = np.unique(values)
-        return bool(lowest == -np.inf and len(others) < 2 and np.isfinite(others).all())
-
-
-class PathSketch(NamedTuple):
-    """A sketch, and the identifier of its projection, which depends on the tensors and the random
-    signs."""
-
-    projection: int
-    sketch: Sketch
-
-
-class Source(StoredTensors, ABC):
-    """A stored average: a snapshot, or a checkpoint of another program."""
-
-    word = "snapshot"
-    # a power function, one checkpoint (`Point`), or known times (`Discrete`)
-    profile: StoredProfile
-    run_id: str  # 32 hexadecimal digits, the same for all sources of a run
-    t_unit: str
-    step: int
-    sigma_rel: float  # the width that the average was tracked for; 0 for other averages
-    # the earliest time with mass in averages of the run that this source shows
-    t_first: float
-    left_out: tuple[str, ...]  # names in the model's state that were not tracked
-    measurements: Measurements | None  # None if they must be estimated
-    path_sketch: PathSketch | None = None  # of the weights up to `t`; None if unknown
-
-    def __repr__(self) -> str:
-        tensors = count_noun(len(self.entries), "tensor")
-        return f"{type(self).__name__}({self.name}: {tensors} at t = {self.t:,.12g})"
+    def profiles(self) -> list[StoredProfile]:
+        """The profiles of the sources to combine."""
+        return [source.profile for source in self.usable_sources]
 
     @property
-    def name(self) -> str:
-        return self.path.name
+    def known_profiles(self) -> list[StoredProfile]:
+        """The profiles of all chosen sources."""
+        return [self.sources[index].profile for index in (*self.usable, *self.later)]
 
     @property
-    @abstractmethod
-    def identity(self) -> str:
-        """16 hexadecimal digits that identify its content."""
+    def known_prior(self) -> Prior:
+        """The prior of all chosen sources."""
+        return self.sources.prior((*self.usable, *self.later))
 
-    @abstractmethod
-    def average(self) -> StoredAverage:
-        """Describe the average for a reconstruction."""
-
-
-# --- several sources
-
-
-_Source = TypeVar("_Source", bound=Source)
-
-
-def series_key(source: Source) -> tuple[float, bool]:
-    """Return the width of a source, and whether it is a checkpoint."""
-    return source.sigma_rel, isinstance(source.profile, Point)
-
-
-def by_time(items: Iterable[_Source]) -> list[_Source]:
-    """Sort sources by time, then sigma_rel, checkpoints last."""
-    return sorted(items, key=lambda source: (source.t, *series_key(source)))
-
-
-def choose_sources(
-    items: Sequence[_Source],
-    t: float,
-) -> tuple[list[_Source], list[_Source]]:
-    """Choose the sources to combine for time `t`, at or before it, and later ones, which show the
-    motion.
-
-    Both lists are by time, then sigma_rel, and of limited length, see `choose_evenly`.
-    """
-    ordered = by_time(items)
-    usable = [source for source in ordered if source.t <= t]
-    later = [source for source in ordered if source.t > t]
-    return _thin(usable), _thin(later)
-
-
-def _thin(items: Sequence[_Source]) -> list[_Source]:
-    profiles = [source.profile for source in items]
-    return [items[index] for index in choose_evenly(profiles)]
-
-
-def run_clock(sources: Sequence[Source]) -> Clock:
-    """Make the run's clock from the steps and times of all its snapshots; raise MismatchError if
-    two contradict each other."""
-    pairs = sorted({(source.step, source.t) for source in sources})
-    for (step, t), (next_step, next_t) in pairwise(pairs):
-        if step == next_step or t >= next_t:
-            pair = f"step {step} was at t = {t:,.12g}, and step {next_step} at t = {next_t:,.12g}"
-            raise MismatchError("the snapshots are not of one training", pair)
-    is_of_epochs = any(source.t_unit == "epochs" for source in sources)
-    kind = EpochClock if is_of_epochs else Clock
-    steps = [step for step, _ in pairs]
-    times = [t for _, t in pairs]
-    return kind(steps, times)
-
-
-def newest_path(sources: Sequence[Source]) -> PathSketch | None:
-    """Find the sketched path at the newest time: earlier sketches show a part of it."""
-    last = max((source.t for source in sources), default=0.0)
-    for source in sources:
-        if source.t == last and (path := source.path_sketch):
-            return path
-    return None
-
-
-def make_averages(sources: Sequence[Source]) -> list[StoredAverage]:
-    """Describe the averages of one run for a reconstruction, with the clock of all of them."""
-    averages = [source.average() for source in sources]
-    if all(source.t == source.step for source in sources):
-        return averages
-    clock = run_clock(sources)
-    if isinstance(clock, EpochClock):
-        return averages
-    for index, average in enumerate(averages):
-        if average.steps:
-            steps = replace(average.steps, clock=clock)
-            averages[index] = replace(average, steps=steps)
-    return averages
-
-
-def model_difference(one: Source, other: Source) -> str:
-    """Say why two sources are of different models, as a phrase to follow their names; empty if they
-    are of one model.
-
-    Checkpoints of a model may be stored in several floating-point dtypes.
-    """
-    if one.aliases != other.aliases:
-        return "do not match: they tie different names together"
-    unshared = one.tensors.keys() ^ other.tensors.keys()
-    for name in sorted(unshared):
-        lacking = other if name in one.tensors else one
-        return f"do not match: tensor {quote(name)} is missing in {lacking.name}"
-    for name, tensor in one.tensors.items():
-        second = other.tensors[name]
-        differs = tensor.role != second.role
-        if one.word == "snapshot":
-            differs = tensor != second
-        if differs:
-            kinds = f"{tensor.role} of {tensor.dtype} and {second.role} of {second.dtype}"
-            return f"do not match: tensor {quote(name)} is {kinds}"
-        shape = list(one.entries[name].shape)
-        second_shape = list(other.entries[name].shape)
-        if shape != second_shape:
-            return f"do not match: tensor {quote(name)} has the shapes {shape} and {second_shape}"
-    return ""
+    @property
+    def prior(self) -> Prior:
+        """The prior of the sources to combine."""
+        return self.known_prior.subset(range(len(self.usable)))
 
 
 def count_sources(
@@ -390,59 +272,118 @@ def count_files(sources: Iterable[Source]) -> int:
     return len({source.path for source in sources})
 
 
-# --- the values of a source
+def announce(sources: Sources) -> None:
+    """Log what is to be known of sources before something is made of them: what was found in other
+    programs' files as notices, and what is not used, or in doubt, as warnings."""
+    if sources.findings:
+        log.info("%s: %s", sources.place, "; ".join(sources.findings))
+    for text in sources.notices:
+        log.info("%s: %s", sources.place, text)
+    for text in (*sources.notes, *sources.doubts):
+        log.warning("%s: %s", sources.place, text)
 
 
-def spacing(
-    values: FloatArray,
-    mantissa_bits: npt.ArrayLike,
-    lowest_exponent: npt.ArrayLike,
-) -> FloatArray:
-    """Compute the distance from each value to the next one of its dtype, see `dtypes.Dtype`."""
-    _, above = np.frexp(values)
-    exponent = np.maximum(above - 1, lowest_exponent)
-    spacings = np.ldexp(1.0, exponent - mantissa_bits)
-    return np.asarray(spacings)
+# --- the clock and the prior
 
 
-def expected_roundings(values: FloatArray, stored: str, own: str) -> FloatArray:
-    """Estimate the expected squared rounding error of each value that was rounded to nearest.
+def _make_clock(sources: Sequence[Source]) -> Clock:
+    pairs = sorted({(source.step, source.t) for source in sources})
+    for (step, t), (next_step, next_t) in pairwise(pairs):
+        if step == next_step or t >= next_t:
+            pair = f"step {step} was at t = {t:,.12g}, and step {next_step} at t = {next_t:,.12g}"
+            raise MismatchError("the snapshots are not of one training", pair)
+    is_of_epochs = any(source.t_unit == "epochs" for source in sources)
+    kind = EpochClock if is_of_epochs else Clock
+    steps = [step for step, _ in pairs]
+    times = [t for _, t in pairs]
+    return kind(steps, times)
 
-    It is spacing^2 / 12, the variance of a uniform error within half the spacing, also
-    if it is subnormal. Zeros contribute 0, since they are almost always exact (biases and gains
-    that never moved), as do all values if the stored dtype is as wide as the exact average: float64
-    for a model's float64, else float32.
 
-    Weights in half precision count as copies of a float32 training's. A training whose own weights
-    are in half precision has exact ones, and an error below the predicted one: both have values of
-    this dtype, which move by whole spacings or not at all, so that no file distinguishes them.
+def _make_prior(sources: Sequence[Source]) -> _KnownPrior:
+    """Make the prior: the motion of the network and the rounding of each source, in their order.
+
+    If the header of a file has no measurements, or the newest one no sketch, the measurements of
+    all files are estimated from a sample.
     """
-    dtype = DTYPES[stored]
-    if dtype.mantissa_bits >= DTYPES["F64" if own == "F64" else "F32"].mantissa_bits:
-        return np.broadcast_to(0.0, values.shape)
-    roundings = np.zeros(values.shape)
-    rounded = values != 0
-    spacings = spacing(values[rounded], dtype.mantissa_bits, dtype.lowest_exponent)
-    roundings[rounded] = spacings**2 / 12
-    return roundings
+    on_disk = [source for source in sources if source.files]
+    averages = _make_averages(sources)
+    path = _newest_path(sources)
+    sketch = None if path is None else path.sketch
+    unmeasured = [source for source in on_disk if source.measurements is None]
+    if sketch is not None and not unmeasured:
+        return _KnownPrior(measured_prior(averages, sketch))
+    sample = sample_values(on_disk)
+    sampled = iter(sample.measure_sources(on_disk))
+    for index, source in enumerate(sources):
+        if source.files:
+            measured = next(sampled)
+            averages[index] = replace(averages[index], measurements=measured)
+    prior = measured_prior(averages, sketch)
+    if prior.evidence == MEASURED:
+        prior = replace(prior, evidence=SAMPLED)
+    return _KnownPrior(prior, tuple(sample.doubts))
 
 
-def finite_values(
-    source: StoredTensors,
-    name: str,
-    begin: int,
-    end: int,
-) -> FloatArray:
-    """Read elements of a tensor, zeros for a mask; raise NonFiniteError if another tensor holds nan
-    or infinity."""
-    part = source.values(name, begin, end)
-    if np.isfinite(part).all():
-        return part
-    if source.is_mask(part):
-        return np.zeros_like(part)
-    source.tensor(name)  # raises if the file is damaged, for example by a flipped bit
-    raise NonFiniteError(
-        source.path,
-        f"tensor {name!r}: holds nan or infinity",
-        f"to leave out a mask or the like, import with {argument('exclude')}",
-    )
+def _newest_path(sources: Sequence[Source]) -> PathSketch | None:
+    """Find the sketched path at the newest time: earlier sketches show a part of it."""
+    last = max((source.t for source in sources), default=0.0)
+    for source in sources:
+        if source.t == last and (path := source.path_sketch):
+            return path
+    return None
+
+
+def _make_averages(sources: Sequence[Source]) -> list[StoredAverage]:
+    """Describe the averages of one run for a reconstruction, with the clock of all of them."""
+    averages = [source.average() for source in sources]
+    if all(source.t == source.step for source in sources):
+        return averages
+    clock = _make_clock(sources)
+    if isinstance(clock, EpochClock):
+        return averages
+    for index, average in enumerate(averages):
+        if average.steps:
+            steps = replace(average.steps, clock=clock)
+            averages[index] = replace(average, steps=steps)
+    return averages
+
+
+# --- sources that vanish
+
+
+R = TypeVar("R", bound="Readable")
+
+
+class Readable(Protocol):
+    """What was read at a place, and may be read again."""
+
+    @property
+    def identity(self) -> str: ...
+
+    def again(self: R) -> R: ...
+
+
+T = TypeVar("T")
+
+ATTEMPTS = 100  # largest number of plans; no training removes a snapshot after every one of them
+
+
+def use(sources: R, work: Callable[[R], T], renew: Callable[[R], object] = lambda _: None) -> T:
+    """Return `work(sources)`; if sources vanish before they are opened, read them again.
+
+    Readers take no lock, so a tracker may thin away snapshots that were read. Open files stay
+    readable when they are removed, and all are opened before they are used. `work` must leave
+    nothing when it raises an error. `renew` is called with what was read again; if that is the
+    same, the error is raised: nothing was thinned.
+    """
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return work(sources)
+        except VanishedError as error:
+            newer = sources.again()
+            if newer.identity == sources.identity:
+                raise
+            log.warning("%s; planning again with the snapshots that remain", error)
+            renew(newer)
+            sources = newer
+    return work(sources)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,7 +38,7 @@ from posthoc_cli.snapshots.outputs import (
     read_model,
 )
 from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot
-from posthoc_cli.snapshots.sources import run_clock
+from posthoc_cli.snapshots.sources import Sources
 from posthoc_cli.snapshots.tensorfile import FORMAT, FORMATS, SUFFIX, read_file
 
 T = TypeVar("T")
@@ -164,10 +165,11 @@ def verify(path: Path, progress: ProgressBar = no_bar) -> Verification:
         problems = notes
         notes = []
         incomplete = set()
-    if not problems:
-        problems += _find_problems(run_clock, content.snapshots)
+    if not problems and content.snapshots:
+        sources = Sources.of(content.snapshots)
+        problems += _find_problems(lambda: sources.clock)
     for index in indexes:
-        problems += _find_problems(_check_index, index)
+        problems += _find_problems(partial(_check_index, index))
     notes += _note_of_pickles(listing)
     return Verification(
         path,
@@ -201,12 +203,9 @@ def _reports(
     return reports
 
 
-def _find_problems(
-    check: Callable[[T], object],
-    what: T,
-) -> list[str]:
+def _find_problems(check: Callable[[], object]) -> list[str]:
     try:
-        check(what)
+        check()
     except (FileFormatError, MismatchError) as error:
         return [str(error)]
     return []

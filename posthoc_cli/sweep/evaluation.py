@@ -28,7 +28,7 @@ from posthoc_cli.sweep import images
 from posthoc_cli.sweep.folder import LOGS, SCRATCH
 from posthoc_cli.sweep.metric import Metric, TrialError, check_metric, read_tail
 from posthoc_cli.sweep.search import Trial
-from posthoc_cli.sweep.weights import Weights
+from posthoc_cli.sweep.weights import Candidate
 from posthoc_cli.synthesis.plan import Plan
 
 if TYPE_CHECKING:
@@ -56,8 +56,8 @@ class Evaluation(Protocol):
     def executor(self) -> AbstractContextManager[Executor]:
         """Make what runs measurements; all that still run end with the block."""
 
-    def prepare(self, weights: Weights, trial: Trial, job: int) -> tuple[Measure, Plan | None]:
-        """Make weights; return what measures them, and their plan, as `Weights` returns it."""
+    def prepare(self, weights: Candidate, trial: Trial, job: int) -> tuple[Measure, Plan | None]:
+        """Make weights; return what measures them, and their plan, as `Candidate` returns it."""
 
 
 # --- a function
@@ -79,7 +79,7 @@ class Function:
 
     def prepare(
         self,
-        weights: Weights,
+        weights: Candidate,
         trial: Trial,  # noqa: ARG002
         job: int,  # noqa: ARG002
     ) -> tuple[Measure, Plan | None]:
@@ -137,7 +137,7 @@ class Command:
                 self._is_stopped.set()
                 _end_groups(self._processes)
 
-    def prepare(self, weights: Weights, trial: Trial, job: int) -> tuple[Measure, Plan | None]:
+    def prepare(self, weights: Candidate, trial: Trial, job: int) -> tuple[Measure, Plan | None]:
         folder = (self.out / SCRATCH / str(job)).absolute()  # the command may change the directory
         files.make_directory(folder)
         path = folder / f"weights{ending_like(self.like)}"

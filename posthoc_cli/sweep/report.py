@@ -61,6 +61,8 @@ class SweepReport:
     rerun_command: str = ""
     trials: tuple[Trial, ...] = ()
     outputs: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()  # on what the averages were made of, and what is not used
+    findings: tuple[str, ...] = ()  # what other programs' files hold, and how decays were found
 
     def __repr__(self) -> str:
         if self.minimize is None:
@@ -230,6 +232,8 @@ class SweepReport:
             "outputs": list(map(str, self.outputs)),
             "settings": self.settings,
             "t_unit": self.t_unit,
+            "notes": list(self.notes),
+            "findings": list(self.findings),
         }
         if self.minimize is None:
             return values

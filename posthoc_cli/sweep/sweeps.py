@@ -6,23 +6,26 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from posthoc_cli.errors import (
     CommandError,
     InvalidValueError,
+    VanishedError,
     argument,
     check_count,
     count_noun,
     percent,
 )
+from posthoc_cli.export.writing import write_averages
 from posthoc_cli.planning import SMALL_LOSS
 from posthoc_cli.profiles import UNIFORM_SIGMA_REL
+from posthoc_cli.request import OutputRequest
 from posthoc_cli.resources import ProgressBar, no_bar
-from posthoc_cli.run import Run
+from posthoc_cli.snapshots.sources import Sources, announce, count_sources
 from posthoc_cli.sweep import images
 from posthoc_cli.sweep.evaluation import (
     Command,
@@ -46,13 +49,16 @@ from posthoc_cli.sweep.search import (
     next_measurements,
 )
 from posthoc_cli.sweep.weights import (
+    Candidate,
+    HeldSources,
     RandomWeights,
     RunWeights,
-    Weights,
     average,
     find_compared,
     find_own_ema,
+    hold_until,
 )
+from posthoc_cli.synthesis.curve import run_curve
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,7 +76,7 @@ class Sweep:
     """A search for the best length of an average by a user's evaluation; or, if `minimize` is None,
     a look at the images that it makes of some lengths."""
 
-    run: Run
+    sources: Sources
     # a command line with `{weights}`, or a function of the tensors by name that returns the metric
     evaluate: str | Callable[[dict[str, Tensor]], Any]
     metric: Metric  # of a command
@@ -104,23 +110,24 @@ class Sweep:
         check_count("jobs", self.jobs)
         self._evaluation = self._make_evaluation()
         longest = 0.2 if self.lengths is None else self.lengths.high
-        with mute_warnings():
-            written = self.run.write(
-                longest, None, t=self.t, step=self.step, like=self.like, dry_run=True
-            )
+        request = OutputRequest(
+            longest, None, t=self.t, step=self.step, like=self.like, dry_run=True
+        )
+        written = write_averages(lambda: self.sources, request)
         assert written is not None  # as of a process other than the first one
+        announce(self.sources)
         self._t = written.plan.t
-        lengths = self.lengths or searchable_lengths(self.run, self._t)
-        compared = find_compared(self.run, self._t, self.raw)
-        own = find_own_ema(self.run)
-        sources = self.run.sources
+        self._held = HeldSources(hold_until(self.sources, self._t))
+        lengths = self.lengths or searchable_lengths(self.sources, self._t)
+        compared = find_compared(self.sources, self._t, self.raw)
+        own = find_own_ema(self.sources)
         ends = []
         is_longest = self.lengths is None or lengths.high >= LONGEST
         if is_longest and not lengths.listed:
-            ends = earlier_ends((source.t for source in sources), self._t)
+            ends = earlier_ends(self.sources.times, self._t)
         self._report = SweepReport(
-            directory=self.run.directory,
-            newest_t=sources[-1].t,
+            directory=self.sources.place,
+            newest_t=self.sources.t,
             lengths=lengths,
             budget=self.budget,
             compared=tuple(weights.title for weights in compared),
@@ -130,8 +137,10 @@ class Sweep:
             settings=self._describe(),
             ends=tuple(ends),
             steps=written.plan.steps,
-            t_unit=sources[-1].t_unit,
+            t_unit=self.sources.t_unit,
             rerun_command=self.rerun_command,
+            notes=(*self.sources.notes, *self.sources.doubts),
+            findings=self.sources.findings,
         )
         if self.out is None:
             self._search(compared)
@@ -146,12 +155,13 @@ class Sweep:
             self._report.write(self.out)
             return self._report
 
-    def _search(self, compared: Sequence[Weights]) -> None:
+    def _search(self, compared: Sequence[Candidate]) -> None:
         with (
             self.progress("measuring", self._expected) as advance,
             self._evaluation.executor() as self._executor,
         ):
-            advance(len(self._report.trials))
+            self._started = len(self._report.trials)
+            advance(self._started)
             for trial in self._measure_all(compared):
                 if self.out is not None:
                     record(self.out, trial)
@@ -185,7 +195,7 @@ class Sweep:
     def _describe(self) -> dict[str, Any]:
         """Describe what all trials of the folder have in common."""
         return {
-            "run": self.run.sources[-1].run_id,
+            "run": self.sources.run_id,
             "t": self._t,
             "command": self._evaluation.name,
             "metric": None if self.minimize is None else self.metric.text,
@@ -208,20 +218,19 @@ class Sweep:
         path = out / f"best{ending}"
         if not ending:  # a folder is never overwritten
             images.remove(path)
-        with mute_warnings():
-            self._find_best().write(path, self.like, overwrite=bool(ending))
+        self._find_best().write(path, self.like, overwrite=bool(ending))
         return path
 
     def _find_best(self) -> RunWeights:
         report = self._report
-        own = find_own_ema(self.run)
+        own = find_own_ema(self.sources)
         if report.keeps_own_ema and own is not None:
             return own
-        return average(self.run, report.estimate.best, self._t, report.best_trial.t)
+        return average(self._held, report.estimate.best, self._t, report.best_trial.t)
 
     # --- trials
 
-    def _measure_all(self, compared: Sequence[Weights]) -> Iterator[Trial]:
+    def _measure_all(self, compared: Sequence[Candidate]) -> Iterator[Trial]:
         """Yield each trial when it has ended; the report then has it."""
         first = [(weights, 0) for weights in compared]
         while batch := first + self._next_lengths():
@@ -250,23 +259,23 @@ class Sweep:
 
     def _random_weights(self, seed: int) -> RandomWeights:
         """Make random weights that a command can tell from an average by nothing else."""
-        others = average(self.run, self._report.estimate.best, self._t)
+        others = average(self._held, self._report.estimate.best, self._t)
         return RandomWeights(title=RANDOM_WEIGHTS, text=others.text, others=others, seed=seed)
 
-    def _next_lengths(self) -> list[tuple[Weights, int]]:
+    def _next_lengths(self) -> list[tuple[Candidate, int]]:
         report = self._report
         asked = next_measurements(report.trials, report.lengths, self.budget, self.minimize)
-        return [(average(self.run, sigma_rel, self._t), seed) for sigma_rel, seed in asked]
+        return [(average(self._held, sigma_rel, self._t), seed) for sigma_rel, seed in asked]
 
-    def _next_ends(self) -> list[tuple[Weights, int]]:
+    def _next_ends(self) -> list[tuple[Candidate, int]]:
         report = self._report
         found = report.estimate
         if found.best != report.lengths.high or not report.ends or report.all_tied:
             return []
         asked = next_ends(report.trials, found, report.ends, self._t, bool(self.minimize))
-        return [(average(self.run, found.best, self._t, end), seed) for end, seed in asked]
+        return [(average(self._held, found.best, self._t, end), seed) for end, seed in asked]
 
-    def _measure(self, batch: Sequence[tuple[Weights, int]]) -> Iterator[Trial]:
+    def _measure(self, batch: Sequence[tuple[Candidate, int]]) -> Iterator[Trial]:
         """Measure weights that have no trial yet, `jobs` at a time, and yield each trial when it
         has ended. The report has them in the order of the batch, whichever ends first."""
         before = self._report.trials
@@ -290,15 +299,27 @@ class Sweep:
                 self._report = replace(self._report, trials=(*before, *ended))
                 yield trial
 
-    def _start(self, weights: Weights, seed: int, job: int) -> _Running:
-        """Make weights to measure."""
+    def _start(self, weights: Candidate, seed: int, job: int) -> _Running:
+        """Make weights to measure; if their files are gone, the trial fails."""
         trial = Trial(weights.title, weights.sigma_rel, seed, t=weights.t)
-        with mute_warnings():
+        before = self._held.sources
+        self._started += 1
+        try:
             measure, plan = self._evaluation.prepare(weights, trial, job)
+        except VanishedError as vanished:
+            return _Running(trial, job, partial(_fail, str(vanished)))
+        if self._held.sources is not before:
+            self._note_renewal()
         if plan is not None and weights.sigma_rel is not None:
             error = plan.predicted_error(0)
             trial = replace(trial, predicted_error=error, lost_gain=plan.lost_gain(0))
         return _Running(trial, job, measure)
+
+    def _note_renewal(self) -> None:
+        """Note from which trial on averages are made of other sources."""
+        left = count_sources(self._held.sources)
+        note = f"from trial {self._started} on made of the {left} that remain"
+        self._report = replace(self._report, notes=(*self._report.notes, note))
 
     def _finish(
         self, started: _Running, future: Future[tuple[float | None, float | None]]
@@ -368,33 +389,25 @@ class _Running:
             self.seconds = time.monotonic() - began
 
 
-@contextmanager
-def mute_warnings() -> Iterator[None]:
-    """Mute the warnings of inexact averages: a sweep has said their range before."""
-    planning = logging.getLogger("posthoc_cli.synthesis.plan")
-    was_disabled = planning.disabled
-    planning.disabled = True
-    try:
-        yield
-    finally:
-        planning.disabled = was_disabled
+def _fail(reason: str) -> NoReturn:
+    raise TrialError(reason)
 
 
-def searchable_lengths(run: Run, t: float) -> Lengths:
+def searchable_lengths(sources: Sources, t: float) -> Lengths:
     """Find the widest range of sigma_rel whose lost gain is below SMALL_LOSS.
 
     Without one, take the range from the mean of the last two stored times to the mean of all, and
     warn of what they lose.
     """
-    curve = run.error_curve(t=t)
+    curve = run_curve(sources, t=t)
     ranges = curve.ranges_below(SMALL_LOSS)
     if ranges:
         low, high = max(ranges, key=lambda ends: ends[1] / ends[0])
         return Lengths(round(low, 4), round(high, 4))
-    times = sorted({source.t for source in run.sources if source.t <= t})
+    times = [time for time in sources.times if time <= t]
     if len(times) < 3:
         reason = f"has {count_noun(len(times), 'stored time')}, too few to search"
-        raise InvalidValueError(run.directory, reason, f"name lengths with {argument('sigma_rel')}")
+        raise InvalidValueError(sources.place, reason, f"name lengths with {argument('sigma_rel')}")
     # the width of a uniform mean over a window, as a fraction of t
     spacing = UNIFORM_SIGMA_REL * (t - times[-3]) / t
     whole = UNIFORM_SIGMA_REL * (t - times[0] + t - times[-2]) / t
@@ -404,7 +417,7 @@ def searchable_lengths(run: Run, t: float) -> Lengths:
     log.warning(
         "%s: searching sigma_rel %g to %g, from the mean of the last two files to the mean of all: "
         "lost gain at most about %s to %s; %s",
-        run.directory,
+        sources.place,
         lengths.low,
         lengths.high,
         percent(float(losses.min())),

@@ -6,7 +6,7 @@ import logging
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -17,17 +17,26 @@ from safetensors import safe_open
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints.source import Checkpoint
-from posthoc_cli.errors import InvalidValueError, MismatchError, quote
+from posthoc_cli.errors import (
+    CommandError,
+    DirectoryError,
+    InvalidValueError,
+    MismatchError,
+    quote,
+)
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.export.like import check_shape
+from posthoc_cli.export.writing import write_averages
 from posthoc_cli.profiles import Point
-from posthoc_cli.run import Run, make_weights, retry_vanished
+from posthoc_cli.request import OutputRequest, Request
 from posthoc_cli.snapshots.snapshot import Snapshot, recorded_weights
-from posthoc_cli.snapshots.sources import Source
+from posthoc_cli.snapshots.source import Source
+from posthoc_cli.snapshots.sources import Sources, use
 from posthoc_cli.snapshots.tensorfile import read_file
 from posthoc_cli.snapshots.weights_sample import are_equal, places
 from posthoc_cli.sweep.search import average_title
-from posthoc_cli.synthesis.plan import Plan
+from posthoc_cli.synthesis.plan import Plan, plan_synthesis
+from posthoc_cli.synthesis.weights import make_weights
 from posthoc_cli.targets import Mean, SigmaRel, Target
 
 if TYPE_CHECKING:
@@ -38,8 +47,36 @@ log = logging.getLogger(__name__)
 LAST_WEIGHTS = "last weights"
 
 
+class HeldSources:
+    """The sources that averages of a sweep are made from: those that it began with, until one of
+    them vanishes, and then those that remain."""
+
+    def __init__(self, sources: Sources) -> None:
+        self.sources = sources
+
+    def renew(self, sources: Sources) -> None:
+        self.sources = sources
+
+
+def hold_until(sources: Sources, t: float) -> Sources:
+    """Return sources whose `again` raises a CommandError if what remains has no average at `t`."""
+
+    def read() -> Sources:
+        try:
+            newer = sources.again()
+        except DirectoryError:
+            newer = None
+        if newer is None or not newer.times[0] <= t <= newer.t:
+            reason = f"the {sources.newest.word}s that averages at t = {t:,.12g} are made of were "
+            hint = "its trials are kept; copy the files elsewhere, or let the training keep them"
+            raise CommandError("the sweep", f"{reason}removed while it ran", hint)
+        return hold_until(newer, t)
+
+    return replace(sources, read=read)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Weights:
+class Candidate:
     """Weights to measure.
 
     Attributes:
@@ -65,31 +102,32 @@ class Weights:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunWeights(Weights):
+class RunWeights(Candidate):
     """Weights that are a target of a run at a time."""
 
-    run: Run
+    held: HeldSources
     target: Target
     time: float
 
     def write(self, path: Path, like: Path | None, overwrite: bool = False) -> Plan:
-        written = self.run.write(self.target, path, t=self.time, like=like, overwrite=overwrite)
+        request = OutputRequest(self.target, path, t=self.time, like=like, overwrite=overwrite)
+        written = write_averages(lambda: self.held.sources, request, renew=self.held.renew)
         assert written is not None  # as of a process other than the first one
         return written.plan
 
     def make(self) -> tuple[Mapping[str, Tensor], Plan]:
-        def attempt() -> tuple[Mapping[str, Tensor], Plan]:
-            plan = self.run.plan(self.target, t=self.time)
+        def average(sources: Sources) -> tuple[Mapping[str, Tensor], Plan]:
+            plan = plan_synthesis(sources, Request(self.target, t=self.time))
             return make_weights(plan), plan
 
-        return retry_vanished(attempt)
+        return use(self.held.sources, average, self.held.renew)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RawFile(Weights):
+class RawFile(Candidate):
     """The last weights of a run that has none, in a checkpoint."""
 
-    run: Run
+    sources: Sources
     path: Path
 
     def write(self, path: Path, like: Path | None) -> Plan | None:
@@ -111,7 +149,7 @@ class RawFile(Weights):
             export_file(self.path, plain, raw=True)
         except InvalidValueError:  # a file of nothing but weights
             export_file(self.path, plain)
-        lacking = self.run.tensors.keys() - read_file(plain).entries.keys()
+        lacking = self.sources.tensors.keys() - read_file(plain).entries.keys()
         if lacking:
             reason = f"lacks tensor {quote(min(lacking))} of the averages"
             raise MismatchError(self.path, reason)
@@ -122,7 +160,7 @@ class RawFile(Weights):
     def _warn_of_other_step(self, plain: Path) -> None:
         """Warn if the weights differ from what the hook has recorded with the last snapshots."""
         snapshots = []
-        for source in self.run.sources:
+        for source in self.sources:
             if isinstance(source, Snapshot):
                 snapshots.append(source)
         if not snapshots:
@@ -149,7 +187,7 @@ class RawFile(Weights):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RawTensors(Weights):
+class RawTensors(Candidate):
     """The last weights of a run that has none, in memory."""
 
     tensors: Mapping[str, Tensor]
@@ -159,10 +197,10 @@ class RawTensors(Weights):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomWeights(Weights):
+class RandomWeights(Candidate):
     """Random values in place of those of other weights, as large as these."""
 
-    others: Weights
+    others: Candidate
     seed: int
 
     def write(self, path: Path, like: Path | None) -> Plan | None:
@@ -205,72 +243,60 @@ def _move(plain: Path, path: Path, like: Path | None) -> None:
         export_file(plain, path, like=like)
 
 
-def average(run: Run, sigma_rel: float, t: float, end: float | None = None) -> RunWeights:
+def average(held: HeldSources, sigma_rel: float, t: float, end: float | None = None) -> RunWeights:
     """Find an average at the time `t`, or at an earlier `end`."""
     return RunWeights(
         title=average_title(sigma_rel, end),
         text=repr(sigma_rel),
         sigma_rel=sigma_rel,
         t=end,
-        run=run,
+        held=held,
         target=SigmaRel(sigma_rel),
         time=t if end is None else end,
     )
 
 
-def find_own_ema(run: Run) -> RunWeights | None:
+def find_own_ema(sources: Sources) -> RunWeights | None:
     """Find the user's own newest EMA, if the run has one."""
     own = None
-    for source in run.sources:
+    for source in sources:
         if isinstance(source, Checkpoint) and source.decay:
             own = source
     if own is None:
         return None
-    return _stored(run, own, f"your EMA ({own.decay:.7g})", "ema")
+    return _stored(own, f"your EMA ({own.decay:.7g})", "ema")
 
 
 def find_compared(
-    run: Run, t: float, raw: Path | Mapping[str, Tensor] | None = None
-) -> list[Weights]:
+    sources: Sources, t: float, raw: Path | Mapping[str, Tensor] | None = None
+) -> list[Candidate]:
     """Find what averages at the time `t` are compared with, where it is known: the user's own
     newest EMA, the last weights, also in `raw`, and the weights at an earlier `t`."""
     points = {}
-    for source in run.sources:
+    for source in sources:
         if isinstance(source.profile, Point):
             points[source.t] = source
-    last = points.get(run.t)
+    last = points.get(sources.t)
     if last is not None and raw is not None:
         value = raw if isinstance(raw, Path) else None
         raise InvalidValueError(
             "raw", "is not needed: the run contains the last weights", value=value
         )
-    compared: list[Weights] = []
-    if (own := find_own_ema(run)) is not None:
+    compared: list[Candidate] = []
+    if (own := find_own_ema(sources)) is not None:
         compared.append(own)
     if last is not None:
-        compared.append(_stored(run, last, LAST_WEIGHTS, "raw"))
+        compared.append(_stored(last, LAST_WEIGHTS, "raw"))
     elif isinstance(raw, Path):
-        compared.append(RawFile(title=LAST_WEIGHTS, text="raw", run=run, path=raw))
+        compared.append(RawFile(title=LAST_WEIGHTS, text="raw", sources=sources, path=raw))
     elif raw is not None:
         compared.append(RawTensors(title=LAST_WEIGHTS, text="raw", tensors=raw))
-    if t in points and t < run.t:
-        compared.append(_stored(run, points[t], f"weights at t = {t:,.12g}", "raw"))
+    if t in points and t < sources.t:
+        compared.append(_stored(points[t], f"weights at t = {t:,.12g}", "raw"))
     return compared
 
 
-def _stored(run: Run, source: Source, title: str, text: str) -> RunWeights:
+def _stored(source: Source, title: str, text: str) -> RunWeights:
     """Find a stored average, or stored weights, as they are."""
-    stored = StoredRun(run.directory, source)
-    return RunWeights(title=title, text=text, run=stored, target=Mean(1), time=source.t)
-
-
-class StoredRun(Run):
-    """One stored average of a run, or its weights at one time, as a run."""
-
-    def __init__(self, directory: Path, source: Source) -> None:
-        super().__init__(directory)
-        self._source = source
-
-    @property
-    def sources(self) -> list[Source]:
-        return [self._source]
+    held = HeldSources(Sources.of([source]))
+    return RunWeights(title=title, text=text, held=held, target=Mean(1), time=source.t)

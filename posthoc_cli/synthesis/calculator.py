@@ -18,7 +18,7 @@ from posthoc_cli.dtypes import EPS, ITEM_BYTES, torch_dtype
 from posthoc_cli.errors import NonFiniteError
 from posthoc_cli.profiles import FloatArray
 from posthoc_cli.snapshots.entry import BLOCK, tensor_from_bytes
-from posthoc_cli.snapshots.sources import StoredTensors
+from posthoc_cli.snapshots.source import StoredTensors
 from posthoc_cli.synthesis.plan import Combination
 from posthoc_cli.synthesis.tiles import Output, Tile, tile_size
 

@@ -20,16 +20,13 @@ from posthoc_cli.errors import (
     InexactError,
     InvalidValueError,
     at_most,
-    at_most_one,
-    check_number,
     list_first,
     percent,
 )
-from posthoc_cli.planning import SMALL_LOSS, check_within, error_curve
+from posthoc_cli.planning import SMALL_LOSS, error_curve
 from posthoc_cli.profiles import FloatArray, PowerFunction
 from posthoc_cli.reconstruction import (
     ROUNDING,
-    Prior,
     Reconstruction,
     check_method,
     lost_gain,
@@ -37,22 +34,13 @@ from posthoc_cli.reconstruction import (
     seen_from,
 )
 from posthoc_cli.request import Request
-from posthoc_cli.run_clock import Clock, EpochClock
+from posthoc_cli.run_clock import EpochClock
 from posthoc_cli.snapshots.boxes import Box
 from posthoc_cli.snapshots.entry import Entry
 from posthoc_cli.snapshots.output_info import OutputInfo, Used
-from posthoc_cli.snapshots.sampling import source_prior
 from posthoc_cli.snapshots.selection import Selection, check_globs
-from posthoc_cli.snapshots.sources import (
-    Source,
-    StoredTensors,
-    TrackedTensor,
-    by_time,
-    choose_sources,
-    count_files,
-    count_sources,
-    run_clock,
-)
+from posthoc_cli.snapshots.source import Source, StoredTensors, TrackedTensor
+from posthoc_cli.snapshots.sources import Choice, Sources, announce, count_files, count_sources
 from posthoc_cli.targets import Mean, Target, name_equal_length
 
 log = logging.getLogger(__name__)
@@ -144,6 +132,7 @@ class Plan(Combination):
     # the sources in use, all at or before `t`; if there are copies, also the newest one
     sources: tuple[Source, ...]
     targets: tuple[Target, ...]
+    chosen: Choice = field(repr=False, compare=False)  # the sources that were solved for
     t: float
     method: str
     reconstruction: Reconstruction  # coefficients [sources, targets], errors [targets]
@@ -210,6 +199,32 @@ class Plan(Combination):
         """The expected loss of gain of each target, with the rounding of the outputs."""
         errors = np.hypot(self.reconstruction.predicted_error, self.output_rounding)
         return lost_gain(errors, self.reconstruction.distance)
+
+    @cached_property
+    def warnings(self) -> tuple[str, ...]:
+        """A line about the targets whose errors lose more than SMALL_LOSS of the gain, and the
+        sigma_rels that lose less."""
+        losses = self.lost_gains
+        titles = [self.targets[index].title for index in np.flatnonzero(losses > SMALL_LOSS)]
+        if not titles:
+            return ()
+        errors = np.hypot(self.reconstruction.predicted_error, self.output_rounding)
+        error = percent(float(errors.max()))
+        if len(titles) > 1:
+            error = f"up to {error}"
+        profiles = self.chosen.known_profiles
+        curve = error_curve("", profiles, self.chosen.known_prior, t=self.t, method=self.method)
+        sources = count_sources(self.sources, self.solved)
+        origin = f"from the {sources} up to t = {self.t:,.12g}"
+        first = seen_from(0.0, [source.profile for source in self.sources])
+        if first > self.t / 2:
+            origin += f", which show nothing of the training before t = {first:,.4g}"
+        if curve.assumption:
+            origin += f", if {curve.assumption}"
+        lost = f"it loses {at_most(float(losses.max()))} of the gain"
+        return (
+            f"{list_first(titles)}: predicted error {error} {origin}; {lost}; {curve.good_range}",
+        )
 
     def profile_error(self, target: int) -> float:
         """Compute the relative L2 distance between a target's profile and the reconstructed one."""
@@ -286,22 +301,17 @@ def plan_synthesis(sources: Sequence[Source], request: Request) -> Plan:
             target that is longer than the run.
         InexactError: the predicted error of a target exceeds `max_error`, or is not known.
     """
+    sources = sources if isinstance(sources, Sources) else Sources.of(sources)
+    check_known(sources)
     wished = request.wished
     method = check_method(request.method)
-    time = _target_time(sources, request.t, request.step)
-    clock = run_clock(sources)
-    check_steps(wished, clock, time, sources)
-    usable, later = _choose_sources(sources, wished, time)
-    known = [*usable, *later]  # later snapshots also measure the motion
-    prior = source_prior(known)
-    profiles = _profiles(wished, usable, clock, time)
+    time = sources.time(request.t, request.step)
+    check_steps(wished, sources, time)
+    choice = sources.choose(time, [target for target in wished if isinstance(target, Mean)])
     result = reconstruct(
-        [source.profile for source in usable],
-        profiles,
-        method,
-        prior.subset(range(len(usable))),
-        time,
+        choice.profiles, _find_profiles(wished, choice), method, choice.prior, time
     )
+    usable = choice.usable_sources
     used = np.flatnonzero(np.any(result.coefficients != 0, axis=1)).tolist()
     newest = usable[-1]
     if usable[used[-1]].t < newest.t and newest.copies:  # which the output has
@@ -309,18 +319,18 @@ def plan_synthesis(sources: Sequence[Source], request: Request) -> Plan:
     plan = Plan(
         sources=tuple(usable[i] for i in used),
         targets=wished,
+        chosen=choice,
         t=time,
         method=method,
         reconstruction=result.subset(snapshots=used),
         dtype=parse_dtype(request.dtype),
         solved=count_files(usable),
-        available=count_files(source for source in sources if source.t <= time),
-        run_end=max(source.t for source in sources),
-        steps=float(clock.step_at(time)) if clock.is_even else None,
+        available=choice.available,
+        run_end=sources.t,
+        steps=float(sources.clock.step_at(time)) if sources.clock.is_even else None,
     )
     plan = _select_tensors(plan, request.selection)
     _check_errors(plan, request.max_error)
-    _warn_of_poor_targets(plan, known, prior)
     return plan
 
 
@@ -337,18 +347,22 @@ def _select_tensors(plan: Plan, selection: Selection) -> Plan:
     return plan if len(chosen) == len(names) else replace(plan, subset=frozenset(chosen))
 
 
-def check_steps(
-    targets: Sequence[Target],
-    clock: Clock,
-    t: float,
-    sources: Sequence[Source],
-) -> None:
+def check_known(sources: Sources) -> None:
+    """Raise an InvalidValueError for an average whose decay was not looked for."""
+    for source in sources:
+        if not source.is_known:
+            reason = f"{source.name} is an average of unknown decay"
+            raise InvalidValueError("sources", reason, "open them with `Run(place).sources`")
+
+
+def check_steps(targets: Sequence[Target], sources: Sources, t: float) -> None:
     """Raise an InvalidValueError, with the command to use in its place, for a target in steps if
     steps and times are not in one ratio.
 
     Between two snapshots nobody knows then when a step was: with batches of random size the errors
     of the last 20 steps were 200 to 990 times the predicted ones.
     """
+    clock = sources.clock
     if clock.is_even:
         return
     folder = sources[0].path.parent
@@ -360,46 +374,22 @@ def check_steps(
             command = UNSPECIFIED.command(folder, steps_per_epoch="N")
             reason += "checkpoints are epochs"
             raise InvalidValueError("steps_per_epoch", reason, f"paste: {command}")
-        reason = f"counts steps, and this run's steps are not equally long in {sources[0].t_unit}"
+        reason = f"counts steps, and this run's steps are not equally long in {sources.t_unit}"
         same = target.on_clock(t, clock).split(" ", 1)
         words = ["ema", "synthesize", str(folder), *same, "--out", "average.safetensors"]
         hint = f"for the same length on the run's clock, paste: {shlex.join(words)}"
         raise InvalidValueError("target", reason, hint, value=target.title)
 
 
-def _choose_sources(
-    sources: Sequence[Source],
-    targets: Sequence[Target],
-    t: float,
-) -> tuple[list[Source], list[Source]]:
-    """Choose the sources to combine, at or before `t`, which the coefficients of a `Mean` refer to,
-    too; and later ones."""
-    available = [source for source in sources if source.t <= t]
-    usable, later = choose_sources(sources, t)
-    chosen = {id(source): source for source in usable}
-    for target in targets:
-        if isinstance(target, Mean):
-            coefficients = target.compute_coefficients([source.profile for source in available])
-            for index in np.flatnonzero(coefficients):
-                source = available[index]
-                chosen[id(source)] = source
-    return by_time(chosen.values()), later
-
-
-def _profiles(
-    targets: Sequence[Target],
-    usable: Sequence[Source],
-    clock: Clock,
-    t: float,
-) -> list[Any]:
+def _find_profiles(targets: Sequence[Target], choice: Choice) -> list[Any]:
     """Find the profile of each target, or the coefficients of a `Mean`."""
-    first = min(source.t_first for source in usable)
+    sources = choice.sources
     profiles = list[Any]()
     for target in targets:
         if isinstance(target, Mean):
-            profiles.append(target.compute_coefficients([source.profile for source in usable]))
+            profiles.append(target.compute_coefficients(choice.profiles))
         else:
-            profiles.append(target.profile(t, clock, first))
+            profiles.append(target.profile(choice.t, sources.clock, sources.t_first))
     return profiles
 
 
@@ -421,68 +411,9 @@ def _check_errors(plan: Plan, max_error: float | None) -> None:
             raise InexactError(target.title, f"{predicted}, {accepted}", hint)
 
 
-def _target_time(
-    sources: Sequence[Source],
-    t: float | None,
-    step: int | None,
-) -> float:
-    """Find the time of the targets, by default of the newest source, or raise an
-    InvalidValueError."""
-    times = {source.step: source.t for source in sources}
-    at_most_one(t=t, step=step)
-    if t is not None:
-        return check_within("t", t, times.values())
-    if step is not None and sources[0].t_unit == "epochs":
-        reason = "does not apply: the numbers of these checkpoints are epochs"
-        raise InvalidValueError("step", reason, "give t in epochs", value=step)
-    if step is None:
-        return max(times.values())
-    check_within("step", step, times.keys())
-    check_number("step", step, float.is_integer, "be a whole number")
-    if step in times:
-        return times[step]
-    if all(t == s for s, t in times.items()):
-        return float(step)
-    before = max(s for s in times if s < step)
-    after = min(s for s in times if s > step)
-    reason = f"lies between the snapshots at {before:,} and {after:,}"
-    raise InvalidValueError(
-        "step",
-        reason,
-        f"take one of them, or give t in {sources[0].t_unit}",
-        value=step,
-    )
-
-
-def _warn_of_poor_targets(
-    plan: Plan,
-    known: Sequence[Source],
-    prior: Prior,
-) -> None:
-    """Log the targets whose errors lose more than SMALL_LOSS of the gain, and the sigma_rels that
-    lose less."""
-    losses = plan.lost_gains
-    titles = [plan.targets[index].title for index in np.flatnonzero(losses > SMALL_LOSS)]
-    if not titles:
-        return
-    errors = np.hypot(plan.reconstruction.predicted_error, plan.output_rounding)
-    error = percent(float(errors.max()))
-    if len(titles) > 1:
-        error = f"up to {error}"
-    snapshots = [source.profile for source in known]
-    curve = error_curve("", snapshots, prior, t=plan.t, method=plan.method)
-    sources = count_sources(plan.sources, plan.solved)
-    origin = f"from the {sources} up to t = {plan.t:,.12g}"
-    first = seen_from(0.0, [source.profile for source in plan.sources])
-    if first > plan.t / 2:
-        origin += f", which show nothing of the training before t = {first:,.4g}"
-    if curve.assumption:
-        origin += f", if {curve.assumption}"
-    log.warning(
-        "%s: predicted error %s %s; it loses %s of the gain; %s",
-        list_first(titles),
-        error,
-        origin,
-        at_most(float(losses.max())),
-        curve.good_range,
-    )
+def announce_plan(plan: Plan) -> None:
+    """Log what is to be known of averages, and of the run that they are made from, before they are
+    used."""
+    announce(plan.chosen.sources)
+    for warning in plan.warnings:
+        log.warning("%s", warning)

@@ -24,8 +24,8 @@ from posthoc_cli.errors import (
     RefusedCallError,
     list_first,
 )
-from posthoc_cli.run import Weights
 from posthoc_cli.synthesis.calculator import holds
+from posthoc_cli.synthesis.weights import Weights
 from posthoc_cli.tracker.model import ON_META, NamedTensor, check_model, named_tensors
 from posthoc_cli.tracker.processes import (
     is_sharded,

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from posthoc_cli.profiles import FloatArray
 from posthoc_cli.reconstruction import Measurements, Sketch
-from posthoc_cli.snapshots.sources import PathSketch
+from posthoc_cli.snapshots.source import PathSketch
 from posthoc_cli.tracker.folding import new_value_share, sketched_window_ends
 from posthoc_cli.tracker.memory import Elements, Layout, Tile
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from posthoc_cli.devices import HOST, copy_to_host, record_end, streams_of
-from posthoc_cli.snapshots.sources import ElementRange
+from posthoc_cli.snapshots.source import ElementRange
 from posthoc_cli.tracker.background import SINGLE_THREAD, ThreadPool
 
 Positions = npt.NDArray[np.int64]

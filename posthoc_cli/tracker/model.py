@@ -31,7 +31,7 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.snapshots.boxes import Box
 from posthoc_cli.snapshots.selection import Selection, running_statistics
-from posthoc_cli.snapshots.sources import TrackedTensor
+from posthoc_cli.snapshots.source import TrackedTensor
 from posthoc_cli.snapshots.weights_sample import index_within, places
 from posthoc_cli.tracker.processes import (
     Members,

@@ -17,7 +17,7 @@ import multiprocessing.util
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +41,7 @@ from posthoc_cli.errors import (
 from posthoc_cli.files import remove_unfinished
 from posthoc_cli.group import Group
 from posthoc_cli.resources import worker_count
+from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.tracker.arguments import Settings
 from posthoc_cli.tracker.background import (
     SINGLE_THREAD,
@@ -458,6 +459,14 @@ class Pipeline:
         _writers.discard(self)
         if self.snapshotter is not None:
             self.snapshotter.close()
+
+    @property
+    def known_snapshots(self) -> Sequence[Snapshot] | None:
+        """All snapshots of the directory, as its writer holds them in memory; None if this is not
+        the writer."""
+        if self.snapshotter is None or self not in _writers or self.is_forked:
+            return None
+        return None if self.tracking.resumes else self.snapshotter.known
 
     def _pool_for(self, layout: Layout) -> ThreadPool:
         """Choose the pool for work on a layout: one thread for accelerators, so that one stream

@@ -8,11 +8,11 @@ first process. An error in one process is raised in all of them before a model h
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,13 @@ from posthoc_cli.errors import (
 from posthoc_cli.group import Group
 from posthoc_cli.reconstruction import ROUNDING, check_method
 from posthoc_cli.request import Request, Wanted
-from posthoc_cli.run import Weights, make_weights, with_consistent_plan
 from posthoc_cli.snapshots.boxes import Box
 from posthoc_cli.snapshots.directory import find_snapshots, read_snapshot
 from posthoc_cli.snapshots.snapshot import Snapshot
-from posthoc_cli.snapshots.sources import Source
-from posthoc_cli.synthesis.plan import Plan, plan_synthesis
+from posthoc_cli.snapshots.source import Source
+from posthoc_cli.snapshots.sources import Sources, use
+from posthoc_cli.synthesis.plan import Plan, announce_plan, plan_synthesis
+from posthoc_cli.synthesis.weights import Weights, make_weights
 from posthoc_cli.targets import Target, as_target
 from posthoc_cli.tracker.model import TrackedModel, named_tensors
 from posthoc_cli.tracker.pipeline import Pipeline
@@ -50,8 +51,6 @@ from posthoc_cli.tracker.processes import (
 from posthoc_cli.tracker.resume import Start
 
 Dtype = torch.dtype | str | None
-
-log = logging.getLogger(__name__)
 
 
 def plan_possible(
@@ -68,16 +67,6 @@ def plan_possible(
         except InvalidValueError as error:
             refusals[label] = str(error)
     return plans, refusals
-
-
-def log_predicted_error(plan: Plan) -> Plan:
-    """Log the predicted error of a plan of one target."""
-    error = plan.predicted_error(0)
-    predicted = "unknown" if error is None else f"{error:.2g}"
-    log.info(
-        "average of %s at t = %.12g: predicted error %s", plan.targets[0].title, plan.t, predicted
-    )
-    return plan
 
 
 def conversion_error(dtypes: Mapping[str, torch.dtype], boxes: Mapping[str, Box]) -> float:
@@ -213,17 +202,40 @@ def _read_again(path: Path, checksum: str) -> Snapshot:
     return snapshot
 
 
-SentPlan = tuple[Plan, Sequence[tuple[str, str]]]
+@dataclass(frozen=True)
+class SentPlan:
+    """A plan as the first process sends it: without its target, which may be a user's object, and
+    with the newest header as its only source."""
+
+    plan: Plan
+    used: Sequence[tuple[str, str]]  # the name and the identity of each source
+    identity: str  # of the sources that it was made from
 
 
-def reduce_to_send(plan: Plan) -> SentPlan:
-    """Reduce a plan to what the first process sends: without its target, which may be a user's
-    object, and with the newest header as its only source; and the name and the checksum of each
-    source."""
+def reduce_to_send(plan: Plan, sources: Sources) -> SentPlan:
+    """Reduce a plan from these sources to what the first process sends."""
     newest: Any = plan.newest
     header = replace(newest, files=(), sketch="", sample="")
+    nothing: Any = None  # of the sources, which the others read anew
     used = [(source.name, source.identity) for source in plan.sources]
-    return replace(plan, sources=(header,), targets=()), used
+    return SentPlan(
+        replace(plan, sources=(header,), targets=(), chosen=nothing), used, sources.identity
+    )
+
+
+@dataclass(frozen=True)
+class _ReceivedPlan:
+    """A plan that the first process has sent, and may send again."""
+
+    sent: SentPlan
+    receive: Callable[[], SentPlan]
+
+    @property
+    def identity(self) -> str:
+        return self.sent.identity
+
+    def again(self) -> _ReceivedPlan:
+        return replace(self, sent=self.receive())
 
 
 @torch.inference_mode(False)
@@ -236,14 +248,14 @@ def read_chunks(
     directory: Path,
 ) -> Weights:
     """Read the chunks of all `tensors` that this process holds from snapshots in a directory."""
-    plan, used = sent
+    plan = sent.plan
     boxes: dict[str, Box] = {}
     for name, tensor in tensors.items():
         if name in plan.newest.tensors:  # else of another name, or not tracked
             boxes[name] = local_box(name, tensor)[1]
 
     def make() -> Weights:
-        sources = tuple(_read_again(directory / name, checksum) for name, checksum in used)
+        sources = tuple(_read_again(directory / name, checksum) for name, checksum in sent.used)
         target = as_target(length)
         own = replace(
             plan, sources=sources, targets=(target,), boxes=boxes, subset=frozenset(boxes)
@@ -289,7 +301,7 @@ class AverageReader:
         for label, target in targets.items():
             if self._tracked_profile(target, {}) is None:
                 others[label] = target
-        stored = self.read_stored() if others else []
+        stored = self._list_stored() if others else []
         if not stored:
             return dict.fromkeys(others, "no snapshot yet")
         _, reasons = plan_possible(stored, others)
@@ -298,7 +310,7 @@ class AverageReader:
     def predict_errors(self, targets: Sequence[Target]) -> dict[str, float]:
         """Predict the errors of averages at the newest snapshot, by label, without waiting."""
         by_label = {target.label: target for target in targets}
-        snapshots = self.read_stored() if targets else []
+        snapshots = self._list_stored() if targets else []
         plans, _ = plan_possible(snapshots, by_label if snapshots else {})
         errors = {}
         for label, plan in plans.items():
@@ -330,12 +342,12 @@ class AverageReader:
             if profile is not None:
                 return self._from_memory(profile, asked.get("dtype"))
 
-            def plan() -> Plan:
-                return log_predicted_error(
-                    plan_synthesis(self._list_durable(), Request(length, **asked))
-                )
+            def average(sources: Sources) -> Weights:
+                plan = plan_synthesis(sources, Request(length, **asked))
+                announce_plan(plan)
+                return make_weights(plan)
 
-            return with_consistent_plan(plan, make_weights)
+            return use(self._take_durable(), average)
 
         return group, from_first(group, make)
 
@@ -397,23 +409,43 @@ class AverageReader:
         group.together(self._pipeline.flush)
 
         def plan() -> SentPlan:
-            return reduce_to_send(
-                log_predicted_error(plan_synthesis(self._list_durable(), Request(length, **asked)))
-            )
+            sources = self._take_durable()
+            made = plan_synthesis(sources, Request(length, **asked))
+            announce_plan(made)
+            return reduce_to_send(made, sources)
 
-        return with_consistent_plan(
-            lambda: group.from_first(plan),
-            lambda sent: read_chunks(group, sent, length, tensors, self._directory),
-        )
+        def read_plan(received: _ReceivedPlan) -> Weights:
+            return read_chunks(group, received.sent, length, tensors, self._directory)
 
-    def _list_durable(self) -> list[Snapshot]:
-        """List the run's durable snapshots, at least one."""
+        receive = partial(group.from_first, plan)
+        return use(_ReceivedPlan(receive(), receive), read_plan)
+
+    def _take_durable(self) -> Sources:
+        """Take the run's durable snapshots, at least one: the writer's from its memory."""
         self._pipeline.flush()
+        known = self._pipeline.known_snapshots
+        if not known:
+            return self._read_durable()
+        sources = Sources.of(known)
+        return replace(sources, read=partial(self._take_again, sources.identity))
+
+    def _take_again(self, identity: str) -> Sources:
+        """Take them again; if they are the same, somebody else has deleted one, and the directory
+        says what is left."""
+        sources = self._take_durable()
+        return self._read_durable() if sources.identity == identity else sources
+
+    def _read_durable(self) -> Sources:
+        """Read the run's durable snapshots, at least one."""
         stored = self.read_stored()
         if not stored:
             reason = "has no snapshot yet, and other lengths than the tracked ones are made of them"
             raise NotReadyError(self._directory, reason, "ema.snapshot() writes one")
-        return stored
+        return Sources(self._directory, tuple(stored), self._read_durable)
+
+    def _list_stored(self) -> Sequence[Snapshot]:
+        """List the run's snapshots: the writer's from its memory."""
+        return self._pipeline.known_snapshots or self.read_stored()
 
     def read_stored(self) -> list[Snapshot]:
         """Read the run's snapshots on disk, up to the step from which it is to resume; none if the

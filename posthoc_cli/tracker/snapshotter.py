@@ -45,7 +45,7 @@ from posthoc_cli.snapshots.directory import (
 from posthoc_cli.snapshots.entry import Entry, tensor_bytes
 from posthoc_cli.snapshots.sketch_text import encode_path
 from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot
-from posthoc_cli.snapshots.sources import PathSketch
+from posthoc_cli.snapshots.source import PathSketch
 from posthoc_cli.snapshots.tensorfile import read_file
 from posthoc_cli.snapshots.weights_sample import encode_sample
 from posthoc_cli.snapshots.writer import TensorFileWriter
@@ -267,6 +267,12 @@ class Snapshotter:
             return self._stored
         own = {(part.t, part.sigma_rel) for part in self._stored}
         return [s for s in find_snapshots(self.directory) if (s.t, s.sigma_rel) in own]
+
+    @property
+    def known(self) -> Sequence[Snapshot] | None:
+        """All snapshots of the directory, as this process holds them; None if others write parts
+        or thin."""
+        return self._stored if self._leads and not self._members.is_chunked else None
 
     def end(self) -> None:
         """Thin once more when the training has ended and all parts are there."""

@@ -48,7 +48,7 @@ from torch import Tensor
 from posthoc_cli.profiles import gamma_from_sigma_rel
 from posthoc_cli.reconstruction import ROUNDING
 from posthoc_cli.snapshots.snapshot import START, Moment
-from posthoc_cli.snapshots.sources import PathSketch
+from posthoc_cli.snapshots.source import PathSketch
 from posthoc_cli.tracker.background import SINGLE_THREAD, ThreadPool
 from posthoc_cli.tracker.folding import (
     WINDOW,

@@ -201,16 +201,17 @@ def test_states_of_a_training_are_no_models(epochs):
     assert epochs_of(epochs) == ALL
 
 
-def test_a_copy_of_a_numbered_file_is_left_out(tmp_path, caplog):
+def test_a_copy_of_a_numbered_file_is_left_out(tmp_path):
     """Equal or not, a file without a number does not replace the numbered one."""
     for epoch in ALL:
         store(tmp_path / f"epoch_{epoch}.pt", epoch=epoch)
     shutil.copy(tmp_path / "epoch_20.pt", tmp_path / "last.pt")
     store(tmp_path / "best.pt", epoch=7)
-    names = [one.path.name for one in Run(tmp_path).sources]
-    assert names == [f"epoch_{epoch}.pt" for epoch in ALL]
-    assert "best.pt (at the time of one of epoch_*.pt)" in caplog.text
-    assert "last.pt (a copy of epoch_20.pt)" in caplog.text
+    sources = Run(tmp_path).sources
+    assert [source.path.name for source in sources] == [f"epoch_{epoch}.pt" for epoch in ALL]
+    (note,) = sources.notes
+    assert "best.pt (at the time of one of epoch_*.pt)" in note
+    assert "last.pt (a copy of epoch_20.pt)" in note
 
 
 def test_a_truncated_file_of_the_run_is_an_error(epochs):

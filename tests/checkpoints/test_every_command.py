@@ -3,6 +3,7 @@
 import html
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -251,3 +252,57 @@ def test_all_commands_ask_for_the_steps_of_an_epoch_by_the_same_line(ema, tmp_pa
     assert re.search(r"400  EMA of decay 0\.95  sigma_rel 0\.04[678]\d*  ", informed.out)
     curve = ema("error-plot", tmp_path / "run", "--json")
     assert curve.code == 0
+
+
+@pytest.fixture
+def twins(tmp_path, monkeypatch):
+    """Files of two sets, of which no word says that one is an average of the other."""
+    monkeypatch.chdir(tmp_path)
+    random = torch.Generator().manual_seed(0)
+    weights = torch.randn(200, generator=random)
+    smooth = weights
+    for step in range(1, 201):
+        weights = weights + 0.02 * torch.randn(200, generator=random)
+        smooth = smooth.lerp(weights, 0.05)
+        if step % 20 == 0:
+            content = {"step": step, "model": {"w": weights}, "smooth": {"w": smooth}}
+            store(Path(f"twins/step{step}.pt"), content)
+    return "twins"
+
+
+def test_every_command_asks_the_same_which_set_is_an_average(twins, ema):
+    lines = (
+        f"audit {twins}",
+        f"synthesize {twins} --sigma-rel 0.1 --dry-run",
+        f"import {twins} --dry-run",
+    )
+    errors = {ema(*line.split()).err for line in lines}
+    (error,) = errors
+    assert "'smooth' moves less, as averages do" in error
+    *_, note = ema("info", twins, "--json").json["notes"]
+    assert "'smooth' moves less, as averages do" in note
+
+
+@pytest.fixture
+def stated(folders, tmp_path, monkeypatch):
+    """Files that say their decay, beside one of another model."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folders / "stated", "stated")
+    store(Path("stated/classifier.pt"), {"other": torch.ones(3)})
+    return "stated"
+
+
+@pytest.mark.parametrize("line", ["import {} --dry-run", "audit {}", "info {}", "error-plot {}"])
+def test_a_command_says_once_what_is_not_used(line, stated, ema):
+    done = ema(*line.format(stated).split())
+    text = "left out: classifier.pt (another model)"
+    assert (done.out + done.err).count(text) == 1
+
+
+def test_what_was_found_and_left_out_is_in_the_json_report(stated, ema):
+    for line in (f"synthesize {stated} --sigma-rel 0.1 --dry-run", f"error-plot {stated}"):
+        report = ema(*line.split(), "--json").json
+        contents, finding = report["findings"]
+        assert contents == "40 x EMA of decay 0.9, 40 x weights"
+        assert finding.startswith("given: decay ")
+        assert "stated: left out: classifier.pt (another model)" in report["warnings"]

@@ -34,7 +34,7 @@ def test_an_import_and_its_files_can_be_moved_together_only(write, tmp_path, ema
     both.mkdir()
     write("safetensors").rename(both / "walk7")
     done = import_checkpoints(both / "walk7", both / "new", step_from=r"both/.*step(\d+)")
-    assert repr(done) == f"FoundRun({str(done.out)!r}: {len(done.checkpoints)} x weights)"
+    assert repr(done) == f"ImportReport({str(done.out)!r}: {len(done.checkpoints)} x weights)"
     wanted = Run(both / "new").average(0.2)
     copied = tmp_path / "copied"
     shutil.copytree(both, copied)

@@ -14,7 +14,7 @@ from posthoc_cli import PostHocEMA, Run, export_file, files
 from posthoc_cli.errors import FileFormatError
 from posthoc_cli.reconstruction import Measurements, Sketch
 from posthoc_cli.snapshots.sketch_text import encode_path
-from posthoc_cli.snapshots.sources import PathSketch
+from posthoc_cli.snapshots.source import PathSketch
 
 
 def network():

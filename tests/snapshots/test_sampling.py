@@ -5,7 +5,7 @@ import torch
 from factories import RUN_ID, read_snapshot, write_snapshot
 
 from posthoc_cli.snapshots.sampling import sample_measurements
-from posthoc_cli.snapshots.sources import expected_roundings
+from posthoc_cli.snapshots.source import expected_roundings
 
 DTYPES = {
     torch.float64: "F64",

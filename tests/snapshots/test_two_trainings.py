@@ -31,12 +31,12 @@ STRAY = np.where(NUMBERS == 55, FIRST[30] + SECOND - SECOND[30], FIRST)
 """With a file of a branch that began at step 30."""
 
 
-def plan(folder, path, steps):
-    """Save the weights at some steps of a path, and plan an average of them."""
+def average(folder, path, steps):
+    """Save the weights at some steps of a path, and make an average of them."""
     for step in steps:
         state = {"w": torch.from_numpy(path[step]).float()}
         torch.save(state, folder / f"step{step}.pt")
-    Run(folder).plan(0.1)
+    Run(folder).average(0.1)
 
 
 @pytest.mark.parametrize(
@@ -50,12 +50,12 @@ def plan(folder, path, steps):
     ids=["in turns", "one after another", "another fine-tuning", "seeds"],
 )
 def test_files_of_two_trainings_are_warned_of(path, tmp_path, caplog):
-    plan(tmp_path, path, EVEN)
+    average(tmp_path, path, EVEN)
     assert caplog.text.count("files of one training") == 1
 
 
 def test_a_file_of_an_abandoned_branch_is_named(tmp_path, caplog):
-    plan(tmp_path, STRAY, EVEN)
+    average(tmp_path, STRAY, EVEN)
     assert "step50.pt and step60.pt are closer to each other than to step55.pt" in caplog.text
 
 
@@ -71,5 +71,5 @@ def test_a_file_of_an_abandoned_branch_is_named(tmp_path, caplog):
 def test_files_of_one_training_are_not(path, steps, tmp_path, caplog):
     """Also with other intervals, from a beginning at zero, at rest, and with weights that were
     saved twice."""
-    plan(tmp_path, path, steps)
+    average(tmp_path, path, steps)
     assert "files of one training" not in caplog.text

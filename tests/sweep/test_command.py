@@ -33,7 +33,7 @@ BOWL = "awk 'BEGIN { print log({sigma_rel} / 0.1) ^ 2 }' {weights}"
 
 
 def swept(run, out, command=BOWL, metric=PRINTED, lengths=LIST, **options):
-    return Sweep(run, command, metric, out, lengths, **options).run_all()
+    return Sweep(run.sources, command, metric, out, lengths, **options).run_all()
 
 
 def shell(script):
@@ -546,7 +546,7 @@ from posthoc_cli import Run
 from posthoc_cli.sweep import Lengths, Metric, Sweep
 run, command, out = sys.argv[1:]
 lengths = Lengths.from_list([0.05, 0.1, 0.2])
-Sweep(Run(run), command, Metric("x", "m.json"), Path(out), lengths).run_all()
+Sweep(Run(run).sources, command, Metric("x", "m.json"), Path(out), lengths).run_all()
 """
 
 

@@ -53,7 +53,7 @@ class Saturated:
 
 def swept(run, evaluate, out=None, lengths=RANGE, metric=Metric(), **options):  # noqa: B008
     options = {"budget": 4, "minimize": False} | options
-    return Sweep(run, evaluate, metric, out, lengths, **options).run_all()
+    return Sweep(run.sources, evaluate, metric, out, lengths, **options).run_all()
 
 
 def measured(report):

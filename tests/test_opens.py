@@ -1,0 +1,118 @@
+"""How often each command opens a file and lists a folder: what is known is not read again."""
+
+from collections import Counter
+from unittest import mock
+
+import pytest
+import torch
+from factories import random_walk
+from safetensors.torch import save_file
+from tracker.runs import Training, track
+
+from posthoc_cli import Run, files, import_checkpoints
+
+
+class Counts:
+    """Counts the calls of the file system."""
+
+    def __init__(self, monkeypatch):
+        system = files.FileSystem()
+        self.opened = Counter()
+        self.listed = Counter()
+        watched = mock.Mock(wraps=system)
+        watched.open = self._count(system.open, self.opened)
+        watched.list = self._count(system.list, self.listed)
+        monkeypatch.setattr(files, "system", watched)
+
+    def _count(self, call, counts):
+        def counted(path):
+            counts[str(path)] += 1
+            return call(path)
+
+        return counted
+
+    @property
+    def most_opens(self):
+        return max(self.opened.values(), default=0)
+
+    @property
+    def listings(self):
+        return self.listed.total()
+
+
+@pytest.fixture
+def folder(tmp_path, request):
+    """A folder of snapshots, of files of weights, or of weights with an average, or an import."""
+    kind = request.param
+    place = tmp_path / "run"
+    if kind == "own":
+        training = Training()
+        with track(training.model, place, checkpoint_every=20) as tracker:
+            training.run(200, tracker)
+        return place
+    place.mkdir()
+    walk = random_walk(200, {"w": (30, 20), "b": (20,)})
+    average = {name: torch.from_numpy(value).clone() for name, value in walk[0].items()}
+    for step, values in enumerate(walk, 1):
+        weights = {name: torch.from_numpy(value) for name, value in values.items()}
+        for name, value in average.items():
+            value.lerp_(weights[name], 0.05)
+        if step % 10:
+            continue
+        if kind == ".safetensors":
+            save_file(weights, place / f"step{step}.safetensors")
+            continue
+        content = {"step": step, "model": weights}
+        if kind != ".pt":
+            content["ema"] = average
+        torch.save(content, place / f"step{step}.pt")
+    if kind == "import":
+        import_checkpoints(place, tmp_path / "import")
+        return tmp_path / "import"
+    return place
+
+
+def loss(tensors):
+    return float(sum(value.double().square().sum() for value in tensors.values()))
+
+
+def sweep(run):
+    """Return the number of averages that it has made."""
+    return len(run.sweep(loss, minimize=True, sigma_rels=[0.1, 0.15, 0.2, 0.25]).trials)
+
+
+MOST = {
+    "own": {"facts": 1, "average": 2, "curve": 1, "sweep": 1},
+    ".pt": {"facts": 2, "average": 4, "curve": 3, "sweep": 4},
+    ".safetensors": {"facts": 3, "average": 5, "curve": 4, "sweep": 5},
+    "both": {"facts": 3, "average": 6, "curve": 5, "sweep": 7},
+    "import": {"facts": 1, "average": 4, "curve": 3, "sweep": 5},
+}
+"""The most opens of a file by kind and command; in a sweep besides one for each average."""
+CALLS = {
+    "facts": repr,
+    "average": lambda run: run.average(0.15),
+    "curve": Run.error_curve,
+    "sweep": sweep,
+}
+
+
+@pytest.mark.parametrize("command", CALLS)
+@pytest.mark.parametrize("folder", MOST, indirect=True)
+def test_a_command_opens_each_file_as_often_as_it_needs(command, folder, request, monkeypatch):
+    kind = request.node.callspec.params["folder"]
+    counts = Counts(monkeypatch)
+    result = CALLS[command](Run(folder))
+    averages = result if command == "sweep" else 0
+    assert counts.most_opens <= MOST[kind][command] + averages
+    assert counts.listings <= (kind != "import")
+
+
+@pytest.mark.parametrize("folder", MOST, indirect=True)
+def test_a_second_plan_opens_nothing(folder, monkeypatch):
+    run = Run(folder)
+    run.plan(0.15)
+    counts = Counts(monkeypatch)
+    run.plan([0.1, 0.2], t=150)
+    run.error_curve()
+    assert not counts.opened
