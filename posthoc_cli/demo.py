@@ -112,11 +112,11 @@ def _train_and_search(
     run = Run(snapshots)
     report = _search(model, run)
     best = out / "best.safetensors"
-    run.write(report.best, best)
+    run.write(report.estimate.best, best)
     report = replace(report, outputs=(best,))
     report.write(out / "sweep")
     _draw_samples(model, run, report, out / "sweep")
-    page = render(run, report, out / "sweep")
+    page = render(report, out / "sweep")
     files.write_atomically(out / PAGE, page.encode())
     return report
 
@@ -132,7 +132,9 @@ def _search(model: Denoiser, run: Run) -> SweepReport:
         return float(validation(averaged).mean())
 
     raw = model.state_dict()
-    return run.sweep(measure, metric="validation loss", sigma_rels=SIGMA_RELS, raw=raw)
+    return run.sweep(
+        measure, minimize=True, metric="validation loss", sigma_rels=SIGMA_RELS, raw=raw
+    )
 
 
 # --- samples

@@ -45,6 +45,8 @@ from posthoc_cli.reconstruction import (
     reconstruct,
     relative_width,
 )
+from posthoc_cli.run_clock import Clock
+from posthoc_cli.targets import Target
 
 _NAMED = 3  # stored times that an error names
 USEFUL_RANGE = (0.05, 0.28)  # the default range of sigma_rel for which thinning keeps snapshots
@@ -213,13 +215,28 @@ class Schedule:
         """Assume the prior of float16 snapshots of a network that moves evenly."""
         return assumed_prior(snapshots, ROUNDING * EPS["F16"], Motion.even(self.steps))
 
-    def error_curve(self, sigma_range: tuple[float, float]) -> ErrorCurve:
-        """Predict the errors at the end."""
+    def error_curve(
+        self,
+        sigma_range: tuple[float, float],
+        *,
+        t: float | None = None,
+        method: str | None = None,
+        others: Sequence[Target] = (),
+    ) -> ErrorCurve:
+        """Predict the errors of averages at `t`, by default the end, with the snapshots that are
+        left at the end; see the function of this name."""
         snapshots = self.snapshots()
+        time = time_between(snapshots, t)
+        clock = Clock([self.steps], [self.steps])
+        profiles = {target.title: target.profile(time, clock, 1.0) for target in others}
         kept = len(snapshots) // len(self.sigma_rels)
         steps = count_noun(self.steps, "step")
-        label = f"{count_noun(kept, 'snapshot')} of {steps}, one every {self.checkpoint_every:,}"
-        return error_curve(label, snapshots, self.prior(snapshots), sigma_range)
+        times = count_noun(kept, "time")
+        label = f"snapshots at {times} of {steps}, one every {self.checkpoint_every:,}"
+        if t is not None:
+            label += f", averages at t = {time:,.12g}"
+        prior = self.prior(snapshots)
+        return error_curve(label, snapshots, prior, sigma_range, time, method, profiles)
 
 
 def thinning_range(sigma_rels: Sequence[float]) -> tuple[float, float]:
@@ -414,6 +431,7 @@ def _points(
         others, profile_errors, predicted_errors, losses, strict=True
     ):
         width = getattr(others[title], "sigma_rel", None) or relative_width(others[title], t)
+        width = _drop_rounding(width)
         points.append(ErrorPoint(title, width, profile_error, predicted, lost_gain))
     return tuple(points)
 
@@ -435,8 +453,13 @@ def tracked_widths(profiles: Iterable[Profile]) -> list[float]:
     widths = set()
     for profile in profiles:
         if isinstance(profile, PowerFunction):
-            widths.add(float(f"{profile.sigma_rel:.12g}"))
+            widths.add(_drop_rounding(profile.sigma_rel))
     return sorted(widths)
+
+
+def _drop_rounding(sigma_rel: float) -> float:
+    """Round a width that was computed from a gamma to the digits that it was given with."""
+    return float(f"{sigma_rel:.12g}")
 
 
 def time_between(snapshots: Sequence[StoredProfile], t: float | None) -> float:

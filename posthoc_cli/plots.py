@@ -66,9 +66,7 @@ class _Figure(Figure):
     """A figure that a notebook can show without pyplot."""
 
     def _repr_html_(self) -> str:
-        text = as_file(lambda: self, ".svg").decode()
-        _, _, drawing = text.partition("?>")
-        return drawing
+        return as_html(lambda: self)
 
 
 def as_file(
@@ -90,6 +88,13 @@ def as_file(
         kind = suffix.removeprefix(".")
         figure.savefig(stream, format=kind, metadata=_METADATA[suffix])
     return stream.getvalue()
+
+
+def as_html(draw: Callable[[], Figure]) -> str:
+    """Draw a figure as the SVG of an HTML page."""
+    text = as_file(draw, ".svg").decode()
+    _, _, drawing = text.partition("?>")
+    return drawing
 
 
 def error_figure(curves: Sequence[ErrorCurve], profile_error: bool = False) -> Figure:
@@ -240,16 +245,17 @@ def sweep_figure(report: dict[str, Any], width: float = _WIDTH) -> Figure:
         if trial["sigma_rel"] is not None and trial["t"] is None:
             trials.append(trial)
     best = report["best"]
-    label = f"best: {best['sigma_rel']:g}"
-    if best.get("as"):
-        label += f" (as {best['as']})"
     figure = _metric_figure(report, "sigma_rel", report["curve"], trials, width)
     axes = figure.axes[0]
     low, high = report["tied"] or (0, 0)
     if low < high:
         tied = f"statistically tied: {low:g} to {high:g}"
         axes.axvspan(low, high, color=_colour(2), alpha=0.15, linewidth=0, label=tied)
-    axes.axvline(best["sigma_rel"], color=_colour(2), linewidth=1.6, label=label)
+    if best["sigma_rel"] is not None:
+        label = f"best: {best['sigma_rel']:g}"
+        if best.get("as"):
+            label += f" (as {best['as']})"
+        axes.axvline(best["sigma_rel"], color=_colour(2), linewidth=1.6, label=label)
     axes.set_xlabel("sigma_rel (width, as a fraction of training)")
     return _finish(figure, axes.xaxis, width=width)
 

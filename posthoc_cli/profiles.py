@@ -73,6 +73,8 @@ SHORTEST_SIGMA_REL = 1e-12
 """sigma_rel of the uniform average, which is above every other, and the least one: shorter than one
 step of any training. Far below it the formulas overflow."""
 
+_LONGEST = 0.2886  # the longest of four digits
+
 
 def check_sigma_rel(sigma_rel: float, name: str = "sigma_rel") -> float:
     """Convert `sigma_rel` to a float; raise an InvalidValueError about `name` if it is out of
@@ -87,6 +89,12 @@ def check_sigma_rel(sigma_rel: float, name: str = "sigma_rel") -> float:
     if isinstance(sigma_rel, int | float):
         raise InvalidValueError(name, f"must {reason}", value=f"{sigma_rel:g}")
     raise InvalidValueError(name, f"must be a number, and {reason}", value=abbreviate(sigma_rel))
+
+
+def round_sigma_rel(sigma_rel: float, digits: int) -> float:
+    """Round a width to so many digits; one that would round to that of the uniform average becomes
+    0.2886, which is accepted as a width."""
+    return min(float(f"{sigma_rel:.{digits}g}"), _LONGEST)
 
 
 def gamma_from_sigma_rel(sigma_rel: float) -> float:

@@ -251,8 +251,9 @@ class OutputRequest(FileRequest, Request):
 
     Arguments, beside those of `Request` and `FileRequest`:
         out: a file, or a folder for a file per target; may be None in a dry run.
-        weights: replace the weights of `like`, not its own average.
-        average: the key, prefix or glob of the tensors of `like` to replace.
+        raw: replace the raw weights of `like`, not its own average.
+        average, weights: the key, prefix or glob of the average, or of the weights, of `like` to
+            replace; with both, the average.
         dry_run: plan only.
         workers: number of threads; None for one per core.
         progress: opens a progress bar.
@@ -260,12 +261,17 @@ class OutputRequest(FileRequest, Request):
 
     out: str | Path | None = None
     _: KW_ONLY
-    weights: bool = _option("Output", "", "Replace the raw weights of --like.", False)
+    raw: bool = _option("Output", "", "Replace the raw weights of --like, found by names.", False)
     average: str | None = _option(
         "Output",
         "KEY",
-        "The key, prefix or glob of the tensors of --like to replace.",
+        "Replace the average of this key, prefix or glob in --like.",
         shown="by its name",
+    )
+    weights: str | None = _option(
+        "Output",
+        "KEY",
+        "Replace the weights of this key, prefix or glob in --like; --raw finds them by names.",
     )
     dry_run: bool = _option("How", "", "Show coefficients, errors and sizes; write nothing.", False)
     workers: int | None = None
@@ -275,10 +281,13 @@ class OutputRequest(FileRequest, Request):
         Request.__post_init__(self)
         FileRequest.__post_init__(self)
         worker_count(self.workers)
-        at_most_one(weights=self.weights, average=self.average)
-        if self.like is None and (self.weights or self.average is not None):
-            name = "weights" if self.weights else "average"
-            raise InvalidValueError(name, f"needs {argument('like')}, whose tensors it replaces")
+        at_most_one(overwrite=self.overwrite, dry_run=self.dry_run)
+        at_most_one(raw=self.raw, average=self.average)
+        at_most_one(raw=self.raw, weights=self.weights)
+        for name in ("raw", "average", "weights"):
+            if self.like is None and getattr(self, name) not in (None, False):
+                reason = f"needs {argument('like')}, whose tensors it replaces"
+                raise InvalidValueError(name, reason)
         at_most_one(like=self.like, include=self.include)
         at_most_one(like=self.like, exclude=self.exclude)
 

@@ -33,6 +33,8 @@ _UNITS = {"": 1, "B": 1} | {
 
 
 MOST = 2**63 - 1  # the largest count or size that is accepted
+COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+"""The units of counts."""
 
 
 def parse_bytes(size: str, option: str) -> int:
@@ -57,12 +59,18 @@ def format_bytes(nbytes: float) -> str:
     return f"{nbytes:.3g} TB"
 
 
+_AMOUNT = re.compile(
+    r"(-?(?:\d{1,3}(?:,\d{3})+|[\d_]*)(?:\.\d*)?(?:[eE][+-]?\d{1,2})?)\s*([a-zA-Z]*)"
+)
+"""A number, perhaps as 350,000,000, and a unit; 1,5 may mean 1.5, and is neither."""
+
+
 def parse_amount(
     text: str,
     units: dict[str, int],
 ) -> Decimal | None:
     """Parse a number with one of `units` (upper-case names); None if it is invalid."""
-    match = re.fullmatch(r"(-?[\d.,_]+(?:[eE][+-]?\d{1,2})?)\s*([a-zA-Z]*)", text.strip())
+    match = _AMOUNT.fullmatch(text.strip())
     if match is None:
         return None
     unit = match[2].upper()

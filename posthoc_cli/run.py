@@ -47,6 +47,7 @@ from posthoc_cli.snapshots.snapshot import Snapshot, file_bytes
 from posthoc_cli.snapshots.sources import (
     Source,
     choose_sources,
+    count_files,
     count_sources,
     run_clock,
 )
@@ -200,11 +201,11 @@ class Run:
             return f"Run({str(self.directory)!r}: {error.reason})"
         widths = self.profiles
         last = sources[-1]
-        what = "checkpoints"
+        what = count_sources(sources)
         if widths:
-            what = f"snapshots of {', '.join(f'{width:g}' for width in widths)}"
+            what += f" of {', '.join(f'{width:g}' for width in widths)}"
         time = f"{last.t:,.12g} {last.t_unit}"
-        return f"Run({str(self.directory)!r}: {len(sources):,} {what} up to {time})"
+        return f"Run({str(self.directory)!r}: {what} up to {time})"
 
     # --- contents
 
@@ -304,8 +305,12 @@ class Run:
         copied = None
         planned: Request = request
         if request.like is not None:
-            copied = Like.find(request.like, self.tensors, request.weights, request.average)
-            planned = replace(request, like=None, weights=False, average=None, dtype=copied.dtype)
+            copied = Like.find(
+                request.like, self.tensors, request.raw, request.average, request.weights
+            )
+            planned = replace(
+                request, like=None, raw=False, average=None, weights=None, dtype=copied.dtype
+            )
 
         def plan() -> Plan:
             return plan_synthesis(self.sources, planned)
@@ -329,7 +334,8 @@ class Run:
         self,
         evaluate: str | Callable[[dict[str, torch.Tensor]], Any],
         *,
-        minimize: bool = True,
+        minimize: bool | None = None,
+        maximize: bool | None = None,
         metric: str | None = None,
         sigma_range: tuple[float, float] | None = None,
         sigma_rels: Sequence[float] | None = None,
@@ -340,11 +346,13 @@ class Run:
         jobs: int = 1,
         out: str | Path | None = None,
     ) -> SweepReport:
-        """Find the best length of an average by a metric, as `ema sweep` does.
+        """Find the best length of an average by a metric, as `ema sweep` does. A notebook shows the
+        report with its curve.
 
         Arguments:
             evaluate: a function that takes the tensors by name and returns the metric, a number, or
                 the metric and its standard error; or a command, as of `--eval`.
+            minimize, maximize: whether a lower or a higher metric is better: one of them is True.
             metric: where a command prints its metric, as `--metric`; or what a function returns.
             sigma_range, sigma_rels: the range to search, by default all whose lost gain is below 5
                 %, or a list to measure.
@@ -352,35 +360,45 @@ class Run:
             t, step: as in `plan_synthesis`.
             raw: the last weights, to measure them too: tensors by name, or a checkpoint.
             jobs: commands that run side by side; a function is called in this thread.
-            out: a folder for trials, logs and the best average, with which the same call continues
-                (a function is known by its name: name another folder if it has changed); None to
-                keep nothing.
+            out: a folder for trials, logs, the best average and the page, with which the same call
+                continues (a function is known by its name: name another folder if it has changed);
+                None to keep nothing.
 
         Raises the errors of `Sweep.run_all`, and what the function raises.
         """
         from posthoc_cli.sweep import Lengths, Metric, Sweep
         from posthoc_cli.sweep.search import USUAL_BUDGET
 
+        is_lower_better = {minimize, None if maximize is None else not maximize} - {None}
+        if len(is_lower_better) != 1:
+            reason = "say whether lower or higher is better: give minimize=True or maximize=True"
+            raise InvalidValueError("minimize", reason)
         at_most_one(sigma_range=sigma_range, sigma_rels=sigma_rels)
         lengths = None
         if sigma_range is not None:
             lengths = Lengths(*check_sigma_range(sigma_range))
         if sigma_rels is not None:
             lengths = Lengths.from_list(sigma_rels)
+        folder = None if out is None else files.local_path("out", out)
         search = Sweep(
             self,
             evaluate,
             Metric() if metric is None else Metric.parse(metric),
-            None if out is None else files.local_path("out", out),
+            folder,
             lengths=lengths,
-            minimize=minimize,
+            minimize=is_lower_better.pop(),
             budget=USUAL_BUDGET if budget is None else budget,
             t=t,
             step=step,
             raw=Path(raw) if isinstance(raw, str) else raw,
             jobs=jobs,
         )
-        return search.run_all()
+        report = search.run_all()
+        if folder is None:
+            return report
+        from posthoc_cli.report.page import write_page
+
+        return write_page(report, folder)
 
     # --- errors
 
@@ -404,8 +422,8 @@ class Run:
         usable, later = choose_sources(sources, t)
         last = usable[-1].t
         known = [*usable, *later]
-        available = sum(source.t <= last for source in sources)
-        counts = count_sources(sources, len(usable), available)
+        available = count_files(source for source in sources if source.t <= last)
+        counts = count_sources(usable, total=available)
         label = f"{self.directory}: {counts} up to {last:,.12g} {sources[0].t_unit}"
         clock = run_clock(sources)
         wished = as_targets(others)

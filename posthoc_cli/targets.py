@@ -36,9 +36,11 @@ from posthoc_cli.profiles import (
     StoredProfile,
     check_sigma_rel,
     decay_from_sigma_rel,
+    round_sigma_rel,
     sigma_rel_from_decay,
     sigma_rel_from_gamma,
 )
+from posthoc_cli.resources import COUNTS, parse_amount
 from posthoc_cli.run_clock import Clock
 
 SHORTEST_BETA = 0.5  # the decay whose average has a mean age, beta / (1 - beta), of one step
@@ -192,7 +194,7 @@ class Beta(Target):
     def on_clock(self, t: float, clock: Clock) -> str:
         gamma = 1 / _share(-1 / math.log(self.beta), t, clock) - 2  # of the same mean age
         sigma_rel = sigma_rel_from_gamma(max(gamma, 1e-3))
-        return f"--sigma-rel {sigma_rel:.4g}"
+        return f"--sigma-rel {round_sigma_rel(sigma_rel, 4):g}"
 
 
 class HalfLife(Beta):
@@ -440,7 +442,7 @@ def name_equal_length(target: Target, steps: float | None) -> str | None:
         return f"decay {1 - float(f'{left:.2g}'):.12g}"
     if target.beta is not None:
         sigma_rel = sigma_rel_from_decay(target.beta, steps)
-        return None if sigma_rel is None else f"sigma_rel {sigma_rel:.3g}"
+        return None if sigma_rel is None else f"sigma_rel {round_sigma_rel(sigma_rel, 3):g}"
     return None
 
 
@@ -584,11 +586,9 @@ def _numbers(text: str, form: str) -> list[float]:
 
 
 def _number(text: str, form: str) -> float:
-    """Parse a finite number, 5% as 0.05."""
-    try:
-        number = float(text.removesuffix("%"))
-    except ValueError:
-        number = math.nan
+    """Parse a finite number, 5% as 0.05, 1K as 1000."""
+    amount = parse_amount(text.removesuffix("%"), COUNTS)
+    number = math.nan if amount is None else float(amount)
     if not math.isfinite(number):
         raise InvalidValueError("number", f"must be {form}", value=text or "(empty)")
     return float(f"{number / 100:.12g}") if text.endswith("%") else number

@@ -188,7 +188,7 @@ def choose(
         model.load_state_dict(weights)
         return metric_of(training.kind, model, data.test)
 
-    report = run.sweep(validate, raw=checkpoints[training.steps])
+    report = run.sweep(validate, minimize=True, raw=checkpoints[training.steps])
     lengths = report.lengths.grid(USUAL_BUDGET)
     grid = {}
     for t in checkpoints:

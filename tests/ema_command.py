@@ -12,6 +12,8 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from unittest import mock
 
+from proposals import check_proposals
+
 from posthoc_cli.cli import main
 
 
@@ -69,7 +71,8 @@ class Stream(io.StringIO):
 
 
 def run_ema(*arguments):
-    """Run `ema` and return its result; an uncaught exception is printed as by the interpreter."""
+    """Run `ema` and return its result; an uncaught exception is printed as by the interpreter. What
+    it proposes must be accepted."""
     terminal = io.StringIO()
     out = Stream(terminal)
     err = Stream(terminal)
@@ -82,7 +85,9 @@ def run_ema(*arguments):
         except Exception as error:  # noqa: BLE001 - as the interpreter does
             sys.excepthook(type(error), error, error.__traceback__)
             code = 1
-    return Result(code, out.getvalue(), err.getvalue(), terminal.getvalue())
+    shown = terminal.getvalue()
+    check_proposals([*map(str, arguments)], shown)
+    return Result(code, out.getvalue(), err.getvalue(), shown)
 
 
 def unmeasured_environment():

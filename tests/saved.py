@@ -126,4 +126,4 @@ def exported(file, **options):
 
 def check_export(file, average, weights):
     assert_equal(exported(file), average)
-    assert_equal(exported(file, weights=True), weights)
+    assert_equal(exported(file, raw=True), weights)

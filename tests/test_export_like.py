@@ -296,7 +296,7 @@ def test_the_output_of_a_trainer_is_copied_without_its_checkpoints(tmp_path, run
     torch.save(values(5), like / "pytorch_model.bin")
     words = ("--target", TARGET, "--like", like, "--out", out)
     done = ema("synthesize", run.directory, *words)
-    assert "replaced the weights in out" in done.err
+    assert "a copy of out, in which the weights are replaced" in done.err
     assert "not copied: checkpoint-10, checkpoint-20, tf_model.h5" in done.err
     assert contents(out).keys() == {"config.json", "pytorch_model.bin"}
     check_replaced(load(out / "pytorch_model.bin"))
@@ -319,7 +319,7 @@ def test_the_average_of_diffusers_in_a_folder_of_its_own(tmp_path, run):
         (folder / "config.json").write_text("{}")
     for replaced in ("unet_ema", "unet"):
         out = tmp_path / replaced
-        run.write(TARGET, out, like=like, weights=replaced == "unet")
+        run.write(TARGET, out, like=like, raw=replaced == "unet")
         name = f"{replaced}/diffusion_pytorch_model.safetensors"
         assert changed_files(like, out) == {name}
         check_replaced(load_file(out / name))
@@ -545,5 +545,5 @@ def test_an_export_writes_any_model_into_a_checkpoint(tmp_path, run, ema):
     )
     run.write(TARGET, source)
     done = ema("export", source, "--like", like, "--out", out)
-    assert "replaced the average in last.pt" in done.err
+    assert "a copy of last.pt, in which the average is replaced; the weights stay" in done.err
     check_replaced(load(out)["ema"], "module.")

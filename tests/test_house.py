@@ -65,8 +65,8 @@ FEW = {
 }
 """Rooms that may not import all rooms above them."""
 
-SWEEP = "posthoc_cli.sweep"
-"""The room of the one call of `Run` on a room that is built on `Run`, which it imports when it is
+SWEEP = ("posthoc_cli.sweep", "posthoc_cli.report")
+"""The rooms of the one call of `Run` on rooms that are built on `Run`, which it imports when it is
 made."""
 
 

@@ -28,7 +28,14 @@ from posthoc_cli.profiles import (
     sigma_rel_from_decay,
 )
 from posthoc_cli.run_clock import Clock
-from posthoc_cli.targets import KINDS, GivenProfile, SigmaRel, as_target, parse_targets
+from posthoc_cli.targets import (
+    KINDS,
+    GivenProfile,
+    SigmaRel,
+    as_target,
+    name_equal_length,
+    parse_targets,
+)
 
 
 @pytest.mark.parametrize("sigma_rel", [1e-9, 0.999e-6, 1e-6, 0.01, 0.288675])
@@ -43,6 +50,18 @@ def test_gamma_agrees_with_fifty_digits(sigma_rel):
     # d log(sigma_rel) / d log(gamma + 1) is at most 1, and there are a few roundings.
     again = sigma_rel_from_gamma(gamma)
     assert again == pytest.approx(sigma_rel, rel=1e-13, abs=0)
+
+
+@pytest.mark.parametrize("gamma", [1e-9, 0.01, 0.04, 0.05, 0.1, 7.0])
+def test_the_width_that_is_named_for_a_decay_is_accepted(gamma):
+    """The one of an EMA that is nearly as long as the training rounds to 0.289."""
+    steps = 1000
+    beta = Beta(math.exp(-(gamma + 2) / steps))
+    clock = Clock([steps], [float(steps)])
+    named = (name_equal_length(beta, steps), beta.on_clock(steps, clock))
+    for text in named:
+        width = float(text.split()[-1])
+        assert SigmaRel(width).sigma_rel == pytest.approx(sigma_rel_from_gamma(gamma), rel=5e-3)
 
 
 @pytest.mark.parametrize("wrong", [UNIFORM_SIGMA_REL, -math.inf, "0.15", [0.15]], ids=str)

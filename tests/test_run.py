@@ -126,6 +126,14 @@ def test_curves_are_what_the_command_prints(run, ema):
     assert printed == {"curves": [curve], "warnings": []}
 
 
+def test_a_further_target_of_a_curve_has_the_width_that_was_asked_for(run):
+    """It is computed from a gamma, and so are the tracked ones."""
+    asked = (0.05, 0.021, 0.017, 0.2886)
+    curve = run.error_curve(others=asked)
+    assert [other.sigma_rel for other in curve.others] == [*asked]
+    assert curve.tracked == (0.05, 0.28)
+
+
 def test_every_call_reads_the_directory_anew(run, tmp_path):
     later = Run(tmp_path / "later")
     assert "later': " in repr(later)

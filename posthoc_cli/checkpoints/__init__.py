@@ -10,6 +10,7 @@ is executed.
     source, layouts             a checkpoint as a source; what programs write
     audit, audit_sample         the check of an average, by a sample of its elements
     audit_fit, audit_rules      the search for its length, and the rules that it may follow
+    audit_breaks                files in exchanged places, and averages that began again
     decays                      the decays of averages: said in files, given, or found
     open_run                    the road from a place to the sources of a run
     import_run, manifest        the work of `ema import`, and its output

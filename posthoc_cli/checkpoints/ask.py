@@ -40,7 +40,12 @@ def _phrase(answer: Answer) -> str:
     """Put an answer into words, for a caller that is no import."""
     parts = []
     for name, value in answer.items():
-        parts.append(f"{argument(name)} {value!r}" if name != "place" else f"name '{value}'")
+        if name == "place":
+            parts.append(f"name '{value}'")
+        elif value is True:
+            parts.append(argument(name))
+        else:
+            parts.append(f"{argument(name)} {value!r}")
     return " with ".join(parts)
 
 

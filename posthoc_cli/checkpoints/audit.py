@@ -11,11 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from posthoc_cli.checkpoints.audit_fit import FAR, TOLD, Explanation
+from posthoc_cli.checkpoints.audit_breaks import find_exchanged, find_falls
+from posthoc_cli.checkpoints.audit_fit import FAR, TOLD, Bools, Explanation
 from posthoc_cli.checkpoints.audit_rules import (
     Average,
     claim_text,
@@ -34,12 +36,14 @@ from posthoc_cli.errors import (
     DirectoryError,
     InvalidValueError,
     check_number,
+    count_noun,
     percent,
 )
 from posthoc_cli.profiles import FloatArray, Point
 from posthoc_cli.snapshots.sources import Source
 
 _BETTER = 0.05  # and a length if its misfit is less than the claimed length's by this
+_WORSE = math.log(2)  # the same, whatever the path of the weights between two files
 _SLACK = math.log(1.1)  # between the found and the claimed length of an average that is as claimed
 _VAGUE = 0.25  # above this uncertainty, or difference within it, a length is undetermined
 _FOREIGN = 0.8  # largest unexplained share of the motion of an average that belongs to the weights
@@ -56,6 +60,7 @@ _STRIDES = (2, 4, 5, 8, 10, 16, 20)  # usual steps between updates
 DOES_NOT_MOVE = "does not move"
 EQUALS = "equals the weights"
 SET_BACK = "set back"
+EXCHANGED = "exchanged"
 RARE = "updated rarely"
 UNRELATED = "unrelated"
 TOO_COARSE = "too few digits"
@@ -68,6 +73,7 @@ BAD = (
     SOME_TENSORS,
     "another rule",
     SET_BACK,
+    EXCHANGED,
     RARE,
     UNRELATED,
     TOO_COARSE,
@@ -106,6 +112,8 @@ class Audit:
     warm_up: str = ""  # rule by which the decay rose, as `ImportSettings.ema_warmup` names it
     copied_until: float | None = None  # last time at which the average had not begun
     set_back_at: float | None = None  # first time that does not follow as others do
+    doubted_at: float | None = None  # time by which it may have begun again, which is not clear
+    exchanged: tuple[float, ...] = ()  # times at which it and the weights are exchanged
     # names of the tensors that the verdict is about; empty for all tensors
     tensors: tuple[str, ...] = ()
     intervals: tuple[Interval, ...] = ()
@@ -265,14 +273,15 @@ class _Judge(Explanation):
         """Judge the average, and add what was found."""
         best = self.best
         rule = best.fitted
-        is_other = self.claim is not None and not best.is_known
-        audit = None if is_other else self._find_break()
+        audit = self._find_break()
         if audit is None:
             audit = replace(self._judge_length(), average=self.simplest)
             if audit.verdict != "undetermined":
                 audit = replace(audit, found=best.parameter)
             if best.is_known and not self.rows.are_noise:
                 audit = replace(audit, difference=abs(best.log))
+            if doubted := self._falls[1]:
+                audit = replace(audit, doubted_at=self._time_after(doubted[-1]))
         has_length = not (best.rises or rule.is_schedule)
         return replace(
             audit,
@@ -310,6 +319,9 @@ class _Judge(Explanation):
         """Name an average that the weights do not explain, or not in some intervals."""
         rows = self.rows
         best = self.best
+        is_exchanged = find_exchanged(rows)
+        if is_exchanged.any() and not is_exchanged.all():
+            return self._name_exchanged(is_exchanged)
         is_foreign = np.median(self.unexplained) > _FOREIGN
         is_short = best.length < _SHORTEST * rows.counts.min()
         is_farther = rows.motion.sum() > _FARTHER * rows.gram[..., 2, 2].sum()
@@ -317,19 +329,40 @@ class _Judge(Explanation):
             return Audit(UNRELATED, _UNRELATED)
         if is_foreign:
             return Audit("undetermined", _OTHER_WEIGHTS)
-        is_still = self.sample.stays[self.sample.copies :].all(axis=1)  # between two updates
-        places = np.flatnonzero(rows.find_restarts(self.claim or best) & ~is_still)
-        if places.size:
-            why = ": it began again from the weights in between"
-            audit = self._name_break(int(places[-1]), why)  # after which all is well
-            return replace(audit, verdict=SET_BACK, difference=abs(best.log))
+        if falls := self._falls[0]:
+            why = ": it began again from the weights in between, or its warm-up did"
+            return replace(
+                self._name_break(falls[-1], why),  # after which all is well
+                verdict=SET_BACK,
+                difference=abs(self.claimed.log) if self.claimed else 0.0,
+                average=None if self.simplest.rule.warm_up else self.simplest,
+            )
+        if self.claim is not None and not best.is_known:  # another rule than claimed
+            return None
         if self._are_updates_rare:
             unit = self.sample.unit
             text = f"updates at every few {unit} explain the files better than one at each"
             return Audit(RARE, text)
         if rows.are_noise:
             return None
+        is_still = self.sample.stays[self.sample.copies :].all(axis=1)  # between two updates
         return self._find_change(np.where(is_still, 0.0, [-fit.misfit for fit in self.own]))
+
+    @cached_property
+    def _falls(self) -> tuple[list[int], list[int]]:
+        return find_falls(self.rows)
+
+    def _name_exchanged(self, is_exchanged: Bools) -> Audit:
+        """Name the checkpoints that hold the average and the weights in exchanged places."""
+        times = self.sample.times[self.sample.copies :][is_exchanged].tolist()
+        steps = ", ".join(f"{time:,.12g}" for time in times[:3])
+        if len(times) > 3:
+            steps += ", ..."
+        text = f"the average and the weights are exchanged in {count_noun(len(times), 'file')} "
+        text += (
+            f"of {self.sample.unit[:-1]} {steps}, as if written while the average was swapped in"
+        )
+        return Audit(EXCHANGED, text, exchanged=tuple(times))
 
     def _find_change(self, gains: FloatArray) -> Audit | None:
         """Name a decay that changes, or an interval that differs from the others, by what a length
@@ -346,14 +379,19 @@ class _Judge(Explanation):
 
     def _name_break(self, place: int, why: str) -> Audit:
         """Name an interval that differs from the others."""
-        begin, end = self.sample.times[self.sample.copies :][place : place + 2]
+        begin = self._time_after(place - 1)
+        end = self._time_after(place)
         text = f"the average of {self.sample.unit[:-1]} {end:,.12g} does not follow from the one "
         return Audit(
             "undetermined",
             f"{text}at {begin:,.12g}{why}",
             difference=abs(self.own[place].log - self.best.log),
-            set_back_at=float(end),
+            set_back_at=end,
         )
+
+    def _time_after(self, place: int) -> float:
+        """Find the time of the checkpoint after an interval."""
+        return float(self.sample.times[self.sample.copies + place + 1])
 
     @property
     def _are_updates_rare(self) -> bool:
@@ -426,11 +464,11 @@ class _Judge(Explanation):
         return ""
 
     def _refutes(self, claim: Average) -> bool:
-        """Return whether the length is clearly another one than claimed.
-
-        Files that are as far apart as several lengths may show another one because of the path of
-        the weights within an interval.
-        """
+        """Return whether the length is clearly another one than claimed: whatever the path of the
+        weights between two files, or if these are near each other."""
+        is_worse = self.rows.loose_misfit(claim) > self.rows.loose_misfit(self.best) + _WORSE
+        if is_worse and abs(self.best.log) > _VAGUE:
+            return True
         is_better = self.best.misfit < self.rows.misfit(claim) - _BETTER
         is_clear = abs(self.best.log) > max(3 * self.sigma, _SLACK)
         spacing = float(np.median(self.rows.counts)) / claim.length

@@ -45,19 +45,19 @@ _UNLIKE = 0.02  # per interval / length: see `Intervals.uncertainty`
 _UNEVEN = 0.7
 _SHOWN = 0.05
 FAR = 2.0
-# An average began again in an interval if that leaves so much less of it (mean log of squares), if
-# it does in the median interval the contrary, and is so many deviations from it, and if some of the
-# average would have been kept. Of 144 such averages with files up to 1 length apart 129 are found;
-# none of 288 others is accused.
-_RESTART = math.log(1.5)
-_DEVIATIONS = 4 * 1.4826
-_KEPT = 0.05
+# With rates that fall by a cosine within each interval, and files 10 lengths apart.
+_LOOSE = 5.0
+# Residuals that count as none, as a share of the motion of the weights in an interval, and of their
+# usual motion: smaller ones are exact only after a spike, where weights go back as they came.
+_LEAST_SHARE = 0.005
+_LEAST_USUAL = 1e-6
+ENOUGH = 64  # elements of a piece, more of which count no more
 _ROUNDS = 6  # after which the mean log no longer falls by 0.001
 # Share of a motion that the next one undoes: 0.5 for white noise, 0 for a random walk. With more
 # than this (noise of 10 steps about a minimum, files 30 steps apart: 0.48) a length was 1.7 times
 # too long, and not in doubt by the other signs.
 _UNDONE = 0.4
-_NOTHING = 1e-12  # of a piece's motion: a residual that counts as none
+NOTHING = 1e-12  # of a piece's motion: a residual that counts as none
 _LEAST = 1e-9  # of an interval's: what float32 leaves of a motion that is explained
 _SPACING = 0.3  # of the logarithms of lengths at which a search begins
 _FLAT = 1e-9  # difference of misfits that shows nothing: of lengths that do not limit a decay
@@ -95,14 +95,22 @@ class Intervals:
     updates: FloatArray  # of the average by each checkpoint: [intervals + 1]
     gram: FloatArray  # [intervals, pieces, 5, 5]
     rounding: FloatArray  # of the stored averages: [intervals, pieces]
+    sizes: FloatArray  # numbers of elements: [pieces]
 
     def between(self, first: int, last: int) -> Intervals:
         """Select the intervals from one checkpoint to another."""
         updates = self.updates[first : last + 1]
-        return Intervals(updates, self.gram[first:last], self.rounding[first:last])
+        return replace(
+            self, updates=updates, gram=self.gram[first:last], rounding=self.rounding[first:last]
+        )
 
     def select_pieces(self, pieces: Bools) -> Intervals:
-        return Intervals(self.updates, self.gram[:, pieces], self.rounding[:, pieces])
+        return replace(
+            self,
+            gram=self.gram[:, pieces],
+            rounding=self.rounding[:, pieces],
+            sizes=self.sizes[pieces],
+        )
 
     @property
     def without_trend(self) -> Intervals:
@@ -113,7 +121,13 @@ class Intervals:
         regular = others + (1e-9 * size + 1e-300) * np.eye(2)
         explained = near @ np.linalg.solve(regular, np.swapaxes(near, 2, 3))
         rounding = self.rounding + _LEAST * self.gram[..., 2, 2]
-        return Intervals(self.updates, self.gram - explained, rounding)
+        return replace(self, gram=self.gram - explained, rounding=rounding)
+
+    @property
+    def blurred(self) -> Intervals:
+        """The intervals with residuals that are never nearly 0."""
+        left = _LEAST_SHARE * self.gram[..., 2, 2] + _LEAST_USUAL
+        return replace(self, rounding=self.rounding + left)
 
     # --- what it consists of
 
@@ -125,7 +139,7 @@ class Intervals:
     @property
     def motion(self) -> FloatArray:
         """The squared motion of the averages: [intervals, pieces]."""
-        return np.maximum(self.gram[..., 0, 0], _NOTHING)
+        return np.maximum(self.gram[..., 0, 0], NOTHING)
 
     @property
     def are_noise(self) -> bool:
@@ -142,7 +156,7 @@ class Intervals:
         m, d, v = (self.gram[..., row].sum(axis=1) for row in range(3))
         towards = m[:, 2] - m[:, 1]
         distance = v[:, 2] - 2 * v[:, 1] + d[:, 1]  # of the average and the later weights, squared
-        a = towards / np.maximum(distance, _NOTHING)
+        a = towards / np.maximum(distance, NOTHING)
         left = m[:, 0] - a * towards
         taken_in = a**2 * v[:, 2]
         rounding = self.rounding.sum(axis=1)
@@ -172,31 +186,54 @@ class Intervals:
         They are negative where averages that hardly moved are rounded alike, so that less than the
         variance of two roundings is left.
         """
-        a, s = self.shares(average)
+        return self._residuals(*self.shares(average))
+
+    def _residuals(self, a: FloatArray, s: FloatArray) -> FloatArray:
         factors = np.stack([np.ones_like(a), a, -s], axis=1)
         products = np.einsum("ij,ipjk->ipk", factors, self.gram[..., :3, :3])
         return np.asarray(np.einsum("ipk,ik->ip", products, factors))
 
     def misfit(self, average: Average) -> float:
-        """Compute the mean log of the residuals, with equal weights for all intervals and pieces.
+        """Compute the mean log of the residuals, with equal weights for all intervals.
 
         In ten trainings lengths are half as far off as by the logs of sums over pieces.
         """
-        return float(np.log(self._floored(self.residuals(average))).mean())
+        return float(self.mean(self.even_logs(*self.shares(average))).mean())
+
+    def even_logs(self, a: FloatArray, s: FloatArray) -> FloatArray:
+        """Compute the logs of m + a d - s v, squared: [intervals, pieces]."""
+        return np.asarray(np.log(self._floored(self._residuals(a, s))))
+
+    def mean(self, pieces: FloatArray) -> FloatArray:
+        """Compute the mean over pieces; those of few elements count less: what they leave may be
+        0."""
+        counted = np.minimum(self.sizes, ENOUGH)
+        return np.asarray(pieces @ counted / counted.sum())
 
     def _floored(self, left: FloatArray) -> FloatArray:
         """Count residuals as no less than a part of the motion."""
         left = np.maximum(left + self.rounding, 0)
-        return np.asarray(left + _LEAST * self.gram[..., 2, 2] + _NOTHING)
+        return np.asarray(left + _LEAST * self.gram[..., 2, 2] + NOTHING)
 
     def uneven_misfit(self, average: Average) -> float:
         """Compute the misfit if the weights moved from x to x' at any times within each
         interval."""
         a, _ = self.shares(average)
-        return float(self._uneven_misfits(a, 0 * a).mean())
+        return float(self.mean(self.uneven_logs(a, 0 * a, 1 + 0 * a)).mean())
 
-    def _uneven_misfits(self, a: FloatArray, least: FloatArray) -> FloatArray:
-        """Compute the mean log of m + a d - s v with the best s from `least` to 1: [intervals].
+    def loose_misfit(self, average: Average) -> float:
+        """Compute the misfit if the weights moved so unevenly within each interval that averages
+        look up to `_LOOSE` times as short or as long.
+
+        Whenever they moved, no average takes in more of a motion than of weights that are constant.
+        """
+        a, s = self.shares(average)
+        most = np.minimum(a, 1 - (1 - s) / _LOOSE)
+        least = np.clip(1 - _LOOSE * (1 - s), 0, most)
+        return float(self.mean(self.uneven_logs(a, least, most)).mean())
+
+    def uneven_logs(self, a: FloatArray, least: FloatArray, most: FloatArray) -> FloatArray:
+        """Compute the same logs with the best s between limits: [intervals, pieces].
 
         Weights 1 / residual in least squares never raise the mean log.
         """
@@ -207,27 +244,11 @@ class Intervals:
         motion = v[..., 2]
         left = np.ones_like(motion)
         for _ in range(_ROUNDS):
-            best = (along / left).sum(axis=1) / np.maximum((motion / left).sum(axis=1), _NOTHING)
-            s = np.clip(best, least, 1)[:, None]
+            size = self.mean(motion / left)
+            best = self.mean(along / left) / np.maximum(size, NOTHING)
+            s = np.clip(best, least, most)[:, None]
             left = self._floored(squared_distance - 2 * s * along + s**2 * motion)
-        return np.asarray(np.log(left).mean(axis=1))
-
-    def find_restarts(self, average: Average) -> Bools:
-        """Find in which intervals the average began again from the weights: [intervals].
-
-        Either it takes in a of the motion, m = s v - a d with any s, or it began again, m = s v -
-        d, with no less of the motion than if it did so at once. Files that are two lengths apart or
-        more do not show it.
-        """
-        a, s = self.shares(average)
-        gains = self._uneven_misfits(a, 0 * a) - self._uneven_misfits(np.ones_like(a), s)
-        usual = float(np.median(gains))
-        if len(gains) < 3 or usual > -_RESTART:
-            return np.zeros(len(gains), bool)
-        spread = float(np.median(np.abs(gains - usual)))
-        before = np.append(gains[1], gains[:-1])
-        is_clear = gains > max(_RESTART, usual + _DEVIATIONS * spread)
-        return np.asarray(is_clear & (before < -_RESTART / 2) & (1 - a > _KEPT))
+        return np.asarray(np.log(left))
 
     # --- the best length
 
@@ -333,13 +354,18 @@ class Explanation:
     def best(self) -> Average:
         """The average that the verdict is about: the claimed one at the best length, unless another
         rule explains the intervals clearly better."""
-        if self.claim is None:
+        claimed = self.claimed
+        if claimed is None:
             return self.simplest
-        claimed = self.rows.fit(self.claim)
         least = _CLEARLY + 1 / len(self.rows.gram)
         is_better = self.simplest.misfit < claimed.misfit - least
         is_told = is_better and self._uncertainty(self.simplest) <= TOLD
         return self.simplest if is_told else claimed
+
+    @cached_property
+    def claimed(self) -> Average | None:
+        """The claimed average, at the best length."""
+        return self.claim and self.rows.fit(self.claim)
 
     def _end_difference(self, one: Average, other: Average) -> float:
         """Compute what the tails of two averages differ by at the newest checkpoint."""
@@ -373,7 +399,8 @@ class Explanation:
         fits = []
         for index in range(len(self.rows.gram)):
             row = self.rows.between(index, index + 1)
-            fit = row.fit(self.best, _NEAR)
+            fit = row.fit(self.best)
+            row = row.blurred
             misfit = row.uneven_misfit(fit) - row.uneven_misfit(self.best)
             fits.append(replace(fit, misfit=misfit))
         return fits

@@ -11,7 +11,12 @@ from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.checkpoints.source import Checkpoint
 from posthoc_cli.decay_rules import POWER_FUNCTION, RULES, WARM_UPS, DecayRule, OrdinaryEMA
 from posthoc_cli.errors import percent
-from posthoc_cli.profiles import FloatArray, gamma_from_sigma_rel, sigma_rel_from_gamma
+from posthoc_cli.profiles import (
+    FloatArray,
+    gamma_from_sigma_rel,
+    round_sigma_rel,
+    sigma_rel_from_gamma,
+)
 
 # The first so many updates are added one by one, and as many groups of later ones: of 1,000,000
 # updates a group spans 1.5 %.
@@ -104,7 +109,7 @@ class Average:
         """Describe it, with the uncertainty of its length."""
         rule = self.fitted.rule
         if self.is_width:
-            return f"sigma_rel {self.parameter:.4g} (± {percent(sigma)})"
+            return f"sigma_rel {round_sigma_rel(self.parameter, 4):g} (± {percent(sigma)})"
         if self.rule.is_schedule:
             return f"decay by {rule} (± {percent(sigma)} of what an update takes in)"
         taken_in = float(f"{1 - self.last_decay:.3g}")

@@ -12,7 +12,7 @@ from itertools import compress
 import numpy as np
 import numpy.typing as npt
 
-from posthoc_cli.checkpoints.audit_fit import Bools, Intervals
+from posthoc_cli.checkpoints.audit_fit import ENOUGH, Bools, Intervals
 from posthoc_cli.checkpoints.source import Checkpoint
 from posthoc_cli.decay_rules import OrdinaryEMA
 from posthoc_cli.profiles import FloatArray
@@ -20,7 +20,6 @@ from posthoc_cli.snapshots.sampling import estimate_roundings, read_elements
 from posthoc_cli.snapshots.sources import ElementRange
 
 _MOST_ELEMENTS = 100_000  # in the sample
-_LEAST_ELEMENTS = 64  # of a piece, if its tensor has so many: what one element leaves may be 0
 _PIECES = 32  # least pieces of tensors, if the sample has enough elements
 
 # Least change of weights, relative to their norm, that an average has to follow. In float32 one
@@ -37,6 +36,7 @@ class Sample:
     """How an average and the weights move between times, by piece of a tensor."""
 
     names: list[str]  # of the tensor of each piece
+    sizes: FloatArray  # numbers of elements: [pieces]
     times: FloatArray
     unit: str  # of the times, such as "steps"
     every: int  # interval of the average's updates
@@ -100,7 +100,9 @@ class Sample:
         gram[..., 1, 0] -= shared - before
         gram[..., 1, 1] -= before
         scale = 1 / np.maximum(gram[..., 2, 2].mean(axis=0), 1e-300)
-        rows = Intervals(self.updates, gram * scale[:, None, None], (before + after) * scale)
+        relative = gram * scale[:, None, None]
+        sizes = self.sizes[self.is_averaged]
+        rows = Intervals(self.updates, relative, (before + after) * scale, sizes)
         return rows.between(self.copies, len(gram))
 
 
@@ -144,8 +146,8 @@ def read_sample(pairs: Sequence[Pair], update_every: int = 1) -> Sample:
     settings say no other one."""
     _, newest = pairs[-1]
     pieces = _choose_pieces(newest)
-    sizes = [piece.end - piece.begin for piece in pieces]
-    starts = np.cumsum([0, *sizes[:-1]])
+    sizes = np.array([piece.end - piece.begin for piece in pieces])
+    starts = np.append(0, np.cumsum(sizes[:-1]))
     rounding = []
     still = []
     gram = []
@@ -158,6 +160,7 @@ def read_sample(pairs: Sequence[Pair], update_every: int = 1) -> Sample:
     first, every = _find_updates(newest, update_every)
     return Sample(
         names=[piece.name for piece in pieces],
+        sizes=sizes.astype(float),
         times=times,
         unit=newest.t_unit,
         every=every,
@@ -227,7 +230,7 @@ def _choose_pieces(newest: Checkpoint) -> list[ElementRange]:
     pieces = []
     for name in names:
         size = newest.entries[name].size
-        count = min(parts, -(-size // _LEAST_ELEMENTS))
+        count = min(parts, -(-size // ENOUGH))
         each = max(1, min(size, most) // count)
         starts = np.linspace(0, size - each, count).astype(np.int64)
         for start in np.unique(starts).tolist():

@@ -43,7 +43,6 @@ from posthoc_cli.checkpoints.clock import (
     read_varying,
     sign_of_most,
 )
-from posthoc_cli.checkpoints.containers import KIND
 from posthoc_cli.checkpoints.content import Content, Tensors
 from posthoc_cli.checkpoints.layouts import recognise, role_by_glob, says_its_profile
 from posthoc_cli.checkpoints.names import NUMBER, make_glob, read_number
@@ -211,6 +210,7 @@ class Chooser:
     def choose(self) -> list[Member]:
         """Choose the members of one run; raise a QuestionError if several runs are possible."""
         self._leave_out(self.place.states, "the state of a training alone")
+        self._leave_out(self.place.outputs, "an output of ema")
         opened = self._open(self._given())
         named = [member for member in opened if says_its_profile(member.content)]
         if named:
@@ -259,13 +259,20 @@ class Chooser:
             except FileFormatError as error:
                 failed.append((path, error))
                 continue
-            if content.values.get(KIND) == "output":
+            if content.mark is not None and content.mark.kind == "output":
+                self._leave_out([path], "an output of ema")
                 continue
+            if content.trackers and not content.tensors:
+                continue  # a note names the tracker's run
             if not content.tensors and len(candidates) > 1:
                 failed.append((path, UnsuitableError(path, "holds no tensors")))
                 continue
             signs = read_signs(content, self.settings, self._root if has_numbers else None)
             members.append(Member(path, self._name(path), content, self.settings, signs))
+        exports = [member for member in members if member.content.mark is not None]
+        if len(exports) < len(members):  # else a training may have been converted
+            self._leave_out(exports, "an export of ema")
+            members = [member for member in members if member not in exports]
         for series in _group(members, lambda member: member.glob):
             _read_varying(series)
         globs = {member.glob for member in members}
@@ -274,9 +281,17 @@ class Chooser:
                 raise problem.with_hint("move it away to leave it out") if members else problem
             self._leave_out([path], problem.reason)
         if not members:
-            hint = "name their folder, a file, or a glob such as 'out/step*.pt'"
-            raise DirectoryError(self.place.name, "holds no checkpoints", hint)
+            raise self._nothing_left()
         return members
+
+    def _nothing_left(self) -> DirectoryError:
+        """Make the error about a place that holds nothing but what this package wrote."""
+        held = "the state of a tracker"
+        if self.left_out:
+            held = "outputs of ema"
+        reason = f"holds no checkpoints, only {held}"
+        hint = "name their folder, a file, or a glob such as 'out/step*.pt'"
+        return DirectoryError(self.place.name, reason, hint)
 
     def _name(self, path: Path) -> str:
         return "/".join(path.parts[len(self._root.parts) :])

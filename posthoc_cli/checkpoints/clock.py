@@ -374,15 +374,22 @@ class _Clock:
             self._check_one_count()
             unit: Unit = "images" if first.unit == "images" else "steps"
             says = f"{unit}, by {first.origin}"
-            if each:
-                reason = f"does not apply to numbers that are {says}"
-                raise InvalidValueError("steps_per_epoch", reason, value=each)
+            self._refuse("steps_per_epoch", says)
+            self._refuse("first_epoch", says)
             return self._as(unit, says)
         why = self._why_epochs()
         if why and each != 1:
             return self._read_epochs(why)
         says = f"taken for steps: they are {first.origin}, and nothing states their unit"
+        self._refuse("first_epoch", says)
         return self._as("steps", says, is_stated=each == 1)
+
+    def _refuse(self, setting: str, says: str) -> None:
+        """Raise InvalidValueError if a setting of epochs is given."""
+        value = getattr(self.settings, setting)
+        if value is not None:
+            reason = f"does not apply to numbers that are {says}"
+            raise InvalidValueError(setting, reason, value=value)
 
     def _as(
         self,

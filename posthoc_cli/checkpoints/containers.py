@@ -20,6 +20,7 @@ from posthoc_cli.errors import FileFormatError, UnsuitableError
 from posthoc_cli.files import is_url
 from posthoc_cli.snapshots.directory import PICKLES
 from posthoc_cli.snapshots.opened_file import OpenedFile
+from posthoc_cli.snapshots.output_mark import MARK, encode_mark, find_mark
 from posthoc_cli.snapshots.tensorfile import SUFFIX, decode_file
 
 Leaves = dict[Keys, Any]
@@ -27,7 +28,6 @@ Leaves = dict[Keys, Any]
 place of a tensor of a kind that cannot be read."""
 
 INDEX_ENDING = ".index.json"
-KIND = "ema.format"  # name of a value: what this package wrote a file as
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,18 @@ def _read_safetensors(file: OpenedFile) -> Leaves:
         reason = "is a snapshot of this package, not a checkpoint"
         raise UnsuitableError(file.path, reason, "name its directory")
     leaves: Leaves = {(name,): text for name, text in header.metadata.items()}
-    if header.kind is not None:
-        leaves[KIND,] = header.kind
+    if header.checksum:
+        leaves[MARK,] = encode_mark(header.content)
     for name, entry in header.entries.items():
         leaves[name,] = entry
+    return leaves
+
+
+def _read_pickle(file: OpenedFile) -> Leaves:
+    leaves: Leaves = read_tensors(file)
+    _, mark = find_mark(file)
+    if mark:
+        leaves[MARK,] = mark
     return leaves
 
 
@@ -61,7 +69,7 @@ CONTAINERS = (
     Container(
         "torch.save or pickle",
         (".pth.tar", *PICKLES),
-        read_tensors,
+        _read_pickle,
         (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"),
     ),
     Container("Flax", (".msgpack",), magic=(*_SMALL_MAPS, b"\xde", b"\xdf")),
@@ -74,6 +82,7 @@ CONTAINERS = (
     Container("an archive", (".gz", ".zip")),
 )
 
+SAFETENSORS = CONTAINERS[0]
 _FIRST_BYTES = 9  # of a safetensors file: the length of its header, and how that begins
 
 ENDINGS = tuple(ending for row in CONTAINERS if row.read for ending in row.endings)
@@ -105,7 +114,7 @@ def find_container(path: Path) -> Container | None:
     if _NO_TENSORS.search(path.name):
         return None
     with OpenedFile(path) as file:
-        return _container_by_bytes(file)
+        return container_by_bytes(file)
 
 
 def may_hold_tensors(path: Path) -> bool:
@@ -122,11 +131,12 @@ def may_hold_tensors(path: Path) -> bool:
     return row is not None and row.read is not None
 
 
-def _container_by_bytes(file: OpenedFile) -> Container | None:
+def container_by_bytes(file: OpenedFile) -> Container | None:
+    """Find the kind of an opened file by its first bytes; None for a file of no known kind."""
     begin = file.read_at(min(_FIRST_BYTES, file.size), 0)
     length = int.from_bytes(begin[:8], "little")
     if begin[8:] == b"{" and length <= file.size:
-        return CONTAINERS[0]
+        return SAFETENSORS
     for row in CONTAINERS:
         if row.magic and begin.startswith(row.magic):
             return row
@@ -141,9 +151,9 @@ def read_leaves(file: OpenedFile) -> Leaves:
     """
     row = container_by_name(file.path.name)
     if row is None or row.read is not None:
-        row = _container_by_bytes(file) or row
+        row = container_by_bytes(file) or row
     if row is None:
-        return read_tensors(file)
+        return _read_pickle(file)
     if row.read is None:
         raise foreign_error(file.path, row)
     return row.read(file)

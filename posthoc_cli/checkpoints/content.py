@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.containers import ENDINGS, KIND, Leaves, find_container, read_leaves
+from posthoc_cli.checkpoints.containers import ENDINGS, Leaves, find_container, read_leaves
 from posthoc_cli.checkpoints.folders import (
     NO_MODEL,
     Distributed,
@@ -31,10 +31,12 @@ from posthoc_cli.checkpoints.folders import (
     Shards,
 )
 from posthoc_cli.checkpoints.pickles import Keys, Node, read_pickled
+from posthoc_cli.checkpoints.trackers import TENSORS, VALUES, TrackerState, find_trackers
 from posthoc_cli.errors import FileFormatError, list_first, quote
 from posthoc_cli.snapshots.boxes import Box, cover_problem
 from posthoc_cli.snapshots.entry import Entry, decode_values, is_sizes
 from posthoc_cli.snapshots.opened_file import OpenedFile, read_small_file, sampled_identity
+from posthoc_cli.snapshots.output_mark import MARK, OutputMark, decode_mark, find_mark
 from posthoc_cli.snapshots.outputs import decode_index
 from posthoc_cli.snapshots.strict_json import parse_object
 from posthoc_cli.snapshots.tensorfile import TensorFile
@@ -93,6 +95,8 @@ class Content:
     tensors: Tensors  # by their keys, joined by dots
     values: Values = field(default_factory=dict)  # mostly numbers and texts, by their keys
     files: Files = field(default_factory=dict)
+    trackers: tuple[TrackerState, ...] = ()  # our own, whose tensors and values are not among these
+    mark: OutputMark | None = None  # of an output of this package
 
     @property
     def nbytes(self) -> int:
@@ -113,6 +117,14 @@ class Content:
             if is_group:
                 keys.add(f"{outer}.state".removeprefix("."))
         return frozenset(keys)
+
+    @property
+    def tracker_averages(self) -> dict[str, str]:
+        """The lengths of the averages that a tracker's callback has saved in it, by path."""
+        found = dict[str, str]()
+        for state in self.trackers:
+            found |= state.average_paths
+        return found
 
     def is_of_optimizer(self, name: str) -> bool:
         """Return whether a tensor or a value is part of an optimizer's state."""
@@ -191,7 +203,7 @@ class Reader:
 
     def _read_shards(self, index: Path) -> Content:
         tensors = {}
-        values = {}
+        mark = None
         opened = {index: identify(index)}
         for name, listed in decode_index(index, ENDINGS).items():
             shard = self.read_file(index.parent / name)
@@ -200,14 +212,15 @@ class Reader:
                 if tensor not in whole:
                     refuse_tensor(shard.path, tensor, "is not in it, as the index says")
                 tensors[tensor] = whole[tensor]
-            if KIND in shard.values:
-                values[KIND] = shard.values[KIND]
+            mark = mark or shard.mark
             opened |= shard.files
-        return Content(index.parent, tensors, values, opened)
+        return Content(index.parent, tensors, files=opened, mark=mark)
 
     def _read_sets(self, layout: Sets, opened: Files) -> Content:
         tensors = {}
         values = {}
+        trackers = []
+        marks = []
         for key, member in layout.members.items():
             try:
                 content = self.read(member, opened)
@@ -223,7 +236,17 @@ class Reader:
                 tensors[moved.name] = moved
             for name, value in {**content.values, **settings}.items():
                 values[f"{key}.{name}"] = value
-        return Content(layout.path, tensors, values, opened)
+            trackers += [state.below(key) for state in content.trackers]
+            marks.append(content.mark)
+        return Content(layout.path, tensors, values, opened, tuple(trackers), _mark_of_all(marks))
+
+
+def _mark_of_all(marks: Sequence[OutputMark | None]) -> OutputMark | None:
+    """Find the mark of a folder with such members: one of a copied folder stands for all of it."""
+    copied = [mark for mark in marks if mark is not None and mark.copied]
+    if copied:
+        return copied[0]
+    return marks[0] if all(marks) else None
 
 
 def is_text(layout: Layout) -> bool:
@@ -275,6 +298,7 @@ def _read_file(path: Path) -> Content:
     tensors = {}
     with OpenedFile(path) as file:
         leaves = read_leaves(file)
+        mark = decode_mark(leaves.get((MARK,)), path)
         offsets = _read_offsets(path, leaves)
         for keys, value in leaves.items():
             name = ".".join(keys)
@@ -293,7 +317,27 @@ def _read_file(path: Path) -> Content:
                     values[name] = _read_number(file, value)
             else:
                 values[name] = value
-        return Content(path, tensors, values, {path: _identify(file)})
+        content = Content(path, tensors, values, {path: _identify(file)}, mark=mark)
+    return _without_trackers(content)
+
+
+def _without_trackers(content: Content) -> Content:
+    """Set the states of trackers aside: they are no part of a model, and no average."""
+    states = find_trackers(content.values)
+    if not states:
+        return content
+    own = set[str]()
+    beginnings = list[str]()
+    for state in states:
+        start = f"{state.path}." if state.path else ""
+        own.update(start + name for name in VALUES)
+        beginnings += [f"{start}{key}." for key in TENSORS]
+    tensors = {}
+    for name, tensor in content.tensors.items():
+        if not name.startswith(tuple(beginnings)):
+            tensors[name] = tensor
+    values = {name: value for name, value in content.values.items() if name not in own}
+    return replace(content, tensors=tensors, values=values, trackers=tuple(states))
 
 
 def _last_part(name: str) -> str:
@@ -357,7 +401,7 @@ def _join(parts: Sequence[Content]) -> Content:
                 chunks += tensor.chunks
             shape = _join_boxes(name, chunks)
             tensors[name] = StoredTensor(several[0].keys, shape, partial(tuple, chunks))
-    return Content(first.path, tensors, values, opened)
+    return Content(first.path, tensors, values, opened, mark=first.mark)
 
 
 def _join_boxes(name: str, chunks: Sequence[StoredChunk]) -> tuple[int, ...]:
@@ -388,6 +432,7 @@ def _state(value: Any) -> Values:
 def _read_distributed(metadata: Path, opened: Files) -> Content:
     with OpenedFile(metadata) as file:
         state = _state(read_pickled(file, 0, file.size))
+        _, mark = find_mark(file)
         opened[metadata] = _identify(file)
     listed = state.get("state_dict_metadata")
     stored = state.get("storage_data")
@@ -406,9 +451,20 @@ def _read_distributed(metadata: Path, opened: Files) -> Content:
             chunks = partial(objects.chunks, name, shape, about["chunks"])
             keys = _key_path(name, state.get("planner_data"))
             tensors[".".join(keys)] = StoredTensor(keys, shape, chunks)
-        elif _last_part(name) in COUNTERS and not NO_MODEL.search(name):
+        elif _is_counter(name) or _is_of_tracker(name, listed):
             values[name] = objects.read(name, ())[1]
-    return Content(metadata.parent, tensors, values, opened)
+    found = Content(metadata.parent, tensors, values, opened, mark=decode_mark(mark, metadata))
+    return _without_trackers(found)
+
+
+def _is_counter(name: str) -> bool:
+    return _last_part(name) in COUNTERS and not NO_MODEL.search(name)
+
+
+def _is_of_tracker(name: str, listed: Collection[Any]) -> bool:
+    """Return whether an object may be a value of a tracker's state: both values are there."""
+    path = name.removesuffix(_last_part(name))
+    return _last_part(name) in VALUES and all(f"{path}{value}" in listed for value in VALUES)
 
 
 def _key_path(name: str, planned: Any) -> Keys:

@@ -3,7 +3,6 @@ weights, or what the weights show."""
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from posthoc_cli.checkpoints.ask import ASKED, Answer, QuestionError
 from posthoc_cli.checkpoints.audit import (
     DOES_NOT_MOVE,
     EQUALS,
+    EXCHANGED,
     RARE,
     SET_BACK,
     SOME_TENSORS,
@@ -30,8 +30,7 @@ from posthoc_cli.checkpoints.source import COMPARED_FILES, Checkpoint, first_val
 from posthoc_cli.checkpoints.updates import Updates
 from posthoc_cli.decay_rules import POWER_FUNCTION, RULES, DecayRule, OrdinaryEMA
 from posthoc_cli.errors import InvalidValueError, argument
-
-log = logging.getLogger(__name__)
+from posthoc_cli.profiles import round_sigma_rel
 
 _SURE = 0.05  # largest uncertainty of a length from which a decay is taken
 _CLEAR = 0.12  # and one from which a decay is proposed
@@ -40,15 +39,17 @@ _LARGE = 4.0  # times the norm of an average: more than of weights that grow eve
 
 Settings = dict[str, Any]
 """Fields of `ImportSettings` to change."""
+Settled = tuple[ImportSettings, list[str], list[str]]
+"""Settings, lines about how they were decided, and warnings."""
 
 
 def settle_decays(
     checkpoints: Sequence[Checkpoint],
     given: ImportSettings,
     numbers: str = "",
-) -> tuple[ImportSettings, list[str]]:
-    """Complete the settings with what determines the averages among checkpoints, and write lines
-    about it: a stated decay, which is compared with the weights, or the round decay that they show.
+) -> Settled:
+    """Complete the settings with what determines the averages among checkpoints: a stated decay,
+    which is compared with the weights, or the round decay that they show.
 
     `numbers` is what the numbers of files are taken for, if these may be epochs. Raise
     InvalidValueError if nothing says or shows the decay, or if they contradict it.
@@ -77,7 +78,7 @@ class _Decays:
         """The setting that says the averages."""
         return "sigma_rels" if self.given.sigma_rels else "ema_decay"
 
-    def settle(self) -> tuple[ImportSettings, list[str]]:
+    def settle(self) -> Settled:
         """Decide the settings, and note how in lines about them."""
         averages = self.averages
         last = self.checkpoints[-1].step
@@ -86,22 +87,22 @@ class _Decays:
             value = self.given.update_after_step
             raise InvalidValueError("update_after_step", reason, value=value)
         if any(updates.needs_steps(self.given) for updates in self.updates):
-            given, lines = self._settle_with(last_step=last)
-            return given, [f"steps: taken as {last:,}, the last checkpoint's", *lines]
+            given, lines, warnings = self._settle_with(last_step=last)
+            return given, [f"steps: taken as {last:,}, the last checkpoint's", *lines], warnings
         if not all(source.is_known for source in averages):
             return self._find()
         if averages:
             return self._confirm()
-        return self.given, []
+        return self.given, [], []
 
-    def _settle_with(self, **changes: Any) -> tuple[ImportSettings, list[str]]:
+    def _settle_with(self, **changes: Any) -> Settled:
         given = replace(self.given, **changes)
         changed = [checkpoint.with_settings(given) for checkpoint in self.checkpoints]
         return _Decays(changed, given, self.numbers).settle()
 
     # --- a decay that nothing says
 
-    def _find(self) -> tuple[ImportSettings, list[str]]:
+    def _find(self) -> Settled:
         """Complete the settings with the decay that the files show."""
         # some files may say their decay, which is the same in all
         unclaimed = [replace(source, decay=0.0, sigma_rel=0.0) for source in self.checkpoints]
@@ -115,10 +116,12 @@ class _Decays:
             taken = _find_round(audit, sigma)
             if taken and sigma <= _SURE and not audit.average.rises:
                 text = " ".join(map(str, taken.values()))
-                return self._adopt(taken, 0.0), [f"found: {audit.text}; taken as {text}"]
+                line = f"found: {audit.text}; taken as {text}"
+                return self._adopt(taken | {"ema_restart": _find_restart(audit)}, 0.0), [line], []
             if self.given.ema_decay == FOUND:
                 shown = _settings_of(audit.average.fitted)
-                return self._adopt(shown, sigma), [f"found: {audit.text}"]
+                shown["ema_restart"] = _find_restart(audit)
+                return self._adopt(shown, sigma), [f"found: {audit.text}"], []
         raise self._ask(audit)
 
     def _ask(self, audit: Audit) -> QuestionError:
@@ -140,37 +143,40 @@ class _Decays:
         """Put a decay that was found into the settings."""
         found: Settings = {"ema_decay": None, "ema_uncertainty": uncertainty}
         given = replace(self.given, **(found | changes))
+        self._check_steps(given.warm_up_row.is_schedule)
         if given.warm_up_row.is_schedule and not given.steps:
             given = replace(given, last_step=self.checkpoints[-1].step)
         return given
 
     # --- a decay that files or settings say
 
-    def _confirm(self) -> tuple[ImportSettings, list[str]]:
+    def _confirm(self) -> Settled:
         """Compare the averages that the settings describe with the weights."""
         given = self.given
-        if given.steps and not any(updates.ends(given) for updates in self.updates):
-            reason = "is of no use: these averages have no decay that rises to 1"
-            raise InvalidValueError("steps", reason, value=given.steps)
+        self._check_steps(any(updates.ends(given) for updates in self.updates))
         audit = next(audit_averages(self.checkpoints, given=given), None)
         if audit is None:
-            return given, [self._check_alone()]
+            return given, [self._check_alone()], []
         is_taken = self._is_taken_as_given(audit)
         if not is_taken:
             self._check_is_average(audit)
         if warm_up := self._find_warm_up(audit):
-            settings, lines = self._settle_with(ema_warmup=warm_up)
-            return settings, [f"ema_warmup: taken as {warm_up}, which the files show", *lines]
+            settings, lines, warnings = self._settle_with(ema_warmup=warm_up)
+            lines = [f"ema_warmup: taken as {warm_up}, which the files show", *lines]
+            return settings, lines, warnings
         if audit.is_bad and not is_taken:
             raise self._refute(audit)
+        warnings = []
         if is_taken or audit.verdict == "undetermined":
-            reason = "is taken as given, which the files do not show: predicted errors hold if"
-            log.warning("%s %s it is right: %s", self.name, reason, audit.text)
+            reason = "which the files do not show: predicted errors hold if it is right"
+            if audit.set_back_at is not None:
+                reason = "and predicted errors count what the files show"
+            warnings = [f"{self.name} is taken as given, {reason}: {audit.text}"]
         doubt = max(given.ema_doubt or 0.0, audit.difference)
-        given = replace(given, ema_doubt=min(doubt, _MOST_DOUBT) or None)
-        if audit.verdict == SET_BACK:
-            given = replace(given, ema_restart=audit.set_back_at)
-        return given, [f"given: {audit.text}"]
+        given = replace(
+            given, ema_doubt=min(doubt, _MOST_DOUBT) or None, ema_restart=_find_restart(audit)
+        )
+        return given, [f"given: {audit.text}"], warnings
 
     def _is_taken_as_given(self, audit: Audit) -> bool:
         """Return whether what the user gives is taken in spite of a fault that an audit names."""
@@ -229,6 +235,11 @@ class _Decays:
 
     # --- what both refuse
 
+    def _check_steps(self, are_used: bool) -> None:
+        if self.given.steps and not are_used:
+            reason = "is of no use: these averages have no decay that rises to 1"
+            raise InvalidValueError("steps", reason, value=self.given.steps)
+
     def _check_is_average(self, audit: Audit) -> None:
         """Raise a QuestionError if no decay describes an average, or if nothing says when it
         began."""
@@ -238,13 +249,27 @@ class _Decays:
             model = _find_key(next(each for each in self.checkpoints if each.updates is None))
             swapped = [{"average": model, "weights": average}] if average and model else []
             raise QuestionError("average", audit.text, *swapped, alone)
+        if audit.verdict == EXCHANGED:
+            earlier = set(self.given.exchanged)
+            steps = earlier.symmetric_difference(map(int, audit.exchanged))
+            raise QuestionError("exchanged", audit.text, {"exchanged": tuple(sorted(steps))}, alone)
         if audit.verdict == RARE:
             raise _question("update_every", audit.text)
+        if audit.verdict == SET_BACK and (decay := self._find_decay(audit)):
+            reason = f"{audit.text}; with its decay, predicted errors count that"
+            raise QuestionError("average", reason, decay, alone)
         if way := _find_way(audit.verdict):
             raise QuestionError("average", f"{audit.text}; {way} alone", alone)
         if begins := self._last_copy(audit):
             what = f"no average differs from the weights until step {begins:,.12g}"
             raise _question("update_after_step", f"{what}, after which it began")
+
+    def _find_decay(self, audit: Audit) -> Settings:
+        """Find the decay that files say, or the round one that they show; empty for none."""
+        newest = self.averages[-1]
+        if isinstance(newest.profile, OrdinaryEMA) and newest.is_known:
+            return _settings_of(newest.profile.rule)
+        return _find_round(audit, audit.uncertainty or 0.0)
 
     def _last_copy(self, audit: Audit) -> float:
         """Find the last time of weights without an average, or with a copy, that nothing else
@@ -276,6 +301,11 @@ def _find_way(verdict: str) -> str:
     return "take the weights" if verdict in (EQUALS, TOO_COARSE) else ""
 
 
+def _find_restart(audit: Audit) -> float | None:
+    """Find the time by which an average has begun again, or may have."""
+    return audit.set_back_at if audit.set_back_at is not None else audit.doubted_at
+
+
 def _find_key(checkpoint: Checkpoint) -> str:
     """Find the key of a set in a file; empty if it has none."""
     name, stored = next(iter(checkpoint.stored.items()))
@@ -288,7 +318,7 @@ def _find_key(checkpoint: Checkpoint) -> str:
 def _settings_of(rule: DecayRule) -> Settings:
     """Express a rule as settings."""
     if rule.warm_up == POWER_FUNCTION:
-        return {"sigma_rels": (min(float(f"{main_number(rule):.4g}"), 0.2886),)}
+        return {"sigma_rels": (round_sigma_rel(main_number(rule), 4),)}
     if rule.is_schedule:
         return {"ema_warmup": warm_up_text(rule)}
     settings: Settings = {"ema_decay": rule.decay}

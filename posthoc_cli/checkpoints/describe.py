@@ -23,6 +23,7 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.snapshots.directory import is_import
 from posthoc_cli.snapshots.outputs import describe, describe_tensors
+from posthoc_cli.snapshots.sources import count_files
 from posthoc_cli.targets import SHORTEST_BETA, Beta, SigmaRel, name_equal_length
 
 
@@ -75,6 +76,7 @@ def _describe_run(place: Path, found: FoundRun) -> Values:
         "t": newest.t,
         "step": newest.step,
         "numbers": found.numbers,
+        "number_of_checkpoints": count_files(found.checkpoints),
         **describe_tensors(newest),
         "bytes": sum(row["bytes"] for row in rows),
         "checkpoints": rows,
@@ -111,9 +113,11 @@ def _describe_files(place: Path, error: PostHocError) -> Values:
             rows.append({"file": path.name, "holds": wrong.reason})
             continue
         opened.append(content)
-        holds = _sets_in(content)
+        holds = _describe_content(content)
         rows.append({"file": path.name, "holds": holds, "bytes": content.nbytes})
-    if not opened or (place.is_file() and not opened[0].tensors):
+    own = [content for content in opened if _is_own(content)]
+    is_lone = len(rows) == 1 and place.is_file()
+    if not opened or (is_lone and not own and not opened[0].tensors):
         raise error
     described: Values = {"kind": "checkpoints", "path": str(place), "checkpoints": rows}
     if len(rows) == 1:
@@ -122,9 +126,23 @@ def _describe_files(place: Path, error: PostHocError) -> Values:
             tensors = recognise(opened[0], UNSPECIFIED).tensors
             checkpoint = make_checkpoint(opened[0], tensors)
             described |= {**describe_tensors(checkpoint), "bytes": checkpoint.file_bytes}
+    described["notes"] = opener.tracker_notes
     if isinstance(error, InvalidValueError):
-        return {**described, "notes": [f"cannot be used as it is: {error}"]}
-    return {**described, "problems": [str(error)]}
+        described["notes"].append(f"cannot be used as it is: {error}")
+    elif len(own) < len(rows):
+        described["problems"] = [str(error)]
+    return described
+
+
+def _is_own(content: Content) -> bool:
+    """Return whether this package wrote all of a file: an output, or the state of a tracker."""
+    return content.mark is not None or (bool(content.trackers) and not content.tensors)
+
+
+def _describe_content(content: Content) -> str:
+    if content.mark is not None:
+        return str(content.mark)
+    return "the state of a tracker" if _is_own(content) else _sets_in(content)
 
 
 def _sets_in(content: Content) -> str:

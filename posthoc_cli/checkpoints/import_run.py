@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.manifest import write_manifest
+from posthoc_cli.checkpoints.manifest import check_target, write_manifest
 from posthoc_cli.checkpoints.open_run import FoundRun, find_run
 from posthoc_cli.checkpoints.settings import ImportSettings
-from posthoc_cli.errors import DirectoryError, InvalidValueError, argument
+from posthoc_cli.errors import DirectoryError, InvalidValueError, argument, at_most_one
 from posthoc_cli.snapshots.directory import inspect_directory, is_import
 
 
@@ -31,7 +31,7 @@ def import_checkpoints(
         directory: a folder, a file, or a glob that names files or folders.
         out: folder of the run; None only in a dry run.
         overwrite: replace an import of something else, or with other settings.
-        dry_run: read and check only.
+        dry_run: read and check only, also whether `out` may be written.
         settings: fields of `settings.ImportSettings`, such as `sigma_rels=(0.05, 0.28)`.
 
     Raises:
@@ -39,6 +39,7 @@ def import_checkpoints(
         FileFormatError, MismatchError: there are no checkpoints, or they are not of one run.
         OutputExistsError: `out` exists, and holds something else. WriteError: the system refused.
     """
+    at_most_one(overwrite=overwrite, dry_run=dry_run)
     given = ImportSettings(**settings)
     origin = files.check_path("directory", directory)
     target = None
@@ -51,7 +52,10 @@ def import_checkpoints(
         raise DirectoryError(origin, reason, "name the files of the other program")
     found = find_run(origin, given)
     written = False
-    if target is not None and not dry_run:
+    if target is not None:
         files.check_parent(target)
-        written = write_manifest(target, origin, found.settings, found.checkpoints, overwrite)
+        if dry_run:
+            check_target(target, origin, found.settings, overwrite)
+        else:
+            written = write_manifest(target, origin, found.settings, found.checkpoints, overwrite)
     return replace(found, out=target, written=written)

@@ -85,9 +85,11 @@ def _recognise_sets(sets: TensorSets, settings: ImportSettings) -> Found:
     if settings.weights is None and sets.pairs("ema_*", path):
         reason = "holds the weights twice, under names that begin with ema_ and without; a hook "
         reason += "such as mmcv's swaps the two, and nothing shows which are the averages"
-        buffers = {"average": "ema_*", "weights": path or "*"}
-        swapped = {"average": path or "*", "weights": "ema_*"}
-        raise QuestionError(content.path, reason, buffers, swapped)
+        buffers: Answer = {"average": "ema_*"}
+        if not path:  # no key names the others
+            raise QuestionError(content.path, reason, buffers)
+        swapped: Answer = {"average": path, "weights": "ema_*"}
+        raise QuestionError(content.path, reason, {**buffers, "weights": path}, swapped)
     return weights
 
 
@@ -98,8 +100,11 @@ def _is_average_file(path: Path) -> bool:
 
 
 def _name_fixed(sets: TensorSets, settings: ImportSettings) -> ImportSettings:
-    """Name the two sets of a program that stores them under fixed keys, once it has counted an
-    update."""
+    """Name the average that a tracker's callback has saved, or the two sets of a program that
+    stores them under fixed keys, once it has counted an update."""
+    for path in sets.content.tracker_averages:
+        if sets.counts[path]:
+            return replace(settings, average=path)
     for row in LIBRARIES:
         is_counted = row.weights and sets.content.values.get(row.marks[0])
         if is_counted and sets.below(row.average) and sets.below(row.weights):
@@ -373,7 +378,6 @@ def says_its_profile(content: Content) -> bool:
 
 _OF_AVERAGES = {
     "sigma_rels", "update_every", "update_after_step", "ema_decay", "ema_warmup", "steps",
-    "ema_restarts",
 }  # fmt: skip
 _DEFAULTS = {"update_every": "10", "update_after_step": "100"}  # of ema-pytorch
 
@@ -388,6 +392,9 @@ def check_given(found: Found, settings: ImportSettings) -> None:
         if usual:
             reason += f"; by default {' and '.join(usual)}"
         raise QuestionError(missing[0], reason, dict.fromkeys(missing, ASKED))
+    if found.count and settings.update_after_step is not None:
+        reason = f"is of no use: {name} counts the updates of its average"
+        raise InvalidValueError("update_after_step", reason, value=settings.update_after_step)
     if found.updates is not None and len(settings.sigma_rels) > 1:
         raise InvalidValueError(
             "sigma_rels", f"must be one number, the width of the average in {name}"
@@ -413,13 +420,25 @@ def check_applies(has_averages: bool, settings: ImportSettings) -> None:
 class Stored:
     """The average and the weights that a training's checkpoint holds, as they are.
 
-    `average` is the key or prefix of the average's tensors, or a glob of it; by default the one
-    that is called an average. Each of the two may raise FileFormatError or InvalidValueError.
+    Each of the two may raise FileFormatError or InvalidValueError.
+
+    Arguments:
+        raw: whether the weights are asked for, not the average.
+        average, weights: the key or prefix of their tensors, or a glob of it; by default the
+            average is the set that is called so. If the weights alone are named, they are asked
+            for.
     """
 
-    def __init__(self, path: Path, average: str | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        raw: bool = False,
+        average: str | None = None,
+        weights: str | None = None,
+    ) -> None:
         self._content = Place(path).open_at(path)
-        self._settings = ImportSettings(average=average)
+        self._settings = ImportSettings(average=average, weights=weights)
+        self.is_raw = raw or (weights is not None and average is None)
 
     @cached_property
     def average(self) -> Checkpoint | None:
@@ -435,6 +454,9 @@ class Stored:
 
     @cached_property
     def weights(self) -> Checkpoint:
+        if self._settings.weights is not None:
+            alone = replace(self._settings, kind="checkpoints", average=None)
+            return make_checkpoint(self._content, recognise(self._content, alone).weights)
         weights: Tensors = {}
         with suppress(FileFormatError, InvalidValueError):  # perhaps of several averages
             weights = self._found.weights
@@ -442,7 +464,19 @@ class Stored:
 
     @cached_property
     def _found(self) -> Found:
-        return recognise(self._content, self._settings)
+        try:
+            return recognise(self._content, self._settings)
+        except QuestionError as question:
+            answers = []
+            for answer in question.answers:  # of an import, which an export has by another name
+                answers.append({"raw": True} if "kind" in answer else answer)
+            subject, reason = question.subject, question.reason
+            raise QuestionError(subject, reason, *answers, value=question.value) from None
+
+    @property
+    def has_tracker(self) -> bool:
+        """Whether the checkpoint holds the state of one of our trackers."""
+        return bool(self._content.trackers)
 
     @property
     def groups(self) -> str:

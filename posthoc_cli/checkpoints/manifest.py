@@ -168,17 +168,25 @@ def write_manifest(
     content = (json.dumps(values, indent=1) + "\n").encode()
     exists = is_import(out)
     if exists:
-        with suppress(FileFormatError):  # a damaged manifest is replaced
+        with suppress(FileFormatError):
             if read_small_file(path, _MOST_BYTES) == content:
                 return False
-            if not overwrite:
+    check_target(out, origin, settings, overwrite)
+    with files.new_directory(out):
+        files.write_atomically(path, content, overwrite=exists)
+    return True
+
+
+def check_target(out: Path, origin: Path, settings: ImportSettings, overwrite: bool) -> None:
+    """Raise OutputExistsError if `out` holds something else than an import, or, without
+    `overwrite`, another one."""
+    if is_import(out):
+        if not overwrite:
+            with suppress(FileFormatError):  # a damaged manifest is replaced
                 _check_same(read_manifest(out), origin, settings)
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         reason = "already exists, and holds something else"
         raise OutputExistsError(out, reason, "choose another name")
-    with files.new_directory(out):
-        files.write_atomically(path, content, overwrite=exists)
-    return True
 
 
 def _encode(

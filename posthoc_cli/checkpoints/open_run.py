@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -43,6 +44,7 @@ from posthoc_cli.checkpoints.source import (
     make_checkpoint,
     moves_less,
 )
+from posthoc_cli.checkpoints.trackers import note_trackers
 from posthoc_cli.errors import (
     FileFormatError,
     InvalidValueError,
@@ -54,6 +56,7 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.profiles import FloatArray, Point, StoredProfile
 from posthoc_cli.snapshots.directory import is_import
+from posthoc_cli.snapshots.output_info import AVERAGE_OF_TWO
 from posthoc_cli.snapshots.selection import check_globs
 from posthoc_cli.snapshots.sources import by_time, model_difference
 
@@ -142,18 +145,23 @@ def _find(
         proposed = values != given  # a line to paste, which is an import
         return (_read_with_decays if proposed else read)(place, ImportSettings(**values))
 
-    run = with_command(name, given, attempt)
+    try:
+        run = with_command(name, given, attempt)
+    finally:
+        found = places[str(name)].tracker_notes
+        for note in found:
+            log.info("%s: %s", name, note)
     for note in run.notes:
         log.warning("%s: %s", name, note)
-    return run
+    return replace(run, notes=(*run.notes, *found))
 
 
 def _read_with_decays(place: Place, given: ImportSettings) -> FoundRun:
     run = _read(place, given)
     numbers = run.numbers if run.may_be_epochs else ""
-    settings, checks = settle_decays(run.checkpoints, given, numbers)
+    settings, checks, warnings = settle_decays(run.checkpoints, given, numbers)
     checkpoints = [checkpoint.with_settings(settings) for checkpoint in run.checkpoints]
-    notes = (*run.notes, *_note_on_motion(checkpoints, settings))
+    notes = (*run.notes, *warnings, *_note_on_motion(checkpoints, settings))
     return replace(
         run, checkpoints=checkpoints, settings=settings, notes=notes, checks=tuple(checks)
     )
@@ -196,7 +204,11 @@ def _open_import(manifest: Manifest) -> FoundRun:
     for checkpoint in checkpoints:
         for file in checkpoint.opened.values():
             manifest.check_identity(file)
-    return FoundRun(_make_run(checkpoints), manifest.settings, out=manifest.folder)
+    trackers = chain.from_iterable(content.trackers for content in contents.values())
+    notes = tuple(note_trackers(manifest.origin, trackers))
+    for note in notes:
+        log.info("%s: %s", manifest.folder, note)
+    return FoundRun(_make_run(checkpoints), manifest.settings, notes=notes, out=manifest.folder)
 
 
 def _restore(listed: Listed, content: Content, manifest: Manifest) -> Checkpoint:
@@ -241,6 +253,7 @@ def _read(place: Place, settings: ImportSettings, is_unclaimed: bool = False) ->
     times = read_times({member.path: member.all_signs for member in members}, settings)
     run = _leave_out_untrained(run, times)
     if not is_unclaimed:
+        run = [_without_tracked(file, settings) for file in run]
         run = _check_roles(run, settings)
     check_applies(any(file.averaged for file in run), settings)
     last = max(times, key=lambda time: time.number)
@@ -354,6 +367,8 @@ def _note_unused(run: Sequence[Found]) -> list[str]:
         option = f"{argument('weights')} '{first}'"
         if averages:
             option = f"{argument('average')} '{averages[0]}'"
+        if length := file.content.tracker_averages.get(first):
+            option = f"{argument('average')} '{first}' {argument('sigma_rels')} {length}"
         text = f"{file.path.name} also holds {list_names(file.unused)}, not used: an import with "
         text += f"{option} takes it"
         if file.averaged:
@@ -419,6 +434,16 @@ def _check_twins(run: Sequence[Found], settings: ImportSettings) -> None:
         raise QuestionError("average", reason, answer, {"kind": "checkpoints"})
 
 
+def _without_tracked(file: Found, settings: ImportSettings) -> Found:
+    """Leave out an average that a tracker's callback has saved: of any length, the tracker's
+    snapshots make a more exact one."""
+    is_tracked = file.average_key in file.content.tracker_averages
+    if settings.average or not (is_tracked and file.weights):
+        return file
+    unused = (file.average_key, *file.unused)
+    return replace(_without_average(file), unused=unused)
+
+
 def _without_average(file: Found) -> Found:
     return replace(file, averaged={}, updates=None)
 
@@ -440,8 +465,10 @@ def _make_all(run: Sequence[Found], clock: Time, settings: ImportSettings) -> li
     check_globs(settings.selection, names)
     every = _interval_of_counts(run)
     checkpoints = []
+    _check_exchanged(run, settings)
     for file in run:
-        checkpoints += _make(file, clock, settings, every)
+        turned = file.exchanged if file.time in settings.exchanged else file
+        checkpoints += _make(turned, clock, settings, every)
     for name, entry in checkpoints[0].entries.items():
         if entry.dtype.startswith("F8"):
             reason = f"tensor {quote(name)} has 8 bits a value, too few for averages"
@@ -450,6 +477,15 @@ def _make_all(run: Sequence[Found], clock: Time, settings: ImportSettings) -> li
             )
             raise UnsuitableError(checkpoints[0].path, reason, hint)
     return checkpoints
+
+
+def _check_exchanged(run: Sequence[Found], settings: ImportSettings) -> None:
+    """Raise InvalidValueError for a step of which no file holds both an average and the weights."""
+    steps = [file.time for file in run if file.averaged and file.weights]
+    for step in settings.exchanged:
+        if step not in steps:
+            reason = "is the step of no file that holds an average and the weights"
+            raise InvalidValueError("exchanged", reason, value=step)
 
 
 def _interval_of_counts(run: Sequence[Found]) -> int:
@@ -575,6 +611,6 @@ def _with_names(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     for checkpoint in checkpoints:
         name = "/".join(checkpoint.path.parts[shared:])
         if counts[checkpoint.path] > 1 and not isinstance(checkpoint.profile, Point):
-            name += " (average)"
+            name += AVERAGE_OF_TWO
         named.append(replace(checkpoint, name=name))
     return named

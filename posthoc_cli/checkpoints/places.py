@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -22,7 +23,6 @@ import numpy as np
 from posthoc_cli import files
 from posthoc_cli.checkpoints.containers import (
     INDEX_ENDING,
-    KIND,
     find_container,
     foreign_error,
     may_hold_tensors,
@@ -45,6 +45,7 @@ from posthoc_cli.checkpoints.folders import (
 )
 from posthoc_cli.checkpoints.names import find_times, has_time, make_glob
 from posthoc_cli.checkpoints.source import are_near, first_values_of
+from posthoc_cli.checkpoints.trackers import TrackerState, note_trackers
 from posthoc_cli.errors import (
     DirectoryError,
     FileFormatError,
@@ -95,6 +96,10 @@ class Place:
         self.runs = list[Path]()  # folders of snapshots
         self._reader = Reader()
         self.states = list[Path]()  # folders with a time that hold the state of a training alone
+        self.outputs = list[Path]()  # of this package, beside a model
+        self.trackers = list[TrackerState]()  # of what was opened
+        self._has_opened = False
+        self._set_aside = dict[Path, list[TrackerState]]()  # of files beside models, by folder
         self.is_deeper = False  # whether there are folders below `_LEVELS`
         self._left = _MOST_ENTRIES
         self._is_cut = False
@@ -102,7 +107,7 @@ class Place:
 
     def open(self, path: Path) -> Content:
         """Read the content of a candidate; raise FileFormatError if it cannot be read."""
-        return self._reader.open(path, self.candidates[path])
+        return self._open(path, self.candidates[path])
 
     def open_at(self, path: Path) -> Content:
         """Open the checkpoint that a path names: of a folder with the checkpoints of a training the
@@ -111,7 +116,22 @@ class Place:
         if layout is None:
             reason = "holds no weights: no safetensors, .bin or .pt file, and no .metadata"
             raise UnsuitableError(path, reason)
-        return self._reader.open(path, layout)
+        return self._open(path, layout)
+
+    def _open(self, path: Path, layout: Layout) -> Content:
+        content = self._reader.open(path, layout)
+        folders = (path, path.parent, layout.path.parent)
+        aside = next((self._set_aside[each] for each in folders if each in self._set_aside), [])
+        content = replace(content, trackers=(*content.trackers, *aside))
+        self.trackers += content.trackers
+        self._has_opened = True
+        return content
+
+    @property
+    def tracker_notes(self) -> list[str]:
+        """The runs whose trackers have the states in what was opened, and the runs beside it, a
+        line each; none if nothing was."""
+        return note_trackers(self.name, self.trackers, self.runs if self._has_opened else ())
 
     def layout_at(self, path: Path) -> Layout | None:
         """Find what a file or folder consists of, or else the model beside the checkpoints in a
@@ -203,7 +223,7 @@ class Place:
         own = self._join(folder, members)
         if own is None or (below and not isinstance(own, Refused)):
             return members | below
-        return {folder: own} | below
+        return {folder: self._set_own_aside(folder, own)} | below
 
     def _find_files(self, folder: Path, entries: Sequence[Path]) -> Layouts:
         """Find the files that are each a checkpoint or a part of one; those that an index names
@@ -269,7 +289,7 @@ class Place:
             is_unsure = missing and not _is_called_part(first.name)
             if is_whole or is_unsure or len(set(names)) < len(names):
                 return each
-        if any(KIND in content.values for content in contents):
+        if any(content.mark is not None for content in contents):
             reason = f"is a shard of an output of `ema`, and its index (*{INDEX_ENDING}) is missing"
             return {first: Refused(first, UnsuitableError(first, reason, "write it again"))}
         if missing:
@@ -293,6 +313,46 @@ class Place:
         for stem in usual[1:]:  # the same model in another format
             del by_stem[stem]
         return by_stem.popitem()[1] if len(by_stem) == 1 else Sets(folder, by_stem)
+
+    def _set_own_aside(self, folder: Path, layout: Layout) -> Layout:
+        """Return what a folder is without what this package wrote beside a model: states of
+        trackers alone, and outputs. It stays as it is if it is a copy of a checkpoint, or has no
+        more than these."""
+        if not isinstance(layout, Sets):
+            return layout
+        trackers = dict[str, Sequence[TrackerState]]()
+        outputs = dict[str, Path]()
+        for stem, member in layout.members.items():
+            content = self._read(member)
+            if content is None:
+                continue
+            if content.mark is not None and content.mark.copied:
+                return layout
+            if content.mark is not None and content.mark.kind == "output":
+                outputs[stem] = member.path
+            elif content.trackers and not content.tensors:
+                trackers[stem] = content.trackers
+        own = {*trackers, *outputs}
+        kept = {stem: member for stem, member in layout.members.items() if stem not in own}
+        if not kept:
+            return layout
+        self.outputs += outputs.values()
+        aside = self._set_aside[folder] = []
+        for stem, states in trackers.items():
+            aside += [state.below(stem) for state in states]
+        for stem in kept:
+            inner = self._set_aside.pop(folder / stem, [])
+            aside += inner if len(kept) == 1 else [state.below(stem) for state in inner]
+        return kept.popitem()[1] if len(kept) == 1 else Sets(folder, kept)
+
+    def _read(self, layout: Layout) -> Content | None:
+        """Read what a layout holds; None if it cannot be read."""
+        try:
+            return self._reader.read(layout, {})
+        except VanishedError:
+            raise
+        except FileFormatError:
+            return None
 
     def _are_partitions(self, members: Layouts) -> bool:
         """Return whether a name says that files are partitions of a model, or files of a number
@@ -359,11 +419,8 @@ class Place:
     def _signature(self, layout: Layout) -> _Signature:
         """Find the names and shapes of the tensors of a layout, without the state of an optimizer;
         none if it cannot be read."""
-        try:
-            content = self._reader.read(layout, {})
-        except VanishedError:
-            raise
-        except FileFormatError:
+        content = self._read(layout)
+        if content is None:
             return frozenset()
         named = content.tensors.items()
         return frozenset(

@@ -96,9 +96,11 @@ class Found:
 
     @property
     def twins(self) -> list[str]:
-        """The unused sets that have as many tensors as the weights or the average."""
+        """The unused sets that have as many tensors as the weights or the average, and that no
+        tracker has made."""
         counts = {len(self.averaged or self.weights), len(self.weights)}
-        return [key for key in self.unused if self.sets.counts[key] in counts]
+        others = [key for key in self.unused if key not in self.content.tracker_averages]
+        return [key for key in others if self.sets.counts[key] in counts]
 
     def is_unlike(self, key: str) -> bool:
         """Return whether a set is a network none of whose names the weights have."""
@@ -108,6 +110,16 @@ class Found:
     def paired_with(self, key: str) -> Found:
         """Take another set for the average of the weights; for none if it does not match."""
         return replace(self, averaged=match_names(self.sets.below(key), self.weights))
+
+    @property
+    def exchanged(self) -> Found:
+        """What it holds if the average is in the place of the weights, and these in its place."""
+        shared = self.averaged.keys() & self.weights.keys()
+        averaged = {name: self.weights[name] for name in shared}
+        weights = {name: self.averaged[name] for name in shared}
+        return replace(
+            self, averaged={**self.averaged, **averaged}, weights={**self.weights, **weights}
+        )
 
     @property
     def starts(self) -> tuple[FloatArray, FloatArray]:

@@ -138,6 +138,8 @@ class ImportSettings:
     first_epoch: _FirstEpoch | None = None  # the number of their first epoch
     average: str | None = None  # key or prefix of the average's tensors in a file, such as "ema"
     weights: str | None = None  # and of the weights'
+    # steps of files that hold these two in exchanged places
+    exchanged: tuple[Count, ...] = ()
 
     def __post_init__(self) -> None:
         globs = make_selection(self.include, self.exclude, "copy")
@@ -155,6 +157,7 @@ class ImportSettings:
         for sigma_rel in self.sigma_rels:
             check_sigma_rel(sigma_rel, "sigma_rels")
         at_most_one(sigma_rels=self.sigma_rels or None, ema_decay=self.ema_decay)
+        at_most_one(sigma_rels=self.sigma_rels or None, ema_warmup=self.ema_warmup)
         if self.warm_up_row.is_schedule and self.ema_decay is not None:
             reason = f"has no place beside ema_warmup {self.ema_warmup}, which has its own"
             raise InvalidValueError("ema_decay", reason, value=self.ema_decay)

@@ -40,7 +40,13 @@ from posthoc_cli.cli import (
     synthesize,
     verify,
 )
-from posthoc_cli.errors import PostHocError, collect_warnings, name_options, one_line
+from posthoc_cli.errors import (
+    InvalidValueError,
+    PostHocError,
+    collect_warnings,
+    name_options,
+    one_line,
+)
 
 # typer bundles click or uses the installed one, depending on its release; this is the base class of
 # all usage errors in either case.
@@ -77,6 +83,18 @@ class _Group(_Plain, typer.core.TyperGroup):
 
 class _Command(_Plain, typer.core.TyperCommand):
     """A command: an error about arguments of the library names the options of these names."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        options = dict[str, Any]()
+        for parameter in self.params:
+            if parameter.param_type_name == "option":
+                options |= dict.fromkeys(parameter.opts, parameter)
+        for place, word in enumerate(args, start=1):
+            option = options.get(word)
+            is_missing = place == len(args) or args[place] in options
+            if option is not None and not option.is_flag and is_missing:
+                raise InvalidValueError(word, f"needs a value: {option.help.rstrip('.')}")
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         own = _option_names(self)
@@ -254,6 +272,8 @@ def _report_usage(error: Any) -> int:
         if not isinstance(context.command, _Group):
             words = sys.argv[sys.argv.index(context.info_name) :]
             split = quotes.find_split(words, own.get("evaluate"), own.values())
+        if quotes.may_be_split(text):
+            text += "; put a path with spaces in quotes"
         text = split or f"{text} (see {context.command_path} --help)"
     _print_message("error", text)
     return 2

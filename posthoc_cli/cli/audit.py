@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from typing import TYPE_CHECKING, Any
 
 from typer import Argument
@@ -24,8 +26,8 @@ def audit(
         help="The decay that it should have.",
     ),
     step_from: str | None = options.STEP_FROM,
-    steps_per_epoch: int | None = options.STEPS_PER_EPOCH,
-    first_epoch: int | None = options.FIRST_EPOCH,
+    steps_per_epoch: str | None = options.STEPS_PER_EPOCH,
+    first_epoch: str | None = options.FIRST_EPOCH,
     out: str | None = options.PICTURE,
     overwrite: bool = options.OVERWRITE,
     as_json: bool = options.JSON,
@@ -34,17 +36,22 @@ def audit(
 
     Compares averages with the weights in the same checkpoints, from one to the next, on a sample of
     100,000 elements. Shows the decay of each interval, and what is wrong: an average that is too
-    long or too short, as if updated once a microbatch, does not move, or began again at a resume.
+    long or too short, as if updated once a microbatch, does not move, began again at a resume, or
+    is in the place of the weights in some files.
 
     Exit code 1 if an average is not what it claims to be.
     """
     picture = options.new_picture(out, overwrite)
     audits = options.open_path(directory).audit(
-        claimed, step_from=step_from, steps_per_epoch=steps_per_epoch, first_epoch=first_epoch
+        claimed,
+        step_from=step_from,
+        steps_per_epoch=options.optional_count(steps_per_epoch, "--steps-per-epoch"),
+        first_epoch=options.optional_count(first_epoch, "--first-epoch"),
     )
     report = {"audits": [audit.to_dict() | {"as": _other_name(audit)} for audit in audits]}
-    if not audits[0].intervals:
-        picture = None  # there is nothing to draw
+    if picture is not None and not audits[0].intervals:
+        output.print_note(f"note: {picture} was not written: there are no intervals to draw")
+        picture = None
     if picture is not None:
         from posthoc_cli import plots
 
@@ -61,7 +68,8 @@ def _print_audits(report: dict[str, Any]) -> None:
 def _print_audit(audit: dict[str, Any]) -> None:
     name = audit["name"]
     claim = [] if audit["claimed"] is None else ["claimed", "ratio"]
-    rows = list(map(_audit_row, audit["intervals"]))
+    intervals = audit["intervals"]
+    rows = list(map(_audit_row, _choose_intervals(intervals)))
     if rows:
         of = f" of {name}" if name else ""
         title = f"sigma_rel found{of}"
@@ -70,18 +78,49 @@ def _print_audit(audit: dict[str, Any]) -> None:
         output.print_line(title)
         output.print_rows(rows, ["from:begin", "to:end", "found", *claim, "unexplained"])
         output.print_line(_UNEXPLAINED)
+        if len(rows) < len(intervals):
+            shown = (
+                f"shown: the {len(rows)} of {len(intervals):,} intervals whose lengths are most "
+            )
+            output.print_line(f"{shown}unusual, or that are explained worst; all by --json")
         output.print_line()
     text = audit["text"]
     if not text.startswith(audit["verdict"]) and not text.endswith(audit["verdict"]):
         text = f"{audit['verdict']}: {text}"
     output.print_line(f"{name}: {text}" if name else text)
     if audit["as"] is not None:
-        output.print_line(f"as {audit['as']} after the last checkpoint, {rows[-1]['end']:,.12g}")
+        output.print_line(
+            f"as {audit['as']} after the last checkpoint, {intervals[-1]['end']:,.12g}"
+        )
 
 
 _UNEXPLAINED = (
     "unexplained: how far the weights went off a line between two checkpoints; 10 to 45 % is usual"
 )
+
+
+_MOST_ROWS = 10
+
+
+def _choose_intervals(intervals: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Choose the intervals that matter, in their order: half of them have the most unusual lengths,
+    the others are explained worst."""
+    if len(intervals) <= _MOST_ROWS:
+        return intervals
+    lengths = [interval["found"] for interval in intervals if interval["found"]]
+    usual = statistics.median(lengths) if lengths else 0.0
+
+    def measure_oddity(interval: dict[str, Any]) -> float:
+        expected = interval["claimed"] or usual
+        found = interval["found"]
+        return abs(math.log(found / expected)) if found and expected else 0.0
+
+    by_length = sorted(intervals, key=measure_oddity, reverse=True)
+    chosen = by_length[: _MOST_ROWS // 2]
+    rest = [interval for interval in intervals if interval not in chosen]
+    rest.sort(key=lambda interval: interval["unexplained"] or 0.0, reverse=True)
+    chosen += rest[: _MOST_ROWS - len(chosen)]
+    return sorted(chosen, key=lambda interval: float(interval["begin"]))
 
 
 def _other_name(audit: Audit) -> str | None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from typer import Argument
 
 from posthoc_cli.cli import options, output
 from posthoc_cli.cli.quotes import refuse_split
-from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.errors import InvalidValueError, argument
 from posthoc_cli.planning import ErrorCurve, Schedule, format_widths
+
+if TYPE_CHECKING:
+    from posthoc_cli.run import Run
 
 
 def error_plot(
@@ -28,16 +32,22 @@ def error_plot(
     sigma_range: str = options.TARGETS(
         "0.01:0.2886", metavar="LOW:HIGH", help="The curve's range of sigma_rel."
     ),
-    t: float | None = options.TIME,
+    t: str | None = options.TIME,
     method: options.Method | None = options.METHOD,
     steps: str | None = options.SCHEDULE(
         None, metavar="COUNT", help="Steps of a training to come, in place of DIR: 400000, 400K."
     ),
-    every: str = options.SCHEDULE(
-        "1000", metavar="COUNT", help="Steps between two snapshots, checkpoint_every."
+    every: str | None = options.SCHEDULE(
+        None,
+        metavar="COUNT",
+        show_default="1000",
+        help="Steps between two snapshots, checkpoint_every.",
     ),
-    keep: str = options.SCHEDULE(
-        "20", metavar="COUNT", help="Times whose snapshots are kept, max_checkpoints."
+    keep: str | None = options.SCHEDULE(
+        None,
+        metavar="COUNT",
+        show_default="20",
+        help="Times whose snapshots are kept, max_checkpoints.",
     ),
 ) -> None:
     """Draw how exact averages of any length will be.
@@ -57,19 +67,26 @@ def error_plot(
     picture = options.new_picture(out, overwrite)
     targets = options.parse_targets([], decay, target)
     ends = options.parse_sigma_range(sigma_range)
-    if bool(directories) == bool(steps):
+    if bool(directories) == (steps is not None):
         raise InvalidValueError("DIR", "name a directory, or give --steps of a training to come")
-    if steps:
-        schedule = Schedule(
-            options.parse_count(steps, "--steps"),
-            options.parse_count(every, "--every"),
-            options.parse_count(keep, "--keep", "20"),
-        )
-        curves = [schedule.error_curve(ends)]
+    planned: Sequence[Run | Schedule]
+    if steps is not None:
+        planned = [
+            Schedule(
+                options.parse_count(steps, "--steps"),
+                options.parse_count(every or "1000", "--every"),
+                options.parse_count(keep or "20", "--keep", "20"),
+            )
+        ]
     else:
         refuse_split(directories)
-        runs = list(map(options.open_run, directories))
-        curves = [run.error_curve(ends, t=t, method=method, others=targets) for run in runs]
+        for name, value in {"every": every, "keep": keep}.items():
+            if value is not None:
+                reason = f"is of a training to come: give {argument('steps')} in place of DIR"
+                raise InvalidValueError(name, reason, value=value)
+        planned = list(map(options.open_run, directories))
+    at = options.optional(options.parse_time, t)
+    curves = [each.error_curve(ends, t=at, method=method, others=targets) for each in planned]
     if picture is not None:
         output.write_picture(
             lambda: plots.error_figure(curves, method == "paper"), picture, overwrite

@@ -32,14 +32,23 @@ def export(
     like: str | None = options.LIKE_MODEL,
     overwrite: bool = options.OVERWRITE,
     as_json: bool = options.JSON,
-    weights: bool = options.HOW(
-        False, "--weights", help="Take, or with --like replace, a checkpoint's raw weights."
+    raw: bool = options.HOW(
+        False,
+        "--raw",
+        help="Take, or with --like replace, a checkpoint's raw weights, found by names.",
     ),
     average: str | None = options.HOW(
         None,
         metavar="KEY",
         show_default="by its name",
-        help="The key, prefix or glob of the average in a checkpoint, or in --like.",
+        help="Take the average of this key, prefix or glob in a checkpoint, or replace it in "
+        "--like.",
+    ),
+    weights: str | None = options.HOW(
+        None,
+        metavar="KEY",
+        help="Take the weights of this key, prefix or glob in a checkpoint, or replace them in "
+        "--like; --raw finds them by names.",
     ),
 ) -> None:
     """Write averaged weights in another layout or dtype.
@@ -61,8 +70,9 @@ def export(
         dtype,
         overwrite,
         max_shard_size,
-        weights,
+        raw,
         average,
+        weights,
         options.optional(options.check_exists, like),
         output.progress_bar(),
     )

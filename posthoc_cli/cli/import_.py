@@ -40,10 +40,10 @@ def import_(
         metavar="LENGTHS",
         help="Widths of the averages, by their numbers: 0.05,0.28.",
     ),
-    update_every: int | None = options.RARE(
+    update_every: str | None = options.RARE(
         None, metavar="COUNT", help="Steps between two updates of the averages."
     ),
-    update_after_step: int | None = options.RARE(
+    update_after_step: str | None = options.RARE(
         None,
         metavar="COUNT",
         show_default="the library's",
@@ -67,14 +67,14 @@ def import_(
             "cosine[:0.996] or linear[:0.996] to 1 (DINO, I-JEPA); none."
         ),
     ),
-    steps: int | None = options.RARE(
+    steps: str | None = options.RARE(
         None,
         metavar="COUNT",
         show_default="the last checkpoint's",
         help="Steps of the whole training, after which cosine and linear are at 1.",
     ),
-    steps_per_epoch: int | None = options.STEPS_PER_EPOCH,
-    first_epoch: int | None = options.FIRST_EPOCH,
+    steps_per_epoch: str | None = options.STEPS_PER_EPOCH,
+    first_epoch: str | None = options.FIRST_EPOCH,
     average: str | None = options.RUN(
         None,
         metavar="KEY",
@@ -86,6 +86,11 @@ def import_(
         metavar="KEY",
         show_default="by its names",
         help="The key or prefix of the weights' tensors in the files.",
+    ),
+    exchanged: str | None = options.RARE(
+        None,
+        metavar="STEPS",
+        help="Steps of files that hold the average and the weights in exchanged places: 900,1000.",
     ),
     overwrite: bool = options.OUTPUT(
         False,
@@ -116,15 +121,16 @@ def import_(
         include=include,
         exclude=exclude,
         sigma_rels=options.optional(parse_numbers, sigma_rels, "--sigma-rels") or (),
-        update_every=update_every,
-        update_after_step=update_after_step,
+        update_every=options.optional_count(update_every, "--update-every"),
+        update_after_step=options.optional_count(update_after_step, "--update-after-step"),
         ema_decay=options.optional(_parse_decay, ema_decay),
         ema_warmup=ema_warmup,
-        steps=steps,
-        steps_per_epoch=steps_per_epoch,
-        first_epoch=first_epoch,
+        steps=options.optional_count(steps, "--steps"),
+        steps_per_epoch=options.optional_count(steps_per_epoch, "--steps-per-epoch"),
+        first_epoch=options.optional_count(first_epoch, "--first-epoch"),
         average=average,
         weights=weights,
+        exchanged=options.optional(_parse_steps, exchanged) or (),
     )
     if as_json:
         output.print_json(report.to_dict())
@@ -144,6 +150,11 @@ def _print_import(report: FoundRun, dry_run: bool) -> None:
         output.print_line("nothing was written")
     else:
         output.print_line(f"nothing was written: {report.out} is this import already")
+
+
+def _parse_steps(text: str) -> list[float]:
+    numbers = parse_numbers(text, "--exchanged", "a list of steps such as 900,1000")
+    return [int(number) if number.is_integer() else number for number in numbers]
 
 
 def _parse_decay(text: str) -> float | str:

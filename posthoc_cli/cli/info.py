@@ -49,7 +49,7 @@ def _print_info(report: dict[str, Any]) -> None:
         output.print_line()
         output.print_rows(rows, columns)
     if checkpoints := report.get("checkpoints"):
-        columns = ["checkpoint:file", "t", "holds", "size:bytes"]
+        columns = ["file", "t", "holds", "size:bytes"]
         if any(row.get("as") for row in checkpoints):
             columns.insert(3, "as")
         output.print_some(checkpoints, columns)

@@ -110,20 +110,25 @@ JSON = OUTPUT(False, "--json", help="Print one JSON object.")
 # --- values
 
 
-_COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-
-
 def parse_count(
     text: str,
     option: str,
     example: str = "100000, 1e5 or 100K",
 ) -> int:
     """Parse a whole number, such as 1.2e9, 1.2B, 350M or 350,000,000."""
-    value = resources.parse_amount(text, _COUNTS)
+    value = resources.parse_amount(text, resources.COUNTS)
     if value is None or value > resources.MOST or value != value.to_integral_value():
         limit = ", at most 9e18" if value is not None and value > resources.MOST else ""
         raise bad(option, text, f"must be a whole number{limit}, such as {example}")
     return int(value)
+
+
+def parse_time(text: str) -> float:
+    """Parse the training time of `--t`, which may have a fraction."""
+    value = resources.parse_amount(text, resources.COUNTS)
+    if value is None:
+        raise bad("--t", text, "must be a number, such as 50000, 5e4 or 50K")
+    return float(value)
 
 
 def parse_sigma_range(text: str) -> tuple[float, float]:
@@ -204,7 +209,6 @@ def with_request(command: Callable[..., None]) -> Callable[..., None]:
 def _find_type(name: str) -> Any:
     """Find the type of a field's option for the parser of the command line."""
     known = {
-        "t": float | None,
         "method": Method | None,
         "dtype": Dtype | None,
         "include": list[str],
@@ -220,6 +224,11 @@ def optional(
 ) -> _T | None:
     """Parse the text of an option; None without the option."""
     return None if text is None else parse(text, *arguments)
+
+
+def optional_count(text: str | None, option: str) -> int | None:
+    """Parse a whole number; None without the option."""
+    return optional(parse_count, text, option)
 
 
 # --- paths
@@ -263,6 +272,7 @@ def _check_content(path: Path) -> None:
 
 
 _PARSED: dict[str, Callable[[Any], Any]] = {
+    "t": parse_time,
     "step": partial(parse_count, option="--step"),
     "max_error": parse_max_error,
     "like": check_exists,
@@ -274,7 +284,11 @@ def new_picture(out: str | None, overwrite: bool) -> Path | None:
     """Check that the picture of `--out` may be written, and return its path."""
     from posthoc_cli import plots
 
-    return None if out is None else files.new_file(out, plots.PICTURES, overwrite)
+    if out is not None:
+        return files.new_file(out, plots.PICTURES, overwrite)
+    if overwrite:
+        raise InvalidValueError("overwrite", f"needs {errors.argument('out')}, which it replaces")
+    return None
 
 
 def open_path(given: str, directory: bool = False) -> Run:
@@ -287,21 +301,31 @@ def open_path(given: str, directory: bool = False) -> Run:
 
 def open_run(given: str, directory: bool = True) -> Run:
     """Open the run of DIR, which may be a file unless `directory`."""
+    from posthoc_cli.checkpoints.places import holds_checkpoints
+
     run = open_path(given, directory)
     path = run.directory
     if files.is_glob(path) or not path.is_dir() or holds_snapshots(path):
         return run
     if directory and (path / "sweep.json").is_file():
         raise InvalidValueError(path, "is the folder of a sweep", "name the directory of the run")
-    check_not_above_run(path)
+    if _find_run_in(path) is not None and not holds_checkpoints(path):
+        check_not_above_run(path)
     return run
 
 
 def check_not_above_run(path: Path) -> None:
     """Raise an InvalidValueError if a folder in this one holds snapshots."""
+    folder = _find_run_in(path)
+    if folder is not None:
+        raise InvalidValueError(path, "holds no snapshots itself", f"did you mean {folder}?")
+
+
+def _find_run_in(path: Path) -> Path | None:
     for folder in sorted(path.iterdir()):
         if folder.is_dir() and holds_snapshots(folder):
-            raise InvalidValueError(path, "holds no snapshots itself", f"did you mean {folder}?")
+            return folder
+    return None
 
 
 def holds_snapshots(folder: Path) -> bool:

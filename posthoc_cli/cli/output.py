@@ -124,7 +124,7 @@ def print_some(
         return
     half = MOST_ROWS // 2
     print_rows([*rows[:half], *rows[-half:]], columns)
-    print_line(f"and {len(rows) - MOST_ROWS:,} more; --json lists them")
+    print_line(f"and {len(rows) - MOST_ROWS:,} more rows; --json lists them")
 
 
 def print_coefficients(snapshots: Sequence[Mapping[str, Any]]) -> None:
@@ -137,7 +137,7 @@ def print_coefficients(snapshots: Sequence[Mapping[str, Any]]) -> None:
     print_rows(rows, ["file", "coefficient"])
     left = len(snapshots) - len(rows)
     if left:
-        print_line(f"and {left:,} more with smaller coefficients; --json lists them")
+        print_line(f"and {left:,} more rows with smaller coefficients; --json lists them")
 
 
 def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
@@ -170,23 +170,29 @@ def note_copied(copied: dict[str, Any]) -> None:
     """Print what a copy of a checkpoint has from the average, and what of the checkpoint."""
     name = Path(copied["path"]).resolve().name
     if copied["replaced"] == "average":
-        print_note(f"replaced the average in {name}; its weights stay as they are")
+        what = "the average is replaced; the weights stay as they are"
     else:
-        print_note(f"replaced the weights in {name}")
+        what = "the weights are replaced"
+    print_note(f"a copy of {name}, in which {what}")
     if kept := copied["kept"]:
         print_note(f"kept {list_tensors(kept)} of {name}, which the run does not have")
     if shared := copied["shared"]:
         print_note(f"not written: {list_tensors(shared)}; {name} has the weights of these alone")
     if not_copied := copied["not_copied"]:
         print_note(f"not copied: {list_first(not_copied)}")
+    if copied["has_tracker"]:
+        text = "the tracker's state in the copy is that of the training"
+        if copied["replaced"] == "weights":
+            text += ", not of the new weights: a resume from the copy will say so"
+        print_note(text)
 
 
 def log_to_stderr() -> None:
     """Print the library's warnings to stderr, each once, and notices: what it has found in
     checkpoints, and what outputs have as copies."""
     show = errors.EachOnce(_print_message, logging.INFO)
-    for name in ("posthoc_cli.run", "posthoc_cli.snapshots.selection"):
-        logging.getLogger(name).setLevel(logging.INFO)
+    for module in ("run", "checkpoints.open_run", "snapshots.selection"):
+        logging.getLogger(f"posthoc_cli.{module}").setLevel(logging.INFO)
     # which prints its messages itself
     show.addFilter(lambda record: not record.name.startswith("huggingface_hub"))
     logging.basicConfig(handlers=[show], force=True)

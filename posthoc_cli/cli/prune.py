@@ -9,7 +9,7 @@ import typer
 
 from posthoc_cli import resources
 from posthoc_cli.cli import options, output
-from posthoc_cli.errors import InvalidValueError, count_noun
+from posthoc_cli.errors import InvalidValueError, at_most_one, count_noun
 
 if TYPE_CHECKING:
     from posthoc_cli.snapshots.prune import Pruning
@@ -34,6 +34,7 @@ def prune(
     only after every remaining snapshot was read and verified, and never while a tracker writes to
     the directory; an interruption leaves a valid directory.
     """
+    at_most_one(yes=yes, dry_run=dry_run)
     count = options.parse_count(keep, "--keep", "20")
     can_ask = sys.stdin.isatty() and not as_json
     ends = options.parse_sigma_range(sigma_range)

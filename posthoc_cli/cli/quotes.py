@@ -1,11 +1,12 @@
-"""What to say where the shell has split an argument that needs quotes: a pattern of files, or the
-command of a sweep."""
+"""What to say where the shell has split an argument that needs quotes: a pattern of files, a path
+with spaces, or the command of a sweep."""
 
 from __future__ import annotations
 
 import glob
 import itertools
 import os
+import re
 import shlex
 from collections.abc import Container, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from posthoc_cli.errors import InvalidValueError
 
 _TAKE_PATTERNS = ("audit", "error-plot", "import", "info", "sweep", "synthesize")
 """Commands whose DIR may be a pattern."""
+_SPLIT_PATH = "the shell has split a path at its spaces; put it in quotes"
+_MOST_WORDS = 8  # of a path with spaces that is looked for
 _SPLIT_PATTERN = "the shell has made several of a pattern; put it in quotes"
 
 
@@ -35,7 +38,18 @@ def find_split(words: Sequence[str], command: str | None, options: Container[str
         for exists, paths in itertools.groupby(words[1:], os.path.exists):
             if exists and (pattern := _find_pattern([*paths])):
                 return f"DIR: {_SPLIT_PATTERN}: {pattern}"
+    if path := _find_spaced_path(words[1:]):
+        return f"{_SPLIT_PATH}: {path}"
     return ""
+
+
+def may_be_split(message: str) -> bool:
+    """Return whether a message of click is about arguments too many that may be the rest of an
+    output's name: none of them exists."""
+    extra = re.search(r"extra argument\S* \((.*)\)", message)
+    if extra is None:
+        return False
+    return not any(map(os.path.exists, [extra[1], *extra[1].split()]))
 
 
 def _join_command(words: Sequence[str], options: Container[str]) -> str:
@@ -64,8 +78,27 @@ def _find_pattern(paths: Sequence[str]) -> str:
     return ""
 
 
+def _find_spaced_path(words: Sequence[str]) -> str:
+    """Find several words that are one path, of something that exists, in quotes; a word of it may
+    exist, too, but not all."""
+    for begin in range(len(words)):
+        for end in range(min(len(words), begin + _MOST_WORDS), begin + 1, -1):
+            joined = words[begin:end]
+            path = " ".join(joined)
+            if glob.glob(path) and not all(map(os.path.exists, joined)):  # noqa: PTH207
+                return shlex.quote(path)
+    return ""
+
+
+def refuse_spaces(paths: Sequence[str]) -> None:
+    """Raise an InvalidValueError if several of these are one path with spaces."""
+    if path := _find_spaced_path(paths):
+        raise InvalidValueError("DIR", f"{_SPLIT_PATH}: {path}")
+
+
 def refuse_split(paths: Sequence[str]) -> None:
-    """Raise an InvalidValueError if these are the files of one pattern."""
+    """Raise an InvalidValueError if these are the files of one pattern, or a path with spaces."""
+    refuse_spaces(paths)
     pattern = _find_pattern(paths)
     if pattern and all(Path(path).is_file() for path in paths):
         raise InvalidValueError("DIR", f"{_SPLIT_PATTERN}: {pattern}")

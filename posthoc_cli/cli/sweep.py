@@ -7,7 +7,6 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,14 +73,14 @@ def sweep(
     look: bool = options.HOW(
         False, "--look", help="No metric: only show the images of some lengths, side by side."
     ),
-    budget: int | None = options.HOW(
+    budget: str | None = options.HOW(
         None,
         metavar="COUNT",
         show_default="12; 6 with --look",
         help="The lengths to measure first, at least 4; the best of them once more.",
     ),
-    jobs: int = options.HOW(
-        1,
+    jobs: str = options.HOW(
+        "1",
         metavar="COUNT",
         help="Evaluations side by side, each with its {job} and a CUDA device of its own.",
     ),
@@ -94,7 +93,7 @@ def sweep(
     ),
     like: str | None = options.LIKE_MODEL,
     as_json: bool = options.JSON,
-    t: float | None = options.TIME,
+    t: str | None = options.TIME,
     step: str | None = options.STEP,
     raw: str | None = options.RUN(
         None, metavar="CHECKPOINT", help="The last weights, to measure them too: last.pt."
@@ -115,7 +114,7 @@ def sweep(
     continues an earlier one. OUT receives trials.jsonl, sweep.json, logs, images, report.html and
     the best average.
     """
-    from posthoc_cli.report.page import PAGE, render
+    from posthoc_cli.report.page import write_page
     from posthoc_cli.sweep import Lengths, Metric, Sweep
     from posthoc_cli.sweep.search import USUAL_BUDGET
 
@@ -129,9 +128,16 @@ def sweep(
     lengths = options.optional(Lengths.parse, sigma_rel, "--sigma-rel")
     folder = files.local_path("--out", out)
     run = options.open_run(directory)
-    count = options.optional(options.parse_count, step, "--step")
+    at = options.optional(options.parse_time, t)
+    count = options.optional_count(step, "--step")
     if decay is not None:
-        lengths = Lengths.parse(decay, "--decay", _count_steps(run, decay, t, count))
+        lengths = Lengths.parse(decay, "--decay", _count_steps(run, decay, at, count))
+    most = options.optional_count(budget, "--budget")
+    if most is not None and lengths is not None and lengths.listed:
+        reason = "is how many lengths of a range to measure, and these are a list"
+        raise InvalidValueError("budget", reason, value=most)
+    if most is None:
+        most = _LOOK if look else USUAL_BUDGET
     listing = _Listing(folder, output.print_note if as_json else output.print_line)
     search = Sweep(
         run,
@@ -140,10 +146,10 @@ def sweep(
         folder,
         lengths=lengths,
         minimize=None if look else minimize,
-        budget=budget or (_LOOK if look else USUAL_BUDGET),
-        t=t,
+        budget=most,
+        t=at,
         step=count,
-        jobs=jobs,
+        jobs=options.parse_count(jobs, "--jobs", "4"),
         like=options.optional(options.check_exists, like),
         raw=options.optional(options.check_exists, raw),
         rerun_command=shlex.join(["ema", *sys.argv[1:]]),
@@ -155,10 +161,7 @@ def sweep(
     except KeyboardInterrupt:
         output.print_note("the same command continues")
         raise
-    page = folder / PAGE
-    content = render(run, report, folder).encode(errors="backslashreplace")
-    files.write_atomically(page, content, overwrite=True)
-    report = replace(report, outputs=(*report.outputs, page))
+    report = write_page(report, folder)
     if as_json:
         output.print_json(report.to_dict() | {"warnings": output.warnings})
     else:
@@ -189,7 +192,7 @@ class _Listing:
     def add(self, trial: Trial, title: str, number: int, expected: int) -> None:
         """Print a trial that has ended, the `number`-th of about `expected`."""
         self._measured += 1
-        if trial.error is not None:
+        if trial.error is not None and not trial.is_random:
             logs = self._folder / "logs" / f"{trial.name}.*"
             log.warning("%s, seed %d: %s; see %s", trial.target, trial.seed, trial.error, logs)
         # a trial takes longer than its evaluation: its average is made first

@@ -9,6 +9,7 @@ from typer import Argument
 
 from posthoc_cli import resources
 from posthoc_cli.cli import options, output
+from posthoc_cli.cli.quotes import refuse_spaces
 from posthoc_cli.errors import DirectoryError, PostHocError, count_noun
 
 _FINE = "intact", "unchanged", "unchecked"  # states of files, see `snapshots.verify`
@@ -31,6 +32,7 @@ def verify(
 
     Move a broken snapshot out of its directory: the others work without it.
     """
+    refuse_spaces(paths)
     reports: list[dict[str, Any]] = []
     code = 0
     for path in paths:

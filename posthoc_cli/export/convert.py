@@ -80,8 +80,9 @@ def export_file(
     dtype: torch.dtype | str | None = None,
     overwrite: bool = False,
     max_shard_size: str | None = None,
-    weights: bool = False,
+    raw: bool = False,
     average: str | None = None,
+    weights: str | None = None,
     like: str | Path | None = None,
     progress: ProgressBar = no_bar,
 ) -> ExportReport:
@@ -96,10 +97,11 @@ def export_file(
         dtype: dtype of all floating-point tensors except copies; None to keep each tensor's own.
         overwrite: replace an existing output.
         max_shard_size: largest size of a shard, such as "5GB", which is the default.
-        weights: of a training's checkpoint take the raw weights, not the average; with `like`,
-            replace its weights.
-        average: the key or prefix of the average in a training's checkpoint, or a glob of it, if
-            no word says it; with `like`, the key of the tensors to replace.
+        raw: of a training's checkpoint take the raw weights, not the average; with `like`, replace
+            its weights.
+        average, weights: the key, prefix or glob of the average, or of the weights, to take from a
+            training's checkpoint, where no word says it; with both, the average. With `like`, of
+            the tensors to replace.
         like: a checkpoint or model folder, which the output is a copy of, but for the tensors of
             its average, or if it has none of its weights.
         progress: opens a progress bar of the bytes to write.
@@ -110,7 +112,8 @@ def export_file(
     """
     started = time.perf_counter()
     target_dtype = parse_dtype(dtype)
-    at_most_one(weights=weights, average=average)
+    at_most_one(raw=raw, average=average)
+    at_most_one(raw=raw, weights=weights)
     request = FileRequest(
         dtype=dtype, layout=layout, max_shard_size=max_shard_size, like=like, overwrite=overwrite
     )
@@ -122,11 +125,12 @@ def export_file(
         raise InvalidValueError("out", "is a folder; name a file", value=output_name)
     files.check_parent(out)
     check_not_in_run(out)
-    model = _read_source(source, weights, average) if like is None else _read_source(source)
+    sets = (raw, average, weights)
+    model = _read_source(source, *sets) if like is None else _read_source(source)
     plan = _combine(model, target_dtype)
     copied = None
     if like is not None:
-        plan, copied = Like.find(like, plan.entries, weights, average).fit(plan)
+        plan, copied = Like.find(like, plan.entries, *sets).fit(plan)
     job = OutputJob(plan, {out: _header(plan)}, request, copied)
     with progress("exporting", plan.read_bytes) as advance:
         job.write(advance)
@@ -216,8 +220,9 @@ def _output_info(source: StoredTensors) -> OutputInfo | None:
 
 def _read_source(
     source: Path,
-    weights: bool = False,
+    raw: bool = False,
     average: str | None = None,
+    weights: str | None = None,
 ) -> StoredTensors:
     """Read the model to export, or what is wanted of a training's checkpoint."""
     if is_import(source):
@@ -227,18 +232,18 @@ def _read_source(
     layout = place.layout_at(source) if source.exists() else None
     for note in place.notes:
         log.warning("%s: %s", source, note)
-    if average is not None or _is_checkpoint(layout):
-        stored = Stored(source, average)
-        checkpoint = stored.weights if weights else stored.average
+    if average is not None or weights is not None or _is_checkpoint(layout):
+        stored = Stored(source, raw, average, weights)
+        checkpoint = stored.weights if stored.is_raw else stored.average
         if checkpoint is None:
             reason = f"none of its keys names an average ({stored.groups})"
             hint = f"name its key with {argument('average')}, or take its tensors as they are with "
-            hint += argument("weights")
+            hint += argument("raw")
             raise UnsuitableError(source, reason, hint)
         return checkpoint
-    if weights:
+    if raw:
         reason = f"is for a training's checkpoint, and {source.name} is not one"
-        raise InvalidValueError("weights", reason)
+        raise InvalidValueError("raw", reason)
     if isinstance(layout, OneFile | Shards) and source not in (layout.path, layout.path.parent):
         source = layout.path
     return _read_model(source)

@@ -39,6 +39,7 @@ from posthoc_cli.export.output import (
 )
 from posthoc_cli.group import THIS_PROCESS, Group
 from posthoc_cli.request import FileRequest
+from posthoc_cli.snapshots.output_mark import encode_mark
 from posthoc_cli.snapshots.outputs import INDEX_NAME
 from posthoc_cli.snapshots.tensorfile import SUFFIX, read_file
 from posthoc_cli.snapshots.writer import TensorFileWriter
@@ -152,11 +153,12 @@ class OutputJob:
     ) -> FileOutput:
         """Begin the files of an output, at a `destination` until they are complete."""
         overwrite = self.request.overwrite
-        if self.copied is not None:
-            return Copy(stack, self.copied, path, overwrite, folder)
-        if self.layout == "pt":
-            return PickledFile(self.plan, stack.enter_context(files.PendingFile(path, overwrite)))
         header = self.headers[path]
+        if self.copied is not None:
+            return Copy(stack, self.copied, header, path, overwrite, folder)
+        if self.layout == "pt":
+            file = stack.enter_context(files.PendingFile(path, overwrite))
+            return PickledFile(self.plan, encode_mark(header), file)
         entries = self.plan.entries
         if self.layout == "safetensors":
             writer = TensorFileWriter(path, entries, header, {}, overwrite)

@@ -36,10 +36,12 @@ import numpy.typing as npt
 import torch
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.containers import INDEX_ENDING
+from posthoc_cli.checkpoints.containers import INDEX_ENDING, SAFETENSORS, container_by_bytes
 from posthoc_cli.checkpoints.content import OFFSETS
+from posthoc_cli.checkpoints.folders import DCP_METADATA
 from posthoc_cli.checkpoints.layouts import Stored
 from posthoc_cli.checkpoints.pickles import FileRange, is_archive, member_begin
+from posthoc_cli.checkpoints.source import Checkpoint
 from posthoc_cli.dtypes import DTYPES, EPS, ITEM_BYTES, WORDS
 from posthoc_cli.errors import (
     FileFormatError,
@@ -52,6 +54,7 @@ from posthoc_cli.errors import (
 from posthoc_cli.snapshots.boxes import Box
 from posthoc_cli.snapshots.entry import Entry
 from posthoc_cli.snapshots.opened_file import OpenedFile, read_small_file
+from posthoc_cli.snapshots.output_mark import find_mark, mark_archive, mark_header, mark_pickle
 from posthoc_cli.snapshots.outputs import model_files, weights_at
 from posthoc_cli.snapshots.sources import Source, StoredTensors
 from posthoc_cli.snapshots.tensorfile import MAX_HEADER_BYTES, SUFFIX, TensorFile, read_file
@@ -81,20 +84,23 @@ class Like:
 
     path: Path  # the file, or the folder
     place: Path  # of the model: the path itself, or the component of a pipeline
-    source: Source  # the set
+    source: Checkpoint  # the set
     chunks: Mapping[str, list[NamedChunk]]  # of the set, by stored name
     word: str  # what it is: "average" or "weights"
+    has_tracker: bool  # whether it holds the state of a tracker, which is copied
 
     @classmethod
     def find(
         cls,
         like: Path | str,
         tensors: Iterable[str],
-        weights: bool,
-        average: str | None,
+        raw: bool = False,
+        average: str | None = None,
+        weights: str | None = None,
     ) -> Like:
-        """Find the average of a checkpoint, or if it has none its weights; in a pipeline, the
-        average of the only component that has some of these tensors.
+        """Find the average of a checkpoint, or its weights if it has none or if they are asked for;
+        in a pipeline, the average of the only component that has some of these tensors. The last
+        arguments are as in `Stored`.
 
         Raises InvalidValueError if nothing is there, for something in a folder that is neither a
         file nor a link to a file in it, or for a file of this package; and FileFormatError.
@@ -105,14 +111,14 @@ class Like:
         if not path.exists():
             raise InvalidValueError("like", "no such file or folder", value=path)
         place = _component(path, set(tensors))
-        stored = Stored(place, average)
-        source = None if weights else stored.average
+        stored = Stored(place, raw, average, weights)
+        source = None if stored.is_raw else stored.average
         chunks = {} if source is None else _own_chunks(source, stored)
         word = "average" if chunks else "weights"
         if source is None or not chunks:
             source = stored.weights
             chunks = index_chunks(source)
-        found = cls(path, place, source, chunks, word)
+        found = cls(path, place, source, chunks, word, stored.has_tracker)
         found._check_files()
         return found
 
@@ -135,8 +141,13 @@ class Like:
 
     @cached_property
     def files(self) -> dict[Path, TensorFile]:
-        """The files of the model."""
-        return {file.path: file for file in self.source.files}
+        """The files of the model; with tensors, but for the metadata of distributed checkpoints."""
+        found = {file.path: file for file in self.source.files}
+        for folder in {path.parent for path in found}:
+            metadata = folder / DCP_METADATA
+            if metadata in self.source.opened:
+                found[metadata] = self.source.opened[metadata]
+        return found
 
     @cached_property
     def other_files(self) -> tuple[list[Path], list[str]]:
@@ -162,7 +173,8 @@ class Like:
             if entry == self.place or entry in self.place.parents:
                 return False
             return _OTHER_FOLDERS.fullmatch(entry.name) is not None
-        if entry.parent != self.place or entry in self.files:
+        folders = {path.parent for path in self.files}
+        if entry.parent not in folders or entry in self.files:
             return False
         return self._is_stale(entry.name)
 
@@ -484,6 +496,7 @@ class Replacement:
             "kept": self.kept,
             "shared": self.shared,
             "not_copied": not_copied,
+            "has_tracker": self.like.has_tracker,
         }
 
 
@@ -492,7 +505,7 @@ class Replacement:
 
 class CopiedFile:
     """A copy of a file in a pending one, except for the bytes of the chunks: each is to be written
-    once.
+    once. It gets a mark, if that is not empty.
 
     Raises FileFormatError if the file was changed since its index was read, and MismatchError if
     chunks overlap.
@@ -503,6 +516,7 @@ class CopiedFile:
         like: TensorFile,
         chunks: Iterable[NamedChunk],
         out: files.PendingFile,
+        mark: str = "",
     ) -> None:
         filled = [chunk for chunk in chunks if chunk.entry.size]
         self._chunks = sorted(filled, key=lambda chunk: chunk.begin)
@@ -511,23 +525,36 @@ class CopiedFile:
         self._collected = dict[NamedChunk, tuple[npt.NDArray[np.uint8], int]]()
         self._lock = threading.Lock()
         self._file = out
+        self._shift = 0  # from places in the file to places in the copy
         _check_apart(self._chunks)
         with like.opened() as source:
-            for begin, end in self._gaps(source.size):
-                for at in range(begin, end, _BLOCK):
-                    block = source.read_at(min(_BLOCK, end - at), at)
-                    out.write_at(block, at)
+            header = self._mark_header(source, mark) if mark else 0
+            end, _ = find_mark(source)  # a copy of a copy has one mark
+            for first, last in self._gaps(header, end if mark else source.size):
+                for at in range(first, last, _BLOCK):
+                    block = source.read_at(min(_BLOCK, last - at), at)
+                    out.write_at(block, at + self._shift)
             if is_archive(source):
                 places = [chunk.begin for chunk in self._chunks]
                 self._members = members_at(source, places)
+            if mark and is_archive(source):
+                mark_archive(out, end, mark, end - _comment_begin(source))
+            elif mark and not header:
+                mark_pickle(out, end, mark)
 
-    def _gaps(
-        self,
-        size: int,
-    ) -> Iterator[tuple[int, int]]:
+    def _mark_header(self, source: OpenedFile, mark: str) -> int:
+        """Write the header of a safetensors file with a mark; return the length of its own one, 0
+        for another file."""
+        if container_by_bytes(source) is not SAFETENSORS:
+            return 0
+        length, header = mark_header(source, mark)
+        self._file.write_at(header, 0)
+        self._shift = len(header) - length
+        return length
+
+    def _gaps(self, begin: int, size: int) -> Iterator[tuple[int, int]]:
         """Yield the ranges to copy, with the ranges of tensors stored in another order among
         them."""
-        begin = 0
         for chunk in self._chunks:
             if not chunk.entry.strides:
                 yield begin, chunk.begin
@@ -542,7 +569,7 @@ class CopiedFile:
     ) -> None:
         """Write bytes of a chunk in row-major order, from byte `begin` on."""
         if not chunk.entry.strides:
-            self._file.write_at(data, chunk.begin + begin)
+            self._file.write_at(data, chunk.begin + begin + self._shift)
             return
         with self._lock:  # the bytes between the chunk's are read and written back
             if chunk not in self._collected:
@@ -645,6 +672,12 @@ def members_at(
         reason = "its tensors cannot be replaced in place: not an archive as torch.save writes it"
         raise FileFormatError(file.path, reason) from error
     return members
+
+
+def _comment_begin(file: OpenedFile) -> int:
+    """Find where the comment of an archive begins, at its end or before."""
+    archive = zipfile.ZipFile(io.BufferedReader(FileRange(file, 0, file.size)))
+    return file.size - len(archive.comment)
 
 
 def _entries(

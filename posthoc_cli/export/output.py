@@ -21,10 +21,12 @@ import numpy as np
 import torch
 
 from posthoc_cli import files
+from posthoc_cli.checkpoints.folders import DCP_METADATA
 from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.export.like import CopiedFile, NamedChunk, Replacement
 from posthoc_cli.snapshots.boxes import Box, boxes_of_range
 from posthoc_cli.snapshots.entry import Entry, items
+from posthoc_cli.snapshots.output_mark import encode_mark, mark_archive
 from posthoc_cli.snapshots.outputs import INDEX_NAME
 from posthoc_cli.snapshots.writer import TensorFileWriter
 from posthoc_cli.synthesis.engine import InMemory
@@ -122,9 +124,10 @@ class PickledFile(FileOutput):
     """A .pt file, which torch.load(weights_only=True) takes. Its tensors are collected in memory,
     since torch writes them in one call."""
 
-    def __init__(self, plan: Combination, file: files.PendingFile) -> None:
+    def __init__(self, plan: Combination, mark: str, file: files.PendingFile) -> None:
         super().__init__(file)
         self._plan = plan
+        self._mark = mark
         self._file = file
         self._end = 0
         self._collected = InMemory(plan, CPU)
@@ -143,6 +146,7 @@ class PickledFile(FileOutput):
         # torch's own error, which replaces the error of `write`, and a KeyboardInterrupt
         except RuntimeError as error:
             raise error.__context__ or error from None
+        mark_archive(self._file, self._end, self._mark)
 
     def _append(self, data: Any) -> int:
         self._file.write_at(data, self._end)
@@ -151,12 +155,13 @@ class PickledFile(FileOutput):
 
 
 class Copy(FileOutput):
-    """A copy of a file, or of a folder."""
+    """A copy of a file, or of a folder, with the mark of an output with this header."""
 
     def __init__(
         self,
         stack: ExitStack,
         replacement: Replacement,
+        header: Mapping[str, Any],
         path: Path,
         overwrite: bool,
         folder: files.PendingFolder | None,
@@ -176,9 +181,16 @@ class Copy(FileOutput):
             files.make_directory(inside.parent)
             return inside
 
+        def mark(copied: Path) -> str:
+            metadata = copied.with_name(DCP_METADATA)
+            if metadata in like.files and metadata != copied:
+                return ""  # the metadata have it for all files
+            name = "" if folder is None else copied.relative_to(like.path).as_posix()
+            return encode_mark(header, name)
+
         for copied, file in like.files.items():
             pending = stack.enter_context(files.PendingFile(place(copied), overwrite))
-            self._files[copied] = CopiedFile(file, chunks[copied], pending)
+            self._files[copied] = CopiedFile(file, chunks[copied], pending, mark(copied))
         others, _ = like.other_files
         for other in others:
             with files.raise_write_errors(other, "copied"):

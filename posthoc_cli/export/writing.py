@@ -18,7 +18,6 @@ from posthoc_cli.group import THIS_PROCESS, Group
 from posthoc_cli.request import OutputRequest
 from posthoc_cli.resources import no_bar, worker_count
 from posthoc_cli.snapshots.selection import note_statistics
-from posthoc_cli.snapshots.sources import count_sources
 from posthoc_cli.synthesis.engine import check_device
 from posthoc_cli.synthesis.plan import Plan, nbytes
 
@@ -41,7 +40,7 @@ class SynthesisReport:
             target["bytes"] = nbytes(self.plan.entries)
         newest = self.plan.sources[-1]
         left_out = [name for name in newest.left_out if not name.endswith("_extra_state")]
-        sources = count_sources(self.plan.sources)
+        sources = self.plan.counts
         if self.plan.run_end != self.plan.t:
             sources += f" (the newest is of {self.plan.run_end:,.12g})"
         report |= {

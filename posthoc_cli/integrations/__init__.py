@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -46,14 +48,16 @@ def write_state(
     folder: str | Path,
     model: torch.nn.Module,
     number: int = 0,
+    averages: Mapping[str, Target] = MappingProxyType({}),
 ) -> None:
     """Write a tracker's own state into a checkpoint's folder, complete or not at all. Every process
     makes the call.
 
-    `number` is the tracker's index among the trackers of its training.
+    `number` is the tracker's index among the trackers of its training; `averages` are as in
+    `name_averages`.
     """
     path = Path(folder) / _state_names(number)[is_sharded(model)]
-    state = ema.state_dict()
+    state = name_averages(ema.state_dict(), averages)
     temporary = path.with_name(f".{path.name}.tmp")
     if not is_sharded(model):
         if state:  # the state is empty in a process that keeps no averages
@@ -65,6 +69,16 @@ def write_state(
         shutil.rmtree(path, ignore_errors=True)
         temporary.rename(path)
     dist.barrier()
+
+
+def name_averages(state: dict[str, Any], averages: Mapping[str, Target]) -> dict[str, Any]:
+    """Say in a tracker's state which averages lie beside it in a checkpoint, by their keys there:
+    `ema` knows them by it. An empty key is for what the state itself lies in."""
+    if not (state and averages):
+        return state
+    labels = {key: target.label for key, target in averages.items()}
+    info = json.loads(state["info"]) | {"averages": labels}
+    return state | {"info": json.dumps(info)}
 
 
 def read_state(

@@ -128,7 +128,7 @@ class PostHocEMAModel:
             ema, model = self._tracking()
             with self._average() as averaged:
                 averaged.save_pretrained(path)  # type: ignore[operator]
-            write_state(ema, path, model)
+            write_state(ema, path, model, averages={"": as_target(self.sigma_rel)})
 
     @classmethod
     def from_pretrained(

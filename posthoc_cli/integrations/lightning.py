@@ -18,6 +18,7 @@ from posthoc_cli.integrations import (
     figures,
     is_sharded,
     make_tracker,
+    name_averages,
 )
 from posthoc_cli.targets import as_target
 from posthoc_cli.tracker import PostHocEMA, was_skipped
@@ -224,8 +225,6 @@ class PostHocWeightAveraging(Callback):
                 ema.snapshot()
             return
         checkpoint["averaging_state"] = ema.state_dict()
-        if not self._wanted:
-            return
         for block in average_blocks(ema, pl_module, self._wanted).values():
             averaged = {}
             with block:
@@ -233,6 +232,8 @@ class PostHocWeightAveraging(Callback):
                     averaged[name] = value.detach().clone()
             checkpoint["current_model_state"] = checkpoint["state_dict"]
             checkpoint["state_dict"] = checkpoint["state_dict"] | averaged
+            averages = {"state_dict": self._wanted[0]}
+            checkpoint["averaging_state"] = name_averages(checkpoint["averaging_state"], averages)
 
     def on_load_checkpoint(
         self,

@@ -207,11 +207,10 @@ class PostHocCallback(TrainerCallback):
             return
         folder = _checkpoint(args, state)
         trainer = self._installed()
-        write_state(self.ema, folder, model)
-        if trainer is None:
-            return
-        chosen = self._choose_label(args)
-        if chosen is None:
+        chosen = None if trainer is None else self._choose_label(args)
+        averages = {} if chosen is None else {self._names[chosen]: self._lengths[chosen]}
+        write_state(self.ema, folder, model, averages=averages)
+        if trainer is None or chosen is None:
             return
         path = str(folder / self._names[chosen])
         for block in average_blocks(self.ema, trainer.model, [self._lengths[chosen]]).values():

@@ -8,6 +8,7 @@ from typing import Any
 
 from posthoc_cli.errors import list_first, percent
 from posthoc_cli.resources import format_bytes
+from posthoc_cli.snapshots.output_info import AVERAGE_OF_TWO
 
 _LONGEST_TEXT = 200
 _PERCENT = (
@@ -44,8 +45,9 @@ def text(key: str, value: Any) -> str:
     if key in _FORMATS:
         return _FORMATS[key](value)
     if key == "snapshots" and isinstance(value, list):
-        # a target of groups lists them once per group
-        return f"{len({snapshot['file'] for snapshot in value}):,}"
+        # a target of groups lists them once per group, and a checkpoint may have two
+        names = {snapshot["file"].removesuffix(AVERAGE_OF_TWO) for snapshot in value}
+        return f"{len(names):,}"
     if value is None:
         # profiles other than power functions have no width
         return "" if key in ("sigma_rel", "gamma", "as") else "none"

@@ -15,15 +15,15 @@ import string
 import time
 import urllib.parse
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from posthoc_cli import plots
+from posthoc_cli import files, plots
 from posthoc_cli.errors import FileFormatError, escape_text, percent
-from posthoc_cli.run import Run
 from posthoc_cli.snapshots.opened_file import read_small_file
 from posthoc_cli.sweep import SweepReport, images
 from posthoc_cli.sweep.folder import LOGS
@@ -37,26 +37,35 @@ _UNITS = re.compile(r"(?<=\d) (?=(?:%|±|x|s|[kMGTPE]?B)(?!\w))|(?<=[±<>]) (?=\
 _MOST_IMAGES = 50_000_000  # bytes of a sweep's images, which a browser still opens at once
 
 
-def render(run: Run, report: SweepReport, folder: Path) -> str:
+def write_page(report: SweepReport, folder: Path) -> SweepReport:
+    """Write the page of a sweep to its folder; return the report with this file among its
+    outputs."""
+    page = folder / PAGE
+    content = render(report, folder).encode(errors="backslashreplace")
+    files.write_atomically(page, content, overwrite=True)
+    return replace(report, outputs=(*report.outputs, page))
+
+
+def render(report: SweepReport, folder: Path) -> str:
     """Render the page of the sweep in a folder as HTML; its links to logs are relative to the
     folder."""
     room = importlib.resources.files("posthoc_cli.report")
     page = string.Template((room / "page.html").read_text("utf-8"))
     script = (room / "page.js").read_text("utf-8")
     digest = hashlib.sha256(script.encode()).digest()
-    gallery = _Gallery(run, report, folder)
+    gallery = _Gallery(report, folder)
     chart = _render_charts(report)
     samples = gallery.render()
     return page.substitute(
         digest=base64.b64encode(digest).decode(),
         script=script,
-        title=escape(_title(run, report)),
+        title=escape(_title(report)),
         date=time.strftime("%d %B %Y"),
         answer=_render_answer(report),
         pictures=f"{chart}\n{samples}",
         column=gallery.column,
         images_a_row=str(gallery.images_a_row),
-        take=_render_take(run, report),
+        take=_render_take(report),
         summary=_definition_list(summarize(report)),
         trials=_render_trials(report, folder),
         again=_render_again(report),
@@ -64,12 +73,12 @@ def render(run: Run, report: SweepReport, folder: Path) -> str:
     )
 
 
-def _title(run: Run, report: SweepReport) -> str:
+def _title(report: SweepReport) -> str:
     """Say what was searched, and by which metric."""
     if report.minimize is None:
-        return f"Averages of {run.directory}, by eye"
+        return f"Averages of {report.directory}, by eye"
     direction = "lower" if report.minimize else "higher"
-    return f"Averages of {run.directory}, by {report.metric} ({direction} is better)"
+    return f"Averages of {report.directory}, by {report.metric} ({direction} is better)"
 
 
 def _render_answer(report: SweepReport) -> str:
@@ -136,16 +145,18 @@ def _render_chart(
     )
 
 
-def _render_take(run: Run, report: SweepReport) -> str:
-    """Name the file of the best average, and the command that makes it."""
+def _render_take(report: SweepReport) -> str:
+    """Name the file of the best average, and the command that makes it, if it is one of ours."""
     if report.minimize is None:
         return ""
     place = ""
     if report.outputs:
         place = f"<p>The best average is in <code>{escape(str(report.outputs[0]))}</code>.</p>"
-    command = escape(_make_command(run, report, report.best_trial))
+    command = ""
+    if report.best is not None:
+        command = f"<pre>{escape(_make_command(report, report.best_trial))}</pre>"
     heading = '<section class="take"><h2>Take it</h2>'
-    return f"{heading}\n{place}\n<pre>{command}</pre>\n</section>"
+    return f"{heading}\n{place}\n{command}\n</section>"
 
 
 def _data_url(kind: str, content: bytes) -> str:
@@ -159,8 +170,7 @@ class _Gallery:
     """The images of each trial: first what averages are compared with, then the averages by length.
     Of many large images the first of each trial are shown."""
 
-    def __init__(self, run: Run, report: SweepReport, folder: Path) -> None:
-        self._run = run
+    def __init__(self, report: SweepReport, folder: Path) -> None:
         self._report = report
         self._paths: dict[Trial, list[Path]] = {}
         for trial in _sort_trials(report):
@@ -213,7 +223,7 @@ class _Gallery:
         command = ""
         if trial.sigma_rel is not None:
             kind = f' class="length" data-name="{escape(title)}"'
-            command = f"<pre>{escape(_make_command(self._run, report, trial))}</pre>"
+            command = f"<pre>{escape(_make_command(report, trial))}</pre>"
         return (
             f"<figure{kind}><figcaption>{caption}</figcaption>"
             f'<div class="images">{"".join(pictures)}</div>{command}</figure>'
@@ -301,12 +311,12 @@ def _as_percent(error: float | None) -> str:
     return "" if error is None else percent(error)
 
 
-def _make_command(run: Run, report: SweepReport, trial: Trial) -> str:
+def _make_command(report: SweepReport, trial: Trial) -> str:
     """Write the command that makes the average of a trial."""
     name = f"sigma_rel-{trial.sigma_rel:.12g}"
-    words = ["ema", "synthesize", str(run.directory), "--sigma-rel", f"{trial.sigma_rel:.12g}"]
+    words = ["ema", "synthesize", str(report.directory), "--sigma-rel", f"{trial.sigma_rel:.12g}"]
     t = report.t if trial.t is None else trial.t
-    if t != run.t:
+    if t != report.newest_t:
         words += ["--t", f"{t:.12g}"]
     if trial.t is not None:
         name += f"-t-{t:.12g}"

@@ -8,6 +8,9 @@ from typing import Annotated, Any
 from posthoc_cli.snapshots.decoding import ANY_SIGN
 from posthoc_cli.snapshots.tensorfile import FORMAT
 
+AVERAGE_OF_TWO = " (average)"
+"""What the name of an average ends with whose checkpoint holds weights, too."""
+
 
 @dataclass(frozen=True)
 class Used:

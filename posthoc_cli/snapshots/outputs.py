@@ -30,6 +30,7 @@ from posthoc_cli.snapshots.directory import (
 from posthoc_cli.snapshots.entry import Entry
 from posthoc_cli.snapshots.opened_file import read_small_file
 from posthoc_cli.snapshots.output_info import OutputInfo
+from posthoc_cli.snapshots.output_mark import MARK, decode_mark
 from posthoc_cli.snapshots.selection import statistics_notice
 from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot, file_bytes
 from posthoc_cli.snapshots.sources import Source, run_clock
@@ -204,7 +205,9 @@ def _describe_model(path: Path) -> dict[str, Any]:
         "bytes": sum(shard.nbytes for shard in shards)
     }
     if output is None:
-        return {"kind": "safetensors", "path": str(path), **sizes}
+        described = {"kind": "safetensors", "path": str(path), **sizes}
+        mark = decode_mark(shards[0].metadata.get(MARK), path)
+        return described if mark is None else described | {"holds": str(mark)}
     return {
         "kind": "output",
         "path": str(path),

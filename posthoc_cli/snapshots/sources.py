@@ -375,16 +375,19 @@ def count_sources(
     count: int | None = None,
     total: int | None = None,
 ) -> str:
-    """Name the number and kind of sources: "1 snapshot", or with counts "20 of 80 checkpoints".
-
-    A checkpoint of weights and an average is one.
-    """
+    """Name the number and kind of sources: "1 snapshot", or of more of them "20 of 80 checkpoints".
+    `count` is their number, as `count_files` finds it, if they are others than `sources`."""
     if count is None:
-        count = len({source.path for source in sources})
+        count = count_files(sources)
     if total is None:
         total = count
     sources_in_all = count_noun(total, sources[0].word)
     return sources_in_all if count == total else f"{count:,} of {sources_in_all}"
+
+
+def count_files(sources: Iterable[Source]) -> int:
+    """Count snapshots or checkpoints; one that holds weights and an average is one."""
+    return len({source.path for source in sources})
 
 
 # --- the values of a source

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -22,6 +23,8 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.snapshots.opened_file import OpenedFile, read_small_file
 from posthoc_cli.sweep.search import LARGEST
+
+log = logging.getLogger(__name__)
 
 _TAIL = 10_000_000  # bytes at the end of standard output that are searched for the metric
 _MOST_BYTES = 1_000_000_000  # of a JSON file: programs may store each of their samples in it
@@ -86,10 +89,10 @@ class Metric:
             raise InvalidValueError("metric", reason, value=text or "(empty)")
         return cls(key, file)
 
-    def read(self, log: Path, folder: Path) -> tuple[float, float | None]:
-        """Read the metric and its standard error, if any, from a file in `folder` or from the logs
-        of standard output and, if that has none, of standard error: `log` with the endings .out and
-        .err.
+    def read(self, printed: Path, folder: Path) -> tuple[float, float | None]:
+        """Read the metric and its standard error, if any, from a file in `folder`, or from what
+        was printed: the path `printed` with the ending .out, of standard output, and, if that has
+        none, with a warning, .err, of standard error.
 
         Raises a TrialError if there is no metric.
         """
@@ -102,20 +105,41 @@ class Metric:
             closest = get_close_matches(key, members, 5, 0)
             reason = f"{path.name} has no member {quote(self.key)}{_list_names(closest)}"
             raise NoMetricError(reason, "")
-        printed = ""
-        names = dict[str, None]()
-        for ending in (".out", ".err"):
-            text = read_tail(log.with_name(f"{log.name}{ending}"), _TAIL).replace("\r", "\n")
-            printed = printed or text.strip()
-            found = None
-            for value in _find_printed(text, self.key):
-                members = _members(value)
-                names |= dict.fromkeys(members)
-                if key in members:
-                    found = members
-            if found is not None:
-                return _check(found, key)
-        raise _no_metric_error(printed, self.key, names)
+        output = _read_lines(printed.with_name(f"{printed.name}.out"))
+        found, names = _find_last(output, self.key)
+        if found is not None:
+            return _check(found, key)
+        errors = _read_lines(printed.with_name(f"{printed.name}.err"))
+        found, error_names = _find_last(errors, self.key)
+        if found is None:
+            text = output.strip() or errors.strip()
+            raise _no_metric_error(text, self.key, names | error_names)
+        _warn_of_standard_error(output.strip(), self.key, names)
+        return _check(found, key)
+
+
+def _find_last(text: str, key: str | None) -> tuple[dict[str, Any] | None, dict[str, None]]:
+    """Find the last members with this key that an output holds, if any, and the names of all."""
+    names = dict[str, None]()
+    found = None
+    for value in _find_printed(text, key):
+        members = _members(value)
+        names |= dict.fromkeys(members)
+        if (key or "") in members:
+            found = members
+    return found, names
+
+
+def _warn_of_standard_error(output: str, key: str | None, members: Iterable[str]) -> None:
+    """Warn that the metric is on standard error alone, where progress bars and logs have numbers,
+    too; and name those of standard output."""
+    reason = "no line of standard output is a number alone"
+    if key is not None:
+        reason = f"standard output has no number after {quote(key)}"
+    text = f"{reason}: the metric is taken from standard error"
+    if names := _similar_names(output, key, members):
+        text += f"; for the one of standard output, add {argument('metric')} {' or '.join(names)}"
+    log.warning("%s", text)
 
 
 def _no_metric_error(text: str, key: str | None, members: Iterable[str]) -> NoMetricError:
@@ -129,11 +153,19 @@ def _no_metric_error(text: str, key: str | None, members: Iterable[str]) -> NoMe
         reason += f"; the last line is `{escape_text(last.strip())}`"
     else:
         reason += ", and is empty"
-    named = _NAMED_NUMBER.findall(last if key is None else text[-_END_OF_OUTPUT:])
-    names = [*dict.fromkeys([*filter(None, members), *(name for name, _ in named)])]
-    names = names[:3] if key is None else get_close_matches(key, names, 3, 0)
+    names = _similar_names(text, key, members)
     hint = f"add {argument('metric')} {' or '.join(names)}" if names else ""
     return NoMetricError(reason, hint)
+
+
+def _similar_names(text: str, key: str | None, members: Iterable[str]) -> list[str]:
+    """List the names of an output that are most like a key, or those of its last line."""
+    searched = text[-_END_OF_OUTPUT:]
+    if key is None:
+        _, _, searched = text[-_END_OF_LOG:].rpartition("\n")
+    named = _NAMED_NUMBER.findall(searched)
+    names = [*dict.fromkeys([*filter(None, members), *(name for name, _ in named)])]
+    return names[:3] if key is None else get_close_matches(key, names, 3, 0)
 
 
 def _check(
@@ -225,6 +257,11 @@ def read_tail(path: Path, count: int) -> str:
         count = min(count, file.size)
         tail = file.read_at(count, file.size - count)
     return _COLOURS.sub("", tail.decode(errors="replace"))
+
+
+def _read_lines(path: Path) -> str:
+    """Read the end of an output as lines; a progress bar ends its own by a carriage return."""
+    return read_tail(path, _TAIL).replace("\r", "\n")
 
 
 def _members(value: Any) -> dict[str, Any]:

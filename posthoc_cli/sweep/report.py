@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -14,7 +15,14 @@ from scipy.interpolate import PchipInterpolator
 
 from posthoc_cli import files
 from posthoc_cli.errors import InvalidValueError, at_most, count_noun, percent
-from posthoc_cli.sweep.search import Estimate, Lengths, Trial, estimate, estimate_ends
+from posthoc_cli.sweep.search import (
+    Estimate,
+    Lengths,
+    Trial,
+    common_metric,
+    estimate,
+    estimate_ends,
+)
 from posthoc_cli.targets import SigmaRel, full_title, name_equal_length
 
 RESULT = "sweep.json"  # the file of a report in the folder of a sweep
@@ -47,9 +55,33 @@ class SweepReport:
     ends: tuple[float, ...] = ()  # at which the longest average may end, too, the latest first
     steps: float | None = None  # of the training; None if it is not known
     t_unit: str = "steps"
+    directory: Path = Path()  # of the run
+    newest_t: float | None = None  # the time of its newest snapshot or checkpoint
+    own_ema: str | None = None  # which of `compared` is the user's own EMA
     rerun_command: str = ""
     trials: tuple[Trial, ...] = ()
     outputs: tuple[Path, ...] = ()
+
+    def __repr__(self) -> str:
+        if self.minimize is None:
+            return f"SweepReport({count_noun(len(self.trials), 'trial')}, by eye)"
+        text = f"best: {self.best_title}; {self.metric}: {self.value:.6g}"
+        if gain := describe_gain(self):
+            text += f"; gain: {gain}"
+        return f"SweepReport({text})"
+
+    def _repr_html_(self) -> str:
+        """Show the result and its curve in a notebook."""
+        text = f"<p>{html.escape(repr(self))}</p>"
+        if self.minimize is None:
+            return text
+        from posthoc_cli import plots
+
+        values = self.to_dict()
+        text += plots.as_html(lambda: plots.sweep_figure(values))
+        if self.end_curve():
+            text += plots.as_html(lambda: plots.end_figure(values))
+        return text
 
     @cached_property
     def estimate(self) -> Estimate:
@@ -71,9 +103,23 @@ class SweepReport:
         return float(self.settings["t"])
 
     @property
-    def best(self) -> float:
-        """The sigma_rel whose metric is estimated to be best, which was written."""
-        return self.estimate.best
+    def all_tied(self) -> bool:
+        """Whether all that was measured has the same metric, so that there is nothing to choose."""
+        return self.minimize is not None and common_metric(self.trials) is not None
+
+    @property
+    def keeps_own_ema(self) -> bool:
+        """Whether the user's own EMA is taken: if all tie, that needs no other length."""
+        return self.all_tied and any(self.is_own_ema(trial) for trial in self.trials)
+
+    def is_own_ema(self, trial: Trial) -> bool:
+        return trial.target == self.own_ema and trial.value is not None
+
+    @property
+    def best(self) -> float | None:
+        """The sigma_rel whose metric is estimated to be best, which was written; None if that is
+        the user's own EMA."""
+        return None if self.keeps_own_ema else self.estimate.best
 
     @property
     def best_t(self) -> float:
@@ -115,6 +161,8 @@ class SweepReport:
 
     def is_best(self, trial: Trial) -> bool:
         """Whether a trial has measured the best average."""
+        if self.keeps_own_ema:
+            return self.is_own_ema(trial)
         end = self.settings["t"] if trial.t is None else trial.t
         return trial.sigma_rel == self.best and end == self.best_t
 
@@ -133,6 +181,8 @@ class SweepReport:
     def best_title(self) -> str:
         """Name the best average; one that ends earlier by what it is the mean of."""
         trial = self.best_trial
+        if self.all_tied:
+            return f"{self.title(trial)}, untuned, since all tie"
         if trial.t is None:
             return self.title(trial)
         return f"the mean of {self.t_unit} 1 to {trial.t:,.12g} ({trial.target})"
@@ -141,7 +191,8 @@ class SweepReport:
     def is_at_end(self) -> bool:
         """Whether the best length is the first or last of the range, so that a better one may lie
         beyond."""
-        if self.lengths.listed:
+        is_tied = self.estimate.noise == 0 and self.estimate.tied is not None
+        if self.lengths.listed or is_tied:
             return False
         if self.ends:
             return self.best == self.lengths.low
@@ -184,13 +235,17 @@ class SweepReport:
             return values
         found = self.estimate
         best = self.best_trial
+        equal = None
+        if best.sigma_rel is not None:
+            equal = name_equal_length(SigmaRel(best.sigma_rel), self.steps)
         return values | {
             "best": {
                 "target": best.target,
-                "sigma_rel": self.best,
-                "t": self.best_t,
-                "as": name_equal_length(SigmaRel(self.best), self.steps),
+                "sigma_rel": best.sigma_rel,
+                "t": None if self.keeps_own_ema else self.best_t,
+                "as": equal,
             },
+            "all_tied": self.all_tied,
             "value": self.value,
             "predicted_error": best.predicted_error,
             "lost_gain": best.lost_gain,
@@ -220,7 +275,9 @@ def _draw_curve(found: Estimate, name: str) -> list[dict[str, float]]:
 
 def summarize(report: SweepReport) -> list[tuple[str, str]]:
     """Summarize a report as names and texts for people, the most important first."""
-    failed = sum(trial.error is not None for trial in report.trials)
+    failed = 0
+    for trial in report.trials:
+        failed += trial.error is not None and not trial.is_random
     count = count_noun(len(report.trials), "trial")
     if failed:
         count += f", {failed} of them failed"
@@ -236,8 +293,9 @@ def summarize(report: SweepReport) -> list[tuple[str, str]]:
     if gain := describe_gain(report):
         pairs.append(("gain", gain))
     pairs.append(("statistically tied", describe_tie(report)))
-    pairs.append(("predicted error", percent(best.predicted_error)))
-    pairs.append(("lost gain", at_most(best.lost_gain)))
+    if not report.keeps_own_ema:
+        pairs.append(("predicted error", percent(best.predicted_error)))
+        pairs.append(("lost gain", at_most(best.lost_gain)))
     if report.is_at_end:
         count += "; the best lies at the end of the range, and may lie beyond"
     pairs.append(("measured", count))
@@ -246,12 +304,23 @@ def summarize(report: SweepReport) -> list[tuple[str, str]]:
 
 def describe_gain(report: SweepReport) -> str:
     """Say how much better than the compared weights the best average is; empty if unknown."""
+    if report.all_tied:
+        return f"none: all have the same metric, and random weights {_random_metric(report)}"
     known = [gain for gain in report.gains if gain.gain is not None]
     text = ", ".join(_compare(report, gain) for gain in known)
     if known and known[0].margin is None:
         is_exact = report.chosen.noise == 0
         text += ", on these examples" if is_exact else ", by one measurement each"
     return text
+
+
+def _random_metric(report: SweepReport) -> str:
+    """Say which other metric random weights have."""
+    common = common_metric(report.trials)
+    for trial in report.trials:
+        if trial.is_random and trial.value not in (None, common):
+            return f"another one, {trial.value:.6g}"
+    return "none"
 
 
 def _compare(report: SweepReport, compared: Gain) -> str:
@@ -283,7 +352,9 @@ def _sizes(report: SweepReport, value: float, gain: float, margin: float | None)
 def describe_tie(report: SweepReport) -> str:
     """Say which lengths, or ends, are not significantly worse than the best one."""
     found = report.chosen
-    if found.noise == 0:
+    if report.all_tied:
+        return "all"
+    if found.tied is None and found.noise == 0:
         return "none on these examples: a repetition had the same metric"
     if found.tied is None:
         return "unknown: too few trials show the noise"
@@ -291,4 +362,5 @@ def describe_tie(report: SweepReport) -> str:
     if low == high:
         return "none"
     name = "sigma_rel" if found is report.estimate else "t ="
-    return f"{name} {low:,.12g} to {high:,.12g}"
+    text = f"{name} {low:,.12g} to {high:,.12g}"
+    return f"{text}, which have the same metric" if found.noise == 0 else text

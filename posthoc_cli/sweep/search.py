@@ -7,6 +7,9 @@ them. It measures a grid of lengths, then the one where a quadratic through the 
 then the best once more, and, if that has another metric, its neighbours. A list is measured as it
 is, without additions.
 
+Of lengths that have exactly the same metric, the nearest to UNTUNED is the best one. If all have,
+this one is measured, too.
+
 If the longest length is the best one, the training may have gone on for too long: the search then
 measures averages of this length that end earlier. An average that is later and longer holds about
 what an earlier and shorter one does, so that this line finds the best pair of end and length.
@@ -24,7 +27,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.profiles import FloatArray, check_sigma_rel, sigma_rel_from_decay
+from posthoc_cli.profiles import FloatArray, check_sigma_rel, round_sigma_rel, sigma_rel_from_decay
 from posthoc_cli.snapshots.decoding import ANY_SIGN
 from posthoc_cli.targets import Beta, SigmaRel, bad, parse_numbers
 
@@ -41,6 +44,7 @@ _EARLIER = (
     0.8  # ratio of one end to the one before it, which hardly matters: scripts/overfitting.py
 )
 _MOST_WORSE = 2  # ends in a row that are worse than the best one, after which the search has ended
+UNTUNED = 0.05  # the sigma_rel to take without a search, see the guide `gain`
 LARGEST = 1e100  # the largest magnitude of a metric: sums of squares are finite
 _FEWEST_FITTED = 6
 """The number of lengths from which on the quadratic at the best one, and not its measured mean, is
@@ -122,7 +126,12 @@ def sigma_rel_for_decay(decay: float, steps: float) -> float:
         most = 1 - 2 / steps
         reason = f"is longer than the uniform average of {steps:,.12g} steps; must be below "
         raise InvalidValueError("decay", f"{reason}{most:.6g}", value=f"{decay:g}")
-    return float(f"{sigma_rel:.4g}")
+    return round_sigma_rel(sigma_rel, 4)
+
+
+RANDOM_WEIGHTS = "random weights"
+"""The target of trials that show whether an evaluation uses the weights, where all others have the
+same metric."""
 
 
 @dataclass(frozen=True)
@@ -146,11 +155,25 @@ class Trial:
         """The name of its logs and of the folder of its images."""
         return re.sub(r"[^A-Za-z0-9_.]+", "-", f"{self.target}-seed-{self.seed}")
 
+    @property
+    def is_random(self) -> bool:
+        return self.target == RANDOM_WEIGHTS
+
 
 def average_title(sigma_rel: float, end: float | None = None) -> str:
     """Name an average by its length, and by where it ends if it ends earlier than the others."""
     title = SigmaRel(sigma_rel).title
     return title if end is None else f"{title} at t = {end:,.12g}"
+
+
+def common_metric(trials: Iterable[Trial]) -> float | None:
+    """Find the metric that all successful trials have, at least two, but for random weights."""
+    values = []
+    for trial in trials:
+        if trial.value is not None and not trial.is_random:
+            values.append(trial.value)
+    is_common = len(values) > 1 and len({*values}) == 1
+    return values[0] if is_common else None
 
 
 class Measured(NamedTuple):
@@ -199,7 +222,7 @@ class Estimate:
             nan if too few measurements show it.
         best: the point with the best estimate.
         tied: the first and the last of the points around it that are not significantly worse; None
-            if the noise is unknown or 0.
+            if the noise is unknown, or if it is 0 and the next points are worse.
         shown: which points are not so bad that their metrics were lowered.
         vertex: the place where the quadratic at the best point is lowest, at most a step away.
         value: the estimated metric of the best point, of few points its measured mean.
@@ -242,7 +265,7 @@ def estimate(trials: Sequence[Trial], step: float, minimize: bool) -> Estimate:
     for trial in trials:
         if trial.sigma_rel is not None and trial.t is None:
             lengths.append((trial.sigma_rel, trial))
-    return _smooth(gather(lengths), step, minimize)
+    return _smooth(gather(lengths), step, minimize, UNTUNED)
 
 
 def estimate_ends(
@@ -257,20 +280,23 @@ def estimate_ends(
     for trial in trials:
         if trial.sigma_rel == found.best:
             ends.append((t if trial.t is None else trial.t, trial))
-    return _smooth(gather(ends), -math.log(_EARLIER), minimize, (found.noise, found.freedom))
+    known_noise = (found.noise, found.freedom)
+    return _smooth(gather(ends), -math.log(_EARLIER), minimize, t, known_noise)
 
 
 def _smooth(
     measured: Measured,
     step: float,
     minimize: bool,
+    usual: float,
     known_noise: tuple[float, float] | None = None,
 ) -> Estimate:
     """Estimate the metric at each measured point from a quadratic at each, with the weights of
     Cleveland (1979) to WINDOW steps.
 
-    The estimates are linear in the measurements, so that their standard errors follow from the
-    noise and its degrees of freedom.
+    Of points that are equally good the nearest to the `usual` one is the best. The estimates are
+    linear in the measurements, so that their standard errors follow from the noise and its degrees
+    of freedom.
     """
     sign = 1.0 if minimize else -1.0
     values = lower_far_values(sign * measured.means)
@@ -280,14 +306,15 @@ def _smooth(
     is_exact = measured.counts.max() > 1 and measured.scatter == 0
     if known_noise is not None:
         is_exact = known_noise[0] == 0
-    if is_exact:
+    if is_exact or values.min() == values.max():  # else sums would round equal ones differently
         smoother = np.eye(len(places))
     smooth = smoother @ values
     noise = 0.0
     freedom = math.inf
     if not is_exact:
         noise, freedom = known_noise or estimate_noise(measured, smoother, values - smooth)
-    best = int(smooth.argmin())
+    distances = np.where(smooth == smooth.min(), abs(places - math.log(usual)), math.inf)
+    best = int(distances.argmin())
     differences = smoother - smoother[best]
     means = sign * smooth
     errors = noise * spread(smoother, measured.counts)
@@ -363,13 +390,15 @@ def tied_range(
     errors: FloatArray,
 ) -> tuple[float, float] | None:
     """Find the first and the last of the points around the best one whose difference from it is
-    within two standard errors of the difference."""
-    if not errors.any() or np.isnan(errors).any():
+    within two standard errors of the difference; None without errors if only the best one is."""
+    if np.isnan(errors).any():
         return None
     is_worse = smooth - smooth[best] > 2 * errors
     worse = np.flatnonzero(is_worse)
     first = worse[worse < best].max(initial=-1) + 1
     last = worse[worse > best].min(initial=len(smooth)) - 1
+    if first == last and not errors.any():
+        return None
     return float(points[first]), float(points[last])
 
 
@@ -407,7 +436,11 @@ def next_measurements(
     if lengths.listed and math.isnan(found.noise):
         return []  # few lengths: the best is as measured
     between = lengths.round(math.exp(found.vertex))
-    if not lengths.listed and (between, 0) not in tried and is_in_gap(found, step):
+    is_useful = is_in_gap(found, step)
+    if found.means.min() == found.means.max():
+        between = UNTUNED
+        is_useful = UNTUNED in lengths
+    if not lengths.listed and (between, 0) not in tried and is_useful:
         return [(between, 0)]
     repeated = [sigma_rel for sigma_rel, seed in tried if seed and sigma_rel is not None]
     if not repeated:

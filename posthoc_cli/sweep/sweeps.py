@@ -37,6 +37,7 @@ from posthoc_cli.sweep.metric import Metric, NoMetricError, TrialError
 from posthoc_cli.sweep.report import SweepReport
 from posthoc_cli.sweep.search import (
     LEAST_BUDGET,
+    RANDOM_WEIGHTS,
     USUAL_BUDGET,
     Lengths,
     Trial,
@@ -44,7 +45,14 @@ from posthoc_cli.sweep.search import (
     next_ends,
     next_measurements,
 )
-from posthoc_cli.sweep.weights import Weights, average, find_compared
+from posthoc_cli.sweep.weights import (
+    RandomWeights,
+    RunWeights,
+    Weights,
+    average,
+    find_compared,
+    find_own_ema,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,7 +63,6 @@ LONGEST = 0.28
 """The sigma_rel from which on nothing longer is worth a search: the weight of the second half of
 training is 56 %; it is 50 % in the uniform average, 0.2887."""
 _DIRECTIONS = {True: "minimize", False: "maximize", None: "look"}
-_DOUBT = "does the evaluation use the weights?"
 
 
 @dataclass(eq=False)
@@ -90,8 +97,8 @@ class Sweep:
             InvalidValueError: an argument cannot be used, or the first trial has printed no metric.
             OutputExistsError: the folder holds something else, such as another sweep.
             LockedError: another sweep is running in this folder.
-            CommandError: two trials in a row have failed alike, or all have the same metric, your
-                own EMA and the last weights, too.
+            CommandError: two trials in a row have failed alike, or all have the same metric, and
+                random weights have it, too.
         """
         check_count("budget", self.budget, LEAST_BUDGET)
         check_count("jobs", self.jobs)
@@ -105,20 +112,25 @@ class Sweep:
         self._t = written.plan.t
         lengths = self.lengths or searchable_lengths(self.run, self._t)
         compared = find_compared(self.run, self._t, self.raw)
+        own = find_own_ema(self.run)
+        sources = self.run.sources
         ends = []
         is_longest = self.lengths is None or lengths.high >= LONGEST
         if is_longest and not lengths.listed:
-            ends = earlier_ends((source.t for source in self.run.sources), self._t)
+            ends = earlier_ends((source.t for source in sources), self._t)
         self._report = SweepReport(
+            directory=self.run.directory,
+            newest_t=sources[-1].t,
             lengths=lengths,
             budget=self.budget,
             compared=tuple(weights.title for weights in compared),
+            own_ema=None if own is None else own.title,
             metric=self.metric.key or "metric",
             minimize=self.minimize,
             settings=self._describe(),
             ends=tuple(ends),
             steps=written.plan.steps,
-            t_unit=self.run.sources[-1].t_unit,
+            t_unit=sources[-1].t_unit,
             rerun_command=self.rerun_command,
         )
         if self.out is None:
@@ -148,6 +160,10 @@ class Sweep:
                 advance(1)
                 self._check_latest()
         self._check_enough()
+        if self._may_be_unused():
+            value = self._report.trials[-1].value
+            reason = f"every trial has the same metric, {value:.12g}, and random weights, too"
+            raise CommandError("the sweep", reason, "does the evaluation use the weights?")
 
     def _make_evaluation(self) -> Evaluation:
         if callable(self.evaluate):
@@ -163,7 +179,7 @@ class Sweep:
     def _is_asked(self, trial: Trial) -> bool:
         report = self._report
         if trial.sigma_rel is None:
-            return trial.target in report.compared
+            return trial.target in (*report.compared, RANDOM_WEIGHTS)
         return trial.sigma_rel in report.lengths and (trial.t is None or trial.t in report.ends)
 
     def _describe(self) -> dict[str, Any]:
@@ -192,12 +208,16 @@ class Sweep:
         path = out / f"best{ending}"
         if not ending:  # a folder is never overwritten
             images.remove(path)
-        report = self._report
         with mute_warnings():
-            self.run.write(
-                report.best, path, t=report.best_t, like=self.like, overwrite=bool(ending)
-            )
+            self._find_best().write(path, self.like, overwrite=bool(ending))
         return path
+
+    def _find_best(self) -> RunWeights:
+        report = self._report
+        own = find_own_ema(self.run)
+        if report.keeps_own_ema and own is not None:
+            return own
+        return average(self.run, report.estimate.best, self._t, report.best_trial.t)
 
     # --- trials
 
@@ -215,6 +235,23 @@ class Sweep:
         if self._report.estimate.noise > 0:
             # of one measurement, your own EMA would have most of the gain's error
             yield from self._measure([(weights, 1) for weights in compared[:1]])
+        for seed in (0, 1):  # one may have this metric by chance
+            if self._may_be_unused():
+                yield from self._measure([(self._random_weights(seed), seed)])
+
+    def _may_be_unused(self) -> bool:
+        """Whether all have the same metric, also random weights that were measured, as if the
+        evaluation did not use the weights."""
+        values = set()
+        for trial in self._report.trials:
+            if trial.value is not None or trial.is_random:
+                values.add(trial.value)
+        return self._report.all_tied and len(values) == 1
+
+    def _random_weights(self, seed: int) -> RandomWeights:
+        """Make random weights that a command can tell from an average by nothing else."""
+        others = average(self.run, self._report.estimate.best, self._t)
+        return RandomWeights(title=RANDOM_WEIGHTS, text=others.text, others=others, seed=seed)
 
     def _next_lengths(self) -> list[tuple[Weights, int]]:
         report = self._report
@@ -224,7 +261,7 @@ class Sweep:
     def _next_ends(self) -> list[tuple[Weights, int]]:
         report = self._report
         found = report.estimate
-        if found.best != report.lengths.high or not report.ends:
+        if found.best != report.lengths.high or not report.ends or report.all_tied:
             return []
         asked = next_ends(report.trials, found, report.ends, self._t, bool(self.minimize))
         return [(average(self.run, found.best, self._t, end), seed) for end, seed in asked]
@@ -280,39 +317,38 @@ class Sweep:
 
     def _check_latest(self) -> None:
         """Raise a CommandError after two trials that failed alike, as all others would."""
-        last = self._report.trials[-1]
+        trials = [trial for trial in self._report.trials if not trial.is_random]
+        last = trials[-1]
         causes = []
-        for trial in self._report.trials[-2:]:
+        for trial in trials[-2:]:
             cause, _, _ = (trial.error or "").partition(": ")
             causes.append(cause)
         if last.error and causes == causes[:1] * 2:
             reason = f"two trials in a row have failed alike; the last one: {last.target}"
             raise CommandError("the sweep", f"{reason}: {last.error}")
-        measured = [trial for trial in self._report.trials if trial.value is not None]
-        lengths = [trial for trial in measured if trial.sigma_rel is not None]
-        if len(lengths) == 2 and len({trial.value for trial in measured}) == 1:
-            log.warning("all trials so far have the same metric, %s: %s", last.value, _DOUBT)
+        lengths = [trial for trial in trials if trial.value is not None and trial.sigma_rel]
+        if len(lengths) == 2 and self._report.all_tied:
+            log.warning(
+                "all trials so far have the same metric, %.12g: does the evaluation use the "
+                "weights? If all others have it, too, random weights will show that",
+                last.value,
+            )
 
     def _check_enough(self) -> None:
-        """Raise a CommandError if too many lengths have failed, or all have the same metric; of a
-        look, if it has no image."""
+        """Raise a CommandError if too many lengths have failed; of a look, if it has no image."""
         if self.minimize is None:
             if self.out is not None and not (self.out / images.FOLDER).is_dir():
                 reason = "no trial has left an image in {dir}"
                 raise CommandError("the sweep", f"{reason}: {', '.join(images.ENDINGS)}")
             return
         report = self._report
-        measured = [trial for trial in report.trials if trial.value is not None]
-        lengths = {trial.sigma_rel for trial in measured} - {None}
+        lengths = {trial.sigma_rel for trial in report.trials if trial.value is not None} - {None}
         least = min(3, max(2, len(report.lengths.grid(self.budget)) - 1))  # of three one may fail
         if len(lengths) < least:
             failed = [trial for trial in report.trials if trial.error]
             reason = f"{len(failed)} of {len(report.trials)} trials have failed, too many to choose"
             last = f"the last one: {failed[-1].target}: {failed[-1].error}"
             raise CommandError("the sweep", f"{reason}; {last}")
-        if len({trial.value for trial in measured}) == 1:
-            reason = f"every trial has the same metric, {measured[0].value:.12g}"
-            raise CommandError("the sweep", reason, _DOUBT)
 
 
 @dataclass

@@ -31,7 +31,7 @@ from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.targets import Mean, SigmaRel, Target
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Generator, Tensor
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +72,8 @@ class RunWeights(Weights):
     target: Target
     time: float
 
-    def write(self, path: Path, like: Path | None) -> Plan:
-        written = self.run.write(self.target, path, t=self.time, like=like)
+    def write(self, path: Path, like: Path | None, overwrite: bool = False) -> Plan:
+        written = self.run.write(self.target, path, t=self.time, like=like, overwrite=overwrite)
         assert written is not None  # as of a process other than the first one
         return written.plan
 
@@ -94,10 +94,7 @@ class RawFile(Weights):
 
     def write(self, path: Path, like: Path | None) -> Plan | None:
         with self._plain_file(path.parent) as plain:
-            if like is None:
-                plain.rename(path)
-            else:
-                export_file(plain, path, like=like)
+            _move(plain, path, like)
         return None
 
     def make(self) -> tuple[Mapping[str, Tensor], Plan | None]:
@@ -111,7 +108,7 @@ class RawFile(Weights):
         """Write the weights as averages are written."""
         plain = folder / "raw.safetensors"
         try:
-            export_file(self.path, plain, weights=True)
+            export_file(self.path, plain, raw=True)
         except InvalidValueError:  # a file of nothing but weights
             export_file(self.path, plain)
         lacking = self.run.tensors.keys() - read_file(plain).entries.keys()
@@ -161,6 +158,53 @@ class RawTensors(Weights):
         return self.tensors, None
 
 
+@dataclass(frozen=True, kw_only=True)
+class RandomWeights(Weights):
+    """Random values in place of those of other weights, as large as these."""
+
+    others: Weights
+    seed: int
+
+    def write(self, path: Path, like: Path | None) -> Plan | None:
+        from safetensors.torch import save_file
+
+        tensors, _ = self.make()
+        plain = path.parent / "random.safetensors"
+        save_file({**tensors}, plain)
+        _move(plain, path, like)
+        files.unlink_if_exists(plain)
+        return None
+
+    def make(self) -> tuple[Mapping[str, Tensor], Plan | None]:
+        import torch
+
+        tensors, _ = self.others.make()
+        generator = torch.Generator().manual_seed(self.seed)
+        return {name: _randomize(tensor, generator) for name, tensor in tensors.items()}, None
+
+
+def _randomize(tensor: Tensor, generator: Generator) -> Tensor:
+    """Draw normal values whose mean square is that of a tensor, and none below 0 where it has none,
+    as a variance; copy integers."""
+    import torch
+
+    if not tensor.is_floating_point():
+        return tensor.clone()
+    values = tensor.float()
+    random = torch.randn(tensor.shape, generator=generator) * values.square().mean().sqrt()
+    if (values >= 0).all():
+        random = random.abs()
+    return random.to(tensor.dtype)
+
+
+def _move(plain: Path, path: Path, like: Path | None) -> None:
+    """Make a file of weights an output, or their source in a copy of the checkpoint `like`."""
+    if like is None:
+        plain.rename(path)
+    else:
+        export_file(plain, path, like=like)
+
+
 def average(run: Run, sigma_rel: float, t: float, end: float | None = None) -> RunWeights:
     """Find an average at the time `t`, or at an earlier `end`."""
     return RunWeights(
@@ -174,16 +218,24 @@ def average(run: Run, sigma_rel: float, t: float, end: float | None = None) -> R
     )
 
 
+def find_own_ema(run: Run) -> RunWeights | None:
+    """Find the user's own newest EMA, if the run has one."""
+    own = None
+    for source in run.sources:
+        if isinstance(source, Checkpoint) and source.decay:
+            own = source
+    if own is None:
+        return None
+    return _stored(run, own, f"your EMA ({own.decay:.7g})", "ema")
+
+
 def find_compared(
     run: Run, t: float, raw: Path | Mapping[str, Tensor] | None = None
 ) -> list[Weights]:
     """Find what averages at the time `t` are compared with, where it is known: the user's own
     newest EMA, the last weights, also in `raw`, and the weights at an earlier `t`."""
-    own = None
     points = {}
     for source in run.sources:
-        if isinstance(source, Checkpoint) and source.decay:
-            own = source
         if isinstance(source.profile, Point):
             points[source.t] = source
     last = points.get(run.t)
@@ -193,8 +245,8 @@ def find_compared(
             "raw", "is not needed: the run contains the last weights", value=value
         )
     compared: list[Weights] = []
-    if own is not None:
-        compared.append(_stored(run, own, f"your EMA ({own.decay:.7g})", "ema"))
+    if (own := find_own_ema(run)) is not None:
+        compared.append(own)
     if last is not None:
         compared.append(_stored(run, last, LAST_WEIGHTS, "raw"))
     elif isinstance(raw, Path):

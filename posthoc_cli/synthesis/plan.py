@@ -49,6 +49,7 @@ from posthoc_cli.snapshots.sources import (
     TrackedTensor,
     by_time,
     choose_sources,
+    count_files,
     count_sources,
     run_clock,
 )
@@ -146,9 +147,9 @@ class Plan(Combination):
     t: float
     method: str
     reconstruction: Reconstruction  # coefficients [sources, targets], errors [targets]
-    # number of sources at or before `t` that were solved for, at most `reconstruction.MOST_SOLVED`
+    # snapshots or checkpoints, as `count_files` counts them, that were solved for
     solved: int = 0
-    available: int = 0  # number of all sources at or before `t`
+    available: int = 0  # number of all of them at or before `t`
     run_end: float = 0.0  # time of the newest source, used or not
     steps: float | None = None  # of the run at `t`; None if its clock is not in one ratio to steps
 
@@ -157,9 +158,13 @@ class Plan(Combination):
         for index, target in enumerate(self.targets):
             error = percent(self.predicted_error(index))
             parts.append(f"{target.title} (predicted error {error})")
-        return (
-            f"Plan(at t = {self.t:,.12g} from {count_sources(self.sources)}: {list_first(parts)})"
-        )
+        return f"Plan(at t = {self.t:,.12g} from {self.counts}: {list_first(parts)})"
+
+    @property
+    def counts(self) -> str:
+        """How many of the snapshots or checkpoints at or before `t` have a coefficient, in
+        words."""
+        return count_sources(self.sources, total=self.available)
 
     @property
     def choice(self) -> str | None:
@@ -301,7 +306,6 @@ def plan_synthesis(sources: Sequence[Source], request: Request) -> Plan:
     newest = usable[-1]
     if usable[used[-1]].t < newest.t and newest.copies:  # which the output has
         used.append(len(usable) - 1)
-    times = [source.t for source in sources]
     plan = Plan(
         sources=tuple(usable[i] for i in used),
         targets=wished,
@@ -309,9 +313,9 @@ def plan_synthesis(sources: Sequence[Source], request: Request) -> Plan:
         method=method,
         reconstruction=result.subset(snapshots=used),
         dtype=parse_dtype(request.dtype),
-        solved=len(usable),
-        available=sum(each <= time for each in times),
-        run_end=max(times),
+        solved=count_files(usable),
+        available=count_files(source for source in sources if source.t <= time),
+        run_end=max(source.t for source in sources),
         steps=float(clock.step_at(time)) if clock.is_even else None,
     )
     plan = _select_tensors(plan, request.selection)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from copy import copy
 from itertools import chain
 from typing import Any, NoReturn, TypeVar
 
@@ -194,7 +196,14 @@ class _RawModel:
         self._model = model
         changing = {id(target.tensor) for target in filled}
         changing.update(map(id, model.buffers()))  # a forward pass may change them
-        self._modules = [_RawModule(module) for module in model.modules()]
+        modules = dict(model.named_modules())
+        self._modes = [(module, module.training) for module in modules.values()]
+        self._modules: dict[str, _RawModule] = {}
+        for path, module in modules.items():
+            # the first batch gives a module of lazy tensors another class, which stays
+            if not _has_lazy_tensors(module):
+                self._modules[path] = _RawModule(module)
+        self._adapters = [_RawAdapter(layer) for layer in _find_adapters(modules.values())]
         known: dict[int, _RawTensor] = {}
         self._tensors: dict[str, _RawTensor] = {}  # by all names of a tied one
         for entry in named_tensors(model):
@@ -213,18 +222,33 @@ class _RawModel:
 
     def restore(self) -> None:
         """Put the same objects, in the same memory, and their values back, whatever the block has
-        converted, moved or replaced."""
+        converted, moved, replaced or rebuilt."""
         # a forward pass may have replaced chunks by complete tensors
         lost = [f"{name}: its complete tensor was replaced" for name in reshard(self._model)]
-        for module in self._modules:
-            lost += module.restore()
+        present = dict(self._model.named_modules(remove_duplicate=False))
         raw = dict.fromkeys(self._tensors.values())
-        for tensor in raw:
-            try:
-                tensor.restore()
-            except RuntimeError as error:
-                lost.append(f"{tensor.name}: {error}")
-        parts: list[_RawModule | _RawTensor] = [*self._modules, *raw]
+        lost += _restore_each(raw, _RawTensor.restore_memory)
+        try:
+            for path, module in self._modules.items():
+                lost += module.restore(present.get(path))
+            self._undo_merges()
+        finally:
+            lost += _restore_each(raw, _RawTensor.restore_values)
+            self._finish(lost)
+
+    def _undo_merges(self) -> None:
+        """Have layers subtract what they have added to other weights, in the body or in `eval`,
+        while the memory still holds averaged ones."""
+        for adapter in self._adapters:
+            adapter.unmerge()
+        _, mode = self._modes[0]
+        self._model.train(mode)
+
+    def _finish(self, lost: Sequence[str]) -> None:
+        """Restore modes and gradients; raise an error that has the raw weights if some are lost."""
+        for module, mode in self._modes:
+            module.training = mode
+        parts: list[_RawModule | _RawTensor] = [*self._modules.values(), *self._tensors.values()]
         if any(part.was_replaced for part in parts):
             refresh_shards(self._model)
         torch.clear_autocast_cache()
@@ -239,37 +263,170 @@ class _RawModel:
             parameter.grad = gradient
 
 
+def _restore_each(
+    tensors: Iterable[_RawTensor],
+    restore: Callable[[_RawTensor], None],
+) -> list[str]:
+    """Restore tensors; return why some cannot be restored."""
+    failures = []
+    for tensor in tensors:
+        try:
+            restore(tensor)
+        except RuntimeError as error:
+            failures.append(f"{tensor.name}: {error}")
+    return failures
+
+
+def _has_lazy_tensors(module: nn.Module) -> bool:
+    """Return whether a module has tensors of its own that have no shape yet."""
+    tensors = chain(module._parameters.values(), module._buffers.values())
+    return any(is_lazy(tensor) for tensor in tensors if tensor is not None)
+
+
+_REGISTRIES = [name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set)]
+"""The attributes in which every module registers tensors, children and hooks."""
+
+_CONTENT = ("_parameters", "_buffers", "_modules")
+
+
 class _RawModule:
-    """The mode of a module, and what it had registered: parameters, buffers and children."""
+    """A module before a block: its class, its attributes, and what it had registered.
+
+    Attributes and hooks that the block sets stay, such as counters and caches of a forward pass,
+    unless the structure shows that it has rebuilt the module (fused layers, merged branches,
+    removed a weight norm): then attributes, such as `forward` or a flag, belong to that structure.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.was_replaced = False  # whether anything was registered anew
         self._module = module
-        self._training = module.training
-        registries: Any = (module._parameters, module._buffers, module._modules)
-        self._registered = [(registry, dict(registry)) for registry in registries]
+        self._class = type(module)
+        self._properties = _find_properties(self._class)
+        self._attributes = _read_attributes(module)
+        self._registered = {name: copy(self._attributes[name]) for name in _REGISTRIES}
+        self._structure = self._read_structure()
 
-    def restore(self) -> list[str]:
-        """Register again what was replaced or removed; return what something else hides now."""
+    def _read_structure(self) -> tuple[object, ...]:
+        """Read the module's class, `forward` and children, and the sizes of its tensors, except
+        caches that were registered since."""
         module = self._module
-        module.training = self._training
+        forward = vars(module).get("forward")
+        children = {name: id(child) for name, child in module._modules.items()}
+        parameters = {name: _size(tensor) for name, tensor in module._parameters.items()}
+        buffers = {name: _size(tensor) for name, tensor in module._buffers.items()}
+        for name in module._non_persistent_buffers_set - self._registered["_buffers"].keys():
+            buffers.pop(name, None)
+        properties = _find_properties(type(module))
+        return type(module), properties, id(forward), children, parameters, buffers
+
+    def restore(self, present: nn.Module | None) -> list[str]:
+        """Register again what was replaced or removed, and restore the rest if the module was
+        rebuilt or is not the one that its place in the model has at present. Return what something
+        else hides now."""
+        if present is not self._module or self._read_structure() != self._structure:
+            self._restore_attributes()
         hidden = []
-        for registry, before in self._registered:
-            others = registry.keys() - before.keys()
-            for key, value in before.items():
-                if key in registry and registry[key] is value:
-                    continue
-                self.was_replaced = True
-                # as by a weight norm, which computes it
-                is_derived = isinstance(value, Tensor) and key not in registry and others
-                registry[key] = value
-                setattr(module, key, value)  # some modules keep it elsewhere, too, as an LSTM does
-                if is_derived or getattr(module, key) is not value:
-                    hidden.append(f"{key} of {type(module).__name__}")
-            if [*registry][: len(before)] != [*before]:
-                for key in before:
-                    registry[key] = registry.pop(key)
+        for name in _CONTENT:
+            hidden += self._register_again(self._attributes[name], self._registered[name])
         return hidden
+
+    def _restore_attributes(self) -> None:
+        """Restore class, attributes and hooks, and remove what was registered since."""
+        module = self._module
+        module.__class__ = self._class
+        # torch keeps a parametrization as a property of a class that it makes for the module
+        for name in _find_properties(self._class).keys() - self._properties.keys():
+            delattr(self._class, name)
+        for name in self._properties.keys() - _find_properties(self._class).keys():
+            setattr(self._class, name, self._properties[name])
+        for name in _read_attributes(module).keys() - self._attributes.keys():
+            del vars(module)[name]
+        vars(module).update(self._attributes)
+        for name, before in self._registered.items():
+            registry = self._attributes[name]
+            if name not in _CONTENT:
+                registry.clear()
+                registry.update(before)
+                continue
+            for key in registry.keys() - before.keys():
+                del registry[key]
+
+    def _register_again(
+        self,
+        registry: dict[str, Any],
+        before: Mapping[str, Any],
+    ) -> list[str]:
+        module = self._module
+        hidden = []
+        for key, value in before.items():
+            if key in registry and registry[key] is value:
+                continue
+            self.was_replaced = True
+            registry[key] = value
+            setattr(module, key, value)  # some modules keep it elsewhere, too, as an LSTM does
+            if getattr(module, key) is not value:
+                hidden.append(f"{key} of {type(module).__name__}")
+        if [*registry][: len(before)] != [*before]:
+            for key in before:
+                registry[key] = registry.pop(key)
+        return hidden
+
+
+def _read_attributes(module: nn.Module) -> dict[str, Any]:
+    """Read a module's own attributes except lists: an LSTM's keeps weak references, and while they
+    exist torch cannot swap its parameters."""
+    return {name: value for name, value in vars(module).items() if not isinstance(value, list)}
+
+
+def _find_properties(kind: type) -> dict[str, property]:
+    """Find the properties that a class itself defines."""
+    return {name: value for name, value in vars(kind).items() if isinstance(value, property)}
+
+
+def _size(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.numel()
+
+
+def _find_adapters(modules: Iterable[nn.Module]) -> list[Any]:
+    """Find PEFT's layers whose adapters are not merged into their weights."""
+    if "peft" not in sys.modules:
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in modules if isinstance(module, BaseTunerLayer)]
+    return [layer for layer in layers if not layer.merged]
+
+
+class _RawAdapter:
+    """One of PEFT's layers before a block, and checksums of its weights.
+
+    Merging adds the adapter to weights that may be frozen, of which there is no copy.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+        parameters = layer.get_base_layer().parameters(recurse=False)
+        parts = [local_part(parameter).data for parameter in parameters]
+        # merging replaces quantized weights
+        self._parts = [part for part in parts if type(part) is Tensor and not part.is_meta]
+        self._checksums = [*map(_checksum, self._parts)]
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Subtract the averaged adapter from the weights, if the block has added it to them."""
+        if not self._layer.merged:
+            return
+        if [*map(_checksum, self._parts)] != self._checksums:
+            self._layer.unmerge()
+        else:  # it was added to a copy
+            self._layer.merged_adapters.clear()
+
+
+def _checksum(tensor: Tensor) -> int:
+    """Sum the bits of a tensor's values, as integers: the sum does not depend on the order."""
+    bits: torch.dtype = getattr(torch, f"int{8 * tensor.element_size()}")
+    return int(tensor.view(bits).sum())
 
 
 class _RawTensor:
@@ -295,7 +452,7 @@ class _RawTensor:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def restore(self) -> None:
+    def restore_memory(self) -> None:
         tensor = self.tensor
         if not is_sharded(tensor):
             tensor.data = self._part
@@ -303,13 +460,17 @@ class _RawTensor:
             before = nn.Parameter(self._before, requires_grad=self._requires_grad)
             torch.utils.swap_tensors(tensor, before)  # type: ignore[no-untyped-call]
             self.was_replaced = True
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def restore_values(self) -> None:
         if self._values is not None:
             storage = self._part.untyped_storage()
             if storage.nbytes() < self._bytes:  # the block has freed it
                 storage.resize_(self._bytes)
             self._part.copy_(self._values)
-        if self._requires_grad != tensor.requires_grad:
-            tensor.requires_grad_(self._requires_grad)
+        if self._requires_grad != self.tensor.requires_grad:
+            self.tensor.requires_grad_(self._requires_grad)
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:

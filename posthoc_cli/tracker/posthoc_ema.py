@@ -472,10 +472,12 @@ class PostHocEMA:
         Other averages are made of snapshots, at the time of the newest; the block's object says
         this time, `t`, once it is entered. After the block weights, buffers, train or eval mode and
         gradients are as before, in the same objects and memory, even after an error, and where the
-        block has converted, moved or replaced tensors. A model that can no longer hold them, as one
-        with a new parametrization, is a ModelMismatchError, whose `weights` are the raw ones.
-        Meanwhile the model's raw weights are kept in host memory. The weights take the model's
-        dtypes. A second block of the same model is refused. The arguments are as for `state_dict`.
+        block has converted, moved or replaced tensors. So are class, attributes and hooks of
+        modules that it has rebuilt, as by `remove_weight_norm` or `fuse`; those of others stay as
+        the block leaves them. A model that can no longer hold its weights is a ModelMismatchError,
+        whose `weights` are the raw ones. Meanwhile the model's raw weights are kept in host memory.
+        The weights take the model's dtypes. A second block of the same model is refused. The
+        arguments are as for `state_dict`.
 
         In a group of processes all make the call, between the same two calls of `update_`; an error
         in one is raised in all. Each fills the chunks that it holds.

@@ -64,6 +64,7 @@ class OwnState:
                 last=tracking.progress.last,
                 sketch=join_paths([path for path in paths if path]),
                 weights=weights,
+                directory=str(self._directory),
             )
 
         model = self._watch.find_sharded_model("state_dict")

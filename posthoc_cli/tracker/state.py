@@ -60,6 +60,7 @@ class StateInfo:
     sketch: SketchText = ""
     # of a snapshot's sample at the last call; empty if unknown
     weights: tuple[Annotated[float, ANY_SIGN], ...] = ()
+    directory: str = ""  # of the snapshots: `ema` names it to users of checkpoints with this state
 
     def encode(self) -> str:
         return json.dumps(_without_defaults(self))

@@ -6,6 +6,7 @@ import torch
 import walks
 from checking import refused
 from saved import check, check_error, check_last, named, read, store, write_each
+from trained import paste
 
 from posthoc_cli import Run, import_checkpoints
 
@@ -77,6 +78,13 @@ def test_a_decay_that_rises_by_a_rule_of_no_library_is_asked_for(files, run):
     save(files, unknown_rise)
     with refused("ema_decay"):
         import_checkpoints(files, run)
+
+
+def test_the_decay_that_files_say_is_proposed_for_an_average_that_began_again(files, run):
+    save(files, lambda n: 0.0 if n == 210 else CLAIMED, CLAIMED)
+    with refused("average", "of step 220 does not follow", "--ema-decay 0.99 ") as asked:
+        import_checkpoints(files, run)
+    paste(asked.value, run)
 
 
 def test_a_decay_that_changes_is_refused(files, run):

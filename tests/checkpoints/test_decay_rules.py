@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from checking import refused
 from predictions import assert_predicted, walk
+from safetensors.torch import save_file
 from trained import (
     STEPS,
     TIMES,
@@ -23,6 +25,7 @@ from trained import (
 )
 
 from posthoc_cli import Run, import_checkpoints
+from posthoc_cli.checkpoints import layouts
 from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.checkpoints.updates import Updates
 from posthoc_cli.decay_rules import DecayRule
@@ -181,7 +184,8 @@ def test_a_rule_that_is_said_fits_the_files(decay, files, run):
     *others, checked = import_checkpoints(files, run, **settings).checks
     assert others == besides
     assert "as claimed" in checked
-    assert_predicted(run, below=1e-2)  # the first files of long averages are not exact
+    # the first files of long averages are not exact
+    assert_predicted(run, below=1e-2, low=0.2)
     profile = last_profile(run)
     decays = [decay(step) for step in range(1401, STEPS + 1)]
     mass = 1 - math.prod(decays)
@@ -197,6 +201,23 @@ def test_a_decay_takes_no_steps_of_a_schedule(files, run, ema):
     saved(files, constant)
     done = ema("import", files, "--out", run, "--ema-decay", 0.99, "--steps", STEPS)
     assert done.error.startswith("--steps 1500: ")
+
+
+OF_AVERAGES = {
+    "sigma_rels": (0.1,), "update_every": 10, "update_after_step": 10, "ema_decay": 0.99,
+    "ema_warmup": "cosine", "steps": STEPS,
+}  # fmt: skip
+"""A value of each setting of averages."""
+
+
+def test_a_setting_of_averages_is_refused_for_files_that_hold_none(files, run):
+    files.mkdir()
+    for step in (1, 2, 3):
+        save_file({"w": torch.full((3,), float(step))}, files / f"step{step}.safetensors")
+    assert {*OF_AVERAGES} == layouts._OF_AVERAGES
+    for name, value in OF_AVERAGES.items():
+        with refused(name, "taken for weights"):
+            import_checkpoints(files, run, **{name: value})
 
 
 def test_a_base_that_is_wrong_does_not_fit(files, run):
@@ -342,7 +363,7 @@ def test_a_decay_that_is_true_with_a_warm_up_is_taken_with_the_warm_up(files, ru
     taken, line = import_checkpoints(files, run, ema_decay=0.998).checks
     assert "power:1" in taken
     assert "as claimed" in line
-    assert_predicted(run, below=1e-2)
+    assert_predicted(run, below=1e-2, low=0.2)
 
 
 def test_a_length_that_nothing_limits_is_said_in_one_line(files):

@@ -53,6 +53,31 @@ def test_checkpoints_are_not_called_snapshots(ema, run):
     assert "snapshot" not in made.out + made.err
 
 
+def test_a_file_of_weights_and_an_average_is_counted_as_one_checkpoint(ema, files, tmp_path):
+    """By all commands, also where some have no coefficient."""
+    files.mkdir()
+    write_ema_checkpoints(files)  # 21 files, 20 of which have both
+    out = tmp_path / "out.safetensors"
+    run = Run(files)
+    texts = [
+        ema("synthesize", files, "--sigma-rel", 0.02, "--out", out).out,
+        ema("synthesize", files, "--sigma-rel", 0.1, "--dry-run").out,
+        ema("error-plot", files).out,
+        repr(run),
+        repr(run.plan(0.02)),
+        repr(run.error_curve()),
+    ]
+    found = re.findall(r"(?:(\d+) of )?(\d+) checkpoints", "\n".join(texts))
+    assert len(found) == len(texts)
+    assert {total for _, total in found} == {"21"}
+    used, _ = found[0]
+    assert run.plan(0.02).to_dict()["solved_with"] == 21
+    assert re.search(rf"^snapshots +{used}$", ema("info", out).out, re.MULTILINE)
+    described = ema("info", files).out
+    assert re.search(r"^number of checkpoints +21$", described, re.MULTILINE)
+    assert "and 31 more rows" in described
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Checkpoints of weights with an EMA, which show its decay or say it, and of weights alone; and

@@ -508,4 +508,4 @@ def test_views_tied_weights_and_repeated_bytes_are_read(tmp_path):
     content["tied"] = content["w0"]
     content["repeated"] = torch.ones(1).expand(3, 4)
     torch.save(content, tmp_path / "step2.pt")
-    assert_same_tensors(exported(tmp_path / "step2.pt", weights=True), content)
+    assert_same_tensors(exported(tmp_path / "step2.pt", raw=True), content)

@@ -240,7 +240,7 @@ def test_objects_of_any_class_may_accompany_the_weights(protocol, tmp_path):
 
 def check_model(file, model):
     assert Run(file).step == 7
-    assert_same_tensors(exported(file, weights=True), model)
+    assert_same_tensors(exported(file, raw=True), model)
 
 
 WIDE = torch.ones(2, 3)
@@ -419,7 +419,7 @@ def test_a_mask_that_holds_infinity_is_kept_and_other_infinite_values_are_refuse
         run.average(0.2), Run(tmp_path / "plain").average(0.2) | {"attn.mask": mask}
     )
     out = tmp_path / "raw.safetensors"
-    export_file(tmp_path / "masked" / "30.pt", out, weights=True, dtype="float16")
+    export_file(tmp_path / "masked" / "30.pt", out, raw=True, dtype="float16")
     assert torch.equal(load_file(out)["attn.mask"], mask.half())
     store(tmp_path / "masked" / "20.pt", states[20] | {"attn.mask": mask.T})
     with refused(tmp_path / "masked" / "20.pt", "'attn.mask'", kind=NonFiniteError):

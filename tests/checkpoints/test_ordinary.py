@@ -205,7 +205,7 @@ def test_averages_without_names_are_those_of_the_parameters(tmp_path):
 
 
 def test_every_command_asks_for_a_decay_as_an_import_does(tmp_path, ema):
-    write(tmp_path, train(), ema_of(0.9873))
+    write(tmp_path, train(), ema_of(0.985))
     line = f"ema import {tmp_path} --ema-decay N --out run"
     with refused("ema_decay", line):
         _ = Run(tmp_path).sources
@@ -258,7 +258,7 @@ def test_more_checkpoints_are_taken_in_though_they_show_another_decay(tmp_path, 
 
 @pytest.mark.parametrize("decay", [0.99, 0.995, 0.998, 0.999])
 def test_a_round_decay_is_taken(decay, files, run):
-    write(files, train(falls=True, seed=7), ema_of(decay))
+    write(files, train(falls=True, seed=7), ema_of(decay), steps=range(50, 1501, 50))
     done = import_checkpoints(files, run)
     assert done.checks[0].endswith(f"; taken as {decay:g}")
     assert decays_of(done) == {decay}

@@ -203,7 +203,7 @@ def test_a_folder_of_a_pickled_model_is_exported(name, tmp_path):
     folder = tmp_path / "CKPT+2024-05-01+12-30-400"
     store(folder / name, {"model": last.weights, "ema": last.average})
     assert_equal(exported(folder), last.average)
-    assert_equal(exported(folder, weights=True), last.weights)
+    assert_equal(exported(folder, raw=True), last.weights)
 
 
 @pytest.mark.parametrize("name", ["rl_model_100_steps.zip", "params.npz"])

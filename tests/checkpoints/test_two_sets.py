@@ -101,7 +101,7 @@ def test_tensors_beside_the_model_are_not_taken_for_it(tmp_path):
         }
 
     file = write_each(tmp_path, STEP, content)
-    assert_equal(exported(file, weights=True), LAST.weights)
+    assert_equal(exported(file, raw=True), LAST.weights)
     check_error(tmp_path, most=0.1)
 
 
@@ -558,7 +558,7 @@ def test_a_random_number_state_among_the_weights_is_left_out(tmp_path):
         return {**save.weights, "cuda_rng_state": torch.get_rng_state()}
 
     last = write_each(tmp_path, STEP, content)
-    assert_equal(exported(last, weights=True), LAST.weights)
+    assert_equal(exported(last, raw=True), LAST.weights)
     assert Run(tmp_path).average(0.1).keys() == LAST.weights.keys()
 
 

@@ -58,7 +58,7 @@ def test_a_decay_that_still_rises_is_asked_for_with_its_warm_up(decay, proposed,
 def test_an_average_that_began_again_is_refused(files, run):
     """A resume that lost it: 8.1e-2 from the true one, where 2.0e-2 was predicted."""
     write(files, train(), again(lambda _: 0.995))
-    with refused("average", "of step 900", "update_after_step", "--from checkpoints --out run"):
+    with refused("average", "of step 900", "--ema-decay 0.995 --out run"):
         import_checkpoints(files, run)
     later = files / "step1[0-5]00.pt"
     import_checkpoints(later, run, update_after_step=850, ema_decay=0.995)

@@ -62,7 +62,7 @@ def test_info_of_an_output_lists_the_largest_coefficients(typed):
     typed("synthesize run --sigma-rel 0.15 --out m.safetensors")
     text = typed("info m.safetensors").out
     assert has_line(r"predicted error +0\.\d+ %$", text)
-    assert "and 30 more with smaller coefficients; --json lists them" in text
+    assert "and 30 more rows with smaller coefficients; --json lists them" in text
     rows = re.findall(r"^\S+\.safetensors +[+-](\d\.\d{6})$", text, re.MULTILINE)
     snapshots = typed("info m.safetensors --json").json["snapshots"]
     sizes = sorted(abs(snapshot["coefficient"]) for snapshot in snapshots)
@@ -254,7 +254,9 @@ def test_the_picture_of_a_directory(typed):
 
 def test_the_picture_of_a_training_to_come(typed):
     result = typed("error-plot --steps 4K --every 100 --keep 8 --out e.png")
-    assert result.out.splitlines()[0].startswith("8 snapshots of 4,000 steps, one every 100, if")
+    assert result.out.splitlines()[0].startswith(
+        "snapshots at 8 times of 4,000 steps, one every 100, if"
+    )
     assert Path("e.png").exists()
     without = typed("error-plot run")
     assert "lost gain  below 5 %" in without.out

@@ -87,6 +87,48 @@ def test_the_command_of_a_sweep_without_quotes_is_named_with_quotes(line, comman
     assert shlex.split(advice) == ["--eval", command]
 
 
+SPACES = {
+    "synthesize my run/ck 1 --target last:2 --out a.pt": "'my run/ck 1'",
+    "info my run/ck 1": "'my run/ck 1'",
+    "info my run/ck 1/epoch_*.pt": "'my run/ck 1/epoch_*.pt'",
+    "sweep my run/ck 1 --eval 'true {weights}' --minimize": "'my run/ck 1'",
+    "sweep --raw my run/ck 1/epoch_022.pt ck --eval 'true {weights}' --minimize":
+        "'my run/ck 1/epoch_022.pt'",
+    "synthesize ck --target last:2 --like my run/ck 1/epoch_022.pt --out a.pt":
+        "'my run/ck 1/epoch_022.pt'",
+    "error-plot my run/ck 1": "'my run/ck 1'",
+    "verify ck my run/ck 1": "'my run/ck 1'",
+    "import my run/ck 1 --out run": "'my run/ck 1'",
+    "audit a b": "'a b'",  # of which a exists, too
+}  # fmt: skip
+"""Lines, and the path that each meant."""
+
+
+@pytest.mark.parametrize("line", SPACES)
+def test_a_path_with_spaces_without_quotes_is_named_with_quotes(line):
+    for folder in ("my run", "a", "a b"):
+        Path(folder).mkdir()
+    Path("ck").rename("my run/ck 1")
+    Path("ck").mkdir()
+    refused = run_ema(*shlex.split(line))
+    assert refused.code == 2
+    expected = f"split a path at its spaces; put it in quotes: {SPACES[line]}"
+    assert refused.error.endswith(expected)
+
+
+def test_the_name_of_an_output_with_spaces_is_asked_for_in_quotes():
+    refused = run_ema(*shlex.split("synthesize ck --target last:2 --out my average.pt"))
+    assert "(average.pt); put a path with spaces in quotes (see " in refused.error
+
+
+def test_two_folders_whose_names_together_are_a_third_one_are_two():
+    for step in (18, 19, 20):
+        for folder in ("a", "b", "a b"):
+            Path(folder).mkdir(exist_ok=True)
+            torch.save({"w": torch.full((3,), float(step))}, f"{folder}/epoch_{step}.pt")
+    assert run_ema(*shlex.split("error-plot a b --json")).code == 0
+
+
 OTHERS = (
     "prune ck/*.pt --keep 3",  # which takes no pattern
     "export ck/*.pt --out a.pt",

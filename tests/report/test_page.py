@@ -14,7 +14,7 @@ from factories import random_walk, write_ema_checkpoints, write_run
 from matplotlib.figure import Figure
 
 from posthoc_cli import Run, import_checkpoints
-from posthoc_cli.report.page import render
+from posthoc_cli.report.page import write_page
 from posthoc_cli.sweep import Lengths, Metric, Sweep
 
 EVIL = "<script>alert(1)</script>\"'&"
@@ -35,8 +35,7 @@ def images(page, kind):
 def sweep(run, out, lengths, command="sh -c 'echo {sigma_rel}' {weights}", **options):
     """Sweep over a metric that is by default the length of each trial; write the page."""
     report = Sweep(run, command, Metric(), out, lengths, **options).run_all()
-    page = out / "report.html"
-    page.write_text(render(run, report, out))
+    (*_, page) = write_page(report, out).outputs
     return page
 
 

@@ -467,10 +467,14 @@ def test_last_weights_in_a_checkpoint_are_measured(run, tmp_path, out):
     assert first == Trial("last weights", None, 0, 7.0, seconds=first.seconds)
 
 
-def test_a_metric_on_standard_error_and_in_colours_is_found(run, out):
+def test_a_metric_on_standard_error_and_in_colours_is_found_which_is_said_once(ema, run, out):
     colours = shell('printf "\\033[1mloss\\033[0m: \\033[36m%s\\033[0m\\n" $2 >&2')
-    report = swept(run, out, colours, Metric("loss"))
-    assert [trial.value for trial in report.trials] == [*LENGTHS]
+    options = ("--metric", "loss", "--minimize", "--sigma-rel", "0.05,0.1,0.2")
+    done = ema("sweep", run.directory, "--eval", colours, *options, "--json", "--out", out)
+    assert [trial["value"] for trial in done.json["trials"]] == [*LENGTHS]
+    (warning,) = done.json["warnings"]
+    assert "the metric is taken from standard error" in warning
+    assert done.err.count(warning) == 1
 
 
 @pytest.mark.parametrize(

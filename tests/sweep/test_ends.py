@@ -176,7 +176,7 @@ def distance_from(best):
 def test_a_sweep_takes_the_mean_up_to_an_earlier_step_and_says_so(run, tmp_path):
     out = tmp_path / "out"
     last = {"a": torch.full((40,), 40.0)}
-    report = run.sweep(distance_from(8), out=out, raw=last)
+    report = run.sweep(distance_from(8), minimize=True, out=out, raw=last)
     assert report.best == report.lengths.high
     assert [trial.t for trial in report.trials if trial.t is not None] == [32, 26, 20, 16, 13, 10]
     assert report.best_t == 16
@@ -190,27 +190,27 @@ def test_a_sweep_takes_the_mean_up_to_an_earlier_step_and_says_so(run, tmp_path)
     assert written["end_curve"][-1]["t"] == pytest.approx(40)
     best = load_file(out / "best.safetensors")
     assert_same_tensors(best, run.average(report.best, t=16))
-    again = run.sweep(distance_from(8), out=out, raw=last)
+    again = run.sweep(distance_from(8), minimize=True, out=out, raw=last)
     assert again.trials == report.trials
     (picture,) = end_figure(report.to_dict()).axes
     assert "best: t = 16" in {text.get_text() for text in picture.get_legend().get_texts()}
 
 
 def test_a_shorter_best_length_is_not_looked_for_at_earlier_ends(run):
-    report = run.sweep(distance_from(30))
+    report = run.sweep(distance_from(30), minimize=True)
     assert report.best_t == 40
     assert report.best < report.lengths.high
     assert all(trial.t is None for trial in report.trials)
 
 
 def test_a_range_that_ends_short_is_reported_as_such_and_no_earlier_end_is_measured(run):
-    report = run.sweep(distance_from(8), sigma_range=(0.05, 0.1))
+    report = run.sweep(distance_from(8), minimize=True, sigma_range=(0.05, 0.1))
     assert all(trial.t is None for trial in report.trials)
     assert "the end of the range, and may lie beyond" in dict(summarize(report))["measured"]
 
 
 def test_a_list_is_measured_as_it_is(run):
-    report = run.sweep(distance_from(8), sigma_rels=[0.1, 0.2, 0.28])
+    report = run.sweep(distance_from(8), minimize=True, sigma_rels=[0.1, 0.2, 0.28])
     assert [trial.sigma_rel for trial in report.trials] == [0.1, 0.2, 0.28]
 
 
@@ -228,10 +228,15 @@ def test_a_function_gives_the_same_search_as_a_command_that_prints_the_same(run,
         "mean = float(load_file(sys.argv[1])['a'].mean(dtype='float32'))\n"
         "print(round(math.log(mean / 25) ** 2, 6))\n"
     )
-    by_function = run.sweep(evaluate, sigma_range=(0.05, 0.25), budget=4)
+    by_function = run.sweep(evaluate, minimize=True, sigma_range=(0.05, 0.25), budget=4)
     command = shlex.join([sys.executable, str(program), "{weights}"])
     by_command = run.sweep(
-        command, sigma_range=(0.05, 0.25), budget=4, out=tmp_path / "out", jobs=2
+        command,
+        minimize=True,
+        sigma_range=(0.05, 0.25),
+        budget=4,
+        out=tmp_path / "out",
+        jobs=2,
     )
     assert [replace(trial, seconds=0.0) for trial in by_function.trials] == [
         replace(trial, seconds=0.0) for trial in by_command.trials
@@ -239,38 +244,101 @@ def test_a_function_gives_the_same_search_as_a_command_that_prints_the_same(run,
     assert by_function.best == by_command.best
 
 
+def accuracies():
+    """Return an evaluation whose metrics of 0.05, 0.1 and 0.2 have their best one in the middle."""
+    values = iter([0.8, 0.9, 0.7])
+    return lambda _: next(values)
+
+
+@pytest.mark.parametrize(
+    ("direction", "best"),
+    [
+        ({"maximize": True}, 0.9),
+        ({"minimize": False}, 0.9),
+        ({"minimize": False, "maximize": True}, 0.9),
+        ({"minimize": True}, 0.7),
+        ({"maximize": False}, 0.7),
+    ],
+)
+def test_the_direction_is_said_and_followed(run, direction, best):
+    report = run.sweep(accuracies(), **direction, sigma_rels=[0.05, 0.1, 0.2])
+    assert report.value == best
+
+
+@pytest.mark.parametrize(
+    "direction",
+    [
+        {},
+        {"minimize": None},
+        {"minimize": True, "maximize": True},
+        {"minimize": False, "maximize": False},
+    ],
+)
+def test_a_direction_that_is_not_said_is_asked_for(run, direction):
+    with refused("minimize", "give minimize=True or maximize=True"):
+        run.sweep(accuracies(), **direction)
+
+
+def test_a_report_says_its_result_and_a_notebook_shows_its_curve(run):
+    report = run.sweep(accuracies(), maximize=True, metric="acc", sigma_rels=[0.05, 0.1, 0.2])
+    assert repr(report) == f"SweepReport(best: {report.best_title}; acc: 0.9)"
+    shown = report._repr_html_()
+    assert "acc: 0.9" in shown
+    assert shown.count("<svg") == 1
+    last = {"a": torch.full((40,), 40.0)}
+    early = run.sweep(distance_from(8), minimize=True, raw=last)
+    assert repr(early).endswith("better than the last weights, on these examples)")
+    assert early._repr_html_().count("<svg") == 2
+
+
+def test_a_folder_receives_the_files_that_the_command_writes(run, ema, tmp_path):
+    report = run.sweep(distance_from(25), minimize=True, sigma_rels=[0.1, 0.2], out=tmp_path / "a")
+    words = ("--eval", "sh -c 'echo {sigma_rel}' {weights}", "--minimize", "--out", tmp_path / "b")
+    assert ema("sweep", run.directory, *words, "--sigma-rel", "0.1,0.2").code == 0
+    written = [{path.name for path in (tmp_path / name).iterdir()} for name in ("a", "b")]
+    assert written[0] == written[1]
+    assert {"best.safetensors", "sweep.json", "report.html"} < written[0]
+    assert report.outputs == (tmp_path / "a/best.safetensors", tmp_path / "a/report.html")
+    page = (tmp_path / "a/report.html").read_text()
+    assert f"ema synthesize {run.directory}" in page
+
+
 def test_a_function_may_return_its_standard_error_and_its_own_errors_are_raised(run):
-    report = run.sweep(lambda weights: (float(weights["a"][0]), 0.5), sigma_rels=[0.1, 0.2])
+    report = run.sweep(
+        lambda weights: (float(weights["a"][0]), 0.5), minimize=True, sigma_rels=[0.1, 0.2]
+    )
     assert {trial.standard_error for trial in report.trials} == {0.5}
 
     def fail(_):
         raise KeyError("of the user")
 
     with pytest.raises(KeyError, match="of the user"):
-        run.sweep(fail)
+        run.sweep(fail, minimize=True)
     with refused("evaluate", "must return a number"):
-        run.sweep(lambda _: "good", sigma_rels=[0.1, 0.2])
+        run.sweep(lambda _: "good", minimize=True, sigma_rels=[0.1, 0.2])
 
 
 def test_a_function_that_returns_no_finite_number_has_failed_there(run):
     values = iter([1.0, math.nan, 3.0])
-    report = run.sweep(lambda _: next(values), sigma_rels=[0.1, 0.2, 0.25])
+    report = run.sweep(lambda _: next(values), minimize=True, sigma_rels=[0.1, 0.2, 0.25])
     assert [trial.value for trial in report.trials] == [1.0, None, 3.0]
     assert "its metric is nan" in report.trials[1].error
 
 
 def test_a_command_needs_a_folder_and_a_file_of_the_last_weights(run, tmp_path):
     with refused("out"):
-        run.sweep("true {weights}")
+        run.sweep("true {weights}", minimize=True)
     with refused("raw"):
-        run.sweep("true {weights}", out=tmp_path / "out", raw={"a": torch.zeros(40)})
+        run.sweep("true {weights}", minimize=True, out=tmp_path / "out", raw={"a": torch.zeros(40)})
 
 
 def test_weights_at_an_earlier_time_have_their_name_and_the_gain_is_over_the_last_ones(tmp_path):
     for step in range(1, 11):
         save_file({"a": torch.full((9,), float(step))}, tmp_path / f"step-{step}.safetensors")
     run = Run(tmp_path / "step-*.safetensors")
-    report = run.sweep(lambda weights: float(weights["a"].mean()), sigma_rels=[0.1, 0.2], step=8)
+    report = run.sweep(
+        lambda weights: float(weights["a"].mean()), minimize=True, sigma_rels=[0.1, 0.2], step=8
+    )
     assert report.t == 8
     measured = {trial.target: trial.value for trial in report.trials}
     assert measured["last weights"] == 10
@@ -279,4 +347,4 @@ def test_weights_at_an_earlier_time_have_their_name_and_the_gain_is_over_the_las
     assert (last.title, last.value) == ("last weights", 10)
     assert (earlier.title, earlier.value) == ("weights at t = 8", 8)
     with refused("step", "the nearest are at 8, 9, 10"):
-        run.sweep(lambda _: 0.0, step=12)
+        run.sweep(lambda _: 0.0, minimize=True, step=12)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import pytest
 
@@ -74,6 +75,58 @@ def test_the_way_to_a_metric_that_was_printed_is_named(tmp_path, text, name, hin
     with pytest.raises(NoMetricError) as raised:
         printed(text, tmp_path, name)
     assert raised.value.hint == hint
+
+
+BAR = "\r 50%|##   | loss=9.5\r100%|#####| loss=9.25\n9\n"
+"""What a progress bar writes to standard error."""
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "found"),
+    [
+        ("loss: 0.5\nbye\n", "loss", 0.5),
+        ("\rloss=0.75\rloss=0.5", "loss", 0.5),
+        ('{"eval": {"loss": 0.5}}', "eval.loss", 0.5),
+        ('{\n "loss": 0.5\n}\n', "loss", 0.5),
+        ("0.5\ndone\n", None, 0.5),
+    ],
+)
+def test_what_is_on_both_streams_is_taken_from_standard_output_alone(
+    tmp_path, caplog, text, name, found
+):
+    assert printed(text, tmp_path, name, BAR) == (found, None)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "found", "words"),
+    [
+        (
+            "val_loss: 0.4\n",
+            "loss",
+            9.25,
+            "standard output has no number after 'loss': the metric is taken from standard error; "
+            "for the one of standard output, add `metric` val_loss",
+        ),
+        ('{"val": {"loss": 0.4}}', "loss", 9.25, "add `metric` val.loss"),
+        ("", "loss", 9.25, "after 'loss': the metric is taken from standard error"),
+        ("done\nloss: 0.4\n", None, 9, "is a number alone: .* standard error; .* `metric` loss"),
+    ],
+)
+def test_a_metric_that_is_on_standard_error_alone_is_taken_and_said(
+    tmp_path, caplog, text, name, found, words
+):
+    assert printed(text, tmp_path, name, BAR) == (found, None)
+    (record,) = caplog.records
+    assert re.search(words, record.getMessage())
+
+
+@pytest.mark.parametrize(("text", "name"), [("loss: nan", "loss"), ('{"loss": true}', "loss")])
+def test_what_is_no_metric_on_standard_output_is_not_replaced_by_one_on_standard_error(
+    tmp_path, text, name
+):
+    with pytest.raises(TrialError):
+        printed(text, tmp_path, name, BAR)
 
 
 def test_an_object_over_several_lines_is_read_and_single_numbers_in_it_are_not(tmp_path):
