@@ -196,7 +196,7 @@ class Chooser:
         self.place = place
         self.settings = settings
         self.candidates = place.candidates
-        self.left_out = dict(place.left_out)  # with the reasons
+        self.left_out = dict[Path, str]()  # with the reasons
         self._copies = set[Path]()
         folders = {str(path.parent) for path in self.candidates}
         self._root = Path(os.path.commonpath(folders) if folders else "")
@@ -209,6 +209,7 @@ class Chooser:
 
     def choose(self) -> list[Member]:
         """Choose the members of one run; raise a QuestionError if several runs are possible."""
+        self._leave_out(self.place.states, "the state of a training alone")
         self._leave_out(self.place.outputs, "an output of ema")
         opened = self._open(self._given())
         named = [member for member in opened if says_its_profile(member.content)]

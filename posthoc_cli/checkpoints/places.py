@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
@@ -95,7 +95,7 @@ class Place:
         self.notes = list[str]()
         self.runs = list[Path]()  # folders of snapshots
         self._reader = Reader()
-        self.left_out = dict[Path, str]()  # with the reasons
+        self.states = list[Path]()  # folders with a time that hold the state of a training alone
         self.outputs = list[Path]()  # of this package, beside a model
         self.trackers = list[TrackerState]()  # of what was opened
         self._has_opened = False
@@ -136,6 +136,11 @@ class Place:
     def layout_at(self, path: Path) -> Layout | None:
         """Find what a file or folder consists of, or else the model beside the checkpoints in a
         folder; None if there is none."""
+        layout = self._find_layout(path)
+        self._note_parts([] if layout is None else [layout])
+        return layout
+
+    def _find_layout(self, path: Path) -> Layout | None:
         if not path.is_dir():
             return self._layout_of_file(path)
         found = self._find(path, _LEVELS)
@@ -163,13 +168,24 @@ class Place:
             elif match == path or not is_snapshot_name(match):
                 layout = self._layout_of_file(match)
                 found[layout.path] = layout
-        if any(not parts.are_counted for parts in _list_parts(found.values())):
-            note = "files shard-* are joined as their headers say, which do not count them: "
-            self.notes.append(f"{note}make sure that none is missing")
+        self._note_parts(found.values())
         if self._is_cut:
             note = f"holds more than {_MOST_ENTRIES:,} files; some folders in it were not looked "
-            self.notes.append(f"{note}at: name the folder of the checkpoints")
+            self._note(f"{note}at: name the folder of the checkpoints")
         return dict(sorted(found.items()))
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def _note_parts(self, layouts: Iterable[Layout]) -> None:
+        """Note that some are joined of parts that nothing counts."""
+        for layout in layouts:
+            if isinstance(layout, Sets):
+                self._note_parts(layout.members.values())
+            elif isinstance(layout, Parts) and not layout.are_counted:
+                note = "files shard-* are joined as their headers say, which do not count them: "
+                self._note(f"{note}make sure that none is missing")
 
     def _find(self, folder: Path, levels: int) -> Layouts:
         """Find the checkpoints in a folder and so many levels of folders in it, or the folder if it
@@ -202,7 +218,7 @@ class Place:
             if entry in below:
                 members[entry] = below.pop(entry)
         if len(by_name) < len(entries) and not by_name and has_time(folder.name):
-            self.left_out[folder] = "the state of a training alone"
+            self.states.append(folder)
         members = dict(sorted(members.items()))
         own = self._join(folder, members)
         if own is None or (below and not isinstance(own, Refused)):
@@ -377,7 +393,7 @@ class Place:
                     reason = f"holds the parts of a model, and another one in {whole.name}"
                     hint = "move one of them away, or name one"
                     return Refused(folder, UnsuitableError(folder, reason, hint))
-                self.left_out[parts] = f"the parts of {whole.name}"
+                self._note(f"{parts.name} is left out: {whole.name} is the same model, whole")
                 del members[parts]
                 break
         return None
@@ -461,14 +477,6 @@ def _missing_error(path: Path, missing: Sequence[int]) -> UnsuitableError:
     reason = f"is a part of a model, by its name; those that are missing have the numbers {listed}"
     hint = f"put them, or the index (*{INDEX_ENDING}), beside it; rename a file that is the whole"
     return UnsuitableError(path, reason, hint)
-
-
-def _list_parts(layouts: Iterable[Layout]) -> Iterator[Parts]:
-    for layout in layouts:
-        if isinstance(layout, Parts):
-            yield layout
-        elif isinstance(layout, Sets):
-            yield from _list_parts(layout.members.values())
 
 
 def _may_be_whole(whole: Path, parts: Path, members: Layouts) -> bool:

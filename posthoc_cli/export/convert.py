@@ -230,8 +230,8 @@ def _read_source(
         raise UnsuitableError(source, reason, "make an average of it with `ema synthesize`")
     place = Place(source)
     layout = place.layout_at(source) if source.exists() else None
-    for path, reason in place.left_out.items():
-        log.warning("%s: left out (%s)", path, reason)
+    for note in place.notes:
+        log.warning("%s: %s", source, note)
     if average is not None or weights is not None or _is_checkpoint(layout):
         stored = Stored(source, raw, average, weights)
         checkpoint = stored.weights if stored.is_raw else stored.average
