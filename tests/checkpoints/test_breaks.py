@@ -135,8 +135,8 @@ def test_a_claim_that_is_wrong_is_not_excused_by_a_new_begin(files):
 # --- few elements
 
 
-@pytest.mark.parametrize("decay", [0.98, *each_heavy(0.99, 0.95)])
-@pytest.mark.parametrize("seed", [0, *each_heavy(1, 2, 3)])
+@pytest.mark.parametrize("decay", [0.98, *each_heavy(0.99)])
+@pytest.mark.parametrize("seed", [0, *each_heavy(1)])
 def test_a_model_of_few_elements_has_a_healthy_average(seed, decay, files):
     """What a bias of one element leaves may be 0, and the motion of few is uneven."""
     torch.manual_seed(seed)
@@ -155,7 +155,8 @@ def test_a_model_of_few_elements_has_a_healthy_average(seed, decay, files):
             content = {"model": layers.state_dict(), "ema": average, "step": step}
             store(files / f"step{step}.pt", content)
     (audit,) = Run(files).audit()
-    assert audit.verdict == "found"
+    assert not audit.is_bad
+    assert audit.set_back_at is None
     assert audit.length == pytest.approx(1 / (1 - decay), rel=0.2)
 
 
