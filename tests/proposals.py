@@ -46,7 +46,9 @@ def parse(line):
 
 def check_proposals(words, printed):
     """Check each proposal in what a command with these words has printed."""
-    if not words or words[0] not in commands() or words[0] == "guide" or "--help" in words:
+    if not words or words[0] not in commands() or words[0] == "guide":
+        return
+    if "--help" in words or "--json" in words:
         return
     for line in printed.splitlines():
         if match := _LINE.search(line):

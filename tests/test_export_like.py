@@ -7,6 +7,7 @@ compared with a float64 sum, rounded once.
 
 import errno
 import io
+import json
 import pickle
 import shutil
 import tracemalloc
@@ -110,9 +111,13 @@ def copied(run, like, target=TARGET, **options):
     return report.to_dict()["like"], load(out)
 
 
+END_OF_MARK = b"EMA MARK"
+"""The end of what a copy has more than its checkpoint: see `snapshots/output_mark.py`."""
+
+
 def check_archive(before, after, replaced):
-    """Check that two archives differ in the contents of so many storages, and in their CRC-32, by
-    the standard library's reader."""
+    """Check that two archives differ in the contents of so many storages, in their CRC-32, and in
+    a comment, by the standard library's reader."""
     expected = before
     members = 0
     old = zipfile.ZipFile(io.BytesIO(before))
@@ -125,7 +130,9 @@ def check_archive(before, after, replaced):
             expected = expected.replace(as_bytes(info.CRC), as_bytes(now.CRC))
             members += 1
     assert new.testzip() is None
-    assert expected == after
+    assert new.comment.endswith(END_OF_MARK)
+    length = len(new.comment).to_bytes(2, "little")
+    assert expected[:-2] + length + new.comment == after
     assert members == replaced
 
 
@@ -166,8 +173,10 @@ def test_a_file_of_pickle_dump_keeps_every_other_byte(tmp_path, run):
     out = tmp_path / "averaged.pkl"
     like.write_bytes(pickle.dumps(CONTENT))
     run.write(TARGET, out, like=like)
-    assert out.stat().st_size == like.stat().st_size
-    loaded = pickle.loads(out.read_bytes())
+    content = out.read_bytes()
+    assert content.endswith(END_OF_MARK)
+    assert content[like.stat().st_size - 1 :].startswith(b".{")  # the last opcode, then the mark
+    loaded = pickle.loads(content)
     check_replaced(loaded["ema"])
     assert_same_tensors(loaded["model"], CONTENT["model"])
 
@@ -277,12 +286,18 @@ def test_a_safetensors_file_keeps_its_header(tmp_path, run):
     save_file(state, like, {"format": "pt", "note": "mine"})
     report = run.write(TARGET, out, like=like)
     assert report.copied.kept == ["model.frozen"]
-    before = like.read_bytes()
-    start = 8 + int.from_bytes(before[:8], "little")
-    assert out.read_bytes()[:start] == before[:start]
+    header = read_header(out)
+    assert header["__metadata__"].pop("ema.output")
+    assert list(header.items()) == list(read_header(like).items())
     loaded = load_file(out)
     check_replaced(loaded, "model.")
     assert torch.equal(loaded["model.frozen"], torch.ones(2))
+
+
+def read_header(path):
+    """Read the header of a safetensors file, as its format says."""
+    content = path.read_bytes()
+    return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
 
 
 def test_the_output_of_a_trainer_is_copied_without_its_checkpoints(tmp_path, run, ema):
@@ -364,12 +379,15 @@ def test_a_folder_of_torch_distributed_checkpoint_keeps_every_other_byte(tmp_pat
     check_group(SHARDED, 2, tmp_path / "group", tmp_path / "content.pt", like)
     run.write(TARGET, out, like=like)
     changed = changed_files(like, out)
-    assert changed == {path.name for path in like.glob("*.distcp")}
+    assert changed == {".metadata", *(path.name for path in like.glob("*.distcp"))}
+    metadata = (out / ".metadata").read_bytes()
+    assert metadata.startswith((like / ".metadata").read_bytes())
+    assert metadata.endswith(END_OF_MARK)
     loaded = loaded_distributed(out, *content)
     check_replaced(loaded["ema"])
     assert_same_tensors(loaded["model"], values(5))
     assert_same_tensors(loaded["optim"], values(9))
-    for name in changed:
+    for name in changed - {".metadata"}:
         check_archives((out / name).read_bytes())
 
 

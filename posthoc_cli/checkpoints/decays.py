@@ -136,7 +136,7 @@ class _Decays:
             answers.append({"ema_decay": FOUND})
         reason = audit.text
         if not answers:
-            reason += f"; {argument('kind')} checkpoints takes the weights alone"
+            reason += f"; an import with {argument('kind')} checkpoints takes the weights alone"
         return _question("ema_decay", reason, *answers)
 
     def _adopt(self, changes: Settings, uncertainty: float) -> ImportSettings:

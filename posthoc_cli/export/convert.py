@@ -228,6 +228,8 @@ def _read_source(
     if is_import(source):
         reason = "is the run of an import, which refers to other files"
         raise UnsuitableError(source, reason, "make an average of it with `ema synthesize`")
+    if is_parts_folder(source):
+        return read_snapshot(source)
     place = Place(source)
     layout = place.layout_at(source) if source.exists() else None
     for note in place.notes:

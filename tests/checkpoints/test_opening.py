@@ -288,7 +288,7 @@ def test_checkpoints_have_the_names_of_their_folders_and_files(tmp_path):
     for step in (10, 20):
         content = {
             "a": torch.full((3,), float(step)),
-            "ema_optimizer": {"state.a.ema_params": torch.full((3,), step / 2)},
+            "ema_optimizer": {"state.a.ema_params": torch.full((3,), 0.93 * step)},
         }
         distributed(tmp_path / f"iter-{step}" / "state", content)
     run = Run(tmp_path / "iter-*" / "state")

@@ -144,7 +144,7 @@ def synthesize(run, out):
 
 
 def export_weights(run, out):
-    export_file(newest(run.directory), out, weights=True, dtype="bfloat16")
+    export_file(newest(run.directory), out, raw=True, dtype="bfloat16")
 
 
 OUTPUTS = {
@@ -237,7 +237,7 @@ def test_a_training_that_was_converted_by_exports_is_a_run(tmp_path):
     folder.mkdir()
     for path in (tmp_path / "run").iterdir():
         out = folder / f"{path.stem}.pt"
-        export_file(path, out, weights=True)
+        export_file(path, out, raw=True)
         weights[int(path.stem.removeprefix("rank_"))] = torch.load(out, weights_only=True)
     check_average(Run(folder), weights, TARGET)
 
