@@ -68,11 +68,10 @@ def test_shards_without_an_index_are_joined_if_all_are_there(prefix, place, tmp_
     for step in (40, 80):
         write_shards(tmp_path / f"step_{step}", prefix=prefix)
     assert times(tmp_path / place) == [40, 80]
-    assert {*read(tmp_path / place)[-1].tensors} == {"layer1.weight", "layer2.weight"}
+    newest = read(tmp_path / place).checkpoints[-1]
+    assert {*newest.tensors} == {"layer1.weight", "layer2.weight"}
     (tmp_path / "step_80" / f"{prefix}-00002-of-00002.safetensors").unlink()
-    with pytest.raises(
-        FileFormatError, match=r"those that are missing have the numbers 2; .* index"
-    ):
+    with pytest.raises(FileFormatError, match="those that are missing have the numbers 2"):
         read(tmp_path / place)
 
 
