@@ -141,6 +141,7 @@ class Run:
             reason = "is several; `write` makes more than one"
             raise InvalidValueError("target", reason, value=request.targets)
         device = "cpu" if request.device == "auto" else request.device
+        announce(self.sources)
 
         def average(sources: Sources) -> Weights:
             plan = plan_synthesis(sources, request)
@@ -158,7 +159,7 @@ class Run:
         """
         from posthoc_cli.export.writing import write_averages
 
-        return write_averages(lambda: self.sources, request, announce_plan)
+        return write_averages(lambda: self.sources, request)
 
     def sweep(
         self,

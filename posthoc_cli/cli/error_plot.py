@@ -10,7 +10,7 @@ from posthoc_cli.cli import options, output
 from posthoc_cli.cli.quotes import refuse_split
 from posthoc_cli.errors import InvalidValueError, argument
 from posthoc_cli.planning import ErrorCurve, Schedule, format_widths
-from posthoc_cli.snapshots.sources import announce
+from posthoc_cli.snapshots.sources import announce, announce_doubts
 
 
 def error_plot(
@@ -85,9 +85,11 @@ def error_plot(
         at = options.optional(options.parse_time, t)
         runs = list(map(options.open_run, directories))
         for run in runs:
+            sources = run.sources
+            announce(sources)
+            findings += sources.findings
             curves.append(run.error_curve(ends, t=at, method=method, others=targets))
-            announce(run.sources)
-            findings += run.sources.findings
+            announce_doubts(sources)
     if picture is not None:
         output.write_picture(
             lambda: plots.error_figure(curves, method == "paper"), picture, overwrite

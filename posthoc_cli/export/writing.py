@@ -23,9 +23,9 @@ from posthoc_cli.group import THIS_PROCESS, Group
 from posthoc_cli.request import OutputRequest, Request
 from posthoc_cli.resources import no_bar, worker_count
 from posthoc_cli.snapshots.selection import note_statistics
-from posthoc_cli.snapshots.sources import ATTEMPTS, Sources, use
+from posthoc_cli.snapshots.sources import ATTEMPTS, Sources, announce, use
 from posthoc_cli.synthesis.engine import check_device
-from posthoc_cli.synthesis.plan import Plan, nbytes, plan_synthesis
+from posthoc_cli.synthesis.plan import Plan, announce_plan, nbytes, plan_synthesis
 
 log = logging.getLogger(__name__)
 
@@ -67,33 +67,46 @@ class SynthesisReport:
 def write_averages(
     read: Callable[[], Sources],
     request: OutputRequest,
-    announce: Callable[[Plan], object] = lambda _: None,
+    *,
+    is_quiet: bool = False,
     renew: Callable[[Sources], object] = lambda _: None,
 ) -> SynthesisReport | None:
     """Write averages of the run that `read` finds to files, see `Run.write`.
 
-    `announce` is called with their plan before anything is written, `renew` with the sources if
-    they were read again.
+    Unless `is_quiet`, log what is to be known of the run and of the averages. `renew` is called
+    with the sources if they were read again.
     """
     paths = output_paths(request)
+    if request.distributed:
+        with all_ranks() as ranks:
+            sources = _read_together(read, ranks)
+            announce(sources)
+
+            def write_shards(sources: Sources) -> SynthesisReport | None:
+                plan = ranks.together(lambda: plan_synthesis(sources, request))
+                announce_plan(plan)
+                return write_synthesis(plan, paths, request, group=ranks)
+
+            return use(sources, write_shards)
+    sources = read()
+    if not is_quiet:
+        announce(sources)
     copied = None
     planned: Request = request
     if request.like is not None:
-        tensors = read().tensors
-        copied = Like.find(request.like, tensors, request.raw, request.average, request.weights)
+        like = request.like
+        copied = Like.find(like, sources.tensors, request.raw, request.average, request.weights)
         planned = replace(
             request, like=None, raw=False, average=None, weights=None, dtype=copied.dtype
         )
 
-    def write(sources: Sources, ranks: Group = THIS_PROCESS) -> SynthesisReport | None:
-        plan = ranks.together(lambda: plan_synthesis(sources, planned))
-        announce(plan)
-        return write_synthesis(plan, paths, request, copied, ranks)
+    def write(sources: Sources) -> SynthesisReport | None:
+        plan = plan_synthesis(sources, planned)
+        if not is_quiet:
+            announce_plan(plan)
+        return write_synthesis(plan, paths, request, copied)
 
-    if not request.distributed:
-        return use(read(), write, renew)
-    with all_ranks() as ranks:
-        return use(_read_together(read, ranks), lambda sources: write(sources, ranks))
+    return use(sources, write, renew)
 
 
 def _read_together(read: Callable[[], Sources], ranks: Group) -> Sources:

@@ -274,12 +274,18 @@ def count_files(sources: Iterable[Source]) -> int:
 
 def announce(sources: Sources) -> None:
     """Log what is to be known of sources before something is made of them: what was found in other
-    programs' files as notices, and what is not used, or in doubt, as warnings."""
+    programs' files as notices, and what is not used as warnings."""
     if sources.findings:
         log.info("%s: %s", sources.place, "; ".join(sources.findings))
     for text in sources.notices:
         log.info("%s: %s", sources.place, text)
-    for text in (*sources.notes, *sources.doubts):
+    for text in sources.notes:
+        log.warning("%s: %s", sources.place, text)
+
+
+def announce_doubts(sources: Sources) -> None:
+    """Log what the values that were read say against the files being of one run."""
+    for text in sources.doubts:
         log.warning("%s: %s", sources.place, text)
 
 

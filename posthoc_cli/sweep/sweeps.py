@@ -25,7 +25,7 @@ from posthoc_cli.planning import SMALL_LOSS
 from posthoc_cli.profiles import UNIFORM_SIGMA_REL
 from posthoc_cli.request import OutputRequest
 from posthoc_cli.resources import ProgressBar, no_bar
-from posthoc_cli.snapshots.sources import Sources, announce, count_sources
+from posthoc_cli.snapshots.sources import Sources, announce, announce_doubts, count_sources
 from posthoc_cli.sweep import images
 from posthoc_cli.sweep.evaluation import (
     Command,
@@ -113,9 +113,10 @@ class Sweep:
         request = OutputRequest(
             longest, None, t=self.t, step=self.step, like=self.like, dry_run=True
         )
-        written = write_averages(lambda: self.sources, request)
-        assert written is not None  # as of a process other than the first one
         announce(self.sources)
+        written = write_averages(lambda: self.sources, request, is_quiet=True)
+        assert written is not None  # as of a process other than the first one
+        announce_doubts(self.sources)
         self._t = written.plan.t
         self._held = HeldSources(hold_until(self.sources, self._t))
         lengths = self.lengths or searchable_lengths(self.sources, self._t)

@@ -111,7 +111,9 @@ class RunWeights(Candidate):
 
     def write(self, path: Path, like: Path | None, overwrite: bool = False) -> Plan:
         request = OutputRequest(self.target, path, t=self.time, like=like, overwrite=overwrite)
-        written = write_averages(lambda: self.held.sources, request, renew=self.held.renew)
+        written = write_averages(
+            lambda: self.held.sources, request, is_quiet=True, renew=self.held.renew
+        )
         assert written is not None  # as of a process other than the first one
         return written.plan
 

@@ -40,7 +40,13 @@ from posthoc_cli.snapshots.entry import Entry
 from posthoc_cli.snapshots.output_info import OutputInfo, Used
 from posthoc_cli.snapshots.selection import Selection, check_globs
 from posthoc_cli.snapshots.source import Source, StoredTensors, TrackedTensor
-from posthoc_cli.snapshots.sources import Choice, Sources, announce, count_files, count_sources
+from posthoc_cli.snapshots.sources import (
+    Choice,
+    Sources,
+    announce_doubts,
+    count_files,
+    count_sources,
+)
 from posthoc_cli.targets import Mean, Target, name_equal_length
 
 log = logging.getLogger(__name__)
@@ -412,8 +418,7 @@ def _check_errors(plan: Plan, max_error: float | None) -> None:
 
 
 def announce_plan(plan: Plan) -> None:
-    """Log what is to be known of averages, and of the run that they are made from, before they are
-    used."""
-    announce(plan.chosen.sources)
+    """Log what speaks against averages before they are used."""
+    announce_doubts(plan.chosen.sources)
     for warning in plan.warnings:
         log.warning("%s", warning)

@@ -117,10 +117,10 @@ def test_every_command_names_the_run_once(tmp_path, command, ema, monkeypatch):
     train(tmp_path, in_a_key)
     done = ema(command, *shlex.split(COMMANDS[command]))
     assert done.code == (2 if command == "audit" else 0)  # which compares averages: there are none
-    assert done.err.count(NOTE) == 1
-    assert f"saved: {NOTE}name run\n" in done.err
+    assert (done.out + done.err).count(NOTE) == 1
+    assert f": {NOTE}name run\n" in done.out + done.err
     if command == "import":
-        assert f"{NOTE}name {tmp_path / 'run'}\n" in ema("info", "own").err
+        assert f"{NOTE}name {tmp_path / 'run'}\n" in ema("info", "own").out
 
 
 def test_a_folder_with_the_newest_checkpoint_alone_names_the_run_beside_it(tmp_path, ema):
