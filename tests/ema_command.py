@@ -56,6 +56,8 @@ def as_command(*arguments):
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+            for room in ("checkpoints", "snapshots"):
+                logging.getLogger(f"posthoc_cli.{room}").setLevel(logging.NOTSET)
 
 
 class Stream(io.StringIO):

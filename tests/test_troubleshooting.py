@@ -74,7 +74,7 @@ def no_decay():
 
 
 def poor_average():
-    warning, _ = says("synthesize", "ck", "--sigma-rel", "0.02", "--out", "a.pt")
+    _, warning, *_ = says("synthesize", "ck", "--sigma-rel", "0.02", "--out", "a.pt")
     return warning.removeprefix("ema: warning: ")
 
 

@@ -244,7 +244,8 @@ def test_a_command_opens_the_checkpoints_and_names_the_run(training, command, ty
         assert "holds no average" in done.err  # to compare with the weights
     else:
         assert done.code == 0, done.err
-    assert done.err.count(f"{NOTE} {training.folder / training.run}\n") == 1
+    said = done.out + done.err
+    assert said.count(f"{NOTE} {training.folder / training.run}\n") == 1
 
 
 def test_the_sources_are_the_weights_that_the_library_loads(training):
@@ -291,7 +292,7 @@ def test_the_readmes_folder_names_the_run_in_it(tmp_path, typed):
     (tmp_path / "ema").rename(tmp_path / "run/ema")
     for command, line in COMMANDS.items():
         done = typed(line.format(saved="run"))
-        assert done.err.count(f"run: {NOTE} run/ema\n") == 1
+        assert (done.out + done.err).count(f": {NOTE} run/ema\n") == 1
         if command in ("synthesize", "error-plot", "sweep"):
             assert "is one checkpoint" in done.err
     like = "--like run/checkpoint.pt --out copied.pt"
