@@ -141,14 +141,15 @@ class Run:
             reason = "is several; `write` makes more than one"
             raise InvalidValueError("target", reason, value=request.targets)
         device = "cpu" if request.device == "auto" else request.device
-        announce(self.sources)
+        sources = self.sources
+        announce(sources)
 
         def average(sources: Sources) -> Weights:
             plan = plan_synthesis(sources, request)
             announce_plan(plan)
             return make_weights(plan, device)
 
-        return use(self.sources, average)
+        return use(sources, average)
 
     @takes(OutputRequest)
     def write(self, request: OutputRequest) -> SynthesisReport | None:
