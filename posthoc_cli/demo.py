@@ -113,7 +113,7 @@ def _train_and_search(
         model = train(steps, snapshots, advance)
     files.write_atomically(out / LAST, safetensors.torch.save(model.state_dict()))
     say(f"measuring {len(SIGMA_RELS)} averages and the last weights on points that training never")
-    say("saw, and drawing samples of each")
+    say("saw, and drawing samples of some")
     run = Run(snapshots)
     report = search(model, run)
     best = out / "best.safetensors"
@@ -143,6 +143,9 @@ def search(model: Denoiser, run: Run) -> SweepReport:
 
 # --- samples
 # ----------------------------------------------------------------------------------------
+
+DRAWN = (0.025, 0.05, 0.15, 0.28)
+"""The lengths whose samples are drawn, besides the best one."""
 
 SAMPLES = 1000
 SAMPLER_STEPS = 18
@@ -190,14 +193,16 @@ def _draw_samples(
     report: SweepReport,
     out: Path,
 ) -> None:
-    """Draw samples of the last weights and of each length, all from the same noise, as images of
+    """Draw samples of the last weights and of some lengths, all from the same noise, as images of
     the search; and four of them side by side."""
+    best = report.estimate.best
+    shown = {None, best, *DRAWN}
     losses = {}
     samples = {}
     for trial in report.trials:
-        if trial.seed:
-            continue
         width = trial.sigma_rel
+        if trial.seed or width not in shown:
+            continue
         weights = model.state_dict() if width is None else run.average(width)
         losses[width] = trial.value
         samples[width] = sample_letters(weights)
@@ -205,7 +210,7 @@ def _draw_samples(
         files.make_directory(place)
         draw = partial(plots.points_figure, {"": samples[width]}, STROKES)
         files.write_atomically(place / PICTURE, plots.as_file(draw, ".png"))
-    compare = partial(comparison_figure, losses, samples, report.estimate.best)
+    compare = partial(comparison_figure, losses, samples, best)
     files.write_atomically(out / PICTURE, plots.as_file(compare, ".png"))
 
 
@@ -224,7 +229,7 @@ def comparison_figure(
 ) -> Figure:
     """Draw the samples of the last weights, of the shortest length, of the best and of the longest;
     both arguments have them by sigma_rel, and the last weights by None."""
-    shortest, *_, longest = SIGMA_RELS
+    shortest, *_, longest = DRAWN
     names = {None: "last weights", shortest: "too short", longest: "too long"}
     names[best] = "best"
     panels = {}

@@ -3,7 +3,7 @@
     python scripts/demo_choice.py
 
 `distance` is the mean distance of samples to the letters, in per cent of their height.
-Each row is the mean of three trainings, but for the best length, which is that of each. Some 15
+Each row is the mean of three trainings, but for the best length, which is that of each. Some ten
 minutes on two cores."""
 
 from __future__ import annotations

@@ -75,10 +75,10 @@ def main() -> None:
     losses = {}
     for trial in json.loads((folder / "sweep" / "sweep.json").read_text())["trials"]:
         losses[trial["sigma_rel"]] = trial["value"]
-    samples = {None: demo.sample_letters(load_file(folder / demo.LAST))}
-    for width in demo.SIGMA_RELS:
-        samples[width] = demo.sample_letters(run.average(width))
     best = min(demo.SIGMA_RELS, key=losses.__getitem__)
+    samples = {None: demo.sample_letters(load_file(folder / demo.LAST))}
+    for width in (best, *demo.DRAWN):
+        samples[width] = demo.sample_letters(run.average(width))
     write(lambda: demo.comparison_figure(losses, samples, best), ASSETS / "demo.png")
 
 
