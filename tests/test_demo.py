@@ -43,7 +43,7 @@ def demo(tmp_path_factory):
     """The working directory is the folder above that of the demo."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("demo"))
-        done = run_ema("demo", "--out", "my demo", "--steps", 600, "--json")
+        done = run_ema("demo", "--out", "my demo", "--steps", 2400, "--json")
         assert done.code == 0, done.err
         # one demo is enough for both forms of its report
         with mock.patch("posthoc_cli.demo.run", return_value=done.json):
@@ -115,8 +115,8 @@ def test_samples_of_the_best_average_lie_nearest_to_the_letters(demo):
     run = Run(demo.out / "snapshots")
     best = distance(sample_letters(load_file(demo.out / "best.safetensors")))
     last = distance(sample_letters(load_file(demo.out / "last.safetensors")))
-    assert best < 0.9 * last
-    assert best < 0.9 * distance(sample_letters(run.average(0.28)))
+    assert best < 0.9 * last  # 0.36 to 0.81 of it with six seeds
+    assert best < 0.7 * distance(sample_letters(run.average(0.28)))  # 0.39 to 0.48
 
 
 def test_the_page_of_a_demo_shows_samples_of_the_best_length_and_of_others(demo):
