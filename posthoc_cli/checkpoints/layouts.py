@@ -10,7 +10,7 @@ word in a key or in the name of a file says which is the average (`folders.AVERA
 3. if the two sets lie under fixed keys that no word tells apart: the keys in its row, too;
 4. if names of files say the time and the profile: a function in `BY_NAME`;
 5. for a new name of a step or an epoch: an item of `clock.STEPS` or `clock.EPOCHS`;
-6. a line in the guide `checkpoints`, and a test that writes such files in
+6. a line in the guide `layouts`, and a test that writes such files in
    `tests/checkpoints/test_programs.py`.
 """
 
