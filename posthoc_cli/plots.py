@@ -215,7 +215,11 @@ def _draw_curve(
 
 
 def _draw_lost_gain(axes: Axes, curve: ErrorCurve, least: float, index: int) -> None:
-    label = None if index else "dashed: the error loses at most about this share of the gain"
+    label = (
+        None
+        if index
+        else "dashed: the error costs at most about this share of what averaging gains"
+    )
     heights = np.clip(curve.lost_gain, least, None)
     dashes = (0, (4, 2))
     colour = _colour(index)
