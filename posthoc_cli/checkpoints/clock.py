@@ -40,7 +40,8 @@ STEPS = (
     "step_count", "ss_steps", "train_steps", "num_updates", "batch_idx_train", "num_batches_seen",
     "batch",
 )  # fmt: skip
-"""Last keys of values that are steps; if a checkpoint has several, the first one counts."""
+"""Keys of a checkpoint's own values that are steps, not of those deeper in it; if it has several,
+the first one counts."""
 EPOCHS = ("epoch", "last_epoch", "current_epoch")
 _VALUES: Mapping[Unit, Sequence[str]] = {"steps": STEPS, "epochs": EPOCHS}
 _ANEW = {"step", "steps", "iteration", "iter"}  # values that may begin anew in each epoch
