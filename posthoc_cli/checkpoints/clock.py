@@ -10,6 +10,7 @@ apart.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from posthoc_cli.checkpoints.names import (
     SECONDS,
     Unit,
     find_times,
+    has_time,
     hide_dates,
     hide_decimals,
     make_glob,
@@ -45,6 +47,7 @@ EPOCHS = ("epoch", "last_epoch", "current_epoch")
 _VALUES: Mapping[Unit, Sequence[str]] = {"steps": STEPS, "epochs": EPOCHS}
 _ANEW = {"step", "steps", "iteration", "iter"}  # values that may begin anew in each epoch
 _LONE_FOLDER = re.compile(r"[0-9]{3,}")  # a shorter one may be an experiment's
+_NEARLY_ALL = 0.9  # share of the files that a pattern must read: one of ten may be named otherwise
 
 
 @dataclass(frozen=True)
@@ -133,14 +136,30 @@ def _name_with_time(path: Path, outside: Path | None) -> str:
     be times, else that of the folder around it.
 
     The latter counts only if a word is beside its number, or if it is the whole name, such as
-    `0000100` or `100.ckpt`: any other number may belong to an experiment.
+    `0000100` or `100.ckpt`: any other number may belong to an experiment. A revision in the cache
+    of a hub is called by its reference, such as `step1000`.
     """
-    name = strip_ending(path.name)
+    name = _find_reference(path) or strip_ending(path.name)
     if any(mark.word != "other" for mark in read_name(name)) or path.parent == outside:
         return name
     outer = strip_ending(path.parent.name)
     is_whole = _LONE_FOLDER.fullmatch(outer) or (outer.isdecimal() and outer != path.parent.name)
     return outer if is_whole or any(mark.word for mark in find_times(outer)) else ""
+
+
+_REVISION = re.compile("[0-9a-f]{40}")
+
+
+def _find_reference(path: Path) -> str:
+    """Find the reference to a revision in a hub's cache, `snapshots/<hash>`: one with a time before
+    others, such as `main`. Empty if there is none."""
+    if path.parent.name != "snapshots" or not _REVISION.fullmatch(path.name):
+        return ""
+    named = []
+    for file in sorted((path.parent.parent / "refs").glob("*")):
+        if file.is_file() and file.read_text(errors="replace").strip() == path.name:
+            named.append(file.name)
+    return max(named, key=has_time, default="")
 
 
 def _confirm(content: Content, lone: Time | None) -> dict[str, Time]:
@@ -228,12 +247,10 @@ def _ask_for_step(path: Path, files: Iterable[Path]) -> InvalidValueError:
 
 
 def list_patterns(path: Path, files: Iterable[Path]) -> list[str]:
-    """List the patterns that each find one number of a name, and of most files: first one whose
+    """List the patterns that each find one number of a name, in nearly all files: first one whose
     numbers are as evenly spaced as times are, then the last one; numbers behind words such as
     `seed` come last."""
-    names = {file: file.name for file in files}
-    if len({*names.values()}) == 1:
-        names = {file: f"{file.parent.name}/{file.name}" for file in names}
+    names = _names_below(files)
     spellings = [_SPELLING, "[0-9]+"] if _are_grouped(names.values()) else ["[0-9]+", _SPELLING]
     if "kK" in _generalise(names[path]):
         spellings = [_SPELLING]  # the digits of 1.5k alone are no steps
@@ -244,8 +261,19 @@ def list_patterns(path: Path, files: Iterable[Path]) -> list[str]:
             is_even = _are_even(read_number(match[1]) or 0 for match in matches)
             ranks.setdefault(pattern, (len(matches), is_free, -order, is_even, end))
     most = max((rank[0] for rank in ranks.values()), default=0)
+    if most < _NEARLY_ALL * len(names):
+        return []
     likely = [pattern for pattern, rank in ranks.items() if rank[0] == most]
     return sorted(likely, key=ranks.__getitem__, reverse=True)
+
+
+def _names_below(files: Iterable[Path]) -> dict[Path, str]:
+    """Find the names of files; their paths from the folder of all on, if all have one name."""
+    names = {file: file.name for file in files}
+    if len(names) == 1 or len({*names.values()}) > 1:
+        return names
+    common = os.path.commonpath([str(file) for file in names])
+    return {file: str(file)[len(common) + 1 :] for file in names}
 
 
 def _are_grouped(names: Iterable[str]) -> bool:
@@ -309,6 +337,8 @@ def read_times(files: Mapping[Path, Signs], settings: ImportSettings) -> list[Ti
     for path, signs in files.items():
         if sign not in signs:
             raise _ask_for_step(path, files)
+    if sign is not None and not _are_told_apart(files, sign):
+        _ask_for_another(files, sign)
     clock = _Clock(files, [signs[sign or ""] for signs in files.values()], settings)
     if sign == "stated":
         _check_names(files)
@@ -320,12 +350,27 @@ def sign_of_most(files: Mapping[Path, Signs]) -> str | None:
     each series apart if there are any; None if no file has a sign."""
     best: tuple[bool, int, int] | None = None
     for rank, sign in enumerate(_SIGNS):
-        numbers = {path: signs[sign].number for path, signs in files.items() if sign in signs}
-        if numbers:
-            places = {(_series(path), number) for path, number in numbers.items()}
-            is_distinct = sign == "given" or len(places) == len(numbers)
-            best = max(best or (False, 0, 0), (is_distinct, len(numbers), -rank))
+        count = sum(sign in signs for signs in files.values())
+        if count:
+            rating = (_are_told_apart(files, sign), count, -rank)
+            best = max(best or rating, rating)
     return _SIGNS[-best[2]] if best else None
+
+
+def _are_told_apart(files: Mapping[Path, Signs], sign: str) -> bool:
+    """Return whether a sign tells the files of each series apart, or is the user's own."""
+    signed = {path: signs[sign].number for path, signs in files.items() if sign in signs}
+    numbers = [(_series(path), number) for path, number in signed.items()]
+    return sign == "given" or len({*numbers}) == len(numbers)
+
+
+def _ask_for_another(files: Mapping[Path, Signs], sign: str) -> None:
+    """Raise a QuestionError if the numbers of a sign are equal in several files, and names have
+    another number, as in `ep00-gs00100` and `ep00-gs00200`."""
+    path, signs = next(iter(files.items()))
+    reason = f"must be given: several files have the same number, by {signs[sign].origin}"
+    if answers := [{"step_from": pattern} for pattern in list_patterns(path, files)]:
+        raise QuestionError("step_from", reason, *answers)
 
 
 def _series(path: Path) -> str:

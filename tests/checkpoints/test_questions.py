@@ -1,0 +1,269 @@
+"""Questions about times and models: they are about the series of a training, and what a paste reads
+are the weights of the right steps."""
+
+import hashlib
+import shlex
+
+import pytest
+import torch
+from checkpoint_layouts import distributed
+from safetensors.torch import load_file, save_file
+from saved import all_steps, asked, assert_equal, named, read, store, values_of
+from walks import saves
+
+from posthoc_cli import Run
+
+FIRST, *_, LAST = saves()
+
+
+def paste(place, question=None):
+    """Paste what an import asks for, and check that it reads the weights of each step."""
+    line = (question or asked(place)).partition("paste: ")[2]
+    program, command, named, option, pattern, *_ = shlex.split(line)
+    assert (program, command, named, option) == ("ema", "import", str(place), "--step-from")
+    found = read(place, step_from=pattern)
+    check_steps(found.checkpoints)
+    return found
+
+
+def check_steps(checkpoints):
+    """Check that there are the weights of each save, at its step."""
+    assert [one.t for one in checkpoints] == all_steps()
+    for source, save in zip(checkpoints, saves(), strict=True):
+        assert_equal(values_of(source), save.weights)
+
+
+def write_all(place, name, extras):
+    """Write all saves, and other files: the base model, or a copy of the last save."""
+    for save in saves():
+        store(place / name.format(save=save), save.weights)
+    for extra, save in extras.items():
+        store(place / extra, save.weights)
+
+
+IN_NAMES = {
+    "RVC": ("voice_e{save.epoch}_s{save.step}.pth", {"voice.pth": LAST}),
+    "GPT-SoVITS": ("xxx_e{save.epoch}_s{save.step}.pth", {"s2G.pth": FIRST}),
+    "EveryDream": ("proj-ep00-gs{save.step:05}.pt", {"last-proj-ep00-gs00400.pt": LAST}),
+    "pix2pix": ("{save.epoch}_{save.step}_net_G.pth", {"latest_net_G.pth": LAST}),
+    "Composer": ("ep0-ba{save.step}-rank0.pt", {"latest-rank0.pt": LAST}),
+    "phases": ("phase{save.epoch}x{save.step}.pt", {"final.pt": LAST, "v2.pt": FIRST}),
+    "in folders": ("ep0-ba{save.step}/weights.pt", {"init/weights.pt": FIRST}),
+    "hours": ("at_{save.epoch}h_u{save.step}.safetensors", {"a_base.safetensors": FIRST}),
+}
+
+
+@pytest.mark.parametrize("program", IN_NAMES)
+def test_a_question_is_about_the_series_and_no_copy_or_file_beside_it(program, tmp_path):
+    """`s2G.pth` was the file in question, and 1 of 21 files what the paste took."""
+    name, extras = IN_NAMES[program]
+    write_all(tmp_path, name, extras)
+    found = paste(tmp_path)
+    (left_out,) = [note for note in found.sources.notes if note.startswith("left out")]
+    for extra in extras:
+        assert extra.partition("/")[0] in left_out
+
+
+def test_a_question_is_about_folders_of_two_numbers(tmp_path):
+    for save in saves():
+        distributed(tmp_path / f"ep0-ba{save.step}", save.weights)
+    paste(tmp_path)
+
+
+# --- what a pattern may read
+
+
+def test_digits_of_the_users_own_path_are_no_times(tmp_path):
+    """`w.jdD3/runs` was read by the pattern of its 3."""
+    place = tmp_path / "w.jdD3" / "runs"
+    place.mkdir(parents=True)
+    save_file(LAST.weights, place / "model.safetensors")
+    assert "paste" not in asked(place)
+
+
+def test_a_number_of_few_files_is_no_pattern(tmp_path):
+    for save in saves():
+        name = "".join("abcdefghij"[int(digit)] for digit in f"{save.step:04}")
+        store(tmp_path / name / "weights.pt", save.weights)
+    store(tmp_path / "k9" / "weights.pt", FIRST.weights)
+    assert "paste" not in asked(tmp_path)
+
+
+def hub_cache(place, references):
+    """Write the cache of a hub: revisions by their hashes, whose files are links."""
+    for save in saves():
+        revision = hashlib.sha1(bytes([save.epoch])).hexdigest()
+        blob = place / "blobs" / hashlib.sha256(bytes([save.epoch])).hexdigest()
+        file = place / "snapshots" / revision / "model.safetensors"
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True)
+        save_file(save.weights, blob)
+        file.symlink_to(blob)
+        for reference in references:
+            named = place / "refs" / reference.format(save=save)
+            named.parent.mkdir(exist_ok=True)
+            named.write_text(revision)
+
+
+@pytest.mark.parametrize("below", ["", "snapshots"])
+@pytest.mark.parametrize(
+    "references", [["step{save.step}"], ["main", "v{save.epoch}-step{save.step}"]]
+)
+def test_references_of_a_hubs_cache_are_the_times(below, references, tmp_path):
+    """A pattern of a hash was proposed, which read 1 of 40 files."""
+    place = tmp_path / "models--org--net"
+    hub_cache(place, references)
+    check_steps(read(place / below).checkpoints)
+
+
+def test_hashes_of_a_hubs_cache_are_no_times(tmp_path):
+    hub_cache(tmp_path / "models--org--net", [])
+    assert "paste" not in asked(tmp_path)
+
+
+# --- several models
+
+TWO_MODELS = {
+    "HiFi-GAN": ("g_{:08}", "do_{:08}"),
+    "VITS": ("G_{}.pth", "D_{}.pth"),
+    "ESRGAN": ("net_g_{}.pth", "net_d_{}.pth"),
+    "pix2pix": ("{}_net_G.pth", "{}_net_D.pth"),
+    "actor and critic": ("actor_{}.pt", "critic_{}.pt"),
+    "in folders": ("generator/step_{}.pt", "discriminator/step_{}.pt"),
+}
+
+
+def of_discriminator(save):
+    """Make a larger model, with the state of its optimizer."""
+    weight = torch.full((99, 9), float(save.step))
+    return {"disc.weight": weight, "optimizer": {"m": torch.zeros(99, 9)}}
+
+
+def write_models(place, *models):
+    """Write files of models, by their names and what they hold."""
+    for save in saves():
+        for name, content in models:
+            store(place / name.format(save.step), content(save))
+
+
+def lines_to_paste(place, caplog):
+    """Return the globs in all commands that are proposed, the one of the error first."""
+    with caplog.at_level("INFO"):
+        lines = [asked(place), *caplog.messages]
+    words = [shlex.split(line.partition("paste: ")[2]) for line in lines if "paste: " in line]
+    outs = [one[-1] for one in words]
+    assert len({*outs}) == len(outs)
+    return [one[2] for one in words]
+
+
+@pytest.mark.parametrize("program", TWO_MODELS)
+def test_two_models_are_two_lines_and_no_discriminator_is_first(program, tmp_path, caplog):
+    """The larger file was proposed alone, of a discriminator with its optimizer."""
+    ours, theirs = TWO_MODELS[program]
+    write_models(tmp_path, (ours, lambda save: save.weights), (theirs, of_discriminator))
+    first, other = lines_to_paste(tmp_path, caplog)
+    check_steps(read(first).checkpoints)
+    for checkpoint, save in zip(read(other).checkpoints, saves(), strict=True):
+        (value,) = values_of(checkpoint).values()
+        assert bool((value == save.step).all())
+
+
+def test_a_discriminator_with_more_files_is_not_chosen(tmp_path, caplog):
+    write_models(tmp_path, ("D_{}.pth", of_discriminator))
+    for save in saves()[-3:]:
+        store(tmp_path / f"G_{save.step}.pth", save.weights)
+    first, _ = lines_to_paste(tmp_path, caplog)
+    assert first == f"{tmp_path}/G_*.pth"
+
+
+def test_of_other_models_the_one_with_more_parameters_is_first(tmp_path, caplog):
+    """Bytes of an optimizer's state made the smaller one the first."""
+
+    def small(save):
+        state = {"m": torch.zeros(99, 99)}
+        return {"model": {"a.weight": torch.full((2, 2), save.step)}, "optimizer": state}
+
+    models = [("aux_{}.pt", small), ("net_{}.pt", lambda save: save.weights)]
+    three = [*models, ("pre_{}.pt", lambda save: {"b.weight": torch.full((3, 2), save.step)})]
+    write_models(tmp_path, *three)
+    globs = lines_to_paste(tmp_path, caplog)
+    assert globs == [f"{tmp_path}/{name}_*.pt" for name in ("net", "pre", "aux")]
+
+
+# --- parts whose names carry the time of their folder
+
+BODY = ("body.0.weight", "body.0.bias")
+
+
+def split(tensors):
+    """Split a model in two parts, by the names of their tensors."""
+    first = {name: value for name, value in tensors.items() if name in BODY}
+    return first, {name: value for name, value in tensors.items() if name not in first}
+
+
+PARTS_OF_TIMES = {
+    "OpenVLA-OFT": (
+        "lora-r32+8_acts--{save.step}_chkpt",
+        ("lora_adapter/adapter_model.safetensors", "action_head--{save.step}_checkpoint.pt"),
+    ),
+    "unet and encoder": ("checkpoint-{save.step}", ("unet_{save.step}.pt", "enc_{save.step}.pt")),
+    "folders": ("iter{save.step}", ("a-{save.step}/model.safetensors", "b-{save.step}/w.pt")),
+    "padded": ("{save.step:06}", ("{save.step}_actor.pt", "{save.step}_rest.pt")),
+    "epochs": ("v_{save.epoch}", ("first.{save.epoch}.pt", "second.{save.epoch}.pt")),
+    "one of them": ("out_{save.step}", ("model.safetensors", "head_{save.step}.safetensors")),
+}
+
+
+@pytest.mark.parametrize("program", PARTS_OF_TIMES)
+def test_the_number_of_a_folder_in_names_of_parts_is_their_time(program, tmp_path):
+    """The parent was taken for one checkpoint of all tensors of all times."""
+    folder, parts = PARTS_OF_TIMES[program]
+    for save in saves():
+        for name, part in zip(parts, split(save.weights), strict=True):
+            store(tmp_path / "run" / folder.format(save=save) / name.format(save=save), part)
+    found = read(tmp_path / "run")
+    if program == "epochs":
+        assert [one.t for one in found.checkpoints] == [save.epoch for save in saves()]
+    else:
+        check_steps(found.checkpoints)
+    like = tmp_path / "run" / folder.format(save=LAST)
+    out = tmp_path / "out"
+    exact = Run(tmp_path / "run").average(0.1)
+    Run(tmp_path / "run").write(0.1, out, like=like)
+    copied = {}
+    for name in parts:
+        file = out / name.format(save=LAST)
+        copied |= load_file(file) if file.suffix == ".safetensors" else torch.load(file)
+    assert_equal(copied, exact)
+
+
+@pytest.mark.parametrize("parts", [("a_{}.pt", "b_{}.pt"), ("{}.a.pt", "{}.b.pt")])
+def test_parts_of_equal_names_have_no_time_in_their_keys(parts, tmp_path):
+    for save in saves():
+        for sign, name in zip((1, -1), parts, strict=True):
+            content = {key: sign * value for key, value in save.weights.items()}
+            store(tmp_path / f"step_{save.step:05}" / name.format(save.step), content)
+    for source, save in zip(read(tmp_path).checkpoints, saves(), strict=True):
+        assert source.t == save.step
+        expected = named("a.", save.weights)
+        expected |= named("b.", {name: -value for name, value in save.weights.items()})
+        assert_equal(values_of(source), expected)
+
+
+@pytest.mark.parametrize("part", ["2_Dense", "layer_{}"])
+def test_other_numbers_in_names_of_parts_stay(part, tmp_path):
+    """The number of sentence-transformers' module is no time in `checkpoint-2`, either."""
+    for save in saves():
+        body, head = split(save.weights)
+        folder = tmp_path / f"checkpoint-{save.epoch}"
+        if "{}" in part:
+            weight = save.weights[BODY[0]]
+            for layer, value in enumerate((weight, -weight, weight.flip(0)), 1):
+                store(folder / f"layer_{layer}.pt", {"w.weight": value})
+        else:
+            store(folder / "model.safetensors", {"w.weight": body[BODY[0]]})
+            store(folder / part / "model.safetensors", {"w.weight": head["head.weight"]})
+    keys = [sorted(source.stored) for source in read(tmp_path).checkpoints]
+    assert len(keys) == len(saves())
+    assert all(names == keys[0] for names in keys)
+    assert any("2" in name for name in keys[0])
