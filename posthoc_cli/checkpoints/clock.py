@@ -38,9 +38,9 @@ from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.errors import InvalidValueError, argument, quote
 
 STEPS = (
-    "global_step", "global_steps", "step", "steps", "iter_num", "iteration", "iter", "n_iter", "it",
-    "step_count", "ss_steps", "train_steps", "num_updates", "batch_idx_train", "num_batches_seen",
-    "batch",
+    "global_step", "global_steps", "step", "steps", "step_count", "iter_num", "iteration", "iter",
+    "iters", "n_iter", "it", "ss_steps", "train_steps", "num_updates", "batch_idx_train",
+    "num_batches_seen", "batch",
 )  # fmt: skip
 """Last keys of values that are steps; if a checkpoint has several, the first one counts."""
 EPOCHS = ("epoch", "last_epoch", "current_epoch")
@@ -351,10 +351,21 @@ def sign_of_most(files: Mapping[Path, Signs]) -> str | None:
     best: tuple[bool, int, int] | None = None
     for rank, sign in enumerate(_SIGNS):
         count = sum(sign in signs for signs in files.values())
-        if count:
+        if count and not (sign == LONE and _are_slots(files)):
             rating = (_are_told_apart(files, sign), count, -rank)
             best = max(best or rating, rating)
     return _SIGNS[-best[2]] if best else None
+
+
+def _are_slots(files: Mapping[Path, Signs]) -> bool:
+    """Return whether lone numbers in names are slots that are written in turn: the epochs that
+    contents state all differ, and do not rise with them."""
+    pairs = set[tuple[int, int]]()
+    for signs in files.values():
+        if LONE in signs and "stated epoch" in signs:
+            pairs.add((signs[LONE].number, signs["stated epoch"].number))
+    epochs = [epoch for _, epoch in sorted(pairs)]
+    return len({*epochs}) == len(epochs) and epochs != sorted(epochs)
 
 
 def _are_told_apart(files: Mapping[Path, Signs], sign: str) -> bool:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from checkpoint_layouts import distributed
 from safetensors.torch import load_file, save_file
-from saved import all_steps, asked, assert_equal, named, read, store, values_of
+from saved import all_steps, asked, assert_equal, named, read, store, values_of, write_each
 from walks import saves
 
 from posthoc_cli import Run
@@ -267,3 +267,58 @@ def test_other_numbers_in_names_of_parts_stay(part, tmp_path):
     assert len(keys) == len(saves())
     assert all(names == keys[0] for names in keys)
     assert any("2" in name for name in keys[0])
+
+
+# --- numbers inside that contradict names
+
+SLOTS = {
+    "Makani": "ckpt_mp0_v{slot}.tar",
+    "v": "ckpt_v{slot}.pt",
+    "slot": "slot{slot}.pt",
+    "ckpt": "ckpt_{slot:03}.pth",
+    "folders": "{slot:04}/state.pt",
+    "tens": "keep-{slot}0.pt",
+}
+
+
+def write_ring(place, name, content):
+    """Write the saves into slots in turn, of which the first ones are written anew."""
+    for number, save in enumerate(saves()):
+        store(place / name.format(slot=(number + 4) % 10), content(save))
+
+
+@pytest.mark.parametrize("program", SLOTS)
+def test_slots_that_are_written_in_turn_have_the_epochs_inside(program, tmp_path):
+    """They were read as the times 1 to 10, in the wrong order."""
+    write_ring(tmp_path, SLOTS[program], lambda save: {"model": save.weights, "epoch": save.epoch})
+    found = read(tmp_path, steps_per_epoch=40)
+    check_steps(found.checkpoints)
+
+
+@pytest.mark.parametrize("key", ["iters", "iter"])
+def test_slots_have_the_steps_inside(key, tmp_path):
+    def content(save):
+        return {"model_state": save.weights, "epoch": save.epoch, key: save.step}
+
+    write_ring(tmp_path, "ckpt_mp0_v{slot}.tar", content)
+    check_steps(read(tmp_path).checkpoints)
+
+
+def test_steps_of_the_optimizer_count_and_no_microbatches(tmp_path):
+    """LitGPT counts both."""
+
+    def content(save):
+        return {"model": save.weights, "iter_num": 8 * save.step, "step_count": save.step}
+
+    write_each(tmp_path, "lit_{save.epoch}.pth", content)
+    check_steps(read(tmp_path).checkpoints)
+
+
+def test_steps_in_names_beside_epochs_that_begin_anew_stay_the_times(tmp_path):
+    """A resume may count its epochs from 1 again: they do not tell the files apart."""
+    write_each(
+        tmp_path,
+        "net_{save.step}.pt",
+        lambda save: {"model": save.weights, "epoch": save.epoch % 4},
+    )
+    check_steps(read(tmp_path).checkpoints)
