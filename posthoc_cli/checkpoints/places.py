@@ -74,8 +74,10 @@ _PART = re.compile(
 each process, whose number is that of the shard, writes so many."""
 _WORD_OF_PART = re.compile(r"(?<![a-z])(?:shard|part|rank)[-_]?$", re.IGNORECASE)
 _WORD_OF_TIME = re.compile(r"(?:step|iter|ep(?:och)?)[a-z]*[=_.-]*$", re.IGNORECASE)
-_NUMBER_OF_FOLDER = re.compile(r"^[0-9]{3,}[-_.=]+|(?<=[^-_.=0-9])[-_.=]*[0-9]+")
-"""In names of parts: what may be the time of their folder; `2_Dense` is a name."""
+_NUMBER_OF_FOLDER = re.compile(
+    r"^[0-9]{3,}[-_.=]+|(?<=[^-_.=0-9])[-_.=]*(?<![0-9]\.)[0-9]+(?!\.?[0-9])"
+)
+"""In names of parts: what may be the time of their folder; `2_Dense` and `ema_0.99` are names."""
 _LEVELS = 3  # of folders below a place; one that is alone in its folder does not count
 _MOST_FOREIGN = 100  # files whose kinds are looked at where nothing is a checkpoint
 _MOST_ENTRIES = 20_000  # at a place: listing a whole disk would take minutes

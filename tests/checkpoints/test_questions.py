@@ -322,3 +322,130 @@ def test_steps_in_names_beside_epochs_that_begin_anew_stay_the_times(tmp_path):
         lambda save: {"model": save.weights, "epoch": save.epoch % 4},
     )
     check_steps(read(tmp_path).checkpoints)
+
+
+# --- words that call a part of the model an average
+
+
+def negative(tensors):
+    return {name: -value for name, value in tensors.items()}
+
+
+PARTS = [("encoder", "target_encoder"), ("full", "swa"), ("net", "net_avg"), ("a", "momentum_a")]
+
+
+@pytest.mark.parametrize("form", ["keys", "prefixes", "files"])
+@pytest.mark.parametrize(("part", "other"), PARTS)
+def test_a_part_that_a_word_calls_an_average_is_averaged_with_the_model(
+    part, other, form, tmp_path
+):
+    """The line that was proposed took half of the model."""
+    for save in saves():
+        sets = {part: save.weights, other: negative(save.weights)}
+        flat = named(f"{part}.", sets[part]) | named(f"{other}.", sets[other])
+        if form == "keys":
+            store(tmp_path / f"step{save.step}.pt", sets)
+        elif form == "prefixes":
+            store(tmp_path / f"step{save.step}.pt", {"state_dict": flat})
+        else:
+            for key, tensors in sets.items():
+                store(tmp_path / f"step{save.step}" / f"{key}.pt", tensors)
+    assert asked(tmp_path).endswith(f"ema import {tmp_path} --from checkpoints --out run")
+    for source, save in zip(read(tmp_path, kind="checkpoints").checkpoints, saves(), strict=True):
+        expected = named(f"{part}.", save.weights)
+        assert_equal(values_of(source), expected | named(f"{other}.", negative(save.weights)))
+
+
+def test_a_network_of_other_names_is_a_part_beside_the_model(tmp_path):
+    def teacher(save):
+        return {"t.weight": torch.full((3, 2), float(save.step))}
+
+    write_each(
+        tmp_path,
+        "step{save.step}.pt",
+        lambda save: {"model": save.weights, "teacher": teacher(save)},
+    )
+    assert asked(tmp_path).endswith("--from checkpoints --out run")
+    for source, save in zip(read(tmp_path, kind="checkpoints").checkpoints, saves(), strict=True):
+        assert_equal(values_of(source), save.weights | named("teacher.", teacher(save)))
+
+
+@pytest.mark.parametrize("key", ["ema", "target_model"])
+def test_a_real_average_is_no_part_of_the_weights_alone(key, tmp_path):
+    write_each(
+        tmp_path, "step{save.step}.pt", lambda save: {"model": save.weights, key: save.average}
+    )
+    check_steps(read(tmp_path, kind="checkpoints").checkpoints)
+
+
+MOMENTS = {
+    "beside": lambda tensors: {"exp_avg": tensors, "exp_avg_sq": tensors},
+    "within": lambda tensors: {"first": {"exp_avg": tensors}},
+    "each": lambda tensors: {"s": {name: {"exp_avg": value} for name, value in tensors.items()}},
+    "flat": lambda tensors: named("exp_avg.", tensors),
+    "last": lambda tensors: {f"s.{name}.exp_avg": value for name, value in tensors.items()},
+    "of SGD": lambda tensors: {"buffers": {"momentum_buffer": tensors}},
+}
+
+
+@pytest.mark.parametrize("form", MOMENTS)
+def test_averages_of_gradients_are_no_average_of_weights(form, tmp_path, caplog):
+    """Adam's were offered as the average, and by no other name."""
+
+    def content(save):
+        return {"model": save.weights, **MOMENTS[form](save.average)}
+
+    write_each(tmp_path, "step{save.step}.pt", content)
+    check_steps(read(tmp_path).checkpoints)
+    assert "not used" not in caplog.text
+
+
+# --- what is not used, without a doubt
+
+STATISTICS = {"mean": torch.ones(8), "std": torch.full((8,), 2.0)}
+
+
+def lerobot(folder, save):
+    store(folder / "pretrained_model" / "model.safetensors", save.weights)
+    for name in ("preprocessor_step_3_normalizer", "postprocessor_step_0_unnormalizer"):
+        store(folder / "pretrained_model" / f"policy_{name}.safetensors", STATISTICS)
+
+
+def in_a_key(folder, save):
+    store(folder / "w.pt", {"model": save.weights, "normalizer": STATISTICS})
+
+
+def a_loss(folder, save):
+    content = {"model": save.weights, "loss_state": {"perceptual": {"w": torch.eye(3)}}}
+    store(folder / "w.pt", content)
+
+
+def a_featurizer(folder, save):
+    content = {"state_dict": save.weights, "preprocessor": {"window": torch.hann_window(9)}}
+    store(folder / "w.ckpt", content)
+
+
+def latents(folder, save):
+    store(folder / "model.safetensors", save.weights)
+    store(folder / "embedding_stats.safetensors", {"centre": torch.arange(5.0)})
+
+
+@pytest.mark.parametrize("write", [lerobot, in_a_key, a_loss, a_featurizer, latents])
+def test_what_never_changes_is_a_note_and_no_warning(write, tmp_path, ema):
+    """Every command warned of a policy's normalizers, and failed under `--strict`."""
+    for save in saves():
+        write(tmp_path / "run" / f"{save.step:06}", save)
+    found = read(tmp_path / "run")
+    assert found.sources.notes == ()
+    check_steps(found.checkpoints)
+    done = ema("import", tmp_path / "run", "--out", tmp_path / "made", "--strict")
+    assert done.code == 0
+    assert "not used, as it never changes" in done.shown
+
+
+def test_what_changes_and_is_not_used_is_a_warning(tmp_path):
+    for save in saves():
+        changing = {"model": save.weights, "loss_state": {"w": torch.full((3,), save.step)}}
+        store(tmp_path / f"step{save.step}.pt", changing)
+    (note,) = read(tmp_path).sources.notes
+    assert "'loss_state', not used" in note
