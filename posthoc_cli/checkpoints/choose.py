@@ -281,14 +281,25 @@ class Chooser:
             members = [member for member in members if member not in exports]
         for series in _group(members, lambda member: member.glob):
             _read_varying(series)
-        globs = {member.glob for member in members}
         for path, problem in failed:
-            if not members or make_glob(self._name(path)) in globs:
+            if not members or self._is_of_series(path, members):
                 raise problem.with_hint("move it away to leave it out") if members else problem
             self._leave_out([path], problem.reason)
         if not members:
             raise self._nothing_left()
         return members
+
+    def _is_of_series(self, path: Path, members: Iterable[Member]) -> bool:
+        """Return whether a path is called as others but for numbers, or is all that its folder has,
+        which is called so."""
+        folder = self._name(path).rpartition("/")[0]
+        folders = set[str]()
+        for member in members:
+            if member.glob == make_glob(self._name(path)):
+                return True
+            folders |= {member.name, member.name.rpartition("/")[0]}
+        is_alone = folder != "" and folder not in folders
+        return is_alone and make_glob(folder) in map(make_glob, folders)
 
     def _nothing_left(self) -> DirectoryError:
         """Make the error about a place that holds nothing but what this package wrote."""

@@ -26,10 +26,12 @@ from posthoc_cli.checkpoints.names import (
     NUMBER,
     SECONDS,
     Unit,
+    are_counters,
     find_times,
     has_time,
     hide_dates,
     hide_decimals,
+    hide_shards,
     make_glob,
     read_name,
     read_number,
@@ -110,6 +112,8 @@ def read_signs(content: Content, settings: ImportSettings, outside: Path | None 
             found[_IN_NAME[unit]] = Time(marks[0].number, unit, origin)
     if "step in name" not in found:
         found |= _confirm(content, found.get(LONE))
+    if stated is not None and found.keys() <= {"stated epoch"}:
+        found["stated"] = stated  # the start, of step 0
     return found
 
 
@@ -251,12 +255,13 @@ def list_patterns(path: Path, files: Iterable[Path]) -> list[str]:
     numbers are as evenly spaced as times are, then the last one; numbers behind words such as
     `seed` come last."""
     names = _names_below(files)
+    hide = _hide_counted if are_counters(names.values()) else _hide_metrics
     spellings = [_SPELLING, "[0-9]+"] if _are_grouped(names.values()) else ["[0-9]+", _SPELLING]
     if "kK" in _generalise(names[path]):
         spellings = [_SPELLING]  # the digits of 1.5k alone are no steps
     ranks = dict[str, tuple[int, bool, int, bool, int]]()
     for order, spelled in enumerate(spellings):
-        for (is_free, end), pattern in _find_patterns(names[path], spelled):
+        for (is_free, end), pattern in _find_patterns(names[path], hide(names[path]), spelled):
             matches = [*filter(None, (re.search(pattern, name) for name in names.values()))]
             is_even = _are_even(read_number(match[1]) or 0 for match in matches)
             ranks.setdefault(pattern, (len(matches), is_free, -order, is_even, end))
@@ -292,11 +297,20 @@ def _are_even(numbers: Iterable[float]) -> bool:
     return 0 not in intervals and 2 * max(intervals.values(), default=0) > intervals.total()
 
 
-def _find_patterns(name: str, spelled: str) -> Iterator[tuple[tuple[bool, int], str]]:
+def _hide_counted(name: str) -> str:
+    """Hide the parts of dates, and the numbers of shards."""
+    return hide_dates(hide_shards(name))
+
+
+def _hide_metrics(name: str) -> str:
+    return hide_decimals(_hide_counted(name))
+
+
+def _find_patterns(name: str, hidden: str, spelled: str) -> Iterator[tuple[tuple[bool, int], str]]:
     """Find the patterns of a name that each find one of its numbers, by how these are spelled, and
-    its place: no parts of dates and decimals. What stands before it may be a hash of each file."""
+    its place: none that is `hidden`. What stands before it may be a hash of each file."""
     others = {mark.begin for mark in read_name(name) if mark.word == "other"}
-    for number in re.finditer(spelled, hide_decimals(hide_dates(name)), re.IGNORECASE):
+    for number in re.finditer(spelled, hidden, re.IGNORECASE):
         if SECONDS.fullmatch(number[0]):
             continue
         place = (number.start() not in others, number.end())

@@ -12,10 +12,11 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -550,6 +551,19 @@ def holds_checkpoints(name: str | Path) -> bool:
         return files.is_glob(name)
 
 
+def _list_numbered(folder: Path, is_numbered: bool, levels: int = _LEVELS) -> Iterator[Path]:
+    """Yield the files in a folder with a number in their paths from it on, the outer ones first."""
+    folders = []
+    for entry in sorted(files.system.list(folder)):
+        if entry.is_dir():
+            folders.append(entry)
+        elif is_numbered or re.search("[0-9]", entry.name):
+            yield entry
+    for inner in folders if levels else []:
+        has_number = is_numbered or re.search("[0-9]", inner.name) is not None
+        yield from _list_numbered(inner, has_number, levels - 1)
+
+
 def explain_nothing(place: Place) -> None:
     """Raise the error that says why nothing at a place is a checkpoint."""
     folder = files.expand_user(place.name)
@@ -557,9 +571,8 @@ def explain_nothing(place: Place) -> None:
         if run != folder:
             raise DirectoryError(place.name, "holds no checkpoints", f"did you mean {run}?")
     with suppress(OSError):
-        numbered = [each for each in files.system.list(folder) if re.search("[0-9]", each.name)]
-        for entry in sorted(numbered)[:_MOST_FOREIGN]:
-            row = None if entry.is_dir() else find_container(entry)
+        for entry in islice(_list_numbered(folder, False), _MOST_FOREIGN):
+            row = find_container(entry)
             if row is not None and row.read is None:
                 raise foreign_error(entry, row)
     hint = "name their folder, a file, or a glob such as 'out/step*.pt'"

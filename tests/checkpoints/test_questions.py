@@ -12,6 +12,7 @@ from saved import all_steps, asked, assert_equal, named, read, store, values_of,
 from walks import saves
 
 from posthoc_cli import Run
+from posthoc_cli.errors import UnsuitableError
 
 FIRST, *_, LAST = saves()
 
@@ -449,3 +450,95 @@ def test_what_changes_and_is_not_used_is_a_warning(tmp_path):
         store(tmp_path / f"step{save.step}.pt", changing)
     (note,) = read(tmp_path).sources.notes
     assert "'loss_state', not used" in note
+
+
+# --- refusals with a way out
+
+
+@pytest.mark.parametrize("every", [1, 40, 100])
+@pytest.mark.parametrize("name", ["Net.0.{}.pt", "fno.1.{}.pth", "state-2.{}.pt"])
+def test_numbers_behind_a_point_that_count_are_proposed_as_times(name, every, tmp_path):
+    """PhysicsNeMo names files by the rank and the epoch, which look like decimals."""
+    for number, save in enumerate(saves(), 1):
+        store(tmp_path / name.format(number * every), save.weights)
+    words = shlex.split(asked(tmp_path).partition("paste: ")[2])
+    found = read(tmp_path, step_from=words[4]).checkpoints
+    assert [one.t for one in found] == [number * every for number in range(1, 11)]
+    for source, save in zip(found, saves(), strict=True):
+        assert_equal(values_of(source), save.weights)
+
+
+@pytest.mark.parametrize("digits", [1, 2, 3])
+def test_a_metric_is_not_proposed_as_a_time(digits, tmp_path):
+    for number, save in enumerate(saves()):
+        store(tmp_path / f"net_{0.91 + number / 200:.{digits + 2}f}.pt", save.weights)
+    assert "paste" not in asked(tmp_path)
+
+
+FOREIGN = {
+    "Orbax": ("{}/default/manifest.ocdbt", b"\x0c\xdb"),
+    "PhysicsNeMo": ("Net.0.{}.mdlus", b"PK\x03\x04"),
+    "Paddle": ("epoch_{}/model.pdparams", b"\x80\x04"),
+    "NeMo": ("a/step{}.nemo", b"./"),
+    "llama.cpp": ("{}/model.gguf", b"GGUF"),
+}
+
+
+@pytest.mark.parametrize("program", FOREIGN)
+def test_files_of_other_frameworks_are_named_in_folders_too(program, tmp_path):
+    name, begin = FOREIGN[program]
+    for number in (100, 200):
+        file = tmp_path / name.format(number)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(begin + bytes(64))
+    with pytest.raises(UnsuitableError, match=rf"cannot be read \({program}\)"):
+        read(tmp_path)
+
+
+def test_weights_that_state_step_0_are_the_start(tmp_path):
+    """`init.pt` was left out, as if nothing said its time."""
+    write_each(
+        tmp_path, "at-{save.epoch}.pt", lambda save: {"net": save.weights, "step": save.step}
+    )
+    store(tmp_path / "init.pt", {"net": negative(FIRST.weights), "step": 0})
+    found = read(tmp_path)
+    check_steps(found.checkpoints)
+    (note,) = found.sources.notes
+    assert note == "init.pt: left out: it holds the weights before the training, of step 0"
+
+
+# --- parts of a model under a glob
+
+
+def write_shards(folder, save, numbers=(1, 2)):
+    for number, part in zip((1, 2), split(save.weights), strict=True):
+        if number in numbers:
+            store(folder / f"model-0000{number}-of-00002.safetensors", part)
+
+
+@pytest.mark.parametrize("named", ["", "step_*", "step_*/"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_half_of_the_newest_model_is_an_error_also_under_a_glob(named, number, tmp_path):
+    """It was left out with a warning."""
+    for save in saves()[:-1]:
+        write_shards(tmp_path / f"step_{save.step}", save)
+    write_shards(tmp_path / f"step_{LAST.step}", LAST, [number])
+    with pytest.raises(
+        UnsuitableError, match=f"those that are missing have the numbers {3 - number}"
+    ):
+        read(f"{tmp_path}/{named}")
+
+
+def test_half_of_the_newest_model_is_an_error_beside_whole_files(tmp_path):
+    for save in saves()[:-1]:
+        store(tmp_path / f"step_{save.step}" / "model.safetensors", save.weights)
+    write_shards(tmp_path / f"step_{LAST.step}", LAST, [2])
+    with pytest.raises(UnsuitableError, match="missing"):
+        read(tmp_path / "step_*")
+
+
+def test_numbers_of_shards_are_not_proposed_as_times(tmp_path):
+    for save in saves():
+        write_shards(tmp_path / f"run{save.step}x", save)
+    said = asked(f"{tmp_path}/run40x/*00001*")
+    assert "-of-" not in said.partition("paste: ")[2]
