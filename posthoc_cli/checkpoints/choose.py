@@ -14,7 +14,6 @@ one role at the same times or in two folders, and what else has a number of its 
 
 from __future__ import annotations
 
-import glob
 import math
 import os
 import re
@@ -472,7 +471,7 @@ class Chooser:
             answers += _list_spellings(members)
         elif len(_numbers(members)) == len(members) and _are_near_in_time(members):
             globs.insert(0, self._glob_of(members))
-        root = glob.escape(str(self._root))
+        root = files.escape_glob(str(self._root))
         return [*answers, *({"place": f"{root}/{pattern}"} for pattern in globs)]
 
     def _pair(self, average: Series, weights: Series) -> Answer:
@@ -495,7 +494,7 @@ class Chooser:
         names = [member.name for member in series]
         columns = [*zip(*map(NUMBER.findall, names), strict=False)]
         texts = iter([column[0] if len(set(column)) == 1 else "*" for column in columns])
-        return NUMBER.sub(lambda _: next(texts, "*"), glob.escape(names[0]))
+        return NUMBER.sub(lambda _: next(texts, "*"), files.escape_glob(names[0]))
 
     def _folder(self, member: Member) -> Path:
         """Find the folder of a series, in which its numbered files or folders lie."""

@@ -161,11 +161,15 @@ class Place:
     def candidates(self) -> Layouts:
         """The files and folders that may each be a checkpoint, and what they consist of."""
         path = files.expand_user(self.name)
-        matches = self._look.match(path)
-        if not matches:
-            raise DirectoryError(self.name, "no file or folder matches")
+        matches = set[Path]()
+        for pattern in files.expand_braces(path):
+            named = self._look.match(pattern)
+            if not named:
+                missing = "" if pattern == path else f" {pattern.name}"
+                raise DirectoryError(self.name, f"no file or folder matches{missing}")
+            matches.update(named)
         found: Layouts = {}
-        for match in sorted(matches, key=_is_link):
+        for match in sorted(matches, key=lambda each: (_is_link(each), each)):
             if match.is_dir():
                 found |= self._find(match, _LEVELS)
                 own = found.get(match)

@@ -12,7 +12,7 @@ from saved import all_steps, asked, assert_equal, named, read, store, values_of,
 from walks import saves
 
 from posthoc_cli import Run
-from posthoc_cli.errors import UnsuitableError
+from posthoc_cli.errors import DirectoryError, UnsuitableError
 
 FIRST, *_, LAST = saves()
 
@@ -542,3 +542,51 @@ def test_numbers_of_shards_are_not_proposed_as_times(tmp_path):
         write_shards(tmp_path / f"run{save.step}x", save)
     said = asked(f"{tmp_path}/run40x/*00001*")
     assert "-of-" not in said.partition("paste: ")[2]
+
+
+# --- named files, by a pattern with braces
+
+
+@pytest.mark.parametrize(
+    ("pattern", "steps"),
+    [
+        ("step{120,360,400}.pt", [120, 360, 400]),
+        ("step{400,120}.pt", [120, 400]),
+        ("{step40,step80}.pt", [40, 80]),
+        ("step{1,2}{20,40}.pt", [120, 240]),
+        ("step{36,4}*.pt", [40, 360, 400]),
+        ("{step120.pt,step160.pt}", [120, 160]),
+    ],
+)
+def test_braces_name_files(pattern, steps, tmp_path):
+    write_each(tmp_path, "step{save.step}.pt", lambda save: save.weights)
+    if pattern == "step{1,2}{20,40}.pt":
+        (tmp_path / "step220.pt").symlink_to(tmp_path / "step240.pt")
+        (tmp_path / "step140.pt").symlink_to(tmp_path / "step120.pt")
+        steps = [120, 140, 220, 240]
+    assert [one.t for one in read(tmp_path / pattern).checkpoints] == steps
+
+
+def test_the_mean_of_named_steps_is_their_mean(tmp_path):
+    write_each(tmp_path, "step{save.step}.pt", lambda save: save.weights)
+    made = Run(tmp_path / "step{80,200,240}.pt").average("last:3", dtype="float64")
+    chosen = [save.weights for save in saves() if save.step in (80, 200, 240)]
+    for name, value in made.items():
+        mean = sum(weights[name].double() for weights in chosen) / 3
+        torch.testing.assert_close(value, mean, rtol=1e-12, atol=1e-12)
+
+
+def test_a_named_file_that_is_missing_is_an_error(tmp_path):
+    write_each(tmp_path, "step{save.step}.pt", lambda save: save.weights)
+    with pytest.raises(DirectoryError, match=r"no file or folder matches step77\.pt"):
+        read(tmp_path / "step{40,77}.pt")
+
+
+def test_a_folder_whose_name_has_braces_is_itself(tmp_path):
+    place = tmp_path / "{a,b}"
+    write_each(place, "step{save.step}.pt", lambda save: save.weights)
+    for save in saves()[:5]:
+        store(place / "other" / f"step_{save.step}.pt", negative(save.weights))
+    words = shlex.split(asked(place).partition("paste: ")[2])
+    check_steps(read(words[2]).checkpoints)
+    assert "a,b" in words[2]
