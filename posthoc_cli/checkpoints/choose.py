@@ -23,7 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +67,9 @@ from posthoc_cli.profiles import FloatArray
 
 _ALIKE = 0.9  # share of the tensors that checkpoints of one model have in common
 _SHORTER = 0.8  # of a random walk in 5 epochs of 4 files each 0.3, in 2 of 10 0.7; of two seeds 1
+_EQUAL = 1.25  # of squared distances: of a walk of three files 2, of seeds of one training 1.1
+_MOST_COMPARED = 6  # files that are read for it
+_FEW_VALUES = 64
 _LEAST = 1 / 3  # share of a model's tensors that its average has: the trained ones
 
 _OTHER_MODEL = "another model"
@@ -227,6 +230,8 @@ class Chooser:
         series = self._choose_series(members)
         if not series:
             return self._choose_untimed(members)
+        for each in series:
+            self._check_order(each)
         chosen = {member for each in series for member in each}
         self._check_left_out([member for member in opened if member not in chosen], series)
         return [member for member in members if member in chosen]
@@ -413,6 +418,17 @@ class Chooser:
             series += _split_by_time(group) if len(_numbers(group)) < len(group) else [group]
         return series
 
+    def _check_order(self, series: Series) -> None:
+        """Raise a QuestionError if nothing states what the numbers of files count, and the files
+        are equally far from each other, as folds, seeds and members of an ensemble are."""
+        if series[0].sign != LONE or not _are_equally_far(series):
+            return
+        reason = f"{self._glob_of(series)}: files are equally far from each other, as folds, seeds "
+        reason += "or members of an ensemble are, and nothing but a number says that they are times"
+        paths = [member.path for member in series]
+        answers = [{"step_from": pattern} for pattern in list_patterns(paths[0], paths)]
+        raise QuestionError(self.place.name, reason, *answers)
+
     # --- what is left out
 
     def _check_left_out(self, left: Sequence[Member], chosen: Sequence[Series]) -> None:
@@ -540,6 +556,19 @@ def _are_near_in_time(members: Series) -> bool:
     """Return whether values are near those before them, as in phases of one run."""
     in_order = sorted(members, key=_order)
     return all(are_near(before.values, after.values) for before, after in pairwise(in_order))
+
+
+def _are_equally_far(series: Series) -> bool:
+    """Return whether the first files of a series have equal distances: the squared distance of a
+    walk grows with each file. Few values are equally far by chance."""
+    first = sorted(series, key=_order)[:_MOST_COMPARED]
+    values = [member.values for member in first]
+    sizes = {*map(len, values)}
+    if len(first) < 3 or len(sizes) > 1 or min(sizes) < _FEW_VALUES:
+        return False
+    pairs = combinations(values, 2)
+    distances = [float(np.square(one - other).sum()) for one, other in pairs]
+    return max(distances) <= _EQUAL * min(distances)
 
 
 def _motion(members: Series) -> float:

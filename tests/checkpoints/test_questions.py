@@ -590,3 +590,43 @@ def test_a_folder_whose_name_has_braces_is_itself(tmp_path):
     words = shlex.split(asked(place).partition("paste: ")[2])
     check_steps(read(words[2]).checkpoints)
     assert "a,b" in words[2]
+
+
+# --- folds, seeds and members of an ensemble
+
+MEMBERS = {
+    "folds": "fold_{}.pt",
+    "seeds": "seed{}/best.pt",
+    "ensemble": "model_{}.pth",
+    "hundreds": "net{}00.safetensors",
+    "copies": "run-v{}.ckpt",
+}
+
+
+def write_members(place, name, count, base=0.0):
+    """Write models that begin with the same weights, and walk in other directions."""
+    for number in range(1, count + 1):
+        generator = torch.Generator().manual_seed(number)
+        content = {}
+        for key, value in FIRST.weights.items():
+            content[key] = base * value + torch.randn(value.shape, generator=generator)
+        store(place / name.format(number), content)
+
+
+@pytest.mark.parametrize("program", MEMBERS)
+@pytest.mark.parametrize(("count", "base"), [(5, 0.0), (5, 99.0), (3, 9.0)])
+def test_files_that_are_equally_far_from_each_other_are_no_series(program, count, base, tmp_path):
+    """They were epochs that follow each other without a gap."""
+    write_members(tmp_path, MEMBERS[program], count, base)
+    said = asked(tmp_path)
+    assert "equally far" in said
+    words = shlex.split(said.partition("paste: ")[2])
+    assert len(read(tmp_path, step_from=words[4]).checkpoints) == count
+
+
+@pytest.mark.parametrize("name", MEMBERS.values())
+@pytest.mark.parametrize("count", [3, 4, 10])
+def test_a_training_is_a_series_under_the_same_names(name, count, tmp_path):
+    for number, save in enumerate(saves()[:count], 1):
+        store(tmp_path / name.format(number), save.weights)
+    assert len(read(tmp_path).checkpoints) == count
