@@ -102,7 +102,7 @@ def _goes_through(
 ) -> bool:
     if not most:
         return False
-    if ASKED in settings.values():
+    if any(str(value).rpartition(":")[2] == ASKED for value in settings.values()):
         return True
     place = settings.pop("place", place)
     try:

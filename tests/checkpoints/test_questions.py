@@ -2,16 +2,27 @@
 are the weights of the right steps."""
 
 import hashlib
+import math
 import shlex
 
 import pytest
 import torch
 from checkpoint_layouts import distributed
 from safetensors.torch import load_file, save_file
-from saved import all_steps, asked, assert_equal, named, read, store, values_of, write_each
+from saved import (
+    all_steps,
+    asked,
+    assert_equal,
+    check_error,
+    named,
+    read,
+    store,
+    values_of,
+    write_each,
+)
 from walks import saves
 
-from posthoc_cli import Run
+from posthoc_cli import Run, import_checkpoints
 from posthoc_cli.errors import DirectoryError, UnsuitableError
 
 FIRST, *_, LAST = saves()
@@ -630,3 +641,52 @@ def test_a_training_is_a_series_under_the_same_names(name, count, tmp_path):
     for number, save in enumerate(saves()[:count], 1):
         store(tmp_path / name.format(number), save.weights)
     assert len(read(tmp_path).checkpoints) == count
+
+
+# --- averages alone, of programs whose decay rises
+
+
+def rise(n):
+    """Return what DINO's n-th update keeps, from 0.9 on; of 400 updates."""
+    return 1 - 0.1 * (math.cos(math.pi * (n - 1) / 400) + 1) / 2
+
+
+def write_teachers(place, *keys):
+    for save in saves(rise):
+        content = save.average
+        for key in reversed(keys):
+            content = {key: content}
+        store(place / f"step{save.step}.pt", content)
+
+
+ALONE = {"DINOv2": ["teacher"], "MoCo v3": ["state", "momentum_encoder"]}
+
+
+@pytest.mark.parametrize("program", ALONE)
+def test_a_schedule_of_a_program_is_in_the_question(program, tmp_path):
+    """A constant decay was asked for, by which averages were 25 % off."""
+    write_teachers(tmp_path, *ALONE[program])
+    said = asked(tmp_path)
+    assert said.endswith(f"ema import {tmp_path} --ema-warmup cosine:N --out run")
+    found = import_checkpoints(tmp_path, tmp_path / "run", ema_warmup="cosine:0.9")
+    assert found.sources.notes == ()
+    check_error(tmp_path / "run", most=0.1)
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.95, "half-life:7"])
+def test_a_constant_decay_against_the_schedule_is_a_warning_that_errors_count(decay, tmp_path):
+    write_teachers(tmp_path / "files", "teacher")
+    found = import_checkpoints(tmp_path / "files", tmp_path / "run", ema_decay=decay)
+    (note,) = found.sources.notes
+    assert "count that" in note
+    check_error(tmp_path / "run", most=2.0)  # as large as the weights at most
+
+
+def test_a_constant_decay_of_another_average_is_no_warning(tmp_path):
+    write_each(tmp_path, "step{save.step}.pt", lambda save: {"ema": save.average})
+    assert read(tmp_path, ema_decay=0.95).sources.notes == ()
+
+
+def test_i_jepas_average_alone_rises_on_a_line(tmp_path):
+    write_each(tmp_path, "step{save.step}.pt", lambda save: {"target_encoder": save.average})
+    assert asked(tmp_path).endswith("--ema-warmup linear:N --out run")
