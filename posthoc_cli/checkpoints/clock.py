@@ -14,7 +14,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from posthoc_cli.checkpoints.names import (
 )
 from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.errors import InvalidValueError, argument, quote
+from posthoc_cli.files import is_url
 
 STEPS = (
     "global_step", "global_steps", "step", "steps", "step_count", "iter_num", "iteration", "iter",
@@ -47,6 +48,7 @@ STEPS = (
 """Last keys of values that are steps; if a checkpoint has several, the first one counts."""
 EPOCHS = ("epoch", "last_epoch", "current_epoch")
 _VALUES: Mapping[Unit, Sequence[str]] = {"steps": STEPS, "epochs": EPOCHS}
+_TIMM = 2  # the version of its checkpoints, which state epochs from 0 on, and their architecture
 _ANEW = {"step", "steps", "iteration", "iter"}  # values that may begin anew in each epoch
 _LONE_FOLDER = re.compile(r"[0-9]{3,}")  # a shorter one may be an experiment's
 _NEARLY_ALL = 0.9  # share of the files that a pattern must read: one of ten may be named otherwise
@@ -97,6 +99,8 @@ def read_signs(content: Content, settings: ImportSettings, outside: Path | None 
     which all checkpoints lie, says no time."""
     found = dict[str, Time]()
     if epoch := _find_value(content, "epochs"):
+        if content.values.get("version") == _TIMM and "arch" in content.values:
+            epoch = replace(epoch, number=epoch.number + 1)
         found["stated epoch"] = epoch
     if settings.step_from is not None:
         return {**found, "given": _search_path(content.path, settings)}
@@ -157,7 +161,8 @@ _REVISION = re.compile("[0-9a-f]{40}")
 def _find_reference(path: Path) -> str:
     """Find the reference to a revision in a hub's cache, `snapshots/<hash>`: one with a time before
     others, such as `main`. Empty if there is none."""
-    if path.parent.name != "snapshots" or not _REVISION.fullmatch(path.name):
+    is_revision = path.parent.name == "snapshots" and _REVISION.fullmatch(path.name)
+    if not is_revision or is_url(path):
         return ""
     named = []
     for file in sorted((path.parent.parent / "refs").glob("*")):

@@ -522,7 +522,8 @@ def _has_equals(signatures: Iterable[_Signature]) -> bool:
 
 
 def _partitions_error(path: Path) -> UnsuitableError:
-    hint = "convert it with the program's own script, such as DeepSpeed's zero_to_fp32.py"
+    hint = "convert it with the program's own script, such as DeepSpeed's zero_to_fp32.py, or let "
+    hint += "it save the whole model, as Composer does with state_dict_type: full"
     return UnsuitableError(path, "holds partitions of the model", hint)
 
 

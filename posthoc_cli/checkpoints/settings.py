@@ -130,8 +130,8 @@ class ImportSettings:
     last_step: Count | None = None  # the last checkpoint's, if an import takes it as `steps`
     # relative, of the time constant, if an import found the decay
     ema_uncertainty: float | None = None
-    # the same of a given decay, if an import found another one, but not clearly, or if programs that
-    # call the average so have another rule
+    # the same of a given decay, if an import found another one, but not clearly, or if programs
+    # that call the average so have another rule
     ema_doubt: float | None = None
     # the last checkpoint's time by which the average had begun again, if an import found that
     ema_restart: float | None = None

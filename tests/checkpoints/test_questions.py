@@ -690,3 +690,14 @@ def test_a_constant_decay_of_another_average_is_no_warning(tmp_path):
 def test_i_jepas_average_alone_rises_on_a_line(tmp_path):
     write_each(tmp_path, "step{save.step}.pt", lambda save: {"target_encoder": save.average})
     assert asked(tmp_path).endswith("--ema-warmup linear:N --out run")
+
+
+@pytest.mark.parametrize("name", ["checkpoint-{}.pth.tar", "last.{}.pth.tar"])
+def test_timms_epochs_are_counted_from_0(name, tmp_path):
+    """It keeps the ten last files, of which none need be of epoch 0."""
+    for save in saves():
+        content = {"epoch": save.epoch + 3, "arch": "vit", "version": 2, "metric": 7.0}
+        store(tmp_path / name.format(save.epoch + 3), {**content, "state_dict": save.weights})
+    found = read(tmp_path, steps_per_epoch=10)
+    assert [one.t for one in found.checkpoints] == [10 * (save.epoch + 4) for save in saves()]
+    assert "counted from 0" in found.numbers
