@@ -71,7 +71,7 @@ def _recognise_sets(sets: TensorSets, settings: ImportSettings) -> Found:
     if kind:
         settings = replace(settings, kind=kind, average=None, weights=None)
     if settings.kind == "checkpoints":
-        return _find_weights(sets, settings)
+        return _find_weights(sets if settings.weights else sets.with_parts(), settings)
     if settings.average is None and settings.weights is None:
         if found := _torchtitan(sets):
             return found

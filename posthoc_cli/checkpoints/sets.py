@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -43,6 +43,8 @@ an average, its weights are under `current_model_state`."""
 _STATES = re.compile(NO_MODEL.pattern.replace("opt|", "", 1), re.IGNORECASE)
 """Pattern of prefixes of names that are not a model's: `opt` may be a module."""
 _WITH_MODEL = re.compile(r"^model_(?:and_optim|optim_rng)")  # names of files, of OLMo and Megatron
+_MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "momentum_buffer"}
+"""What torch's optimizers call the averages of gradients in their states."""
 _RANDOM = re.compile(r"(?<![a-z])(?:rng|random)_states?$")
 """Pattern of names of the states of generators of random numbers."""
 _PARTS = re.compile(r"^(?:named_)?(?:parameter|buffer)s_dict\.")  # of a model, in Composer
@@ -149,9 +151,12 @@ class TensorSets:
         self,
         content: Content,
         named: Iterable[str | None] = (),
+        parts: Collection[str] = (),
     ) -> None:
-        """`named`: what the user calls sets; these count as sets, whatever their words say."""
+        """`named`: what the user calls sets; these count as sets, whatever their words say.
+        `parts`: the paths of parts of the model that a word calls averages."""
         self.content = content
+        self._parts = parts
         self.tensors = _Named()
         self.counts = Counter[str]()  # of tensors, by path
         self.keys = dict[str, str]()  # the last key of each path of whole keys
@@ -175,7 +180,7 @@ class TensorSets:
         for path in sorted(self.counts, key=_depth):
             key = self.keys.get(path) or path.rpartition(".")[2]
             is_inner = any(_lies_in(path, average) for average in found)
-            if is_inner or not AVERAGE_WORD.search(key):
+            if is_inner or path in self._parts or not AVERAGE_WORD.search(key):
                 continue
             group = path
             while group and group not in self.keys:
@@ -360,6 +365,21 @@ class TensorSets:
             if len(tensor.shape) > 1 and name.rpartition(".")[2] == "weight":
                 return True
         return False
+
+    def with_parts(self) -> TensorSets:
+        """Return the sets in which networks that a word calls averages, and that are near no other
+        set, are parts of the model."""
+        parts = []
+        for path in self.averages:
+            if self.holds_network(path) and not self._may_be_average(path):
+                parts.append(path)
+        return TensorSets(self.content, parts=parts) if parts else self
+
+    def _may_be_average(self, path: str) -> bool:
+        try:
+            return any(are_near(*pair.starts) for pair in self.pairs(path))
+        except QuestionError:  # of which weights it is one
+            return True
 
     # --- an average and the weights
 
@@ -569,6 +589,8 @@ def _is_state(tensor: StoredTensor, content: Content) -> bool:
     if any(NO_MODEL.search(key) and not _WITH_MODEL.search(key) for key in outer):
         return True
     if tensor.keys[0].startswith("best_"):
+        return True
+    if not _MOMENTS.isdisjoint([*outer, *name.split(".")]):
         return True
     first, dot, _ = name.partition(".")
     pattern = _STATES if dot else _RANDOM
