@@ -99,7 +99,7 @@ class Like:
         weights: str | None = None,
     ) -> Like:
         """Find the average of a checkpoint, or its weights if it has none or if they are asked for;
-        in a pipeline, the average of the only component that has some of these tensors. The last
+        in a pipeline, the average of the only component that has these tensors. The last
         arguments are as in `Stored`.
 
         Raises InvalidValueError if nothing is there, for something in a folder that is neither a
@@ -373,16 +373,18 @@ def _rename(
 
 
 def _component(path: Path, tensors: set[str]) -> Path:
-    """Find the component of a pipeline that has some of these tensors, if it is the only one; else
-    return the path itself."""
+    """Find the component of a pipeline that has these tensors, if it is the only one; else return
+    the path itself."""
     if not path.is_dir() or weights_at(path) is not None:
         return path
     components = []
     for entry in sorted(path.iterdir()):
         weights = weights_at(entry) if entry.is_dir() else None
         if weights is not None:
-            opened = [read_file(file) for file in model_files(weights)]
-            if any(not tensors.isdisjoint(file.entries) for file in opened):
+            held = set[str]()
+            for file in model_files(weights):
+                held.update(read_file(file).entries)
+            if tensors <= held:  # an adapter beside other parts of the model has some of them
                 components.append(entry)
     return components[0] if len(components) == 1 else path
 

@@ -297,7 +297,7 @@ REFUSED = {
         "--weights": "must be given",
     },
     "import weights": {
-        "--exchanged": "is the step of no file",
+        "--exchanged": "is the step of no files",
         "--sigma-rels": "does not apply to files that are taken for weights",
         "--update-every": "does not apply to files that are taken for weights",
         "--update-after-step": "does not apply to files that are taken for weights",
