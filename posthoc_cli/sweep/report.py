@@ -18,7 +18,7 @@ from posthoc_cli.errors import at_most, count_noun, percent
 from posthoc_cli.profiles import FloatArray
 from posthoc_cli.sweep.estimate import Estimate
 from posthoc_cli.sweep.search import LONGEST, Lengths, Search
-from posthoc_cli.sweep.trial import Spot, Trial, common_metric
+from posthoc_cli.sweep.trial import FRESH, Spot, Trial, common_metric
 from posthoc_cli.targets import SigmaRel, full_title, name_equal_length
 
 RESULT = "sweep.json"  # the file of a report in the folder of a sweep
@@ -51,6 +51,7 @@ class SweepReport:
     directory: Path = Path()  # of the run
     newest_t: float | None = None  # the time of its newest snapshot or checkpoint
     own_ema: str | None = None  # which of `compared` is the user's own EMA
+    checkpoints: tuple[str, ...] = ()  # the titles of the user's own ones that were measured
     rerun_command: str = ""
     outputs: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()  # on what the averages were made of, and what is not used
@@ -108,18 +109,33 @@ class SweepReport:
         return self.minimize is not None and common_metric(self.trials) is not None
 
     @property
-    def keeps_own_ema(self) -> bool:
-        """Whether the user's own EMA is taken: if all tie, that needs no other length."""
-        return self.all_tied and any(self.is_own_ema(trial) for trial in self.trials)
+    def kept(self) -> str | None:
+        """The title of the user's weights that are taken in place of an average: his own EMA if all
+        tie, since that needs no other length; or a checkpoint that is better than the best
+        average."""
+        if self.all_tied:
+            return self.own_ema if self._values(self.own_ema) else None
+        if self.best_checkpoint is None:
+            return None
+        found = self._gain(self.best_checkpoint)
+        is_better = (found.gain or 0.0) < -(found.margin or 0.0)
+        is_known = self.estimate.noise == 0 or found.margin is not None
+        return self.best_checkpoint if is_better and is_known else None
 
-    def is_own_ema(self, trial: Trial) -> bool:
-        return trial.target == self.own_ema and trial.value is not None
+    @property
+    def best_checkpoint(self) -> str | None:
+        """The title of the best of the user's own checkpoints, by one measurement each."""
+        first = {}
+        for trial in self.trials:
+            if trial.target in self.checkpoints and trial.seed == 0 and trial.value is not None:
+                first[trial.target] = trial.value if self.minimize else -trial.value
+        return min(first, key=lambda title: first[title], default=None)
 
     @property
     def best(self) -> float | None:
-        """The length of the best average, which was written; None if that is the user's own
-        EMA."""
-        return None if self.keeps_own_ema else self.search.best.sigma_rel
+        """The length of the best average, which was written; None if weights of the user were
+        taken in its place."""
+        return self.search.best.sigma_rel if self.kept is None else None
 
     @property
     def best_t(self) -> float:
@@ -128,34 +144,47 @@ class SweepReport:
 
     @property
     def value(self) -> float:
-        """The metric of the best average, measured afresh if it is noisy: the lowest of many is
-        too good."""
-        return self.search.value
+        """The metric of the best weights, measured afresh if it is noisy: the lowest of many is too
+        good."""
+        return self.search.value if self.kept is None else float(np.mean(self._values(self.kept)))
 
     @property
     def gains(self) -> list[Gain]:
-        """The gain over each of the compared weights."""
-        return [self._gain(title) for title in self.compared]
+        """The gain over each of the compared weights, and over the best of the user's own
+        checkpoints."""
+        titles = [*self.compared]
+        if self.best_checkpoint is not None:
+            titles.append(self.best_checkpoint)
+        return [self._gain(title) for title in titles]
 
-    def _gain(self, title: str) -> Gain:
+    def _values(self, title: str | None) -> list[float]:
+        """List the metrics of weights that averages are compared with; of a checkpoint that was
+        chosen for its metric, those that were measured afresh, if there are any."""
         values = []
+        fresh = []
         for trial in self.trials:
             if trial.target == title and trial.value is not None:
                 values.append(trial.value)
+                if trial.seed in FRESH:
+                    fresh.append(trial.value)
+        return fresh or values
+
+    def _gain(self, title: str) -> Gain:
+        values = self._values(title)
         if not values:
             return Gain(title, None, None, None)
         mean = sum(values) / len(values)
         if mean == 0:
             return Gain(title, mean, None, None)
-        change = (self.value - mean) / abs(mean)
+        change = (self.search.value - mean) / abs(mean)
         margin = self.search.margin(len(values)) / abs(mean)
         known = None if math.isnan(margin) else margin
         return Gain(title, mean, -change if self.minimize else change, known)
 
     def is_best(self, trial: Trial) -> bool:
         """Whether a trial has measured the best average."""
-        if self.keeps_own_ema:
-            return self.is_own_ema(trial)
+        if self.kept is not None:
+            return trial.target == self.kept
         return trial.spot == self.search.best
 
     @property
@@ -175,6 +204,8 @@ class SweepReport:
         trial = self.best_trial
         if self.all_tied:
             return f"{self.title(trial)}, untuned, since all tie"
+        if self.kept is not None:
+            return f"{self.kept}: no average is better"
         if trial.t is None:
             return self.title(trial)
         return f"{self.title(trial)}, as if the training had ended there"
@@ -243,9 +274,10 @@ class SweepReport:
             "best": {
                 "target": best.target,
                 "sigma_rel": best.sigma_rel,
-                "t": None if self.keeps_own_ema else self.best_t,
+                "t": self.best_t if self.kept is None else None,
                 "as": equal,
             },
+            "best_length": self.search.at_end.sigma_rel,
             "all_tied": self.all_tied,
             "value": self.value,
             "predicted_error": best.predicted_error,
@@ -309,9 +341,10 @@ def summarize(report: SweepReport) -> list[tuple[str, str]]:
     pairs.append((report.metric, f"{report.value:.6g}"))
     if gain := describe_gain(report):
         pairs.append(("gain", gain))
-    if report.search.best == report.search.at_end:
+    is_length = report.kept is None and report.search.best == report.search.at_end
+    if report.all_tied or is_length:
         pairs.append(("statistically tied", describe_tie(report)))
-    if not report.keeps_own_ema:
+    if report.kept is None:
         pairs.append(("predicted error", percent(best.predicted_error)))
         pairs.append(("lost gain", at_most(best.lost_gain)))
     if report.is_at_end:
@@ -331,6 +364,8 @@ def describe_gain(report: SweepReport) -> str:
     if known and known[0].margin is None:
         is_exact = report.estimate.noise == 0
         text += ", on these examples" if is_exact else ", by one measurement each"
+    if report.kept is not None:
+        return f"of {report.search.best.title}, the best average: {text}"
     return text
 
 
@@ -365,7 +400,7 @@ def _sizes(report: SweepReport, value: float, gain: float, margin: float | None)
     """Write a gain with its margin; of a metric that may be a percentage first in its points, since
     a percentage of a percentage can be read as either."""
     size = percent(gain) if gain >= 0 else f"-{percent(-gain)}"
-    points = f"{report.value - value:+.2g}"
+    points = f"{report.search.value - value:+.2g}"
     if margin is not None:
         size += f" ± {percent(margin)}"
         points += f" ± {margin * abs(value):.2g}"

@@ -256,6 +256,13 @@ class Search:
         return _Walk(min([best, *sides], key=self._value), wanted)
 
     @property
+    def tried_ends(self) -> list[float]:
+        """The earlier ends that were measured, the nearest to the best one first."""
+        ends = {spot.t for spot in self.line_of_ends if spot.t is not None}
+        best = self.end_of(self.best)
+        return sorted(ends, key=lambda end: (abs(math.log(end / best)), end))
+
+    @property
     def line_of_ends(self) -> list[Spot]:
         """The best length at each end that was measured."""
         spots = {trial.spot for trial in self.trials}

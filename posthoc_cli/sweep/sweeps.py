@@ -39,13 +39,15 @@ from posthoc_cli.sweep.folder import locked_folder, read_trials, record
 from posthoc_cli.sweep.metric import Metric, NoMetricError, TrialError
 from posthoc_cli.sweep.report import SweepReport
 from posthoc_cli.sweep.search import LEAST_BUDGET, Lengths, Search
-from posthoc_cli.sweep.trial import RANDOM_WEIGHTS, Spot, Trial
+from posthoc_cli.sweep.trial import FRESH, RANDOM_WEIGHTS, Spot, Trial
 from posthoc_cli.sweep.weights import (
     Candidate,
     HeldSources,
     RandomWeights,
     RunWeights,
     average,
+    find_called_best,
+    find_checkpoints,
     find_compared,
     find_own_ema,
     hold_until,
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+MOST_CHECKPOINTS = 4  # single ones of the user that a search measures
 _DIRECTIONS = {True: "minimize", False: "maximize", None: "look"}
 
 
@@ -109,6 +112,7 @@ class Sweep:
         self._held = HeldSources(hold_until(self.sources, self._t))
         lengths = self.lengths or searchable_lengths(self.sources, self._t)
         compared = find_compared(self.sources, self._t, self.raw)
+        self._checkpoints = find_checkpoints(self.sources)
         own = find_own_ema(self.sources)
         _, *ends = sorted({*self.sources.times})  # an average of one time is none
         search = Search(
@@ -186,7 +190,8 @@ class Sweep:
     def _is_asked(self, trial: Trial) -> bool:
         search = self._report.search
         if trial.sigma_rel is None:
-            return trial.target in (*self._report.compared, RANDOM_WEIGHTS)
+            checkpoints = [weights.title for weights in self._checkpoints.values()]
+            return trial.target in (*self._report.compared, *checkpoints, RANDOM_WEIGHTS)
         return trial.sigma_rel in search.lengths and (trial.t is None or trial.t in search.ends)
 
     def _describe(self) -> dict[str, Any]:
@@ -218,8 +223,9 @@ class Sweep:
     def _find_best(self) -> RunWeights:
         report = self._report
         own = find_own_ema(self.sources)
-        if report.keeps_own_ema and own is not None:
-            return own
+        for weights in (own, *self._checkpoints.values()):
+            if weights is not None and weights.title == report.kept:
+                return weights
         return self._average(report.search.best)
 
     def _average(self, spot: Spot) -> RunWeights:
@@ -236,12 +242,35 @@ class Sweep:
             self._check_enough()
         if self.minimize is None:
             return
+        yield from self._measure_checkpoints()
         if self._report.estimate.noise > 0 and self._may_go_on():
             # of one measurement, your own EMA would have most of the gain's error
             yield from self._measure([(weights, 1) for weights in compared[:1]])
         for seed in (0, 1):  # one may have this metric by chance
             if self._may_be_unused() and self._may_go_on():
                 yield from self._measure([(self._random_weights(seed), seed)])
+
+    def _measure_checkpoints(self) -> Iterator[Trial]:
+        """Measure some of the user's own checkpoints, and if the metric is noisy, the best of them
+        afresh."""
+        search = self._report.search
+        times = search.tried_ends
+        if (called_best := find_called_best(self.sources)) is not None:
+            times = [called_best, *times]
+        found = [self._checkpoints[t] for t in dict.fromkeys(times) if t in self._checkpoints]
+        left = MOST_CHECKPOINTS
+        if self.budget is not None:
+            claimed = 0 if search.estimate.noise == 0 else 1 + len(FRESH)
+            left = min(left, max(0, self.budget - len(self._report.trials) - claimed))
+        if self._report.all_tied or not (chosen := found[:left]):
+            return
+        titles = tuple(weights.title for weights in chosen)
+        self._report = replace(self._report, checkpoints=titles)
+        yield from self._measure([(weights, 0) for weights in chosen])
+        if search.estimate.noise > 0:
+            best = self._report.best_checkpoint
+            again = [weights for weights in chosen if weights.title == best]
+            yield from self._measure([(weights, seed) for weights in again for seed in FRESH])
 
     def _may_go_on(self) -> bool:
         """Whether the budget leaves an evaluation."""

@@ -298,6 +298,31 @@ def find_compared(
     return compared
 
 
+def find_checkpoints(sources: Sources) -> dict[float, RunWeights]:
+    """Find the user's own checkpoints, by their times: of weights, or else of an average."""
+    found: dict[float, RunWeights] = {}
+    for source in sources:
+        if isinstance(source, Checkpoint):
+            is_weights = isinstance(source.profile, Point)
+            if is_weights or source.t not in found:
+                found[source.t] = _stored(source, f"your checkpoint {source.name}", "raw")
+    return found
+
+
+def find_called_best(sources: Sources) -> float | None:
+    """Find the time of the checkpoint whose name, or a link beside it, says "best"."""
+    for source in sources:
+        if files.is_url(source.path):
+            continue
+        names = {source.name}
+        for beside in source.path.parent.iterdir():
+            if beside.is_symlink() and beside.resolve() == source.path.resolve():
+                names.add(beside.name)
+        if any("best" in name.lower() for name in names):
+            return source.t
+    return None
+
+
 def _stored(source: Source, title: str, text: str) -> RunWeights:
     """Find a stored average, or stored weights, as they are."""
     held = HeldSources(Sources.of([source]))
