@@ -45,7 +45,7 @@ from posthoc_cli.checkpoints.clock import (
 )
 from posthoc_cli.checkpoints.content import Content, Tensors
 from posthoc_cli.checkpoints.layouts import recognise, role_by_glob, says_its_profile
-from posthoc_cli.checkpoints.names import NUMBER, make_glob, read_number
+from posthoc_cli.checkpoints.names import NUMBER, make_glob, read_name, read_number
 from posthoc_cli.checkpoints.places import Place
 from posthoc_cli.checkpoints.sets import Found
 from posthoc_cli.checkpoints.settings import ImportSettings
@@ -333,7 +333,7 @@ class Chooser:
         left = [[member for member in other if member not in chosen] for other in others]
         rivals = [other for other in left if 2 * len(other) > len(chosen) > 1]
         if rivals:
-            raise self._ask_about_models([_main_series(model) for model in (chosen, *rivals)])
+            raise self._ask_about_models([chosen, *rivals])
         self._leave_out([each for each in members if each not in chosen], _OTHER_MODEL)
         return [each for each in members if each in chosen]
 
@@ -419,12 +419,15 @@ class Chooser:
         return series
 
     def _check_order(self, series: Series) -> None:
-        """Raise a QuestionError if nothing states what the numbers of files count, and the files
-        are equally far from each other, as folds, seeds and members of an ensemble are."""
-        if series[0].sign != LONE or not _are_equally_far(series):
+        """Raise a QuestionError if a number alone says that files are times, or another one beside
+        it differs, and the files are equally far from each other, as folds and seeds are."""
+        is_sure = series[0].sign not in (LONE, "stated epoch") and not _differ_in_others(series)
+        if is_sure or series[0].sign == "given" or series[0].role == "both":
+            return
+        if not _are_equally_far(series):
             return
         reason = f"{self._glob_of(series)}: files are equally far from each other, as folds, seeds "
-        reason += "or members of an ensemble are, and nothing but a number says that they are times"
+        reason += "or members of an ensemble are, and little but a number says that they are times"
         paths = [member.path for member in series]
         answers = [{"step_from": pattern} for pattern in list_patterns(paths[0], paths)]
         raise QuestionError(self.place.name, reason, *answers)
@@ -461,8 +464,14 @@ class Chooser:
             return InvalidValueError(self.place.name, reason, hint)
         return QuestionError(self.place.name, reason, *self._list_answers(several))
 
-    def _ask_about_models(self, several: Sequence[Series]) -> QuestionError:
-        """Make the question which of several models is the run, a command for each."""
+    def _ask_about_models(self, models: Sequence[Series]) -> QuestionError:
+        """Make the question which of several models is the run, a command for each; also for each
+        of two that are alike, such as the generators of a CycleGAN."""
+        several = list[Series]()
+        for model in models:
+            groups = _group(model, lambda member: member.glob)
+            most = max(map(len, groups))
+            several += [group for group in groups if len(group) == most]
         counted = [f"{len(each)} x {self._glob_of(each)}" for each in several]
         reason = f"holds several models, {list_first(counted)}: each is a run of its own"
         answers = self._list_answers(several)
@@ -559,16 +568,27 @@ def _are_near_in_time(members: Series) -> bool:
 
 
 def _are_equally_far(series: Series) -> bool:
-    """Return whether the first files of a series have equal distances: the squared distance of a
-    walk grows with each file. Few values are equally far by chance."""
+    """Return whether the first files of a series have equal distances, or two are unrelated: the
+    squared distance of a walk grows with each file. Few values are equally far by chance."""
     first = sorted(series, key=_order)[:_MOST_COMPARED]
     values = [member.values for member in first]
     sizes = {*map(len, values)}
-    if len(first) < 3 or len(sizes) > 1 or min(sizes) < _FEW_VALUES:
+    if len(first) < 2 or len(sizes) > 1 or min(sizes) < _FEW_VALUES:
         return False
+    if len(first) == 2:
+        return not are_near(*values)
     pairs = combinations(values, 2)
     distances = [float(np.square(one - other).sum()) for one, other in pairs]
     return max(distances) <= _EQUAL * min(distances)
+
+
+def _differ_in_others(series: Series) -> bool:
+    """Return whether names differ in a number behind a word such as `fold` or `seed`."""
+    texts = set[tuple[str, ...]]()
+    for member in series:
+        parts = [read_name(part) for part in member.name.split("/")]
+        texts.add(tuple(mark.text for marks in parts for mark in marks if mark.word == "other"))
+    return len(texts) > 1
 
 
 def _motion(members: Series) -> float:
@@ -647,11 +667,6 @@ def _rank_model(model: Series) -> tuple[bool, bool, int, int]:
     has_adversary = any(_ADVERSARY.search(member.name) for member in model)
     size = sum(math.prod(shape) * count for (_, shape), count in model[0].shapes.items())
     return len(model) == 1, has_adversary, -len(model), -size
-
-
-def _main_series(model: Series) -> Series:
-    """Choose the members whose names most differ in numbers alone."""
-    return max(_group(model, lambda member: member.glob), key=len)
 
 
 def _group(members: Iterable[Member], key: Callable[[Member], Hashable]) -> list[Series]:

@@ -188,6 +188,18 @@ def test_a_discriminator_with_more_files_is_not_chosen(tmp_path, caplog):
     assert first == f"{tmp_path}/G_*.pth"
 
 
+def test_two_generators_and_two_discriminators_are_four_lines(tmp_path, caplog):
+    """Of CycleGAN: one of each was named."""
+    models = {"G_A": 1, "G_B": -1, "D_A": 0, "D_B": 0}
+    for save in saves():
+        for name, sign in models.items():
+            generator = {key: sign * value for key, value in save.weights.items()}
+            content = generator if sign else of_discriminator(save)
+            store(tmp_path / f"{save.step}_net_{name}.pth", content)
+    globs = lines_to_paste(tmp_path, caplog)
+    assert globs == [f"{tmp_path}/*_net_{name}.pth" for name in models]
+
+
 def test_of_other_models_the_one_with_more_parameters_is_first(tmp_path, caplog):
     """Bytes of an optimizer's state made the smaller one the first."""
 
@@ -625,7 +637,7 @@ def write_members(place, name, count, base=0.0):
 
 
 @pytest.mark.parametrize("program", MEMBERS)
-@pytest.mark.parametrize(("count", "base"), [(5, 0.0), (5, 99.0), (3, 9.0)])
+@pytest.mark.parametrize(("count", "base"), [(5, 0.0), (5, 99.0), (3, 9.0), (2, 0.0)])
 def test_files_that_are_equally_far_from_each_other_are_no_series(program, count, base, tmp_path):
     """They were epochs that follow each other without a gap."""
     write_members(tmp_path, MEMBERS[program], count, base)
@@ -635,8 +647,21 @@ def test_files_that_are_equally_far_from_each_other_are_no_series(program, count
     assert len(read(tmp_path, step_from=words[4]).checkpoints) == count
 
 
+@pytest.mark.parametrize("name", ["step{2}-fold{0}.ckpt", "seed_{0}_epoch_{1}.pt"])
+def test_folds_that_state_their_epochs_are_no_series(name, tmp_path):
+    """The best epoch of each was its time."""
+    for number, epoch in enumerate((7, 3, 9, 5), 1):
+        generator = torch.Generator().manual_seed(number)
+        values = {}
+        for key, value in FIRST.weights.items():
+            values[key] = torch.randn(value.shape, generator=generator)
+        content = {"state_dict": values, "epoch": epoch}
+        store(tmp_path / name.format(number, epoch, 10 * epoch), content)
+    assert "equally far" in asked(tmp_path)
+
+
 @pytest.mark.parametrize("name", MEMBERS.values())
-@pytest.mark.parametrize("count", [3, 4, 10])
+@pytest.mark.parametrize("count", [2, 3, 4, 10])
 def test_a_training_is_a_series_under_the_same_names(name, count, tmp_path):
     for number, save in enumerate(saves()[:count], 1):
         store(tmp_path / name.format(number), save.weights)
