@@ -426,8 +426,9 @@ class Chooser:
             return
         if not _are_equally_far(series):
             return
-        reason = f"{self._glob_of(series)}: files are equally far from each other, as folds, seeds "
-        reason += "or members of an ensemble are, and little but a number says that they are times"
+        how = "are equally far from each other" if len(series) > 2 else "are unrelated"
+        reason = f"{self._glob_of(series)}: files {how}, as folds, seeds or members of an ensemble "
+        reason += "are, and little but a number says that they are times"
         paths = [member.path for member in series]
         answers = [{"step_from": pattern} for pattern in list_patterns(paths[0], paths)]
         raise QuestionError(self.place.name, reason, *answers)
