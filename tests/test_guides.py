@@ -17,6 +17,7 @@ import torch
 from checking import heavy
 from ema_command import environments_of_ranks
 from markdown_it import MarkdownIt
+from PIL import Image
 from rich.cells import cell_len
 from rich.console import Console
 from torch import nn
@@ -454,16 +455,24 @@ def luminance(colour):
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
+def find_colours(picture):
+    """Find the colours of a drawing, or those of a picture of points that are nearly opaque."""
+    if picture.suffix == ".svg":
+        return {*re.findall(r"(?:fill|stroke): (#\w{6})", picture.read_text())}
+    with Image.open(picture) as image:
+        found = image.convert("RGBA").getcolors(image.width * image.height)
+    return {f"#{r:02x}{g:02x}{b:02x}" for _, (r, g, b, alpha) in found if alpha > 200}
+
+
 @pytest.mark.parametrize(
     "picture", sorted((ROOT / ".assets").iterdir()), ids=lambda path: path.name
 )
 def test_a_picture_is_readable_on_light_and_on_dark_pages(picture):
     """Each of its colours has a contrast of 3 to both, as WCAG 2 asks of graphics: so that nothing
     opaque lies behind them."""
-    assert picture.suffix == ".svg"
     pages = [page.read_text() for page in (README, *GUIDES)]
     assert any(f".assets/{picture.name})" in page for page in pages)
-    colours = {*re.findall(r"(?:fill|stroke): (#\w{6})", picture.read_text())}
+    colours = find_colours(picture)
     assert len(colours) >= 2
     for colour, page in itertools.product(colours, PAGES):
         dark, light = sorted((luminance(colour), luminance(page)))

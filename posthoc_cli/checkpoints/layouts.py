@@ -206,6 +206,11 @@ def _with_decay(values: Values) -> Updates:
     return Updates(rule, count, every)
 
 
+def _of_module(values: Values) -> Updates:
+    """Read the updates of NequIP's `EMAWeights`, which keeps its settings as a module's state."""
+    return _with_decay(_values_below(values, "_extra_state."))
+
+
 def _counting(
     values: Values,
     name: str = "updates",
@@ -239,6 +244,7 @@ LIBRARIES = (
     ),
     Library(("n_averaged",), partial(_counting, name="n_averaged", **_AVERAGED_MODEL)),
     Library(("updates",), partial(_counting, **_YOLO), "ema"),  # ultralytics, YOLOv5
+    Library(("_extra_state.decay", "_extra_state.num_updates"), _of_module),
     Library(("decay",), _with_decay),
     Library(("updates",), _counting),  # RT-DETR, D-FINE
 )
@@ -285,6 +291,8 @@ def _with_updates(found: Found) -> Found:
     except (TypeError, ValueError, OverflowError) as error:
         reason = f"holds an EMA whose settings cannot be read: {error}"
         raise FileFormatError(found.path, reason) from error
+    if found.weights and values.get("_extra_state.is_holding_ema_weights") is False:
+        found = replace(found.exchanged(found, found), was_swapped=True)
     return replace(found, updates=updates, lacks=library.lacks)
 
 

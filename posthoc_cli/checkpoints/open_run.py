@@ -251,7 +251,7 @@ def _read(place: Place, settings: ImportSettings, is_unclaimed: bool = False) ->
         may_be_epochs = not last.is_stated and last.number <= _EPOCHS
         last = replace(last, is_stated=True)
     constant = _find_constant(run)
-    notes += [*chooser.notes, *_note_unused(run, constant)]
+    notes += [*chooser.notes, *_note_swapped(run), *_note_unused(run, constant)]
     notices = [f"not used, as it never changes: {list_names(constant)}"] if constant else []
     checkpoints = _make_run(_make_all(run, last, settings))
     return _Found(checkpoints, settings, last.origin, tuple(notes), tuple(notices), may_be_epochs)
@@ -367,6 +367,15 @@ def _find_constant(run: Sequence[Found]) -> list[str]:
     return found
 
 
+def _note_swapped(run: Sequence[Found]) -> list[str]:
+    """Name the files that say that they were written while the average was swapped in."""
+    names = [file.path.name for file in run if file.was_swapped]
+    if not names:
+        return []
+    text = "the average and the weights are exchanged back in files that say that the average was "
+    return [f"{text}swapped in when they were written: {list_names(names, 3)}"]
+
+
 def _note_unused(run: Sequence[Found], constant: Sequence[str]) -> list[str]:
     """Name the sets of tensors of a file that are not used, with the option that would use one."""
     for file in run:
@@ -476,10 +485,8 @@ def _make_all(run: Sequence[Found], clock: Time, settings: ImportSettings) -> li
     check_globs(settings.selection, names)
     every = _interval_of_counts(run)
     checkpoints = []
-    _check_exchanged(run, settings)
-    for file in run:
-        turned = file.exchanged if file.time in settings.exchanged else file
-        checkpoints += _make(turned, clock, settings, every)
+    for file in _exchange(run, settings):
+        checkpoints += _make(file, clock, settings, every)
     for name, entry in checkpoints[0].entries.items():
         if entry.dtype.startswith("F8"):
             reason = f"tensor {quote(name)} has 8 bits a value, too few for averages"
@@ -490,13 +497,20 @@ def _make_all(run: Sequence[Found], clock: Time, settings: ImportSettings) -> li
     return checkpoints
 
 
-def _check_exchanged(run: Sequence[Found], settings: ImportSettings) -> None:
-    """Raise InvalidValueError for a step of which no file holds both an average and the weights."""
-    steps = [file.time for file in run if file.averaged and file.weights]
+def _exchange(run: Sequence[Found], settings: ImportSettings) -> list[Found]:
+    """Exchange the average and the weights of the steps that settings name, in one file or in two;
+    raise InvalidValueError for a step of which there are not both, or several averages."""
+    turned = {id(file): file for file in run}
     for step in settings.exchanged:
-        if step not in steps:
-            reason = "is the step of no file that holds an average and the weights"
+        files = [file for file in run if file.time == step]
+        averages = [file for file in files if file.averaged]
+        weights = [file for file in files if file.weights]
+        if len(averages) != 1 or len(weights) != 1:
+            reason = "is the step of no files that hold one average and the weights"
             raise InvalidValueError("exchanged", reason, value=step)
+        for file in (averages[0], weights[0]):
+            turned[id(file)] = file.exchanged(averages[0], weights[0])
+    return [*turned.values()]
 
 
 def _interval_of_counts(run: Sequence[Found]) -> int:

@@ -71,6 +71,7 @@ class Found:
     sigma_rel: float = 0.0  # and the width that its user asked for
     reading: Time | None = None  # its number, if its name states it with the profile
     time: int = 0  # on the clock of its run; 0 before the training
+    was_swapped: bool = False  # whether it says that the two were exchanged, which are turned
     lacks: tuple[str, ...] = ()  # settings that must be given
     unused: tuple[str, ...] = ()  # paths of the sets that are neither of these
 
@@ -113,15 +114,19 @@ class Found:
         """Take another set for the average of the weights; for none if it does not match."""
         return replace(self, averaged=match_names(self.sets.below(key), self.weights))
 
-    @property
-    def exchanged(self) -> Found:
-        """What it holds if the average is in the place of the weights, and these in its place."""
-        shared = self.averaged.keys() & self.weights.keys()
-        averaged = {name: self.weights[name] for name in shared}
-        weights = {name: self.averaged[name] for name in shared}
-        return replace(
-            self, averaged={**self.averaged, **averaged}, weights={**self.weights, **weights}
-        )
+    def exchanged(self, average: Found, weights: Found) -> Found:
+        """What it holds if an average is in the place of weights, and these in its place; each of
+        them is this checkpoint, or another one of its time."""
+        shared = average.averaged.keys() & weights.weights.keys()
+        averaged = {name: weights.weights[name] for name in shared}
+        raw = {name: average.averaged[name] for name in shared}
+        if average is weights:
+            return replace(
+                self, averaged={**self.averaged, **averaged}, weights={**self.weights, **raw}
+            )
+        if self is average:
+            return replace(self, sets=weights.sets, averaged=averaged)
+        return replace(self, sets=average.sets, weights=raw)
 
     @property
     def starts(self) -> tuple[FloatArray, FloatArray]:
@@ -460,10 +465,10 @@ class TensorSets:
             averaged = _without_nested(averaged, self.below(weights))
         if not averaged:
             return []
-        if _is_list(averaged):
+        if listed := _by_position(averaged):
             path = self.model_path() if weights is None else weights
             raw = self._with_names(path)
-            return [Found(self, self._match_list(averaged, raw), raw, average, path)]
+            return [Found(self, self._match_list(listed, raw), raw, average, path)]
         pairs = []
         roots = self._roots(averaged, average) if weights is None else [weights]
         for path in roots:
@@ -479,10 +484,11 @@ class TensorSets:
         """Return the tensors of a set; a list takes the names of the model, and the weights that it
         lacks."""
         tensors = self.below(path)
-        if not _is_list(tensors) or path in self.models:
+        listed = _by_position(tensors)
+        if not listed or path in self.models:
             return tensors
         model = self._part(self.model_path())
-        return {**model, **self._match_list(tensors, model)}
+        return {**model, **self._match_list(listed, model)}
 
     def _rank(self, pair: Found) -> tuple[bool, bool, bool, int]:
         """Rate how unlikely a set is to be the weights of an average. Unlikely are a set within an
@@ -595,9 +601,18 @@ def _is_counter(tensor: StoredTensor) -> bool:
     return tensor.shape in ((), (1,))
 
 
-def _is_list(tensors: Tensors) -> bool:
-    """Return whether tensors have positions in place of names."""
-    return bool(tensors) and all(map(str.isdecimal, tensors))
+def _by_position(tensors: Tensors) -> Tensors:
+    """Return tensors that have positions in place of names, perhaps behind a word for averages that
+    all begin with; empty if they have names."""
+    listed = {}
+    starts = set()
+    for name, tensor in tensors.items():
+        start = name.rstrip("0123456789")
+        listed[name.removeprefix(start)] = tensor
+        starts.add(start)
+    start = "".join(starts)
+    has_positions = len(starts) == 1 and "" not in listed
+    return listed if has_positions and (not start or AVERAGE_WORD.search(start)) else {}
 
 
 def _may_be_listed(name: str, tensor: StoredTensor) -> bool:
