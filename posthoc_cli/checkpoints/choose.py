@@ -367,9 +367,7 @@ class Chooser:
                 is_clear = is_clear and not rivals
                 kept.append(left)
         for series in self._split(untimed):
-            if len(series) == 1 or not is_numbered(series[0].path, series[0].signs):
-                series = self._without_copies(series, kept)
-            self._leave_out(series, "nothing says its time")
+            self._leave_out(self._without_copies(series, kept), "nothing says its time")
         roles = {each[0].role for each in kept}
         if not is_clear or ("both" in roles and len(roles) > 1):
             raise self._ask_which(kept)

@@ -726,3 +726,25 @@ def test_timms_epochs_are_counted_from_0(name, tmp_path):
     found = read(tmp_path, steps_per_epoch=10)
     assert [one.t for one in found.checkpoints] == [10 * (save.epoch + 4) for save in saves()]
     assert "counted from 0" in found.numbers
+
+
+# --- copies in another format
+
+EXPORTS = {
+    "llm-foundry": ("ep0-ba{save.step}/w.pt", "huggingface/ba{save.step}/model.safetensors"),
+    "of two numbers": ("e{save.epoch}_b{save.step}.pt", "export_{save.step}.safetensors"),
+    "below": ("stage1/{save.epoch}x{save.step}/w.pt", "hf/step_{save.step}/model.safetensors"),
+    "half": ("run2_{save.epoch}_{save.step}.pt", "out/step{save.step}/adapter_model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("program", EXPORTS)
+def test_copies_in_another_format_are_no_second_series(program, tmp_path):
+    """All files were asked about, of which half are copies."""
+    own, export = EXPORTS[program]
+    for save in saves():
+        store(tmp_path / own.format(save=save), {"state": {"model": save.weights}})
+        store(tmp_path / export.format(save=save), save.weights)
+    found = read(tmp_path)
+    check_steps(found.checkpoints)
+    assert "a copy of" in found.sources.notes[0]
