@@ -578,7 +578,7 @@ def _are_equally_far(series: Series) -> bool:
         return not are_near(*values)
     pairs = combinations(values, 2)
     distances = [float(np.square(one - other).sum()) for one, other in pairs]
-    return max(distances) <= _EQUAL * min(distances)
+    return 0 < max(distances) <= _EQUAL * min(distances)
 
 
 def _differ_in_others(series: Series) -> bool:

@@ -660,6 +660,18 @@ def test_folds_that_state_their_epochs_are_no_series(name, tmp_path):
     assert "equally far" in asked(tmp_path)
 
 
+def test_weights_that_do_not_move_are_a_series(tmp_path):
+    for number in range(1, 5):
+        store(tmp_path / f"net{number}.pt", FIRST.weights)
+    assert len(read(tmp_path).checkpoints) == 4
+
+
+def test_one_tensor_that_is_called_an_average_is_no_set_that_never_changes(tmp_path):
+    ones = torch.ones(5, 5)
+    write_each(tmp_path, "s{save.step}.pt", lambda save: {"model": save.weights, "ema": ones})
+    check_steps(read(tmp_path).checkpoints)
+
+
 @pytest.mark.parametrize("name", MEMBERS.values())
 @pytest.mark.parametrize("count", [2, 3, 4, 10])
 def test_a_training_is_a_series_under_the_same_names(name, count, tmp_path):
