@@ -442,7 +442,7 @@ def write_atomically(
         pending.publish()
 
 
-class _Pending:
+class _Temporary:
     """A file or folder with a temporary name, which readers ignore, until it is published or the
     `with` block ends."""
 
@@ -469,10 +469,10 @@ class _Pending:
             error.subject = error.subject.replace(str(self.temporary), str(self.path))
 
 
-_P = TypeVar("_P", bound=_Pending)
+_P = TypeVar("_P", bound=_Temporary)
 
 
-class PendingFile(_Pending):
+class PendingFile(_Temporary):
     """A file that is being written. `publish` gives it its name.
 
     Raises WriteError if the system refuses, and OutputExistsError if `path` exists and may not be
@@ -555,7 +555,7 @@ class PendingFile(_Pending):
             system.close(descriptor)
 
 
-class PendingFolder(_Pending):
+class PendingFolder(_Temporary):
     """A folder that is being written. `publish` gives it its name.
 
     Raises OutputExistsError if there is something at `path` but an empty folder, or one whose files

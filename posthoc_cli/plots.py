@@ -215,7 +215,11 @@ def _draw_curve(
 
 
 def _draw_lost_gain(axes: Axes, curve: ErrorCurve, least: float, index: int) -> None:
-    label = None if index else "dashed: the error loses at most about this share of the gain"
+    label = (
+        None
+        if index
+        else "dashed: the error costs at most about this share of what averaging gains"
+    )
     heights = np.clip(curve.lost_gain, least, None)
     dashes = (0, (4, 2))
     colour = _colour(index)
@@ -414,8 +418,10 @@ def audit_figure(audit: dict[str, Any]) -> Figure:
         length = audit["length"] or 0.0
         _draw_common_length(axes, length, audit["uncertainty"] or 0.0)
     _draw_claims(axes, claims)
-    unit = "time constant (steps)" if audit["what"] == "decay" else "sigma_rel"
-    axes.set(xlabel="training time", ylabel=unit)
+    quantity = "sigma_rel"
+    if audit["what"] == "decay":
+        quantity = f"time constant ({audit['unit']})"
+    axes.set(xlabel="training time", ylabel=quantity)
     axes.xaxis.set_major_formatter(FuncFormatter(_tick))
     if intervals or claims:
         axes.set_yscale("log")

@@ -149,12 +149,14 @@ def test_the_claimed_length_of_an_audit_is_drawn_for_each_interval_and_the_verdi
         "name": "",
         "verdict": "too short",
         "what": "decay",
+        "unit": "images",
         "found": None,
         "warm_up": "ratio",
         "intervals": [interval(0, 100, 50.0), interval(100, 200, 90.0)],
     }
     (axes,) = plots.audit_figure(audit).axes
     assert axes.get_title() == "Length of the average: too short"
+    assert axes.get_ylabel() == "time constant (images)"
     (line,) = axes.lines
     assert line.get_label() == "claimed: 50 to 90"
     claimed = np.interp([50, 150], line.get_xdata(), line.get_ydata())

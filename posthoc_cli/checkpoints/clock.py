@@ -39,13 +39,15 @@ from posthoc_cli.checkpoints.names import (
 from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.errors import InvalidValueError, argument, quote
 from posthoc_cli.files import is_url
+from posthoc_cli.snapshots.opened_file import read_small_file
 
 STEPS = (
     "global_step", "global_steps", "step", "steps", "step_count", "iter_num", "iteration", "iter",
     "iters", "n_iter", "it", "ss_steps", "train_steps", "num_updates", "batch_idx_train",
     "num_batches_seen", "batch",
 )  # fmt: skip
-"""Last keys of values that are steps; if a checkpoint has several, the first one counts."""
+"""Keys of a checkpoint's own values that are steps, not of those deeper in it; if it has several,
+the first one counts."""
 EPOCHS = ("epoch", "last_epoch", "current_epoch")
 _VALUES: Mapping[Unit, Sequence[str]] = {"steps": STEPS, "epochs": EPOCHS}
 _TIMM = 2  # the version of its checkpoints, which state epochs from 0 on, and their architecture
@@ -156,6 +158,7 @@ def _name_with_time(path: Path, outside: Path | None) -> str:
 
 
 _REVISION = re.compile("[0-9a-f]{40}")
+_REFERENCE = 41  # bytes of a file that names a revision, with the end of its line
 
 
 def _find_reference(path: Path) -> str:
@@ -166,7 +169,8 @@ def _find_reference(path: Path) -> str:
         return ""
     named = []
     for file in sorted((path.parent.parent / "refs").glob("*")):
-        if file.is_file() and file.read_text(errors="replace").strip() == path.name:
+        is_reference = file.is_file() and file.stat().st_size <= _REFERENCE
+        if is_reference and read_small_file(file, _REFERENCE).strip() == path.name.encode():
             named.append(file.name)
     return max(named, key=has_time, default="")
 

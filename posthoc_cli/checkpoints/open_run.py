@@ -251,8 +251,10 @@ def _read(place: Place, settings: ImportSettings, is_unclaimed: bool = False) ->
         may_be_epochs = not last.is_stated and last.number <= _EPOCHS
         last = replace(last, is_stated=True)
     constant = _find_constant(run)
-    notes += [*chooser.notes, *_note_swapped(run), *_note_unused(run, constant)]
-    notices = [f"not used, as it never changes: {list_names(constant)}"] if constant else []
+    notes += [*chooser.notes, *_note_unused(run, constant)]
+    notices = _note_swapped(run)
+    if constant:
+        notices.append(f"not used, as it never changes: {list_names(constant)}")
     checkpoints = _make_run(_make_all(run, last, settings))
     return _Found(checkpoints, settings, last.origin, tuple(notes), tuple(notices), may_be_epochs)
 
@@ -350,6 +352,15 @@ def _leave_out_untrained(
     return used
 
 
+def _note_swapped(run: Sequence[Found]) -> list[str]:
+    """Name the files that say that they were written while the average was swapped in."""
+    names = [file.path.name for file in run if file.was_swapped]
+    if not names:
+        return []
+    text = "the average and the weights are exchanged back in files that say that the average was "
+    return [f"{text}swapped in when they were written: {list_names(names, 3)}"]
+
+
 def _find_constant(run: Sequence[Found]) -> list[str]:
     """Find the sets that are not used, and are equal in the first and the last file: statistics of
     the data, or a frozen network."""
@@ -365,15 +376,6 @@ def _find_constant(run: Sequence[Found]) -> list[str]:
         if len(ours) and np.array_equal(ours, theirs):
             found.append(key)
     return found
-
-
-def _note_swapped(run: Sequence[Found]) -> list[str]:
-    """Name the files that say that they were written while the average was swapped in."""
-    names = [file.path.name for file in run if file.was_swapped]
-    if not names:
-        return []
-    text = "the average and the weights are exchanged back in files that say that the average was "
-    return [f"{text}swapped in when they were written: {list_names(names, 3)}"]
 
 
 def _note_unused(run: Sequence[Found], constant: Sequence[str]) -> list[str]:

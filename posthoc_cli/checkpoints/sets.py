@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -72,7 +72,8 @@ class Found:
     reading: Time | None = None  # its number, if its name states it with the profile
     time: int = 0  # on the clock of its run; 0 before the training
     was_swapped: bool = False  # whether it says that the two were exchanged, which are turned
-    lacks: tuple[str, ...] = ()  # settings that must be given
+    # settings that must be given, each with its program's default; empty if that has none
+    lacks: Mapping[str, str] = field(default_factory=dict)
     unused: tuple[str, ...] = ()  # paths of the sets that are neither of these
 
     @property

@@ -110,7 +110,7 @@ _WarmUp = Annotated[
 @dataclass(frozen=True)
 class ImportSettings:
     """What checkpoints do not say themselves, and which of their tensors to take; see the guide
-    `checkpoints`."""
+    `layouts`."""
 
     kind: _Kind | None = None  # None to recognise the kind of each file
     # what to search in a path; its group is the step, also as 1_500 or 1.5k

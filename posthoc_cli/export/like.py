@@ -522,7 +522,7 @@ class CopiedFile:
     ) -> None:
         filled = [chunk for chunk in chunks if chunk.entry.size]
         self._chunks = sorted(filled, key=lambda chunk: chunk.begin)
-        self._members = set[Member]()
+        self._members = set[ArchiveMember]()
         # of each chunk in another order: its bytes in row-major order, and how many are missing
         self._collected = dict[NamedChunk, tuple[npt.NDArray[np.uint8], int]]()
         self._lock = threading.Lock()
@@ -644,7 +644,7 @@ _ENTRY_BYTES = 46
 _HAS_DESCRIPTOR = 8
 
 
-class Member(NamedTuple):
+class ArchiveMember(NamedTuple):
     """The content of a member, and the places of its CRC-32."""
 
     begin: int
@@ -655,7 +655,7 @@ class Member(NamedTuple):
 def members_at(
     file: OpenedFile,
     places: Iterable[int],
-) -> set[Member]:
+) -> set[ArchiveMember]:
     """Find the members that hold the bytes at these places of a file of archives."""
     left = sorted(places)
     members = set()
@@ -701,7 +701,7 @@ def _member(
     info: zipfile.ZipInfo,
     entry: int,
     position: int,
-) -> Member:
+) -> ArchiveMember:
     begin = member_begin(file, info)
     end = begin + info.file_size
     checksum = info.header_offset + _LOCAL_CRC
@@ -709,4 +709,4 @@ def _member(
         checksum = end + _DESCRIPTOR_CRC
     if not begin <= position < end:
         raise ValueError("a tensor is outside the members")
-    return Member(begin, end, (checksum, entry + _ENTRY_CRC))
+    return ArchiveMember(begin, end, (checksum, entry + _ENTRY_CRC))

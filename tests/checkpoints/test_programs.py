@@ -252,6 +252,7 @@ def test_a_program_that_is_known_by_its_structure(program, tmp_path):
 
 @pytest.mark.parametrize("steps", [[], [80], [400], [*range(40, 401, 40)]])
 def test_a_file_that_says_that_the_average_was_swapped_in_is_turned(steps, tmp_path, caplog):
+    caplog.set_level("INFO")
     name = "epoch={save.epoch}-step={save.step}.ckpt"
     file = write_each(tmp_path, name, lambda save: nequip(save, save.step in steps), ratio)
     last = saves(ratio)[-1]
