@@ -454,7 +454,7 @@ class Chooser:
     def _ask_which(self, several: Sequence[Series]) -> InvalidValueError:
         """Make the question which of several series are the run; without a command if they are
         parts of one: any proposal would leave most of them out."""
-        several = sorted(several, key=lambda each: -len(each))
+        several = sorted(several, key=lambda each: (_is_adversary(each), -len(each)))
         counted = [f"{len(each)} x {self._glob_of(each)}" for each in several]
         reason = f"holds several series of files, {list_first(counted)}"
         if _follow_each_other(several):
@@ -663,9 +663,12 @@ def _read_varying(series: Series) -> None:
 def _rank_model(model: Series) -> tuple[bool, bool, int, int]:
     """Rate how unlikely a model is to be the one that a user wants: a single file, a network that
     a training has for its loss alone, fewer files, and fewer parameters are less likely."""
-    has_adversary = any(_ADVERSARY.search(member.name) for member in model)
     size = sum(math.prod(shape) * count for (_, shape), count in model[0].shapes.items())
-    return len(model) == 1, has_adversary, -len(model), -size
+    return len(model) == 1, _is_adversary(model), -len(model), -size
+
+
+def _is_adversary(members: Series) -> bool:
+    return any(_ADVERSARY.search(member.name) for member in members)
 
 
 def _group(members: Iterable[Member], key: Callable[[Member], Hashable]) -> list[Series]:

@@ -200,6 +200,15 @@ def test_two_generators_and_two_discriminators_are_four_lines(tmp_path, caplog):
     assert globs == [f"{tmp_path}/*_net_{name}.pth" for name in models]
 
 
+@pytest.mark.parametrize("names", ["critic_{}.pt policy_{}.pt", "d_{}.pt e_{}.pt"])
+def test_a_critic_of_the_same_shapes_is_not_proposed_first(names, tmp_path):
+    theirs, ours = names.split()
+    contents = [(theirs, lambda save: negative(save.weights)), (ours, lambda save: save.weights)]
+    write_models(tmp_path, *contents)
+    words = shlex.split(asked(tmp_path).partition("paste: ")[2])
+    check_steps(read(words[2]).checkpoints)
+
+
 def test_of_other_models_the_one_with_more_parameters_is_first(tmp_path, caplog):
     """Bytes of an optimizer's state made the smaller one the first."""
 
