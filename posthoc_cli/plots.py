@@ -268,19 +268,21 @@ def sweep_figure(report: dict[str, Any], width: float = _WIDTH) -> Figure:
 
 
 def end_figure(report: dict[str, Any], width: float = _WIDTH) -> Figure:
-    """Draw a metric against the end of the longest average, as `sweep_figure` does against its
-    length."""
+    """Draw a metric against the end of the average of the best length, as `sweep_figure` does
+    against its length."""
     last = report["settings"]["t"]
-    best = report["best"]
+    best = report["best"]["t"]
+    length = report["best_length"]
     trials = []
     for trial in report["trials"]:
-        if trial["sigma_rel"] == best["sigma_rel"]:
+        if trial["sigma_rel"] == length:
             trials.append(trial | {"t": last if trial["t"] is None else trial["t"]})
     figure = _metric_figure(report, "t", report["end_curve"], trials, width)
     axes = figure.axes[0]
-    label = f"best: t = {best['t']:,.12g}"
-    axes.axvline(best["t"], color=_colour(2), linewidth=1.6, label=label)
-    axes.set_xlabel(f"end of the average of sigma_rel {best['sigma_rel']:g} ({report['t_unit']})")
+    if best is not None:
+        label = f"best: t = {best:,.12g}"
+        axes.axvline(best, color=_colour(2), linewidth=1.6, label=label)
+    axes.set_xlabel(f"end of the average of sigma_rel {length:g} ({report['t_unit']})")
     return _finish(figure, axes.xaxis, width=width)
 
 
@@ -306,8 +308,8 @@ def _metric_figure(
             each["value"],
             label=_text(label, _characters(width)),
             linewidth=1.6,
-            color=_colour((1, 3, 5)[index]),
-            linestyle=STYLES[index + 1],
+            color=_colour((1, 3, 5, 6)[index]),
+            linestyle=STYLES[1 + index % 3],
         )
     axes.set_ylim(low, high)
     axes.set_xscale("log")
