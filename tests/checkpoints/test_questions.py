@@ -527,6 +527,17 @@ def test_files_of_other_frameworks_are_named_in_folders_too(program, tmp_path):
         read(tmp_path)
 
 
+def test_a_model_of_another_framework_beside_the_state_of_a_training_is_named(tmp_path):
+    """Of PhysicsNeMo: the states alone were named, which hold no weights."""
+    for save in saves():
+        (tmp_path / f"Net.0.{save.epoch}.mdlus").write_bytes(b"PK\x03\x04" + bytes(64))
+        state = {"state": {0: {"exp_avg": torch.ones(3, 3)}}, "param_groups": [{"lr": 1.0}]}
+        content = {"epoch": save.epoch, "optimizer_state_dict": state}
+        store(tmp_path / f"checkpoint.0.{save.epoch}.pt", content)
+    with pytest.raises(UnsuitableError, match=r"mdlus: .*\(PhysicsNeMo\)"):
+        read(tmp_path)
+
+
 def test_weights_that_state_step_0_are_the_start(tmp_path):
     """`init.pt` was left out, as if nothing said its time."""
     write_each(
