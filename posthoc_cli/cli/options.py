@@ -156,6 +156,14 @@ def parse_max_error(text: str) -> float:
     return error
 
 
+def parse_share(text: str) -> float:
+    """Parse the number of `--base-share`; the request checks it."""
+    try:
+        return float(text)
+    except ValueError:
+        raise bad("--base-share", text, "must be a number in (0, 1), such as 0.2") from None
+
+
 def parse_targets(
     sigma_rels: Sequence[str],
     decays: Sequence[str],
@@ -276,6 +284,8 @@ _PARSED: dict[str, Callable[[Any], Any]] = {
     "step": partial(parse_count, option="--step"),
     "max_error": parse_max_error,
     "like": check_exists,
+    "base": check_exists,
+    "base_share": parse_share,
 }
 """Turn the texts of options for the fields of a request into values."""
 

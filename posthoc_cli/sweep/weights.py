@@ -25,7 +25,6 @@ from posthoc_cli.errors import (
     quote,
 )
 from posthoc_cli.export.convert import export_file
-from posthoc_cli.export.like import check_shape
 from posthoc_cli.export.writing import write_averages
 from posthoc_cli.profiles import Point
 from posthoc_cli.request import OutputRequest, Request
@@ -35,6 +34,7 @@ from posthoc_cli.snapshots.sources import Sources, use
 from posthoc_cli.snapshots.tensorfile import read_file
 from posthoc_cli.snapshots.weights_sample import are_equal, places
 from posthoc_cli.sweep.trial import Spot
+from posthoc_cli.synthesis.base import check_shape
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.synthesis.weights import make_weights
 from posthoc_cli.targets import Mean, SigmaRel, Target
