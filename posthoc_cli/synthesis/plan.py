@@ -483,10 +483,15 @@ def _check_errors(plan: Plan, max_error: float | None) -> None:
             raise InexactError(target.title, f"{predicted}, {accepted}", hint)
 
 
+def note_base(plan: Plan) -> None:
+    """Say which averages have no share of the base."""
+    if plan.base is not None:
+        note_lacking(plan.base, plan.mixed_names)
+
+
 def announce_plan(plan: Plan) -> None:
     """Log what speaks against averages before they are used."""
     announce_doubts(plan.chosen.sources)
-    if plan.base is not None:
-        note_lacking(plan.base, plan.mixed_names)
+    note_base(plan)
     for warning in plan.warnings:
         log.warning("%s", warning)
