@@ -16,6 +16,7 @@ from posthoc_cli.errors import InvalidValueError, Log, at_most_one
 from posthoc_cli.targets import Beta, parse_values
 
 if TYPE_CHECKING:
+    from posthoc_cli.checkpoints.ask import QuestionError
     from posthoc_cli.run import Run
     from posthoc_cli.sweep import SweepReport
     from posthoc_cli.sweep.trial import Trial
@@ -117,6 +118,7 @@ def sweep(
     continues an earlier one. OUT receives trials.jsonl, sweep.json, logs, images, report.html and
     the best average.
     """
+    from posthoc_cli.checkpoints.ask import QuestionError
     from posthoc_cli.report.page import write_page
     from posthoc_cli.sweep import Lengths, Metric, Sweep
 
@@ -163,11 +165,24 @@ def sweep(
     except KeyboardInterrupt:
         output.print_note("the same command continues")
         raise
+    except QuestionError as question:  # about --like or --raw, which name a file alone
+        hint = f"make a file of one set, and name it; paste: {_export_line(question)}"
+        raise InvalidValueError(question.subject, question.reason, hint) from None
     report = write_page(report, folder)
     if as_json:
         output.print_json(report.to_dict() | {"warnings": output.warnings})
     else:
         _print_sweep(report)
+
+
+def _export_line(question: QuestionError) -> str:
+    """Write the export of the likeliest set of a file."""
+    words = ["ema", "export", question.subject]
+    for name, value in question.answers[0].items():
+        words.append(f"--{name}")
+        if value is not True:
+            words.append(value)
+    return shlex.join([*words, "--out", "one-set.pt"])
 
 
 def _count_steps(run: Run, decays: str, t: float | None, step: int | None) -> float:

@@ -404,10 +404,14 @@ class Sweep:
                 raise CommandError("the sweep", f"{reason}: {', '.join(images.ENDINGS)}")
             return
         report = self._report
-        lengths = {trial.sigma_rel for trial in report.trials if trial.value is not None} - {None}
-        least = min(3, max(2, len(report.search.first_grid) - 1))  # of three one may fail
-        if len(lengths) < least:
-            failed = [trial for trial in report.trials if trial.error]
+        grid = report.search.first_grid
+        measured = {trial.sigma_rel for trial in report.trials if trial.value is not None}
+        failed = [trial for trial in report.trials if trial.error]
+        # those that have no trial yet may still be measured
+        possible = measured.union(grid) - {None}
+        possible -= {trial.sigma_rel for trial in failed} - measured
+        least = min(3, max(2, len(grid) - 1))  # of three one may fail
+        if len(possible) < least:
             reason = f"{len(failed)} of {len(report.trials)} trials have failed, too many to choose"
             last = f"the last one: {failed[-1].target}: {failed[-1].error}"
             raise CommandError("the sweep", f"{reason}; {last}")

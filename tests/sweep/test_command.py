@@ -259,6 +259,16 @@ def test_failures_of_different_causes_do_not(run, out):
         swept(run, out, shell(script), lengths=lengths)
 
 
+def test_the_grid_may_be_measured_in_parts(run, out, monkeypatch):
+    """Lengths that have no trial yet are no failures."""
+    lengths = Lengths.from_list([*LENGTHS, 0.22, 0.25])
+    find = Sweep._next_averages
+    monkeypatch.setattr(Sweep, "_next_averages", lambda sweep: find(sweep)[:1])
+    report = swept(run, out, lengths=lengths)
+    assert report.best == 0.1
+    assert {trial.sigma_rel for trial in report.trials} == {*lengths.listed}
+
+
 def test_a_best_length_at_an_end_is_reported_as_such(run, out):
     """A wider range then continues from the trials."""
     narrow = swept(run, out, lengths=Lengths(0.05, 0.08))
