@@ -3,6 +3,7 @@
 from collections import Counter
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from factories import random_walk
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 from tracker.runs import Training, track
 
 from posthoc_cli import Run, files, import_checkpoints
+from posthoc_cli.reconstruction import Problem
 
 
 class Counts:
@@ -116,3 +118,18 @@ def test_a_second_plan_opens_nothing(folder, monkeypatch):
     run.plan([0.1, 0.2], t=150)
     run.error_curve()
     assert not counts.opened
+
+
+def test_averages_of_one_time_are_solved_from_one_factorisation(tmp_path, monkeypatch):
+    training = Training()
+    with track(training.model, tmp_path, checkpoint_every=20) as tracker:
+        training.run(100, tracker)
+    alone = [Run(tmp_path).plan(width).coefficients for width in (0.1, 0.2)]
+    run = Run(tmp_path)
+    made = mock.Mock(side_effect=Problem.__init__)
+    monkeypatch.setattr(Problem, "__init__", lambda *arguments: made(*arguments))
+    together = [run.plan(width).coefficients for width in (0.1, 0.2)]
+    assert made.call_count == 1
+    run.plan(0.1, t=60)
+    assert made.call_count == 2
+    assert all(np.array_equal(one, other) for one, other in zip(alone, together, strict=True))

@@ -29,6 +29,7 @@ from posthoc_cli.reconstruction import (
     MEASURED,
     SAMPLED,
     Prior,
+    Solver,
     StoredAverage,
     choose_evenly,
     measured_prior,
@@ -68,6 +69,7 @@ class Sources(Sequence[Source]):
     notices: tuple[str, ...] = ()  # what is not used, as is meant
     findings: tuple[str, ...] = ()  # what other programs' files hold, and how decays were found
     _priors: dict[tuple[int, ...], _KnownPrior] = field(default_factory=dict)
+    _solvers: dict[tuple[Any, ...], Solver] = field(default_factory=dict)  # the last one
 
     @classmethod
     def of(cls, items: Iterable[Source], place: Path | None = None) -> Sources:
@@ -200,6 +202,16 @@ class Sources(Sequence[Source]):
         if key not in self._priors:
             self._priors[key] = _make_prior([self.items[index] for index in key])
         return self._priors[key].prior
+
+    def solver(self, choice: Choice, method: str) -> Solver:
+        """Make the solver of a choice; the last one is kept, as a search asks for many targets."""
+        key = choice.usable, choice.later, choice.t, method
+        solver = self._solvers.get(key)
+        if solver is None:
+            solver = Solver(choice.profiles, choice.prior, choice.t, method)
+            self._solvers.clear()
+            self._solvers[key] = solver
+        return solver
 
     @property
     def doubts(self) -> tuple[str, ...]:
