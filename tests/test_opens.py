@@ -12,6 +12,8 @@ from tracker.runs import Training, track
 
 from posthoc_cli import Run, files, import_checkpoints
 from posthoc_cli.reconstruction import Problem
+from posthoc_cli.snapshots.sampling import read_elements
+from posthoc_cli.snapshots.source import ElementRange
 
 
 class Counts:
@@ -133,3 +135,35 @@ def test_averages_of_one_time_are_solved_from_one_factorisation(tmp_path, monkey
     run.plan(0.1, t=60)
     assert made.call_count == 2
     assert all(np.array_equal(one, other) for one, other in zip(alone, together, strict=True))
+
+
+def test_the_elements_of_a_sample_are_read_by_few_requests(tmp_path, monkeypatch):
+    """Small tensors of several dtypes, apart or next to each other, and a large one of which two
+    ranges far from each other are read."""
+    walk = torch.Generator().manual_seed(0)
+    dtypes = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
+    tensors = {}
+    for number in range(48):
+        values = torch.randn(5 + number, generator=walk)
+        tensors[f"layers.{number}.w"] = values.to(dtypes[number % 4])
+    tensors["large"] = torch.randn(1_000_000, generator=walk)
+    torch.save({"step": 10, "model": tensors}, tmp_path / "step10.pt")
+    source, *_ = Run(tmp_path).sources
+    ranges = [ElementRange(name, 1, 5) for name in reversed(tensors)]
+    ranges.append(ElementRange("large", 900_000, 900_100))
+    reads = Counter()
+    system = files.FileSystem()
+    watched = mock.Mock(wraps=system)
+
+    def read(descriptor, view, offset):
+        reads["bytes"] += len(view)
+        reads["requests"] += 1
+        return system.read(descriptor, view, offset)
+
+    watched.read = read
+    monkeypatch.setattr(files, "system", watched)
+    values = read_elements(source, ranges)
+    expected = [tensors[name][begin:end].double() for name, begin, end in ranges]
+    assert np.array_equal(values, torch.cat(expected).numpy())
+    assert reads["requests"] <= 4
+    assert reads["bytes"] < 100_000

@@ -24,8 +24,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.profiles import Discrete, FloatArray, StoredProfile
 from posthoc_cli.reconstruction import Distance, Measurements
+from posthoc_cli.snapshots.entry import decode_values
 from posthoc_cli.snapshots.source import (
     ElementRange,
     Source,
@@ -33,6 +35,7 @@ from posthoc_cli.snapshots.source import (
     by_time,
     expected_roundings,
     finite_values,
+    is_exact,
     series_key,
 )
 
@@ -334,10 +337,38 @@ def read_elements(
     values = np.empty(sum(end - begin for _, begin, end in ranges))
     at = 0
     with source:
+        together = _read_together(source, ranges)
+        if together is not None and (read is not finite_values or np.isfinite(together).all()):
+            return together
         for name, begin, end in ranges:
             values[at : at + end - begin] = read(source, name, begin, end)
             at += end - begin
     return values
+
+
+def _read_together(source: StoredTensors, ranges: Sequence[ElementRange]) -> FloatArray | None:
+    """Read ranges by few requests; None if tensors are in several chunks, or in another order than
+    row-major."""
+    file, *more = source.files
+    if more or file.boxes:
+        return None
+    spans = []
+    dtypes = []
+    for name, begin, end in ranges:
+        entry = file.entries[name]
+        if entry.strides:
+            return None
+        size = ITEM_BYTES[entry.dtype]
+        spans.append((entry.begin + begin * size, entry.begin + end * size))
+        dtypes.append(entry.dtype)
+    data = file.read_spans(spans)
+    parts = []
+    at = 0
+    for dtype, alike in groupby(zip(dtypes, spans, strict=True), key=lambda pair: pair[0]):
+        end = at + sum(last - first for _, (first, last) in alike)
+        parts.append(decode_values(data[at:end], dtype))
+        at = end
+    return np.concatenate(parts) if parts else np.empty(0)
 
 
 def estimate_roundings(
@@ -349,9 +380,9 @@ def estimate_roundings(
     for name, begin, end in ranges:
         elements = slice(at, at + end - begin)
         stored = source.entries[name].dtype
-        expected = expected_roundings(values[elements], stored, source.tensors[name].dtype)
-        if expected.any():
-            roundings[elements] = expected
+        own = source.tensors[name].dtype
+        if not is_exact(stored, own):
+            roundings[elements] = expected_roundings(values[elements], stored, own)
         at = elements.stop
     return roundings
 

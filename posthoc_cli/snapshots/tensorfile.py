@@ -65,6 +65,8 @@ SUMS_AT = _DIGITS.stop + len(b'","ema":"{\\"sums\\":\\"')
 
 # blocks that are read by one request, and verified while they are in the processor's cache
 _PIECE = 8
+_NEAR = 16_384  # bytes: reading so many more takes about as long as a further request
+_TOGETHER = 4_000_000  # most bytes of spans that are read together, but for a single longer one
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 """The first bytes of pickles and of archives written by torch.save."""
 
@@ -219,6 +221,23 @@ class TensorFile:
         for name, (begin, end) in zip(names, spans, strict=True):
             self._check(name, 0, view[begin:end])
 
+    def read_spans(self, spans: Sequence[tuple[int, int]]) -> npt.NDArray[np.uint8]:
+        """Read the bytes from one place of the file to another for each span, end to end,
+        unverified; spans near each other are read together."""
+        places = [*accumulate((end - begin for begin, end in spans), initial=0)]
+        data = np.empty(places[-1], np.uint8)
+        view = data.data
+        with self:
+            for group in _group_near(spans):
+                first, _ = spans[group[0]]
+                last = max(spans[index][1] for index in group)
+                piece = np.empty(last - first, np.uint8).data
+                self._fill(first, piece)
+                for index in group:
+                    begin, end = spans[index]
+                    view[places[index] : places[index + 1]] = piece[begin - first : end - first]
+        return data
+
     def _check(
         self,
         name: str,
@@ -278,6 +297,24 @@ class TensorFile:
         with self, closing(sizes):  # which cancels the blocks that were not begun
             for size in sizes:
                 progress(size)
+
+
+def _group_near(spans: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
+    """Yield the indices of spans that are read together, in their order in the file."""
+    group = list[int]()
+    first = last = 0
+    for index in sorted(range(len(spans)), key=spans.__getitem__):
+        begin, end = spans[index]
+        if group and (begin - last > _NEAR or end - first > _TOGETHER):
+            yield group
+            group = []
+        if not group:
+            first = begin
+            last = end
+        group.append(index)
+        last = max(last, end)
+    if group:
+        yield group
 
 
 def read_file(path: Path) -> TensorFile:
