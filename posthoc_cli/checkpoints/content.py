@@ -30,7 +30,7 @@ from posthoc_cli.checkpoints.folders import (
     Sets,
     Shards,
 )
-from posthoc_cli.checkpoints.pickles import Keys, Node, read_pickled
+from posthoc_cli.checkpoints.pickles import Keys, Node, Programs, read_pickled
 from posthoc_cli.checkpoints.trackers import TENSORS, VALUES, TrackerState, find_trackers
 from posthoc_cli.errors import FileFormatError, list_first, quote
 from posthoc_cli.snapshots.boxes import Box, cover_problem
@@ -162,6 +162,7 @@ class Reader:
     def __init__(self) -> None:
         self._files = dict[Path, Content]()
         self._models = dict[Layout, Content]()
+        self._programs = Programs()
 
     def open(self, path: Path, layout: Layout) -> Content:
         """Open the checkpoint at a path, which is as `layout` says; raise FileFormatError if it
@@ -192,7 +193,7 @@ class Reader:
     def read_file(self, path: Path) -> Content:
         """Read what a file holds, which may be a part of a model."""
         if path not in self._files:
-            self._files[path] = _read_file(path)
+            self._files[path] = _read_file(path, self._programs)
         return self._files[path]
 
     def _read_model(self, layout: OneFile | Shards | Parts) -> Content:
@@ -293,11 +294,11 @@ def _read_settings(folders: Iterable[Path], name: str, opened: Files) -> Values:
     return values
 
 
-def _read_file(path: Path) -> Content:
+def _read_file(path: Path, programs: Programs) -> Content:
     values = Values()
     tensors = {}
     with OpenedFile(path) as file:
-        leaves = read_leaves(file)
+        leaves = read_leaves(file, programs)
         mark = decode_mark(leaves.get((MARK,)), path)
         offsets = _read_offsets(path, leaves)
         for keys, value in leaves.items():
@@ -308,17 +309,21 @@ def _read_file(path: Path) -> Content:
                 refuse = partial(refuse_tensor, path, name, problem)
                 tensors[name] = StoredTensor(keys, (), refuse)
             elif isinstance(value, Entry):
-                box = Box.full(value.shape)
+                find_chunks = partial(_find_whole, path, value)
                 if offsets is not None:
                     box = _find_box(path, name, offsets, value)
-                chunk = StoredChunk(path, value, box)
-                tensors[name] = StoredTensor(keys, value.shape, partial(tuple, [chunk]))
+                    find_chunks = partial(tuple, [StoredChunk(path, value, box)])
+                tensors[name] = StoredTensor(keys, value.shape, find_chunks)
                 if value.size == 1 and _last_part(name) in COUNTERS:
                     values[name] = _read_number(file, value)
             else:
                 values[name] = value
         content = Content(path, tensors, values, {path: _identify(file)}, mark=mark)
     return _without_trackers(content)
+
+
+def _find_whole(path: Path, entry: Entry) -> tuple[StoredChunk, ...]:
+    return (StoredChunk(path, entry, Box.full(entry.shape)),)
 
 
 def _without_trackers(content: Content) -> Content:

@@ -46,7 +46,7 @@ from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.errors import FileFormatError, count_noun, quote
 from posthoc_cli.snapshots.boxes import Box
 from posthoc_cli.snapshots.entry import MAX_TENSORS, Entry, is_sizes
-from posthoc_cli.snapshots.opened_file import OpenedFile, in_turn
+from posthoc_cli.snapshots.opened_file import SHORTER, OpenedFile, Span, in_turn
 from posthoc_cli.snapshots.strict_json import parse_object, require
 
 SUFFIX = ".safetensors"
@@ -65,8 +65,6 @@ SUMS_AT = _DIGITS.stop + len(b'","ema":"{\\"sums\\":\\"')
 
 # blocks that are read by one request, and verified while they are in the processor's cache
 _PIECE = 8
-_NEAR = 16_384  # bytes: reading so many more takes about as long as a further request
-_TOGETHER = 4_000_000  # most bytes of spans that are read together, but for a single longer one
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 """The first bytes of pickles and of archives written by torch.save."""
 
@@ -221,22 +219,10 @@ class TensorFile:
         for name, (begin, end) in zip(names, spans, strict=True):
             self._check(name, 0, view[begin:end])
 
-    def read_spans(self, spans: Sequence[tuple[int, int]]) -> npt.NDArray[np.uint8]:
-        """Read the bytes from one place of the file to another for each span, end to end,
-        unverified; spans near each other are read together."""
-        places = [*accumulate((end - begin for begin, end in spans), initial=0)]
-        data = np.empty(places[-1], np.uint8)
-        view = data.data
-        with self:
-            for group in _group_near(spans):
-                first, _ = spans[group[0]]
-                last = max(spans[index][1] for index in group)
-                piece = np.empty(last - first, np.uint8).data
-                self._fill(first, piece)
-                for index in group:
-                    begin, end = spans[index]
-                    view[places[index] : places[index + 1]] = piece[begin - first : end - first]
-        return data
+    def read_spans(self, spans: Sequence[Span]) -> npt.NDArray[np.uint8]:
+        """Read ranges of bytes of the file, unverified, as `OpenedFile.read_spans`."""
+        with self.opened() as file:
+            return file.read_spans(spans)
 
     def _check(
         self,
@@ -260,8 +246,7 @@ class TensorFile:
     def _fill(self, offset: int, view: memoryview) -> None:
         file = self.handle.file
         assert file is not None, "each caller has opened it"
-        if file.read_into(view, offset) < len(view):
-            raise FileFormatError(self.path, _SHORTER)
+        file.fill(view, offset)
 
     def _in_order(self, name: str) -> npt.NDArray[np.uint8]:
         """Read the bytes, in row-major order, of a tensor stored in another order; the last such
@@ -297,24 +282,6 @@ class TensorFile:
         with self, closing(sizes):  # which cancels the blocks that were not begun
             for size in sizes:
                 progress(size)
-
-
-def _group_near(spans: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
-    """Yield the indices of spans that are read together, in their order in the file."""
-    group = list[int]()
-    first = last = 0
-    for index in sorted(range(len(spans)), key=spans.__getitem__):
-        begin, end = spans[index]
-        if group and (begin - last > _NEAR or end - first > _TOGETHER):
-            yield group
-            group = []
-        if not group:
-            first = begin
-            last = end
-        group.append(index)
-        last = max(last, end)
-    if group:
-        yield group
 
 
 def read_file(path: Path) -> TensorFile:
@@ -355,7 +322,6 @@ def _are_strings(metadata: Any) -> bool:
 
 
 _DAMAGED = "damaged header: its checksum does not match"
-_SHORTER = "became shorter while it was read"
 
 
 def require_few(count: int) -> None:
@@ -374,7 +340,7 @@ def _read_start(file: OpenedFile) -> bytes:
     if length <= MAX_HEADER_BYTES and 8 + length <= file.size:
         text = file.read_at(length, 8)
         if len(text) < length:
-            raise FileFormatError(file.path, _SHORTER)
+            raise FileFormatError(file.path, SHORTER)
         return prefix + text
     if prefix.startswith(_PICKLES):
         reason = "is a pickle (.pt, .bin), not safetensors"
