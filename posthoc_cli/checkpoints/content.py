@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -39,7 +40,7 @@ from posthoc_cli.snapshots.opened_file import OpenedFile, read_small_file, sampl
 from posthoc_cli.snapshots.output_mark import MARK, OutputMark, decode_mark, find_mark
 from posthoc_cli.snapshots.outputs import decode_index
 from posthoc_cli.snapshots.strict_json import parse_object
-from posthoc_cli.snapshots.tensorfile import TensorFile
+from posthoc_cli.snapshots.tensorfile import KeptOpen, TensorFile
 
 # --- tensors
 
@@ -157,9 +158,11 @@ its tensors the chunks begin that the file holds."""
 
 
 class Reader:
-    """Reads checkpoints; a file that belongs to several layouts is opened once."""
+    """Reads checkpoints; a file that belongs to several layouts is read once. What it opens is kept
+    open for further reads as `kept` says."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept: KeptOpen) -> None:
+        self._kept = kept
         self._files = dict[Path, Content]()
         self._models = dict[Layout, Content]()
         self._programs = Programs()
@@ -181,7 +184,7 @@ class Reader:
         if isinstance(layout, Refused):
             raise layout.error
         if isinstance(layout, Distributed):
-            return _read_distributed(layout.path, opened)
+            return _read_distributed(layout.path, opened, self._kept)
         if isinstance(layout, Sets):
             return self._read_sets(layout, opened)
         if layout not in self._models:
@@ -193,7 +196,7 @@ class Reader:
     def read_file(self, path: Path) -> Content:
         """Read what a file holds, which may be a part of a model."""
         if path not in self._files:
-            self._files[path] = _read_file(path, self._programs)
+            self._files[path] = _read_file(path, self._programs, self._kept)
         return self._files[path]
 
     def _read_model(self, layout: OneFile | Shards | Parts) -> Content:
@@ -294,10 +297,11 @@ def _read_settings(folders: Iterable[Path], name: str, opened: Files) -> Values:
     return values
 
 
-def _read_file(path: Path, programs: Programs) -> Content:
+def _read_file(path: Path, programs: Programs, kept: KeptOpen) -> Content:
     values = Values()
     tensors = {}
-    with OpenedFile(path) as file:
+    with ExitStack() as stack:
+        file = stack.enter_context(OpenedFile(path))
         leaves = read_leaves(file, programs)
         mark = decode_mark(leaves.get((MARK,)), path)
         offsets = _read_offsets(path, leaves)
@@ -318,7 +322,10 @@ def _read_file(path: Path, programs: Programs) -> Content:
                     values[name] = _read_number(file, value)
             else:
                 values[name] = value
-        content = Content(path, tensors, values, {path: _identify(file)}, mark=mark)
+        identified = _identify(file)
+        content = Content(path, tensors, values, {path: identified}, mark=mark)
+        if kept.take(identified, file):
+            stack.pop_all()
     return _without_trackers(content)
 
 
@@ -434,7 +441,7 @@ def _state(value: Any) -> Values:
     return {}
 
 
-def _read_distributed(metadata: Path, opened: Files) -> Content:
+def _read_distributed(metadata: Path, opened: Files, kept: KeptOpen) -> Content:
     with OpenedFile(metadata) as file:
         state = _state(read_pickled(file, 0, file.size))
         _, mark = find_mark(file)
@@ -443,7 +450,7 @@ def _read_distributed(metadata: Path, opened: Files) -> Content:
     stored = state.get("storage_data")
     if not (isinstance(listed, dict) and isinstance(stored, dict)):
         raise FileFormatError(metadata, "is not the metadata of torch.distributed.checkpoint")
-    objects = _Objects(metadata, stored, opened)
+    objects = _Objects(metadata, stored, opened, kept)
     tensors = {}
     values = {}
     for name, described in listed.items():
@@ -492,6 +499,7 @@ class _Objects:
     metadata: Path
     stored: Mapping[Any, Any]  # places in files, by objects with the name and the offset
     files: Files
+    kept: KeptOpen
 
     @cached_property
     def places(self) -> dict[_Index, Values]:
@@ -544,9 +552,10 @@ class _Objects:
         """Return the file and the object with a name and an offset, or with the name alone."""
         path, begin, end = self._find(name, offset)
         hint = f"move {path.parent} away to leave it out"
-        with OpenedFile(path) as file:
-            if path not in self.files:
-                self.files[path] = _identify(file)
+        if path not in self.files:
+            self.files[path] = identify(path)
+            self.kept.keep(self.files[path])
+        with self.files[path].opened() as file:
             if end > file.size:
                 refuse_tensor(path, name, "truncated: it would end beyond the file", hint)
             if self.nbytes[path.name] > file.size:

@@ -16,6 +16,7 @@ import math
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain, groupby, pairwise
@@ -125,7 +126,9 @@ def sample_values(sources: Sequence[Source]) -> Sampling:
     sampling = Sampling()
     ranges = _sampled_ranges(sources[0]) if sources else []
     for _, at_time in groupby(by_time(sources), key=lambda source: source.t):
-        sampling.add([_read(source, ranges) for source in at_time])
+        with ExitStack() as stack:
+            sources_at_time = [*map(stack.enter_context, at_time)]  # which may share a file
+            sampling.add([_read(source, ranges) for source in sources_at_time])
     return sampling
 
 

@@ -38,6 +38,7 @@ from posthoc_cli.run_clock import Clock, EpochClock
 from posthoc_cli.snapshots.entry import Entry
 from posthoc_cli.snapshots.sampling import sample_values
 from posthoc_cli.snapshots.source import PathSketch, Source, by_time
+from posthoc_cli.snapshots.tensorfile import KeptOpen, TensorFile
 from posthoc_cli.targets import Mean
 
 log = logging.getLogger(__name__)
@@ -223,6 +224,15 @@ class Sources(Sequence[Source]):
 
     # --- the place
 
+    @property
+    def files(self) -> list[TensorFile]:
+        """The files of all sources, each once."""
+        by_handle = {}
+        for source in self.items:
+            for file in source.files:
+                by_handle[id(file.handle)] = file
+        return [*by_handle.values()]
+
     def again(self) -> Sources:
         """Read the place again."""
         return self if self.read is None else self.read()
@@ -378,6 +388,9 @@ class Readable(Protocol):
     @property
     def identity(self) -> str: ...
 
+    @property
+    def files(self) -> Iterable[TensorFile]: ...
+
     def again(self: R) -> R: ...
 
 
@@ -392,11 +405,14 @@ def use(sources: R, work: Callable[[R], T], renew: Callable[[R], object] = lambd
     Readers take no lock, so a tracker may thin away snapshots that were read. Open files stay
     readable when they are removed, and all are opened before they are used. `work` must leave
     nothing when it raises an error. `renew` is called with what was read again; if that is the
-    same, the error is raised: nothing was thinned.
+    same, the error is raised: nothing was thinned. While `work` goes on, what it opens stays open.
     """
     for _ in range(ATTEMPTS - 1):
         try:
-            return work(sources)
+            with KeptOpen() as kept:
+                for file in sources.files:
+                    kept.keep(file)
+                return work(sources)
         except VanishedError as error:
             newer = sources.again()
             if newer.identity == sources.identity:

@@ -30,6 +30,7 @@ the file, and the tensor or key.
 from __future__ import annotations
 
 import math
+import resource
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -76,8 +77,52 @@ class Handle:
     lock: threading.RLock = field(default_factory=threading.RLock)
     file: OpenedFile | None = None
     users: int = 0
+    keepers: int = 0  # while there are any, it stays open between its users
     # the last tensor that is stored in another order, and its bytes in row-major order
     reordered: tuple[Entry, npt.NDArray[np.uint8]] | None = None
+
+    def close_unused(self) -> None:
+        """Close the file if nobody uses or keeps it."""
+        file = self.file
+        if file is not None and not (self.users or self.keepers):
+            self.file = None
+            self.reordered = None
+            file.close()
+
+
+class KeptOpen:
+    """Files that stay open between those who read them, while this is, as a context manager: so
+    many at `most`, by default a quarter of those that the process may open."""
+
+    def __init__(self, most: int | None = None) -> None:
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._most = limit // 4 if most is None else most
+        self._handles = list[Handle]()
+
+    def keep(self, file: TensorFile) -> None:
+        """Keep a file once it is opened."""
+        handle = file.handle
+        if len(self._handles) < self._most:
+            with handle.lock:
+                handle.keepers += 1
+            self._handles.append(handle)
+
+    def take(self, file: TensorFile, opened: OpenedFile) -> bool:
+        """Take what is opened for the file, and keep it; return False if there are too many."""
+        if len(self._handles) >= self._most:
+            return False
+        file.handle.file = opened
+        self.keep(file)
+        return True
+
+    def __enter__(self) -> KeptOpen:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            with handle.lock:
+                handle.keepers -= 1
+                handle.close_unused()
 
 
 @dataclass(eq=False)
@@ -157,11 +202,12 @@ class TensorFile:
             file = handle.file
             if handle.users or file is None:
                 return
-            handle.file = None
-            handle.reordered = None
-        with file:
-            if kind is None and not self.sums and file.is_changed():
-                raise FileFormatError(self.path, "was changed while it was being read", "run again")
+            try:
+                if kind is None and not self.sums and file.is_changed():
+                    reason = "was changed while it was being read"
+                    raise FileFormatError(self.path, reason, "run again")
+            finally:
+                handle.close_unused()
 
     def read(
         self,
