@@ -223,7 +223,7 @@ class DecayRule:
     def __post_init__(self) -> None:
         check_number("ema_decay", self.decay, lambda decay: 0 < decay < 1, "lie in (0, 1)")
         accepted = "be a fraction such as 0.03"
-        check_number("ema_uncertainty", self.uncertainty, lambda part: 0 <= part <= 3, accepted)
+        check_number("ema_uncertainty", self.uncertainty, lambda part: 0 <= part < 1e9, accepted)
 
     @property
     def is_schedule(self) -> bool:

@@ -145,7 +145,29 @@ def expand_user(path: str | Path) -> Path:
 def is_glob(pattern: str | Path) -> bool:
     """Return whether a text is a pattern, and not the name of a file or directory."""
     path = expand_user(pattern)
-    return glob.has_magic(str(path)) and not path.exists()
+    has_signs = glob.has_magic(str(path)) or _BRACES.search(str(path)) is not None
+    return has_signs and not path.exists()
+
+
+_BRACES = re.compile(r"(?<!\[)\{([^{}]*,[^{}]*)\}")
+
+
+def expand_braces(pattern: Path) -> list[Path]:
+    """List the patterns that one with alternatives in braces means, such as `step{1000,1500}.pt`,
+    in their order; a path that exists is itself."""
+    found = _BRACES.search(str(pattern))
+    if found is None or pattern.exists():
+        return [pattern]
+    before, after = str(pattern)[: found.start()], str(pattern)[found.end() :]
+    expanded = []
+    for alternative in found[1].split(","):
+        expanded += expand_braces(as_path(f"{before}{alternative}{after}"))
+    return expanded
+
+
+def escape_glob(path: str) -> str:
+    """Make the pattern that matches a path alone."""
+    return glob.escape(path).replace("{", "[{]")
 
 
 def as_path(path: str | Path) -> Path:
@@ -420,7 +442,7 @@ def write_atomically(
         pending.publish()
 
 
-class _Pending:
+class _Temporary:
     """A file or folder with a temporary name, which readers ignore, until it is published or the
     `with` block ends."""
 
@@ -447,10 +469,10 @@ class _Pending:
             error.subject = error.subject.replace(str(self.temporary), str(self.path))
 
 
-_P = TypeVar("_P", bound=_Pending)
+_P = TypeVar("_P", bound=_Temporary)
 
 
-class PendingFile(_Pending):
+class PendingFile(_Temporary):
     """A file that is being written. `publish` gives it its name.
 
     Raises WriteError if the system refuses, and OutputExistsError if `path` exists and may not be
@@ -533,7 +555,7 @@ class PendingFile(_Pending):
             system.close(descriptor)
 
 
-class PendingFolder(_Pending):
+class PendingFolder(_Temporary):
     """A folder that is being written. `publish` gives it its name.
 
     Raises OutputExistsError if there is something at `path` but an empty folder, or one whose files

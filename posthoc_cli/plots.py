@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -19,7 +19,6 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.image import imsave
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
@@ -58,6 +57,10 @@ _WIDTH = 6.4
 _HEIGHT = 4.0
 _LINE = 0.16
 _CHARACTERS = 48  # of a line of the legend
+# inches of a panel and of a line of its title, and the space around what it shows
+_PANEL = 2.0
+_LINE_OF_TITLE = 0.2
+_ROOM = 0.2
 # margin in inches, since the edges of the white background are visible on a dark page
 _MARGIN = 0.1
 
@@ -212,7 +215,11 @@ def _draw_curve(
 
 
 def _draw_lost_gain(axes: Axes, curve: ErrorCurve, least: float, index: int) -> None:
-    label = None if index else "dashed: the error loses at most about this share of the gain"
+    label = (
+        None
+        if index
+        else "dashed: the error costs at most about this share of what averaging gains"
+    )
     heights = np.clip(curve.lost_gain, least, None)
     dashes = (0, (4, 2))
     colour = _colour(index)
@@ -261,19 +268,21 @@ def sweep_figure(report: dict[str, Any], width: float = _WIDTH) -> Figure:
 
 
 def end_figure(report: dict[str, Any], width: float = _WIDTH) -> Figure:
-    """Draw a metric against the end of the longest average, as `sweep_figure` does against its
-    length."""
+    """Draw a metric against the end of the average of the best length, as `sweep_figure` does
+    against its length."""
     last = report["settings"]["t"]
-    best = report["best"]
+    best = report["best"]["t"]
+    length = report["best_length"]
     trials = []
     for trial in report["trials"]:
-        if trial["sigma_rel"] == best["sigma_rel"]:
+        if trial["sigma_rel"] == length:
             trials.append(trial | {"t": last if trial["t"] is None else trial["t"]})
     figure = _metric_figure(report, "t", report["end_curve"], trials, width)
     axes = figure.axes[0]
-    label = f"best: t = {best['t']:,.12g}"
-    axes.axvline(best["t"], color=_colour(2), linewidth=1.6, label=label)
-    axes.set_xlabel(f"end of the average of sigma_rel {best['sigma_rel']:g} ({report['t_unit']})")
+    if best is not None:
+        label = f"best: t = {best:,.12g}"
+        axes.axvline(best, color=_colour(2), linewidth=1.6, label=label)
+    axes.set_xlabel(f"end of the average of sigma_rel {length:g} ({report['t_unit']})")
     return _finish(figure, axes.xaxis, width=width)
 
 
@@ -299,8 +308,8 @@ def _metric_figure(
             each["value"],
             label=_text(label, _characters(width)),
             linewidth=1.6,
-            color=_colour((1, 3, 5)[index]),
-            linestyle=STYLES[index + 1],
+            color=_colour((1, 3, 5, 6)[index]),
+            linestyle=STYLES[1 + index % 3],
         )
     axes.set_ylim(low, high)
     axes.set_xscale("log")
@@ -375,16 +384,26 @@ def _metric_range(
     return low - margin, high + margin
 
 
-def as_picture(
-    image: npt.NDArray[np.floating[Any]],
-    scale: int,
-) -> bytes:
-    """Draw a grey image of values in -1 .. 1 as PNG, each value as so many pixels a side."""
-    stream = io.BytesIO()
-    high = image.repeat(scale, axis=0)
-    large = high.repeat(scale, axis=1)
-    imsave(stream, large, vmin=-1, vmax=1, cmap="gray", format="png")
-    return stream.getvalue()
+def points_figure(panels: Mapping[str, FloatArray], strokes: npt.ArrayLike) -> Figure:
+    """Draw a row of panels, each with points in the plane, shape [points, 2], over thin lines, the
+    strokes, shape [strokes, 2, 2]; `panels` are the points by the title of their panel."""
+    ends = np.asarray(strokes)
+    low = ends.min(axis=(0, 1)) - _ROOM
+    high = ends.max(axis=(0, 1)) + _ROOM
+    across, up = high - low
+    lines = max(len(title.splitlines()) for title in panels)
+    height = _PANEL * up / across
+    size = (_PANEL * len(panels), height + _LINE_OF_TITLE * lines)
+    figure = _Figure(figsize=size, dpi=200, facecolor="white")
+    for index, (title, points) in enumerate(panels.items()):
+        place = (index / len(panels), 0, 1 / len(panels), height / size[1])
+        axes = figure.add_axes(place, xlim=(low[0], high[0]), ylim=(low[1], high[1]))
+        axes.axis("off")
+        for stroke in ends:
+            axes.plot(*stroke.T, color="0.6", alpha=0.6, linewidth=0.6)
+        axes.plot(*points.T, ".", color=_colour(0), markersize=2, markeredgewidth=0)
+        axes.set_title(title, fontsize=11, pad=2)
+    return figure
 
 
 def audit_figure(audit: dict[str, Any]) -> Figure:
@@ -401,8 +420,10 @@ def audit_figure(audit: dict[str, Any]) -> Figure:
         length = audit["length"] or 0.0
         _draw_common_length(axes, length, audit["uncertainty"] or 0.0)
     _draw_claims(axes, claims)
-    unit = "time constant (steps)" if audit["what"] == "decay" else "sigma_rel"
-    axes.set(xlabel="training time", ylabel=unit)
+    quantity = "sigma_rel"
+    if audit["what"] == "decay":
+        quantity = f"time constant ({audit['unit']})"
+    axes.set(xlabel="training time", ylabel=quantity)
     axes.xaxis.set_major_formatter(FuncFormatter(_tick))
     if intervals or claims:
         axes.set_yscale("log")

@@ -188,7 +188,7 @@ class Run:
             metric: where a command prints its metric, as `--metric`; or what a function returns.
             sigma_range, sigma_rels: the range to search, by default all whose lost gain is below 5
                 %, or a list to measure.
-            budget: lengths to measure first.
+            budget: the most evaluations, of averages and of what they are compared with.
             t, step: as in `plan_synthesis`.
             raw: the last weights, to measure them too: tensors by name, or a checkpoint.
             jobs: commands that run side by side; a function is called in this thread.
@@ -199,7 +199,6 @@ class Run:
         Raises the errors of `Sweep.run_all`, and what the function raises.
         """
         from posthoc_cli.sweep import Lengths, Metric, Sweep
-        from posthoc_cli.sweep.search import USUAL_BUDGET
 
         is_lower_better = {minimize, None if maximize is None else not maximize} - {None}
         if len(is_lower_better) != 1:
@@ -219,7 +218,7 @@ class Run:
             folder,
             lengths=lengths,
             minimize=is_lower_better.pop(),
-            budget=USUAL_BUDGET if budget is None else budget,
+            budget=budget,
             t=t,
             step=step,
             raw=Path(raw) if isinstance(raw, str) else raw,

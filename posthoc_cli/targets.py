@@ -470,7 +470,7 @@ def _is_count(value: float) -> bool:
 
 
 @dataclass(frozen=True)
-class Kind:
+class TargetKind:
     """Targets that one number distinguishes, which a text names as NAME:VALUES."""
 
     make: Callable[[float], Target]  # the target of a number
@@ -483,12 +483,12 @@ SIGMA_FORMS = (
     "a number, a list such as 0.05,0.10 or 0.05,0.06,...,0.25, or a range such as 0.05:0.25:0.05"
 )
 KINDS = {
-    "half-life": Kind(HalfLife, "half-life:5000", f"a number of steps, {_MANY}"),
+    "half-life": TargetKind(HalfLife, "half-life:5000", f"a number of steps, {_MANY}"),
     # the classes check that the number is whole
-    "window": Kind(Window, "window:1000", f"a whole number of steps, {_MANY}"),  # type: ignore[arg-type]
-    "last": Kind(Mean, "last:10", f"a whole number of checkpoints, {_MANY}"),  # type: ignore[arg-type]
+    "window": TargetKind(Window, "window:1000", f"a whole number of steps, {_MANY}"),  # type: ignore[arg-type]
+    "last": TargetKind(Mean, "last:10", f"a whole number of checkpoints, {_MANY}"),  # type: ignore[arg-type]
     **{
-        f"decay:{shape}": Kind(
+        f"decay:{shape}": TargetKind(
             functools.partial(Decay, shape),
             f"decay:{shape}:20%",
             f"a part of training such as 20%, {_MANY}",

@@ -24,7 +24,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.random import Generator, default_rng
@@ -32,14 +33,16 @@ from scipy.special import ndtri
 from tables import FloatArray, markdown, share
 
 from posthoc_cli import PowerFunction
-from posthoc_cli.sweep import SweepReport, search
+from posthoc_cli.sweep import SweepReport
 from posthoc_cli.sweep.report import describe_gain
-from posthoc_cli.sweep.search import USUAL_BUDGET, Estimate, Lengths, Trial
+from posthoc_cli.sweep.search import Lengths, Search
+from posthoc_cli.sweep.trial import Spot, Trial
 
 LOW = 0.02
 HIGH = 0.28
 LENGTHS = Lengths(LOW, HIGH)
 COUNT = 15
+LAST = 10_000.0  # the time at which averages end
 NOISES = (0.0, 0.03, 0.1, 1 / 3)
 SPAN = math.log(HIGH / LOW)
 GRID = np.linspace(0, 1, 2001)
@@ -136,14 +139,26 @@ def made_up(shape: Shape, noise: float, number: int) -> Metric:
     return Metric(truth / truth.max(), noise, random)
 
 
-def searched(metric: Metric) -> tuple[Estimate, int]:
-    """Return the result of the search, and the number of its evaluations."""
-    trials = list[Trial]()
-    while batch := search.next_measurements(trials, LENGTHS, USUAL_BUDGET, minimize=True):
-        for x, seed in batch:
-            trials.append(Trial("", x, seed, metric.measure(x)))
-    step = LENGTHS.step(USUAL_BUDGET)
-    return search.estimate(trials, step, minimize=True), len(trials)
+Measure = Callable[[Spot], "Value"]
+"""Measures an average, and states an error, or none."""
+
+
+def search_all(search: Search, measure: Measure) -> Search:
+    """Measure what a search asks for until it has ended."""
+    while batch := search.next_measurements():
+        trials = [
+            Trial(spot.title, spot.sigma_rel, seed, *measure(spot), t=spot.t)
+            for spot, seed in batch
+        ]
+        search = replace(search, trials=(*search.trials, *trials))
+    return search
+
+
+def searched(metric: Metric) -> Search:
+    """Search lengths alone."""
+    return search_all(
+        Search(LENGTHS, True, LAST), lambda spot: (metric.measure(spot.sigma_rel), None)
+    )
 
 
 def grid(metric: Metric) -> float:
@@ -157,8 +172,8 @@ def grid(metric: Metric) -> float:
 GAINS_EACH = 80  # searches of each shape and kind of noise
 EXAMPLES = 1000
 EMA = "your EMA"
-Evaluated = Callable[[float, float], float]
-Evaluate = Callable[[float], tuple[float, float | None]]
+Value = tuple[float, float | None]
+Evaluate = Callable[[float], Value]
 """Measures the true metric at a place in GRID, and states an error, or none."""
 
 
@@ -210,22 +225,14 @@ def rate(errors: float) -> tuple[float, float]:
     return errors, math.sqrt(errors * (1 - errors) / EXAMPLES)
 
 
-def search_beside_ema(evaluate: Evaluate, own: float) -> SweepReport:
-    """Search as `ema sweep` does, with an own EMA at a place."""
-
-    def measure(title: str, x: float | None, place: float, seed: int) -> Trial:
-        value, error = evaluate(place)
-        return Trial(title, x, seed, value, error)
-
-    trials = [measure(EMA, None, own, 0)]
-    while batch := search.next_measurements(trials, LENGTHS, USUAL_BUDGET, minimize=True):
-        trials += [measure("", x, math.log(x / LOW) / SPAN, seed) for x, seed in batch]
-    step = LENGTHS.step(USUAL_BUDGET)
-    if search.estimate(trials, step, minimize=True).noise > 0:
-        trials.append(measure(EMA, None, own, 1))
-    return SweepReport(
-        LENGTHS, USUAL_BUDGET, (EMA,), "metric", True, {"t": 1.0}, trials=tuple(trials)
-    )
+def search_beside_ema(search: Search, measure: Measure, own: Callable[[], Value]) -> SweepReport:
+    """Search as `ema sweep` does, beside an own EMA."""
+    trials = [Trial(EMA, None, 0, *own())]
+    search = search_all(replace(search, trials=tuple(trials)), measure)
+    if search.estimate.noise > 0:
+        trial = Trial(EMA, None, 1, *own())
+        search = replace(search, trials=(*search.trials, trial))
+    return SweepReport(search, (EMA,), "metric", {})
 
 
 def gains_row(title: str, make: Callable[[Metric], Evaluate], scale: float) -> tuple[str, ...]:
@@ -236,7 +243,12 @@ def gains_row(title: str, make: Callable[[Metric], Evaluate], scale: float) -> t
     for shape, number in itertools.product(SHAPES, range(GAINS_EACH)):
         metric = made_up(shape, NOISES[1 + number % 3], 1000 + number)
         own = float(GRID[metric.truth.argmin()] if number % 2 else metric.random.uniform())
-        report = search_beside_ema(make(metric), own)
+        evaluate = make(metric)
+        report = search_beside_ema(
+            Search(LENGTHS, True, LAST),
+            lambda spot, evaluate=evaluate: evaluate(math.log(spot.sigma_rel / LOW) / SPAN),
+            partial(evaluate, own),
+        )
         (found,) = report.gains
         gain = scale * (true_at(metric, own) - metric.true(report.best))
         unit = abs(found.value or math.nan)
@@ -252,33 +264,16 @@ def gains_row(title: str, make: Callable[[Metric], Evaluate], scale: float) -> t
 
 # --- trainings that go on for too long
 
-LAST = 10_000.0
-TIMES = range(250, 10_001, 250)
-WHOLE = Lengths(LOW, 0.2886)
+TIMES = range(500, 10_001, 250)
+WHOLE = Search(Lengths(LOW, 0.2886), True, LAST, tuple(map(float, TIMES)))
 OVERFITTING = 60  # of each noise
+ALONE = 800  # searches of noise alone
 
 
 def mean_time(x: float, t: float) -> float:
     """Return the mean time of an average."""
     gamma = PowerFunction.from_sigma_rel(x, t).gamma
     return t * (gamma + 1) / (gamma + 2)
-
-
-def search_ends(metric: Callable[[float, float], float], own: float) -> SweepReport:
-    """Search lengths, then ends, beside an EMA whose true metric is known; 0 is the best one."""
-    trials = [Trial(EMA, None, 0, metric(math.nan, own))]
-    while batch := search.next_measurements(trials, WHOLE, USUAL_BUDGET, minimize=True):
-        trials += [Trial("", x, seed, metric(x, LAST)) for x, seed in batch]
-    found = search.estimate(trials, WHOLE.step(USUAL_BUDGET), minimize=True)
-    ends = search.earlier_ends(TIMES, LAST) if found.best == WHOLE.high else []
-    while batch := search.next_ends(trials, found, ends, LAST, minimize=True):
-        trials += [Trial("", found.best, seed, metric(found.best, t), t=t) for t, seed in batch]
-    if found.noise > 0:
-        trials.append(Trial(EMA, None, 1, metric(math.nan, own)))
-    settings = {"t": LAST}
-    return SweepReport(
-        WHOLE, USUAL_BUDGET, (EMA,), "metric", True, settings, tuple(ends), trials=tuple(trials)
-    )
 
 
 def overfitting_row(noise: float) -> tuple[str, ...]:
@@ -293,18 +288,21 @@ def overfitting_row(noise: float) -> tuple[str, ...]:
         best = math.log(LAST * random.uniform(0.08, 0.45))
         own = 0.0 if number % 2 else 1.0
 
-        def true(x: float, t: float, best: float = best) -> float:
-            return (math.log(mean_time(x, t)) - best) ** 2
+        def true(spot: Spot, best: float = best) -> float:
+            return (math.log(mean_time(spot.sigma_rel, spot.t or LAST)) - best) ** 2
 
-        def metric(x: float, t: float, random: Generator = random, true: Evaluated = true) -> float:
-            value = t if math.isnan(x) else true(x, t)
-            return value + noise * random.normal()
+        def measured(value: float, random: Generator = random) -> Value:
+            return value + noise * random.normal(), None
 
-        report = search_ends(metric, own)
-        regret = true(report.best, report.best_t)
-        alone.append(true(report.best, LAST))
+        report = search_beside_ema(
+            WHOLE,
+            lambda spot, true=true, measured=measured: measured(true(spot)),
+            partial(measured, own),
+        )
+        regret = true(report.search.best)
+        alone.append(true(report.search.at_end))
         regrets.append(regret)
-        counts.append(sum(trial.t is not None for trial in report.trials))
+        counts.append(len(report.trials))
         (found,) = report.gains
         unit = abs(found.value or math.nan)
         margin = unit * (found.margin or 0.0)
@@ -322,6 +320,17 @@ def overfitting_row(noise: float) -> tuple[str, ...]:
     )
 
 
+def noise_alone(number: int) -> bool:
+    """Search a metric that is noise alone; return whether a gain is claimed."""
+    random = default_rng([3, number])
+
+    def measure(_: object = None) -> Value:
+        return 100 + random.normal(), None
+
+    report = search_beside_ema(WHOLE, measure, measure)
+    return " better than" in describe_gain(report)
+
+
 def main() -> None:
     """Print the tables."""
     searches = []
@@ -332,10 +341,11 @@ def main() -> None:
     grid_regrets = []
     for shape, noise, number in itertools.product(SHAPES, NOISES, range(10)):
         metric = made_up(shape, noise, number)
-        found, count = searched(metric)
+        search = searched(metric)
+        found = search.estimate
         searches.append(metric.is_within_noise(found.best))
         regrets.append(metric.true(found.best))
-        counts.append(count)
+        counts.append(len(search.trials))
         if found.tied is not None:
             low, high = found.tied
             near = found.points[abs(np.log(found.points / metric.best)).argmin()]
@@ -370,11 +380,14 @@ def main() -> None:
         f"noise, {OVERFITTING} trainings each",
         "regret of the length at the end",
         "with ends",
-        "more evaluations",
+        "evaluations",
         "claimed of none",
         "true gain inside",
     )
     print(markdown((heads, *map(overfitting_row, (0.0, 0.03, 0.1, 0.3)))))
+    print()
+    claims = share([noise_alone(number) for number in range(ALONE)])
+    print(f"Of {ALONE} searches of noise alone {claims} claim a gain.")
 
 
 if __name__ == "__main__":

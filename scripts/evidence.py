@@ -5,7 +5,7 @@
 - A language model on the source text of Python's standard library: a decoder of 3.4 M parameters,
   AdamW in bfloat16, with a constant learning rate, with one that falls over the last fifth, and
   cosine.
-- A diffusion model on scikit-learn's digits: the denoiser of `ema demo`, larger and longer.
+- A diffusion model on scikit-learn's digits: the denoiser of `denoising`.
 - A classifier of digits with BatchNorm, SGD with momentum, constant rate and cosine.
 
 Each was trained with three seeds, and every average of a training was measured on test data; the

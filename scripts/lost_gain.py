@@ -49,6 +49,7 @@ from typing import Any
 import numpy as np
 import tasks
 import torch
+from denoising import Denoiser
 from following import gamma_of, quiet
 from tables import FloatArray, in_processes, markdown
 from torch import Tensor
@@ -64,7 +65,6 @@ from posthoc_cli import (
     plan_synthesis,
     synthesize,
 )
-from posthoc_cli.demo import Denoiser
 from posthoc_cli.profiles import Point
 from posthoc_cli.snapshots.source import Source
 
@@ -414,8 +414,7 @@ def language(root: Path) -> Training:
 
 
 def diffusion(_: Path) -> Training:
-    """Return the demo's denoiser on digits, Adam, rate falling as one over the square root of
-    time."""
+    """Return the denoiser of digits, Adam, rate falling as one over the square root of time."""
     task = tasks.Diffusion()
     return Training(
         "diffusion",

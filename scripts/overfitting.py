@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from posthoc_cli import PostHocEMA, Run
-from posthoc_cli.sweep.search import USUAL_BUDGET
+from posthoc_cli.sweep.search import USUAL_COUNT
 from posthoc_cli.synthesis.engine import synthesize
 
 SNAPSHOTS = 40
@@ -83,7 +83,7 @@ class Results:
     search: float
     grid: float
     end: float  # of the search, as a share of the training
-    evaluations: int  # for ends
+    evaluations: int
 
 
 class Data:
@@ -189,7 +189,7 @@ def choose(
         return metric_of(training.kind, model, data.test)
 
     report = run.sweep(validate, minimize=True, raw=checkpoints[training.steps])
-    lengths = report.lengths.grid(USUAL_BUDGET)
+    lengths = report.lengths.grid(USUAL_COUNT)
     grid = {}
     for t in checkpoints:
         made = synthesize(run.plan(lengths, t=t), "cpu")
@@ -206,7 +206,7 @@ def choose(
         search=test(run.average(report.best, t=report.best_t)),
         grid=test(run.average(best_length, t=best_end)),
         end=report.best_t / run.t,
-        evaluations=sum(trial.t is not None for trial in report.trials),
+        evaluations=len(report.trials),
     )
 
 
@@ -225,7 +225,7 @@ def main() -> None:
             "the search",
             "whole grid",
             "it ends at",
-            "more evaluations",
+            "evaluations",
         )
     ]
     for index, training in enumerate(TRAININGS):

@@ -1,23 +1,29 @@
 """How the pictures of README and guides are drawn: without a background, in colours for white and
-for dark pages. As a program, the errors of a run, which the guide `synthesis` shows:
+for dark pages. As a program, two of a folder of `ema demo`: its samples, which README shows, and
+the errors of its averages, which the guide `synthesis` shows:
 
-    python scripts/pictures.py ema-demo/snapshots
+    python scripts/pictures.py ema-demo
 """
 
 from __future__ import annotations
 
+import io
+import json
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from PIL import Image
+from safetensors.torch import load_file
 
-from posthoc_cli import Run, plots
+from posthoc_cli import Run, demo, plots
 
-ERRORS = Path(__file__).parent.parent / ".assets" / "error.svg"
+ASSETS = Path(__file__).parent.parent / ".assets"
 GREY = "#7a8088"
 """Of texts and axes: a contrast of 4 to white, and of 4.7 to #0d1117, a usual dark page."""
 BLUE = "#2b8cd0"
@@ -25,9 +31,14 @@ BLUE = "#2b8cd0"
 
 
 def write(draw: Callable[[], Figure], path: Path) -> None:
-    """Draw a picture into an SVG file."""
-    picture = plots.as_file(partial(_draw_on_any_page, draw), ".svg").decode()
-    path.write_text(picture.replace(plots.COLOURS[0].lower(), BLUE))
+    """Draw a picture into an SVG or PNG file; one of 32 colours is a third as large."""
+    with mock.patch.object(plots, "COLOURS", (BLUE, *plots.COLOURS[1:])):
+        content = plots.as_file(partial(_draw_on_any_page, draw), path.suffix)
+    if path.suffix == ".png":
+        picture = Image.open(io.BytesIO(content))
+        picture.quantize(32, Image.Quantize.FASTOCTREE).save(path, optimize=True)
+    else:
+        path.write_bytes(content)
 
 
 def _draw_on_any_page(draw: Callable[[], Figure]) -> Figure:
@@ -56,5 +67,20 @@ def _recolour(axes: Axes) -> None:
             line.set_color(GREY)
 
 
+def main() -> None:
+    """Draw both pictures of a folder of the demo."""
+    folder = Path(sys.argv[1])
+    run = Run(folder / "snapshots")
+    write(lambda: plots.error_figure([run.error_curve()]), ASSETS / "error.svg")
+    losses = {}
+    for trial in json.loads((folder / "sweep" / "sweep.json").read_text())["trials"]:
+        losses[trial["sigma_rel"]] = trial["value"]
+    best = min(demo.SIGMA_RELS, key=losses.__getitem__)
+    samples = {None: demo.sample_letters(load_file(folder / demo.LAST))}
+    for width in (best, *demo.DRAWN):
+        samples[width] = demo.sample_letters(run.average(width))
+    write(lambda: demo.comparison_figure(losses, samples, best), ASSETS / "demo.png")
+
+
 if __name__ == "__main__":
-    write(lambda: plots.error_figure([Run(sys.argv[1]).error_curve()]), ERRORS)
+    main()

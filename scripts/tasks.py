@@ -16,14 +16,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import denoising
 import torch
 import torch.nn.functional as F  # noqa: N812
+from denoising import Images
 from torch import Generator, Tensor, nn
 from torch.nn import Module, init
 from torch.optim import Adam, Optimizer
-
-from posthoc_cli import demo
-from posthoc_cli.demo import Images
 
 SIDE = 8
 """Pixels in a row, and rows in an image."""
@@ -403,25 +402,25 @@ def shifted(images: Tensor, random: Generator) -> Tensor:
 
 
 class Diffusion:
-    """Denoise shifted digits as the demo does."""
+    """Denoise shifted digits."""
 
     def __init__(self) -> None:
         standardised, labels = shuffled_digits()
         images = pixels(standardised) / 8 - 1
         self.training = Images(images[HELD_OUT:], labels[HELD_OUT:])
         held_out = Images(shifted(images[:HELD_OUT], seeded()), labels[:HELD_OUT])
-        self.validation = demo.Validation(held_out, seed=0, draws=8)
+        self.validation = denoising.Validation(held_out, seed=0, draws=8)
 
     def optimizer(self, model: Module) -> Optimizer:
-        """Make the demo's optimizer."""
+        """Make Adam with a short memory."""
         betas = (0.9, 0.99)
         return Adam(model.parameters(), lr=4e-3, betas=betas, fused=True)
 
     def loss(self, model: Module, random: Generator) -> Tensor:
-        """Return the demo's loss."""
+        """Return the weighted loss of a random batch."""
         clean, labels = drawn(self.training, 64, random)
-        sigma = demo.random_noise_levels(64, random)
+        sigma = denoising.random_noise_levels(64, random)
         images = shifted(clean, random)
         batch = Images(images, labels)
         noise = torch.randn(images.shape, generator=random)
-        return demo.losses(model, batch, sigma, noise).mean()
+        return denoising.losses(model, batch, sigma, noise).mean()

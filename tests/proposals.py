@@ -1,6 +1,7 @@
 """What commands propose in their messages: command lines to paste, and options. Each is parsed by
 the command that it is for."""
 
+import json
 import re
 import shlex
 from functools import cache
@@ -17,6 +18,7 @@ _VALUE = re.compile(r"(--[a-z-]+) ['\"]")
 _OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*\w")
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"|`[^`]*`")
 _BEGIN = re.compile(r"^(?:ema: )?(?:error|warning|note|problem): ")
+_JSON = re.compile(r'"(?:[^"\\\n]|\\.)*"')
 _MISTAKE = re.compile(r"No such option: \S+")
 _EVERYWHERE = {"--help", "--debug", "--strict", "--version"}
 
@@ -48,14 +50,22 @@ def check_proposals(words, printed):
     """Check each proposal in what a command with these words has printed."""
     if not words or words[0] not in commands() or words[0] == "guide":
         return
-    if "--help" in words or "--json" in words:
+    if "--help" in words:
         return
+    if "--json" in words:
+        printed = _JSON.sub(_unpack, printed)
     for line in printed.splitlines():
         if match := _LINE.search(line):
             parse(match[1])
             line = line.removesuffix(match[1])
         if line.startswith(("ema: ", "note: ", "problem: ")):
             _check_message(words, line)
+
+
+def _unpack(match):
+    """Put a text of JSON on a line of its own, as a message."""
+    text = json.loads(match[0])
+    return f"\nnote: {text}\n" if "--" in text or "`" in text else match[0]
 
 
 def _check_message(words, message):

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 import os
 import re
 import shlex
@@ -17,6 +18,7 @@ import torch
 from checking import heavy
 from ema_command import environments_of_ranks
 from markdown_it import MarkdownIt
+from PIL import Image
 from rich.cells import cell_len
 from rich.console import Console
 from torch import nn
@@ -50,6 +52,13 @@ with open(sys.argv[2] + "/sample.png", "wb") as file:
     file.write(b"\\x89PNG")
 """
 """A program that needs no library to write what begins as a picture."""
+SRUN = """#!/bin/sh
+test "$1 $2" = "--gpus 1" || exit 64
+shift 2
+echo "$*" >> srun.log
+exec "$@"
+"""
+"""A stand-in for Slurm's command, which runs at once what it is to run on a GPU of the cluster."""
 
 
 def code_blocks(page):
@@ -107,11 +116,15 @@ def names(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def folder(names, finished_run, tmp_path):
+def folder(names, finished_run, tmp_path, monkeypatch):
     """The files that a page's commands use: those of the README, and a program of the user's."""
     shutil.copytree(finished_run.parent, tmp_path / "run")
     (tmp_path / "eval.py").write_text(EVALUATION)
     (tmp_path / "sample.py").write_text(SAMPLES)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/srun").write_text(SRUN)
+    (tmp_path / "bin/srun").chmod(0o700)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     weights = names["model"].state_dict()
     (tmp_path / "checkpoints").mkdir()
     torch.save({"model": weights, "ema": weights}, tmp_path / "checkpoints/step2000.pt")
@@ -153,6 +166,7 @@ def test_the_code_of_all_pages_runs_in_one_folder_in_the_order_of_the_readme(ema
     figures = wandb.run.summary
     assert figures["_step"] == 20
     assert figures["predicted_error_0.1"] > 0
+    check_search_on_a_cluster(figures["search"])
     names["writer"].close()
     for width in ("0.05", "0.1", "0.2", "0.28"):
         names["model"].load_state_dict(Run("run/watched").average(float(width)))
@@ -160,6 +174,16 @@ def test_the_code_of_all_pages_runs_in_one_folder_in_the_order_of_the_readme(ema
         assert step == 20
         # whose running statistics are less exact: of two stored times
         assert value == pytest.approx(evaluate(names["model"].eval()), rel=0.1)
+
+
+def check_search_on_a_cluster(table):
+    """Check that each evaluation went through the cluster's command, and that the tracker of
+    experiments has all of the search's trials."""
+    trials = json.loads(Path("cluster/sweep.json").read_text())["trials"]
+    assert len(trials) >= 12
+    evaluated = Path("srun.log").read_text().splitlines()
+    assert len(evaluated) == len(trials)
+    assert table["nrows"] == len(trials)
 
 
 def test_the_guide_shows_the_errors_of_schedules():
@@ -454,16 +478,24 @@ def luminance(colour):
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
+def find_colours(picture):
+    """Find the colours of a drawing, or those of a picture of points that are nearly opaque."""
+    if picture.suffix == ".svg":
+        return {*re.findall(r"(?:fill|stroke): (#\w{6})", picture.read_text())}
+    with Image.open(picture) as image:
+        found = image.convert("RGBA").getcolors(image.width * image.height)
+    return {f"#{r:02x}{g:02x}{b:02x}" for _, (r, g, b, alpha) in found if alpha > 200}
+
+
 @pytest.mark.parametrize(
     "picture", sorted((ROOT / ".assets").iterdir()), ids=lambda path: path.name
 )
 def test_a_picture_is_readable_on_light_and_on_dark_pages(picture):
     """Each of its colours has a contrast of 3 to both, as WCAG 2 asks of graphics: so that nothing
     opaque lies behind them."""
-    assert picture.suffix == ".svg"
     pages = [page.read_text() for page in (README, *GUIDES)]
     assert any(f".assets/{picture.name})" in page for page in pages)
-    colours = {*re.findall(r"(?:fill|stroke): (#\w{6})", picture.read_text())}
+    colours = find_colours(picture)
     assert len(colours) >= 2
     for colour, page in itertools.product(colours, PAGES):
         dark, light = sorted((luminance(colour), luminance(page)))

@@ -16,12 +16,14 @@ from posthoc_cli.planning import (
     newest_times,
     times_to_drop,
 )
+from posthoc_cli.profiles import gamma_from_sigma_rel
 from posthoc_cli.reconstruction import (
     Motion,
     Problem,
     assumed_prior,
     choose_evenly,
 )
+from posthoc_cli.targets import Beta, SigmaRel
 
 
 def kept(snapshots, prior, keep):
@@ -108,6 +110,27 @@ def test_a_thinned_schedule_is_better_than_even_spacing():
     evenly = Schedule(3_000, 3_000 // 8, None).error_curve(ends)
     thinned = Schedule(3_000, 3_000 // 16, 8).error_curve(ends)
     assert thinned.worst < 0.9 * evenly.worst
+
+
+def test_a_schedule_predicts_earlier_averages_from_the_snapshots_until_then():
+    """If none are thinned away, these are the snapshots of a shorter training."""
+    ends = (0.05, 0.28)
+    early = Schedule(3_000, 100, None).error_curve(ends, t=1_500, method="paper")
+    short = Schedule(1_500, 100, None).error_curve(ends, method="paper")
+    assert early.t == short.t == 1_500
+    assert early.profile_error == pytest.approx(short.profile_error)
+
+
+def test_a_schedule_predicts_other_averages():
+    """An ordinary EMA of decay d has the mean age d / (1 - d) steps before t, and the power
+    function t / (gamma + 2)."""
+    others = [SigmaRel(0.1), Beta(0.99)]
+    curve = Schedule(3_000, 100, None).error_curve((0.1, 0.28), others=others)
+    same, ordinary = curve.others
+    assert same.predicted_error == pytest.approx(curve.predicted_error[0])
+    gamma = gamma_from_sigma_rel(ordinary.sigma_rel)
+    assert 3_000 / (gamma + 2) == pytest.approx(99, rel=0.02)
+    assert 0 < ordinary.predicted_error < 0.05
 
 
 @pytest.mark.parametrize(

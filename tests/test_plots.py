@@ -149,13 +149,29 @@ def test_the_claimed_length_of_an_audit_is_drawn_for_each_interval_and_the_verdi
         "name": "",
         "verdict": "too short",
         "what": "decay",
+        "unit": "images",
         "found": None,
         "warm_up": "ratio",
         "intervals": [interval(0, 100, 50.0), interval(100, 200, 90.0)],
     }
     (axes,) = plots.audit_figure(audit).axes
     assert axes.get_title() == "Length of the average: too short"
+    assert axes.get_ylabel() == "time constant (images)"
     (line,) = axes.lines
     assert line.get_label() == "claimed: 50 to 90"
     claimed = np.interp([50, 150], line.get_xdata(), line.get_ydata())
     assert claimed.tolist() == [50, 90]
+
+
+def test_panels_show_the_points_over_the_strokes_and_all_in_one_frame():
+    strokes = np.array([[[0.0, 0.0], [4.0, 0.0]], [[4.0, 0.0], [4.0, 1.0]]])
+    points = np.array([[1.0, 0.1], [3.0, 0.2], [9.0, 9.0]])
+    figure = plots.points_figure({"few\nloss 1": points, "none": points[:0]}, strokes)
+    few, none = figure.axes
+    assert [axes.get_title() for axes in figure.axes] == ["few\nloss 1", "none"]
+    for axes, drawn in ((few, points), (none, points[:0])):
+        *lines, dots = axes.lines
+        assert np.array_equal([line.get_xydata() for line in lines], strokes)
+        assert np.array_equal(dots.get_xydata(), drawn)
+        assert axes.get_xlim() == (-0.2, 4.2)
+        assert axes.get_ylim() == (-0.2, 1.2)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.errors import InvalidValueError, PostHocError, argument
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Answer = Mapping[str, Any]
@@ -29,11 +32,14 @@ class QuestionError(InvalidValueError):
         *answers: Answer,
         value: object = "",
         otherwise: str = "",
+        are_models: bool = False,
     ) -> None:
-        """`otherwise` is the hint if no answer goes through."""
+        """`otherwise` is the hint if no answer goes through; `are_models` says that each answer is
+        a glob of another model, and that a user may want all of them."""
         super().__init__(subject, reason, " or ".join(map(_phrase, answers[:3])), value=value)
         self.answers = answers
         self.otherwise = otherwise
+        self.are_models = are_models
 
 
 def _phrase(answer: Answer) -> str:
@@ -55,14 +61,20 @@ Attempt = Callable[[str | Path, Mapping[str, Any]], T]
 
 def with_command(place: str | Path, given: Mapping[str, Any], attempt: Attempt[T]) -> T:
     """Return `attempt(place, given)`. Turn a question into an error that ends in a command to
-    paste: the import with the first answer that goes through, perhaps after further questions."""
+    paste: the import with the first answer that goes through, perhaps after further questions. Of
+    several models the commands for the others are logged."""
     try:
         return attempt(place, given)
     except QuestionError as question:
         hint = question.otherwise
+        settings = ImportSettings(**given)
         if answer := _find_answer(question, place, given, attempt, _MOST):
-            command = ImportSettings(**given).command(**{"place": place, **answer})
-            hint = f"paste: {command}"
+            hint = f"paste: {settings.command(**{'place': place, **answer})}"
+            others = question.answers if question.are_models else ()
+            for number, other in enumerate(others, 1):
+                if other != answer and _goes_through(place, {**given, **other}, attempt, _MOST):
+                    command = settings.command(**other, number=number)
+                    log.info("for %s, paste: %s", Path(str(other["place"])).name, command)
         subject, reason = question.subject, question.reason
         raise InvalidValueError(subject, reason, hint, value=question.value) from None
 
@@ -90,7 +102,7 @@ def _goes_through(
 ) -> bool:
     if not most:
         return False
-    if ASKED in settings.values():
+    if any(str(value).rpartition(":")[2] == ASKED for value in settings.values()):
         return True
     place = settings.pop("place", place)
     try:

@@ -103,6 +103,7 @@ class Audit:
     text: str  # explanation of the verdict in a sentence
     name: str = ""  # empty if the run has one average
     what: str = "decay"  # the parameter in question, or "sigma_rel"
+    unit: str = "steps"  # of times, and of time constants
     found: float | None = None  # the parameter at the end of the training
     length: float | None = None  # the time constant that explains all intervals
     uncertainty: float | None = None  # of the length, relative
@@ -190,6 +191,7 @@ def _audit(pairs: Sequence[Pair], claimed: float | None, given: ImportSettings) 
         may_be_rarer = sample.every == 1 and given.update_every is None and not is_counted
         possible = list_averages(last) if claim else list_unclaimed(newest, given, last)
         audit = _Judge(sample.intervals, claim, possible, sample, may_be_rarer).audit()
+    audit = replace(audit, unit=sample.unit)
     if claim:
         audit = replace(audit, claimed=main_number(claim.rule))
     if sample.copies:

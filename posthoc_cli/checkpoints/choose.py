@@ -14,7 +14,7 @@ one role at the same times or in two folders, and what else has a number of its 
 
 from __future__ import annotations
 
-import glob
+import math
 import os
 import re
 from collections import Counter
@@ -23,7 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -67,9 +67,17 @@ from posthoc_cli.profiles import FloatArray
 
 _ALIKE = 0.9  # share of the tensors that checkpoints of one model have in common
 _SHORTER = 0.8  # of a random walk in 5 epochs of 4 files each 0.3, in 2 of 10 0.7; of two seeds 1
+_EQUAL = 1.25  # of squared distances: of a walk of three files 2, of seeds of one training 1.1
+_MOST_COMPARED = 6  # files that are read for it
+_FEW_VALUES = 64
 _LEAST = 1 / 3  # share of a model's tensors that its average has: the trained ones
 
 _OTHER_MODEL = "another model"
+_ADVERSARY = re.compile(
+    r"(?<![a-z])(?:d|do|dis|disc|discriminators?|net_?d|m[ps]d|critics?)(?![a-z])",
+    re.IGNORECASE,
+)
+"""In names of a discriminator (HiFi-GAN's `do_*`, VITS' `D_*`, ESRGAN's `net_d_*`) or a critic."""
 
 Shape = tuple[str, tuple[int, ...]]
 
@@ -221,7 +229,9 @@ class Chooser:
         members = self._of_one_model(opened)
         series = self._choose_series(members)
         if not series:
-            return members  # whose error says why
+            return self._choose_untimed(members)
+        for each in series:
+            self._check_order(each)
         chosen = {member for each in series for member in each}
         self._check_left_out([member for member in opened if member not in chosen], series)
         return [member for member in members if member in chosen]
@@ -275,14 +285,25 @@ class Chooser:
             members = [member for member in members if member not in exports]
         for series in _group(members, lambda member: member.glob):
             _read_varying(series)
-        globs = {member.glob for member in members}
         for path, problem in failed:
-            if not members or make_glob(self._name(path)) in globs:
+            if not members or self._is_of_series(path, members):
                 raise problem.with_hint("move it away to leave it out") if members else problem
             self._leave_out([path], problem.reason)
         if not members:
             raise self._nothing_left()
         return members
+
+    def _is_of_series(self, path: Path, members: Iterable[Member]) -> bool:
+        """Return whether a path is called as others but for numbers, or is all that its folder has,
+        which is called so."""
+        folder = self._name(path).rpartition("/")[0]
+        folders = set[str]()
+        for member in members:
+            if member.glob == make_glob(self._name(path)):
+                return True
+            folders |= {member.name, member.name.rpartition("/")[0]}
+        is_alone = folder != "" and folder not in folders
+        return is_alone and make_glob(folder) in map(make_glob, folders)
 
     def _nothing_left(self) -> DirectoryError:
         """Make the error about a place that holds nothing but what this package wrote."""
@@ -302,7 +323,7 @@ class Chooser:
         models = [model for model in _group_alike(members) if model[0].shapes]
         if not models:
             return members  # whose error says why
-        models.sort(key=lambda model: (-len(model), -model[0].content.nbytes))
+        models.sort(key=_rank_model)
         chosen, *others = models
         for other in others:  # in one series a difference is an error that names it
             globs = {member.glob for member in chosen}
@@ -312,7 +333,7 @@ class Chooser:
         left = [[member for member in other if member not in chosen] for other in others]
         rivals = [other for other in left if 2 * len(other) > len(chosen) > 1]
         if rivals:
-            raise self._ask_which([_main_series(model) for model in (chosen, *rivals)], "models")
+            raise self._ask_about_models([_main_series(model) for model in (chosen, *rivals)])
         self._leave_out([each for each in members if each not in chosen], _OTHER_MODEL)
         return [each for each in members if each in chosen]
 
@@ -326,7 +347,8 @@ class Chooser:
         untimed = [member for member in members if member not in timed]
         for member in timed:
             member.sign = sign
-        if _numbers(timed) <= {0}:
+        is_one_of_many = sign == LONE and len(timed) == 1 and len(untimed) > 1
+        if _numbers(timed) <= {0} or is_one_of_many:
             return []
         kept = list[Series]()
         is_clear = True
@@ -350,8 +372,21 @@ class Chooser:
             self._leave_out(series, "nothing says its time")
         roles = {each[0].role for each in kept}
         if not is_clear or ("both" in roles and len(roles) > 1):
-            raise self._ask_which(kept, "series of files")
+            raise self._ask_which(kept)
         return kept
+
+    def _choose_untimed(self, members: list[Member]) -> list[Member]:
+        """Choose the members whose times the user is asked for, where nothing says one: without
+        copies and single files, if others are a series."""
+        parts = self._split(members)
+        series = [part for part in parts if len(part) > 1]
+        if not series:
+            return members  # whose error says why
+        for part in parts:
+            if part not in series:
+                self._leave_out(self._without_copies(part, series), "nothing says its time")
+        chosen = {member for part in series for member in part}
+        return [member for member in members if member in chosen]
 
     def _without_copies(self, series: Series, others: Iterable[Series]) -> Series:
         """Leave out the copies of members of other series, and of one at the same time."""
@@ -383,6 +418,17 @@ class Chooser:
             series += _split_by_time(group) if len(_numbers(group)) < len(group) else [group]
         return series
 
+    def _check_order(self, series: Series) -> None:
+        """Raise a QuestionError if nothing states what the numbers of files count, and the files
+        are equally far from each other, as folds, seeds and members of an ensemble are."""
+        if series[0].sign != LONE or not _are_equally_far(series):
+            return
+        reason = f"{self._glob_of(series)}: files are equally far from each other, as folds, seeds "
+        reason += "or members of an ensemble are, and nothing but a number says that they are times"
+        paths = [member.path for member in series]
+        answers = [{"step_from": pattern} for pattern in list_patterns(paths[0], paths)]
+        raise QuestionError(self.place.name, reason, *answers)
+
     # --- what is left out
 
     def _check_left_out(self, left: Sequence[Member], chosen: Sequence[Series]) -> None:
@@ -399,21 +445,28 @@ class Chooser:
             ):
                 doubtful.append(member)
         if doubtful:
-            raise self._ask_which([*chosen, *self._split(doubtful)], "series of files")
+            raise self._ask_which([*chosen, *self._split(doubtful)])
 
     # --- questions
 
-    def _ask_which(self, several: Sequence[Series], what: str) -> InvalidValueError:
+    def _ask_which(self, several: Sequence[Series]) -> InvalidValueError:
         """Make the question which of several series are the run; without a command if they are
         parts of one: any proposal would leave most of them out."""
         several = sorted(several, key=lambda each: -len(each))
         counted = [f"{len(each)} x {self._glob_of(each)}" for each in several]
-        reason = f"holds several {what}, {list_first(counted)}"
+        reason = f"holds several series of files, {list_first(counted)}"
         if _follow_each_other(several):
             reason += ", and their values are of one run: its steps begin anew, as in each epoch"
             hint = "rename copies of the files after the step of the whole training"
             return InvalidValueError(self.place.name, reason, hint)
         return QuestionError(self.place.name, reason, *self._list_answers(several))
+
+    def _ask_about_models(self, several: Sequence[Series]) -> QuestionError:
+        """Make the question which of several models is the run, a command for each."""
+        counted = [f"{len(each)} x {self._glob_of(each)}" for each in several]
+        reason = f"holds several models, {list_first(counted)}: each is a run of its own"
+        answers = self._list_answers(several)
+        return QuestionError(self.place.name, reason, *answers, are_models=True)
 
     def _list_answers(self, several: Sequence[Series]) -> list[Answer]:
         """List the pairs of an average and its weights, the series together if they are of one run,
@@ -434,7 +487,7 @@ class Chooser:
             answers += _list_spellings(members)
         elif len(_numbers(members)) == len(members) and _are_near_in_time(members):
             globs.insert(0, self._glob_of(members))
-        root = glob.escape(str(self._root))
+        root = files.escape_glob(str(self._root))
         return [*answers, *({"place": f"{root}/{pattern}"} for pattern in globs)]
 
     def _pair(self, average: Series, weights: Series) -> Answer:
@@ -457,7 +510,7 @@ class Chooser:
         names = [member.name for member in series]
         columns = [*zip(*map(NUMBER.findall, names), strict=False)]
         texts = iter([column[0] if len(set(column)) == 1 else "*" for column in columns])
-        return NUMBER.sub(lambda _: next(texts, "*"), glob.escape(names[0]))
+        return NUMBER.sub(lambda _: next(texts, "*"), files.escape_glob(names[0]))
 
     def _folder(self, member: Member) -> Path:
         """Find the folder of a series, in which its numbered files or folders lie."""
@@ -503,6 +556,19 @@ def _are_near_in_time(members: Series) -> bool:
     """Return whether values are near those before them, as in phases of one run."""
     in_order = sorted(members, key=_order)
     return all(are_near(before.values, after.values) for before, after in pairwise(in_order))
+
+
+def _are_equally_far(series: Series) -> bool:
+    """Return whether the first files of a series have equal distances: the squared distance of a
+    walk grows with each file. Few values are equally far by chance."""
+    first = sorted(series, key=_order)[:_MOST_COMPARED]
+    values = [member.values for member in first]
+    sizes = {*map(len, values)}
+    if len(first) < 3 or len(sizes) > 1 or min(sizes) < _FEW_VALUES:
+        return False
+    pairs = combinations(values, 2)
+    distances = [float(np.square(one - other).sum()) for one, other in pairs]
+    return max(distances) <= _EQUAL * min(distances)
 
 
 def _motion(members: Series) -> float:
@@ -573,6 +639,14 @@ def _read_varying(series: Series) -> None:
     readings = read_varying([member.path.name for member in series])
     for member, reading in zip(series, readings, strict=False):
         member.signs = {**member.signs, LONE: reading}
+
+
+def _rank_model(model: Series) -> tuple[bool, bool, int, int]:
+    """Rate how unlikely a model is to be the one that a user wants: a single file, a network that
+    a training has for its loss alone, fewer files, and fewer parameters are less likely."""
+    has_adversary = any(_ADVERSARY.search(member.name) for member in model)
+    size = sum(math.prod(shape) * count for (_, shape), count in model[0].shapes.items())
+    return len(model) == 1, has_adversary, -len(model), -size
 
 
 def _main_series(model: Series) -> Series:

@@ -10,10 +10,11 @@ apart.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,26 +26,34 @@ from posthoc_cli.checkpoints.names import (
     NUMBER,
     SECONDS,
     Unit,
+    are_counters,
     find_times,
+    has_time,
     hide_dates,
     hide_decimals,
+    hide_shards,
     make_glob,
     read_name,
     read_number,
 )
 from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.errors import InvalidValueError, argument, quote
+from posthoc_cli.files import is_url
+from posthoc_cli.snapshots.opened_file import read_small_file
 
 STEPS = (
-    "global_step", "global_steps", "step", "steps", "iter_num", "iteration", "iter", "n_iter", "it",
-    "step_count", "ss_steps", "train_steps", "num_updates", "batch_idx_train", "num_batches_seen",
-    "batch",
+    "global_step", "global_steps", "step", "steps", "step_count", "iter_num", "iteration", "iter",
+    "iters", "n_iter", "it", "ss_steps", "train_steps", "num_updates", "batch_idx_train",
+    "num_batches_seen", "batch",
 )  # fmt: skip
-"""Last keys of values that are steps; if a checkpoint has several, the first one counts."""
+"""Keys of a checkpoint's own values that are steps, not of those deeper in it; if it has several,
+the first one counts."""
 EPOCHS = ("epoch", "last_epoch", "current_epoch")
 _VALUES: Mapping[Unit, Sequence[str]] = {"steps": STEPS, "epochs": EPOCHS}
+_TIMM = 2  # the version of its checkpoints, which state epochs from 0 on, and their architecture
 _ANEW = {"step", "steps", "iteration", "iter"}  # values that may begin anew in each epoch
 _LONE_FOLDER = re.compile(r"[0-9]{3,}")  # a shorter one may be an experiment's
+_NEARLY_ALL = 0.9  # share of the files that a pattern must read: one of ten may be named otherwise
 
 
 @dataclass(frozen=True)
@@ -92,6 +101,8 @@ def read_signs(content: Content, settings: ImportSettings, outside: Path | None 
     which all checkpoints lie, says no time."""
     found = dict[str, Time]()
     if epoch := _find_value(content, "epochs"):
+        if content.values.get("version") == _TIMM and "arch" in content.values:
+            epoch = replace(epoch, number=epoch.number + 1)
         found["stated epoch"] = epoch
     if settings.step_from is not None:
         return {**found, "given": _search_path(content.path, settings)}
@@ -107,6 +118,8 @@ def read_signs(content: Content, settings: ImportSettings, outside: Path | None 
             found[_IN_NAME[unit]] = Time(marks[0].number, unit, origin)
     if "step in name" not in found:
         found |= _confirm(content, found.get(LONE))
+    if stated is not None and found.keys() <= {"stated epoch"}:
+        found["stated"] = stated  # the start, of step 0
     return found
 
 
@@ -133,14 +146,33 @@ def _name_with_time(path: Path, outside: Path | None) -> str:
     be times, else that of the folder around it.
 
     The latter counts only if a word is beside its number, or if it is the whole name, such as
-    `0000100` or `100.ckpt`: any other number may belong to an experiment.
+    `0000100` or `100.ckpt`: any other number may belong to an experiment. A revision in the cache
+    of a hub is called by its reference, such as `step1000`.
     """
-    name = strip_ending(path.name)
+    name = _find_reference(path) or strip_ending(path.name)
     if any(mark.word != "other" for mark in read_name(name)) or path.parent == outside:
         return name
     outer = strip_ending(path.parent.name)
     is_whole = _LONE_FOLDER.fullmatch(outer) or (outer.isdecimal() and outer != path.parent.name)
     return outer if is_whole or any(mark.word for mark in find_times(outer)) else ""
+
+
+_REVISION = re.compile("[0-9a-f]{40}")
+_REFERENCE = 41  # bytes of a file that names a revision, with the end of its line
+
+
+def _find_reference(path: Path) -> str:
+    """Find the reference to a revision in a hub's cache, `snapshots/<hash>`: one with a time before
+    others, such as `main`. Empty if there is none."""
+    is_revision = path.parent.name == "snapshots" and _REVISION.fullmatch(path.name)
+    if not is_revision or is_url(path):
+        return ""
+    named = []
+    for file in sorted((path.parent.parent / "refs").glob("*")):
+        is_reference = file.is_file() and file.stat().st_size <= _REFERENCE
+        if is_reference and read_small_file(file, _REFERENCE).strip() == path.name.encode():
+            named.append(file.name)
+    return max(named, key=has_time, default="")
 
 
 def _confirm(content: Content, lone: Time | None) -> dict[str, Time]:
@@ -228,24 +260,34 @@ def _ask_for_step(path: Path, files: Iterable[Path]) -> InvalidValueError:
 
 
 def list_patterns(path: Path, files: Iterable[Path]) -> list[str]:
-    """List the patterns that each find one number of a name, and of most files: first one whose
+    """List the patterns that each find one number of a name, in nearly all files: first one whose
     numbers are as evenly spaced as times are, then the last one; numbers behind words such as
     `seed` come last."""
-    names = {file: file.name for file in files}
-    if len({*names.values()}) == 1:
-        names = {file: f"{file.parent.name}/{file.name}" for file in names}
+    names = _names_below(files)
+    hide = _hide_counted if are_counters(names.values()) else _hide_metrics
     spellings = [_SPELLING, "[0-9]+"] if _are_grouped(names.values()) else ["[0-9]+", _SPELLING]
     if "kK" in _generalise(names[path]):
         spellings = [_SPELLING]  # the digits of 1.5k alone are no steps
     ranks = dict[str, tuple[int, bool, int, bool, int]]()
     for order, spelled in enumerate(spellings):
-        for (is_free, end), pattern in _find_patterns(names[path], spelled):
+        for (is_free, end), pattern in _find_patterns(names[path], hide(names[path]), spelled):
             matches = [*filter(None, (re.search(pattern, name) for name in names.values()))]
             is_even = _are_even(read_number(match[1]) or 0 for match in matches)
             ranks.setdefault(pattern, (len(matches), is_free, -order, is_even, end))
     most = max((rank[0] for rank in ranks.values()), default=0)
+    if most < _NEARLY_ALL * len(names):
+        return []
     likely = [pattern for pattern, rank in ranks.items() if rank[0] == most]
     return sorted(likely, key=ranks.__getitem__, reverse=True)
+
+
+def _names_below(files: Iterable[Path]) -> dict[Path, str]:
+    """Find the names of files; their paths from the folder of all on, if all have one name."""
+    names = {file: file.name for file in files}
+    if len(names) == 1 or len({*names.values()}) > 1:
+        return names
+    common = os.path.commonpath([str(file) for file in names])
+    return {file: str(file)[len(common) + 1 :] for file in names}
 
 
 def _are_grouped(names: Iterable[str]) -> bool:
@@ -264,11 +306,20 @@ def _are_even(numbers: Iterable[float]) -> bool:
     return 0 not in intervals and 2 * max(intervals.values(), default=0) > intervals.total()
 
 
-def _find_patterns(name: str, spelled: str) -> Iterator[tuple[tuple[bool, int], str]]:
+def _hide_counted(name: str) -> str:
+    """Hide the parts of dates, and the numbers of shards."""
+    return hide_dates(hide_shards(name))
+
+
+def _hide_metrics(name: str) -> str:
+    return hide_decimals(_hide_counted(name))
+
+
+def _find_patterns(name: str, hidden: str, spelled: str) -> Iterator[tuple[tuple[bool, int], str]]:
     """Find the patterns of a name that each find one of its numbers, by how these are spelled, and
-    its place: no parts of dates and decimals. What stands before it may be a hash of each file."""
+    its place: none that is `hidden`. What stands before it may be a hash of each file."""
     others = {mark.begin for mark in read_name(name) if mark.word == "other"}
-    for number in re.finditer(spelled, hide_decimals(hide_dates(name)), re.IGNORECASE):
+    for number in re.finditer(spelled, hidden, re.IGNORECASE):
         if SECONDS.fullmatch(number[0]):
             continue
         place = (number.start() not in others, number.end())
@@ -309,6 +360,8 @@ def read_times(files: Mapping[Path, Signs], settings: ImportSettings) -> list[Ti
     for path, signs in files.items():
         if sign not in signs:
             raise _ask_for_step(path, files)
+    if sign is not None and not _are_told_apart(files, sign):
+        _ask_for_another(files, sign)
     clock = _Clock(files, [signs[sign or ""] for signs in files.values()], settings)
     if sign == "stated":
         _check_names(files)
@@ -320,12 +373,38 @@ def sign_of_most(files: Mapping[Path, Signs]) -> str | None:
     each series apart if there are any; None if no file has a sign."""
     best: tuple[bool, int, int] | None = None
     for rank, sign in enumerate(_SIGNS):
-        numbers = {path: signs[sign].number for path, signs in files.items() if sign in signs}
-        if numbers:
-            places = {(_series(path), number) for path, number in numbers.items()}
-            is_distinct = sign == "given" or len(places) == len(numbers)
-            best = max(best or (False, 0, 0), (is_distinct, len(numbers), -rank))
+        count = sum(sign in signs for signs in files.values())
+        if count and not (sign == LONE and _are_slots(files)):
+            rating = (_are_told_apart(files, sign), count, -rank)
+            best = max(best or rating, rating)
     return _SIGNS[-best[2]] if best else None
+
+
+def _are_slots(files: Mapping[Path, Signs]) -> bool:
+    """Return whether lone numbers in names are slots that are written in turn: the epochs that
+    contents state all differ, and do not rise with them."""
+    pairs = set[tuple[int, int]]()
+    for signs in files.values():
+        if LONE in signs and "stated epoch" in signs:
+            pairs.add((signs[LONE].number, signs["stated epoch"].number))
+    epochs = [epoch for _, epoch in sorted(pairs)]
+    return len({*epochs}) == len(epochs) and epochs != sorted(epochs)
+
+
+def _are_told_apart(files: Mapping[Path, Signs], sign: str) -> bool:
+    """Return whether a sign tells the files of each series apart, or is the user's own."""
+    signed = {path: signs[sign].number for path, signs in files.items() if sign in signs}
+    numbers = [(_series(path), number) for path, number in signed.items()]
+    return sign == "given" or len({*numbers}) == len(numbers)
+
+
+def _ask_for_another(files: Mapping[Path, Signs], sign: str) -> None:
+    """Raise a QuestionError if the numbers of a sign are equal in several files, and names have
+    another number, as in `ep00-gs00100` and `ep00-gs00200`."""
+    path, signs = next(iter(files.items()))
+    reason = f"must be given: several files have the same number, by {signs[sign].origin}"
+    if answers := [{"step_from": pattern} for pattern in list_patterns(path, files)]:
+        raise QuestionError("step_from", reason, *answers)
 
 
 def _series(path: Path) -> str:

@@ -79,6 +79,8 @@ CONTAINERS = (
     Container("ONNX", (".onnx",)),
     Container("NumPy", (".npy", ".npz")),
     Container("NeMo", (".nemo",)),
+    Container("PhysicsNeMo", (".mdlus",)),
+    Container("Orbax", ("manifest.ocdbt", "_CHECKPOINT_METADATA")),
     Container("an archive", (".gz", ".zip")),
 )
 

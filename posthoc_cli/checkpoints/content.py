@@ -148,8 +148,8 @@ _CONFIG = "config.json"  # of a member, such as an average of diffusers, with it
 _TRAINER_STATE = "trainer_state.json"  # of a Trainer, with the step
 _MOST_SETTINGS = 1_000_000_000  # bytes: a Trainer logs each step
 COUNTERS = {
-    "global_step", "global_steps", "step", "steps", "iteration", "iter", "num_updates", "updates",
-    "decay", "optimization_step", "initted", "n_averaged", "num_batches_seen", "count",
+    "global_step", "global_steps", "step", "steps", "iteration", "iter", "iters", "num_updates",
+    "updates", "decay", "optimization_step", "initted", "n_averaged", "num_batches_seen", "count",
 }  # fmt: skip
 """Last keys of values that trainings store as tensors of one element."""
 OFFSETS = "DCP_SHARDING_INFO"

@@ -28,7 +28,7 @@ from posthoc_cli.checkpoints.audit_rules import main_number
 from posthoc_cli.checkpoints.settings import FOUND, ImportSettings, parse_warm_up, warm_up_text
 from posthoc_cli.checkpoints.source import COMPARED_FILES, Checkpoint, first_values, is_copy
 from posthoc_cli.checkpoints.updates import Updates
-from posthoc_cli.decay_rules import POWER_FUNCTION, RULES, DecayRule, OrdinaryEMA
+from posthoc_cli.decay_rules import POWER_FUNCTION, RULES, UNLIMITED, DecayRule, OrdinaryEMA
 from posthoc_cli.errors import InvalidValueError, argument
 from posthoc_cli.profiles import round_sigma_rel
 
@@ -36,6 +36,9 @@ _SURE = 0.05  # largest uncertainty of a length from which a decay is taken
 _CLEAR = 0.12  # and one from which a decay is proposed
 _MOST_DOUBT = 3.0  # of the logarithm of a length
 _LARGE = 4.0  # times the norm of an average: more than of weights that grow evenly from 0
+
+_SCHEDULES = {"teacher": "cosine", "momentum_encoder": "cosine", "target_encoder": "linear"}
+"""How the decay rises to 1 over a training, by the key of the average: in DINO, MoCo v3, I-JEPA."""
 
 Settings = dict[str, Any]
 """Fields of `ImportSettings` to change."""
@@ -109,7 +112,10 @@ class _Decays:
         audit = next(audit_averages(unclaimed, given=self.given), None)
         if audit is None:
             reason = "the files do not hold it, and it cannot be found without weights next to the "
-            raise _question("ema_decay", f"{reason}averages in two files or more")
+            reason += "averages in two files or more"
+            if schedule := self._schedule:
+                raise _question_of_schedule(schedule, f"the decay of the average: {reason}")
+            raise _question("ema_decay", reason)
         self._check_is_average(audit)
         sigma = audit.uncertainty or 0.0
         if audit.average and audit.verdict == "found":
@@ -156,7 +162,7 @@ class _Decays:
         self._check_steps(any(updates.ends(given) for updates in self.updates))
         audit = next(audit_averages(self.checkpoints, given=given), None)
         if audit is None:
-            return given, [self._check_alone()], []
+            return self._confirm_alone()
         is_taken = self._is_taken_as_given(audit)
         if not is_taken:
             self._check_is_average(audit)
@@ -196,6 +202,22 @@ class _Decays:
             return ""
         difference = abs(math.log((1 - decay) / (1 - shown["ema_decay"])))
         return shown["ema_warmup"] if difference <= 2 * (audit.uncertainty or 0.0) else ""
+
+    def _confirm_alone(self) -> Settled:
+        """Take averages without weights next to them as they are given, with a warning about a
+        constant decay where programs that call them so let it rise."""
+        given = self.given
+        line = self._check_alone()
+        decay = given.rule().get("decay")
+        if not self._schedule or given.ema_warmup or decay in (None, UNLIMITED):
+            return given, [line], []
+        reason = "is constant, and programs that call an average so let it rise to 1 over the "
+        reason += (
+            f"training ({argument('ema_warmup')} {self._schedule}): predicted errors count that"
+        )
+        longest = self.checkpoints[-1].step  # a time constant that rises ends there
+        doubt = longest * (1 - decay)
+        return replace(given, ema_doubt=doubt), [line], [f"ema_decay {reason}"]
 
     def _check_alone(self) -> str:
         """Raise InvalidValueError for averages without weights next to them that contradict the
@@ -264,6 +286,12 @@ class _Decays:
             what = f"no average differs from the weights until step {begins:,.12g}"
             raise _question("update_after_step", f"{what}, after which it began")
 
+    @property
+    def _schedule(self) -> str:
+        """The schedule of the programs that call an average as these files do; empty for none."""
+        keys = _find_key(self.averages[-1]).split(".")
+        return next((_SCHEDULES[key] for key in keys if key in _SCHEDULES), "")
+
     def _find_decay(self, audit: Audit) -> Settings:
         """Find the decay that files say, or the round one that they show; empty for none."""
         newest = self.averages[-1]
@@ -289,6 +317,13 @@ class _Decays:
 def _question(name: str, reason: str, *answers: Answer) -> QuestionError:
     """Make the question for a setting, which the user may know better than the answers say."""
     return QuestionError(name, f"must be given: {reason}", *answers, {name: ASKED})
+
+
+def _question_of_schedule(schedule: str, reason: str) -> QuestionError:
+    """Make the question for a decay that rises to 1, from a number that the user knows."""
+    reason = f"must be given: {reason}; programs that call an average so let it rise to 1 over the "
+    reason += f"training, and a constant one is {argument('ema_decay')} {ASKED}"
+    return QuestionError("ema_warmup", reason, {"ema_warmup": f"{schedule}:{ASKED}"})
 
 
 def _find_way(verdict: str) -> str:

@@ -10,7 +10,7 @@ word in a key or in the name of a file says which is the average (`folders.AVERA
 3. if the two sets lie under fixed keys that no word tells apart: the keys in its row, too;
 4. if names of files say the time and the profile: a function in `BY_NAME`;
 5. for a new name of a step or an epoch: an item of `clock.STEPS` or `clock.EPOCHS`;
-6. a line in the guide `checkpoints`, and a test that writes such files in
+6. a line in the guide `layouts`, and a test that writes such files in
    `tests/checkpoints/test_programs.py`.
 """
 
@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from pathlib import Path
@@ -71,7 +71,7 @@ def _recognise_sets(sets: TensorSets, settings: ImportSettings) -> Found:
     if kind:
         settings = replace(settings, kind=kind, average=None, weights=None)
     if settings.kind == "checkpoints":
-        return _find_weights(sets, settings)
+        return _find_weights(sets if settings.weights else sets.with_parts(), settings)
     if settings.average is None and settings.weights is None:
         if found := _torchtitan(sets):
             return found
@@ -169,7 +169,8 @@ class Library:
     read: Callable[[Values], Updates]
     average: str = ""  # its key; empty for any
     weights: str = ""  # the key of the weights, if no word tells the two sets apart
-    lacks: tuple[str, ...] = ()  # settings that its files do not hold
+    # settings that its files do not hold, each with the program's default
+    lacks: Mapping[str, str] = field(default_factory=dict)
 
 
 def _read_count(value: Any) -> int | None:
@@ -206,6 +207,11 @@ def _with_decay(values: Values) -> Updates:
     return Updates(rule, count, every)
 
 
+def _of_module(values: Values) -> Updates:
+    """Read the updates of NequIP's `EMAWeights`, which keeps its settings as a module's state."""
+    return _with_decay(_values_below(values, "_extra_state."))
+
+
 def _counting(
     values: Values,
     name: str = "updates",
@@ -235,10 +241,11 @@ LIBRARIES = (
     Library(
         ("initted", "step"),  # ema-pytorch
         partial(_counting, name="step", calls="counted", warm_up="power"),
-        lacks=("update_every", "update_after_step"),
+        lacks={"update_every": "10", "update_after_step": "100"},
     ),
     Library(("n_averaged",), partial(_counting, name="n_averaged", **_AVERAGED_MODEL)),
     Library(("updates",), partial(_counting, **_YOLO), "ema"),  # ultralytics, YOLOv5
+    Library(("_extra_state.decay", "_extra_state.num_updates"), _of_module),
     Library(("decay",), _with_decay),
     Library(("updates",), _counting),  # RT-DETR, D-FINE
 )
@@ -285,6 +292,8 @@ def _with_updates(found: Found) -> Found:
     except (TypeError, ValueError, OverflowError) as error:
         reason = f"holds an EMA whose settings cannot be read: {error}"
         raise FileFormatError(found.path, reason) from error
+    if found.weights and values.get("_extra_state.is_holding_ema_weights") is False:
+        found = replace(found.exchanged(found, found), was_swapped=True)
     return replace(found, updates=updates, lacks=library.lacks)
 
 
@@ -330,7 +339,9 @@ def _read_numbered(content: Content, settings: ImportSettings) -> Found | None:
     averaged = dict(sets.below("ema_model") if has_model else sets.below(""))
     for counter in ("initted", "step"):
         averaged.pop(counter, None)
-    lacks = ("sigma_rels", "update_every")
+    lacks = {"sigma_rels": "", "update_every": "100"}
+    if not has_model:
+        lacks |= {"update_every": "10", "update_after_step": "100"}
     return Found(
         sets,
         averaged,
@@ -338,7 +349,7 @@ def _read_numbered(content: Content, settings: ImportSettings) -> Found | None:
         kind="ema-pytorch" if has_model else "posthoc-ema",
         sigma_rel=width,
         reading=Time(int(match["step"]), "steps", _IN_NAMES),
-        lacks=lacks if has_model else (*lacks, "update_after_step"),
+        lacks=lacks,
     )
 
 
@@ -379,7 +390,6 @@ def says_its_profile(content: Content) -> bool:
 _OF_AVERAGES = {
     "sigma_rels", "update_every", "update_after_step", "ema_decay", "ema_warmup", "steps",
 }  # fmt: skip
-_DEFAULTS = {"update_every": "10", "update_after_step": "100"}  # of ema-pytorch
 
 
 def check_given(found: Found, settings: ImportSettings) -> None:
@@ -388,7 +398,7 @@ def check_given(found: Found, settings: ImportSettings) -> None:
     missing = [each for each in found.lacks if getattr(settings, each) in (None, ())]
     if missing:
         reason = f"must be given: files of its library, such as {name}, do not hold it"
-        usual = [f"{each} is {_DEFAULTS[each]}" for each in missing if each in _DEFAULTS]
+        usual = [f"{each} is {found.lacks[each]}" for each in missing if found.lacks[each]]
         if usual:
             reason += f"; by default {' and '.join(usual)}"
         raise QuestionError(missing[0], reason, dict.fromkeys(missing, ASKED))

@@ -8,6 +8,7 @@ and a wrong step would put weights at a wrong time without notice.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Literal
@@ -141,6 +142,22 @@ def hide_dates(name: str) -> str:
 def hide_decimals(name: str) -> str:
     """Replace decimals by signs that are no digits, as many of them."""
     return _DECIMAL.sub(_hide, name)
+
+
+def hide_shards(name: str) -> str:
+    """Replace the numbers of shards, such as 00001-of-00002, by signs that are no digits."""
+    return _SHARD.sub(_hide, name)
+
+
+def are_counters(names: Iterable[str]) -> bool:
+    """Return whether what looks like decimals in names are two numbers, as in `Net.0.9` and
+    `Net.0.10`: those behind the points have several lengths, and some of them end with 0, which is
+    written of no metric."""
+    texts = [text for name in names for text in _DECIMAL.findall(name)]
+    behind = {text.partition(".")[2] for text in texts}
+    are_whole = not any(text.startswith("0") and text != "0" for text in behind)
+    has_round = any(text.endswith("0") for text in behind)
+    return are_whole and has_round and len({*map(len, behind)}) > 1
 
 
 def _hide(match: re.Match[str]) -> str:

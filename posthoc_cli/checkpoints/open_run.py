@@ -39,6 +39,7 @@ from posthoc_cli.checkpoints.source import (
     Checkpoint,
     are_near,
     first_values,
+    first_values_of,
     is_copy,
     make_checkpoint,
     moves_less,
@@ -78,6 +79,7 @@ class _Found:
     settings: ImportSettings  # given, or found
     numbers: str  # what the numbers of files are taken for
     notes: tuple[str, ...]  # what is not used
+    notices: tuple[str, ...]  # what is not used, without a doubt
     may_be_epochs: bool  # whether few numbers of no stated unit are taken for steps
     checks: tuple[str, ...] = ()  # lines about the decay
 
@@ -131,7 +133,7 @@ def find(
         settings=found.settings.given,
         numbers=found.numbers,
         notes=found.notes,
-        notices=tuple(place.tracker_notes),
+        notices=(*place.tracker_notes, *found.notices),
         findings=found.findings if settle else (),
     )
 
@@ -251,9 +253,13 @@ def _read(place: Place, settings: ImportSettings, is_unclaimed: bool = False) ->
         _check_unit(last)
         may_be_epochs = not last.is_stated and last.number <= _EPOCHS
         last = replace(last, is_stated=True)
-    notes += [*chooser.notes, *_note_unused(run)]
+    constant = _find_constant(run)
+    notes += [*chooser.notes, *_note_unused(run, constant)]
+    notices = _note_swapped(run)
+    if constant:
+        notices.append(f"not used, as it never changes: {list_names(constant)}")
     checkpoints = _make_run(_make_all(run, last, settings))
-    return _Found(checkpoints, settings, last.origin, tuple(notes), may_be_epochs)
+    return _Found(checkpoints, settings, last.origin, tuple(notes), tuple(notices), may_be_epochs)
 
 
 def _with_one_prefix(run: Sequence[Found]) -> list[Found]:
@@ -312,7 +318,7 @@ def _check_targets(run: Sequence[Found], settings: ImportSettings) -> None:
     if not _TARGET.search(pair.average_key):
         return
     whole = recognise(both[0].content, replace(settings, kind="checkpoints"))
-    used = {tensor.name for tensor in both[0].weights.values()}
+    used = {tensor.name for tensor in (*pair.weights.values(), *pair.averaged.values())}
     rest = [name for name, tensor in whole.weights.items() if tensor.name not in used]
     if not rest:
         return
@@ -349,19 +355,46 @@ def _leave_out_untrained(
     return used
 
 
-def _note_unused(run: Sequence[Found]) -> list[str]:
+def _note_swapped(run: Sequence[Found]) -> list[str]:
+    """Name the files that say that they were written while the average was swapped in."""
+    names = [file.path.name for file in run if file.was_swapped]
+    if not names:
+        return []
+    text = "the average and the weights are exchanged back in files that say that the average was "
+    return [f"{text}swapped in when they were written: {list_names(names, 3)}"]
+
+
+def _find_constant(run: Sequence[Found]) -> list[str]:
+    """Find the sets that are not used, and are equal in the first and the last file: statistics of
+    the data, or a frozen network."""
+    first = min(run, key=lambda file: file.time)
+    last = max(run, key=lambda file: file.time)
+    found = []
+    for key in first.unused:
+        if first is last or key not in last.unused or AVERAGE_WORD.search(key):
+            continue
+        ours, theirs = (
+            first_values_of(each.content, each.sets.below(key)) for each in (first, last)
+        )
+        if len(ours) and np.array_equal(ours, theirs):
+            found.append(key)
+    return found
+
+
+def _note_unused(run: Sequence[Found], constant: Sequence[str]) -> list[str]:
     """Name the sets of tensors of a file that are not used, with the option that would use one."""
     for file in run:
-        if not file.unused:
+        unused = [key for key in file.unused if key not in constant]
+        if not unused:
             continue
-        first = file.unused[0]
-        averages = [key for key in file.unused if AVERAGE_WORD.search(key)]
+        first = unused[0]
+        averages = [key for key in unused if AVERAGE_WORD.search(key)]
         option = f"{argument('weights')} '{first}'"
         if averages:
             option = f"{argument('average')} '{averages[0]}'"
         if length := file.content.tracker_averages.get(first):
             option = f"{argument('average')} '{first}' {argument('sigma_rels')} {length}"
-        text = f"{file.path.name} also holds {list_names(file.unused)}, not used: an import with "
+        text = f"{file.path.name} also holds {list_names(unused)}, not used: an import with "
         text += f"{option} takes it"
         if file.averaged:
             text += f", and with {argument('kind')} checkpoints the model alone"
@@ -457,10 +490,8 @@ def _make_all(run: Sequence[Found], clock: Time, settings: ImportSettings) -> li
     check_globs(settings.selection, names)
     every = _interval_of_counts(run)
     checkpoints = []
-    _check_exchanged(run, settings)
-    for file in run:
-        turned = file.exchanged if file.time in settings.exchanged else file
-        checkpoints += _make(turned, clock, settings, every)
+    for file in _exchange(run, settings):
+        checkpoints += _make(file, clock, settings, every)
     for name, entry in checkpoints[0].entries.items():
         if entry.dtype.startswith("F8"):
             reason = f"tensor {quote(name)} has 8 bits a value, too few for averages"
@@ -471,13 +502,20 @@ def _make_all(run: Sequence[Found], clock: Time, settings: ImportSettings) -> li
     return checkpoints
 
 
-def _check_exchanged(run: Sequence[Found], settings: ImportSettings) -> None:
-    """Raise InvalidValueError for a step of which no file holds both an average and the weights."""
-    steps = [file.time for file in run if file.averaged and file.weights]
+def _exchange(run: Sequence[Found], settings: ImportSettings) -> list[Found]:
+    """Exchange the average and the weights of the steps that settings name, in one file or in two;
+    raise InvalidValueError for a step of which there are not both, or several averages."""
+    turned = {id(file): file for file in run}
     for step in settings.exchanged:
-        if step not in steps:
-            reason = "is the step of no file that holds an average and the weights"
+        files = [file for file in run if file.time == step]
+        averages = [file for file in files if file.averaged]
+        weights = [file for file in files if file.weights]
+        if len(averages) != 1 or len(weights) != 1:
+            reason = "is the step of no files that hold one average and the weights"
             raise InvalidValueError("exchanged", reason, value=step)
+        for file in (averages[0], weights[0]):
+            turned[id(file)] = file.exchanged(averages[0], weights[0])
+    return [*turned.values()]
 
 
 def _interval_of_counts(run: Sequence[Found]) -> int:

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +76,10 @@ _PART = re.compile(
 each process, whose number is that of the shard, writes so many."""
 _WORD_OF_PART = re.compile(r"(?<![a-z])(?:shard|part|rank)[-_]?$", re.IGNORECASE)
 _WORD_OF_TIME = re.compile(r"(?:step|iter|ep(?:och)?)[a-z]*[=_.-]*$", re.IGNORECASE)
+_NUMBER_OF_FOLDER = re.compile(
+    r"^[0-9]{3,}[-_.=]+|(?<=[^-_.=0-9])[-_.=]*(?<![0-9]\.)[0-9]+(?!\.?[0-9])"
+)
+"""In names of parts: what may be the time of their folder; `2_Dense` and `ema_0.99` are names."""
 _LEVELS = 3  # of folders below a place; one that is alone in its folder does not count
 _MOST_FOREIGN = 100  # files whose kinds are looked at where nothing is a checkpoint
 _MOST_ENTRIES = 20_000  # at a place: listing a whole disk would take minutes
@@ -159,11 +165,15 @@ class Place:
     def candidates(self) -> Layouts:
         """The files and folders that may each be a checkpoint, and what they consist of."""
         path = files.expand_user(self.name)
-        matches = self._look.match(path)
-        if not matches:
-            raise DirectoryError(self.name, "no file or folder matches")
+        matches = set[Path]()
+        for pattern in files.expand_braces(path):
+            named = self._look.match(pattern)
+            if not named:
+                missing = "" if pattern == path else f" {pattern.name}"
+                raise DirectoryError(self.name, f"no file or folder matches{missing}")
+            matches.update(named)
         found: Layouts = {}
-        for match in sorted(matches, key=_is_link):
+        for match in sorted(matches, key=lambda each: (_is_link(each), each)):
             if match.is_dir():
                 found |= self._find(match, _LEVELS)
                 own = found.get(match)
@@ -316,7 +326,9 @@ class Place:
         usual = [stem for stem in MODEL_FILES if stem in by_stem]
         for stem in usual[1:]:  # the same model in another format
             del by_stem[stem]
-        return by_stem.popitem()[1] if len(by_stem) == 1 else Sets(folder, by_stem)
+        if len(by_stem) == 1:
+            return by_stem.popitem()[1]
+        return Sets(folder, _without_time(folder, by_stem))
 
     def _set_own_aside(self, folder: Path, layout: Layout) -> Layout:
         """Return what a folder is without what this package wrote beside a model: states of
@@ -494,8 +506,11 @@ def _may_be_whole(whole: Path, parts: Path, members: Layouts) -> bool:
 
 
 def _may_be_listed(folder: Path) -> bool:
-    """Return whether a folder can be read, and is not one of states, or set aside by a tracker."""
+    """Return whether a folder can be read, and is not one of states, set aside by a tracker, or the
+    store of a hub's cache, into which the files of its revisions are links."""
     if _STATE_FOLDER.search(folder.name) or folder.name == SUPERSEDED:
+        return False
+    if folder.name == "blobs" and (folder.parent / "snapshots").is_dir():
         return False
     return files.is_url(folder) or os.access(folder, os.R_OK | os.X_OK)
 
@@ -511,7 +526,8 @@ def _has_equals(signatures: Iterable[_Signature]) -> bool:
 
 
 def _partitions_error(path: Path) -> UnsuitableError:
-    hint = "convert it with the program's own script, such as DeepSpeed's zero_to_fp32.py"
+    hint = "convert it with the program's own script, such as DeepSpeed's zero_to_fp32.py, or let "
+    hint += "it save the whole model, as Composer does with state_dict_type: full"
     return UnsuitableError(path, "holds partitions of the model", hint)
 
 
@@ -519,6 +535,21 @@ def _is_time_within(folder: Path, stem: str) -> bool:
     """Return whether a name is a time, and does not repeat the time of its folder, as in
     `checkpoint-500/global_step500`."""
     return has_time(stem) and find_times(stem)[0].text.lstrip("0") not in folder.name
+
+
+def _without_time(folder: Path, members: Mapping[str, Layout]) -> dict[str, Layout]:
+    """Return the parts of a checkpoint by their names without the number of its folder, as in
+    `run--1000_chkpt/action_head--1000_checkpoint.pt`. Numbers that tell parts apart stay."""
+    own = {int(digits) for digits in re.findall("[0-9]+", folder.name)}
+    alike = Counter(map(make_glob, members))
+    by_name = {}
+    for stem, layout in members.items():
+        name = stem
+        for number in _NUMBER_OF_FOLDER.finditer(stem):
+            if alike[make_glob(stem)] == 1 and int(number[0].strip("-_.=")) in own:
+                name = name.replace(number[0], "", 1)
+        by_name[name] = layout
+    return by_name if len(by_name) == len(members) else dict(members)
 
 
 def holds_checkpoints(name: str | Path) -> bool:
@@ -529,6 +560,19 @@ def holds_checkpoints(name: str | Path) -> bool:
         return files.is_glob(name)
 
 
+def _list_numbered(folder: Path, is_numbered: bool, levels: int = _LEVELS) -> Iterator[Path]:
+    """Yield the files in a folder with a number in their paths from it on, the outer ones first."""
+    folders = []
+    for entry in sorted(files.system.list(folder)):
+        if entry.is_dir():
+            folders.append(entry)
+        elif is_numbered or re.search("[0-9]", entry.name):
+            yield entry
+    for inner in folders if levels else []:
+        has_number = is_numbered or re.search("[0-9]", inner.name) is not None
+        yield from _list_numbered(inner, has_number, levels - 1)
+
+
 def explain_nothing(place: Place) -> None:
     """Raise the error that says why nothing at a place is a checkpoint."""
     folder = files.expand_user(place.name)
@@ -536,9 +580,8 @@ def explain_nothing(place: Place) -> None:
         if run != folder:
             raise DirectoryError(place.name, "holds no checkpoints", f"did you mean {run}?")
     with suppress(OSError):
-        numbered = [each for each in files.system.list(folder) if re.search("[0-9]", each.name)]
-        for entry in sorted(numbered)[:_MOST_FOREIGN]:
-            row = None if entry.is_dir() else find_container(entry)
+        for entry in islice(_list_numbered(folder, False), _MOST_FOREIGN):
+            row = find_container(entry)
             if row is not None and row.read is None:
                 raise foreign_error(entry, row)
     hint = "name their folder, a file, or a glob such as 'out/step*.pt'"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -43,6 +43,8 @@ an average, its weights are under `current_model_state`."""
 _STATES = re.compile(NO_MODEL.pattern.replace("opt|", "", 1), re.IGNORECASE)
 """Pattern of prefixes of names that are not a model's: `opt` may be a module."""
 _WITH_MODEL = re.compile(r"^model_(?:and_optim|optim_rng)")  # names of files, of OLMo and Megatron
+_MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "momentum_buffer"}
+"""What torch's optimizers call the averages of gradients in their states."""
 _RANDOM = re.compile(r"(?<![a-z])(?:rng|random)_states?$")
 """Pattern of names of the states of generators of random numbers."""
 _PARTS = re.compile(r"^(?:named_)?(?:parameter|buffer)s_dict\.")  # of a model, in Composer
@@ -69,7 +71,9 @@ class Found:
     sigma_rel: float = 0.0  # and the width that its user asked for
     reading: Time | None = None  # its number, if its name states it with the profile
     time: int = 0  # on the clock of its run; 0 before the training
-    lacks: tuple[str, ...] = ()  # settings that must be given
+    was_swapped: bool = False  # whether it says that the two were exchanged, which are turned
+    # settings that must be given, each with its program's default; empty if that has none
+    lacks: Mapping[str, str] = field(default_factory=dict)
     unused: tuple[str, ...] = ()  # paths of the sets that are neither of these
 
     @property
@@ -111,15 +115,19 @@ class Found:
         """Take another set for the average of the weights; for none if it does not match."""
         return replace(self, averaged=match_names(self.sets.below(key), self.weights))
 
-    @property
-    def exchanged(self) -> Found:
-        """What it holds if the average is in the place of the weights, and these in its place."""
-        shared = self.averaged.keys() & self.weights.keys()
-        averaged = {name: self.weights[name] for name in shared}
-        weights = {name: self.averaged[name] for name in shared}
-        return replace(
-            self, averaged={**self.averaged, **averaged}, weights={**self.weights, **weights}
-        )
+    def exchanged(self, average: Found, weights: Found) -> Found:
+        """What it holds if an average is in the place of weights, and these in its place; each of
+        them is this checkpoint, or another one of its time."""
+        shared = average.averaged.keys() & weights.weights.keys()
+        averaged = {name: weights.weights[name] for name in shared}
+        raw = {name: average.averaged[name] for name in shared}
+        if average is weights:
+            return replace(
+                self, averaged={**self.averaged, **averaged}, weights={**self.weights, **raw}
+            )
+        if self is average:
+            return replace(self, sets=weights.sets, averaged=averaged)
+        return replace(self, sets=average.sets, weights=raw)
 
     @property
     def starts(self) -> tuple[FloatArray, FloatArray]:
@@ -144,9 +152,12 @@ class TensorSets:
         self,
         content: Content,
         named: Iterable[str | None] = (),
+        parts: Collection[str] = (),
     ) -> None:
-        """`named`: what the user calls sets; these count as sets, whatever their words say."""
+        """`named`: what the user calls sets; these count as sets, whatever their words say.
+        `parts`: the paths of parts of the model that a word calls averages."""
         self.content = content
+        self._parts = parts
         self.tensors = _Named()
         self.counts = Counter[str]()  # of tensors, by path
         self.keys = dict[str, str]()  # the last key of each path of whole keys
@@ -170,7 +181,7 @@ class TensorSets:
         for path in sorted(self.counts, key=_depth):
             key = self.keys.get(path) or path.rpartition(".")[2]
             is_inner = any(_lies_in(path, average) for average in found)
-            if is_inner or not AVERAGE_WORD.search(key):
+            if is_inner or path in self._parts or not AVERAGE_WORD.search(key):
                 continue
             group = path
             while group and group not in self.keys:
@@ -356,6 +367,21 @@ class TensorSets:
                 return True
         return False
 
+    def with_parts(self) -> TensorSets:
+        """Return the sets in which networks that a word calls averages, and that are near no other
+        set, are parts of the model."""
+        parts = []
+        for path in self.averages:
+            if self.holds_network(path) and not self._may_be_average(path):
+                parts.append(path)
+        return TensorSets(self.content, parts=parts) if parts else self
+
+    def _may_be_average(self, path: str) -> bool:
+        try:
+            return any(are_near(*pair.starts) for pair in self.pairs(path))
+        except QuestionError:  # of which weights it is one
+            return True
+
     # --- an average and the weights
 
     def pairs(
@@ -440,10 +466,10 @@ class TensorSets:
             averaged = _without_nested(averaged, self.below(weights))
         if not averaged:
             return []
-        if _is_list(averaged):
+        if listed := _by_position(averaged):
             path = self.model_path() if weights is None else weights
             raw = self._with_names(path)
-            return [Found(self, self._match_list(averaged, raw), raw, average, path)]
+            return [Found(self, self._match_list(listed, raw), raw, average, path)]
         pairs = []
         roots = self._roots(averaged, average) if weights is None else [weights]
         for path in roots:
@@ -459,10 +485,11 @@ class TensorSets:
         """Return the tensors of a set; a list takes the names of the model, and the weights that it
         lacks."""
         tensors = self.below(path)
-        if not _is_list(tensors) or path in self.models:
+        listed = _by_position(tensors)
+        if not listed or path in self.models:
             return tensors
         model = self._part(self.model_path())
-        return {**model, **self._match_list(tensors, model)}
+        return {**model, **self._match_list(listed, model)}
 
     def _rank(self, pair: Found) -> tuple[bool, bool, bool, int]:
         """Rate how unlikely a set is to be the weights of an average. Unlikely are a set within an
@@ -564,6 +591,8 @@ def _is_state(tensor: StoredTensor, content: Content) -> bool:
         return True
     if tensor.keys[0].startswith("best_"):
         return True
+    if not _MOMENTS.isdisjoint([*outer, *name.split(".")]):
+        return True
     first, dot, _ = name.partition(".")
     pattern = _STATES if dot else _RANDOM
     return pattern.search(first) is not None
@@ -573,9 +602,18 @@ def _is_counter(tensor: StoredTensor) -> bool:
     return tensor.shape in ((), (1,))
 
 
-def _is_list(tensors: Tensors) -> bool:
-    """Return whether tensors have positions in place of names."""
-    return bool(tensors) and all(map(str.isdecimal, tensors))
+def _by_position(tensors: Tensors) -> Tensors:
+    """Return tensors that have positions in place of names, perhaps behind a word for averages that
+    all begin with; empty if they have names."""
+    listed = {}
+    starts = set()
+    for name, tensor in tensors.items():
+        start = name.rstrip("0123456789")
+        listed[name.removeprefix(start)] = tensor
+        starts.add(start)
+    start = "".join(starts)
+    has_positions = len(starts) == 1 and "" not in listed
+    return listed if has_positions and (not start or AVERAGE_WORD.search(start)) else {}
 
 
 def _may_be_listed(name: str, tensor: StoredTensor) -> bool:

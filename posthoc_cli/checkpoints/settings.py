@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -110,7 +110,7 @@ _WarmUp = Annotated[
 @dataclass(frozen=True)
 class ImportSettings:
     """What checkpoints do not say themselves, and which of their tensors to take; see the guide
-    `checkpoints`."""
+    `layouts`."""
 
     kind: _Kind | None = None  # None to recognise the kind of each file
     # what to search in a path; its group is the step, also as 1_500 or 1.5k
@@ -130,7 +130,8 @@ class ImportSettings:
     last_step: Count | None = None  # the last checkpoint's, if an import takes it as `steps`
     # relative, of the time constant, if an import found the decay
     ema_uncertainty: float | None = None
-    # the same of a given decay, if an import found another one, but not clearly
+    # the same of a given decay, if an import found another one, but not clearly, or if programs
+    # that call the average so have another rule
     ema_doubt: float | None = None
     # the last checkpoint's time by which the average had begun again, if an import found that
     ema_restart: float | None = None
@@ -203,9 +204,9 @@ class ImportSettings:
             names += ["ema_decay", "ema_warmup", "sigma_rels", "ema_uncertainty"]
         return replace(self, **{name: getattr(UNSPECIFIED, name) for name in names})
 
-    def command(self, place: object, **changes: object) -> str:
+    def command(self, place: object, number: int = 1, **changes: object) -> str:
         """Write the command line of an import of a place with these settings, some of them
-        changed."""
+        changed, into the first free folder, or the next one, by its number."""
         words = ["ema", "import", str(place)]
         for name, value in (self.without_findings.given | changes).items():
             if value in ((), None):
@@ -218,12 +219,9 @@ class ImportSettings:
                 words += [option, ",".join(map(str, value))]
             else:
                 words += [option, str(value)]
-        free = "run"
-        for number in count(2):
-            if not Path(free).exists():
-                break
-            free = f"run-{number}"
-        return shlex.join([*words, "--out", free])
+        names = chain(["run"], (f"run-{suffix}" for suffix in count(2)))
+        free = (name for name in names if not Path(name).exists())
+        return shlex.join([*words, "--out", next(islice(free, number - 1, None))])
 
     @property
     def selection(self) -> Selection:

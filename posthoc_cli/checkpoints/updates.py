@@ -19,9 +19,6 @@ the same, with a `count` of calls; or a copy at the step that settings name, and
 
 _FROM_FIRST = ("from first", "counted")
 
-_Place = tuple[int, int, Arguments]
-"""Where the updates of an EMA lie: their first step, their number, and what the rule has for it."""
-
 
 @dataclass(frozen=True)
 class Updates:
@@ -30,7 +27,7 @@ class Updates:
     # arguments of `DecayRule`; without "decay", "base" and "steps" if they are unknown
     rule: Arguments = field(default_factory=dict)
     count: int | None = None  # number of updates; None if it is unknown
-    every: int = 1  # calls between updates; for EDM images of a batch, 0 if they are unknown
+    every: int = 1  # calls between updates
     calls: Calls = "multiples"
 
     def is_known(self, settings: ImportSettings) -> bool:
@@ -54,13 +51,12 @@ class Updates:
     ) -> OrdinaryEMA:
         """Compute the profile at a step, with `_ANY_DECAY` if none is known."""
         every = settings.update_every or self.every
-        first, count, of_place = self._place(step, every, settings)
-        if first < 1:
-            counted = f"{path.name} counts the updates of its EMA: {self.count:,} by step {step:,}"
-            reason = f"must be given, and fit: {counted}"
-            hint = "it is a setting of imports, and 1 if the EMA began late"
-            raise InvalidValueError("update_every", reason, hint)
-        rule: Arguments = {"decay": _ANY_DECAY} | self._rule(settings, every) | of_place
+        if self.count is None:
+            first, count = self._place_after(settings, step, every)
+        else:
+            first, count = self._place_counted(self.count, path, settings, step, every)
+        rule: Arguments = {"decay": _ANY_DECAY} | self._rule(settings, every)
+        rule |= self._copies(settings, every)
         if _is_schedule(rule):
             rule["before"] = (first - 1) // every
             rule["decay"] = rule.get("base", _ANY_DECAY)
@@ -80,47 +76,60 @@ class Updates:
             return arguments  # another kind of rule
         return self.rule | arguments
 
-    def _place(
+    def _copies(self, settings: ImportSettings, every: int) -> Arguments:
+        """Say which updates copy the weights, where `update_after_step` says that."""
+        after = settings.update_after_step or 0
+        if self.calls == "counted" and self.count is not None:
+            return {"copies": 1 + after, "stride": every}
+        if self.calls == "after copy" and self.count is None and after:
+            return {"copies": 1}
+        return {}
+
+    def _place_counted(
         self,
+        count: int,
+        path: Path,
+        settings: ImportSettings,
         step: int,
         every: int,
-        settings: ImportSettings,
-    ) -> _Place:
-        """Find where the updates of an EMA lie."""
-        after = settings.update_after_step or 0
-        if self.count is None:
-            return self._place_after(after, step, every)
-        count = self.count
+    ) -> tuple[int, int]:
+        """Find the step of the first of so many updates, or calls, and their number."""
+        counted = count
         if count == step + 1:  # the first step has the number 0
             count = step
         if self.calls == "counted":
-            updates = (count - 1) // every + 1
-            rule = {"copies": 1 + after, "stride": every}
-            return step - count + 1, updates, rule
-        first = self._last(step, every) - (count - 1) * every
-        is_each_step = 0 <= step - count <= 1
-        if count and settings.update_every is None and not is_each_step:
-            first = 0  # 50 updates at step 100 may be one in two steps, or all since the 51st
-        return first, count, {}
+            first = step - count + 1
+            count = (count - 1) // every + 1
+        else:
+            first = self._last(step, every) - (count - 1) * every
+            # 50 updates at step 100 may be one in two steps, or all since the 51st
+            is_each_step = 0 <= step - count <= 1
+            if count and settings.update_every is None and not is_each_step:
+                first = 0
+        if first < 1:
+            says = f"{path.name} counts the updates of its EMA: {counted:,} by step {step:,}"
+            reason = f"must be given, and fit: {says}"
+            hint = "it is a setting of imports, and 1 if the EMA began late"
+            raise InvalidValueError("update_every", reason, hint)
+        return first, count
 
     def _place_after(
         self,
-        after: int,
+        settings: ImportSettings,
         step: int,
         every: int,
-    ) -> _Place:
-        """Find where updates lie that begin after a step that settings name."""
-        rule: Arguments = {}
+    ) -> tuple[int, int]:
+        """Find the step of the first update after the one that settings name, and the number of
+        updates."""
+        after = settings.update_after_step or 0
         if self.calls == "after copy" and after:
             first = after
-            rule["copies"] = 1
         elif self.calls in _FROM_FIRST:
             first = after + 1
         else:
             first = self._last(after, every) + every
         first = min(first, step + every)  # of no updates until then: a copy of the weights
-        updates = (step - first) // every + 1
-        return first, updates, rule
+        return first, (step - first) // every + 1
 
     def _last(self, step: int, every: int) -> int:
         """Find the step of the last update up to a step."""

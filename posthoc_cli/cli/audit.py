@@ -61,52 +61,47 @@ def audit(
 
 
 def _print_audits(report: dict[str, Any]) -> None:
-    for audit in report["audits"]:
-        _print_audit(audit)
+    audits = report["audits"]
+    for audit in audits:
+        _print_answer(audit)
+    for audit in audits:
+        if audit["intervals"]:
+            output.print_line()
+            _print_intervals(audit)
 
 
-def _print_audit(audit: dict[str, Any]) -> None:
+def _print_answer(audit: dict[str, Any]) -> None:
     name = audit["name"]
-    claim = [] if audit["claimed"] is None else ["claimed", "ratio"]
-    intervals = audit["intervals"]
-    rows = list(map(_audit_row, _choose_intervals(intervals)))
-    if rows:
-        of = f" of {name}" if name else ""
-        title = f"sigma_rel found{of}"
-        if audit["what"] == "decay":
-            title = f"time constant{of}, in steps, by interval"
-        output.print_line(title)
-        output.print_rows(rows, ["from:begin", "to:end", "found", *claim, "unexplained"])
-        output.print_line(_UNEXPLAINED)
-        if len(rows) < len(intervals):
-            shown = (
-                f"shown: the {len(rows)} of {len(intervals):,} intervals whose lengths are most "
-            )
-            output.print_line(f"{shown}unusual, or that are explained worst; all by --json")
-        output.print_line()
     text = audit["text"]
     if not text.startswith(audit["verdict"]) and not text.endswith(audit["verdict"]):
         text = f"{audit['verdict']}: {text}"
     output.print_line(f"{name}: {text}" if name else text)
     if audit["as"] is not None:
-        output.print_line(
-            f"as {audit['as']} after the last checkpoint, {intervals[-1]['end']:,.12g}"
-        )
+        last = audit["intervals"][-1]["end"]
+        output.print_line(f"as {audit['as']} after the last checkpoint, {last:,.12g}")
 
 
-_UNEXPLAINED = (
-    "unexplained: how far the weights went off a line between two checkpoints; 10 to 45 % is usual"
-)
+def _print_intervals(audit: dict[str, Any]) -> None:
+    intervals = audit["intervals"]
+    title = "sigma_rel"
+    if audit["what"] == "decay":
+        title = f"time constant in {audit['unit']}"
+    if audit["name"]:
+        title += f" of {audit['name']}"
+    chosen = _choose_intervals(intervals)
+    title += " by interval"
+    if len(chosen) < len(intervals):
+        title += f": the {len(chosen)} most unusual of {len(intervals):,}; all by --json"
+    output.print_line(title)
+    claim = [] if audit["claimed"] is None else ["claimed", "ratio"]
+    output.print_rows(list(map(_audit_row, chosen)), ["from:begin", "to:end", "found", *claim])
 
 
 _MOST_ROWS = 10
 
 
 def _choose_intervals(intervals: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Choose the intervals that matter, in their order: half of them have the most unusual lengths,
-    the others are explained worst."""
-    if len(intervals) <= _MOST_ROWS:
-        return intervals
+    """Choose the intervals with the most unusual lengths, in their order."""
     lengths = [interval["found"] for interval in intervals if interval["found"]]
     usual = statistics.median(lengths) if lengths else 0.0
 
@@ -115,11 +110,7 @@ def _choose_intervals(intervals: list[dict[str, Any]]) -> list[dict[str, Any]]:
         found = interval["found"]
         return abs(math.log(found / expected)) if found and expected else 0.0
 
-    by_length = sorted(intervals, key=measure_oddity, reverse=True)
-    chosen = by_length[: _MOST_ROWS // 2]
-    rest = [interval for interval in intervals if interval not in chosen]
-    rest.sort(key=lambda interval: interval["unexplained"] or 0.0, reverse=True)
-    chosen += rest[: _MOST_ROWS - len(chosen)]
+    chosen = sorted(intervals, key=measure_oddity, reverse=True)[:_MOST_ROWS]
     return sorted(chosen, key=lambda interval: float(interval["begin"]))
 
 

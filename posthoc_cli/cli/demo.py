@@ -24,9 +24,9 @@ def demo(
 ) -> None:
     """Train a small diffusion model and choose its average.
 
-    Takes less than a minute and downloads nothing. Trains with the hook on generated images,
-    measures the validation loss of averages of many lengths, writes the best one, and a page with
-    samples. Prints commands to try next.
+    Takes less than a minute and downloads nothing. Trains with the hook on points in the plane,
+    measures the validation loss of averages of many lengths, writes the best one, and a picture and
+    a page with samples. Prints commands to try next.
     """
     from posthoc_cli.demo import free_folder, run
 
@@ -39,7 +39,7 @@ def demo(
 
 def _print_demo(results: dict[str, Any]) -> None:
     output.print_line()
-    output.print_line("Which length is best? The loss on images that the training has not seen:")
+    output.print_line("Which length is best? The loss on points that the training has not seen:")
     rows = [{"what": "last weights", "loss": f"{results['raw']:.5f}", "versus": "", "mark": ""}]
     best = results["best"]
     losses = {}
@@ -58,7 +58,8 @@ def _print_demo(results: dict[str, Any]) -> None:
 
 def _print_next_commands(out: Path, seconds: float) -> None:
     output.print_line()
-    output.print_line(f"done in {seconds:.0f} s. Open {out / 'report.html'}, and try:")
+    output.print_line(f"done in {seconds:.0f} s. Look at {out / 'samples.png'}, open")
+    output.print_line(f"{out / 'report.html'}, and try:")
     mine = ["--sigma-rel", "0.13", "--out", out / "mine.safetensors"]
     for words in (
         ["synthesize", out / "snapshots", *mine],

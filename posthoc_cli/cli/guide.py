@@ -23,7 +23,7 @@ _GROUPS = {
         "gain", "training", "trainers", "distributed", "checkpoints", "sweep", "synthesis",
         "exactness", "troubleshooting",
     ),
-    "Reference": ("averages", "snapshots"),
+    "Reference": ("layouts", "averages", "snapshots"),
 }  # fmt: skip
 
 

@@ -16,9 +16,10 @@ from posthoc_cli.errors import InvalidValueError, Log, at_most_one
 from posthoc_cli.targets import Beta, parse_values
 
 if TYPE_CHECKING:
+    from posthoc_cli.checkpoints.ask import QuestionError
     from posthoc_cli.run import Run
     from posthoc_cli.sweep import SweepReport
-    from posthoc_cli.sweep.search import Trial
+    from posthoc_cli.sweep.trial import Trial
 
 log = Log(__name__)
 
@@ -76,8 +77,8 @@ def sweep(
     budget: str | None = options.HOW(
         None,
         metavar="COUNT",
-        show_default="12; 6 with --look",
-        help="The lengths to measure first, at least 4; the best of them once more.",
+        show_default="what the search takes, some 8 to 25",
+        help="All evaluations, at most; at least 4 beside your EMA and last weights.",
     ),
     jobs: str = options.HOW(
         "1",
@@ -101,10 +102,11 @@ def sweep(
 ) -> None:
     """Find the best length by your own metric, or by eye.
 
-    Runs the command for averages of twelve lengths, then where the best may lie between them, and
-    once more where the metric is noisy. If the longest one is best, it measures averages that end
-    earlier, too: the training may have gone on for too long. Your own EMA and the last weights are
-    measured, too, if they are there.
+    Runs the command for averages of six lengths, of twelve where the metric is noisy, then where
+    the best may lie between them. If that is 0.1 or longer, it measures averages that end at a
+    half, a quarter, ... of the training, which may have gone on for too long. Your own EMA and the
+    last weights are measured, too, if they are there. Where the metric is noisy, the gain is of
+    fresh measurements.
 
     Images that the command writes to {dir} are kept, and the page shows them side by side. --look
     makes this page without a metric.
@@ -114,9 +116,9 @@ def sweep(
     continues an earlier one. OUT receives trials.jsonl, sweep.json, logs, images, report.html and
     the best average.
     """
+    from posthoc_cli.checkpoints.ask import QuestionError
     from posthoc_cli.report.page import write_page
     from posthoc_cli.sweep import Lengths, Metric, Sweep
-    from posthoc_cli.sweep.search import USUAL_BUDGET
 
     at_most_one(minimize=minimize, maximize=maximize, look=look)
     if not (minimize or maximize or look):
@@ -134,10 +136,8 @@ def sweep(
         lengths = Lengths.parse(decay, "--decay", _count_steps(run, decay, at, count))
     most = options.optional_count(budget, "--budget")
     if most is not None and lengths is not None and lengths.listed:
-        reason = "is how many lengths of a range to measure, and these are a list"
+        reason = "bounds the search of a range, and a list is measured as it is"
         raise InvalidValueError("budget", reason, value=most)
-    if most is None:
-        most = _LOOK if look else USUAL_BUDGET
     listing = _Listing(folder, output.print_note if as_json else output.print_line)
     search = Sweep(
         run.sources,
@@ -161,11 +161,24 @@ def sweep(
     except KeyboardInterrupt:
         output.print_note("the same command continues")
         raise
+    except QuestionError as question:  # about --like or --raw, which name a file alone
+        hint = f"make a file of one set, and name it; paste: {_export_line(question)}"
+        raise InvalidValueError(question.subject, question.reason, hint) from None
     report = write_page(report, folder)
     if as_json:
         output.print_json(report.to_dict() | {"warnings": output.warnings})
     else:
         _print_sweep(report)
+
+
+def _export_line(question: QuestionError) -> str:
+    """Write the export of the likeliest set of a file."""
+    words = ["ema", "export", question.subject]
+    for name, value in question.answers[0].items():
+        words.append(f"--{name}")
+        if value is not True:
+            words.append(value)
+    return shlex.join([*words, "--out", "one-set.pt"])
 
 
 def _count_steps(run: Run, decays: str, t: float | None, step: int | None) -> float:
@@ -175,9 +188,6 @@ def _count_steps(run: Run, decays: str, t: float | None, step: int | None) -> fl
     plan = run.plan(parse_values(first, "--decay", Beta), t=t, step=step)
     assert plan.steps is not None  # else it is refused
     return plan.steps
-
-
-_LOOK = 6  # lengths that fit side by side
 
 
 class _Listing:

@@ -99,7 +99,7 @@ class Like:
         weights: str | None = None,
     ) -> Like:
         """Find the average of a checkpoint, or its weights if it has none or if they are asked for;
-        in a pipeline, the average of the only component that has some of these tensors. The last
+        in a pipeline, the average of the only component that has these tensors. The last
         arguments are as in `Stored`.
 
         Raises InvalidValueError if nothing is there, for something in a folder that is neither a
@@ -373,16 +373,18 @@ def _rename(
 
 
 def _component(path: Path, tensors: set[str]) -> Path:
-    """Find the component of a pipeline that has some of these tensors, if it is the only one; else
-    return the path itself."""
+    """Find the component of a pipeline that has these tensors, if it is the only one; else return
+    the path itself."""
     if not path.is_dir() or weights_at(path) is not None:
         return path
     components = []
     for entry in sorted(path.iterdir()):
         weights = weights_at(entry) if entry.is_dir() else None
         if weights is not None:
-            opened = [read_file(file) for file in model_files(weights)]
-            if any(not tensors.isdisjoint(file.entries) for file in opened):
+            held = set[str]()
+            for file in model_files(weights):
+                held.update(read_file(file).entries)
+            if tensors <= held:  # an adapter beside other parts of the model has some of them
                 components.append(entry)
     return components[0] if len(components) == 1 else path
 
@@ -520,7 +522,7 @@ class CopiedFile:
     ) -> None:
         filled = [chunk for chunk in chunks if chunk.entry.size]
         self._chunks = sorted(filled, key=lambda chunk: chunk.begin)
-        self._members = set[Member]()
+        self._members = set[ArchiveMember]()
         # of each chunk in another order: its bytes in row-major order, and how many are missing
         self._collected = dict[NamedChunk, tuple[npt.NDArray[np.uint8], int]]()
         self._lock = threading.Lock()
@@ -642,7 +644,7 @@ _ENTRY_BYTES = 46
 _HAS_DESCRIPTOR = 8
 
 
-class Member(NamedTuple):
+class ArchiveMember(NamedTuple):
     """The content of a member, and the places of its CRC-32."""
 
     begin: int
@@ -653,7 +655,7 @@ class Member(NamedTuple):
 def members_at(
     file: OpenedFile,
     places: Iterable[int],
-) -> set[Member]:
+) -> set[ArchiveMember]:
     """Find the members that hold the bytes at these places of a file of archives."""
     left = sorted(places)
     members = set()
@@ -699,7 +701,7 @@ def _member(
     info: zipfile.ZipInfo,
     entry: int,
     position: int,
-) -> Member:
+) -> ArchiveMember:
     begin = member_begin(file, info)
     end = begin + info.file_size
     checksum = info.header_offset + _LOCAL_CRC
@@ -707,4 +709,4 @@ def _member(
         checksum = end + _DESCRIPTOR_CRC
     if not begin <= position < end:
         raise ValueError("a tensor is outside the members")
-    return Member(begin, end, (checksum, entry + _ENTRY_CRC))
+    return ArchiveMember(begin, end, (checksum, entry + _ENTRY_CRC))

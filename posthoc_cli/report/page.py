@@ -28,7 +28,7 @@ from posthoc_cli.snapshots.opened_file import read_small_file
 from posthoc_cli.sweep import SweepReport, images
 from posthoc_cli.sweep.folder import LOGS
 from posthoc_cli.sweep.report import describe_gain, summarize
-from posthoc_cli.sweep.search import Trial
+from posthoc_cli.sweep.trial import Trial
 
 PAGE = "report.html"  # in the folder of a sweep
 _PACKAGES = ("posthoc-cli", "torch", "numpy", "safetensors")  # packages whose versions are shown

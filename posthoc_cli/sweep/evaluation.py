@@ -27,7 +27,7 @@ from posthoc_cli.errors import InvalidValueError, escape_text
 from posthoc_cli.sweep import images
 from posthoc_cli.sweep.folder import LOGS, SCRATCH
 from posthoc_cli.sweep.metric import Metric, TrialError, check_metric, read_tail
-from posthoc_cli.sweep.search import Trial
+from posthoc_cli.sweep.trial import Trial
 from posthoc_cli.sweep.weights import Candidate
 from posthoc_cli.synthesis.plan import Plan
 

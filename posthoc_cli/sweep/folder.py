@@ -16,7 +16,7 @@ from posthoc_cli.snapshots.decoding import convert
 from posthoc_cli.snapshots.directory import LOCK_NAME, DirectoryLock
 from posthoc_cli.snapshots.opened_file import read_small_file
 from posthoc_cli.sweep import images
-from posthoc_cli.sweep.search import LARGEST, Trial, average_title
+from posthoc_cli.sweep.trial import LARGEST, Trial
 
 TRIALS = "trials.jsonl"  # the settings of the sweep, then a trial a line
 LOGS = "logs"
@@ -108,6 +108,6 @@ def _decode(entry: Any) -> Trial:
     trial: Trial = convert(entry, Trial)
     if max(abs(trial.value or 0.0), trial.standard_error or 0.0) > LARGEST:
         raise ValueError("a metric that is too large")
-    if trial.sigma_rel is not None:
-        return replace(trial, target=average_title(trial.sigma_rel, trial.t))
+    if trial.spot is not None:
+        return replace(trial, target=trial.spot.title)
     return trial

@@ -22,7 +22,7 @@ from posthoc_cli.errors import (
     quote,
 )
 from posthoc_cli.snapshots.opened_file import OpenedFile, read_small_file
-from posthoc_cli.sweep.search import LARGEST
+from posthoc_cli.sweep.trial import LARGEST
 
 log = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import html
 import json
 import math
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,15 +14,11 @@ import numpy as np
 from scipy.interpolate import PchipInterpolator
 
 from posthoc_cli import files
-from posthoc_cli.errors import InvalidValueError, at_most, count_noun, percent
-from posthoc_cli.sweep.search import (
-    Estimate,
-    Lengths,
-    Trial,
-    common_metric,
-    estimate,
-    estimate_ends,
-)
+from posthoc_cli.errors import at_most, count_noun, percent
+from posthoc_cli.profiles import FloatArray
+from posthoc_cli.sweep.estimate import Estimate
+from posthoc_cli.sweep.search import LONGEST, Lengths, Search
+from posthoc_cli.sweep.trial import FRESH, Spot, Trial, common_metric
 from posthoc_cli.targets import SigmaRel, full_title, name_equal_length
 
 RESULT = "sweep.json"  # the file of a report in the folder of a sweep
@@ -40,26 +36,23 @@ class Gain(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class SweepReport:
-    """The result of a sweep: all its trials, the estimate, and the files of the best average.
+    """The result of a sweep: its search with all trials, and the files of the best average.
 
     `compared` are the titles of what averages are compared with; `settings` what the trials share;
     `rerun_command` the command line that repeats it.
     """
 
-    lengths: Lengths
-    budget: int
+    search: Search
     compared: tuple[str, ...]
     metric: str
-    minimize: bool | None
     settings: dict[str, Any]
-    ends: tuple[float, ...] = ()  # at which the longest average may end, too, the latest first
     steps: float | None = None  # of the training; None if it is not known
     t_unit: str = "steps"
     directory: Path = Path()  # of the run
     newest_t: float | None = None  # the time of its newest snapshot or checkpoint
     own_ema: str | None = None  # which of `compared` is the user's own EMA
+    checkpoints: tuple[str, ...] = ()  # the titles of the user's own ones that were measured
     rerun_command: str = ""
-    trials: tuple[Trial, ...] = ()
     outputs: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()  # on what the averages were made of, and what is not used
     findings: tuple[str, ...] = ()  # what other programs' files hold, and how decays were found
@@ -85,24 +78,30 @@ class SweepReport:
             text += plots.as_html(lambda: plots.end_figure(values))
         return text
 
-    @cached_property
-    def estimate(self) -> Estimate:
-        """The estimate; raises an InvalidValueError without a metric."""
-        if self.minimize is None:
-            raise InvalidValueError("estimate", "there is no estimate without a metric")
-        return estimate(self.trials, self.lengths.step(self.budget), self.minimize)
+    @property
+    def trials(self) -> tuple[Trial, ...]:
+        return self.search.trials
 
-    @cached_property
-    def end_estimate(self) -> Estimate | None:
-        """The estimate for each end of the longest average; None if no earlier one was measured."""
-        if all(trial.t is None for trial in self.trials) or self.estimate.best != self.lengths.high:
-            return None
-        return estimate_ends(self.trials, self.estimate, self.t, bool(self.minimize))
+    @property
+    def lengths(self) -> Lengths:
+        return self.search.lengths
+
+    @property
+    def minimize(self) -> bool | None:
+        return self.search.minimize
+
+    def with_trials(self, trials: Iterable[Trial]) -> SweepReport:
+        return replace(self, search=replace(self.search, trials=tuple(trials)))
+
+    @property
+    def estimate(self) -> Estimate:
+        """The estimate of each length; raises an InvalidValueError without a metric."""
+        return self.search.estimate
 
     @property
     def t(self) -> float:
         """The time at which the averages end, but for the earlier ones."""
-        return float(self.settings["t"])
+        return self.search.t
 
     @property
     def all_tied(self) -> bool:
@@ -110,63 +109,83 @@ class SweepReport:
         return self.minimize is not None and common_metric(self.trials) is not None
 
     @property
-    def keeps_own_ema(self) -> bool:
-        """Whether the user's own EMA is taken: if all tie, that needs no other length."""
-        return self.all_tied and any(self.is_own_ema(trial) for trial in self.trials)
+    def kept(self) -> str | None:
+        """The title of the user's weights that are taken in place of an average: his own EMA if all
+        tie, since that needs no other length; or a checkpoint that is better than the best
+        average."""
+        if self.all_tied:
+            return self.own_ema if self._values(self.own_ema) else None
+        if self.best_checkpoint is None:
+            return None
+        found = self._gain(self.best_checkpoint)
+        is_better = (found.gain or 0.0) < -(found.margin or 0.0)
+        is_known = self.estimate.noise == 0 or found.margin is not None
+        return self.best_checkpoint if is_better and is_known else None
 
-    def is_own_ema(self, trial: Trial) -> bool:
-        return trial.target == self.own_ema and trial.value is not None
+    @property
+    def best_checkpoint(self) -> str | None:
+        """The title of the best of the user's own checkpoints, by one measurement each."""
+        first = {}
+        for trial in self.trials:
+            if trial.target in self.checkpoints and trial.seed == 0 and trial.value is not None:
+                first[trial.target] = trial.value if self.minimize else -trial.value
+        return min(first, key=lambda title: first[title], default=None)
 
     @property
     def best(self) -> float | None:
-        """The sigma_rel whose metric is estimated to be best, which was written; None if that is
-        the user's own EMA."""
-        return None if self.keeps_own_ema else self.estimate.best
+        """The length of the best average, which was written; None if weights of the user were
+        taken in its place."""
+        return self.search.best.sigma_rel if self.kept is None else None
 
     @property
     def best_t(self) -> float:
         """The time at which the best average ends."""
-        return self.t if self.end_estimate is None else self.end_estimate.best
-
-    @property
-    def chosen(self) -> Estimate:
-        """The estimate whose best point is the best average: for each end if that is earlier."""
-        if self.end_estimate is None or self.best_t == self.t:
-            return self.estimate
-        return self.end_estimate
+        return self.search.end_of(self.search.best)
 
     @property
     def value(self) -> float:
-        """The estimated metric of the best average: of the lowest of many the measured one is too
+        """The metric of the best weights, measured afresh if it is noisy: the lowest of many is too
         good."""
-        return self.chosen.value
+        return self.search.value if self.kept is None else float(np.mean(self._values(self.kept)))
 
     @property
     def gains(self) -> list[Gain]:
-        """The gain over each of the compared weights."""
-        return [self._gain(title) for title in self.compared]
+        """The gain over each of the compared weights, and over the best of the user's own
+        checkpoints."""
+        titles = [*self.compared]
+        if self.best_checkpoint is not None:
+            titles.append(self.best_checkpoint)
+        return [self._gain(title) for title in titles]
 
-    def _gain(self, title: str) -> Gain:
+    def _values(self, title: str | None) -> list[float]:
+        """List the metrics of weights that averages are compared with; of a checkpoint that was
+        chosen for its metric, those that were measured afresh, if there are any."""
         values = []
+        fresh = []
         for trial in self.trials:
             if trial.target == title and trial.value is not None:
                 values.append(trial.value)
+                if trial.seed in FRESH:
+                    fresh.append(trial.value)
+        return fresh or values
+
+    def _gain(self, title: str) -> Gain:
+        values = self._values(title)
         if not values:
             return Gain(title, None, None, None)
         mean = sum(values) / len(values)
         if mean == 0:
             return Gain(title, mean, None, None)
-        change = (self.value - mean) / abs(mean)
-        margin = self.chosen.margin(len(values)) / abs(mean)
+        change = (self.search.value - mean) / abs(mean)
+        margin = self.search.margin(len(values)) / abs(mean)
         known = None if math.isnan(margin) else margin
         return Gain(title, mean, -change if self.minimize else change, known)
 
     def is_best(self, trial: Trial) -> bool:
         """Whether a trial has measured the best average."""
-        if self.keeps_own_ema:
-            return self.is_own_ema(trial)
-        end = self.settings["t"] if trial.t is None else trial.t
-        return trial.sigma_rel == self.best and end == self.best_t
+        if self.kept is not None:
+            return trial.target == self.kept
+        return trial.spot == self.search.best
 
     @property
     def best_trial(self) -> Trial:
@@ -181,24 +200,26 @@ class SweepReport:
 
     @property
     def best_title(self) -> str:
-        """Name the best average; one that ends earlier by what it is the mean of."""
+        """Name the best average."""
         trial = self.best_trial
         if self.all_tied:
             return f"{self.title(trial)}, untuned, since all tie"
+        if self.kept is not None:
+            return f"{self.kept}: no average is better"
         if trial.t is None:
             return self.title(trial)
-        return f"the mean of {self.t_unit} 1 to {trial.t:,.12g} ({trial.target})"
+        return f"{self.title(trial)}, as if the training had ended there"
 
     @property
     def is_at_end(self) -> bool:
         """Whether the best length is the first or last of the range, so that a better one may lie
         beyond."""
-        is_tied = self.estimate.noise == 0 and self.estimate.tied is not None
+        found = self.estimate
+        is_tied = found.noise == 0 and found.tied is not None
         if self.lengths.listed or is_tied:
             return False
-        if self.ends:
-            return self.best == self.lengths.low
-        return self.best in (self.lengths.low, self.lengths.high)
+        is_last = self.lengths.high < LONGEST and self.search.best == Spot(self.lengths.high)
+        return found.best == self.lengths.low or is_last
 
     @property
     def may_be_percentage(self) -> bool:
@@ -210,11 +231,18 @@ class SweepReport:
     def curve(self) -> list[dict[str, float]]:
         """Draw points of a curve through the estimates of the lengths, which has no extreme between
         them, with standard errors."""
-        return _draw_curve(self.estimate, "sigma_rel")
+        found = self.estimate
+        return _draw_curve(
+            "sigma_rel",
+            found.points[found.shown],
+            found.means[found.shown],
+            found.errors[found.shown],
+        )
 
     def end_curve(self) -> list[dict[str, float]]:
-        """Draw points of such a curve through the estimates of the ends."""
-        return [] if self.end_estimate is None else _draw_curve(self.end_estimate, "t")
+        """Draw points of such a curve through the mean metrics of the best length at each end."""
+        search = self.search
+        return _draw_means("t", {search.end_of(spot): spot for spot in search.line_of_ends}, self)
 
     def write(self, folder: Path) -> None:
         """Write the report to a folder, made where it is missing; raise a WriteError if that
@@ -246,9 +274,10 @@ class SweepReport:
             "best": {
                 "target": best.target,
                 "sigma_rel": best.sigma_rel,
-                "t": None if self.keeps_own_ema else self.best_t,
+                "t": self.best_t if self.kept is None else None,
                 "as": equal,
             },
+            "best_length": self.search.at_end.sigma_rel,
             "all_tied": self.all_tied,
             "value": self.value,
             "predicted_error": best.predicted_error,
@@ -261,13 +290,29 @@ class SweepReport:
         }
 
 
-def _draw_curve(found: Estimate, name: str) -> list[dict[str, float]]:
-    places = np.log(found.points[found.shown])
-    if len(places) < 2:
+def _draw_means(
+    name: str, spots: Mapping[float, Spot], report: SweepReport
+) -> list[dict[str, float]]:
+    """Draw a curve through the mean metrics of spots, by their places."""
+    places = []
+    means = []
+    for place in sorted(spots):
+        values = report.search.measured(spots[place])
+        if values:
+            places.append(place)
+            means.append(float(np.mean(values)))
+    return _draw_curve(name, np.array(places), np.array(means), np.full(len(means), math.nan))
+
+
+def _draw_curve(
+    name: str, at: FloatArray, values: FloatArray, noises: FloatArray
+) -> list[dict[str, float]]:
+    if len(at) < 2:
         return []
+    places = np.log(at)
     grid = np.linspace(places[0], places[-1], _POINTS)
-    means = PchipInterpolator(places, found.means[found.shown])(grid)
-    errors = np.interp(grid, places, found.errors[found.shown])
+    means = PchipInterpolator(places, values)(grid)
+    errors = np.interp(grid, places, noises)
     points = []
     for place, mean, error in zip(grid.tolist(), means.tolist(), errors.tolist(), strict=True):
         point = {name: math.exp(place), "estimate": mean}
@@ -296,12 +341,16 @@ def summarize(report: SweepReport) -> list[tuple[str, str]]:
     pairs.append((report.metric, f"{report.value:.6g}"))
     if gain := describe_gain(report):
         pairs.append(("gain", gain))
-    pairs.append(("statistically tied", describe_tie(report)))
-    if not report.keeps_own_ema:
+    is_length = report.kept is None and report.search.best == report.search.at_end
+    if report.all_tied or is_length:
+        pairs.append(("statistically tied", describe_tie(report)))
+    if report.kept is None:
         pairs.append(("predicted error", percent(best.predicted_error)))
         pairs.append(("lost gain", at_most(best.lost_gain)))
     if report.is_at_end:
         count += "; the best lies at the end of the range, and may lie beyond"
+    if report.search.was_bounded:
+        count += "; without the bound of --budget it would go on"
     pairs.append(("measured", count))
     return pairs
 
@@ -309,22 +358,27 @@ def summarize(report: SweepReport) -> list[tuple[str, str]]:
 def describe_gain(report: SweepReport) -> str:
     """Say how much better than the compared weights the best average is; empty if unknown."""
     if report.all_tied:
-        return f"none: all have the same metric, and random weights {_random_metric(report)}"
+        return f"none: all have the same metric{_random_metric(report)}"
     known = [gain for gain in report.gains if gain.gain is not None]
     text = ", ".join(_compare(report, gain) for gain in known)
     if known and known[0].margin is None:
-        is_exact = report.chosen.noise == 0
+        is_exact = report.estimate.noise == 0
         text += ", on these examples" if is_exact else ", by one measurement each"
+    if report.kept is not None:
+        return f"of {report.search.best.title}, the best average: {text}"
     return text
 
 
 def _random_metric(report: SweepReport) -> str:
-    """Say which other metric random weights have."""
+    """Say which other metric random weights have, if they were measured."""
     common = common_metric(report.trials)
+    text = ""
     for trial in report.trials:
+        if trial.is_random:
+            text = ", and random weights none"
         if trial.is_random and trial.value not in (None, common):
-            return f"another one, {trial.value:.6g}"
-    return "none"
+            return f", and random weights another one, {trial.value:.6g}"
+    return text
 
 
 def _compare(report: SweepReport, compared: Gain) -> str:
@@ -346,7 +400,7 @@ def _sizes(report: SweepReport, value: float, gain: float, margin: float | None)
     """Write a gain with its margin; of a metric that may be a percentage first in its points, since
     a percentage of a percentage can be read as either."""
     size = percent(gain) if gain >= 0 else f"-{percent(-gain)}"
-    points = f"{report.value - value:+.2g}"
+    points = f"{report.search.value - value:+.2g}"
     if margin is not None:
         size += f" ± {percent(margin)}"
         points += f" ± {margin * abs(value):.2g}"
@@ -354,8 +408,8 @@ def _sizes(report: SweepReport, value: float, gain: float, margin: float | None)
 
 
 def describe_tie(report: SweepReport) -> str:
-    """Say which lengths, or ends, are not significantly worse than the best one."""
-    found = report.chosen
+    """Say which lengths are not significantly worse than the best one."""
+    found = report.estimate
     if report.all_tied:
         return "all"
     if found.tied is None and found.noise == 0:
@@ -365,6 +419,5 @@ def describe_tie(report: SweepReport) -> str:
     low, high = found.tied
     if low == high:
         return "none"
-    name = "sigma_rel" if found is report.estimate else "t ="
-    text = f"{name} {low:,.12g} to {high:,.12g}"
+    text = f"sigma_rel {low:,.12g} to {high:,.12g}"
     return f"{text}, which have the same metric" if found.noise == 0 else text

@@ -1,57 +1,55 @@
-"""The search for the best sigma_rel: where to measure next, and the estimate from noisy
-measurements.
+"""The search for the best average by a metric: where to measure next, and what was found.
 
-Lengths are compared by their place, the logarithm of sigma_rel. The trials are the only state of a
-search: what to measure next follows from them alone, so that a search continues from a record of
-them. It measures a grid of lengths, then the one where a quadratic through the best ones is lowest,
-then the best once more, and, if that has another metric, its neighbours. A list is measured as it
-is, without additions.
+The trials are the only state of a search: what to measure next follows from them alone, so that a
+search continues from a record of them.
 
-Of lengths that have exactly the same metric, the nearest to UNTUNED is the best one. If all have,
-this one is measured, too.
+It measures a few lengths, evenly in their logarithm, and the best one once more. If that has
+another metric, the metric is noisy, and the lengths between are measured, too. Then comes the
+length where a quadratic through the best ones is lowest. A list is measured as it is, without
+additions. Of lengths that have exactly the same metric, the nearest to UNTUNED is the best one. If
+all have, this one is measured, too.
 
-If the longest length is the best one, the training may have gone on for too long: the search then
-measures averages of this length that end earlier. An average that is later and longer holds about
-what an earlier and shorter one does, so that this line finds the best pair of end and length.
+A long best length may tell that the training has gone on for too long: the search then measures
+averages of this length at a half, a quarter, ... of the training. An average that is later and
+longer holds about what an earlier and shorter one does, so that this line finds a good pair of end
+and length; in between the metric is rough.
+
+Whatever was chosen because its metric was the best one has a metric that is too good. So if the
+metric is noisy, the winner and the best length at the end are measured afresh, twice each: this
+decides between them, and is what may be claimed.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from scipy.special import stdtrit
 
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.profiles import FloatArray, check_sigma_rel, round_sigma_rel, sigma_rel_from_decay
-from posthoc_cli.snapshots.decoding import ANY_SIGN
-from posthoc_cli.targets import Beta, SigmaRel, bad, parse_numbers
+from posthoc_cli.profiles import check_sigma_rel, round_sigma_rel, sigma_rel_from_decay
+from posthoc_cli.sweep.estimate import UNTUNED, Estimate, estimate, is_in_gap
+from posthoc_cli.sweep.trial import FRESH, Spot, Trial, common_metric
+from posthoc_cli.targets import Beta, bad, parse_numbers
 
-LEAST_BUDGET = 4  # a quadratic needs three lengths, and a fourth to show noise
-USUAL_BUDGET = 12  # lengths of the grid: with it 94 % of choices are within the noise of the best
-WINDOW = 2.5
-"""Distance to which lengths count in the quadratic at one of them, in steps of the grid. From 2.1
-to 4 it hardly matters: 91 to 94 % (both from scripts/bench_sweep.py)."""
-_WIDE = 0.75
-_SAME = 0.1
-"""Distances in steps of the grid: between lengths with a gap to measure in, and below which two are
-the same."""
-_EARLIER = (
-    0.8  # ratio of one end to the one before it, which hardly matters: scripts/overfitting.py
-)
-_MOST_WORSE = 2  # ends in a row that are worse than the best one, after which the search has ended
-UNTUNED = 0.05  # the sigma_rel to take without a search, see the guide `gain`
-LARGEST = 1e100  # the largest magnitude of a metric: sums of squares are finite
-_FEWEST_FITTED = 6
-"""The number of lengths from which on the quadratic at the best one, and not its measured mean, is
-taken for its metric: the best of many is measured too good, and of few the quadratic is wide."""
-_FAR = 12.0
-"""The largest distance of a metric above the upper quartile, in distances of the quartile from the
-second best metric. Larger ones are lowered: they only show that a length is bad."""
+LEAST_BUDGET = 4  # a quadratic needs three lengths, and one of four may fail
+USUAL_COUNT = 12  # lengths of the grid: with it 92 % of choices are within the noise of the best
+LOOK_COUNT = 6  # the same of a look by eye: lengths that fit side by side
+FIRST_COUNT = 6
+"""Lengths of the grid that are measured first, and alone if a repetition has the same metric: with
+12 of them trainings end no better (scripts/overfitting.py)."""
+LONGEST = 0.28
+"""The sigma_rel from which on nothing longer is worth a search: the weight of the second half of
+training is 56 %; it is 50 % in the uniform average, 0.2887."""
+LEAST_WALKED = 0.1
+"""The least best length of which earlier ends are measured: where the best one was shorter, no
+earlier end was better (18 trainings of 18)."""
+_CHECKED = 1 + len(FRESH)  # measurements of the best of a grid: once more, and afresh
+_BETWEEN = (0.71, 1.41)  # ends between the best one and those at half of it and at twice it
 
 
 @dataclass(frozen=True)
@@ -101,11 +99,11 @@ class Lengths:
             return sigma_rel in self.listed
         return self.low <= sigma_rel <= self.high
 
-    def grid(self, budget: int) -> list[float]:
-        """List the given lengths, or `budget` lengths of the range, evenly in their logarithm."""
+    def grid(self, count: int) -> list[float]:
+        """List the given lengths, or `count` lengths of the range, evenly in their logarithm."""
         if self.listed:
             return list(self.listed)
-        inner = np.geomspace(self.low, self.high, budget)[1:-1].tolist()
+        inner = np.geomspace(self.low, self.high, count)[1:-1].tolist()
         return list(dict.fromkeys([self.low, *map(self.round, inner), self.high]))
 
     def round(self, sigma_rel: float) -> float:
@@ -113,10 +111,6 @@ class Lengths:
         width = math.log(self.high / self.low)
         digits = max(3, 2 - math.floor(math.log10(width)))
         return min(max(float(f"{sigma_rel:.{digits}g}"), self.low), self.high)
-
-    def step(self, budget: int) -> float:
-        """Compute the mean distance between the places of the grid."""
-        return math.log(self.high / self.low) / (len(self.grid(budget)) - 1)
 
 
 def sigma_rel_for_decay(decay: float, steps: float) -> float:
@@ -129,388 +123,263 @@ def sigma_rel_for_decay(decay: float, steps: float) -> float:
     return round_sigma_rel(sigma_rel, 4)
 
 
-RANDOM_WEIGHTS = "random weights"
-"""The target of trials that show whether an evaluation uses the weights, where all others have the
-same metric."""
+class _Walk(NamedTuple):
+    """A walk along a line of spots: the best one so far, and what to measure to go on."""
+
+    best: Spot
+    wanted: Sequence[Spot] = ()
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One measurement of a metric; or images without a metric."""
-
-    target: str  # the title of what was measured, such as `sigma_rel 0.15` or `last weights`
-    sigma_rel: float | None  # None for weights that are compared with averages
-    seed: int  # as given to the command
-    # the metric, at most LARGEST; None without a metric, and of a failed trial
-    value: Annotated[float, ANY_SIGN] | None = None
-    standard_error: float | None = None
-    predicted_error: float | None = None  # of the weights; None if unknown
-    lost_gain: float | None = None  # by this error, at most
-    seconds: float = 0.0  # of the evaluation alone
-    error: str | None = None  # why it failed
-    t: float | None = None  # where an average ends that ends earlier than the others
-
-    @property
-    def name(self) -> str:
-        """The name of its logs and of the folder of its images."""
-        return re.sub(r"[^A-Za-z0-9_.]+", "-", f"{self.target}-seed-{self.seed}")
-
-    @property
-    def is_random(self) -> bool:
-        return self.target == RANDOM_WEIGHTS
-
-
-def average_title(sigma_rel: float, end: float | None = None) -> str:
-    """Name an average by its length, and by where it ends if it ends earlier than the others."""
-    title = SigmaRel(sigma_rel).title
-    return title if end is None else f"{title} at t = {end:,.12g}"
-
-
-def common_metric(trials: Iterable[Trial]) -> float | None:
-    """Find the metric that all successful trials have, at least two, but for random weights."""
-    values = []
-    for trial in trials:
-        if trial.value is not None and not trial.is_random:
-            values.append(trial.value)
-    is_common = len(values) > 1 and len({*values}) == 1
-    return values[0] if is_common else None
-
-
-class Measured(NamedTuple):
-    """The successful trials of averages, by length or by end, shape [points]."""
-
-    points: FloatArray
-    means: FloatArray
-    counts: FloatArray
-    # sum of the squared deviations of repeated measurements from their mean
-    scatter: float
-    # the median standard error that trials state; nan if one states none
-    stated: float
-
-
-def gather(trials: Iterable[tuple[float, Trial]]) -> Measured:
-    """Combine the successful trials of each point."""
-    values: dict[float, list[float]] = {}
-    stated = []
-    for point, trial in trials:
-        if trial.value is not None:
-            values.setdefault(point, []).append(trial.value)
-            stated.append(trial.standard_error or math.nan)
-    points = sorted(values)
-    scatter = 0.0
-    for measured in values.values():
-        scatter += float(np.var(measured)) * len(measured)
-    return Measured(
-        np.array(points),
-        np.array([np.mean(values[point]) for point in points]),
-        np.array([float(len(values[point])) for point in points]),
-        scatter,
-        float(np.median(stated)) if stated else math.nan,
-    )
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """The metric of each measured point, a length or an end, where near ones and repetitions are
-    averaged.
+class Search:
+    """A search: what it may measure, and its trials so far.
 
     Attributes:
-        points: the measured lengths or ends, in ascending order.
-        means: the estimated metrics; as measured if the metric has no noise.
-        errors: their standard errors; nan if the noise is unknown.
-        noise: the standard deviation of one measurement; 0 if a repetition had the same metric;
-            nan if too few measurements show it.
-        best: the point with the best estimate.
-        tied: the first and the last of the points around it that are not significantly worse; None
-            if the noise is unknown, or if it is 0 and the next points are worse.
-        shown: which points are not so bad that their metrics were lowered.
-        vertex: the place where the quadratic at the best point is lowest, at most a step away.
-        value: the estimated metric of the best point, of few points its measured mean.
-        error: its standard error; nan if the noise is unknown.
-        freedom: the degrees of freedom of the noise; infinite if only trials state it.
-        stated: the standard error that trials state; nan if one states none.
+        lengths: of the averages.
+        minimize: whether a lower metric is better; None to measure the grid of lengths alone.
+        t: the time at which averages end, but for those that end earlier.
+        ends: the times at which an average may end: earlier ones, and `t`.
+        most: how many averages may be measured; None for no bound.
+        trials: in the order in which they were asked for.
     """
 
-    points: FloatArray
-    means: FloatArray
-    errors: FloatArray
-    noise: float
-    best: float
-    tied: tuple[float, float] | None
-    shown: FloatArray
-    vertex: float
-    value: float
-    error: float
-    freedom: float
-    stated: float
+    lengths: Lengths
+    minimize: bool | None
+    t: float
+    ends: tuple[float, ...] = ()
+    most: int | None = None
+    trials: tuple[Trial, ...] = ()
+
+    # --- lengths
+
+    @cached_property
+    def grid(self) -> list[float]:
+        """The lengths to measure if the metric is noisy."""
+        count = LOOK_COUNT if self.minimize is None else USUAL_COUNT
+        if self.most is not None and self.most < FIRST_COUNT + _CHECKED:
+            spared = 0 if self.minimize is None else _CHECKED
+            count = max(LEAST_BUDGET, min(count, self.most - spared))
+        return self.lengths.grid(count)
+
+    @property
+    def first_grid(self) -> list[float]:
+        """The lengths to measure first."""
+        if self.lengths.listed or len(self.grid) <= FIRST_COUNT:
+            return self.grid
+        rows = np.linspace(0, len(self.grid) - 1, FIRST_COUNT).round().astype(int)
+        return [self.grid[row] for row in rows]
+
+    @property
+    def _other_lengths(self) -> list[float]:
+        """The others of the grid, the nearest to the best one first."""
+        first = self.first_grid
+        return sorted(
+            (sigma_rel for sigma_rel in self.grid if sigma_rel not in first),
+            key=lambda sigma_rel: abs(math.log(sigma_rel / self.estimate.best)),
+        )
+
+    @cached_property
+    def _tried(self) -> set[tuple[Spot | None, int]]:
+        return {(trial.spot, trial.seed) for trial in self.trials}
+
+    def _lacking(self, lengths: Iterable[float]) -> list[tuple[Spot, int]]:
+        """List the lengths that have not been measured."""
+        wanted = [(Spot(sigma_rel), 0) for sigma_rel in lengths]
+        return [pair for pair in wanted if pair not in self._tried]
+
+    @property
+    def _step(self) -> float:
+        """The mean distance between the places of the grid."""
+        return math.log(self.lengths.high / self.lengths.low) / (len(self.grid) - 1)
+
+    @cached_property
+    def estimate(self) -> Estimate:
+        """The estimate of the metric of each length; raises an InvalidValueError without a
+        metric."""
+        if self.minimize is None:
+            raise InvalidValueError("estimate", "there is no estimate without a metric")
+        return estimate(self.trials, self._step, self.minimize)
+
+    @property
+    def at_end(self) -> Spot:
+        """The average of the best length that ends with the others."""
+        return Spot(self.estimate.best)
+
+    # --- walks from the best length
+
+    def _value(self, spot: Spot) -> float:
+        """Find the metric of a spot that was measured, so that lower is better; infinite if that
+        has failed."""
+        sign = 1 if self.minimize else -1
+        if spot == self.at_end:
+            return sign * self.estimate.value
+        values = self.measured(spot, [0])
+        return sign * values[0] if values else math.inf
+
+    def end_of(self, spot: Spot) -> float:
+        return self.t if spot.t is None else spot.t
+
+    def _nearest_end(self, end: float) -> Spot:
+        """Find the average of the best length that ends nearest to a time."""
+        t = min(self.ends, key=lambda time: abs(time - end))
+        return self.at_end._replace(t=None if t == self.t else t)
+
+    @cached_property
+    def _end_walk(self) -> _Walk:
+        """Walk to earlier ends by halves, until one is worse, or two in a row once one was better;
+        then look to each side of the best one."""
+        best = self.at_end
+        is_tied = common_metric(self.trials) is not None
+        is_short = best.sigma_rel < LEAST_WALKED
+        if is_short or is_tied or self.lengths.listed or not self.ends:
+            return _Walk(best)
+        walked = [best]
+        worse = 0
+        while worse < (1 if best == self.at_end else 2):
+            spot = self._nearest_end(self.end_of(walked[-1]) / 2)
+            if spot in walked:
+                break
+            if (spot, 0) not in self._tried:
+                wanted = [spot]
+                after = self._nearest_end(self.end_of(spot) / 2)
+                if best != self.at_end and worse == 0 and after != spot:
+                    wanted.append(after)
+                return _Walk(best, wanted)
+            walked.append(spot)
+            worse += 1
+            if self._value(spot) < self._value(best):
+                best, worse = spot, 0
+        if best == self.at_end:
+            return _Walk(best)
+        sides = [self._nearest_end(ratio * self.end_of(best)) for ratio in _BETWEEN]
+        wanted = [spot for spot in sides if (spot, 0) not in self._tried]
+        return _Walk(min([best, *sides], key=self._value), wanted)
+
+    @property
+    def tried_ends(self) -> list[float]:
+        """The earlier ends that were measured, the nearest to the best one first."""
+        ends = {spot.t for spot in self.line_of_ends if spot.t is not None}
+        best = self.end_of(self.best)
+        return sorted(ends, key=lambda end: (abs(math.log(end / best)), end))
+
+    @property
+    def line_of_ends(self) -> list[Spot]:
+        """The best length at each end that was measured."""
+        spots = {trial.spot for trial in self.trials}
+        return [spot for spot in spots if spot and spot.sigma_rel == self.at_end.sigma_rel]
+
+    # --- the result
+
+    def measured(self, spot: Spot, seeds: Container[int] = range(4)) -> list[float]:
+        """List the metrics of a spot that were measured with some of the seeds."""
+        values = []
+        for trial in self.trials:
+            if trial.spot == spot and trial.seed in seeds and trial.value is not None:
+                values.append(trial.value)
+        return values
+
+    def _fresh(self, spot: Spot) -> list[float]:
+        return self.measured(spot, FRESH)
+
+    @property
+    def _rivals(self) -> list[Spot]:
+        """What fresh measurements decide between: the best length at the end, and the winner."""
+        return [*dict.fromkeys([self.at_end, self._end_walk.best])]
+
+    @cached_property
+    def best(self) -> Spot:
+        """The best average: as measured, or if the metric is noisy, as measured afresh."""
+        if self.estimate.noise == 0:
+            return self._end_walk.best
+        sign = 1 if self.minimize else -1
+
+        def judge(spot: Spot) -> float:
+            values = self._fresh(spot)
+            return sign * float(np.mean(values)) if values else math.inf
+
+        return min(self._rivals, key=judge)  # the first one of those that tie
+
+    @property
+    def value(self) -> float:
+        """The metric of the best average, of fresh measurements if there are any."""
+        if values := self._fresh(self.best):
+            return float(np.mean(values))
+        if self.best == self.at_end:
+            return self.estimate.measured
+        return self._value(self.best) * (1 if self.minimize else -1)
 
     def margin(self, count: int) -> float:
-        """Compute half the width of the 95 % interval of the difference between the best point's
+        """Compute half the width of the 95 % interval of the difference between the best average's
         metric and the mean of `count` measurements of other weights; nan if unknown.
 
         Repetitions show only the noise that is drawn anew. The error that trials state is also that
         of the examples, which all may share. It is then common to a part, and twice the error of
         one mean bounds the error of the difference.
         """
-        if self.noise == 0:
-            return 2 * self.stated
-        error = math.hypot(self.error, self.noise / math.sqrt(count))
-        return float(np.fmax(stdtrit(self.freedom, 0.975) * error, 2 * self.stated))
+        found = self.estimate
+        fresh = len(self._fresh(self.best))
+        if found.noise == 0 or not fresh:
+            return 2 * found.stated
+        error = found.noise * math.hypot(fresh**-0.5, count**-0.5)
+        return float(np.fmax(stdtrit(found.freedom, 0.975) * error, 2 * found.stated))
 
+    # --- what to measure next
 
-def estimate(trials: Sequence[Trial], step: float, minimize: bool) -> Estimate:
-    """Estimate the metric at each measured length, `step` apart in the grid; the noise follows from
-    residuals and repetitions."""
-    lengths = []
-    for trial in trials:
-        if trial.sigma_rel is not None and trial.t is None:
-            lengths.append((trial.sigma_rel, trial))
-    return _smooth(gather(lengths), step, minimize, UNTUNED)
+    @property
+    def expected(self) -> int:
+        """About how many averages there will be to measure, without walks; for a list, exactly."""
+        count = len(self.first_grid)
+        if self.minimize is None or count < LEAST_BUDGET:
+            return count
+        if self._repeated and self.estimate.noise != 0:
+            return len(self.grid) + 2 + len(FRESH)
+        return count + (1 if self.lengths.listed else 2)  # the best length, and once more
 
+    @property
+    def _repeated(self) -> bool:
+        """Whether a length was measured once more."""
+        return any(seed == 1 for spot, seed in self._tried if spot is not None)
 
-def estimate_ends(
-    trials: Sequence[Trial],
-    found: Estimate,
-    t: float,
-    minimize: bool,
-) -> Estimate:
-    """Estimate the metric at each measured end of the best length of a search; the noise is as
-    `found` among all lengths, which end at `t`."""
-    ends = []
-    for trial in trials:
-        if trial.sigma_rel == found.best:
-            ends.append((t if trial.t is None else trial.t, trial))
-    known_noise = (found.noise, found.freedom)
-    return _smooth(gather(ends), -math.log(_EARLIER), minimize, t, known_noise)
+    def next_measurements(self) -> list[tuple[Spot, int]]:
+        """Choose what to measure next, each with its seed; nothing if the search has ended."""
+        lacking = self._lacking(self.first_grid)
+        if lacking or self.minimize is None:
+            return lacking
+        found = self.estimate
+        if self.lengths.listed and math.isnan(found.noise):
+            return []  # few lengths: the best is as measured
+        if not self._repeated:
+            return self._afford([(self.at_end, 1)], len(FRESH))
+        claimed = 0 if found.noise == 0 else len(FRESH)
+        lengths = [] if found.noise == 0 else self._lacking(self._other_lengths)
+        if batch := self._afford(lengths or self._lacking(self._between()), claimed):
+            return batch
+        wanted = [(spot, 0) for spot in self._end_walk.wanted]
+        if batch := self._afford(wanted, 2 * claimed):
+            return batch
+        if found.noise == 0:
+            return []
+        fresh = [(spot, seed) for spot in self._rivals for seed in FRESH]
+        return self._afford([pair for pair in fresh if pair not in self._tried], 0)
 
+    def _between(self) -> list[float]:
+        """Choose a length where the best one may lie between those measured, if there is one."""
+        found = self.estimate
+        if self.lengths.listed:
+            return []
+        if found.means.min() == found.means.max():
+            return [UNTUNED] if UNTUNED in self.lengths else []
+        between = self.lengths.round(math.exp(found.vertex))
+        return [between] if is_in_gap(found, self._step) else []
 
-def _smooth(
-    measured: Measured,
-    step: float,
-    minimize: bool,
-    usual: float,
-    known_noise: tuple[float, float] | None = None,
-) -> Estimate:
-    """Estimate the metric at each measured point from a quadratic at each, with the weights of
-    Cleveland (1979) to WINDOW steps.
+    def _afford(self, wanted: Sequence[tuple[Spot, int]], spared: int) -> list[tuple[Spot, int]]:
+        """Choose the first of the wanted measurements that leave so many others to make."""
+        if self.most is None:
+            return [*wanted]
+        measured = sum(trial.sigma_rel is not None for trial in self.trials)
+        return [*wanted[: max(0, self.most - measured - spared)]]
 
-    Of points that are equally good the nearest to the `usual` one is the best. The estimates are
-    linear in the measurements, so that their standard errors follow from the noise and its degrees
-    of freedom.
-    """
-    sign = 1.0 if minimize else -1.0
-    values = lower_far_values(sign * measured.means)
-    places = np.log(measured.points)
-    fits = fit_quadratics(places, measured.counts, WINDOW * step)
-    smoother = fits[0]
-    is_exact = measured.counts.max() > 1 and measured.scatter == 0
-    if known_noise is not None:
-        is_exact = known_noise[0] == 0
-    if is_exact or values.min() == values.max():  # else sums would round equal ones differently
-        smoother = np.eye(len(places))
-    smooth = smoother @ values
-    noise = 0.0
-    freedom = math.inf
-    if not is_exact:
-        noise, freedom = known_noise or estimate_noise(measured, smoother, values - smooth)
-    distances = np.where(smooth == smooth.min(), abs(places - math.log(usual)), math.inf)
-    best = int(distances.argmin())
-    differences = smoother - smoother[best]
-    means = sign * smooth
-    errors = noise * spread(smoother, measured.counts)
-    value = float(means[best])
-    error = float(errors[best])
-    if len(places) < _FEWEST_FITTED:
-        value = float(measured.means[best])
-        error = noise / math.sqrt(measured.counts[best])
-    return Estimate(
-        measured.points,
-        means,
-        errors,
-        noise,
-        float(measured.points[best]),
-        tied_range(measured.points, smooth, best, noise * spread(differences, measured.counts)),
-        values == sign * measured.means,
-        places[best] + vertex_offset(fits[:, best] @ values, step),
-        value,
-        error,
-        freedom,
-        measured.stated,
-    )
-
-
-def fit_quadratics(places: FloatArray, counts: FloatArray, window: float) -> FloatArray:
-    """Fit what gives value, slope and curvature of the local quadratic at each place, from all
-    values: shape [3, places, values]."""
-    fits = []
-    for place in places:
-        offsets = places - place
-        distances = np.minimum(abs(offsets) / window, 1.0)
-        roots = np.sqrt(counts * (1 - distances**3) ** 3)
-        powers = np.vander(offsets, 3, increasing=True)
-        fits.append(np.linalg.pinv(roots[:, None] * powers) * roots)
-    return np.stack(fits, axis=1)
-
-
-def vertex_offset(coefficients: FloatArray, step: float) -> float:
-    """Find the offset at which a quadratic is lowest, at most a step."""
-    _, slope, curvature = coefficients.tolist()
-    if curvature <= 0:
-        return -math.copysign(step, slope)
-    return float(min(max(-slope / (2 * curvature), -step), step))
-
-
-def spread(rows: FloatArray, counts: FloatArray) -> FloatArray:
-    """Compute the standard deviation of sums of means of so many measurements with a noise of 1."""
-    return np.asarray(np.sqrt((rows**2 / counts).sum(axis=1)))
-
-
-def estimate_noise(
-    measured: Measured,
-    smoother: FloatArray,
-    residuals: FloatArray,
-) -> tuple[float, float]:
-    """Estimate the standard deviation of a measurement, at most what trials state, and its degrees
-    of freedom; nan if there are too few."""
-    counts = measured.counts
-    # the expectation of the sum below for a noise of 1
-    freedom = counts @ spread(np.eye(len(counts)) - smoother, counts) ** 2
-    freedom += (counts - 1).sum()
-    if freedom < 1:
-        return measured.stated, math.inf
-    squares = counts @ residuals**2 + measured.scatter
-    noise = np.fmin(math.sqrt(squares / freedom), measured.stated)
-    return float(noise), float(freedom)
-
-
-def tied_range(
-    points: FloatArray,
-    smooth: FloatArray,
-    best: int,
-    errors: FloatArray,
-) -> tuple[float, float] | None:
-    """Find the first and the last of the points around the best one whose difference from it is
-    within two standard errors of the difference; None without errors if only the best one is."""
-    if np.isnan(errors).any():
-        return None
-    is_worse = smooth - smooth[best] > 2 * errors
-    worse = np.flatnonzero(is_worse)
-    first = worse[worse < best].max(initial=-1) + 1
-    last = worse[worse > best].min(initial=len(smooth)) - 1
-    if first == last and not errors.any():
-        return None
-    return float(points[first]), float(points[last])
-
-
-def lower_far_values(values: FloatArray) -> FloatArray:
-    """Lower the values that are far above most, where lower is better."""
-    if len(values) < 4:
-        return values
-    upper = float(np.quantile(values, 0.75))
-    reach = upper - np.sort(values)[1]
-    if reach <= 0:
-        return values
-    return np.asarray(np.minimum(values, upper + _FAR * reach))
-
-
-def next_measurements(
-    trials: Sequence[Trial],
-    lengths: Lengths,
-    budget: int,
-    minimize: bool | None,
-) -> list[tuple[float, int]]:
-    """Choose the lengths to measure next, each with its seed; none if the search has ended.
-
-    Without a direction, `minimize` None, only the grid is measured. Residuals of a quadratic would
-    be taken for noise of a metric that has none: of a list with residuals the best is repeated.
-    """
-    tried = {(trial.sigma_rel, trial.seed) for trial in trials if trial.t is None}
-    missing = []
-    for sigma_rel in lengths.grid(budget):
-        if (sigma_rel, 0) not in tried:
-            missing.append((sigma_rel, 0))
-    if missing or minimize is None:
-        return missing
-    step = lengths.step(budget)
-    found = estimate(trials, step, minimize)
-    if lengths.listed and math.isnan(found.noise):
-        return []  # few lengths: the best is as measured
-    between = lengths.round(math.exp(found.vertex))
-    is_useful = is_in_gap(found, step)
-    if found.means.min() == found.means.max():
-        between = UNTUNED
-        is_useful = UNTUNED in lengths
-    if not lengths.listed and (between, 0) not in tried and is_useful:
-        return [(between, 0)]
-    repeated = [sigma_rel for sigma_rel, seed in tried if seed and sigma_rel is not None]
-    if not repeated:
-        return [(found.best, 1)]
-    if found.noise == 0 or len(repeated) > 1:
-        return []
-    place = int(abs(found.points - repeated[0]).argmin())
-    neighbours = found.points[max(0, place - 1) : place + 2].tolist()
-    return [(sigma_rel, 1) for sigma_rel in neighbours if (sigma_rel, 1) not in tried]
-
-
-def earlier_ends(times: Iterable[float], t: float) -> list[float]:
-    """List the stored times that are nearest to 0.8, 0.64, ... of `t`, the latest first; each has
-    another stored time before it, since an average of one is none."""
-    _, *usable = sorted({*times})
-    ends = []
-    end = _EARLIER * t
-    while usable and end > _EARLIER * usable[0]:
-        ends.append(min(usable, key=lambda time: abs(time - end)))
-        end *= _EARLIER
-    return [time for time in dict.fromkeys(ends) if time < t]
-
-
-def next_ends(
-    trials: Sequence[Trial],
-    found: Estimate,
-    ends: Sequence[float],
-    t: float,
-    minimize: bool,
-) -> list[tuple[float, int]]:
-    """Choose the earlier `ends` at which to measure the best length of a search next, each with its
-    seed; none if it has ended.
-
-    It ends when two in a row are worse than the best one. Where the metric is noisy, that one is
-    measured once more: the best of some is measured too good.
-    """
-    tried = {(trial.t, trial.seed) for trial in trials}
-    estimated = estimate_ends(trials, found, t, minimize)
-    means = _measured_means(trials, found.best, minimize)
-    best = means[None]
-    worse = 0
-    for index, end in enumerate(ends):
-        if (end, 0) not in tried:
-            return [(time, 0) for time in ends[index : index + _MOST_WORSE - worse]]
-        mean = means.get(end, math.inf)
-        worse = 0 if mean < best else worse + 1
-        best = min(best, mean)
-        if worse == _MOST_WORSE:
-            break
-    if estimated.best < t and estimated.noise != 0 and (estimated.best, 1) not in tried:
-        return [(estimated.best, 1)]
-    return []
-
-
-def _measured_means(
-    trials: Sequence[Trial], sigma_rel: float, minimize: bool
-) -> dict[float | None, float]:
-    """Average the metrics of a length at each end, by `Trial.t`, so that lower is better."""
-    values: dict[float | None, list[float]] = {}
-    for trial in trials:
-        if trial.sigma_rel == sigma_rel and trial.value is not None:
-            values.setdefault(trial.t, []).append(trial.value)
-    sign = 1 if minimize else -1
-    return {end: sign * sum(measured) / len(measured) for end, measured in values.items()}
-
-
-def is_in_gap(found: Estimate, step: float) -> bool:
-    """Return whether the vertex lies between lengths that are about a step apart, and near
-    neither."""
-    offsets = np.log(found.points) - found.vertex
-    below = -offsets[offsets <= 0].max(initial=-math.inf)
-    above = offsets[offsets > 0].min(initial=math.inf)
-    return bool(min(below, above) > _SAME * step and below + above > _WIDE * step)
+    @property
+    def was_bounded(self) -> bool:
+        """Whether the search would go on if it might measure more averages."""
+        return bool(replace(self, most=None).next_measurements())

@@ -38,22 +38,16 @@ from posthoc_cli.sweep.evaluation import (
 from posthoc_cli.sweep.folder import locked_folder, read_trials, record
 from posthoc_cli.sweep.metric import Metric, NoMetricError, TrialError
 from posthoc_cli.sweep.report import SweepReport
-from posthoc_cli.sweep.search import (
-    LEAST_BUDGET,
-    RANDOM_WEIGHTS,
-    USUAL_BUDGET,
-    Lengths,
-    Trial,
-    earlier_ends,
-    next_ends,
-    next_measurements,
-)
+from posthoc_cli.sweep.search import LEAST_BUDGET, Lengths, Search
+from posthoc_cli.sweep.trial import FRESH, RANDOM_WEIGHTS, Spot, Trial
 from posthoc_cli.sweep.weights import (
     Candidate,
     HeldSources,
     RandomWeights,
     RunWeights,
     average,
+    find_called_best,
+    find_checkpoints,
     find_compared,
     find_own_ema,
     hold_until,
@@ -65,9 +59,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LONGEST = 0.28
-"""The sigma_rel from which on nothing longer is worth a search: the weight of the second half of
-training is 56 %; it is 50 % in the uniform average, 0.2887."""
+MOST_CHECKPOINTS = 4  # single ones of the user that a search measures
 _DIRECTIONS = {True: "minimize", False: "maximize", None: "look"}
 
 
@@ -84,7 +76,7 @@ class Sweep:
     out: Path | None
     lengths: Lengths | None = None  # by default see `searchable_lengths`
     minimize: bool | None = True
-    budget: int = USUAL_BUDGET  # lengths of the grid
+    budget: int | None = None  # the most evaluations; None for as many as the search makes
     t: float | None = None
     step: int | None = None
     like: Path | None = None  # as in `Run.write`
@@ -106,7 +98,6 @@ class Sweep:
             CommandError: two trials in a row have failed alike, or all have the same metric, and
                 random weights have it, too.
         """
-        check_count("budget", self.budget, LEAST_BUDGET)
         check_count("jobs", self.jobs)
         self._evaluation = self._make_evaluation()
         longest = 0.2 if self.lengths is None else self.lengths.high
@@ -121,22 +112,24 @@ class Sweep:
         self._held = HeldSources(hold_until(self.sources, self._t))
         lengths = self.lengths or searchable_lengths(self.sources, self._t)
         compared = find_compared(self.sources, self._t, self.raw)
+        self._checkpoints = find_checkpoints(self.sources)
         own = find_own_ema(self.sources)
-        ends = []
-        is_longest = self.lengths is None or lengths.high >= LONGEST
-        if is_longest and not lengths.listed:
-            ends = earlier_ends(self.sources.times, self._t)
+        _, *ends = sorted({*self.sources.times})  # an average of one time is none
+        search = Search(
+            lengths,
+            self.minimize,
+            self._t,
+            tuple(end for end in ends if end <= self._t),
+            self._bound(compared),
+        )
         self._report = SweepReport(
+            search,
             directory=self.sources.place,
             newest_t=self.sources.t,
-            lengths=lengths,
-            budget=self.budget,
             compared=tuple(weights.title for weights in compared),
             own_ema=None if own is None else own.title,
             metric=self.metric.key or "metric",
-            minimize=self.minimize,
             settings=self._describe(),
-            ends=tuple(ends),
             steps=written.plan.steps,
             t_unit=self.sources.t_unit,
             rerun_command=self.rerun_command,
@@ -148,8 +141,7 @@ class Sweep:
             return self._report
         with locked_folder(self.out):
             recorded = read_trials(self.out, self._report.settings, self.minimize is None)
-            known = [trial for trial in recorded if self._is_asked(trial)]
-            self._report = replace(self._report, trials=tuple(known))
+            self._report = self._report.with_trials(filter(self._is_asked, recorded))
             self._search(compared)
             if self.minimize is not None:
                 self._report = replace(self._report, outputs=(self._write_best(self.out),))
@@ -171,7 +163,7 @@ class Sweep:
                 advance(1)
                 self._check_latest()
         self._check_enough()
-        if self._may_be_unused():
+        if self._may_be_unused() and any(trial.is_random for trial in self._report.trials):
             value = self._report.trials[-1].value
             reason = f"every trial has the same metric, {value:.12g}, and random weights, too"
             raise CommandError("the sweep", reason, "does the evaluation use the weights?")
@@ -187,11 +179,20 @@ class Sweep:
         check_command(self.evaluate, metric)
         return Command(self.evaluate, metric, self.out, self.like, self.jobs)
 
+    def _bound(self, compared: Sequence[Candidate]) -> int | None:
+        """Compute how many averages may be measured beside what they are compared with, and one
+        more: your own EMA again, or random weights."""
+        if self.budget is None:
+            return None
+        check_count("budget", self.budget, LEAST_BUDGET + len(compared))
+        return max(LEAST_BUDGET, self.budget - len(compared) - 1)
+
     def _is_asked(self, trial: Trial) -> bool:
-        report = self._report
+        search = self._report.search
         if trial.sigma_rel is None:
-            return trial.target in (*report.compared, RANDOM_WEIGHTS)
-        return trial.sigma_rel in report.lengths and (trial.t is None or trial.t in report.ends)
+            checkpoints = [weights.title for weights in self._checkpoints.values()]
+            return trial.target in (*self._report.compared, *checkpoints, RANDOM_WEIGHTS)
+        return trial.sigma_rel in search.lengths and (trial.t is None or trial.t in search.ends)
 
     def _describe(self) -> dict[str, Any]:
         """Describe what all trials of the folder have in common."""
@@ -208,10 +209,7 @@ class Sweep:
     def _expected(self) -> int:
         """About how many trials there will be; for a short list, exactly."""
         report = self._report
-        grid = report.lengths.grid(self.budget)
-        planned = len(report.compared) + len(grid)
-        if self.minimize is not None and len(grid) >= LEAST_BUDGET:
-            planned += 1 if report.lengths.listed else 2  # the best length, and once more
+        planned = len(report.compared) + report.search.expected
         return max(planned, len(report.trials))
 
     def _write_best(self, out: Path) -> Path:
@@ -225,29 +223,58 @@ class Sweep:
     def _find_best(self) -> RunWeights:
         report = self._report
         own = find_own_ema(self.sources)
-        if report.keeps_own_ema and own is not None:
-            return own
-        return average(self._held, report.estimate.best, self._t, report.best_trial.t)
+        for weights in (own, *self._checkpoints.values()):
+            if weights is not None and weights.title == report.kept:
+                return weights
+        return self._average(report.search.best)
+
+    def _average(self, spot: Spot) -> RunWeights:
+        return average(self._held, spot, self._report.search.end_of(spot))
 
     # --- trials
 
     def _measure_all(self, compared: Sequence[Candidate]) -> Iterator[Trial]:
         """Yield each trial when it has ended; the report then has it."""
         first = [(weights, 0) for weights in compared]
-        while batch := first + self._next_lengths():
+        while batch := first + self._next_averages():
             first = []
             yield from self._measure(batch)
             self._check_enough()
         if self.minimize is None:
             return
-        while batch := self._next_ends():
-            yield from self._measure(batch)
-        if self._report.estimate.noise > 0:
+        yield from self._measure_checkpoints()
+        if self._report.estimate.noise > 0 and self._may_go_on():
             # of one measurement, your own EMA would have most of the gain's error
             yield from self._measure([(weights, 1) for weights in compared[:1]])
         for seed in (0, 1):  # one may have this metric by chance
-            if self._may_be_unused():
+            if self._may_be_unused() and self._may_go_on():
                 yield from self._measure([(self._random_weights(seed), seed)])
+
+    def _measure_checkpoints(self) -> Iterator[Trial]:
+        """Measure some of the user's own checkpoints, and if the metric is noisy, the best of them
+        afresh."""
+        search = self._report.search
+        times = search.tried_ends
+        if (called_best := find_called_best(self.sources)) is not None:
+            times = [called_best, *times]
+        found = [self._checkpoints[t] for t in dict.fromkeys(times) if t in self._checkpoints]
+        left = MOST_CHECKPOINTS
+        if self.budget is not None:
+            claimed = 0 if search.estimate.noise == 0 else 1 + len(FRESH)
+            left = min(left, max(0, self.budget - len(self._report.trials) - claimed))
+        if self._report.all_tied or not (chosen := found[:left]):
+            return
+        titles = tuple(weights.title for weights in chosen)
+        self._report = replace(self._report, checkpoints=titles)
+        yield from self._measure([(weights, 0) for weights in chosen])
+        if search.estimate.noise > 0:
+            best = self._report.best_checkpoint
+            again = [weights for weights in chosen if weights.title == best]
+            yield from self._measure([(weights, seed) for weights in again for seed in FRESH])
+
+    def _may_go_on(self) -> bool:
+        """Whether the budget leaves an evaluation."""
+        return self.budget is None or len(self._report.trials) < self.budget
 
     def _may_be_unused(self) -> bool:
         """Whether all have the same metric, also random weights that were measured, as if the
@@ -260,21 +287,12 @@ class Sweep:
 
     def _random_weights(self, seed: int) -> RandomWeights:
         """Make random weights that a command can tell from an average by nothing else."""
-        others = average(self._held, self._report.estimate.best, self._t)
+        others = self._average(self._report.search.at_end)
         return RandomWeights(title=RANDOM_WEIGHTS, text=others.text, others=others, seed=seed)
 
-    def _next_lengths(self) -> list[tuple[Candidate, int]]:
-        report = self._report
-        asked = next_measurements(report.trials, report.lengths, self.budget, self.minimize)
-        return [(average(self._held, sigma_rel, self._t), seed) for sigma_rel, seed in asked]
-
-    def _next_ends(self) -> list[tuple[Candidate, int]]:
-        report = self._report
-        found = report.estimate
-        if found.best != report.lengths.high or not report.ends or report.all_tied:
-            return []
-        asked = next_ends(report.trials, found, report.ends, self._t, bool(self.minimize))
-        return [(average(self._held, found.best, self._t, end), seed) for end, seed in asked]
+    def _next_averages(self) -> list[tuple[Candidate, int]]:
+        asked = self._report.search.next_measurements()
+        return [(self._average(spot), seed) for spot, seed in asked]
 
     def _measure(self, batch: Sequence[tuple[Candidate, int]]) -> Iterator[Trial]:
         """Measure weights that have no trial yet, `jobs` at a time, and yield each trial when it
@@ -297,7 +315,7 @@ class Sweep:
                 trial = self._finish(started, future)
                 ended.append(trial)
                 ended.sort(key=lambda trial: order.index((trial.target, trial.seed)))
-                self._report = replace(self._report, trials=(*before, *ended))
+                self._report = self._report.with_trials([*before, *ended])
                 yield trial
 
     def _start(self, weights: Candidate, seed: int, job: int) -> _Running:
@@ -364,10 +382,14 @@ class Sweep:
                 raise CommandError("the sweep", f"{reason}: {', '.join(images.ENDINGS)}")
             return
         report = self._report
-        lengths = {trial.sigma_rel for trial in report.trials if trial.value is not None} - {None}
-        least = min(3, max(2, len(report.lengths.grid(self.budget)) - 1))  # of three one may fail
-        if len(lengths) < least:
-            failed = [trial for trial in report.trials if trial.error]
+        grid = report.search.first_grid
+        measured = {trial.sigma_rel for trial in report.trials if trial.value is not None}
+        failed = [trial for trial in report.trials if trial.error]
+        # those that have no trial yet may still be measured
+        possible = measured.union(grid) - {None}
+        possible -= {trial.sigma_rel for trial in failed} - measured
+        least = min(3, max(2, len(grid) - 1))  # of three one may fail
+        if len(possible) < least:
             reason = f"{len(failed)} of {len(report.trials)} trials have failed, too many to choose"
             last = f"the last one: {failed[-1].target}: {failed[-1].error}"
             raise CommandError("the sweep", f"{reason}; {last}")

@@ -34,7 +34,7 @@ from posthoc_cli.snapshots.source import Source
 from posthoc_cli.snapshots.sources import Sources, use
 from posthoc_cli.snapshots.tensorfile import read_file
 from posthoc_cli.snapshots.weights_sample import are_equal, places
-from posthoc_cli.sweep.search import average_title
+from posthoc_cli.sweep.trial import Spot
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.synthesis.weights import make_weights
 from posthoc_cli.targets import Mean, SigmaRel, Target
@@ -245,16 +245,16 @@ def _move(plain: Path, path: Path, like: Path | None) -> None:
         export_file(plain, path, like=like)
 
 
-def average(held: HeldSources, sigma_rel: float, t: float, end: float | None = None) -> RunWeights:
-    """Find an average at the time `t`, or at an earlier `end`."""
+def average(held: HeldSources, spot: Spot, time: float) -> RunWeights:
+    """Find the average of a spot, which ends at `time`."""
     return RunWeights(
-        title=average_title(sigma_rel, end),
-        text=repr(sigma_rel),
-        sigma_rel=sigma_rel,
-        t=end,
+        title=spot.title,
+        text=repr(spot.sigma_rel),
+        sigma_rel=spot.sigma_rel,
+        t=spot.t,
         held=held,
-        target=SigmaRel(sigma_rel),
-        time=t if end is None else end,
+        target=SigmaRel(spot.sigma_rel),
+        time=time,
     )
 
 
@@ -296,6 +296,31 @@ def find_compared(
     if t in points and t < sources.t:
         compared.append(_stored(points[t], f"weights at t = {t:,.12g}", "raw"))
     return compared
+
+
+def find_checkpoints(sources: Sources) -> dict[float, RunWeights]:
+    """Find the user's own checkpoints, by their times: of weights, or else of an average."""
+    found: dict[float, RunWeights] = {}
+    for source in sources:
+        if isinstance(source, Checkpoint):
+            is_weights = isinstance(source.profile, Point)
+            if is_weights or source.t not in found:
+                found[source.t] = _stored(source, f"your checkpoint {source.name}", "raw")
+    return found
+
+
+def find_called_best(sources: Sources) -> float | None:
+    """Find the time of the checkpoint whose name, or a link beside it, says "best"."""
+    for source in sources:
+        if files.is_url(source.path):
+            continue
+        names = {source.name}
+        for beside in source.path.parent.iterdir():
+            if beside.is_symlink() and beside.resolve() == source.path.resolve():
+                names.add(beside.name)
+        if any("best" in name.lower() for name in names):
+            return source.t
+    return None
 
 
 def _stored(source: Source, title: str, text: str) -> RunWeights:

@@ -226,7 +226,7 @@ class Plan(Combination):
             origin += f", which show nothing of the training before t = {first:,.4g}"
         if curve.assumption:
             origin += f", if {curve.assumption}"
-        lost = f"it loses {at_most(float(losses.max()))} of the gain"
+        lost = f"it costs {at_most(float(losses.max()))} of what averaging gains"
         return (
             f"{list_first(titles)}: predicted error {error} {origin}; {lost}; {curve.good_range}",
         )

@@ -33,7 +33,7 @@ MOST_PARTED = 16 * BLOCK
 MAX_BATCH = 1024
 
 
-class Kind(NamedTuple):
+class TileKind(NamedTuple):
     """What the tensors of a tile have in common: they are made alike."""
 
     # "average"; "variance", an average that is kept positive; "stored", an average that is taken
@@ -50,7 +50,7 @@ class Tile:
     end."""
 
     plan: Combination  # with the coefficients of its tensors
-    kind: Kind
+    kind: TileKind
     names: tuple[str, ...]  # the stored names of the tensors
     # the offset of each tensor in the tile, in elements, and the number of elements
     bounds: tuple[int, ...]
@@ -105,8 +105,8 @@ def cut_tiles(
     """Cut all tensors into tiles; the tiles of one tensor are consecutive."""
     tiles = list[Tile]()
     statistics = running_statistics(plan.newest.tensors)
-    batches = defaultdict[Kind, list[str]](list)
-    sizes = Counter[Kind]()
+    batches = defaultdict[TileKind, list[str]](list)
+    sizes = Counter[TileKind]()
     for name in plan.tensors:
         kind = _tile_kind(plan, name, statistics, device)
         size = plan.box(name).size
@@ -130,14 +130,14 @@ def _tile_kind(
     name: str,
     statistics: Collection[str],
     device: torch.device,
-) -> Kind:
+) -> TileKind:
     tensor = plan.tensors[name]
     stored = tuple(source.entries[name].dtype for source in plan.sources)
     dtype = plan.output_dtype(name)
     if tensor.role == "copy" or plan.coefficients is None:
         role = "copy" if tensor.role == "copy" else "stored"
         newest = plan.newest.entries[name].dtype
-        return Kind(role, dtype, newest, stored)
+        return TileKind(role, dtype, newest, stored)
     role = "average"
     is_statistic = tensor.role == "statistic" or name in statistics
     if is_statistic and name.endswith("running_var"):
@@ -147,12 +147,12 @@ def _tile_kind(
     wide = "F64"
     if device.type == "mps" or (is_coarse and tensor.dtype != "F64"):
         wide = "F32"
-    return Kind(role, dtype, wide, stored)
+    return TileKind(role, dtype, wide, stored)
 
 
 def _cut_tensor(
     plan: Combination,
-    kind: Kind,
+    kind: TileKind,
     name: str,
     size: int,
 ) -> Iterator[Tile]:
@@ -168,7 +168,7 @@ def _cut_tensor(
 
 def _join_tensors(
     plan: Combination,
-    kind: Kind,
+    kind: TileKind,
     names: Sequence[str],
 ) -> Tile:
     sizes = [plan.box(name).size for name in names]

@@ -27,7 +27,7 @@ from posthoc_cli.profiles import FloatArray
 from posthoc_cli.reconstruction import Measurements, Sketch
 from posthoc_cli.snapshots.source import PathSketch
 from posthoc_cli.tracker.folding import new_value_share, sketched_window_ends
-from posthoc_cli.tracker.memory import Elements, Layout, Tile
+from posthoc_cli.tracker.memory import BucketTile, Elements, Layout
 
 MEASURED_ELEMENTS = 2**17  # of a large model, about
 
@@ -170,7 +170,7 @@ from 4 to 256 does."""
 _PENDING = 64
 
 
-class Window(NamedTuple):
+class FoldWindow(NamedTuple):
     """Some folds, the last one at time `t`, none in an open window: see
     `reconstruction.Sketch`. The mean has the shape [D]."""
 
@@ -179,7 +179,7 @@ class Window(NamedTuple):
     mean: FloatArray
     spread: float = 0.0
 
-    def merge(self, later: Window) -> Window:
+    def merge(self, later: FoldWindow) -> FoldWindow:
         folds = self.folds + later.folds
         share = later.folds / folds
         change = later.mean - self.mean
@@ -187,10 +187,10 @@ class Window(NamedTuple):
         mean = _round(self.mean + share * change)
         spread = self.spread + share * (later.spread - self.spread)
         spread += share * (1 - share) * squared_distance
-        return Window(later.t, folds, mean, spread)
+        return FoldWindow(later.t, folds, mean, spread)
 
 
-def _append(windows: list[Window], window: Window) -> None:
+def _append(windows: list[FoldWindow], window: FoldWindow) -> None:
     """Append a fold: in a new window, or in the last one while another has more and its folds are
     about as long."""
     if not windows:
@@ -208,7 +208,7 @@ def _append(windows: list[Window], window: Window) -> None:
             windows[:] = _halve(windows)
 
 
-def _halve(windows: list[Window]) -> list[Window]:
+def _halve(windows: list[FoldWindow]) -> list[FoldWindow]:
     """Merge each two windows that are alike, with more and more uneven ones until few are left."""
     most_uneven = _MOST_UNEVEN
     merged = _merge(windows, most_uneven)
@@ -219,9 +219,9 @@ def _halve(windows: list[Window]) -> list[Window]:
 
 
 def _merge(
-    windows: list[Window],
+    windows: list[FoldWindow],
     most_uneven: float,
-) -> list[Window]:
+) -> list[FoldWindow]:
     merged = windows[:1]
     begin = 0.0  # of the last window in `merged`
     is_pair = False
@@ -239,8 +239,8 @@ def _merge(
 
 def _are_alike(
     begin: float,
-    first: Window,
-    second: Window,
+    first: FoldWindow,
+    second: FoldWindow,
     most_uneven: float,
 ) -> bool:
     """Return whether the folds of two windows, the first from `begin` on, are about as long."""
@@ -250,19 +250,19 @@ def _are_alike(
     return longer / most_uneven <= min(length, next_length)
 
 
-def _make_windows(path: PathSketch) -> list[Window]:
+def _make_windows(path: PathSketch) -> list[FoldWindow]:
     sketch = path.sketch
     ends = sketch.edges[1:].tolist()
     folds = sketch.folds.tolist()
     spread = sketch.spread.tolist()
-    windows = map(Window, ends, folds, sketch.means, spread)
+    windows = map(FoldWindow, ends, folds, sketch.means, spread)
     return [*windows]
 
 
 def _path(
     projection: int,
     first_t: float,
-    windows: Sequence[Window],
+    windows: Sequence[FoldWindow],
 ) -> PathSketch:
     ends, folds, means, spread = zip(*windows, strict=True)
     edges = np.array([first_t, *ends])
@@ -298,7 +298,7 @@ def _signed_roots(subset: Subset, part: int) -> Values:
     return np.asarray(roots * signs)
 
 
-class _Pending(NamedTuple):
+class _Projection(NamedTuple):
     """A projection that may still be on an accelerator: of the values at time `t`, or of a mean."""
 
     t: float
@@ -325,11 +325,11 @@ class Sketcher:
             end = begin + len(buffer)
             self._factors.append(factors[begin:end].to(buffer))
             begin = end
-        self._pending = list[_Pending]()
+        self._pending = list[_Projection]()
         self._begin = 0.0  # the time at which the open window begins
         self._t = 0.0  # the time of the last value in it
         self._first_t: float | None = None
-        self._windows: list[Window] = []  # that have ended
+        self._windows: list[FoldWindow] = []  # that have ended
         self._open: FloatArray | None = None  # the open window's mean, without pending values
 
     @property
@@ -353,7 +353,7 @@ class Sketcher:
         self._windows = windows
         return True
 
-    def take(self, tile: Tile, values: Tensor) -> None:
+    def take(self, tile: BucketTile, values: Tensor) -> None:
         self.subset.take(tile, values, self._views)
 
     def end_value(
@@ -380,7 +380,7 @@ class Sketcher:
         if ends:
             self._begin = t
         sums = self._project()
-        self._pending.append(_Pending(t, share, ends, sums))
+        self._pending.append(_Projection(t, share, ends, sums))
         if len(self._pending) >= _PENDING:
             self._fetch()
 
@@ -391,9 +391,9 @@ class Sketcher:
         windows = [*self._windows]
         if t is not None:
             mean = _numbers(self._project())
-            _append(windows, Window(t, 1.0, mean))
+            _append(windows, FoldWindow(t, 1.0, mean))
         elif self._open is not None and windows:
-            windows.append(Window(self._t, 0.0, self._open))
+            windows.append(FoldWindow(self._t, 0.0, self._open))
         if not windows:
             return None
         first_t = self._first_t
@@ -413,7 +413,7 @@ class Sketcher:
             self._open = None
             if self._first_t is None:
                 self._first_t = pending.t
-            _append(self._windows, Window(pending.t, 1.0, mean))
+            _append(self._windows, FoldWindow(pending.t, 1.0, mean))
         self._pending.clear()
 
     def _project(self) -> list[Tensor]:

@@ -37,7 +37,7 @@ DEVICE_TILE = 2**22
 _LIKE_FLOAT32 = (torch.float32, torch.float64, torch.bfloat16)
 
 
-class Place(NamedTuple):
+class Slot(NamedTuple):
     """Where a tensor begins in its bucket. `order` lists its dimensions, from the outermost in
     memory."""
 
@@ -78,7 +78,7 @@ class Bucket:
 
     device: torch.device
     dtype: torch.dtype
-    places: Mapping[str, Place]
+    places: Mapping[str, Slot]
     size: int
 
     @property
@@ -133,10 +133,10 @@ class Bucket:
 
 
 Layout = tuple[Bucket, ...]
-Kind = tuple[torch.device, torch.dtype]
+BucketKind = tuple[torch.device, torch.dtype]
 
 
-class Tile(NamedTuple):
+class BucketTile(NamedTuple):
     """A range of elements of the bucket of index `bucket`; `number` is the tile's index in the
     layout."""
 
@@ -148,14 +148,14 @@ class Tile(NamedTuple):
 
 def find_layout(tensors: Mapping[str, Tensor]) -> Layout:
     """Arrange tensors with these devices, dtypes, shapes and strides in buckets."""
-    places: dict[Kind, dict[str, Place]] = defaultdict(dict)
-    sizes: dict[Kind, int] = defaultdict(int)
+    places: dict[BucketKind, dict[str, Slot]] = defaultdict(dict)
+    sizes: dict[BucketKind, int] = defaultdict(int)
     for name, tensor in tensors.items():
         kind = tensor.device, tensor.dtype
         begin = sizes[kind]
         end = begin + tensor.numel()
         shape = tuple(tensor.shape)
-        places[kind][name] = Place(begin, end, shape, _order(tensor))
+        places[kind][name] = Slot(begin, end, shape, _order(tensor))
         sizes[kind] = end
     buckets = []
     for kind, of_bucket in places.items():
@@ -163,7 +163,7 @@ def find_layout(tensors: Mapping[str, Tensor]) -> Layout:
     return tuple(buckets)
 
 
-def find_places(layout: Layout) -> dict[str, tuple[int, Place]]:
+def find_places(layout: Layout) -> dict[str, tuple[int, Slot]]:
     """Find the bucket's index and the place of each tensor."""
     places = {}
     for number, bucket in enumerate(layout):
@@ -193,13 +193,13 @@ def is_on_host(layout: Layout) -> bool:
     return all(bucket.device.type == "cpu" for bucket in layout)
 
 
-def tile_buckets(layout: Layout) -> list[Tile]:
+def tile_buckets(layout: Layout) -> list[BucketTile]:
     """List the tiles of all buckets of a layout."""
-    tiles: list[Tile] = []
+    tiles: list[BucketTile] = []
     for index, bucket in enumerate(layout):
         for begin, end in pairwise(bucket.tile_edges):
             number = len(tiles)
-            tiles.append(Tile(number, index, begin, end))
+            tiles.append(BucketTile(number, index, begin, end))
     return tiles
 
 
@@ -223,7 +223,7 @@ def find_ranges(layout: Layout) -> list[list[ElementRange]]:
 
 def read_numbers(
     values: Sequence[Tensor],
-    tiles: Sequence[Tile],
+    tiles: Sequence[BucketTile],
 ) -> list[float]:
     """Read the numbers of all tiles, waiting once for each bucket."""
     numbers: list[float] = []
@@ -263,7 +263,7 @@ class FlatTensors:
             tiles.append(self.flats[tile.bucket][tile.begin : tile.end])
         return tiles
 
-    def tile(self, tile: Tile) -> Tensor:
+    def tile(self, tile: BucketTile) -> Tensor:
         return self._tiles[tile.number]
 
 
@@ -286,11 +286,11 @@ class HostTensors:
     def nbytes(self) -> int:
         return sum(piece.nbytes for pieces in self._pieces for piece in pieces)
 
-    def tile(self, tile: Tile) -> list[Tensor]:
+    def tile(self, tile: BucketTile) -> list[Tensor]:
         """Return the parts of a tile, one in memory that is not pinned."""
         return self._parts(tile.bucket, tile.begin, tile.end)
 
-    def copy(self, tile: Tile, values: Tensor) -> None:
+    def copy(self, tile: BucketTile, values: Tensor) -> None:
         """Copy the values of a tile: complete when the current stream of their device is."""
         parts = self.tile(tile)
         sizes = [len(part) for part in parts]
@@ -351,7 +351,7 @@ def _in_place(parts: Sequence[TilePart], dtype: torch.dtype) -> Tensor | None:
     return first
 
 
-class Reader:
+class TileReader:
     """Reads a layout's tensors by tile in up to `threads` threads: views, no copies. `parts` are
     the parts of each tile."""
 
@@ -379,7 +379,7 @@ class Reader:
         cls,
         tensors: Mapping[str, Tensor],
         threads: int = 1,
-    ) -> Reader:
+    ) -> TileReader:
         layout = find_layout(tensors)
         in_memory = dict[str, Tensor]()  # with the dimensions as they are in memory
         for bucket in layout:
@@ -398,7 +398,7 @@ class Reader:
     def nbytes(self) -> int:
         return sum(buffer.nbytes for buffer in self._scratch)
 
-    def current(self, tile: Tile) -> list[Tensor]:
+    def current(self, tile: BucketTile) -> list[Tensor]:
         """Return a tile's values as they are now, in flat tensors that follow each other."""
         parts = self._parts[tile.number]
         # a comprehension, since there may be thousands
@@ -406,7 +406,7 @@ class Reader:
             part if isinstance(part, Tensor) else part[0].reshape(-1)[part[1]] for part in parts
         ]
 
-    def values(self, tile: Tile, thread: int = 0) -> Tensor:
+    def values(self, tile: BucketTile, thread: int = 0) -> Tensor:
         """Return a tile's values, flat, in the averages' dtype; valid until the same thread's next
         call."""
         in_place = self._in_place[tile.number]
@@ -422,7 +422,7 @@ class Reader:
         once for each bucket."""
         norms = [torch.empty(0)] * len(self.tiles)
 
-        def measure(tile: Tile, thread: int) -> None:
+        def measure(tile: BucketTile, thread: int) -> None:
             values = self._flat(tile, thread)
             norms[tile.number] = torch.linalg.vector_norm(values)
 
@@ -447,7 +447,7 @@ class Reader:
                     return name
         return None
 
-    def _flat(self, tile: Tile, thread: int) -> Tensor:
+    def _flat(self, tile: BucketTile, thread: int) -> Tensor:
         """Return a tile's values, flat, in a dtype with float32's range."""
         first, *others = parts = self.current(tile)
         if not others and first.dtype in _LIKE_FLOAT32:
@@ -457,7 +457,7 @@ class Reader:
             return torch.cat(parts, out=scratch)
         return scratch.copy_(first)
 
-    def _make_scratch(self, tile: Tile, thread: int) -> Tensor:
+    def _make_scratch(self, tile: BucketTile, thread: int) -> Tensor:
         size = tile.end - tile.begin
         return self._scratch[tile.bucket][thread, :size]
 
@@ -503,7 +503,7 @@ class Elements:
 
     def take(
         self,
-        tile: Tile,
+        tile: BucketTile,
         values: Tensor,
         views: Sequence[Tensor],
     ) -> None:
@@ -525,7 +525,7 @@ class HostCopy:
         self._threads = threads
         self._layout: Layout = ()
         self._memory = HostTensors((), ())
-        self._values = Reader((), ())
+        self._values = TileReader((), ())
         self._events: list[Any] = []  # after which the last copy is complete
 
     @property
@@ -534,7 +534,7 @@ class HostCopy:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def copy(self, model: Reader, pool: ThreadPool = SINGLE_THREAD) -> None:
+    def copy(self, model: TileReader, pool: ThreadPool = SINGLE_THREAD) -> None:
         """Copy the values as they are now, in place of the last copy, which must have arrived.
 
         An accelerator copies in the training's own stream, by one thread, so that nothing changes
@@ -544,10 +544,10 @@ class HostCopy:
             host = on_host(model.layout)
             self._memory = HostTensors(host, model.layout)
             parts = [self._memory.tile(tile) for tile in tile_buckets(host)]
-            self._values = Reader(host, parts, self._threads)
+            self._values = TileReader(host, parts, self._threads)
             self._layout = model.layout
 
-        def copy_tile(tile: Tile, _: int) -> None:
+        def copy_tile(tile: BucketTile, _: int) -> None:
             # Tiles of an accelerator are larger than the host's.
             values = model.current(tile)
             if values[0].device.type != "cpu":
@@ -562,7 +562,7 @@ class HostCopy:
         devices = {bucket.device for bucket in model.layout}
         self._events = [record_end(device) for device in devices if streams_of(device)]
 
-    def wait(self) -> Reader:
+    def wait(self) -> TileReader:
         """Wait until all values have arrived, and return a reader of them."""
         for event in self._events:
             event.synchronize()

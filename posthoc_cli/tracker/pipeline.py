@@ -51,7 +51,7 @@ from posthoc_cli.tracker.background import (
 )
 from posthoc_cli.tracker.filling import check_fits
 from posthoc_cli.tracker.measuring import Sketcher, Values
-from posthoc_cli.tracker.memory import HostCopy, Layout, Reader, is_on_host, on_host
+from posthoc_cli.tracker.memory import HostCopy, Layout, TileReader, is_on_host, on_host
 from posthoc_cli.tracker.model import ModelTensors, nonfinite_error
 from posthoc_cli.tracker.progress import TrainingProgress
 from posthoc_cli.tracker.snapshotter import (
@@ -100,7 +100,7 @@ class Pipeline:
         self._averaging = Worker("averages")
         self._writing = Worker("snapshots")
         # of the model that was taken in last; gone when its tensors are
-        self._values: WeakKeyDictionary[ModelTensors, Reader] = WeakKeyDictionary()
+        self._values: WeakKeyDictionary[ModelTensors, TileReader] = WeakKeyDictionary()
         self._storage: Storage | None = None
         # of the last snapshots: the step, and the model's sampled values
         self._last_sample: tuple[int, Values] | None = None
@@ -203,7 +203,7 @@ class Pipeline:
 
     def _update_by_copy(
         self,
-        values: Reader,
+        values: TileReader,
         copies: Mapping[str, Tensor],
         progress: TrainingProgress,
     ) -> None:
@@ -227,7 +227,7 @@ class Pipeline:
 
     def _update_in_place(
         self,
-        values: Reader,
+        values: TileReader,
         copies: Mapping[str, Tensor],
         progress: TrainingProgress,
     ) -> None:
@@ -484,18 +484,18 @@ class Pipeline:
 
     # scratch made in inference mode could not be written to outside it
     @torch.inference_mode(False)
-    def _find_reader(self, tensors: ModelTensors) -> Reader:
+    def _find_reader(self, tensors: ModelTensors) -> TileReader:
         if tensors not in self._values:
             self._values.clear()  # the old reader must go even if making the next one fails
             on_cpu = all(tensor.device.type == "cpu" for tensor in tensors.averaged.values())
             threads = 0 if self._is_async else self._pool.size if on_cpu else 1
-            self._values[tensors] = Reader.from_tensors(tensors.averaged, threads)
+            self._values[tensors] = TileReader.from_tensors(tensors.averaged, threads)
         return self._values[tensors]
 
     @torch.no_grad()
     def _take_in(
         self,
-        values: Reader,
+        values: TileReader,
         copies: Mapping[str, Tensor],
         progress: TrainingProgress,
     ) -> str | None:

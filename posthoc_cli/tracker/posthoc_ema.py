@@ -194,14 +194,14 @@ class PostHocEMA:
                 `resume` is None.
         """
         settings = Settings.from_arguments(
-            sigma_rels,
-            update_every,
-            checkpoint_every,
-            update_after_step,
-            max_checkpoints,
-            checkpoint_dtype,
-            t_unit,
-            make_selection(include, exclude, buffers),
+            sigma_rels=sigma_rels,
+            update_every=update_every,
+            checkpoint_every=checkpoint_every,
+            update_after_step=update_after_step,
+            max_checkpoints=max_checkpoints,
+            checkpoint_dtype=checkpoint_dtype,
+            t_unit=t_unit,
+            selection=make_selection(include, exclude, buffers),
         )
         directory = check_path(checkpoint_dir)
         if resume is not None:

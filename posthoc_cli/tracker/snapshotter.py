@@ -53,10 +53,10 @@ from posthoc_cli.tracker.arguments import Settings
 from posthoc_cli.tracker.background import ThreadPool
 from posthoc_cli.tracker.measuring import Subset, Values, join_buckets, make_measurements
 from posthoc_cli.tracker.memory import (
+    BucketTile,
     Elements,
     HostTensors,
     Layout,
-    Tile,
     find_places,
     find_ranges,
     on_host,
@@ -419,7 +419,7 @@ class StagedAverage:
         self._measured = storage.subset.buffers()
         self._views = storage.subset.views(self._measured)
 
-    def take(self, tile: Tile, exact: Tensor) -> None:
+    def take(self, tile: BucketTile, exact: Tensor) -> None:
         self._norms[tile.number] = torch.linalg.vector_norm(exact)
         self.storage.subset.take(tile, exact, self._views)
         if exact.device.type != "cpu":
@@ -460,7 +460,7 @@ def stage(
     is."""
     staged = [StagedAverage(storage, memory) for memory in storage.memory]
 
-    def take(tile: Tile, thread: int) -> None:
+    def take(tile: BucketTile, thread: int) -> None:
         for index, average in enumerate(staged):
             average.take(tile, averages.values(tile, index, thread))
 

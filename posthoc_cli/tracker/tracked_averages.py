@@ -59,11 +59,11 @@ from posthoc_cli.tracker.folding import (
 )
 from posthoc_cli.tracker.measuring import Sketcher, close_window, join_buckets
 from posthoc_cli.tracker.memory import (
+    BucketTile,
     Elements,
     FlatTensors,
     Layout,
-    Reader,
-    Tile,
+    TileReader,
     find_places,
     is_on_host,
     tile_buckets,
@@ -177,7 +177,7 @@ class AverageTensors:
             means.append([mean.tile(tile) for mean in self.mean])
         return means
 
-    def means(self, tile: Tile, shared: bool) -> list[Tensor]:
+    def means(self, tile: BucketTile, shared: bool) -> list[Tensor]:
         """Return a tile of the means in use: one for each profile, or the first alone."""
         means = self._means[tile.number]
         if shared and means[0].dtype != torch.float64:
@@ -246,7 +246,7 @@ class Averages:
     @torch.no_grad()
     def update_(
         self,
-        values: Reader,
+        values: TileReader,
         copies: Mapping[str, Tensor],
         moment: Moment,
         pool: ThreadPool,
@@ -312,7 +312,7 @@ class Averages:
     @torch.no_grad()
     def values(
         self,
-        tile: Tile,
+        tile: BucketTile,
         profile: int,
         thread: int = 0,
     ) -> Tensor:
@@ -385,7 +385,7 @@ class Averages:
             if standing.shared and standing.window and not exact:
                 mean = tensors.mean[0]
 
-                def take(tile: Tile, _: int) -> None:
+                def take(tile: BucketTile, _: int) -> None:
                     sketcher.take(tile, mean.tile(tile))
 
                 pool.each(take, tile_buckets(tensors.layout))
@@ -403,9 +403,9 @@ class Averages:
             self._scratch.clear()  # it is as large as the old layout's tiles
         for bucket in range(len(layout)):
             for thread in range(threads):
-                self.make_scratch(Tile(0, bucket, 0, 0), thread)
+                self.make_scratch(BucketTile(0, bucket, 0, 0), thread)
 
-    def make_scratch(self, tile: Tile, thread: int) -> list[Tensor]:
+    def make_scratch(self, tile: BucketTile, thread: int) -> list[Tensor]:
         """Make two scratch tensors of a thread for a tile, in the averages' dtype."""
         bucket = self.tensors.layout[tile.bucket]
         key = thread, bucket.device, bucket.wide
@@ -427,7 +427,7 @@ class _Update:
     def __init__(
         self,
         averages: Averages,
-        values: Reader,
+        values: TileReader,
         shares: Shares,
         sampled: Elements,
     ) -> None:
@@ -440,7 +440,7 @@ class _Update:
         self._before = averages.standing
         self._values = values
         self._shares = shares
-        self._taken = list[Tile]()  # before all values were known to be finite
+        self._taken = list[BucketTile]()  # before all values were known to be finite
 
     def take_ordinary(
         self,
@@ -453,7 +453,7 @@ class _Update:
         If a value is not finite, take none, and return the first tensor with such a value.
         """
 
-        def take(tile: Tile, thread: int) -> None:
+        def take(tile: BucketTile, thread: int) -> None:
             value = self._values.values(tile, thread)
             norm = math.sqrt(torch.dot(value, value))  # in half the time of `vector_norm`
             norms[tile.number] = norm
@@ -470,14 +470,14 @@ class _Update:
     def take_others(self, pool: ThreadPool) -> None:
         """Take the tiles that are not taken yet."""
 
-        def take(tile: Tile, thread: int) -> None:
+        def take(tile: BucketTile, thread: int) -> None:
             value = self._values.values(tile, thread)
             self._take(tile, value, thread)
 
         others = set(self._values.tiles).difference(self._taken)
         pool.each(take, others)
 
-    def _undo(self, tile: Tile, thread: int) -> None:
+    def _undo(self, tile: BucketTile, thread: int) -> None:
         """Restore the means of a tile that was taken."""
         weights = [share / (share - 1) for share in self._shares.new]
         value = self._values.values(tile, thread)
@@ -485,7 +485,7 @@ class _Update:
 
     def _take(
         self,
-        tile: Tile,
+        tile: BucketTile,
         value: Tensor,
         thread: int,
     ) -> None:
@@ -499,7 +499,7 @@ class _Update:
 
     def _interpolate(
         self,
-        tile: Tile,
+        tile: BucketTile,
         value: Tensor,
         weights: Sequence[float],
     ) -> None:
@@ -512,7 +512,7 @@ class _Update:
 
     def _fold(
         self,
-        tile: Tile,
+        tile: BucketTile,
         value: Tensor,
         thread: int,
     ) -> None:

@@ -1,6 +1,7 @@
 """The audit of averages of a real training, and of averages that are broken in the ways of public
 bug reports."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -16,6 +17,7 @@ from predictions import walk
 from trained import EVERY, STEPS, by, ema, named, ratio, timm, train, write
 
 from posthoc_cli import Run
+from posthoc_cli.checkpoints.audit import audit_sources
 from posthoc_cli.errors import DirectoryError, NonFiniteError
 
 DECAY = 0.995
@@ -225,10 +227,12 @@ def test_the_command_fails_for_a_bad_average(tmp_path, ema):
     picture = tmp_path / "a.png"
     done = ema("audit", run, "--claimed", DECAY, "--out", picture)
     assert done.code == 1
-    assert "too short by a factor of " in done.out
-    rows = [line.split() for line in done.out.splitlines() if line.endswith("%")]
-    assert len(rows) == 10
-    for _, _, found, claimed, factor, *_ in rows:
+    answer, _, _, title, columns, *rows = done.out.splitlines()
+    assert answer.startswith("too short by a factor of ")
+    assert title.startswith("time constant in steps by interval: the 10 most unusual of ")
+    assert columns.split() == ["from", "to", "found", "claimed", "ratio"]
+    rows = [row.split() for row in rows[:10]]
+    for _, _, found, claimed, factor in rows:
         assert float(claimed) == pytest.approx(1 / (1 - DECAY), rel=1e-3)
         assert float(factor) == pytest.approx(float(found) / float(claimed), rel=0.01)
     assert picture.stat().st_size > 10_000
@@ -243,6 +247,14 @@ def healthy(tmp_path_factory):
 def test_the_command_prints_what_was_found(healthy, ema):
     (found,) = ema("audit", healthy, "--json").json["audits"]
     assert found["length"] == pytest.approx(1 / (1 - DECAY), rel=0.1)
+
+
+def test_an_audit_names_the_unit_of_the_clock(healthy):
+    sources = Run(healthy).sources
+    in_images = [dataclasses.replace(source, t_unit="images") for source in sources]
+    (found,) = audit_sources(in_images)
+    assert found.unit == "images"
+    assert " images (± " in found.text
 
 
 def test_a_claim_that_is_no_decay_is_refused(healthy, ema):

@@ -11,7 +11,7 @@ from checking import each_heavy, refused
 from predictions import assert_predicted, walk
 from saved import store
 from torch import nn
-from trained import by, paste, ratio, train, write
+from trained import by, follow, paste, ratio, train, write
 from trained import ema as ema_of
 
 from posthoc_cli import Run, import_checkpoints
@@ -55,6 +55,30 @@ def test_files_in_exchanged_places_are_named_and_turned(which, files, run):
     (audit,) = Run(files).audit()
     assert audit.verdict == "exchanged"
     assert [*audit.exchanged] == steps
+    listed = ",".join(map(str, steps))
+    with refused("exchanged", f"--exchanged {listed} --out run") as asked:
+        import_checkpoints(files, run)
+    paste(asked.value, run)
+    assert_predicted(run, weights, targets=(0.1, 0.2), low=0.0, high=2)
+
+
+PLACES = {
+    "folders": ("raw/step{}.pt", "ema/step{}.pt"),
+    "names": ("step{}.pt", "step{}_ema.pt"),
+    "saves": ("checkpoint-{}/model.pt", "checkpoint-{}/ema.pt"),
+}
+
+
+@pytest.mark.parametrize("steps", [(STEPS,), (EVERY, 600)])
+@pytest.mark.parametrize("places", PLACES)
+def test_two_files_in_exchanged_places_are_named_and_turned(places, steps, files, run):
+    """With the wrong weights alone in place of them an average is 6 % off."""
+    weights = path()
+    averages = follow(ema_of(0.99), weights)
+    for step in TIMES:
+        sets = (weights[step - 1], averages[step - 1])
+        for name, values in zip(PLACES[places], sets[::-1] if step in steps else sets, strict=True):
+            store(files / name.format(step), {"w": torch.tensor(values, dtype=torch.float32)})
     listed = ",".join(map(str, steps))
     with refused("exchanged", f"--exchanged {listed} --out run") as asked:
         import_checkpoints(files, run)
@@ -189,9 +213,10 @@ def test_of_many_intervals_those_that_matter_are_printed(files, ema):
     write(files, path(), by(lambda n: 0.0 if n == 901 else 0.998), steps=TIMES)
     done = ema("audit", files)
     assert done.code == 1
-    rows = [line.split() for line in done.out.splitlines() if line.endswith("%")]
+    _, _, table = done.out.partition(f" most unusual of {len(TIMES) - 1}; all by --json\n")
+    _, *rows = table.splitlines()
     assert len(rows) == 10
-    assert ["900", "950"] in [row[:2] for row in rows]
+    assert ["900", "950"] in [row.split()[:2] for row in rows]
     (audit,) = ema("audit", files, "--json").json["audits"]
     assert len(audit["intervals"]) == len(TIMES) - 1
     (restart,) = (each for each in audit["intervals"] if each["begin"] == 900)

@@ -1,6 +1,8 @@
 """Averages that other libraries stored, written by the libraries themselves where they are
 installed."""
 
+import inspect
+
 import edm2_layout
 import pytest
 import torch
@@ -30,6 +32,26 @@ def test_what_numbered_files_lack_is_asked_for(name, settings, lacking, fact, tm
         torch.save(content, tmp_path / f"{number}.200.pt")
     with refused(lacking, fact):
         read(tmp_path, **settings)
+
+
+def of_ema_pytorch():
+    return pytest.importorskip("ema_pytorch").KarrasEMA
+
+
+def of_posthoc_ema():
+    return pytest.importorskip("posthoc_ema").PostHocEMA.from_model
+
+
+@pytest.mark.parametrize(
+    ("name", "library"), [("ema_model.w", of_ema_pytorch), ("w", of_posthoc_ema)]
+)
+def test_the_default_of_what_a_file_lacks_is_that_of_its_library(name, library, tmp_path):
+    for number in (0, 1):
+        content = {"initted": torch.tensor(True), name: torch.ones(3)}
+        torch.save(content, tmp_path / f"{number}.200.pt")
+    default = inspect.signature(library()).parameters["update_every"].default
+    with refused("update_every", f"by default update_every is {default}"):
+        read(tmp_path, sigma_rels=WIDTHS)
 
 
 def test_the_first_update_of_posthoc_ema_is_at_step_1_at_the_earliest(tmp_path):

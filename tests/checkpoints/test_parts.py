@@ -12,7 +12,8 @@ from checkpoint_layouts import STEPS, check_average
 from groups import Net, check_group, move
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from saved import store, times
+from saved import check_last, store, times
+from walks import saves
 
 from posthoc_cli import Run, export_file
 from posthoc_cli.errors import (
@@ -266,6 +267,22 @@ def test_parts_that_are_not_of_the_model_beside_them_are_named(write, change, pl
             next(model.rglob(PART.format(2))).unlink()
     message = refusal(place)
     assert f"holds the parts of a model, and another one in {whole.name}" in message
+
+
+# --- beside an average
+
+
+@pytest.mark.parametrize("where", ["ema", "model/ema"])
+@pytest.mark.parametrize("is_split", [True, False])
+def test_an_average_beside_parts_is_found(where, is_split, place):
+    for save in saves():
+        folder = place / f"step_{save.step}"
+        write_parts(folder / "model", save.weights)
+        if is_split:
+            write_parts(folder / where, save.average)
+        else:
+            store(folder / f"{where}.safetensors", save.average)
+    check_last(place)
 
 
 # --- parts that names count

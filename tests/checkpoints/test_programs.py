@@ -178,6 +178,21 @@ def lit_ema(save):
     return of_lightning(save, **state)
 
 
+def nequip(save, is_swapped=False):
+    ours, theirs = save.weights, save.average
+    if is_swapped:
+        ours, theirs = theirs, ours
+    state = named("model.", ours)
+    for position, value in enumerate(theirs.values()):
+        state[f"ema.ema_weight_{position}"] = value
+    state["ema._extra_state"] = {
+        "decay": 0.95,
+        "num_updates": save.step + 1,  # the copy at its start, too
+        "is_holding_ema_weights": not is_swapped,
+    }
+    return of_lightning(save, **state)
+
+
 def averaged_model(save):
     state = named("net.", save.weights) | named("slow.module.", save.average)
     state["slow.n_averaged"] = torch.tensor(save.step)
@@ -233,6 +248,19 @@ def test_a_program_that_is_known_by_its_structure(program, tmp_path):
     last = saves(decay)[-1]
     check(tmp_path, last.average, last.weights, says)
     check_export(file, last.average, last.weights)
+
+
+@pytest.mark.parametrize("steps", [[], [80], [400], [*range(40, 401, 40)]])
+def test_a_file_that_says_that_the_average_was_swapped_in_is_turned(steps, tmp_path, caplog):
+    caplog.set_level("INFO")
+    name = "epoch={save.epoch}-step={save.step}.ckpt"
+    file = write_each(tmp_path, name, lambda save: nequip(save, save.step in steps), ratio)
+    last = saves(ratio)[-1]
+    average = named("model.", last.average)
+    weights = named("model.", last.weights)
+    check(tmp_path, average, weights, 0.95)
+    check_export(file, average, weights)
+    assert all(f"step={step}.ckpt" in caplog.text for step in steps[:1])
 
 
 def swap_in(save):

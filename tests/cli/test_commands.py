@@ -270,7 +270,9 @@ def test_the_picture_and_a_warning_name_the_same_range(typed):
     (shown,) = set(re.findall(r"below 5 % for sigma_rel (.*?) -->", Path("e.svg").read_text()))
     # rounding to the model's dtypes is no part of the errors of a picture
     made = typed("synthesize run --sigma-rel 0.01 --dtype float64 --dry-run")
-    assert made.err.rstrip().endswith(f" % of the gain; below 5 % for sigma_rel {shown}")
+    assert made.err.rstrip().endswith(
+        f" % of what averaging gains; below 5 % for sigma_rel {shown}"
+    )
 
 
 # --- `ema verify` and `ema prune`: their reports, and the questions that they ask before they

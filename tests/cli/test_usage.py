@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 from collections import defaultdict
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -98,7 +99,7 @@ def test_no_help_names_a_type_of_python(ema):
 
 
 def test_the_help_says_the_least_budget(ema):
-    assert f"at least {LEAST_BUDGET};" in " ".join(ema("sweep", "--help").out.split())
+    assert f"at least {LEAST_BUDGET} beside" in " ".join(ema("sweep", "--help").out.split())
 
 
 # --- the output of --json: all commands use the same names for the same things
@@ -299,6 +300,55 @@ def test_a_target_that_is_proposed_goes_through(typed, text):
     (proposed,) = re.findall(r"did you mean (.*)\?", refused.error)
     done = typed(f"synthesize ck --dry-run --target {proposed}")
     assert done.code == 0, done.err
+
+
+SETS = {
+    "two averages": ("model", "ema", "ema_fast"),
+    "two models": ("alpha", "beta"),
+}
+
+
+@pytest.fixture
+def sets(typed):
+    """Write a file for each of these, of sets that have the names of the run."""
+    assert typed("synthesize run --sigma-rel 0.1 --out made.pt").code == 0
+    made = torch.load("made.pt")
+    for name, keys in SETS.items():
+        torch.save({key: deepcopy(made) for key in keys}, f"{name}.pt")
+
+
+SWEEP = "sweep run --eval 'sh size {weights}' --minimize --sigma-rel 0.1,0.2 --out swept"
+
+
+@pytest.mark.usefixtures("sets")
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [("--like", "two averages"), ("--like", "two models"), ("--raw", "two models")],
+)
+def test_a_sweep_asks_for_a_file_of_one_set_by_a_line_that_makes_it(typed, option, name):
+    Path("size").write_text("cksum < $1 | cut -c 1-4")
+    refused = typed(f"{SWEEP} {option} '{name}.pt'")
+    assert refused.code == 2
+    _, _, line = refused.error.partition("paste: ema ")
+    assert typed(line).code == 0
+    done = typed(f"{SWEEP} {option} one-set.pt")
+    assert done.code == 0, done.err
+
+
+@pytest.mark.usefixtures("sets")
+@pytest.mark.parametrize("command", ["export '{}' --out a.pt", "synthesize run --like '{}'"])
+@pytest.mark.parametrize("name", SETS)
+def test_a_set_that_is_proposed_is_accepted(typed, command, name):
+    line = command.format(f"{name}.pt")
+    if command.startswith("synthesize"):
+        line += " --sigma-rel 0.1 --out a.pt"
+    refused = typed(line)
+    assert refused.code == 2
+    proposed = re.findall(r"(--[a-z]+ '\w+')", refused.error)
+    assert len(proposed) == 2
+    for option in proposed:
+        done = typed(f"{line} {option} --overwrite")
+        assert done.code == 0, done.err
 
 
 def test_notes_name_options(typed):

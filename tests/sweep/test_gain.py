@@ -1,12 +1,14 @@
 """What a sweep says of its gain: with an interval, for these examples alone, in points."""
 
 import math
+from dataclasses import replace
 
 import pytest
+from sweep.searching import make_search, search_all
 
 from posthoc_cli.sweep import Lengths, SweepReport
 from posthoc_cli.sweep.report import summarize
-from posthoc_cli.sweep.search import USUAL_BUDGET, Trial, next_measurements
+from posthoc_cli.sweep.trial import Trial
 
 OWN = "your EMA (0.9)"
 LAST = "last weights"
@@ -27,12 +29,12 @@ def report_of(metric, own=(1.0,), error=None, name="metric", minimize=True, leng
     """Make the report of a search, the own EMA measured so often, and the last weights of 2."""
     trials = [Trial(LAST, None, 0, 2.0, error)]
     trials += [Trial(OWN, None, seed, value, error) for seed, value in enumerate(own)]
-    while batch := next_measurements(trials, lengths, USUAL_BUDGET, minimize):
-        trials += [Trial(f"sigma_rel {x:g}", x, s, metric(x, s), error) for x, s in batch]
-    compared = (OWN, LAST)
-    return SweepReport(
-        lengths, USUAL_BUDGET, compared, name, minimize, {"t": 1.0}, trials=tuple(trials)
+    search = search_all(
+        make_search(lengths, minimize, trials=tuple(trials)),
+        lambda spot, seed: metric(spot.sigma_rel, seed),
     )
+    stated = tuple(replace(trial, standard_error=error) for trial in search.trials)
+    return SweepReport(replace(search, trials=stated), (OWN, LAST), name, {})
 
 
 def texts_of(*arguments, **options):
@@ -47,16 +49,18 @@ def test_a_gain_beyond_the_noise_has_an_interval():
     assert 0 < ours.margin < ours.gain
     assert last.margin > ours.margin / 2
     text = dict(summarize(report))["gain"]
-    assert text.startswith(f"50 % ± {100 * ours.margin:.2g} % better than {OWN}, 75 % ± ")
+    size = f"{100 * ours.gain:.2g} % ± {100 * ours.margin:.2g} %"
+    assert text.startswith(f"{size} better than {OWN}, 75 % ± ")
 
 
 def test_a_loss_beyond_the_noise_has_an_interval():
-    text = texts_of(waves, (0.4, 0.42))["gain"]
-    assert text.startswith("24 % ± ")
+    report = report_of(waves, (0.4, 0.42))
+    text = dict(summarize(report))["gain"]
+    assert text.startswith(f"{-100 * report.gains[0].gain:.2g} % ± ")
     assert f"worse than {OWN}" in text
 
 
-@pytest.mark.parametrize(("own", "begin"), [((0.52, 0.51), ""), ((0.49, 0.5), "-")])
+@pytest.mark.parametrize(("own", "begin"), [((0.52, 0.51), ""), ((0.47, 0.48), "-")])
 def test_a_gain_within_the_noise_is_said_to_be_that(own, begin):
     report = report_of(waves, own)
     ours, _ = report.gains
@@ -113,9 +117,9 @@ def test_the_gain_of_what_may_be_a_percentage_is_said_in_points_too(
 def test_points_have_an_interval_too():
     report = report_of(lambda x, seed: 4 - waves(x, seed), (2.99, 3.0), minimize=False)
     text = dict(summarize(report))["gain"]
-    assert text.startswith("+0.5 ± 0.0")
+    assert text.startswith("+0.51 ± 0.03 (")
     assert " (17 % ± " in text
-    report = report_of(lambda x, seed: 4 - waves(x, seed), (3.49, 3.5), minimize=False)
+    report = report_of(lambda x, seed: 4 - waves(x, seed), (3.52, 3.53), minimize=False)
     text = dict(summarize(report))["gain"]
     assert text.startswith(f"within the noise of {OWN} (-0.0")
     assert text.count("±") == 4

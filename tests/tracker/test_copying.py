@@ -4,7 +4,7 @@ import pytest
 import torch
 from device import DEVICE, IS_SIMULATED, MODULE
 
-from posthoc_cli.tracker.memory import HostCopy, Reader
+from posthoc_cli.tracker.memory import HostCopy, TileReader
 
 
 @pytest.mark.cuda
@@ -17,7 +17,7 @@ def test_values_on_a_device_are_those_of_the_moment(own_stream):
         "a": torch.zeros(size, device=DEVICE),
         "b": torch.zeros(size, device=DEVICE, dtype=torch.bfloat16),
     }
-    reader = Reader.from_tensors(averaged, 0)
+    reader = TileReader.from_tensors(averaged, 0)
     stager = HostCopy()
     MODULE.synchronize()
     stream = MODULE.Stream() if own_stream else MODULE.current_stream()

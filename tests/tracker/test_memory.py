@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from posthoc_cli.tracker import memory
-from posthoc_cli.tracker.memory import Bucket, Place
+from posthoc_cli.tracker.memory import Bucket, Slot
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def buckets(sizes):
     places = {}
     end = 0
     for size in sizes:
-        places[f"tensor {len(places)}"] = Place(end, end + size, (size,), (0,))
+        places[f"tensor {len(places)}"] = Slot(end, end + size, (size,), (0,))
         end += size
     on_host = Bucket(torch.device("cpu"), torch.float32, places, end)
     return on_host, replace(on_host, device=torch.device("cuda", 0))
