@@ -17,8 +17,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
-
 from posthoc_cli import files
 from posthoc_cli.checkpoints.containers import ENDINGS, Leaves, find_container, read_leaves
 from posthoc_cli.checkpoints.folders import (
@@ -305,6 +303,7 @@ def _read_file(path: Path, programs: Programs, kept: KeptOpen) -> Content:
         leaves = read_leaves(file, programs)
         mark = decode_mark(leaves.get((MARK,)), path)
         offsets = _read_offsets(path, leaves)
+        counts = _read_counters(file, leaves)
         for keys, value in leaves.items():
             name = ".".join(keys)
             if isinstance(value, Node):
@@ -318,8 +317,8 @@ def _read_file(path: Path, programs: Programs, kept: KeptOpen) -> Content:
                     box = _find_box(path, name, offsets, value)
                     find_chunks = partial(tuple, [StoredChunk(path, value, box)])
                 tensors[name] = StoredTensor(keys, value.shape, find_chunks)
-                if value.size == 1 and _last_part(name) in COUNTERS:
-                    values[name] = _read_number(file, value)
+                if keys in counts:
+                    values[name] = counts[keys]
             else:
                 values[name] = value
         identified = _identify(file)
@@ -366,11 +365,22 @@ def _identify(file: OpenedFile) -> TensorFile:
     return TensorFile(file.path, {}, file.stamp, checksum=sampled_identity(file))
 
 
-def _read_number(file: OpenedFile, entry: Entry) -> float:
-    """Read the value of a tensor of one element."""
-    content = file.read_at(entry.nbytes, entry.begin)
-    raw = np.frombuffer(content, np.uint8)
-    return float(decode_values(raw, entry.dtype)[0])
+def _read_counters(file: OpenedFile, leaves: Leaves) -> dict[Keys, float]:
+    """Read the values of the tensors of one element that count something, such as the step of each
+    parameter of an optimizer, together."""
+    counters = {}
+    for keys, entry in leaves.items():
+        if isinstance(entry, Entry) and entry.size == 1 and _last_part(keys[-1]) in COUNTERS:
+            counters[keys] = entry
+    spans = [(entry.begin, entry.begin + entry.nbytes) for entry in counters.values()]
+    data = file.read_spans(spans)
+    values = {}
+    at = 0
+    for keys, entry in counters.items():
+        end = at + entry.nbytes
+        values[keys] = float(decode_values(data[at:end], entry.dtype)[0])
+        at = end
+    return values
 
 
 # --- the parts of a model
