@@ -255,8 +255,12 @@ def _step(sample: _Sample, before: Sequence[_Sample]) -> _Step:
 def _are_apart(sample: _Sample, other: _Sample) -> bool:
     """Return whether most elements belong to tensors whose squared distance is nearer to the sum of
     the squared norms, as between different networks, than to 0."""
-    motion = np.add.reduceat((sample.values - other.values) ** 2, sample.starts)
-    norms = np.add.reduceat(sample.values**2 + other.values**2, sample.starts)
+    moves = sample.values - other.values
+    moves *= moves  # in place, as in `Sampling._squares`
+    motion = np.add.reduceat(moves, sample.starts)
+    squares = sample.values**2
+    squares += np.square(other.values, out=moves)
+    norms = np.add.reduceat(squares, sample.starts)
     sizes = np.diff(sample.starts, append=sample.values.size)
     apart = sizes[2 * motion > norms]
     return bool(2 * apart.sum() > sizes.sum())
@@ -371,7 +375,7 @@ def _read_together(source: StoredTensors, ranges: Sequence[ElementRange]) -> Flo
         end = at + sum(last - first for _, (first, last) in alike)
         parts.append(decode_values(data[at:end], dtype))
         at = end
-    return np.concatenate(parts) if parts else np.empty(0)
+    return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0), *parts])
 
 
 def estimate_roundings(
