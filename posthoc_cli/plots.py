@@ -249,7 +249,8 @@ def sweep_figure(report: dict[str, Any], width: float = _WIDTH) -> Figure:
     """
     trials = []
     for trial in report["trials"]:
-        if trial["sigma_rel"] is not None and trial["t"] is None:
+        is_length = trial["sigma_rel"] is not None and trial["t"] is None
+        if is_length and not trial["base_share"]:
             trials.append(trial)
     best = report["best"]
     figure = _metric_figure(report, "sigma_rel", report["curve"], trials, width)
@@ -275,7 +276,7 @@ def end_figure(report: dict[str, Any], width: float = _WIDTH) -> Figure:
     length = report["best_length"]
     trials = []
     for trial in report["trials"]:
-        if trial["sigma_rel"] == length:
+        if trial["sigma_rel"] == length and not trial["base_share"]:
             trials.append(trial | {"t": last if trial["t"] is None else trial["t"]})
     figure = _metric_figure(report, "t", report["end_curve"], trials, width)
     axes = figure.axes[0]
@@ -283,6 +284,23 @@ def end_figure(report: dict[str, Any], width: float = _WIDTH) -> Figure:
         label = f"best: t = {best:,.12g}"
         axes.axvline(best, color=_colour(2), linewidth=1.6, label=label)
     axes.set_xlabel(f"end of the average of sigma_rel {length:g} ({report['t_unit']})")
+    return _finish(figure, axes.xaxis, width=width)
+
+
+def share_figure(report: dict[str, Any], width: float = _WIDTH) -> Figure:
+    """Draw a metric against the share of the base in the average of the best length and end; 0 is
+    the average itself."""
+    best = report["best"]["base_share"]
+    trials = []
+    for trial in report["trials"]:
+        if (trial["sigma_rel"], trial["t"]) == (report["best_length"], report["best_end"]):
+            trials.append(trial)
+    figure = _metric_figure(report, "base_share", report["share_curve"], trials, width)
+    axes = figure.axes[0]
+    axes.set_xscale("linear")
+    if best is not None:
+        axes.axvline(best, color=_colour(2), linewidth=1.6, label=f"best: {best:g}")
+    axes.set_xlabel("share of the base (0: the average alone)")
     return _finish(figure, axes.xaxis, width=width)
 
 

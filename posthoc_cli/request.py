@@ -22,6 +22,7 @@ from posthoc_cli.errors import (
     argument,
     at_most_one,
     check_max_error,
+    check_number,
     check_word,
 )
 from posthoc_cli.profiles import Profile
@@ -83,6 +84,8 @@ class Request:
         include, exclude: globs on names of tensors: make only those that match the first, and none
             that match the second.
         device: where sums are computed; "auto" for the one that is there.
+        base: a checkpoint, model folder or URL of the weights that a fine-tuning started from.
+        base_share: their share of each tensor that they have; the rest is the average.
 
     Raises:
         InvalidValueError: an argument is invalid; the error names it and what would be accepted.
@@ -122,6 +125,12 @@ class Request:
         "Where to compute the sums: auto, cpu, or what torch has: cuda, cuda:1, xpu, mps.",
         "auto",
     )
+    base: str | Path | None = _option(
+        "How", "CHECKPOINT", "The weights that a fine-tuning started from, to mix in."
+    )
+    base_share: float | None = _option(
+        "How", "SHARE", "Their share, above 0 and below 1; the rest is the average."
+    )
 
     def __post_init__(self) -> None:
         check_method(self.method)
@@ -131,6 +140,15 @@ class Request:
         if not self.wished:
             raise InvalidValueError("sigma_rel", "at least one value is needed, in (0, 0.2887)")
         self.selection  # noqa: B018  raises an error if invalid
+        if (self.base is None) != (self.base_share is None):
+            given, lacking = "base", "base_share"
+            if self.base is None:
+                given, lacking = lacking, given
+            raise InvalidValueError(given, f"needs {argument(lacking)}")
+        if self.base_share is not None:
+            check_number(
+                "base_share", self.base_share, lambda share: 0 < share < 1, "lie in (0, 1)"
+            )
 
     @cached_property
     def wished(self) -> tuple[Target, ...]:

@@ -175,6 +175,7 @@ class Run:
         t: float | None = None,
         step: int | None = None,
         raw: str | Path | Mapping[str, torch.Tensor] | None = None,
+        base: str | Path | None = None,
         jobs: int = 1,
         out: str | Path | None = None,
     ) -> SweepReport:
@@ -191,6 +192,8 @@ class Run:
             budget: the most evaluations, of averages and of what they are compared with.
             t, step: as in `plan_synthesis`.
             raw: the last weights, to measure them too: tensors by name, or a checkpoint.
+            base: the weights that a fine-tuning started from, as in `Request`: shares of them are
+                measured, too.
             jobs: commands that run side by side; a function is called in this thread.
             out: a folder for trials, logs, the best average and the page, with which the same call
                 continues (a function is known by its name: name another folder if it has changed);
@@ -222,6 +225,7 @@ class Run:
             t=t,
             step=step,
             raw=Path(raw) if isinstance(raw, str) else raw,
+            base=None if base is None else files.check_path("base", base),
             jobs=jobs,
         )
         report = search.run_all()

@@ -39,12 +39,18 @@ engine.Calculator.compute = lambda *arguments: (time.sleep(0.5), compute(*argume
 """
 """Code to run before a synthesis: every tile takes half a second."""
 ROOT = Path(__file__).resolve().parent.parent
+PROGRAMS = ROOT / "tests/programs"
 PRELOADED = (
     "forked", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp",
     "scipy.optimize", "matplotlib.backends.backend_agg", "posthoc_cli.cli", "posthoc_cli.averages",
     "posthoc_cli.demo", "posthoc_cli.export", "posthoc_cli.planning", "posthoc_cli.plots",
     "posthoc_cli.synthesis", "posthoc_cli.tracker",
 )  # fmt: skip
+
+
+def program(name):
+    """Return the code of a program of `tests/programs`."""
+    return (PROGRAMS / f"{name}.py").read_text()
 
 
 class Forked:

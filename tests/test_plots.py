@@ -72,7 +72,15 @@ def swept(**changed):
     """A report of a sweep with two trials."""
     trials = []
     for sigma_rel, value in ((0.05, 2.0), (0.1, 1.0)):
-        trials.append({"sigma_rel": sigma_rel, "t": None, "value": value, "standard_error": None})
+        trials.append(
+            {
+                "sigma_rel": sigma_rel,
+                "t": None,
+                "base_share": 0.0,
+                "value": value,
+                "standard_error": None,
+            }
+        )
     compared = [
         {"title": "your EMA (0.99)", "value": 1.5, "gain": 1 / 3},
         {"title": "last weights", "value": 40.0, "gain": 0.975},

@@ -30,6 +30,8 @@ from trained import by, ema, follow, timm, train
 
 from posthoc_cli import Beta, Decay, Run
 
+pytestmark = pytest.mark.statistical
+
 WIDTHS = (0.05, 0.07, 0.1, 0.15, 0.2, 0.25, 0.28)
 THREE = (0.03, 0.1, 0.25)
 EXACT = {"checkpoint_dtype": "float32"}

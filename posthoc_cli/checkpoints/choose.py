@@ -45,7 +45,7 @@ from posthoc_cli.checkpoints.clock import (
 )
 from posthoc_cli.checkpoints.content import Content, Tensors
 from posthoc_cli.checkpoints.layouts import recognise, role_by_glob, says_its_profile
-from posthoc_cli.checkpoints.names import NUMBER, make_glob, read_number
+from posthoc_cli.checkpoints.names import NUMBER, make_glob, read_name, read_number
 from posthoc_cli.checkpoints.places import Place
 from posthoc_cli.checkpoints.sets import Found
 from posthoc_cli.checkpoints.settings import ImportSettings
@@ -67,7 +67,9 @@ from posthoc_cli.profiles import FloatArray
 
 _ALIKE = 0.9  # share of the tensors that checkpoints of one model have in common
 _SHORTER = 0.8  # of a random walk in 5 epochs of 4 files each 0.3, in 2 of 10 0.7; of two seeds 1
-_EQUAL = 1.25  # of squared distances: of a walk of three files 2, of seeds of one training 1.1
+# Largest of squared distances to the smallest one. Of 24 trainings of a small network in 4 files it
+# was 1.3 (a large weight decay, files 500 steps apart) to 6.4, of 3 to 5 seeds at most 1.12.
+_EQUAL = 1.25
 _MOST_COMPARED = 6  # files that are read for it
 _FEW_VALUES = 64
 _LEAST = 1 / 3  # share of a model's tensors that its average has: the trained ones
@@ -333,7 +335,7 @@ class Chooser:
         left = [[member for member in other if member not in chosen] for other in others]
         rivals = [other for other in left if 2 * len(other) > len(chosen) > 1]
         if rivals:
-            raise self._ask_about_models([_main_series(model) for model in (chosen, *rivals)])
+            raise self._ask_about_models([chosen, *rivals])
         self._leave_out([each for each in members if each not in chosen], _OTHER_MODEL)
         return [each for each in members if each in chosen]
 
@@ -367,9 +369,7 @@ class Chooser:
                 is_clear = is_clear and not rivals
                 kept.append(left)
         for series in self._split(untimed):
-            if len(series) == 1 or not is_numbered(series[0].path, series[0].signs):
-                series = self._without_copies(series, kept)
-            self._leave_out(series, "nothing says its time")
+            self._leave_out(self._without_copies(series, kept), "nothing says its time")
         roles = {each[0].role for each in kept}
         if not is_clear or ("both" in roles and len(roles) > 1):
             raise self._ask_which(kept)
@@ -419,12 +419,16 @@ class Chooser:
         return series
 
     def _check_order(self, series: Series) -> None:
-        """Raise a QuestionError if nothing states what the numbers of files count, and the files
-        are equally far from each other, as folds, seeds and members of an ensemble are."""
-        if series[0].sign != LONE or not _are_equally_far(series):
+        """Raise a QuestionError if a number alone says that files are times, or another one beside
+        it differs, and the files are equally far from each other, as folds and seeds are."""
+        is_sure = series[0].sign not in (LONE, "stated epoch") and not _differ_in_others(series)
+        if is_sure or series[0].sign == "given" or series[0].role == "both":
             return
-        reason = f"{self._glob_of(series)}: files are equally far from each other, as folds, seeds "
-        reason += "or members of an ensemble are, and nothing but a number says that they are times"
+        if not _are_equally_far(series):
+            return
+        how = "are equally far from each other" if len(series) > 2 else "are unrelated"
+        reason = f"{self._glob_of(series)}: files {how}, as folds, seeds or members of an ensemble "
+        reason += "are, and little but a number says that they are times"
         paths = [member.path for member in series]
         answers = [{"step_from": pattern} for pattern in list_patterns(paths[0], paths)]
         raise QuestionError(self.place.name, reason, *answers)
@@ -452,7 +456,7 @@ class Chooser:
     def _ask_which(self, several: Sequence[Series]) -> InvalidValueError:
         """Make the question which of several series are the run; without a command if they are
         parts of one: any proposal would leave most of them out."""
-        several = sorted(several, key=lambda each: -len(each))
+        several = sorted(several, key=lambda each: (_is_adversary(each), -len(each)))
         counted = [f"{len(each)} x {self._glob_of(each)}" for each in several]
         reason = f"holds several series of files, {list_first(counted)}"
         if _follow_each_other(several):
@@ -461,8 +465,14 @@ class Chooser:
             return InvalidValueError(self.place.name, reason, hint)
         return QuestionError(self.place.name, reason, *self._list_answers(several))
 
-    def _ask_about_models(self, several: Sequence[Series]) -> QuestionError:
-        """Make the question which of several models is the run, a command for each."""
+    def _ask_about_models(self, models: Sequence[Series]) -> QuestionError:
+        """Make the question which of several models is the run, a command for each; also for each
+        of two that are alike, such as the generators of a CycleGAN."""
+        several = list[Series]()
+        for model in models:
+            groups = _group(model, lambda member: member.glob)
+            most = max(map(len, groups))
+            several += [group for group in groups if len(group) == most]
         counted = [f"{len(each)} x {self._glob_of(each)}" for each in several]
         reason = f"holds several models, {list_first(counted)}: each is a run of its own"
         answers = self._list_answers(several)
@@ -559,16 +569,27 @@ def _are_near_in_time(members: Series) -> bool:
 
 
 def _are_equally_far(series: Series) -> bool:
-    """Return whether the first files of a series have equal distances: the squared distance of a
-    walk grows with each file. Few values are equally far by chance."""
+    """Return whether the first files of a series have equal distances, or two are unrelated: the
+    squared distance of a walk grows with each file. Few values are equally far by chance."""
     first = sorted(series, key=_order)[:_MOST_COMPARED]
     values = [member.values for member in first]
     sizes = {*map(len, values)}
-    if len(first) < 3 or len(sizes) > 1 or min(sizes) < _FEW_VALUES:
+    if len(first) < 2 or len(sizes) > 1 or min(sizes) < _FEW_VALUES:
         return False
+    if len(first) == 2:
+        return not are_near(*values)
     pairs = combinations(values, 2)
     distances = [float(np.square(one - other).sum()) for one, other in pairs]
-    return max(distances) <= _EQUAL * min(distances)
+    return 0 < max(distances) <= _EQUAL * min(distances)
+
+
+def _differ_in_others(series: Series) -> bool:
+    """Return whether names differ in a number behind a word such as `fold` or `seed`."""
+    texts = set[tuple[str, ...]]()
+    for member in series:
+        parts = [read_name(part) for part in member.name.split("/")]
+        texts.add(tuple(mark.text for marks in parts for mark in marks if mark.word == "other"))
+    return len(texts) > 1
 
 
 def _motion(members: Series) -> float:
@@ -644,14 +665,12 @@ def _read_varying(series: Series) -> None:
 def _rank_model(model: Series) -> tuple[bool, bool, int, int]:
     """Rate how unlikely a model is to be the one that a user wants: a single file, a network that
     a training has for its loss alone, fewer files, and fewer parameters are less likely."""
-    has_adversary = any(_ADVERSARY.search(member.name) for member in model)
     size = sum(math.prod(shape) * count for (_, shape), count in model[0].shapes.items())
-    return len(model) == 1, has_adversary, -len(model), -size
+    return len(model) == 1, _is_adversary(model), -len(model), -size
 
 
-def _main_series(model: Series) -> Series:
-    """Choose the members whose names most differ in numbers alone."""
-    return max(_group(model, lambda member: member.glob), key=len)
+def _is_adversary(members: Series) -> bool:
+    return any(_ADVERSARY.search(member.name) for member in members)
 
 
 def _group(members: Iterable[Member], key: Callable[[Member], Hashable]) -> list[Series]:

@@ -31,7 +31,7 @@ from posthoc_cli.checkpoints.decays import settle_decays
 from posthoc_cli.checkpoints.folders import AVERAGE_WORD
 from posthoc_cli.checkpoints.layouts import check_applies, check_given, recognise
 from posthoc_cli.checkpoints.manifest import Listed, Manifest, read_manifest
-from posthoc_cli.checkpoints.places import Place, explain_nothing
+from posthoc_cli.checkpoints.places import Place, check_foreign, explain_nothing
 from posthoc_cli.checkpoints.sets import Found, match_names
 from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.checkpoints.source import (
@@ -231,7 +231,11 @@ def _read(place: Place, settings: ImportSettings, is_unclaimed: bool = False) ->
     if not chooser.candidates:
         explain_nothing(place)
     members = chooser.choose()
-    run = _with_one_prefix([member.found for member in members])
+    try:
+        run = _with_one_prefix([member.found for member in members])
+    except UnsuitableError:  # perhaps the state of a training, beside a model of another kind
+        check_foreign(place)
+        raise
     if settings.average and not any(file.averaged for file in run):
         recognise(run[-1].content, settings)  # whose error says what there is
     _check_averages(run)

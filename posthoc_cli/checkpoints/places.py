@@ -573,17 +573,23 @@ def _list_numbered(folder: Path, is_numbered: bool, levels: int = _LEVELS) -> It
         yield from _list_numbered(inner, has_number, levels - 1)
 
 
+def check_foreign(place: Place) -> None:
+    """Raise the error about a file of another framework if one of the first files at a place is."""
+    with suppress(OSError):
+        folder = files.expand_user(place.name)
+        for entry in islice(_list_numbered(folder, False), _MOST_FOREIGN):
+            row = find_container(entry)
+            if row is not None and row.read is None:
+                raise foreign_error(entry, row)
+
+
 def explain_nothing(place: Place) -> None:
     """Raise the error that says why nothing at a place is a checkpoint."""
     folder = files.expand_user(place.name)
     for run in place.runs:
         if run != folder:
             raise DirectoryError(place.name, "holds no checkpoints", f"did you mean {run}?")
-    with suppress(OSError):
-        for entry in islice(_list_numbered(folder, False), _MOST_FOREIGN):
-            row = find_container(entry)
-            if row is not None and row.read is None:
-                raise foreign_error(entry, row)
+    check_foreign(place)
     hint = "name their folder, a file, or a glob such as 'out/step*.pt'"
     if place.is_deeper:
         reason = (

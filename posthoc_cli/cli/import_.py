@@ -38,7 +38,7 @@ def import_(
     sigma_rels: str | None = options.RARE(
         None,
         metavar="LENGTHS",
-        help="Widths of the averages, by their numbers: 0.05,0.28.",
+        help="Widths of numbered averages, in the order of their numbers: 0.05,0.28.",
     ),
     update_every: str | None = options.RARE(
         None, metavar="COUNT", help="Steps between two updates of the averages."

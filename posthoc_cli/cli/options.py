@@ -77,6 +77,7 @@ METHOD = make_option("method")
 LAYOUT = make_option("layout")
 DTYPE = make_option("dtype")
 LIKE_MODEL = make_option("like")
+BASE = make_option("base")
 TIME = make_option("t")
 STEP = make_option("step")
 MAX_SHARD_SIZE = make_option("max_shard_size")
@@ -154,6 +155,14 @@ def parse_max_error(text: str) -> float:
         reason = "must be a relative error in (0, 1), such as 0.01 or 1%"
         raise bad("--max-error", text, reason) from None
     return error
+
+
+def parse_share(text: str) -> float:
+    """Parse the number of `--base-share`; the request checks it."""
+    try:
+        return float(text)
+    except ValueError:
+        raise bad("--base-share", text, "must be a number in (0, 1), such as 0.2") from None
 
 
 def parse_targets(
@@ -276,6 +285,8 @@ _PARSED: dict[str, Callable[[Any], Any]] = {
     "step": partial(parse_count, option="--step"),
     "max_error": parse_max_error,
     "like": check_exists,
+    "base": check_exists,
+    "base_share": parse_share,
 }
 """Turn the texts of options for the fields of a request into values."""
 

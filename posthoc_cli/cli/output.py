@@ -191,7 +191,7 @@ def log_to_stderr() -> None:
     """Print the library's warnings to stderr, each once, and notices: what it has found in
     checkpoints, and what outputs have as copies."""
     show = errors.EachOnce(_print_message, logging.INFO)
-    for room in ("checkpoints", "snapshots"):
+    for room in ("checkpoints", "snapshots", "synthesis"):
         logging.getLogger(f"posthoc_cli.{room}").setLevel(logging.INFO)
     # which prints its messages itself
     show.addFilter(lambda record: not record.name.startswith("huggingface_hub"))

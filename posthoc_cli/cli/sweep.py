@@ -93,6 +93,7 @@ def sweep(
         help="Folder for trials, logs and the best average: new, or of an earlier sweep.",
     ),
     like: str | None = options.LIKE_MODEL,
+    base: str | None = options.BASE,
     as_json: bool = options.JSON,
     t: str | None = options.TIME,
     step: str | None = options.STEP,
@@ -104,8 +105,9 @@ def sweep(
 
     Runs the command for averages of six lengths, of twelve where the metric is noisy, then where
     the best may lie between them. If that is 0.1 or longer, it measures averages that end at a
-    half, a quarter, ... of the training, which may have gone on for too long. Your own EMA and the
-    last weights are measured, too, if they are there. Where the metric is noisy, the gain is of
+    half, a quarter, ... of the training, which may have gone on for too long. With --base, it mixes
+    in shares of the weights that a fine-tuning started from. Your own EMA and the last weights are
+    measured, too, if they are there. Where the metric is noisy, the gain is of
     fresh measurements.
 
     Images that the command writes to {dir} are kept, and the page shows them side by side. --look
@@ -126,6 +128,7 @@ def sweep(
         hint = "or --look, to compare images without a metric"
         raise InvalidValueError("--minimize", reason, hint)
     at_most_one(look=look, metric=metric)
+    at_most_one(look=look, base=base)
     at_most_one(sigma_rel=sigma_rel, decay=decay)
     lengths = options.optional(Lengths.parse, sigma_rel, "--sigma-rel")
     folder = files.local_path("--out", out)
@@ -152,6 +155,7 @@ def sweep(
         jobs=options.parse_count(jobs, "--jobs", "4"),
         like=options.optional(options.check_exists, like),
         raw=options.optional(options.check_exists, raw),
+        base=options.optional(options.check_exists, base),
         rerun_command=shlex.join(["ema", *sys.argv[1:]]),
         on_trial=listing.add,
         progress=output.progress_bar("trials"),

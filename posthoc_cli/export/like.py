@@ -58,6 +58,7 @@ from posthoc_cli.snapshots.output_mark import find_mark, mark_archive, mark_head
 from posthoc_cli.snapshots.outputs import model_files, weights_at
 from posthoc_cli.snapshots.source import Source, StoredTensors
 from posthoc_cli.snapshots.tensorfile import MAX_HEADER_BYTES, SUFFIX, TensorFile, read_file
+from posthoc_cli.synthesis.base import check_shape, fit_prefixes, rename
 from posthoc_cli.synthesis.plan import Combination
 
 P = TypeVar("P", bound=Combination)
@@ -263,7 +264,7 @@ class Like:
         old, new = self._find_prefixes(of_averages)
         stored = {}
         for name, aliases in names.items():
-            renamed = _rename(aliases, old, new)
+            renamed = rename(aliases, old, new)
             stored[name] = {self.source.aliases.get(alias, alias) for alias in renamed}
         return stored
 
@@ -330,21 +331,16 @@ class Like:
         absent = sorted(names[0] for names in averages if known.isdisjoint(names))
         if not absent:
             return "", ""
-        end = min(averages, key=len)[0]
-        first = end
-        while end:
-            old = first.removesuffix(end)
-            fitting = []
-            for new in sorted(_find_prefixes_before(end, known)):
-                if all(_rename(names, old, new) & known for names in averages):
-                    fitting.append(new)
-            if len(fitting) > 1:
-                reason = f"the names of the run fit under {fitting[0]} and {fitting[1]}"
-                hint = f"name one of them with {argument('average')}"
-                raise MismatchError(self.place, reason, hint)
-            if fitting:
-                return old, fitting[0]
-            _, _, end = end.partition(".")
+        fitting = []
+        for old, new in fit_prefixes(averages, known):
+            if all(rename(names, old, new) & known for names in averages):
+                fitting.append((old, new))
+        if len(fitting) > 1:
+            reason = f"the names of the run fit under {fitting[0][1]} and {fitting[1][1]}"
+            hint = f"name one of them with {argument('average')}"
+            raise MismatchError(self.place, reason, hint)
+        if fitting:
+            return fitting[0]
         reason = f"lacks {count_noun(len(absent), 'tensor')} of the run, such as {absent[0]!r}"
         hint = (
             "name a file or folder to which the trained model itself was saved; if transformers "
@@ -352,24 +348,6 @@ class Like:
             "model (load_into) and save it with save_pretrained"
         )
         raise MismatchError(self.place, f"{reason}; it has tensors such as {min(known)!r}", hint)
-
-
-def _find_prefixes_before(
-    end: str,
-    names: Iterable[str],
-) -> set[str]:
-    """Find what precedes an end of names that is a whole name, or follows a dot."""
-    fitting = [name for name in names if f".{name}".endswith(f".{end}")]
-    return {name.removesuffix(end) for name in fitting}
-
-
-def _rename(
-    names: Iterable[str],
-    old: str,
-    new: str,
-) -> set[str]:
-    """Replace the beginning of names."""
-    return {new + name.removeprefix(old) if name.startswith(old) else name for name in names}
 
 
 def _component(path: Path, tensors: set[str]) -> Path:
@@ -387,19 +365,6 @@ def _component(path: Path, tensors: set[str]) -> Path:
             if tensors <= held:  # an adapter beside other parts of the model has some of them
                 components.append(entry)
     return components[0] if len(components) == 1 else path
-
-
-def check_shape(
-    path: Path,
-    name: str,
-    shape: Sequence[int],
-    average: Sequence[int],
-) -> None:
-    """Raise a MismatchError that names the file if a tensor does not have the shape of its
-    average."""
-    if tuple(shape) != tuple(average):
-        reason = f"tensor {name!r} has the shape {list(shape)}, the average {list(average)}"
-        raise MismatchError(path, reason)
 
 
 def _own_chunks(

@@ -128,6 +128,9 @@ def _render_charts(report: SweepReport) -> str:
     charts = [_render_chart(plots.sweep_figure, values, f"{report.metric} against sigma_rel")]
     if report.end_curve():
         charts.append(_render_chart(plots.end_figure, values, f"{report.metric} against the end"))
+    if report.share_curve():
+        title = f"{report.metric} against the share of the base"
+        charts.append(_render_chart(plots.share_figure, values, title))
     return "\n".join(charts)
 
 
@@ -255,6 +258,7 @@ def _sort_trials(report: SweepReport) -> list[Trial]:
         key=lambda trial: (
             trial.sigma_rel or 0.0,
             -(trial.t or math.inf),
+            trial.base_share,
             trial.target,
             trial.seed,
         ),
@@ -320,6 +324,9 @@ def _make_command(report: SweepReport, trial: Trial) -> str:
         words += ["--t", f"{t:.12g}"]
     if trial.t is not None:
         name += f"-t-{t:.12g}"
+    if trial.base_share:
+        name += f"-base-{trial.base_share:g}"
+        words += ["--base", report.settings["base"], "--base-share", f"{trial.base_share:g}"]
     ending = ".safetensors"
     if like := report.settings["like"]:
         words += ["--like", like]

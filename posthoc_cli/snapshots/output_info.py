@@ -37,7 +37,15 @@ class OutputInfo:
     predicted_error: float | None
     snapshots: tuple[Used, ...]
     copies: tuple[str, ...] = ()  # names of the tensors that are copies (buffers), not averages
+    # the file of pretrained weights that are mixed in, 16 digits that identify it, and their share
+    base: str | None = None
+    base_hash: str | None = None
+    base_share: float | None = None
 
     def encode(self) -> dict[str, Any]:
         """Encode the header as a JSON object, without the checksums of blocks."""
-        return {"kind": "output", "format": FORMAT, **vars(self)}
+        content = {"kind": "output", "format": FORMAT, **vars(self)}
+        if self.base is None:
+            for name in ("base", "base_hash", "base_share"):
+                del content[name]
+        return content

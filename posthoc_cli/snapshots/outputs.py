@@ -158,6 +158,8 @@ def _record(info: OutputInfo | None) -> object:
         info.profile,
         info.t,
         info.method,
+        info.base_hash,
+        info.base_share,
         [used.file for used in info.snapshots],
     )
 
@@ -215,7 +217,8 @@ def _describe_model(path: Path) -> dict[str, Any]:
         "run": output.run_id,
         **_fields(output, "profile sigma_rel gamma"),
         "as": _other_name(output.sigma_rel, output.t if output.t_unit == "steps" else None),
-        **_fields(output, "t t_unit method profile_error predicted_error"),
+        **_fields(output, "t t_unit base base_hash base_share"),
+        **_fields(output, "method profile_error predicted_error"),
         "snapshots": [vars(used) for used in output.snapshots],
         **sizes,
         "notes": _notes(output.copies),

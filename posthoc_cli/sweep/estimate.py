@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from posthoc_cli.profiles import FloatArray
-from posthoc_cli.sweep.trial import FRESH, Trial
+from posthoc_cli.sweep.trial import FRESH, Spot, Trial
 
 WINDOW = 2.5
 """Distance to which lengths count in the quadratic at one of them, in steps of the grid. From 2.1
@@ -45,9 +45,9 @@ def gather(trials: Iterable[Trial]) -> Measured:
     values: dict[float, list[float]] = {}
     stated = []
     for trial in trials:
-        is_chosen_from = trial.seed not in FRESH and trial.t is None
-        if trial.sigma_rel is not None and trial.value is not None and is_chosen_from:
-            values.setdefault(trial.sigma_rel, []).append(trial.value)
+        is_length = trial.spot is not None and trial.spot == Spot(trial.spot.sigma_rel)
+        if is_length and trial.seed not in FRESH and trial.value is not None:
+            values.setdefault(trial.sigma_rel or 0.0, []).append(trial.value)
             stated.append(trial.standard_error or math.nan)
     points = sorted(values)
     scatter = 0.0

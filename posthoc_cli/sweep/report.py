@@ -23,6 +23,7 @@ from posthoc_cli.targets import SigmaRel, full_title, name_equal_length
 
 RESULT = "sweep.json"  # the file of a report in the folder of a sweep
 _POINTS = 101  # of the drawn curve
+_Point = tuple[float, dict[str, float]]  # a place on the axis of a curve, and the values there
 
 
 class Gain(NamedTuple):
@@ -76,6 +77,8 @@ class SweepReport:
         text += plots.as_html(lambda: plots.sweep_figure(values))
         if self.end_curve():
             text += plots.as_html(lambda: plots.end_figure(values))
+        if self.share_curve():
+            text += plots.as_html(lambda: plots.share_figure(values))
         return text
 
     @property
@@ -194,7 +197,7 @@ class SweepReport:
 
     def title(self, trial: Trial) -> str:
         """Name what a trial has measured; for a length with the decay that is as long."""
-        if trial.sigma_rel is None or trial.t is not None:
+        if trial.sigma_rel is None or trial.spot != Spot(trial.sigma_rel):
             return trial.target
         return full_title(SigmaRel(trial.sigma_rel), self.steps)
 
@@ -206,9 +209,10 @@ class SweepReport:
             return f"{self.title(trial)}, untuned, since all tie"
         if self.kept is not None:
             return f"{self.kept}: no average is better"
-        if trial.t is None:
-            return self.title(trial)
-        return f"{self.title(trial)}, as if the training had ended there"
+        text = self.title(trial)
+        if trial.t is not None:
+            text += ", as if the training had ended there"
+        return text
 
     @property
     def is_at_end(self) -> bool:
@@ -232,17 +236,31 @@ class SweepReport:
         """Draw points of a curve through the estimates of the lengths, which has no extreme between
         them, with standard errors."""
         found = self.estimate
-        return _draw_curve(
-            "sigma_rel",
-            found.points[found.shown],
-            found.means[found.shown],
-            found.errors[found.shown],
-        )
+        shown = found.shown
+        places = np.log(found.points[shown])
+        drawn = _draw_curve(places, found.means[shown], found.errors[shown])
+        return [{"sigma_rel": math.exp(place)} | values for place, values in drawn]
 
     def end_curve(self) -> list[dict[str, float]]:
         """Draw points of such a curve through the mean metrics of the best length at each end."""
         search = self.search
-        return _draw_means("t", {search.end_of(spot): spot for spot in search.line_of_ends}, self)
+        spots = {math.log(search.end_of(spot)): spot for spot in search.line_of_ends}
+        return [{"t": math.exp(place)} | values for place, values in self._draw_means(spots)]
+
+    def share_curve(self) -> list[dict[str, float]]:
+        """Draw points of such a curve through the mean metrics of each share of the base."""
+        spots = {spot.base_share: spot for spot in self.search.line_of_shares}
+        return [{"base_share": place} | values for place, values in self._draw_means(spots)]
+
+    def _draw_means(self, spots: Mapping[float, Spot]) -> list[_Point]:
+        """Draw a curve through the mean metrics of spots, by their places."""
+        places = []
+        means = []
+        for place in sorted(spots):
+            if values := self.search.measured(spots[place]):
+                places.append(place)
+                means.append(float(np.mean(values)))
+        return _draw_curve(np.array(places), np.array(means), np.full(len(means), math.nan))
 
     def write(self, folder: Path) -> None:
         """Write the report to a folder, made where it is missing; raise a WriteError if that
@@ -275,9 +293,11 @@ class SweepReport:
                 "target": best.target,
                 "sigma_rel": best.sigma_rel,
                 "t": self.best_t if self.kept is None else None,
+                "base_share": self.search.best.base_share if self.kept is None else None,
                 "as": equal,
             },
-            "best_length": self.search.at_end.sigma_rel,
+            "best_length": self.search.walked_end.sigma_rel,
+            "best_end": self.search.walked_end.t,
             "all_tied": self.all_tied,
             "value": self.value,
             "predicted_error": best.predicted_error,
@@ -287,38 +307,22 @@ class SweepReport:
             "tied": None if found.tied is None else list(found.tied),
             "curve": self.curve(),
             "end_curve": self.end_curve(),
+            "share_curve": self.share_curve(),
         }
 
 
-def _draw_means(
-    name: str, spots: Mapping[float, Spot], report: SweepReport
-) -> list[dict[str, float]]:
-    """Draw a curve through the mean metrics of spots, by their places."""
-    places = []
-    means = []
-    for place in sorted(spots):
-        values = report.search.measured(spots[place])
-        if values:
-            places.append(place)
-            means.append(float(np.mean(values)))
-    return _draw_curve(name, np.array(places), np.array(means), np.full(len(means), math.nan))
-
-
-def _draw_curve(
-    name: str, at: FloatArray, values: FloatArray, noises: FloatArray
-) -> list[dict[str, float]]:
-    if len(at) < 2:
+def _draw_curve(places: FloatArray, values: FloatArray, noises: FloatArray) -> list[_Point]:
+    if len(places) < 2:
         return []
-    places = np.log(at)
     grid = np.linspace(places[0], places[-1], _POINTS)
     means = PchipInterpolator(places, values)(grid)
     errors = np.interp(grid, places, noises)
     points = []
     for place, mean, error in zip(grid.tolist(), means.tolist(), errors.tolist(), strict=True):
-        point = {name: math.exp(place), "estimate": mean}
+        drawn = {"estimate": mean}
         if not math.isnan(error):
-            point["standard_error"] = error
-        points.append(point)
+            drawn["standard_error"] = error
+        points.append((place, drawn))
     return points
 
 
@@ -341,6 +345,8 @@ def summarize(report: SweepReport) -> list[tuple[str, str]]:
     pairs.append((report.metric, f"{report.value:.6g}"))
     if gain := describe_gain(report):
         pairs.append(("gain", gain))
+    if report.settings.get("base") and report.kept is None:
+        pairs.append(("base", describe_base(report)))
     is_length = report.kept is None and report.search.best == report.search.at_end
     if report.all_tied or is_length:
         pairs.append(("statistically tied", describe_tie(report)))
@@ -405,6 +411,21 @@ def _sizes(report: SweepReport, value: float, gain: float, margin: float | None)
         size += f" ± {percent(margin)}"
         points += f" ± {margin * abs(value):.2g}"
     return [points, size] if report.may_be_percentage else [size]
+
+
+def describe_base(report: SweepReport) -> str:
+    """Say which share of the base the best average has, and what may be behind its gain."""
+    share = report.search.best.base_share
+    base = f"{report.settings['base']} ({report.settings['base_hash']})"
+    if not share:
+        return f"{base}: no share of it is better than none"
+    text = f"a share of {share:g} of {base}"
+    if report.minimize:
+        text += (
+            "; of a loss, the gain may be one of calibration: check it by accuracy, or at a fitted "
+            "temperature"
+        )
+    return text
 
 
 def describe_tie(report: SweepReport) -> str:

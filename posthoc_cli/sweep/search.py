@@ -14,6 +14,9 @@ averages of this length at a half, a quarter, ... of the training. An average th
 longer holds about what an earlier and shorter one does, so that this line finds a good pair of end
 and length; in between the metric is rough.
 
+In a fine-tuning whose first weights are named, shares of these are mixed in, larger ones until one
+is worse, then where a quadratic in the share is lowest: a metric is smooth along it.
+
 Whatever was chosen because its metric was the best one has a metric that is too good. So if the
 metric is noisy, the winner and the best length at the end are measured afresh, twice each: this
 decides between them, and is what may be claimed.
@@ -48,6 +51,8 @@ training is 56 %; it is 50 % in the uniform average, 0.2887."""
 LEAST_WALKED = 0.1
 """The least best length of which earlier ends are measured: where the best one was shorter, no
 earlier end was better (18 trainings of 18)."""
+_SHARES = (0.1, 0.25, 0.5, 0.75)  # of the base, until one is worse
+_APART = 0.03  # the least distance of a further share from those: a metric is flat at its best
 _CHECKED = 1 + len(FRESH)  # measurements of the best of a grid: once more, and afresh
 _BETWEEN = (0.71, 1.41)  # ends between the best one and those at half of it and at twice it
 
@@ -139,6 +144,7 @@ class Search:
         minimize: whether a lower metric is better; None to measure the grid of lengths alone.
         t: the time at which averages end, but for those that end earlier.
         ends: the times at which an average may end: earlier ones, and `t`.
+        has_base: whether averages are also mixed with the weights that a fine-tuning started from.
         most: how many averages may be measured; None for no bound.
         trials: in the order in which they were asked for.
     """
@@ -147,6 +153,7 @@ class Search:
     minimize: bool | None
     t: float
     ends: tuple[float, ...] = ()
+    has_base: bool = False
     most: int | None = None
     trials: tuple[Trial, ...] = ()
 
@@ -255,6 +262,55 @@ class Search:
         wanted = [spot for spot in sides if (spot, 0) not in self._tried]
         return _Walk(min([best, *sides], key=self._value), wanted)
 
+    @cached_property
+    def _share_walk(self) -> _Walk:
+        """Mix in larger shares of the base until one is worse; then measure the vertex of a
+        quadratic."""
+        at = self._end_walk.best
+        if not self.has_base or common_metric(self.trials) is not None:
+            return _Walk(at)
+        walked = [at]
+        for share in _SHARES:
+            spot = at._replace(base_share=share)
+            if (spot, 0) not in self._tried:
+                return _Walk(min(walked, key=self._value), [spot])
+            walked.append(spot)
+            if self._value(spot) >= self._value(walked[-2]):
+                break
+        best = min(walked, key=self._value)
+        if best == at:
+            return _Walk(at)
+        first = min(walked.index(best) - 1, len(walked) - 3)
+        vertex = self._vertex_of_shares(walked[first : first + 3])
+        if any(abs(vertex - spot.base_share) <= _APART for spot in walked):
+            return _Walk(best)
+        last = at._replace(base_share=vertex)
+        if (last, 0) not in self._tried:
+            return _Walk(best, [last])
+        return _Walk(min(best, last, key=self._value))
+
+    def _vertex_of_shares(self, spots: Sequence[Spot]) -> float:
+        """Find the share at which a quadratic through three is lowest, between them."""
+        shares = np.array([spot.base_share for spot in spots])
+        values = np.array([self._value(spot) for spot in spots])
+        if not np.isfinite(values).all():
+            return float(shares[0])
+        curvature, slope, _ = np.polyfit(shares, values, 2).tolist()
+        if curvature <= 0:
+            return float(shares[0])
+        return round(float(np.clip(-slope / (2 * curvature), shares[0], shares[-1])), 2)
+
+    @property
+    def line_of_shares(self) -> list[Spot]:
+        """The shares of the base that were measured in the average of the best end."""
+        spots = {trial.spot for trial in self.trials}
+        return [spot for spot in spots if spot and spot[:2] == self.walked_end[:2]]
+
+    @property
+    def walked_end(self) -> Spot:
+        """The average of the best length at the best end, which the base is mixed with."""
+        return self._end_walk.best
+
     @property
     def tried_ends(self) -> list[float]:
         """The earlier ends that were measured, the nearest to the best one first."""
@@ -266,7 +322,8 @@ class Search:
     def line_of_ends(self) -> list[Spot]:
         """The best length at each end that was measured."""
         spots = {trial.spot for trial in self.trials}
-        return [spot for spot in spots if spot and spot.sigma_rel == self.at_end.sigma_rel]
+        length = self.at_end.sigma_rel
+        return [spot for spot in spots if spot and spot[::2] == (length, 0.0)]
 
     # --- the result
 
@@ -284,13 +341,13 @@ class Search:
     @property
     def _rivals(self) -> list[Spot]:
         """What fresh measurements decide between: the best length at the end, and the winner."""
-        return [*dict.fromkeys([self.at_end, self._end_walk.best])]
+        return [*dict.fromkeys([self.at_end, self._share_walk.best])]
 
     @cached_property
     def best(self) -> Spot:
         """The best average: as measured, or if the metric is noisy, as measured afresh."""
         if self.estimate.noise == 0:
-            return self._end_walk.best
+            return self._share_walk.best
         sign = 1 if self.minimize else -1
 
         def judge(spot: Spot) -> float:
@@ -346,7 +403,7 @@ class Search:
         if lacking or self.minimize is None:
             return lacking
         found = self.estimate
-        if self.lengths.listed and math.isnan(found.noise):
+        if self.lengths.listed and math.isnan(found.noise) and not self.has_base:
             return []  # few lengths: the best is as measured
         if not self._repeated:
             return self._afford([(self.at_end, 1)], len(FRESH))
@@ -354,7 +411,7 @@ class Search:
         lengths = [] if found.noise == 0 else self._lacking(self._other_lengths)
         if batch := self._afford(lengths or self._lacking(self._between()), claimed):
             return batch
-        wanted = [(spot, 0) for spot in self._end_walk.wanted]
+        wanted = [(spot, 0) for spot in self._end_walk.wanted or self._share_walk.wanted]
         if batch := self._afford(wanted, 2 * claimed):
             return batch
         if found.noise == 0:

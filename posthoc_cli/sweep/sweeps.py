@@ -53,6 +53,7 @@ from posthoc_cli.sweep.weights import (
     hold_until,
 )
 from posthoc_cli.synthesis.curve import run_curve
+from posthoc_cli.synthesis.plan import note_base
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,6 +83,7 @@ class Sweep:
     like: Path | None = None  # as in `Run.write`
     # a checkpoint with the last weights, or for a function the tensors, if the run lacks them
     raw: Path | Mapping[str, Tensor] | None = None
+    base: Path | None = None  # the weights that a fine-tuning started from, to mix in
     jobs: int = 1  # commands that run side by side
     rerun_command: str = ""  # the command line that repeats this sweep
     # called with every trial when it ends, its title, its number, and about how many there will be
@@ -102,12 +104,21 @@ class Sweep:
         self._evaluation = self._make_evaluation()
         longest = 0.2 if self.lengths is None else self.lengths.high
         request = OutputRequest(
-            longest, None, t=self.t, step=self.step, like=self.like, dry_run=True
+            longest,
+            None,
+            t=self.t,
+            step=self.step,
+            like=self.like,
+            dry_run=True,
+            base=self.base,
+            base_share=None if self.base is None else 0.5,
         )
         announce(self.sources)
         written = write_averages(lambda: self.sources, request, is_quiet=True)
         assert written is not None  # as of a process other than the first one
+        note_base(written.plan)
         announce_doubts(self.sources)
+        self._base = written.plan.base
         self._t = written.plan.t
         self._held = HeldSources(hold_until(self.sources, self._t))
         lengths = self.lengths or searchable_lengths(self.sources, self._t)
@@ -120,6 +131,7 @@ class Sweep:
             self.minimize,
             self._t,
             tuple(end for end in ends if end <= self._t),
+            self.base is not None,
             self._bound(compared),
         )
         self._report = SweepReport(
@@ -192,7 +204,9 @@ class Sweep:
         if trial.sigma_rel is None:
             checkpoints = [weights.title for weights in self._checkpoints.values()]
             return trial.target in (*self._report.compared, *checkpoints, RANDOM_WEIGHTS)
-        return trial.sigma_rel in search.lengths and (trial.t is None or trial.t in search.ends)
+        has_end = trial.t is None or trial.t in search.ends
+        has_share = search.has_base or not trial.base_share
+        return trial.sigma_rel in search.lengths and has_end and has_share
 
     def _describe(self) -> dict[str, Any]:
         """Describe what all trials of the folder have in common."""
@@ -203,6 +217,8 @@ class Sweep:
             "metric": None if self.minimize is None else self.metric.text,
             "direction": _DIRECTIONS[self.minimize],
             "like": None if self.like is None else str(self.like.resolve()),
+            "base": None if self._base is None else str(self._base.path),
+            "base_hash": None if self._base is None else self._base.identity,
         }
 
     @property
@@ -229,7 +245,7 @@ class Sweep:
         return self._average(report.search.best)
 
     def _average(self, spot: Spot) -> RunWeights:
-        return average(self._held, spot, self._report.search.end_of(spot))
+        return average(self._held, spot, self._report.search.end_of(spot), self.base)
 
     # --- trials
 
@@ -320,7 +336,9 @@ class Sweep:
 
     def _start(self, weights: Candidate, seed: int, job: int) -> _Running:
         """Make weights to measure; if their files are gone, the trial fails."""
-        trial = Trial(weights.title, weights.sigma_rel, seed, t=weights.t)
+        trial = Trial(
+            weights.title, weights.sigma_rel, seed, t=weights.t, base_share=weights.base_share
+        )
         before = self._held.sources
         self._started += 1
         try:

@@ -20,15 +20,18 @@ metric has a metric that is too good."""
 
 
 class Spot(NamedTuple):
-    """What a search measures: an average of a length, at an end."""
+    """What a search measures: an average of a length, at an end, with a share of the base."""
 
     sigma_rel: float
     t: float | None = None  # where an average ends that ends earlier than the others
+    base_share: float = 0.0  # of the weights that a fine-tuning started from
 
     @property
     def title(self) -> str:
         title = SigmaRel(self.sigma_rel).title
-        return title if self.t is None else f"{title} at t = {self.t:,.12g}"
+        if self.t is not None:
+            title += f" at t = {self.t:,.12g}"
+        return f"{title}, base share {self.base_share:g}" if self.base_share else title
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,14 @@ class Trial:
     lost_gain: float | None = None  # by this error, at most
     seconds: float = 0.0  # of the evaluation alone
     error: str | None = None  # why it failed
-    t: float | None = None  # as of a `Spot`
+    t: float | None = None  # this and the next as of a `Spot`
+    base_share: float = 0.0
 
     @property
     def spot(self) -> Spot | None:
-        return None if self.sigma_rel is None else Spot(self.sigma_rel, self.t)
+        if self.sigma_rel is None:
+            return None
+        return Spot(self.sigma_rel, self.t, self.base_share)
 
     @property
     def name(self) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors import safe_open
@@ -25,7 +25,6 @@ from posthoc_cli.errors import (
     quote,
 )
 from posthoc_cli.export.convert import export_file
-from posthoc_cli.export.like import check_shape
 from posthoc_cli.export.writing import write_averages
 from posthoc_cli.profiles import Point
 from posthoc_cli.request import OutputRequest, Request
@@ -35,6 +34,7 @@ from posthoc_cli.snapshots.sources import Sources, use
 from posthoc_cli.snapshots.tensorfile import read_file
 from posthoc_cli.snapshots.weights_sample import are_equal, places
 from posthoc_cli.sweep.trial import Spot
+from posthoc_cli.synthesis.base import check_shape
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.synthesis.weights import make_weights
 from posthoc_cli.targets import Mean, SigmaRel, Target
@@ -84,12 +84,14 @@ class Candidate:
         text: what {sigma_rel} becomes in a command.
         sigma_rel: the length of an average; None for what averages are compared with.
         t: where an average ends that ends earlier than the others.
+        base_share: of the weights that a fine-tuning started from.
     """
 
     title: str
     text: str
     sigma_rel: float | None = None
     t: float | None = None
+    base_share: float = 0.0
 
     def write(self, path: Path, like: Path | None) -> Plan | None:
         """Write the weights to a file, or to a copy of the checkpoint `like`; return their plan, if
@@ -108,9 +110,10 @@ class RunWeights(Candidate):
     held: HeldSources
     target: Target
     time: float
+    base: Path | None = None  # None without a share of it
 
     def write(self, path: Path, like: Path | None, overwrite: bool = False) -> Plan:
-        request = OutputRequest(self.target, path, t=self.time, like=like, overwrite=overwrite)
+        request = OutputRequest(self.target, path, like=like, overwrite=overwrite, **self._options)
         written = write_averages(
             lambda: self.held.sources, request, is_quiet=True, renew=self.held.renew
         )
@@ -119,10 +122,16 @@ class RunWeights(Candidate):
 
     def make(self) -> tuple[Mapping[str, Tensor], Plan]:
         def average(sources: Sources) -> tuple[Mapping[str, Tensor], Plan]:
-            plan = plan_synthesis(sources, Request(self.target, t=self.time))
+            plan = plan_synthesis(sources, Request(self.target, **self._options))
             return make_weights(plan), plan
 
         return use(self.held.sources, average, self.held.renew)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        if self.base is None:
+            return {"t": self.time}
+        return {"t": self.time, "base": self.base, "base_share": self.base_share}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,13 +254,15 @@ def _move(plain: Path, path: Path, like: Path | None) -> None:
         export_file(plain, path, like=like)
 
 
-def average(held: HeldSources, spot: Spot, time: float) -> RunWeights:
+def average(held: HeldSources, spot: Spot, time: float, base: Path | None) -> RunWeights:
     """Find the average of a spot, which ends at `time`."""
     return RunWeights(
         title=spot.title,
         text=repr(spot.sigma_rel),
         sigma_rel=spot.sigma_rel,
         t=spot.t,
+        base_share=spot.base_share,
+        base=base if spot.base_share else None,
         held=held,
         target=SigmaRel(spot.sigma_rel),
         time=time,

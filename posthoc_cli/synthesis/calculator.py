@@ -185,7 +185,7 @@ class Calculator:
         self._spare = int(self._stream is not None)
         buffers = self._ahead // self._size + 1 + self._spare
         self._stored = [StoredBytes(self._stream is not None) for _ in range(buffers)]
-        self._sums: dict[str, Sums] = {}
+        self._sums: dict[tuple[str, int], Sums] = {}  # by dtype and number of sources
         self._buffers: dict[str, torch.Tensor] = {}
 
     def compute(self, tile: Tile, opened: Any) -> None:
@@ -224,10 +224,10 @@ class Calculator:
 
     def _sum(self, tile: Tile) -> torch.Tensor:
         """Compute the sums of a tile, [targets, n]; they are valid until the next call."""
-        sums = self._thread_sums(tile.kind.wide, tile.size)
+        sums = self._thread_sums(tile)
         sums.start(tile.size)
         smallest: torch.Tensor | None = None
-        stored = self._values(self.plan.sources, tile)
+        stored = self._values(self.plan.summed(tile.names[0]), tile)
         for index, values in enumerate(stored):
             slot = sums.slot(index).copy_(values)
             if tile.kind.role == "variance":
@@ -272,7 +272,7 @@ class Calculator:
         one holds nan or infinity elsewhere."""
         newest = self._doubles(self.plan.newest, tile)
         masks = {}
-        for source in self.plan.sources:
+        for source in self.plan.summed(tile.names[0]):
             values = self._doubles(source, tile)
             for name, begin, end in tile.spans:
                 part = values[begin:end]
@@ -347,15 +347,17 @@ class Calculator:
             self._buffers[dtype] = buffer
         return buffer[:size]
 
-    def _thread_sums(self, wide: str, size: int) -> Sums:
-        sums = self._sums.get(wide)
-        if sums is None or sums.room < size:
-            coefficients = self.plan.coefficients
-            assert coefficients is not None, "only sums have them"
-            columns = -(-size // COLUMNS) * COLUMNS
+    def _thread_sums(self, tile: Tile) -> Sums:
+        kind = tile.kind
+        key = (kind.wide, len(kind.stored))
+        sums = self._sums.get(key)
+        if sums is None or sums.room < tile.size:
+            factors = self.plan.factors(tile.names[0])
+            assert factors is not None, "only sums have them"
+            columns = -(-tile.size // COLUMNS) * COLUMNS
             room = max(self._size, columns)
-            sums = Sums(coefficients, room, torch_dtype(wide), self._device)
-            self._sums[wide] = sums
+            sums = Sums(factors, room, torch_dtype(kind.wide), self._device)
+            self._sums[key] = sums
         return sums
 
 

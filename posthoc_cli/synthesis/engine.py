@@ -117,7 +117,7 @@ def compute_tiles(
     error in a thread, by Ctrl-C or because the caller stops iterating, every thread is stopped
     first, within a tile.
     """
-    sources = plan.sources
+    sources = plan.opened
     remote = any(is_url(source.path) for source in sources)
     count = worker_count(workers)
     if workers is None and remote:

@@ -23,6 +23,7 @@ from posthoc_cli.errors import (
     list_first,
     percent,
 )
+from posthoc_cli.files import check_path
 from posthoc_cli.planning import SMALL_LOSS, error_curve
 from posthoc_cli.profiles import FloatArray, PowerFunction
 from posthoc_cli.reconstruction import (
@@ -45,6 +46,14 @@ from posthoc_cli.snapshots.sources import (
     announce_doubts,
     count_files,
     count_sources,
+)
+from posthoc_cli.synthesis.base import (
+    Base,
+    Mixing,
+    find_base,
+    measure_mixing,
+    mixed_names,
+    note_lacking,
 )
 from posthoc_cli.targets import Mean, Target, name_equal_length
 
@@ -75,6 +84,19 @@ class Combination:
         return None
 
     @property
+    def opened(self) -> Sequence[StoredTensors]:
+        """All that is read."""
+        return self.sources
+
+    def summed(self, name: str) -> Sequence[StoredTensors]:  # noqa: ARG002
+        """Find the sources that a tensor is a sum of."""
+        return self.sources
+
+    def factors(self, name: str) -> FloatArray | None:  # noqa: ARG002
+        """Find the factors of these sources, [sources, targets]."""
+        return self.coefficients
+
+    @property
     def newest(self) -> StoredTensors:
         """The newest source, from which copies (buffers) are taken."""
         return self.sources[-1]
@@ -99,8 +121,8 @@ class Combination:
     @property
     def read_bytes(self) -> int:
         total = 0
-        for source in self.sources:
-            total += sum(source.entries[name].nbytes for name in self.tensors)
+        for name in self.tensors:
+            total += sum(source.entries[name].nbytes for source in self.summed(name))
         return total
 
     def box(self, name: str) -> Box:
@@ -146,6 +168,7 @@ class Plan(Combination):
     available: int = 0  # number of all of them at or before `t`
     run_end: float = 0.0  # time of the newest source, used or not
     steps: float | None = None  # of the run at `t`; None if its clock is not in one ratio to steps
+    base: Base | None = None  # pretrained weights that the averages are mixed with
 
     def __repr__(self) -> str:
         parts = []
@@ -172,6 +195,34 @@ class Plan(Combination):
     def coefficients(self) -> FloatArray:
         return self.reconstruction.coefficients
 
+    @property
+    def opened(self) -> Sequence[StoredTensors]:
+        return self.sources if self.base is None else (*self.sources, self.base)
+
+    def summed(self, name: str) -> Sequence[StoredTensors]:
+        if self.base is None or name not in self.base.entries:
+            return self.sources
+        return (*self.sources, self.base)
+
+    def factors(self, name: str) -> FloatArray:
+        if self.base is None or name not in self.base.entries:
+            return self.coefficients
+        kept = (1 - self.base.share) * self.coefficients
+        return np.vstack([kept, np.full((1, len(self.targets)), self.base.share)])
+
+    @cached_property
+    def _mixings(self) -> list[Mixing]:
+        if self.base is None:
+            return [Mixing(1.0, 0.0) for _ in self.targets]
+        columns = self.coefficients.T
+        names = self.mixed_names
+        return [measure_mixing(self.base, names, self.sources, each) for each in columns]
+
+    @property
+    def mixed_names(self) -> list[str]:
+        """The tensors to make that a base may have a share in."""
+        return [name for name in mixed_names(self.newest) if name in self.tensors]
+
     @cached_property
     def output_rounding(self) -> float:
         """The relative error of rounding the averages to the outputs' dtypes, if all elements are
@@ -190,7 +241,10 @@ class Plan(Combination):
         """Predict the expected relative L2 error of a target's output weights; None if the motion
         of the run is not known."""
         error = self.reconstruction.known_error(target)
-        return None if error is None else math.hypot(error, self.output_rounding)
+        if error is None:
+            return None
+        mixing = self._mixings[target]
+        return math.hypot(mixing.scale * error, mixing.rounding, self.output_rounding)
 
     def lost_gain(self, target: int) -> float | None:
         """Predict the share of what averaging gains in a metric that the error is expected to lose;
@@ -259,6 +313,9 @@ class Plan(Combination):
             predicted_error=self.predicted_error(target),
             snapshots=tuple(used),
             copies=tuple(copies),
+            base=None if self.base is None else str(self.base.path),
+            base_hash=None if self.base is None else self.base.identity,
+            base_share=None if self.base is None else self.base.share,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -276,6 +333,10 @@ class Plan(Combination):
             for name in ("sigma_rel", "t", "method", "profile_error", "predicted_error"):
                 values[name] = getattr(info, name)
             values["lost_gain"] = self.lost_gain(index)
+            if self.base is not None:
+                values |= {
+                    name: getattr(info, name) for name in ("base", "base_hash", "base_share")
+                }
             values["snapshots"] = [vars(used) for used in info.snapshots]
             targets.append(values)
         return {
@@ -333,6 +394,11 @@ def plan_synthesis(sources: Sequence[Source], request: Request) -> Plan:
         steps=float(sources.clock.step_at(time)) if sources.clock.is_even else None,
     )
     plan = _select_tensors(plan, request.selection)
+    if request.base is not None and request.base_share is not None:
+        base = find_base(
+            check_path("base", request.base), request.base_share, plan.newest, plan.names
+        )
+        plan = replace(plan, base=base)
     _check_errors(plan, request.max_error)
     return plan
 
@@ -414,8 +480,15 @@ def _check_errors(plan: Plan, max_error: float | None) -> None:
             raise InexactError(target.title, f"{predicted}, {accepted}", hint)
 
 
+def note_base(plan: Plan) -> None:
+    """Say which averages have no share of the base."""
+    if plan.base is not None:
+        note_lacking(plan.base, plan.mixed_names)
+
+
 def announce_plan(plan: Plan) -> None:
     """Log what speaks against averages before they are used."""
     announce_doubts(plan.chosen.sources)
+    note_base(plan)
     for warning in plan.warnings:
         log.warning("%s", warning)

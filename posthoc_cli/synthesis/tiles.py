@@ -132,7 +132,7 @@ def _tile_kind(
     device: torch.device,
 ) -> TileKind:
     tensor = plan.tensors[name]
-    stored = tuple(source.entries[name].dtype for source in plan.sources)
+    stored = tuple(source.entries[name].dtype for source in plan.summed(name))
     dtype = plan.output_dtype(name)
     if tensor.role == "copy" or plan.coefficients is None:
         role = "copy" if tensor.role == "copy" else "stored"
@@ -158,7 +158,7 @@ def _cut_tensor(
 ) -> Iterator[Tile]:
     """Yield the tiles of a tensor, of at most `size` elements unless chunks make them longer."""
     count = plan.box(name).size
-    cells = max(source.cells(name) for source in plan.sources)
+    cells = max(source.cells(name) for source in plan.summed(name))
     step = min(size * max(1, cells), max(size, MOST_PARTED))
     for begin in range(0, max(count, 1), step):
         end = min(begin + step, count)

@@ -24,6 +24,8 @@ from trained import ema as ema_of
 from posthoc_cli import Run, export_file, import_checkpoints
 from posthoc_cli.decay_rules import DecayRule
 
+pytestmark = pytest.mark.statistical
+
 DECAY = 0.995
 
 

@@ -188,6 +188,27 @@ def test_a_discriminator_with_more_files_is_not_chosen(tmp_path, caplog):
     assert first == f"{tmp_path}/G_*.pth"
 
 
+def test_two_generators_and_two_discriminators_are_four_lines(tmp_path, caplog):
+    """Of CycleGAN: one of each was named."""
+    models = {"G_A": 1, "G_B": -1, "D_A": 0, "D_B": 0}
+    for save in saves():
+        for name, sign in models.items():
+            generator = {key: sign * value for key, value in save.weights.items()}
+            content = generator if sign else of_discriminator(save)
+            store(tmp_path / f"{save.step}_net_{name}.pth", content)
+    globs = lines_to_paste(tmp_path, caplog)
+    assert globs == [f"{tmp_path}/*_net_{name}.pth" for name in models]
+
+
+@pytest.mark.parametrize("names", ["critic_{}.pt policy_{}.pt", "d_{}.pt e_{}.pt"])
+def test_a_critic_of_the_same_shapes_is_not_proposed_first(names, tmp_path):
+    theirs, ours = names.split()
+    contents = [(theirs, lambda save: negative(save.weights)), (ours, lambda save: save.weights)]
+    write_models(tmp_path, *contents)
+    words = shlex.split(asked(tmp_path).partition("paste: ")[2])
+    check_steps(read(words[2]).checkpoints)
+
+
 def test_of_other_models_the_one_with_more_parameters_is_first(tmp_path, caplog):
     """Bytes of an optimizer's state made the smaller one the first."""
 
@@ -506,6 +527,17 @@ def test_files_of_other_frameworks_are_named_in_folders_too(program, tmp_path):
         read(tmp_path)
 
 
+def test_a_model_of_another_framework_beside_the_state_of_a_training_is_named(tmp_path):
+    """Of PhysicsNeMo: the states alone were named, which hold no weights."""
+    for save in saves():
+        (tmp_path / f"Net.0.{save.epoch}.mdlus").write_bytes(b"PK\x03\x04" + bytes(64))
+        state = {"state": {0: {"exp_avg": torch.ones(3, 3)}}, "param_groups": [{"lr": 1.0}]}
+        content = {"epoch": save.epoch, "optimizer_state_dict": state}
+        store(tmp_path / f"checkpoint.0.{save.epoch}.pt", content)
+    with pytest.raises(UnsuitableError, match=r"mdlus: .*\(PhysicsNeMo\)"):
+        read(tmp_path)
+
+
 def test_weights_that_state_step_0_are_the_start(tmp_path):
     """`init.pt` was left out, as if nothing said its time."""
     write_each(
@@ -625,18 +657,43 @@ def write_members(place, name, count, base=0.0):
 
 
 @pytest.mark.parametrize("program", MEMBERS)
-@pytest.mark.parametrize(("count", "base"), [(5, 0.0), (5, 99.0), (3, 9.0)])
+@pytest.mark.parametrize(("count", "base"), [(5, 0.0), (5, 99.0), (3, 9.0), (2, 0.0)])
 def test_files_that_are_equally_far_from_each_other_are_no_series(program, count, base, tmp_path):
     """They were epochs that follow each other without a gap."""
     write_members(tmp_path, MEMBERS[program], count, base)
     said = asked(tmp_path)
-    assert "equally far" in said
+    assert ("equally far" if count > 2 else "unrelated") in said
     words = shlex.split(said.partition("paste: ")[2])
     assert len(read(tmp_path, step_from=words[4]).checkpoints) == count
 
 
+@pytest.mark.parametrize("name", ["step{2}-fold{0}.ckpt", "seed_{0}_epoch_{1}.pt"])
+def test_folds_that_state_their_epochs_are_no_series(name, tmp_path):
+    """The best epoch of each was its time."""
+    for number, epoch in enumerate((7, 3, 9, 5), 1):
+        generator = torch.Generator().manual_seed(number)
+        values = {}
+        for key, value in FIRST.weights.items():
+            values[key] = torch.randn(value.shape, generator=generator)
+        content = {"state_dict": values, "epoch": epoch}
+        store(tmp_path / name.format(number, epoch, 10 * epoch), content)
+    assert "equally far" in asked(tmp_path)
+
+
+def test_weights_that_do_not_move_are_a_series(tmp_path):
+    for number in range(1, 5):
+        store(tmp_path / f"net{number}.pt", FIRST.weights)
+    assert len(read(tmp_path).checkpoints) == 4
+
+
+def test_one_tensor_that_is_called_an_average_is_no_set_that_never_changes(tmp_path):
+    ones = torch.ones(5, 5)
+    write_each(tmp_path, "s{save.step}.pt", lambda save: {"model": save.weights, "ema": ones})
+    check_steps(read(tmp_path).checkpoints)
+
+
 @pytest.mark.parametrize("name", MEMBERS.values())
-@pytest.mark.parametrize("count", [3, 4, 10])
+@pytest.mark.parametrize("count", [2, 3, 4, 10])
 def test_a_training_is_a_series_under_the_same_names(name, count, tmp_path):
     for number, save in enumerate(saves()[:count], 1):
         store(tmp_path / name.format(number), save.weights)
@@ -701,3 +758,25 @@ def test_timms_epochs_are_counted_from_0(name, tmp_path):
     found = read(tmp_path, steps_per_epoch=10)
     assert [one.t for one in found.checkpoints] == [10 * (save.epoch + 4) for save in saves()]
     assert "counted from 0" in found.numbers
+
+
+# --- copies in another format
+
+EXPORTS = {
+    "llm-foundry": ("ep0-ba{save.step}/w.pt", "huggingface/ba{save.step}/model.safetensors"),
+    "of two numbers": ("e{save.epoch}_b{save.step}.pt", "export_{save.step}.safetensors"),
+    "below": ("stage1/{save.epoch}x{save.step}/w.pt", "hf/step_{save.step}/model.safetensors"),
+    "half": ("run2_{save.epoch}_{save.step}.pt", "out/step{save.step}/adapter_model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("program", EXPORTS)
+def test_copies_in_another_format_are_no_second_series(program, tmp_path):
+    """All files were asked about, of which half are copies."""
+    own, export = EXPORTS[program]
+    for save in saves():
+        store(tmp_path / own.format(save=save), {"state": {"model": save.weights}})
+        store(tmp_path / export.format(save=save), save.weights)
+    found = read(tmp_path)
+    check_steps(found.checkpoints)
+    assert "a copy of" in found.sources.notes[0]

@@ -13,6 +13,8 @@ from trained import by, ema, paste, write
 
 from posthoc_cli import Run, import_checkpoints
 
+pytestmark = pytest.mark.statistical
+
 STEPS = 1500
 SIZE = 400
 EVERY = 50

@@ -19,6 +19,8 @@ from trained import (
 
 from posthoc_cli import Run, import_checkpoints
 
+pytestmark = pytest.mark.statistical
+
 
 def again(decay, begin=850):
     """Return an EMA that goes on from the weights of a step, and then counts its updates from 0."""

@@ -86,31 +86,7 @@ def test_names_that_the_encoding_of_the_terminal_lacks_are_escaped(tmp_path):
     assert "\\u65e5\\u672c" in done.out
 
 
-LEAKING = """
-import sys, torch
-from posthoc_cli import PostHocEMA
-from posthoc_cli.cli import main
-
-model = torch.nn.Linear(3, 3)
-tracker = PostHocEMA.from_model(model, "run", update_every=1, checkpoint_every=1)
-for _ in range(3):
-    tracker.update_(model)
-tracker.close()
-for line in (
-    "synthesize run --sigma-rel 0.1 --out a.safetensors",
-    "synthesize run --sigma-rel 0.1 --out a.pt",
-    "export a.safetensors --max-shard-size 20 --out shards",
-    "export a.safetensors --out c.safetensors",
-    "error-plot run --out a.png",
-    "error-plot run --out a.svg",
-    "error-plot --steps 100 --every 10 --out a.pdf",
-):
-    sys.argv = ["ema", *line.split()]
-    try:
-        main()
-    except SystemExit as ended:
-        assert not ended.code, line
-"""
+LEAKING = forked.program("leaking_training")
 
 
 def test_nothing_of_the_user_the_host_or_the_environment_is_in_a_file(tmp_path):

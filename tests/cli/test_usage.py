@@ -208,7 +208,7 @@ def test_a_warning_comes_once_for_one_cause(ema, tmp_path):
     """A plot reads the checkpoints several times; here they hold a set that is not used."""
     for step in (10, 20):
         weights = torch.full((3, 2), float(step))
-        other = {"v": torch.ones(2)}
+        other = {"v": torch.full((2,), float(step))}
         torch.save({"model": {"w": weights}, "critic": other}, tmp_path / f"{step}.pt")
     done = ema("error-plot", tmp_path, "--out", tmp_path / "errors.png")
     assert done.code == 0, done.err

@@ -11,6 +11,8 @@ from trained import EVERY, TIMES, ema, named, network, train, write
 from posthoc_cli import PostHocEMA, Request, Run, disk_sources, import_checkpoints, plan_synthesis
 from posthoc_cli.reconstruction import lost_gain
 
+pytestmark = pytest.mark.statistical
+
 LENGTHS = (0.05, 0.1, 0.2)
 
 

@@ -13,7 +13,8 @@ def make_search(lengths=None, minimize=True, t=LAST, **options):
 
 
 def measure(spot, seed, value, **fields):
-    return Trial(spot.title, spot.sigma_rel, seed, value, t=spot.t, **fields)
+    made = Trial(spot.title, spot.sigma_rel, seed, value, t=spot.t, base_share=spot.base_share)
+    return replace(made, **fields)
 
 
 def search_all(search, metric, jobs=99):

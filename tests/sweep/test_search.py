@@ -81,6 +81,7 @@ def test_of_a_metric_with_noise_all_twelve_are_measured_and_the_best_afresh():
     assert len(search.trials) <= 18
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("noise", [0.05, 0.5])
 def test_the_noise_and_the_standard_errors_are_those_of_the_metric(noise):
     """Over 100 searches, whose means are close to the expectations."""
@@ -96,6 +97,7 @@ def test_the_noise_and_the_standard_errors_are_those_of_the_metric(noise):
     assert np.std(off) == pytest.approx(np.mean(stated), rel=0.35)
 
 
+@pytest.mark.statistical
 def test_the_tied_lengths_contain_the_best_one_and_the_choice_is_within_the_noise():
     right = 0
     regrets = []
@@ -119,6 +121,7 @@ def gain_over(own, metric, seed):
     return own - metric(search.best.sigma_rel), own_mean - search.value, search.margin(2)
 
 
+@pytest.mark.statistical
 def test_the_interval_of_a_gain_holds_the_true_one_and_none_is_claimed_where_there_is_none():
     """Of an own EMA of the best length, whose gain is at most 0, and of a worse one."""
     gains = [gain_over(own, bowl, seed) for seed in range(150) for own in (0.0, 1.5)]
@@ -129,6 +132,7 @@ def test_the_interval_of_a_gain_holds_the_true_one_and_none_is_claimed_where_the
     assert np.mean(claimed[1::2]) >= 0.9
 
 
+@pytest.mark.statistical
 def test_the_metric_of_the_best_length_is_not_that_of_the_luckiest_trial():
     """Of a metric without any slope. Its mean over 200 searches has an error of 2 ** -0.5 / 200 **
     0.5, 0.05; the lowest of 12 is at -1.63 in the mean."""

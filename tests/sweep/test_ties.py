@@ -84,7 +84,7 @@ def test_where_all_tie_the_users_own_ema_is_kept(stored, tmp_path):
     written = json.loads((out / "sweep.json").read_text())
     assert written["all_tied"]
     assert written["best"] == {
-        "target": "your EMA (0.9)", "sigma_rel": None, "t": None, "as": None
+        "target": "your EMA (0.9)", "sigma_rel": None, "t": None, "base_share": None, "as": None
     }  # fmt: skip
     assert [each["gain"] for each in written["compared"]] == [0, 0]
     texts = dict(summarize(report))

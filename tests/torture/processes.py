@@ -6,7 +6,7 @@ import shutil
 import time
 
 from factories import snapshots_in
-from forked import EMA, Forked
+from forked import EMA, Forked, program
 from groups import SETTINGS, start_group, truth
 
 from posthoc_cli import Run
@@ -189,35 +189,7 @@ class ShardedTraining(SingleTraining):
 
 # --- trainings, readers and prunings in one directory
 
-TRAIN_ON = """
-import logging, sys, time, warnings
-from itertools import count
-from pathlib import Path
-from posthoc_cli.errors import LockedError
-from torture.training import Network, begin
-
-logging.getLogger("posthoc_cli").setLevel(
-    logging.ERROR
-)  # the warnings about taking over are expected
-warnings.simplefilter("ignore")  # as are those that training waits for the disk
-run, stop = map(Path, sys.argv[1:3])
-first, pause, every, most = map(float, sys.argv[3:])
-network = Network()
-try:
-    with begin(run, network, checkpoint_every=int(every), max_checkpoints=int(most)) as tracker:
-        for number in count():
-            if number == first:
-                tracker.flush()
-                print("trains", tracker.run_id, flush=True)
-            if number >= first:
-                time.sleep(pause)
-                if stop.exists():
-                    break
-            network.go_to(tracker.step + 1)
-            tracker.update_(network)
-except LockedError as error:
-    print("refused", error, flush=True)
-"""
+TRAIN_ON = program("training_that_goes_on")
 """A training that says after its first steps that it holds the directory, and goes on until `stop`
 exists."""
 

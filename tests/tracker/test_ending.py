@@ -112,29 +112,7 @@ def inodes(folder):
     return {path.stat().st_ino for path in folder.glob("*.safetensors")}
 
 
-INTERRUPTED = """
-import os, signal, sys, threading, time, torch
-from posthoc_cli import PostHocEMA, files
-
-folder, interrupts = sys.argv[1], int(sys.argv[2])
-trackers = []
-for name in ("one", "two", "three"):
-    model = torch.nn.Linear(2, 2)
-    trackers.append(PostHocEMA.from_model(model, f"{folder}/{name}", update_every=1))
-    trackers[-1].update_(model)
-own, sent, disk = files.system.fsync, [], threading.Lock()
-
-def slow(descriptor):  # one after the other, each until its interrupt is answered
-    with disk:
-        if len(sent) < interrupts:
-            said = os.fstat(2).st_size
-            sent.append(os.kill(os.getpid(), signal.SIGINT))
-            while os.fstat(2).st_size == said:
-                time.sleep(0.01)
-    own(descriptor)
-
-files.system.fsync = slow
-"""
+INTERRUPTED = forked.program("interrupted_end")
 
 
 def test_an_interrupt_while_the_exit_writes_loses_nothing(tmp_path):
@@ -153,23 +131,7 @@ def test_a_second_interrupt_while_the_exit_writes_says_what_is_lost(tmp_path):
     assert "are lost" in done.err
 
 
-FORKED = """
-import multiprocessing
-import sys
-import torch
-from posthoc_cli import PostHocEMA
-
-def train():
-    model = torch.nn.Linear(2, 2)
-    tracker = PostHocEMA.from_model(model, sys.argv[1], update_every=1, checkpoint_every=3)
-    for _ in range(10):
-        tracker.update_(model)
-
-child = multiprocessing.get_context("fork").Process(target=train)
-child.start()
-child.join()
-sys.exit(child.exitcode)
-"""
+FORKED = forked.program("forked_end")
 
 
 def test_a_child_that_multiprocessing_forks_writes_its_last_snapshot(tmp_path):
