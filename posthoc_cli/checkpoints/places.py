@@ -59,6 +59,7 @@ from posthoc_cli.errors import (
 from posthoc_cli.profiles import FloatArray
 from posthoc_cli.snapshots.directory import MANIFEST, SUPERSEDED, is_import, is_snapshot_name
 from posthoc_cli.snapshots.opened_file import named_on_error
+from posthoc_cli.snapshots.tensorfile import KeptOpen
 
 _STATE_FOLDER = re.compile(r"[-_]states?$|^states?$")
 _PARTITION = re.compile(
@@ -92,12 +93,15 @@ class NothingHereError(DirectoryError):
 class Place:
     """A folder, a file or a glob, and the checkpoints there, each opened once."""
 
-    def __init__(self, name: str | Path, look: files.Look | None = None) -> None:
+    def __init__(
+        self, name: str | Path, look: files.Look | None = None, kept: KeptOpen | None = None
+    ) -> None:
+        """`kept` keeps files open that are read several times; without it they are closed."""
         self.name = name
         self._look = look or files.Look()
         self.notes = list[str]()
         self.runs = list[Path]()  # folders of snapshots
-        self._reader = Reader()
+        self._reader = Reader(kept or KeptOpen(most=0))
         self.states = list[Path]()  # folders with a time that hold the state of a training alone
         self.outputs = list[Path]()  # of this package, beside a model
         self.trackers = list[TrackerState]()  # of what was opened
