@@ -231,7 +231,7 @@ LOADING = {
 }
 HARMLESS = {"json.loads", "load_file"}
 """Loaders that execute no code: of JSON, and of safetensors (used by the demo)."""
-INERT = {"super().load", "inner.load", "_Machine(file, begin, end, budget, archive).load"}
+INERT = {"super().load", "inner.load", "machine.load"}
 """Calls of the interpreter of pickles, which finds no class: `test_hostile_checkpoints`."""
 
 

@@ -1,8 +1,10 @@
 """How often each command opens a file and lists a folder: what is known is not read again."""
 
+import resource
 from collections import Counter
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from factories import random_walk
@@ -10,6 +12,11 @@ from safetensors.torch import save_file
 from tracker.runs import Training, track
 
 from posthoc_cli import Run, files, import_checkpoints
+from posthoc_cli.errors import FileFormatError
+from posthoc_cli.reconstruction import Problem
+from posthoc_cli.snapshots.sampling import read_elements
+from posthoc_cli.snapshots.source import ElementRange
+from posthoc_cli.snapshots.sources import use
 
 
 class Counts:
@@ -83,10 +90,10 @@ def sweep(run):
 
 MOST = {
     "own": {"facts": 1, "average": 2, "curve": 1, "sweep": 1},
-    ".pt": {"facts": 2, "average": 4, "curve": 3, "sweep": 4},
-    ".safetensors": {"facts": 3, "average": 5, "curve": 4, "sweep": 5},
-    "both": {"facts": 3, "average": 6, "curve": 5, "sweep": 7},
-    "import": {"facts": 1, "average": 4, "curve": 3, "sweep": 5},
+    ".pt": {"facts": 1, "average": 2, "curve": 2, "sweep": 2},
+    ".safetensors": {"facts": 2, "average": 3, "curve": 3, "sweep": 3},
+    "both": {"facts": 1, "average": 2, "curve": 2, "sweep": 2},
+    "import": {"facts": 1, "average": 2, "curve": 2, "sweep": 2},
 }
 """The most opens of a file by kind and command; in a sweep besides one for each average."""
 CALLS = {
@@ -116,3 +123,102 @@ def test_a_second_plan_opens_nothing(folder, monkeypatch):
     run.plan([0.1, 0.2], t=150)
     run.error_curve()
     assert not counts.opened
+
+
+def test_averages_of_one_time_are_solved_from_one_factorisation(tmp_path, monkeypatch):
+    training = Training()
+    with track(training.model, tmp_path, checkpoint_every=20) as tracker:
+        training.run(100, tracker)
+    alone = [Run(tmp_path).plan(width).coefficients for width in (0.1, 0.2)]
+    run = Run(tmp_path)
+    made = mock.Mock(side_effect=Problem.__init__)
+    monkeypatch.setattr(Problem, "__init__", lambda *arguments: made(*arguments))
+    together = [run.plan(width).coefficients for width in (0.1, 0.2)]
+    assert made.call_count == 1
+    run.plan(0.1, t=60)
+    assert made.call_count == 2
+    assert all(np.array_equal(one, other) for one, other in zip(alone, together, strict=True))
+
+
+def test_the_elements_of_a_sample_are_read_by_few_requests(tmp_path, monkeypatch):
+    """Small tensors of several dtypes, apart or next to each other, and a large one of which two
+    ranges far from each other are read."""
+    walk = torch.Generator().manual_seed(0)
+    dtypes = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
+    tensors = {}
+    for number in range(48):
+        values = torch.randn(5 + number, generator=walk)
+        tensors[f"layers.{number}.w"] = values.to(dtypes[number % 4])
+    tensors["large"] = torch.randn(1_000_000, generator=walk)
+    torch.save({"step": 10, "model": tensors}, tmp_path / "step10.pt")
+    source, *_ = Run(tmp_path).sources
+    ranges = [ElementRange(name, 1, 5) for name in reversed(tensors)]
+    ranges.append(ElementRange("large", 900_000, 900_100))
+    reads = Counter()
+    system = files.FileSystem()
+    watched = mock.Mock(wraps=system)
+
+    def read(descriptor, view, offset):
+        reads["bytes"] += len(view)
+        reads["requests"] += 1
+        return system.read(descriptor, view, offset)
+
+    watched.read = read
+    monkeypatch.setattr(files, "system", watched)
+    values = read_elements(source, ranges)
+    expected = [tensors[name][begin:end].double() for name, begin, end in ranges]
+    assert np.array_equal(values, torch.cat(expected).numpy())
+    assert reads["requests"] <= 4
+    assert reads["bytes"] < 100_000
+
+
+def test_no_more_files_stay_open_than_a_quarter_of_those_that_a_process_may_open(
+    tmp_path, monkeypatch
+):
+    count = 30
+    for step in range(1, count + 1):
+        torch.save({"step": step, "model": {"w": torch.randn(3)}}, tmp_path / f"step{step}.pt")
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (40, 40))
+    system = files.FileSystem()
+    now = set()
+    most = Counter()
+    watched = mock.Mock(wraps=system)
+
+    def opening(path):
+        descriptor = system.open(path)
+        now.add(descriptor)
+        most["open"] = max(most["open"], len(now))
+        return descriptor
+
+    def closing(descriptor):
+        now.remove(descriptor)
+        system.close(descriptor)
+
+    watched.open = opening
+    watched.close = closing
+    monkeypatch.setattr(files, "system", watched)
+    run = Run(tmp_path)
+    assert len(run.sources) == count
+    assert most["open"] == 10 + 1  # and the one that is read
+    assert not now
+    curve = run.error_curve()
+    assert curve is not None
+    assert not now
+
+
+def test_a_file_that_is_changed_while_it_is_kept_open_is_refused(tmp_path):
+    for step in (1, 2, 3):
+        torch.save({"step": step, "model": {"w": torch.randn(3)}}, tmp_path / f"step{step}.pt")
+    sources = Run(tmp_path).sources
+    first = sources[0]
+
+    def work(sources):
+        expected = first.values("w", 0, 3)
+        path = tmp_path / "step1.pt"
+        path.write_bytes(path.read_bytes()[::-1])
+        first.values("w", 0, 3)
+        return expected
+
+    with pytest.raises(FileFormatError, match="was changed while it was being read"):
+        use(sources, work)
+    assert first.files[0].handle.file is None

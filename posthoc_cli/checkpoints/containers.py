@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posthoc_cli.checkpoints.pickles import Keys, read_tensors
+from posthoc_cli.checkpoints.pickles import Keys, Programs, read_tensors
 from posthoc_cli.errors import FileFormatError, UnsuitableError
 from posthoc_cli.files import is_url
 from posthoc_cli.snapshots.directory import PICKLES
@@ -36,11 +36,11 @@ class Container:
 
     name: str
     endings: tuple[str, ...]
-    read: Callable[[OpenedFile], Leaves] | None = None
+    read: Callable[[OpenedFile, Programs], Leaves] | None = None
     magic: tuple[bytes, ...] = ()  # first bytes, by which files with other endings are known
 
 
-def _read_safetensors(file: OpenedFile) -> Leaves:
+def _read_safetensors(file: OpenedFile, _: Programs) -> Leaves:
     header = decode_file(file)
     if header.kind == "snapshot":
         reason = "is a snapshot of this package, not a checkpoint"
@@ -53,8 +53,8 @@ def _read_safetensors(file: OpenedFile) -> Leaves:
     return leaves
 
 
-def _read_pickle(file: OpenedFile) -> Leaves:
-    leaves: Leaves = read_tensors(file)
+def _read_pickle(file: OpenedFile, programs: Programs) -> Leaves:
+    leaves: Leaves = read_tensors(file, programs)
     _, mark = find_mark(file)
     if mark:
         leaves[MARK,] = mark
@@ -145,8 +145,9 @@ def container_by_bytes(file: OpenedFile) -> Container | None:
     return None
 
 
-def read_leaves(file: OpenedFile) -> Leaves:
-    """Read what a file holds; raise UnsuitableError for a file of another framework.
+def read_leaves(file: OpenedFile, programs: Programs) -> Leaves:
+    """Read what a file holds; raise UnsuitableError for a file of another framework. `programs` are
+    those of pickles that were read before.
 
     A file whose first bytes are of no known kind is read as its name says, or as a pickle: the
     reader says what is wrong with it.
@@ -155,10 +156,10 @@ def read_leaves(file: OpenedFile) -> Leaves:
     if row is None or row.read is not None:
         row = container_by_bytes(file) or row
     if row is None:
-        return _read_pickle(file)
+        return _read_pickle(file, programs)
     if row.read is None:
         raise foreign_error(file.path, row)
-    return row.read(file)
+    return row.read(file, programs)
 
 
 def foreign_error(path: Path, row: Container) -> UnsuitableError:

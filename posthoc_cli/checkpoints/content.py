@@ -11,17 +11,17 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
-
 from posthoc_cli import files
 from posthoc_cli.checkpoints.containers import ENDINGS, Leaves, find_container, read_leaves
 from posthoc_cli.checkpoints.folders import (
     NO_MODEL,
+    PART,
     Distributed,
     Layout,
     OneFile,
@@ -29,17 +29,18 @@ from posthoc_cli.checkpoints.folders import (
     Refused,
     Sets,
     Shards,
+    missing_parts,
 )
-from posthoc_cli.checkpoints.pickles import Keys, Node, read_pickled
+from posthoc_cli.checkpoints.pickles import Keys, Node, Programs, read_pickled
 from posthoc_cli.checkpoints.trackers import TENSORS, VALUES, TrackerState, find_trackers
-from posthoc_cli.errors import FileFormatError, list_first, quote
+from posthoc_cli.errors import FileFormatError, UnsuitableError, list_first, quote
 from posthoc_cli.snapshots.boxes import Box, cover_problem
 from posthoc_cli.snapshots.entry import Entry, decode_values, is_sizes
 from posthoc_cli.snapshots.opened_file import OpenedFile, read_small_file, sampled_identity
 from posthoc_cli.snapshots.output_mark import MARK, OutputMark, decode_mark, find_mark
 from posthoc_cli.snapshots.outputs import decode_index
 from posthoc_cli.snapshots.strict_json import parse_object
-from posthoc_cli.snapshots.tensorfile import TensorFile
+from posthoc_cli.snapshots.tensorfile import KeptOpen, TensorFile
 
 # --- tensors
 
@@ -157,11 +158,14 @@ its tensors the chunks begin that the file holds."""
 
 
 class Reader:
-    """Reads checkpoints; a file that belongs to several layouts is opened once."""
+    """Reads checkpoints; a file that belongs to several layouts is read once. What it opens is kept
+    open for further reads as `kept` says."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept: KeptOpen) -> None:
+        self._kept = kept
         self._files = dict[Path, Content]()
         self._models = dict[Layout, Content]()
+        self._programs = Programs()
 
     def open(self, path: Path, layout: Layout) -> Content:
         """Open the checkpoint at a path, which is as `layout` says; raise FileFormatError if it
@@ -180,7 +184,7 @@ class Reader:
         if isinstance(layout, Refused):
             raise layout.error
         if isinstance(layout, Distributed):
-            return _read_distributed(layout.path, opened)
+            return _read_distributed(layout.path, opened, self._kept)
         if isinstance(layout, Sets):
             return self._read_sets(layout, opened)
         if layout not in self._models:
@@ -192,7 +196,7 @@ class Reader:
     def read_file(self, path: Path) -> Content:
         """Read what a file holds, which may be a part of a model."""
         if path not in self._files:
-            self._files[path] = _read_file(path)
+            self._files[path] = _read_file(path, self._programs, self._kept)
         return self._files[path]
 
     def _read_model(self, layout: OneFile | Shards | Parts) -> Content:
@@ -205,7 +209,9 @@ class Reader:
         tensors = {}
         mark = None
         opened = {index: identify(index)}
-        for name, listed in decode_index(index, ENDINGS).items():
+        shards = decode_index(index, ENDINGS)
+        _check_complete(index, shards)
+        for name, listed in shards.items():
             shard = self.read_file(index.parent / name)
             whole = _join([shard]).tensors
             for tensor in listed:
@@ -239,6 +245,19 @@ class Reader:
             trackers += [state.below(key) for state in content.trackers]
             marks.append(content.mark)
         return Content(layout.path, tensors, values, opened, tuple(trackers), _mark_of_all(marks))
+
+
+def _check_complete(index: Path, shards: Iterable[str]) -> None:
+    """Raise UnsuitableError for an index that names a part of a model, and not all others."""
+    by_model = dict[tuple[str, str], list[str]]()
+    for name in shards:
+        if match := PART.search(name):
+            by_model.setdefault((PART.sub("", name), match["total"]), []).append(name)
+    for names in by_model.values():
+        if missing := missing_parts(names):
+            listed = list_first(map(str, missing))
+            reason = f"names some parts of a model, and not those with the numbers {listed}"
+            raise UnsuitableError(index, reason, "write the model again")
 
 
 def _mark_of_all(marks: Sequence[OutputMark | None]) -> OutputMark | None:
@@ -293,13 +312,15 @@ def _read_settings(folders: Iterable[Path], name: str, opened: Files) -> Values:
     return values
 
 
-def _read_file(path: Path) -> Content:
+def _read_file(path: Path, programs: Programs, kept: KeptOpen) -> Content:
     values = Values()
     tensors = {}
-    with OpenedFile(path) as file:
-        leaves = read_leaves(file)
+    with ExitStack() as stack:
+        file = stack.enter_context(OpenedFile(path))
+        leaves = read_leaves(file, programs)
         mark = decode_mark(leaves.get((MARK,)), path)
         offsets = _read_offsets(path, leaves)
+        counts = _read_counters(file, leaves)
         for keys, value in leaves.items():
             name = ".".join(keys)
             if isinstance(value, Node):
@@ -308,17 +329,24 @@ def _read_file(path: Path) -> Content:
                 refuse = partial(refuse_tensor, path, name, problem)
                 tensors[name] = StoredTensor(keys, (), refuse)
             elif isinstance(value, Entry):
-                box = Box.full(value.shape)
+                find_chunks = partial(_find_whole, path, value)
                 if offsets is not None:
                     box = _find_box(path, name, offsets, value)
-                chunk = StoredChunk(path, value, box)
-                tensors[name] = StoredTensor(keys, value.shape, partial(tuple, [chunk]))
-                if value.size == 1 and _last_part(name) in COUNTERS:
-                    values[name] = _read_number(file, value)
+                    find_chunks = partial(tuple, [StoredChunk(path, value, box)])
+                tensors[name] = StoredTensor(keys, value.shape, find_chunks)
+                if keys in counts:
+                    values[name] = counts[keys]
             else:
                 values[name] = value
-        content = Content(path, tensors, values, {path: _identify(file)}, mark=mark)
+        identified = _identify(file)
+        content = Content(path, tensors, values, {path: identified}, mark=mark)
+        if kept.take(identified, file):
+            stack.pop_all()
     return _without_trackers(content)
+
+
+def _find_whole(path: Path, entry: Entry) -> tuple[StoredChunk, ...]:
+    return (StoredChunk(path, entry, Box.full(entry.shape)),)
 
 
 def _without_trackers(content: Content) -> Content:
@@ -354,11 +382,22 @@ def _identify(file: OpenedFile) -> TensorFile:
     return TensorFile(file.path, {}, file.stamp, checksum=sampled_identity(file))
 
 
-def _read_number(file: OpenedFile, entry: Entry) -> float:
-    """Read the value of a tensor of one element."""
-    content = file.read_at(entry.nbytes, entry.begin)
-    raw = np.frombuffer(content, np.uint8)
-    return float(decode_values(raw, entry.dtype)[0])
+def _read_counters(file: OpenedFile, leaves: Leaves) -> dict[Keys, float]:
+    """Read the values of the tensors of one element that count something, such as the step of each
+    parameter of an optimizer, together."""
+    counters = {}
+    for keys, entry in leaves.items():
+        if isinstance(entry, Entry) and entry.size == 1 and _last_part(keys[-1]) in COUNTERS:
+            counters[keys] = entry
+    spans = [(entry.begin, entry.begin + entry.nbytes) for entry in counters.values()]
+    data = file.read_spans(spans)
+    values = {}
+    at = 0
+    for keys, entry in counters.items():
+        end = at + entry.nbytes
+        values[keys] = float(decode_values(data[at:end], entry.dtype)[0])
+        at = end
+    return values
 
 
 # --- the parts of a model
@@ -429,7 +468,7 @@ def _state(value: Any) -> Values:
     return {}
 
 
-def _read_distributed(metadata: Path, opened: Files) -> Content:
+def _read_distributed(metadata: Path, opened: Files, kept: KeptOpen) -> Content:
     with OpenedFile(metadata) as file:
         state = _state(read_pickled(file, 0, file.size))
         _, mark = find_mark(file)
@@ -438,7 +477,7 @@ def _read_distributed(metadata: Path, opened: Files) -> Content:
     stored = state.get("storage_data")
     if not (isinstance(listed, dict) and isinstance(stored, dict)):
         raise FileFormatError(metadata, "is not the metadata of torch.distributed.checkpoint")
-    objects = _Objects(metadata, stored, opened)
+    objects = _Objects(metadata, stored, opened, kept)
     tensors = {}
     values = {}
     for name, described in listed.items():
@@ -487,6 +526,7 @@ class _Objects:
     metadata: Path
     stored: Mapping[Any, Any]  # places in files, by objects with the name and the offset
     files: Files
+    kept: KeptOpen
 
     @cached_property
     def places(self) -> dict[_Index, Values]:
@@ -539,9 +579,10 @@ class _Objects:
         """Return the file and the object with a name and an offset, or with the name alone."""
         path, begin, end = self._find(name, offset)
         hint = f"move {path.parent} away to leave it out"
-        with OpenedFile(path) as file:
-            if path not in self.files:
-                self.files[path] = _identify(file)
+        if path not in self.files:
+            self.files[path] = identify(path)
+            self.kept.keep(self.files[path])
+        with self.files[path].opened() as file:
             if end > file.size:
                 refuse_tensor(path, name, "truncated: it would end beyond the file", hint)
             if self.nbytes[path.name] > file.size:

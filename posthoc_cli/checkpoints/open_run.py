@@ -60,6 +60,7 @@ from posthoc_cli.snapshots.output_info import AVERAGE_OF_TWO
 from posthoc_cli.snapshots.selection import check_globs
 from posthoc_cli.snapshots.source import by_time, model_difference
 from posthoc_cli.snapshots.sources import Sources
+from posthoc_cli.snapshots.tensorfile import KeptOpen
 
 log = logging.getLogger(__name__)
 
@@ -108,21 +109,23 @@ def find(
             reason = "is a setting of imports, and this is one: give it the files' folder instead"
             raise InvalidValueError(setting, reason, value=value)
         return _open_import(path, look)
-    places = {str(name): Place(name, look)}  # each file of them is opened once
+    with KeptOpen() as kept:
+        place = Place(name, look, kept)
+        places = {str(name): place}  # each file of them is read once
 
-    def attempt(name: str | Path, values: Mapping[str, Any]) -> _Found:
-        place = places.setdefault(str(name), Place(name))
-        settings = ImportSettings(**values)
-        if settle or values != given:  # a line to paste, which is an import
-            return _read_with_decays(place, settings)
-        return _read(place, settings, is_unclaimed=True)
+        def attempt(name: str | Path, values: Mapping[str, Any]) -> _Found:
+            place = places.setdefault(str(name), Place(name, kept=kept))
+            settings = ImportSettings(**values)
+            if settle or values != given:  # a line to paste, which is an import
+                return _read_with_decays(place, settings)
+            return _read(place, settings, is_unclaimed=True)
 
-    try:
-        found = with_command(name, given, attempt)
-    except PostHocError:  # which has no sources that hold them
-        for notice in places[str(name)].tracker_notes:
-            log.info("%s: %s", name, notice)
-        raise
+        try:
+            found = with_command(name, given, attempt)
+        except PostHocError:  # which has no sources that hold them
+            for notice in place.tracker_notes:
+                log.info("%s: %s", name, notice)
+            raise
     return Sources(
         path,
         tuple(found.checkpoints),
@@ -130,7 +133,7 @@ def find(
         settings=found.settings.given,
         numbers=found.numbers,
         notes=found.notes,
-        notices=(*places[str(name)].tracker_notes, *found.notices),
+        notices=(*place.tracker_notes, *found.notices),
         findings=found.findings if settle else (),
     )
 

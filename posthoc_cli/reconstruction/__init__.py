@@ -27,6 +27,7 @@ from posthoc_cli.reconstruction.solving import (
     Eliminator,
     Problem,
     Reconstruction,
+    Solver,
     check_method,
     choose_evenly,
     lost_gain,
@@ -36,7 +37,7 @@ from posthoc_cli.reconstruction.solving import (
 
 __all__ = [
     "ASSUMED", "MEASURED", "METHODS", "MOST_SOLVED", "ROUNDING", "SAMPLED", "Distance",
-    "Eliminator", "Measurements", "Motion", "Prior", "Problem", "Reconstruction", "Sketch", "Steps",
-    "StoredAverage", "assumed_prior", "check_method", "choose_evenly", "lost_gain",
-    "measured_prior", "one_blas_thread", "reconstruct", "relative_width", "seen_from",
+    "Eliminator", "Measurements", "Motion", "Prior", "Problem", "Reconstruction", "Sketch",
+    "Solver", "Steps", "StoredAverage", "assumed_prior", "check_method", "choose_evenly",
+    "lost_gain", "measured_prior", "one_blas_thread", "reconstruct", "relative_width", "seen_from",
 ]  # fmt: skip

@@ -163,20 +163,7 @@ def reconstruct(
         t = min(wished, default=last)
     if last > t:
         raise InvalidValueError("snapshots", "must be at or before the time of the target")
-    prior = prior or assumed_prior(snapshots)
-    solver = _Solver(snapshots, prior, t, method)
-    coefficients = np.zeros((len(snapshots), len(targets)))
-    profile_errors = np.zeros(len(targets))
-    predicted_errors = np.zeros(len(targets))
-    distances = np.zeros(len(targets))
-    # One at a time, so that no bit of a target's coefficients depends on the other targets.
-    for k, target in enumerate(targets):
-        solution = solver.solve(target)
-        coefficients[:, k] = solution.coefficients
-        profile_errors[k] = solution.profile_error
-        predicted_errors[k] = solution.predicted_error
-        distances[k] = solution.distance
-    return Reconstruction(coefficients, profile_errors, predicted_errors, distances, prior)
+    return Solver(snapshots, prior or assumed_prior(snapshots), t, method).reconstruct(targets)
 
 
 def _check_profiles(
@@ -234,8 +221,9 @@ class _Solution(NamedTuple):
     distance: float
 
 
-class _Solver:
-    """Both methods for the snapshots of a run."""
+class Solver:
+    """Both methods for the snapshots of a run, with one factorisation for all targets at a time;
+    see `reconstruct` for the arguments."""
 
     def __init__(
         self,
@@ -262,13 +250,32 @@ class _Solver:
         else:
             self._gains = _GAIN
 
+    def reconstruct(self, targets: Sequence[Profile | FloatArray]) -> Reconstruction:
+        """Find the coefficients of the snapshots that reconstruct each target."""
+        problem = self.problem
+        _check_profiles(problem.snapshots, targets)
+        coefficients = np.zeros((len(problem.snapshots), len(targets)))
+        profile_errors = np.zeros(len(targets))
+        predicted_errors = np.zeros(len(targets))
+        distances = np.zeros(len(targets))
+        # One at a time, so that no bit of a target's coefficients depends on the other targets.
+        for k, target in enumerate(targets):
+            solution = self._solve(target)
+            coefficients[:, k] = solution.coefficients
+            profile_errors[k] = solution.profile_error
+            predicted_errors[k] = solution.predicted_error
+            distances[k] = solution.distance
+        return Reconstruction(
+            coefficients, profile_errors, predicted_errors, distances, problem.prior
+        )
+
     @cached_property
     def published(self) -> Published:
         problem = self.problem
         return Published(problem.snapshots, problem.prior, self._t)
 
     @np.errstate(under="ignore")  # of negligible masses, also where a program lets NumPy raise
-    def solve(self, target: Profile | FloatArray) -> _Solution:
+    def _solve(self, target: Profile | FloatArray) -> _Solution:
         problem = self.problem
         if isinstance(target, np.ndarray):
             rhs = problem.combine(target)

@@ -8,9 +8,12 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from posthoc_cli import files
@@ -22,6 +25,11 @@ if TYPE_CHECKING:
 
 # requests to a store, or blocks to verify, at a time: they wait more than they compute
 THREADS = 16
+SHORTER = "became shorter while it was read"
+_NEAR = 16_384  # bytes: reading so many more takes about as long as a further request
+_TOGETHER = 4_000_000  # most bytes that are read together, but for a single longer span
+Span = tuple[int, int]
+"""Where bytes begin and end in a file."""
 S = TypeVar("S")
 
 T = TypeVar("T")
@@ -110,6 +118,27 @@ class OpenedFile:
         count = self.read_into(memoryview(buffer), offset)
         return bytes(buffer[:count])
 
+    def fill(self, view: memoryview, offset: int) -> None:
+        """Fill `view` with bytes from an offset on; raise FileFormatError if there are fewer."""
+        if self.read_into(view, offset) < len(view):
+            raise FileFormatError(self.path, SHORTER)
+
+    def read_spans(self, spans: Sequence[Span]) -> npt.NDArray[np.uint8]:
+        """Read ranges of bytes, end to end, those near each other by one request; raise
+        FileFormatError if the file ends before one of them."""
+        places = [*accumulate((end - begin for begin, end in spans), initial=0)]
+        data = np.empty(places[-1], np.uint8)
+        view = data.data
+        for group in _group_near(spans):
+            first, _ = spans[group[0]]
+            last = max(spans[index][1] for index in group)
+            piece = np.empty(last - first, np.uint8).data
+            self.fill(piece, first)
+            for index in group:
+                begin, end = spans[index]
+                view[places[index] : places[index + 1]] = piece[begin - first : end - first]
+        return data
+
     def close(self) -> None:
         if self.remote:
             self.remote.close()
@@ -121,6 +150,24 @@ class OpenedFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _group_near(spans: Sequence[Span]) -> Iterator[list[int]]:
+    """Yield the indices of spans that are read together, in their order in the file."""
+    group = list[int]()
+    first = last = 0
+    for index in sorted(range(len(spans)), key=spans.__getitem__):
+        begin, end = spans[index]
+        if group and (begin - last > _NEAR or end - first > _TOGETHER):
+            yield group
+            group = []
+        if not group:
+            first = begin
+            last = end
+        group.append(index)
+        last = max(last, end)
+    if group:
+        yield group
 
 
 def read_small_file(path: Path, most: int) -> bytes:

@@ -16,6 +16,7 @@ import math
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain, groupby, pairwise
@@ -24,8 +25,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.profiles import Discrete, FloatArray, StoredProfile
 from posthoc_cli.reconstruction import Distance, Measurements
+from posthoc_cli.snapshots.entry import decode_values
 from posthoc_cli.snapshots.source import (
     ElementRange,
     Source,
@@ -33,6 +36,7 @@ from posthoc_cli.snapshots.source import (
     by_time,
     expected_roundings,
     finite_values,
+    is_exact,
     series_key,
 )
 
@@ -122,7 +126,9 @@ def sample_values(sources: Sequence[Source]) -> Sampling:
     sampling = Sampling()
     ranges = _sampled_ranges(sources[0]) if sources else []
     for _, at_time in groupby(by_time(sources), key=lambda source: source.t):
-        sampling.add([_read(source, ranges) for source in at_time])
+        with ExitStack() as stack:
+            sources_at_time = [*map(stack.enter_context, at_time)]  # which may share a file
+            sampling.add([_read(source, ranges) for source in sources_at_time])
     return sampling
 
 
@@ -249,8 +255,12 @@ def _step(sample: _Sample, before: Sequence[_Sample]) -> _Step:
 def _are_apart(sample: _Sample, other: _Sample) -> bool:
     """Return whether most elements belong to tensors whose squared distance is nearer to the sum of
     the squared norms, as between different networks, than to 0."""
-    motion = np.add.reduceat((sample.values - other.values) ** 2, sample.starts)
-    norms = np.add.reduceat(sample.values**2 + other.values**2, sample.starts)
+    moves = sample.values - other.values
+    moves *= moves  # in place, as in `Sampling._squares`
+    motion = np.add.reduceat(moves, sample.starts)
+    squares = sample.values**2
+    squares += np.square(other.values, out=moves)
+    norms = np.add.reduceat(squares, sample.starts)
     sizes = np.diff(sample.starts, append=sample.values.size)
     apart = sizes[2 * motion > norms]
     return bool(2 * apart.sum() > sizes.sum())
@@ -334,10 +344,38 @@ def read_elements(
     values = np.empty(sum(end - begin for _, begin, end in ranges))
     at = 0
     with source:
+        together = _read_together(source, ranges)
+        if together is not None and (read is not finite_values or np.isfinite(together).all()):
+            return together
         for name, begin, end in ranges:
             values[at : at + end - begin] = read(source, name, begin, end)
             at += end - begin
     return values
+
+
+def _read_together(source: StoredTensors, ranges: Sequence[ElementRange]) -> FloatArray | None:
+    """Read ranges by few requests; None if tensors are in several chunks, or in another order than
+    row-major."""
+    file, *more = source.files
+    if more or file.boxes:
+        return None
+    spans = []
+    dtypes = []
+    for name, begin, end in ranges:
+        entry = file.entries[name]
+        if entry.strides:
+            return None
+        size = ITEM_BYTES[entry.dtype]
+        spans.append((entry.begin + begin * size, entry.begin + end * size))
+        dtypes.append(entry.dtype)
+    data = file.read_spans(spans)
+    parts = []
+    at = 0
+    for dtype, alike in groupby(zip(dtypes, spans, strict=True), key=lambda pair: pair[0]):
+        end = at + sum(last - first for _, (first, last) in alike)
+        parts.append(decode_values(data[at:end], dtype))
+        at = end
+    return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0), *parts])
 
 
 def estimate_roundings(
@@ -349,9 +387,9 @@ def estimate_roundings(
     for name, begin, end in ranges:
         elements = slice(at, at + end - begin)
         stored = source.entries[name].dtype
-        expected = expected_roundings(values[elements], stored, source.tensors[name].dtype)
-        if expected.any():
-            roundings[elements] = expected
+        own = source.tensors[name].dtype
+        if not is_exact(stored, own):
+            roundings[elements] = expected_roundings(values[elements], stored, own)
         at = elements.stop
     return roundings
 

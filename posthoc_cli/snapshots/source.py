@@ -322,6 +322,12 @@ def spacing(
     return np.asarray(spacings)
 
 
+def is_exact(stored: str, own: str) -> bool:
+    """Return whether a dtype holds averages of a model's dtype as they are computed."""
+    exact = DTYPES["F64" if own == "F64" else "F32"]
+    return DTYPES[stored].mantissa_bits >= exact.mantissa_bits
+
+
 def expected_roundings(values: FloatArray, stored: str, own: str) -> FloatArray:
     """Estimate the expected squared rounding error of each value that was rounded to nearest.
 
@@ -335,7 +341,7 @@ def expected_roundings(values: FloatArray, stored: str, own: str) -> FloatArray:
     this dtype, which move by whole spacings or not at all, so that no file distinguishes them.
     """
     dtype = DTYPES[stored]
-    if dtype.mantissa_bits >= DTYPES["F64" if own == "F64" else "F32"].mantissa_bits:
+    if is_exact(stored, own):
         return np.broadcast_to(0.0, values.shape)
     roundings = np.zeros(values.shape)
     rounded = values != 0

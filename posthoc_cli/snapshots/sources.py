@@ -29,6 +29,7 @@ from posthoc_cli.reconstruction import (
     MEASURED,
     SAMPLED,
     Prior,
+    Solver,
     StoredAverage,
     choose_evenly,
     measured_prior,
@@ -37,6 +38,7 @@ from posthoc_cli.run_clock import Clock, EpochClock
 from posthoc_cli.snapshots.entry import Entry
 from posthoc_cli.snapshots.sampling import sample_values
 from posthoc_cli.snapshots.source import PathSketch, Source, by_time
+from posthoc_cli.snapshots.tensorfile import KeptOpen, TensorFile
 from posthoc_cli.targets import Mean
 
 log = logging.getLogger(__name__)
@@ -68,6 +70,7 @@ class Sources(Sequence[Source]):
     notices: tuple[str, ...] = ()  # what is not used, as is meant
     findings: tuple[str, ...] = ()  # what other programs' files hold, and how decays were found
     _priors: dict[tuple[int, ...], _KnownPrior] = field(default_factory=dict)
+    _solvers: dict[tuple[Any, ...], Solver] = field(default_factory=dict)  # the last one
 
     @classmethod
     def of(cls, items: Iterable[Source], place: Path | None = None) -> Sources:
@@ -201,6 +204,16 @@ class Sources(Sequence[Source]):
             self._priors[key] = _make_prior([self.items[index] for index in key])
         return self._priors[key].prior
 
+    def solver(self, choice: Choice, method: str) -> Solver:
+        """Make the solver of a choice; the last one is kept, as a search asks for many targets."""
+        key = choice.usable, choice.later, choice.t, method
+        solver = self._solvers.get(key)
+        if solver is None:
+            solver = Solver(choice.profiles, choice.prior, choice.t, method)
+            self._solvers.clear()
+            self._solvers[key] = solver
+        return solver
+
     @property
     def doubts(self) -> tuple[str, ...]:
         """What the values that priors were made from say against the files being of one run."""
@@ -210,6 +223,15 @@ class Sources(Sequence[Source]):
         return (*doubts,)
 
     # --- the place
+
+    @property
+    def files(self) -> list[TensorFile]:
+        """The files of all sources, each once."""
+        by_handle = {}
+        for source in self.items:
+            for file in source.files:
+                by_handle[id(file.handle)] = file
+        return [*by_handle.values()]
 
     def again(self) -> Sources:
         """Read the place again."""
@@ -366,6 +388,9 @@ class Readable(Protocol):
     @property
     def identity(self) -> str: ...
 
+    @property
+    def files(self) -> Iterable[TensorFile]: ...
+
     def again(self: R) -> R: ...
 
 
@@ -380,11 +405,14 @@ def use(sources: R, work: Callable[[R], T], renew: Callable[[R], object] = lambd
     Readers take no lock, so a tracker may thin away snapshots that were read. Open files stay
     readable when they are removed, and all are opened before they are used. `work` must leave
     nothing when it raises an error. `renew` is called with what was read again; if that is the
-    same, the error is raised: nothing was thinned.
+    same, the error is raised: nothing was thinned. While `work` goes on, what it opens stays open.
     """
     for _ in range(ATTEMPTS - 1):
         try:
-            return work(sources)
+            with KeptOpen() as kept:
+                for file in sources.files:
+                    kept.keep(file)
+                return work(sources)
         except VanishedError as error:
             newer = sources.again()
             if newer.identity == sources.identity:

@@ -30,6 +30,7 @@ the file, and the tensor or key.
 from __future__ import annotations
 
 import math
+import resource
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -46,7 +47,7 @@ from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.errors import FileFormatError, count_noun, quote
 from posthoc_cli.snapshots.boxes import Box
 from posthoc_cli.snapshots.entry import MAX_TENSORS, Entry, is_sizes
-from posthoc_cli.snapshots.opened_file import OpenedFile, in_turn
+from posthoc_cli.snapshots.opened_file import SHORTER, OpenedFile, Span, in_turn
 from posthoc_cli.snapshots.strict_json import parse_object, require
 
 SUFFIX = ".safetensors"
@@ -76,8 +77,52 @@ class Handle:
     lock: threading.RLock = field(default_factory=threading.RLock)
     file: OpenedFile | None = None
     users: int = 0
+    keepers: int = 0  # while there are any, it stays open between its users
     # the last tensor that is stored in another order, and its bytes in row-major order
     reordered: tuple[Entry, npt.NDArray[np.uint8]] | None = None
+
+    def close_unused(self) -> None:
+        """Close the file if nobody uses or keeps it."""
+        file = self.file
+        if file is not None and not (self.users or self.keepers):
+            self.file = None
+            self.reordered = None
+            file.close()
+
+
+class KeptOpen:
+    """Files that stay open between those who read them, while this is, as a context manager: so
+    many at `most`, by default a quarter of those that the process may open."""
+
+    def __init__(self, most: int | None = None) -> None:
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._most = limit // 4 if most is None else most
+        self._handles = list[Handle]()
+
+    def keep(self, file: TensorFile) -> None:
+        """Keep a file once it is opened."""
+        handle = file.handle
+        if len(self._handles) < self._most:
+            with handle.lock:
+                handle.keepers += 1
+            self._handles.append(handle)
+
+    def take(self, file: TensorFile, opened: OpenedFile) -> bool:
+        """Take what is opened for the file, and keep it; return False if there are too many."""
+        if len(self._handles) >= self._most:
+            return False
+        file.handle.file = opened
+        self.keep(file)
+        return True
+
+    def __enter__(self) -> KeptOpen:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            with handle.lock:
+                handle.keepers -= 1
+                handle.close_unused()
 
 
 @dataclass(eq=False)
@@ -157,11 +202,12 @@ class TensorFile:
             file = handle.file
             if handle.users or file is None:
                 return
-            handle.file = None
-            handle.reordered = None
-        with file:
-            if kind is None and not self.sums and file.is_changed():
-                raise FileFormatError(self.path, "was changed while it was being read", "run again")
+            try:
+                if kind is None and not self.sums and file.is_changed():
+                    reason = "was changed while it was being read"
+                    raise FileFormatError(self.path, reason, "run again")
+            finally:
+                handle.close_unused()
 
     def read(
         self,
@@ -219,6 +265,11 @@ class TensorFile:
         for name, (begin, end) in zip(names, spans, strict=True):
             self._check(name, 0, view[begin:end])
 
+    def read_spans(self, spans: Sequence[Span]) -> npt.NDArray[np.uint8]:
+        """Read ranges of bytes of the file, unverified, as `OpenedFile.read_spans`."""
+        with self.opened() as file:
+            return file.read_spans(spans)
+
     def _check(
         self,
         name: str,
@@ -241,8 +292,7 @@ class TensorFile:
     def _fill(self, offset: int, view: memoryview) -> None:
         file = self.handle.file
         assert file is not None, "each caller has opened it"
-        if file.read_into(view, offset) < len(view):
-            raise FileFormatError(self.path, _SHORTER)
+        file.fill(view, offset)
 
     def _in_order(self, name: str) -> npt.NDArray[np.uint8]:
         """Read the bytes, in row-major order, of a tensor stored in another order; the last such
@@ -318,7 +368,6 @@ def _are_strings(metadata: Any) -> bool:
 
 
 _DAMAGED = "damaged header: its checksum does not match"
-_SHORTER = "became shorter while it was read"
 
 
 def require_few(count: int) -> None:
@@ -337,7 +386,7 @@ def _read_start(file: OpenedFile) -> bytes:
     if length <= MAX_HEADER_BYTES and 8 + length <= file.size:
         text = file.read_at(length, 8)
         if len(text) < length:
-            raise FileFormatError(file.path, _SHORTER)
+            raise FileFormatError(file.path, SHORTER)
         return prefix + text
     if prefix.startswith(_PICKLES):
         reason = "is a pickle (.pt, .bin), not safetensors"

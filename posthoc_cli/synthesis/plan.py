@@ -31,7 +31,6 @@ from posthoc_cli.reconstruction import (
     Reconstruction,
     check_method,
     lost_gain,
-    reconstruct,
     seen_from,
 )
 from posthoc_cli.request import Request
@@ -375,9 +374,7 @@ def plan_synthesis(sources: Sequence[Source], request: Request) -> Plan:
     time = sources.time(request.t, request.step)
     check_steps(wished, sources, time)
     choice = sources.choose(time, [target for target in wished if isinstance(target, Mean)])
-    result = reconstruct(
-        choice.profiles, _find_profiles(wished, choice), method, choice.prior, time
-    )
+    result = sources.solver(choice, method).reconstruct(_find_profiles(wished, choice))
     usable = choice.usable_sources
     used = np.flatnonzero(np.any(result.coefficients != 0, axis=1)).tolist()
     newest = usable[-1]

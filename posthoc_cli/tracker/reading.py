@@ -37,6 +37,7 @@ from posthoc_cli.snapshots.directory import find_snapshots, read_snapshot
 from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.snapshots.source import Source
 from posthoc_cli.snapshots.sources import Sources, use
+from posthoc_cli.snapshots.tensorfile import TensorFile
 from posthoc_cli.synthesis.plan import Plan, announce_plan, plan_synthesis
 from posthoc_cli.synthesis.weights import Weights, make_weights
 from posthoc_cli.targets import Target, as_target
@@ -233,6 +234,10 @@ class _ReceivedPlan:
     @property
     def identity(self) -> str:
         return self.sent.identity
+
+    @property
+    def files(self) -> list[TensorFile]:
+        return [file for source in self.sent.plan.sources for file in source.files]
 
     def again(self) -> _ReceivedPlan:
         return replace(self, sent=self.receive())
