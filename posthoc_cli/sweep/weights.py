@@ -322,14 +322,14 @@ def find_checkpoints(sources: Sources) -> dict[float, RunWeights]:
 
 def find_called_best(sources: Sources) -> float | None:
     """Find the time of the checkpoint whose name, or a link beside it, says "best"."""
-    for source in sources:
-        if files.is_url(source.path):
-            continue
-        names = {source.name}
-        for beside in source.path.parent.iterdir():
-            if beside.is_symlink() and beside.resolve() == source.path.resolve():
-                names.add(beside.name)
-        if any("best" in name.lower() for name in names):
+    local = [source for source in sources if not files.is_url(source.path)]
+    linked = set()
+    for folder in {source.path.parent for source in local}:
+        for beside in folder.iterdir():
+            if beside.is_symlink() and "best" in beside.name.lower():
+                linked.add(beside.resolve())
+    for source in local:
+        if "best" in source.name.lower() or source.path.resolve() in linked:
             return source.t
     return None
 
