@@ -1,7 +1,9 @@
 """A share of pretrained weights in averages, compared with direct mixes in float64."""
 
+import json
 import math
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -109,6 +111,26 @@ def test_names_fit_under_a_prefix_and_an_alias(run, walk, tmp_path, prefix):
     torch.save({"state_dict": state, "step": 0}, base)
     weights = run.average(0.05, base=base, base_share=0.25)
     assert relative_distance(flat(weights), exact(walk, 0.05, 0.25)) < 2 * UNIT
+
+
+def test_a_base_may_be_a_model_folder_or_a_url(run, walk, tmp_path):
+    folder = tmp_path / "pretrained"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    start = starts()
+    parts = (("head.w",), ("layers.0.w", "layers.1.w"))
+    places = {}
+    for number, names in enumerate(parts, 1):
+        path = folder / f"model-{number:05}-of-00002.safetensors"
+        save(path, {name: start[name] for name in names})
+        places |= dict.fromkeys(names, path.name)
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/pretrained/base.safetensors", save(tmp_path / "a.safetensors").read_bytes())
+    for base in (folder, "memory://pretrained/base.safetensors"):
+        weights = run.average(0.05, base=base, base_share=0.25)
+        assert relative_distance(flat(weights), exact(walk, 0.05, 0.25)) < 2 * UNIT
 
 
 def test_a_new_head_stays_the_averages_and_is_counted_aloud(run, walk, tmp_path, ema):

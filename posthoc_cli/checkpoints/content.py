@@ -21,6 +21,7 @@ from posthoc_cli import files
 from posthoc_cli.checkpoints.containers import ENDINGS, Leaves, find_container, read_leaves
 from posthoc_cli.checkpoints.folders import (
     NO_MODEL,
+    PART,
     Distributed,
     Layout,
     OneFile,
@@ -28,10 +29,11 @@ from posthoc_cli.checkpoints.folders import (
     Refused,
     Sets,
     Shards,
+    missing_parts,
 )
 from posthoc_cli.checkpoints.pickles import Keys, Node, Programs, read_pickled
 from posthoc_cli.checkpoints.trackers import TENSORS, VALUES, TrackerState, find_trackers
-from posthoc_cli.errors import FileFormatError, list_first, quote
+from posthoc_cli.errors import FileFormatError, UnsuitableError, list_first, quote
 from posthoc_cli.snapshots.boxes import Box, cover_problem
 from posthoc_cli.snapshots.entry import Entry, decode_values, is_sizes
 from posthoc_cli.snapshots.opened_file import OpenedFile, read_small_file, sampled_identity
@@ -207,7 +209,9 @@ class Reader:
         tensors = {}
         mark = None
         opened = {index: identify(index)}
-        for name, listed in decode_index(index, ENDINGS).items():
+        shards = decode_index(index, ENDINGS)
+        _check_complete(index, shards)
+        for name, listed in shards.items():
             shard = self.read_file(index.parent / name)
             whole = _join([shard]).tensors
             for tensor in listed:
@@ -241,6 +245,19 @@ class Reader:
             trackers += [state.below(key) for state in content.trackers]
             marks.append(content.mark)
         return Content(layout.path, tensors, values, opened, tuple(trackers), _mark_of_all(marks))
+
+
+def _check_complete(index: Path, shards: Iterable[str]) -> None:
+    """Raise UnsuitableError for an index that names a part of a model, and not all others."""
+    by_model = dict[tuple[str, str], list[str]]()
+    for name in shards:
+        if match := PART.search(name):
+            by_model.setdefault((PART.sub("", name), match["total"]), []).append(name)
+    for names in by_model.values():
+        if missing := missing_parts(names):
+            listed = list_first(map(str, missing))
+            reason = f"names some parts of a model, and not those with the numbers {listed}"
+            raise UnsuitableError(index, reason, "write the model again")
 
 
 def _mark_of_all(marks: Sequence[OutputMark | None]) -> OutputMark | None:

@@ -6,7 +6,7 @@ words in names, which are signs of a role.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,11 @@ from posthoc_cli.errors import UnsuitableError
 
 DCP_METADATA = ".metadata"
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+PART = re.compile(
+    r"(?:shard-[0-9]{5}-model-)?(?P<number>[0-9]{1,5})[-_]of[-_](?P<total>[0-9]{1,5})(?![0-9])"
+)
+"""In names of parts: their number and how many there are. With torch's `HuggingFaceStorageWriter`
+each process, whose number is that of the shard, writes so many."""
 AVERAGE_WORD = re.compile(
     r"(?<![a-z])(?<!non[_-])(?<!without[_-])(?<!(?<![a-z])[nw]o[_-])"
     r"(?:emas?\d*|averaged?|avg|shadow|polyak|swa|teacher|target|"
@@ -55,11 +60,7 @@ class Parts:
 
     path: Path  # of the first
     paths: tuple[Path, ...]
-
-    @property
-    def are_counted(self) -> bool:
-        """Whether names say how many there are, and not only how many each process has written."""
-        return not self.path.name.startswith("shard-")
+    are_counted: bool  # by their names, and not only those that each process has written
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,17 @@ class Refused:
 
     path: Path
     error: UnsuitableError
+
+
+def missing_parts(names: Iterable[str]) -> list[int]:
+    """List the parts of a model that the names of others count, from 0 or 1 on."""
+    numbers = set[int]()
+    total = 0
+    for match in filter(None, map(PART.search, names)):
+        numbers.add(int(match["number"]))
+        total = int(match["total"])
+    first = 0 if 0 in numbers else 1
+    return sorted({*range(first, first + total)} - numbers)
 
 
 Layout = OneFile | Shards | Parts | Distributed | Sets | Refused

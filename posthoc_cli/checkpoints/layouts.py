@@ -455,7 +455,7 @@ class Stored:
         """The average; None if there is none."""
         found = self._found
         if not found.averaged:
-            return None
+            return self.weights if self._is_own_average else None
         if self._settings.average is None and not are_near(*found.starts):
             option = argument("average")
             reason = f"the average is unrelated to the weights; name it with {option} if it is one"
@@ -482,6 +482,12 @@ class Stored:
                 answers.append({"raw": True} if "kind" in answer else answer)
             subject, reason = question.subject, question.reason
             raise QuestionError(subject, reason, *answers, value=question.value) from None
+
+    @property
+    def _is_own_average(self) -> bool:
+        """Whether it is an average that this package has written, without keys."""
+        mark = self._content.mark
+        return mark is not None and mark.kind == "output" and not mark.copied
 
     @property
     def has_tracker(self) -> bool:

@@ -34,6 +34,7 @@ from posthoc_cli.checkpoints.folders import (
     AVERAGE_WORD,
     DCP_METADATA,
     MODEL_FILES,
+    PART,
     SHARD,
     Distributed,
     Layout,
@@ -43,6 +44,7 @@ from posthoc_cli.checkpoints.folders import (
     Sets,
     Shards,
     is_state,
+    missing_parts,
 )
 from posthoc_cli.checkpoints.names import find_times, has_time, make_glob
 from posthoc_cli.checkpoints.source import are_near, first_values_of
@@ -62,18 +64,13 @@ from posthoc_cli.snapshots.tensorfile import KeptOpen
 _STATE_FOLDER = re.compile(r"[-_]states?$|^states?$")
 _PARTITION = re.compile(
     r"^zero_pp_rank_|^layer_\d+(?:-model|_expert)_|^mp_rank_\d*[1-9]|_pp-rank-.*_tp-rank-"
-    r"|_world_size_(?!1_)\d+_rank_|^consolidated\.\d*[1-9]\."
+    r"|_world_size_(?!1_)\d+_rank_|^consolidated\.\d*[1-9]\.|-shard\d+\.[a-z]"
 )
 """In names of the partitions of ZeRO-3, of DeepSpeed's pipelines and experts, of Megatron, of
-nanotron, of verl, and of Llama."""
+nanotron, of verl, of Llama, and of fairseq."""
 _OF_MANY = re.compile(
     r"[0-9]+[-_]of[-_]0*(?:[2-9]|[1-9][0-9]+)(?![0-9])|(?<![a-z])rank[_-]?0*[01](?![0-9])"
 )
-_PART = re.compile(
-    r"(?:shard-[0-9]{5}-model-)?(?P<number>[0-9]{1,5})[-_]of[-_](?P<total>[0-9]{1,5})(?![0-9])"
-)
-"""In names of parts: their number and how many there are. With torch's `HuggingFaceStorageWriter`
-each process, whose number is that of the shard, writes so many."""
 _WORD_OF_PART = re.compile(r"(?<![a-z])(?:shard|part|rank)[-_]?$", re.IGNORECASE)
 _WORD_OF_TIME = re.compile(r"(?:step|iter|ep(?:och)?)[a-z]*[=_.-]*$", re.IGNORECASE)
 _NUMBER_OF_FOLDER = re.compile(
@@ -198,7 +195,7 @@ class Place:
             if isinstance(layout, Sets):
                 self._note_parts(layout.members.values())
             elif isinstance(layout, Parts) and not layout.are_counted:
-                note = "files shard-* are joined as their headers say, which do not count them: "
+                note = "parts of a model are joined as their headers say, which do not count them: "
                 self._note(f"{note}make sure that none is missing")
 
     def _find(self, folder: Path, levels: int) -> Layouts:
@@ -285,30 +282,31 @@ class Place:
         refused = [layout for layout in each.values() if isinstance(layout, Refused)]
         if refused:
             return {first: refused[0]}
-        parts = Parts(first, tuple(paths))
-        missing = _missing_parts(paths)
+        missing = missing_parts(path.name for path in paths)
         names = list[str]()
         try:
             contents = [self._reader.read_file(path) for path in paths]
         except VanishedError:
             raise
         except FileFormatError:  # raised again when the model is read
-            return {first: parts}
+            return {first: Parts(first, tuple(paths), are_counted=True)}
         for content in contents:
             names += content.tensors
-        if not any(OFFSETS in content.values for content in contents):
+        are_counted = not any(OFFSETS in content.values for content in contents)
+        if are_counted:
             if len(set(names)) < len(names) and SHARD.search(first.name):
                 return {first: Refused(first, _partitions_error(first))}
             is_whole = len(paths) == 1 and not missing
             is_unsure = missing and not _is_called_part(first.name)
             if is_whole or is_unsure or len(set(names)) < len(names):
                 return each
-        if any(content.mark is not None for content in contents):
+        marks = [content.mark for content in contents if content.mark is not None]
+        if any(not mark.copied and not mark.was_moved for mark in marks):
             reason = f"is a shard of an output of `ema`, and its index (*{INDEX_ENDING}) is missing"
             return {first: Refused(first, UnsuitableError(first, reason, "write it again"))}
         if missing:
             return {first: Refused(first, _missing_error(first, missing))}
-        return {first: parts}
+        return {first: Parts(first, tuple(paths), are_counted)}
 
     # --- one folder
 
@@ -463,7 +461,7 @@ def _layout_of_one(path: Path) -> Layout:
 
 def _name_of_model(name: str) -> str | None:
     """Return the name of a part without its number; None if a name counts no parts."""
-    match = _PART.search(name)
+    match = PART.search(name)
     if match is None or _WORD_OF_TIME.search(name[: match.start()]):  # epoch-01-of-20
         return None
     return f"{name[: match.start()]}*{match['total']}{name[match.end() :]}"
@@ -471,21 +469,10 @@ def _name_of_model(name: str) -> str | None:
 
 def _is_called_part(name: str) -> bool:
     """Return whether a name says that a file is a part, and not one of several folds or seeds."""
-    match = _PART.search(name)
+    match = PART.search(name)
     return match is not None and bool(
         SHARD.search(name) or _WORD_OF_PART.search(name[: match.start()])
     )
-
-
-def _missing_parts(paths: Sequence[Path]) -> list[int]:
-    """List the parts of a model that the names of others count, from 0 or 1 on."""
-    numbers = set[int]()
-    total = 0
-    for match in filter(None, [_PART.search(path.name) for path in paths]):
-        numbers.add(int(match["number"]))
-        total = int(match["total"])
-    first = 0 if 0 in numbers else 1
-    return sorted({*range(first, first + total)} - numbers)
 
 
 def _missing_error(path: Path, missing: Sequence[int]) -> UnsuitableError:

@@ -207,7 +207,8 @@ class ImportSettings:
     def command(self, place: object, number: int = 1, **changes: object) -> str:
         """Write the command line of an import of a place with these settings, some of them
         changed, into the first free folder, or the next one, by its number."""
-        words = ["ema", "import", str(place)]
+        text = str(place)
+        words = ["ema", "import", f"./{text}" if text.startswith("-") else text]
         for name, value in (self.without_findings.given | changes).items():
             if value in ((), None):
                 continue

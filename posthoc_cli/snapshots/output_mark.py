@@ -45,6 +45,7 @@ class OutputMark:
     t_unit: str = ""
     run_id: str = ""
     copied: str = ""  # the path of this file in the folder that was copied; empty for a file alone
+    was_moved: bool = False  # out of the folder that was copied
 
     def __str__(self) -> str:
         if self.kind != "output":
@@ -55,7 +56,7 @@ class OutputMark:
         """Return the mark of a file at a path: one that was taken out of its folder is a file
         alone."""
         is_in_place = path.as_posix().endswith(f"/{self.copied}")
-        return self if is_in_place else replace(self, copied="")
+        return self if is_in_place else replace(self, copied="", was_moved=bool(self.copied))
 
 
 def encode_mark(header: Mapping[str, Any], copied: str = "") -> str:

@@ -124,6 +124,7 @@ class Command:
     like: Path | None = None  # as in `Run.write`
     jobs: int = 1
     _is_stopped: threading.Event = field(default_factory=threading.Event)
+    _streams: list[str] = field(default_factory=list)  # on which the first trial has its metric
     _processes: list[subprocess.Popen[bytes]] = field(default_factory=list)  # that have begun
 
     @contextmanager
@@ -177,7 +178,9 @@ class Command:
             files.unlink_if_exists(path)
         try:
             self._run(words, out, err, environment)
-            measured = (None, None) if self.metric is None else self.metric.read(log, folder)
+            measured: tuple[float | None, float | None] = (None, None)
+            if self.metric is not None:
+                measured = self.metric.read(log, folder, self._streams)
             images.keep_images(folder, self.out / images.FOLDER / trial.name)
         finally:
             images.remove(folder.parent)  # with the weights

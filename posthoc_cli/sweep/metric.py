@@ -89,12 +89,13 @@ class Metric:
             raise InvalidValueError("metric", reason, value=text or "(empty)")
         return cls(key, file)
 
-    def read(self, printed: Path, folder: Path) -> tuple[float, float | None]:
+    def read(self, printed: Path, folder: Path, streams: list[str]) -> tuple[float, float | None]:
         """Read the metric and its standard error, if any, from a file in `folder`, or from what
         was printed: the path `printed` with the ending .out, of standard output, and, if that has
         none, with a warning, .err, of standard error.
 
-        Raises a TrialError if there is no metric.
+        `streams` receives the one of the first trial. Raises a TrialError if there is no metric, or
+        if it is on another stream: numbers of two streams are two metrics.
         """
         key = self.key or ""
         if self.file is not None:
@@ -108,14 +109,27 @@ class Metric:
         output = _read_lines(printed.with_name(f"{printed.name}.out"))
         found, names = _find_last(output, self.key)
         if found is not None:
+            _check_stream(_OUTPUT, streams)
             return _check(found, key)
         errors = _read_lines(printed.with_name(f"{printed.name}.err"))
         found, error_names = _find_last(errors, self.key)
         if found is None:
             text = output.strip() or errors.strip()
             raise _no_metric_error(text, self.key, names | error_names)
+        _check_stream(_ERRORS, streams)
         _warn_of_standard_error(output.strip(), self.key, names)
         return _check(found, key)
+
+
+_OUTPUT = "standard output"
+_ERRORS = "standard error"
+
+
+def _check_stream(stream: str, streams: list[str]) -> None:
+    if not streams:
+        streams.append(stream)
+    if streams[0] != stream:
+        raise TrialError(f"its metric is on {stream}, and that of the first trial on {streams[0]}")
 
 
 def _find_last(text: str, key: str | None) -> tuple[dict[str, Any] | None, dict[str, None]]:

@@ -18,6 +18,7 @@ from posthoc_cli.errors import (
     argument,
     check_count,
     count_noun,
+    list_first,
     percent,
 )
 from posthoc_cli.export.writing import write_averages
@@ -196,7 +197,10 @@ class Sweep:
         more: your own EMA again, or random weights."""
         if self.budget is None:
             return None
-        check_count("budget", self.budget, LEAST_BUDGET + len(compared))
+        hint = f"at least {LEAST_BUDGET} averages are measured"
+        if compared:
+            hint += f", and {list_first(weights.title for weights in compared)}"
+        check_count("budget", self.budget, LEAST_BUDGET + len(compared), hint)
         return max(LEAST_BUDGET, self.budget - len(compared) - 1)
 
     def _is_asked(self, trial: Trial) -> bool:

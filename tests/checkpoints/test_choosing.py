@@ -2,6 +2,7 @@
 
 import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -505,6 +506,15 @@ def test_proposed_globs_take_brackets_as_they_are(tmp_path):
         write_each(place, f"net[{number}] step_{{save.step}}.pt", content)
     words = shlex.split(asked(place))
     assert times(words[-3]) == STEPS
+
+
+def test_a_proposed_place_is_no_option(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number, content in enumerate((weights, others)):
+        write_each(tmp_path / "-runs", f"net{number}_step{{save.step}}.pt", content)
+    *_, place, _, _ = shlex.split(asked(Path("-runs")))
+    assert place.startswith("./-runs/")
+    assert Run(place).sources[-1].t == STEPS[-1]
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])

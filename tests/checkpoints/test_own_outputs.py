@@ -290,3 +290,13 @@ def test_a_copy_of_an_archive_with_a_comment_keeps_it(tmp_path):
     assert_same_tensors(load_archive(out), run.average(TARGET))
     with refused(out, "outputs of ema", kind=DirectoryError):
         Run(out).plan(TARGET)
+
+
+def test_an_average_of_ours_is_exported_without_a_key(tmp_path):
+    for step, weights in walk().items():
+        store(tmp_path / f"step{step}.pt", {"model": weights})
+    run = Run(tmp_path)
+    run.write(0.2, tmp_path / "average.pt")
+    export_file(tmp_path / "average.pt", tmp_path / "average.safetensors")
+    made = run.average(0.2)
+    assert_same_tensors(load_file(tmp_path / "average.safetensors"), made)

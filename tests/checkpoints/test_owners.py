@@ -66,8 +66,8 @@ def test_what_a_pattern_finds_counts_as_a_number_in_a_name(name, tmp_path):
 
 
 def test_numbers_of_epochs_and_of_an_unknown_unit_do_not_mix(tmp_path):
-    """icefall writes both; its files state their steps, others do not."""
-    write_each(tmp_path, "checkpoint-{save.step}.pt", weights)
+    """icefall writes both, at other times; its files state their steps, others do not."""
+    write_each(tmp_path, "checkpoint-{save.step}.pt", lambda save: save.average)
     write_each(tmp_path, "epoch-{save.epoch}.pt", weights)
     with refused(tmp_path, "10 x checkpoint-*.pt", "10 x epoch-*.pt", "-*.pt' --out run"):
         read(tmp_path)

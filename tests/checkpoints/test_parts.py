@@ -338,6 +338,57 @@ def test_a_fold_of_several_is_no_part(place, weights):
     check_average(Run(place), weights)
 
 
+@pytest.mark.parametrize("name", COUNTED[:2])
+def test_a_copy_of_parts_without_an_index_is_read_as_they_are(name, place, weights):
+    """It is left out of the folder of its training."""
+    for step, state in weights.items():
+        write_counted(place / f"step_{step}", state, name, 1)
+    run = Run(place)
+    average = run.average(0.25)
+    for out in (place / "step_450", place.parent / "apart"):
+        run.write(0.25, out, like=place / f"step_{STEPS[-1]}")
+    (place.parent / "apart").rename(place.parent / "moved")
+    check_average(Run(place), weights)
+    for copy_ in (place / "step_450", place.parent / "moved"):
+        export_file(copy_, place.parent / "out.safetensors", raw=True, overwrite=True)
+        assert_same_tensors(load_file(place.parent / "out.safetensors"), average)
+
+
+@pytest.mark.parametrize("named", [[1], [2, 3]])
+def test_an_index_that_names_some_parts_is_of_half_a_model(named, place, weights):
+    for step, state in weights.items():
+        folder = place / f"step_{step}"
+        write_counted(folder, state, COUNTED[0], 1)
+        index = {}
+        for number in named:
+            file = COUNTED[0].format(number)
+            index |= dict.fromkeys(load_file(folder / file), file)
+        text = json.dumps({"weight_map": index})
+        (folder / "model.safetensors.index.json").write_text(text)
+    missing = ", ".join(str(number) for number in {1, 2, 3}.difference(named))
+    assert f"not those with the numbers {missing}" in refusal(place)
+
+
+@pytest.mark.parametrize(
+    "name", ["checkpoint_{step}-shard{number}.pt", "{step}/model-shard{number}.pt"]
+)
+@pytest.mark.parametrize("numbers", [(0, 1), (0,)])
+def test_shards_of_a_process_each_are_partitions(name, numbers, place, weights):
+    for step, state in weights.items():
+        for number in numbers:
+            held, _ = split(state, 2)[number]
+            store(place / name.format(step=step, number=number), {"model": held})
+    for where in (place, place / name.format(step="*", number=0)):
+        assert "holds partitions of the model" in refusal(where)
+
+
+def test_parts_of_processes_in_one_folder_are_not_counted(place, weights, caplog):
+    for step, state in weights.items():
+        write_parts(place, state, name=f"step_{step}_{PART}")
+    check_average(Run(place), weights)
+    assert caplog.text.count("make sure that none is missing") == 1
+
+
 def test_shards_of_an_output_without_its_index_are_named(place, weights):
     for step, state in weights.items():
         store(place / f"step_{step}.pt", state)

@@ -220,12 +220,12 @@ REFUSED = {
     "sweep a list": {
         "--decay": "at most one of --sigma-rel, --decay",
         "--look": "at most one of --minimize, --maximize, --look",
-        "--budget": "these are a list",
+        "--budget": "a list is measured as it is",
     },
     "sweep decays": {
         "--sigma-rel": "at most one of --sigma-rel, --decay",
         "--look": "at most one of --minimize, --maximize, --look",
-        "--budget": "these are a list",
+        "--budget": "a list is measured as it is",
         "--t": "is longer than the uniform average",
         "--step": "is longer than the uniform average",
     },

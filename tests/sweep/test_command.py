@@ -259,6 +259,22 @@ def test_failures_of_different_causes_do_not(run, out):
         swept(run, out, shell(script), lengths=lengths)
 
 
+@pytest.mark.parametrize("stream", [1, 2])
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_trial_whose_metric_is_on_another_stream_has_failed(run, out, stream, jobs):
+    """A number of a progress bar would win over the metrics of all others."""
+    script = f"case $2 in 0.1) echo loss: 0.01 >&{3 - stream};; *) echo loss: $2 >&{stream};; esac"
+    lengths = Lengths.from_list([*LENGTHS, 0.22, 0.25])
+    report = swept(run, out, shell(script), Metric("loss"), lengths, jobs=jobs)
+    (failed,) = [trial for trial in report.trials if trial.error]
+    assert failed.sigma_rel == 0.1
+    first, other = ("output", "error") if stream == 1 else ("error", "output")
+    assert (
+        f"is on standard {other}, and that of the first trial on standard {first}" in failed.error
+    )
+    assert report.value == 0.05
+
+
 def test_the_grid_may_be_measured_in_parts(run, out, monkeypatch):
     """Lengths that have no trial yet are no failures."""
     lengths = Lengths.from_list([*LENGTHS, 0.22, 0.25])

@@ -13,7 +13,7 @@ from posthoc_cli.sweep.metric import NoMetricError, TrialError
 def printed(text, folder, name=None, errors=""):
     (folder / "log.out").write_text(text)
     (folder / "log.err").write_text(errors)
-    return Metric(name).read(folder / "log", folder)
+    return Metric(name).read(folder / "log", folder, [])
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_the_newest_file_of_the_name_is_read_and_lm_evals_standard_error_is_foun
     os.utime(folder / "old.json", (1, 1))
 
     def read(key, file):
-        return Metric(key, file).read(tmp_path, folder)
+        return Metric(key, file).read(tmp_path, folder, [])
 
     key = "results.hellaswag.acc_norm,none"
     assert read(key, "*.json") == (0.61, 0.02)
@@ -235,4 +235,4 @@ def test_a_file_without_the_metric_is_an_error(tmp_path, name, message):
     (folder / "memory.json").symlink_to("/proc/self/mem")
     (folder / "other.json").write_text('{"a": [1]}')
     with pytest.raises(TrialError, match=message):
-        Metric("a", name).read(tmp_path, folder)
+        Metric("a", name).read(tmp_path, folder, [])
