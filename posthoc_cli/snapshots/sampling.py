@@ -25,10 +25,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.profiles import Discrete, FloatArray, StoredProfile
 from posthoc_cli.reconstruction import Distance, Measurements
-from posthoc_cli.snapshots.entry import decode_values
 from posthoc_cli.snapshots.source import (
     ElementRange,
     Source,
@@ -344,38 +342,13 @@ def read_elements(
     values = np.empty(sum(end - begin for _, begin, end in ranges))
     at = 0
     with source:
-        together = _read_together(source, ranges)
+        together = source.read_together(ranges)
         if together is not None and (read is not finite_values or np.isfinite(together).all()):
             return together
         for name, begin, end in ranges:
             values[at : at + end - begin] = read(source, name, begin, end)
             at += end - begin
     return values
-
-
-def _read_together(source: StoredTensors, ranges: Sequence[ElementRange]) -> FloatArray | None:
-    """Read ranges by few requests; None if tensors are in several chunks, or in another order than
-    row-major."""
-    file, *more = source.files
-    if more or file.boxes:
-        return None
-    spans = []
-    dtypes = []
-    for name, begin, end in ranges:
-        entry = file.entries[name]
-        if entry.strides:
-            return None
-        size = ITEM_BYTES[entry.dtype]
-        spans.append((entry.begin + begin * size, entry.begin + end * size))
-        dtypes.append(entry.dtype)
-    data = file.read_spans(spans)
-    parts = []
-    at = 0
-    for dtype, alike in groupby(zip(dtypes, spans, strict=True), key=lambda pair: pair[0]):
-        end = at + sum(last - first for _, (first, last) in alike)
-        parts.append(decode_values(data[at:end], dtype))
-        at = end
-    return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0), *parts])
 
 
 def estimate_roundings(

@@ -63,6 +63,10 @@ class Base(StoredTensors):
     def read_many(self, names: Sequence[str], out: memoryview) -> None:
         self._source.read_many([self._names[name] for name in names], out)
 
+    def read_together(self, ranges: Sequence[ElementRange]) -> FloatArray | None:
+        renamed = [each._replace(name=self._names[each.name]) for each in ranges]
+        return self._source.read_together(renamed)
+
 
 class Mixing(NamedTuple):
     """What a base makes of the error of an average."""
