@@ -214,11 +214,11 @@ class StoredTensors:
         return decode_values(data, entry.dtype)
 
     def read_together(self, ranges: Sequence[ElementRange]) -> FloatArray | None:
-        """Read ranges of elements as float64, unverified, by few requests; None if tensors are in
-        several chunks, or in another order than row-major."""
-        file, *more = self.files
-        if more or file.boxes:
+        """Read ranges of elements as float64, unverified, by few requests; None if they are not in
+        one file, or tensors are in several chunks, or in another order than row-major."""
+        if len(self.files) != 1 or self.files[0].boxes:
             return None
+        file = self.files[0]
         spans = []
         dtypes = []
         for name, begin, end in ranges:

@@ -32,7 +32,7 @@ WAYS = {
     "synthesize nothing": "run --sigma-rel 0.15 --dry-run",
     "synthesize checkpoints": "ck --sigma-rel 0.15 --out a.safetensors",
     "sweep a range": "run --eval 'sh measure {weights} {job}' --minimize --sigma-rel 0.05:0.2 "
-    "--budget 4",
+    "--budget 9",
     "sweep a list": "run --eval 'sh measure {weights} {job}' --minimize --sigma-rel 0.05,0.2",
     "sweep decays": "run --eval 'sh measure {weights} {job}' --minimize --decay 0.98,0.99",
     "sweep a look": "run --eval 'sh show {weights} {job} {dir}' --look --sigma-rel 0.05:0.2",
@@ -84,6 +84,8 @@ ADDED = {
         "--raw": "",
         "--average": "other",
         "--weights": "other",
+        "--base": "plain.pt",
+        "--base-share": "0.2",
         "--dry-run": "",
     },
     "sweep": {
@@ -95,6 +97,7 @@ ADDED = {
         "--minimize": "",
         "--maximize": "",
         "--look": "",
+        "--base": "plain.pt",
         "--budget": "5",
         "--jobs": "2",
         "--out": "other",
@@ -173,7 +176,11 @@ ADDED = {
 }
 """What is added to a line for each option of a command; it must matter."""
 REFUSED = {
-    "synthesize": {"--device": "choose from auto"},
+    "synthesize": {
+        "--device": "choose from auto",
+        "--base": "needs --base-share",
+        "--base-share": "needs --base",
+    },
     "synthesize a file": {
         "--decay": "is one file for 2 targets",
         "--target": "is one file for 2 targets",
@@ -230,6 +237,7 @@ REFUSED = {
         "--step": "is longer than the uniform average",
     },
     "sweep a look": {
+        "--base": "at most one of --look, --base",
         "--decay": "at most one of --sigma-rel, --decay",
         "--metric": "at most one of --look, --metric",
         "--minimize": "at most one of --minimize, --maximize, --look",
