@@ -257,7 +257,7 @@ def _check_complete(index: Path, shards: Iterable[str]) -> None:
         if missing := missing_parts(names):
             listed = list_first(map(str, missing))
             reason = f"names some parts of a model, and not those with the numbers {listed}"
-            raise UnsuitableError(index, reason, "write the model again")
+            raise UnsuitableError(index, reason, "write the model again, or rename its files")
 
 
 def _mark_of_all(marks: Sequence[OutputMark | None]) -> OutputMark | None:

@@ -175,6 +175,37 @@ ADDED = {
     "guide": {"--json": ""},
 }
 """What is added to a line for each option of a command; it must matter."""
+NEEDS_LIKE = {
+    "--raw": "needs --like",
+    "--average": "needs --like",
+    "--weights": "needs --like",
+}
+ONE_FILE = {
+    "--decay": "is one file for 2 targets",
+    "--target": "is one file for 2 targets",
+    "--out": "its extension is unknown",
+    "--like": "must end in .pt",
+}
+NO_SCHEDULE = {
+    "--steps": "name a directory, or give --steps",
+    "--every": "give --steps in place of DIR",
+    "--keep": "give --steps in place of DIR",
+}
+NO_EPOCHS = {
+    "--steps-per-epoch": "does not apply to numbers that are steps",
+    "--first-epoch": "does not apply to numbers that are steps",
+}
+FOUND_DECAY = {
+    "--sigma-rels": "does not fit the files",
+    "--update-every": "must be given",
+    "--ema-decay": "does not fit the files",
+    "--steps": "is of no use",
+}
+OTHER_SETS = {
+    "--average": "the average moves farther than the weights",
+    "--weights": "must be given",
+}
+"""What several ways to call a command refuse."""
 REFUSED = {
     "synthesize": {
         "--device": "choose from auto",
@@ -182,18 +213,11 @@ REFUSED = {
         "--base-share": "needs --base",
     },
     "synthesize a file": {
-        "--decay": "is one file for 2 targets",
-        "--target": "is one file for 2 targets",
-        "--out": "its extension is unknown",
-        "--like": "must end in .pt",
-        "--raw": "needs --like",
-        "--average": "needs --like",
-        "--weights": "needs --like",
+        **ONE_FILE,
+        **NEEDS_LIKE,
     },
     "synthesize a folder": {
-        "--raw": "needs --like",
-        "--average": "needs --like",
-        "--weights": "needs --like",
+        **NEEDS_LIKE,
     },
     "synthesize a copy": {
         "--decay": "is one file for 2 targets",
@@ -206,18 +230,11 @@ REFUSED = {
     "synthesize nothing": {
         "--out": "its extension is unknown",
         "--overwrite": "at most one of --overwrite, --dry-run",
-        "--raw": "needs --like",
-        "--average": "needs --like",
-        "--weights": "needs --like",
+        **NEEDS_LIKE,
     },
     "synthesize checkpoints": {
-        "--decay": "is one file for 2 targets",
-        "--target": "is one file for 2 targets",
-        "--out": "its extension is unknown",
-        "--like": "must end in .pt",
-        "--raw": "needs --like",
-        "--average": "needs --like",
-        "--weights": "needs --like",
+        **ONE_FILE,
+        **NEEDS_LIKE,
     },
     "sweep": {"--run": "is called --eval", "--maximize": "at most one of"},
     "sweep a range": {
@@ -244,42 +261,29 @@ REFUSED = {
     },
     "error-plot snapshots": {
         "--overwrite": "needs --out",
-        "--steps": "name a directory, or give --steps",
-        "--every": "give --steps in place of DIR",
-        "--keep": "give --steps in place of DIR",
+        **NO_SCHEDULE,
     },
     "error-plot checkpoints": {
         "--overwrite": "needs --out",
-        "--steps": "name a directory, or give --steps",
-        "--every": "give --steps in place of DIR",
-        "--keep": "give --steps in place of DIR",
+        **NO_SCHEDULE,
     },
     "error-plot a picture": {
-        "--steps": "name a directory, or give --steps",
-        "--every": "give --steps in place of DIR",
-        "--keep": "give --steps in place of DIR",
+        **NO_SCHEDULE,
     },
     "error-plot a schedule": {"--overwrite": "needs --out"},
     "audit checkpoints": {
-        "--steps-per-epoch": "does not apply to numbers that are steps",
-        "--first-epoch": "does not apply to numbers that are steps",
+        **NO_EPOCHS,
         "--overwrite": "needs --out",
     },
     "audit epochs": {"--overwrite": "needs --out"},
     "audit a picture": {
-        "--steps-per-epoch": "does not apply to numbers that are steps",
-        "--first-epoch": "does not apply to numbers that are steps",
+        **NO_EPOCHS,
     },
     "import": {"--out": "holds something else", "--exchanged": "are exchanged in 1 file"},
     "import an average": {
-        "--sigma-rels": "does not fit the files",
-        "--update-every": "must be given",
-        "--ema-decay": "does not fit the files",
-        "--steps": "is of no use",
-        "--steps-per-epoch": "does not apply to numbers that are steps",
-        "--first-epoch": "does not apply to numbers that are steps",
-        "--average": "the average moves farther than the weights",
-        "--weights": "must be given",
+        **FOUND_DECAY,
+        **NO_EPOCHS,
+        **OTHER_SETS,
     },
     "import a counted average": {
         "--step-from": "counts the updates",
@@ -288,10 +292,8 @@ REFUSED = {
         "--update-after-step": "is of no use",
         "--ema-decay": "does not fit the files",
         "--steps": "is of no use",
-        "--steps-per-epoch": "does not apply to numbers that are steps",
-        "--first-epoch": "does not apply to numbers that are steps",
-        "--average": "the average moves farther than the weights",
-        "--weights": "must be given",
+        **NO_EPOCHS,
+        **OTHER_SETS,
     },
     "import a schedule": {
         "--from": "--ema-warmup: does not apply",
@@ -299,10 +301,8 @@ REFUSED = {
         "--update-every": "does not fit the files",
         "--ema-decay": "has no place beside",
         "--ema-warmup": "must be given",
-        "--steps-per-epoch": "does not apply to numbers that are steps",
-        "--first-epoch": "does not apply to numbers that are steps",
-        "--average": "the average moves farther than the weights",
-        "--weights": "must be given",
+        **NO_EPOCHS,
+        **OTHER_SETS,
     },
     "import weights": {
         "--exchanged": "is the step of no files",
@@ -312,29 +312,19 @@ REFUSED = {
         "--ema-decay": "does not apply to files that are taken for weights",
         "--ema-warmup": "does not apply to files that are taken for weights",
         "--steps": "does not apply to files that are taken for weights",
-        "--steps-per-epoch": "does not apply to numbers that are steps",
-        "--first-epoch": "does not apply to numbers that are steps",
+        **NO_EPOCHS,
         "--average": "has no set of tensors",
         "--weights": "has no set of tensors",
     },
     "import epochs": {
-        "--sigma-rels": "does not fit the files",
-        "--update-every": "must be given",
-        "--ema-decay": "does not fit the files",
-        "--steps": "is of no use",
+        **FOUND_DECAY,
         "--steps-per-epoch": "must be given",
-        "--average": "the average moves farther than the weights",
-        "--weights": "must be given",
+        **OTHER_SETS,
     },
     "import nothing": {
-        "--sigma-rels": "does not fit the files",
-        "--update-every": "must be given",
-        "--ema-decay": "does not fit the files",
-        "--steps": "is of no use",
-        "--steps-per-epoch": "does not apply to numbers that are steps",
-        "--first-epoch": "does not apply to numbers that are steps",
-        "--average": "the average moves farther than the weights",
-        "--weights": "must be given",
+        **FOUND_DECAY,
+        **NO_EPOCHS,
+        **OTHER_SETS,
         "--overwrite": "at most one of --overwrite, --dry-run",
     },
     "export a model": {
