@@ -314,10 +314,10 @@ SLOTS = {
 }
 
 
-def write_ring(place, name, content):
-    """Write the saves into slots in turn, of which the first ones are written anew."""
+def write_ring(place, name, content, moved=4):
+    """Write the saves into slots in turn, of which so many are written anew."""
     for number, save in enumerate(saves()):
-        store(place / name.format(slot=(number + 4) % 10), content(save))
+        store(place / name.format(slot=(number + moved) % 10), content(save))
 
 
 @pytest.mark.parametrize("program", SLOTS)
@@ -326,6 +326,26 @@ def test_slots_that_are_written_in_turn_have_the_epochs_inside(program, tmp_path
     write_ring(tmp_path, SLOTS[program], lambda save: {"model": save.weights, "epoch": save.epoch})
     found = read(tmp_path, steps_per_epoch=40)
     check_steps(found.checkpoints)
+
+
+@pytest.mark.parametrize("program", SLOTS)
+@pytest.mark.parametrize("moved", [1, 4, 9])
+def test_slots_with_no_time_inside_are_asked_about(program, moved, tmp_path):
+    """They were epochs that follow each other, in the wrong order."""
+    write_ring(tmp_path, SLOTS[program], lambda save: {"model": save.weights}, moved)
+    said = asked(tmp_path)
+    assert "slots that are written in turn" in said
+    words = shlex.split(said.partition("paste: ")[2])
+    found = read(tmp_path, step_from=words[4]).checkpoints  # which the user may know better
+    order = [(number - moved) % 10 for number in range(1, 10)]
+    for source, place in zip(found[-9:], order, strict=True):  # the number 0 may be the start
+        assert_equal(values_of(source), saves()[place].weights)
+
+
+def test_slots_with_an_average_beside_the_weights_are_asked_about(tmp_path):
+    both = "net_v{slot}.pt"
+    write_ring(tmp_path, both, lambda save: {"model": save.weights, "ema": save.average})
+    assert "slots that are written in turn" in asked(tmp_path)
 
 
 @pytest.mark.parametrize("key", ["iters", "iter"])
@@ -678,6 +698,79 @@ def test_folds_that_state_their_epochs_are_no_series(name, tmp_path):
         content = {"state_dict": values, "epoch": epoch}
         store(tmp_path / name.format(number, epoch, 10 * epoch), content)
     assert "equally far" in asked(tmp_path)
+
+
+FOLDS = {
+    "folders": "cv{}/best.ckpt",
+    "two levels": "fold_{}/checkpoints/best.ckpt",
+    "files": "net-{}.ckpt",
+    "metrics": "split{}_acc=0.{}7.ckpt",
+    "runs": "version_{}/last.ckpt",
+}
+
+
+@pytest.mark.parametrize("name", FOLDS.values(), ids=FOLDS)
+def test_folds_that_state_their_steps_are_no_series(name, tmp_path):
+    """Of each fold the step of its best file was the time."""
+    for number, epoch in enumerate((7, 3, 9, 5), 1):
+        generator = torch.Generator().manual_seed(number)
+        content = {"epoch": epoch, "global_step": 40 * epoch, "state_dict": {}}
+        for key, value in FIRST.weights.items():
+            content["state_dict"][key] = torch.randn(value.shape, generator=generator)
+        store(tmp_path / name.format(number, epoch), content)
+    assert "equally far" in asked(tmp_path)
+
+
+@pytest.mark.parametrize("name", FOLDS.values(), ids=FOLDS)
+def test_a_training_whose_names_count_other_things_than_steps_is_a_series(name, tmp_path):
+    for save in saves():
+        content = {"epoch": save.epoch, "global_step": save.step, "state_dict": save.weights}
+        store(tmp_path / name.format(2 * save.epoch, save.epoch), content)
+    check_steps(read(tmp_path).checkpoints)
+
+
+# --- two files at one time
+
+TWICE = {
+    "Lightning": ("epoch={save.epoch}.ckpt", "epoch=10-v1.ckpt"),
+    "padded": ("epoch_{save.epoch:02}.pt", "epoch_10_v1.pt"),
+    "resumed": ("ep{save.epoch}.pt", "ep10.2.pt"),
+    "in folders": ("epoch-{save.epoch}/w.pt", "epoch-10-v2/w.pt"),
+    "steps": ("step_{save.step}.pt", "step_400_7.pt"),
+    "brackets": ("[a]_epoch{save.epoch}.pt", "[a]_epoch10_1.pt"),
+}
+
+
+@pytest.mark.parametrize("program", TWICE)
+def test_two_files_at_one_time_end_in_a_line_that_reads_the_others(program, tmp_path):
+    """The glob in the line matched the odd one, too, and asked again."""
+    name, odd = TWICE[program]
+    write_each(tmp_path, name, lambda save: save.weights)
+    store(tmp_path / odd, negative(LAST.weights))
+    words = shlex.split(asked(tmp_path).partition("paste: ")[2])
+    found = read(words[2]).checkpoints
+    for source, save in zip(found, saves(), strict=True):
+        assert source.t in (save.epoch, save.step)
+        assert_equal(values_of(source), save.weights)
+
+
+def test_single_files_are_not_proposed(tmp_path):
+    """One of ten was, of which no average can be made."""
+    for save in saves():
+        content = {"model": save.weights, "epoch": save.epoch // 2}
+        store(tmp_path / f"{'abcdefghij'[save.epoch - 1]}.pt", content)
+    said = asked(tmp_path)
+    assert "paste" not in said
+    assert "rename copies" in said
+
+
+def test_an_average_and_its_weights_are_named_by_braces(tmp_path):
+    for save in saves():
+        store(tmp_path / f"a_{save.step}.pt", save.average)
+        store(tmp_path / f"b_{save.step}.pt", save.weights)
+    names = {"average": "a_{[0-9],[0-9][0-9],[0-9][0-9][0-9]}.pt", "weights": "{b,c}_*.pt"}
+    found = read(tmp_path, ema_decay=0.95, **names)
+    assert found.counts == {"EMA of decay 0.95": 10, "weights": 10}
 
 
 def test_weights_that_do_not_move_are_a_series(tmp_path):
