@@ -496,6 +496,38 @@ def test_what_never_changes_is_a_note_and_no_warning(write, tmp_path, ema):
     assert "not used, as it never changes" in done.shown
 
 
+CHANGING = {
+    "Makani's loss": ("model_state", "loss_state_dict", ["running_var"]),
+    "observations": ("model", "obs_rms", ["mean", "var"]),
+    "normalizer": ("policy", "normalizer", ["x.running_mean", "x.running_var"]),
+    "quantiles": ("state_dict", "data_stats", ["action.q01", "action.q99", "action.std"]),
+    "extremes": ("net", "limits", ["a.min", "a.max"]),
+}
+
+
+@pytest.mark.parametrize("program", CHANGING)
+def test_statistics_of_the_data_are_a_note_and_no_warning(program, tmp_path, ema):
+    """Those that go on changing were "not used" in a warning of every command."""
+    model, key, names = CHANGING[program]
+    for save in saves():
+        statistics = {name: torch.full((5, 1), float(save.step)) for name in names}
+        store(tmp_path / "run" / f"s{save.step}.pt", {model: save.weights, key: statistics})
+    settings = ["--weights", model] if model in ("policy", "net") else []
+    done = ema("import", tmp_path / "run", *settings, "--out", tmp_path / "made", "--strict")
+    assert done.code == 0
+    assert f"not used, as statistics of the data: '{key}'" in done.shown
+    check_steps(Run(tmp_path / "made").sources)
+
+
+def test_numbers_that_are_called_an_average_are_no_set_that_is_not_used(tmp_path):
+    for save in saves():
+        loss = {"avg": torch.tensor([float(save.step)]), "ema": torch.tensor(float(save.step))}
+        store(tmp_path / f"s{save.step}.pt", {"model": save.weights, "avg_loss": loss})
+    found = read(tmp_path)
+    assert found.sources.notes == ()
+    check_steps(found.checkpoints)
+
+
 def test_what_changes_and_is_not_used_is_a_warning(tmp_path):
     for save in saves():
         changing = {"model": save.weights, "loss_state": {"w": torch.full((3,), save.step)}}
@@ -568,6 +600,19 @@ def test_weights_that_state_step_0_are_the_start(tmp_path):
     check_steps(found.checkpoints)
     (note,) = found.sources.notes
     assert note == "init.pt: left out: it holds the weights before the training, of step 0"
+
+
+@pytest.mark.parametrize("name", ["init.pt", "model_init.pt", "initial/weights.pt", "net-INIT.pt"])
+def test_weights_before_the_first_epoch_shift_no_epoch(name, tmp_path):
+    """Their epoch 0 made all others one later."""
+    write_each(
+        tmp_path, "epoch_{save.epoch}.pt", lambda save: {"net": save.weights, "epoch": save.epoch}
+    )
+    store(tmp_path / name, {"net": negative(FIRST.weights), "epoch": 0})
+    found = read(tmp_path, steps_per_epoch=40)
+    check_steps(found.checkpoints)
+    (note,) = found.sources.notes
+    assert "left out: " in note
 
 
 # --- parts of a model under a glob
