@@ -372,22 +372,29 @@ def _note_swapped(run: Sequence[Found]) -> list[str]:
 
 
 def _find_certain(run: Sequence[Found]) -> dict[str, str]:
-    """Find the sets that are not used without a doubt, with the reason: those that are equal in the
-    first and the last file, as of a frozen network, and statistics of the data."""
+    """Find the sets that are not used without a doubt, by what the first and the last file hold,
+    with the reason."""
     first = min(run, key=lambda file: file.time)
     last = max(run, key=lambda file: file.time)
     found = {}
     for key in first.unused:
         if first is last or key not in last.unused or AVERAGE_WORD.search(key):
             continue
-        ours, theirs = (
-            first_values_of(each.content, each.sets.below(key)) for each in (first, last)
-        )
-        if len(ours) and np.array_equal(ours, theirs):
-            found[key] = "it never changes"
-        elif all(map(_OF_DATA.search, first.sets.below(key))):
-            found[key] = "statistics of the data"
+        if reason := _explain_unused(key, first, last):
+            found[key] = reason
     return found
+
+
+def _explain_unused(key: str, *run: Found) -> str:
+    """Say what a set is that is not used: of a frozen network, of no network, or a copy in another
+    format. Empty if this is unclear."""
+    ours = [first_values_of(file.content, file.sets.below(key)) for file in run]
+    if len(ours[0]) and np.array_equal(ours[0], ours[-1]):
+        return "it never changes"
+    if all(map(_OF_DATA.search, run[0].sets.below(key))):
+        return "statistics of the data"
+    weights = [first_values_of(file.content, file.weights) for file in run]
+    return "a copy of the weights" if all(map(np.array_equal, ours, weights)) else ""
 
 
 def _note_unused(run: Sequence[Found], certain: Collection[str]) -> list[str]:

@@ -169,8 +169,11 @@ class Place:
                 missing = "" if pattern == path else f" {pattern.name}"
                 raise DirectoryError(self.name, f"no file or folder matches{missing}")
             matches.update(named)
+        matches = {match for match in matches if not is_state(match.name)} or matches
         found: Layouts = {}
         for match in sorted(matches, key=lambda each: (_is_link(each), each)):
+            if match.name == DCP_METADATA or match.suffix == ".distcp":
+                match = match.parent
             if match.is_dir():
                 found |= self._find(match, _LEVELS)
                 own = found.get(match)
@@ -269,9 +272,10 @@ class Place:
                 return Refused(path, _partitions_error(path))
             return members[path]
         beside = [each for each in sorted(files.system.list(path.parent)) if each.is_file()]
-        if SHARD.search(path.name) and any(each.name.endswith(INDEX_ENDING) for each in beside):
-            reason = f"is a shard of a model, whose index (*{INDEX_ENDING}) says what belongs to it"
-            return Refused(path, UnsuitableError(path, reason, "name the folder of the index"))
+        indexes = [each for each in beside if each.name.endswith(INDEX_ENDING)]
+        if indexes and (shard := SHARD.search(path.name)):
+            stem = path.name[: shard.start()]
+            return Shards(min(indexes, key=lambda each: not each.name.startswith(stem)))
         members = self._join_parts([each for each in beside if _name_of_model(each.name) == model])
         if self._are_partitions(members):
             return Refused(path, _partitions_error(path))

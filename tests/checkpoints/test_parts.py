@@ -8,7 +8,7 @@ from itertools import accumulate
 import pytest
 import torch
 from checking import assert_same_tensors, heavy, refused
-from checkpoint_layouts import STEPS, check_average
+from checkpoint_layouts import STEPS, check_average, distributed, shards
 from groups import Net, check_group, move
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -352,6 +352,24 @@ def test_a_copy_of_parts_without_an_index_is_read_as_they_are(name, place, weigh
     for copy_ in (place / "step_450", place.parent / "moved"):
         export_file(copy_, place.parent / "out.safetensors", raw=True, overwrite=True)
         assert_same_tensors(load_file(place.parent / "out.safetensors"), average)
+
+
+@pytest.mark.parametrize("pattern", ["*", "*model-*", "*00001*", "*model*", "*.json"])
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_a_glob_of_shards_reads_what_their_index_says(pattern, ending, place, weights, caplog):
+    """They were refused, or named as "left out" beside the index by which they were read."""
+    for step, state in weights.items():
+        shards(place, step, state, ending)
+    check_average(Run(f"{place}/checkpoint-*/{pattern}"), weights)
+    assert "-of-00002" not in caplog.text
+
+
+@pytest.mark.parametrize("pattern", ["*", "*.distcp", ".metadata"])
+def test_a_glob_of_files_of_distributed_checkpoints_reads_them(pattern, place, weights):
+    """They hold no tensors, each alone."""
+    for step, state in weights.items():
+        distributed(place / f"step_{step}", state)
+    check_average(Run(f"{place}/step_*/{pattern}"), weights)
 
 
 @pytest.mark.parametrize("named", [[1], [2, 3]])

@@ -519,6 +519,26 @@ def test_statistics_of_the_data_are_a_note_and_no_warning(program, tmp_path, ema
     check_steps(Run(tmp_path / "made").sources)
 
 
+@pytest.mark.parametrize("name", ["consolidated", "hf/export", "best"])
+def test_a_copy_in_another_format_is_a_note_and_no_warning(name, tmp_path):
+    for save in saves():
+        distributed(tmp_path / f"step_{save.step}" / "model", save.weights)
+        store(tmp_path / f"step_{save.step}" / name / "model.safetensors", save.weights)
+    found = read(tmp_path)
+    check_steps(found.checkpoints)
+    assert found.sources.notes == ()
+    assert "not used, as a copy of the weights" in found.sources.notices[0]
+
+
+def test_what_equals_the_weights_once_is_a_warning(tmp_path):
+    for save in saves():
+        other = save.weights if save is FIRST else negative(save.weights)
+        content = {"model": save.weights, "old": other}
+        store(tmp_path / f"step_{save.step}.pt", content)
+    (note,) = read(tmp_path).sources.notes
+    assert "'old', not used" in note
+
+
 def test_numbers_that_are_called_an_average_are_no_set_that_is_not_used(tmp_path):
     for save in saves():
         loss = {"avg": torch.tensor([float(save.step)]), "ema": torch.tensor(float(save.step))}
