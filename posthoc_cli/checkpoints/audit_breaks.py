@@ -194,8 +194,15 @@ def _list_rates(rows: Intervals) -> tuple[FloatArray, FloatArray]:
 def _tabulate(rows: Intervals, logs: Iterable[FloatArray]) -> FloatArray:
     """Put together misfits with each rate, as the mean and the median over pieces: [2, rates,
     intervals]."""
-    table = [[rows.mean(each), np.median(each, axis=1)] for each in logs]
+    table = [[rows.mean(each), _median(each)] for each in logs]
     return np.moveaxis(np.array(table), 1, 0)
+
+
+def _median(pieces: FloatArray) -> FloatArray:
+    """Compute the median over pieces, as `np.median` does in up to four times the time."""
+    in_order = np.sort(pieces, axis=1)
+    count = pieces.shape[1]
+    return np.asarray((in_order[:, (count - 1) // 2] + in_order[:, count // 2]) / 2)
 
 
 def _least_sums(table: FloatArray) -> FloatArray:

@@ -109,6 +109,11 @@ class Content:
     def nbytes(self) -> int:
         return sum(file.nbytes for file in self.files.values())
 
+    @cached_property
+    def shapes(self) -> list[tuple[Keys, tuple[int, ...]]]:
+        """The keys and the shape of each tensor."""
+        return [(tensor.keys, tensor.shape) for tensor in self.tensors.values()]
+
     @property
     def groups(self) -> list[str]:
         """The first keys of its tensors."""
