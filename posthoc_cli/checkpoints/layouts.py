@@ -26,6 +26,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from posthoc_cli import files
 from posthoc_cli.checkpoints.ask import ASKED, Answer, QuestionError
 from posthoc_cli.checkpoints.clock import Time
 from posthoc_cli.checkpoints.containers import strip_ending
@@ -78,8 +79,9 @@ def role_by_glob(path: Path, settings: ImportSettings) -> str:
     """Return "ema" or "checkpoints" for a file that a glob in `average` or `weights` names; else an
     empty text."""
     for kind, text in (("ema", settings.average), ("checkpoints", settings.weights)):
-        if text and (fnmatchcase(path.name, text) or ("/" in text and path.match(text))):
-            return kind
+        for pattern in map(str, files.expand_braces(Path(text))) if text else ():
+            if fnmatchcase(path.name, pattern) or ("/" in pattern and path.match(pattern)):
+                return kind
     return ""
 
 

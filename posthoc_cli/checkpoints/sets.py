@@ -37,7 +37,7 @@ from posthoc_cli.snapshots.selection import STATISTICS
 _Named = dict[str, StoredTensor]
 
 _MODELS = (
-    "current_model_state", "state_dict", "model_state_dict", "module", *MODEL_FILES,
+    "current_model_state", "state_dict", "model_state_dict", "model_state", "module", *MODEL_FILES,
 )  # fmt: skip
 """Keys of the model in a checkpoint; the first present one counts. If Lightning's `state_dict` is
 an average, its weights are under `current_model_state`."""
@@ -266,11 +266,13 @@ class TensorSets:
             outer.update(_paths(tensor))
         unused = dict[str, None]()
         for tensor in self.tensors.values():
+            if _is_counter(tensor):
+                continue
             paths = [path for path in _paths(tensor) if path not in outer]
             averages = [path for path in paths if path in self.averages]
             if averages:
                 unused[averages[0]] = None
-            elif tensor in used or _is_counter(tensor):
+            elif tensor in used:
                 continue
             elif paths:
                 unused[paths[0]] = None
