@@ -97,6 +97,7 @@ class Member:
     content: Content
     settings: ImportSettings
     signs: Signs
+    first: Member | None = None  # of those whose names differ in numbers alone; None for it itself
     sign: str | None = None  # the clock of its run
 
     @cached_property
@@ -131,8 +132,12 @@ class Member:
     def found(self) -> Found:
         """What it holds; its weights if it lacks the named average, which may have begun later."""
         settings = self.settings
+        like = None
+        if self.first is not None:
+            with suppress(FileFormatError, InvalidValueError):  # perhaps of that one alone
+                like = self.first.found
         try:
-            return recognise(self.content, settings)
+            return recognise(self.content, settings, like)
         except UnsuitableError:
             if settings.average is None or settings.kind:
                 raise
@@ -291,6 +296,8 @@ class Chooser:
             members = [member for member in members if member not in exports]
         for series in _group(members, lambda member: member.glob):
             _read_varying(series)
+            for member in series[1:]:
+                member.first = series[0]
         for path, problem in failed:
             if not members or self._is_of_series(path, members):
                 raise problem.with_hint("move it away to leave it out") if members else problem

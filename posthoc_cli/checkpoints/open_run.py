@@ -13,6 +13,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -97,6 +98,7 @@ def find(
     given: Mapping[str, Any] = MappingProxyType({}),
     settle: bool = True,
     look: files.Look | None = None,
+    kept: KeptOpen | None = None,
 ) -> Sources:
     """Find the run at a place, or open an import, which has its settings, and takes none.
 
@@ -111,7 +113,7 @@ def find(
             reason = "is a setting of imports, and this is one: give it the files' folder instead"
             raise InvalidValueError(setting, reason, value=value)
         return _open_import(path, look)
-    with KeptOpen() as kept:
+    with nullcontext(kept) if kept else KeptOpen() as kept:
         place = Place(name, look, kept)
         places = {str(name): place}  # each file of them is read once
 

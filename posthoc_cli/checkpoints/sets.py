@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -111,6 +112,22 @@ class Found:
         is_matched = match_names(self.sets.below(key), self.weights)
         return self.sets.holds_network(key) and not is_matched
 
+    def sets_in(self, content: Content) -> Found:
+        """Find the same sets in a checkpoint with the same names and shapes."""
+
+        def find(tensors: Tensors) -> Tensors:
+            return {name: content.tensors[tensor.name] for name, tensor in tensors.items()}
+
+        found = Found(self.sets.of(content), find(self.averaged), find(self.weights))
+        if self.was_swapped:
+            found = found.exchanged(found, found)
+        return replace(
+            found,
+            average_key=self.average_key,
+            weights_key=self.weights_key,
+            unused=self.unused,
+        )
+
     def paired_with(self, key: str) -> Found:
         """Take another set for the average of the weights; for none if it does not match."""
         return replace(self, averaged=match_names(self.sets.below(key), self.weights))
@@ -189,6 +206,13 @@ class TensorSets:
             if 4 * self.counts[path] >= len(self._at.get(group, ())):
                 found.append(path)
         return found
+
+    def of(self, content: Content) -> TensorSets:
+        """Return the sets of a checkpoint with the same names and shapes."""
+        sets = copy(self)
+        sets.content = content
+        sets.tensors = _Named({name: content.tensors[name] for name in self.tensors})
+        return sets
 
     def is_averaged(self, path: str) -> bool:
         """Return whether a path is an average, or leads into one."""
