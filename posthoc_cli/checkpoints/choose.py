@@ -440,8 +440,7 @@ class Chooser:
         reason = f"{self._glob_of(series)}: little but a number says the times of these files, and "
         reason += f"they {doubt}"
         paths = [member.path for member in series]
-        answers = [{"step_from": pattern} for pattern in list_patterns(paths[0], paths)]
-        raise QuestionError(self.place.name, reason, *answers)
+        raise QuestionError(self.place.name, reason, *list_patterns(paths[0], paths))
 
     # --- what is left out
 
@@ -559,7 +558,7 @@ def _list_spellings(members: Series) -> list[Answer]:
         return []
     longest = max(members, key=lambda member: len(member.name))
     paths = [member.path for member in members]
-    return [{"step_from": pattern} for pattern in list_patterns(longest.path, paths)]
+    return list_patterns(longest.path, paths)
 
 
 def _numbers(series: Iterable[Member]) -> set[int | None]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from posthoc_cli.checkpoints.ask import QuestionError
+from posthoc_cli.checkpoints.ask import Answer, QuestionError
 from posthoc_cli.checkpoints.containers import strip_ending
 from posthoc_cli.checkpoints.content import Content
 from posthoc_cli.checkpoints.names import (
@@ -255,17 +255,17 @@ def _ask_for_step(path: Path, files: Iterable[Path]) -> InvalidValueError:
     if len(marks) == 1:
         doubt = f"{marks[0].text!r} may be something else"
     reason = f"cannot determine its training step: {doubt}"
-    answers = [{"step_from": pattern} for pattern in list_patterns(path, files)]
+    answers = list_patterns(path, files)
     rename = "leave it out, or rename copies of the files after their steps: step1000.pt"
     if not answers:
         return InvalidValueError(path, reason, rename)
     return QuestionError(path, reason, *answers, otherwise=rename)
 
 
-def list_patterns(path: Path, files: Iterable[Path]) -> list[str]:
-    """List the patterns that each find one number of a name, in nearly all files: first one whose
-    numbers are as evenly spaced as times are, then the last one; numbers behind words such as
-    `seed` come last."""
+def list_patterns(path: Path, files: Iterable[Path]) -> list[Answer]:
+    """List the answers by patterns that each find one number of a name, in nearly all files: first
+    one whose numbers are as evenly spaced as times are, then the last one; numbers behind words
+    such as `seed` come last."""
     names = _names_below(files)
     hide = _hide_counted if are_counters(names.values()) else _hide_metrics
     spellings = [_SPELLING, "[0-9]+"] if _are_grouped(names.values()) else ["[0-9]+", _SPELLING]
@@ -281,7 +281,8 @@ def list_patterns(path: Path, files: Iterable[Path]) -> list[str]:
     if most < _NEARLY_ALL * len(names):
         return []
     likely = [pattern for pattern, rank in ranks.items() if rank[0] == most]
-    return sorted(likely, key=ranks.__getitem__, reverse=True)
+    in_order = sorted(likely, key=ranks.__getitem__, reverse=True)
+    return [{"step_from": pattern} for pattern in in_order]
 
 
 def _names_below(files: Iterable[Path]) -> dict[Path, str]:
@@ -406,7 +407,7 @@ def _ask_for_another(files: Mapping[Path, Signs], sign: str) -> None:
     another number, as in `ep00-gs00100` and `ep00-gs00200`."""
     path, signs = next(iter(files.items()))
     reason = f"must be given: several files have the same number, by {signs[sign].origin}"
-    if answers := [{"step_from": pattern} for pattern in list_patterns(path, files)]:
+    if answers := list_patterns(path, files):
         raise QuestionError("step_from", reason, *answers)
 
 
@@ -433,10 +434,10 @@ def _check_names(files: Mapping[Path, Signs]) -> None:
         reason = f"must be given: {signs['stated'].origin} is {stated[0]:,} in {path.name}, behind "
         reason += f"the {named[0]:,} in its name"
         answers = []
-        for pattern in list_patterns(path, files):
-            match = re.search(pattern, path.name)
+        for answer in list_patterns(path, files):
+            match = re.search(answer["step_from"], path.name)
             if match and read_number(match[1]) == named[0]:
-                answers.append({"step_from": pattern})
+                answers.append(answer)
         raise QuestionError("step_from", reason, *answers)
 
 

@@ -380,7 +380,8 @@ def _find_certain(run: Sequence[Found]) -> dict[str, str]:
     last = max(run, key=lambda file: file.time)
     found = {}
     for key in first.unused:
-        if first is last or key not in last.unused or AVERAGE_WORD.search(key):
+        is_average = AVERAGE_WORD.search(key.rpartition(".")[2])
+        if first is last or key not in last.unused or is_average:
             continue
         if reason := _explain_unused(key, first, last):
             found[key] = reason

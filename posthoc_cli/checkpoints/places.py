@@ -268,15 +268,14 @@ class Place:
         model = _name_of_model(path.name)
         if model is None or not path.is_file():
             members = {each: _layout_of_one(each) for each in (path, *_list_other_rank(path))}
-            if self._are_partitions(members):
-                return Refused(path, _partitions_error(path))
-            return members[path]
-        beside = [each for each in sorted(files.system.list(path.parent)) if each.is_file()]
-        indexes = [each for each in beside if each.name.endswith(INDEX_ENDING)]
-        if indexes and (shard := SHARD.search(path.name)):
-            stem = path.name[: shard.start()]
-            return Shards(min(indexes, key=lambda each: not each.name.startswith(stem)))
-        members = self._join_parts([each for each in beside if _name_of_model(each.name) == model])
+        else:
+            beside = [each for each in sorted(files.system.list(path.parent)) if each.is_file()]
+            indexes = [each for each in beside if each.name.endswith(INDEX_ENDING)]
+            if indexes and (shard := SHARD.search(path.name)):
+                stem = path.name[: shard.start()]
+                return Shards(min(indexes, key=lambda each: not each.name.startswith(stem)))
+            paths = [each for each in beside if _name_of_model(each.name) == model]
+            members = self._join_parts(paths)
         if self._are_partitions(members):
             return Refused(path, _partitions_error(path))
         return members.get(path) or next(iter(members.values()))

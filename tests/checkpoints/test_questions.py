@@ -519,6 +519,18 @@ def test_statistics_of_the_data_are_a_note_and_no_warning(program, tmp_path, ema
     check_steps(Run(tmp_path / "made").sources)
 
 
+def test_the_model_that_a_library_keeps_beside_its_average_is_a_note(tmp_path):
+    """F5-TTS saves ema-pytorch's `online_model`, too."""
+    for save in saves():
+        held = named("ema_model.", save.average) | named("online_model.", save.weights)
+        content = {"model_state_dict": save.weights, "ema_model_state_dict": held}
+        store(tmp_path / f"model_{save.step}.pt", content)
+    found = read(tmp_path, ema_decay=0.95)
+    assert found.counts == {"EMA of decay 0.95": 10, "weights": 10}
+    assert found.sources.notes == ()
+    assert "a copy of the weights: 'ema_model_state_dict.online_model'" in found.sources.notices[0]
+
+
 @pytest.mark.parametrize("name", ["consolidated", "hf/export", "best"])
 def test_a_copy_in_another_format_is_a_note_and_no_warning(name, tmp_path):
     for save in saves():
