@@ -597,10 +597,8 @@ def _is_confirmed(series: Series) -> bool:
     names differ in nothing but numbers that do."""
     if series[0].sign in (LONE, "stated epoch"):
         return False
-    varying = []
-    for column in zip(*map(_numbers_in_name, series), strict=False):
-        if len({*column}) > 1:
-            varying.append(column)
+    columns = zip(*map(_numbers_in_name, series), strict=False)
+    varying = [column for column in columns if len({*column}) > 1]
     for column in varying:
         for number, member in zip(column, series, strict=True):
             signs = [sign for sign, time in member.signs.items() if time.number == number]

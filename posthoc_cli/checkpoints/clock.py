@@ -38,7 +38,7 @@ from posthoc_cli.checkpoints.names import (
 )
 from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.errors import InvalidValueError, argument, quote
-from posthoc_cli.files import is_url
+from posthoc_cli.files import escape_glob, is_url
 from posthoc_cli.snapshots.opened_file import read_small_file
 
 STEPS = (
@@ -403,11 +403,21 @@ def _are_told_apart(files: Mapping[Path, Signs], sign: str) -> bool:
 
 
 def _ask_for_another(files: Mapping[Path, Signs], sign: str) -> None:
-    """Raise a QuestionError if the numbers of a sign are equal in several files, and names have
-    another number, as in `ep00-gs00100` and `ep00-gs00200`."""
+    """Raise a QuestionError if the numbers of a sign are equal in several files: the times may be
+    another number in names, as in `ep00-gs00100` and `ep00-gs00200`; or a few are one too many."""
+    kept = dict[tuple[str, int], Path]()
+    twins = []
+    for path, signs in files.items():
+        first = kept.setdefault((_series(path), signs[sign].number), path)
+        if first != path:
+            twins.append(f"{first.name} and {path.name}")
     path, signs = next(iter(files.items()))
-    reason = f"must be given: several files have the same number, by {signs[sign].origin}"
-    if answers := list_patterns(path, files):
+    reason = f"must be given: {twins[0]} have the same number, by {signs[sign].origin}"
+    answers = list_patterns(path, files)
+    if len(kept) >= _NEARLY_ALL * len(files) and len({each.parent for each in files}) == 1:
+        names = ",".join(escape_glob(each.name).replace(",", "?") for each in kept.values())
+        answers.append({"place": f"{escape_glob(str(path.parent))}/{{{names}}}"})
+    if answers:
         raise QuestionError("step_from", reason, *answers)
 
 

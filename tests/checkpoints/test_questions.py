@@ -831,6 +831,33 @@ def test_two_files_at_one_time_end_in_a_line_that_reads_the_others(program, tmp_
         assert_equal(values_of(source), save.weights)
 
 
+TWINS = {
+    "metrics": ("epoch={save.epoch}-loss={other:.2f}.ckpt", "epoch=10-loss=0.99.ckpt"),
+    "zeros": ("net_{save.step}.pt", "net_0400.pt"),
+    "commas": ("ep{save.epoch}, loss {other:.3f}.pt", "ep7, loss 1.995.pt"),
+    "in brackets": ("[b] it-{save.step} ({other}).pt", "[b] it-40 (3.1).pt"),
+}
+
+
+@pytest.mark.parametrize("program", TWINS)
+def test_two_files_of_one_number_end_in_a_line_that_names_the_others(program, tmp_path):
+    """The question had no line: no other number in names is a time."""
+    name, odd = TWINS[program]
+    for save in saves():
+        store(tmp_path / name.format(save=save, other=2 - save.epoch / 10), save.weights)
+    store(tmp_path / odd, negative(LAST.weights))
+    said = asked(tmp_path)
+    assert f"{odd} have the same number" in said or f"{odd} and " in said
+    words = shlex.split(said.partition("paste: ")[2])
+    found = read(words[2]).checkpoints
+    assert len(found) == 10
+    right = 0
+    for source, save in zip(found, saves(), strict=True):
+        assert source.t in (save.epoch, save.step)
+        right += torch.equal(values_of(source)[BODY[0]], save.weights[BODY[0]].double())
+    assert right >= 9  # of the two one is named
+
+
 def test_single_files_are_not_proposed(tmp_path):
     """One of ten was, of which no average can be made."""
     for save in saves():
