@@ -594,13 +594,14 @@ def _are_near_in_time(members: Series) -> bool:
 
 def _is_confirmed(series: Series) -> bool:
     """Return whether a word in names, or their numbers and the contents alike, say the times, and
-    names differ in nothing but numbers that do."""
+    names differ in nothing but numbers that do, and metrics."""
     if series[0].sign in (LONE, "stated epoch"):
         return False
-    columns = zip(*map(_numbers_in_name, series), strict=False)
-    varying = [column for column in columns if len({*column}) > 1]
+    columns = zip(*(NUMBER.findall(member.name) for member in series), strict=False)
+    varying = [each for each in columns if len({*each}) > 1 and "." not in "".join(each)]
     for column in varying:
-        for number, member in zip(column, series, strict=True):
+        for text, member in zip(column, series, strict=True):
+            number = read_number(text)
             signs = [sign for sign, time in member.signs.items() if time.number == number]
             if {*signs} <= {LONE}:
                 return False

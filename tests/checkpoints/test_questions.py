@@ -806,6 +806,18 @@ def test_a_training_whose_names_count_other_things_than_steps_is_a_series(name, 
     check_steps(read(tmp_path).checkpoints)
 
 
+@pytest.mark.parametrize("name", ["step={}-loss={:.2f}.ckpt", "epoch_{}_acc{:.3f}.pt"])
+def test_weights_that_only_jitter_are_a_series_if_a_word_says_their_times(name, tmp_path):
+    """Late in a training with weight decay all files are equally far; a metric is no fold."""
+    for number in range(1, 6):
+        generator = torch.Generator().manual_seed(number)
+        values = {}
+        for key, value in FIRST.weights.items():
+            values[key] = torch.randn(value.shape, generator=generator)
+        store(tmp_path / name.format(number, 0.9 + number / 200), values)
+    assert [one.t for one in read(tmp_path).checkpoints] == [1, 2, 3, 4, 5]
+
+
 # --- two files at one time
 
 TWICE = {
