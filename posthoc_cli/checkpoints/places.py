@@ -68,8 +68,9 @@ _PARTITION = re.compile(
 )
 """In names of the partitions of ZeRO-3, of DeepSpeed's pipelines and experts, of Megatron, of
 nanotron, of verl, and of Llama."""
-_RANK = re.compile(r"(?:(?<![a-z])rank[_-]?|-shard)0*(?P<rank>[01])(?![0-9])")
-"""In names of what two processes write, also fairseq's: partitions, or the whole model."""
+_RANK = re.compile(r"(?:(?<![a-z])(?:rank|mp)[_-]?|-shard)0*(?P<rank>[01])(?![0-9])")
+"""In names of what two processes write, also fairseq's and Makani's: partitions, or the whole
+model."""
 _OF_MANY = re.compile(rf"[0-9]+[-_]of[-_]0*(?:[2-9]|[1-9][0-9]+)(?![0-9])|{_RANK.pattern}")
 _WORD_OF_PART = re.compile(r"(?<![a-z])(?:shard|part|rank)[-_]?$", re.IGNORECASE)
 _WORD_OF_TIME = re.compile(r"(?:step|iter|ep(?:och)?)[a-z]*[=_.-]*$", re.IGNORECASE)

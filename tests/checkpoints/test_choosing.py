@@ -408,7 +408,15 @@ def test_a_later_link_to_a_missing_file_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["rank{}.pt", "model_rank_{}.bin", "ba-rank{}.pt", "x-shard{}.pt", "w-0{}-of-02.pt"]
+    "name",
+    [
+        "rank{}.pt",
+        "model_rank_{}.bin",
+        "ba-rank{}.pt",
+        "x-shard{}.pt",
+        "w_mp{}.tar",
+        "w-0{}-of-02.pt",
+    ],
 )
 def test_partitions_of_ranks_are_refused(name, tmp_path):
     """They were averaged as two parts of a model, and under a glob of one rank as the model."""
