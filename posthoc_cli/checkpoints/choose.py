@@ -217,14 +217,19 @@ class Chooser:
         self.candidates = place.candidates
         self.left_out = dict[Path, str]()  # with the reasons
         self._copies = set[Path]()
+        self._doubts = list[str]()
         folders = {str(path.parent) for path in self.candidates}
         self._root = Path(os.path.commonpath(folders) if folders else "")
 
     @property
     def notes(self) -> list[str]:
-        """What is left out, in one line."""
+        """What is left out, in one line, and what contradicts given times."""
         named = [f"{self._name(each)} ({reason})" for each, reason in self.left_out.items()]
-        return [*self.place.notes, *([f"left out: {list_first(named, 6)}"] if named else [])]
+        return [
+            *self.place.notes,
+            *self._doubts,
+            *([f"left out: {list_first(named, 6)}"] if named else []),
+        ]
 
     def choose(self) -> list[Member]:
         """Choose the members of one run; raise a QuestionError if several runs are possible."""
@@ -431,14 +436,16 @@ class Chooser:
 
     def _check_order(self, series: Series) -> None:
         """Raise a QuestionError if one sign alone says that files are times, or another number
-        beside it differs, and their values contradict it."""
-        if series[0].sign == "given" or _is_confirmed(series):
-            return
-        doubt = _doubt_order(series)
+        beside it differs, and their values contradict it; note it if the user has given the
+        sign."""
+        doubt = "" if _is_confirmed(series) else _doubt_order(series)
         if not doubt:
             return
         reason = f"{self._glob_of(series)}: little but a number says the times of these files, and "
         reason += f"they {doubt}"
+        if series[0].sign == "given":
+            self._doubts.append(reason)
+            return
         paths = [member.path for member in series]
         raise QuestionError(self.place.name, reason, *list_patterns(paths[0], paths))
 
@@ -522,10 +529,11 @@ class Chooser:
         """Make a glob of a series that matches no other candidate."""
         own = {member.path for member in series}
         others = [self._name(path) for path in self.candidates if path not in own]
-        pattern = self._glob_of(series)
-        if any(fnmatchcase(name, pattern) for name in others):
-            return _make_glob(series, _spell)
-        return pattern
+        plain = self._glob_of(series)
+        for pattern in (plain, plain.replace("*", "*[0-9]")):
+            if not any(fnmatchcase(name, pattern) for name in others):
+                return pattern
+        return _make_glob(series, _spell)
 
     def _glob_of(self, series: Series) -> str:
         """Make the glob of the names of a series, in which the numbers that all share stay."""
@@ -595,7 +603,7 @@ def _are_near_in_time(members: Series) -> bool:
 def _is_confirmed(series: Series) -> bool:
     """Return whether a word in names, or their numbers and the contents alike, say the times, and
     names differ in nothing but numbers that do, and metrics."""
-    if series[0].sign in (LONE, "stated epoch"):
+    if series[0].sign in (LONE, "stated epoch", "given"):
         return False
     columns = zip(*(NUMBER.findall(member.name) for member in series), strict=False)
     varying = [each for each in columns if len({*each}) > 1 and "." not in "".join(each)]

@@ -266,13 +266,11 @@ class TensorSets:
             outer.update(_paths(tensor))
         unused = dict[str, None]()
         for tensor in self.tensors.values():
-            if _is_counter(tensor):
-                continue
             paths = [path for path in _paths(tensor) if path not in outer]
             averages = [path for path in paths if path in self.averages]
             if averages:
                 unused[averages[0]] = None
-            elif tensor in used:
+            elif tensor in used or _is_counter(tensor):
                 continue
             elif paths:
                 unused[paths[0]] = None

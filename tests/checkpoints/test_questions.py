@@ -336,7 +336,9 @@ def test_slots_with_no_time_inside_are_asked_about(program, moved, tmp_path):
     said = asked(tmp_path)
     assert "slots that are written in turn" in said
     words = shlex.split(said.partition("paste: ")[2])
-    found = read(tmp_path, step_from=words[4]).checkpoints  # which the user may know better
+    given = read(tmp_path, step_from=words[4])  # which the user may know better
+    assert any("slots that are written in turn" in note for note in given.sources.notes)
+    found = given.checkpoints
     order = [(number - moved) % 10 for number in range(1, 10)]
     for source, place in zip(found[-9:], order, strict=True):  # the number 0 may be the start
         assert_equal(values_of(source), saves()[place].weights)
@@ -551,15 +553,6 @@ def test_what_equals_the_weights_once_is_a_warning(tmp_path):
     assert "'old', not used" in note
 
 
-def test_numbers_that_are_called_an_average_are_no_set_that_is_not_used(tmp_path):
-    for save in saves():
-        loss = {"avg": torch.tensor([float(save.step)]), "ema": torch.tensor(float(save.step))}
-        store(tmp_path / f"s{save.step}.pt", {"model": save.weights, "avg_loss": loss})
-    found = read(tmp_path)
-    assert found.sources.notes == ()
-    check_steps(found.checkpoints)
-
-
 def test_what_changes_and_is_not_used_is_a_warning(tmp_path):
     for save in saves():
         changing = {"model": save.weights, "loss_state": {"w": torch.full((3,), save.step)}}
@@ -761,7 +754,9 @@ def test_files_that_are_equally_far_from_each_other_are_no_series(program, count
     said = asked(tmp_path)
     assert ("equally far" if count > 2 else "unrelated") in said
     words = shlex.split(said.partition("paste: ")[2])
-    assert len(read(tmp_path, step_from=words[4]).checkpoints) == count
+    found = read(tmp_path, step_from=words[4])
+    assert len(found.checkpoints) == count
+    assert any("folds, seeds or members" in note for note in found.sources.notes)
 
 
 @pytest.mark.parametrize("name", ["step{2}-fold{0}.ckpt", "seed_{0}_epoch_{1}.pt"])
