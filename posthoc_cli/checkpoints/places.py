@@ -389,7 +389,8 @@ class Place:
             if _WORD_OF_TIME.search(entry.name[: number.start()]):  # epoch-01-of-20
                 continue
             names = self._signature(layout)
-            if number[0].startswith("-shard") and all(len(shape) < 2 for _, shape in names):
+            is_flat = all(len(shape) < 2 for _, shape in names)
+            if number[0].startswith("-shard") and names and is_flat:
                 return True
             others = by_name.setdefault(entry.name.replace(number[0], ""), [])
             for other in others:
