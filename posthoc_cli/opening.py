@@ -15,6 +15,7 @@ from posthoc_cli.checkpoints.places import NothingHereError
 from posthoc_cli.errors import DirectoryError
 from posthoc_cli.snapshots.directory import is_import, read_directory
 from posthoc_cli.snapshots.sources import Sources
+from posthoc_cli.snapshots.tensorfile import KeptOpen
 
 
 def disk_sources(directory: str | Path) -> Sources:
@@ -44,14 +45,15 @@ def open_sources(
     look = files.Look()
     read = partial(open_sources, path, settings, settle=settle)
     no_snapshots = None
-    if not (files.is_glob(path) or is_import(path)):
-        try:
-            return Sources(path, tuple(read_directory(path, look)), read, look)
-        except DirectoryError as error:
-            no_snapshots = error
-    from posthoc_cli.checkpoints.open_run import find
+    with KeptOpen() as kept:
+        if not (files.is_glob(path) or is_import(path)):
+            try:
+                return Sources(path, tuple(read_directory(path, look, kept)), read, look)
+            except DirectoryError as error:
+                no_snapshots = error
+        from posthoc_cli.checkpoints.open_run import find
 
-    try:
-        return replace(find(path, settings, settle, look), read=read)
-    except NothingHereError as error:
-        raise no_snapshots or error from None
+        try:
+            return replace(find(path, settings, settle, look, kept), read=read)
+        except NothingHereError as error:
+            raise no_snapshots or error from None

@@ -91,7 +91,7 @@ def sweep(run):
 MOST = {
     "own": {"facts": 1, "average": 2, "curve": 1, "sweep": 1},
     ".pt": {"facts": 1, "average": 2, "curve": 2, "sweep": 2},
-    ".safetensors": {"facts": 2, "average": 3, "curve": 3, "sweep": 3},
+    ".safetensors": {"facts": 1, "average": 2, "curve": 2, "sweep": 2},
     "both": {"facts": 1, "average": 2, "curve": 2, "sweep": 2},
     "import": {"facts": 1, "average": 2, "curve": 2, "sweep": 2},
 }

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from posthoc_cli.checkpoints.audit_breaks import find_exchanged, find_falls
+from posthoc_cli.checkpoints.audit_breaks import Falls, find_exchanged, find_falls
 from posthoc_cli.checkpoints.audit_fit import FAR, TOLD, Bools, Explanation
 from posthoc_cli.checkpoints.audit_rules import (
     Average,
@@ -39,7 +39,7 @@ from posthoc_cli.errors import (
     count_noun,
     percent,
 )
-from posthoc_cli.profiles import FloatArray, Point
+from posthoc_cli.profiles import Point
 from posthoc_cli.snapshots.source import Source
 
 _BETTER = 0.05  # and a length if its misfit is less than the claimed length's by this
@@ -154,7 +154,7 @@ def audit_sources(
             "info` shows it"
         )
         raise DirectoryError(sources[0].path.parent, reason)
-    if audits := list(audit_averages(sources, claimed)):
+    if audits := list(audit_averages(sources, claimed, has_intervals=True)):
         return audits
     reason = "holds no average"
     if any(not isinstance(source.profile, Point) for source in sources):
@@ -168,6 +168,7 @@ def audit_averages(
     checkpoints: Sequence[Any],
     claimed: float | None = None,
     given: ImportSettings = UNSPECIFIED,
+    has_intervals: bool = False,
 ) -> Iterator[Audit]:
     """Yield the audit of each average, by sigma_rel; `given` are the settings of an import."""
     weights = {source.t: source for source in checkpoints if isinstance(source.profile, Point)}
@@ -177,10 +178,12 @@ def audit_averages(
         if len(of_width) > 1:
             name = f"sigma_rel {width:g}" if width else ""
             pairs = [(weights[average.t], average) for average in of_width]
-            yield replace(_audit(pairs, claimed, given), name=name)
+            yield replace(_audit(pairs, claimed, given, has_intervals), name=name)
 
 
-def _audit(pairs: Sequence[Pair], claimed: float | None, given: ImportSettings) -> Audit:
+def _audit(
+    pairs: Sequence[Pair], claimed: float | None, given: ImportSettings, has_intervals: bool
+) -> Audit:
     _, newest = pairs[-1]
     sample = read_sample(pairs, given.update_every or 1)
     last = float(sample.updates[-1])
@@ -190,7 +193,10 @@ def _audit(pairs: Sequence[Pair], claimed: float | None, given: ImportSettings) 
         is_counted = newest.updates is not None and newest.updates.count is not None
         may_be_rarer = sample.every == 1 and given.update_every is None and not is_counted
         possible = list_averages(last) if claim else list_unclaimed(newest, given, last)
-        audit = _Judge(sample.intervals, claim, possible, sample, may_be_rarer).audit()
+        judge = _Judge(sample.intervals, claim, possible, sample, may_be_rarer)
+        audit = judge.audit()
+        if has_intervals:
+            audit = replace(audit, intervals=judge.list_intervals())
     audit = replace(audit, unit=sample.unit)
     if claim:
         audit = replace(audit, claimed=main_number(claim.rule))
@@ -282,7 +288,7 @@ class _Judge(Explanation):
                 audit = replace(audit, found=best.parameter)
             if best.is_known and not self.rows.are_noise:
                 audit = replace(audit, difference=abs(best.log))
-            if doubted := self._falls[1]:
+            if doubted := self._falls.doubted:
                 audit = replace(audit, doubted_at=self._time_after(doubted[-1]))
         has_length = not (best.rises or rule.is_schedule)
         return replace(
@@ -291,10 +297,10 @@ class _Judge(Explanation):
             length=self._length(best) if has_length else None,
             uncertainty=self.sigma,
             warm_up=warm_up_text(rule).replace("none", ""),
-            intervals=self._list_intervals(),
         )
 
-    def _list_intervals(self) -> tuple[Interval, ...]:
+    def list_intervals(self) -> tuple[Interval, ...]:
+        """List what each interval shows alone."""
         sample = self.sample
         unexplained = self.unexplained.tolist()
         intervals = []
@@ -331,7 +337,7 @@ class _Judge(Explanation):
             return Audit(UNRELATED, _UNRELATED)
         if is_foreign:
             return Audit("undetermined", _OTHER_WEIGHTS)
-        if falls := self._falls[0]:
+        if falls := self._falls.clear:
             why = ": it began again from the weights in between, or its warm-up did"
             return replace(
                 self._name_break(falls[-1], why),  # after which all is well
@@ -347,11 +353,10 @@ class _Judge(Explanation):
             return Audit(RARE, text)
         if rows.are_noise:
             return None
-        is_still = self.sample.stays[self.sample.copies :].all(axis=1)  # between two updates
-        return self._find_change(np.where(is_still, 0.0, [-fit.misfit for fit in self.own]))
+        return self._find_change()
 
     @cached_property
-    def _falls(self) -> tuple[list[int], list[int]]:
+    def _falls(self) -> Falls:
         return find_falls(self.rows)
 
     def _name_exchanged(self, is_exchanged: Bools) -> Audit:
@@ -366,9 +371,15 @@ class _Judge(Explanation):
         )
         return Audit(EXCHANGED, text, exchanged=tuple(times))
 
-    def _find_change(self, gains: FloatArray) -> Audit | None:
+    def _find_change(self) -> Audit | None:
         """Name a decay that changes, or an interval that differs from the others, by what a length
-        of its own gains in each: [intervals]."""
+        of its own gains in each."""
+        rows = self.rows.blurred
+        most = rows.uneven_misfits(self.best) - self._falls.least
+        if most.max() < _CHANGED / 2:  # rates of a table are 7 % apart
+            return None
+        is_still = self.sample.stays[self.sample.copies :].all(axis=1)  # between two updates
+        gains = np.where(is_still, 0.0, [-fit.misfit for fit in self.own])
         if np.quantile(gains, 0.75) > _CHANGED:
             lengths = [self._length(fit) for fit in self.own]
             text = f"each interval alone shows another length, from {min(lengths):,.3g} to "
@@ -387,7 +398,7 @@ class _Judge(Explanation):
         return Audit(
             "undetermined",
             f"{text}at {begin:,.12g}{why}",
-            difference=abs(self.own[place].log - self.best.log),
+            difference=abs(self.fit_alone(place).log - self.best.log),
             set_back_at=end,
         )
 

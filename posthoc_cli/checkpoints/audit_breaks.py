@@ -10,8 +10,9 @@ of an average, or of a warm-up of its decay, that began again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -82,10 +83,19 @@ class _Tables:
         return np.asarray(np.max(signs, axis=0))
 
 
-def find_falls(rows: Intervals) -> tuple[list[int], list[int]]:
-    """Find the intervals in which the average forgets faster than before, as by no rule: it, or the
-    warm-up of its decay, began again; and those in which it may have, which files about a length
-    apart do not show clearly."""
+@dataclass(frozen=True)
+class Falls:
+    """The intervals in which an average forgets faster than before, as by no rule: it, or the
+    warm-up of its decay, began again."""
+
+    clear: list[int]
+    doubted: list[int]  # those, and others that files about a length apart do not show clearly
+    # misfits with the best rate of each interval, if the weights moved at any times within it
+    least: FloatArray
+
+
+def find_falls(rows: Intervals) -> Falls:
+    """Find the intervals in which the average forgets faster than before."""
     rows = rows.blurred
     a, s = _list_rates(rows)
     ones = np.ones_like(a[0])
@@ -93,21 +103,30 @@ def find_falls(rows: Intervals) -> tuple[list[int], list[int]]:
     uneven = _tabulate(rows, (rows.uneven_logs(row, 0 * row, ones) for row in a))
     restarted = _tabulate(rows, (rows.uneven_logs(ones, row, ones) for row in s))
     tables = [_Tables(a, s, *each) for each in zip(even, uneven, restarted, strict=True)]
-    clear, doubted = (_search(tables, 0, len(rows.gram), sign) for sign in (1.0, _DOUBTED))
-    return clear, doubted
+
+    @cache
+    def list_signs(first: int, last: int) -> FloatArray:
+        """List the signs that the mean and the median over pieces show: a layer that is large for
+        a step is none."""
+        return np.asarray(np.min([each.between(first, last).signs for each in tables], axis=0))
+
+    count = len(rows.gram)
+    clear, doubted = (_search(list_signs, 0, count, least) for least in (1.0, _DOUBTED))
+    return Falls(clear, doubted, uneven[0].min(axis=0))
 
 
-def _search(tables: Sequence[_Tables], first: int, last: int, least: float) -> list[int]:
-    """Find such intervals among some, by a least sign that the mean and the median over pieces
-    show: a layer that is large for a step is no sign."""
+def _search(
+    list_signs: Callable[[int, int], FloatArray], first: int, last: int, least: float
+) -> list[int]:
+    """Find such intervals among some, by a least sign."""
     if last - first < 3:
         return []
-    signs = np.min([each.between(first, last).signs for each in tables], axis=0)
+    signs = list_signs(first, last)
     if signs.max() <= least:
         return []
     place = first + 1 + int(signs.argmax())
-    before = _search(tables, first, place, least)
-    return [*before, place, *_search(tables, place, last, least)]
+    before = _search(list_signs, first, place, least)
+    return [*before, place, *_search(list_signs, place, last, least)]
 
 
 def find_exchanged(rows: Intervals) -> Bools:
@@ -175,8 +194,15 @@ def _list_rates(rows: Intervals) -> tuple[FloatArray, FloatArray]:
 def _tabulate(rows: Intervals, logs: Iterable[FloatArray]) -> FloatArray:
     """Put together misfits with each rate, as the mean and the median over pieces: [2, rates,
     intervals]."""
-    table = [[rows.mean(each), np.median(each, axis=1)] for each in logs]
+    table = [[rows.mean(each), _median(each)] for each in logs]
     return np.moveaxis(np.array(table), 1, 0)
+
+
+def _median(pieces: FloatArray) -> FloatArray:
+    """Compute the median over pieces, as `np.median` does in up to four times the time."""
+    in_order = np.sort(pieces, axis=1)
+    count = pieces.shape[1]
+    return np.asarray((in_order[:, (count - 1) // 2] + in_order[:, count // 2]) / 2)
 
 
 def _least_sums(table: FloatArray) -> FloatArray:

@@ -228,8 +228,12 @@ class Intervals:
     def uneven_misfit(self, average: Average) -> float:
         """Compute the misfit if the weights moved from x to x' at any times within each
         interval."""
+        return float(self.uneven_misfits(average).mean())
+
+    def uneven_misfits(self, average: Average) -> FloatArray:
+        """Compute the same for each interval: [intervals]."""
         a, _ = self.shares(average)
-        return float(self.mean(self.uneven_logs(a, 0 * a, 1 + 0 * a)).mean())
+        return self.mean(self.uneven_logs(a, 0 * a, 1 + 0 * a))
 
     def loose_misfit(self, average: Average) -> float:
         """Compute the misfit if the weights moved so unevenly within each interval that averages
@@ -406,16 +410,17 @@ class Explanation:
 
     @cached_property
     def own(self) -> list[Average]:
-        """The averages that explain each interval alone; their misfits are relative to the best
+        """The averages that explain each interval alone."""
+        return [self.fit_alone(index) for index in range(len(self.rows.gram))]
+
+    def fit_alone(self, index: int) -> Average:
+        """Find the average that explains an interval alone; its misfit is relative to the best
         average's, if the weights moved at any times within the interval."""
-        fits = []
-        for index in range(len(self.rows.gram)):
-            row = self.rows.between(index, index + 1)
-            fit = row.fit(self.best)
-            row = row.blurred
-            misfit = row.uneven_misfit(fit) - row.uneven_misfit(self.best)
-            fits.append(replace(fit, misfit=misfit))
-        return fits
+        row = self.rows.between(index, index + 1)
+        fit = row.fit(self.best)
+        row = row.blurred
+        misfit = row.uneven_misfit(fit) - row.uneven_misfit(self.best)
+        return replace(fit, misfit=misfit)
 
     @property
     def unexplained(self) -> FloatArray:

@@ -52,6 +52,8 @@ EPOCHS = ("epoch", "last_epoch", "current_epoch")
 _VALUES: Mapping[Unit, Sequence[str]] = {"steps": STEPS, "epochs": EPOCHS}
 _TIMM = 2  # the version of its checkpoints, which state epochs from 0 on, and their architecture
 _ANEW = {"step", "steps", "iteration", "iter"}  # values that may begin anew in each epoch
+_START = re.compile(r"(?<![a-z])init(?:ial)?(?![a-z])", re.IGNORECASE)
+"""In names of weights before the training: their epoch 0 is not the first of several."""
 _LONE_FOLDER = re.compile(r"[0-9]{3,}")  # a shorter one may be an experiment's
 _NEARLY_ALL = 0.9  # share of the files that a pattern must read: one of ten may be named otherwise
 
@@ -103,7 +105,8 @@ def read_signs(content: Content, settings: ImportSettings, outside: Path | None 
     if epoch := _find_value(content, "epochs"):
         if content.values.get("version") == _TIMM and "arch" in content.values:
             epoch = replace(epoch, number=epoch.number + 1)
-        found["stated epoch"] = epoch
+        if epoch.number or not _START.search(content.path.name):
+            found["stated epoch"] = epoch
     if settings.step_from is not None:
         return {**found, "given": _search_path(content.path, settings)}
     stated = _find_value(content, "steps")

@@ -21,7 +21,7 @@ from posthoc_cli.files import is_url
 from posthoc_cli.snapshots.directory import PICKLES
 from posthoc_cli.snapshots.opened_file import OpenedFile
 from posthoc_cli.snapshots.output_mark import MARK, encode_mark, find_mark
-from posthoc_cli.snapshots.tensorfile import SUFFIX, decode_file
+from posthoc_cli.snapshots.tensorfile import SUFFIX, TensorFile, decode_file
 
 Leaves = dict[Keys, Any]
 """What a file holds, by the keys that lead to it: an `Entry`, a number or a text; or a `Node` in
@@ -41,10 +41,14 @@ class Container:
 
 
 def _read_safetensors(file: OpenedFile, _: Programs) -> Leaves:
-    header = decode_file(file)
+    return header_leaves(decode_file(file))
+
+
+def header_leaves(header: TensorFile) -> Leaves:
+    """Return what a safetensors file holds."""
     if header.kind == "snapshot":
         reason = "is a snapshot of this package, not a checkpoint"
-        raise UnsuitableError(file.path, reason, "name its directory")
+        raise UnsuitableError(header.path, reason, "name its directory")
     leaves: Leaves = {(name,): text for name, text in header.metadata.items()}
     if header.checksum:
         leaves[MARK,] = encode_mark(header.content)

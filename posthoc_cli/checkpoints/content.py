@@ -18,7 +18,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.containers import ENDINGS, Leaves, find_container, read_leaves
+from posthoc_cli.checkpoints.containers import (
+    ENDINGS,
+    Leaves,
+    find_container,
+    header_leaves,
+    read_leaves,
+)
 from posthoc_cli.checkpoints.folders import (
     NO_MODEL,
     PART,
@@ -102,6 +108,11 @@ class Content:
     @property
     def nbytes(self) -> int:
         return sum(file.nbytes for file in self.files.values())
+
+    @cached_property
+    def shapes(self) -> list[tuple[Keys, tuple[int, ...]]]:
+        """The keys and the shape of each tensor."""
+        return [(tensor.keys, tensor.shape) for tensor in self.tensors.values()]
 
     @property
     def groups(self) -> list[str]:
@@ -315,9 +326,14 @@ def _read_settings(folders: Iterable[Path], name: str, opened: Files) -> Values:
 def _read_file(path: Path, programs: Programs, kept: KeptOpen) -> Content:
     values = Values()
     tensors = {}
+    header = kept.foreign.get(path)
     with ExitStack() as stack:
-        file = stack.enter_context(OpenedFile(path))
-        leaves = read_leaves(file, programs)
+        if header is None:
+            file = stack.enter_context(OpenedFile(path))
+            leaves = read_leaves(file, programs)
+        else:
+            file = stack.enter_context(header.opened())
+            leaves = header_leaves(header)
         mark = decode_mark(leaves.get((MARK,)), path)
         offsets = _read_offsets(path, leaves)
         counts = _read_counters(file, leaves)
@@ -339,9 +355,11 @@ def _read_file(path: Path, programs: Programs, kept: KeptOpen) -> Content:
             else:
                 values[name] = value
         identified = _identify(file)
-        content = Content(path, tensors, values, {path: identified}, mark=mark)
-        if kept.take(identified, file):
+        if header is not None:
+            identified.handle = header.handle
+        elif kept.take(identified, file):
             stack.pop_all()
+        content = Content(path, tensors, values, {path: identified}, mark=mark)
     return _without_trackers(content)
 
 

@@ -16,6 +16,7 @@ from posthoc_cli.checkpoints.source import Checkpoint
 from posthoc_cli.errors import DirectoryError, InvalidValueError, argument, at_most_one
 from posthoc_cli.snapshots.directory import inspect_directory, is_import
 from posthoc_cli.snapshots.sources import Sources
+from posthoc_cli.snapshots.tensorfile import KeptOpen
 
 log = logging.getLogger(__name__)
 
@@ -99,10 +100,12 @@ def import_checkpoints(
         target = files.local_path("out", out)
     elif not dry_run:
         raise InvalidValueError("out", f"is required (except with {argument('dry_run')})")
-    if is_import(origin) or (origin.is_dir() and inspect_directory(origin).snapshots):
-        reason = "is a run already, and needs no import"
-        raise DirectoryError(origin, reason, "name the files of the other program")
-    sources = find(origin, given.given)
+    with KeptOpen() as kept:
+        is_run = origin.is_dir() and inspect_directory(origin, kept=kept).snapshots
+        if is_run or is_import(origin):
+            reason = "is a run already, and needs no import"
+            raise DirectoryError(origin, reason, "name the files of the other program")
+        sources = find(origin, given.given, kept=kept)
     for notice in sources.notices:
         log.info("%s: %s", directory, notice)
     for note in sources.notes:

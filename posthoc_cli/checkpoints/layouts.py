@@ -26,6 +26,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from posthoc_cli import files
 from posthoc_cli.checkpoints.ask import ASKED, Answer, QuestionError
 from posthoc_cli.checkpoints.clock import Time
 from posthoc_cli.checkpoints.containers import strip_ending
@@ -43,25 +44,44 @@ from posthoc_cli.profiles import PowerFunction, gamma_from_sigma_rel
 log = logging.getLogger(__name__)
 
 
-def recognise(content: Content, settings: ImportSettings) -> Found:
+def recognise(content: Content, settings: ImportSettings, like: Found | None = None) -> Found:
     """Find what a checkpoint holds: by its name if it states the profile of an average, else by the
-    sets that settings or words name."""
+    sets that settings or words name; or, with the same names and shapes, the sets of a file `like`
+    it, which was recognised by the same settings."""
     for find in BY_NAME:
         found = find(content, settings)
         if found is not None and settings.kind in (None, found.kind):
             return found
-    sets = TensorSets(content, (settings.average, settings.weights))
-    found = _recognise_sets(sets, settings)
-    used = [*found.averaged.values(), *found.weights.values()]
-    return replace(found, unused=sets.without(used))
+    if like is not None and _is_alike(content, like.content, settings):
+        found = like.sets_in(content)
+    else:
+        sets = TensorSets(content, (settings.average, settings.weights))
+        found = _recognise_sets(sets, settings)
+        used = [*found.averaged.values(), *found.weights.values()]
+        found = replace(found, unused=sets.without(used))
+    return _with_updates(found) if found.averaged else found
+
+
+def _is_alike(content: Content, other: Content, settings: ImportSettings) -> bool:
+    """Return whether nothing tells the sets of two checkpoints apart."""
+    return (
+        content.shapes == other.shapes
+        and len(content.files) == len(other.files)
+        and content.values.keys() == other.values.keys()
+        and not (content.trackers or other.trackers)
+        and _are_counted(content) == _are_counted(other)
+        and role_by_glob(content.path, settings) == role_by_glob(other.path, settings)
+        and _is_average_file(content.path) == _is_average_file(other.path)
+    )
 
 
 def role_by_glob(path: Path, settings: ImportSettings) -> str:
     """Return "ema" or "checkpoints" for a file that a glob in `average` or `weights` names; else an
     empty text."""
     for kind, text in (("ema", settings.average), ("checkpoints", settings.weights)):
-        if text and (fnmatchcase(path.name, text) or ("/" in text and path.match(text))):
-            return kind
+        for pattern in map(str, files.expand_braces(Path(text))) if text else ():
+            if fnmatchcase(path.name, pattern) or ("/" in pattern and path.match(pattern)):
+                return kind
     return ""
 
 
@@ -77,9 +97,9 @@ def _recognise_sets(sets: TensorSets, settings: ImportSettings) -> Found:
             return found
         settings = _name_fixed(sets, settings)
     if average := _find_average(sets, settings):
-        return _with_updates(average)
+        return average
     if settings.kind == "ema" or (settings.weights is None and _is_average_file(content.path)):
-        return _with_updates(Found(sets, sets.model()))
+        return Found(sets, sets.model())
     weights = _find_weights(sets, settings)
     path = weights.weights_key
     if settings.weights is None and sets.pairs("ema_*", path):
@@ -105,11 +125,15 @@ def _name_fixed(sets: TensorSets, settings: ImportSettings) -> ImportSettings:
     for path in sets.content.tracker_averages:
         if sets.counts[path]:
             return replace(settings, average=path)
-    for row in LIBRARIES:
-        is_counted = row.weights and sets.content.values.get(row.marks[0])
-        if is_counted and sets.below(row.average) and sets.below(row.weights):
+    for row in _are_counted(sets.content):
+        if sets.below(row.average) and sets.below(row.weights):
             return replace(settings, average=row.average, weights=row.weights)
     return settings
+
+
+def _are_counted(content: Content) -> list[Library]:
+    """List the programs with fixed keys whose average has counted an update."""
+    return [row for row in LIBRARIES if row.weights and content.values.get(row.marks[0])]
 
 
 def _find_weights(sets: TensorSets, settings: ImportSettings) -> Found:
@@ -283,6 +307,9 @@ _DECAY_IN_NAME = re.compile(r"ema_(0\.\d+)_")
 
 def _with_updates(found: Found) -> Found:
     """Add what the values beside an average, or the name of its file, say of its updates."""
+    if any(_TITAN_EMA.fullmatch(tensor.name) for tensor in found.averaged.values()):
+        rule: Values = {"decay": UNLIMITED, "warm_up": "ramp-up", "power": RAMP_UP}
+        return replace(found, updates=Updates(rule, calls="after copy"))
     library, values = _find_library(found.average_key, found.content.values)
     if library is None:
         named = _DECAY_IN_NAME.match(found.path.name)
@@ -307,10 +334,7 @@ def _torchtitan(sets: TensorSets) -> Found | None:
     for name, tensor in sets.content.tensors.items():
         if match := _TITAN_EMA.fullmatch(name):
             averaged[match[1]] = tensor
-    if not averaged:
-        return None
-    rule = {"decay": UNLIMITED, "warm_up": "ramp-up", "power": RAMP_UP}
-    return Found(sets, averaged, sets.model(), updates=Updates(rule, calls="after copy"))
+    return Found(sets, averaged, sets.model()) if averaged else None
 
 
 # --- averages whose files' names say what they are

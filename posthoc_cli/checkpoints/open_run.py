@@ -12,7 +12,8 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -65,6 +66,8 @@ from posthoc_cli.snapshots.tensorfile import KeptOpen
 log = logging.getLogger(__name__)
 
 _EPOCHS = 1000  # largest number that is read as perhaps epochs: few trainings have more
+_OF_DATA = re.compile(r"(?:^|[._])(?:mean|var|std|min|max|count|q\d\d|num_batches_tracked)$")
+"""In names of statistics, such as those of a normalizer of observations."""
 _TARGET = re.compile("target|teacher|momentum", re.IGNORECASE)
 # Least cosine between successive motions at which weights may be an average: for an EMA of 100
 # steps in files 100 steps apart it is 0.5 to 0.9, for weights late in a training -0.3 to 0.4.
@@ -95,6 +98,7 @@ def find(
     given: Mapping[str, Any] = MappingProxyType({}),
     settle: bool = True,
     look: files.Look | None = None,
+    kept: KeptOpen | None = None,
 ) -> Sources:
     """Find the run at a place, or open an import, which has its settings, and takes none.
 
@@ -109,7 +113,7 @@ def find(
             reason = "is a setting of imports, and this is one: give it the files' folder instead"
             raise InvalidValueError(setting, reason, value=value)
         return _open_import(path, look)
-    with KeptOpen() as kept:
+    with nullcontext(kept) if kept else KeptOpen() as kept:
         place = Place(name, look, kept)
         places = {str(name): place}  # each file of them is read once
 
@@ -257,11 +261,12 @@ def _read(place: Place, settings: ImportSettings, is_unclaimed: bool = False) ->
         _check_unit(last)
         may_be_epochs = not last.is_stated and last.number <= _EPOCHS
         last = replace(last, is_stated=True)
-    constant = _find_constant(run)
-    notes += [*chooser.notes, *_note_unused(run, constant)]
+    certain = _find_certain(run)
+    notes += [*chooser.notes, *_note_unused(run, certain)]
     notices = _note_swapped(run)
-    if constant:
-        notices.append(f"not used, as it never changes: {list_names(constant)}")
+    for reason in {*certain.values()}:
+        keys = [key for key in certain if certain[key] == reason]
+        notices.append(f"not used, as {reason}: {list_names(keys)}")
     checkpoints = _make_run(_make_all(run, last, settings))
     return _Found(checkpoints, settings, last.origin, tuple(notes), tuple(notices), may_be_epochs)
 
@@ -368,12 +373,12 @@ def _note_swapped(run: Sequence[Found]) -> list[str]:
     return [f"{text}swapped in when they were written: {list_names(names, 3)}"]
 
 
-def _find_constant(run: Sequence[Found]) -> list[str]:
-    """Find the sets that are not used, and are equal in the first and the last file: statistics of
-    the data, or a frozen network."""
+def _find_certain(run: Sequence[Found]) -> dict[str, str]:
+    """Find the sets that are not used without a doubt, with the reason: those that are equal in the
+    first and the last file, as of a frozen network, and statistics of the data."""
     first = min(run, key=lambda file: file.time)
     last = max(run, key=lambda file: file.time)
-    found = []
+    found = {}
     for key in first.unused:
         if first is last or key not in last.unused or AVERAGE_WORD.search(key):
             continue
@@ -381,14 +386,16 @@ def _find_constant(run: Sequence[Found]) -> list[str]:
             first_values_of(each.content, each.sets.below(key)) for each in (first, last)
         )
         if len(ours) and np.array_equal(ours, theirs):
-            found.append(key)
+            found[key] = "it never changes"
+        elif all(map(_OF_DATA.search, first.sets.below(key))):
+            found[key] = "statistics of the data"
     return found
 
 
-def _note_unused(run: Sequence[Found], constant: Sequence[str]) -> list[str]:
+def _note_unused(run: Sequence[Found], certain: Collection[str]) -> list[str]:
     """Name the sets of tensors of a file that are not used, with the option that would use one."""
     for file in run:
-        unused = [key for key in file.unused if key not in constant]
+        unused = [key for key in file.unused if key not in certain]
         if not unused:
             continue
         first = unused[0]

@@ -64,13 +64,13 @@ from posthoc_cli.snapshots.tensorfile import KeptOpen
 _STATE_FOLDER = re.compile(r"[-_]states?$|^states?$")
 _PARTITION = re.compile(
     r"^zero_pp_rank_|^layer_\d+(?:-model|_expert)_|^mp_rank_\d*[1-9]|_pp-rank-.*_tp-rank-"
-    r"|_world_size_(?!1_)\d+_rank_|^consolidated\.\d*[1-9]\.|-shard\d+\.[a-z]"
+    r"|_world_size_(?!1_)\d+_rank_|^consolidated\.\d*[1-9]\."
 )
 """In names of the partitions of ZeRO-3, of DeepSpeed's pipelines and experts, of Megatron, of
-nanotron, of verl, of Llama, and of fairseq."""
-_OF_MANY = re.compile(
-    r"[0-9]+[-_]of[-_]0*(?:[2-9]|[1-9][0-9]+)(?![0-9])|(?<![a-z])rank[_-]?0*[01](?![0-9])"
-)
+nanotron, of verl, and of Llama."""
+_RANK = re.compile(r"(?:(?<![a-z])rank[_-]?|-shard)0*(?P<rank>[01])(?![0-9])")
+"""In names of what two processes write, also fairseq's: partitions, or the whole model."""
+_OF_MANY = re.compile(rf"[0-9]+[-_]of[-_]0*(?:[2-9]|[1-9][0-9]+)(?![0-9])|{_RANK.pattern}")
 _WORD_OF_PART = re.compile(r"(?<![a-z])(?:shard|part|rank)[-_]?$", re.IGNORECASE)
 _WORD_OF_TIME = re.compile(r"(?:step|iter|ep(?:och)?)[a-z]*[=_.-]*$", re.IGNORECASE)
 _NUMBER_OF_FOLDER = re.compile(
@@ -264,7 +264,10 @@ class Place:
             return Shards(path)
         model = _name_of_model(path.name)
         if model is None or not path.is_file():
-            return _layout_of_one(path)
+            members = {each: _layout_of_one(each) for each in (path, *_list_other_rank(path))}
+            if self._are_partitions(members):
+                return Refused(path, _partitions_error(path))
+            return members[path]
         beside = [each for each in sorted(files.system.list(path.parent)) if each.is_file()]
         if SHARD.search(path.name) and any(each.name.endswith(INDEX_ENDING) for each in beside):
             reason = f"is a shard of a model, whose index (*{INDEX_ENDING}) says what belongs to it"
@@ -371,7 +374,7 @@ class Place:
     def _are_partitions(self, members: Layouts) -> bool:
         """Return whether a name says that files are partitions of a model, or files of a number
         "of" several, or of two ranks, hold tensors of the same names that are not equal, as each
-        rank may write them: shards do not."""
+        rank may write them: shards do not. Of fairseq's one alone shows it by flat tensors."""
         if any(_PARTITION.search(entry.name) for entry in members):
             return True
         by_name = dict[str, list[Layout]]()
@@ -381,13 +384,13 @@ class Place:
                 continue
             if _WORD_OF_TIME.search(entry.name[: number.start()]):  # epoch-01-of-20
                 continue
+            names = self._signature(layout)
+            if number[0].startswith("-shard") and all(len(shape) < 2 for _, shape in names):
+                return True
             others = by_name.setdefault(entry.name.replace(number[0], ""), [])
             for other in others:
-                names = {name for name, _ in self._signature(layout)}
-                shared = names & {name for name, _ in self._signature(other)}
-                if not shared:
-                    continue
-                if not self._have_equal_values(layout, other):
+                shared = dict(names).keys() & dict(self._signature(other)).keys()
+                if shared and not self._have_equal_values(layout, other):
                     return True
             others.append(layout)
         return False
@@ -448,6 +451,16 @@ class Place:
     def _first_values(self, *layouts: Layout) -> list[FloatArray]:
         contents = [self._reader.read(layout, {}) for layout in layouts]
         return [first_values_of(content, content.tensors) for content in contents]
+
+
+def _list_other_rank(path: Path) -> list[Path]:
+    """List the file of rank 1 beside one of rank 0, or the other way round, if there is one."""
+    found = _RANK.search(path.name)
+    if found is None:
+        return []
+    start, end = found.span("rank")
+    other = path.with_name(f"{path.name[:start]}{1 - int(found['rank'])}{path.name[end:]}")
+    return [other] if other.is_file() else []
 
 
 def _layout_of_one(path: Path) -> Layout:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -36,7 +37,7 @@ from posthoc_cli.snapshots.selection import STATISTICS
 _Named = dict[str, StoredTensor]
 
 _MODELS = (
-    "current_model_state", "state_dict", "model_state_dict", "module", *MODEL_FILES,
+    "current_model_state", "state_dict", "model_state_dict", "model_state", "module", *MODEL_FILES,
 )  # fmt: skip
 """Keys of the model in a checkpoint; the first present one counts. If Lightning's `state_dict` is
 an average, its weights are under `current_model_state`."""
@@ -110,6 +111,22 @@ class Found:
         """Return whether a set is a network none of whose names the weights have."""
         is_matched = match_names(self.sets.below(key), self.weights)
         return self.sets.holds_network(key) and not is_matched
+
+    def sets_in(self, content: Content) -> Found:
+        """Find the same sets in a checkpoint with the same names and shapes."""
+
+        def find(tensors: Tensors) -> Tensors:
+            return {name: content.tensors[tensor.name] for name, tensor in tensors.items()}
+
+        found = Found(self.sets.of(content), find(self.averaged), find(self.weights))
+        if self.was_swapped:
+            found = found.exchanged(found, found)
+        return replace(
+            found,
+            average_key=self.average_key,
+            weights_key=self.weights_key,
+            unused=self.unused,
+        )
 
     def paired_with(self, key: str) -> Found:
         """Take another set for the average of the weights; for none if it does not match."""
@@ -190,6 +207,13 @@ class TensorSets:
                 found.append(path)
         return found
 
+    def of(self, content: Content) -> TensorSets:
+        """Return the sets of a checkpoint with the same names and shapes."""
+        sets = copy(self)
+        sets.content = content
+        sets.tensors = _Named({name: content.tensors[name] for name in self.tensors})
+        return sets
+
     def is_averaged(self, path: str) -> bool:
         """Return whether a path is an average, or leads into one."""
         return any(_lies_in(path, average) for average in self.averages)
@@ -242,11 +266,13 @@ class TensorSets:
             outer.update(_paths(tensor))
         unused = dict[str, None]()
         for tensor in self.tensors.values():
+            if _is_counter(tensor):
+                continue
             paths = [path for path in _paths(tensor) if path not in outer]
             averages = [path for path in paths if path in self.averages]
             if averages:
                 unused[averages[0]] = None
-            elif tensor in used or _is_counter(tensor):
+            elif tensor in used:
                 continue
             elif paths:
                 unused[paths[0]] = None

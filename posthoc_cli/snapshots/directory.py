@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ from posthoc_cli.snapshots.sketch_text import join_paths
 from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot
 from posthoc_cli.snapshots.source import TrackedTensor, by_time, model_difference
 from posthoc_cli.snapshots.sources import Sources
-from posthoc_cli.snapshots.tensorfile import SUFFIX, TensorFile, read_file
+from posthoc_cli.snapshots.tensorfile import SUFFIX, KeptOpen, TensorFile, read_file
 from posthoc_cli.snapshots.weights_sample import join_samples
 
 log = Log(__name__)
@@ -168,11 +169,11 @@ def list_candidates(directory: Path, look: files.Look | None = None) -> Director
     return Directory(directory, entries, candidates, leftovers)
 
 
-def _read(path: Path) -> Snapshot | FileFormatError | None:
+def _read(kept: KeptOpen, path: Path) -> Snapshot | FileFormatError | None:
     """Read the header of a snapshot, or of a part; None for another file, or a file that no longer
     exists."""
     try:
-        file = read_file(path)
+        file = kept.read_file(path)
         if file.kind in (None, "output"):
             return None
         return decode_snapshot(file)
@@ -180,11 +181,14 @@ def _read(path: Path) -> Snapshot | FileFormatError | None:
         return None if files.is_absent(path) else error
 
 
-def inspect_directory(directory: Path, look: files.Look | None = None) -> Directory:
+def inspect_directory(
+    directory: Path, look: files.Look | None = None, kept: KeptOpen | None = None
+) -> Directory:
     """Read the headers of all snapshots in a directory, continuing after errors; raise the errors
-    of `list_directory`."""
+    of `list_directory`. Files of other programs are kept open as `kept` says."""
     listing = list_candidates(directory, look)
-    headers = in_turn(_read, listing.files, files.is_url(directory))
+    read = partial(_read, kept or KeptOpen(most=0))
+    headers = in_turn(read, listing.files, files.is_url(directory))
     return inspect_listing(listing, headers)
 
 
@@ -241,7 +245,7 @@ def read_snapshot(path: Path) -> Snapshot:
     paths = [path]
     if path.is_dir():
         paths = [*filter(is_tensor_file, list_directory(path))]
-    headers = [*map(_read, paths)]
+    headers = [*map(partial(_read, KeptOpen(most=0)), paths)]
     content = join_parts(path, headers)
     if not isinstance(content, Snapshot):
         raise FileFormatError(path, f"is not a complete snapshot: it has {content or 'no parts'}")
@@ -256,13 +260,15 @@ def find_snapshots(directory: Path) -> list[Snapshot]:
     return _without_problems(inspect_directory(directory))
 
 
-def read_directory(directory: Path, look: files.Look | None = None) -> list[Snapshot]:
+def read_directory(
+    directory: Path, look: files.Look | None = None, kept: KeptOpen | None = None
+) -> list[Snapshot]:
     """Read the snapshots of one run, by time, then sigma_rel. Reads headers only.
 
     Raises DirectoryError if there are none, FileFormatError for a damaged file, MismatchError for
     two that differ.
     """
-    content = inspect_directory(directory, look)
+    content = inspect_directory(directory, look, kept)
     if snapshots := _without_problems(content):
         return snapshots
     others = [*content.notes]

@@ -92,12 +92,29 @@ class Handle:
 
 class KeptOpen:
     """Files that stay open between those who read them, while this is, as a context manager: so
-    many at `most`, by default a quarter of those that the process may open."""
+    many at `most`, by default a quarter of those that the process may open.
+
+    Attributes:
+        foreign: the safetensors files of other programs whose headers were read.
+    """
 
     def __init__(self, most: int | None = None) -> None:
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._most = limit // 4 if most is None else most
         self._handles = list[Handle]()
+        self.foreign = dict[Path, TensorFile]()
+
+    def read_file(self, path: Path) -> TensorFile:
+        """Read the header of a safetensors file, as `read_file` does; keep a file of another
+        program, whose header is then read for a second time."""
+        with ExitStack() as stack:
+            opened = stack.enter_context(OpenedFile(path))
+            file = decode_file(opened)
+            if file.kind is None:
+                self.foreign[path] = file
+                if self.take(file, opened):
+                    stack.pop_all()
+        return file
 
     def keep(self, file: TensorFile) -> None:
         """Keep a file once it is opened."""

@@ -122,7 +122,9 @@ class Sweep:
         self._base = written.plan.base
         self._t = written.plan.t
         self._held = HeldSources(hold_until(self.sources, self._t))
-        lengths = self.lengths or searchable_lengths(self.sources, self._t)
+        lengths, notes = self.lengths, list[str]()
+        if lengths is None:
+            lengths = searchable_lengths(self.sources, self._t, notes)
         compared = find_compared(self.sources, self._t, self.raw)
         self._checkpoints = find_checkpoints(self.sources)
         own = find_own_ema(self.sources)
@@ -149,6 +151,7 @@ class Sweep:
             notes=(*self.sources.notes, *self.sources.doubts),
             findings=self.sources.findings,
         )
+        self._note(*notes)
         if self.out is None:
             self._search(compared)
             return self._report
@@ -351,6 +354,7 @@ class Sweep:
             return _Running(trial, job, partial(_fail, str(vanished)))
         if self._held.sources is not before:
             self._note_renewal()
+        self._note(*weights.notes)
         if plan is not None and weights.sigma_rel is not None:
             error = plan.predicted_error(0)
             trial = replace(trial, predicted_error=error, lost_gain=plan.lost_gain(0))
@@ -359,8 +363,13 @@ class Sweep:
     def _note_renewal(self) -> None:
         """Note from which trial on averages are made of other sources."""
         left = count_sources(self._held.sources)
-        note = f"from trial {self._started} on made of the {left} that remain"
-        self._report = replace(self._report, notes=(*self._report.notes, note))
+        self._note(f"from trial {self._started} on made of the {left} that remain")
+
+    def _note(self, *notes: str) -> None:
+        """Log notes, and keep them for the report."""
+        for note in notes:
+            log.warning("%s", note)
+        self._report = replace(self._report, notes=(*self._report.notes, *notes))
 
     def _finish(
         self, started: _Running, future: Future[tuple[float | None, float | None]]
@@ -390,10 +399,9 @@ class Sweep:
             raise CommandError("the sweep", f"{reason}: {last.error}")
         lengths = [trial for trial in trials if trial.value is not None and trial.sigma_rel]
         if len(lengths) == 2 and self._report.all_tied:
-            log.warning(
-                "all trials so far have the same metric, %.12g: does the evaluation use the "
-                "weights? If all others have it, too, random weights will show that",
-                last.value,
+            self._note(
+                f"all trials so far have the same metric, {last.value:.12g}: does the evaluation "
+                "use the weights? If all others have it, too, random weights will show that"
             )
 
     def _check_enough(self) -> None:
@@ -438,11 +446,11 @@ def _fail(reason: str) -> NoReturn:
     raise TrialError(reason)
 
 
-def searchable_lengths(sources: Sources, t: float) -> Lengths:
+def searchable_lengths(sources: Sources, t: float, notes: list[str]) -> Lengths:
     """Find the widest range of sigma_rel whose lost gain is below SMALL_LOSS.
 
     Without one, take the range from the mean of the last two stored times to the mean of all, and
-    warn of what they lose.
+    add what they lose to the notes.
     """
     curve = run_curve(sources, t=t)
     ranges = curve.ranges_below(SMALL_LOSS)
@@ -459,14 +467,10 @@ def searchable_lengths(sources: Sources, t: float) -> Lengths:
     lengths = Lengths(round(spacing, 4), min(round(whole, 4), 0.28))
     is_searched = (curve.sigma_rels >= lengths.low) & (curve.sigma_rels <= lengths.high)
     losses = curve.lost_gain[is_searched]
-    log.warning(
-        "%s: searching sigma_rel %g to %g, from the mean of the last two files to the mean of all: "
-        "lost gain at most about %s to %s; %s",
-        sources.place,
-        lengths.low,
-        lengths.high,
-        percent(float(losses.min())),
-        percent(float(losses.max())),
-        "`ema guide exactness` says what that costs",
+    least, most = percent(float(losses.min())), percent(float(losses.max()))
+    notes.append(
+        f"{sources.place}: searching sigma_rel {lengths.low:g} to {lengths.high:g}, from the mean "
+        f"of the last two files to the mean of all: lost gain at most about {least} to {most}; "
+        "`ema guide exactness` says what that costs"
     )
     return lengths

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -42,7 +41,6 @@ from posthoc_cli.targets import Mean, SigmaRel, Target
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-log = logging.getLogger(__name__)
 
 LAST_WEIGHTS = "last weights"
 
@@ -85,6 +83,7 @@ class Candidate:
         sigma_rel: the length of an average; None for what averages are compared with.
         t: where an average ends that ends earlier than the others.
         base_share: of the weights that a fine-tuning started from.
+        notes: what speaks against the weights, once they were made.
     """
 
     title: str
@@ -92,6 +91,7 @@ class Candidate:
     sigma_rel: float | None = None
     t: float | None = None
     base_share: float = 0.0
+    notes: list[str] = field(default_factory=list)
 
     def write(self, path: Path, like: Path | None) -> Plan | None:
         """Write the weights to a file, or to a copy of the checkpoint `like`; return their plan, if
@@ -164,12 +164,12 @@ class RawFile(Candidate):
         if lacking:
             reason = f"lacks tensor {quote(min(lacking))} of the averages"
             raise MismatchError(self.path, reason)
-        self._warn_of_other_step(plain)
+        self._note_other_step(plain)
         yield plain
         files.unlink_if_exists(plain)
 
-    def _warn_of_other_step(self, plain: Path) -> None:
-        """Warn if the weights differ from what the hook has recorded with the last snapshots."""
+    def _note_other_step(self, plain: Path) -> None:
+        """Note if the weights differ from what the hook has recorded with the last snapshots."""
         snapshots = []
         for source in self.sources:
             if isinstance(source, Snapshot):
@@ -189,12 +189,8 @@ class RawFile(Candidate):
                 flat = tensor.flatten().float()
                 values += [float(flat[index]) for _, index in elements]
         if not are_equal(np.array(values, np.float32), recorded):
-            log.warning(
-                "%s: holds other weights than the model had at step %d, the run's last one; the "
-                "gain is over those",
-                self.path,
-                newest.step,
-            )
+            note = f"{self.path}: holds other weights than the model had at step {newest.step}, "
+            self.notes.append(note + "the run's last one; the gain is over those")
 
 
 @dataclass(frozen=True, kw_only=True)

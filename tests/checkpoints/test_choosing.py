@@ -407,23 +407,39 @@ def test_a_later_link_to_a_missing_file_is_an_error(tmp_path):
         read(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["rank{}.pt", "model_rank_{}.bin", "w-0{}-of-02.pt"])
+@pytest.mark.parametrize(
+    "name", ["rank{}.pt", "model_rank_{}.bin", "ba-rank{}.pt", "x-shard{}.pt", "w-0{}-of-02.pt"]
+)
 def test_partitions_of_ranks_are_refused(name, tmp_path):
-    """They were averaged as two parts of a model."""
+    """They were averaged as two parts of a model, and under a glob of one rank as the model."""
     for save in saves():
         for number, content in enumerate((weights, others)):
             store(tmp_path / f"step{save.step}" / name.format(number), content(save))
-    with pytest.raises(FileFormatError, match="partitions"):
-        read(tmp_path)
+    places = [tmp_path]
+    if "of" not in name:
+        places += [tmp_path / "step*" / name.format(number) for number in (0, 1)]
+    for place in places:
+        with pytest.raises(FileFormatError, match="partitions"):
+            read(place)
 
 
-@pytest.mark.parametrize("name", ["epoch-{}-of-20.pt", "step_{}_rank0.pt"])
+@pytest.mark.parametrize("process", ["-shard0", "-shard1", "-rank1"])
+@pytest.mark.parametrize("pattern", [".", "*{}.pt"])
+def test_a_whole_model_of_one_process_is_no_partition(process, pattern, tmp_path, expected):
+    """It was refused by the word in its name."""
+    place = tmp_path / "files"
+    for save in saves():
+        store(place / f"step_{save.step}{process}.pt", weights(save))
+    check_equal(average(place / pattern.format(process)), expected)
+
+
+@pytest.mark.parametrize("name", ["epoch-{}-of-20.pt", "step_{}-shard0.pt", "step_{}_rank0.pt"])
 def test_times_of_many_are_no_partitions(name, tmp_path, expected):
     place = tmp_path / "files"
     for save in saves():
         store(place / name.format(save.step), weights(save))
-        if "rank" in name:
-            store(place / name.format(save.step).replace("rank0", "rank1"), weights(save))
+        if "0.pt" in name and "of" not in name:
+            store(place / name.format(save.step).replace("0.pt", "1.pt"), weights(save))
     check_equal(average(place), expected)
 
 

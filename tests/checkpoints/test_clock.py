@@ -536,7 +536,7 @@ def of_modules_without_tensors(folder):
 UNCLEAR = {
     two_unknown_sets: "--steps-per-epoch",
     of_no_time: "its training step",
-    of_one_time: "1 x a_5.pt, 1 x b_5.pt; paste: ema import",
+    of_one_time: "1 x a_5.pt, 1 x b_5.pt; rename",
     of_modules_without_tensors: "no tensors",
 }
 

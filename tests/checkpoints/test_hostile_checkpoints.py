@@ -160,8 +160,8 @@ REPEATS = {
     + b"u"
     + b"q\x010}h\x00h\x01s" * 90,
     "keys of all dicts around": b"}" + b"\x8c\x00}" * 2000 + b"(" + ENTRIES + b"u" + b"s" * 2000,
-    "marks": b"(" * COUNT,
-    "memo": b"N" + b"\x94" * COUNT,
+    "marks": b"(" * 10 * COUNT,
+    "memo": b"N" + b"\x94" * 15 * COUNT,
     "strings of bytes": b"(" + b"C\x00" * COUNT,
     "objects": b"cx\ny\nq\x00)q\x01(" + b"h\x00h\x01R" * COUNT,
     "imported names": b"(" + b"cx\ny\n" * MANY,

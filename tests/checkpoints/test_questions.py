@@ -314,10 +314,10 @@ SLOTS = {
 }
 
 
-def write_ring(place, name, content):
-    """Write the saves into slots in turn, of which the first ones are written anew."""
+def write_ring(place, name, content, moved=4):
+    """Write the saves into slots in turn, of which so many are written anew."""
     for number, save in enumerate(saves()):
-        store(place / name.format(slot=(number + 4) % 10), content(save))
+        store(place / name.format(slot=(number + moved) % 10), content(save))
 
 
 @pytest.mark.parametrize("program", SLOTS)
@@ -326,6 +326,26 @@ def test_slots_that_are_written_in_turn_have_the_epochs_inside(program, tmp_path
     write_ring(tmp_path, SLOTS[program], lambda save: {"model": save.weights, "epoch": save.epoch})
     found = read(tmp_path, steps_per_epoch=40)
     check_steps(found.checkpoints)
+
+
+@pytest.mark.parametrize("program", SLOTS)
+@pytest.mark.parametrize("moved", [1, 4, 9])
+def test_slots_with_no_time_inside_are_asked_about(program, moved, tmp_path):
+    """They were epochs that follow each other, in the wrong order."""
+    write_ring(tmp_path, SLOTS[program], lambda save: {"model": save.weights}, moved)
+    said = asked(tmp_path)
+    assert "slots that are written in turn" in said
+    words = shlex.split(said.partition("paste: ")[2])
+    found = read(tmp_path, step_from=words[4]).checkpoints  # which the user may know better
+    order = [(number - moved) % 10 for number in range(1, 10)]
+    for source, place in zip(found[-9:], order, strict=True):  # the number 0 may be the start
+        assert_equal(values_of(source), saves()[place].weights)
+
+
+def test_slots_with_an_average_beside_the_weights_are_asked_about(tmp_path):
+    both = "net_v{slot}.pt"
+    write_ring(tmp_path, both, lambda save: {"model": save.weights, "ema": save.average})
+    assert "slots that are written in turn" in asked(tmp_path)
 
 
 @pytest.mark.parametrize("key", ["iters", "iter"])
@@ -476,6 +496,38 @@ def test_what_never_changes_is_a_note_and_no_warning(write, tmp_path, ema):
     assert "not used, as it never changes" in done.shown
 
 
+CHANGING = {
+    "Makani's loss": ("model_state", "loss_state_dict", ["running_var"]),
+    "observations": ("model", "obs_rms", ["mean", "var"]),
+    "normalizer": ("policy", "normalizer", ["x.running_mean", "x.running_var"]),
+    "quantiles": ("state_dict", "data_stats", ["action.q01", "action.q99", "action.std"]),
+    "extremes": ("net", "limits", ["a.min", "a.max"]),
+}
+
+
+@pytest.mark.parametrize("program", CHANGING)
+def test_statistics_of_the_data_are_a_note_and_no_warning(program, tmp_path, ema):
+    """Those that go on changing were "not used" in a warning of every command."""
+    model, key, names = CHANGING[program]
+    for save in saves():
+        statistics = {name: torch.full((5, 1), float(save.step)) for name in names}
+        store(tmp_path / "run" / f"s{save.step}.pt", {model: save.weights, key: statistics})
+    settings = ["--weights", model] if model in ("policy", "net") else []
+    done = ema("import", tmp_path / "run", *settings, "--out", tmp_path / "made", "--strict")
+    assert done.code == 0
+    assert f"not used, as statistics of the data: '{key}'" in done.shown
+    check_steps(Run(tmp_path / "made").sources)
+
+
+def test_numbers_that_are_called_an_average_are_no_set_that_is_not_used(tmp_path):
+    for save in saves():
+        loss = {"avg": torch.tensor([float(save.step)]), "ema": torch.tensor(float(save.step))}
+        store(tmp_path / f"s{save.step}.pt", {"model": save.weights, "avg_loss": loss})
+    found = read(tmp_path)
+    assert found.sources.notes == ()
+    check_steps(found.checkpoints)
+
+
 def test_what_changes_and_is_not_used_is_a_warning(tmp_path):
     for save in saves():
         changing = {"model": save.weights, "loss_state": {"w": torch.full((3,), save.step)}}
@@ -548,6 +600,19 @@ def test_weights_that_state_step_0_are_the_start(tmp_path):
     check_steps(found.checkpoints)
     (note,) = found.sources.notes
     assert note == "init.pt: left out: it holds the weights before the training, of step 0"
+
+
+@pytest.mark.parametrize("name", ["init.pt", "model_init.pt", "initial/weights.pt", "net-INIT.pt"])
+def test_weights_before_the_first_epoch_shift_no_epoch(name, tmp_path):
+    """Their epoch 0 made all others one later."""
+    write_each(
+        tmp_path, "epoch_{save.epoch}.pt", lambda save: {"net": save.weights, "epoch": save.epoch}
+    )
+    store(tmp_path / name, {"net": negative(FIRST.weights), "epoch": 0})
+    found = read(tmp_path, steps_per_epoch=40)
+    check_steps(found.checkpoints)
+    (note,) = found.sources.notes
+    assert "left out: " in note
 
 
 # --- parts of a model under a glob
@@ -678,6 +743,79 @@ def test_folds_that_state_their_epochs_are_no_series(name, tmp_path):
         content = {"state_dict": values, "epoch": epoch}
         store(tmp_path / name.format(number, epoch, 10 * epoch), content)
     assert "equally far" in asked(tmp_path)
+
+
+FOLDS = {
+    "folders": "cv{}/best.ckpt",
+    "two levels": "fold_{}/checkpoints/best.ckpt",
+    "files": "net-{}.ckpt",
+    "metrics": "split{}_acc=0.{}7.ckpt",
+    "runs": "version_{}/last.ckpt",
+}
+
+
+@pytest.mark.parametrize("name", FOLDS.values(), ids=FOLDS)
+def test_folds_that_state_their_steps_are_no_series(name, tmp_path):
+    """Of each fold the step of its best file was the time."""
+    for number, epoch in enumerate((7, 3, 9, 5), 1):
+        generator = torch.Generator().manual_seed(number)
+        content = {"epoch": epoch, "global_step": 40 * epoch, "state_dict": {}}
+        for key, value in FIRST.weights.items():
+            content["state_dict"][key] = torch.randn(value.shape, generator=generator)
+        store(tmp_path / name.format(number, epoch), content)
+    assert "equally far" in asked(tmp_path)
+
+
+@pytest.mark.parametrize("name", FOLDS.values(), ids=FOLDS)
+def test_a_training_whose_names_count_other_things_than_steps_is_a_series(name, tmp_path):
+    for save in saves():
+        content = {"epoch": save.epoch, "global_step": save.step, "state_dict": save.weights}
+        store(tmp_path / name.format(2 * save.epoch, save.epoch), content)
+    check_steps(read(tmp_path).checkpoints)
+
+
+# --- two files at one time
+
+TWICE = {
+    "Lightning": ("epoch={save.epoch}.ckpt", "epoch=10-v1.ckpt"),
+    "padded": ("epoch_{save.epoch:02}.pt", "epoch_10_v1.pt"),
+    "resumed": ("ep{save.epoch}.pt", "ep10.2.pt"),
+    "in folders": ("epoch-{save.epoch}/w.pt", "epoch-10-v2/w.pt"),
+    "steps": ("step_{save.step}.pt", "step_400_7.pt"),
+    "brackets": ("[a]_epoch{save.epoch}.pt", "[a]_epoch10_1.pt"),
+}
+
+
+@pytest.mark.parametrize("program", TWICE)
+def test_two_files_at_one_time_end_in_a_line_that_reads_the_others(program, tmp_path):
+    """The glob in the line matched the odd one, too, and asked again."""
+    name, odd = TWICE[program]
+    write_each(tmp_path, name, lambda save: save.weights)
+    store(tmp_path / odd, negative(LAST.weights))
+    words = shlex.split(asked(tmp_path).partition("paste: ")[2])
+    found = read(words[2]).checkpoints
+    for source, save in zip(found, saves(), strict=True):
+        assert source.t in (save.epoch, save.step)
+        assert_equal(values_of(source), save.weights)
+
+
+def test_single_files_are_not_proposed(tmp_path):
+    """One of ten was, of which no average can be made."""
+    for save in saves():
+        content = {"model": save.weights, "epoch": save.epoch // 2}
+        store(tmp_path / f"{'abcdefghij'[save.epoch - 1]}.pt", content)
+    said = asked(tmp_path)
+    assert "paste" not in said
+    assert "rename copies" in said
+
+
+def test_an_average_and_its_weights_are_named_by_braces(tmp_path):
+    for save in saves():
+        store(tmp_path / f"a_{save.step}.pt", save.average)
+        store(tmp_path / f"b_{save.step}.pt", save.weights)
+    names = {"average": "a_{[0-9],[0-9][0-9],[0-9][0-9][0-9]}.pt", "weights": "{b,c}_*.pt"}
+    found = read(tmp_path, ema_decay=0.95, **names)
+    assert found.counts == {"EMA of decay 0.95": 10, "weights": 10}
 
 
 def test_weights_that_do_not_move_are_a_series(tmp_path):

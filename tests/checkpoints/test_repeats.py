@@ -1,4 +1,5 @@
-"""The files of a training hold one program with other numbers, which is run once."""
+"""The files of a training hold one program with other numbers, which is run once, and the same
+sets of tensors, which are found once."""
 
 import io
 import pickle
@@ -6,13 +7,19 @@ import random
 import tracemalloc
 import zipfile
 from collections import OrderedDict
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
+from posthoc_cli import Run
 from posthoc_cli.checkpoints import pickles
 from posthoc_cli.checkpoints.pickles import Programs, read_tensors
-from posthoc_cli.errors import FileFormatError
+from posthoc_cli.checkpoints.sets import TensorSets
+from posthoc_cli.errors import FileFormatError, PostHocError
+from posthoc_cli.opening import open_sources
+from posthoc_cli.profiles import Point
 from posthoc_cli.snapshots.opened_file import OpenedFile
 
 
@@ -252,3 +259,93 @@ def test_few_programs_are_kept(tmp_path):
         path.write_bytes(buffer.getvalue())
         assert len(read(path, programs)) == size
     assert len(programs._programs) == pickles._MOST_KEPT
+
+
+# --- what the files of a series hold is found once
+
+
+def save_series(folder, change, count=6):
+    """Write files of weights that walk, and their average; `change` the content of the fourth."""
+    random = torch.Generator().manual_seed(0)
+    weights = {"a.weight": torch.zeros(6, 5), "b.weight": torch.zeros(40)}
+    average = {name: value.clone() for name, value in weights.items()}
+    for step in range(1, 20 * count + 1):
+        for name, value in weights.items():
+            value += torch.randn(value.shape, generator=random)
+            average[name].lerp_(value, 0.05)
+        if step % 20 == 0:
+            content = {"step": step, "rate": 0.1, "model": {**weights}, "ema": {**average}}
+            if step == 80:
+                change(content)
+            torch.save(content, folder / f"step{step}.pt")
+
+
+def test_the_sets_of_a_series_are_found_once(tmp_path, monkeypatch):
+    save_series(tmp_path, lambda _: None)
+    made = mock.Mock(side_effect=TensorSets.__init__)
+    monkeypatch.setattr(TensorSets, "__init__", lambda *args, **options: made(*args, **options))
+    sources = open_sources(tmp_path / "step*.pt", {"ema_decay": 0.95})
+    assert [(source.t, source.decay) for source in sources if source.decay] == [
+        (20.0 * n, 0.95) for n in range(1, 7)
+    ]
+    assert made.call_count == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda content: content.pop("ema"), "weights"),
+        (lambda content: content.pop("rate"), "both"),
+        (lambda content: content["ema"].pop("b.weight"), "of the average"),
+        (lambda content: content["ema"].update({"b.weight": torch.zeros(7)}), "do not match"),
+        (lambda content: content.update(best_ema=content["model"]), "both"),
+    ],
+)
+def test_a_file_that_differs_from_its_series_is_judged_alone(tmp_path, change, expected):
+    save_series(tmp_path, change)
+    try:
+        sources = open_sources(tmp_path / "step*.pt", {"ema_decay": 0.95})
+    except PostHocError as error:
+        assert expected in str(error)
+        return
+    held = {
+        "weights" if isinstance(each.profile, Point) else "average"
+        for each in sources
+        if each.t == 80
+    }
+    assert held == ({"weights"} if expected == "weights" else {"weights", "average"})
+    for source in sources:
+        stored = torch.load(source.path)["model" if isinstance(source.profile, Point) else "ema"]
+        values = source.values("a.weight", 0, 30)
+        assert np.array_equal(values, stored["a.weight"].double().flatten().numpy())
+
+
+@pytest.mark.parametrize("swapped", [(20,), (80,), (20, 80, 100)])
+def test_each_file_of_a_series_says_whether_it_was_written_swapped(tmp_path, swapped):
+    """NequIP's files, whose state says which of the two sets is in the model's place."""
+    random = torch.Generator().manual_seed(0)
+    weights = torch.zeros(8, 5)
+    average = weights.clone()
+    truth = {}
+    for step in range(1, 121):
+        weights = weights + torch.randn(8, 5, generator=random)
+        decay = min(0.95, (1 + step + 1) / (10 + step + 1))
+        average = average.lerp(weights, 1 - decay)
+        if step % 20:
+            continue
+        is_swapped = step in swapped
+        model, kept = (average, weights) if is_swapped else (weights, average)
+        settings = {
+            "decay": 0.95,
+            "num_updates": step + 1,
+            "is_holding_ema_weights": not is_swapped,
+        }
+        state = {"model.w": model, "ema.ema_weight_0": kept, "ema._extra_state": settings}
+        torch.save({"global_step": step, "state_dict": state}, tmp_path / f"step{step}.ckpt")
+        truth[step] = weights, average
+    sources = Run(tmp_path / "step*.ckpt").sources
+    assert len(sources) == 2 * len(truth)
+    for source in sources:
+        expected = truth[source.t][not isinstance(source.profile, Point)]
+        (name,) = source.entries
+        assert np.array_equal(source.values(name, 0, 40), expected.double().flatten().numpy())

@@ -445,6 +445,7 @@ def test_a_run_of_plain_weights_is_searched_over_what_its_files_show(tmp_path, o
     # means of the last two of ten files and of all are uniform over a fifth and all of training
     assert report.lengths == Lengths(round(0.2 * 12**-0.5, 4), 0.28)
     assert "the mean of the last two files" in caplog.text
+    assert any("the mean of the last two files" in note for note in report.notes)
 
 
 def test_the_command_says_what_was_measured(ema, run, out):
@@ -510,15 +511,17 @@ def test_a_metric_on_standard_error_and_in_colours_is_found_which_is_said_once(e
         (2, False),
     ],
 )
-def test_last_weights_of_another_step_are_warned_of(tmp_path, out, raw, is_said, caplog):
+def test_last_weights_of_another_step_are_warned_of_and_noted(tmp_path, out, raw, is_said, caplog):
     model = torch.nn.Linear(2, 2)
     with PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=2) as ema:
         for step in (1, 2):
             torch.nn.init.constant_(model.weight, step)
             save_file(model.state_dict(), tmp_path / f"{step}.safetensors")
             ema.update_(model)
-    swept(Run(tmp_path / "run"), out, raw=tmp_path / f"{raw}.safetensors")
-    assert ("the model had at step 2" in caplog.text) == is_said
+    report = swept(Run(tmp_path / "run"), out, raw=tmp_path / f"{raw}.safetensors")
+    assert caplog.text.count("the model had at step 2") == is_said
+    notes = [note for note in report.notes if "the model had at step 2" in note]
+    assert len(notes) == is_said
 
 
 def test_a_file_without_the_tensors_of_the_averages_is_refused(run, tmp_path, out):
