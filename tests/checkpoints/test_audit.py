@@ -16,7 +16,7 @@ from factories import RUN_ID, write_snapshot
 from predictions import walk
 from trained import EVERY, STEPS, by, ema, named, ratio, timm, train, write
 
-from posthoc_cli import Run
+from posthoc_cli import Run, import_checkpoints
 from posthoc_cli.checkpoints.audit import audit_sources
 from posthoc_cli.errors import DirectoryError, NonFiniteError
 
@@ -147,6 +147,53 @@ def test_a_claim_that_is_nearly_right_is_no_fault(tmp_path):
     found = audited(tmp_path, weights, every_step, claimed)
     assert found.verdict == "as claimed"
     assert log_error(found, DECAY) < 0.03 < log_error(found, claimed)
+
+
+@pytest.mark.parametrize(("correlation", "length"), [(50, 50), (50, 150), (100, 500)])
+def test_noise_about_a_minimum_makes_a_length_vague_and_refutes_no_claim(
+    tmp_path, correlation, length
+):
+    """Noise that forgets in so many steps, in files 50 steps apart; the average has so many. Each
+    motion undoes a part of the one before, and lines show lengths up to a tenth too long."""
+    generator = np.random.default_rng(length)
+    kept = math.exp(-1 / correlation)
+    decay = math.exp(-1 / length)
+    noise = generator.normal(size=(8, 50))
+    path = []
+    average = np.zeros(0)
+    for step in range(1001):
+        path.append(noise)
+        average = noise if step == 0 else average + (1 - decay) * (noise - average)
+        noise = kept * noise + math.sqrt(1 - kept**2) * generator.normal(size=noise.shape)
+        if step and step % 50 == 0:
+            content = {"weights": path[-1], "ema": average}
+            sets = {
+                key: {"a.weight": torch.from_numpy(value).float()} for key, value in content.items()
+            }
+            torch.save({"step": step, **sets}, tmp_path / f"step{step}.pt")
+    (found,) = Run(tmp_path).audit()
+    assert abs(math.log(found.length / length)) < 2 * found.uncertainty < 0.4
+    (claimed,) = Run(tmp_path).audit(decay)
+    assert not claimed.is_bad
+    run = tmp_path / "run"
+    import_checkpoints(tmp_path, run, ema_decay="found")
+    for sigma_rel in (0.05, 0.2):
+        gamma = gamma_of(sigma_rel)
+        shares = np.diff((np.arange(1001) / 1000) ** (gamma + 1))
+        truth = np.tensordot(shares, np.array(path[1:]), 1)
+        made = Run(run).average(sigma_rel, dtype=torch.float32)
+        error = np.linalg.norm(made["a.weight"].double().numpy() - truth) / np.linalg.norm(truth)
+        assert error < 2 * made.predicted_error
+
+
+def gamma_of(sigma_rel):
+    """Solve sigma_rel**2 = (gamma + 1) / ((gamma + 2)**2 (gamma + 3)) for gamma > 0."""
+    low, high = 0.0, 1e6
+    for _ in range(100):
+        middle = (low + high) / 2
+        is_wider = (middle + 1) / ((middle + 2) ** 2 * (middle + 3)) > sigma_rel**2
+        low, high = (middle, high) if is_wider else (low, middle)
+    return low
 
 
 def test_a_tensor_that_moves_by_rounding_alone_need_not_be_followed(tmp_path):
