@@ -93,6 +93,20 @@ def test_a_file_of_a_real_training_in_exchanged_places_is_named(falls, files):
     assert [*audit.exchanged] == [900]
 
 
+def test_a_straight_path_shows_no_exchange(files, run):
+    """Every weight goes from one value to another by half a cosine: all differences are parallel,
+    and some rate leaves next to nothing in any place."""
+    steps = np.arange(1, 2001)[:, None]
+    moves = np.random.default_rng(0).normal(size=400)
+    weights = 1 + 0.3 * (1 - np.cos(np.pi * steps / 2000)) / 2 * moves
+    decay = 0.999
+    write(files, weights, by(lambda step: min(decay, ratio(step))), steps=range(100, 2001, 100))
+    (audit,) = Run(files).audit(decay)
+    assert not audit.exchanged
+    assert not audit.is_bad
+    import_checkpoints(files, run, ema_decay=decay, ema_warmup="ratio")
+
+
 def test_a_given_decay_does_not_excuse_exchanged_places(files, run):
     write(files, path(), ema_of(0.99), steps=TIMES, form=swapped_at(700))
     with refused("exchanged", "--exchanged 700 "):
