@@ -1,8 +1,8 @@
 """Figures: arrays in, matplotlib figures out.
 
 They are readable in print, with colour blindness (Okabe and Ito's colours, each with a different
-line style) and on a dark page (the background is opaque white). pyplot is not used: a figure
-belongs to its caller and needs no display.
+line style) and on a dark page (the background is opaque white unless asked otherwise). pyplot is
+not used: a figure belongs to its caller and needs no display.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ _MOST_ERROR = 2.0
 there."""
 _LEAST_WIDTH = 1e-4  # the sigma_rel at which narrower targets are drawn
 _FAR = 3.0
-"""Distance of a compared metric, or of the estimate's band, as a multiple of the averages' spread,
-beyond which it is not drawn."""
+"""Distance of a metric from that of the best average, as a multiple of the median distance of the
+averages, beyond which it is only named at the edge: so that one bad length, or the last weights,
+leave the height to the lengths among which one chooses."""
 _LONGEST_TEXT = 200
 # inches of a figure without legend, and the height of a line of the legend
 _WIDTH = 6.4
@@ -75,8 +76,10 @@ class _Figure(Figure):
 def as_file(
     draw: Callable[[], Figure],
     suffix: str,
+    transparent: bool = False,
 ) -> bytes:
-    """Draw a figure as the content of a `.png`, `.svg` or `.pdf` file, reproducible byte for byte.
+    """Draw a figure as the content of a `.png`, `.svg` or `.pdf` file, reproducible byte for byte;
+    `transparent` leaves out the white background.
 
     Text in SVG is drawn as paths, so that it looks the same everywhere. matplotlibrc files are
     ignored: one in the working directory may be another user's and enable LaTeX, which runs
@@ -89,7 +92,7 @@ def as_file(
         matplotlib.rcParams["svg.fonttype"] = "path"
         figure = draw()
         kind = suffix.removeprefix(".")
-        figure.savefig(stream, format=kind, metadata=_METADATA[suffix])
+        figure.savefig(stream, format=kind, metadata=_METADATA[suffix], transparent=transparent)
     return stream.getvalue()
 
 
@@ -244,8 +247,8 @@ def sweep_figure(report: dict[str, Any], width: float = _WIDTH) -> Figure:
     """Draw a metric against sigma_rel, on a logarithmic axis, from `SweepReport.to_dict`; `width`
     is in inches.
 
-    What the averages are compared with is drawn as lines; metrics far from all averages are only
-    named.
+    What the averages are compared with is drawn as lines; metrics far from the best average are
+    only named, at the edge.
     """
     trials = []
     for trial in report["trials"]:
@@ -314,41 +317,77 @@ def _metric_figure(
     """Draw the metric of trials against their value of this name, with the curve of the estimate,
     and what averages are compared with."""
     figure, axes = _figure()
-    band = _draw_estimate(axes, name, curve)
-    bars = _draw_trials(axes, name, trials, report["noise"] or 0.0)
+    _draw_estimate(axes, name, curve)
+    measured = [trial for trial in trials if trial["value"] is not None]
+    noise = report["noise"] or 0.0
+    _draw_trials(axes, name, measured, noise)
     compared = [each for each in report["compared"] if each["value"] is not None]
-    low, high = _metric_range(bars, [*band, *(each["value"] for each in compared)])
+    references = [each["value"] for each in compared]
+    low, high = _metric_range(measured, noise, references, report["minimize"])
+    characters = _characters(width)
+    beyond = []
     for index, each in enumerate(compared):
         label = f"{each['title']}: {each['value']:.5g}"
         if not low <= each["value"] <= high:
-            label += ", beyond this range"
+            arrow = "\N{UPWARDS ARROW}" if each["value"] > high else "\N{DOWNWARDS ARROW}"
+            beyond.append(_text(f"{arrow} {label}", characters))
+            continue
         axes.axhline(
             each["value"],
-            label=_text(label, _characters(width)),
+            label=_text(label, characters),
             linewidth=1.6,
             color=_colour((1, 3, 5, 6)[index]),
             linestyle=STYLES[1 + index % 3],
         )
+    # outside the axes, where no curve or mark is
+    axes.set_title("\n".join(beyond), loc="left", fontsize=8)
     axes.set_ylim(low, high)
     axes.set_xscale("log")
-    axes.set_ylabel(_text(report["metric"], _characters(width)))
+    _mark_beyond(axes, name, measured)
+    axes.set_ylabel(_text(report["metric"], characters))
     return figure
 
 
-def _draw_estimate(axes: Axes, name: str, curve: Sequence[dict[str, Any]]) -> list[float]:
-    """Draw the estimate of the metric, and return the ends of its band."""
+def _mark_beyond(axes: Axes, name: str, trials: Sequence[dict[str, Any]]) -> None:
+    """Mark trials whose metrics lie beyond the range, by an arrow at the edge and their value."""
+    low, high = axes.get_ylim()
+    for trial in trials:
+        value = trial["value"]
+        if low <= value <= high:
+            continue
+        is_above = value > high
+        axes.plot(
+            trial[name],
+            high if is_above else low,
+            marker="^" if is_above else "v",
+            color=_colour(4),
+            linestyle="none",
+            clip_on=False,
+        )
+        axes.annotate(
+            f"{value:.3g}",
+            (trial[name], high if is_above else low),
+            xytext=(0, -7 if is_above else 7),
+            textcoords="offset points",
+            horizontalalignment="center",
+            verticalalignment="top" if is_above else "bottom",
+            fontsize=8,
+        )
+
+
+def _draw_estimate(axes: Axes, name: str, curve: Sequence[dict[str, Any]]) -> None:
+    """Draw the estimate of the metric."""
     places = [point[name] for point in curve]
     means = np.array([point["estimate"] for point in curve])
     errors = np.array([point.get("standard_error", 0.0) for point in curve])
-    low = means - 2 * errors
-    high = means + 2 * errors
     blue = _colour(0)
     label = "estimate"
     if errors.any():
         label += ", band: two standard errors"
+        low = means - 2 * errors
+        high = means + 2 * errors
         axes.fill_between(places, low, high, color=blue, alpha=0.2, linewidth=0)
     axes.plot(places, means, color=blue, linewidth=1.6, label=label)
-    return [*low, *high]
 
 
 def _draw_trials(
@@ -356,22 +395,13 @@ def _draw_trials(
     name: str,
     trials: Sequence[dict[str, Any]],
     noise: float,
-) -> list[float]:
-    """Draw the metrics of trials, and return the ends of their bars."""
-    places = []
-    metrics = []
-    errors = []
-    for trial in trials:
-        if trial["value"] is not None:
-            places.append(trial[name])
-            metrics.append(trial["value"])
-            errors.append(trial["standard_error"] or noise)
-    values = np.array(metrics)
-    noises = np.array(errors)
+) -> None:
+    """Draw the metrics of trials."""
+    noises = _noises(trials, noise)
     has_bars = bool(noises.any())
     axes.errorbar(
-        places,
-        values,
+        [trial[name] for trial in trials],
+        [trial["value"] for trial in trials],
         noises if has_bars else None,
         color=_colour(4),
         marker="o",
@@ -380,22 +410,30 @@ def _draw_trials(
         capsize=3,
         label="measured, bars: noise" if has_bars else "measured",
     )
-    return [*(values - noises), *(values + noises)]
+
+
+def _noises(trials: Sequence[dict[str, Any]], noise: float) -> FloatArray:
+    """Return the standard error that each trial states, or else the noise of all."""
+    return np.array([trial["standard_error"] or noise for trial in trials])
 
 
 def _metric_range(
-    bars: Sequence[float],
-    others: Sequence[float],
+    trials: Sequence[dict[str, Any]],
+    noise: float,
+    references: Sequence[float],
+    minimize: bool,
 ) -> tuple[float, float]:
-    """Find the ends of the metric's axis, with all bars, and with the others' bars that are near
-    them."""
-    low = min(bars)
-    high = max(bars)
-    most = _FAR * (high - low)
-    drawn = [*bars]
-    for value in others:
-        if low - most <= value <= high + most:
-            drawn.append(value)
+    """Find the ends of the metric's axis: those of the bars of trials, and of the references, that
+    are not far from the best trial."""
+    values = np.array([trial["value"] for trial in trials])
+    noises = _noises(trials, noise)
+    best = values.min() if minimize else values.max()
+    distances = np.abs(values - best)
+    others = distances[distances > 0]
+    most = _FAR * float(np.median(others)) if others.size else 0.0
+    is_near = distances <= most
+    drawn = [*(values - noises)[is_near], *(values + noises)[is_near]]
+    drawn += [value for value in references if abs(value - best) <= most]
     low = min(drawn)
     high = max(drawn)
     margin = 0.1 * (high - low or 1)

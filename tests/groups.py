@@ -11,6 +11,7 @@ import tempfile
 import zlib
 from collections import Counter
 from contextlib import contextmanager
+from pathlib import Path
 from textwrap import indent
 
 import torch
@@ -47,6 +48,12 @@ def start_group(code, ranks, folder, *arguments):
     os.close(descriptor)
     program = PROGRAM + indent(code, "    ")
     return [Forked(program, rank, ranks, meeting, folder, *arguments) for rank in range(ranks)]
+
+
+def process():
+    """Return what `start_group` has given: `rank`, `world`, `folder` and `arguments`."""
+    rank, world, _, folder, *arguments = sys.argv[1:]
+    return int(rank), int(world), Path(folder), arguments
 
 
 PROGRAM = """
@@ -262,6 +269,22 @@ def close(model, path, tolerance=1e-6):
         found = own_part(tensor).double()
         wanted = local(tensor, value).double()
         assert torch.allclose(found, wanted, rtol=tolerance, atol=tolerance), name
+
+
+def same_in_all(model):
+    """Fail if a process holds other values than the first one."""
+    for name, one in sorted(held(model).items()):
+        first = one.clone()
+        dist.broadcast(first, 0)
+        assert torch.equal(one, first), name
+
+
+def go(ema, model, first, last):
+    """Train replicas, whose statistics are of different batches."""
+    for step in range(first, last + 1):
+        move(model, step)
+        getattr(model, "module", model).mean.add_(dist.get_rank())
+        ema.update_(model)
 
 
 def refused(work, kind=PostHocError):

@@ -87,6 +87,7 @@ def swept(**changed):
     ]
     report = {
         "metric": "loss",
+        "minimize": True,
         "best": {"sigma_rel": 0.1},
         "compared": compared,
         "noise": None,
@@ -101,11 +102,35 @@ def test_what_averages_are_compared_with_is_a_line_and_named_if_it_is_far_away()
     (axes,) = plots.sweep_figure(swept()).axes
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert "your EMA (0.99): 1.5" in labels
-    assert "last weights: 40, beyond this range" in labels
+    assert not any("last weights" in label for label in labels)
+    assert axes.get_title(loc="left") == "\u2191 last weights: 40"
     low, high = axes.get_ylim()
     assert low < 1.0 < 2.0 < high < 40
     heights = [line.get_ydata()[0] for line in axes.lines if line.get_label().startswith("your")]
     assert heights == [1.5]
+
+
+@pytest.mark.parametrize("minimize", [True, False])
+def test_a_bad_length_leaves_the_height_to_the_lengths_among_which_one_chooses(minimize):
+    """With the loss, or the same numbers negated as a metric to maximise."""
+    sign = 1 if minimize else -1
+    losses = {0.02: 1.3, 0.05: 1.1, 0.1: 1.0, 0.2: 1.2, 0.28: 90.0}
+    trials = []
+    for width, loss in losses.items():
+        length = {"sigma_rel": width, "t": None, "base_share": 0.0}
+        trials.append(length | {"value": sign * loss, "standard_error": None})
+    last = {"title": "last weights", "value": sign * 40.0, "gain": 0.975}
+    report = swept(minimize=minimize, trials=trials, compared=[last])
+    (axes,) = plots.sweep_figure(report).axes
+    ends = sorted(sign * end for end in axes.get_ylim())
+    # all but the bad one are drawn, from 1.0 to 1.3, with a tenth of this as the margin
+    assert ends == pytest.approx([0.97, 1.33])
+    (marked,) = [text for text in axes.texts if text.get_text() == f"{sign * 90:.3g}"]
+    place, height = marked.xy
+    assert place == 0.28
+    assert sign * height == pytest.approx(1.33)
+    arrow = "\u2191" if minimize else "\u2193"
+    assert axes.get_title(loc="left") == f"{arrow} last weights: {sign * 40}"
 
 
 def test_a_metric_without_noise_has_no_bars_and_no_band():

@@ -34,13 +34,13 @@ def sweep(
     sigma_rel: str | None = options.TARGETS(
         None,
         metavar="LENGTHS",
-        show_default="all whose lost gain is below 5 %",
+        show_default="all whose error costs below 5 % of averaging's benefit",
         help="A range to search, 0.02:0.28, or a list to measure.",
     ),
     decay: str | None = options.TARGETS(
         None,
         metavar="DECAYS",
-        help="The same by decays, of EMAs of the same mean age: 0.99:0.9999.",
+        help="The same range or list by the decays of EMAs: 0.99:0.9999.",
     ),
     evaluate: str = options.HOW(
         ...,
@@ -78,7 +78,7 @@ def sweep(
         None,
         metavar="COUNT",
         show_default="what the search takes, some 8 to 25",
-        help="All evaluations, at most; at least 4 beside your EMA and last weights.",
+        help="The most evaluations: at least 4 beside those of your EMA and last weights.",
     ),
     jobs: str = options.HOW(
         "1",
@@ -103,20 +103,20 @@ def sweep(
 ) -> None:
     """Find the best length by your own metric, or by eye.
 
-    Runs the command for averages of six lengths, of twelve where the metric is noisy, then where
-    the best may lie between them. If that is 0.1 or longer, it measures averages that end at a
-    half, a quarter, ... of the training, which may have gone on for too long. With --base, it mixes
-    in shares of the weights that a fine-tuning started from. Your own EMA and the last weights are
-    measured, too, if they are there. Where the metric is noisy, the gain is of
-    fresh measurements.
+    First measures your own EMA and the last weights, if they are there. Then runs the command for
+    averages of six lengths, of twelve where the metric is noisy, and where the best may lie between
+    them. If the best length is 0.1 or longer, the training may have gone on for too long: averages
+    that end at a half, a quarter, ... of it are measured, too. --base names the weights that a
+    fine-tuning started from: shares of them are mixed in. Where the metric is noisy, the best
+    averages are measured afresh, and the gain is of these measurements alone.
 
     Images that the command writes to {dir} are kept, and the page shows them side by side. --look
     makes this page without a metric.
 
-    A standard error next to the metric (acc_stderr) bounds its noise, and the gain's. A
-    failed trial does not count; two in a row that fail alike end the sweep. The same command
-    continues an earlier one. OUT receives trials.jsonl, sweep.json, logs, images, report.html and
-    the best average.
+    Print the standard error next to the metric (acc_stderr) if you know it: it bounds the noise of
+    the metric and of the gain. A failed trial does not count; two in a row that fail alike end the
+    sweep. The same command continues an earlier one. OUT receives trials.jsonl, sweep.json, logs,
+    images, report.html and the best average.
     """
     from posthoc_cli.checkpoints.ask import QuestionError
     from posthoc_cli.report.page import write_page

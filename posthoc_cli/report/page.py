@@ -139,7 +139,8 @@ def _render_chart(
 ) -> str:
     sources = []
     for width in (_WIDE, _NARROW):
-        picture = plots.as_file(partial(draw, values, width), ".svg")
+        # without a background, so that it has the one of the page, whether light or dark
+        picture = plots.as_file(partial(draw, values, width), ".svg", transparent=True)
         sources.append(_data_url("image/svg+xml", picture))
     wide, narrow = sources
     return (

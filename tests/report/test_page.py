@@ -73,6 +73,7 @@ def test_a_page_has_the_answer_its_figure_and_every_trial(text):
         assert words in " ".join(shown(text).split())
     (picture,) = images(text, r"svg\+xml")
     assert b"best: 0.1" in picture
+    assert b"fill: #ffffff" not in picture  # its background is the page's, light or dark
     links = re.findall('<a href="(.*?)"', text)
     assert len(links) == 8
     assert "logs/sigma_rel-0.05-seed-0.out" in links
