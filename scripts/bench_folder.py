@@ -11,21 +11,21 @@ weights with a factor, and saves the sum as safetensors; for a sweep it keeps th
 (mapped), and makes twelve sums. A sweep of ours evaluates nothing: its metric is one weight. Of
 files with an EMA the decay is found, and the EMA is used, too.
 
-In a quiet hour, seconds by the clock (DCP: folders of `torch.distributed.checkpoint`):
+One run of each, seconds by the clock (DCP: folders of `torch.distributed.checkpoint`):
 
     files                                    loop  info  synthesize  loop of 12  sweep of 12
     20 of torch.save: 144 tensors, an EMA
-      and Adam's state                        2.9   2.3         4.3         2.8          4.6
-    100 of them                               7.2   5.5         7.0         6.4          9.3
-    500 of them                              23.9  21.6        27.0        26.9         38.9
-    20 of safetensors, 144 tensors            1.9   0.6         2.7         2.1          3.7
-    100 of them                               1.7   1.2         3.1         2.7          4.1
-    20 of DCP, 144 tensors                    5.2   1.8         3.9         4.2          4.0
-    20 of torch.save, 24 M parameters         1.9   0.6         3.2         4.7          6.6
-    20 of safetensors, 24 M parameters        1.6   0.5         3.0         4.3          6.1
+      and Adam's state                        3.4   2.2         3.1         2.5          3.7
+    100 of them                               6.6   3.0         5.5         6.7          6.4
+    500 of them                              27.3  11.7        19.4        26.3         24.1
+    20 of safetensors, 144 tensors            1.6   0.5         2.2         1.7          2.5
+    100 of them                               1.8   0.8         2.4         2.2          3.0
+    20 of DCP, 144 tensors                    3.0   1.2         3.0         3.3          3.3
+    20 of torch.save, 24 M parameters         1.7   0.4         3.1         5.4          6.0
+    20 of safetensors, 24 M parameters        1.6   0.4         2.7         7.6          6.6
     20 of torch.save, 24 M parameters, an
-      EMA and Adam's state                    1.9   1.9         5.0         5.4          9.3
-    20 of DCP, 24 M parameters                3.5   0.7         3.4         7.0          6.5"""
+      EMA and Adam's state                    2.7   1.1         4.5         7.2         13.5
+    20 of DCP, 24 M parameters                5.6   0.7         4.1        15.6          8.4"""
 
 from __future__ import annotations
 
