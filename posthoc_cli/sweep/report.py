@@ -215,7 +215,7 @@ class SweepReport:
         return text
 
     @property
-    def is_at_end(self) -> bool:
+    def is_at_edge(self) -> bool:
         """Whether the best length is the first or last of the range, so that a better one may lie
         beyond."""
         found = self.estimate
@@ -353,7 +353,7 @@ def summarize(report: SweepReport) -> list[tuple[str, str]]:
     if report.kept is None:
         pairs.append(("predicted error", percent(best.predicted_error)))
         pairs.append(("lost gain", at_most(best.lost_gain)))
-    if report.is_at_end:
+    if report.is_at_edge:
         count += "; the best lies at the end of the range, and may lie beyond"
     if report.search.was_bounded:
         count += "; without the bound of --budget it would go on"

@@ -99,7 +99,8 @@ def test_no_help_names_a_type_of_python(ema):
 
 
 def test_the_help_says_the_least_budget(ema):
-    assert f"at least {LEAST_BUDGET} beside" in " ".join(ema("sweep", "--help").out.split())
+    text = ema("sweep", "--help").out.replace("│", "")
+    assert f"at least {LEAST_BUDGET} beside" in " ".join(text.split())
 
 
 # --- the output of --json: all commands use the same names for the same things

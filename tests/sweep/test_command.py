@@ -289,10 +289,10 @@ def test_a_best_length_at_an_end_is_reported_as_such(run, out):
     """A wider range then continues from the trials."""
     narrow = swept(run, out, lengths=Lengths(0.05, 0.08))
     assert narrow.best == 0.08
-    assert narrow.is_at_end
+    assert narrow.is_at_edge
     wider = swept(run, out, lengths=Lengths(0.05, 0.2))
     assert wider.best == pytest.approx(0.1, rel=0.05)
-    assert not wider.is_at_end
+    assert not wider.is_at_edge
     assert {*narrow.trials} <= {*wider.trials}
 
 

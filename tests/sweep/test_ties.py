@@ -71,7 +71,7 @@ def test_where_all_tie_the_untuned_length_is_taken_and_no_gain_claimed(plain, pa
     assert texts["gain"] == "none: all have the same metric, and random weights another one, 9"
     assert texts["best"].endswith(", untuned, since all tie")
     assert texts["statistically tied"] == "all"
-    assert not report.is_at_end
+    assert not report.is_at_edge
 
 
 def test_where_all_tie_the_users_own_ema_is_kept(stored, tmp_path):
@@ -167,13 +167,13 @@ def test_a_best_length_at_an_end_that_others_equal_does_not_point_beyond(plain):
 
     report = swept(plain, evaluate, lengths=Lengths(0.1, 0.28))
     assert report.best == 0.1
-    assert not report.is_at_end
+    assert not report.is_at_edge
     alone = swept(
         plain,
         lambda weights: float(torch.equal(weights["w"], shortest)),
         lengths=Lengths(0.1, 0.28),
     )
-    assert alone.is_at_end
+    assert alone.is_at_edge
 
 
 def test_other_weights_with_another_metric_show_that_they_are_used(stored):
