@@ -263,7 +263,8 @@ def test_failures_of_different_causes_do_not(run, out):
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_trial_whose_metric_is_on_another_stream_has_failed(run, out, stream, jobs):
     """A number of a progress bar would win over the metrics of all others."""
-    script = f"case $2 in 0.1) echo loss: 0.01 >&{3 - stream};; *) echo loss: $2 >&{stream};; esac"
+    late = f"sleep 1; echo loss: 0.01 >&{3 - stream}"  # the first trial ends before
+    script = f"case $2 in 0.1) {late};; *) echo loss: $2 >&{stream};; esac"
     lengths = Lengths.from_list([*LENGTHS, 0.22, 0.25])
     report = swept(run, out, shell(script), Metric("loss"), lengths, jobs=jobs)
     (failed,) = [trial for trial in report.trials if trial.error]
