@@ -264,7 +264,7 @@ def _read(place: Place, settings: ImportSettings, is_unclaimed: bool = False) ->
     certain = _find_certain(run)
     notes += [*chooser.notes, *_note_unused(run, certain)]
     notices = _note_swapped(run)
-    for reason in {*certain.values()}:
+    for reason in dict.fromkeys(certain.values()):
         keys = [key for key in certain if certain[key] == reason]
         notices.append(f"not used, as {reason}: {list_names(keys)}")
     checkpoints = _make_run(_make_all(run, last, settings))
