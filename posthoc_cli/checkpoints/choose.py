@@ -225,11 +225,10 @@ class Chooser:
     def notes(self) -> list[str]:
         """What is left out, in one line, and what contradicts given times."""
         named = [f"{self._name(each)} ({reason})" for each, reason in self.left_out.items()]
-        return [
-            *self.place.notes,
-            *self._doubts,
-            *([f"left out: {list_first(named, 6)}"] if named else []),
-        ]
+        notes = [*self.place.notes, *self._doubts]
+        if named:
+            notes.append(f"left out: {list_first(named, 6)}")
+        return notes
 
     def choose(self) -> list[Member]:
         """Choose the members of one run; raise a QuestionError if several runs are possible."""

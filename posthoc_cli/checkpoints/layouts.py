@@ -79,7 +79,9 @@ def role_by_glob(path: Path, settings: ImportSettings) -> str:
     """Return "ema" or "checkpoints" for a file that a glob in `average` or `weights` names; else an
     empty text."""
     for kind, text in (("ema", settings.average), ("checkpoints", settings.weights)):
-        for pattern in map(str, files.expand_braces(Path(text))) if text else ():
+        if not text:
+            continue
+        for pattern in map(str, files.expand_braces(Path(text))):
             if fnmatchcase(path.name, pattern) or ("/" in pattern and path.match(pattern)):
                 return kind
     return ""

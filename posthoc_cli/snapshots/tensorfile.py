@@ -105,8 +105,8 @@ class KeptOpen:
         self.foreign = dict[Path, TensorFile]()
 
     def read_file(self, path: Path) -> TensorFile:
-        """Read the header of a safetensors file, as `read_file` does; keep a file of another
-        program, whose header is then read for a second time."""
+        """Read the header of a safetensors file, as the function `read_file` does; keep it and the
+        open file if another program wrote it, for those who read it as a checkpoint."""
         with ExitStack() as stack:
             opened = stack.enter_context(OpenedFile(path))
             file = decode_file(opened)

@@ -366,10 +366,11 @@ class Sweep:
         self._note(f"from trial {self._started} on made of the {left} that remain")
 
     def _note(self, *notes: str) -> None:
-        """Log notes, and keep them for the report."""
+        """Log notes, each once, and keep them for the report."""
         for note in notes:
-            log.warning("%s", note)
-        self._report = replace(self._report, notes=(*self._report.notes, *notes))
+            if note not in self._report.notes:
+                log.warning("%s", note)
+                self._report = replace(self._report, notes=(*self._report.notes, note))
 
     def _finish(
         self, started: _Running, future: Future[tuple[float | None, float | None]]

@@ -91,7 +91,7 @@ class Candidate:
     sigma_rel: float | None = None
     t: float | None = None
     base_share: float = 0.0
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list, compare=False)
 
     def write(self, path: Path, like: Path | None) -> Plan | None:
         """Write the weights to a file, or to a copy of the checkpoint `like`; return their plan, if

@@ -525,6 +525,21 @@ def test_last_weights_of_another_step_are_warned_of_and_noted(tmp_path, out, raw
     assert len(notes) == is_said
 
 
+def test_a_note_on_weights_that_are_measured_again_is_in_the_report_once(tmp_path, out, caplog):
+    model = torch.nn.Linear(2, 2)
+    with PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=2) as ema:
+        for step in range(1, 9):
+            torch.nn.init.constant_(model.weight, step)
+            save_file(model.state_dict(), tmp_path / f"{step}.safetensors")
+            ema.update_(model)
+    noisy = shell("case $2 in raw) echo 9.$3;; *) echo $2$3;; esac")  # by the seed
+    raw = tmp_path / "1.safetensors"
+    report = swept(Run(tmp_path / "run"), out, noisy, lengths=Lengths(0.05, 0.25), raw=raw)
+    assert len([trial for trial in report.trials if trial.target == "last weights"]) == 2
+    assert caplog.text.count("the model had at step 8") == 1
+    assert len([note for note in report.notes if "the model had at step 8" in note]) == 1
+
+
 def test_a_file_without_the_tensors_of_the_averages_is_refused(run, tmp_path, out):
     raw = tmp_path / "other.safetensors"
     save_file({"b": torch.zeros(7)}, raw)
