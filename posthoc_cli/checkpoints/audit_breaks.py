@@ -229,22 +229,22 @@ def _rise_gains(table: FloatArray, share: FloatArray, least: float) -> FloatArra
 
     An interval in which an average seems far too long would make the next ones look too short.
     """
-    count = table.shape[1]
     after = _least_sums_after(table)[:, 1:]
-    larger = np.take_along_axis(share[:, 1:], after.argmin(axis=0)[None], axis=0)
-    sums = np.zeros((count, len(table)))  # without each interval
+    larger = share[after.argmin(axis=0), np.arange(1, table.shape[1])]
+    sums = np.zeros((1, len(table)))  # without each interval so far, and with all
     before = []
     smaller = []
-    for place in range(count):
+    for column in table.T:
         sums = np.minimum.accumulate(sums[:, ::-1], axis=1)[:, ::-1]
-        sums[np.arange(count) != place] += table[:, place]
-        if place < count - 1:
-            before.append(sums.min(axis=1))
-            smaller.append(share[sums.argmin(axis=1), place + 1])
-    gains = sums.min(axis=1) - np.array(before) - after.min(axis=0)[:, None]
-    clear = np.where(larger.T - np.array(smaller) > least, gains, 0.0)
-    is_before = np.tri(count - 1, count, dtype=bool)
-    return np.asarray(np.where(is_before, clear, np.inf).min(axis=1))
+        sums = np.vstack([sums[:-1] + column, sums[-1:], sums[-1:] + column])
+        before.append(sums[:-1].min(axis=1))
+        smaller.append(sums[:-1].argmin(axis=1))
+    gains = []
+    for place, least_after in enumerate(after.min(axis=0), 1):
+        is_clear = larger[place - 1] - share[smaller[place - 1], place] > least
+        explained = before[-1][:place] - before[place - 1] - least_after
+        gains.append(np.where(is_clear, explained, 0.0).min())
+    return np.array(gains)
 
 
 def _restart_gains(uneven: FloatArray, restarted: FloatArray) -> FloatArray:

@@ -199,20 +199,14 @@ class Intervals:
         return self._residuals(*self.shares(average))
 
     def _residuals(self, a: FloatArray, s: FloatArray) -> FloatArray:
-        factors = np.ones_like(a), a, -s
-        residuals = np.zeros_like(self.gram[..., 0, 0])
-        for row in (0, 2, 1):  # as `einsum` adds them, which takes seven times as long
-            column = np.zeros_like(residuals)
-            for factor, product in zip(factors, self._products[row], strict=True):
-                column += factor[:, None] * product
-            residuals += factors[row][:, None] * column
-        return residuals
+        factors = np.stack([np.ones_like(a), 2 * a, -2 * s, a**2, -2 * a * s, s**2], axis=1)
+        return np.asarray((factors[:, None] @ self._products)[:, 0])
 
     @cached_property
-    def _products(self) -> list[list[FloatArray]]:
-        """The sums of products of m, d and v, each in one piece of memory: [intervals, pieces]."""
-        rows = range(3)
-        return [[self.gram[..., j, k].copy("K") for j in rows] for k in rows]
+    def _products(self) -> FloatArray:
+        """The products of m, d and v: mm, md, mv, dd, dv and vv, [intervals, 6, pieces]."""
+        rows, columns = np.triu_indices(3)
+        return np.ascontiguousarray(np.moveaxis(self.gram[..., rows, columns], 2, 1))
 
     def misfit(self, average: Average) -> float:
         """Compute the mean log of the residuals, with equal weights for all intervals.
@@ -228,13 +222,23 @@ class Intervals:
     def mean(self, pieces: FloatArray) -> FloatArray:
         """Compute the mean over pieces; those of few elements count less: what they leave may be
         0."""
+        return np.asarray(pieces @ self._weights)
+
+    @cached_property
+    def _weights(self) -> FloatArray:
+        """What each piece counts: [pieces]."""
         counted = np.minimum(self.sizes, ENOUGH)
-        return np.asarray(pieces @ counted / counted.sum())
+        return np.asarray(counted / counted.sum())
 
     def _floored(self, left: FloatArray) -> FloatArray:
         """Count residuals as no less than a part of the motion."""
         left = np.maximum(left + self.rounding, 0)
-        return np.asarray(left + _LEAST * self.gram[..., 2, 2] + NOTHING)
+        return np.asarray(left + self._least)
+
+    @cached_property
+    def _least(self) -> FloatArray:
+        """What counts as nothing left: [intervals, pieces]."""
+        return np.asarray(_LEAST * self._products[:, 5] + NOTHING)
 
     def uneven_misfit(self, average: Average) -> float:
         """Compute the misfit if the weights moved from x to x' at any times within each
@@ -262,17 +266,12 @@ class Intervals:
 
         Weights 1 / residual in least squares never raise the mean log.
         """
-        m, d, v = (self.gram[..., row] for row in range(3))
-        a = a[:, None]
-        squared_distance = m[..., 0] + 2 * a * m[..., 1] + a**2 * d[..., 1]
-        along = m[..., 2] + a * d[..., 2]
-        motion = v[..., 2]
-        left = np.ones_like(motion)
+        along = np.swapaxes(self._products[:, (2, 4, 5)], 1, 2)  # m, d and v along v
+        left = np.ones_like(self.rounding)
         for _ in range(_ROUNDS):
-            size = self.mean(motion / left)
-            best = self.mean(along / left) / np.maximum(size, NOTHING)
-            s = np.clip(best, least, most)[:, None]
-            left = self._floored(squared_distance - 2 * s * along + s**2 * motion)
+            m, d, v = ((self._weights / left)[:, None] @ along)[:, 0].T
+            s = np.clip((m + a * d) / np.maximum(v, NOTHING), least, most)
+            left = self._floored(self._residuals(a, s))
         return np.asarray(np.log(left))
 
     # --- the best length
