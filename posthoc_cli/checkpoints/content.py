@@ -13,9 +13,9 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints.containers import (
@@ -51,38 +51,34 @@ from posthoc_cli.snapshots.tensorfile import KeptOpen, TensorFile
 # --- tensors
 
 
-@dataclass(frozen=True)
-class StoredChunk:
+class StoredChunk(NamedTuple):
     """A box of a tensor, and its place in a file."""
 
     path: Path
     entry: Entry
-    box: Box
+    part: Box | None = None  # None for the whole tensor
+
+    @property
+    def box(self) -> Box:
+        return self.part or Box.full(self.entry.shape)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)  # a folder has hundreds of thousands
 class StoredTensor:
     """A tensor of a checkpoint."""
 
     keys: Keys  # that lead to it
     shape: tuple[int, ...]
-    find_chunks: Callable[[], Sequence[StoredChunk]]  # FileFormatError if it cannot be read
+    # or what finds them, with FileFormatError if it cannot be read
+    stored: tuple[StoredChunk, ...] | Callable[[], tuple[StoredChunk, ...]]
 
     @property
     def name(self) -> str:
         return ".".join(self.keys)
 
-    @cached_property
-    def chunks(self) -> tuple[StoredChunk, ...]:
-        return tuple(self.find_chunks())
-
     @property
-    def place(self) -> tuple[Path, Entry] | None:
-        """The place of the tensor if it is in one piece; tied tensors share it."""
-        first, *more = self.chunks
-        if more or not first.entry.nbytes:
-            return None
-        return first.path, first.entry
+    def chunks(self) -> tuple[StoredChunk, ...]:
+        return self.stored() if callable(self.stored) else self.stored
 
 
 Tensors = Mapping[str, StoredTensor]
@@ -345,11 +341,9 @@ def _read_file(path: Path, programs: Programs, kept: KeptOpen) -> Content:
                 refuse = partial(refuse_tensor, path, name, problem)
                 tensors[name] = StoredTensor(keys, (), refuse)
             elif isinstance(value, Entry):
-                find_chunks = partial(_find_whole, path, value)
-                if offsets is not None:
-                    box = _find_box(path, name, offsets, value)
-                    find_chunks = partial(tuple, [StoredChunk(path, value, box)])
-                tensors[name] = StoredTensor(keys, value.shape, find_chunks)
+                box = None if offsets is None else _find_box(path, name, offsets, value)
+                chunk = StoredChunk(path, value, box)
+                tensors[name] = StoredTensor(keys, value.shape, (chunk,))
                 if keys in counts:
                     values[name] = counts[keys]
             else:
@@ -361,10 +355,6 @@ def _read_file(path: Path, programs: Programs, kept: KeptOpen) -> Content:
             stack.pop_all()
         content = Content(path, tensors, values, {path: identified}, mark=mark)
     return _without_trackers(content)
-
-
-def _find_whole(path: Path, entry: Entry) -> tuple[StoredChunk, ...]:
-    return (StoredChunk(path, entry, Box.full(entry.shape)),)
 
 
 def _without_trackers(content: Content) -> Content:
@@ -457,7 +447,7 @@ def _join(parts: Sequence[Content]) -> Content:
             for tensor in several:
                 chunks += tensor.chunks
             shape = _join_boxes(name, chunks)
-            tensors[name] = StoredTensor(several[0].keys, shape, partial(tuple, chunks))
+            tensors[name] = StoredTensor(several[0].keys, shape, tuple(chunks))
     return Content(first.path, tensors, values, opened, mark=first.mark)
 
 
@@ -505,7 +495,7 @@ def _read_distributed(metadata: Path, opened: Files, kept: KeptOpen) -> Content:
         if isinstance(about.get("chunks"), list):
             size: Any = about.get("size")
             shape = tuple(size) if is_sizes(size) else ()
-            chunks = partial(objects.chunks, name, shape, about["chunks"])
+            chunks = cache(partial(objects.chunks, name, shape, about["chunks"]))
             keys = _key_path(name, state.get("planner_data"))
             tensors[".".join(keys)] = StoredTensor(keys, shape, chunks)
         elif _is_counter(name) or _is_of_tracker(name, listed):
@@ -572,7 +562,7 @@ class _Objects:
         name: str,
         shape: tuple[int, ...],
         described: Sequence[Any],
-    ) -> list[StoredChunk]:
+    ) -> tuple[StoredChunk, ...]:
         """Find the chunks of a tensor, which the metadata describe."""
         chunks = []
         boxes = []
@@ -591,7 +581,7 @@ class _Objects:
             if not isinstance(entry, Entry) or entry.shape != box.shape:
                 refuse_tensor(path, name, f"holds no tensor of shape {list(box.shape)}")
             chunks.append(StoredChunk(path, entry, box))
-        return chunks
+        return tuple(chunks)
 
     def read(self, name: str, offset: tuple[int, ...]) -> tuple[Path, Any]:
         """Return the file and the object with a name and an offset, or with the name alone."""

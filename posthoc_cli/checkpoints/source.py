@@ -158,12 +158,13 @@ class Checkpoint(Source):
 def tied_names(tensors: Tensors) -> dict[str, str]:
     """Find the further names of tensors that have several, each with the first one: names of one
     tensor have the same bytes."""
-    known = dict[tuple[Path, Entry], str]()
+    known = dict[StoredChunk, str]()
     ties = {}
     for name, tensor in tensors.items():
-        place = tensor.place
-        if place is not None and known.setdefault(place, name) != name:
-            ties[name] = known[place]
+        chunk, *more = tensor.chunks
+        is_stored = not more and chunk.entry.nbytes
+        if is_stored and known.setdefault(chunk, name) != name:
+            ties[name] = known[chunk]
     return ties
 
 
