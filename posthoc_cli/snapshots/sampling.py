@@ -17,7 +17,7 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, chain, groupby, pairwise
 from typing import Any
@@ -51,7 +51,7 @@ _MOTION = (1.0, 1.005, 1.065, 1.287, 1.848, 3.25, 5.18, 18.0, 67.5, 1037.0)
 _CHANCE = (0.0, 0.28, 0.39, 0.51, 0.631, 0.743, 0.805, 0.901, 0.95, 0.988)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Sample:
     """The sampled elements of a source, shape [elements]; `scale` is all elements / sampled
     elements."""
@@ -61,6 +61,7 @@ class _Sample:
     starts: npt.NDArray[np.intp]  # the first sampled element of each tensor
     scale: float
     roundings: FloatArray  # the expected squared rounding error of each element
+    _distances: dict[int, float] = field(default_factory=dict)  # squared, by the id of the source
 
     def sum_squares(self, values: FloatArray) -> float:
         return float(np.dot(values, values)) * self.scale
@@ -70,8 +71,22 @@ class _Sample:
         """The expected squared rounding error."""
         return float(self.roundings.sum()) * self.scale
 
+    @cached_property
+    def squares(self) -> FloatArray:
+        """The squared norm of the sampled elements of each tensor."""
+        return np.asarray(np.add.reduceat(self.values**2, self.starts))
+
+    def squared_distances(self, values: FloatArray) -> FloatArray:
+        """Compute the squared distance from others' values for each tensor."""
+        moves = self.values - values
+        moves *= moves  # in place: of a million elements each copy takes 8 MB
+        return np.asarray(np.add.reduceat(moves, self.starts))
+
     def squared_distance(self, other: _Sample) -> float:
-        return self.sum_squares(self.values - other.values)
+        key = id(other.source)
+        if key not in self._distances:
+            self._distances[key] = self.sum_squares(self.values - other.values)
+        return self._distances[key]
 
     def distance(self, other: _Sample) -> Distance:
         rounding = self.moving_share(other) * (self.rounding + other.rounding)
@@ -176,11 +191,8 @@ class Sampling:
         """Compute the squared norm of each tensor, and note which have moved."""
         if self._first is None:
             self._first = sample.values
-        squares = np.add.reduceat(sample.values**2, sample.starts)
-        moves = sample.values - self._first
-        moves *= moves  # in place: of a million elements each copy takes 8 MB
-        self._moved |= np.add.reduceat(moves, sample.starts) > _STILL * squares
-        return squares * sample.scale
+        self._moved |= sample.squared_distances(self._first) > _STILL * sample.squares
+        return sample.squares * sample.scale
 
     @property
     def doubts(self) -> list[str]:
@@ -253,12 +265,8 @@ def _step(sample: _Sample, before: Sequence[_Sample]) -> _Step:
 def _are_apart(sample: _Sample, other: _Sample) -> bool:
     """Return whether most elements belong to tensors whose squared distance is nearer to the sum of
     the squared norms, as between different networks, than to 0."""
-    moves = sample.values - other.values
-    moves *= moves  # in place, as in `Sampling._squares`
-    motion = np.add.reduceat(moves, sample.starts)
-    squares = sample.values**2
-    squares += np.square(other.values, out=moves)
-    norms = np.add.reduceat(squares, sample.starts)
+    motion = sample.squared_distances(other.values)
+    norms = sample.squares + other.squares
     sizes = np.diff(sample.starts, append=sample.values.size)
     apart = sizes[2 * motion > norms]
     return bool(2 * apart.sum() > sizes.sum())
