@@ -199,7 +199,7 @@ class Run:
                 continues (a function is known by its name: name another folder if it has changed);
                 None to keep nothing.
 
-        Raises the errors of `Sweep.run_all`, and what the function raises.
+        Raises the errors of `Sweep.run`, and what the function raises.
         """
         from posthoc_cli.sweep import Lengths, Metric, Sweep
 
@@ -228,7 +228,7 @@ class Run:
             base=None if base is None else files.check_path("base", base),
             jobs=jobs,
         )
-        report = search.run_all()
+        report = search.run()
         if folder is None:
             return report
         from posthoc_cli.report.page import write_page

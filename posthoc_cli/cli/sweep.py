@@ -161,7 +161,7 @@ def sweep(
         progress=output.progress_bar("trials"),
     )
     try:
-        report = search.run_all()
+        report = search.run()
     except KeyboardInterrupt:
         output.print_note("the same command continues")
         raise

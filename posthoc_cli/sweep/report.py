@@ -14,7 +14,7 @@ import numpy as np
 from scipy.interpolate import PchipInterpolator
 
 from posthoc_cli import files
-from posthoc_cli.errors import at_most, count_noun, percent
+from posthoc_cli.errors import argument, at_most, count_noun, percent
 from posthoc_cli.profiles import FloatArray
 from posthoc_cli.sweep.estimate import Estimate
 from posthoc_cli.sweep.search import LONGEST, Lengths, Search
@@ -356,7 +356,7 @@ def summarize(report: SweepReport) -> list[tuple[str, str]]:
     if report.is_at_edge:
         count += "; the best lies at the end of the range, and may lie beyond"
     if report.search.was_bounded:
-        count += "; without the bound of --budget it would go on"
+        count += f"; without the bound of {argument('budget')} it would go on"
     pairs.append(("measured", count))
     return pairs
 

@@ -91,7 +91,7 @@ class Sweep:
     on_trial: Callable[[Trial, str, int, int], None] = lambda *_: None
     progress: ProgressBar = no_bar
 
-    def run_all(self) -> SweepReport:
+    def run(self) -> SweepReport:
         """Run the sweep, or continue one with the same settings that was stopped.
 
         Raises:
@@ -284,7 +284,9 @@ class Sweep:
         left = MOST_CHECKPOINTS
         if self.budget is not None:
             claimed = 0 if search.estimate.noise == 0 else 1 + len(FRESH)
-            left = min(left, max(0, self.budget - len(self._report.trials) - claimed))
+            own = {weights.title for weights in found}  # a continued sweep has their trials
+            spent = sum(trial.target not in own for trial in self._report.trials)
+            left = min(left, max(0, self.budget - spent - claimed))
         if self._report.all_tied or not (chosen := found[:left]):
             return
         titles = tuple(weights.title for weights in chosen)

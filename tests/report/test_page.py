@@ -34,7 +34,7 @@ def images(page, kind):
 
 def sweep(run, out, lengths, command="sh -c 'echo {sigma_rel}' {weights}", **options):
     """Sweep over a metric that is by default the length of each trial; write the page."""
-    report = Sweep(run.sources, command, Metric(), out, lengths, **options).run_all()
+    report = Sweep(run.sources, command, Metric(), out, lengths, **options).run()
     (*_, page) = write_page(report, out).outputs
     return page
 

@@ -148,7 +148,19 @@ def test_the_metadata_of_a_snapshot_are_as_specified_and_read_back_exactly(tmp_p
     path = tmp_path / "x.safetensors"
     write_tensors(path, SMALL, info, overwrite=False)
     assert read_snapshot(path) == info
-    assert read_by_the_book(path).content == plain | {
+    content = read_by_the_book(path).content
+    assert (
+        content.pop("schedule").items()
+        >= {
+            "update_every": 5,
+            "checkpoint_every": 10,
+            "update_after_step": 15,
+            "max_checkpoints": None,
+            "checkpoint_dtype": "F16",
+            "sigma_range": [0.05, 0.28],
+        }.items()
+    )
+    assert content == plain | {
         "kind": "snapshot",
         "format": 4,
         "run_id": RUN_ID,
@@ -156,14 +168,6 @@ def test_the_metadata_of_a_snapshot_are_as_specified_and_read_back_exactly(tmp_p
         "gamma": exact_gamma(0.1),
         "sigma_rels": [0.1, 0.28],
         "t": 1234.5 + 1e-12,
-        "schedule": {
-            "update_every": 5,
-            "checkpoint_every": 10,
-            "update_after_step": 15,
-            "max_checkpoints": None,
-            "checkpoint_dtype": "F16",
-            "sigma_range": [0.05, 0.28],
-        },
         "tensors": {"average F16": ["w\n\u202e"], "copy I64": ["seen"]},
         "left_out": ["frozen"],
         "measurements": {"norm": 1 / 3, "rounding": 1e-100},

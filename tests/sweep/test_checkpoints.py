@@ -145,8 +145,15 @@ def test_where_the_metric_is_noisy_the_best_of_them_is_measured_afresh_and_wins_
     assert [better.kept] == titles(end)
 
 
-def test_a_budget_bounds_them_too(tmp_path):
-    run = save(tmp_path, noise=4.0)
-    for budget in (10, 15, 18):
-        report = run.sweep(distance_from(8), minimize=True, budget=budget)
+def test_a_budget_bounds_them_too_and_a_continued_sweep_compares_with_as_many(tmp_path):
+    folder = tmp_path / "files"
+    folder.mkdir()
+    run = save(folder, noise=4.0)
+    for budget in (18, 15, 10):
+        out = tmp_path / f"out{budget}"
+        report = run.sweep(distance_from(8), minimize=True, budget=budget, out=out)
         assert len(report.trials) <= budget
+        again = run.sweep(distance_from(8), minimize=True, budget=budget, out=out)
+        assert (again.checkpoints, again.gains) == (report.checkpoints, report.gains)
+        assert report.checkpoints or budget == 10
+    assert "without the bound of `budget` it would go on" in dict(summarize(report))["measured"]

@@ -33,7 +33,7 @@ BOWL = "awk 'BEGIN { print log({sigma_rel} / 0.1) ^ 2 }' {weights}"
 
 
 def swept(run, out, command=BOWL, metric=PRINTED, lengths=LIST, **options):
-    return Sweep(run.sources, command, metric, out, lengths, **options).run_all()
+    return Sweep(run.sources, command, metric, out, lengths, **options).run()
 
 
 def shell(script):
@@ -591,7 +591,7 @@ from posthoc_cli import Run
 from posthoc_cli.sweep import Lengths, Metric, Sweep
 run, command, out = sys.argv[1:]
 lengths = Lengths.from_list([0.05, 0.1, 0.2])
-Sweep(Run(run).sources, command, Metric("x", "m.json"), Path(out), lengths).run_all()
+Sweep(Run(run).sources, command, Metric("x", "m.json"), Path(out), lengths).run()
 """
 
 
@@ -619,7 +619,7 @@ def test_after_ctrl_c_the_command_says_how_it_continues(ema, run, out, monkeypat
     def interrupt(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Sweep, "run_all", interrupt)
+    monkeypatch.setattr(Sweep, "run", interrupt)
     done = ema("sweep", run.directory, "--eval", BOWL, "--minimize", "--out", out)
     assert done.code == 130
     assert "the same command" in done.err

@@ -53,7 +53,7 @@ class Saturated:
 
 def swept(run, evaluate, out=None, lengths=RANGE, metric=Metric(), **options):  # noqa: B008
     options = {"budget": 8, "minimize": False} | options
-    return Sweep(run.sources, evaluate, metric, out, lengths, **options).run_all()
+    return Sweep(run.sources, evaluate, metric, out, lengths, **options).run()
 
 
 def measured(report):
