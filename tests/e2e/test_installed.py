@@ -16,36 +16,10 @@ import posthoc_cli
 EMA = Path(sys.executable).with_name("ema")
 GUIDES = Path(posthoc_cli.__file__).parent / "guides"
 
-# The usage example in the README of pytorch-posthoc-ema, with the import changed and the results
-# checked.
-PEERS_EXAMPLE = """
-import copy
-import torch
-from posthoc_cli import PostHocEMA
-
-model, data = torch.nn.Linear(64, 64), torch.randn(1, 64)
-posthoc_ema = PostHocEMA.from_model(model, "posthoc-ema")
-for _ in range(1000):
-    torch.nn.init.normal_(model.weight)
-    posthoc_ema.update_(model)
-raw = copy.deepcopy(model.state_dict())
-with posthoc_ema.model(model, sigma_rel=0.15) as ema_model:
-    first = ema_model(data)
-assert all(torch.equal(raw[name], tensor) for name, tensor in model.state_dict().items())
-reopened = PostHocEMA.from_path("posthoc-ema", model)
-with reopened.model(model, sigma_rel=0.15) as ema_model:
-    second = ema_model(data)
-with PostHocEMA.from_path("posthoc-ema").state_dict(sigma_rel=0.15) as ema_state_dict:
-    model.load_state_dict(ema_state_dict, strict=False)
-assert torch.equal(second, model(data))
-# The snapshots differ from the live averages by the rounding to float16, 2**-11 per value.
-assert (second - first).norm() / first.norm() < 2**-10
-posthoc_ema.reconstruction_error().savefig("error.png")
-"""
-
 
 def test_the_peers_example_runs_with_only_its_import_changed(tmp_path):
-    forked.check(f"import warnings; warnings.simplefilter('error')\n{PEERS_EXAMPLE}", cwd=tmp_path)
+    example = forked.program("peers_example")
+    forked.check(f"import warnings; warnings.simplefilter('error')\n{example}", cwd=tmp_path)
     assert (tmp_path / "error.png").stat().st_size > 10_000
 
 

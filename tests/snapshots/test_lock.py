@@ -20,10 +20,8 @@ from posthoc_cli.errors import LockedError, WriteError
 from posthoc_cli.snapshots.directory import LOCK_NAME, DirectoryLock
 
 HOLDER = """
-import os, sys
+import sys
 from pathlib import Path
-from posthoc_cli import Run
-from posthoc_cli.errors import LockedError
 from posthoc_cli.snapshots.directory import DirectoryLock
 held = DirectoryLock(Path(sys.argv[1]))
 print("held", flush=True)
@@ -58,25 +56,8 @@ def test_another_process_is_named_and_its_lock_is_free_when_it_was_killed(tmp_pa
 
 def test_the_end_of_a_forked_child_does_not_release_the_lock_and_that_of_the_holder_does(tmp_path):
     """Workers of a DataLoader are such children."""
-    child = """
-child = os.fork()
-if child == 0:
-    held.release()
-    sys.exit()
-os.waitpid(child, 0)
-try:
-    DirectoryLock(Path(sys.argv[1]))
-except LockedError as error:
-    print(str(os.getpid()) in (Path(sys.argv[1]) / ".ema.lock").read_text() or error)
-read, write = os.pipe()
-if os.fork() == 0:
-    os.close(write)
-    os.read(read, 1)  # has the lock's file open until its parent ends
-    os._exit(0)
-held.release()
-DirectoryLock(Path(sys.argv[1])).release()
-"""
-    assert forked.check(HOLDER + child, tmp_path).out == "held\nTrue\n"
+    program = forked.program("forking_holder")
+    assert forked.check(program, tmp_path).out == "True\n"
     DirectoryLock(tmp_path).release()
 
 
