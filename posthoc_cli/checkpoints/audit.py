@@ -19,10 +19,10 @@ import numpy as np
 from posthoc_cli.checkpoints.audit_breaks import Falls, find_exchanged, find_falls
 from posthoc_cli.checkpoints.audit_fit import FAR, TOLD, Bools, Explanation
 from posthoc_cli.checkpoints.audit_rules import (
-    Average,
+    ScaledRule,
     claim_text,
     find_claim,
-    list_averages,
+    list_rules,
     list_unclaimed,
     main_number,
 )
@@ -119,7 +119,7 @@ class Audit:
     tensors: tuple[str, ...] = ()
     intervals: tuple[Interval, ...] = ()
     # what explains the files, of unknown decay; None if they contradict each other
-    average: Average | None = None
+    scaled: ScaledRule | None = None
 
     def __repr__(self) -> str:
         return f"Audit({self.text})"
@@ -131,7 +131,7 @@ class Audit:
     def to_dict(self) -> dict[str, Any]:
         """Make a report for JSON."""
         report = asdict(self) | {"contradicted": self.is_bad}
-        del report["average"]
+        del report["scaled"]
         return report
 
 
@@ -192,7 +192,7 @@ def _audit(
     if audit is None:
         is_counted = newest.updates is not None and newest.updates.count is not None
         may_be_rarer = sample.every == 1 and given.update_every is None and not is_counted
-        possible = list_averages(last) if claim else list_unclaimed(newest, given, last)
+        possible = list_rules(last) if claim else list_unclaimed(newest, given, last)
         judge = _Judge(sample.intervals, claim, possible, sample, may_be_rarer)
         audit = judge.audit()
         if has_intervals:
@@ -211,7 +211,7 @@ def _name_dtype(audit: Audit, sample: Sample) -> Audit:
     dtype = DTYPES[sample.dtype].torch_name
     text = f"{percent(sample.still)} of its elements stand still from file to file: {dtype} has "
     text += "too few digits for an average; keep it in float32"
-    return replace(audit, verdict=TOO_COARSE, text=text, found=None, average=None)
+    return replace(audit, verdict=TOO_COARSE, text=text, found=None, scaled=None)
 
 
 def _find_standstill(sample: Sample) -> Audit | None:
@@ -283,7 +283,7 @@ class _Judge(Explanation):
         rule = best.fitted
         audit = self._find_break()
         if audit is None:
-            audit = replace(self._judge_length(), average=self.simplest)
+            audit = replace(self._judge_length(), scaled=self.simplest)
             if audit.verdict != "undetermined":
                 audit = replace(audit, found=best.parameter)
             if best.is_known and not self.rows.are_noise:
@@ -319,7 +319,7 @@ class _Judge(Explanation):
             intervals.append(interval)
         return tuple(intervals)
 
-    def _length(self, fit: Average) -> float:
+    def _length(self, fit: ScaledRule) -> float:
         """Compute the time constant in the unit of times, or the sigma_rel."""
         return fit.parameter if fit.is_width else self.sample.every * fit.length
 
@@ -343,7 +343,7 @@ class _Judge(Explanation):
                 self._name_break(falls[-1], why),  # after which all is well
                 verdict=SET_BACK,
                 difference=abs(self.claimed.log) if self.claimed else 0.0,
-                average=None if self.simplest.rule.warm_up else self.simplest,
+                scaled=None if self.simplest.rule.warm_up else self.simplest,
             )
         if self.claim is not None and not best.is_known:  # another rule than claimed
             return None
@@ -414,14 +414,14 @@ class _Judge(Explanation):
         The length does not show it: in the mean of each 10th an error was 4 times as large as
         predicted.
         """
-        average = replace(self.best, rule=self.best.fitted, is_known=True, log=0.0)
-        rule = average.rule
+        scaled = replace(self.best, rule=self.best.fitted, is_known=True, log=0.0)
+        rule = scaled.rule
         is_mean = rule.warm_up in (POWER_FUNCTION, "power") and 1 <= rule.power < 2
         if not self.may_be_rarer or not is_mean:
             return False
         times = self.sample.times[self.sample.copies :]
-        rare = [replace(self.rows, updates=times // every).misfit(average) for every in _STRIDES]
-        return min(rare) < self.rows.misfit(average) - self.equal_within
+        rare = [replace(self.rows, updates=times // every).misfit(scaled) for every in _STRIDES]
+        return min(rare) < self.rows.misfit(scaled) - self.equal_within
 
     # --- lengths
 
@@ -437,7 +437,7 @@ class _Judge(Explanation):
             text += f"; with {names} the files would look the same"
         return Audit("found", text)
 
-    def _judge_claim(self, claim: Average) -> Audit:
+    def _judge_claim(self, claim: ScaledRule) -> Audit:
         """Judge an average by the rule and the length that explain it best."""
         text = self.text
         claimed = claim_text(claim.rule)
@@ -460,7 +460,7 @@ class _Judge(Explanation):
             return Audit("undetermined", text)
         return Audit("as claimed", f"{text}, as claimed")
 
-    def _why_vague(self, claim: Average) -> str:
+    def _why_vague(self, claim: ScaledRule) -> str:
         """Say why a length is undetermined; empty if it is not."""
         spacing = float(self.rows.counts.min())
         length = claim.length
@@ -476,7 +476,7 @@ class _Judge(Explanation):
             return f"the checkpoints do not show its length (± {percent(min(self.sigma, 1))})"
         return ""
 
-    def _refutes(self, claim: Average) -> bool:
+    def _refutes(self, claim: ScaledRule) -> bool:
         """Return whether the length is clearly another one than claimed: whatever the path of the
         weights between two files, or if these are near each other."""
         is_worse = self.rows.loose_misfit(claim) > self.rows.loose_misfit(self.best) + _WORSE

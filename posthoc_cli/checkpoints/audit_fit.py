@@ -6,8 +6,8 @@ e' - e, d = e - x and v = x' - x. If the weights moved on the line from x to x',
     m = s v - a d + residual,
 
 where a is the mass of e' in the interval, and s the mean of its tail over the interval. Both follow
-from how much the `Average` forgets, which its rule says for each length. The sums of products of m,
-d and v over the elements of a piece of a tensor (Gram matrices) suffice: the best length leaves the
+from how much the average forgets, which its rule says for each length. The sums of products of m, d
+and v over the elements of a piece of a tensor (Gram matrices) suffice: the best length leaves the
 smallest residuals. Rounding of stored averages adds a known variance to m and d, which is
 subtracted.
 
@@ -27,7 +27,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from posthoc_cli.checkpoints.audit_rules import Average
+from posthoc_cli.checkpoints.audit_rules import ScaledRule
 from posthoc_cli.profiles import FloatArray
 
 Bools = npt.NDArray[np.bool_]
@@ -178,7 +178,7 @@ class Intervals:
 
     # --- what an average leaves
 
-    def shares(self, average: Average) -> tuple[FloatArray, FloatArray]:
+    def shares(self, scaled: ScaledRule) -> tuple[FloatArray, FloatArray]:
         """Compute a and s: [intervals] each."""
         begin = self.updates[:-1, None]
         end = self.updates[1:, None]
@@ -186,17 +186,17 @@ class Intervals:
         points = int(min(counts.max(), _POINTS))
         places = (np.arange(points) + 0.5) / points
         passed = np.maximum(places * counts - 0.5, 0)
-        lost = average.forgotten(np.hstack([begin + passed, begin, end]))
+        lost = scaled.forgotten(np.hstack([begin + passed, begin, end]))
         tails = 1 - np.exp(lost - lost[:, -1:])
         return tails[:, -2], tails[:, :-2].mean(axis=1)
 
-    def residuals(self, average: Average) -> FloatArray:
+    def residuals(self, scaled: ScaledRule) -> FloatArray:
         """Compute the squared norms of m + a d - s v: [intervals, pieces].
 
         They are negative where averages that hardly moved are rounded alike, so that less than the
         variance of two roundings is left.
         """
-        return self._residuals(*self.shares(average))
+        return self._residuals(*self.shares(scaled))
 
     def _residuals(self, a: FloatArray, s: FloatArray) -> FloatArray:
         factors = np.stack([np.ones_like(a), 2 * a, -2 * s, a**2, -2 * a * s, s**2], axis=1)
@@ -208,12 +208,12 @@ class Intervals:
         rows, columns = np.triu_indices(3)
         return np.ascontiguousarray(np.moveaxis(self.gram[..., rows, columns], 2, 1))
 
-    def misfit(self, average: Average) -> float:
+    def misfit(self, scaled: ScaledRule) -> float:
         """Compute the mean log of the residuals, with equal weights for all intervals.
 
         In ten trainings lengths are half as far off as by the logs of sums over pieces.
         """
-        return float(self.mean(self.even_logs(*self.shares(average))).mean())
+        return float(self.mean(self.even_logs(*self.shares(scaled))).mean())
 
     def even_logs(self, a: FloatArray, s: FloatArray) -> FloatArray:
         """Compute the logs of m + a d - s v, squared: [intervals, pieces]."""
@@ -240,23 +240,23 @@ class Intervals:
         """What counts as nothing left: [intervals, pieces]."""
         return np.asarray(_LEAST * self._products[:, 5] + NOTHING)
 
-    def uneven_misfit(self, average: Average) -> float:
+    def uneven_misfit(self, scaled: ScaledRule) -> float:
         """Compute the misfit if the weights moved from x to x' at any times within each
         interval."""
-        return float(self.uneven_misfits(average).mean())
+        return float(self.uneven_misfits(scaled).mean())
 
-    def uneven_misfits(self, average: Average) -> FloatArray:
+    def uneven_misfits(self, scaled: ScaledRule) -> FloatArray:
         """Compute the same for each interval: [intervals]."""
-        a, _ = self.shares(average)
+        a, _ = self.shares(scaled)
         return self.mean(self.uneven_logs(a, 0 * a, 1 + 0 * a))
 
-    def loose_misfit(self, average: Average) -> float:
+    def loose_misfit(self, scaled: ScaledRule) -> float:
         """Compute the misfit if the weights moved so unevenly within each interval that averages
         look up to `_LOOSE` times as short or as long.
 
         Whenever they moved, no average takes in more of a motion than of weights that are constant.
         """
-        a, s = self.shares(average)
+        a, s = self.shares(scaled)
         most = np.minimum(a, 1 - (1 - s) / _LOOSE)
         least = np.clip(1 - _LOOSE * (1 - s), 0, most)
         return float(self.mean(self.uneven_logs(a, least, most)).mean())
@@ -276,11 +276,11 @@ class Intervals:
 
     # --- the best length
 
-    def fit(self, average: Average, reach: float = math.inf) -> Average:
+    def fit(self, scaled: ScaledRule, reach: float = math.inf) -> ScaledRule:
         """Find the length that leaves the smallest misfit, no farther from the average's."""
-        return _search(average, self.misfit, reach)
+        return _search(scaled, self.misfit, reach)
 
-    def uncertainty(self, average: Average) -> float:
+    def uncertainty(self, scaled: ScaledRule) -> float:
         """Estimate the uncertainty of the logarithm of a length that `fit` found.
 
         It is what six signs say together: half of what the earlier and the later checkpoints
@@ -291,46 +291,46 @@ class Intervals:
         count = len(self.gram)
         if count < 2 or self.are_noise:
             return math.inf
-        spacing = float(np.median(self.counts)) / average.length
+        spacing = float(np.median(self.counts)) / scaled.length
         earlier = self.between(0, (count + 1) // 2)
         later = self.between(count // 2, count)
         signs = [
             _UNLIKE * spacing,
             _BACK * max(self.undone, 0.0) ** 2,
-            self.without_trend.fit(average, _NEAR).log - average.log,
-            _half_difference(average, earlier, later),
+            self.without_trend.fit(scaled, _NEAR).log - scaled.log,
+            _half_difference(scaled, earlier, later),
         ]
-        shares = self.residuals(average).sum(axis=0) / self.motion.sum(axis=0)
+        shares = self.residuals(scaled).sum(axis=0) / self.motion.sum(axis=0)
         is_clear = shares <= np.median(shares)
         if not is_clear.all():
             clear = self.select_pieces(is_clear)
-            signs.append(_half_difference(average, clear, self.select_pieces(~is_clear)))
-        uneven = _search(average, self.uneven_misfit, _NEAR)
-        gain = self.uneven_misfit(average) - uneven.misfit
+            signs.append(_half_difference(scaled, clear, self.select_pieces(~is_clear)))
+        uneven = _search(scaled, self.uneven_misfit, _NEAR)
+        gain = self.uneven_misfit(scaled) - uneven.misfit
         if gain > _SHOWN or spacing > FAR:
-            signs.append(_UNEVEN * (uneven.log - average.log))
+            signs.append(_UNEVEN * (uneven.log - scaled.log))
         return math.hypot(*signs)
 
 
-def _half_difference(average: Average, rows: Intervals, others: Intervals) -> float:
+def _half_difference(scaled: ScaledRule, rows: Intervals, others: Intervals) -> float:
     """Compute half of what two selections of intervals show differently."""
-    return (rows.fit(average, _NEAR).log - others.fit(average, _NEAR).log) / 2
+    return (rows.fit(scaled, _NEAR).log - others.fit(scaled, _NEAR).log) / 2
 
 
-def _search(average: Average, measure: Callable[[Average], float], reach: float) -> Average:
+def _search(scaled: ScaledRule, measure: Callable[[ScaledRule], float], reach: float) -> ScaledRule:
     """Find the length with the smallest measure, which becomes the misfit, no farther from the
-    average's than `reach`, between logarithms; its own if the intervals do not limit it, as before
+    given one than `reach`, between logarithms; that one if the intervals do not limit it, as before
     the end of a warm-up."""
 
     def measure_at(log: float) -> float:
-        return measure(replace(average, log=log))
+        return measure(replace(scaled, log=log))
 
-    low, high = average.limits
-    low = max(low, average.log - reach)
-    high = min(high, average.log + reach)
+    low, high = scaled.limits
+    low = max(low, scaled.log - reach)
+    high = min(high, scaled.log + reach)
     grid = np.linspace(low, high, math.ceil((high - low) / _SPACING) + 2)
-    if low < average.log < high:
-        grid = np.union1d(grid, average.log)
+    if low < scaled.log < high:
+        grid = np.union1d(grid, scaled.log)
     best = int(np.argmin([measure_at(log) for log in grid.tolist()]))
     bounds = (grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)])
     from scipy.optimize import minimize_scalar  # late: it takes as long as many an audit
@@ -338,9 +338,9 @@ def _search(average: Average, measure: Callable[[Average], float], reach: float)
     options = {"xatol": 1e-4}
     found = minimize_scalar(measure_at, bounds=bounds, method="bounded", options=options)
     log = float(found.x)
-    if abs(measure(average) - found.fun) <= _FLAT:
-        log = average.log
-    return replace(average, log=log, misfit=float(found.fun))
+    if abs(measure(scaled) - found.fun) <= _FLAT:
+        log = scaled.log
+    return replace(scaled, log=log, misfit=float(found.fun))
 
 
 # --- which average explains the intervals
@@ -351,8 +351,8 @@ class Explanation:
     """The averages that explain intervals."""
 
     rows: Intervals
-    claim: Average | None
-    possible: Sequence[Average]  # of unknown decay, by each rule, the simplest first
+    claim: ScaledRule | None
+    possible: Sequence[ScaledRule]  # of unknown decay, by each rule, the simplest first
 
     @property
     def equal_within(self) -> float:
@@ -360,25 +360,25 @@ class Explanation:
         return float(_ALIKE / len(self.rows.gram) ** 1.5)
 
     @cached_property
-    def equal(self) -> list[Average]:
+    def equal(self) -> list[ScaledRule]:
         """The averages that explain the intervals about equally, the simplest first."""
-        fits = [self.rows.fit(average) for average in self.possible]
+        fits = [self.rows.fit(scaled) for scaled in self.possible]
         least = min(fit.misfit for fit in fits)
         return [fit for fit in fits if fit.misfit < least + self.equal_within]
 
     @cached_property
-    def alike(self) -> list[Average]:
+    def alike(self) -> list[ScaledRule]:
         """Those of them that end like the one that explains the intervals best."""
         best = min(self.equal, key=lambda fit: fit.misfit)
         return [fit for fit in self.equal if self._end_difference(fit, best) <= _SAME]
 
     @cached_property
-    def simplest(self) -> Average:
+    def simplest(self) -> ScaledRule:
         """The simplest of them, of unknown decay."""
         return self.alike[0]
 
     @cached_property
-    def best(self) -> Average:
+    def best(self) -> ScaledRule:
         """The average that the verdict is about: the claimed one at the best length, unless another
         rule explains the intervals clearly better."""
         claimed = self.claimed
@@ -390,11 +390,11 @@ class Explanation:
         return self.simplest if is_told else claimed
 
     @cached_property
-    def claimed(self) -> Average | None:
+    def claimed(self) -> ScaledRule | None:
         """The claimed average, at the best length."""
         return self.claim and self.rows.fit(self.claim)
 
-    def _end_difference(self, one: Average, other: Average) -> float:
+    def _end_difference(self, one: ScaledRule, other: ScaledRule) -> float:
         """Compute what the tails of two averages differ by at the newest checkpoint."""
         updates = np.append(0.0, self.rows.updates)
         return float(np.abs(one.tails(updates) - other.tails(updates)).max())
@@ -411,7 +411,7 @@ class Explanation:
         differences = [self._end_difference(fit, self.best) for fit in self.equal]
         return math.hypot(sigma, math.e * max(differences))
 
-    def _uncertainty(self, fit: Average) -> float:
+    def _uncertainty(self, fit: ScaledRule) -> float:
         """Estimate the uncertainty of a length; for a decay that rises, by how much more or less
         often it may be applied."""
         if not fit.rises:
@@ -420,11 +420,11 @@ class Explanation:
         return math.hypot(often.log, self.rows.uncertainty(often))
 
     @cached_property
-    def own(self) -> list[Average]:
+    def own(self) -> list[ScaledRule]:
         """The averages that explain each interval alone."""
         return [self.fit_alone(index) for index in range(len(self.rows.gram))]
 
-    def fit_alone(self, index: int) -> Average:
+    def fit_alone(self, index: int) -> ScaledRule:
         """Find the average that explains an interval alone; its misfit is relative to the best
         average's, if the weights moved at any times within the interval."""
         row = self.rows.between(index, index + 1)

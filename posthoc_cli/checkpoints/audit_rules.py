@@ -26,7 +26,7 @@ _RISES = 0.02  # a decay still rises if its limit is longer than its length by m
 
 
 @dataclass(frozen=True)
-class Average:
+class ScaledRule:
     """An average by a rule, or one that is longer by a factor, given by its logarithm.
 
     If the decay is unknown, a longer average has a longer decay; a known rule is applied less
@@ -142,20 +142,20 @@ def claim_text(rule: DecayRule) -> str:
 # --- which averages are looked for
 
 
-def find_claim(newest: Checkpoint, claimed: float | None, updates: float) -> Average | None:
+def find_claim(newest: Checkpoint, claimed: float | None, updates: float) -> ScaledRule | None:
     """Find the rule that an average is claimed to follow; None without a claim."""
     if newest.sigma_rel:
         power = gamma_from_sigma_rel(newest.sigma_rel) + 1
         rule = DecayRule(warm_up=POWER_FUNCTION, power=power, copies=1)
-        return Average(rule, updates, is_known=True)
+        return ScaledRule(rule, updates, is_known=True)
     decay = claimed or newest.decay
     if not decay:
         return None
     rule = newest.profile.rule if isinstance(newest.profile, OrdinaryEMA) else DecayRule()
-    return Average(replace(rule, decay=decay), updates, is_known=True)
+    return ScaledRule(replace(rule, decay=decay), updates, is_known=True)
 
 
-def list_averages(updates: float) -> list[Average]:
+def list_rules(updates: float) -> list[ScaledRule]:
     """List an average by each rule of a library, the simplest first; a schedule ends after so many
     updates."""
     rules = [DecayRule(0.5)]
@@ -166,26 +166,26 @@ def list_averages(updates: float) -> list[Average]:
         else:
             rules += [rule.with_number(number) for number in (row.usual, *row.others)]
     rules.append(DecayRule(warm_up=POWER_FUNCTION, power=updates, copies=1))
-    return [Average(rule, updates) for rule in rules]
+    return [ScaledRule(rule, updates) for rule in rules]
 
 
-def list_unclaimed(newest: Checkpoint, given: ImportSettings, updates: float) -> list[Average]:
-    """List the averages that one of unknown decay may be: by the rule that its file or the settings
-    name, else by any."""
-    averages = list_averages(updates)
+def list_unclaimed(newest: Checkpoint, given: ImportSettings, updates: float) -> list[ScaledRule]:
+    """List the rules that an average of unknown decay may have: the one that its file or the
+    settings name, else any."""
+    rules = list_rules(updates)
     if not isinstance(newest.profile, OrdinaryEMA):
-        return averages
+        return rules
     named = newest.profile.rule
     if given.ema_warmup is None:
         if not named.warm_up:
-            return averages
+            return rules
         number = RULES[named.warm_up].number
         if newest.updates and number and number not in newest.updates.rule:
             # one of ema-pytorch's powers, which counts calls
-            alike = [each for each in averages if each.rule.warm_up == named.warm_up]
+            alike = [each for each in rules if each.rule.warm_up == named.warm_up]
             as_named = [
                 replace(each.rule, copies=named.copies, stride=named.stride) for each in alike
             ]
-            return [Average(rule, updates) for rule in as_named]
+            return [ScaledRule(rule, updates) for rule in as_named]
     steps = min(named.steps, updates)
-    return [Average(replace(named, decay=0.5, base=0.5, before=0, steps=steps), updates)]
+    return [ScaledRule(replace(named, decay=0.5, base=0.5, before=0, steps=steps), updates)]

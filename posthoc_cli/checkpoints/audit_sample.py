@@ -224,7 +224,7 @@ def _sum_products(window: Sequence[_Point], starts: npt.NDArray[np.intp]) -> Flo
 
 def _choose_pieces(newest: Checkpoint) -> list[ElementRange]:
     """Choose the ranges of elements that an audit reads, in the order of names."""
-    names = [name for name in sorted(newest.averages) if newest.entries[name].size]
+    names = [name for name in sorted(newest.averaged) if newest.entries[name].size]
     most = _MOST_ELEMENTS // len(names)
     parts = -(-_PIECES // len(names))
     pieces = []

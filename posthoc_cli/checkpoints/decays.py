@@ -118,14 +118,14 @@ class _Decays:
             raise _question("ema_decay", reason)
         self._check_is_average(audit)
         sigma = audit.uncertainty or 0.0
-        if audit.average and audit.verdict == "found":
+        if audit.scaled and audit.verdict == "found":
             taken = _find_round(audit, sigma)
-            if taken and sigma <= _SURE and not audit.average.rises:
+            if taken and sigma <= _SURE and not audit.scaled.rises:
                 text = " ".join(map(str, taken.values()))
                 line = f"found: {audit.text}; taken as {text}"
                 return self._adopt(taken | {"ema_restart": _find_restart(audit)}, 0.0), [line], []
             if self.given.ema_decay == FOUND:
-                shown = _settings_of(audit.average.fitted)
+                shown = _settings_of(audit.scaled.fitted)
                 shown["ema_restart"] = _find_restart(audit)
                 return self._adopt(shown, sigma), [f"found: {audit.text}"], []
         raise self._ask(audit)
@@ -194,11 +194,11 @@ class _Decays:
     def _find_warm_up(self, audit: Audit) -> str:
         """Find the warm-up that leads to the given decay, if the files show that decay; else ""."""
         decay = self.given.rule().get("decay")
-        if not (decay and audit.average and audit.verdict == "another rule"):
+        if not (decay and audit.scaled and audit.verdict == "another rule"):
             return ""
-        shown = _settings_of(audit.average.fitted)
+        shown = _settings_of(audit.scaled.fitted)
         is_given = self.given.ema_warmup is not None
-        if is_given or audit.average.rises or len(shown) < 2:  # no decay with a warm-up
+        if is_given or audit.scaled.rises or len(shown) < 2:  # no decay with a warm-up
             return ""
         difference = abs(math.log((1 - decay) / (1 - shown["ema_decay"])))
         return shown["ema_warmup"] if difference <= 2 * (audit.uncertainty or 0.0) else ""
@@ -240,14 +240,14 @@ class _Decays:
         reason = f"does not fit the files: {audit.text}"
         given = self.given
         answers: list[Settings] = []
-        average = audit.average
+        scaled = audit.scaled
         nearest = _find_round(audit, audit.uncertainty or 0.0)
-        fits_any = average is not None and average.rises and given.ema_decay is not None
+        fits_any = scaled is not None and scaled.rises and given.ema_decay is not None
         if nearest and not fits_any:
             answers.append({"ema_warmup": "none"} | nearest)
-        if given.ema_decay and average and not average.is_width:
-            answers.append({"ema_warmup": warm_up_text(average.fitted)})
-        if average and (audit.uncertainty or 1.0) <= _CLEAR:
+        if given.ema_decay and scaled and not scaled.is_width:
+            answers.append({"ema_warmup": warm_up_text(scaled.fitted)})
+        if scaled and (audit.uncertainty or 1.0) <= _CLEAR:
             answers.append({"ema_decay": FOUND})
         if given.warm_up_row.is_schedule:
             return QuestionError("ema_warmup", reason, *answers, value=given.ema_warmup)
@@ -366,12 +366,12 @@ def _find_round(audit: Audit, distance: float) -> Settings:
     """Express the rule that was found as settings, with the nearest one of 1 - 10^-k, 1 - 2 10^-k,
     1 - 5 10^-k and the usual number of a schedule; empty if its time constant is not within a
     relative distance. A decay that still rises fits any higher one."""
-    average = audit.average
-    if average is None or average.is_width:
+    scaled = audit.scaled
+    if scaled is None or scaled.is_width:
         return {}
-    rule = average.fitted
-    if average.rises:
-        rest = 10.0 ** math.floor(math.log10(1 - average.parameter) - 1)
+    rule = scaled.fitted
+    if scaled.rises:
+        rest = 10.0 ** math.floor(math.log10(1 - scaled.parameter) - 1)
     else:
         found = 1 - main_number(rule)
         power = 10.0 ** math.floor(math.log10(found))

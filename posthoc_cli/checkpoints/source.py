@@ -89,7 +89,7 @@ class Checkpoint(Source):
         """Whether `step` is known to count updates of the weights, or what they take in."""
         return self.is_stated and self.t_unit != "epochs"
 
-    def average(self) -> StoredAverage:
+    def stored_average(self) -> StoredAverage:
         """Describe this source for a reconstruction.
 
         Where steps are known, the weights change at every step and not in between; the decay of an
@@ -102,7 +102,7 @@ class Checkpoint(Source):
             hint = "name a folder or a glob with more of them; `ema export` writes what it holds"
             raise DirectoryError(self.path, reason, hint)
         profile: Any = self.profile
-        dtypes = {self.tensors[name].dtype for name in self.averages}
+        dtypes = {self.tensors[name].dtype for name in self.averaged}
         eps = EPS["F64" if dtypes == {"F64"} else "F32"]
         steps = None
         if self.has_step_unit or not isinstance(profile, Point):
@@ -213,7 +213,7 @@ def first_values_of(content: Content, tensors: Tensors) -> FloatArray:
 def first_values(source: Checkpoint) -> FloatArray:
     """Read the first elements of each averaged tensor of a source, in the order of names."""
     ranges = []
-    for name in sorted(source.averages):
+    for name in sorted(source.averaged):
         ranges.append(ElementRange(name, 0, min(source.entries[name].size, _COMPARED)))
     values = read_elements(source, ranges, StoredTensors.values)
     return np.nan_to_num(values, posinf=0.0, neginf=0.0)

@@ -231,7 +231,7 @@ class Like:
         """
         # a model of another program does not say which tensors are averages
         floats = [name for name, tensor in plan.tensors.items() if tensor.dtype in EPS]
-        averages = plan.newest.averages or floats
+        averages = plan.newest.averaged or floats
         stored = self._stored_names(plan.names, averages)
         self._check_quantized([stored[name] for name in averages])
         replaced = self._find_places(plan, stored)

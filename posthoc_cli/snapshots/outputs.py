@@ -320,7 +320,7 @@ def describe_tensors(source: Source) -> dict[str, Any]:
         "copied": copied,
         "aliases": len(source.aliases),
         "left_out": list(source.left_out),
-        "model_dtypes": sorted({source.tensors[name].dtype for name in source.averages}),
+        "model_dtypes": sorted({source.tensors[name].dtype for name in source.averaged}),
         "notes": _notes(source.copies),
     }
 

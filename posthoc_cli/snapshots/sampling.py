@@ -303,7 +303,7 @@ def _find_two_trainings(steps: Sequence[_Step]) -> str:
 
 def _sampled_ranges(source: Source) -> list[ElementRange]:
     """Choose the elements to read in every source of the run: runs, cut at the ends of tensors."""
-    sizes = {name: source.entries[name].size for name in sorted(source.averages)}
+    sizes = {name: source.entries[name].size for name in sorted(source.averaged)}
     names = list(sizes)
     ends = list(accumulate(sizes.values()))
     total = sum(sizes.values())
@@ -335,7 +335,7 @@ def _read(source: Source, ranges: Sequence[ElementRange]) -> _Sample:
     for name, begin, end in ranges:
         starts.setdefault(name, at)
         at += end - begin
-    total = sum(source.entries[name].size for name in source.averages)
+    total = sum(source.entries[name].size for name in source.averaged)
     scale = total / max(values.size, 1)
     roundings = estimate_roundings(source, ranges, values)
     return _Sample(source, values, np.array([*starts.values()], np.intp), scale, roundings)

@@ -150,10 +150,10 @@ class Snapshot(Moment, Source):
     def path_sketch(self) -> PathSketch | None:  # type: ignore[override]
         return decode_path(self.sketch) if self.sketch else None
 
-    def average(self) -> StoredAverage:
+    def stored_average(self) -> StoredAverage:
         """Describe the average for a reconstruction."""
         # Averages of float64 tensors are accumulated in float64, all others in float32.
-        dtypes = {self.tensors[name].dtype for name in self.averages}
+        dtypes = {self.tensors[name].dtype for name in self.averaged}
         eps = EPS["F64"]
         if dtypes != {"F64"}:
             eps = EPS["F32"]
@@ -226,7 +226,7 @@ def recorded_weights(snapshots: Sequence[Snapshot]) -> dict[int, Floats]:
     """Collect the network's sampled weights by step, in order, of the times whose headers hold a
     complete sample."""
     newest = snapshots[-1]
-    shapes = {name: newest.entries[name].shape for name in newest.averages}
+    shapes = {name: newest.entries[name].shape for name in newest.averaged}
     count = len(places(shapes))
     complete = {}
     for snapshot in snapshots:

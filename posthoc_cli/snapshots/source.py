@@ -85,7 +85,7 @@ class StoredTensors:
         return self._names_with_role("copy")
 
     @property
-    def averages(self) -> list[str]:
+    def averaged(self) -> list[str]:
         return self._names_with_role("average")
 
     def _names_with_role(self, role: str) -> list[str]:
@@ -285,7 +285,7 @@ class Source(StoredTensors, ABC):
         """16 hexadecimal digits that identify its content."""
 
     @abstractmethod
-    def average(self) -> StoredAverage:
+    def stored_average(self) -> StoredAverage:
         """Describe the average for a reconstruction."""
 
 

@@ -363,7 +363,7 @@ def _newest_path(sources: Sequence[Source]) -> PathSketch | None:
 
 def _make_averages(sources: Sequence[Source]) -> list[StoredAverage]:
     """Describe the averages of one run for a reconstruction, with the clock of all of them."""
-    averages = [source.average() for source in sources]
+    averages = [source.stored_average() for source in sources]
     if all(source.t == source.step for source in sources):
         return averages
     clock = _make_clock(sources)

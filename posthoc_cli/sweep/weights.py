@@ -180,7 +180,7 @@ class RawFile(Candidate):
         recorded = recorded_weights(snapshots).get(newest.step)
         if recorded is None:
             return
-        shapes = {name: newest.entries[name].shape for name in newest.averages}
+        shapes = {name: newest.entries[name].shape for name in newest.averaged}
         values = []
         with safe_open(plain, "pt") as file:
             for name, elements in groupby(places(shapes), key=itemgetter(0)):

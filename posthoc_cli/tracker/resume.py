@@ -399,7 +399,7 @@ def _progress_at(snapshot: Snapshot) -> TrainingProgress:
 
 def _are_rounded(snapshot: Snapshot) -> bool:
     """Return whether averages are stored in less than float32."""
-    dtypes = {snapshot.entries[name].dtype for name in snapshot.averages}
+    dtypes = {snapshot.entries[name].dtype for name in snapshot.averaged}
     return any(ITEM_BYTES[dtype] < 4 for dtype in dtypes)
 
 

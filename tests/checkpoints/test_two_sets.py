@@ -462,7 +462,7 @@ def test_the_sums_of_a_codebook_are_copied(tmp_path):
         torch.save({"state_dict": state}, tmp_path / f"step{step}.pt")
     run = Run(tmp_path)
     made = run.average("last:2")
-    assert run.sources[0].averages == ["layer.embed_avg"]
+    assert run.sources[0].averaged == ["layer.embed_avg"]
     assert made["vq.embed"].mean() == made["layer.embed_avg"].mean() == 15
     assert made["vq.cluster_size"].mean() == made["vq.embed_avg"].mean() == 20
 

@@ -432,7 +432,7 @@ def test_a_run_goes_on_from_snapshots_of_format_3_and_of_4(tmp_path, caplog):
 
 def sampled(snapshot):
     """Return the elements of the sample, by the name of the tensor."""
-    names = sorted(snapshot.averages)
+    names = sorted(snapshot.averaged)
     places = {name: set() for name in names}
     for k in range(512):
         name = names[k * len(names) // 512]

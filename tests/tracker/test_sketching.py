@@ -147,7 +147,7 @@ def check(tracker, norm=1e-12, rounding=1e-6):
         average = tracker.state_dict(snapshot.sigma_rel, dtype="float64")
         norms = []
         errors = []
-        for name in snapshot.averages:
+        for name in snapshot.averaged:
             exact = average[name]
             off = exact - stored[name].double()
             norms.append(squares(exact))
