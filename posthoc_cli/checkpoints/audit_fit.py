@@ -232,8 +232,8 @@ class Intervals:
 
     def _floored(self, left: FloatArray) -> FloatArray:
         """Count residuals as no less than a part of the motion."""
-        left = np.maximum(left + self.rounding, 0)
-        return np.asarray(left + self._least)
+        left = left + self.rounding
+        return np.asarray(np.maximum(left, 0, out=left) + self._least)
 
     @cached_property
     def _least(self) -> FloatArray:

@@ -110,6 +110,8 @@ class Member:
         """The shapes of the selected tensors by the last two parts of their names: what stands
         before them may differ between the files of one model."""
         tensors = self._tensors
+        if self.first is not None and self._has_tensors_of(self.first):
+            return self.first.shapes
         with suppress(InvalidValueError):
             tensors = self.settings.select(tensors)
         found = Counter[Shape]()
@@ -117,6 +119,10 @@ class Member:
             if tensor.shape not in ((), (1,)):
                 found[".".join(name.split(".")[-2:]).replace("_", ""), tensor.shape] += 1
         return found
+
+    def _has_tensors_of(self, other: Member) -> bool:
+        is_alike = self.content.shapes == other.content.shapes
+        return is_alike and self._tensors.keys() == other._tensors.keys()
 
     @cached_property
     def _tensors(self) -> Tensors:
