@@ -311,7 +311,9 @@ SLOTS = {
     "ckpt": "ckpt_{slot:03}.pth",
     "folders": "{slot:04}/state.pt",
     "tens": "keep-{slot}0.pt",
+    "step": "ckpt_step{slot}.pt",
 }
+CALLED_TIMES = {"iter": "net24_iter_{slot}.pth", "epoch": "epoch_{slot}.pt", **SLOTS}
 
 
 def write_ring(place, name, content, moved=4):
@@ -320,12 +322,16 @@ def write_ring(place, name, content, moved=4):
         store(place / name.format(slot=(number + moved) % 10), content(save))
 
 
-@pytest.mark.parametrize("program", SLOTS)
-def test_slots_that_are_written_in_turn_have_the_epochs_inside(program, tmp_path):
+@pytest.mark.parametrize("program", CALLED_TIMES)
+@pytest.mark.parametrize("moved", [1, 4, 9])
+def test_slots_that_are_written_in_turn_have_the_epochs_inside(program, moved, tmp_path):
     """They were read as the times 1 to 10, in the wrong order."""
-    write_ring(tmp_path, SLOTS[program], lambda save: {"model": save.weights, "epoch": save.epoch})
-    found = read(tmp_path, steps_per_epoch=40)
-    check_steps(found.checkpoints)
+
+    def content(save):
+        return {"model": save.weights, "epoch": save.epoch}
+
+    write_ring(tmp_path, CALLED_TIMES[program], content, moved)
+    check_steps(read(tmp_path, steps_per_epoch=40).checkpoints)
 
 
 @pytest.mark.parametrize("program", SLOTS)
@@ -350,13 +356,73 @@ def test_slots_with_an_average_beside_the_weights_are_asked_about(tmp_path):
     assert "slots that are written in turn" in asked(tmp_path)
 
 
+@pytest.mark.parametrize("program", CALLED_TIMES)
 @pytest.mark.parametrize("key", ["iters", "iter"])
-def test_slots_have_the_steps_inside(key, tmp_path):
+def test_slots_have_the_steps_inside(key, program, tmp_path):
     def content(save):
         return {"model_state": save.weights, "epoch": save.epoch, key: save.step}
 
-    write_ring(tmp_path, "ckpt_mp0_v{slot}.tar", content)
+    write_ring(tmp_path, CALLED_TIMES[program], content)
     check_steps(read(tmp_path).checkpoints)
+
+
+def test_a_number_of_no_unit_in_names_is_no_time_beside_epochs_of_another_order(tmp_path):
+    """Too few values to tell which order is theirs."""
+    for slot, epoch in enumerate((19, 20, 13, 16)):
+        store(
+            tmp_path / f"ckpt_{slot}.pt", {"model": torch.full((3,), 1.0 * epoch), "epoch": epoch}
+        )
+    assert [one.t for one in read(tmp_path).checkpoints] == [13, 16, 19, 20]
+
+
+@pytest.mark.parametrize("name", ["ckpt_step{}.pt", "epoch_{}.pt"])
+def test_names_and_contents_of_other_orders_are_asked_about_if_values_show_none(name, tmp_path):
+    for slot, epoch in enumerate((19, 20, 13, 16)):
+        weights = torch.full((3,), 1.0 * epoch)
+        store(tmp_path / name.format(slot), {"model": weights, "epoch": epoch})
+    question = asked(tmp_path)
+    assert f"'epoch' in the contents is 19 in {name.format(0)}, whose name says 0" in question
+    assert "paste: ema import" in question
+
+
+COUNTED_ANEW = [
+    ("step_{save.step}.pth", "step", lambda save: save.step - 190 * (save.epoch > 5)),
+    ("step_{save.step}.pth", "epoch", lambda save: (save.epoch + 5) % 10 + 1),
+    ("net_{save.step}.pth", "epoch", lambda save: (save.epoch + 5) % 10 + 1),
+    ("at{save.step}steps/net.pth", "epoch", lambda save: (save.epoch + 5) % 10 + 1),
+]
+
+
+@pytest.mark.parametrize(("name", "key", "count"), COUNTED_ANEW)
+def test_what_is_counted_anew_after_a_resume_is_no_time(name, key, count, tmp_path):
+    """The values follow each other in the order of names."""
+    counts = [count(save) for save in saves()]
+    assert len({*counts}) == len(counts) and counts != sorted(counts)
+    write_each(tmp_path, name, lambda save: {"model": save.weights, key: count(save)})
+    check_steps(read(tmp_path).checkpoints)
+
+
+UNEVEN = [2, 3, 5, 9, 14, 15, 20, 22, 30, 31]
+
+
+@pytest.mark.parametrize("name", ["best_{}.pth", "ckpt_step{}.pt", "epoch_{}.pth"])
+@pytest.mark.parametrize("epochs", [UNEVEN, [*range(13, 23)]])
+def test_epochs_inside_that_are_ahead_of_names_are_the_times(name, epochs, tmp_path):
+    """The numbers of files were read as their epochs, or as single steps."""
+    for number, (epoch, save) in enumerate(zip(epochs, saves(), strict=True), 1):
+        store(tmp_path / name.format(number), {"model": save.weights, "epoch": epoch})
+    assert [one.t for one in read(tmp_path).checkpoints] == epochs
+
+
+@pytest.mark.parametrize("name", ["epoch_{}.pth", "model_{}.pth"])
+def test_epochs_inside_that_are_behind_names_are_asked_about(name, tmp_path):
+    for number, save in enumerate(saves()):
+        store(tmp_path / name.format(20 + number), {"model": save.weights, "epoch": number})
+    question = asked(tmp_path)
+    assert f"'epoch' in the contents is 0 in {name.format(20)}, whose name says 20" in question
+    words = shlex.split(question.partition("paste: ")[2])
+    found = read(tmp_path, step_from=words[4])
+    assert [one.t for one in found.checkpoints] == [*range(20, 30)]
 
 
 def test_steps_of_the_optimizer_count_and_no_microbatches(tmp_path):
