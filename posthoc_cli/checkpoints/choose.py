@@ -50,7 +50,7 @@ from posthoc_cli.checkpoints.clock import (
 )
 from posthoc_cli.checkpoints.content import Content, Tensors
 from posthoc_cli.checkpoints.layouts import recognise, role_by_glob, says_its_profile
-from posthoc_cli.checkpoints.names import NUMBER, make_glob, read_number
+from posthoc_cli.checkpoints.names import NUMBER, make_glob, read_name, read_number
 from posthoc_cli.checkpoints.places import Place
 from posthoc_cli.checkpoints.sets import Found
 from posthoc_cli.checkpoints.settings import ImportSettings
@@ -89,6 +89,8 @@ _ADVERSARY = re.compile(
     re.IGNORECASE,
 )
 """In names of a discriminator (HiFi-GAN's `do_*`, VITS' `D_*`, ESRGAN's `net_d_*`) or a critic."""
+
+_AS_FOLDS = "as folds, seeds or members of an ensemble are"
 
 Shape = tuple[str, tuple[int, ...]]
 
@@ -251,7 +253,8 @@ class Chooser:
         if not series:
             return self._choose_untimed(members)
         for each in series:
-            self._check_order(each)
+            self._check_order(each, members)
+        self._check_folders(series)
         chosen = {member for each in series for member in each}
         self._check_left_out([member for member in opened if member not in chosen], series)
         return [member for member in members if member in chosen]
@@ -439,13 +442,15 @@ class Chooser:
             series += _split_by_time(group) if len(_numbers(group)) < len(group) else [group]
         return series
 
-    def _check_order(self, series: Series) -> None:
+    def _check_order(self, series: Series, members: Series) -> None:
         """Raise a QuestionError if one sign alone says that files are times, or another number
         beside it differs, and their values contradict it; note it if the user has given the
         sign."""
         doubt = _doubt_order(series)
         if not doubt:
             return
+        if series[0].sign != "given" and _AS_FOLDS in doubt and _are_called_folds(series):
+            raise self._ask_which_folder(members)
         reason = f"{self._glob_of(series)}: little but a number says the times of these files, and "
         reason += f"they {doubt}"
         if series[0].sign == "given":
@@ -453,6 +458,19 @@ class Chooser:
             return
         paths = [member.path for member in series]
         raise QuestionError(self.place.name, reason, *list_patterns(paths[0], paths))
+
+    def _check_folders(self, several: Sequence[Series]) -> None:
+        """Raise a QuestionError if files of one role lie in several folders, and are unrelated to
+        those before them, as the best and the last files of folds that state their epochs are."""
+        for role in {series[0].role for series in several}:
+            alike = [series for series in several if series[0].role == role]
+            members = [member for series in alike for member in series]
+            if len(alike) == 1 or members[0].sign == "given":
+                continue
+            for before, after in pairwise(sorted(members, key=_order)):
+                are_apart = before.path.parent != after.path.parent
+                if are_apart and not are_near(before.values, after.values):
+                    raise self._ask_which_folder(members)
 
     # --- what is left out
 
@@ -501,6 +519,22 @@ class Chooser:
         reason = f"holds several models, {list_first(counted)}: each is a run of its own"
         answers = self._list_answers(several)
         return QuestionError(self.place.name, reason, *answers, are_models=True)
+
+    def _ask_which_folder(self, members: Series) -> QuestionError:
+        """Make the question which of several trainings is the run, a command for each folder."""
+        folders = _group(members, lambda member: member.path.parent)
+        counted = []
+        for each in folders:
+            name = self._name(each[0].path.parent) or self._glob_of(each)
+            counted.append(f"{len(each)} x {name}")
+        reason = f"holds models that are unrelated, {_AS_FOLDS}, {list_first(counted)}: each is a "
+        reason += "run of its own"
+        answers: list[Answer] = []
+        for each in folders:
+            if len(each) > 1:
+                answers.append({"place": files.escape_glob(str(each[0].path.parent))})
+        several = "name several checkpoints of one of them"
+        return QuestionError(self.place.name, reason, *answers, otherwise=several, are_models=True)
 
     def _list_answers(self, several: Sequence[Series]) -> list[Answer]:
         """List the pairs of an average and its weights, the series together if they are of one run,
@@ -622,13 +656,21 @@ def _is_confirmed(series: Series) -> bool:
     return len(varying) > 0
 
 
+def _are_called_folds(series: Series) -> bool:
+    """Return whether a number that differs in names is one of a fold or seed."""
+    for marks in zip(*(read_name(member.name) for member in series), strict=False):
+        if len({mark.text for mark in marks}) > 1 and re.match("(?i:fold|seed)", marks[0].text):
+            return True
+    return False
+
+
 def _doubt_order(series: Series) -> str:
     """Say what contradicts the order of files, for a message; empty if nothing does."""
     in_order = sorted(series, key=_order)
     is_confirmed = _is_confirmed(series)
     if not is_confirmed and _are_equally_far(_compared(in_order[:_MOST_COMPARED])):
         how = "are equally far from each other" if len(series) > 2 else "are unrelated"
-        return f"{how}, as folds, seeds or members of an ensemble are"
+        return f"{how}, {_AS_FOLDS}"
     if is_confirmed and not (
         series[0].sign == "step in name" and are_gapless([*map(_order, series)])
     ):

@@ -4,6 +4,7 @@ are the weights of the right steps."""
 import hashlib
 import math
 import shlex
+import shutil
 
 import pytest
 import torch
@@ -794,8 +795,8 @@ def test_a_folder_whose_name_has_braces_is_itself(tmp_path):
 # --- folds, seeds and members of an ensemble
 
 MEMBERS = {
-    "folds": "fold_{}.pt",
-    "seeds": "seed{}/best.pt",
+    "splits": "split_{}.pt",
+    "runs": "run{}/best.pt",
     "ensemble": "model_{}.pth",
     "hundreds": "net{}00.safetensors",
     "copies": "run-v{}.ckpt",
@@ -825,6 +826,54 @@ def test_files_that_are_equally_far_from_each_other_are_no_series(program, count
     assert any("folds, seeds or members" in note for note in found.sources.notes)
 
 
+NNUNET = "3d_fullres/fold_{}/checkpoint_{}.pth"
+
+
+def write_folds(place, name, **epochs):
+    """Write the best and the last files of five folds, which state their epochs."""
+    for fold in range(5):
+        generator = torch.Generator().manual_seed(fold)
+        start = {key: torch.randn(v.shape, generator=generator) for key, v in FIRST.weights.items()}
+        for kind, epoch in epochs.items():
+            weights = {}
+            for key, value in start.items():
+                weights[key] = value + 1e-4 * epoch * torch.randn(value.shape, generator=generator)
+            content = {"network_weights": weights, "current_epoch": epoch + 7 * fold}
+            store(place / name.format(fold, kind), content)
+
+
+@pytest.mark.parametrize("name", [NNUNET, "seed{}/{}.pt"])
+def test_each_fold_with_several_files_is_a_run_of_its_own(name, tmp_path, caplog):
+    """The numbers of the folds were epochs, or times that were proposed."""
+    write_folds(tmp_path, name, best=900, final=1000)
+    with caplog.at_level("INFO"):
+        said = asked(tmp_path)
+    assert "each is a run of its own" in said
+    lines = [message for message in caplog.messages if "paste: " in message]
+    for fold, line in enumerate([said, *lines]):
+        words = shlex.split(line.partition("paste: ")[2])
+        assert words[2] == str((tmp_path / name.format(fold, "")).parent)
+        found = read(words[2])
+        assert [one.t for one in found.checkpoints] == [900 + 7 * fold, 1000 + 7 * fold]
+
+
+@pytest.mark.parametrize("name", [NNUNET, "fold{}_{}.pt", "seed_{}.{}.pt"])
+def test_folds_of_one_file_are_refused_with_what_to_name(name, tmp_path):
+    write_folds(tmp_path, name, final=1000)
+    said = asked(tmp_path)
+    assert said.endswith("each is a run of its own; name several checkpoints of one of them")
+
+
+def test_a_fold_of_all_data_is_another_training(tmp_path):
+    """Both were one run, by the epochs in their files."""
+    write_folds(tmp_path, "fold_{}/checkpoint_{}.pth", best=900, latest=950)
+    for fold in (1, 2, 3):
+        shutil.rmtree(tmp_path / f"fold_{fold}")
+    (tmp_path / "fold_4").rename(tmp_path / "fold_all")
+    said = asked(tmp_path)
+    assert "2 x fold_0, 2 x fold_all" in said and "paste: ema import" in said
+
+
 @pytest.mark.parametrize("name", ["step{2}-fold{0}.ckpt", "seed_{0}_epoch_{1}.pt"])
 def test_folds_that_state_their_epochs_are_no_series(name, tmp_path):
     """The best epoch of each was its time."""
@@ -835,7 +884,7 @@ def test_folds_that_state_their_epochs_are_no_series(name, tmp_path):
             values[key] = torch.randn(value.shape, generator=generator)
         content = {"state_dict": values, "epoch": epoch}
         store(tmp_path / name.format(number, epoch, 10 * epoch), content)
-    assert "equally far" in asked(tmp_path)
+    assert "as folds, seeds or members" in asked(tmp_path)
 
 
 FOLDS = {
@@ -856,7 +905,7 @@ def test_folds_that_state_their_steps_are_no_series(name, tmp_path):
         for key, value in FIRST.weights.items():
             content["state_dict"][key] = torch.randn(value.shape, generator=generator)
         store(tmp_path / name.format(number, epoch), content)
-    assert "equally far" in asked(tmp_path)
+    assert "as folds, seeds or members" in asked(tmp_path)
 
 
 @pytest.mark.parametrize("name", FOLDS.values(), ids=FOLDS)
