@@ -384,7 +384,7 @@ class Chooser:
                 untimed += series  # in few names such a number may mean something else
                 continue
             left = self._without_copies(series, others)
-            rivals = [each for each in others if self._are_rivals(each, series)]
+            rivals = [each for each in others if left and self._are_rivals(each, left)]
             if len(left) == 1 and any(len(each) > 1 for each in rivals):
                 self._leave_out(left, f"at the time of one of {self._glob_of(rivals[0])}")
             elif len(left) == 1 and any(len(each) > 1 for each in kept if each[0].role == "both"):

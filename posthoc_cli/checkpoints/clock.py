@@ -31,6 +31,7 @@ from posthoc_cli.checkpoints.names import (
     has_time,
     hide_dates,
     hide_decimals,
+    hide_scores,
     hide_shards,
     make_glob,
     read_name,
@@ -226,7 +227,7 @@ GROUPED = re.compile(r"(?<![0-9])[0-9]{1,3}(?:[_,][0-9]{3})+(?![0-9])")  # 1_000
 def read_varying(names: Sequence[str]) -> list[Time]:
     """Read the only number that differs in all of several names, but for dates; none if several do,
     or if it may mean something else. Decimals are metrics, but 1.2M is a number."""
-    names = [hide_dates(strip_ending(name)) for name in names]
+    names = [hide_scores(hide_dates(strip_ending(name))) for name in names]
     found = []
     for column in zip(*map(NUMBER.findall, names), strict=False):
         numbers = [read_number(text) for text in column]
@@ -313,7 +314,7 @@ def _are_even(numbers: Iterable[float]) -> bool:
 
 def _hide_counted(name: str) -> str:
     """Hide the parts of dates, and the numbers of shards."""
-    return hide_dates(hide_shards(name))
+    return hide_scores(hide_dates(hide_shards(name)))
 
 
 def _hide_metrics(name: str) -> str:

@@ -27,8 +27,7 @@ _MARK = re.compile(
     (?: (?<![a-z]) (?:
         (?P<before> steps? | iter(?:ation)?s? | ep(?:och)?s? | (?:checkpoint|ckpt)s? ) [=_.\-\ ]*
       | (?P<other> (?: v | version | avg | fp | bf | int | float | fold | seed | copy
-                     | rank | worker | gpu | node | acc | loss | fid | psnr | wer | m?ap | m?iou
-                     | auc | dice ) [_.=\-]? ) ) )?
+                     | rank | worker | gpu | node ) [_.=\-]? ) ) )?
     (?P<digits> [0-9]+ (?:[.,_-][0-9]+)*
                 (?: [kmb] (?= (?:steps?|iter(?:ation)?s?)? (?![a-z0-9]) ) )? )
     (?: [_\-\ ]? (?P<behind> steps? | iter(?:ation)?s? | ep(?:och)?s? ) (?![a-z]|[=_.\-\ ]*[0-9])
@@ -42,6 +41,12 @@ _METRIC = re.compile(
     r"(?P<word>[a-z]*)[=_-]?(?<![0-9.,])[0-9]+(?:\.[0-9]+(?![0-9.,]|[_,][0-9]|[kmb])|e-[0-9]+)",
     re.IGNORECASE,
 )
+_SCORE = re.compile(
+    r"(?<![a-z])(?:acc|loss|fid|psnr|wer|m?ap|m?iou|auc|dice)[_.=-]?[0-9]+"
+    r"(?![0-9]|\.[0-9]|[_\- ]?(?:step|it|ep))",
+    re.IGNORECASE,
+)
+"""A metric that is a whole number."""
 _OF_TIME = re.compile("steps?|iter(?:ation)?s?|ep(?:och)?s?|checkpoint|ckpt", re.IGNORECASE)
 _WORDS = {"s": "steps", "i": "steps", "e": "epochs", "c": "checkpoint"}  # by their first letters
 _SHARD = re.compile(r"[0-9]+-of-[0-9]+")  # a number "of" several
@@ -102,7 +107,7 @@ class Mark:
 def read_name(name: str) -> list[Mark]:
     """Find the numbers in a name but for metrics."""
     marks = []
-    for match in _MARK.finditer(_METRIC.sub(_hide_metric, _SHARD.sub("", name))):
+    for match in _MARK.finditer(_METRIC.sub(_hide_metric, hide_scores(_SHARD.sub("", name)))):
         word = "other" if match["other"] else _find_word(match["before"])
         if word not in ("steps", "epochs"):
             word = _find_word(match["behind"]) or word
@@ -142,6 +147,11 @@ def hide_dates(name: str) -> str:
 def hide_decimals(name: str) -> str:
     """Replace decimals by signs that are no digits, as many of them."""
     return _DECIMAL.sub(_hide, name)
+
+
+def hide_scores(name: str) -> str:
+    """Replace whole numbers behind words for metrics by signs that are no digits."""
+    return _SCORE.sub(_hide, name)
 
 
 def hide_shards(name: str) -> str:

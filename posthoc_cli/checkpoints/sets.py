@@ -51,6 +51,8 @@ _MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", 
 """What torch's optimizers call the averages of gradients in their states."""
 _RANDOM = re.compile(r"(?<![a-z])(?:rng|random)_states?$")
 """Pattern of names of the states of generators of random numbers."""
+_OF_DATA = re.compile(r"(?:^|[._])(?:mean|var|std|min|max|count|q\d\d|num_batches_tracked)$")
+"""In names of statistics, such as those of a normalizer of observations."""
 _PARTS = re.compile(r"^(?:named_)?(?:parameter|buffer)s_dict\.")  # of a model, in Composer
 _WRAPPERS = re.compile(
     r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\."
@@ -293,6 +295,8 @@ class TensorSets:
 
     def _find_models(self, path: str) -> list[str]:
         groups = self._groups_below(path)
+        if len(groups) > 1:
+            groups = [group for group in groups if not self.holds_statistics(group)] or groups
         known = [group for group in groups if self.keys[group] in _MODELS]
         is_model = self.keys.get(path) in _MODELS
         if known and (len(groups) == 1 or not is_model):
@@ -396,6 +400,10 @@ class TensorSets:
             if len(tensor.shape) > 1 and name.rpartition(".")[2] == "weight":
                 return True
         return False
+
+    def holds_statistics(self, path: str) -> bool:
+        """Return whether all names in a set are those of statistics of data."""
+        return all(map(_OF_DATA.search, self.below(path)))
 
     def with_parts(self) -> TensorSets:
         """Return the sets in which networks that a word calls averages, and that are near no other

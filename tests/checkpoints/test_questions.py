@@ -581,8 +581,7 @@ def test_statistics_of_the_data_are_a_note_and_no_warning(program, tmp_path, ema
     for save in saves():
         statistics = {name: torch.full((5, 1), float(save.step)) for name in names}
         store(tmp_path / "run" / f"s{save.step}.pt", {model: save.weights, key: statistics})
-    settings = ["--weights", model] if model in ("policy", "net") else []
-    done = ema("import", tmp_path / "run", *settings, "--out", tmp_path / "made", "--strict")
+    done = ema("import", tmp_path / "run", "--out", tmp_path / "made", "--strict")
     assert done.code == 0
     assert f"not used, as statistics of the data: '{key}'" in done.shown
     check_steps(Run(tmp_path / "made").sources)
@@ -926,6 +925,17 @@ def test_weights_that_only_jitter_are_a_series_if_a_word_says_their_times(name, 
             values[key] = torch.randn(value.shape, generator=generator)
         store(tmp_path / name.format(number, 0.9 + number / 200), values)
     assert [one.t for one in read(tmp_path).checkpoints] == [1, 2, 3, 4, 5]
+
+
+def test_two_folders_of_one_run_that_share_a_file_are_read_by_the_line(tmp_path):
+    """The glob that was proposed asked the same again."""
+    for save in saves():
+        if save.epoch <= 6:
+            store(tmp_path / "run1" / f"step_{save.step}.pt", save.weights)
+        if save.epoch >= 6:
+            store(tmp_path / "run2" / f"step_{save.step}.pt", save.weights)
+    words = shlex.split(asked(tmp_path).partition("paste: ")[2])
+    check_steps(read(words[2]).checkpoints)
 
 
 # --- two files at one time
