@@ -27,7 +27,8 @@ _MARK = re.compile(
     (?: (?<![a-z]) (?:
         (?P<before> steps? | iter(?:ation)?s? | ep(?:och)?s? | (?:checkpoint|ckpt)s? ) [=_.\-\ ]*
       | (?P<other> (?: v | version | avg | fp | bf | int | float | fold | seed | copy
-                     | rank | worker | gpu | node ) [_.=\-]? ) ) )?
+                     | rank | worker | gpu | node | acc | loss | fid | psnr | wer | m?ap | m?iou
+                     | auc | dice ) [_.=\-]? ) ) )?
     (?P<digits> [0-9]+ (?:[.,_-][0-9]+)*
                 (?: [kmb] (?= (?:steps?|iter(?:ation)?s?)? (?![a-z0-9]) ) )? )
     (?: [_\-\ ]? (?P<behind> steps? | iter(?:ation)?s? | ep(?:och)?s? ) (?![a-z]|[=_.\-\ ]*[0-9])
@@ -107,7 +108,7 @@ class Mark:
 def read_name(name: str) -> list[Mark]:
     """Find the numbers in a name but for metrics."""
     marks = []
-    for match in _MARK.finditer(_METRIC.sub(_hide_metric, hide_scores(_SHARD.sub("", name)))):
+    for match in _MARK.finditer(_METRIC.sub(_hide_metric, _SHARD.sub("", name))):
         word = "other" if match["other"] else _find_word(match["before"])
         if word not in ("steps", "epochs"):
             word = _find_word(match["behind"]) or word
