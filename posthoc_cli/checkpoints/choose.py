@@ -23,8 +23,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,9 +34,13 @@ from posthoc_cli.checkpoints.ask import Answer, QuestionError
 from posthoc_cli.checkpoints.clock import (
     COUNTED,
     GROUPED,
+    IN_NAME,
     LONE,
+    STATED,
     Signs,
     Time,
+    are_gapless,
+    ask_about_names,
     has_word,
     is_numbered,
     list_patterns,
@@ -45,7 +50,7 @@ from posthoc_cli.checkpoints.clock import (
 )
 from posthoc_cli.checkpoints.content import Content, Tensors
 from posthoc_cli.checkpoints.layouts import recognise, role_by_glob, says_its_profile
-from posthoc_cli.checkpoints.names import NUMBER, make_glob, read_number
+from posthoc_cli.checkpoints.names import NUMBER, make_glob, read_name, read_number
 from posthoc_cli.checkpoints.places import Place
 from posthoc_cli.checkpoints.sets import Found
 from posthoc_cli.checkpoints.settings import ImportSettings
@@ -84,6 +89,8 @@ _ADVERSARY = re.compile(
     re.IGNORECASE,
 )
 """In names of a discriminator (HiFi-GAN's `do_*`, VITS' `D_*`, ESRGAN's `net_d_*`) or a critic."""
+
+_AS_FOLDS = "as folds, seeds or members of an ensemble are"
 
 Shape = tuple[str, tuple[int, ...]]
 
@@ -252,7 +259,8 @@ class Chooser:
         if not series:
             return self._choose_untimed(members)
         for each in series:
-            self._check_order(each)
+            self._check_order(each, members)
+        self._check_folders(series)
         chosen = {member for each in series for member in each}
         self._check_left_out([member for member in opened if member not in chosen], series)
         return [member for member in members if member in chosen]
@@ -308,6 +316,7 @@ class Chooser:
             _read_varying(series)
             for member in series[1:]:
                 member.first = series[0]
+            _settle_signs(series)
         for path, problem in failed:
             if not members or self._is_of_series(path, members):
                 raise problem.with_hint("move it away to leave it out") if members else problem
@@ -381,7 +390,7 @@ class Chooser:
                 untimed += series  # in few names such a number may mean something else
                 continue
             left = self._without_copies(series, others)
-            rivals = [each for each in others if self._are_rivals(each, series)]
+            rivals = [each for each in others if left and self._are_rivals(each, left)]
             if len(left) == 1 and any(len(each) > 1 for each in rivals):
                 self._leave_out(left, f"at the time of one of {self._glob_of(rivals[0])}")
             elif len(left) == 1 and any(len(each) > 1 for each in kept if each[0].role == "both"):
@@ -439,13 +448,15 @@ class Chooser:
             series += _split_by_time(group) if len(_numbers(group)) < len(group) else [group]
         return series
 
-    def _check_order(self, series: Series) -> None:
+    def _check_order(self, series: Series, members: Series) -> None:
         """Raise a QuestionError if one sign alone says that files are times, or another number
         beside it differs, and their values contradict it; note it if the user has given the
         sign."""
-        doubt = "" if _is_confirmed(series) else _doubt_order(series)
+        doubt = _doubt_order(series)
         if not doubt:
             return
+        if series[0].sign != "given" and _AS_FOLDS in doubt and _are_called_folds(series):
+            raise self._ask_which_folder(members)
         reason = f"{self._glob_of(series)}: little but a number says the times of these files, and "
         reason += f"they {doubt}"
         if series[0].sign == "given":
@@ -453,6 +464,19 @@ class Chooser:
             return
         paths = [member.path for member in series]
         raise QuestionError(self.place.name, reason, *list_patterns(paths[0], paths))
+
+    def _check_folders(self, several: Sequence[Series]) -> None:
+        """Raise a QuestionError if files of one role lie in several folders, and are unrelated to
+        those before them, as the best and the last files of folds that state their epochs are."""
+        for role in {series[0].role for series in several}:
+            alike = [series for series in several if series[0].role == role]
+            members = [member for series in alike for member in series]
+            if len(alike) == 1 or members[0].sign == "given":
+                continue
+            for before, after in pairwise(sorted(members, key=_order)):
+                are_apart = before.path.parent != after.path.parent
+                if are_apart and not are_near(before.values, after.values):
+                    raise self._ask_which_folder(members)
 
     # --- what is left out
 
@@ -501,6 +525,22 @@ class Chooser:
         reason = f"holds several models, {list_first(counted)}: each is a run of its own"
         answers = self._list_answers(several)
         return QuestionError(self.place.name, reason, *answers, are_models=True)
+
+    def _ask_which_folder(self, members: Series) -> QuestionError:
+        """Make the question which of several trainings is the run, a command for each folder."""
+        folders = _group(members, lambda member: member.path.parent)
+        counted = []
+        for each in folders:
+            name = self._name(each[0].path.parent) or self._glob_of(each)
+            counted.append(f"{len(each)} x {name}")
+        reason = f"holds models that are unrelated, {_AS_FOLDS}, {list_first(counted)}: each is a "
+        reason += "run of its own"
+        answers: list[Answer] = []
+        for each in folders:
+            if len(each) > 1:
+                answers.append({"place": files.escape_glob(str(each[0].path.parent))})
+        several = "name several checkpoints of one of them"
+        return QuestionError(self.place.name, reason, *answers, otherwise=several, are_models=True)
 
     def _list_answers(self, several: Sequence[Series]) -> list[Answer]:
         """List the pairs of an average and its weights, the series together if they are of one run,
@@ -596,7 +636,8 @@ def _follow_each_other(several: Sequence[Series]) -> bool:
         return False
     firsts = [min(series, key=_numbers_in_name).values for series in several]
     to_each = float(np.square(np.stack(firsts) - firsts[0]).sum())
-    return _motion(joined) < _SHORTER * (to_each + sum(map(_motion, several)))
+    to_each += sum(_motion(series, _numbers_in_name) for series in several)
+    return _motion(joined, _numbers_in_name) < _SHORTER * to_each
 
 
 def _are_near_in_time(members: Series) -> bool:
@@ -621,12 +662,25 @@ def _is_confirmed(series: Series) -> bool:
     return len(varying) > 0
 
 
+def _are_called_folds(series: Series) -> bool:
+    """Return whether a number that differs in names is one of a fold or seed."""
+    for marks in zip(*(read_name(member.name) for member in series), strict=False):
+        if len({mark.text for mark in marks}) > 1 and re.match("(?i:fold|seed)", marks[0].text):
+            return True
+    return False
+
+
 def _doubt_order(series: Series) -> str:
     """Say what contradicts the order of files, for a message; empty if nothing does."""
     in_order = sorted(series, key=_order)
-    if _are_equally_far(_compared(in_order[:_MOST_COMPARED])):
+    is_confirmed = _is_confirmed(series)
+    if not is_confirmed and _are_equally_far(_compared(in_order[:_MOST_COMPARED])):
         how = "are equally far from each other" if len(series) > 2 else "are unrelated"
-        return f"{how}, as folds, seeds or members of an ensemble are"
+        return f"{how}, {_AS_FOLDS}"
+    if is_confirmed and not (
+        series[0].sign == "step in name" and are_gapless([*map(_order, series)])
+    ):
+        return ""  # hardly any training saves each step: those may be the numbers of slots
     places = np.linspace(0, len(series) - 1, min(len(series), _MOST_COMPARED)).round()
     if _end_at_their_begin(_compared([in_order[int(place)] for place in places])):
         reason = "go on from the last to the first, as slots that are written in turn do: rename "
@@ -663,9 +717,11 @@ def _distance(one: FloatArray, other: FloatArray) -> float:
     return float(np.square(one - other).sum())
 
 
-def _motion(members: Series) -> float:
-    in_order = sorted(members, key=_numbers_in_name)
-    return float(np.square(np.diff([member.values for member in in_order], axis=0)).sum())
+def _motion(members: Series, order: Callable[[Member], Any]) -> float:
+    """Sum the squared distances of values on the way through members in an order; 0 if they are
+    few, or of several models."""
+    values = _compared(sorted(members, key=order))
+    return sum(_distance(before, after) for before, after in pairwise(values))
 
 
 def _numbers_in_name(member: Member) -> list[float]:
@@ -731,6 +787,57 @@ def _read_varying(series: Series) -> None:
     readings = read_varying([member.path.name for member in series])
     for member, reading in zip(series, readings, strict=False):
         member.signs = {**member.signs, LONE: reading}
+
+
+def _settle_signs(series: Series) -> None:
+    """Drop the number in names, or the one that contents state, where one of them is wrong; raise a
+    QuestionError if it is unclear which."""
+    for named, stated in product(IN_NAME.values(), STATED):
+        if len(series) > 1 and all({named, stated} <= {*member.signs} for member in series):
+            wrong = _find_wrong(series, named, stated)
+            for member in series:
+                signs = member.signs.items()
+                member.signs = {sign: time for sign, time in signs if sign not in wrong}
+
+
+def _find_wrong(series: Series, named: str, stated: str) -> set[str]:
+    """Find which of two signs is wrong; none if both may be right, as steps beside epochs.
+
+    Where they order the files otherwise, as names of slots that are written in turn do, the order
+    whose way through the values is shorter is right, and a lone number in names is no time unless
+    its way is. In one order, an epoch that contents state is right where it is ahead of the name:
+    what is counted anew falls behind.
+    """
+    pairs = sorted((member.signs[named].number, member.signs[stated].number) for member in series)
+    numbers = [number for number, _ in pairs]
+    inside = [number for _, number in pairs]
+    if inside != sorted(inside) and all(_says_step(member, named) for member in series):
+        return {"stated epoch"}  # it begins anew at a resume
+    if min(len({*numbers}), len({*inside})) < len(pairs):
+        return set()
+    in_names = {named, "confirmed steps", "confirmed epochs"}
+    if inside != sorted(inside):
+        by_name = _motion(series, lambda member: member.signs[named].number)
+        by_content = _motion(series, lambda member: member.signs[stated].number)
+        if by_name < _SHORTER * by_content:
+            return {stated}
+        if named == LONE or by_content < _SHORTER * by_name:
+            return in_names
+    else:
+        are_epochs = named == "epoch in name" or (named == LONE and are_gapless(numbers))
+        count_alike = are_epochs == (stated == "stated epoch")
+        are_behind = [count_alike and number > each + 1 for number, each in pairs]
+        is_ahead = stated == "stated epoch" and any(each > number + 1 for number, each in pairs)
+        if is_ahead and not any(are_behind):
+            return in_names
+        if not is_ahead and not all(are_behind):
+            return set()
+    raise ask_about_names({member.path: member.signs for member in series}, named, stated)
+
+
+def _says_step(member: Member, named: str) -> bool:
+    """Return whether a number in a name is the step that contents state."""
+    return "stated" in member.signs and member.signs["stated"].number == member.signs[named].number
 
 
 def _rank_model(model: Series) -> tuple[bool, bool, int, int]:

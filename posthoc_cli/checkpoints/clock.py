@@ -13,7 +13,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -31,6 +31,7 @@ from posthoc_cli.checkpoints.names import (
     has_time,
     hide_dates,
     hide_decimals,
+    hide_scores,
     hide_shards,
     make_glob,
     read_name,
@@ -79,8 +80,9 @@ _SIGNS = (
     "stated epoch",
 )  # fmt: skip
 """From the surest on."""
-_IN_NAMES = {*_SIGNS} - {"stated", "stated epoch"}
-_IN_NAME: Mapping[Unit, str] = {"steps": "step in name", "epochs": "epoch in name", "": LONE}
+STATED = ("stated", "stated epoch")
+_IN_NAMES = {*_SIGNS} - {*STATED}
+IN_NAME: Mapping[Unit, str] = {"steps": "step in name", "epochs": "epoch in name", "": LONE}
 
 
 def has_word(signs: Signs) -> bool:
@@ -118,7 +120,7 @@ def read_signs(content: Content, settings: ImportSettings, outside: Path | None 
         if len(marks) == 1 and marks[0].number is not None:
             unit = marks[0].unit
             origin = f"the word for {unit} in names" if unit else "the only number in names"
-            found[_IN_NAME[unit]] = Time(marks[0].number, unit, origin)
+            found[IN_NAME[unit]] = Time(marks[0].number, unit, origin)
     if "step in name" not in found:
         found |= _confirm(content, found.get(LONE))
     if stated is not None and found.keys() <= {"stated epoch"}:
@@ -225,7 +227,7 @@ GROUPED = re.compile(r"(?<![0-9])[0-9]{1,3}(?:[_,][0-9]{3})+(?![0-9])")  # 1_000
 def read_varying(names: Sequence[str]) -> list[Time]:
     """Read the only number that differs in all of several names, but for dates; none if several do,
     or if it may mean something else. Decimals are metrics, but 1.2M is a number."""
-    names = [hide_dates(strip_ending(name)) for name in names]
+    names = [hide_scores(hide_dates(strip_ending(name))) for name in names]
     found = []
     for column in zip(*map(NUMBER.findall, names), strict=False):
         numbers = [read_number(text) for text in column]
@@ -312,7 +314,7 @@ def _are_even(numbers: Iterable[float]) -> bool:
 
 def _hide_counted(name: str) -> str:
     """Hide the parts of dates, and the numbers of shards."""
-    return hide_dates(hide_shards(name))
+    return hide_scores(hide_dates(hide_shards(name)))
 
 
 def _hide_metrics(name: str) -> str:
@@ -366,10 +368,7 @@ def read_times(files: Mapping[Path, Signs], settings: ImportSettings) -> list[Ti
             raise _ask_for_step(path, files)
     if sign is not None and not _are_told_apart(files, sign):
         _ask_for_another(files, sign)
-    clock = _Clock(files, [signs[sign or ""] for signs in files.values()], settings)
-    if sign == "stated":
-        _check_names(files)
-    return clock.read()
+    return _Clock(files, [signs[sign or ""] for signs in files.values()], settings).read()
 
 
 def sign_of_most(files: Mapping[Path, Signs]) -> str | None:
@@ -378,21 +377,10 @@ def sign_of_most(files: Mapping[Path, Signs]) -> str | None:
     best: tuple[bool, int, int] | None = None
     for rank, sign in enumerate(_SIGNS):
         count = sum(sign in signs for signs in files.values())
-        if count and not (sign == LONE and _are_slots(files)):
+        if count:
             rating = (_are_told_apart(files, sign), count, -rank)
             best = max(best or rating, rating)
     return _SIGNS[-best[2]] if best else None
-
-
-def _are_slots(files: Mapping[Path, Signs]) -> bool:
-    """Return whether lone numbers in names are slots that are written in turn: the epochs that
-    contents state all differ, and do not rise with them."""
-    pairs = set[tuple[int, int]]()
-    for signs in files.values():
-        if LONE in signs and "stated epoch" in signs:
-            pairs.add((signs[LONE].number, signs["stated epoch"].number))
-    epochs = [epoch for _, epoch in sorted(pairs)]
-    return len({*epochs}) == len(epochs) and epochs != sorted(epochs)
 
 
 def _are_told_apart(files: Mapping[Path, Signs], sign: str) -> bool:
@@ -426,29 +414,20 @@ def _series(path: Path) -> str:
     return make_glob(f"{path.parent.name}/{path.name}")
 
 
-def _number_in_name(signs: Signs) -> int | None:
-    named = signs.get("step in name") or signs.get(LONE)
-    return named.number if named else None
-
-
-def _check_names(files: Mapping[Path, Signs]) -> None:
-    """Raise a QuestionError if the numbers in names are ahead of the steps that contents state:
-    VITS stores the epoch as `iteration`, and has the step in the name alone."""
-    named = [_number_in_name(signs) for signs in files.values()]
-    stated = [signs["stated"].number for signs in files.values()]
-    for number, step in zip(named, stated, strict=True):
-        if number is None or number <= step + 1:
-            return
+def ask_about_names(files: Mapping[Path, Signs], named: str, stated: str) -> QuestionError:
+    """Make the question whether the numbers in names are the times, which contents contradict: VITS
+    stores the epoch as `iteration`, and has the step in the name alone."""
     path, signs = next(iter(files.items()))
-    if len({*named}) > 1:
-        reason = f"must be given: {signs['stated'].origin} is {stated[0]:,} in {path.name}, behind "
-        reason += f"the {named[0]:,} in its name"
-        answers = []
-        for answer in list_patterns(path, files):
-            match = re.search(answer["step_from"], path.name)
-            if match and read_number(match[1]) == named[0]:
-                answers.append(answer)
-        raise QuestionError("step_from", reason, *answers)
+    number = signs[named].number
+    reason = f"must be given: {signs[stated].origin} is {signs[stated].number:,} in {path.name}, "
+    reason += f"whose name says {number:,}"
+    answers = []
+    for answer in list_patterns(path, files):
+        match = re.search(answer["step_from"], path.name)
+        if match and read_number(match[1]) == number:
+            answers.append(answer)
+    rename = "rename copies of the files after their steps: step1000.pt"
+    return QuestionError("step_from", reason, *answers, otherwise=rename)
 
 
 @dataclass(frozen=True)
@@ -503,14 +482,8 @@ class _Clock:
 
     def _check_one_count(self) -> None:
         """Raise InvalidValueError if steps begin anew in each epoch: a later epoch has a step that
-        is not later.
-
-        Where names confirm the steps of contents, the epochs may begin anew at a resume.
-        """
+        is not later."""
         pairs = set()
-        named = [_number_in_name(signs) for signs in self.files.values()]
-        if self.numbers[0].key and named == [time.number for time in self.numbers]:
-            return
         for signs, time in zip(self.files.values(), self.numbers, strict=True):
             epoch = signs.get("stated epoch") or signs.get("epoch in name")
             if epoch is None or (time.key and time.key not in _ANEW):
@@ -528,7 +501,7 @@ class _Clock:
         distinct = {time.number for time in self.numbers}
         if any(time.unit == "epochs" for time in self.numbers):
             return f"by {self.numbers[0].origin}"
-        if 1 < len(distinct) == max(distinct) - min(distinct) + 1:
+        if len(distinct) > 1 and are_gapless(distinct):
             return "they follow each other without a gap"
         if self.settings.steps_per_epoch:
             return f"{argument('steps_per_epoch')} is given"
@@ -573,6 +546,11 @@ class _Clock:
         infinity if an average has counted none."""
         rates = [count / max(epoch, 1) for count, epoch in zip(self._counts, epochs, strict=True)]
         return max(rates) / min(rates) if all(rates) else math.inf
+
+
+def are_gapless(numbers: Collection[int]) -> bool:
+    """Return whether distinct numbers follow each other."""
+    return len(numbers) == max(numbers) - min(numbers) + 1
 
 
 _SPREAD = 1.01  # of counts of the whole training: torchvision's begin when the rate has risen

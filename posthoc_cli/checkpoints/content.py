@@ -283,15 +283,19 @@ def is_text(layout: Layout) -> bool:
     return layout.path.stat().st_size > 0 and find_container(layout.path) is None
 
 
-_COUNT = re.compile(r"^(epoch|step|global_step|optimizer_step): *([0-9]{1,15}) *$", re.MULTILINE)
+_COUNT = re.compile(
+    r'(?:^|[{,] *)"?(epoch|step|global_step|optimizer_step)"?: *([0-9]{1,15}) *(?=$|[,}])',
+    re.MULTILINE,
+)
 _MOST_COUNTS = 100_000  # bytes of a file, and
 _MOST_FILES = 5
 
 
 def _read_counts(folder: Path, opened: Files) -> Values:
-    """Read the steps or epochs in small YAML files beside a model, as SpeechBrain writes them."""
+    """Read the steps or epochs in small files beside a model, as SpeechBrain and OneTrainer write
+    them."""
     values = Values()
-    for file in sorted(folder.glob("*.yaml"))[:_MOST_FILES]:
+    for file in [*sorted(folder.glob("*.yaml")), folder / "meta.json"][:_MOST_FILES]:
         if file.is_file() and file.stat().st_size <= _MOST_COUNTS:
             text = read_small_file(file, _MOST_COUNTS).decode(errors="replace")
             found = _COUNT.findall(text)

@@ -42,6 +42,12 @@ _METRIC = re.compile(
     r"(?P<word>[a-z]*)[=_-]?(?<![0-9.,])[0-9]+(?:\.[0-9]+(?![0-9.,]|[_,][0-9]|[kmb])|e-[0-9]+)",
     re.IGNORECASE,
 )
+_SCORE = re.compile(
+    r"(?<![a-z])(?:acc|loss|fid|psnr|wer|m?ap|m?iou|auc|dice)[_.=-]?[0-9]+"
+    r"(?![0-9]|\.[0-9]|[_\- ]?(?:step|it|ep))",
+    re.IGNORECASE,
+)
+"""A metric that is a whole number."""
 _OF_TIME = re.compile("steps?|iter(?:ation)?s?|ep(?:och)?s?|checkpoint|ckpt", re.IGNORECASE)
 _WORDS = {"s": "steps", "i": "steps", "e": "epochs", "c": "checkpoint"}  # by their first letters
 _SHARD = re.compile(r"[0-9]+-of-[0-9]+")  # a number "of" several
@@ -142,6 +148,11 @@ def hide_dates(name: str) -> str:
 def hide_decimals(name: str) -> str:
     """Replace decimals by signs that are no digits, as many of them."""
     return _DECIMAL.sub(_hide, name)
+
+
+def hide_scores(name: str) -> str:
+    """Replace whole numbers behind words for metrics by signs that are no digits."""
+    return _SCORE.sub(_hide, name)
 
 
 def hide_shards(name: str) -> str:

@@ -66,8 +66,6 @@ from posthoc_cli.snapshots.tensorfile import KeptOpen
 log = logging.getLogger(__name__)
 
 _EPOCHS = 1000  # largest number that is read as perhaps epochs: few trainings have more
-_OF_DATA = re.compile(r"(?:^|[._])(?:mean|var|std|min|max|count|q\d\d|num_batches_tracked)$")
-"""In names of statistics, such as those of a normalizer of observations."""
 _TARGET = re.compile("target|teacher|momentum", re.IGNORECASE)
 # Least cosine between successive motions at which weights may be an average: for an EMA of 100
 # steps in files 100 steps apart it is 0.5 to 0.9, for weights late in a training -0.3 to 0.4.
@@ -394,7 +392,7 @@ def _explain_unused(key: str, *run: Found) -> str:
     ours = [first_values_of(file.content, file.sets.below(key)) for file in run]
     if len(ours[0]) and np.array_equal(ours[0], ours[-1]):
         return "it never changes"
-    if all(map(_OF_DATA.search, run[0].sets.below(key))):
+    if run[0].sets.holds_statistics(key):
         return "statistics of the data"
     weights = [first_values_of(file.content, file.weights) for file in run]
     return "a copy of the weights" if all(map(np.array_equal, ours, weights)) else ""

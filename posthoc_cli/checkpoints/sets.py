@@ -18,6 +18,8 @@ from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
+
 from posthoc_cli.checkpoints.ask import QuestionError
 from posthoc_cli.checkpoints.clock import Time
 from posthoc_cli.checkpoints.content import Content, StoredTensor, Tensors, list_names
@@ -25,6 +27,7 @@ from posthoc_cli.checkpoints.folders import AVERAGE_WORD, MODEL_FILES, NO_MODEL
 from posthoc_cli.checkpoints.source import (
     are_near,
     first_values,
+    first_values_of,
     make_checkpoint,
     tied_names,
 )
@@ -48,11 +51,16 @@ _MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", 
 """What torch's optimizers call the averages of gradients in their states."""
 _RANDOM = re.compile(r"(?<![a-z])(?:rng|random)_states?$")
 """Pattern of names of the states of generators of random numbers."""
+_OF_DATA = re.compile(r"(?:^|[._])(?:mean|var|std|min|max|count|q\d\d|num_batches_tracked)$")
+"""In names of statistics, such as those of a normalizer of observations."""
 _PARTS = re.compile(r"^(?:named_)?(?:parameter|buffer)s_dict\.")  # of a model, in Composer
 _WRAPPERS = re.compile(
     r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\."
 )
 """Parts of names that a wrapper of a module within a model adds, as `torch.compile` does."""
+
+
+_CLEARLY = 4  # squared distances: what is nearest is at most half as far as any other
 
 
 @dataclass(frozen=True)
@@ -287,6 +295,8 @@ class TensorSets:
 
     def _find_models(self, path: str) -> list[str]:
         groups = self._groups_below(path)
+        if len(groups) > 1:
+            groups = [group for group in groups if not self.holds_statistics(group)] or groups
         known = [group for group in groups if self.keys[group] in _MODELS]
         is_model = self.keys.get(path) in _MODELS
         if known and (len(groups) == 1 or not is_model):
@@ -390,6 +400,10 @@ class TensorSets:
             if len(tensor.shape) > 1 and name.rpartition(".")[2] == "weight":
                 return True
         return False
+
+    def holds_statistics(self, path: str) -> bool:
+        """Return whether all names in a set are those of statistics of data."""
+        return all(map(_OF_DATA.search, self.below(path)))
 
     def with_parts(self) -> TensorSets:
         """Return the sets in which networks that a word calls averages, and that are near no other
@@ -539,24 +553,53 @@ class TensorSets:
 
     def _match_list(self, listed: Tensors, weights: Tensors) -> Tensors:
         """Match a list of averages with the names of their weights: in their order, or by shapes
-        that each have one tensor only. Raise a QuestionError if neither tells.
+        and values. Raise a QuestionError if neither tells.
 
         Safetensors files are sorted by name.
         """
-        known = {name: tensor for name, tensor in weights.items() if _may_be_listed(name, tensor)}
+        ties = tied_names(weights)
+        known = _Named()
+        for name, tensor in weights.items():
+            if name not in ties and _may_be_listed(name, tensor):
+                known[name] = tensor
         in_order = [listed[position] for position in sorted(listed, key=lambda each: each.zfill(9))]
         is_counted = listed.keys() == {*map(str, range(len(listed)))}  # and no places in memory
         shapes = [tensor.shape for tensor in in_order]
-        known_shapes = [tensor.shape for tensor in known.values()]
         is_sorted = any(_is_safetensors(tensor) for tensor in known.values())
-        if is_counted and not is_sorted and shapes == known_shapes:
+        if is_counted and not is_sorted and shapes == [each.shape for each in known.values()]:
             return dict(zip(known, in_order, strict=True))
-        by_shape = dict(zip(known_shapes, known, strict=True))
-        if sorted(by_shape) == sorted(known_shapes) == sorted(shapes):
-            return {by_shape[tensor.shape]: tensor for tensor in in_order}
+        matched = _Named()
+        for shape in {*shapes}:
+            ours = [tensor for tensor in in_order if tensor.shape == shape]
+            theirs = {name: tensor for name, tensor in known.items() if tensor.shape == shape}
+            matched.update(zip(self._find_nearest(ours, theirs), ours, strict=False))
+        if len(matched) == len(in_order):
+            return matched
         reason = f"holds an average without names: a list of {count_noun(len(shapes), 'tensor')}, "
         reason += f"whose order among {count_noun(len(known), 'weight')} nothing shows"
         raise QuestionError(self.content.path, reason, {"kind": "checkpoints"})
+
+    def _find_nearest(self, ours: Sequence[StoredTensor], theirs: Tensors) -> list[str]:
+        """Find the name of each of some tensors among others of their shape: the only one, or that
+        of the values that they are clearly nearest to, as an average is to its weights. Empty if
+        one is unclear."""
+        if len(ours) == len(theirs) == 1:
+            return [*theirs]
+        if len(ours) > len(theirs):
+            return []
+        others = self._read_rows([*theirs.values()])
+        names = []
+        for row in self._read_rows(ours):
+            distances = np.square(others - row).sum(axis=1)
+            own, second = np.sort(distances)[:2]
+            if own < second / _CLEARLY:
+                names.append([*theirs][distances.argmin()])
+        return names if len(names) == len(ours) else []
+
+    def _read_rows(self, tensors: Sequence[StoredTensor]) -> FloatArray:
+        """Read the first elements of tensors of one shape, [tensors, elements]."""
+        numbered = {f"{number:09}": tensor for number, tensor in enumerate(tensors)}
+        return first_values_of(self.content, numbered).reshape(len(tensors), -1)
 
 
 def _without_nested(tensors: Tensors, others: Tensors) -> Tensors:

@@ -418,6 +418,7 @@ def test_a_question_about_steps_ends_in_a_pattern_that_reads_them(name, numbers,
         ("{:03}-0.5.pt", (1, 2, 30), [1, 2, 30]),
         ("lr1e-4_{}.pt", (5, 80), [5, 80]),
         ("v1.5_{}.pt", (5, 80), [5, 80]),
+        ("net_{}.pt", ("100_fid48", "250_fid31"), [100, 250]),
     ],
 )
 def test_the_only_number_that_differs_in_names_is_the_time(name, numbers, steps, tmp_path):
@@ -434,7 +435,6 @@ def test_the_only_number_that_differs_in_names_is_the_time(name, numbers, steps,
         ("{}.ckpt", ("00_100_2.69", "01_200_1.33", "02_300_0.71"), [100, 200, 300]),
         ("{}-acc0.5.pt", ("01_100", "02_200"), [100, 200]),
         ("{}.pt", ("2024-05-01_a3-b100", "2024-05-01_a4-b250"), [100, 250]),
-        ("net_{}.pt", ("100_fid48", "250_fid31"), [100, 250]),
         ("{}.pt", ("0c77_1600", "b12a_1100", "d8e4_700"), [700, 1100, 1600]),
     ],
 )
@@ -443,6 +443,14 @@ def test_no_seed_metric_or_date_is_proposed_as_a_step(name, numbers, steps, tmp_
     write(tmp_path, name, numbers)
     words = shlex.split(asked(tmp_path).partition("paste: ")[2])
     assert steps_of(tmp_path, step_from=words[words.index("--step-from") + 1]) == steps
+
+
+@pytest.mark.parametrize("name", ["acc{}.pt", "best_fid-{}.pt", "wer={}/model.pt", "net_mAP{}.pt"])
+def test_a_metric_that_is_a_whole_number_is_no_time(name, tmp_path):
+    """The order of the metrics was that of the weights."""
+    write(tmp_path, name, (71, 75, 74, 80))
+    assert "cannot determine its training step" in asked(tmp_path)
+    assert "paste" not in asked(tmp_path)
 
 
 DATES = [

@@ -87,11 +87,11 @@ def test_a_file_that_is_not_the_one_imported_is_named(change, code, tmp_path, em
 
 def test_an_import_of_changed_files_is_written_without_overwrite(tmp_path):
     new = tmp_path / "new"
-    folder = filled(tmp_path / "ck", 1, 2, 3, size=3000)
+    folder = filled(tmp_path / "ck", 10, 20, 30, size=3000)
     import_checkpoints(folder, new)
-    replace(folder / "step2.pt")
+    replace(folder / "step20.pt")
     assert import_checkpoints(folder, new).written
-    made = Run(new).average("last:1", t=2)
+    made = Run(new).average("last:1", t=20)
     assert made["w"].tolist() == [-1.0] * 3000
 
 

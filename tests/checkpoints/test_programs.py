@@ -1,8 +1,10 @@
 """What programs save is found: the average and the weights, tensor for tensor, and how the average
 was updated; written by the programs' libraries, or in their published structure."""
 
+import json
 import math
 import shlex
+from dataclasses import replace
 
 import pytest
 import torch
@@ -410,7 +412,7 @@ def test_tied_parameters_have_one_average(tmp_path):
 @pytest.mark.parametrize("shapes", ["equal", "unique"])
 def test_accelerate_with_an_average_of_diffusers(shapes, tmp_path):
     """Its list of averages is in the model's order, safetensors are in that of names: where shapes
-    do not tell which is which, an import asks."""
+    do not tell which is which, values do."""
     accelerate = pytest.importorskip("accelerate")
     training = pytest.importorskip("diffusers.training_utils")
     accelerator = accelerate.Accelerator(cpu=True)
@@ -423,12 +425,48 @@ def test_accelerate_with_an_average_of_diffusers(shapes, tmp_path):
         if step % EVERY == 0:
             folder = tmp_path / f"checkpoint-{step}"
             accelerator.save_state(str(folder))
-    if shapes == "equal":
-        assert asked(tmp_path).endswith("--from checkpoints --out run")
-        return
     averaged = dict(zip(weights_of(net), average.shadow_params, strict=True))
     check(tmp_path, averaged, weights_of(net))
     check_export(folder, averaged, weights_of(net))
+
+
+def backup(place, save, *, weights, names, **others):
+    """Write a backup as OneTrainer does: models in folders, the averages as a list, the step."""
+    folder = place / f"2024-05-01_12-30-{save.epoch:02}-backup-{save.step}-{save.epoch}-0"
+    for part, tensors in {"unet": weights, **others}.items():
+        store(folder / part / "model.safetensors", tensors)
+    averages = [save.average[name] for name in names]
+    store(folder / "ema" / "ema.pt", {"decay": 0.95, "ema_parameters": averages})
+    store(folder / "optimizer" / "optimizer.pt", OPTIMIZER)
+    progress = {"epoch": save.epoch, "epoch_step": 0, "epoch_sample": 0, "global_step": save.step}
+    (folder / "meta.json").write_text(json.dumps({"train_progress": progress}))
+
+
+@pytest.mark.parametrize("order", ["model", "reversed", "part"])
+@pytest.mark.parametrize("others", [{}, {"vae": {"encoder.weight": torch.ones(24, 24)}}])
+def test_a_list_of_averages_is_matched_by_values(others, order, tmp_path):
+    """OneTrainer's: its order is not that of files, and frozen parts have the same shapes."""
+    names = [*LAST.average]
+    frozen = {}
+    if order == "reversed":
+        names.reverse()
+    elif order == "part":
+        frozen = {names.pop(0): torch.ones(24, 16)}
+    for save in saves():
+        backup(tmp_path, save, weights={**save.weights, **frozen}, names=names, **others)
+    prefix = "unet." if others else ""
+    rest = {f"{part}.{name}": value for part in others for name, value in others[part].items()}
+    averages = named(prefix, {**LAST.average, **frozen}) | rest
+    check(tmp_path, averages, named(prefix, {**LAST.weights, **frozen}) | rest)
+
+
+def test_a_list_of_averages_that_values_do_not_tell_apart_is_asked_about(tmp_path):
+    """Two gains of norms that are still 1 may be each other's average."""
+    gains = {"a.norm.weight": torch.ones(24), "b.norm.weight": torch.ones(24)}
+    for save in saves():
+        save = replace(save, average={**gains, **save.average})
+        backup(tmp_path, save, weights={**gains, **save.weights}, names=[*save.average])
+    assert asked(tmp_path).endswith("--from checkpoints --out run")
 
 
 def of_imagen(save):

@@ -4,6 +4,7 @@ are the weights of the right steps."""
 import hashlib
 import math
 import shlex
+import shutil
 
 import pytest
 import torch
@@ -311,7 +312,9 @@ SLOTS = {
     "ckpt": "ckpt_{slot:03}.pth",
     "folders": "{slot:04}/state.pt",
     "tens": "keep-{slot}0.pt",
+    "step": "ckpt_step{slot}.pt",
 }
+CALLED_TIMES = {"iter": "net24_iter_{slot}.pth", "epoch": "epoch_{slot}.pt", **SLOTS}
 
 
 def write_ring(place, name, content, moved=4):
@@ -320,12 +323,16 @@ def write_ring(place, name, content, moved=4):
         store(place / name.format(slot=(number + moved) % 10), content(save))
 
 
-@pytest.mark.parametrize("program", SLOTS)
-def test_slots_that_are_written_in_turn_have_the_epochs_inside(program, tmp_path):
+@pytest.mark.parametrize("program", CALLED_TIMES)
+@pytest.mark.parametrize("moved", [1, 4, 9])
+def test_slots_that_are_written_in_turn_have_the_epochs_inside(program, moved, tmp_path):
     """They were read as the times 1 to 10, in the wrong order."""
-    write_ring(tmp_path, SLOTS[program], lambda save: {"model": save.weights, "epoch": save.epoch})
-    found = read(tmp_path, steps_per_epoch=40)
-    check_steps(found.checkpoints)
+
+    def content(save):
+        return {"model": save.weights, "epoch": save.epoch}
+
+    write_ring(tmp_path, CALLED_TIMES[program], content, moved)
+    check_steps(read(tmp_path, steps_per_epoch=40).checkpoints)
 
 
 @pytest.mark.parametrize("program", SLOTS)
@@ -350,13 +357,73 @@ def test_slots_with_an_average_beside_the_weights_are_asked_about(tmp_path):
     assert "slots that are written in turn" in asked(tmp_path)
 
 
+@pytest.mark.parametrize("program", CALLED_TIMES)
 @pytest.mark.parametrize("key", ["iters", "iter"])
-def test_slots_have_the_steps_inside(key, tmp_path):
+def test_slots_have_the_steps_inside(key, program, tmp_path):
     def content(save):
         return {"model_state": save.weights, "epoch": save.epoch, key: save.step}
 
-    write_ring(tmp_path, "ckpt_mp0_v{slot}.tar", content)
+    write_ring(tmp_path, CALLED_TIMES[program], content)
     check_steps(read(tmp_path).checkpoints)
+
+
+def test_a_number_of_no_unit_in_names_is_no_time_beside_epochs_of_another_order(tmp_path):
+    """Too few values to tell which order is theirs."""
+    for slot, epoch in enumerate((19, 20, 13, 16)):
+        store(
+            tmp_path / f"ckpt_{slot}.pt", {"model": torch.full((3,), 1.0 * epoch), "epoch": epoch}
+        )
+    assert [one.t for one in read(tmp_path).checkpoints] == [13, 16, 19, 20]
+
+
+@pytest.mark.parametrize("name", ["ckpt_step{}.pt", "epoch_{}.pt"])
+def test_names_and_contents_of_other_orders_are_asked_about_if_values_show_none(name, tmp_path):
+    for slot, epoch in enumerate((19, 20, 13, 16)):
+        weights = torch.full((3,), 1.0 * epoch)
+        store(tmp_path / name.format(slot), {"model": weights, "epoch": epoch})
+    question = asked(tmp_path)
+    assert f"'epoch' in the contents is 19 in {name.format(0)}, whose name says 0" in question
+    assert "paste: ema import" in question
+
+
+COUNTED_ANEW = [
+    ("step_{save.step}.pth", "step", lambda save: save.step - 190 * (save.epoch > 5)),
+    ("step_{save.step}.pth", "epoch", lambda save: (save.epoch + 5) % 10 + 1),
+    ("net_{save.step}.pth", "epoch", lambda save: (save.epoch + 5) % 10 + 1),
+    ("at{save.step}steps/net.pth", "epoch", lambda save: (save.epoch + 5) % 10 + 1),
+]
+
+
+@pytest.mark.parametrize(("name", "key", "count"), COUNTED_ANEW)
+def test_what_is_counted_anew_after_a_resume_is_no_time(name, key, count, tmp_path):
+    """The values follow each other in the order of names."""
+    counts = [count(save) for save in saves()]
+    assert len({*counts}) == len(counts) and counts != sorted(counts)
+    write_each(tmp_path, name, lambda save: {"model": save.weights, key: count(save)})
+    check_steps(read(tmp_path).checkpoints)
+
+
+UNEVEN = [2, 3, 5, 9, 14, 15, 20, 22, 30, 31]
+
+
+@pytest.mark.parametrize("name", ["best_{}.pth", "ckpt_step{}.pt", "epoch_{}.pth"])
+@pytest.mark.parametrize("epochs", [UNEVEN, [*range(13, 23)]])
+def test_epochs_inside_that_are_ahead_of_names_are_the_times(name, epochs, tmp_path):
+    """The numbers of files were read as their epochs, or as single steps."""
+    for number, (epoch, save) in enumerate(zip(epochs, saves(), strict=True), 1):
+        store(tmp_path / name.format(number), {"model": save.weights, "epoch": epoch})
+    assert [one.t for one in read(tmp_path).checkpoints] == epochs
+
+
+@pytest.mark.parametrize("name", ["epoch_{}.pth", "model_{}.pth"])
+def test_epochs_inside_that_are_behind_names_are_asked_about(name, tmp_path):
+    for number, save in enumerate(saves()):
+        store(tmp_path / name.format(20 + number), {"model": save.weights, "epoch": number})
+    question = asked(tmp_path)
+    assert f"'epoch' in the contents is 0 in {name.format(20)}, whose name says 20" in question
+    words = shlex.split(question.partition("paste: ")[2])
+    found = read(tmp_path, step_from=words[4])
+    assert [one.t for one in found.checkpoints] == [*range(20, 30)]
 
 
 def test_steps_of_the_optimizer_count_and_no_microbatches(tmp_path):
@@ -514,8 +581,7 @@ def test_statistics_of_the_data_are_a_note_and_no_warning(program, tmp_path, ema
     for save in saves():
         statistics = {name: torch.full((5, 1), float(save.step)) for name in names}
         store(tmp_path / "run" / f"s{save.step}.pt", {model: save.weights, key: statistics})
-    settings = ["--weights", model] if model in ("policy", "net") else []
-    done = ema("import", tmp_path / "run", *settings, "--out", tmp_path / "made", "--strict")
+    done = ema("import", tmp_path / "run", "--out", tmp_path / "made", "--strict")
     assert done.code == 0
     assert f"not used, as statistics of the data: '{key}'" in done.shown
     check_steps(Run(tmp_path / "made").sources)
@@ -728,8 +794,8 @@ def test_a_folder_whose_name_has_braces_is_itself(tmp_path):
 # --- folds, seeds and members of an ensemble
 
 MEMBERS = {
-    "folds": "fold_{}.pt",
-    "seeds": "seed{}/best.pt",
+    "splits": "split_{}.pt",
+    "runs": "run{}/best.pt",
     "ensemble": "model_{}.pth",
     "hundreds": "net{}00.safetensors",
     "copies": "run-v{}.ckpt",
@@ -759,6 +825,54 @@ def test_files_that_are_equally_far_from_each_other_are_no_series(program, count
     assert any("folds, seeds or members" in note for note in found.sources.notes)
 
 
+NNUNET = "3d_fullres/fold_{}/checkpoint_{}.pth"
+
+
+def write_folds(place, name, **epochs):
+    """Write the best and the last files of five folds, which state their epochs."""
+    for fold in range(5):
+        generator = torch.Generator().manual_seed(fold)
+        start = {key: torch.randn(v.shape, generator=generator) for key, v in FIRST.weights.items()}
+        for kind, epoch in epochs.items():
+            weights = {}
+            for key, value in start.items():
+                weights[key] = value + 1e-4 * epoch * torch.randn(value.shape, generator=generator)
+            content = {"network_weights": weights, "current_epoch": epoch + 7 * fold}
+            store(place / name.format(fold, kind), content)
+
+
+@pytest.mark.parametrize("name", [NNUNET, "seed{}/{}.pt"])
+def test_each_fold_with_several_files_is_a_run_of_its_own(name, tmp_path, caplog):
+    """The numbers of the folds were epochs, or times that were proposed."""
+    write_folds(tmp_path, name, best=900, final=1000)
+    with caplog.at_level("INFO"):
+        said = asked(tmp_path)
+    assert "each is a run of its own" in said
+    lines = [message for message in caplog.messages if "paste: " in message]
+    for fold, line in enumerate([said, *lines]):
+        words = shlex.split(line.partition("paste: ")[2])
+        assert words[2] == str((tmp_path / name.format(fold, "")).parent)
+        found = read(words[2])
+        assert [one.t for one in found.checkpoints] == [900 + 7 * fold, 1000 + 7 * fold]
+
+
+@pytest.mark.parametrize("name", [NNUNET, "fold{}_{}.pt", "seed_{}.{}.pt"])
+def test_folds_of_one_file_are_refused_with_what_to_name(name, tmp_path):
+    write_folds(tmp_path, name, final=1000)
+    said = asked(tmp_path)
+    assert said.endswith("each is a run of its own; name several checkpoints of one of them")
+
+
+def test_a_fold_of_all_data_is_another_training(tmp_path):
+    """Both were one run, by the epochs in their files."""
+    write_folds(tmp_path, "fold_{}/checkpoint_{}.pth", best=900, latest=950)
+    for fold in (1, 2, 3):
+        shutil.rmtree(tmp_path / f"fold_{fold}")
+    (tmp_path / "fold_4").rename(tmp_path / "fold_all")
+    said = asked(tmp_path)
+    assert "2 x fold_0, 2 x fold_all" in said and "paste: ema import" in said
+
+
 @pytest.mark.parametrize("name", ["step{2}-fold{0}.ckpt", "seed_{0}_epoch_{1}.pt"])
 def test_folds_that_state_their_epochs_are_no_series(name, tmp_path):
     """The best epoch of each was its time."""
@@ -769,7 +883,7 @@ def test_folds_that_state_their_epochs_are_no_series(name, tmp_path):
             values[key] = torch.randn(value.shape, generator=generator)
         content = {"state_dict": values, "epoch": epoch}
         store(tmp_path / name.format(number, epoch, 10 * epoch), content)
-    assert "equally far" in asked(tmp_path)
+    assert "as folds, seeds or members" in asked(tmp_path)
 
 
 FOLDS = {
@@ -790,7 +904,7 @@ def test_folds_that_state_their_steps_are_no_series(name, tmp_path):
         for key, value in FIRST.weights.items():
             content["state_dict"][key] = torch.randn(value.shape, generator=generator)
         store(tmp_path / name.format(number, epoch), content)
-    assert "equally far" in asked(tmp_path)
+    assert "as folds, seeds or members" in asked(tmp_path)
 
 
 @pytest.mark.parametrize("name", FOLDS.values(), ids=FOLDS)
@@ -811,6 +925,17 @@ def test_weights_that_only_jitter_are_a_series_if_a_word_says_their_times(name, 
             values[key] = torch.randn(value.shape, generator=generator)
         store(tmp_path / name.format(number, 0.9 + number / 200), values)
     assert [one.t for one in read(tmp_path).checkpoints] == [1, 2, 3, 4, 5]
+
+
+def test_two_folders_of_one_run_that_share_a_file_are_read_by_the_line(tmp_path):
+    """The glob that was proposed asked the same again."""
+    for save in saves():
+        if save.epoch <= 6:
+            store(tmp_path / "run1" / f"step_{save.step}.pt", save.weights)
+        if save.epoch >= 6:
+            store(tmp_path / "run2" / f"step_{save.step}.pt", save.weights)
+    words = shlex.split(asked(tmp_path).partition("paste: ")[2])
+    check_steps(read(words[2]).checkpoints)
 
 
 # --- two files at one time
