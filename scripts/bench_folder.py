@@ -15,17 +15,17 @@ One run of each, seconds by the clock (DCP: folders of `torch.distributed.checkp
 
     files                                    loop  info  synthesize  loop of 12  sweep of 12
     20 of torch.save: 144 tensors, an EMA
-      and Adam's state                        3.4   2.2         3.1         2.5          3.7
-    100 of them                               6.6   3.0         5.5         6.7          6.4
-    500 of them                              27.3  11.7        19.4        26.3         24.1
-    20 of safetensors, 144 tensors            1.6   0.5         2.2         1.7          2.5
-    100 of them                               1.8   0.8         2.4         2.2          3.0
-    20 of DCP, 144 tensors                    3.0   1.2         3.0         3.3          3.3
-    20 of torch.save, 24 M parameters         1.7   0.4         3.1         5.4          6.0
-    20 of safetensors, 24 M parameters        1.6   0.4         2.7         7.6          6.6
+      and Adam's state                        2.3   1.2         2.8         2.5          3.0
+    100 of them                               5.8   2.3         4.4         6.2          5.8
+    500 of them                              23.8   7.9        15.4        27.8         27.8
+    20 of safetensors, 144 tensors            1.6   0.6         2.3         1.8          3.0
+    100 of them                               2.0   0.8         2.9         2.6          3.6
+    20 of DCP, 144 tensors                    3.2   1.5         3.8         3.8          4.0
+    20 of torch.save, 24 M parameters         1.8   0.4         2.9         4.6          7.8
+    20 of safetensors, 24 M parameters        1.8   0.6         2.6         4.7          7.0
     20 of torch.save, 24 M parameters, an
-      EMA and Adam's state                    2.7   1.1         4.5         7.2         13.5
-    20 of DCP, 24 M parameters                5.6   0.7         4.1        15.6          8.4"""
+      EMA and Adam's state                    2.3   1.0         4.6         5.2         11.0
+    20 of DCP, 24 M parameters                3.7   0.5         3.1        10.1          8.0"""
 
 from __future__ import annotations
 
