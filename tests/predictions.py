@@ -140,10 +140,10 @@ def errors(place, path=None, times=None, targets=(0.15,), names=None, method=Non
     """
     path = train() if path is None else path
     plan = Run(place).plan(targets, method=method, dtype="float64")
-    averages = {name: torch.stack(values).flatten(1) for name, values in synthesize(plan)}
+    averages = dict(synthesize(plan))
     if names is None:
         names = ["w"] if "w" in averages else shapes()
-    found = torch.cat([averages[name] for name in names], dim=1)
+    found = torch.cat([torch.stack(averages[name]).flatten(1) for name in names], dim=1)
     actual = relative_errors(found.numpy(), true_averages(targets, path, times))
     predicted = [plan.predicted_error(number) for number in range(len(targets))]
     return actual, np.array(predicted, dtype=float)

@@ -47,8 +47,8 @@ STEPS = (
     "iters", "n_iter", "it", "ss_steps", "train_steps", "num_updates", "batch_idx_train",
     "num_batches_seen", "batch",
 )  # fmt: skip
-"""Keys of a checkpoint's own values that are steps, not of those deeper in it; if it has several,
-the first one counts."""
+"""Keys of a checkpoint's own values that are steps, or whole paths of those deeper in it; if it has
+several, the first one counts."""
 EPOCHS = ("epoch", "last_epoch", "current_epoch")
 _VALUES: Mapping[Unit, Sequence[str]] = {"steps": STEPS, "epochs": EPOCHS}
 _TIMM = 2  # the version of its checkpoints, which state epochs from 0 on, and their architecture

@@ -1,17 +1,23 @@
 """What programs store in a checkpoint: the weights, an average of them, and how it was updated.
 
 To add a layout, try its files first: sets of tensors are found by themselves, at any depth, if a
-word in a key or in the name of a file says which is the average (`folders.AVERAGE_WORD`). Then
+word in a key or in the name of a file says which is the average (`folders.AVERAGE_WORD`). Then all
+commands may work by guesses alone: `ema info` says what shows the numbers, and `ema import` whether
+the decay was "found" (measured) or is "given". Then
 
 1. for files of another kind than safetensors and pickles: a reader and a row of
    `containers.CONTAINERS`;
-2. if values beside the average say its decay or count its updates: a function that reads them, and
-   a row of `LIBRARIES`;
+2. if values beside the average, or beside what holds it, say its decay or count its updates: a row
+   of `LIBRARIES` with the numbers and texts that show it, and a function that makes `Updates` of
+   these values, by their keys from there on. A count is no sign of a warm-up but in `_with_decay`;
 3. if the two sets lie under fixed keys that no word tells apart: the keys in its row, too;
 4. if names of files say the time and the profile: a function in `BY_NAME`;
-5. for a new name of a step or an epoch: an item of `clock.STEPS` or `clock.EPOCHS`;
-6. a line in the guide `layouts`, and a test that writes such files in
-   `tests/checkpoints/test_programs.py`.
+5. for a new name of a step or an epoch: an item of `clock.STEPS` or `clock.EPOCHS`; of a value that
+   lies deeper its whole path, as "counter.updates";
+6. a line in the guide `layouts`, and a test in `tests/checkpoints/test_programs.py` that writes
+   such files (`store` of `saved` the content for each of `walks.saves()`) and compares the sets
+   (`check`, `read`), the times (`times`), and an average (`distance` from
+   `truth.exact(history(), 0.1)`).
 """
 
 from __future__ import annotations
