@@ -411,14 +411,3 @@ def did_you_mean(value: object, words: Iterable[object]) -> str:
         if word != str(value):
             return f"did you mean {word}?"
     return ""
-
-
-def check_max_error(max_error: float | None) -> None:
-    """Raise an InvalidValueError unless `max_error` is None or lies in (0, 1)."""
-    if max_error is not None:
-        check_number(
-            "max_error",
-            max_error,
-            lambda error: 0 < error < 1,
-            "be a relative error in (0, 1), such as 0.01",
-        )

@@ -21,7 +21,6 @@ from posthoc_cli.errors import (
     InvalidValueError,
     argument,
     at_most_one,
-    check_max_error,
     check_number,
     check_word,
 )
@@ -134,7 +133,9 @@ class Request:
 
     def __post_init__(self) -> None:
         check_method(self.method)
-        check_max_error(self.max_error)
+        if self.max_error is not None:
+            accepted = "be a relative error in (0, 1), such as 0.01"
+            check_number("max_error", self.max_error, lambda error: 0 < error < 1, accepted)
         at_most_one(t=self.t, step=self.step)
         parse_dtype(self.dtype)
         if not self.wished:

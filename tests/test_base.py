@@ -141,7 +141,7 @@ def test_a_new_head_stays_the_averages_and_is_counted_aloud(run, walk, tmp_path,
     weights = run.average(0.05, base=base, base_share=0.5)
     assert relative_distance(flat(weights), truth) < 2 * UNIT
     out = tmp_path / "out.safetensors"
-    words = ("--base", base, "--base-share", "0.5", "--out", out)
+    words = ("--base", base, "--base-share", "50%", "--out", out)
     done = ema("synthesize", run.directory, "--sigma-rel", "0.05", *words)
     assert done.code == 0, done.err
     assert "lacks 1 of 3 tensors, which stay the average's: head.w" in done.out + done.err

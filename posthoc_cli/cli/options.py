@@ -141,28 +141,17 @@ def parse_sigma_range(text: str) -> tuple[float, float]:
         raise bad("--sigma-range", text, error.reason) from error
 
 
-def parse_max_error(text: str) -> float:
-    """Parse the relative error of `--max-error`: 0.01, or 1% for the same."""
+def parse_part(text: str, option: str, example: str) -> float:
+    """Parse a part of a whole: 0.01, or 1% for the same; the library checks its limits."""
     number = text.strip()
     scale = 1
     if number.endswith("%"):
         number = number.removesuffix("%")
         scale = 100
     try:
-        error = float(number) / scale
-        errors.check_max_error(error)
-    except ValueError:  # of either line
-        reason = "must be a relative error in (0, 1), such as 0.01 or 1%"
-        raise bad("--max-error", text, reason) from None
-    return error
-
-
-def parse_share(text: str) -> float:
-    """Parse the number of `--base-share`; the request checks it."""
-    try:
-        return float(text)
+        return float(number) / scale
     except ValueError:
-        raise bad("--base-share", text, "must be a number in (0, 1), such as 0.2") from None
+        raise bad(option, text, f"must be a number in (0, 1), such as {example}") from None
 
 
 def parse_targets(
@@ -283,10 +272,10 @@ def _check_content(path: Path) -> None:
 _PARSED: dict[str, Callable[[Any], Any]] = {
     "t": parse_time,
     "step": partial(parse_count, option="--step"),
-    "max_error": parse_max_error,
+    "max_error": partial(parse_part, option="--max-error", example="0.01 or 1%"),
     "like": check_exists,
     "base": check_exists,
-    "base_share": parse_share,
+    "base_share": partial(parse_part, option="--base-share", example="0.2 or 20%"),
 }
 """Turn the texts of options for the fields of a request into values."""
 
