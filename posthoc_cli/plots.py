@@ -560,6 +560,8 @@ def _text(text: str, width: int = _CHARACTERS) -> str:
     kept_together = shown.replace(" %", "\N{NO-BREAK SPACE}%")
     lines = textwrap.fill(kept_together, width)
     spaced = lines.replace("\N{NO-BREAK SPACE}", " ")
+    if spaced.startswith("_"):  # which matplotlib leaves out of legends
+        spaced = f"\N{ZERO WIDTH SPACE}{spaced}"
     return spaced.replace("$", "\\$")
 
 

@@ -144,6 +144,13 @@ def test_a_metric_without_noise_has_no_bars_and_no_band():
     assert "statistically tied: 0.05 to 0.1" in labels
 
 
+def test_a_name_that_begins_with_an_underscore_is_in_the_legend():
+    """matplotlib leaves such texts out."""
+    (axes,) = plots.error_figure([curve(label="_run")]).axes
+    texts = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert texts[0] == "\N{ZERO WIDTH SPACE}_run; tracked: 0.05, 0.28"
+
+
 @pytest.mark.parametrize("label", [LONG, "W" * 120])
 def test_texts_stay_within_the_figure(label):
     other = ErrorPoint("profile " + "w" * 110, 0.1, 0.1, 0.01, 0.1)
