@@ -191,7 +191,7 @@ class Reader:
         if isinstance(layout, Refused):
             raise layout.error
         if isinstance(layout, Distributed):
-            return _read_distributed(layout.path, opened, self._kept)
+            return _read_distributed(layout.path, opened, self._programs, self._kept)
         if isinstance(layout, Sets):
             return self._read_sets(layout, opened)
         if layout not in self._models:
@@ -480,7 +480,7 @@ def _state(value: Any) -> Values:
     return {}
 
 
-def _read_distributed(metadata: Path, opened: Files, kept: KeptOpen) -> Content:
+def _read_distributed(metadata: Path, opened: Files, programs: Programs, kept: KeptOpen) -> Content:
     with OpenedFile(metadata) as file:
         state = _state(read_pickled(file, 0, file.size))
         _, mark = find_mark(file)
@@ -489,7 +489,7 @@ def _read_distributed(metadata: Path, opened: Files, kept: KeptOpen) -> Content:
     stored = state.get("storage_data")
     if not (isinstance(listed, dict) and isinstance(stored, dict)):
         raise FileFormatError(metadata, "is not the metadata of torch.distributed.checkpoint")
-    objects = _Objects(metadata, stored, opened, kept)
+    objects = _Objects(metadata, stored, opened, programs, kept)
     tensors = {}
     values = {}
     for name, described in listed.items():
@@ -538,6 +538,7 @@ class _Objects:
     metadata: Path
     stored: Mapping[Any, Any]  # places in files, by objects with the name and the offset
     files: Files
+    programs: Programs
     kept: KeptOpen
 
     @cached_property
@@ -600,7 +601,7 @@ class _Objects:
             if self.nbytes[path.name] > file.size:
                 reason = "is shorter than its objects: truncated or overlapping"
                 raise FileFormatError(path, reason, hint)
-            return path, read_pickled(file, begin, end)
+            return path, read_pickled(file, begin, end, self.programs)
 
     def _find(self, name: str, offset: tuple[int, ...]) -> tuple[Path, int, int]:
         """Find the file of an object, and its range there."""

@@ -15,7 +15,7 @@ import torch
 
 from posthoc_cli import Run
 from posthoc_cli.checkpoints import pickles
-from posthoc_cli.checkpoints.pickles import Programs, read_tensors
+from posthoc_cli.checkpoints.pickles import Programs, read_pickled, read_tensors
 from posthoc_cli.checkpoints.sets import TensorSets
 from posthoc_cli.errors import FileFormatError, PostHocError
 from posthoc_cli.opening import open_sources
@@ -259,6 +259,84 @@ def test_few_programs_are_kept(tmp_path):
         path.write_bytes(buffer.getvalue())
         assert len(read(path, programs)) == size
     assert len(programs._programs) == pickles._MOST_KEPT
+
+
+# --- archives of one tensor, which a distributed checkpoint consists of
+
+
+def saved(value):
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def shown(value):
+    """Return an object of a file as what compares by its content."""
+    if isinstance(value, pickles.Node):
+        return value.name, shown(value.arguments), shown(value.state)
+    return [*map(shown, value)] if isinstance(value, tuple | list) else value
+
+
+def read_object(path, begin, end, programs=None):
+    """Return the object in a range of a file, or the message of its error."""
+    with OpenedFile(path) as file:
+        try:
+            return shown(read_pickled(file, begin, end, programs))
+        except FileFormatError as error:
+            return str(error)
+
+
+@pytest.fixture
+def directories(monkeypatch):
+    """The directories of archives that were read."""
+    opened = mock.Mock(side_effect=zipfile.ZipFile)
+    monkeypatch.setattr(pickles.zipfile, "ZipFile", opened)
+    return opened
+
+
+def test_archives_of_equal_tensors_are_read_once(tmp_path, directories):
+    programs = Programs()
+    path = tmp_path / "a"
+    tensors = [torch.full(shape, n) for n in range(5) for shape in ((64, 2), (2, 64), (128,))]
+    pieces = [saved(tensor) for tensor in tensors]
+    path.write_bytes(b"".join(pieces))
+    begin = 0
+    for tensor, piece in zip(tensors, pieces, strict=True):
+        entry = read_object(path, begin, begin + len(piece), programs)
+        assert (entry.dtype, entry.shape) == ("I64", tuple(tensor.shape))
+        stored = path.read_bytes()[entry.begin : entry.begin + entry.nbytes]
+        assert stored == tensor.numpy().tobytes()
+        begin += len(piece)
+    assert directories.call_count == 3
+
+
+def test_an_archive_in_which_any_byte_differs_is_read_as_alone(tmp_path):
+    """All that is read of an archive is compared, and nothing that is not, such as values."""
+    first = saved(torch.arange(6.0).reshape(2, 3))
+    size = len(first)
+    path = tmp_path / "a"
+    programs = Programs()
+    path.write_bytes(first)
+    assert read_object(path, 0, size, programs).shape == (2, 3)
+    results = set()
+    for place in range(size):
+        second = bytearray(first)
+        second[place] ^= 1
+        path.write_bytes(b"before" + second)
+        found = read_object(path, 6, 6 + size, programs)
+        assert found == read_object(path, 6, 6 + size), place
+        results.add(str(found))
+    assert len(results) > 20  # other shapes and places, and many errors
+
+
+def test_few_archives_of_one_tensor_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(pickles, "_MOST_TENSORS", 10)
+    programs = Programs()
+    path = tmp_path / "a"
+    for size in range(1, 30):
+        path.write_bytes(saved(torch.zeros(size)))
+        assert read_object(path, 0, path.stat().st_size, programs).shape == (size,)
+    assert sum(map(len, programs._tensors.values())) == 10
 
 
 # --- what the files of a series hold is found once
