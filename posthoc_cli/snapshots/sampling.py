@@ -184,7 +184,10 @@ class Sampling:
             kind = series_key(sample.source)
             before = self._newest[kind]
             if before:
-                self._steps[kind].append(_step(sample, before[-2:]))
+                steps = self._steps[kind]
+                # of interest only if all are: otherwise each would take as long as its distance
+                is_apart = all(step.is_apart for step in steps) and _are_apart(sample, before[-1])
+                steps.append(_step(sample, before[-2:], is_apart))
             self._newest[kind] = [*before, sample][-most:]
 
     def _squares(self, sample: _Sample) -> FloatArray:
@@ -243,14 +246,16 @@ class _Step:
     squared: float
     rounding: float  # the expected squared rounding error of both
     over_two: float  # squared motion in this step and the one before together; infinite if unknown
-    is_apart: bool  # whether most elements are of tensors that are as far apart as other networks'
+    # whether most elements are of tensors that are as far apart as other networks', here and in all
+    # steps before
+    is_apart: bool
 
     @property
     def time(self) -> float:
         return self.after.t - self.before.t
 
 
-def _step(sample: _Sample, before: Sequence[_Sample]) -> _Step:
+def _step(sample: _Sample, before: Sequence[_Sample], is_apart: bool) -> _Step:
     """Measure the step to a sample from the last of one or two earlier ones."""
     last = before[-1]
     squared = sample.squared_distance(last)
@@ -258,7 +263,6 @@ def _step(sample: _Sample, before: Sequence[_Sample]) -> _Step:
     over_two = math.inf
     if len(before) > 1:
         over_two = sample.squared_distance(before[0])
-    is_apart = _are_apart(sample, last)
     return _Step(last.source, sample.source, squared, rounding, over_two, is_apart)
 
 
