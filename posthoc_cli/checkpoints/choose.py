@@ -41,6 +41,7 @@ from posthoc_cli.checkpoints.clock import (
     Time,
     are_gapless,
     ask_about_names,
+    confirm,
     has_word,
     is_numbered,
     list_patterns,
@@ -255,6 +256,8 @@ class Chooser:
         if len(opened) < 2:
             return opened
         members = self._of_one_model(opened)
+        for alike in _group(members, lambda member: member.glob):
+            _settle_signs(alike)
         series = self._choose_series(members)
         if not series:
             return self._choose_untimed(members)
@@ -316,7 +319,6 @@ class Chooser:
             _read_varying(series)
             for member in series[1:]:
                 member.first = series[0]
-            _settle_signs(series)
         for path, problem in failed:
             if not members or self._is_of_series(path, members):
                 raise problem.with_hint("move it away to leave it out") if members else problem
@@ -832,6 +834,8 @@ def _find_wrong(series: Series, named: str, stated: str) -> set[str]:
             return in_names
         if not is_ahead and not all(are_behind):
             return set()
+    if all("confirmed steps" in confirm(each.content, each.signs[named]) for each in series):
+        return set()  # contents state it, too: microbatches beside steps
     raise ask_about_names({member.path: member.signs for member in series}, named, stated)
 
 

@@ -122,7 +122,7 @@ def read_signs(content: Content, settings: ImportSettings, outside: Path | None 
             origin = f"the word for {unit} in names" if unit else "the only number in names"
             found[IN_NAME[unit]] = Time(marks[0].number, unit, origin)
     if "step in name" not in found:
-        found |= _confirm(content, found.get(LONE))
+        found |= confirm(content, found.get(LONE))
     if stated is not None and found.keys() <= {"stated epoch"}:
         found["stated"] = stated  # the start, of step 0
     return found
@@ -180,7 +180,7 @@ def _find_reference(path: Path) -> str:
     return max(named, key=has_time, default="")
 
 
-def _confirm(content: Content, lone: Time | None) -> dict[str, Time]:
+def confirm(content: Content, lone: Time | None) -> dict[str, Time]:
     """Find the number in a name that a value in the content equals, or is one more than. If a name
     has several numbers, only those from 10 on count: small numbers are equal by chance."""
     digits = re.findall("[0-9]{2,15}", strip_ending(content.path.name))

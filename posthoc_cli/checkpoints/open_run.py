@@ -330,7 +330,8 @@ def _check_targets(run: Sequence[Found], settings: ImportSettings) -> None:
     if not rest:
         return
     reason = f"must be given: {quote(pair.average_key)} is an average of {quote(pair.weights_key)}"
-    reason += f", a part of the model, which also has {list_names(rest, 3)}"
+    reason += f", a part of the model, which also has {list_names(rest, 3)}; an import with "
+    reason += f"{argument('average')} {quote(pair.average_key)} takes its average alone"
     part: Answer = {"average": pair.average_key, "weights": pair.weights_key}
     raise QuestionError("kind", reason, {"kind": "checkpoints"}, part)
 

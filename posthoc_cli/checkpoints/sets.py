@@ -296,7 +296,7 @@ class TensorSets:
     def _find_models(self, path: str) -> list[str]:
         groups = self._groups_below(path)
         if len(groups) > 1:
-            groups = [group for group in groups if not self.holds_statistics(group)] or groups
+            groups = [group for group in groups if self._holds_matrix(group)] or groups
         known = [group for group in groups if self.keys[group] in _MODELS]
         is_model = self.keys.get(path) in _MODELS
         if known and (len(groups) == 1 or not is_model):
@@ -400,6 +400,11 @@ class TensorSets:
             if len(tensor.shape) > 1 and name.rpartition(".")[2] == "weight":
                 return True
         return False
+
+    def _holds_matrix(self, path: str) -> bool:
+        """Return whether a set has more than vectors, as statistics and the state of a loss do
+        not."""
+        return any(sum(size > 1 for size in each.shape) > 1 for each in self.below(path).values())
 
     def holds_statistics(self, path: str) -> bool:
         """Return whether all names in a set are those of statistics of data."""

@@ -203,12 +203,44 @@ def test_a_target_network_of_a_part_is_a_question(tmp_path):
         return {"actor": others(save), "critic": save.weights, "critic_target": save.average}
 
     write_each(tmp_path, "step_{save.step}.pt", content)
-    assert asked(tmp_path).endswith(" --from checkpoints --out run")
+    question = asked(tmp_path)
+    assert question.endswith(" --from checkpoints --out run")
+    assert "'critic_target' takes its average alone" in question
     found = read(tmp_path, kind="checkpoints")
     names = {name.partition(".")[0] for name in found.checkpoints[-1].stored}
     assert names == {"actor", "critic"}
-    part = read(tmp_path, average="critic_target", weights="critic", ema_decay=0.95)
+    part = read(tmp_path, average="critic_target", ema_decay=0.95)
     assert part.counts == {"weights": 10, "EMA of decay 0.95": 10}
+
+
+def test_the_state_of_a_loss_is_no_other_part_beside_a_teacher(tmp_path):
+    """DINO's: an import asked for the weights."""
+
+    def content(save):
+        loss = {"center": torch.full((1, 9), float(save.step))}
+        return {"student": named("module.", save.weights), "teacher": save.average, "loss": loss}
+
+    write_each(tmp_path, "step_{save.step}.pt", content)
+    found = read(tmp_path, ema_decay=0.95)
+    assert found.counts == {"weights": 10, "EMA of decay 0.95": 10}
+    assert found.checkpoints[-1].stored.keys() == LAST.weights.keys()
+
+
+VECTORS = [("policy", "value", "value_preprocessor"), ("encoder", "decoder", "loss_state")]
+
+
+@pytest.mark.parametrize(("one", "other", "rest"), VECTORS)
+def test_vectors_beside_several_networks_are_no_part(one, other, rest, tmp_path, caplog):
+    """As skrl's preprocessors, which the question what the model is named, too."""
+
+    def content(save):
+        vectors = {"running": torch.full((1, 9), float(save.step)), "count": torch.tensor(3.0)}
+        return {one: save.weights, other: others(save), rest: vectors}
+
+    write_each(tmp_path, "agent_{save.step}.pt", content)
+    names = {name.partition(".")[0] for name in read(tmp_path).checkpoints[-1].stored}
+    assert names == {one, other}
+    assert f"'{rest}', not used" in caplog.text
 
 
 # --- several runs
