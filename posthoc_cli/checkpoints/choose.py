@@ -561,8 +561,11 @@ class Chooser:
         globs = [self._exact_glob(each) for each in several if len(each) > 1]
         if len({each[0].glob for each in several}) > 1:
             answers += _list_spellings(members)
-        elif len(_numbers(members)) == len(members) and _are_near_in_time(members):
-            globs.insert(0, self._glob_of(members))
+        run = _cut_at_resumes(several)
+        if len({make_glob(member.path.name) for member in run}) == 1 and _are_near_in_time(run):
+            names = ",".join(files.escape_glob(member.name).replace(",", "?") for member in run)
+            is_whole = len(run) == len(members) and len({member.glob for member in run}) == 1
+            globs.insert(0, self._glob_of(run) if is_whole else f"{{{names}}}")
         root = files.escape_glob(str(self._root))
         return [*answers, *({"place": f"{root}/{pattern}"} for pattern in globs)]
 
@@ -634,12 +637,26 @@ def _follow_each_other(several: Sequence[Series]) -> bool:
     then that way through all files is shorter than one from the first file to each series."""
     joined = [member for series in several for member in series]
     alike = {(member.glob, member.values.shape) for member in joined}
-    if len(alike) > 1 or len(_numbers(joined)) == len(joined):
+    begins = {min(map(_order, series)) for series in several}
+    if len(alike) > 1 or len(begins) > 1 or len(_numbers(joined)) == len(joined):
         return False
     firsts = [min(series, key=_numbers_in_name).values for series in several]
     to_each = float(np.square(np.stack(firsts) - firsts[0]).sum())
     to_each += sum(_motion(series, _numbers_in_name) for series in several)
     return _motion(joined, _numbers_in_name) < _SHORTER * to_each
+
+
+def _cut_at_resumes(several: Sequence[Series]) -> Series:
+    """Join series without the times from which a later one goes on, as in the folder of a resume;
+    none if two begin at one time."""
+    begins = sorted(min(map(_order, series)) for series in several)
+    if len({*begins}) < len(begins):
+        return []
+    joined = Series()
+    for series in several:
+        later = [begin for begin in begins if begin > min(map(_order, series))]
+        joined += [member for member in series if _order(member) < min(later, default=math.inf)]
+    return joined
 
 
 def _are_near_in_time(members: Series) -> bool:

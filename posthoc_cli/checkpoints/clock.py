@@ -221,7 +221,7 @@ def check_whole_number(path: Path, number: float) -> int:
     return int(number)
 
 
-GROUPED = re.compile(r"(?<![0-9])[0-9]{1,3}(?:[_,][0-9]{3})+(?![0-9])")  # 1_000
+GROUPED = re.compile(r"(?<![0-9])(?<![0-9]\.)[0-9]{1,3}(?:[_,][0-9]{3})+(?![0-9])")  # 1_000
 
 
 def read_varying(names: Sequence[str]) -> list[Time]:

@@ -240,6 +240,7 @@ def _read(place: Place, settings: ImportSettings, is_unclaimed: bool = False) ->
         raise
     if settings.average and not any(file.averaged for file in run):
         recognise(run[-1].content, settings)  # whose error says what there is
+        raise InvalidValueError("average", "is no name of a file here", value=settings.average)
     _check_averages(run)
     if not is_unclaimed:
         _check_unmatched(run[-1], settings)

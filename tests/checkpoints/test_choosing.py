@@ -246,6 +246,30 @@ def test_vectors_beside_several_networks_are_no_part(one, other, rest, tmp_path,
 # --- several runs
 
 
+def test_a_run_that_went_on_in_another_folder_is_proposed_up_to_there(tmp_path):
+    """It was said that its steps begin anew: the two folders have two times in common."""
+    for save in saves():
+        if save.step <= STEPS[6]:
+            store(tmp_path / f"first/step_{save.step}.pt", save.weights)
+        if save.step > STEPS[4]:
+            shifted = {name: value + 1e-3 for name, value in save.weights.items()}
+            store(tmp_path / f"resumed/step_{save.step}.pt", shifted)
+    place = shlex.split(asked(tmp_path).partition("paste: ")[2])[2]
+    found = read(place).checkpoints
+    assert [checkpoint.t for checkpoint in found] == STEPS
+    folders = [checkpoint.path.parent.name for checkpoint in found]
+    assert folders == ["first"] * 5 + ["resumed"] * 5
+
+
+def test_averages_that_are_named_must_lie_at_the_place(tmp_path):
+    """A line with a glob of the weights was proposed, which takes no average."""
+    for save in saves():
+        store(tmp_path / f"model_{save.step}.pt", save.weights)
+        store(tmp_path / f"ema_{save.step}.pt", save.average)
+    with refused("average", "ema_*.pt"):
+        read(tmp_path / "model_*.pt", average="ema_*.pt", weights="model_*.pt")
+
+
 def test_two_seeds_in_one_folder_are_a_question(tmp_path):
     for number, content in enumerate((weights, others)):
         write_each(tmp_path, f"model_seed{number}_step{{save.step}}.pt", content)

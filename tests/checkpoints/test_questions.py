@@ -680,8 +680,9 @@ def test_files_of_other_frameworks_are_named_in_folders_too(program, tmp_path):
         file = tmp_path / name.format(number)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(begin + bytes(64))
-    with pytest.raises(UnsuitableError, match=rf"cannot be read \({program}\)"):
-        read(tmp_path)
+    for open_files in (read, lambda place: Run(place).info()):
+        with pytest.raises(UnsuitableError, match=rf"cannot be read \({program}\)"):
+            open_files(tmp_path)
 
 
 def test_a_model_of_another_framework_beside_the_state_of_a_training_is_named(tmp_path):
