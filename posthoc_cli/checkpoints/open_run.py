@@ -458,22 +458,25 @@ def _check_roles(run: list[Found], settings: ImportSettings, notes: list[str]) -
 
 
 def _check_twins(run: Sequence[Found], settings: ImportSettings) -> None:
-    """Raise a QuestionError if files hold another set near the weights, and one of the two moves
-    less, as averages do: no word says which is the average."""
+    """Raise a QuestionError if files hold another set near the weights, or two within them, and one
+    of the two moves less, as averages do: no word says which is the average."""
     if len(run) < 2 or not all(file.weights for file in run) or settings.weights or settings.kind:
         return
     own = run[0].weights_key
-    for key in run[0].twins:
-        pairs = [file.paired_with(key) for file in run]
-        if not own or not all(file.averaged for file in pairs):
+    twins = run[0].sets.twins_in(own)
+    if own:
+        twins += [(key, own) for key in run[0].twins]
+    for one, other in twins:
+        pairs = [file.paired(one, other) for file in run]
+        if not all(file.averaged for file in pairs):
             continue
         ours, theirs = _read_starts(pairs)
-        answer = {"average": key, "weights": own}
+        answer = {"average": one, "weights": other}
         if moves_less(theirs, ours):
-            answer = {"average": own, "weights": key}
+            answer = {"average": other, "weights": one}
         elif not moves_less(ours, theirs):
             continue
-        reason = f"must be given: the files hold {quote(key)}, too, and of the two "
+        reason = f"must be given: the files hold {quote(one)} and {quote(other)}, and of the two "
         reason += f"{quote(answer['average'])} moves less, as averages do"
         raise QuestionError("average", reason, answer, {"kind": "checkpoints"})
 

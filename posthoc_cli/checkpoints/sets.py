@@ -60,6 +60,7 @@ _WRAPPERS = re.compile(
 """Parts of names that a wrapper of a module within a model adds, as `torch.compile` does."""
 
 
+_SMALL = 8  # a part with fewer than one in so many of a model's tensors is one layer of several
 _CLEARLY = 4  # squared distances: what is nearest is at most half as far as any other
 
 
@@ -136,9 +137,10 @@ class Found:
             unused=self.unused,
         )
 
-    def paired_with(self, key: str) -> Found:
-        """Take another set for the average of the weights; for none if it does not match."""
-        return replace(self, averaged=match_names(self.sets.below(key), self.weights))
+    def paired(self, average: str, weights: str) -> Found:
+        """Take a set for the average of another one; none if it does not match."""
+        theirs = self.sets.below(weights)
+        return replace(self, averaged=match_names(self.sets.below(average), theirs), weights=theirs)
 
     def exchanged(self, average: Found, weights: Found) -> Found:
         """What it holds if an average is in the place of weights, and these in its place; each of
@@ -359,6 +361,14 @@ class TensorSets:
             if match.averaged and are_near(*match.starts):
                 return True
         return False
+
+    def twins_in(self, path: str) -> list[tuple[str, str]]:
+        """List the pairs of large parts of a set that have as many tensors."""
+        start = f"{path}." if path else ""
+        firsts = dict.fromkeys(name.partition(".")[0] for name in self.below(path))
+        parts = [start + first for first in firsts]
+        large = [part for part in parts if _SMALL * self.counts[part] >= len(self.below(path))]
+        return [pair for pair in combinations(large, 2) if len({*map(self.counts.get, pair)}) == 1]
 
     def _match(self, path: str, other: str) -> Found:
         """Match a set with the names of another one."""
