@@ -91,6 +91,7 @@ _ADVERSARY = re.compile(
 )
 """In names of a discriminator (HiFi-GAN's `do_*`, VITS' `D_*`, ESRGAN's `net_d_*`) or a critic."""
 
+_BEST = re.compile("(?<![a-z])best(?![a-z])", re.IGNORECASE)
 _AS_FOLDS = "as folds, seeds or members of an ensemble are"
 
 Shape = tuple[str, tuple[int, ...]]
@@ -395,7 +396,7 @@ class Chooser:
             rivals = [each for each in others if left and self._are_rivals(each, left)]
             if len(left) == 1 and any(len(each) > 1 for each in rivals):
                 self._leave_out(left, f"at the time of one of {self._glob_of(rivals[0])}")
-            elif len(left) == 1 and any(len(each) > 1 for each in kept if each[0].role == "both"):
+            elif len(left) == 1 and any(_lack(each, left[0]) for each in kept if len(each) > 1):
                 self._leave_out(left, "a single file")
             elif left:
                 is_clear = is_clear and not rivals
@@ -484,16 +485,18 @@ class Chooser:
 
     def _check_left_out(self, left: Sequence[Member], chosen: Sequence[Series]) -> None:
         """Raise a QuestionError if a member that was left out, and is no copy, is later than the
-        chosen ones, or is of their model and has a number in its name."""
+        chosen ones, or is of their model and has a number in its name, but is not called the best
+        at an earlier time."""
         newest = max((member for series in chosen for member in series), key=_order)
         doubtful = []
         for member in left:
             if member.path in self._copies:
                 continue
+            is_later = member.is_later_than(newest)
             is_other = self.left_out.get(member.path) == _OTHER_MODEL
-            if member.is_later_than(newest) or (
-                not is_other and is_numbered(member.path, member.signs)
-            ):
+            is_best = _BEST.search(member.path.name) and newest.is_later_than(member)
+            is_numbered_one = is_numbered(member.path, member.signs) and not is_best
+            if is_later or (is_numbered_one and not is_other):
                 doubtful.append(member)
         if doubtful:
             raise self._ask_which([*chosen, *self._split(doubtful)])
@@ -621,6 +624,13 @@ def _list_spellings(members: Series) -> list[Answer]:
 
 def _numbers(series: Iterable[Member]) -> set[int | None]:
     return {member.number for member in series}
+
+
+def _lack(series: Series, single: Member) -> bool:
+    """Return whether a series has the average and the weights, or a single average beside its
+    weights is of none of its times, as a mean of the last files."""
+    is_average = single.role == "average" and series[0].role == "weights"
+    return series[0].role == "both" or (is_average and single.number not in _numbers(series))
 
 
 def _is_average_of(one: Series, other: Series) -> bool:
