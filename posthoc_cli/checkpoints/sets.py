@@ -297,9 +297,10 @@ class TensorSets:
 
     def _find_models(self, path: str) -> list[str]:
         groups = self._groups_below(path)
-        if len(groups) > 1:
-            groups = [group for group in groups if self._holds_matrix(group)] or groups
         known = [group for group in groups if self.keys[group] in _MODELS]
+        if len(groups) > 1:
+            large = [group for group in groups if group in known or self._holds_matrix(group)]
+            groups = large or groups
         is_model = self.keys.get(path) in _MODELS
         if known and (len(groups) == 1 or not is_model):
             return self._find_models(min(known, key=lambda group: _MODELS.index(self.keys[group])))

@@ -243,6 +243,15 @@ def test_vectors_beside_several_networks_are_no_part(one, other, rest, tmp_path,
     assert f"'{rest}', not used" in caplog.text
 
 
+def test_a_model_of_vectors_is_one_beside_a_matrix_of_data(tmp_path):
+    def content(save):
+        vectors = {name: value.flatten() for name, value in save.weights.items()}
+        return {"model": vectors, "train": {"data": torch.ones(9, 9)}}
+
+    write_each(tmp_path, "step_{save.step}.pt", content)
+    assert read(tmp_path).checkpoints[-1].stored.keys() == LAST.weights.keys()
+
+
 # --- several runs
 
 
