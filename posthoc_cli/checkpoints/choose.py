@@ -566,9 +566,9 @@ class Chooser:
             answers += _list_spellings(members)
         run = _cut_at_resumes(several)
         if len({make_glob(member.path.name) for member in run}) == 1 and _are_near_in_time(run):
-            names = ",".join(files.escape_glob(member.name).replace(",", "?") for member in run)
             is_whole = len(run) == len(members) and len({member.glob for member in run}) == 1
-            globs.insert(0, self._glob_of(run) if is_whole else f"{{{names}}}")
+            names = files.list_in_braces(member.name for member in run)
+            globs.insert(0, self._glob_of(run) if is_whole else names)
         root = files.escape_glob(str(self._root))
         return [*answers, *({"place": f"{root}/{pattern}"} for pattern in globs)]
 

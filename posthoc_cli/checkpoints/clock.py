@@ -39,7 +39,7 @@ from posthoc_cli.checkpoints.names import (
 )
 from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.errors import InvalidValueError, argument, quote
-from posthoc_cli.files import escape_glob, is_url
+from posthoc_cli.files import escape_glob, is_url, list_in_braces
 from posthoc_cli.snapshots.opened_file import read_small_file
 
 STEPS = (
@@ -403,8 +403,8 @@ def _ask_for_another(files: Mapping[Path, Signs], sign: str) -> None:
     reason = f"must be given: {twins[0]} have the same number, by {signs[sign].origin}"
     answers = list_patterns(path, files)
     if len(kept) >= _NEARLY_ALL * len(files) and len({each.parent for each in files}) == 1:
-        names = ",".join(escape_glob(each.name).replace(",", "?") for each in kept.values())
-        answers.append({"place": f"{escape_glob(str(path.parent))}/{{{names}}}"})
+        names = list_in_braces(each.name for each in kept.values())
+        answers.append({"place": f"{escape_glob(str(path.parent))}/{names}"})
     if answers:
         raise QuestionError("step_from", reason, *answers)
 
