@@ -396,7 +396,7 @@ class Chooser:
             rivals = [each for each in others if left and self._are_rivals(each, left)]
             if len(left) == 1 and any(len(each) > 1 for each in rivals):
                 self._leave_out(left, f"at the time of one of {self._glob_of(rivals[0])}")
-            elif len(left) == 1 and any(_lack(each, left[0]) for each in kept if len(each) > 1):
+            elif len(left) == 1 and any(len(each) > 1 for each in kept if each not in others):
                 self._leave_out(left, "a single file")
             elif left:
                 is_clear = is_clear and not rivals
@@ -624,13 +624,6 @@ def _list_spellings(members: Series) -> list[Answer]:
 
 def _numbers(series: Iterable[Member]) -> set[int | None]:
     return {member.number for member in series}
-
-
-def _lack(series: Series, single: Member) -> bool:
-    """Return whether a series has the average and the weights, or a single average beside its
-    weights is of none of its times, as a mean of the last files."""
-    is_average = single.role == "average" and series[0].role == "weights"
-    return series[0].role == "both" or (is_average and single.number not in _numbers(series))
 
 
 def _is_average_of(one: Series, other: Series) -> bool:
