@@ -53,7 +53,7 @@ from posthoc_cli.checkpoints.content import Content, Tensors
 from posthoc_cli.checkpoints.layouts import recognise, role_by_glob, says_its_profile
 from posthoc_cli.checkpoints.names import NUMBER, make_glob, read_name, read_number
 from posthoc_cli.checkpoints.places import Place
-from posthoc_cli.checkpoints.sets import Found
+from posthoc_cli.checkpoints.sets import Found, TensorSets
 from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.checkpoints.source import (
     COMPARED_FILES,
@@ -135,13 +135,14 @@ class Member:
 
     @cached_property
     def _tensors(self) -> Tensors:
-        """The tensors of the model; all of them if it is unclear which these are."""
+        """The tensors of the model; all but the state of a training if it is unclear which these
+        are."""
         try:
             return self.found.tensors
         except VanishedError:
             raise
         except (FileFormatError, InvalidValueError):  # raised again when it is used
-            return self.content.tensors
+            return TensorSets(self.content).tensors
 
     @cached_property
     def found(self) -> Found:

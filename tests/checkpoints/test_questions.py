@@ -195,6 +195,21 @@ def test_models_come_before_times_that_contents_contradict(tmp_path, caplog):
     check_steps(read(first, step_from=words[4]).checkpoints)
 
 
+@pytest.mark.parametrize("form", ["flat", "torch's"])
+def test_files_with_the_state_of_an_optimizer_alone_are_no_model(form, tmp_path):
+    """Whatever they are called, such as PhysicsNeMo's `checkpoint.0.10.pt`: they were a second
+    model, to choose between."""
+    for save in saves():
+        moments = {name: torch.full_like(value, save.step) for name, value in save.weights.items()}
+        content = {f"{name}.exp_avg": value for name, value in moments.items()}
+        if form != "flat":
+            state = {number: {"exp_avg": value} for number, value in enumerate(moments.values())}
+            content = {"adam": {"state": state, "param_groups": [{"lr": 1.0}]}}
+        store(tmp_path / f"net_{save.step}.pt", save.weights)
+        store(tmp_path / f"run_{save.step}.pt", content)
+    check_steps(read(tmp_path).checkpoints)
+
+
 def test_a_discriminator_with_more_files_is_not_chosen(tmp_path, caplog):
     write_models(tmp_path, ("D_{}.pth", of_discriminator))
     for save in saves()[-3:]:
