@@ -36,6 +36,7 @@ from posthoc_cli.checkpoints.clock import (
     GROUPED,
     IN_NAME,
     LONE,
+    NEARLY_ALL,
     STATED,
     Signs,
     Time,
@@ -566,7 +567,9 @@ class Chooser:
         if len({each[0].glob for each in several}) > 1:
             answers += _list_spellings(members)
         run = _cut_at_resumes(several)
-        if len({make_glob(member.path.name) for member in run}) == 1 and _are_near_in_time(run):
+        is_most = len(run) >= NEARLY_ALL * len(members)
+        are_alike = len({make_glob(member.path.name) for member in run}) == 1
+        if is_most and are_alike and _are_near_in_time(run):
             is_whole = len(run) == len(members) and len({member.glob for member in run}) == 1
             names = files.list_in_braces(member.name for member in run)
             globs.insert(0, self._glob_of(run) if is_whole else names)

@@ -56,7 +56,7 @@ _ANEW = {"step", "steps", "iteration", "iter"}  # values that may begin anew in 
 _START = re.compile(r"(?<![a-z])init(?:ial)?(?![a-z])", re.IGNORECASE)
 """In names of weights before the training: their epoch 0 is not the first of several."""
 _LONE_FOLDER = re.compile(r"[0-9]{3,}")  # a shorter one may be an experiment's
-_NEARLY_ALL = 0.9  # share of the files that a pattern must read: one of ten may be named otherwise
+NEARLY_ALL = 0.9  # share of the files that a pattern must read: one of ten may be named otherwise
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ def list_patterns(path: Path, files: Iterable[Path]) -> list[Answer]:
             is_even = _are_even(read_number(match[1]) or 0 for match in matches)
             ranks.setdefault(pattern, (len(matches), is_free, -order, is_even, end))
     most = max((rank[0] for rank in ranks.values()), default=0)
-    if most < _NEARLY_ALL * len(names):
+    if most < NEARLY_ALL * len(names):
         return []
     likely = [pattern for pattern, rank in ranks.items() if rank[0] == most]
     in_order = sorted(likely, key=ranks.__getitem__, reverse=True)
@@ -402,7 +402,7 @@ def _ask_for_another(files: Mapping[Path, Signs], sign: str) -> None:
     path, signs = next(iter(files.items()))
     reason = f"must be given: {twins[0]} have the same number, by {signs[sign].origin}"
     answers = list_patterns(path, files)
-    if len(kept) >= _NEARLY_ALL * len(files) and len({each.parent for each in files}) == 1:
+    if len(kept) >= NEARLY_ALL * len(files) and len({each.parent for each in files}) == 1:
         names = list_in_braces(each.name for each in kept.values())
         answers.append({"place": f"{escape_glob(str(path.parent))}/{names}"})
     if answers:
