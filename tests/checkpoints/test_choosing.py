@@ -226,6 +226,18 @@ def test_the_state_of_a_loss_is_no_other_part_beside_a_teacher(tmp_path):
     assert found.checkpoints[-1].stored.keys() == LAST.weights.keys()
 
 
+def test_information_asks_what_an_import_asks(tmp_path):
+    """Of I-JEPA's files it asked for the steps of an epoch instead."""
+
+    def content(save):
+        sets = {"encoder": save.weights, "predictor": others(save), "target_encoder": save.average}
+        return {**sets, "epoch": save.epoch}
+
+    write_each(tmp_path, "jepa-ep{save.epoch}.pth.tar", content)
+    (note,) = Run(tmp_path).info()["notes"]
+    assert note == f"cannot be used as it is: {asked(tmp_path)}"
+
+
 VECTORS = [("policy", "value", "value_preprocessor"), ("encoder", "decoder", "loss_state")]
 
 
