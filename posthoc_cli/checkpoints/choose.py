@@ -497,8 +497,8 @@ class Chooser:
             is_later = member.is_later_than(newest)
             is_other = self.left_out.get(member.path) == _OTHER_MODEL
             is_best = _BEST.search(member.path.name) and newest.is_later_than(member)
-            is_numbered_one = is_numbered(member.path, member.signs) and not is_best
-            if is_later or (is_numbered_one and not is_other):
+            has_number = is_numbered(member.path, member.signs) and not is_best
+            if is_later or (has_number and not is_other):
                 doubtful.append(member)
         if doubtful:
             raise self._ask_which([*chosen, *self._split(doubtful)])

@@ -365,10 +365,9 @@ class TensorSets:
 
     def twins_in(self, path: str) -> list[tuple[str, str]]:
         """List the pairs of large parts of a set that have as many tensors."""
-        start = f"{path}." if path else ""
-        firsts = dict.fromkeys(name.partition(".")[0] for name in self.below(path))
-        parts = [start + first for first in firsts]
-        large = [part for part in parts if _SMALL * self.counts[part] >= len(self.below(path))]
+        firsts = Counter(name.partition(".")[0] for name in self.below(path))
+        least = firsts.total() / _SMALL
+        large = [f"{path}.{first}".lstrip(".") for first in firsts if firsts[first] >= least]
         return [pair for pair in combinations(large, 2) if len({*map(self.counts.get, pair)}) == 1]
 
     def _match(self, path: str, other: str) -> Found:
