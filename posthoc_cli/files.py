@@ -22,7 +22,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -168,6 +168,11 @@ def expand_braces(pattern: Path) -> list[Path]:
 def escape_glob(path: str) -> str:
     """Make the pattern that matches a path alone."""
     return glob.escape(path).replace("{", "[{]")
+
+
+def list_in_braces(paths: Iterable[str]) -> str:
+    """Make the pattern that matches several paths alone; a comma in one matches any character."""
+    return f"{{{','.join(escape_glob(path).replace(',', '?') for path in paths)}}}"
 
 
 def as_path(path: str | Path) -> Path:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints.manifest import Manifest, read_manifest
-from posthoc_cli.checkpoints.places import holds_checkpoints
+from posthoc_cli.checkpoints.places import Place, check_foreign, holds_checkpoints
 from posthoc_cli.errors import (
     DirectoryError,
     FileFormatError,
@@ -119,7 +119,11 @@ class Run:
         directory = self.directory
         is_own = directory.is_dir() and any(map(is_snapshot_name, list_directory(directory)))
         if is_own or not holds_checkpoints(directory):
-            return describe(directory)
+            try:
+                return describe(directory)
+            except DirectoryError:
+                check_foreign(Place(directory))
+                raise
         from posthoc_cli.checkpoints.describe import describe_checkpoints
 
         return describe_checkpoints(directory)

@@ -36,11 +36,13 @@ from posthoc_cli.checkpoints.clock import (
     GROUPED,
     IN_NAME,
     LONE,
+    NEARLY_ALL,
     STATED,
     Signs,
     Time,
     are_gapless,
     ask_about_names,
+    confirm,
     has_word,
     is_numbered,
     list_patterns,
@@ -52,7 +54,7 @@ from posthoc_cli.checkpoints.content import Content, Tensors
 from posthoc_cli.checkpoints.layouts import recognise, role_by_glob, says_its_profile
 from posthoc_cli.checkpoints.names import NUMBER, make_glob, read_name, read_number
 from posthoc_cli.checkpoints.places import Place
-from posthoc_cli.checkpoints.sets import Found
+from posthoc_cli.checkpoints.sets import Found, TensorSets
 from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.checkpoints.source import (
     COMPARED_FILES,
@@ -90,6 +92,7 @@ _ADVERSARY = re.compile(
 )
 """In names of a discriminator (HiFi-GAN's `do_*`, VITS' `D_*`, ESRGAN's `net_d_*`) or a critic."""
 
+_BEST = re.compile("(?<![a-z])best(?![a-z])", re.IGNORECASE)
 _AS_FOLDS = "as folds, seeds or members of an ensemble are"
 
 Shape = tuple[str, tuple[int, ...]]
@@ -133,13 +136,14 @@ class Member:
 
     @cached_property
     def _tensors(self) -> Tensors:
-        """The tensors of the model; all of them if it is unclear which these are."""
+        """The tensors of the model; all but the state of a training if it is unclear which these
+        are."""
         try:
             return self.found.tensors
         except VanishedError:
             raise
         except (FileFormatError, InvalidValueError):  # raised again when it is used
-            return self.content.tensors
+            return TensorSets(self.content).tensors
 
     @cached_property
     def found(self) -> Found:
@@ -255,6 +259,8 @@ class Chooser:
         if len(opened) < 2:
             return opened
         members = self._of_one_model(opened)
+        for alike in _group(members, lambda member: member.glob):
+            _settle_signs(alike)
         series = self._choose_series(members)
         if not series:
             return self._choose_untimed(members)
@@ -316,7 +322,6 @@ class Chooser:
             _read_varying(series)
             for member in series[1:]:
                 member.first = series[0]
-            _settle_signs(series)
         for path, problem in failed:
             if not members or self._is_of_series(path, members):
                 raise problem.with_hint("move it away to leave it out") if members else problem
@@ -393,7 +398,7 @@ class Chooser:
             rivals = [each for each in others if left and self._are_rivals(each, left)]
             if len(left) == 1 and any(len(each) > 1 for each in rivals):
                 self._leave_out(left, f"at the time of one of {self._glob_of(rivals[0])}")
-            elif len(left) == 1 and any(len(each) > 1 for each in kept if each[0].role == "both"):
+            elif len(left) == 1 and any(len(each) > 1 for each in kept if each not in others):
                 self._leave_out(left, "a single file")
             elif left:
                 is_clear = is_clear and not rivals
@@ -482,16 +487,18 @@ class Chooser:
 
     def _check_left_out(self, left: Sequence[Member], chosen: Sequence[Series]) -> None:
         """Raise a QuestionError if a member that was left out, and is no copy, is later than the
-        chosen ones, or is of their model and has a number in its name."""
+        chosen ones, or is of their model and has a number in its name, but is not called the best
+        at an earlier time."""
         newest = max((member for series in chosen for member in series), key=_order)
         doubtful = []
         for member in left:
             if member.path in self._copies:
                 continue
+            is_later = member.is_later_than(newest)
             is_other = self.left_out.get(member.path) == _OTHER_MODEL
-            if member.is_later_than(newest) or (
-                not is_other and is_numbered(member.path, member.signs)
-            ):
+            is_best = _BEST.search(member.path.name) and newest.is_later_than(member)
+            has_number = is_numbered(member.path, member.signs) and not is_best
+            if is_later or (has_number and not is_other):
                 doubtful.append(member)
         if doubtful:
             raise self._ask_which([*chosen, *self._split(doubtful)])
@@ -559,8 +566,13 @@ class Chooser:
         globs = [self._exact_glob(each) for each in several if len(each) > 1]
         if len({each[0].glob for each in several}) > 1:
             answers += _list_spellings(members)
-        elif len(_numbers(members)) == len(members) and _are_near_in_time(members):
-            globs.insert(0, self._glob_of(members))
+        run = _cut_at_resumes(several)
+        is_most = len(run) >= NEARLY_ALL * len(members)
+        are_alike = len({make_glob(member.path.name) for member in run}) == 1
+        if is_most and are_alike and _are_near_in_time(run):
+            is_whole = len(run) == len(members) and len({member.glob for member in run}) == 1
+            names = files.list_in_braces(member.name for member in run)
+            globs.insert(0, self._glob_of(run) if is_whole else names)
         root = files.escape_glob(str(self._root))
         return [*answers, *({"place": f"{root}/{pattern}"} for pattern in globs)]
 
@@ -632,12 +644,26 @@ def _follow_each_other(several: Sequence[Series]) -> bool:
     then that way through all files is shorter than one from the first file to each series."""
     joined = [member for series in several for member in series]
     alike = {(member.glob, member.values.shape) for member in joined}
-    if len(alike) > 1 or len(_numbers(joined)) == len(joined):
+    begins = {min(map(_order, series)) for series in several}
+    if len(alike) > 1 or len(begins) > 1 or len(_numbers(joined)) == len(joined):
         return False
     firsts = [min(series, key=_numbers_in_name).values for series in several]
     to_each = float(np.square(np.stack(firsts) - firsts[0]).sum())
     to_each += sum(_motion(series, _numbers_in_name) for series in several)
     return _motion(joined, _numbers_in_name) < _SHORTER * to_each
+
+
+def _cut_at_resumes(several: Sequence[Series]) -> Series:
+    """Join series without the times from which a later one goes on, as in the folder of a resume;
+    none if two begin at one time."""
+    begins = sorted(min(map(_order, series)) for series in several)
+    if len({*begins}) < len(begins):
+        return []
+    joined = Series()
+    for series in several:
+        later = [begin for begin in begins if begin > min(map(_order, series))]
+        joined += [member for member in series if _order(member) < min(later, default=math.inf)]
+    return joined
 
 
 def _are_near_in_time(members: Series) -> bool:
@@ -832,6 +858,8 @@ def _find_wrong(series: Series, named: str, stated: str) -> set[str]:
             return in_names
         if not is_ahead and not all(are_behind):
             return set()
+    if all("confirmed steps" in confirm(each.content, each.signs[named]) for each in series):
+        return set()  # contents state it, too: microbatches beside steps
     raise ask_about_names({member.path: member.signs for member in series}, named, stated)
 
 

@@ -39,7 +39,7 @@ from posthoc_cli.checkpoints.names import (
 )
 from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.errors import InvalidValueError, argument, quote
-from posthoc_cli.files import escape_glob, is_url
+from posthoc_cli.files import escape_glob, is_url, list_in_braces
 from posthoc_cli.snapshots.opened_file import read_small_file
 
 STEPS = (
@@ -56,7 +56,7 @@ _ANEW = {"step", "steps", "iteration", "iter"}  # values that may begin anew in 
 _START = re.compile(r"(?<![a-z])init(?:ial)?(?![a-z])", re.IGNORECASE)
 """In names of weights before the training: their epoch 0 is not the first of several."""
 _LONE_FOLDER = re.compile(r"[0-9]{3,}")  # a shorter one may be an experiment's
-_NEARLY_ALL = 0.9  # share of the files that a pattern must read: one of ten may be named otherwise
+NEARLY_ALL = 0.9  # share of the files that a pattern must read: one of ten may be named otherwise
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def read_signs(content: Content, settings: ImportSettings, outside: Path | None 
             origin = f"the word for {unit} in names" if unit else "the only number in names"
             found[IN_NAME[unit]] = Time(marks[0].number, unit, origin)
     if "step in name" not in found:
-        found |= _confirm(content, found.get(LONE))
+        found |= confirm(content, found.get(LONE))
     if stated is not None and found.keys() <= {"stated epoch"}:
         found["stated"] = stated  # the start, of step 0
     return found
@@ -180,7 +180,7 @@ def _find_reference(path: Path) -> str:
     return max(named, key=has_time, default="")
 
 
-def _confirm(content: Content, lone: Time | None) -> dict[str, Time]:
+def confirm(content: Content, lone: Time | None) -> dict[str, Time]:
     """Find the number in a name that a value in the content equals, or is one more than. If a name
     has several numbers, only those from 10 on count: small numbers are equal by chance."""
     digits = re.findall("[0-9]{2,15}", strip_ending(content.path.name))
@@ -221,7 +221,7 @@ def check_whole_number(path: Path, number: float) -> int:
     return int(number)
 
 
-GROUPED = re.compile(r"(?<![0-9])[0-9]{1,3}(?:[_,][0-9]{3})+(?![0-9])")  # 1_000
+GROUPED = re.compile(r"(?<![0-9])(?<![0-9]\.)[0-9]{1,3}(?:[_,][0-9]{3})+(?![0-9])")  # 1_000
 
 
 def read_varying(names: Sequence[str]) -> list[Time]:
@@ -280,7 +280,7 @@ def list_patterns(path: Path, files: Iterable[Path]) -> list[Answer]:
             is_even = _are_even(read_number(match[1]) or 0 for match in matches)
             ranks.setdefault(pattern, (len(matches), is_free, -order, is_even, end))
     most = max((rank[0] for rank in ranks.values()), default=0)
-    if most < _NEARLY_ALL * len(names):
+    if most < NEARLY_ALL * len(names):
         return []
     likely = [pattern for pattern, rank in ranks.items() if rank[0] == most]
     in_order = sorted(likely, key=ranks.__getitem__, reverse=True)
@@ -402,9 +402,9 @@ def _ask_for_another(files: Mapping[Path, Signs], sign: str) -> None:
     path, signs = next(iter(files.items()))
     reason = f"must be given: {twins[0]} have the same number, by {signs[sign].origin}"
     answers = list_patterns(path, files)
-    if len(kept) >= _NEARLY_ALL * len(files) and len({each.parent for each in files}) == 1:
-        names = ",".join(escape_glob(each.name).replace(",", "?") for each in kept.values())
-        answers.append({"place": f"{escape_glob(str(path.parent))}/{{{names}}}"})
+    if len(kept) >= NEARLY_ALL * len(files) and len({each.parent for each in files}) == 1:
+        names = list_in_braces(each.name for each in kept.values())
+        answers.append({"place": f"{escape_glob(str(path.parent))}/{names}"})
     if answers:
         raise QuestionError("step_from", reason, *answers)
 

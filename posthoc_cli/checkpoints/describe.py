@@ -46,11 +46,14 @@ def describe_checkpoints(place: Path) -> Values:
 
 def _find(place: Path) -> Sources:
     """Find the run at a place, with the decay that its files show; if they leave the decay open,
-    with a note about it."""
+    with a note about it. Raise the error that an import raises."""
     try:
         return find(place)
     except InvalidValueError as error:
-        sources = find(place, settle=False)
+        try:
+            sources = find(place, settle=False)
+        except PostHocError:
+            raise error from None
         note = f"cannot be used as it is: {error}"
         return replace(sources, notes=(*sources.notes, note))
 

@@ -26,7 +26,7 @@ _MARK = re.compile(
     r"""
     (?: (?<![a-z]) (?:
         (?P<before> steps? | iter(?:ation)?s? | ep(?:och)?s? | (?:checkpoint|ckpt)s? ) [=_.\-\ ]*
-      | (?P<other> (?: v | version | avg | fp | bf | int | float | fold | seed | copy
+      | (?P<other> (?: v | version | avg | ave | fp | bf | int | float | fold | seed | copy
                      | rank | worker | gpu | node | acc | loss | fid | psnr | wer | m?ap | m?iou
                      | auc | dice ) [_.=\-]? ) ) )?
     (?P<digits> [0-9]+ (?:[.,_-][0-9]+)*

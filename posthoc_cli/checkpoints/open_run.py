@@ -240,6 +240,7 @@ def _read(place: Place, settings: ImportSettings, is_unclaimed: bool = False) ->
         raise
     if settings.average and not any(file.averaged for file in run):
         recognise(run[-1].content, settings)  # whose error says what there is
+        raise InvalidValueError("average", "is no name of a file here", value=settings.average)
     _check_averages(run)
     if not is_unclaimed:
         _check_unmatched(run[-1], settings)
@@ -330,7 +331,8 @@ def _check_targets(run: Sequence[Found], settings: ImportSettings) -> None:
     if not rest:
         return
     reason = f"must be given: {quote(pair.average_key)} is an average of {quote(pair.weights_key)}"
-    reason += f", a part of the model, which also has {list_names(rest, 3)}"
+    reason += f", a part of the model, which also has {list_names(rest, 3)}; an import with "
+    reason += f"{argument('average')} {quote(pair.average_key)} takes its average alone"
     part: Answer = {"average": pair.average_key, "weights": pair.weights_key}
     raise QuestionError("kind", reason, {"kind": "checkpoints"}, part)
 
@@ -456,22 +458,25 @@ def _check_roles(run: list[Found], settings: ImportSettings, notes: list[str]) -
 
 
 def _check_twins(run: Sequence[Found], settings: ImportSettings) -> None:
-    """Raise a QuestionError if files hold another set near the weights, and one of the two moves
-    less, as averages do: no word says which is the average."""
+    """Raise a QuestionError if files hold another set near the weights, or two within them, and one
+    of the two moves less, as averages do: no word says which is the average."""
     if len(run) < 2 or not all(file.weights for file in run) or settings.weights or settings.kind:
         return
     own = run[0].weights_key
-    for key in run[0].twins:
-        pairs = [file.paired_with(key) for file in run]
-        if not own or not all(file.averaged for file in pairs):
+    twins = run[0].sets.twins_in(own)
+    if own:
+        twins += [(key, own) for key in run[0].twins]
+    for one, other in twins:
+        pairs = [file.paired(one, other) for file in run]
+        if not all(file.averaged for file in pairs):
             continue
         ours, theirs = _read_starts(pairs)
-        answer = {"average": key, "weights": own}
+        answer = {"average": one, "weights": other}
         if moves_less(theirs, ours):
-            answer = {"average": own, "weights": key}
+            answer = {"average": other, "weights": one}
         elif not moves_less(ours, theirs):
             continue
-        reason = f"must be given: the files hold {quote(key)}, too, and of the two "
+        reason = f"must be given: the files hold {quote(one)} and {quote(other)}, and of the two "
         reason += f"{quote(answer['average'])} moves less, as averages do"
         raise QuestionError("average", reason, answer, {"kind": "checkpoints"})
 

@@ -60,6 +60,7 @@ _WRAPPERS = re.compile(
 """Parts of names that a wrapper of a module within a model adds, as `torch.compile` does."""
 
 
+_SMALL = 8  # a part with fewer than one in so many of a model's tensors is one layer of several
 _CLEARLY = 4  # squared distances: what is nearest is at most half as far as any other
 
 
@@ -136,9 +137,10 @@ class Found:
             unused=self.unused,
         )
 
-    def paired_with(self, key: str) -> Found:
-        """Take another set for the average of the weights; for none if it does not match."""
-        return replace(self, averaged=match_names(self.sets.below(key), self.weights))
+    def paired(self, average: str, weights: str) -> Found:
+        """Take a set for the average of another one; none if it does not match."""
+        theirs = self.sets.below(weights)
+        return replace(self, averaged=match_names(self.sets.below(average), theirs), weights=theirs)
 
     def exchanged(self, average: Found, weights: Found) -> Found:
         """What it holds if an average is in the place of weights, and these in its place; each of
@@ -295,9 +297,10 @@ class TensorSets:
 
     def _find_models(self, path: str) -> list[str]:
         groups = self._groups_below(path)
-        if len(groups) > 1:
-            groups = [group for group in groups if not self.holds_statistics(group)] or groups
         known = [group for group in groups if self.keys[group] in _MODELS]
+        if len(groups) > 1:
+            large = [group for group in groups if group in known or self._holds_matrix(group)]
+            groups = large or groups
         is_model = self.keys.get(path) in _MODELS
         if known and (len(groups) == 1 or not is_model):
             return self._find_models(min(known, key=lambda group: _MODELS.index(self.keys[group])))
@@ -360,6 +363,13 @@ class TensorSets:
                 return True
         return False
 
+    def twins_in(self, path: str) -> list[tuple[str, str]]:
+        """List the pairs of large parts of a set that have as many tensors."""
+        firsts = Counter(name.partition(".")[0] for name in self.below(path))
+        least = firsts.total() / _SMALL
+        large = [f"{path}.{first}".lstrip(".") for first in firsts if firsts[first] >= least]
+        return [pair for pair in combinations(large, 2) if len({*map(self.counts.get, pair)}) == 1]
+
     def _match(self, path: str, other: str) -> Found:
         """Match a set with the names of another one."""
         theirs = self.below(other)
@@ -400,6 +410,11 @@ class TensorSets:
             if len(tensor.shape) > 1 and name.rpartition(".")[2] == "weight":
                 return True
         return False
+
+    def _holds_matrix(self, path: str) -> bool:
+        """Return whether a set has more than vectors, as statistics and the state of a loss do
+        not."""
+        return any(sum(size > 1 for size in each.shape) > 1 for each in self.below(path).values())
 
     def holds_statistics(self, path: str) -> bool:
         """Return whether all names in a set are those of statistics of data."""

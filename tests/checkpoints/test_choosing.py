@@ -203,15 +203,92 @@ def test_a_target_network_of_a_part_is_a_question(tmp_path):
         return {"actor": others(save), "critic": save.weights, "critic_target": save.average}
 
     write_each(tmp_path, "step_{save.step}.pt", content)
-    assert asked(tmp_path).endswith(" --from checkpoints --out run")
+    question = asked(tmp_path)
+    assert question.endswith(" --from checkpoints --out run")
+    assert "'critic_target' takes its average alone" in question
     found = read(tmp_path, kind="checkpoints")
     names = {name.partition(".")[0] for name in found.checkpoints[-1].stored}
     assert names == {"actor", "critic"}
-    part = read(tmp_path, average="critic_target", weights="critic", ema_decay=0.95)
+    part = read(tmp_path, average="critic_target", ema_decay=0.95)
     assert part.counts == {"weights": 10, "EMA of decay 0.95": 10}
 
 
+def test_the_state_of_a_loss_is_no_other_part_beside_a_teacher(tmp_path):
+    """DINO's: an import asked for the weights."""
+
+    def content(save):
+        loss = {"center": torch.full((1, 9), float(save.step))}
+        return {"student": named("module.", save.weights), "teacher": save.average, "loss": loss}
+
+    write_each(tmp_path, "step_{save.step}.pt", content)
+    found = read(tmp_path, ema_decay=0.95)
+    assert found.counts == {"weights": 10, "EMA of decay 0.95": 10}
+    assert found.checkpoints[-1].stored.keys() == LAST.weights.keys()
+
+
+def test_information_asks_what_an_import_asks(tmp_path):
+    """Of I-JEPA's files it asked for the steps of an epoch instead."""
+
+    def content(save):
+        sets = {"encoder": save.weights, "predictor": others(save), "target_encoder": save.average}
+        return {**sets, "epoch": save.epoch}
+
+    write_each(tmp_path, "jepa-ep{save.epoch}.pth.tar", content)
+    (note,) = Run(tmp_path).info()["notes"]
+    assert note == f"cannot be used as it is: {asked(tmp_path)}"
+
+
+VECTORS = [("policy", "value", "value_preprocessor"), ("encoder", "decoder", "loss_state")]
+
+
+@pytest.mark.parametrize(("one", "other", "rest"), VECTORS)
+def test_vectors_beside_several_networks_are_no_part(one, other, rest, tmp_path, caplog):
+    """As skrl's preprocessors, which the question what the model is named, too."""
+
+    def content(save):
+        vectors = {"running": torch.full((1, 9), float(save.step)), "count": torch.tensor(3.0)}
+        return {one: save.weights, other: others(save), rest: vectors}
+
+    write_each(tmp_path, "agent_{save.step}.pt", content)
+    names = {name.partition(".")[0] for name in read(tmp_path).checkpoints[-1].stored}
+    assert names == {one, other}
+    assert f"'{rest}', not used" in caplog.text
+
+
+def test_a_model_of_vectors_is_one_beside_a_matrix_of_data(tmp_path):
+    def content(save):
+        vectors = {name: value.flatten() for name, value in save.weights.items()}
+        return {"model": vectors, "train": {"data": torch.ones(9, 9)}}
+
+    write_each(tmp_path, "step_{save.step}.pt", content)
+    assert read(tmp_path).checkpoints[-1].stored.keys() == LAST.weights.keys()
+
+
 # --- several runs
+
+
+def test_a_run_that_went_on_in_another_folder_is_proposed_up_to_there(tmp_path):
+    """It was said that its steps begin anew: the two folders have two times in common."""
+    for save in saves():
+        if save.step <= STEPS[5]:
+            store(tmp_path / f"first/step_{save.step}.pt", save.weights)
+        if save.step > STEPS[4]:
+            shifted = {name: value + 1e-3 for name, value in save.weights.items()}
+            store(tmp_path / f"resumed/step_{save.step}.pt", shifted)
+    place = shlex.split(asked(tmp_path).partition("paste: ")[2])[2]
+    found = read(place).checkpoints
+    assert [checkpoint.t for checkpoint in found] == STEPS
+    folders = [checkpoint.path.parent.name for checkpoint in found]
+    assert folders == ["first"] * 5 + ["resumed"] * 5
+
+
+def test_averages_that_are_named_must_lie_at_the_place(tmp_path):
+    """A line with a glob of the weights was proposed, which takes no average."""
+    for save in saves():
+        store(tmp_path / f"model_{save.step}.pt", save.weights)
+        store(tmp_path / f"ema_{save.step}.pt", save.average)
+    with refused("average", "ema_*.pt"):
+        read(tmp_path / "model_*.pt", average="ema_*.pt", weights="model_*.pt")
 
 
 def test_two_seeds_in_one_folder_are_a_question(tmp_path):

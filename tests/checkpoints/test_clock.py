@@ -195,6 +195,22 @@ def test_a_numbered_file_that_is_no_copy_is_asked_about(odd, epochs):
     assert epochs_of(epochs) == ALL
 
 
+def test_the_best_file_is_left_out_at_an_earlier_time(epochs, caplog):
+    store(epochs / "best_epoch_7.pt")
+    assert epochs_of(epochs) == ALL
+    assert "left out: best_epoch_7.pt " in caplog.text
+    (epochs / "best_epoch_7.pt").rename(epochs / "best_epoch_21.pt")
+    assert epochs_of(epochs) == [*ALL, 21]
+
+
+def test_a_mean_of_some_files_is_no_average_at_its_number(epochs):
+    """An import asked for the decay of an average after 5 epochs."""
+    store(epochs / "epoch_avg_last_25.pt")
+    said = asked(epochs)
+    assert "20 x epoch_*.pt, 1 x epoch_avg_last_25.pt" in said
+    assert epochs_of(shlex.split(said.partition("paste: ")[2])[2]) == ALL
+
+
 def test_states_of_a_training_are_no_models(epochs):
     for name in ("optimizer_20.pt", "scheduler_20.pt", "rng_state_20.pth"):
         another_model(epochs / name)

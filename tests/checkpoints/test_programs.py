@@ -102,12 +102,15 @@ def test_the_name_of_an_experiment_does_not_say_it(tmp_path):
     assert read(tmp_path / "ema_lr3").counts == {"weights": len(saves())}
 
 
-def test_one_of_two_decays_in_names_is_chosen(tmp_path):
+@pytest.mark.parametrize(("number", "decay"), [("{:06}", "0.95"), ("{:03}", "0.950")])
+def test_one_of_two_decays_in_names_is_chosen(number, decay, tmp_path):
+    """`950_100` in `ema_0.950_100.pt` was read as grouped digits."""
     for save in saves():
-        store(tmp_path / f"model{save.step:06}.pt", save.weights)
-        store(tmp_path / f"ema_0.95_{save.step:06}.pt", save.average)
-        store(tmp_path / f"ema_0.5_{save.step:06}.pt", save.weights)
-    globs = {"average": "ema_0.95_*.pt", "weights": "model*.pt"}
+        step = number.format(save.step)
+        store(tmp_path / f"model{step}.pt", save.weights)
+        store(tmp_path / f"ema_{decay}_{step}.pt", save.average)
+        store(tmp_path / f"ema_0.5_{step}.pt", save.weights)
+    globs = {"average": f"ema_{decay}_*.pt", "weights": "model*.pt"}
     with refused(tmp_path, f"--average '{globs['average']}' --weights '{globs['weights']}' --out"):
         read(tmp_path)
     check(tmp_path, LAST.average, LAST.weights, 0.95, **globs)

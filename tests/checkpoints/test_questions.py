@@ -27,6 +27,7 @@ from posthoc_cli import Run, import_checkpoints
 from posthoc_cli.errors import DirectoryError, UnsuitableError
 
 FIRST, *_, LAST = saves()
+NAMES = [*LAST.weights]
 
 
 def paste(place, question=None):
@@ -179,6 +180,34 @@ def test_two_models_are_two_lines_and_no_discriminator_is_first(program, tmp_pat
     for checkpoint, save in zip(read(other).checkpoints, saves(), strict=True):
         (value,) = values_of(checkpoint).values()
         assert bool((value == save.step).all())
+
+
+def test_models_come_before_times_that_contents_contradict(tmp_path, caplog):
+    """VITS stores the epoch as `iteration`: the question about it named the discriminator first."""
+    for epoch, save in enumerate(saves(), 1):
+        for name, tensors in (("G", save.weights), ("D", of_discriminator(save))):
+            content = {"model": tensors, "iteration": epoch, "learning_rate": 2e-4}
+            store(tmp_path / f"{name}_{save.step}.pth", content)
+    first, other = lines_to_paste(tmp_path, caplog)
+    assert [first, other] == [f"{tmp_path}/{name}_*.pth" for name in "GD"]
+    words = shlex.split(asked(first).partition("paste: ")[2])
+    assert words[3:5] == ["--step-from", r"G_(\d+)\.pth$"]
+    check_steps(read(first, step_from=words[4]).checkpoints)
+
+
+@pytest.mark.parametrize("form", ["flat", "torch's"])
+def test_files_with_the_state_of_an_optimizer_alone_are_no_model(form, tmp_path):
+    """Whatever they are called, such as PhysicsNeMo's `checkpoint.0.10.pt`: they were a second
+    model, to choose between."""
+    for save in saves():
+        moments = {name: torch.full_like(value, save.step) for name, value in save.weights.items()}
+        content = {f"{name}.exp_avg": value for name, value in moments.items()}
+        if form != "flat":
+            state = {number: {"exp_avg": value} for number, value in enumerate(moments.values())}
+            content = {"adam": {"state": state, "param_groups": [{"lr": 1.0}]}}
+        store(tmp_path / f"net_{save.step}.pt", save.weights)
+        store(tmp_path / f"run_{save.step}.pt", content)
+    check_steps(read(tmp_path).checkpoints)
 
 
 def test_a_discriminator_with_more_files_is_not_chosen(tmp_path, caplog):
@@ -426,13 +455,13 @@ def test_epochs_inside_that_are_behind_names_are_asked_about(name, tmp_path):
     assert [one.t for one in found.checkpoints] == [*range(20, 30)]
 
 
-def test_steps_of_the_optimizer_count_and_no_microbatches(tmp_path):
-    """LitGPT counts both."""
-
-    def content(save):
-        return {"model": save.weights, "iter_num": 8 * save.step, "step_count": save.step}
-
-    write_each(tmp_path, "lit_{save.epoch}.pth", content)
+@pytest.mark.parametrize("name", ["lit_{}.pth", "iter-{}-ckpt.pth"])
+def test_steps_of_the_optimizer_count_and_no_microbatches(name, tmp_path):
+    """LitGPT counts both; TinyLlama names its files by microbatches."""
+    for save in saves():
+        count = 8 * save.step
+        content = {"model": save.weights, "iter_num": count, "step_count": save.step}
+        store(tmp_path / name.format(save.epoch if "lit" in name else count), content)
     check_steps(read(tmp_path).checkpoints)
 
 
@@ -666,8 +695,9 @@ def test_files_of_other_frameworks_are_named_in_folders_too(program, tmp_path):
         file = tmp_path / name.format(number)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(begin + bytes(64))
-    with pytest.raises(UnsuitableError, match=rf"cannot be read \({program}\)"):
-        read(tmp_path)
+    for open_files in (read, lambda place: Run(place).info()):
+        with pytest.raises(UnsuitableError, match=rf"cannot be read \({program}\)"):
+            open_files(tmp_path)
 
 
 def test_a_model_of_another_framework_beside_the_state_of_a_training_is_named(tmp_path):
@@ -988,6 +1018,15 @@ def test_two_files_of_one_number_end_in_a_line_that_names_the_others(program, tm
         assert source.t in (save.epoch, save.step)
         right += torch.equal(values_of(source)[BODY[0]], save.weights[BODY[0]].double())
     assert right >= 9  # of the two one is named
+
+
+@pytest.mark.parametrize("best", ["valid.acc.ave_10best.pth", "avg_5.pth"])
+def test_a_mean_of_the_best_files_is_left_out(best, tmp_path, caplog):
+    """ESPnet and WeNet write one beside the files of all epochs."""
+    write_each(tmp_path, "{save.epoch}epoch.pth", lambda save: save.weights)
+    store(tmp_path / best, {name: (FIRST.weights[name] + LAST.weights[name]) / 2 for name in NAMES})
+    assert [one.t for one in read(tmp_path).checkpoints] == [*range(1, 11)]
+    assert f"{best} (nothing says its time)" in caplog.text
 
 
 def test_single_files_are_not_proposed(tmp_path):

@@ -165,19 +165,26 @@ def a_copy_of_the_begin(save):
     return named("net.", save.weights) | named("net_init.", copied(OTHER))
 
 
-def layers(save):
-    return named("block.", save.weights) | named("block1.", save.average)
+def two_towers(save):
+    """Make two networks of one start, of which one has gone a third as far its own way."""
+    noise = torch.Generator().manual_seed(2)
+    other = copied(OTHER)
+    for _ in range(save.epoch):
+        for value in other.values():
+            value += 0.008 * torch.randn(value.shape, generator=noise)
+    return named("query.", save.weights) | named("passage.", other)
 
 
-def a_small_head(save):
+def a_small_layer(save):
+    body = {f"body.{number}.weight": torch.ones(9, number) for number in range(1, 16)}
     return {
-        "body.weight": torch.ones(40, 40),
+        **body,
         "head.weight": save.weights["head.weight"],
         "head_aux.weight": save.average["head.weight"],
     }
 
 
-@pytest.mark.parametrize("model", [twin_critics, a_copy_of_the_begin, layers, a_small_head])
+@pytest.mark.parametrize("model", [twin_critics, a_copy_of_the_begin, two_towers, a_small_layer])
 def test_parts_that_are_alike_are_weights(model, tmp_path):
     """They have the same names and shapes, and none is an average."""
     write_each(tmp_path, STEP, lambda save: {"model": model(save)})
@@ -491,6 +498,19 @@ def test_of_two_sets_the_one_that_moves_less_is_proposed_as_the_average(files):
     assert said.endswith(" --average model_state_dict --weights non_ema_state_dict --out run")
     sets = {"average": "model_state_dict", "weights": "non_ema_state_dict"}
     check_last(files, steps_per_epoch=EVERY, **sets)
+
+
+def test_two_networks_in_one_state_of_which_one_moves_less_are_asked_about(files):
+    """As in stylegan2-pytorch's `GAN`, whose `GE` is the average of `G`; it was averaged again."""
+    model = []
+    for save in saves():
+        other = negated(save.weights)
+        sets = {"G": save.weights, "D": other, "GE": save.average, "D_aug": other}
+        model.append({f"{key}.{name}": sets[key][name] for key in sets for name in save.weights})
+    write(files, GAN=model)
+    given = {"ema_decay": 0.95, "ema_warmup": "none", "steps_per_epoch": EVERY}
+    assert asked(files, **given).endswith(" --average GAN.GE --weights GAN.G --out run")
+    check_last(files, steps_per_epoch=EVERY, average="GAN.GE", weights="GAN.G")
 
 
 @pytest.mark.parametrize(
