@@ -15,17 +15,17 @@ One run of each, seconds by the clock (DCP: folders of `torch.distributed.checkp
 
     files                                    loop  info  synthesize  loop of 12  sweep of 12
     20 of torch.save: 144 tensors, an EMA
-      and Adam's state                        2.3   1.2         2.8         2.5          3.0
-    100 of them                               5.8   2.3         4.4         6.2          5.8
-    500 of them                              23.8   7.9        15.4        27.8         27.8
-    20 of safetensors, 144 tensors            1.6   0.6         2.3         1.8          3.0
-    100 of them                               2.0   0.8         2.9         2.6          3.6
-    20 of DCP, 144 tensors                    3.2   1.5         3.8         3.8          4.0
-    20 of torch.save, 24 M parameters         1.8   0.4         2.9         4.6          7.8
-    20 of safetensors, 24 M parameters        1.8   0.6         2.6         4.7          7.0
+      and Adam's state                        3.2   1.7         3.4         3.4          3.8
+    100 of them                              10.1   3.5         6.0        10.9          7.8
+    500 of them                              42.5  12.0        19.4        47.2         29.3
+    20 of safetensors, 144 tensors            1.8   0.6         2.5         2.0          2.7
+    100 of them                               2.1   0.9         2.7         3.1          3.5
+    20 of DCP, 144 tensors                    3.8   1.3         3.3         4.1          3.7
+    20 of torch.save, 24 M parameters         2.1   0.5         3.7         5.7         11.6
+    20 of safetensors, 24 M parameters        1.9   0.5         3.5         4.8         10.1
     20 of torch.save, 24 M parameters, an
-      EMA and Adam's state                    2.3   1.0         4.6         5.2         11.0
-    20 of DCP, 24 M parameters                3.7   0.5         3.1        10.1          8.0"""
+      EMA and Adam's state                    2.2   1.4         5.0         5.6         18.4
+    20 of DCP, 24 M parameters                3.7   0.6         3.5         8.6         11.2"""
 
 from __future__ import annotations
 
