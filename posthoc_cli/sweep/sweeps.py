@@ -178,7 +178,7 @@ class Sweep:
                 self.on_trial(trial, title, len(self._report.trials), self._expected)
                 advance(1)
                 self._check_latest()
-        self._check_enough()
+        self._check_failures()
         if self._may_be_unused() and any(trial.is_random for trial in self._report.trials):
             value = self._report.trials[-1].value
             reason = f"every trial has the same metric, {value:.12g}, and random weights, too"
@@ -262,7 +262,7 @@ class Sweep:
         while batch := first + self._next_averages():
             first = []
             yield from self._measure(batch)
-            self._check_enough()
+            self._check_failures()
         if self.minimize is None:
             return
         yield from self._measure_checkpoints()
@@ -407,7 +407,7 @@ class Sweep:
                 "use the weights? If all others have it, too, random weights will show that"
             )
 
-    def _check_enough(self) -> None:
+    def _check_failures(self) -> None:
         """Raise a CommandError if too many lengths have failed; of a look, if it has no image."""
         if self.minimize is None:
             if self.out is not None and not (self.out / images.FOLDER).is_dir():
