@@ -299,8 +299,7 @@ class TensorSets:
         groups = self._groups_below(path)
         known = [group for group in groups if self.keys[group] in _MODELS]
         if len(groups) > 1:
-            large = [group for group in groups if group in known or self._holds_matrix(group)]
-            groups = large or groups
+            groups = [each for each in groups if each in known or self._is_network(each)] or groups
         is_model = self.keys.get(path) in _MODELS
         if known and (len(groups) == 1 or not is_model):
             return self._find_models(min(known, key=lambda group: _MODELS.index(self.keys[group])))
@@ -411,10 +410,14 @@ class TensorSets:
                 return True
         return False
 
-    def _holds_matrix(self, path: str) -> bool:
-        """Return whether a set has more than vectors, as statistics and the state of a loss do
-        not."""
-        return any(sum(size > 1 for size in each.shape) > 1 for each in self.below(path).values())
+    def _is_network(self, path: str) -> bool:
+        """Return whether a set has matrices, or vectors of a layer, and is no statistics: the state
+        of a loss has neither."""
+        if self.holds_statistics(path):
+            return False
+        tensors = self.below(path).values()
+        are_matrices = (sum(size > 1 for size in tensor.shape) > 1 for tensor in tensors)
+        return any(are_matrices) or any(each.keys[-1] in ("weight", "bias") for each in tensors)
 
     def holds_statistics(self, path: str) -> bool:
         """Return whether all names in a set are those of statistics of data."""

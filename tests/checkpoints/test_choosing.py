@@ -255,6 +255,18 @@ def test_vectors_beside_several_networks_are_no_part(one, other, rest, tmp_path,
     assert f"'{rest}', not used" in caplog.text
 
 
+def test_trained_vectors_beside_networks_are_a_part(tmp_path):
+    """A norm that is saved by itself would be missing in the average."""
+
+    def content(save):
+        norm = {"weight": torch.full((9,), float(save.step)), "bias": torch.ones(9)}
+        return {"encoder": save.weights, "decoder": others(save), "final_norm": norm}
+
+    write_each(tmp_path, "step_{save.step}.pt", content)
+    with pytest.raises(PostHocError, match=r"unclear.*'final_norm'"):
+        read(tmp_path)
+
+
 def test_a_model_of_vectors_is_one_beside_a_matrix_of_data(tmp_path):
     def content(save):
         vectors = {name: value.flatten() for name, value in save.weights.items()}
