@@ -44,6 +44,7 @@ from posthoc_cli.checkpoints.source import (
     is_copy,
     make_checkpoint,
     moves_less,
+    moves_towards,
 )
 from posthoc_cli.checkpoints.trackers import note_trackers
 from posthoc_cli.errors import (
@@ -459,7 +460,8 @@ def _check_roles(run: list[Found], settings: ImportSettings, notes: list[str]) -
 
 def _check_twins(run: Sequence[Found], settings: ImportSettings) -> None:
     """Raise a QuestionError if files hold another set near the weights, or two within them, and one
-    of the two moves less, as averages do: no word says which is the average."""
+    of the two moves less, as averages do: no word says which is the average. Two networks of a
+    model may be near each other, too: there the one must also move towards the other."""
     if len(run) < 2 or not all(file.weights for file in run) or settings.weights or settings.kind:
         return
     own = run[0].weights_key
@@ -473,8 +475,10 @@ def _check_twins(run: Sequence[Found], settings: ImportSettings) -> None:
         ours, theirs = _read_starts(pairs)
         answer = {"average": one, "weights": other}
         if moves_less(theirs, ours):
+            ours, theirs = theirs, ours
             answer = {"average": other, "weights": one}
-        elif not moves_less(ours, theirs):
+        is_average = moves_less(ours, theirs) and (other == own or moves_towards(ours, theirs))
+        if not is_average:
             continue
         reason = f"must be given: the files hold {quote(one)} and {quote(other)}, and of the two "
         reason += f"{quote(answer['average'])} moves less, as averages do"

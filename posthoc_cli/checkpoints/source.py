@@ -36,9 +36,10 @@ from posthoc_cli.snapshots.tensorfile import TensorFile
 _SUMS = ("cluster_size", "embed_avg")
 _COMPARED = 1024  # elements of a tensor that are compared with another tensor's
 COMPARED_FILES = 5  # newest ones, whose motion is compared
-_SLOWER = 0.8  # of squares: averages of any length move by a third less than the weights
-# Cosine of an average's motion with the way to the weights: 0.90 or more for time constants of 3 to
-# 3,000 steps and files 100 steps apart; of two networks that went apart 0.43 or less.
+_SLOWER = 0.8  # averages of any length move by a third less than the weights
+# Cosine of an average's motion with the way to the weights: 0.90 or more for weights that walk,
+# time constants of 3 to 3,000 steps and files 100 steps apart; of two networks that went apart 0.43
+# or less.
 _TOWARDS = 0.7
 _ANY_TIME = Point(1.0)  # where times are of no account
 
@@ -233,14 +234,19 @@ def are_near(ours: FloatArray, theirs: FloatArray) -> bool:
 
 
 def moves_less(ours: FloatArray, theirs: FloatArray) -> bool:
-    """Return whether values at some times, [times, elements], are near others, and move less from
-    time to time and towards them, as an average does."""
+    """Return whether values at some times, [times, elements], are near others and move less from
+    time to time, as an average does."""
+    motion, other = (float(np.square(np.diff(rows, axis=0)).sum()) for rows in (ours, theirs))
+    return 0 < motion <= _SLOWER * other and are_near(ours[-1], theirs[-1])
+
+
+def moves_towards(ours: FloatArray, theirs: FloatArray) -> bool:
+    """Return whether values move towards where others are at the next time, as an average of them
+    does, unless they are noise about one place: then it is unclear."""
     motions = np.diff(ours, axis=0)
     gaps = theirs[1:] - ours[:-1]
-    size, other, gap = (np.linalg.norm(rows) for rows in (motions, np.diff(theirs, axis=0), gaps))
-    is_towards = (motions * gaps).sum() > _TOWARDS * size * gap
-    is_slower = size <= _SLOWER**0.5 * other
-    return bool(is_towards and is_slower and are_near(ours[-1], theirs[-1]))
+    product = np.linalg.norm(motions) * np.linalg.norm(gaps)
+    return bool((motions * gaps).sum() > _TOWARDS * product)
 
 
 def is_copy(checkpoint: Checkpoint) -> bool:

@@ -500,6 +500,20 @@ def test_of_two_sets_the_one_that_moves_less_is_proposed_as_the_average(files):
     check_last(files, steps_per_epoch=EVERY, **sets)
 
 
+def test_an_average_of_weights_that_are_noise_is_proposed_too(tmp_path):
+    """Of training at a minimum: from file to file the average moves hardly towards the weights."""
+    noise = torch.Generator().manual_seed(0)
+    weights = average = torch.randn(40, 30, generator=noise)
+    begin = weights
+    for step in range(1, 2001):
+        weights = begin + 0.1 * torch.randn(40, 30, generator=noise)
+        average = average.lerp(weights, 0.01)
+        if step % 200 == 0:
+            sets = {"model": {"l.weight": weights}, "slow": {"l.weight": average}}
+            store(tmp_path / f"step{step}.pt", {"step": step, **sets})
+    assert asked(tmp_path).endswith(" --average slow --weights model --out run")
+
+
 def test_two_networks_in_one_state_of_which_one_moves_less_are_asked_about(files):
     """As in stylegan2-pytorch's `GAN`, whose `GE` is the average of `G`; it was averaged again."""
     model = []
