@@ -1,14 +1,15 @@
-"""What a user wants of a run: averages, of which tensors, made how, and in which files.
+"""What a user wants of a run: averages, of which tensors, made how, and in which files; or a search
+for the best one.
 
-The command line, `Run` and the plan of a synthesis take the same object. Each field says here what
-`--help` prints of its option, and is checked once, when the request is made; errors carry the
-field's name. So an option is one field and the place that uses it.
+The command line, `Run` and the plan of a synthesis, or a sweep, take the same object. Each field
+says here what `--help` prints of its option, and is checked once, when the request is made; errors
+carry the field's name. So an option is one field and the place that uses it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, MISSING, dataclass, field
 from functools import cached_property, wraps
 from inspect import Parameter, signature
 from pathlib import Path
@@ -21,6 +22,7 @@ from posthoc_cli.errors import (
     InvalidValueError,
     argument,
     at_most_one,
+    check_count,
     check_number,
     check_word,
 )
@@ -50,7 +52,7 @@ _R = TypeVar("_R")
 
 
 class Help(NamedTuple):
-    """What `--help` prints of a field's option."""
+    """What `--help` prints of a field's option; by its metavar the command line reads its value."""
 
     panel: str
     metavar: str
@@ -65,6 +67,25 @@ def _option(panel: str, metavar: str, text: str, default: Any = None, shown: str
 def _dtype() -> Any:
     text = "float32, float16, bfloat16, float64 (or fp32, ...), or keep: each tensor's own."
     return _option("Output", "DTYPE", text, shown="keep")
+
+
+def _like() -> Any:
+    text = "Make a copy of this checkpoint or model folder, with the average in place of its own."
+    return _option("Output", "CHECKPOINT", text)
+
+
+def _base() -> Any:
+    text = "The weights that a fine-tuning started from, to mix in."
+    return _option("How", "CHECKPOINT", text)
+
+
+def _time() -> Any:
+    return _option("Which run", "TIME", "The training time of the averages.", shown="the last")
+
+
+def _step() -> Any:
+    text = "The same time as a step (a call of update_): 50000, 5e4, 50K."
+    return _option("Which run", "COUNT", text)
 
 
 @dataclass(frozen=True)
@@ -92,12 +113,8 @@ class Request:
 
     targets: Wanted | Sequence[Wanted]
     _: KW_ONLY
-    t: float | None = _option(
-        "Which run", "TIME", "The training time of the averages.", shown="the last"
-    )
-    step: int | None = _option(
-        "Which run", "COUNT", "The same time as a step (a call of update_): 50000, 5e4, 50K."
-    )
+    t: float | None = _time()
+    step: int | None = _step()
     method: str | None = _option(
         "How",
         "",
@@ -124,9 +141,7 @@ class Request:
         "Where to compute the sums: auto, cpu, or what torch has: cuda, cuda:1, xpu, mps.",
         "auto",
     )
-    base: str | Path | None = _option(
-        "How", "CHECKPOINT", "The weights that a fine-tuning started from, to mix in."
-    )
+    base: str | Path | None = _base()
     base_share: float | None = _option(
         "How", "SHARE", "Their share, above 0 and below 1; the rest is the average."
     )
@@ -189,11 +204,7 @@ class FileRequest:
     max_shard_size: int | str | None = _option(
         "Output", "SIZE", "The largest shard of a sharded output.", shown="5GB"
     )
-    like: str | Path | None = _option(
-        "Output",
-        "CHECKPOINT",
-        "Make a copy of this checkpoint or model folder, with the average in place of its own.",
-    )
+    like: str | Path | None = _like()
     overwrite: bool = _option("Output", "", "Replace existing outputs.", False)
     distributed: bool = False
 
@@ -311,8 +322,120 @@ class OutputRequest(FileRequest, Request):
         at_most_one(like=self.like, exclude=self.exclude)
 
 
+@dataclass(frozen=True)
+class SweepRequest:
+    """A search for the best length of an average by a metric.
+
+    Arguments:
+        evaluate: a function that takes the tensors by name and returns the metric, a number, or the
+            metric and its standard error; or a command, as of `--eval`.
+        minimize, maximize: whether a lower or a higher metric is better: one of them is True.
+        look: show the images that a command makes of some lengths, without a metric.
+        metric: where a command prints its metric, as `--metric`; or what a function returns.
+        sigma_range, sigma_rels: the range to search, by default all whose lost gain is below 5 %,
+            or a list to measure.
+        budget: the most evaluations, of averages and of what they are compared with; None for as
+            many as the search makes.
+        jobs: commands that run side by side; a function is called in this thread.
+        base: the weights that a fine-tuning started from, as in `Request`: shares of them are
+            measured, too.
+        t, step: as in `Request`.
+        raw: the last weights, to measure them too, if the run lacks them: tensors by name, or a
+            checkpoint.
+        like: as in `FileRequest`, for a command's weights and the best average.
+        out: a folder for trials, logs, images, the best average and the page, with which the same
+            call continues (a function is known by its name: name another folder if it has changed);
+            None to keep nothing.
+
+    Raises:
+        InvalidValueError: an argument is invalid, or contradicts another one.
+    """
+
+    evaluate: str | Callable[[dict[str, torch.Tensor]], Any] = _option(
+        "How",
+        "COMMAND",
+        "The evaluation, without a shell. {weights} becomes an average's file; also {sigma_rel}, "
+        "{seed}, {dir}, {job}.",
+        MISSING,
+    )
+    _: KW_ONLY
+    minimize: bool | None = _option("How", "", "Lower is better.")
+    maximize: bool | None = _option("How", "", "Higher is better.")
+    look: bool = _option(
+        "How", "", "No metric: only show the images of some lengths, side by side.", False
+    )
+    metric: str | None = _option(
+        "How",
+        "KEY",
+        "The word before the number, such as loss in loss: 2.67, or its key in a JSON object; or "
+        "r.json:acc: acc of the newest r.json in {dir}.",
+        shown="the last line that is a number",
+    )
+    sigma_range: tuple[float, float] | None = None
+    sigma_rels: Sequence[float] | None = None
+    budget: int | None = _option(
+        "How",
+        "COUNT",
+        "The most evaluations: at least 4 beside those of your EMA and last weights.",
+        shown="what the search takes, some 8 to 25",
+    )
+    jobs: int = _option(
+        "How",
+        "COUNT",
+        "Evaluations side by side, each with its {job} and a CUDA device of its own.",
+        1,
+    )
+    base: str | Path | None = _base()
+    like: str | Path | None = _like()
+    t: float | None = _time()
+    step: int | None = _step()
+    raw: str | Path | Mapping[str, torch.Tensor] | None = _option(
+        "Which run", "CHECKPOINT", "The last weights, to measure them too: last.pt."
+    )
+    out: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        at_most_one(minimize=self.minimize, maximize=self.maximize, look=self.look)
+        at_most_one(look=self.look, metric=self.metric)
+        at_most_one(look=self.look, base=self.base)
+        at_most_one(sigma_range=self.sigma_range, sigma_rels=self.sigma_rels)
+        at_most_one(t=self.t, step=self.step)
+        self.is_lower_better  # noqa: B018  raises an error if it is not said
+        check_count("jobs", self.jobs)
+        if self.sigma_rels is not None and self.budget is not None:
+            reason = "bounds the search of a range, and a list is measured as it is"
+            raise InvalidValueError("budget", reason, value=self.budget)
+        if callable(self.evaluate):
+            if self.look:
+                raise InvalidValueError("look", "needs a command, which makes the images")
+        elif self.out is None:
+            raise InvalidValueError("out", "is required: a command has logs")
+        elif isinstance(self.raw, Mapping):
+            raise InvalidValueError("raw", "must be a checkpoint where a command measures it")
+        if self.like is not None and self.out is None:
+            reason = f"needs {argument('out')}, where the best average is a copy of it"
+            raise InvalidValueError("like", reason)
+
+    @cached_property
+    def folder(self) -> Path | None:
+        return None if self.out is None else files.local_path("out", self.out)
+
+    @cached_property
+    def is_lower_better(self) -> bool | None:
+        """Whether a lower metric is better; None of a look, which has no metric."""
+        if self.look:
+            return None
+        said = {self.minimize, None if self.maximize is None else not self.maximize} - {None}
+        if len(said) != 1:
+            words = f"{argument('minimize')} or {argument('maximize')}"
+            reason = f"say whether lower or higher is better: give {words}"
+            hint = f"or {argument('look')}, to compare images without a metric"
+            raise InvalidValueError("minimize", reason, hint)
+        return said.pop()
+
+
 def takes(
-    make: Callable[_P, Request],
+    make: Callable[_P, Any],
 ) -> Callable[[Callable[[_S, Any], _R]], Callable[Concatenate[_S, _P], _R]]:
     """Give a method that takes a request the arguments of the request."""
 

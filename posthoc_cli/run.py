@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +15,11 @@ from posthoc_cli.errors import (
     FileFormatError,
     InvalidValueError,
     PostHocError,
-    at_most_one,
 )
 from posthoc_cli.opening import open_sources
-from posthoc_cli.planning import USEFUL_RANGE, ErrorCurve, check_sigma_range
+from posthoc_cli.planning import USEFUL_RANGE, ErrorCurve
 from posthoc_cli.profiles import Point
-from posthoc_cli.request import OutputRequest, Request, Wanted, takes
+from posthoc_cli.request import OutputRequest, Request, SweepRequest, Wanted, takes
 from posthoc_cli.resources import ProgressBar, no_bar
 from posthoc_cli.snapshots.directory import (
     is_import,
@@ -40,8 +39,6 @@ from posthoc_cli.synthesis.plan import Plan, announce_plan, plan_synthesis
 from posthoc_cli.synthesis.weights import Weights, make_weights
 
 if TYPE_CHECKING:
-    import torch
-
     from posthoc_cli.checkpoints.audit import Audit
     from posthoc_cli.export.writing import SynthesisReport
     from posthoc_cli.sweep import SweepReport
@@ -166,78 +163,21 @@ class Run:
 
         return write_averages(lambda: self.sources, request)
 
-    def sweep(
-        self,
-        evaluate: str | Callable[[dict[str, torch.Tensor]], Any],
-        *,
-        minimize: bool | None = None,
-        maximize: bool | None = None,
-        metric: str | None = None,
-        sigma_range: tuple[float, float] | None = None,
-        sigma_rels: Sequence[float] | None = None,
-        budget: int | None = None,
-        t: float | None = None,
-        step: int | None = None,
-        raw: str | Path | Mapping[str, torch.Tensor] | None = None,
-        base: str | Path | None = None,
-        jobs: int = 1,
-        out: str | Path | None = None,
-    ) -> SweepReport:
+    @takes(SweepRequest)
+    def sweep(self, request: SweepRequest) -> SweepReport:
         """Find the best length of an average by a metric, as `ema sweep` does. A notebook shows the
         report with its curve.
 
-        Arguments:
-            evaluate: a function that takes the tensors by name and returns the metric, a number, or
-                the metric and its standard error; or a command, as of `--eval`.
-            minimize, maximize: whether a lower or a higher metric is better: one of them is True.
-            metric: where a command prints its metric, as `--metric`; or what a function returns.
-            sigma_range, sigma_rels: the range to search, by default all whose lost gain is below 5
-                %, or a list to measure.
-            budget: the most evaluations, of averages and of what they are compared with.
-            t, step: as in `plan_synthesis`.
-            raw: the last weights, to measure them too: tensors by name, or a checkpoint.
-            base: the weights that a fine-tuning started from, as in `Request`: shares of them are
-                measured, too.
-            jobs: commands that run side by side; a function is called in this thread.
-            out: a folder for trials, logs, the best average and the page, with which the same call
-                continues (a function is known by its name: name another folder if it has changed);
-                None to keep nothing.
-
-        Raises the errors of `Sweep.run`, and what the function raises.
+        Raises the errors of `Sweep.run`, and what a function raises.
         """
-        from posthoc_cli.sweep import Lengths, Metric, Sweep
+        from posthoc_cli.sweep import Sweep
 
-        is_lower_better = {minimize, None if maximize is None else not maximize} - {None}
-        if len(is_lower_better) != 1:
-            reason = "say whether lower or higher is better: give minimize=True or maximize=True"
-            raise InvalidValueError("minimize", reason)
-        at_most_one(sigma_range=sigma_range, sigma_rels=sigma_rels)
-        lengths = None
-        if sigma_range is not None:
-            lengths = Lengths(*check_sigma_range(sigma_range))
-        if sigma_rels is not None:
-            lengths = Lengths.from_list(sigma_rels)
-        folder = None if out is None else files.local_path("out", out)
-        search = Sweep(
-            self.sources,
-            evaluate,
-            Metric() if metric is None else Metric.parse(metric),
-            folder,
-            lengths=lengths,
-            minimize=is_lower_better.pop(),
-            budget=budget,
-            t=t,
-            step=step,
-            raw=Path(raw) if isinstance(raw, str) else raw,
-            base=None if base is None else files.check_path("base", base),
-            jobs=jobs,
-        )
-        report = search.run()
-        if folder is None:
+        report = Sweep(self.sources, request).run()
+        if request.folder is None:
             return report
         from posthoc_cli.report.page import write_page
 
-        return write_page(report, folder)
+        return write_page(report, request.folder)
 
     # --- errors
 

@@ -30,7 +30,7 @@ def demo(
     """
     from posthoc_cli.demo import free_folder, run
 
-    count = options.parse_count(steps, "--steps", "6000, 6e3 or 6K")
+    count = options.parse_count(steps, "--steps")
     say = output.print_note if as_json else output.print_line
     folder = free_folder() if out is None else files.local_path("--out", out)
     progress = output.progress_bar(unit="steps")

@@ -72,7 +72,7 @@ def error_plot(
         schedule = Schedule(
             options.parse_count(steps, "--steps"),
             options.parse_count(every or "1000", "--every"),
-            options.parse_count(keep or "20", "--keep", "20"),
+            options.parse_count(keep or "20", "--keep"),
         )
         at = options.optional(options.parse_time, t)
         curves.append(schedule.error_curve(ends, t=at, method=method, others=targets))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields
 from functools import partial, wraps
 from inspect import Parameter, signature
 from pathlib import Path
@@ -16,7 +16,7 @@ from typer import Argument, Option
 from posthoc_cli import errors, files, resources, targets
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.planning import check_sigma_range
-from posthoc_cli.request import Help, OutputRequest
+from posthoc_cli.request import Help, OutputRequest, SweepRequest
 from posthoc_cli.targets import Beta, SigmaRel, Target, bad, parse_numbers
 
 if TYPE_CHECKING:
@@ -55,17 +55,15 @@ TARGET = TARGETS(
     metavar="KIND:VALUE",
     help=f"Other averages: {targets.EXAMPLES}; also lists or ranges. Repeatable.",
 )
-_FIELDS = {field.name: field for field in fields(OutputRequest)}
-_FLAGS = {"overwrite": ("--overwrite", "-f")}
+_FLAGS = {"overwrite": ("--overwrite", "-f"), "evaluate": ("--eval",)}
 
 
-def make_option(name: str) -> Any:
+def make_option(field: Field[Any]) -> Any:
     """Make the option for a field of a request."""
-    default = _FIELDS[name].default
-    help: Help = _FIELDS[name].metadata["help"]
+    help: Help = field.metadata["help"]
     return Option(
-        default,
-        *_FLAGS.get(name, (f"--{name.replace('_', '-')}",)),
+        ... if field.default is MISSING else field.default,
+        *_name_option(field),
         metavar=help.metavar or None,
         show_default=help.default or True,
         help=help.text,
@@ -73,15 +71,18 @@ def make_option(name: str) -> Any:
     )
 
 
-METHOD = make_option("method")
-LAYOUT = make_option("layout")
-DTYPE = make_option("dtype")
-LIKE_MODEL = make_option("like")
-BASE = make_option("base")
-TIME = make_option("t")
-STEP = make_option("step")
-MAX_SHARD_SIZE = make_option("max_shard_size")
-OVERWRITE = make_option("overwrite")
+def _name_option(field: Field[Any]) -> tuple[str, ...]:
+    return _FLAGS.get(field.name, (f"--{field.name.replace('_', '-')}",))
+
+
+_FIELDS = {field.name: field for field in fields(OutputRequest)}
+METHOD = make_option(_FIELDS["method"])
+LAYOUT = make_option(_FIELDS["layout"])
+DTYPE = make_option(_FIELDS["dtype"])
+LIKE_MODEL = make_option(_FIELDS["like"])
+TIME = make_option(_FIELDS["t"])
+MAX_SHARD_SIZE = make_option(_FIELDS["max_shard_size"])
+OVERWRITE = make_option(_FIELDS["overwrite"])
 STEP_FROM = RARE(
     None,
     metavar="PATTERN",
@@ -111,24 +112,20 @@ JSON = OUTPUT(False, "--json", help="Print one JSON object.")
 # --- values
 
 
-def parse_count(
-    text: str,
-    option: str,
-    example: str = "100000, 1e5 or 100K",
-) -> int:
+def parse_count(text: str, option: str) -> int:
     """Parse a whole number, such as 1.2e9, 1.2B, 350M or 350,000,000."""
     value = resources.parse_amount(text, resources.COUNTS)
     if value is None or value > resources.MOST or value != value.to_integral_value():
         limit = ", at most 9e18" if value is not None and value > resources.MOST else ""
-        raise bad(option, text, f"must be a whole number{limit}, such as {example}")
+        raise bad(option, text, f"must be a whole number{limit}, such as 20, 1e5 or 100K")
     return int(value)
 
 
-def parse_time(text: str) -> float:
-    """Parse the training time of `--t`, which may have a fraction."""
+def parse_time(text: str, option: str = "--t") -> float:
+    """Parse a training time, which may have a fraction."""
     value = resources.parse_amount(text, resources.COUNTS)
     if value is None:
-        raise bad("--t", text, "must be a number, such as 50000, 5e4 or 50K")
+        raise bad(option, text, "must be a number, such as 50000, 5e4 or 50K")
     return float(value)
 
 
@@ -141,7 +138,7 @@ def parse_sigma_range(text: str) -> tuple[float, float]:
         raise bad("--sigma-range", text, error.reason) from error
 
 
-def parse_part(text: str, option: str, example: str) -> float:
+def parse_part(text: str, option: str) -> float:
     """Parse a part of a whole: 0.01, or 1% for the same; the library checks its limits."""
     number = text.strip()
     scale = 1
@@ -151,7 +148,7 @@ def parse_part(text: str, option: str, example: str) -> float:
     try:
         return float(number) / scale
     except ValueError:
-        raise bad(option, text, f"must be a number in (0, 1), such as {example}") from None
+        raise bad(option, text, "must be a number in (0, 1), such as 0.05 or 5%") from None
 
 
 def parse_targets(
@@ -171,48 +168,54 @@ def parse_targets(
     return list(dict.fromkeys(parsed))
 
 
-def with_request(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of a request, whose values it gets by name as `request`, parsed.
+def with_request(
+    kind: type[OutputRequest | SweepRequest],
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of a request in place of its argument `request`: their values by
+    name, parsed.
 
     Layout and size of shards follow from the output's name, and `ema export` changes them.
     """
-    asked = [
-        name
-        for name, each in _FIELDS.items()
-        if "help" in each.metadata and name not in ("layout", "max_shard_size")
-    ]
+    asked = []
+    for field in fields(kind):
+        if "help" in field.metadata and field.name not in ("layout", "max_shard_size"):
+            asked.append(field)
 
-    @wraps(command)
-    def call(**values: Any) -> None:
-        request = {}
-        for name in asked:
-            value = values.pop(name)
-            if name in _PARSED and value is not None:
-                value = _PARSED[name](value)
-            request[name] = value
-        command(**values, request=request)
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def call(**values: Any) -> None:
+            request = {field.name: _parse(field, values.pop(field.name)) for field in asked}
+            command(**values, request=request)
 
-    own = signature(command)
-    parameters = dict(own.parameters)
-    del parameters["request"]
-    types = get_type_hints(command)
-    for name in asked:
-        types[name] = _find_type(name)
-        parameters[name] = Parameter(name, Parameter.KEYWORD_ONLY, default=make_option(name))
-    vars(call)["__signature__"] = own.replace(parameters=[*parameters.values()])
-    call.__annotations__ = types
-    return call
+        own = signature(command)
+        types = get_type_hints(command)
+        parameters = []
+        for parameter in own.parameters.values():
+            if parameter.name != "request":
+                parameters.append(parameter)
+                continue
+            for field in asked:
+                types[field.name] = _find_type(field)
+                option = make_option(field)
+                parameters.append(Parameter(field.name, Parameter.KEYWORD_ONLY, default=option))
+        vars(call)["__signature__"] = own.replace(parameters=parameters)
+        call.__annotations__ = types
+        return call
+
+    return decorate
 
 
-def _find_type(name: str) -> Any:
+def _find_type(field: Field[Any]) -> Any:
     """Find the type of a field's option for the parser of the command line."""
+    if field.type in ("bool", "bool | None"):
+        return bool
     known = {
         "method": Method | None,
         "dtype": Dtype | None,
         "include": list[str],
         "exclude": list[str],
     }
-    return bool if _FIELDS[name].default is False else known.get(name, str | None)
+    return known.get(field.name, str | None)
 
 
 def optional(
@@ -269,15 +272,21 @@ def _check_content(path: Path) -> None:
         raise InvalidValueError(path, reason)
 
 
-_PARSED: dict[str, Callable[[Any], Any]] = {
-    "t": parse_time,
-    "step": partial(parse_count, option="--step"),
-    "max_error": partial(parse_part, option="--max-error", example="0.01 or 1%"),
-    "like": check_exists,
-    "base": check_exists,
-    "base_share": partial(parse_part, option="--base-share", example="0.2 or 20%"),
+_PARSED: dict[str, Callable[[str, str], Any]] = {
+    "COUNT": parse_count,
+    "TIME": parse_time,
+    "ERROR": parse_part,
+    "SHARE": parse_part,
+    "CHECKPOINT": lambda path, option: check_exists(path, name=option),
 }
-"""Turn the texts of options for the fields of a request into values."""
+"""Turn the text of an option for a field of a request into its value, by its metavar."""
+
+
+def _parse(field: Field[Any], value: Any) -> Any:
+    parse = _PARSED.get(field.metadata["help"].metavar)
+    if parse is None or not isinstance(value, str):
+        return value
+    return parse(value, _name_option(field)[0])
 
 
 def new_picture(out: str | None, overwrite: bool) -> Path | None:

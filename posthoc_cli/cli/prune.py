@@ -35,7 +35,7 @@ def prune(
     the directory; an interruption leaves a valid directory.
     """
     at_most_one(yes=yes, dry_run=dry_run)
-    count = options.parse_count(keep, "--keep", "20")
+    count = options.parse_count(keep, "--keep")
     can_ask = sys.stdin.isatty() and not as_json
     ends = options.parse_sigma_range(sigma_range)
     run = options.open_run(directory)

@@ -7,12 +7,14 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from posthoc_cli import files
 from posthoc_cli.cli import options, output
 from posthoc_cli.errors import InvalidValueError, Log, at_most_one
+from posthoc_cli.request import SweepRequest
 from posthoc_cli.targets import Beta, parse_values
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ def _refuse_run(value: str | None) -> None:
         raise InvalidValueError("--run", "is called --eval")
 
 
+@options.with_request(SweepRequest)
 def sweep(
     directory: str = options.DIRECTORY_OR_CHECKPOINTS,
     sigma_rel: str | None = options.TARGETS(
@@ -42,15 +45,6 @@ def sweep(
         metavar="DECAYS",
         help="The same range or list by the decays of EMAs: 0.99:0.9999.",
     ),
-    evaluate: str = options.HOW(
-        ...,
-        "--eval",
-        metavar="COMMAND",
-        help=(
-            "The evaluation, without a shell. {weights} becomes an average's file; also "
-            "{sigma_rel}, {seed}, {dir}, {job}."
-        ),
-    ),
     old_name: str | None = options.HOW(  # noqa: ARG001
         None,
         "--run",
@@ -60,31 +54,8 @@ def sweep(
         expose_value=False,
         help="The former name of --eval.",
     ),
-    metric: str | None = options.HOW(
-        None,
-        metavar="KEY",
-        show_default="the last line that is a number",
-        help=(
-            "The word before the number, such as loss in loss: 2.67, or its key in a JSON object; "
-            "or r.json:acc: acc of the newest r.json in {dir}."
-        ),
-    ),
-    minimize: bool = options.HOW(False, "--minimize", help="Lower is better."),
-    maximize: bool = options.HOW(False, "--maximize", help="Higher is better."),
-    look: bool = options.HOW(
-        False, "--look", help="No metric: only show the images of some lengths, side by side."
-    ),
-    budget: str | None = options.HOW(
-        None,
-        metavar="COUNT",
-        show_default="what the search takes, some 8 to 25",
-        help="The most evaluations: at least 4 beside those of your EMA and last weights.",
-    ),
-    jobs: str = options.HOW(
-        "1",
-        metavar="COUNT",
-        help="Evaluations side by side, each with its {job} and a CUDA device of its own.",
-    ),
+    *,
+    request: dict[str, Any],
     out: str = options.OUTPUT(
         "sweep",
         "--out",
@@ -92,14 +63,7 @@ def sweep(
         metavar="FOLDER",
         help="Folder for trials, logs and the best average: new, or of an earlier sweep.",
     ),
-    like: str | None = options.LIKE_MODEL,
-    base: str | None = options.BASE,
     as_json: bool = options.JSON,
-    t: str | None = options.TIME,
-    step: str | None = options.STEP,
-    raw: str | None = options.RUN(
-        None, metavar="CHECKPOINT", help="The last weights, to measure them too: last.pt."
-    ),
 ) -> None:
     """Find the best length by your own metric, or by eye.
 
@@ -120,42 +84,23 @@ def sweep(
     """
     from posthoc_cli.checkpoints.ask import QuestionError
     from posthoc_cli.report.page import write_page
-    from posthoc_cli.sweep import Lengths, Metric, Sweep
+    from posthoc_cli.sweep import Lengths, Sweep
 
-    at_most_one(minimize=minimize, maximize=maximize, look=look)
-    if not (minimize or maximize or look):
-        reason = "say whether lower or higher is better: add --minimize or --maximize"
-        hint = "or --look, to compare images without a metric"
-        raise InvalidValueError("--minimize", reason, hint)
-    at_most_one(look=look, metric=metric)
-    at_most_one(look=look, base=base)
     at_most_one(sigma_rel=sigma_rel, decay=decay)
-    lengths = options.optional(Lengths.parse, sigma_rel, "--sigma-rel")
     folder = files.local_path("--out", out)
+    asked = SweepRequest(**request, out=folder)
+    lengths = options.optional(Lengths.parse, sigma_rel, "--sigma-rel")
     run = options.open_run(directory)
-    at = options.optional(options.parse_time, t)
-    count = options.optional_count(step, "--step")
     if decay is not None:
-        lengths = Lengths.parse(decay, "--decay", _count_steps(run, decay, at, count))
-    most = options.optional_count(budget, "--budget")
-    if most is not None and lengths is not None and lengths.listed:
-        reason = "bounds the search of a range, and a list is measured as it is"
-        raise InvalidValueError("budget", reason, value=most)
+        steps = _count_steps(run, decay, asked.t, asked.step)
+        lengths = Lengths.parse(decay, "--decay", steps)
+    if lengths is not None:
+        ends = None if lengths.listed else (lengths.low, lengths.high)
+        asked = replace(asked, sigma_rels=lengths.listed or None, sigma_range=ends)
     listing = _Listing(folder, output.print_note if as_json else output.print_line)
     search = Sweep(
         run.sources,
-        evaluate,
-        Metric() if metric is None else Metric.parse(metric),
-        folder,
-        lengths=lengths,
-        minimize=None if look else minimize,
-        budget=most,
-        t=at,
-        step=count,
-        jobs=options.parse_count(jobs, "--jobs", "4"),
-        like=options.optional(options.check_exists, like),
-        raw=options.optional(options.check_exists, raw),
-        base=options.optional(options.check_exists, base),
+        asked,
         rerun_command=shlex.join(["ema", *sys.argv[1:]]),
         on_trial=listing.add,
         progress=output.progress_bar("trials"),

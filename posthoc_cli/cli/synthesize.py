@@ -9,9 +9,10 @@ from posthoc_cli import resources
 from posthoc_cli.cli import options, output
 from posthoc_cli.errors import InvalidValueError, at_most, count_noun, percent
 from posthoc_cli.report.facts import make_title
+from posthoc_cli.request import OutputRequest
 
 
-@options.with_request
+@options.with_request(OutputRequest)
 def synthesize(
     directory: str = options.DIRECTORY_OR_CHECKPOINTS,
     sigma_rel: list[str] = options.SIGMA_REL,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
+from posthoc_cli import files
 from posthoc_cli.errors import (
     CommandError,
     InvalidValueError,
@@ -22,9 +23,9 @@ from posthoc_cli.errors import (
     percent,
 )
 from posthoc_cli.export.writing import write_averages
-from posthoc_cli.planning import SMALL_LOSS
+from posthoc_cli.planning import SMALL_LOSS, check_sigma_range
 from posthoc_cli.profiles import UNIFORM_SIGMA_REL
-from posthoc_cli.request import OutputRequest
+from posthoc_cli.request import OutputRequest, SweepRequest
 from posthoc_cli.resources import ProgressBar, no_bar
 from posthoc_cli.snapshots.sources import Sources, announce, announce_doubts, count_sources
 from posthoc_cli.sweep import images
@@ -56,9 +57,6 @@ from posthoc_cli.sweep.weights import (
 from posthoc_cli.synthesis.curve import run_curve
 from posthoc_cli.synthesis.plan import note_base
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 log = logging.getLogger(__name__)
 
 MOST_CHECKPOINTS = 4  # single ones of the user that a search measures
@@ -67,25 +65,11 @@ _DIRECTIONS = {True: "minimize", False: "maximize", None: "look"}
 
 @dataclass(eq=False)
 class Sweep:
-    """A search for the best length of an average by a user's evaluation; or, if `minimize` is None,
-    a look at the images that it makes of some lengths."""
+    """A search for the best length of an average by a user's evaluation; or a look at the images
+    that it makes of some lengths."""
 
     sources: Sources
-    # a command line with `{weights}`, or a function of the tensors by name that returns the metric
-    evaluate: str | Callable[[dict[str, Tensor]], Any]
-    metric: Metric  # of a command
-    # folder for the records, logs, images and the best average; a function needs none
-    out: Path | None
-    lengths: Lengths | None = None  # by default see `searchable_lengths`
-    minimize: bool | None = True
-    budget: int | None = None  # the most evaluations; None for as many as the search makes
-    t: float | None = None
-    step: int | None = None
-    like: Path | None = None  # as in `Run.write`
-    # a checkpoint with the last weights, or for a function the tensors, if the run lacks them
-    raw: Path | Mapping[str, Tensor] | None = None
-    base: Path | None = None  # the weights that a fine-tuning started from, to mix in
-    jobs: int = 1  # commands that run side by side
+    request: SweepRequest
     rerun_command: str = ""  # the command line that repeats this sweep
     # called with every trial when it ends, its title, its number, and about how many there will be
     on_trial: Callable[[Trial, str, int, int], None] = lambda *_: None
@@ -101,40 +85,42 @@ class Sweep:
             CommandError: two trials in a row have failed alike, or all have the same metric, and
                 random weights have it, too.
         """
-        check_count("jobs", self.jobs)
+        request = self.request
+        self._minimize = request.is_lower_better
+        self._out = request.folder
+        self._like = None if request.like is None else files.local_path("like", request.like)
+        self._metric = Metric() if request.metric is None else Metric.parse(request.metric)
         self._evaluation = self._make_evaluation()
-        longest = 0.2 if self.lengths is None else self.lengths.high
-        request = OutputRequest(
-            longest,
-            None,
-            t=self.t,
-            step=self.step,
-            like=self.like,
-            dry_run=True,
-            base=self.base,
-            base_share=None if self.base is None else 0.5,
-        )
+        lengths, notes = named_lengths(request), list[str]()
         announce(self.sources)
-        written = write_averages(lambda: self.sources, request, is_quiet=True)
+        planned = OutputRequest(
+            0.2 if lengths is None else lengths.high,
+            t=request.t,
+            step=request.step,
+            like=request.like,
+            dry_run=True,
+            base=request.base,
+            base_share=None if request.base is None else 0.5,
+        )
+        written = write_averages(lambda: self.sources, planned, is_quiet=True)
         assert written is not None  # as of a process other than the first one
         note_base(written.plan)
         announce_doubts(self.sources)
         self._base = written.plan.base
         self._t = written.plan.t
         self._held = HeldSources(hold_until(self.sources, self._t))
-        lengths, notes = self.lengths, list[str]()
         if lengths is None:
             lengths = searchable_lengths(self.sources, self._t, notes)
-        compared = find_compared(self.sources, self._t, self.raw)
+        compared = find_compared(self.sources, self._t, request.raw)
         self._checkpoints = find_checkpoints(self.sources)
         own = find_own_ema(self.sources)
         _, *ends = sorted({*self.sources.times})  # an average of one time is none
         search = Search(
             lengths,
-            self.minimize,
+            self._minimize,
             self._t,
             tuple(end for end in ends if end <= self._t),
-            self.base is not None,
+            self._base is not None,
             self._bound(compared),
         )
         self._report = SweepReport(
@@ -143,7 +129,7 @@ class Sweep:
             newest_t=self.sources.t,
             compared=tuple(weights.title for weights in compared),
             own_ema=None if own is None else own.title,
-            metric=self.metric.key or "metric",
+            metric=self._metric.key or "metric",
             settings=self._describe(),
             steps=written.plan.steps,
             t_unit=self.sources.t_unit,
@@ -152,16 +138,16 @@ class Sweep:
             findings=self.sources.findings,
         )
         self._note(*notes)
-        if self.out is None:
+        if self._out is None:
             self._search(compared)
             return self._report
-        with locked_folder(self.out):
-            recorded = read_trials(self.out, self._report.settings, self.minimize is None)
+        with locked_folder(self._out):
+            recorded = read_trials(self._out, self._report.settings, self._minimize is None)
             self._report = self._report.with_trials(filter(self._is_asked, recorded))
             self._search(compared)
-            if self.minimize is not None:
-                self._report = replace(self._report, outputs=(self._write_best(self.out),))
-            self._report.write(self.out)
+            if self._minimize is not None:
+                self._report = replace(self._report, outputs=(self._write_best(self._out),))
+            self._report.write(self._out)
             return self._report
 
     def _search(self, compared: Sequence[Candidate]) -> None:
@@ -172,8 +158,8 @@ class Sweep:
             self._started = len(self._report.trials)
             advance(self._started)
             for trial in self._measure_all(compared):
-                if self.out is not None:
-                    record(self.out, trial)
+                if self._out is not None:
+                    record(self._out, trial)
                 title = self._report.title(trial)
                 self.on_trial(trial, title, len(self._report.trials), self._expected)
                 advance(1)
@@ -185,26 +171,24 @@ class Sweep:
             raise CommandError("the sweep", reason, "does the evaluation use the weights?")
 
     def _make_evaluation(self) -> Evaluation:
-        if callable(self.evaluate):
-            return Function(self.evaluate)
-        if self.out is None:
-            raise InvalidValueError("out", "is required: a command has logs")
-        if isinstance(self.raw, Mapping):
-            raise InvalidValueError("raw", "must be a checkpoint where a command measures it")
-        metric = None if self.minimize is None else self.metric
-        check_command(self.evaluate, metric)
-        return Command(self.evaluate, metric, self.out, self.like, self.jobs)
+        evaluate = self.request.evaluate
+        if callable(evaluate):
+            return Function(evaluate)
+        assert self._out is not None  # the request says so
+        metric = None if self._minimize is None else self._metric
+        check_command(evaluate, metric)
+        return Command(evaluate, metric, self._out, self._like, self.request.jobs)
 
     def _bound(self, compared: Sequence[Candidate]) -> int | None:
         """Compute how many averages may be measured beside what they are compared with, and one
         more: your own EMA again, or random weights."""
-        if self.budget is None:
+        if self.request.budget is None:
             return None
         hint = f"at least {LEAST_BUDGET} averages are measured"
         if compared:
             hint += f", and {list_first(weights.title for weights in compared)}"
-        check_count("budget", self.budget, LEAST_BUDGET + len(compared), hint)
-        return max(LEAST_BUDGET, self.budget - len(compared) - 1)
+        check_count("budget", self.request.budget, LEAST_BUDGET + len(compared), hint)
+        return max(LEAST_BUDGET, self.request.budget - len(compared) - 1)
 
     def _is_asked(self, trial: Trial) -> bool:
         search = self._report.search
@@ -221,9 +205,9 @@ class Sweep:
             "run": self.sources.run_id,
             "t": self._t,
             "command": self._evaluation.name,
-            "metric": None if self.minimize is None else self.metric.text,
-            "direction": _DIRECTIONS[self.minimize],
-            "like": None if self.like is None else str(self.like.resolve()),
+            "metric": None if self._minimize is None else self._metric.text,
+            "direction": _DIRECTIONS[self._minimize],
+            "like": None if self._like is None else str(self._like.resolve()),
             "base": None if self._base is None else str(self._base.path),
             "base_hash": None if self._base is None else self._base.identity,
         }
@@ -236,11 +220,11 @@ class Sweep:
         return max(planned, len(report.trials))
 
     def _write_best(self, out: Path) -> Path:
-        ending = ending_like(self.like)
+        ending = ending_like(self._like)
         path = out / f"best{ending}"
         if not ending:  # a folder is never overwritten
             images.remove(path)
-        self._find_best().write(path, self.like, overwrite=bool(ending))
+        self._find_best().write(path, self._like, overwrite=bool(ending))
         return path
 
     def _find_best(self) -> RunWeights:
@@ -252,7 +236,7 @@ class Sweep:
         return self._average(report.search.best)
 
     def _average(self, spot: Spot) -> RunWeights:
-        return average(self._held, spot, self._report.search.end_of(spot), self.base)
+        return average(self._held, spot, self._report.search.end_of(spot), self.request.base)
 
     # --- trials
 
@@ -263,7 +247,7 @@ class Sweep:
             first = []
             yield from self._measure(batch)
             self._check_failures()
-        if self.minimize is None:
+        if self._minimize is None:
             return
         yield from self._measure_checkpoints()
         if self._report.estimate.noise > 0 and self._may_go_on():
@@ -282,11 +266,11 @@ class Sweep:
             times = [called_best, *times]
         found = [self._checkpoints[t] for t in dict.fromkeys(times) if t in self._checkpoints]
         left = MOST_CHECKPOINTS
-        if self.budget is not None:
+        if self.request.budget is not None:
             claimed = 0 if search.estimate.noise == 0 else 1 + len(FRESH)
             own = {weights.title for weights in found}  # a continued sweep has their trials
             spent = sum(trial.target not in own for trial in self._report.trials)
-            left = min(left, max(0, self.budget - spent - claimed))
+            left = min(left, max(0, self.request.budget - spent - claimed))
         if self._report.all_tied or not (chosen := found[:left]):
             return
         titles = tuple(weights.title for weights in chosen)
@@ -299,7 +283,7 @@ class Sweep:
 
     def _may_go_on(self) -> bool:
         """Whether the budget leaves an evaluation."""
-        return self.budget is None or len(self._report.trials) < self.budget
+        return self.request.budget is None or len(self._report.trials) < self.request.budget
 
     def _may_be_unused(self) -> bool:
         """Whether all have the same metric, also random weights that were measured, as if the
@@ -326,7 +310,7 @@ class Sweep:
         known = {(trial.target, trial.seed) for trial in before}
         waiting = [pair for pair in batch if (pair[0].title, pair[1]) not in known]
         order = [(weights.title, seed) for weights, seed in waiting]
-        free = [*range(self.jobs)]
+        free = [*range(self.request.jobs)]
         running = dict[Future[tuple[float | None, float | None]], _Running]()
         ended: list[Trial] = []
         while waiting or running:
@@ -409,8 +393,8 @@ class Sweep:
 
     def _check_failures(self) -> None:
         """Raise a CommandError if too many lengths have failed; of a look, if it has no image."""
-        if self.minimize is None:
-            if self.out is not None and not (self.out / images.FOLDER).is_dir():
+        if self._minimize is None:
+            if self._out is not None and not (self._out / images.FOLDER).is_dir():
                 reason = "no trial has left an image in {dir}"
                 raise CommandError("the sweep", f"{reason}: {', '.join(images.ENDINGS)}")
             return
@@ -447,6 +431,15 @@ class _Running:
 
 def _fail(reason: str) -> NoReturn:
     raise TrialError(reason)
+
+
+def named_lengths(request: SweepRequest) -> Lengths | None:
+    """Find the lengths that are asked for; None to search all that are exact enough."""
+    if request.sigma_range is not None:
+        return Lengths(*check_sigma_range(request.sigma_range))
+    if request.sigma_rels is not None:
+        return Lengths.from_list(request.sigma_rels)
+    return None
 
 
 def searchable_lengths(sources: Sources, t: float, notes: list[str]) -> Lengths:

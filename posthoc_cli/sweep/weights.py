@@ -110,7 +110,7 @@ class RunWeights(Candidate):
     held: HeldSources
     target: Target
     time: float
-    base: Path | None = None  # None without a share of it
+    base: str | Path | None = None  # None without a share of it
 
     def write(self, path: Path, like: Path | None, overwrite: bool = False) -> Plan:
         request = OutputRequest(self.target, path, like=like, overwrite=overwrite, **self._options)
@@ -250,7 +250,7 @@ def _move(plain: Path, path: Path, like: Path | None) -> None:
         export_file(plain, path, like=like)
 
 
-def average(held: HeldSources, spot: Spot, time: float, base: Path | None) -> RunWeights:
+def average(held: HeldSources, spot: Spot, time: float, base: str | Path | None) -> RunWeights:
     """Find the average of a spot, which ends at `time`."""
     return RunWeights(
         title=spot.title,
@@ -277,10 +277,12 @@ def find_own_ema(sources: Sources) -> RunWeights | None:
 
 
 def find_compared(
-    sources: Sources, t: float, raw: Path | Mapping[str, Tensor] | None = None
+    sources: Sources, t: float, raw: str | Path | Mapping[str, Tensor] | None = None
 ) -> list[Candidate]:
     """Find what averages at the time `t` are compared with, where it is known: the user's own
     newest EMA, the last weights, also in `raw`, and the weights at an earlier `t`."""
+    if isinstance(raw, str):
+        raw = files.check_path("raw", raw)
     points = {}
     for source in sources:
         if isinstance(source.profile, Point):

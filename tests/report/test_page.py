@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 
 from posthoc_cli import Run, import_checkpoints
 from posthoc_cli.report.page import write_page
-from posthoc_cli.sweep import Lengths, Metric, Sweep
+from posthoc_cli.request import SweepRequest
+from posthoc_cli.sweep import Sweep
 
 EVIL = "<script>alert(1)</script>\"'&"
 
@@ -32,15 +33,12 @@ def images(page, kind):
     return [base64.b64decode(content) for content in found]
 
 
-def sweep(run, out, lengths, command="sh -c 'echo {sigma_rel}' {weights}", **options):
+def sweep(run, out, lengths, command="sh -c 'echo {sigma_rel}' {weights}", again="", **options):
     """Sweep over a metric that is by default the length of each trial; write the page."""
-    report = Sweep(run.sources, command, Metric(), out, lengths, **options).run()
+    request = SweepRequest(command, sigma_rels=lengths, out=out, **{"minimize": True} | options)
+    report = Sweep(run.sources, request, again).run()
     (*_, page) = write_page(report, out).outputs
     return page
-
-
-def widths(*values):
-    return Lengths.from_list(values)
 
 
 def twenty_snapshots(folder, shapes, **fields):
@@ -57,9 +55,9 @@ def text(tmp_path_factory):
     fails = f'echo "{EVIL[:-3]}" >&2; exit 1'
     script = f"if [ {{sigma_rel}} = 0.05 ]; then {fails}; fi; echo {{sigma_rel}}"
     command = f"sh -c '{script}' {{weights}}"
-    lengths = widths(0.05, 0.1, 0.2, 0.25)
+    lengths = [0.05, 0.1, 0.2, 0.25]
     again = "ema sweep --eval <b>"
-    return sweep(run, folder / "a b<i>", lengths, command, rerun_command=again).read_text()
+    return sweep(run, folder / "a b<i>", lengths, command, again).read_text()
 
 
 def test_a_page_has_the_answer_its_figure_and_every_trial(text):
@@ -103,7 +101,7 @@ def looks(folder, count):
     command = f'sh -c "{script}" sh {{weights}} {{sigma_rel}} {{dir}}'.replace('"$3/', '\\"$3/')
     command = command.replace('.png"', '.png\\"')
     run = Run(folder / "run")
-    return sweep(run, folder / "sweep", widths(0.1, 0.05, 0.2), command, minimize=False)
+    return sweep(run, folder / "sweep", [0.1, 0.05, 0.2], command, minimize=False)
 
 
 @pytest.fixture(scope="module", params=[1, 2])
@@ -204,7 +202,7 @@ def choose_lengths(page):
 def test_the_command_of_a_page_makes_the_same_average(ema, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = twenty_snapshots(tmp_path / "run", {"a": (30, 10)})
-    page = sweep(run, tmp_path / "out", widths(0.1, 0.2, 0.25), t=12)
+    page = sweep(run, tmp_path / "out", [0.1, 0.2, 0.25], t=12)
     (command,) = re.findall(r"ema (synthesize .*)", shown(page.read_text()))
     assert re.search(r"--sigma-rel 0\.1 --t 12 --out sigma_rel-0\.1\.safetensors *$", command)
     assert ema(*shlex.split(command)).code == 0

@@ -20,20 +20,23 @@ from safetensors.torch import load_file, save_file
 
 from posthoc_cli import PostHocEMA, PostHocError, Run, import_checkpoints
 from posthoc_cli.errors import FileFormatError, LockedError, MismatchError, OutputExistsError
+from posthoc_cli.request import SweepRequest
 from posthoc_cli.snapshots.directory import DirectoryLock
-from posthoc_cli.sweep import Lengths, Metric, Sweep
+from posthoc_cli.sweep import Sweep
 from posthoc_cli.sweep.images import list_images
 from posthoc_cli.sweep.report import summarize
-from posthoc_cli.sweep.search import Trial
+from posthoc_cli.sweep.search import Lengths, Trial
 
 LENGTHS = (0.05, 0.1, 0.2)
-PRINTED = Metric()
-LIST = Lengths.from_list(LENGTHS)
 BOWL = "awk 'BEGIN { print log({sigma_rel} / 0.1) ^ 2 }' {weights}"
 
 
-def swept(run, out, command=BOWL, metric=PRINTED, lengths=LIST, **options):
-    return Sweep(run.sources, command, metric, out, lengths, **options).run()
+def swept(run, out, command=BOWL, metric=None, **options):
+    """Sweep over the lengths above, or over those of the options, for the lowest metric."""
+    lengths = {} if "sigma_range" in options else {"sigma_rels": LENGTHS}
+    direction = {"minimize": not options.get("look")}
+    request = SweepRequest(command, metric=metric, out=out, **lengths | direction | options)
+    return Sweep(run.sources, request).run()
 
 
 def shell(script):
@@ -49,7 +52,7 @@ def names(folder):
 def test_a_search_finds_the_best_length_measures_it_and_leaves_its_average(run, out):
     """A best value between measured lengths is only an estimate until then."""
     command = BOWL.replace("0.1)", "0.13)")
-    report = swept(run, out, command, lengths=Lengths(0.02, 0.28))
+    report = swept(run, out, command, sigma_range=(0.02, 0.28))
     assert report.best == pytest.approx(0.13, rel=0.03)
     assert names(out) == {"best.safetensors", "logs", "sweep.json", "trials.jsonl", ".ema.lock"}
     best = load_file(out / "best.safetensors")
@@ -78,7 +81,7 @@ def test_a_command_gets_the_average_a_seed_and_a_folder_that_is_removed(run, tmp
     kept.mkdir()
     copy = f'cp "$1" {kept}/$2-$3.safetensors'
     command = shell(f'cd /; {copy}; echo "$4" > {kept}/$2-$3; echo > "$4/a"; echo $2')
-    report = swept(run, Path("my sweep"), command, lengths=Lengths(0.05, 0.2), budget=8)
+    report = swept(run, Path("my sweep"), command, sigma_range=(0.05, 0.2), budget=8)
     measured = [(trial.sigma_rel, trial.seed) for trial in report.trials]
     assert (report.best, 1) in measured
     for x, seed in measured:
@@ -94,15 +97,15 @@ def test_the_same_call_goes_on_and_a_longer_list_measures_the_rest(run, tmp_path
     first = swept(run, out, command)
     again = swept(run, out, command)
     assert again.to_dict() == first.to_dict()
-    longer = Lengths.from_list([*LENGTHS, 0.25])
-    swept(run, out, command, lengths=longer)
+    longer = [*LENGTHS, 0.25]
+    swept(run, out, command, sigma_rels=longer)
     assert calls.read_text().split() == ["0.05", "0.1", "0.2", "0.25"]
 
 
 @pytest.mark.parametrize(
     ("name", "changed"),
     [
-        ("metric", {"metric": Metric("loss")}),
+        ("metric", {"metric": "loss"}),
         ("direction", {"minimize": False}),
         ("t", {"t": 15}),
     ],
@@ -253,10 +256,10 @@ def test_no_word_of_the_user_is_taken_for_an_argument_of_ours(ema, run, tmp_path
 
 
 def test_failures_of_different_causes_do_not(run, out):
-    lengths = Lengths.from_list([*LENGTHS, 0.22, 0.25])
+    lengths = [*LENGTHS, 0.22, 0.25]
     script = "case $2 in 0.05) exit 1;; 0.1) exit 2;; 0.2) exit 1;; esac; echo $2"
     with refused("the sweep", "3 of 5 trials", kind=PostHocError):
-        swept(run, out, shell(script), lengths=lengths)
+        swept(run, out, shell(script), sigma_rels=lengths)
 
 
 @pytest.mark.parametrize("stream", [1, 2])
@@ -265,8 +268,8 @@ def test_a_trial_whose_metric_is_on_another_stream_has_failed(run, out, stream, 
     """A number of a progress bar would win over the metrics of all others."""
     late = f"sleep 1; echo loss: 0.01 >&{3 - stream}"  # the first trial ends before
     script = f"case $2 in 0.1) {late};; *) echo loss: $2 >&{stream};; esac"
-    lengths = Lengths.from_list([*LENGTHS, 0.22, 0.25])
-    report = swept(run, out, shell(script), Metric("loss"), lengths, jobs=jobs)
+    lengths = [*LENGTHS, 0.22, 0.25]
+    report = swept(run, out, shell(script), "loss", sigma_rels=lengths, jobs=jobs)
     (failed,) = [trial for trial in report.trials if trial.error]
     assert failed.sigma_rel == 0.1
     first, other = ("output", "error") if stream == 1 else ("error", "output")
@@ -278,20 +281,20 @@ def test_a_trial_whose_metric_is_on_another_stream_has_failed(run, out, stream, 
 
 def test_the_grid_may_be_measured_in_parts(run, out, monkeypatch):
     """Lengths that have no trial yet are no failures."""
-    lengths = Lengths.from_list([*LENGTHS, 0.22, 0.25])
+    lengths = [*LENGTHS, 0.22, 0.25]
     find = Sweep._next_averages
     monkeypatch.setattr(Sweep, "_next_averages", lambda sweep: find(sweep)[:1])
-    report = swept(run, out, lengths=lengths)
+    report = swept(run, out, sigma_rels=lengths)
     assert report.best == 0.1
-    assert {trial.sigma_rel for trial in report.trials} == {*lengths.listed}
+    assert {trial.sigma_rel for trial in report.trials} == {*lengths}
 
 
 def test_a_best_length_at_an_end_is_reported_as_such(run, out):
     """A wider range then continues from the trials."""
-    narrow = swept(run, out, lengths=Lengths(0.05, 0.08))
+    narrow = swept(run, out, sigma_range=(0.05, 0.08))
     assert narrow.best == 0.08
     assert narrow.is_at_edge
-    wider = swept(run, out, lengths=Lengths(0.05, 0.2))
+    wider = swept(run, out, sigma_range=(0.05, 0.2))
     assert wider.best == pytest.approx(0.1, rel=0.05)
     assert not wider.is_at_edge
     assert {*narrow.trials} <= {*wider.trials}
@@ -402,8 +405,8 @@ def awk(prints):
 @heavy
 def test_where_noise_shows_the_own_ema_is_measured_twice(own, out):
     noisy = awk("v = x ? log(x / 0.1) ^ 2 + 0.5 : 1; print v + 0.02 * sin(1000 * x + 2 * s)")
-    lengths = Lengths(0.05, 0.2)
-    report = swept(own, out, noisy, lengths=lengths, budget=10)
+    options = {"sigma_range": (0.05, 0.2), "budget": 10}
+    report = swept(own, out, noisy, **options)
     measured = [(each.target, each.seed) for each in report.trials if each.sigma_rel is None]
     assert measured == [("your EMA (0.9)", 0), ("last weights", 0), ("your EMA (0.9)", 1)]
     assert report.estimate.noise > 0
@@ -414,22 +417,22 @@ def test_where_noise_shows_the_own_ema_is_measured_twice(own, out):
     assert ours.margin == report.search.margin(2) / ours.value
     written = json.loads((out / "sweep.json").read_text())
     assert written["compared"][0] == ours._asdict()
-    assert swept(own, out, noisy, lengths=lengths, budget=10).trials == report.trials
+    assert swept(own, out, noisy, **options).trials == report.trials
 
 
 def test_equal_metrics_of_two_lengths_are_a_result_where_other_weights_have_another(
     own, out, caplog
 ):
     """As of a coarse metric, such as an accuracy of few examples."""
-    lengths = Lengths.from_list([0.05, 0.2])
-    report = swept(own, out, awk("print x ? 75.71 : 75"), lengths=lengths, minimize=False)
+    lengths = [0.05, 0.2]
+    report = swept(own, out, awk("print x ? 75.71 : 75"), sigma_rels=lengths, minimize=False)
     assert report.value == 75.71
     assert "same metric" not in caplog.text
 
 
 def test_metrics_that_differ_in_nothing_are_an_error(own, out, caplog):
     with refused("the sweep", "every trial has the same metric, 75.71", kind=PostHocError):
-        swept(own, out, awk("print 75.71"), lengths=Lengths.from_list([0.05, 0.2]))
+        swept(own, out, awk("print 75.71"), sigma_rels=[0.05, 0.2])
     assert "all trials so far have the same metric, 75.71" in caplog.text
 
 
@@ -442,7 +445,7 @@ def test_a_run_of_plain_weights_is_searched_over_what_its_files_show(tmp_path, o
         if step % 10 == 0:
             save_file({"a": weights}, tmp_path / f"step-{step}.safetensors")
     run = Run(tmp_path / "step-*.safetensors")
-    report = swept(run, out, shell("echo $2 | sed s/raw/9/"), lengths=None)
+    report = swept(run, out, shell("echo $2 | sed s/raw/9/"), sigma_rels=None)
     # means of the last two of ten files and of all are uniform over a fifth and all of training
     assert report.lengths == Lengths(round(0.2 * 12**-0.5, 4), 0.28)
     assert "the mean of the last two files" in caplog.text
@@ -534,7 +537,7 @@ def test_a_note_on_weights_that_are_measured_again_is_in_the_report_once(tmp_pat
             ema.update_(model)
     noisy = shell("case $2 in raw) echo 9.$3;; *) echo $2$3;; esac")  # by the seed
     raw = tmp_path / "1.safetensors"
-    report = swept(Run(tmp_path / "run"), out, noisy, lengths=Lengths(0.05, 0.25), raw=raw)
+    report = swept(Run(tmp_path / "run"), out, noisy, sigma_range=(0.05, 0.25), raw=raw)
     assert len([trial for trial in report.trials if trial.target == "last weights"]) == 2
     assert caplog.text.count("the model had at step 8") == 1
     assert len([note for note in report.notes if "the model had at step 8" in note]) == 1
@@ -586,12 +589,13 @@ def wait_for(path, process):
 
 SWEEP = """
 import sys
-from pathlib import Path
 from posthoc_cli import Run
-from posthoc_cli.sweep import Lengths, Metric, Sweep
+from posthoc_cli.request import SweepRequest
+from posthoc_cli.sweep import Sweep
 run, command, out = sys.argv[1:]
-lengths = Lengths.from_list([0.05, 0.1, 0.2])
-Sweep(Run(run).sources, command, Metric("x", "m.json"), Path(out), lengths).run()
+lengths = [0.05, 0.1, 0.2]
+request = SweepRequest(command, minimize=True, metric="m.json:x", sigma_rels=lengths, out=out)
+Sweep(Run(run).sources, request).run()
 """
 
 
@@ -634,7 +638,7 @@ def test_a_killed_sweep_is_continued_while_its_trial_still_runs(run, tmp_path, o
     command = shell(f"{first}; {last}")
     with Forked(SWEEP, run.directory, command, out) as process:
         wait_for(tmp_path / "pid", process)
-    report = swept(run, out, command, Metric("x", "m.json"))
+    report = swept(run, out, command, "m.json:x")
     assert [trial.value for trial in report.trials] == list(LENGTHS)
     assert (out / "logs" / f"{report.trials[0].name}.out").read_text() == "0.05\n"
 
@@ -679,7 +683,7 @@ DRAW = (
 
 
 def test_images_of_a_trial_are_kept_without_a_metric_and_nothing_is_searched(run, out):
-    report = swept(run, out, shell(DRAW), minimize=None)
+    report = swept(run, out, shell(DRAW), look=True)
     assert [trial.sigma_rel for trial in report.trials] == [*LENGTHS]
     assert names(out) == {"images", "logs", "sweep.json", "trials.jsonl", ".ema.lock"}
     assert names(out / "images") == {f"sigma_rel-{x}-seed-0" for x in LENGTHS}
@@ -692,7 +696,7 @@ def test_the_newest_images_are_kept_and_none_that_is_large(run, out, caplog):
     dated = "cp a.png $i.png; touch -d 2030-01-01T00:00:$i $i.png"
     large = "truncate -s 3M 20.png; touch -d 2031-01-01 20.png"
     script = f"{DRAW}; for i in $(seq 20); do {dated}; done; {large}"
-    swept(run, out, shell(script), minimize=None)
+    swept(run, out, shell(script), look=True)
     kept = names(out / "images" / "sigma_rel-0.05-seed-0")
     assert kept == {f"{i}.png" for i in range(4, 20)}
     assert "20.png: 3.15 MB" in caplog.text
@@ -700,7 +704,7 @@ def test_the_newest_images_are_kept_and_none_that_is_large(run, out, caplog):
 
 def test_a_sweep_by_eye_without_images_is_an_error(run, out):
     with refused("the sweep", "{dir}", kind=PostHocError):
-        swept(run, out, "true {weights} {dir}", minimize=None)
+        swept(run, out, "true {weights} {dir}", look=True)
 
 
 # --- a run for sweeps

@@ -308,13 +308,28 @@ def test_the_direction_is_said_and_followed(run, direction, best):
     [
         {},
         {"minimize": None},
-        {"minimize": True, "maximize": True},
         {"minimize": False, "maximize": False},
     ],
 )
 def test_a_direction_that_is_not_said_is_asked_for(run, direction):
-    with refused("minimize", "give minimize=True or maximize=True"):
+    with refused("minimize", "say whether lower or higher is better", "or `look`, to compare"):
         run.sweep(accuracies(), **direction)
+
+
+def test_options_that_contradict_each_other_or_have_no_effect_are_refused(run, tmp_path):
+    function = accuracies()
+    with refused("minimize", "at most one of `minimize`, `maximize`, `look`"):
+        run.sweep(function, minimize=True, maximize=True)
+    with refused("look", "needs a command"):
+        run.sweep(function, look=True)
+    with refused("like", "needs `out`"):
+        run.sweep(function, minimize=True, like=tmp_path / "model.pt")
+    with refused("budget 9", "a list is measured as it is"):
+        run.sweep(function, minimize=True, sigma_rels=[0.1, 0.2], budget=9)
+    with refused("jobs 0", "at least 1"):
+        run.sweep(function, minimize=True, jobs=0)
+    with refused("sigma_range", "at most one of"):
+        run.sweep(function, minimize=True, sigma_rels=[0.1, 0.2], sigma_range=(0.1, 0.2))
 
 
 def test_a_report_says_its_result_and_a_notebook_shows_its_curve(run):

@@ -11,11 +11,12 @@ from factories import random_walk, write_ema_checkpoints, write_run
 from safetensors.torch import load_file, save_file
 
 from posthoc_cli import PostHocError, Run, import_checkpoints
-from posthoc_cli.sweep import Lengths, Metric, Sweep
+from posthoc_cli.request import SweepRequest
+from posthoc_cli.sweep import Sweep
 from posthoc_cli.sweep.report import describe_tie, summarize
 from posthoc_cli.sweep.weights import RandomWeights, RawTensors
 
-RANGE = Lengths(0.02, 0.28)
+RANGE = (0.02, 0.28)
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +52,10 @@ class Saturated:
         return self.passed if distance < 1 else self.failed
 
 
-def swept(run, evaluate, out=None, lengths=RANGE, metric=Metric(), **options):  # noqa: B008
-    options = {"budget": 8, "minimize": False} | options
-    return Sweep(run.sources, evaluate, metric, out, lengths, **options).run()
+def swept(run, evaluate, out=None, on_trial=lambda *_: None, **options):
+    lengths = {} if "sigma_rels" in options else {"sigma_range": RANGE, "budget": 8}
+    request = SweepRequest(evaluate, out=out, **lengths | {"minimize": False} | options)
+    return Sweep(run.sources, request, on_trial=on_trial).run()
 
 
 def measured(report):
@@ -99,14 +101,14 @@ def test_where_all_tie_the_users_own_ema_is_kept(stored, tmp_path):
 @pytest.mark.parametrize(
     ("lengths", "best"),
     [
-        (Lengths.from_list([0.1, 0.2]), 0.1),
-        (Lengths.from_list([0.01, 0.04, 0.09, 0.2]), 0.04),
-        (Lengths(0.1, 0.28), 0.1),
-        (Lengths(0.01, 0.04), 0.04),
+        ({"sigma_rels": [0.1, 0.2]}, 0.1),
+        ({"sigma_rels": [0.01, 0.04, 0.09, 0.2]}, 0.04),
+        ({"sigma_range": (0.1, 0.28)}, 0.1),
+        ({"sigma_range": (0.01, 0.04)}, 0.04),
     ],
 )
 def test_a_search_without_the_untuned_length_takes_the_nearest(plain, lengths, best):
-    report = swept(plain, Saturated(plain), lengths=lengths)
+    report = swept(plain, Saturated(plain), **lengths)
     assert report.best == best
     assert all(trial.t is None for trial in report.trials)
 
@@ -165,13 +167,13 @@ def test_a_best_length_at_an_end_that_others_equal_does_not_point_beyond(plain):
     def evaluate(weights):
         return 0.9 if torch.equal(weights["w"], longest) else 1.0
 
-    report = swept(plain, evaluate, lengths=Lengths(0.1, 0.28))
+    report = swept(plain, evaluate, sigma_range=(0.1, 0.28))
     assert report.best == 0.1
     assert not report.is_at_edge
     alone = swept(
         plain,
         lambda weights: float(torch.equal(weights["w"], shortest)),
-        lengths=Lengths(0.1, 0.28),
+        sigma_range=(0.1, 0.28),
     )
     assert alone.is_at_edge
 
