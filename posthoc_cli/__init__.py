@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from posthoc_cli.errors import PostHocError
     from posthoc_cli.export.convert import export_file
     from posthoc_cli.opening import disk_sources
-    from posthoc_cli.planning import error_curve
+    from posthoc_cli.planning import CurveRequest, error_curve
     from posthoc_cli.profiles import PowerFunction, gamma_from_sigma_rel, sigma_rel_from_gamma
     from posthoc_cli.reconstruction import reconstruct
     from posthoc_cli.request import Request
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from posthoc_cli.tracker import PostHocEMA
 
 __all__ = [
-    "Beta", "Decay", "HalfLife", "Mean", "PostHocEMA", "PostHocError",
+    "Beta", "CurveRequest", "Decay", "HalfLife", "Mean", "PostHocEMA", "PostHocError",
     "PowerFunction", "Request", "Run", "Window", "averages", "disk_sources", "error_curve",
     "errors", "export_file", "gamma_from_sigma_rel", "import_checkpoints", "plan_synthesis",
     "reconstruct", "sigma_rel_from_gamma", "synthesize",
@@ -44,7 +44,7 @@ _HOMES = {
     "HalfLife": "targets", "Mean": "targets", "Window": "targets", "PostHocEMA": "tracker",
     "PostHocError": "errors", "PowerFunction": "profiles",
     "Request": "request", "Run": "run",
-    "disk_sources": "opening", "error_curve": "planning",
+    "CurveRequest": "planning", "disk_sources": "opening", "error_curve": "planning",
     "export_file": "export.convert", "gamma_from_sigma_rel": "profiles",
     "import_checkpoints": "checkpoints.import_run", "plan_synthesis": "synthesis.plan",
     "reconstruct": "reconstruction", "sigma_rel_from_gamma": "profiles",

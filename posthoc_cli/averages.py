@@ -28,7 +28,7 @@ from posthoc_cli.errors import (
     check_number,
     check_word,
 )
-from posthoc_cli.request import Wanted
+from posthoc_cli.targets import Wanted
 from posthoc_cli.tracker import PostHocEMA
 from posthoc_cli.tracker.filling import check_weights, fill_in
 from posthoc_cli.tracker.model import check_model, unwrap

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -40,13 +41,14 @@ from posthoc_cli.reconstruction import (
     Problem,
     Reconstruction,
     assumed_prior,
+    check_method,
     choose_evenly,
     one_blas_thread,
     reconstruct,
     relative_width,
 )
 from posthoc_cli.run_clock import Clock
-from posthoc_cli.targets import Target
+from posthoc_cli.targets import Target, Wanted, as_targets
 
 _NAMED = 3  # stored times that an error names
 USEFUL_RANGE = (0.05, 0.28)  # the default range of sigma_rel for which thinning keeps snapshots
@@ -215,28 +217,20 @@ class Schedule:
         """Assume the prior of float16 snapshots of a network that moves evenly."""
         return assumed_prior(snapshots, ROUNDING * EPS["F16"], Motion.even(self.steps))
 
-    def error_curve(
-        self,
-        sigma_range: tuple[float, float],
-        *,
-        t: float | None = None,
-        method: str | None = None,
-        others: Sequence[Target] = (),
-    ) -> ErrorCurve:
-        """Predict the errors of averages at `t`, by default the end, with the snapshots that are
-        left at the end; see the function of this name."""
+    def error_curve(self, request: CurveRequest) -> ErrorCurve:
+        """Predict the errors of averages, by default at the end, with the snapshots that are left
+        at the end."""
         snapshots = self.snapshots()
-        time = time_between(snapshots, t)
+        time = time_between(snapshots, request.t)
         clock = Clock([self.steps], [self.steps])
-        profiles = {target.title: target.profile(time, clock, 1.0) for target in others}
+        profiles = {target.title: target.profile(time, clock, 1.0) for target in request.wished}
         kept = len(snapshots) // len(self.sigma_rels)
         steps = count_noun(self.steps, "step")
         times = count_noun(kept, "time")
         label = f"snapshots at {times} of {steps}, one every {self.checkpoint_every:,}"
-        if t is not None:
+        if request.t is not None:
             label += f", averages at t = {time:,.12g}"
-        prior = self.prior(snapshots)
-        return error_curve(label, snapshots, prior, sigma_range, time, method, profiles)
+        return error_curve(label, snapshots, self.prior(snapshots), request, profiles)
 
 
 def thinning_range(sigma_rels: Sequence[float]) -> tuple[float, float]:
@@ -265,6 +259,36 @@ EVENLY = "the network moves evenly"  # the default assumption of the predicted e
 SMALL_LOSS = 0.05
 """Lost gain up to which averages are taken for exact: beyond it a synthesis warns, and a search
 does not look. Nine in ten averages with 5 to 10 % lose less than 10 % (scripts/lost_gain.py)."""
+
+
+@dataclass(frozen=True)
+class CurveRequest:
+    """What an error curve is of.
+
+    Arguments:
+        sigma_range: the range of sigma_rel.
+        t: time of the averages, by default of the last snapshot; snapshots after it are not used.
+        method: the solver, one of `reconstruction.METHODS`; None for the first.
+        others: further targets; see `targets.as_target`.
+
+    Raises:
+        InvalidValueError: an argument is invalid; the error names it and what would be accepted.
+    """
+
+    sigma_range: tuple[float, float] = (0.01, 0.2886)
+    _: KW_ONLY
+    t: float | None = None
+    method: str | None = None
+    others: Wanted | Sequence[Wanted] = ()
+
+    def __post_init__(self) -> None:
+        check_sigma_range(self.sigma_range)
+        check_method(self.method)
+        self.wished  # noqa: B018  raises an error if invalid
+
+    @cached_property
+    def wished(self) -> tuple[Target, ...]:
+        return as_targets(self.others)
 
 
 @dataclass(frozen=True)
@@ -374,27 +398,25 @@ def error_curve(
     label: str,
     snapshots: Sequence[StoredProfile],
     prior: Prior,
-    sigma_range: tuple[float, float] = (0.01, 0.2886),
-    t: float | None = None,
-    method: str | None = None,
+    request: CurveRequest,
     others: Mapping[str, Profile] | None = None,
     points: int = 200,
 ) -> ErrorCurve:
-    """Compute the reconstruction error over a range of sigma_rel, and of `others` by their titles.
+    """Compute the reconstruction error over a range of sigma_rel, and the errors of `others`, the
+    profiles of the request's further targets, by their titles.
 
-    Targets are at `t`, by default the time of the last snapshot; snapshots after it are not used.
-    `label` is their name in a legend, and `prior` covers all of them. The `points` of the curve are
-    evenly spaced in the logarithm; tracked sigma_rels are added.
+    `label` is the snapshots' name in a legend, and `prior` covers all of them. The `points` of the
+    curve are evenly spaced in the logarithm; tracked sigma_rels are added.
     """
-    low, high = check_sigma_range(sigma_range)
-    t = time_between(snapshots, t)
+    low, high = request.sigma_range
+    t = time_between(snapshots, request.t)
     among = [index for index, profile in enumerate(snapshots) if profile.t <= t]
     usable = [snapshots[index] for index in among]
     tracked = tracked_widths(usable)
     grid = _grid(low, high, points, tracked)
     further = dict(others or {})
     targets = [*power_functions(grid, t), *further.values()]
-    errors = reconstruct(usable, targets, method, prior.subset(among), t)
+    errors = reconstruct(usable, targets, request.method, prior.subset(among), t)
     assumption = EVENLY if prior.evidence == ASSUMED else ""
     if assumption:
         label = f"{label}, if {assumption}"

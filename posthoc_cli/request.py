@@ -26,17 +26,13 @@ from posthoc_cli.errors import (
     check_number,
     check_word,
 )
-from posthoc_cli.profiles import Profile
 from posthoc_cli.reconstruction import check_method
 from posthoc_cli.resources import ProgressBar, no_bar, worker_count
 from posthoc_cli.snapshots.selection import Selection, make_selection
-from posthoc_cli.targets import Target, as_targets
+from posthoc_cli.targets import Target, Wanted, as_targets
 
 if TYPE_CHECKING:
     import torch
-
-Wanted = float | str | Target | Profile
-"""What stands for an average, see `targets.as_target`."""
 
 LAYOUTS = {
     "safetensors": (".safetensors",),
@@ -93,7 +89,7 @@ class Request:
     """Averages of a run.
 
     Arguments:
-        targets: one or more; see `Wanted`.
+        targets: one or more; see `targets.as_target`.
         t: time of the targets; snapshots at or before it are used.
         step: the same in calls of `update_`; if the run's clock does not count steps, it must be
             the step of a snapshot.

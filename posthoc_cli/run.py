@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +17,9 @@ from posthoc_cli.errors import (
     PostHocError,
 )
 from posthoc_cli.opening import open_sources
-from posthoc_cli.planning import USEFUL_RANGE, ErrorCurve
+from posthoc_cli.planning import USEFUL_RANGE, CurveRequest, ErrorCurve
 from posthoc_cli.profiles import Point
-from posthoc_cli.request import OutputRequest, Request, SweepRequest, Wanted, takes
+from posthoc_cli.request import OutputRequest, Request, SweepRequest, takes
 from posthoc_cli.resources import ProgressBar, no_bar
 from posthoc_cli.snapshots.directory import (
     is_import,
@@ -181,22 +181,15 @@ class Run:
 
     # --- errors
 
-    def error_curve(
-        self,
-        sigma_range: tuple[float, float] = (0.01, 0.2886),
-        *,
-        t: float | None = None,
-        method: str | None = None,
-        others: Wanted | Sequence[Wanted] = (),
-    ) -> ErrorCurve:
-        """Compute the reconstruction error against sigma_rel; see the function of this name for the
-        arguments.
+    @takes(CurveRequest)
+    def error_curve(self, request: CurveRequest) -> ErrorCurve:
+        """Compute the reconstruction error against sigma_rel.
 
         If the run has more snapshots than a solve can take, the curve is computed from the ones
         that a synthesis at `t` uses. A sample of the tensors is read if headers have no
         measurements.
         """
-        return run_curve(self.sources, sigma_range, t, method, others)
+        return run_curve(self.sources, request)
 
     # --- maintenance
 

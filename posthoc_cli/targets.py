@@ -399,6 +399,10 @@ def _tail(profile: Profile, times: FloatArray, title: str) -> FloatArray:
     return tail
 
 
+Wanted = float | str | Target | Profile
+"""What stands for an average, see `as_target`."""
+
+
 def as_target(value: object) -> Target:
     """Make a target of a sigma_rel, a text that names one target, a target, or an object with
     `tail`.

@@ -25,7 +25,7 @@ from torch import nn
 
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.cli.guide import render
-from posthoc_cli.planning import Schedule
+from posthoc_cli.planning import CurveRequest, Schedule
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "posthoc_cli"
@@ -192,7 +192,8 @@ def test_the_guide_shows_the_errors_of_schedules():
     )
     assert len(rows) == 3
     for keep, times, worst, median in rows:
-        curve = Schedule(400_000, 400_000 // int(times), int(keep)).error_curve((0.05, 0.28))
+        schedule = Schedule(400_000, 400_000 // int(times), int(keep))
+        curve = schedule.error_curve(CurveRequest((0.05, 0.28)))
         assert (f"{100 * curve.worst:.2g}", f"{100 * curve.median:.2g}") == (worst, median)
 
 

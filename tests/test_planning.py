@@ -10,6 +10,7 @@ from factories import power_functions, solved, squared_error
 
 from posthoc_cli import PostHocEMA, Run, error_curve
 from posthoc_cli.planning import (
+    CurveRequest,
     ErrorCurve,
     Schedule,
     count_protected_times,
@@ -107,16 +108,16 @@ def test_a_schedule_keeps_so_many_times_and_the_newest():
 
 def test_a_thinned_schedule_is_better_than_even_spacing():
     ends = (0.05, 0.28)
-    evenly = Schedule(3_000, 3_000 // 8, None).error_curve(ends)
-    thinned = Schedule(3_000, 3_000 // 16, 8).error_curve(ends)
+    evenly = Schedule(3_000, 3_000 // 8, None).error_curve(CurveRequest(ends))
+    thinned = Schedule(3_000, 3_000 // 16, 8).error_curve(CurveRequest(ends))
     assert thinned.worst < 0.9 * evenly.worst
 
 
 def test_a_schedule_predicts_earlier_averages_from_the_snapshots_until_then():
     """If none are thinned away, these are the snapshots of a shorter training."""
     ends = (0.05, 0.28)
-    early = Schedule(3_000, 100, None).error_curve(ends, t=1_500, method="paper")
-    short = Schedule(1_500, 100, None).error_curve(ends, method="paper")
+    early = Schedule(3_000, 100, None).error_curve(CurveRequest(ends, t=1_500, method="paper"))
+    short = Schedule(1_500, 100, None).error_curve(CurveRequest(ends, method="paper"))
     assert early.t == short.t == 1_500
     assert early.profile_error == pytest.approx(short.profile_error)
 
@@ -125,7 +126,8 @@ def test_a_schedule_predicts_other_averages():
     """An ordinary EMA of decay d has the mean age d / (1 - d) steps before t, and the power
     function t / (gamma + 2)."""
     others = [SigmaRel(0.1), Beta(0.99)]
-    curve = Schedule(3_000, 100, None).error_curve((0.1, 0.28), others=others)
+    request = CurveRequest((0.1, 0.28), others=others)
+    curve = Schedule(3_000, 100, None).error_curve(request)
     same, ordinary = curve.others
     assert same.predicted_error == pytest.approx(curve.predicted_error[0])
     gamma = gamma_from_sigma_rel(ordinary.sigma_rel)
@@ -148,7 +150,8 @@ def test_at_most_a_quarter_of_the_kept_times_is_spared():
 
 def test_the_curve_touches_zero_at_tracked_profiles():
     snapshots = Schedule(10_000, 500, None, (0.05, 0.10)).snapshots()
-    curve = error_curve("run", snapshots, assumed_prior(snapshots), (0.02, 0.28))
+    request = CurveRequest((0.02, 0.28))
+    curve = error_curve("run", snapshots, assumed_prior(snapshots), request)
     assert curve.tracked == (0.05, 0.1)
     widths = curve.sigma_rels
     assert widths[0] == 0.02

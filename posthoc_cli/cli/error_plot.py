@@ -9,7 +9,7 @@ from typer import Argument
 from posthoc_cli.cli import options, output
 from posthoc_cli.cli.quotes import refuse_split
 from posthoc_cli.errors import InvalidValueError, argument
-from posthoc_cli.planning import ErrorCurve, Schedule, format_widths
+from posthoc_cli.planning import CurveRequest, ErrorCurve, Schedule, format_widths
 from posthoc_cli.snapshots.sources import announce, announce_doubts
 
 
@@ -60,10 +60,15 @@ def error_plot(
     its weights.
     """
     from posthoc_cli import plots
+    from posthoc_cli.synthesis.curve import run_curve
 
     picture = options.new_picture(out, overwrite)
-    targets = options.parse_targets([], decay, target)
-    ends = options.parse_sigma_range(sigma_range)
+    request = CurveRequest(
+        options.parse_sigma_range(sigma_range),
+        t=options.optional(options.parse_time, t),
+        method=method,
+        others=options.parse_targets([], decay, target),
+    )
     if bool(directories) == (steps is not None):
         raise InvalidValueError("DIR", "name a directory, or give --steps of a training to come")
     curves = list[ErrorCurve]()
@@ -74,21 +79,17 @@ def error_plot(
             options.parse_count(every or "1000", "--every"),
             options.parse_count(keep or "20", "--keep"),
         )
-        at = options.optional(options.parse_time, t)
-        curves.append(schedule.error_curve(ends, t=at, method=method, others=targets))
+        curves.append(schedule.error_curve(request))
     else:
         refuse_split(directories)
         for name, value in {"every": every, "keep": keep}.items():
             if value is not None:
                 reason = f"is of a training to come: give {argument('steps')} in place of DIR"
                 raise InvalidValueError(name, reason, value=value)
-        at = options.optional(options.parse_time, t)
-        runs = list(map(options.open_run, directories))
-        for run in runs:
-            sources = run.sources
+        for sources in [options.open_run(directory).sources for directory in directories]:
             announce(sources)
             findings += sources.findings
-            curves.append(run.error_curve(ends, t=at, method=method, others=targets))
+            curves.append(run_curve(sources, request))
             announce_doubts(sources)
     if picture is not None:
         output.write_picture(

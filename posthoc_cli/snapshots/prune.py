@@ -19,6 +19,7 @@ from posthoc_cli import files
 from posthoc_cli.errors import MismatchError, check_count, percent
 from posthoc_cli.planning import (
     USEFUL_RANGE,
+    CurveRequest,
     ErrorCurve,
     check_sigma_range,
     error_curve,
@@ -145,7 +146,7 @@ def _curve(
     remaining = [profiles[index] for index in left]
     chosen = [left[number] for number in choose_evenly(remaining)]
     usable = [profiles[index] for index in chosen]
-    return error_curve("", usable, prior.subset(chosen), sigma_range, points=_POINTS)
+    return error_curve("", usable, prior.subset(chosen), CurveRequest(sigma_range), points=_POINTS)
 
 
 def prune(

@@ -23,7 +23,7 @@ from posthoc_cli.errors import (
     percent,
 )
 from posthoc_cli.export.writing import write_averages
-from posthoc_cli.planning import SMALL_LOSS, check_sigma_range
+from posthoc_cli.planning import SMALL_LOSS, CurveRequest, check_sigma_range
 from posthoc_cli.profiles import UNIFORM_SIGMA_REL
 from posthoc_cli.request import OutputRequest, SweepRequest
 from posthoc_cli.resources import ProgressBar, no_bar
@@ -448,7 +448,7 @@ def searchable_lengths(sources: Sources, t: float, notes: list[str]) -> Lengths:
     Without one, take the range from the mean of the last two stored times to the mean of all, and
     add what they lose to the notes.
     """
-    curve = run_curve(sources, t=t)
+    curve = run_curve(sources, CurveRequest(t=t))
     ranges = curve.ranges_below(SMALL_LOSS)
     if ranges:
         low, high = max(ranges, key=lambda ends: ends[1] / ends[0])

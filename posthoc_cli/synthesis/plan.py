@@ -24,7 +24,7 @@ from posthoc_cli.errors import (
     percent,
 )
 from posthoc_cli.files import check_path
-from posthoc_cli.planning import SMALL_LOSS, error_curve
+from posthoc_cli.planning import SMALL_LOSS, CurveRequest, error_curve
 from posthoc_cli.profiles import FloatArray, PowerFunction
 from posthoc_cli.reconstruction import (
     ROUNDING,
@@ -272,7 +272,8 @@ class Plan(Combination):
         if len(titles) > 1:
             error = f"up to {error}"
         profiles = self.chosen.known_profiles
-        curve = error_curve("", profiles, self.chosen.known_prior, t=self.t, method=self.method)
+        request = CurveRequest(t=self.t, method=self.method)
+        curve = error_curve("", profiles, self.chosen.known_prior, request)
         sources = count_sources(self.sources, self.solved)
         origin = f"from the {sources} up to t = {self.t:,.12g}"
         first = seen_from(0.0, [source.profile for source in self.sources])

@@ -42,14 +42,13 @@ from posthoc_cli.errors import (
     RefusedCallError,
     quote,
 )
-from posthoc_cli.request import Wanted
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots.directory import DirectoryLock
 from posthoc_cli.snapshots.selection import make_selection, statistics_notice
 from posthoc_cli.snapshots.snapshot import recorded_weights
 from posthoc_cli.snapshots.weights_sample import are_equal
 from posthoc_cli.synthesis.weights import Weights
-from posthoc_cli.targets import as_targets
+from posthoc_cli.targets import Wanted, as_targets
 from posthoc_cli.tracker.arguments import Settings
 from posthoc_cli.tracker.attach import Attachment
 from posthoc_cli.tracker.background import CallLock

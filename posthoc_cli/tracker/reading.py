@@ -31,7 +31,7 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.group import Group
 from posthoc_cli.reconstruction import ROUNDING, check_method
-from posthoc_cli.request import Request, Wanted
+from posthoc_cli.request import Request
 from posthoc_cli.snapshots.boxes import Box
 from posthoc_cli.snapshots.directory import find_snapshots, read_snapshot
 from posthoc_cli.snapshots.snapshot import Snapshot
@@ -40,7 +40,7 @@ from posthoc_cli.snapshots.sources import Sources, use
 from posthoc_cli.snapshots.tensorfile import TensorFile
 from posthoc_cli.synthesis.plan import Plan, announce_plan, plan_synthesis
 from posthoc_cli.synthesis.weights import Weights, make_weights
-from posthoc_cli.targets import Target, as_target
+from posthoc_cli.targets import Target, Wanted, as_target
 from posthoc_cli.tracker.model import TrackedModel, named_tensors
 from posthoc_cli.tracker.pipeline import Pipeline
 from posthoc_cli.tracker.processes import (
