@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, MISSING, dataclass, field
 from functools import cached_property, wraps
-from inspect import Parameter, signature
+from inspect import Parameter, getdoc, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
@@ -335,7 +335,8 @@ class SweepRequest:
         jobs: commands that run side by side; a function is called in this thread.
         base: the weights that a fine-tuning started from, as in `Request`: shares of them are
             measured, too.
-        t, step: as in `Request`.
+        t: time at which the averages end.
+        step: the same in calls of `update_`.
         raw: the last weights, to measure them too, if the run lacks them: tensors by name, or a
             checkpoint.
         like: as in `FileRequest`, for a command's weights and the best average.
@@ -433,13 +434,14 @@ class SweepRequest:
 def takes(
     make: Callable[_P, Any],
 ) -> Callable[[Callable[[_S, Any], _R]], Callable[Concatenate[_S, _P], _R]]:
-    """Give a method that takes a request the arguments of the request."""
+    """Give a method that takes a request the arguments of the request, and their description."""
 
     def decorate(method: Callable[[_S, Any], _R]) -> Callable[Concatenate[_S, _P], _R]:
         @wraps(method)
         def call(self: _S, /, *args: _P.args, **options: _P.kwargs) -> _R:
             return method(self, make(*args, **options))
 
+        call.__doc__ = f"{getdoc(method)}\n\n{getdoc(make)}"
         taken = signature(make)
         own = Parameter("self", Parameter.POSITIONAL_ONLY)
         vars(call)["__signature__"] = taken.replace(

@@ -1,6 +1,8 @@
 """`Run`: what the command line does, as calls on an object."""
 
+import inspect
 import json
+import re
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError
@@ -13,8 +15,9 @@ from factories import Span, random_walk, write_run
 from safetensors.torch import load_file
 from tracker.runs import track, update
 
-from posthoc_cli import Beta, PowerFunction, Run, Window
+from posthoc_cli import Beta, CurveRequest, PowerFunction, Request, Run, Window
 from posthoc_cli.errors import DirectoryError, OutputExistsError
+from posthoc_cli.request import OutputRequest, SweepRequest
 from posthoc_cli.targets import GivenProfile
 
 GIVEN = PowerFunction.from_sigma_rel(0.15, 100.0)
@@ -117,6 +120,21 @@ def test_an_invalid_argument_is_refused(run):
         run.error_curve(t="x")
     with refused("sigma_rel"):
         run.plan([])
+
+
+@pytest.mark.parametrize(
+    ("method", "request_class"),
+    [
+        (Run.plan, Request),
+        (Run.write, OutputRequest),
+        (Run.sweep, SweepRequest),
+        (Run.error_curve, CurveRequest),
+    ],
+)
+def test_help_describes_the_arguments_of_a_request(method, request_class):
+    described = inspect.getdoc(method)
+    for name in request_class.__annotations__:
+        assert name == "_" or re.search(rf"\b{name}\b.*: ", described), name
 
 
 def test_curves_are_what_the_command_prints(run, ema):
