@@ -48,7 +48,7 @@ _R = TypeVar("_R")
 
 
 class Help(NamedTuple):
-    """What `--help` prints of a field's option; by its metavar the command line reads its value."""
+    """What `--help` prints of a field's option."""
 
     panel: str
     metavar: str

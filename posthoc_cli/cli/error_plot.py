@@ -65,7 +65,7 @@ def error_plot(
     picture = options.new_picture(out, overwrite)
     request = CurveRequest(
         options.parse_sigma_range(sigma_range),
-        t=options.optional(options.parse_time, t),
+        t=options.optional(options.parse_number, t, "--t"),
         method=method,
         others=options.parse_targets([], decay, target),
     )

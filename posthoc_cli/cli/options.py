@@ -121,12 +121,14 @@ def parse_count(text: str, option: str) -> int:
     return int(value)
 
 
-def parse_time(text: str, option: str = "--t") -> float:
-    """Parse a training time, which may have a fraction."""
-    value = resources.parse_amount(text, resources.COUNTS)
+def parse_number(text: str, option: str) -> float:
+    """Parse a number: 50000, 5e4 or 50K; also a part of a whole, 0.05 or 5%. The library checks its
+    limits."""
+    number = text.strip()
+    value = resources.parse_amount(number.removesuffix("%"), resources.COUNTS)
     if value is None:
-        raise bad(option, text, "must be a number, such as 50000, 5e4 or 50K")
-    return float(value)
+        raise bad(option, text, "must be a number, such as 0.05, 5% or 50K")
+    return float(value) / (100 if number.endswith("%") else 1)
 
 
 def parse_sigma_range(text: str) -> tuple[float, float]:
@@ -136,19 +138,6 @@ def parse_sigma_range(text: str) -> tuple[float, float]:
         return check_sigma_range(parse_numbers(text.replace(":", ","), "--sigma-range", form))
     except InvalidValueError as error:
         raise bad("--sigma-range", text, error.reason) from error
-
-
-def parse_part(text: str, option: str) -> float:
-    """Parse a part of a whole: 0.01, or 1% for the same; the library checks its limits."""
-    number = text.strip()
-    scale = 1
-    if number.endswith("%"):
-        number = number.removesuffix("%")
-        scale = 100
-    try:
-        return float(number) / scale
-    except ValueError:
-        raise bad(option, text, "must be a number in (0, 1), such as 0.05 or 5%") from None
 
 
 def parse_targets(
@@ -207,7 +196,7 @@ def with_request(
 
 def _find_type(field: Field[Any]) -> Any:
     """Find the type of a field's option for the parser of the command line."""
-    if field.type in ("bool", "bool | None"):
+    if "bool" in _list_types(field):
         return bool
     known = {
         "method": Method | None,
@@ -272,21 +261,21 @@ def _check_content(path: Path) -> None:
         raise InvalidValueError(path, reason)
 
 
-_PARSED: dict[str, Callable[[str, str], Any]] = {
-    "COUNT": parse_count,
-    "TIME": parse_time,
-    "ERROR": parse_part,
-    "SHARE": parse_part,
-    "CHECKPOINT": lambda path, option: check_exists(path, name=option),
-}
-"""Turn the text of an option for a field of a request into its value, by its metavar."""
+def _list_types(field: Field[Any]) -> list[str]:
+    return str(field.type).split(" | ")
 
 
 def _parse(field: Field[Any], value: Any) -> Any:
-    parse = _PARSED.get(field.metadata["help"].metavar)
-    if parse is None or not isinstance(value, str):
+    """Turn the text of an option for a field of a request into a value of the field's type."""
+    if not isinstance(value, str):
         return value
-    return parse(value, _name_option(field)[0])
+    option = _name_option(field)[0]
+    types = _list_types(field)
+    if "int" in types:
+        return parse_count(value, option)
+    if "float" in types:
+        return parse_number(value, option)
+    return check_exists(value, name=option) if "Path" in types else value
 
 
 def new_picture(out: str | None, overwrite: bool) -> Path | None:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from posthoc_cli import files
 from posthoc_cli.devices import visible_cuda_devices
 from posthoc_cli.errors import InvalidValueError, escape_text
+from posthoc_cli.request import SweepRequest
 from posthoc_cli.sweep import images
 from posthoc_cli.sweep.folder import LOGS, SCRATCH
 from posthoc_cli.sweep.metric import Metric, TrialError, check_metric, read_tail
@@ -121,15 +122,15 @@ class Command:
     name: str
     metric: Metric | None  # None if it only makes images
     out: Path  # folder for logs and images
-    like: Path | None = None  # as in `Run.write`
-    jobs: int = 1
+    like: Path | None  # as in `Run.write`
+    request: SweepRequest  # how commands run
     _is_stopped: threading.Event = field(default_factory=threading.Event)
     _streams: list[str] = field(default_factory=list)  # on which the first trial has its metric
     _processes: list[subprocess.Popen[bytes]] = field(default_factory=list)  # that have begun
 
     @contextmanager
     def executor(self) -> Iterator[Executor]:
-        with ThreadPoolExecutor(self.jobs) as executor:
+        with ThreadPoolExecutor(self.request.jobs) as executor:
             try:
                 yield executor
             finally:
@@ -158,7 +159,7 @@ class Command:
         return partial(self._measure, words, trial, made, self._environment(job)), plan
 
     def _environment(self, job: int) -> dict[str, str]:
-        devices = visible_cuda_devices() if self.jobs > 1 else []
+        devices = visible_cuda_devices() if self.request.jobs > 1 else []
         if not devices:
             return {**os.environ}
         return {**os.environ, "CUDA_VISIBLE_DEVICES": devices[job % len(devices)]}

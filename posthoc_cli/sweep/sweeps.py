@@ -177,7 +177,7 @@ class Sweep:
         assert self._out is not None  # the request says so
         metric = None if self._minimize is None else self._metric
         check_command(evaluate, metric)
-        return Command(evaluate, metric, self._out, self._like, self.request.jobs)
+        return Command(evaluate, metric, self._out, self._like, self.request)
 
     def _bound(self, compared: Sequence[Candidate]) -> int | None:
         """Compute how many averages may be measured beside what they are compared with, and one
