@@ -20,6 +20,7 @@ from posthoc_cli.checkpoints.containers import INDEX_ENDING
 from posthoc_cli.dtypes import parse_dtype
 from posthoc_cli.errors import (
     InvalidValueError,
+    abbreviate,
     argument,
     at_most_one,
     check_count,
@@ -405,6 +406,9 @@ class SweepRequest:
         if callable(self.evaluate):
             if self.look:
                 raise InvalidValueError("look", "needs a command, which makes the images")
+        elif not isinstance(self.evaluate, str):
+            reason = "must be a function of the tensors by name, or a command"
+            raise InvalidValueError("evaluate", reason, value=abbreviate(self.evaluate))
         elif self.out is None:
             raise InvalidValueError("out", "is required: a command has logs")
         elif isinstance(self.raw, Mapping):
@@ -423,7 +427,7 @@ class SweepRequest:
         if self.look:
             return None
         said = {self.minimize, None if self.maximize is None else not self.maximize} - {None}
-        if len(said) != 1:
+        if said not in ({True}, {False}):
             words = f"{argument('minimize')} or {argument('maximize')}"
             reason = f"say whether lower or higher is better: give {words}"
             hint = f"or {argument('look')}, to compare images without a metric"

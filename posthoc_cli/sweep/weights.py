@@ -281,7 +281,7 @@ def find_compared(
 ) -> list[Candidate]:
     """Find what averages at the time `t` are compared with, where it is known: the user's own
     newest EMA, the last weights, also in `raw`, and the weights at an earlier `t`."""
-    if isinstance(raw, str):
+    if raw is not None and not isinstance(raw, Mapping):
         raw = files.check_path("raw", raw)
     points = {}
     for source in sources:

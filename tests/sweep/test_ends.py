@@ -308,6 +308,7 @@ def test_the_direction_is_said_and_followed(run, direction, best):
     [
         {},
         {"minimize": None},
+        {"minimize": "loss"},
         {"minimize": False, "maximize": False},
     ],
 )
@@ -328,6 +329,10 @@ def test_options_that_contradict_each_other_or_have_no_effect_are_refused(run, t
         run.sweep(function, minimize=True, sigma_rels=[0.1, 0.2], budget=9)
     with refused("jobs 0", "at least 1"):
         run.sweep(function, minimize=True, jobs=0)
+    with refused("evaluate 0.8", "must be a function"):
+        run.sweep(0.8, minimize=True)
+    with refused("raw", "must be a path"):
+        run.sweep(function, minimize=True, raw=3)
     with refused("sigma_range", "at most one of"):
         run.sweep(function, minimize=True, sigma_rels=[0.1, 0.2], sigma_range=(0.1, 0.2))
 
