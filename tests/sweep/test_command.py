@@ -17,32 +17,15 @@ from checking import assert_same_tensors, heavy, refused
 from factories import contents, random_walk, write_ema_checkpoints, write_run
 from forked import Forked
 from safetensors.torch import load_file, save_file
+from sweep.searching import BOWL, LISTED, shell, swept
 
 from posthoc_cli import PostHocEMA, PostHocError, Run, import_checkpoints
 from posthoc_cli.errors import FileFormatError, LockedError, MismatchError, OutputExistsError
-from posthoc_cli.request import SweepRequest
 from posthoc_cli.snapshots.directory import DirectoryLock
 from posthoc_cli.sweep import Sweep
 from posthoc_cli.sweep.images import list_images
 from posthoc_cli.sweep.report import summarize
 from posthoc_cli.sweep.search import Lengths, Trial
-
-LENGTHS = (0.05, 0.1, 0.2)
-BOWL = "awk 'BEGIN { print log({sigma_rel} / 0.1) ^ 2 }' {weights}"
-
-
-def swept(run, out, command=BOWL, metric=None, **options):
-    """Sweep over the lengths above, or over those of the options, for the lowest metric."""
-    lengths = {} if "sigma_range" in options else {"sigma_rels": LENGTHS}
-    direction = {"minimize": not options.get("look")}
-    request = SweepRequest(command, metric=metric, out=out, **lengths | direction | options)
-    return Sweep(run.sources, request).run()
-
-
-def shell(script):
-    """Return a command that runs a script; $1 is the weights, $2 sigma_rel, $3 the seed, $4 the
-    folder."""
-    return f"sh -c '{script}' sh {{weights}} {{sigma_rel}} {{seed}} {{dir}}"
 
 
 def names(folder):
@@ -97,7 +80,7 @@ def test_the_same_call_goes_on_and_a_longer_list_measures_the_rest(run, tmp_path
     first = swept(run, out, command)
     again = swept(run, out, command)
     assert again.to_dict() == first.to_dict()
-    longer = [*LENGTHS, 0.25]
+    longer = [*LISTED, 0.25]
     swept(run, out, command, sigma_rels=longer)
     assert calls.read_text().split() == ["0.05", "0.1", "0.2", "0.25"]
 
@@ -129,7 +112,7 @@ def test_a_folder_in_which_no_trial_has_succeeded_takes_another_question(run, ou
     with refused("the sweep", kind=PostHocError):
         swept(run, out, "false {weights}")
     report = swept(run, out)
-    assert len(report.trials) == len(LENGTHS)
+    assert len(report.trials) == len(LISTED)
 
 
 WRONG = {"target": "a"}, {"target": "a", "sigma_rel": "0.1", "seed": 0}, {
@@ -256,7 +239,7 @@ def test_no_word_of_the_user_is_taken_for_an_argument_of_ours(ema, run, tmp_path
 
 
 def test_failures_of_different_causes_do_not(run, out):
-    lengths = [*LENGTHS, 0.22, 0.25]
+    lengths = [*LISTED, 0.22, 0.25]
     script = "case $2 in 0.05) exit 1;; 0.1) exit 2;; 0.2) exit 1;; esac; echo $2"
     with refused("the sweep", "3 of 5 trials", kind=PostHocError):
         swept(run, out, shell(script), sigma_rels=lengths)
@@ -268,7 +251,7 @@ def test_a_trial_whose_metric_is_on_another_stream_has_failed(run, out, stream, 
     """A number of a progress bar would win over the metrics of all others."""
     late = f"sleep 1; echo loss: 0.01 >&{3 - stream}"  # the first trial ends before
     script = f"case $2 in 0.1) {late};; *) echo loss: $2 >&{stream};; esac"
-    lengths = [*LENGTHS, 0.22, 0.25]
+    lengths = [*LISTED, 0.22, 0.25]
     report = swept(run, out, shell(script), "loss", sigma_rels=lengths, jobs=jobs)
     (failed,) = [trial for trial in report.trials if trial.error]
     assert failed.sigma_rel == 0.1
@@ -281,7 +264,7 @@ def test_a_trial_whose_metric_is_on_another_stream_has_failed(run, out, stream, 
 
 def test_the_grid_may_be_measured_in_parts(run, out, monkeypatch):
     """Lengths that have no trial yet are no failures."""
-    lengths = [*LENGTHS, 0.22, 0.25]
+    lengths = [*LISTED, 0.22, 0.25]
     find = Sweep._next_averages
     monkeypatch.setattr(Sweep, "_next_averages", lambda sweep: find(sweep)[:1])
     report = swept(run, out, sigma_rels=lengths)
@@ -359,7 +342,7 @@ def test_the_last_weights_that_the_run_contains_are_measured_before_the_averages
     report = swept(run, out, command)
     first, *others = report.trials
     assert (first.target, first.sigma_rel, first.value) == ("last weights", None, 7.0)
-    assert [trial.sigma_rel for trial in others] == [*LENGTHS]
+    assert [trial.sigma_rel for trial in others] == [*LISTED]
     (gain,) = report.gains
     assert gain.gain == pytest.approx((7 - report.value) / 7)
 
@@ -374,7 +357,7 @@ def test_the_users_own_ema_is_measured_first_as_it_is_stored(tmp_path, out):
     command = shell(f'cp "$1" {kept}/$2.safetensors; {metrics}')
     report = swept(run, out, command)
     titles = [trial.target for trial in report.trials]
-    assert titles == ["your EMA (0.9)", "last weights", *(f"sigma_rel {x}" for x in LENGTHS)]
+    assert titles == ["your EMA (0.9)", "last weights", *(f"sigma_rel {x}" for x in LISTED)]
     copied = load_file(kept / "ema.safetensors")
     assert_same_tensors(copied, {"w": stored})
     own, last = report.gains
@@ -455,7 +438,7 @@ def test_a_run_of_plain_weights_is_searched_over_what_its_files_show(tmp_path, o
 def test_the_command_says_what_was_measured(ema, run, out):
     command = ("sweep", run.directory, "--eval", BOWL, "--minimize", "--out", out)
     done = ema(*command, "--sigma-rel", "0.05,0.1,0.2")
-    assert "trial 2 of about 3: sigma_rel 0.1 (as decay 0.64): 0 (" in done.out
+    assert "trial 2 of about 3: sigma_rel 0.1 (as decay 0.8): 0 (" in done.out
     assert re.search(r"last weights +not measured: .* --raw", done.out)
     assert (out / "report.html").exists()
 
@@ -463,14 +446,14 @@ def test_the_command_says_what_was_measured(ema, run, out):
 def test_decays_name_the_lengths_of_the_same_mean_age(ema, run, out):
     """That of an EMA is -1 / ln(decay) steps, that of a power function steps / (gamma + 2)."""
     command = ("sweep", run.directory, "--eval", BOWL, "--minimize", "--out", out)
-    done = ema(*command, "--decay", "0.6,0.7", "--json")
+    done = ema(*command, "--decay", "0.8,0.9", "--json")
     report = json.loads(done.out)
-    for trial, decay in zip(report["trials"], (0.6, 0.7), strict=True):
+    for trial, decay in zip(report["trials"], (0.8, 0.9), strict=True):
         gamma = -run.step * math.log(decay) - 2
         variance = (gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))
         assert trial["sigma_rel"] == pytest.approx(variance**0.5, rel=1e-3)
         assert trial["lost_gain"] == run.plan(trial["sigma_rel"]).lost_gain(0)
-    assert report["best"]["as"] == "decay 0.6"
+    assert report["best"]["as"] == "decay 0.8"
     longer = ema(*command, "--decay", "0.6,0.99")
     assert longer.error.startswith("--decay 0.6,0.99: ")
 
@@ -502,7 +485,7 @@ def test_a_metric_on_standard_error_and_in_colours_is_found_which_is_said_once(e
     colours = shell('printf "\\033[1mloss\\033[0m: \\033[36m%s\\033[0m\\n" $2 >&2')
     options = ("--metric", "loss", "--minimize", "--sigma-rel", "0.05,0.1,0.2")
     done = ema("sweep", run.directory, "--eval", colours, *options, "--json", "--out", out)
-    assert [trial["value"] for trial in done.json["trials"]] == [*LENGTHS]
+    assert [trial["value"] for trial in done.json["trials"]] == [*LISTED]
     (warning,) = done.json["warnings"]
     assert "the metric is taken from standard error" in warning
     assert done.err.count(warning) == 1
@@ -639,7 +622,7 @@ def test_a_killed_sweep_is_continued_while_its_trial_still_runs(run, tmp_path, o
     with Forked(SWEEP, run.directory, command, out) as process:
         wait_for(tmp_path / "pid", process)
     report = swept(run, out, command, "m.json:x")
-    assert [trial.value for trial in report.trials] == list(LENGTHS)
+    assert [trial.value for trial in report.trials] == list(LISTED)
     assert (out / "logs" / f"{report.trials[0].name}.out").read_text() == "0.05\n"
 
 
@@ -684,9 +667,9 @@ DRAW = (
 
 def test_images_of_a_trial_are_kept_without_a_metric_and_nothing_is_searched(run, out):
     report = swept(run, out, shell(DRAW), look=True)
-    assert [trial.sigma_rel for trial in report.trials] == [*LENGTHS]
+    assert [trial.sigma_rel for trial in report.trials] == [*LISTED]
     assert names(out) == {"images", "logs", "sweep.json", "trials.jsonl", ".ema.lock"}
-    assert names(out / "images") == {f"sigma_rel-{x}-seed-0" for x in LENGTHS}
+    assert names(out / "images") == {f"sigma_rel-{x}-seed-0" for x in LISTED}
     kept = out / "images/sigma_rel-0.1-seed-0"
     assert list_images(kept) == [kept / "a.png", kept / "b/c.PNG", kept / "b-c.png"]
     assert "best" not in report.to_dict()
@@ -705,20 +688,3 @@ def test_the_newest_images_are_kept_and_none_that_is_large(run, out, caplog):
 def test_a_sweep_by_eye_without_images_is_an_error(run, out):
     with refused("the sweep", "{dir}", kind=PostHocError):
         swept(run, out, "true {weights} {dir}", look=True)
-
-
-# --- a run for sweeps
-
-
-@pytest.fixture
-def out(tmp_path):
-    """The folder of a sweep, which does not exist yet."""
-    return tmp_path / "out"
-
-
-@pytest.fixture(scope="session")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("swept") / "run"
-    walk = random_walk(20, {"a": (30, 10), "b": (7,)})
-    write_run(folder, walk, range(1, 21))
-    return Run(folder)

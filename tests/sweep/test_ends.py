@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from checking import assert_same_tensors, heavy, refused
-from factories import exact_gamma, random_walk, write_run
+from factories import exact_gamma
 from safetensors.torch import load_file, save_file
-from sweep.searching import LAST, make_search, measure, search_all
+from sweep.searching import LAST, distance_from, make_search, measure, search_all
 
 from posthoc_cli import Run
 from posthoc_cli.plots import end_figure
@@ -193,22 +193,6 @@ def test_of_800_searches_of_noise_alone_at_most_5_percent_claim_a_gain():
 
 
 # --- in a sweep
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run whose weights are the step, so that those of an average are its mean time."""
-    folder = tmp_path_factory.mktemp("timed") / "run"
-    walk = random_walk(40, {"a": (40,)})
-    for step, weights in enumerate(walk, start=1):
-        weights["a"] = step + 1e-3 * weights["a"]
-    write_run(folder, walk, range(1, 41))
-    return Run(folder)
-
-
-def distance_from(best):
-    """Return an evaluation of a training that overfits after twice the best mean time."""
-    return lambda weights: math.log(float(weights["a"].mean()) / best) ** 2
 
 
 def test_a_sweep_takes_the_average_at_an_earlier_step_and_says_so(run, tmp_path):

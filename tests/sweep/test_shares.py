@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 import torch
 from checking import assert_same_tensors, refused
-from factories import random_walk, write_run
 from safetensors.torch import load_file, save_file
 from sweep.searching import LAST, make_search, search_all
 
-from posthoc_cli import Run
 from posthoc_cli.errors import InvalidValueError, MismatchError, OutputExistsError
 from posthoc_cli.plots import share_figure
 from posthoc_cli.sweep import Lengths
@@ -115,17 +113,6 @@ def test_a_failed_share_is_the_last_one():
 
 
 # --- in a sweep
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run whose weights are the step, so that those of an average are its mean time."""
-    folder = tmp_path_factory.mktemp("tuned") / "run"
-    walk = random_walk(40, {"a": (40,)})
-    for step, weights in enumerate(walk, start=1):
-        weights["a"] = step + 1e-3 * weights["a"]
-    write_run(folder, walk, range(1, 41))
-    return Run(folder)
 
 
 @pytest.fixture
