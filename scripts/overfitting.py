@@ -79,20 +79,43 @@ class Training:
 
 TRAININGS = (
     Training("classifier, 30 % of labels wrong", "errors", 1600, 800, wrong=0.3),
-    Training("classifier, 30 % of labels wrong, cosine", "errors", 1600, 800, wrong=0.3, schedule=half_wave),
+    Training(
+        "classifier, 30 % of labels wrong, cosine",
+        "errors",
+        1600,
+        800,
+        wrong=0.3,
+        schedule=half_wave,
+    ),
     Training("classifier, 20 % of labels wrong", "errors", 1600, 800, wrong=0.2),
     Training("classifier, 150 images", "loss", 1200, 150),
     Training("classifier, 60 images", "loss", 800, 60),
     Training("language model, fine-tuned for too long", "sequence", 1600, 60, first_classes=5),
     Training("language model, fine-tuned", "sequence", 200, 60, first_classes=5),
-    Training("language model, fine-tuned, LoRA", "sequence", 1600, 60, rate=4e-3, first_classes=5, rank=4),
+    Training(
+        "language model, fine-tuned, LoRA", "sequence", 1600, 60, rate=4e-3, first_classes=5, rank=4
+    ),
     Training("classifier, fine-tuned, by loss", "loss", 800, 100, shifted_first=True),
     Training("classifier, fine-tuned, by errors", "errors", 800, 100, shifted_first=True),
-    Training("classifier, fine-tuned, 30 % of labels wrong", "errors", 800, 300, wrong=0.3, shifted_first=True),
+    Training(
+        "classifier, fine-tuned, 30 % of labels wrong",
+        "errors",
+        800,
+        300,
+        wrong=0.3,
+        shifted_first=True,
+    ),
     Training("classifier, all images", "loss", 2000, 1000, rate=1e-3),
     Training("classifier, all images, cosine", "loss", 2000, 1000, rate=1e-3, schedule=half_wave),
     Training("language model, all sequences", "sequence", 2000, 1200, rate=4e-3),
-    Training("language model, all sequences, cosine", "sequence", 2000, 1200, rate=4e-3, schedule=half_wave),
+    Training(
+        "language model, all sequences, cosine",
+        "sequence",
+        2000,
+        1200,
+        rate=4e-3,
+        schedule=half_wave,
+    ),
 )
 
 
