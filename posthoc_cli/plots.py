@@ -11,6 +11,7 @@ import io
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import matplotlib
@@ -349,13 +350,14 @@ def _metric_figure(
 
 
 def _mark_beyond(axes: Axes, name: str, trials: Sequence[dict[str, Any]]) -> None:
-    """Mark trials whose metrics lie beyond the range, by an arrow at the edge and their value."""
+    """Mark trials whose metrics lie beyond the range, by an arrow at the edge and their value.
+    Neighbours have their values in three rows, which leaves them room."""
     low, high = axes.get_ylim()
-    for trial in trials:
+    beyond = [trial for trial in trials if not low <= trial["value"] <= high]
+    for number, trial in enumerate(sorted(beyond, key=itemgetter(name))):
         value = trial["value"]
-        if low <= value <= high:
-            continue
         is_above = value > high
+        offset = 7 + 10 * (number % 3)
         axes.plot(
             trial[name],
             high if is_above else low,
@@ -367,7 +369,7 @@ def _mark_beyond(axes: Axes, name: str, trials: Sequence[dict[str, Any]]) -> Non
         axes.annotate(
             f"{value:.3g}",
             (trial[name], high if is_above else low),
-            xytext=(0, -7 if is_above else 7),
+            xytext=(0, -offset if is_above else offset),
             textcoords="offset points",
             horizontalalignment="center",
             verticalalignment="top" if is_above else "bottom",

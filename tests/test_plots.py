@@ -1,6 +1,7 @@
 """Figures: lines that differ, a legend of what is drawn, text that stays within the figure."""
 
 import io
+import itertools
 from dataclasses import replace
 
 import matplotlib.image
@@ -131,6 +132,21 @@ def test_a_bad_length_leaves_the_height_to_the_lengths_among_which_one_chooses(m
     assert sign * height == pytest.approx(1.33)
     arrow = "\u2191" if minimize else "\u2193"
     assert axes.get_title(loc="left") == f"{arrow} last weights: {sign * 40}"
+
+
+def test_values_of_neighbours_at_the_edge_do_not_overlap():
+    """Of a demo, where four of eleven lengths are far from the best one."""
+    widths = [0.025, 0.05, 0.075, 0.1, 0.125, 0.15, 0.175, 0.2, 0.225, 0.25, 0.28]
+    values = [0.342, 0.34, 0.339, 0.338, 0.339, 0.342, 0.348, 0.361, 0.382, 0.419, 0.498]
+    trials = []
+    for width, value in zip(widths, values, strict=True):
+        length = {"sigma_rel": width, "t": None, "base_share": 0.0}
+        trials.append(length | {"value": value, "standard_error": None})
+    figure = plots.sweep_figure(swept(trials=[*reversed(trials)], compared=[]))
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert len(boxes) == 4
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
 
 
 def test_a_metric_without_noise_has_no_bars_and_no_band():
