@@ -27,6 +27,7 @@ from posthoc_cli.errors import (
     check_number,
     check_word,
 )
+from posthoc_cli.planning import check_sigma_range
 from posthoc_cli.reconstruction import check_method
 from posthoc_cli.resources import ProgressBar, no_bar, worker_count
 from posthoc_cli.snapshots.selection import Selection, make_selection
@@ -397,6 +398,8 @@ class SweepRequest:
         at_most_one(look=self.look, metric=self.metric)
         at_most_one(look=self.look, base=self.base)
         at_most_one(sigma_range=self.sigma_range, sigma_rels=self.sigma_rels)
+        if self.sigma_range is not None:
+            check_sigma_range(self.sigma_range)
         at_most_one(t=self.t, step=self.step)
         self.is_lower_better  # noqa: B018  raises an error if it is not said
         check_count("jobs", self.jobs)

@@ -23,7 +23,7 @@ from posthoc_cli.errors import (
     percent,
 )
 from posthoc_cli.export.writing import write_averages
-from posthoc_cli.planning import SMALL_LOSS, CurveRequest, check_sigma_range
+from posthoc_cli.planning import SMALL_LOSS, CurveRequest
 from posthoc_cli.profiles import UNIFORM_SIGMA_REL
 from posthoc_cli.request import OutputRequest, SweepRequest
 from posthoc_cli.resources import ProgressBar, no_bar
@@ -55,7 +55,7 @@ from posthoc_cli.sweep.weights import (
     hold_until,
 )
 from posthoc_cli.synthesis.curve import run_curve
-from posthoc_cli.synthesis.plan import note_base
+from posthoc_cli.synthesis.plan import Plan, note_base
 
 log = logging.getLogger(__name__)
 
@@ -86,28 +86,13 @@ class Sweep:
                 random weights have it, too.
         """
         request = self.request
-        self._minimize = request.is_lower_better
-        self._out = request.folder
         self._like = None if request.like is None else files.local_path("like", request.like)
         self._metric = Metric() if request.metric is None else Metric.parse(request.metric)
         self._evaluation = self._make_evaluation()
-        lengths, notes = named_lengths(request), list[str]()
-        announce(self.sources)
-        planned = OutputRequest(
-            0.2 if lengths is None else lengths.high,
-            t=request.t,
-            step=request.step,
-            like=request.like,
-            dry_run=True,
-            base=request.base,
-            base_share=None if request.base is None else 0.5,
-        )
-        written = write_averages(lambda: self.sources, planned, is_quiet=True)
-        assert written is not None  # as of a process other than the first one
-        note_base(written.plan)
-        announce_doubts(self.sources)
-        self._base = written.plan.base
-        self._t = written.plan.t
+        lengths, notes = _make_lengths(request), list[str]()
+        plan = self._plan(0.2 if lengths is None else lengths.high)
+        self._base = plan.base
+        self._t = plan.t
         self._held = HeldSources(hold_until(self.sources, self._t))
         if lengths is None:
             lengths = searchable_lengths(self.sources, self._t, notes)
@@ -117,7 +102,7 @@ class Sweep:
         _, *ends = sorted({*self.sources.times})  # an average of one time is none
         search = Search(
             lengths,
-            self._minimize,
+            request.is_lower_better,
             self._t,
             tuple(end for end in ends if end <= self._t),
             self._base is not None,
@@ -131,24 +116,44 @@ class Sweep:
             own_ema=None if own is None else own.title,
             metric=self._metric.key or "metric",
             settings=self._describe(),
-            steps=written.plan.steps,
+            steps=plan.steps,
             t_unit=self.sources.t_unit,
             rerun_command=self.rerun_command,
             notes=(*self.sources.notes, *self.sources.doubts),
             findings=self.sources.findings,
         )
         self._note(*notes)
-        if self._out is None:
+        folder = request.folder
+        if folder is None:
             self._search(compared)
             return self._report
-        with locked_folder(self._out):
-            recorded = read_trials(self._out, self._report.settings, self._minimize is None)
+        with locked_folder(folder):
+            recorded = read_trials(folder, self._report.settings, request.look)
             self._report = self._report.with_trials(filter(self._is_asked, recorded))
             self._search(compared)
-            if self._minimize is not None:
-                self._report = replace(self._report, outputs=(self._write_best(self._out),))
-            self._report.write(self._out)
+            if not request.look:
+                self._report = replace(self._report, outputs=(self._write_best(folder),))
+            self._report.write(folder)
             return self._report
+
+    def _plan(self, length: float) -> Plan:
+        """Plan an average, which checks all that is given, and say what is to be known of the
+        sources and of the base."""
+        request = OutputRequest(
+            length,
+            t=self.request.t,
+            step=self.request.step,
+            like=self.request.like,
+            dry_run=True,
+            base=self.request.base,
+            base_share=None if self.request.base is None else 0.5,
+        )
+        announce(self.sources)
+        written = write_averages(lambda: self.sources, request, is_quiet=True)
+        assert written is not None  # as of a process other than the first one
+        note_base(written.plan)
+        announce_doubts(self.sources)
+        return written.plan
 
     def _search(self, compared: Sequence[Candidate]) -> None:
         with (
@@ -158,8 +163,8 @@ class Sweep:
             self._started = len(self._report.trials)
             advance(self._started)
             for trial in self._measure_all(compared):
-                if self._out is not None:
-                    record(self._out, trial)
+                if self.request.folder is not None:
+                    record(self.request.folder, trial)
                 title = self._report.title(trial)
                 self.on_trial(trial, title, len(self._report.trials), self._expected)
                 advance(1)
@@ -174,10 +179,10 @@ class Sweep:
         evaluate = self.request.evaluate
         if callable(evaluate):
             return Function(evaluate)
-        assert self._out is not None  # the request says so
-        metric = None if self._minimize is None else self._metric
+        assert self.request.folder is not None  # the request says so
+        metric = None if self.request.look else self._metric
         check_command(evaluate, metric)
-        return Command(evaluate, metric, self._out, self._like, self.request)
+        return Command(evaluate, metric, self.request.folder, self._like, self.request)
 
     def _bound(self, compared: Sequence[Candidate]) -> int | None:
         """Compute how many averages may be measured beside what they are compared with, and one
@@ -205,8 +210,8 @@ class Sweep:
             "run": self.sources.run_id,
             "t": self._t,
             "command": self._evaluation.name,
-            "metric": None if self._minimize is None else self._metric.text,
-            "direction": _DIRECTIONS[self._minimize],
+            "metric": None if self.request.look else self._metric.text,
+            "direction": _DIRECTIONS[self.request.is_lower_better],
             "like": None if self._like is None else str(self._like.resolve()),
             "base": None if self._base is None else str(self._base.path),
             "base_hash": None if self._base is None else self._base.identity,
@@ -247,7 +252,7 @@ class Sweep:
             first = []
             yield from self._measure(batch)
             self._check_failures()
-        if self._minimize is None:
+        if self.request.look:
             return
         yield from self._measure_checkpoints()
         if self._report.estimate.noise > 0 and self._may_go_on():
@@ -393,8 +398,9 @@ class Sweep:
 
     def _check_failures(self) -> None:
         """Raise a CommandError if too many lengths have failed; of a look, if it has no image."""
-        if self._minimize is None:
-            if self._out is not None and not (self._out / images.FOLDER).is_dir():
+        if self.request.look:
+            assert self.request.folder is not None  # the request says so
+            if not (self.request.folder / images.FOLDER).is_dir():
                 reason = "no trial has left an image in {dir}"
                 raise CommandError("the sweep", f"{reason}: {', '.join(images.ENDINGS)}")
             return
@@ -433,10 +439,10 @@ def _fail(reason: str) -> NoReturn:
     raise TrialError(reason)
 
 
-def named_lengths(request: SweepRequest) -> Lengths | None:
-    """Find the lengths that are asked for; None to search all that are exact enough."""
+def _make_lengths(request: SweepRequest) -> Lengths | None:
+    """Make the lengths that are asked for; None to search all that are exact enough."""
     if request.sigma_range is not None:
-        return Lengths(*check_sigma_range(request.sigma_range))
+        return Lengths(*request.sigma_range)
     if request.sigma_rels is not None:
         return Lengths.from_list(request.sigma_rels)
     return None
